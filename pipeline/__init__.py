@@ -1,0 +1,21 @@
+"""Which metric makes a logged training run natural gradient descent.
+
+The modules are the API, from the ground up:
+
+``schema``
+    The words: vectors, dimensions, units, the layout of a model.
+``blocks``, ``gram``, ``geometry``
+    Pure and strangers to each other: integers; the kernel; the paper.
+``sources``
+    One small reader per log format behind one protocol.
+``store``, ``results``
+    The trajectory store and the ledger in Zarr; labelled results in xarray.
+``ingest``, ``compute``
+    Logs to store; store to ledger.
+``run``, ``report``, ``cli``
+    One run's folder from end to end, the page to look at, the command line.
+
+Nothing is imported here, so ``import pipeline.geometry`` needs NumPy alone.
+"""
+
+__version__ = "0.1.0"

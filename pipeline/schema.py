@@ -1,0 +1,320 @@
+"""The words of the pipeline: vectors, dimensions, layout of a model, names and units of results.
+
+Nothing is computed here, and nothing but the standard library is imported.
+
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = [
+    "DESCENTS",
+    "DIMENSIONS",
+    "ELEMENT",
+    "GAMMA",
+    "HVP",
+    "LAYOUT_VERSION",
+    "SCALARS",
+    "STATES",
+    "STEP",
+    "STORAGE_DTYPES",
+    "TENSOR",
+    "VARIABLES",
+    "VECTOR",
+    "VECTORS",
+    "WINDOW",
+    "WITH_VECTOR",
+    "InputError",
+    "Layout",
+    "Status",
+    "Tensor",
+    "Variable",
+    "promote",
+    "unit_roundoff",
+]
+
+LAYOUT_VERSION = 1
+"""Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused."""
+
+# Dimensions -------------------------------------------------------------------------------------------------
+
+STEP, ELEMENT, TENSOR = "step", "element", "tensor"
+VECTOR, WITH_VECTOR = "vector", "with_vector"
+DESCENT, WINDOW, GAMMA = "descent", "window", "gamma"
+
+DIMENSIONS: dict[str, str] = {
+    STEP: "step number, as logged, of the state before the update",
+    ELEMENT: "element of the flattened model, tensors in the order of the layout table",
+    TENSOR: "name of the tensor",
+    VECTOR: "first vector of an inner product",
+    WITH_VECTOR: "second vector of an inner product",
+    DESCENT: "which negative gradient is meant",
+    WINDOW: "number m of consecutive updates taken together, eq. (3)",
+    GAMMA: "weight of the one-parameter family of metrics, eq. (22)",
+}
+
+DESCENTS = ("gradient", "corrected")
+"""Negative gradients y: of the loss, and the discrete one corrected along the displacement, eq. (12)."""
+
+# What is stored ---------------------------------------------------------------------------------------------
+
+HVP = "hvp"
+STATES = ("parameter", "gradient", HVP)
+"""Arrays (step, element) of a trajectory; ``hvp`` is optional."""
+
+SCALARS = ("loss", "learning_rate")
+"""Arrays (step) of a trajectory, NaN where the log has none."""
+
+VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual", HVP)
+"""Vectors of the Gram ledger; ``hvp`` only where it was logged."""
+
+STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+"""Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Largest relative error of rounding to a dtype, 2**-p for p bits of significand.
+
+    Examples
+    --------
+    >>> unit_roundoff("bfloat16")
+    0.00390625
+    """
+    return math.ldexp(1.0, -STORAGE_DTYPES[dtype])
+
+
+def promote(dtypes: Sequence[str]) -> str:
+    """Smallest storage dtype that holds every value of the given ones exactly.
+
+    Examples
+    --------
+    >>> promote(["float16", "bfloat16"])
+    'float32'
+    """
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    return "float64" if "float64" in distinct else "float32"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the model: where its elements lie on the element axis.
+
+    Attributes
+    ----------
+    name : str
+        Name as logged.
+    offset : int
+        First element on the element axis.
+    shape : tuple of int
+        Shape; its product is the number of elements (1 for a scalar).
+    dtype : str
+        Dtype in which the *parameter* was logged: it sets the rounding floor of the displacement.
+    group : str
+        Parameter group, empty where the log knows none.
+    """
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+    group: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        """One past the last element on the element axis."""
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout table of a model: its tensors, end to end on one element axis."""
+
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> Layout:
+        """Lay tensors end to end in the order given.
+
+        Parameters
+        ----------
+        shapes : mapping
+            Name to (shape, dtype).
+        """
+        tensors, offset = [], 0
+        for name, (shape, dtype) in shapes.items():
+            tensors.append(Tensor(name, offset, tuple(shape), dtype))
+            offset = tensors[-1].stop
+        return cls(tuple(tensors))
+
+    @classmethod
+    def from_json(cls, table: Sequence[Mapping[str, Any]]) -> Layout:
+        """Rebuild a layout from the attribute of a store."""
+        return cls(tuple(Tensor(**{**row, "shape": tuple(row["shape"])}) for row in table))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Rows of the layout table, for the attribute of a store."""
+        return [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in order."""
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the model, the paper's D."""
+        return self.tensors[-1].stop if self.tensors else 0
+
+    def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Pieces of tensors within a range of the element axis.
+
+        Returns
+        -------
+        list of (tensor index, first element, stop element)
+            In order, not empty ones only; elements count from the start of the axis.
+        """
+        pieces = []
+        for index, tensor in enumerate(self.tensors):
+            low, high = max(start, tensor.offset), min(stop, tensor.stop)
+            if low < high:
+                pieces.append((index, low, high))
+        return pieces
+
+
+# Results ----------------------------------------------------------------------------------------------------
+
+
+class Status(enum.IntEnum):
+    """Why a metric exists or not; CF flag values of the variable ``status``.
+
+    Where several apply the first of this order wins: non_finite, zero_gradient, zero_update,
+    no_learning_rate, unverifiable, and then by the sign of the alignment.
+    """
+
+    EFFECTIVE = 0
+    ORTHOGONAL = 1
+    OBTUSE = 2
+    ZERO_UPDATE = 3
+    ZERO_GRADIENT = 4
+    NON_FINITE = 5
+    NO_LEARNING_RATE = 6
+    UNVERIFIABLE = 7
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What a variable of ``results.zarr`` is called, in which unit, by which equation."""
+
+    long_name: str
+    units: str
+    equation: str
+
+
+# y is a loss per parameter, g a parameter per learning rate (eq. 2), so a metric M with M g = y has the
+# unit loss x learning rate / parameter^2. The pipeline does not know these units and names them.
+_METRIC = "loss learning_rate parameter-2"
+
+VARIABLES: dict[str, Variable] = {
+    "loss": Variable("loss before the update", "loss", "L(theta_t)"),
+    "learning_rate": Variable("learning rate of the update", "learning_rate", "eta, eq. (2)"),
+    "step_span": Variable(
+        "number of updates between this logged state and the next", "1", "t' - t for logged neighbours t, t'"
+    ),
+    "parameter_norm": Variable("norm of the parameters", "parameter", "|theta_t|"),
+    "update_norm": Variable(
+        "norm of the mean update over the window's steps",
+        "parameter learning_rate-1",
+        "|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
+    ),
+    "gradient_norm": Variable("norm of the negative gradient", "loss parameter-1", "|y|"),
+    "alignment": Variable("inner product of negative gradient and update", "loss learning_rate-1", "y.g"),
+    "cosine": Variable("cosine of the angle between negative gradient and update", "1", "cos(psi)"),
+    "angle": Variable("angle between negative gradient and update", "radian", "psi in [0, pi], eq. (9)"),
+    "angle_uncertainty": Variable(
+        "largest error of the angle by rounding of the stored values", "radian", "DESIGN, numerics"
+    ),
+    "effective": Variable("the update descends: y.g > 0", "1", "y.g > 0, section 2.1"),
+    "condition_number": Variable(
+        "smallest condition number of any metric M with M g = y", "1", "kappa(M_opt), below eq. (9), Prop. 1"
+    ),
+    "similarity": Variable("similarity of update and steepest descent", "1", "1 / kappa(M_opt)"),
+    "eigenvalue_max": Variable("largest eigenvalue of the optimal metric", _METRIC, "eq. (9)"),
+    "eigenvalue_mid": Variable(
+        "eigenvalue of the optimal metric of multiplicity D - 2 (none where D <= 2)", _METRIC, "eq. (9)"
+    ),
+    "eigenvalue_min": Variable("smallest eigenvalue of the optimal metric", _METRIC, "eq. (9)"),
+    "eigenvalue_max_infimum": Variable(
+        "greatest lower bound of the largest eigenvalue of any metric", _METRIC, "Prop. 3"
+    ),
+    "eigenvalue_min_supremum": Variable(
+        "least upper bound of the smallest eigenvalue of any metric", _METRIC, "Prop. 2"
+    ),
+    "family_eigenvalue_max": Variable(
+        "largest eigenvalue over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
+    ),
+    "family_eigenvalue_mid": Variable(
+        "eigenvalue of multiplicity D - 2 over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
+    ),
+    "family_eigenvalue_min": Variable(
+        "smallest eigenvalue over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
+    ),
+    "family_condition_number": Variable(
+        "condition number over the one-parameter family", "1", "Lemma 1, eq. (22)"
+    ),
+    "discrete_identity_residual": Variable(
+        "relative failure of the discrete gradient identity", "1", "(eta g.y + dL) / |dL|, eq. (12)"
+    ),
+    "loss_average": Variable("mean loss over the window", "loss", "L_avg(t), below eq. (3)"),
+    "loss_decrease": Variable("decrease of the loss over the window", "loss", "L(t) - L(t+m), eq. (3)"),
+    "status": Variable("why the metric exists or not", "1", "y.g > 0, section 2.1"),
+}
+
+
+# Errors -----------------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Input that is refused: what, where, why usually, and what to do.
+
+    Parameters
+    ----------
+    what : str
+        What is wrong, with the values found.
+    where : str, optional
+        File, step and tensor.
+    why : str, optional
+        Why this usually happens.
+    remedy : str, optional
+        What to do.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
+        self.what, self.where, self.why, self.remedy = what, where, why, remedy
+        lines = [what]
+        lines += [f"  where: {where}"] if where else []
+        lines += [f"  why:   {why}"] if why else []
+        lines += [f"  do:    {remedy}"] if remedy else []
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with all four parts, as the error may cross to another process."""
+        return (_input_error, (self.what, self.where, self.why, self.remedy))
+
+
+def _input_error(what: str, where: str, why: str, remedy: str) -> InputError:
+    return InputError(what, where=where, why=why, remedy=remedy)
