@@ -273,9 +273,7 @@ VARIABLES: dict[str, Variable] = {
     "family_eigenvalue_min": Variable(
         "smallest eigenvalue over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
     ),
-    "family_condition_number": Variable(
-        "condition number over the one-parameter family", "1", "Lemma 1, eq. (22)"
-    ),
+    "family_condition_number": Variable("condition number over the one-parameter family", "1", "Lemma 1, eq. (22)"),
     "discrete_identity_residual": Variable(
         "relative failure of the discrete gradient identity", "1", "(eta g.y + dL) / |dL|, eq. (12)"
     ),

@@ -1,0 +1,239 @@
+"""Which tiles, in what order, with how much memory: integers in, integers out.
+
+The step axis and the element axis are cut at the chunks of the store. A *row* is one update, the step from one
+logged state to the next, so n states give n - 1 rows, and a tile of rows needs one more state, the halo::
+
+    states   0   1   2   3   4   5   6   7   8           tile A: rows 0..4 reads states 0..4
+    rows       0   1   2   3   4   5   6   7             tile B: rows 4..8 reads states 4..8
+              |--- tile A ---|--- tile B ---|            state 4 is read twice, all others once
+
+The plan follows from the shape of the store alone, never from the number of workers, and the bits of a row
+from the columns of chunks alone: so every executor computes the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.schema import InputError
+
+__all__ = ["MEBIBYTE", "Band", "PassPlan", "Tile", "chunk_shape", "plan_pass"]
+
+MEBIBYTE = 1 << 20
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements in a chunk of the trajectory, about: 4 MiB of float32."""
+
+MINIMUM_STEPS = 64
+"""Steps for which a chunk of a small model is made large enough, however short the run is so far."""
+
+TILE_BYTES = 128 * MEBIBYTE
+"""Bytes a task reads in a large run."""
+
+LEAST_TILE_BYTES = 8 * MEBIBYTE
+"""Bytes a task reads at least, where a small run is cut into tasks for several workers."""
+
+TILES_OF_SMALL_RUN = 8
+
+LEDGER_BYTES = 32 * MEBIBYTE
+"""Bytes of the ledger that a task writes, at most (one row of it where one is larger)."""
+
+LEAST_ROWS = 32
+"""Rows of a tile of a wide model, at least: the halo is one state in this many."""
+
+READ_BYTES = 32 * MEBIBYTE
+"""Bytes of training state in the buffers of a worker, about."""
+
+RESERVED_BYTES = 320 * MEBIBYTE
+"""Memory of a worker process before it computes anything: interpreter, libraries, compiled kernel."""
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """Address of the work of one task: rows ``start`` to ``stop`` of the chunk columns ``first`` to ``last``.
+
+    Both ranges are half open.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, order=True)
+class Band:
+    """Rows whose ledger is one whole chunk, and the tiles that make it."""
+
+    start: int
+    stop: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """The pass over a trajectory.
+
+    Attributes
+    ----------
+    rows, columns : int
+        Updates, and columns of chunks.
+    band_rows, tile_columns : int
+        Rows of a band, chunk columns of a tile; the last ones may have fewer.
+    read_rows : int
+        Rows that a worker reads and computes at a time.
+    halo_bytes, read_bytes : int
+        Bytes read twice because of halos, and bytes read in all.
+    projected_bytes : int
+        Projected peak memory of a worker process.
+    """
+
+    rows: int
+    columns: int
+    band_rows: int
+    tile_columns: int
+    read_rows: int
+    read_bytes: int
+    halo_bytes: int
+    projected_bytes: int
+
+    def bands(self) -> Iterator[Band]:
+        """Yield the bands in order; together they cover every row and column once."""
+        for start in range(0, self.rows, self.band_rows):
+            stop = min(start + self.band_rows, self.rows)
+            tiles = tuple(
+                Tile(start, stop, first, min(first + self.tile_columns, self.columns))
+                for first in range(0, self.columns, self.tile_columns)
+            )
+            yield Band(start, stop, tiles)
+
+    def __str__(self) -> str:
+        """Say what will be read and how much memory it takes."""
+        bands, tiles = math.ceil(self.rows / self.band_rows), math.ceil(self.columns / self.tile_columns)
+        return (
+            f"{self.rows} updates in {bands * tiles} task{'s' if bands * tiles > 1 else ''}, "
+            f"{self.read_bytes / 1e6:.1f} MB to read ({self.halo_bytes / max(self.read_bytes, 1):.1%} of it "
+            f"twice), projected peak memory per worker {self.projected_bytes / MEBIBYTE:.0f} MiB"
+        )
+
+
+def chunk_shape(states: int, elements: int) -> tuple[int, int]:
+    """Chunks of a trajectory: whole steps x about a million elements.
+
+    Parameters
+    ----------
+    states : int
+        Logged states so far.
+    elements : int
+        Elements of the model.
+
+    Returns
+    -------
+    (steps, elements) of a chunk
+        Columns are of nearly one width, so little of the last is padding. Small models share a chunk
+        between many steps, but not many more than the run has.
+
+    Examples
+    --------
+    >>> chunk_shape(1000, 2_500_000)
+    (1, 833334)
+    >>> chunk_shape(201, 25_408)
+    (41, 25408)
+    >>> chunk_shape(401, 8)
+    (512, 8)
+    """
+    columns = max(1, math.ceil(elements / CHUNK_ELEMENTS))
+    width = max(1, math.ceil(elements / columns))
+    enough = 1 << max(MINIMUM_STEPS - 1, states - 1).bit_length()
+    return max(1, min(CHUNK_ELEMENTS // width, enough)), width
+
+
+def plan_pass(
+    *,
+    states: int,
+    elements: int,
+    chunk: tuple[int, int],
+    itemsizes: Sequence[int],
+    tensors: int,
+    vectors: int,
+    memory_limit: int | None = None,
+    band_rows: int | None = None,
+) -> PassPlan:
+    """Plan the pass over a trajectory.
+
+    Parameters
+    ----------
+    states : int
+        Logged states.
+    elements : int
+        Elements of the model.
+    chunk : (int, int)
+        Steps and elements of a chunk.
+    itemsizes : sequence of int
+        Bytes of an element of each array that is read.
+    tensors, vectors : int
+        Size of the ledger: tensors of the model, vectors of the Gram matrix.
+    memory_limit : int, optional
+        Bytes that a worker process may use.
+    band_rows : int, optional
+        Rows of a chunk of an existing ledger, which the plan must keep.
+
+    Raises
+    ------
+    InputError
+        Where the projected memory exceeds the limit; the message says which limit would do.
+
+    Notes
+    -----
+    Projected memory of a worker is the sum of
+
+    - the reserve of an idle worker process,
+    - buffers: (read_rows + 1) x chunk elements x bytes of an element, for every array,
+    - the segment ledgers of a tile, and twice the ledger of a band (tensors, and its encoded chunk):
+      rows x segments x (vectors^2 + 1) x 8.
+    """
+    steps, width = chunk
+    rows, columns = max(states - 1, 0), math.ceil(elements / width)
+    state_bytes = elements * sum(itemsizes)
+    entry_bytes = (vectors * vectors + 1) * 8
+
+    if band_rows is None:
+        target = min(TILE_BYTES, max(rows * state_bytes // TILES_OF_SMALL_RUN, LEAST_TILE_BYTES))
+        wanted = max(math.ceil(target / max(state_bytes, 1)), min(LEAST_ROWS, rows), 1)
+        wanted = min(wanted, max(1, LEDGER_BYTES // (tensors * entry_bytes)))
+        # A band of whole chunks re-reads no chunk but the halo's; a chunk longer than the band is shared.
+        band_rows = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
+    column_bytes = band_rows * width * sum(itemsizes)
+    tile_columns = min(columns, max(1, TILE_BYTES // max(column_bytes, 1))) if columns else 1
+
+    row_bytes = width * sum(itemsizes)
+    read_rows = max(1, min(band_rows, READ_BYTES // max(row_bytes, 1) - 1))
+    # Every chunk boundary can cut one tensor in two; a tile sees at most all tensors and its own boundaries.
+    segments = tensors + tile_columns
+    fixed = RESERVED_BYTES + band_rows * entry_bytes * (segments + 2 * tensors)
+    projected = fixed + (read_rows + 1) * row_bytes
+    if memory_limit is not None and projected > memory_limit:
+        read_rows = (memory_limit - fixed) // max(row_bytes, 1) - 1
+        if read_rows < 1:
+            least = math.ceil((fixed + 2 * row_bytes) / MEBIBYTE)
+            raise InputError(
+                f"a worker would need {least} MiB, but memory_limit is {memory_limit / MEBIBYTE:.0f} MiB",
+                where=f"two states of one chunk column ({2 * row_bytes / MEBIBYTE:.1f} MiB), the ledger of "
+                f"{band_rows} rows and {RESERVED_BYTES / MEBIBYTE:.0f} MiB of an idle worker",
+                remedy=f"raise --memory-limit to {least}MiB or more",
+            )
+        projected = fixed + (read_rows + 1) * row_bytes
+
+    halo = max(math.ceil(rows / band_rows) - 1, 0) * state_bytes
+    return PassPlan(
+        rows=rows,
+        columns=columns,
+        band_rows=band_rows,
+        tile_columns=tile_columns,
+        read_rows=read_rows,
+        read_bytes=(states * state_bytes + halo) if rows else 0,
+        halo_bytes=halo,
+        projected_bytes=projected,
+    )

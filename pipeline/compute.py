@@ -1,0 +1,318 @@
+"""Store to ledger: run the tiles of the pass, serially, in threads or on Dask; the only file that knows Dask.
+
+The serial executor is the reference: the same functions, one after the other. A task reads its tiles, and where
+a tile does not span the model, a second task on a worker adds the segments up in the order of the element axis.
+Workers write the ledger; what comes back to the client is the address of a finished band.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import gram
+from pipeline.blocks import Band, PassPlan, Tile, plan_pass
+from pipeline.schema import HVP, InputError
+from pipeline.store import Ledger, Trajectory, storage_dtype
+
+__all__ = ["Executor", "PassSummary", "compute_ledger", "dask_executor", "serial", "threads"]
+
+_log = logging.getLogger(__name__)
+
+_AHEAD = 3
+"""Bands in flight per worker: enough to keep it busy, few enough for the scheduler not to notice."""
+
+_buffers = threading.local()
+
+Segments = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+"""Tensor of each segment, gram (rows, segments, vectors, vectors), ratio (rows, segments)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a task needs to know besides its tile: two paths, never an array."""
+
+    trajectory: Path
+    ledger: Path
+    read_rows: int
+
+
+Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Band]]
+"""Runs bands (with the digest of their input) and yields each when its ledger is on disk."""
+
+
+@dataclass(frozen=True)
+class PassSummary:
+    """What a pass did.
+
+    Attributes
+    ----------
+    rows : int
+        Updates in the ledger.
+    bands, computed_bands : int
+        Chunks of the ledger, and those computed now; the others were complete.
+    plan : PassPlan
+    """
+
+    rows: int
+    bands: int
+    computed_bands: int
+    plan: PassPlan
+
+
+def compute_ledger(
+    trajectory: Path,
+    ledger: Path,
+    *,
+    executor: Executor | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PassSummary:
+    """Compute the Gram ledger of a trajectory, or what is missing of it.
+
+    Parameters
+    ----------
+    trajectory, ledger : Path
+    executor : callable, optional
+        `serial` (the default), `threads(n)`, or `dask_executor(client)`.
+    memory_limit : int, optional
+        Bytes that a worker process may use.
+    progress : callable, optional
+        Called with bands done and bands to do.
+
+    Raises
+    ------
+    InputError
+        Where there are fewer than two states, or the plan does not fit the memory limit.
+    """
+    states = Trajectory(trajectory)
+    if states.rows < 2:
+        raise InputError(
+            f"{states.rows} logged step(s), but an update needs two",
+            where=str(trajectory),
+            why="the displacement of a step is the difference to the next logged state",
+            remedy="ingest more steps",
+        )
+    hvp = HVP in states.dtypes
+    names = gram.vectors(hvp)
+    arguments: dict[str, Any] = {
+        "states": states.rows,
+        "elements": states.layout.elements,
+        "chunk": states.chunk,
+        "itemsizes": [storage_dtype(dtype).itemsize for dtype in states.dtypes.values()],
+        "tensors": len(states.layout.tensors),
+        "vectors": len(names),
+        "memory_limit": memory_limit,
+    }
+    plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
+    _log.info("%s", plan)
+    book = Ledger.prepare(Path(ledger), states.layout, names, states.scalar("step"), plan.band_rows)
+    digests = states.digests(plan.bands())
+    missing = book.missing(digests)
+    job = Job(Path(trajectory).absolute(), Path(ledger).absolute(), plan.read_rows)
+    run = executor or serial
+    for done, _ in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+        if progress is not None:
+            progress(done, len(missing))
+    return PassSummary(plan.rows, len(digests), len(missing), plan)
+
+
+def _band_rows(ledger: Path, states: Trajectory, names: tuple[str, ...]) -> int | None:
+    """Rows of a band of the ledger that is there, if it is this trajectory's: then it grows."""
+    if not ledger.exists():
+        return None
+    book = Ledger(ledger)
+    return book.band_rows if (book.layout, book.vectors) == (states.layout, names) else None
+
+
+# Tasks -------------------------------------------------------------------------------------------------------
+
+
+def tile_segments(job: Job, tile: Tile) -> Segments:
+    """Compute the segment ledgers of a tile.
+
+    Each state is read once into a buffer that the worker reuses; the last state of one read is the first of
+    the next, so only the tile's own last state, the halo, is read by another task too.
+    """
+    states = Trajectory(job.trajectory)
+    indices: list[int] = []
+    grams, ratios = [], []
+    for column in range(tile.first, tile.last):
+        first, last = states.column(column)
+        segments = states.layout.segments(first, last)
+        starts = np.array([low - first for _, low, _ in segments] + [last - first], dtype=np.int64)
+        count = len(gram.vectors(HVP in states.dtypes))
+        products = np.empty((tile.stop - tile.start, len(segments), count, count))
+        ratio = np.empty(products.shape[:2])
+        _column_products(job, states, tile, column, starts, products, ratio)
+        indices += [index for index, _, _ in segments]
+        grams.append(products)
+        ratios.append(ratio)
+    if not grams:
+        raise InputError("a model without elements has no ledger", where=str(job.trajectory))
+    return np.array(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
+
+
+def _column_products(
+    job: Job,
+    states: Trajectory,
+    tile: Tile,
+    column: int,
+    starts: NDArray[np.int64],
+    products: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+) -> None:
+    buffers = {
+        name: _buffer(name, (job.read_rows + 1, states.chunk[1]), storage_dtype(dtype))
+        for name, dtype in states.dtypes.items()
+    }
+    for start in range(tile.start, tile.stop, job.read_rows):
+        rows = min(job.read_rows, tile.stop - start)
+        carried = start > tile.start
+        for name, buffer in buffers.items():
+            if carried:
+                buffer[0] = buffer[job.read_rows]
+            states.read(name, start + carried, start + rows + 1, column, buffer[int(carried) : rows + 1])
+        done = slice(start - tile.start, start - tile.start + rows)
+        gram.products(
+            buffers["parameter"][: rows + 1],
+            buffers["gradient"][: rows + 1],
+            starts,
+            products[done],
+            ratio[done],
+            buffers.get(HVP),
+        )
+
+
+def _buffer(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the buffer of this worker thread, as large as asked for."""
+    held: dict[str, NDArray[Any]] = _buffers.__dict__.setdefault("held", {})
+    if name not in held or (held[name].shape, held[name].dtype) != (shape, dtype):
+        held[name] = np.empty(shape, dtype)
+    return held[name]
+
+
+def write_band(job: Job, band: Band, digest: str, parts: Iterable[Segments]) -> Band:
+    """Add up the segments of a band's tiles in the order of the element axis, and write its ledger."""
+    indices, grams, ratios = zip(*parts, strict=True)
+    ledger = Ledger(job.ledger)
+    products, ratio = gram.add_segments(
+        len(ledger.layout.tensors),
+        np.concatenate(indices),
+        np.concatenate(grams, axis=1),
+        np.concatenate(ratios, axis=1),
+    )
+    ledger.write(band, products, ratio, digest)
+    return band
+
+
+def whole_band(job: Job, band: Band, digest: str) -> Band:
+    """Compute and write a band in one task."""
+    return write_band(job, band, digest, [tile_segments(job, tile) for tile in band.tiles])
+
+
+# Executors ---------------------------------------------------------------------------------------------------
+
+
+def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+    """Run band after band in this process: the reference of all executors."""
+    for band, digest in bands:
+        yield whole_band(job, band, digest)
+
+
+def threads(workers: int) -> Executor:
+    """Run bands in threads of this process; reading and the kernel release the interpreter lock."""
+
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+        with ThreadPoolExecutor(workers) as pool:
+            pending: set[Future[Band]] = set()
+            for band, digest in bands:
+                if len(pending) >= workers * _AHEAD:
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+                pending.add(pool.submit(whole_band, job, band, digest))
+            yield from (future.result() for future in pending)
+
+    return run
+
+
+def dask_executor(client: Any) -> Executor:
+    """Run bands on the workers of a ``distributed.Client``."""
+
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+        from distributed import as_completed
+
+        ahead = _AHEAD * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        waiting = iter(bands)
+        finishing = as_completed(_submit(client, job, *item) for item in itertools.islice(waiting, ahead))
+        for future in finishing:
+            yield future.result()
+            for band, digest in itertools.islice(waiting, 1):
+                finishing.add(_submit(client, job, band, digest))
+
+    return run
+
+
+def _submit(client: Any, job: Job, band: Band, digest: str) -> Any:
+    name = f"{job.trajectory.parent.name}-{band.start}-{digest[:8]}"
+    if len(band.tiles) == 1:
+        return client.submit(whole_band, job, band, digest, key=f"ledger-{name}", pure=False)
+    parts = [
+        client.submit(tile_segments, job, tile, key=f"tile-{name}-{tile.first}", pure=False) for tile in band.tiles
+    ]
+    return client.submit(write_band, job, band, digest, parts, key=f"ledger-{name}", pure=False)
+
+
+@contextmanager
+def cluster(*, workers: int, memory_limit: int | None = None, scheduler: str | None = None) -> Iterator[Executor]:
+    """Executor on an existing Dask scheduler, or on a local cluster of processes of one thread each.
+
+    Parameters
+    ----------
+    workers : int
+        Processes of the local cluster.
+    memory_limit : int, optional
+        Bytes of each of them.
+    scheduler : str, optional
+        Address of an existing scheduler, for example ``tcp://host:8786``.
+
+    Raises
+    ------
+    InputError
+        Where the scheduler does not answer.
+    """
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=10)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise InputError(
+                f"the Dask scheduler does not answer: {error}",
+                where=scheduler,
+                why="it is not running, the address is wrong, or it wants TLS",
+                remedy="start one (dask scheduler) and give its address, or leave --scheduler out",
+            ) from error
+        with client:
+            yield dask_executor(client)
+        return
+    local = LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        memory_limit=memory_limit or "auto",
+        dashboard_address=None,
+        silence_logs=logging.ERROR,
+    )
+    with local, Client(local) as client:
+        yield dask_executor(client)

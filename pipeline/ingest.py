@@ -1,0 +1,501 @@
+"""Logs to store: read a training log into a trajectory, every step exactly once.
+
+Memory does not grow with the run or the model: tensors are read slice by slice into one chunk per array.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from pipeline.blocks import MEBIBYTE, chunk_shape
+from pipeline.schema import SCALARS, STATES, InputError, Layout, promote
+from pipeline.sources.base import LoggedStep, Source, StepContent, StepReader, where
+from pipeline.sources.formats import open_source
+from pipeline.store import Trajectory, checksum, storage_dtype
+
+__all__ = ["IngestSummary", "ingest"]
+
+_log = logging.getLogger(__name__)
+
+COMMIT_BYTES = 256 * MEBIBYTE
+"""Training state that one commit makes visible, about (one row of chunks at least)."""
+
+_OPEN_STEPS = 4
+_NOTES_SHOWN = 5
+
+Progress = Callable[[int, int], None]
+"""Called with steps done and steps in all."""
+
+
+@dataclass
+class IngestSummary:
+    """What an ingest did.
+
+    Attributes
+    ----------
+    new_steps, steps : int
+        Steps read now, and committed in all.
+    first_step, last_step : int
+        Of the trajectory.
+    tensors, elements : int
+        Size of the model.
+    dtypes : dict
+        Stored dtype of each array.
+    warnings : list of str
+        What a user should know: values that are not finite, keys that were not used, missing scalars.
+    """
+
+    new_steps: int
+    steps: int
+    first_step: int
+    last_step: int
+    tensors: int
+    elements: int
+    dtypes: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+
+
+def ingest(
+    source: Path,
+    store: Path,
+    *,
+    format: str | None = None,
+    allow_gaps: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> IngestSummary:
+    """Read the steps of a training log that the trajectory does not have yet.
+
+    Parameters
+    ----------
+    source : Path
+        The log.
+    store : Path
+        The trajectory; made where there is none.
+    format : str, optional
+        Log format; found by content where not given.
+    allow_gaps : bool
+        Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
+    overwrite : bool
+        Start anew, dropping what the trajectory holds.
+    progress : callable, optional
+        Called with steps done and steps in all.
+
+    Raises
+    ------
+    InputError
+        Bad input. All steps are described and compared before the first byte is written; what a later error
+        interrupts is either committed whole or invisible.
+    """
+    log, store = open_source(source, format), Path(store)
+    listed = log.steps()
+    with _only_writer(store):
+        if overwrite:
+            Trajectory.remove(store)
+        trajectory = Trajectory(store) if store.exists() else None
+        if trajectory is not None and not trajectory.rows:
+            trajectory = None
+        steps = listed if trajectory is None else _new_steps(log, listed, trajectory)
+        warnings: list[str] = []
+        if steps:
+            committed = [] if trajectory is None else trajectory.scalar("step").tolist()
+            if not allow_gaps:
+                _refuse_gaps(steps, committed)
+            contents = _describe(log, steps, warnings)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
+            _Writer(log, trajectory, contents, warnings).write(steps, progress)
+        elif trajectory is None:
+            raise AssertionError("a source lists at least one step")
+        numbers = trajectory.scalar("step")
+        warnings += _missing_scalars(trajectory)
+    for warning in warnings:
+        _log.warning("%s", warning)
+    return IngestSummary(
+        new_steps=len(steps),
+        steps=trajectory.rows,
+        first_step=int(numbers[0]),
+        last_step=int(numbers[-1]),
+        tensors=len(trajectory.layout.tensors),
+        elements=trajectory.layout.elements,
+        dtypes=dict(trajectory.dtypes),
+        warnings=warnings,
+    )
+
+
+@contextmanager
+def _only_writer(store: Path) -> Iterator[None]:
+    folder_is_new = not store.parent.exists()
+    store.parent.mkdir(parents=True, exist_ok=True)
+    path = store.with_name(f".{store.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            "another process is writing this trajectory",
+            where=str(store),
+            why="two ingests were started for one OUT",
+            remedy="wait until the other one is done, then run again: what it ingested is kept",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if folder_is_new and not store.exists():
+            # Refused input leaves nothing behind.
+            path.unlink(missing_ok=True)
+            store.parent.rmdir()
+
+
+# Which steps -------------------------------------------------------------------------------------------------
+
+
+def _identity(step: LoggedStep) -> dict[str, Any]:
+    try:
+        status = step.path.stat()
+    except OSError as error:
+        raise InputError(
+            f"the step cannot be found any more: {error.strerror}",
+            where=where(step),
+            why="the training run removed it while it was read",
+            remedy="run again; what was committed is kept",
+        ) from error
+    return {"name": step.path.name, "size": status.st_size, "time": status.st_mtime_ns}
+
+
+def _new_steps(log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory) -> list[LoggedStep]:
+    """Return the steps not committed yet; those that are must still be what was ingested."""
+    rows = {int(number): row for row, number in enumerate(trajectory.scalar("step"))}
+    records = trajectory.records()
+    sources = [source for record in records for source in record["sources"]]
+    last = max(rows)
+    new = []
+    for step in listed:
+        if step.number in rows:
+            if _identity(step) != sources[rows[step.number]]:
+                _require_same_content(log, step, rows[step.number], trajectory, records)
+        elif step.number > last:
+            new.append(step)
+        else:
+            raise InputError(
+                f"step {step.number} is new, but steps up to {last} are ingested already",
+                where=where(step),
+                why="the file was added later, or OUT holds another run",
+                remedy="choose another OUT, or start anew with --overwrite",
+            )
+    return new
+
+
+def _require_same_content(
+    log: Source, step: LoggedStep, row: int, trajectory: Trajectory, records: Sequence[Mapping[str, Any]]
+) -> None:
+    def refuse(what: str) -> InputError:
+        return InputError(
+            f"step {step.number} is ingested already, with {what}",
+            where=where(step),
+            why="the run was logged again with other values, or OUT holds another run",
+            remedy="choose another OUT, or start anew with --overwrite",
+        )
+
+    content = next(iter(_describe(log, [step], []).values()))
+    if _shapes(content) != _layout_shapes(trajectory) or set(content.arrays) != set(trajectory.dtypes):
+        raise refuse("other tensors")
+    for name in SCALARS:
+        before = float(trajectory.scalar(name)[row])
+        now = content.scalars.get(name, math.nan)
+        if now != before and not (math.isnan(now) and math.isnan(before)):
+            raise refuse(f"{name} {before!r}, and now has {now!r}")
+    record = next(r for r in records if r["start"] <= row < r["stop"])
+    with log.open(step) as reader:
+        for name, dtype in trajectory.dtypes.items():
+            for column in range(trajectory.columns):
+                buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))
+                first, last = trajectory.column(column)
+                _fill(reader, content, name, dtype, trajectory.layout, first, last, buffer)
+                stored = record["checksums"][name][row - record["start"]][column]
+                if checksum(buffer[: last - first]) != stored:
+                    raise refuse(f"another {name}")
+
+
+def _refuse_gaps(steps: Sequence[LoggedStep], committed: Sequence[int]) -> None:
+    numbers = [*committed[-2:], *(step.number for step in steps)]
+    files = {step.number: step for step in steps}
+    spans = np.diff(numbers)
+    if len(spans) < 2 or (spans == spans[0]).all():
+        return
+    usual = int(spans[0]) if len(committed) > 1 else int(np.median(spans))
+    for before, after in itertools.pairwise(numbers):
+        if after - before != usual:
+            missing = f"step {before + usual} is missing" if after - before > usual else "steps are uneven"
+            raise InputError(
+                f"{missing}: steps are {usual} apart, but {after} follows {before}",
+                where=where(files[after]),
+                why="a file was lost or is still to come, or the run was logged at changing intervals",
+                remedy="restore the file, or pass --allow-gaps to keep the gap: step_span then says how wide it is",
+            )
+
+
+# What they hold ----------------------------------------------------------------------------------------------
+
+
+def _shapes(content: StepContent) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in content.arrays["parameter"].items()}
+
+
+def _layout_shapes(trajectory: Trajectory) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in trajectory.layout.tensors}
+
+
+def _describe(log: Source, steps: Sequence[LoggedStep], warnings: list[str]) -> dict[LoggedStep, StepContent]:
+    """Describe steps, all with the tensors of the first."""
+    contents: dict[LoggedStep, StepContent] = {}
+    unused: dict[str, LoggedStep] = {}
+    first = steps[0]
+    for step in steps:
+        with log.open(step) as reader:
+            content = reader.content()
+        unused.update({key: step for key in content.unused if key not in unused})
+        _require_like(step, content, first, contents.get(first, content))
+        # Equal descriptions are kept once: a long run of a large model has many.
+        same = contents.get(first)
+        arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
+        contents[step] = StepContent(arrays, content.scalars)
+    if unused:
+        key, step = next(iter(unused.items()))
+        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.path.name}) the first of them")
+    return contents
+
+
+def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
+    for name in sorted({*model.arrays, *content.arrays}, key=STATES.index):
+        have, expect = content.arrays.get(name), model.arrays.get(name)
+        if have is None or expect is None:
+            lacking = step if have is None else first
+            raise InputError(
+                f"{name} is not logged at every step",
+                where=where(lacking, name),
+                remedy=f"log {name} at every step, or at none",
+            )
+        for tensor in {**expect, **have}:
+            if tensor not in have or tensor not in expect:
+                verb = "is gone" if tensor not in have else "is new"
+                what = f"tensor {tensor!r} {verb} at step {step.number}"
+            elif have[tensor].shape != expect[tensor].shape:
+                what = f"shape changes from {expect[tensor].shape} to {have[tensor].shape}"
+            elif have[tensor].dtype != expect[tensor].dtype:
+                what = f"dtype changes from {expect[tensor].dtype} to {have[tensor].dtype}"
+            else:
+                continue
+            raise InputError(
+                what,
+                where=where(step, name, tensor),
+                why=f"the run was restarted with another model; the first step here is {first.number}",
+                remedy="process the steps of each model as a run of its own",
+            )
+
+
+def _matching_trajectory(
+    store: Path, trajectory: Trajectory | None, first: LoggedStep, contents: Mapping[LoggedStep, StepContent]
+) -> Trajectory:
+    """Return the trajectory to append to, or a new one laid out for these steps."""
+    content = contents[first]
+    logged = content.arrays
+    dtypes = {name: promote([t.dtype for t in logged[name].values()]) for name in STATES if name in logged}
+    layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in logged["parameter"].items()})
+    if trajectory is None:
+        return Trajectory.create(store, layout, dtypes, chunk_shape(len(contents), layout.elements))
+    if _shapes(content) != _layout_shapes(trajectory):
+        raise InputError(
+            "these steps are of another model than the trajectory's",
+            where=where(first),
+            why="OUT holds another run",
+            remedy="choose another OUT, or start anew with --overwrite",
+        )
+    if dtypes != trajectory.dtypes:
+        raise InputError(
+            f"dtypes change from {trajectory.dtypes} to {dtypes}",
+            where=where(first),
+            why="the run was restarted in another precision, or OUT holds another run",
+            remedy="choose another OUT, or start anew with --overwrite",
+        )
+    return trajectory
+
+
+def _missing_scalars(trajectory: Trajectory) -> list[str]:
+    remedies = {
+        "loss": "results that need it are NaN with status unverifiable",
+        "learning_rate": "give it with --learning-rate; without it no metric exists",
+    }
+    missing = []
+    for name in SCALARS:
+        absent = int(np.isnan(trajectory.scalar(name)).sum())
+        if absent:
+            missing.append(f"{name} is missing or NaN in {absent} of {trajectory.rows} steps: {remedies[name]}")
+    return missing
+
+
+# Reading and writing -----------------------------------------------------------------------------------------
+
+
+def _fill(
+    reader: StepReader,
+    content: StepContent,
+    name: str,
+    dtype: str,
+    layout: Layout,
+    first: int,
+    last: int,
+    out: NDArray[Any],
+) -> None:
+    """Read the elements ``first`` to ``last`` of a step into a row of a chunk."""
+    for index, low, high in layout.segments(first, last):
+        tensor = layout.tensors[index]
+        part = out[low - first : high - first]
+        logged = content.arrays[name][tensor.name].dtype
+        if logged == dtype:
+            reader.read(name, tensor.name, low - tensor.offset, part)
+        else:
+            # A mixed model is stored in the smallest dtype that holds all of it exactly.
+            words = np.empty(part.size, storage_dtype(logged))
+            reader.read(name, tensor.name, low - tensor.offset, words)
+            part[:] = _float32(words) if logged == "bfloat16" else words
+
+
+def _float32(bfloat16: NDArray[Any]) -> NDArray[np.float32]:
+    return (bfloat16.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _all_finite(words: NDArray[Any], dtype: str) -> bool:
+    if dtype == "bfloat16":
+        return not bool(((words & 0x7F80) == 0x7F80).any())
+    # A sum of squares is one pass at memory speed; only where it is not finite every value is looked at.
+    with np.errstate(all="ignore"):
+        if dtype in ("float32", "float64") and np.isfinite(words @ words):
+            return True
+    return bool(np.isfinite(words).all())
+
+
+class _OpenSteps:
+    """The steps opened last, as one chunk column after the other reads the same few of a wide model."""
+
+    def __init__(self, log: Source, stack: ExitStack) -> None:
+        self._log, self._stack = log, stack
+        self._open: OrderedDict[LoggedStep, tuple[AbstractContextManager[StepReader], StepReader]] = OrderedDict()
+        stack.callback(self.close)
+
+    def get(self, step: LoggedStep) -> StepReader:
+        if step not in self._open:
+            if len(self._open) == _OPEN_STEPS:
+                _, (oldest, _) = self._open.popitem(last=False)
+                oldest.__exit__(None, None, None)
+            manager = self._log.open(step)
+            self._open[step] = (manager, manager.__enter__())
+        return self._open[step][1]
+
+    def close(self) -> None:
+        while self._open:
+            _, (manager, _) = self._open.popitem()
+            manager.__exit__(None, None, None)
+
+
+class _Writer:
+    """Copies steps into the trajectory, one row of chunks after the other, and commits them."""
+
+    def __init__(
+        self,
+        log: Source,
+        trajectory: Trajectory,
+        contents: Mapping[LoggedStep, StepContent],
+        warnings: list[str],
+    ) -> None:
+        self._log, self._trajectory, self._contents = log, trajectory, contents
+        self._warnings = warnings
+        self._not_finite: list[str] = []
+        self._buffers = {
+            name: np.zeros(trajectory.chunk, storage_dtype(dtype)) for name, dtype in trajectory.dtypes.items()
+        }
+
+    def write(self, steps: Sequence[LoggedStep], progress: Progress | None) -> None:
+        rows = self._trajectory.chunk[0]
+        row_bytes = sum(b.itemsize for b in self._buffers.values()) * self._trajectory.layout.elements
+        per_commit = max(1, COMMIT_BYTES // max(1, rows * row_bytes)) * rows
+        done = 0
+        while done < len(steps):
+            # The first commit fills up a chunk that an earlier ingest left half full.
+            count = per_commit - self._trajectory.rows % rows
+            self._commit(steps[done : done + count])
+            done = min(done + count, len(steps))
+            if progress is not None:
+                progress(done, len(steps))
+        if self._not_finite:
+            shown = "; ".join(self._not_finite[:_NOTES_SHOWN])
+            more = len(self._not_finite) - _NOTES_SHOWN
+            self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
+
+    def _commit(self, steps: Sequence[LoggedStep]) -> None:
+        trajectory = self._trajectory
+        sources = [_identity(step) for step in steps]
+        checksums: dict[str, list[list[int]]] = {name: [[] for _ in steps] for name in self._buffers}
+        start, rows = trajectory.rows, trajectory.chunk[0]
+        position = 0
+        while position < len(steps):
+            count = min(rows - (start + position) % rows, len(steps) - position)
+            self._write_chunks(steps, position, count, start + position, checksums)
+            position += count
+        changed = [step for step, before in zip(steps, sources, strict=True) if _identity(step) != before]
+        if changed:
+            raise InputError(
+                f"step {changed[0].number} changed while it was read",
+                where=where(changed[0]),
+                why="the training run is still writing this file",
+                remedy="write steps to another name and rename them; run again",
+            )
+        scalars = {name: [self._contents[step].scalars.get(name, math.nan) for step in steps] for name in SCALARS}
+        trajectory.commit([step.number for step in steps], scalars, sources, checksums)
+
+    def _write_chunks(
+        self,
+        steps: Sequence[LoggedStep],
+        position: int,
+        count: int,
+        start: int,
+        checksums: Mapping[str, list[list[int]]],
+    ) -> None:
+        """Read and write one row of chunks, column by column."""
+        layout = self._trajectory.layout
+        with ExitStack() as stack:
+            opened = _OpenSteps(self._log, stack)
+            for column in range(self._trajectory.columns):
+                first, last = self._trajectory.column(column)
+                for row in range(count):
+                    step = steps[position + row]
+                    reader = opened.get(step)
+                    for name, buffer in self._buffers.items():
+                        dtype = self._trajectory.dtypes[name]
+                        out = buffer[row]
+                        _fill(reader, self._contents[step], name, dtype, layout, first, last, out)
+                        words = out[: last - first]
+                        checksums[name][position + row].append(checksum(words))
+                        if not _all_finite(words, dtype):
+                            self._note_not_finite(step, name, dtype, first, last, out)
+                for name, buffer in self._buffers.items():
+                    self._trajectory.write(name, start, column, buffer[:count])
+
+    def _note_not_finite(
+        self, step: LoggedStep, name: str, dtype: str, first: int, last: int, out: NDArray[Any]
+    ) -> None:
+        for index, low, high in self._trajectory.layout.segments(first, last):
+            if not _all_finite(out[low - first : high - first], dtype):
+                self._not_finite.append(where(step, name, self._trajectory.layout.tensors[index].name))
