@@ -1,1 +1,21 @@
-"""Prefect flows: one task per run or batch of steps; they pass paths, never arrays."""
+"""Prefect flows: one task per run or per batch of steps; they pass paths, never arrays.
+
+``flows.runs``
+    `ingest_run`, `analyze_run`, `process_run`.
+``flows.demo``
+    The experiments of the paper, logged and processed.
+
+The flows run on Prefect's embedded server (SQLite) where ``PREFECT_API_URL`` is not set. Nothing is sent
+anywhere: the defaults below are set before Prefect is imported, and an environment that says otherwise wins.
+"""
+
+import os
+
+_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # A cold start took 18 s on a busy machine, and the default is 20.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)

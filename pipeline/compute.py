@@ -25,7 +25,17 @@ from pipeline.blocks import Band, PassPlan, Tile, plan_pass
 from pipeline.schema import HVP, InputError
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
-__all__ = ["Executor", "PassSummary", "compute_ledger", "dask_executor", "serial", "threads"]
+__all__ = [
+    "Executor",
+    "PassSummary",
+    "compute_ledger",
+    "existing_cluster",
+    "local_cluster",
+    "local_scheduler",
+    "memory_bytes",
+    "serial",
+    "threads",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +94,7 @@ def compute_ledger(
     ----------
     trajectory, ledger : Path
     executor : callable, optional
-        `serial` (the default), `threads(n)`, or `dask_executor(client)`.
+        `serial` (the default), `threads(n)`, `local_cluster(n)` or `existing_cluster(address)`.
     memory_limit : int, optional
         Bytes that a worker process may use.
     progress : callable, optional
@@ -133,6 +143,24 @@ def _band_rows(ledger: Path, states: Trajectory, names: tuple[str, ...]) -> int 
         return None
     book = Ledger(ledger)
     return book.band_rows if (book.layout, book.vectors) == (states.layout, names) else None
+
+
+def memory_bytes(amount: str) -> int:
+    """Bytes of an amount of memory as Dask writes it, for example ``512MiB`` or ``2GB``.
+
+    Raises
+    ------
+    InputError
+        Where it is none.
+    """
+    from dask.utils import parse_bytes
+
+    try:
+        return int(parse_bytes(amount))
+    except ValueError as error:
+        raise InputError(
+            f"{amount!r} is not an amount of memory", where="--memory-limit", remedy="say 512MiB or 2GB"
+        ) from error
 
 
 # Tasks -------------------------------------------------------------------------------------------------------
@@ -246,21 +274,93 @@ def threads(workers: int) -> Executor:
     return run
 
 
-def dask_executor(client: Any) -> Executor:
-    """Run bands on the workers of a ``distributed.Client``."""
+def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
+    """Run bands on a Dask cluster of processes on this machine, of one thread each.
+
+    Parameters
+    ----------
+    workers : int
+        Processes, at most: a run of one band is computed in this process.
+    memory_limit : int, optional
+        Bytes of each process.
+    """
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
-        from distributed import as_completed
-
-        ahead = _AHEAD * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-        waiting = iter(bands)
-        finishing = as_completed(_submit(client, job, *item) for item in itertools.islice(waiting, ahead))
-        for future in finishing:
-            yield future.result()
-            for band, digest in itertools.islice(waiting, 1):
-                finishing.add(_submit(client, job, band, digest))
+        processes = min(workers, len(bands))
+        if processes < 2:
+            yield from serial(job, bands)
+            return
+        with local_scheduler(processes, memory_limit) as address:
+            yield from existing_cluster(address)(job, bands)
 
     return run
+
+
+@contextmanager
+def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[str]:
+    """Dask cluster of processes on this machine, of one thread each; gives the address of its scheduler.
+
+    Parameters
+    ----------
+    workers : int
+    memory_limit : int, optional
+        Bytes of each process.
+    """
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        memory_limit=memory_limit or "auto",
+        dashboard_address=None,
+        silence_logs=logging.ERROR,
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def existing_cluster(address: str) -> Executor:
+    """Run bands on the workers of a Dask scheduler that is there already.
+
+    Parameters
+    ----------
+    address : str
+        For example ``tcp://host:8786``. Its workers need this package, and the paths of the stores.
+
+    Raises
+    ------
+    InputError
+        When run, where the scheduler does not answer.
+    """
+
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+        from distributed import Client
+
+        try:
+            client = Client(address, timeout=10)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise InputError(
+                f"the Dask scheduler does not answer: {error}",
+                where=address,
+                why="it is not running, the address is wrong, or it wants TLS",
+                remedy="start one (dask scheduler) and give its address, or leave --scheduler out",
+            ) from error
+        with client:
+            yield from _run_on(client, job, bands)
+
+    return run
+
+
+def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+    from distributed import as_completed
+
+    ahead = _AHEAD * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    waiting = iter(bands)
+    finishing = as_completed(_submit(client, job, *item) for item in itertools.islice(waiting, ahead))
+    for future in finishing:
+        yield future.result()
+        for band, digest in itertools.islice(waiting, 1):
+            finishing.add(_submit(client, job, band, digest))
 
 
 def _submit(client: Any, job: Job, band: Band, digest: str) -> Any:
@@ -271,48 +371,3 @@ def _submit(client: Any, job: Job, band: Band, digest: str) -> Any:
         client.submit(tile_segments, job, tile, key=f"tile-{name}-{tile.first}", pure=False) for tile in band.tiles
     ]
     return client.submit(write_band, job, band, digest, parts, key=f"ledger-{name}", pure=False)
-
-
-@contextmanager
-def cluster(*, workers: int, memory_limit: int | None = None, scheduler: str | None = None) -> Iterator[Executor]:
-    """Executor on an existing Dask scheduler, or on a local cluster of processes of one thread each.
-
-    Parameters
-    ----------
-    workers : int
-        Processes of the local cluster.
-    memory_limit : int, optional
-        Bytes of each of them.
-    scheduler : str, optional
-        Address of an existing scheduler, for example ``tcp://host:8786``.
-
-    Raises
-    ------
-    InputError
-        Where the scheduler does not answer.
-    """
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=10)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise InputError(
-                f"the Dask scheduler does not answer: {error}",
-                where=scheduler,
-                why="it is not running, the address is wrong, or it wants TLS",
-                remedy="start one (dask scheduler) and give its address, or leave --scheduler out",
-            ) from error
-        with client:
-            yield dask_executor(client)
-        return
-    local = LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        memory_limit=memory_limit or "auto",
-        dashboard_address=None,
-        silence_logs=logging.ERROR,
-    )
-    with local, Client(local) as client:
-        yield dask_executor(client)

@@ -315,7 +315,8 @@ def _matching_trajectory(
     dtypes = {name: promote([t.dtype for t in logged[name].values()]) for name in STATES if name in logged}
     layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in logged["parameter"].items()})
     if trajectory is None:
-        return Trajectory.create(store, layout, dtypes, chunk_shape(len(contents), layout.elements))
+        chunk = chunk_shape(len(contents), layout.elements)
+        return Trajectory.create(store, layout, dtypes, chunk, str(first.path.parent.absolute()))
     if _shapes(content) != _layout_shapes(trajectory):
         raise InputError(
             "these steps are of another model than the trajectory's",

@@ -149,6 +149,8 @@ class Trajectory:
         Steps and elements of a chunk.
     dtypes : dict
         Logical dtype (``bfloat16`` included) of each array (step, element).
+    source : str
+        Where the log was.
     rows : int
         Committed states.
 
@@ -170,6 +172,7 @@ class Trajectory:
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
         self.dtypes: dict[str, str] = attributes["dtypes"]
+        self.source: str = attributes["source"]
         self._arrays: dict[str, zarr.Array[Any]] = {
             name: array for name, array in group.arrays() if name in (*self.dtypes, STEP, *SCALARS)
         }
@@ -185,6 +188,7 @@ class Trajectory:
         layout: Layout,
         dtypes: Mapping[str, str],
         chunk: tuple[int, int],
+        source: str = "",
         compressors: Any = None,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one in which nothing was committed.
@@ -197,11 +201,18 @@ class Trajectory:
             Array (``parameter``, ``gradient``, ``hvp``) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
+        source : str, optional
+            Where the log was, for provenance.
         compressors : Zarr codecs, optional
             None stores floats as they are: training state hardly compresses (DESIGN, section 5).
         """
         _remove(path, "trajectory")
-        attributes = {"layout": layout.to_json(), "chunk": list(chunk), "dtypes": dict(dtypes)}
+        attributes = {
+            "source": source,
+            "layout": layout.to_json(),
+            "chunk": list(chunk),
+            "dtypes": dict(dtypes),
+        }
         group = _create_group(path, "trajectory", attributes)
         for name, dtype in dtypes.items():
             group.create_array(
@@ -393,6 +404,10 @@ class Trajectory:
         metadata = dataclasses.replace(array.metadata, shape=(rows, *array.shape[1:]))
         sized = zarr.AsyncArray(metadata, array.store_path, config=array.async_array.config)
         return zarr.Array(sized)
+
+    def fingerprint(self) -> str:
+        """Digest of every committed state."""
+        return self.digests([Band(0, self.rows, ())])[Band(0, self.rows, ())]
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""

@@ -1,0 +1,270 @@
+"""The command line. Heavy libraries are imported by the commands that need them, so help answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.schema import InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="natgrad",
+    help="Which metric makes a logged training run natural gradient descent, step by step and tensor by tensor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a training log.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run's stores, results and report.")]
+FormatName = Annotated[
+    str | None, typer.Option("--format", help="Log format (natgrad formats); found if left out.")
+]
+AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate where the log has none.")]
+Gamma = Annotated[
+    list[float] | None,
+    typer.Option(help="Weight of the metric family, eq. (22); repeat for several. [default: 0.01 0.1 1 10 100]"),
+]
+Window = Annotated[
+    list[int] | None, typer.Option(help="Window of m updates, eq. (3); repeat for several. [default: 1]")
+]
+Workers = Annotated[int | None, typer.Option(help="Processes on this machine. [default: one per processor]")]
+Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="An existing Dask scheduler.")]
+MemoryLimit = Annotated[str, typer.Option(help="Memory of each worker process.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks; warnings and errors only.")]
+
+
+class _Face:
+    """What a command shows: progress and remarks on standard error, the answer on standard output."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        self.as_json, self.quiet = as_json, quiet
+        self.console = Console(stderr=True)
+        handler = RichHandler(console=self.console, show_time=False, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger = logging.getLogger("pipeline")
+        logger.handlers = [handler]
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Progress bar on a terminal, and nothing elsewhere."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        disabled = self.quiet or not self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=disabled) as bars:
+            task = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+    def answer(self, values: dict[str, Any]) -> None:
+        """Print the answer of a command."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(values) + "\n")
+        else:
+            sys.stdout.write("".join(_lines(values)))
+
+
+def _lines(values: dict[str, Any]) -> Iterator[str]:
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        if name == "angle" and value is not None:
+            shown = "min {:.6g}, median {:.6g}, max {:.6g} rad".format(*value)
+        elif isinstance(value, list) and value and isinstance(value[0], float):
+            shown = "min {:.6g}, median {:.6g}, max {:.6g}".format(*value)
+        elif isinstance(value, dict):
+            shown = ", ".join(f"{key} {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            shown = "; ".join(map(str, value)) or "none"
+        else:
+            shown = str(value)
+        yield f"{name.replace('_', ' '):<{width}}  {shown}\n"
+
+
+def _options(
+    learning_rate: float | None,
+    gamma: list[float] | None,
+    window: list[int] | None,
+    workers: int | None,
+    scheduler: str | None,
+    memory_limit: str,
+) -> Any:
+    from pipeline.compute import memory_bytes
+    from pipeline.run import Analysis
+
+    memory = memory_bytes(memory_limit)
+    chosen: dict[str, Any] = {"gammas": tuple(gamma)} if gamma else {}
+    chosen |= {"windows": tuple(window)} if window else {}
+    return Analysis(
+        learning_rate=learning_rate, workers=workers, scheduler=scheduler, memory_limit=memory, **chosen
+    )
+
+
+@app.command()
+def process(
+    source: Source,
+    out: Out,
+    format: FormatName = None,
+    allow_gaps: AllowGaps = False,
+    overwrite: Overwrite = False,
+    learning_rate: LearningRate = None,
+    gamma: Gamma = None,
+    window: Window = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    memory_limit: MemoryLimit = "512MiB",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ingest, analyze and report a run in a row."""
+    from pipeline import run
+
+    face = _Face(as_json, quiet)
+    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit)
+    with face.progress("ingest") as progress:
+        answer = run.ingest_run(
+            source, out, format=format, allow_gaps=allow_gaps, overwrite=overwrite, progress=progress
+        )
+    with face.progress("analyze") as progress:
+        answer |= run.analyze_run(out, options, progress=progress)
+    face.answer(answer | run.report_run([out]))
+
+
+@app.command()
+def ingest(
+    source: Source,
+    out: Out,
+    format: FormatName = None,
+    allow_gaps: AllowGaps = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read the new steps of a training log into OUT/trajectory.zarr."""
+    from pipeline import run
+
+    face = _Face(as_json, quiet)
+    with face.progress("ingest") as progress:
+        answer = run.ingest_run(
+            source, out, format=format, allow_gaps=allow_gaps, overwrite=overwrite, progress=progress
+        )
+    face.answer(answer)
+
+
+@app.command()
+def analyze(
+    out: Out,
+    learning_rate: LearningRate = None,
+    gamma: Gamma = None,
+    window: Window = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    memory_limit: MemoryLimit = "512MiB",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute OUT/ledger.zarr, or what is missing of it, and OUT/results.zarr."""
+    from pipeline import run
+
+    face = _Face(as_json, quiet)
+    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit)
+    with face.progress("analyze") as progress:
+        answer = run.analyze_run(out, options, progress=progress)
+    face.answer(answer)
+
+
+@app.command()
+def report(
+    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders of one or several runs.")],
+    page: Annotated[Path | None, typer.Option(help="The page. [default: report.html in the first OUT]")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw Figure 3 of the paper from the results of one run, or of several on one page."""
+    from pipeline import run
+
+    _Face(as_json, quiet).answer(run.report_run(outs, page))
+
+
+@app.command()
+def info(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Say what OUT holds."""
+    from pipeline import run
+
+    _Face(as_json, quiet).answer(run.describe_run(out))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for logs, runs and the report.")] = Path(
+        "demo"
+    ),
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "512MiB",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Log the experiments of the paper, process the logs, and draw them on one page."""
+    from pipeline import run
+    from pipeline.experiments.demo import WINDOW, write_demo_logs
+
+    face = _Face(as_json, quiet)
+    options = _options(None, None, [WINDOW], workers, None, memory_limit)
+    runs = {}
+    for name, log in write_demo_logs(out / "logs").items():
+        runs[name] = out / "runs" / name
+        with face.progress(f"{name}: ingest") as progress:
+            run.ingest_run(log, runs[name], progress=progress)
+        with face.progress(f"{name}: analyze") as progress:
+            run.analyze_run(runs[name], options, progress=progress)
+        run.report_run([runs[name]])
+    answer = {name: str(run.RunFolder(path).results) for name, path in runs.items()}
+    face.answer(answer | run.report_run(runs, out / "report.html"))
+
+
+@app.command()
+def formats(as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the log formats that can be read, and what each can and cannot give."""
+    from pipeline.sources.formats import FORMATS
+
+    table = {
+        name: {"layout": format.layout, "gives": format.gives, "lacks": format.lacks}
+        for name, format in FORMATS.items()
+    }
+    if as_json:
+        _Face(as_json, quiet).answer(table)
+        return
+    for name, entry in table.items():
+        sys.stdout.write(f"{name}\n" + "".join(f"  {key:<7} {text}\n" for key, text in entry.items()))
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exits with 0 when done, 2 on bad usage or bad input (the message says what, where, why and what to do), and
+    1 on anything else.
+    """
+    try:
+        app()
+    except InputError as error:
+        if "--json" in sys.argv:
+            parts = {"what": error.what, "where": error.where, "why": error.why, "do": error.remedy}
+            sys.stdout.write(json.dumps({"error": parts}) + "\n")
+        sys.stderr.write(f"natgrad: {error}\n")
+        raise SystemExit(2) from error

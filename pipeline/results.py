@@ -1,0 +1,364 @@
+"""Ledger to labelled results: the only file that labels with xarray.
+
+`label` turns ledger arrays into a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``, in the
+names of `pipeline.schema`; the formulas are `pipeline.geometry`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from pipeline import geometry
+from pipeline.geometry import Pair
+from pipeline.schema import (
+    DESCENT,
+    DESCENTS,
+    DIMENSIONS,
+    GAMMA,
+    STEP,
+    TENSOR,
+    VARIABLES,
+    WINDOW,
+    InputError,
+    Layout,
+    Status,
+    unit_roundoff,
+)
+
+__all__ = ["GAMMAS", "Inputs", "label", "read", "write"]
+
+GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What results are made of, all of it small: nothing scales with the number of elements.
+
+    Attributes
+    ----------
+    gram : float64 array, shape (rows, tensors, vectors, vectors)
+        The Gram ledger.
+    vectors : tuple of str
+        Its vectors.
+    layout : Layout
+    steps, spans : int64 array, shape (rows,)
+        Step before the update, and updates to the next logged state.
+    loss : float64 array, shape (rows + 1,)
+        NaN where not logged.
+    learning_rate : float64 array, shape (rows,)
+        NaN where neither logged nor given.
+    gradient_dtype : str
+        Stored dtype of the gradient.
+    """
+
+    gram: Array
+    vectors: tuple[str, ...]
+    layout: Layout
+    steps: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    loss: Array
+    learning_rate: Array
+    gradient_dtype: str
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Model or tensors: pairs per row, what rounding can move them by, and the dimensions."""
+
+    dimensions: tuple[str, ...]
+    pair: Pair
+    update_floor: Array
+    gradient_floor: Array
+    parameter_norm: Array
+
+
+def label(
+    inputs: Inputs,
+    *,
+    gammas: Sequence[float] = GAMMAS,
+    windows: Sequence[int] = (1,),
+    provenance: Mapping[str, Any] | None = None,
+) -> xr.DataTree:
+    """Compute and label all results of a run.
+
+    Parameters
+    ----------
+    inputs : Inputs
+    gammas : sequence of float
+        Positive weights of the one-parameter family.
+    windows : sequence of int
+        Windows m of consecutive logged updates; 1 is always there. A row whose window passes the end of the
+        run is NaN with status ``unverifiable``.
+    provenance : mapping, optional
+        Attributes of the root.
+
+    Raises
+    ------
+    InputError
+        Where a gamma is not positive, or a window is not a positive number of updates of the run.
+    """
+    rows = len(inputs.steps)
+    windows = sorted({1, *windows})
+    gammas = sorted({float(gamma) for gamma in gammas})
+    if not gammas or not all(np.isfinite(gamma) and gamma > 0 for gamma in gammas):
+        raise InputError(f"gamma must be positive, got {gammas}", where="--gamma", remedy="give values above 0")
+    if windows[0] < 1 or windows[-1] > rows:
+        raise InputError(
+            f"windows {windows} do not fit a run of {rows} updates",
+            where="--window",
+            remedy=f"give numbers of updates from 1 to {rows}",
+        )
+    model, tensors = _levels(inputs)
+    tree = xr.DataTree.from_dict(
+        {
+            "/model": _dataset(inputs, model, model, gammas, windows),
+            "/tensor": _dataset(inputs, tensors, model, gammas, windows),
+        }
+    )
+    tree.attrs = {"Conventions": "CF-1.11", **(provenance or {}), "versions": versions()}
+    return tree
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that the numbers depend on."""
+    packages = ("natgrad-pipeline", "numpy", "numba", "xarray", "zarr", "dask")
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+# From the ledger to pairs of vectors -------------------------------------------------------------------------
+
+
+def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
+    gram, layout = inputs.gram, inputs.layout
+    index = {name: position for position, name in enumerate(inputs.vectors)}
+
+    def norm(vector: str) -> Array:
+        return np.sqrt(gram[..., index[vector], index[vector]])
+
+    # A row that spans k updates has moved by k of them: the update g is their mean (eq. 2).
+    rate = (inputs.learning_rate * inputs.spans)[:, None]
+    sizes = np.array([tensor.size for tensor in layout.tensors])
+    roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
+    pair = geometry.pair(gram, rate, sizes, vectors=inputs.vectors)
+    displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        update_floor = displacement_floor / rate
+    tensors = _Level(
+        (STEP, TENSOR),
+        pair,
+        update_floor,
+        unit_roundoff(inputs.gradient_dtype) * norm("gradient"),
+        norm("parameter"),
+    )
+    model = _Level(
+        (STEP,),
+        geometry.direct_sum(pair, axis=1),
+        _norm(tensors.update_floor, axis=1),
+        _norm(tensors.gradient_floor, axis=1),
+        _norm(tensors.parameter_norm, axis=1),
+    )
+    return model, tensors
+
+
+def _norm(values: Array, axis: int) -> Array:
+    return np.sqrt(np.square(values).sum(axis=axis))
+
+
+def _rolling_norm(values: Array, m: int) -> Array:
+    return _norm(np.lib.stride_tricks.sliding_window_view(values, m, axis=0), axis=-1)
+
+
+def _to_length(values: NDArray[Any], rows: int, fill: Any) -> NDArray[Any]:
+    """Fill up the rows at the end of the run whose window is not whole."""
+    missing = rows - values.shape[0]
+    return np.concatenate([values, np.full((missing, *values.shape[1:]), fill, values.dtype)])
+
+
+# From pairs to variables -------------------------------------------------------------------------------------
+
+
+def _dataset(
+    inputs: Inputs, level: _Level, model: _Level, gammas: Sequence[float], windows: Sequence[int]
+) -> xr.Dataset:
+    rows = len(inputs.steps)
+    leading = level.dimensions
+    full = (*leading, DESCENT, WINDOW)
+    columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
+        "loss": ((STEP,), inputs.loss[:-1]),
+        "learning_rate": ((STEP,), inputs.learning_rate),
+        "step_span": ((STEP,), inputs.spans),
+        "parameter_norm": (leading, level.parameter_norm),
+        "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs.loss, m, rows) for m in windows])),
+        "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs.loss, m, rows) for m in windows])),
+    }
+    cells = [[_metrics(inputs, level, model, descent, m, gammas) for m in windows] for descent in DESCENTS]
+    for name in cells[0][0]:
+        dimensions = (*full, GAMMA) if name.startswith("family_") else full
+        axis = len(leading)
+        stacked = np.stack([np.stack([cell[name] for cell in row], axis=axis) for row in cells], axis=axis)
+        columns[name] = (dimensions, stacked)
+    # The update does not depend on which gradient it is compared with.
+    columns["update_norm"] = ((*leading, WINDOW), columns["update_norm"][1][..., 0, :])
+    coordinates: dict[str, Any] = {
+        STEP: inputs.steps,
+        DESCENT: np.array(DESCENTS, dtype=object),
+        WINDOW: np.array(windows, dtype=np.int64),
+        GAMMA: np.array(gammas),
+    }
+    if TENSOR in leading:
+        coordinates[TENSOR] = np.array(inputs.layout.names, dtype=object)
+    dataset = xr.Dataset({name: columns[name] for name in VARIABLES if name in columns}, coordinates)
+    return _described(dataset)
+
+
+def _stack(per_window: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.stack(per_window, axis=-1)
+
+
+def _loss_average(loss: Array, m: int, rows: int) -> Array:
+    return _to_length(np.lib.stride_tricks.sliding_window_view(loss[:-1], m).mean(axis=-1), rows, np.nan)
+
+
+def _loss_decrease(loss: Array, m: int, rows: int) -> Array:
+    return _to_length(loss[:-m] - loss[m:], rows, np.nan)
+
+
+def _metrics(
+    inputs: Inputs, level: _Level, model: _Level, descent: str, m: int, gammas: Sequence[float]
+) -> dict[str, NDArray[Any]]:
+    """Variables of one descent and one window, each of shape (rows, ...)."""
+    rows, per_tensor = len(inputs.steps), level is not model
+    rate = inputs.learning_rate * inputs.spans
+    change = np.diff(inputs.loss)
+    known = np.isfinite(change) if descent == "corrected" else np.ones(rows, dtype=bool)
+    # An update no larger than its own rounding cannot be told from it.
+    verifiable = ~(level.update_floor >= level.pair.update_norm) & (known[:, None] if per_tensor else known)
+    rates, changes = (rate[:, None], change[:, None]) if per_tensor else (rate, change)
+    pair = level.pair
+    if descent == "corrected":
+        whole = _column(model.pair) if per_tensor else model.pair
+        pair = geometry.corrected(pair, rates, changes, model=whole)
+
+    window = geometry.window(pair, m)
+    update_floor = _rolling_norm(level.update_floor, m)
+    gradient_floor = _rolling_norm(level.gradient_floor, m) / m
+    whole_window = np.lib.stride_tricks.sliding_window_view(verifiable, m, axis=0).all(axis=-1)
+    # The slowest rate stands for the window: it is NaN where one is missing, and not positive where one is not.
+    slowest = np.lib.stride_tricks.sliding_window_view(np.broadcast_to(rates, verifiable.shape), m, axis=0).min(
+        axis=-1
+    )
+    status = geometry.status(window, slowest, verifiable=whole_window)
+
+    angle = geometry.angle(window)
+    uncertainty = geometry.angle_uncertainty(window, window.update_norm, update_floor, gradient_floor)
+    has_angle = status <= Status.OBTUSE
+    maximum, middle, minimum = geometry.eigenvalues(window)
+    infimum, supremum = geometry.eigenvalue_bounds(window)
+    family = geometry.family_eigenvalues(window, np.array(gammas))
+    metric = {
+        "condition_number": geometry.condition_number(window),
+        "similarity": geometry.similarity(window),
+        "eigenvalue_max": maximum,
+        "eigenvalue_mid": middle,
+        "eigenvalue_min": minimum,
+        "eigenvalue_max_infimum": infimum,
+        "eigenvalue_min_supremum": supremum,
+        "family_eigenvalue_max": family[0],
+        "family_eigenvalue_mid": family[1],
+        "family_eigenvalue_min": family[2],
+        "family_condition_number": geometry.family_condition_number(window, np.array(gammas)),
+    }
+    effective = status == Status.EFFECTIVE
+    values: dict[str, NDArray[Any]] = {
+        "update_norm": window.update_norm,
+        "gradient_norm": window.gradient_norm,
+        "alignment": window.alignment,
+        "cosine": np.where(has_angle, geometry.cosine(window), np.nan),
+        "angle": np.where(has_angle, angle, np.nan),
+        "angle_uncertainty": np.where(has_angle, uncertainty, np.nan),
+    }
+    for name, value in metric.items():
+        mask = effective[..., None] if name.startswith("family_") else effective
+        values[name] = np.where(mask, value, np.nan)
+    if not per_tensor:
+        # A tensor has no loss of its own to compare its share with, so this one belongs to the model.
+        share = np.lib.stride_tricks.sliding_window_view(rate * pair.alignment, m).sum(axis=-1)
+        decrease = inputs.loss[:-m] - inputs.loss[m:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            residual = (share - decrease) / np.abs(decrease)
+        values["discrete_identity_residual"] = np.where(np.isfinite(residual), residual, np.nan)
+    filled = {name: _to_length(value, rows, np.nan) for name, value in values.items()}
+    filled["effective"] = _to_length(effective, rows, False)
+    filled["status"] = _to_length(status, rows, np.int8(Status.UNVERIFIABLE))
+    return filled
+
+
+def _column(pair: Pair) -> Pair:
+    """Pair of the model beside those of the tensors: one more axis of length 1."""
+    return Pair(*(np.asarray(value)[..., None] for value in vars(pair).values()))
+
+
+def _described(dataset: xr.Dataset) -> xr.Dataset:
+    for name, variable in VARIABLES.items():
+        if name in dataset:
+            dataset[name].attrs = {
+                "long_name": variable.long_name,
+                "units": variable.units,
+                "equation": variable.equation,
+            }
+    dataset["status"].attrs |= {
+        "flag_values": [int(status) for status in Status],
+        "flag_meanings": " ".join(status.name.lower() for status in Status),
+    }
+    for name, meaning in DIMENSIONS.items():
+        if name in dataset.coords:
+            dataset[name].attrs = {"long_name": meaning, "units": "1"}
+    return dataset
+
+
+# On disk -----------------------------------------------------------------------------------------------------
+
+
+def write(tree: xr.DataTree, path: Path) -> None:
+    """Write results in place of older ones: aside first, then renamed.
+
+    The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them in one go.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with warnings.catch_warnings():
+        # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
+    if path.exists():
+        shutil.rmtree(path)
+    aside.rename(path)
+
+
+def read(path: Path) -> xr.DataTree:
+    """Open the results of a run.
+
+    Raises
+    ------
+    InputError
+        Where there are none.
+    """
+    try:
+        return xr.open_datatree(path, engine="zarr")
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(
+            "no results here", where=str(path), remedy="compute them first: natgrad analyze OUT"
+        ) from error

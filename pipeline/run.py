@@ -1,0 +1,223 @@
+"""One run from end to end: the folder OUT, and what is done in it.
+
+The command line and the flows are two faces of these functions; none of them needs a Prefect server. Each
+returns a small summary of plain values and passes paths, never arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import compute, report, results
+from pipeline.blocks import MEBIBYTE
+from pipeline.ingest import ingest
+from pipeline.schema import InputError, Status
+from pipeline.store import Ledger, Trajectory
+
+__all__ = ["MEMORY_LIMIT", "Analysis", "RunFolder", "analyze_run", "describe_run", "ingest_run", "report_run"]
+
+MEMORY_LIMIT = 512 * MEBIBYTE
+"""Bytes that a worker process may use, where nothing else is said."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder OUT of a run and the names in it."""
+
+    path: Path
+
+    @property
+    def trajectory(self) -> Path:
+        """Trajectory store."""
+        return self.path / "trajectory.zarr"
+
+    @property
+    def ledger(self) -> Path:
+        """Gram ledger."""
+        return self.path / "ledger.zarr"
+
+    @property
+    def results(self) -> Path:
+        """Labelled results."""
+        return self.path / "results.zarr"
+
+    @property
+    def report(self) -> Path:
+        """Page to look at."""
+        return self.path / "report.html"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Options of an analysis.
+
+    Attributes
+    ----------
+    learning_rate : float, optional
+        Learning rate of the steps for which the log has none.
+    gammas : tuple of float
+        Weights of the one-parameter family, eq. (22).
+    windows : tuple of int
+        Windows of consecutive updates, eq. (3).
+    workers : int, optional
+        Processes on this machine; as many as there are processors where not given.
+    scheduler : str, optional
+        Address of an existing Dask scheduler, used in place of processes of our own.
+    memory_limit : int
+        Bytes that a worker process may use.
+    """
+
+    learning_rate: float | None = None
+    gammas: tuple[float, ...] = results.GAMMAS
+    windows: tuple[int, ...] = (1,)
+    workers: int | None = None
+    scheduler: str | None = None
+    memory_limit: int = MEMORY_LIMIT
+
+    def executor(self) -> compute.Executor:
+        """Executor that these options ask for."""
+        if self.scheduler is not None:
+            return compute.existing_cluster(self.scheduler)
+        workers = len(os.sched_getaffinity(0)) if self.workers is None else self.workers
+        if workers < 1:
+            raise InputError(f"{workers} workers cannot work", where="--workers", remedy="give 1 or more")
+        return compute.local_cluster(workers, self.memory_limit)
+
+
+def ingest_run(
+    source: Path,
+    out: Path,
+    *,
+    format: str | None = None,
+    allow_gaps: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Read the new steps of a log into OUT's trajectory; see `pipeline.ingest.ingest`."""
+    folder = RunFolder(Path(out))
+    summary = ingest(
+        Path(source),
+        folder.trajectory,
+        format=format,
+        allow_gaps=allow_gaps,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return {"source": str(source), "trajectory": str(folder.trajectory), **asdict(summary)}
+
+
+def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress | None = None) -> dict[str, Any]:
+    """Compute what is missing of OUT's ledger, and OUT's results from it.
+
+    Raises
+    ------
+    InputError
+        Where OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
+    """
+    folder = RunFolder(Path(out))
+    rate = options.learning_rate
+    if rate is not None and not (np.isfinite(rate) and rate > 0):
+        raise InputError(
+            f"learning rate {rate} is not positive", where="--learning-rate", remedy="give one above 0"
+        )
+    summary = compute.compute_ledger(
+        folder.trajectory,
+        folder.ledger,
+        executor=options.executor(),
+        memory_limit=options.memory_limit,
+        progress=progress,
+    )
+    states, ledger = Trajectory(folder.trajectory), Ledger(folder.ledger)
+    gram, _ = ledger.read()
+    steps, spans = ledger.steps()
+    learning_rate = states.scalar("learning_rate")[: len(steps)]
+    if rate is not None:
+        learning_rate = np.where(np.isnan(learning_rate), rate, learning_rate)
+    inputs = results.Inputs(
+        gram=gram,
+        vectors=ledger.vectors,
+        layout=ledger.layout,
+        steps=steps,
+        spans=spans,
+        loss=states.scalar("loss")[: len(steps) + 1],
+        learning_rate=learning_rate,
+        gradient_dtype=states.dtypes["gradient"],
+    )
+    provenance = {
+        "source": states.source,
+        "fingerprint": states.fingerprint(),
+        "options": {"learning_rate": rate, "gamma": list(options.gammas), "window": list(options.windows)},
+    }
+    tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
+    results.write(tree, folder.results)
+    return {
+        "ledger": str(folder.ledger),
+        "results": str(folder.results),
+        "updates": summary.rows,
+        "chunks": summary.bands,
+        "computed_chunks": summary.computed_bands,
+        "projected_memory": summary.plan.projected_bytes,
+        **_overview(tree),
+    }
+
+
+def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None) -> dict[str, Any]:
+    """Write the page of one run, or of several together.
+
+    Parameters
+    ----------
+    outs : sequence or mapping of str to Path
+        Folders OUT, named after themselves where no names are given.
+    page : Path, optional
+        ``report.html`` in the first OUT where not given.
+    """
+    named = outs if isinstance(outs, Mapping) else {Path(out).absolute().name: Path(out) for out in outs}
+    trees = {name: results.read(RunFolder(Path(out)).results) for name, out in named.items()}
+    page = RunFolder(Path(next(iter(named.values())))).report if page is None else Path(page)
+    return {"report": str(report.write_report(trees, page))}
+
+
+def describe_run(out: Path) -> dict[str, Any]:
+    """Say what OUT holds: steps, model, and how far the analysis is."""
+    folder = RunFolder(Path(out))
+    states = Trajectory(folder.trajectory)
+    steps = states.scalar("step")
+    description: dict[str, Any] = {
+        "trajectory": str(folder.trajectory),
+        "source": states.source,
+        "steps": states.rows,
+        "first_step": int(steps[0]) if states.rows else None,
+        "last_step": int(steps[-1]) if states.rows else None,
+        "elements": states.layout.elements,
+        "dtypes": states.dtypes,
+        "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
+    }
+    if folder.results.exists():
+        tree = results.read(folder.results)
+        description |= {"results": str(folder.results), "updates": tree["model"].sizes["step"], **_overview(tree)}
+    if folder.report.exists():
+        description["report"] = str(folder.report)
+    return description
+
+
+def _overview(tree: Any) -> dict[str, Any]:
+    """Plain numbers of the whole model, compared with the gradient, step by step."""
+    model = tree["model"].to_dataset().sel(descent="gradient", window=1)
+    status, counts = np.unique(model["status"].values, return_counts=True)
+    overview: dict[str, Any] = {
+        "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)}
+    }
+    for name in ("angle", "condition_number"):
+        values = model[name].values
+        values = values[np.isfinite(values)]
+        spread = (np.min, np.median, np.max)
+        overview[name] = [float(f(values)) for f in spread] if values.size else None
+    return overview
