@@ -153,7 +153,7 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
     rate = (inputs.learning_rate * inputs.spans)[:, None]
     sizes = np.array([tensor.size for tensor in layout.tensors])
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
-    pair = geometry.pair(gram, rate, sizes, vectors=inputs.vectors)
+    pair = geometry.pair(gram, inputs.vectors, rate, sizes)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
     with np.errstate(divide="ignore", invalid="ignore"):
         update_floor = displacement_floor / rate
@@ -166,7 +166,7 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
     )
     model = _Level(
         (STEP,),
-        geometry.direct_sum(pair, axis=1),
+        geometry.direct_sum([pair[:, tensor] for tensor in range(len(layout.tensors))]),
         _norm(tensors.update_floor, axis=1),
         _norm(tensors.gradient_floor, axis=1),
         _norm(tensors.parameter_norm, axis=1),
@@ -175,11 +175,11 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
 
 
 def _norm(values: Array, axis: int) -> Array:
-    return np.sqrt(np.square(values).sum(axis=axis))
+    return np.asarray(np.sqrt(np.square(values).sum(axis=axis)))
 
 
 def _rolling_norm(values: Array, m: int) -> Array:
-    return _norm(np.lib.stride_tricks.sliding_window_view(values, m, axis=0), axis=-1)
+    return np.asarray(np.sqrt(np.lib.stride_tricks.sliding_window_view(np.square(values), m, axis=0).sum(axis=-1)))
 
 
 def _to_length(values: NDArray[Any], rows: int, fill: Any) -> NDArray[Any]:
@@ -244,27 +244,25 @@ def _metrics(
     rows, per_tensor = len(inputs.steps), level is not model
     rate = inputs.learning_rate * inputs.spans
     change = np.diff(inputs.loss)
-    known = np.isfinite(change) if descent == "corrected" else np.ones(rows, dtype=bool)
-    # An update no larger than its own rounding cannot be told from it.
-    verifiable = ~(level.update_floor >= level.pair.update_norm) & (known[:, None] if per_tensor else known)
     rates, changes = (rate[:, None], change[:, None]) if per_tensor else (rate, change)
     pair = level.pair
     if descent == "corrected":
-        whole = _column(model.pair) if per_tensor else model.pair
+        whole = model.pair[:, None] if per_tensor else model.pair
         pair = geometry.corrected(pair, rates, changes, model=whole)
 
     window = geometry.window(pair, m)
     update_floor = _rolling_norm(level.update_floor, m)
     gradient_floor = _rolling_norm(level.gradient_floor, m) / m
-    whole_window = np.lib.stride_tricks.sliding_window_view(verifiable, m, axis=0).all(axis=-1)
+    # An update no larger than its own rounding cannot be told from it.
+    verifiable = ~(update_floor >= window.update_norm)
     # The slowest rate stands for the window: it is NaN where one is missing, and not positive where one is not.
-    slowest = np.lib.stride_tricks.sliding_window_view(np.broadcast_to(rates, verifiable.shape), m, axis=0).min(
+    slowest = np.lib.stride_tricks.sliding_window_view(np.broadcast_to(rates, pair.alignment.shape), m, axis=0).min(
         axis=-1
     )
-    status = geometry.status(window, slowest, verifiable=whole_window)
+    status = geometry.status(window, slowest, verifiable=verifiable)
 
     angle = geometry.angle(window)
-    uncertainty = geometry.angle_uncertainty(window, window.update_norm, update_floor, gradient_floor)
+    uncertainty = geometry.angle_uncertainty(window, update_floor, gradient_floor)
     has_angle = status <= Status.OBTUSE
     maximum, middle, minimum = geometry.eigenvalues(window)
     infimum, supremum = geometry.eigenvalue_bounds(window)
@@ -305,11 +303,6 @@ def _metrics(
     filled["effective"] = _to_length(effective, rows, False)
     filled["status"] = _to_length(status, rows, np.int8(Status.UNVERIFIABLE))
     return filled
-
-
-def _column(pair: Pair) -> Pair:
-    """Pair of the model beside those of the tensors: one more axis of length 1."""
-    return Pair(*(np.asarray(value)[..., None] for value in vars(pair).values()))
 
 
 def _described(dataset: xr.Dataset) -> xr.Dataset:

@@ -202,8 +202,8 @@ class Layout:
 class Status(enum.IntEnum):
     """Why a metric exists or not; CF flag values of the variable ``status``.
 
-    Where several apply the first of this order wins: non_finite, zero_gradient, zero_update,
-    no_learning_rate, unverifiable, and then by the sign of the alignment.
+    Where several apply the first of this order wins: non_finite, no_learning_rate, zero_gradient, zero_update,
+    unverifiable, and then the sign of the alignment decides.
     """
 
     EFFECTIVE = 0

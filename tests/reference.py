@@ -48,3 +48,13 @@ def assert_gram_close(actual, expected, elements, slack=1.0):
     error = np.abs(actual - expected)
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert (error <= bound).all(), f"entry {worst}: {actual[worst]!r} against {expected[worst]!r}, bound {bound[worst]}"
+
+
+def promised_angle_error():
+    """Largest absolute error of psi, in radian, for float64 data and up to 1e5 elements (DESIGN, section 3)."""
+    return 1e-13
+
+
+def promised_relative_error(cosine):
+    """Largest relative error of a condition number or eigenvalue (DESIGN, section 3)."""
+    return 1e-10 if abs(cosine) >= 1e-3 else 1e-13 / abs(float(cosine))
