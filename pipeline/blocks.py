@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = 1 << 20
 """Elements in a chunk of the trajectory, about: 4 MiB of float32."""
 
 MINIMUM_STEPS = 64
-"""Steps for which a chunk of a small model is made large enough, however short the run is so far."""
+"""Steps for which a chunk of a small model or of a ledger is made large enough, however short the run so far."""
 
 TILE_BYTES = 128 * MEBIBYTE
 """Bytes a task reads in a large run."""
@@ -37,8 +37,8 @@ LEAST_TILE_BYTES = 8 * MEBIBYTE
 
 TILES_OF_SMALL_RUN = 8
 
-LEDGER_BYTES = 32 * MEBIBYTE
-"""Bytes of the ledger that a task writes, at most (one row of it where one is larger)."""
+LEDGER_BYTES = 16 * MEBIBYTE
+"""Bytes of the ledger that a task writes, about (one row of it where one is larger)."""
 
 LEAST_ROWS = 32
 """Rows of a tile of a wide model, at least: the halo is one state in this many."""
@@ -146,8 +146,12 @@ def chunk_shape(states: int, elements: int) -> tuple[int, int]:
     """
     columns = max(1, math.ceil(elements / CHUNK_ELEMENTS))
     width = max(1, math.ceil(elements / columns))
-    enough = 1 << max(MINIMUM_STEPS - 1, states - 1).bit_length()
-    return max(1, min(CHUNK_ELEMENTS // width, enough)), width
+    return max(1, min(CHUNK_ELEMENTS // width, _enough_steps(states))), width
+
+
+def _enough_steps(steps: int) -> int:
+    """Return the steps of a chunk that holds a run whole, and as many again as it may grow by."""
+    return 1 << max(MINIMUM_STEPS - 1, steps - 1).bit_length()
 
 
 def plan_pass(
@@ -191,8 +195,10 @@ def plan_pass(
 
     - the reserve of an idle worker process,
     - buffers: (read_rows + 1) x chunk elements x bytes of an element, for every array,
-    - the segment ledgers of a tile, and twice the ledger of a band (tensors, and its encoded chunk):
-      rows x segments x (vectors^2 + 1) x 8.
+    - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
+      that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
+      rows x (3 segments + 2 tensors) x (vectors^2 + 1) x 8, with rows those of a band of this run, and
+      segments at most tensors + chunk columns.
     """
     steps, width = chunk
     rows, columns = max(states - 1, 0), math.ceil(elements / width)
@@ -202,7 +208,7 @@ def plan_pass(
     if band_rows is None:
         target = min(TILE_BYTES, max(rows * state_bytes // TILES_OF_SMALL_RUN, LEAST_TILE_BYTES))
         wanted = max(math.ceil(target / max(state_bytes, 1)), min(LEAST_ROWS, rows), 1)
-        wanted = min(wanted, max(1, LEDGER_BYTES // (tensors * entry_bytes)))
+        wanted = min(wanted, max(1, LEDGER_BYTES // (tensors * entry_bytes)), _enough_steps(rows))
         # A band of whole chunks re-reads no chunk but the halo's; a chunk longer than the band is shared.
         band_rows = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
     column_bytes = band_rows * width * sum(itemsizes)
@@ -210,9 +216,9 @@ def plan_pass(
 
     row_bytes = width * sum(itemsizes)
     read_rows = max(1, min(band_rows, READ_BYTES // max(row_bytes, 1) - 1))
-    # Every chunk boundary can cut one tensor in two; a tile sees at most all tensors and its own boundaries.
-    segments = tensors + tile_columns
-    fixed = RESERVED_BYTES + band_rows * entry_bytes * (segments + 2 * tensors)
+    # Every boundary of a chunk column can cut one tensor in two.
+    segments = tensors + columns
+    fixed = RESERVED_BYTES + min(band_rows, rows) * entry_bytes * (3 * segments + 2 * tensors)
     projected = fixed + (read_rows + 1) * row_bytes
     if memory_limit is not None and projected > memory_limit:
         read_rows = (memory_limit - fixed) // max(row_bytes, 1) - 1

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,14 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _AHEAD = 3
-"""Bands in flight per worker: enough to keep it busy, few enough for the scheduler not to notice."""
+"""Tasks in flight per worker: enough to keep it busy, few enough for the scheduler not to notice."""
+
+_CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer."""
+
+_WORKER_CONFIG = {"distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}}}
+"""The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
+holds is buffers, and those cannot be spilled."""
 
 _buffers = threading.local()
 
@@ -128,6 +137,8 @@ def compute_ledger(
     _log.info("%s", plan)
     book = Ledger.prepare(Path(ledger), states.layout, names, states.scalar("step"), plan.band_rows)
     digests = states.digests(plan.bands())
+    # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
+    book.discard_others(digests)
     missing = book.missing(digests)
     job = Job(Path(trajectory).absolute(), Path(ledger).absolute(), plan.read_rows)
     run = executor or serial
@@ -156,11 +167,16 @@ def memory_bytes(amount: str) -> int:
     from dask.utils import parse_bytes
 
     try:
-        return int(parse_bytes(amount))
-    except ValueError as error:
+        # Without a number Dask reads "MiB" as one MiB, and nothing at all as one byte.
+        parsed = int(parse_bytes(amount)) if any(map(str.isdigit, amount)) else 0
+        why = ""
+    except (ValueError, OverflowError) as error:
+        parsed, why = 0, str(error)
+    if parsed < 1:
         raise InputError(
-            f"{amount!r} is not an amount of memory", where="--memory-limit", remedy="say 512MiB or 2GB"
-        ) from error
+            f"{amount!r} is not an amount of memory", where="--memory-limit", why=why, remedy="say 512MiB or 2GB"
+        )
+    return parsed
 
 
 # Tasks -------------------------------------------------------------------------------------------------------
@@ -262,14 +278,18 @@ def threads(workers: int) -> Executor:
     """Run bands in threads of this process; reading and the kernel release the interpreter lock."""
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
-        with ThreadPoolExecutor(workers) as pool:
+        pool = ThreadPoolExecutor(workers)
+        try:
             pending: set[Future[Band]] = set()
             for band, digest in bands:
                 if len(pending) >= workers * _AHEAD:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
                 pending.add(pool.submit(whole_band, job, band, digest))
-            yield from (future.result() for future in pending)
+            yield from (future.result() for future in as_completed(pending))
+        finally:
+            # Where a band failed, or no more are asked for, those not begun are left.
+            pool.shutdown(cancel_futures=True)
 
     return run
 
@@ -280,13 +300,13 @@ def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
     Parameters
     ----------
     workers : int
-        Processes, at most: a run of one band is computed in this process.
+        Processes, at most: a run of one task is computed in this process.
     memory_limit : int, optional
         Bytes of each process.
     """
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
-        processes = min(workers, len(bands))
+        processes = min(workers, sum(len(band.tiles) for band, _ in bands))
         if processes < 2:
             yield from serial(job, bands)
             return
@@ -313,6 +333,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
         threads_per_worker=1,
         processes=True,
         memory_limit=memory_limit or "auto",
+        config=_WORKER_CONFIG,
         dashboard_address=None,
         silence_logs=logging.ERROR,
     ) as cluster:
@@ -337,15 +358,15 @@ def existing_cluster(address: str) -> Executor:
         from distributed import Client
 
         try:
-            client = Client(address, timeout=10)
-        except (OSError, TimeoutError, ValueError) as error:
+            client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS, and no certificates
             raise InputError(
                 f"the Dask scheduler does not answer: {error}",
                 where=address,
                 why="it is not running, the address is wrong, or it wants TLS",
                 remedy="start one (dask scheduler) and give its address, or leave --scheduler out",
             ) from error
-        with client:
+        with closing(client):
             yield from _run_on(client, job, bands)
 
     return run
@@ -354,17 +375,26 @@ def existing_cluster(address: str) -> Executor:
 def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
     from distributed import as_completed
 
-    ahead = _AHEAD * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    if not workers:
+        _log.warning("the Dask scheduler has no worker yet: waiting for one")
+    # Keys are the scheduler's, which others may share: two runs of one name are not one run.
+    prefix = f"{job.trajectory.parent.name}-{uuid.uuid4().hex}"
+    # Two bands at least, so that there are tiles to compute while a band is added up.
+    tiles = max((len(band.tiles) for band, _ in bands), default=1)
+    ahead = max(2, math.ceil(_AHEAD * max(1, workers) / tiles))
     waiting = iter(bands)
-    finishing = as_completed(_submit(client, job, *item) for item in itertools.islice(waiting, ahead))
+    first = [_submit(client, prefix, job, *item) for item in itertools.islice(waiting, ahead)]
+    finishing = as_completed(first, loop=client.loop)
+    del first  # a future that is held keeps its result on the cluster
     for future in finishing:
         yield future.result()
         for band, digest in itertools.islice(waiting, 1):
-            finishing.add(_submit(client, job, band, digest))
+            finishing.add(_submit(client, prefix, job, band, digest))
 
 
-def _submit(client: Any, job: Job, band: Band, digest: str) -> Any:
-    name = f"{job.trajectory.parent.name}-{band.start}-{digest[:8]}"
+def _submit(client: Any, prefix: str, job: Job, band: Band, digest: str) -> Any:
+    name = f"{prefix}-{band.start}"
     if len(band.tiles) == 1:
         return client.submit(whole_band, job, band, digest, key=f"ledger-{name}", pure=False)
     parts = [

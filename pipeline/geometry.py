@@ -168,10 +168,10 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
     parts : sequence of Pair, of one shape
         Added in their order.
     """
-    square = _sum([part.update_square for part in parts])
-    alignment = _sum([part.alignment for part in parts])
-    ratio = _quotient(alignment, square)
     with np.errstate(invalid="ignore", over="ignore"):
+        square = _sum([part.update_square for part in parts])
+        alignment = _sum([part.alignment for part in parts])
+        ratio = _quotient(alignment, square)
         across = _sum([part.across_square + (part.ratio - ratio) ** 2 * part.update_square for part in parts])
     return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
 
@@ -417,7 +417,9 @@ def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
 # Where it is defined -----------------------------------------------------------------------------------------
 
 
-def status(pair: Pair, learning_rate: ArrayLike, verifiable: ArrayLike) -> NDArray[np.int8]:
+def status(
+    pair: Pair, learning_rate: ArrayLike, finite: ArrayLike = True, verifiable: ArrayLike = True
+) -> NDArray[np.int8]:
     """Say why a metric exists or not, as values of `pipeline.schema.Status`.
 
     Parameters
@@ -425,19 +427,23 @@ def status(pair: Pair, learning_rate: ArrayLike, verifiable: ArrayLike) -> NDArr
     pair : Pair
     learning_rate : array
         eta; not positive or NaN where it is not known.
+    finite : bool array
+        False where the parameters or gradients are not finite.
     verifiable : bool array
-        False where the data cannot carry the statement, for example an update below its own rounding.
+        False where the data cannot carry the statement: an update below its own rounding, a discrete gradient
+        without a loss.
     """
-    known = np.broadcast_to(np.asarray(learning_rate, dtype=np.float64) > 0, pair.alignment.shape)
-    finite = np.isfinite(pair.across_square) & (np.isfinite(pair.update_square) | ~known)
-    conditions = {
-        Status.NON_FINITE: ~finite,
-        Status.NO_LEARNING_RATE: ~known,
-        Status.ZERO_GRADIENT: pair.gradient_norm == 0,
-        Status.ZERO_UPDATE: pair.update_square == 0,
-        # An alignment that is not finite here is that of a discrete gradient without a loss.
-        Status.UNVERIFIABLE: ~np.asarray(verifiable, dtype=bool) | ~np.isfinite(pair.alignment),
-        Status.EFFECTIVE: pair.alignment > 0,
-        Status.ORTHOGONAL: pair.alignment == 0,
-    }
-    return np.select(list(conditions.values()), [np.int8(s) for s in conditions], np.int8(Status.OBTUSE))
+    known = np.asarray(learning_rate, dtype=np.float64) > 0
+    computed = np.isfinite(pair.update_square) & np.isfinite(pair.alignment) & np.isfinite(pair.across_square)
+    conditions = [
+        (~np.asarray(finite, dtype=bool), Status.NON_FINITE),
+        (~known, Status.NO_LEARNING_RATE),
+        (pair.gradient_norm == 0, Status.ZERO_GRADIENT),
+        (pair.update_square == 0, Status.ZERO_UPDATE),
+        (~np.asarray(verifiable, dtype=bool), Status.UNVERIFIABLE),
+        (~computed, Status.NON_FINITE),  # an overflow
+        (pair.alignment > 0, Status.EFFECTIVE),
+        (pair.alignment == 0, Status.ORTHOGONAL),
+    ]
+    where = [np.broadcast_to(condition, pair.alignment.shape) for condition, _ in conditions]
+    return np.select(where, [np.int8(value) for _, value in conditions], np.int8(Status.OBTUSE))

@@ -10,7 +10,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
 from pipeline.schema import SCALARS, STATES, InputError, Layout, promote
-from pipeline.sources.base import LoggedStep, Source, StepContent, StepReader, where
+from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, StepReader, where
 from pipeline.sources.formats import open_source
 from pipeline.store import Trajectory, checksum, storage_dtype
 
@@ -89,7 +89,7 @@ def ingest(
     allow_gaps : bool
         Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
     overwrite : bool
-        Start anew, dropping what the trajectory holds.
+        Start anew, dropping what the trajectory holds once the steps are described and compared.
     progress : callable, optional
         Called with steps done and steps in all.
 
@@ -102,20 +102,26 @@ def ingest(
     log, store = open_source(source, format), Path(store)
     listed = log.steps()
     with _only_writer(store):
-        if overwrite:
-            Trajectory.remove(store)
-        trajectory = Trajectory(store) if store.exists() else None
+        trajectory = Trajectory(store) if store.exists() and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
+        if trajectory is not None:
+            trajectory.recover()
         steps = listed if trajectory is None else _new_steps(log, listed, trajectory)
         warnings: list[str] = []
         if steps:
             committed = [] if trajectory is None else trajectory.scalar("step").tolist()
             if not allow_gaps:
                 _refuse_gaps(steps, committed)
+            # Taken before a step is opened: what is described and what is written must be the same file.
+            identities = {step: _identity(step) for step in steps}
             contents = _describe(log, steps, warnings)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
-            _Writer(log, trajectory, contents, warnings).write(steps, progress)
+            try:
+                _Writer(log, trajectory, contents, identities, warnings).write(steps, progress)
+            finally:
+                if not trajectory.rows:
+                    Trajectory.remove(store)
         elif trajectory is None:
             raise AssertionError("a source lists at least one step")
         numbers = trajectory.scalar("step")
@@ -136,7 +142,7 @@ def ingest(
 
 @contextmanager
 def _only_writer(store: Path) -> Iterator[None]:
-    folder_is_new = not store.parent.exists()
+    new_folders = [folder for folder in (store.parent, *store.parent.parents) if not folder.exists()]
     store.parent.mkdir(parents=True, exist_ok=True)
     path = store.with_name(f".{store.name}.lock")
     lock = FileLock(path)
@@ -152,11 +158,13 @@ def _only_writer(store: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        if folder_is_new and not store.exists():
+        if new_folders and not store.exists():
             # Refused input leaves nothing behind.
             path.unlink(missing_ok=True)
-            store.parent.rmdir()
+            with suppress(OSError):  # another ingest may have come to use them
+                for folder in new_folders:
+                    folder.rmdir()
+        lock.release()
 
 
 # Which steps -------------------------------------------------------------------------------------------------
@@ -210,8 +218,10 @@ def _require_same_content(
         )
 
     content = next(iter(_describe(log, [step], []).values()))
-    if _shapes(content) != _layout_shapes(trajectory) or set(content.arrays) != set(trajectory.dtypes):
+    if content.arrays["parameter"] != _parameters(trajectory):
         raise refuse("other tensors")
+    if _dtypes(content) != trajectory.dtypes:
+        raise refuse(f"dtypes {trajectory.dtypes}, and now has {_dtypes(content)}")
     for name in SCALARS:
         before = float(trajectory.scalar(name)[row])
         now = content.scalars.get(name, math.nan)
@@ -250,12 +260,14 @@ def _refuse_gaps(steps: Sequence[LoggedStep], committed: Sequence[int]) -> None:
 # What they hold ----------------------------------------------------------------------------------------------
 
 
-def _shapes(content: StepContent) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in content.arrays["parameter"].items()}
+def _dtypes(content: StepContent) -> dict[str, str]:
+    """Dtype that each array is stored in: the smallest that holds all of its tensors exactly."""
+    logged = content.arrays
+    return {name: promote([tensor.dtype for tensor in logged[name].values()]) for name in STATES if name in logged}
 
 
-def _layout_shapes(trajectory: Trajectory) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tensor.shape for tensor in trajectory.layout.tensors}
+def _parameters(trajectory: Trajectory) -> dict[str, LoggedTensor]:
+    return {tensor.name: LoggedTensor(tensor.shape, tensor.dtype) for tensor in trajectory.layout.tensors}
 
 
 def _describe(log: Source, steps: Sequence[LoggedStep], warnings: list[str]) -> dict[LoggedStep, StepContent]:
@@ -311,19 +323,21 @@ def _matching_trajectory(
 ) -> Trajectory:
     """Return the trajectory to append to, or a new one laid out for these steps."""
     content = contents[first]
-    logged = content.arrays
-    dtypes = {name: promote([t.dtype for t in logged[name].values()]) for name in STATES if name in logged}
-    layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in logged["parameter"].items()})
+    dtypes = _dtypes(content)
+    layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
     if trajectory is None:
         chunk = chunk_shape(len(contents), layout.elements)
         return Trajectory.create(store, layout, dtypes, chunk, str(first.path.parent.absolute()))
-    if _shapes(content) != _layout_shapes(trajectory):
-        raise InputError(
-            "these steps are of another model than the trajectory's",
-            where=where(first),
-            why="OUT holds another run",
-            remedy="choose another OUT, or start anew with --overwrite",
-        )
+    logged, stored = content.arrays["parameter"], _parameters(trajectory)
+    for tensor in {**stored, **logged}:
+        if logged.get(tensor) != stored.get(tensor):
+            raise InputError(
+                f"this step is of another model than the trajectory's: {_told(logged.get(tensor))} in place of "
+                f"{_told(stored.get(tensor))}",
+                where=where(first, "parameter", tensor),
+                why="the run was restarted with another model, or OUT holds another run",
+                remedy="choose another OUT, or start anew with --overwrite",
+            )
     if dtypes != trajectory.dtypes:
         raise InputError(
             f"dtypes change from {trajectory.dtypes} to {dtypes}",
@@ -332,6 +346,10 @@ def _matching_trajectory(
             remedy="choose another OUT, or start anew with --overwrite",
         )
     return trajectory
+
+
+def _told(tensor: LoggedTensor | None) -> str:
+    return "no tensor" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
 
 
 def _missing_scalars(trajectory: Trajectory) -> list[str]:
@@ -419,9 +437,10 @@ class _Writer:
         log: Source,
         trajectory: Trajectory,
         contents: Mapping[LoggedStep, StepContent],
+        identities: Mapping[LoggedStep, Mapping[str, Any]],
         warnings: list[str],
     ) -> None:
-        self._log, self._trajectory, self._contents = log, trajectory, contents
+        self._log, self._trajectory, self._contents, self._identities = log, trajectory, contents, identities
         self._warnings = warnings
         self._not_finite: list[str] = []
         self._buffers = {
@@ -447,7 +466,9 @@ class _Writer:
 
     def _commit(self, steps: Sequence[LoggedStep]) -> None:
         trajectory = self._trajectory
-        sources = [_identity(step) for step in steps]
+        for step in steps:
+            self._require_unchanged(step)
+        sources = [self._identities[step] for step in steps]
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in steps] for name in self._buffers}
         start, rows = trajectory.rows, trajectory.chunk[0]
         position = 0
@@ -455,16 +476,19 @@ class _Writer:
             count = min(rows - (start + position) % rows, len(steps) - position)
             self._write_chunks(steps, position, count, start + position, checksums)
             position += count
-        changed = [step for step, before in zip(steps, sources, strict=True) if _identity(step) != before]
-        if changed:
+        for step in steps:
+            self._require_unchanged(step)
+        scalars = {name: [self._contents[step].scalars.get(name, math.nan) for step in steps] for name in SCALARS}
+        trajectory.commit([step.number for step in steps], scalars, sources, checksums)
+
+    def _require_unchanged(self, step: LoggedStep) -> None:
+        if _identity(step) != self._identities[step]:
             raise InputError(
-                f"step {changed[0].number} changed while it was read",
-                where=where(changed[0]),
+                f"step {step.number} changed while it was read",
+                where=where(step),
                 why="the training run is still writing this file",
                 remedy="write steps to another name and rename them; run again",
             )
-        scalars = {name: [self._contents[step].scalars.get(name, math.nan) for step in steps] for name in SCALARS}
-        trajectory.commit([step.number for step in steps], scalars, sources, checksums)
 
     def _write_chunks(
         self,

@@ -77,12 +77,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class _Level:
-    """Model or tensors: pairs per row, what rounding can move them by, and the dimensions."""
+    """Model or tensors: the pair of every row, what rounding can move it by, and the dimensions."""
 
     dimensions: tuple[str, ...]
     pair: Pair
+    finite: NDArray[np.bool_]
     update_floor: Array
-    gradient_floor: Array
+    gradient_norm: Array
     parameter_norm: Array
 
 
@@ -122,13 +123,14 @@ def label(
             where="--window",
             remedy=f"give numbers of updates from 1 to {rows}",
         )
-    model, tensors = _levels(inputs)
-    tree = xr.DataTree.from_dict(
-        {
+    # A run that diverged holds infinities; what follows from them is NaN, and the status says why.
+    with np.errstate(all="ignore"):
+        model, tensors = _levels(inputs)
+        groups = {
             "/model": _dataset(inputs, model, model, gammas, windows),
             "/tensor": _dataset(inputs, tensors, model, gammas, windows),
         }
-    )
+    tree = xr.DataTree.from_dict(groups)
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {}), "versions": versions()}
     return tree
 
@@ -155,20 +157,21 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
     pair = geometry.pair(gram, inputs.vectors, rate, sizes)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        update_floor = displacement_floor / rate
+    update_floor = displacement_floor / rate
     tensors = _Level(
         (STEP, TENSOR),
         pair,
+        np.isfinite(norm("displacement")) & np.isfinite(norm("gradient")),
         update_floor,
-        unit_roundoff(inputs.gradient_dtype) * norm("gradient"),
+        norm("gradient"),
         norm("parameter"),
     )
     model = _Level(
         (STEP,),
         geometry.direct_sum([pair[:, tensor] for tensor in range(len(layout.tensors))]),
+        tensors.finite.all(axis=1),
         _norm(tensors.update_floor, axis=1),
-        _norm(tensors.gradient_floor, axis=1),
+        _norm(tensors.gradient_norm, axis=1),
         _norm(tensors.parameter_norm, axis=1),
     )
     return model, tensors
@@ -178,8 +181,16 @@ def _norm(values: Array, axis: int) -> Array:
     return np.asarray(np.sqrt(np.square(values).sum(axis=axis)))
 
 
+# Windows -----------------------------------------------------------------------------------------------------
+
+
+def _windows(values: NDArray[Any], m: int) -> NDArray[Any]:
+    """View of m consecutive rows on a last axis of its own."""
+    return np.lib.stride_tricks.sliding_window_view(values, m, axis=0)
+
+
 def _rolling_norm(values: Array, m: int) -> Array:
-    return np.asarray(np.sqrt(np.lib.stride_tricks.sliding_window_view(np.square(values), m, axis=0).sum(axis=-1)))
+    return np.asarray(np.sqrt(_windows(np.square(values), m).sum(axis=-1)))
 
 
 def _to_length(values: NDArray[Any], rows: int, fill: Any) -> NDArray[Any]:
@@ -230,7 +241,7 @@ def _stack(per_window: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def _loss_average(loss: Array, m: int, rows: int) -> Array:
-    return _to_length(np.lib.stride_tricks.sliding_window_view(loss[:-1], m).mean(axis=-1), rows, np.nan)
+    return _to_length(_windows(loss[:-1], m).mean(axis=-1), rows, np.nan)
 
 
 def _loss_decrease(loss: Array, m: int, rows: int) -> Array:
@@ -242,26 +253,26 @@ def _metrics(
 ) -> dict[str, NDArray[Any]]:
     """Variables of one descent and one window, each of shape (rows, ...)."""
     rows, per_tensor = len(inputs.steps), level is not model
-    rate = inputs.learning_rate * inputs.spans
-    change = np.diff(inputs.loss)
-    rates, changes = (rate[:, None], change[:, None]) if per_tensor else (rate, change)
-    pair = level.pair
-    if descent == "corrected":
-        whole = model.pair[:, None] if per_tensor else model.pair
-        pair = geometry.corrected(pair, rates, changes, model=whole)
+    rate, change, whole = inputs.learning_rate * inputs.spans, np.diff(inputs.loss), model.pair
+    known = np.isfinite(change) if descent == "corrected" else np.ones(rows, dtype=bool)
+    if per_tensor:
+        rate, change, whole, known = rate[:, None], change[:, None], whole[:, None], known[:, None]
+    pair = geometry.corrected(level.pair, rate, change, whole) if descent == "corrected" else level.pair
 
     window = geometry.window(pair, m)
     update_floor = _rolling_norm(level.update_floor, m)
-    gradient_floor = _rolling_norm(level.gradient_floor, m) / m
-    # An update no larger than its own rounding cannot be told from it.
-    verifiable = ~(update_floor >= window.update_norm)
-    # The slowest rate stands for the window: it is NaN where one is missing, and not positive where one is not.
-    slowest = np.lib.stride_tricks.sliding_window_view(np.broadcast_to(rates, pair.alignment.shape), m, axis=0).min(
-        axis=-1
+    gradient_norm = _rolling_norm(level.gradient_norm, m) / m
+    status = geometry.status(
+        window,
+        # The slowest rate stands for the window: it is NaN where one is missing, not positive where one is not.
+        learning_rate=_windows(rate, m).min(axis=-1),
+        finite=_windows(level.finite, m).all(axis=-1),
+        # An update no larger than its own rounding cannot be told from it.
+        verifiable=_windows(known, m).all(axis=-1) & ~(update_floor >= window.update_norm),
     )
-    status = geometry.status(window, slowest, verifiable=verifiable)
 
     angle = geometry.angle(window)
+    gradient_floor = unit_roundoff(inputs.gradient_dtype) * gradient_norm
     uncertainty = geometry.angle_uncertainty(window, update_floor, gradient_floor)
     has_angle = status <= Status.OBTUSE
     maximum, middle, minimum = geometry.eigenvalues(window)
@@ -283,7 +294,7 @@ def _metrics(
     effective = status == Status.EFFECTIVE
     values: dict[str, NDArray[Any]] = {
         "update_norm": window.update_norm,
-        "gradient_norm": window.gradient_norm,
+        "gradient_norm": window.gradient_norm if descent == "corrected" else gradient_norm,
         "alignment": window.alignment,
         "cosine": np.where(has_angle, geometry.cosine(window), np.nan),
         "angle": np.where(has_angle, angle, np.nan),
@@ -294,10 +305,9 @@ def _metrics(
         values[name] = np.where(mask, value, np.nan)
     if not per_tensor:
         # A tensor has no loss of its own to compare its share with, so this one belongs to the model.
-        share = np.lib.stride_tricks.sliding_window_view(rate * pair.alignment, m).sum(axis=-1)
+        share = _windows(rate * pair.alignment, m).sum(axis=-1)
         decrease = inputs.loss[:-m] - inputs.loss[m:]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            residual = (share - decrease) / np.abs(decrease)
+        residual = (share - decrease) / np.abs(decrease)
         values["discrete_identity_residual"] = np.where(np.isfinite(residual), residual, np.nan)
     filled = {name: _to_length(value, rows, np.nan) for name, value in values.items()}
     filled["effective"] = _to_length(effective, rows, False)

@@ -22,9 +22,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ __all__ = ["Ledger", "Trajectory", "checksum", "storage_dtype"]
 
 _ATTRIBUTE = "natgrad"
 _SCALAR_CHUNK = 8192
+_INGEST_AGAIN = "ingest the run again with --overwrite"
+_ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -103,13 +107,26 @@ class _Journal:
         aside.replace(self.folder / f"{name}.json")
         _flush(self.folder)
 
+    def remove(self, name: str) -> None:
+        (self.folder / f"{name}.json").unlink()
+        _flush(self.folder)
 
-def _create_group(path: Path, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
+
+@contextmanager
+def _new_store(path: Path, kind: str, attributes: Mapping[str, Any]) -> Iterator[zarr.Group]:
+    """Make a store aside, to be renamed into place at the end: a store that is there has all its arrays."""
+    aside = path.with_name(f".{path.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
     group = zarr.create_group(
-        path, attributes={_ATTRIBUTE: {"kind": kind, "version": LAYOUT_VERSION, **attributes}}
+        aside, attributes={_ATTRIBUTE: {"kind": kind, "version": LAYOUT_VERSION, **attributes}}
     )
     group.create_group("commits")
-    return group
+    yield group
+    for entry in (*aside.rglob("*"), aside):
+        _flush(entry)
+    _remove(path, kind)
+    aside.rename(path)
+    _flush(path.parent)
 
 
 def _open_group(path: Path, kind: str, remedy: str) -> tuple[zarr.Group, dict[str, Any]]:
@@ -132,9 +149,40 @@ def _open_group(path: Path, kind: str, remedy: str) -> tuple[zarr.Group, dict[st
 
 def _remove(path: Path, kind: str) -> None:
     """Remove a store of ours, and nothing else."""
+    # Renamed first: where the removal is interrupted, no half store is left under the name.
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
         _open_group(path, kind, "choose another folder; what is not a store of natgrad is not overwritten")
-        shutil.rmtree(path)
+        path.rename(aside)
+        shutil.rmtree(aside)
+
+
+def _arrays(group: zarr.Group) -> dict[str, zarr.Array[Any]]:
+    # This setting is not kept on disk, and without it a chunk of fill values (no learning rates, a diverged
+    # run, a gradient of zeros in bfloat16) is not written, hence cannot be flushed or told from a lost one.
+    return {name: array.with_config({"write_empty_chunks": True}) for name, array in group.arrays()}
+
+
+def _chunk_path(array: zarr.Array[Any], folder: Path, index: Sequence[int]) -> Path:
+    return folder / array.metadata.encode_chunk_key(tuple(index))
+
+
+def _damaged(path: Path, what: str, remedy: str) -> InputError:
+    return InputError(
+        f"a chunk cannot be read: {what}",
+        where=str(path),
+        why="a recorded chunk was whole and on disk, so the file was changed, moved or the disk failed",
+        remedy=remedy,
+    )
+
+
+def _require_whole(array: zarr.Array[Any], path: Path, remedy: str) -> None:
+    """Refuse an uncompressed chunk of another size: Zarr takes one that is missing for fill values."""
+    expected = math.prod(array.chunks) * array.dtype.itemsize
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise _damaged(path, f"it has {size} bytes of {expected}", remedy)
 
 
 class Trajectory:
@@ -173,9 +221,8 @@ class Trajectory:
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
         self.dtypes: dict[str, str] = attributes["dtypes"]
         self.source: str = attributes["source"]
-        self._arrays: dict[str, zarr.Array[Any]] = {
-            name: array for name, array in group.arrays() if name in (*self.dtypes, STEP, *SCALARS)
-        }
+        known = (*self.dtypes, STEP, *SCALARS)
+        self._arrays = {name: array for name, array in _arrays(group).items() if name in known}
         self._journal = _Journal(self.path / "commits")
         self._unflushed: set[Path] = set()
         self.rows = 0
@@ -191,7 +238,7 @@ class Trajectory:
         source: str = "",
         compressors: Any = None,
     ) -> Trajectory:
-        """Create an empty trajectory, in place of one in which nothing was committed.
+        """Create an empty trajectory, in place of one that is there.
 
         Parameters
         ----------
@@ -205,38 +252,40 @@ class Trajectory:
             Where the log was, for provenance.
         compressors : Zarr codecs, optional
             None stores floats as they are: training state hardly compresses (DESIGN, section 5).
+
+        Raises
+        ------
+        InputError
+            Where the path holds something else.
         """
-        _remove(path, "trajectory")
         attributes = {
             "source": source,
             "layout": layout.to_json(),
             "chunk": list(chunk),
             "dtypes": dict(dtypes),
         }
-        group = _create_group(path, "trajectory", attributes)
-        for name, dtype in dtypes.items():
-            group.create_array(
-                name,
-                shape=(0, layout.elements),
-                chunks=chunk,
-                dtype=storage_dtype(dtype),
-                dimension_names=(STEP, ELEMENT),
-                fill_value=0 if dtype == "bfloat16" else np.nan,
-                compressors=compressors,
-                config={"write_empty_chunks": True},
-                attributes={"ml_dtype": dtype} if dtype == "bfloat16" else {},
-            )
-        for name in (STEP, *SCALARS):
-            group.create_array(
-                name,
-                shape=(0,),
-                chunks=(_SCALAR_CHUNK,),
-                dtype="int64" if name == STEP else "float64",
-                dimension_names=(STEP,),
-                fill_value=-1 if name == STEP else np.nan,
-                compressors=None,
-                config={"write_empty_chunks": True},
-            )
+        with _new_store(Path(path), "trajectory", attributes) as group:
+            for name, dtype in dtypes.items():
+                group.create_array(
+                    name,
+                    shape=(0, layout.elements),
+                    chunks=chunk,
+                    dtype=storage_dtype(dtype),
+                    dimension_names=(STEP, ELEMENT),
+                    fill_value=0 if dtype == "bfloat16" else np.nan,
+                    compressors=compressors,
+                    attributes={"ml_dtype": dtype} if dtype == "bfloat16" else {},
+                )
+            for name in (STEP, *SCALARS):
+                group.create_array(
+                    name,
+                    shape=(0,),
+                    chunks=(_SCALAR_CHUNK,),
+                    dtype="int64" if name == STEP else "float64",
+                    dimension_names=(STEP,),
+                    fill_value=-1 if name == STEP else np.nan,
+                    compressors=None,
+                )
         return cls(path)
 
     @classmethod
@@ -259,9 +308,16 @@ class Trajectory:
         return index * self.chunk[1], min((index + 1) * self.chunk[1], self.layout.elements)
 
     def scalar(self, name: str) -> NDArray[Any]:
-        """Read the committed ``step`` (int64), ``loss`` or ``learning_rate`` (float64), shape (rows,)."""
-        values = self._sized(name, self.rows)[:]
-        return np.asarray(values)
+        """Read the committed ``step`` (int64), ``loss`` or ``learning_rate`` (float64), shape (rows,).
+
+        Raises
+        ------
+        InputError
+            Where a chunk is missing or too short.
+        """
+        for index in range(-(-self.rows // _SCALAR_CHUNK)):
+            _require_whole(self._arrays[name], self._chunk_path(name, index), _INGEST_AGAIN)
+        return np.asarray(self._sized(name, self.rows)[:])
 
     def records(self) -> list[dict[str, Any]]:
         """Commit records, in order: rows, the sources of each, and checksums per array, row and column."""
@@ -302,15 +358,24 @@ class Trajectory:
             if self._is_raw(name):
                 self._read_raw(name, index, column, low - index * steps, part)
             else:
-                first, last = self.column(column)
-                part[:, : last - first] = self._sized(name, self.rows)[low:high, first:last]
+                self._read_by_zarr(name, index, column, low, part)
 
     def _is_raw(self, name: str) -> bool:
         codecs = self._arrays[name].metadata.codecs  # type: ignore[union-attr]
         return len(codecs) == 1 and isinstance(codecs[0], BytesCodec)
 
     def _chunk_path(self, name: str, *index: int) -> Path:
-        return self.path / name / self._arrays[name].metadata.encode_chunk_key(index)
+        return _chunk_path(self._arrays[name], self.path / name, index)
+
+    def _read_by_zarr(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
+        path = self._chunk_path(name, index, column)
+        first, last = self.column(column)
+        if not path.exists():
+            raise _damaged(path, "it is missing", _INGEST_AGAIN)
+        try:
+            out[:, : last - first] = self._sized(name, self.rows)[start : start + len(out), first:last]
+        except Exception as error:  # codecs share no class of errors
+            raise _damaged(path, str(error), _INGEST_AGAIN) from error
 
     def _read_raw(self, name: str, index: int, column: int, skip: int, out: NDArray[Any]) -> None:
         path = self._chunk_path(name, index, column)
@@ -319,23 +384,15 @@ class Trajectory:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise self._damaged(path, str(error)) from error
+            raise _damaged(path, str(error), _INGEST_AGAIN) from error
         try:
             while view:
                 count = os.preadv(descriptor, [view], offset)
                 if count == 0:
-                    raise self._damaged(path, f"it ends {len(view)} bytes early")
+                    raise _damaged(path, f"it ends {len(view)} bytes early", _INGEST_AGAIN)
                 view, offset = view[count:], offset + count
         finally:
             os.close(descriptor)
-
-    def _damaged(self, path: Path, what: str) -> InputError:
-        return InputError(
-            f"a chunk of the trajectory cannot be read: {what}",
-            where=str(path),
-            why="a committed chunk was whole and on disk, so the file was changed, moved or the disk failed",
-            remedy="ingest the run again with --overwrite",
-        )
 
     # Writing ------------------------------------------------------------------------------------------------
 
@@ -387,14 +444,21 @@ class Trajectory:
                 self._unflushed.add(self._chunk_path(name, index))
         for path in sorted(self._unflushed):
             _flush(path)
-        for folder in sorted({path.parent for path in self._unflushed}):
-            _flush(folder)
+        # A new chunk may have made folders up to the one of its array.
+        for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
+            if folder.is_relative_to(self.path):
+                _flush(folder)
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
         self._journal.write(f"{len(self._journal.names()):08d}", record)
         self._unflushed.clear()
         self.rows = stop
+        self.recover()
+
+    def recover(self) -> None:
+        """Bring the shapes on disk up to the record, should the writer before have stopped between the two."""
         for array in self._arrays.values():
-            array.resize((stop, *array.shape[1:]))
+            if array.shape[0] != self.rows:
+                array.resize((self.rows, *array.shape[1:]))
 
     def _sized(self, name: str, rows: int) -> zarr.Array[Any]:
         """Return an array as if it had so many rows: its shape on disk lags behind the record."""
@@ -447,7 +511,7 @@ class Ledger:
         self.layout = Layout.from_json(attributes["layout"])
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
         self.band_rows: int = attributes["band_rows"]
-        self._arrays: dict[str, zarr.Array[Any]] = dict(group.arrays())
+        self._arrays = _arrays(group)
         self._journal = _Journal(self.path / "commits")
 
     @classmethod
@@ -486,22 +550,7 @@ class Ledger:
     def _create(
         path: Path, attributes: Mapping[str, Any], layout: Layout, vectors: Sequence[str], band_rows: int
     ) -> None:
-        group = _create_group(path, "ledger", attributes)
         names = {TENSOR: layout.names, VECTOR: vectors, WITH_VECTOR: vectors}
-        for name, values in names.items():
-            array = group.create_array(
-                name, shape=(len(values),), chunks=(len(values),), dtype=str, dimension_names=(name,)
-            )
-            array[:] = np.array(values, dtype=object)
-        for name in (STEP, "step_span"):
-            group.create_array(
-                name,
-                shape=(0,),
-                chunks=(_SCALAR_CHUNK,),
-                dtype="int64",
-                dimension_names=(STEP,),
-                fill_value=-1,
-            )
         tensors, count = len(layout.tensors), len(vectors)
         shapes = {"gram": (tensors, count, count), "residual_ratio": (tensors,)}
         dimensions = {"gram": (STEP, TENSOR, VECTOR, WITH_VECTOR), "residual_ratio": (STEP, TENSOR)}
@@ -509,18 +558,32 @@ class Ledger:
             "gram": "inner products of the vectors of an update",
             "residual_ratio": "ratio c of residual = gradient - c displacement",
         }
-        for name, shape in shapes.items():
-            group.create_array(
-                name,
-                shape=(0, *shape),
-                chunks=(band_rows, *shape),
-                dtype="float64",
-                dimension_names=dimensions[name],
-                fill_value=np.nan,
-                compressors=None,
-                config={"write_empty_chunks": True},
-                attributes={"long_name": long_names[name]},
-            )
+        with _new_store(path, "ledger", attributes) as group:
+            for name, values in names.items():
+                array = group.create_array(
+                    name, shape=(len(values),), chunks=(len(values),), dtype=str, dimension_names=(name,)
+                )
+                array[:] = np.array(values, dtype=object)
+            for name in (STEP, "step_span"):
+                group.create_array(
+                    name,
+                    shape=(0,),
+                    chunks=(_SCALAR_CHUNK,),
+                    dtype="int64",
+                    dimension_names=(STEP,),
+                    fill_value=-1,
+                )
+            for name, shape in shapes.items():
+                group.create_array(
+                    name,
+                    shape=(0, *shape),
+                    chunks=(band_rows, *shape),
+                    dtype="float64",
+                    dimension_names=dimensions[name],
+                    fill_value=np.nan,
+                    compressors=None,
+                    attributes={"long_name": long_names[name]},
+                )
 
     @classmethod
     def remove(cls, path: Path) -> None:
@@ -544,16 +607,34 @@ class Ledger:
         digest : str
             Digest of the states it was computed from.
         """
-        if band.start % self.band_rows or band.stop not in (band.start + self.band_rows, self.rows):
+        if band.start % self.band_rows or band.stop != min(band.start + self.band_rows, self.rows):
             raise ValueError(f"rows {band.start} to {band.stop} are not a chunk of {self.band_rows} rows")
         for name, values in {"gram": gram, "residual_ratio": ratio}.items():
             array = self._arrays[name]
             array[band.start : band.stop] = values
-            index = (band.start // self.band_rows, *(0 for _ in array.shape[1:]))
-            chunk = self.path / name / array.metadata.encode_chunk_key(index)
+            chunk = self._chunk_path(name, band.start)
             _flush(chunk)
-            _flush(chunk.parent)
+            for folder in chunk.relative_to(self.path).parents:
+                _flush(self.path / folder)
         self._journal.write(f"{band.start:012d}", {"start": band.start, "stop": band.stop, "digest": digest})
+
+    def _chunk_path(self, name: str, start: int) -> Path:
+        array = self._arrays[name]
+        return _chunk_path(array, self.path / name, [start // self.band_rows, *(0 for _ in array.shape[1:])])
+
+    def discard_others(self, digests: Mapping[Band, str]) -> None:
+        """Forget every band but those computed from these states: what is forgotten reads as missing.
+
+        Parameters
+        ----------
+        digests : mapping
+            Every band of the trajectory as it is now, to the digest of its states.
+        """
+        valid = {(band.start, band.stop, digest) for band, digest in digests.items()}
+        for name in self._journal.names():
+            record = self._journal.read(name)
+            if (record["start"], record["stop"], record["digest"]) not in valid:
+                self._journal.remove(name)
 
     def missing(self, digests: Mapping[Band, str]) -> list[Band]:
         """Bands that are not recorded, or were computed from other states."""
@@ -566,7 +647,7 @@ class Ledger:
         Raises
         ------
         InputError
-            Where a band is not recorded: the pass was interrupted.
+            Where a band is not recorded (the pass was interrupted), or a chunk is missing or too short.
         """
         recorded = {(r["start"], r["stop"]) for r in map(self._journal.read, self._journal.names())}
         for start in range(0, self.rows, self.band_rows):
@@ -578,6 +659,8 @@ class Ledger:
                     why="the analysis was interrupted",
                     remedy="run natgrad analyze OUT again; what is finished is kept",
                 )
+            for name in ("gram", "residual_ratio"):
+                _require_whole(self._arrays[name], self._chunk_path(name, start), _ANALYZE_ANEW)
         return np.asarray(self._arrays["gram"][:]), np.asarray(self._arrays["residual_ratio"][:])
 
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

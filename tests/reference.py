@@ -4,9 +4,11 @@ A float64 is a rational number, so every product and every sum below is exact un
 """
 
 import numpy as np
+import pytest
 from mpmath import mp, mpf
 
-from pipeline.gram import roundoff_bound
+from pipeline import geometry
+from pipeline.gram import roundoff_bound, vectors
 
 
 def exact(values):
@@ -47,7 +49,9 @@ def assert_gram_close(actual, expected, elements, slack=1.0):
     bound = slack * roundoff_bound(elements) * scale
     error = np.abs(actual - expected)
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
-    assert (error <= bound).all(), f"entry {worst}: {actual[worst]!r} against {expected[worst]!r}, bound {bound[worst]}"
+    assert (error <= bound).all(), (
+        f"entry {worst}: {actual[worst]!r} against {expected[worst]!r}, bound {bound[worst]}"
+    )
 
 
 def promised_angle_error():
@@ -58,3 +62,25 @@ def promised_angle_error():
 def promised_relative_error(cosine):
     """Largest relative error of a condition number or eigenvalue (DESIGN, section 3)."""
     return 1e-10 if abs(cosine) >= 1e-3 else 1e-13 / abs(float(cosine))
+
+
+def pair_of(y, g, learning_rate=0.5):
+    """Pair of a ledger of one row, computed by the definition and rounded once."""
+    displacement = learning_rate * g  # exact: the rate is a power of two
+    # The kernel's ratio is the best one but for 1e-6 of |y| (pipeline.gram).
+    ratio = float(-(y @ g) / (g @ g) / learning_rate * (1 + 1e-6)) if g.any() else 0.0
+    states = exact_vectors(np.zeros_like(g), displacement, -y, -y, ratio)
+    return geometry.pair(exact_gram(states), vectors(hvp=False), learning_rate, len(g))
+
+
+def assert_same_pair(update_square, alignment, angle, y, g):
+    """Compare with explicit vectors: y.g within rounding of |y||g|, the angle as promised.
+
+    Besides the sums, at most four roundings (difference, rate, square, sum of parts) meet an entry.
+    """
+    expected = pair_of(y, g)
+    bound = 4 * roundoff_bound(len(g))
+    assert float(update_square) == pytest.approx(float(expected.update_square), rel=bound)
+    scale = float(expected.update_norm * expected.gradient_norm)
+    assert float(alignment) == pytest.approx(float(expected.alignment), abs=bound * scale)
+    assert float(angle) == pytest.approx(float(geometry.angle(expected)), abs=promised_angle_error())

@@ -17,7 +17,8 @@ from pipeline.sources.base import SCALAR_KEYS, LoggedStep, LoggedTensor, StepCon
 __all__ = ["NpzFile"]
 
 _SKIP = 1 << 20
-_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# RuntimeError: a member that says it is encrypted, or (NotImplementedError) packed in a way not known.
+_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 class NpzFile:

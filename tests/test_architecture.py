@@ -1,0 +1,124 @@
+"""The law of imports: arrows point down, there is no ring, and each library is known in one place."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("pipeline", "flows")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+# The house, from the ground up. A module imports from floors below its own only.
+FLOORS = [
+    {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
+    {"pipeline.blocks", "pipeline.gram", "pipeline.geometry", "pipeline.sources.base", "pipeline.recorder"},
+    {
+        "pipeline.sources.npz_file",
+        "pipeline.sources.safetensors_file",
+        "pipeline.experiments.linear_system",
+        "pipeline.experiments.feedback_alignment",
+        "pipeline.store",
+        "pipeline.results",
+    },
+    {
+        "pipeline.sources.step_folder",
+        "pipeline.experiments.demo",
+        "pipeline.experiments.__main__",
+        "pipeline.report",
+    },
+    {"pipeline.sources.formats", "pipeline.compute"},
+    {"pipeline.ingest"},
+    {"pipeline.run"},
+    {"pipeline.cli", "flows"},
+    {"flows.runs"},
+    {"flows.demo"},
+]
+STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
+
+# Who may import which library; what is not listed may be imported anywhere.
+HOMES = {
+    "zarr": {"pipeline.store"},
+    "xarray": {"pipeline.results", "pipeline.report"},
+    "dask": {"pipeline.compute"},
+    "distributed": {"pipeline.compute"},
+    "prefect": {"flows.runs", "flows.demo"},
+    "numba": {"pipeline.gram"},
+    "matplotlib": {"pipeline.report"},
+    "jinja2": {"pipeline.report"},
+    "mlxtend": {"pipeline.experiments.feedback_alignment"},
+}
+
+
+def imports(path):
+    """Names of all modules that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def known(name):
+    """Module of ours that an imported name is, or belongs to."""
+    return name if name in MODULES else name.rpartition(".")[0]
+
+
+def ours(path):
+    return {known(name) for name in imports(path) if name.partition(".")[0] in ("pipeline", "flows")}
+
+
+def test_every_module_has_its_floor():
+    assert set().union(*FLOORS) == set(MODULES)
+    assert sum(map(len, FLOORS)) == len(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module):
+    floor = next(index for index, floor in enumerate(FLOORS) if module in floor)
+    below = set().union(*FLOORS[:floor])
+    assert ours(MODULES[module]) <= below
+
+
+def test_the_pure_modules_are_strangers():
+    for module in STRANGERS:
+        assert ours(MODULES[module]) == {"pipeline.schema"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipeline.experiments")])
+def test_the_pipeline_and_the_experiments_know_nothing_of_each_other(module):
+    allowed = {"pipeline.schema", "pipeline.recorder"}
+    assert all(name in allowed or name.startswith("pipeline.experiments") for name in ours(MODULES[module]))
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_each_library_is_known_in_one_place(library):
+    users = {name for name, path in MODULES.items() if library in {n.partition(".")[0] for n in imports(path)}}
+    assert users == HOMES[library]
+
+
+def loaded_after(statement):
+    """Top-level names of the modules that are loaded after a statement, in a process of its own."""
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_geometry_needs_numpy_alone():
+    heavy = {"numba", "scipy", "xarray", "zarr", "dask", "distributed", "prefect", "pandas", "matplotlib"}
+    loaded = loaded_after("import pipeline.geometry")
+    assert "numpy" in loaded
+    assert not loaded & heavy
+
+
+def test_the_command_line_starts_without_heavy_libraries():
+    assert not loaded_after("import pipeline.cli") & {"numpy", *HOMES}
