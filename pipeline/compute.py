@@ -326,6 +326,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
     memory_limit : int, optional
         Bytes of each process.
     """
+    import dask.config
     from distributed import LocalCluster
 
     with LocalCluster(
@@ -333,7 +334,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
         threads_per_worker=1,
         processes=True,
         memory_limit=memory_limit or "auto",
-        config=_WORKER_CONFIG,
+        config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
         dashboard_address=None,
         silence_logs=logging.ERROR,
     ) as cluster:

@@ -456,7 +456,6 @@ def _eigenvalue_curves(runs: Sequence[_Run]) -> _Picture:
         axes.plot(np.pi / 2 - rest, curve, color=colour, linestyle=dash, label=label)[0]
         for curve, (label, colour, dash) in zip(geometry.eigenvalues(pair), _EIGENVALUES.values(), strict=True)
     ]
-    axes.set_yscale("log")
     _log_limits(axes, low, high)
     axes.set_xlim(0, np.pi / 2)
     _angle_ticks(axes, "x", eighths=True)
@@ -488,7 +487,6 @@ def _spectrum(run: _Run, letter: str) -> _Picture:
             lines.append(_curve(axes, run.steps, values, color=colour, label=label, linestyle=dash))
             low, high = min(low, spread[0]), max(high, spread[2])
     if lines:
-        axes.set_yscale("log")
         _log_limits(axes, low, high)
     else:
         _say(axes, "no effective update:\nno metric to draw" if len(run.steps) else "no update")
@@ -517,7 +515,6 @@ def _loss(run: _Run, letter: str) -> _Picture:
             label = f"mean of {max(run.windows)}"
             lines.append(_curve(axes, run.steps, average, color="#0072b2", label=label, linewidth=1.6))
         if spread[0] > 0 and spread[2] >= 10 * spread[0]:
-            axes.set_yscale("log")
             _log_limits(axes, spread[0], spread[2])
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -555,7 +552,6 @@ def _condition(run: _Run) -> _Picture:
         _say(axes, "no effective update:\nno condition number")
     else:
         _curve(axes, run.steps, values, color=_INK)
-        axes.set_yscale("log")
         _log_limits(axes, spread[0], spread[2])
         without = run["status"] != Status.EFFECTIVE
         lines = [_mark(axes, run.steps, without)] if without.any() else []
@@ -594,7 +590,6 @@ def _small_panels(run: _Run, names: Sequence[str], variable: str) -> _Picture:
     if of_angle:
         _angle_limits(first, spread)
     elif spread is not None:
-        first.set_yscale("log")
         _log_limits(first, spread[0], spread[2], most=4)
     _step_axis(first, run.steps, most=3)
     first.set_xlabel("")
@@ -689,15 +684,19 @@ def _positive(values: Array) -> Array:
 
 
 def _log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
-    """Limits of a log axis: a margin, and a decade at least, so that it has numbers on it."""
+    """Limits of a log axis: room below for marks, and numbers on it however short it is."""
     bottom, top = math.log10(low), math.log10(high)
-    if top - bottom < 1:
-        bottom, top = math.floor(bottom + 1e-9), math.ceil(top - 1e-9)
-        top = max(top, bottom + 1)
-    margin = 0.05 * (top - bottom)
-    axes.set_ylim(10.0 ** max(bottom - margin, -307), 10.0 ** min(top + margin, 308))
-    axes.yaxis.set_major_locator(LogLocator(numticks=most))
-    if top - bottom > 5:
+    if top - bottom < 0.5:
+        bottom, top = (bottom + top) / 2 - 0.25, (bottom + top) / 2 + 0.25
+    below, above = 0.12 * (top - bottom), 0.05 * (top - bottom)
+    axes.set_yscale("log")
+    axes.set_ylim(10.0 ** max(bottom - below, -307.0), 10.0 ** min(top + above, 308.0))
+    if top - bottom < 2:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(numticks=most))
+    if top - bottom < 2 or top - bottom > 5:
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -161,7 +161,7 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
     tensors = _Level(
         (STEP, TENSOR),
         pair,
-        np.isfinite(norm("displacement")) & np.isfinite(norm("gradient")),
+        np.isfinite(norm("displacement") + norm("gradient")),
         update_floor,
         norm("gradient"),
         norm("parameter"),
@@ -169,7 +169,7 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
     model = _Level(
         (STEP,),
         geometry.direct_sum([pair[:, tensor] for tensor in range(len(layout.tensors))]),
-        tensors.finite.all(axis=1),
+        np.asarray(tensors.finite.all(axis=1)),
         _norm(tensors.update_floor, axis=1),
         _norm(tensors.gradient_norm, axis=1),
         _norm(tensors.parameter_norm, axis=1),

@@ -16,20 +16,16 @@ MODULES = {
 
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
-    {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
-    {"pipeline.blocks", "pipeline.gram", "pipeline.geometry", "pipeline.sources.base", "pipeline.recorder"},
+    {"pipeline", "pipeline.schema", "pipeline.sources"},
+    {"pipeline.blocks", "pipeline.gram", "pipeline.geometry", "pipeline.sources.base"},
     {
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
-        "pipeline.experiments.linear_system",
-        "pipeline.experiments.feedback_alignment",
         "pipeline.store",
         "pipeline.results",
     },
     {
         "pipeline.sources.step_folder",
-        "pipeline.experiments.demo",
-        "pipeline.experiments.__main__",
         "pipeline.report",
     },
     {"pipeline.sources.formats", "pipeline.compute"},
@@ -51,7 +47,6 @@ HOMES = {
     "numba": {"pipeline.gram"},
     "matplotlib": {"pipeline.report"},
     "jinja2": {"pipeline.report"},
-    "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }
 
 
@@ -91,12 +86,6 @@ def test_arrows_point_down(module):
 def test_the_pure_modules_are_strangers():
     for module in STRANGERS:
         assert ours(MODULES[module]) == {"pipeline.schema"}
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipeline.experiments")])
-def test_the_pipeline_and_the_experiments_know_nothing_of_each_other(module):
-    allowed = {"pipeline.schema", "pipeline.recorder"}
-    assert all(name in allowed or name.startswith("pipeline.experiments") for name in ours(MODULES[module]))
 
 
 @pytest.mark.parametrize("library", HOMES)

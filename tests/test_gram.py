@@ -34,7 +34,8 @@ def states(rows, elements, dtype, seed, scale=1.0):
 
 @pytest.mark.parametrize("with_hvp", [False, True])
 @pytest.mark.parametrize(
-    ("parameter_dtype", "gradient_dtype"), [*((d, d) for d in DTYPES), ("bfloat16", "float32"), ("float32", "float16")]
+    ("parameter_dtype", "gradient_dtype"),
+    [*((d, d) for d in DTYPES), ("bfloat16", "float32"), ("float32", "float16")],
 )
 def test_every_entry_is_exact_to_rounding_from_every_storage_dtype(parameter_dtype, gradient_dtype, with_hvp):
     parameter, _ = states(3, 1500, parameter_dtype, seed=1)
@@ -92,7 +93,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it():
 @given(cuts=st.lists(st.integers(1, 2999), unique=True, max_size=6).map(sorted), seed=st.integers(0, 99))
 def test_segments_add_up_to_the_whole(cuts, seed):
     parameter, gradient = states(2, 3000, "float32", seed)
-    whole, ratio = products(parameter, gradient)
+    whole, _ = products(parameter, gradient)
     parts, ratios = products(parameter, gradient, cuts)
     total, common = gram.combine(parts, ratios)
     vectors = exact_vectors(parameter[0], parameter[1], gradient[0], gradient[1], common[0])

@@ -1,0 +1,390 @@
+"""The works that are measured: each is prepared in a context, checked once, and run again in every round.
+
+    python -m benchmarks.works FOLDER NAME
+
+runs one work in a process of its own, for its memory to be watched; it prints a line when it is about to begin.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import safetensors.numpy
+import xarray as xr
+
+from pipeline import compute, gram
+from pipeline.ingest import ingest
+from pipeline.store import Ledger, Trajectory, storage_dtype
+
+THREADS = 2
+HIDDEN = 1024
+READ_ROWS = 3
+"""Rows that the bare loop computes at a time, as the pass does for chunks of a million float32."""
+
+STEPS_OF_A_BLOCK = 16
+"""Steps in a Dask block: the fastest blocks for xarray here; of one step each it takes nearly twice as long."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """A generated run: its log, its trajectory, the ledger that results are checked by, and what works write."""
+
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    @property
+    def trajectory(self) -> Path:
+        return self.folder / "trajectory.zarr"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference.zarr"
+
+    @property
+    def written(self) -> Path:
+        return self.folder / "written"
+
+    def clear(self) -> None:
+        """Remove what a work wrote, before the next round and outside its time."""
+        shutil.rmtree(self.written, ignore_errors=True)
+        self.written.mkdir()
+
+    def logged(self) -> list[Path]:
+        return sorted(self.log.iterdir())
+
+    def chunks(self) -> list[Path]:
+        """Files of the chunks of training state, which are all that the pass must read."""
+        return sorted(path for name in ("parameter", "gradient") for path in (self.trajectory / name).glob("c/*/*"))
+
+    def generate(self, size: float, states: int) -> None:
+        """Write the log of a run, ingest it, and compute the ledger that results are checked by.
+
+        The model is a row of square layers with biases, its tensors across the boundaries of chunks; the updates are
+        noisy gradient descent on a quadratic loss.
+
+        Parameters
+        ----------
+        size : float
+            Gigabytes of training state, about: a whole number of layers.
+        states : int
+            Logged states.
+        """
+        generator = np.random.default_rng(0)
+        layers = max(1, round(size * 1e9 / (states * 8 * (HIDDEN + 1) * HIDDEN)))
+        shapes = [(f"layer.{k}.{name}", shape) for k in range(layers) for name, shape in _LAYER.items()]
+        theta = {name: generator.standard_normal(shape, np.float32) for name, shape in shapes}
+        self.log.mkdir(parents=True)
+        for step in range(states):
+            state = {"loss": np.asarray(1.0 / (step + 1)), "learning_rate": np.asarray(0.01)}
+            for name, value in theta.items():
+                noise = generator.standard_normal((2, *value.shape), np.float32)
+                state |= {f"parameter/{name}": value, f"gradient/{name}": value + noise[0] / 8}
+                theta[name] = value - (value + noise[1] / 2) / 100
+            safetensors.numpy.save_file(state, self.log / f"step_{step}.safetensors")
+        ingest(self.log, self.trajectory)
+        compute.compute_ledger(self.trajectory, self.reference)
+        self.clear()
+
+
+_LAYER = {"weight": (HIDDEN, HIDDEN), "bias": (HIDDEN,)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work to measure.
+
+    Attributes
+    ----------
+    title : str
+    prepare : callable
+        Files to a context of the function that is timed.
+    check : callable
+        Called with the files and what the function returned: raises where the work was not done.
+    reads : callable
+        Files to the paths whose bytes the work must read.
+    """
+
+    title: str
+    prepare: Callable[[Files], AbstractContextManager[Callable[[], Any]]]
+    check: Callable[[Files, Any], None]
+    reads: Callable[[Files], Sequence[Path]] = Files.chunks
+
+    def size(self, files: Files) -> int:
+        """Bytes that the work must read: its rate is by these, whatever it reads twice."""
+        return sum(path.stat().st_size for path in self.reads(files))
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
+    """Map in threads; one thread is this one."""
+    if threads == 1:
+        return list(map(function, items))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
+
+
+# The reading limit --------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, out: Any) -> int:
+    """Read a file to its end into a buffer, and return its bytes."""
+    view = memoryview(out).cast("B")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = 0
+        while count := os.preadv(descriptor, [view[size:]], size):
+            size += count
+        return size
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def bare_reads(files: Files, threads: int) -> Iterator[Callable[[], int]]:
+    paths = files.chunks()
+    # One byte more than the largest file, or the read that finds its end would have nowhere to go.
+    buffers = [bytearray(max(path.stat().st_size for path in paths) + 1) for _ in range(threads)]
+
+    def part(index: int) -> int:
+        return sum(read_file(path, buffers[index]) for path in paths[index::threads])
+
+    yield lambda: sum(in_threads(part, range(threads), threads))
+
+
+def check_bytes(files: Files, count: int) -> None:
+    assert count == sum(path.stat().st_size for path in files.chunks())
+
+
+# The bare loop ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.Segments]]]:
+    """Reads and the kernel, and nothing else: no store, no plan, no ledger."""
+    states = Trajectory(files.trajectory)
+    rows, (steps, width), names = states.rows - 1, states.chunk, gram.vectors(False)
+    paths = {name: [[states.path / name / "c" / str(i) / str(j) for i in range(states.rows)]
+                    for j in range(states.columns)] for name in states.dtypes}  # fmt: skip
+    assert steps == 1, "the bare loop reads chunks of one step: generate a larger model"
+    buffers = [
+        {name: np.empty((READ_ROWS + 1, width), storage_dtype(dtype)) for name, dtype in states.dtypes.items()}
+        for _ in range(threads)
+    ]
+
+    def column(index: int, buffer: dict[str, np.ndarray]) -> compute.Segments:
+        first, last = states.column(index)
+        pieces = states.layout.segments(first, last)
+        starts = np.array([low - first for _, low, _ in pieces] + [last - first])
+        products, ratio = np.empty((rows, len(pieces), len(names), len(names))), np.empty((rows, len(pieces)))
+        for start in range(0, rows, READ_ROWS):
+            stop = min(start + READ_ROWS, rows)
+            carried = int(start > 0)
+            for name, array in buffer.items():
+                array[0] = array[READ_ROWS]
+                for row in range(start + carried, stop + 1):
+                    read_row(paths[name][index][row], array[row - start])
+            count = stop - start + 1
+            gram.products(
+                buffer["parameter"][:count],
+                buffer["gradient"][:count],
+                starts,
+                products[start:stop],
+                ratio[start:stop],
+            )
+        return np.array([tensor for tensor, _, _ in pieces]), products, ratio
+
+    def part(index: int) -> list[compute.Segments]:
+        return [column(number, buffers[index]) for number in range(index, states.columns, threads)]
+
+    def run() -> list[compute.Segments]:
+        parts = in_threads(part, range(threads), threads)
+        return [parts[number % threads][number // threads] for number in range(states.columns)]
+
+    yield run
+
+
+def read_row(path: Path, out: np.ndarray) -> None:
+    with path.open("rb", buffering=0) as file:
+        assert file.readinto(out.data.cast("B")) == out.nbytes
+
+
+def check_segments(files: Files, segments: list[compute.Segments]) -> None:
+    """The bits of the pass: it runs the same kernel on the same columns."""
+    reference = Ledger(files.reference)
+    indices, products, ratios = zip(*segments, strict=True)
+    found = gram.add_segments(
+        len(reference.layout.tensors),
+        np.concatenate(indices),
+        np.concatenate(products, axis=1),
+        np.concatenate(ratios, axis=1),
+    )
+    for array, expected in zip(found, reference.read(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+# The metrics pass ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def metrics_pass(files: Files, executor: compute.Executor) -> Iterator[Callable[[], Any]]:
+    yield partial(compute.compute_ledger, files.trajectory, files.written / "ledger.zarr", executor=executor)
+
+
+@contextmanager
+def metrics_pass_on_dask(files: Files) -> Iterator[Callable[[], Any]]:
+    """On worker processes that run already, as those of a user's cluster do."""
+    with (
+        dask.config.set(temporary_directory=files.folder),
+        compute.local_scheduler(THREADS) as address,
+        metrics_pass(files, compute.existing_cluster(address)) as run,
+    ):
+        yield run
+
+
+def check_ledger(files: Files, _: Any) -> None:
+    """Every executor gives the same bits."""
+    for array, expected in zip(
+        Ledger(files.written / "ledger.zarr").read(), Ledger(files.reference).read(), strict=True
+    ):
+        np.testing.assert_array_equal(array, expected)
+
+
+# The same in xarray -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
+    """The same quantities as a user of xarray and Dask would write them.
+
+    `xarray.dot` is the fastest way found: sums of products, (x * y).sum(), took twice as long and more memory.
+    The residual's ratio is taken from the ledger, so that its products can be compared; this work need not find it.
+    """
+    layout = Trajectory(files.trajectory).layout
+    _, ratio = Ledger(files.reference).read()
+
+    def run() -> xr.DataArray:
+        data = xr.open_zarr(files.trajectory, consolidated=False, chunks={"step": STEPS_OF_A_BLOCK})
+        state = data[["parameter", "gradient"]].astype("float64")
+        before, change = state.isel(step=slice(None, -1)), state.diff("step", label="lower")
+        tensors = []
+        for index, tensor in enumerate(layout.tensors):
+            own = {"element": slice(tensor.offset, tensor.stop)}
+            parameter, gradient = before.parameter.isel(own), before.gradient.isel(own)
+            displacement, gradient_change = change.parameter.isel(own), change.gradient.isel(own)
+            residual = gradient - xr.DataArray(ratio[:, index], dims="step") * displacement
+            vectors = [parameter, displacement, gradient, gradient_change, residual]
+            pairs = itertools.combinations_with_replacement(vectors, 2)
+            tensors.append(xr.concat([xr.dot(x, y, dim="element") for x, y in pairs], "pair"))
+        return xr.concat(tensors, "tensor").transpose("step", "tensor", "pair").compute()
+
+    with dask.config.set(scheduler="threads", num_workers=THREADS):
+        yield run
+
+
+def check_products(files: Files, found: xr.DataArray) -> None:
+    """The entries of the ledger, x.y within `pipeline.gram.roundoff_bound` of |x||y|.
+
+    Displacement and gradient change are one rounding of the same difference on both sides. A residual is the
+    difference of a gradient and c times a displacement, rounded once or twice, so its error goes with their norms and
+    not with its own: u (|g| + 2 |c d|) at most, less than the bound's 4 sqrt(n) u of |g| + |c d|.
+    """
+    expected, ratio = Ledger(files.reference).read()
+    sizes = np.array([tensor.size for tensor in Trajectory(files.trajectory).layout.tensors])
+    norms = np.sqrt(np.einsum("...ii->...i", expected))
+    position = {name: index for index, name in enumerate(gram.vectors(False))}
+    norms[..., position["residual"]] = (
+        norms[..., position["gradient"]] + abs(ratio) * norms[..., position["displacement"]]
+    )
+    first, second = np.triu_indices(len(position))
+    bounds = (
+        np.array([gram.roundoff_bound(size) for size in sizes])[:, None] * norms[..., first] * norms[..., second]
+    )
+    assert (abs(found.values - expected[..., first, second]) <= bounds).all()
+
+
+# Ingest -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ingest_log(files: Files) -> Iterator[Callable[[], Any]]:
+    yield partial(ingest, files.log, files.written / "trajectory.zarr")
+
+
+def check_trajectory(files: Files, _: Any) -> None:
+    written = Trajectory(files.written / "trajectory.zarr")
+    assert written.fingerprint() == Trajectory(files.trajectory).fingerprint()
+
+
+@contextmanager
+def copy_log(files: Files, flush: bool) -> Iterator[Callable[[], None]]:
+    def run() -> None:
+        for path in files.logged():
+            copy = files.written / path.name
+            shutil.copyfile(path, copy)
+            if flush:
+                with copy.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    yield run
+
+
+def check_copies(files: Files, _: Any) -> None:
+    for path in files.logged():
+        assert (files.written / path.name).read_bytes() == path.read_bytes()
+
+
+WORKS = {
+    "read": Work("bare reads, 1 thread", partial(bare_reads, threads=1), check_bytes),
+    "read_threads": Work(f"bare reads, {THREADS} threads", partial(bare_reads, threads=THREADS), check_bytes),
+    "loop": Work("bare reads and kernel, 1 thread", partial(bare_loop, threads=1), check_segments),
+    "loop_threads": Work(
+        f"bare reads and kernel, {THREADS} threads", partial(bare_loop, threads=THREADS), check_segments
+    ),
+    "pass": Work("metrics pass, serial", partial(metrics_pass, executor=compute.serial), check_ledger),
+    "pass_threads": Work(
+        f"metrics pass, {THREADS} threads", partial(metrics_pass, executor=compute.threads(THREADS)), check_ledger
+    ),
+    "pass_dask": Work(f"metrics pass, {THREADS} Dask processes", metrics_pass_on_dask, check_ledger),
+    "xarray": Work(f"xarray and Dask, {THREADS} threads", labelled_arrays, check_products),
+    "copy": Work("copy of the log", partial(copy_log, flush=False), check_copies, Files.logged),
+    "copy_flushed": Work(
+        "copy of the log, flushed to disk", partial(copy_log, flush=True), check_copies, Files.logged
+    ),
+    "ingest": Work("ingest of the log", ingest_log, check_trajectory, Files.logged),
+}
+
+RATIOS = [
+    ("pass", "read"),
+    ("pass_threads", "read_threads"),
+    ("pass_dask", "read_threads"),
+    ("pass", "loop"),
+    ("pass_threads", "loop_threads"),
+    ("pass_dask", "loop_threads"),
+    ("pass", "xarray"),
+    ("pass_threads", "xarray"),
+    ("pass_dask", "xarray"),
+    ("ingest", "copy"),
+    ("ingest", "copy_flushed"),
+]
+"""Rates that are compared: only rates of one run are."""
+
+
+if __name__ == "__main__":
+    with WORKS[sys.argv[2]].prepare(Files(Path(sys.argv[1]))) as run:
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        run()
