@@ -16,17 +16,21 @@ MODULES = {
 
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
-    {"pipeline", "pipeline.schema", "pipeline.sources"},
-    {"pipeline.blocks", "pipeline.gram", "pipeline.geometry", "pipeline.sources.base"},
+    {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
+    {"pipeline.blocks", "pipeline.gram", "pipeline.geometry", "pipeline.sources.base", "pipeline.recorder"},
     {
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
+        "pipeline.experiments.linear_system",
+        "pipeline.experiments.feedback_alignment",
         "pipeline.store",
         "pipeline.results",
     },
     {
         "pipeline.sources.step_folder",
         "pipeline.report",
+        "pipeline.experiments.demo",
+        "pipeline.experiments.__main__",
     },
     {"pipeline.sources.formats", "pipeline.compute"},
     {"pipeline.ingest"},
@@ -47,6 +51,7 @@ HOMES = {
     "numba": {"pipeline.gram"},
     "matplotlib": {"pipeline.report"},
     "jinja2": {"pipeline.report"},
+    "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }
 
 
@@ -86,6 +91,12 @@ def test_arrows_point_down(module):
 def test_the_pure_modules_are_strangers():
     for module in STRANGERS:
         assert ours(MODULES[module]) == {"pipeline.schema"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipeline.experiments")])
+def test_the_pipeline_and_the_experiments_know_nothing_of_each_other(module):
+    allowed = {"pipeline.schema", "pipeline.recorder"}
+    assert all(name in allowed or name.startswith("pipeline.experiments") for name in ours(MODULES[module]))
 
 
 @pytest.mark.parametrize("library", HOMES)

