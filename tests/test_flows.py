@@ -1,0 +1,106 @@
+"""The flows on Prefect's embedded server, one for the whole file."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import xarray as xr
+from logs import random_walk, write_log, write_step
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+from flows import runs
+from pipeline import run
+from pipeline.schema import InputError
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def log(tmp_path):
+    return write_log(tmp_path / "log", random_walk(8))
+
+
+def artifacts(key):
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    return [artifact.data for artifact in found]
+
+
+def flow_runs():
+    with get_client(sync_client=True) as client:
+        return {flow_run.name: flow_run for flow_run in client.read_flow_runs()}
+
+
+def test_the_flow_gives_what_the_command_line_gives(log, tmp_path):
+    summary = runs.process_run(log, tmp_path / "by-flow", windows=[1, 2], workers=1)
+    run.ingest_run(log, tmp_path / "by-hand")
+    run.analyze_run(tmp_path / "by-hand", run.Analysis(windows=(1, 2), workers=1))
+    one, other = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("by-flow", "by-hand"))
+    xr.testing.assert_identical(one, other)
+    assert summary["updates"] == 7
+    assert (tmp_path / "by-flow" / "report.html").exists()
+
+
+def test_run_names_and_artifacts_say_which_run_it_was(log, tmp_path):
+    out = tmp_path / "Run 7"
+    runs.process_run(log, out, workers=1)
+    assert {"process-run Run 7", "ingest-run Run 7", "analyze-run Run 7"} <= set(flow_runs())
+    (table,) = artifacts("analyzed-run-7")
+    assert "effective 7" in table or "'effective': 7" in table
+    (link,) = artifacts("report-run-7")
+    assert (out / "report.html").absolute().as_uri() in link
+
+
+def test_bad_input_fails_at_once_with_its_message(tmp_path):
+    with pytest.raises(InputError, match="no step files"):
+        runs.process_run(_empty(tmp_path / "nothing"), tmp_path / "bad", workers=1)
+    failed = flow_runs()["ingest-run bad"]
+    assert failed.state.is_failed()
+    with get_client(sync_client=True) as client:
+        counts = [task.run_count for task in client.read_task_runs() if task.name == "ingest bad"]
+    assert counts == [1]
+
+
+def _empty(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_a_second_flow_takes_what_is_new(log, tmp_path):
+    runs.process_run(log, tmp_path / "grows", workers=1)
+    for number, state in enumerate(random_walk(11)[8:], start=8):
+        write_step(log, number, state)
+    summary = runs.process_run(log, tmp_path / "grows", workers=1)
+    assert (summary["new_steps"], summary["updates"]) == (3, 10)
+
+
+def test_what_can_heal_is_tried_again(log, tmp_path, monkeypatch):
+    calls, ingest = [], run.ingest_run
+
+    def unlucky(source, out, **options):
+        calls.append(out)
+        if len(calls) == 1:
+            raise OSError("the file system is busy")
+        return ingest(source, out, **options)
+
+    monkeypatch.setattr(run, "ingest_run", unlucky)
+    task = runs._ingest.with_options(retry_delay_seconds=0)
+    monkeypatch.setattr(runs, "_ingest", task)
+    assert runs.ingest_run(log, tmp_path / "heals")["new_steps"] == 8
+    assert len(calls) == 2
+
+
+def test_telemetry_is_off_unless_the_environment_says_otherwise():
+    code = "import flows, os; print(os.environ['PREFECT_SERVER_ANALYTICS_ENABLED'], os.environ['DO_NOT_TRACK'])"
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK")
+    }
+    for chosen, expected in (({}, "false 1"), ({"DO_NOT_TRACK": "0"}, "false 0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=clean | chosen, check=True
+        )
+        assert done.stdout.strip() == expected
