@@ -36,8 +36,8 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    # Of the scope of the session: pytest then runs all works in the first turn, all in the second, and so on. What else
-    # happens on the machine meanwhile meets all of them alike.
+    # Of the scope of the session: pytest then runs all works in the first turn, all in the second, and so on. What
+    # else happens on the machine meanwhile meets all of them alike.
     if "turn" in metafunc.fixturenames:
         metafunc.parametrize("turn", range(metafunc.config.option.rounds), scope="session")
 
@@ -70,8 +70,8 @@ def resident_bytes(process):
 def memory_of(name, files):
     """Resident bytes of a process that runs a work: before it begins, and at most.
 
-    The peak of a process cannot be set back, so each work has its own. It is sampled: the system's own record of the peak
-    of a child begins with the memory of the parent that started it.
+    The peak of a process cannot be set back, so each work has its own. It is sampled: the system's own record of
+    the peak of a child begins with the memory of the parent that started it.
     """
     files.clear()
     command = [sys.executable, "-m", "benchmarks.works", str(files.folder), name]
@@ -96,7 +96,7 @@ def memory(files):
 
 @pytest.fixture(scope="session")
 def first_call(files):
-    """Seconds of the kernel's first call in a process: compiled, and loaded from the cache that the first one filled."""
+    """Seconds of the kernel's first call in a process: compiled, and loaded from the cache which that filled."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(files.folder / "compiled")}
 
     def seconds():

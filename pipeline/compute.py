@@ -112,7 +112,7 @@ def compute_ledger(
     Raises
     ------
     InputError
-        Where there are fewer than two states, or the plan does not fit the memory limit.
+        Where there are fewer than two states, or no elements, or the plan does not fit the memory limit.
     """
     states = Trajectory(trajectory)
     if states.rows < 2:
@@ -121,6 +121,13 @@ def compute_ledger(
             where=str(trajectory),
             why="the displacement of a step is the difference to the next logged state",
             remedy="ingest more steps",
+        )
+    if not states.layout.elements:
+        raise InputError(
+            "a model without elements has no updates",
+            where=str(trajectory),
+            why="all its tensors are empty",
+            remedy="log at least one element",
         )
     hvp = HVP in states.dtypes
     names = gram.vectors(hvp)
@@ -202,8 +209,6 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
         indices += [index for index, _, _ in segments]
         grams.append(products)
         ratios.append(ratio)
-    if not grams:
-        raise InputError("a model without elements has no ledger", where=str(job.trajectory))
     return np.array(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
 
 
@@ -335,7 +340,8 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
         processes=True,
         memory_limit=memory_limit or "auto",
         config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
-        dashboard_address=None,
+        # Without a dashboard Dask serves its health page all the same, and warns where another has its port.
+        scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         silence_logs=logging.ERROR,
     ) as cluster:
         yield cluster.scheduler_address

@@ -112,8 +112,8 @@ _STYLE: dict[str, Any] = {
 _WIDTH, _HEIGHT = 4.2, 2.9
 """Inches of a panel: a phone shows it at about its natural size, a desktop shows two side by side."""
 
-_COLUMNS, _SMALL_COLUMNS, _MARKERS_PER_CURVE = 360, 150, 120
-"""Pixel columns to which curves of a panel and of a small panel are thinned, and points of panel A."""
+_COLUMNS, _SMALL_COLUMNS, _MARKERS = 360, 150, 48
+"""Pixel columns to which curves of a panel and of a small panel are thinned, and points on a curve of panel A."""
 
 _DRAWING = threading.Lock()
 """Matplotlib's style is a state of the process, and flows may draw in several threads."""
@@ -260,7 +260,8 @@ def _part(run: _Run, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
     """Everything about one run."""
     status = run["status"]
     letter_of_spectrum, letter_of_loss = next(letters), next(letters)
-    shown = run.largest_tensors() if len(run.steps) else []
+    # The one tensor of a model is the model, which has been drawn.
+    shown = run.largest_tensors() if len(run.steps) and run.tensors.sizes[TENSOR] > 1 else []
     return {
         "anchor": anchor,
         "name": run.name,
@@ -280,7 +281,7 @@ def _part(run: _Run, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
         "angle": _angle(run),
         "condition": _condition(run),
         "tensors": [_tensor_row(run, name) for name in shown],
-        "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if len(run.steps) else 0,
+        "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if shown else 0,
         "tensor_angle": _small_panels(run, shown, "angle") if shown else None,
         "tensor_condition": _small_panels(run, shown, "condition_number") if shown else None,
         "thinned": len(run.steps) > 2 * _SMALL_COLUMNS,
@@ -441,8 +442,7 @@ def _eigenvalue_curves(runs: Sequence[_Run]) -> _Picture:
             values = np.stack([run[name] * scale for name in _EIGENVALUES])
         drawable = np.isfinite(angle) & np.isfinite(values[0]) & (values[0] > 0)
         angle, values = angle[drawable], values[:, drawable]
-        # All points of a column fall on top of each other, so one stands for them.
-        _, columns = np.unique(np.floor(angle / (np.pi / 2) * _MARKERS_PER_CURVE), return_index=True)
+        columns = _spread_out(angle, index / len(runs), max(_MARKERS // len(runs), 8))
         for value in values:
             points = np.where(value[columns] > 0, value[columns], np.nan)
             axes.plot(angle[columns], points, zorder=3, **look)
@@ -475,6 +475,21 @@ def _eigenvalue_curves(runs: Sequence[_Run]) -> _Picture:
         f"Largest, middle and smallest eigenvalue of the optimal metric against the angle psi from 0 to pi/2, "
         f"and the measured eigenvalues of {names} on these curves.",
     )
+
+
+def _spread_out(angle: Array, shift: float, columns: int) -> NDArray[np.int64]:
+    """Choose points that lie apart: the ends, and in each column the one next to its middle.
+
+    All points lie on the curves, so points of several runs would cover each other and the curves; the columns of
+    each run are shifted by a part of one.
+    """
+    if not angle.size:
+        return np.zeros(0, np.int64)
+    place = angle / (np.pi / 2) * columns + shift
+    column = np.floor(place)
+    order = np.lexsort((np.abs(place - column - 0.5), column))
+    chosen = order[np.unique(column[order], return_index=True)[1]]
+    return np.unique(np.concatenate([chosen, [angle.argmin(), angle.argmax()]])).astype(np.int64)
 
 
 def _spectrum(run: _Run, letter: str) -> _Picture:
@@ -566,17 +581,22 @@ def _small_panels(run: _Run, names: Sequence[str], variable: str) -> _Picture:
     """Angle or condition number of each tensor, on common axes."""
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(_WIDTH, 0.55 + (1.15 if rows > 1 else 1.6) * rows), layout="constrained")
+    # Margins in inches, not a layout engine: it would measure every text of every panel, in twice the time.
+    height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
+    figure = Figure(figsize=(_WIDTH, height))
+    left, right, lower, upper = 0.72 / _WIDTH, 1 - 0.14 / _WIDTH, 0.5 / height, 1 - 0.25 / height
+    figure.subplots_adjust(left=left, right=right, bottom=lower, top=upper, hspace=0.38, wspace=0.13)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     of_angle = variable == "angle"
     values = {name: run.tensor(variable, name) for name in names}
     if not of_angle:
         values = {name: _positive(value) for name, value in values.items()}
     spread = _spread(np.concatenate(list(values.values())))
-    for axes, name in zip(grid.flat, names, strict=False):
+    labels = _tensor_labels(names, 26 if columns == 2 else 52)
+    for axes, name, label in zip(grid.flat, names, labels, strict=False):
         title = axes.set_title(" ", loc="left", fontsize=8.5, pad=3)
         title.set_parse_math(False)
-        title.set_text(_drawable(name, 26 if columns == 2 else 52))
+        title.set_text(label)
         without = run.tensor("status", name) != Status.EFFECTIVE
         if _spread(values[name]) is None:
             axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=_MUTED)
@@ -597,10 +617,34 @@ def _small_panels(run: _Run, names: Sequence[str], variable: str) -> _Picture:
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
         grid[rows - 2, columns - 1].xaxis.set_tick_params(labelbottom=True)
-    figure.supxlabel("step", fontsize=9)
-    figure.supylabel("angle ψ (rad)" if of_angle else "condition number κ (1)", fontsize=9)
+    middle = (left + right) / 2, (lower + upper) / 2
+    figure.supxlabel("step", x=middle[0], y=0.08 / height, fontsize=9)
+    label = "angle ψ (rad)" if of_angle else "condition number κ (1)"
+    figure.supylabel(label, x=0.08 / _WIDTH, y=middle[1], fontsize=9)
     what = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
     return _picture(figure, f"{what} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
+
+
+def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
+    """Write number and name, and leave out of long names the parts that all have in common.
+
+    Examples
+    --------
+    >>> _tensor_labels(["encoder.layers.1.attention.weight", "encoder.layers.23.attention.weight"], 20)
+    ['1  …1…', '2  …23…']
+    """
+    parts = [name.split(".") for name in names]
+    start = end = 0
+    if len(names) > 1 and max(map(len, names)) > most - 4:
+        # One part of each name is always left, though it be the same.
+        spare = min(map(len, parts)) - 1
+        while start < spare and len({part[start] for part in parts}) == 1:
+            start += 1
+        while end < spare - start and len({part[-1 - end] for part in parts}) == 1:
+            end += 1
+    kept = [".".join(part[start : len(part) - end]) for part in parts]
+    shown = [f"{'…' if start else ''}{_drawable(name, most - 6)}{'…' if end else ''}" for name in kept]
+    return [f"{number}  {name}" for number, name in enumerate(shown, start=1)]
 
 
 def _draw_angle(axes: Axes, steps: Array, angle: Array, uncertainty: Array, columns: int) -> list[Any]:
@@ -708,7 +752,7 @@ def _step_axis(axes: Axes, steps: Array, most: int = 5) -> None:
         return
     margin = 0.02 * (steps[-1] - steps[0]) or 0.5
     axes.set_xlim(steps[0] - margin, steps[-1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u2009")))
 
 

@@ -1,8 +1,13 @@
 """Training logs for tests, written by the libraries that users write them with."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+
+from pipeline.schema import Layout
+from pipeline.store import Trajectory, checksum, storage_dtype
 
 TENSORS = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": ()}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
@@ -43,3 +48,44 @@ def write_log(folder, states, numbers=None, container="safetensors"):
     for number, state in zip(numbers or range(len(states)), states, strict=True):
         write_step(folder, number, state, container)
     return folder
+
+
+def walk_arrays(rows, elements, dtypes=None, seed=0):
+    """Arrays (row, element) of a trajectory: a random walk, and a gradient of its size."""
+    rng = np.random.default_rng(seed)
+    values = {
+        "parameter": np.cumsum(rng.standard_normal((rows, elements)), axis=0),
+        "gradient": rng.standard_normal((rows, elements)),
+        "hvp": rng.standard_normal((rows, elements)),
+    }
+    dtypes = dtypes or {"parameter": "float32", "gradient": "float32"}
+    return {name: values[name].astype(DTYPES[dtype]) for name, dtype in dtypes.items()}
+
+
+def write_trajectory(path, arrays, shapes, chunk):
+    """Write a trajectory store in any chunks, in place of one that is there, and return its path.
+
+    ``arrays`` are as of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps, elements).
+    """
+    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in shapes.items()})
+    Trajectory.create(path, layout, dtypes, chunk)
+    return append_states(path, arrays)
+
+
+def append_states(path, arrays):
+    """Commit the rows of arrays to a trajectory store that is there, and return its path."""
+    trajectory = Trajectory(path)
+    start, rows = trajectory.rows, len(arrays["parameter"])
+    checksums = {name: [[] for _ in range(rows)] for name in arrays}
+    for (name, array), column in itertools.product(arrays.items(), range(trajectory.columns)):
+        first, last = trajectory.column(column)
+        words = np.ascontiguousarray(array[:, first:last]).view(storage_dtype(trajectory.dtypes[name]))
+        block = np.zeros((rows, trajectory.chunk[1]), words.dtype)
+        block[:, : last - first] = words
+        trajectory.write(name, start, column, block)
+        for row in range(rows):
+            checksums[name][row].append(checksum(words[row]))
+    scalars = {"loss": np.zeros(rows), "learning_rate": np.full(rows, 0.1)}
+    trajectory.commit(range(start, start + rows), scalars, [{}] * rows, checksums)
+    return path

@@ -74,13 +74,13 @@ def read(reader, array, tensor, shape, dtype, start=0, stop=None):
     return out.view(DTYPES[dtype])
 
 
-def read_all(folder, dtype, tensors=TENSORS):
+def read_all(folder):
     """Everything that a log of one step holds, by its keys."""
     log, step = only_step(folder)
     with log.open(step) as reader:
         content = reader.content()
         return dict(content.scalars) | {
-            f"{array}/{name}": read(reader, array, name, logged.shape, dtype).reshape(logged.shape)
+            f"{array}/{name}": read(reader, array, name, logged.shape, logged.dtype).reshape(logged.shape)
             for array, logged_tensors in content.arrays.items()
             for name, logged in logged_tensors.items()
         }
@@ -100,7 +100,7 @@ def assert_same_bits(actual, expected):
 def test_every_container_gives_back_every_bit_that_was_logged(tmp_path, writer, dtype):
     state = the_state(dtype)
     folder = write(tmp_path, writer, state)
-    assert_same_bits(read_all(folder, dtype), state)
+    assert_same_bits(read_all(folder), state)
 
 
 @pytest.mark.parametrize(("writer", "dtype"), CASES)
@@ -109,7 +109,7 @@ def test_values_that_compare_unequal_or_too_equal_keep_their_bits(tmp_path, writ
     special = [np.nan, -np.nan, np.inf, -np.inf] if words == "not finite" else [0.0, -0.0, -0.0, 0.0]
     values = np.array(special, DTYPES[dtype])
     state = {"parameter/w": values, "gradient/w": values}
-    assert_same_bits(read_all(write(tmp_path, writer, state), dtype), state)
+    assert_same_bits(read_all(write(tmp_path, writer, state)), state)
 
 
 @pytest.mark.parametrize(("writer", "dtype"), CASES)
@@ -206,7 +206,7 @@ def refusal(folder, format=None):
     """The refusal of the only step of a log, which must name it."""
     _, step = only_step(folder, format)
     with pytest.raises(InputError) as caught:
-        read_all(folder, "float32")
+        read_all(folder)
     assert str(step.path) in caught.value.where
     assert f"step {step.number}" in caught.value.where
     assert caught.value.remedy
@@ -226,19 +226,20 @@ def test_a_file_cut_at_any_byte_is_refused_by_name(large_logs, tmp_path, writer,
 @pytest.mark.parametrize("writer", ["npz", "npz, compressed", "npz, Fortran order", "npz, big endian"])
 @given(position=st.integers(0), flip=st.integers(1, 255))
 @reads_only
-def test_an_archive_with_one_wrong_byte_is_refused_or_read_without_that_byte(tmp_path, writer, position, flip):
+def test_an_archive_with_one_wrong_byte_never_gives_a_wrong_value(tmp_path, writer, position, flip):
     state = the_state("float32")
     (path,) = write(tmp_path, writer, state).iterdir()
     damaged = bytearray(path.read_bytes())
     damaged[position % len(damaged)] ^= flip
     path.write_bytes(damaged)
     try:
-        content = read_all(tmp_path, "float32")
+        content = read_all(tmp_path)
     except InputError:
         refusal(tmp_path)
     else:
-        # A byte that carries no data (a date, say), or the name of a key that is not a tensor's.
-        assert_same_bits({"loss": state["loss"], "learning_rate": state["learning_rate"]} | content, state)
+        # A byte that carries no data (a date, say), or that hides entries of the archive's table.
+        assert {key for key in state if key.startswith(("parameter", "gradient"))} <= content.keys()
+        assert_same_bits(content, {key: state[key] for key in content})
 
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])

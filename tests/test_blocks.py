@@ -1,0 +1,159 @@
+"""The plan of a pass: what it covers, what it costs, what it refuses."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import blocks
+from pipeline.blocks import MEBIBYTE, RESERVED_BYTES, chunk_shape, plan_pass
+from pipeline.schema import InputError
+
+
+@st.composite
+def trajectories(draw):
+    """Shapes of trajectories and of their ledgers, chunked as `chunk_shape` does or in any other way."""
+    states = draw(st.integers(2, 1000))
+    elements = draw(st.integers(1, 5_000_000) | st.integers(1, 300))
+    widths = st.integers(max(1, elements // 20), elements)
+    chunk = draw(st.just(chunk_shape(states, elements)) | st.tuples(st.integers(1, 600), widths))
+    return {
+        "states": states,
+        "elements": elements,
+        "chunk": chunk,
+        "itemsizes": draw(st.lists(st.sampled_from([2, 4, 8]), min_size=2, max_size=3)),
+        "tensors": draw(st.integers(1, 300)),
+        "vectors": draw(st.sampled_from([5, 6])),
+    }
+
+
+@given(states=st.integers(1, 1_000_000), elements=st.integers(1, 1 << 34))
+def test_chunks_are_whole_steps_of_about_a_million_elements_with_little_padding(states, elements):
+    steps, width = chunk_shape(states, elements)
+    columns = math.ceil(elements / width)
+    assert steps >= 1
+    assert width >= 1
+    assert steps * width <= blocks.CHUNK_ELEMENTS
+    # As few columns as can be, and of padding less than one element in each.
+    assert columns == math.ceil(elements / blocks.CHUNK_ELEMENTS)
+    assert columns * width - elements < columns
+    # Few more steps than the run has; and as many as fit, where it has more.
+    assert steps <= max(blocks.MINIMUM_STEPS, 2 * (states - 1))
+    assert steps >= min(states, blocks.CHUNK_ELEMENTS // width)
+
+
+def test_a_model_without_elements_still_has_a_chunk_shape():
+    assert chunk_shape(10, 0) == (blocks.MINIMUM_STEPS, 1)
+
+
+@given(trajectories())
+def test_bands_cover_every_row_once_and_their_tiles_every_column_once(shape):
+    plan = plan_pass(**shape)
+    bands = list(plan.bands())
+    assert [0, *(band.stop for band in bands)] == [*(band.start for band in bands), shape["states"] - 1]
+    columns = math.ceil(shape["elements"] / shape["chunk"][1])
+    for band in bands:
+        assert 0 < band.stop - band.start <= plan.band_rows
+        assert {(tile.start, tile.stop) for tile in band.tiles} == {(band.start, band.stop)}
+        assert [0, *(tile.last for tile in band.tiles)] == [*(tile.first for tile in band.tiles), columns]
+        assert all(tile.first < tile.last for tile in band.tiles)
+
+
+@given(trajectories())
+def test_a_band_is_whole_chunks_or_less_than_one(shape):
+    plan, steps = plan_pass(**shape), shape["chunk"][0]
+    assert plan.band_rows < steps or plan.band_rows % steps == 0
+    assert 1 <= plan.read_rows <= plan.band_rows
+
+
+@given(trajectories())
+def test_the_bytes_to_read_are_those_of_every_band_and_its_halo(shape):
+    plan = plan_pass(**shape)
+    state_bytes = shape["elements"] * sum(shape["itemsizes"])
+    assert plan.read_bytes == sum(band.stop - band.start + 1 for band in plan.bands()) * state_bytes
+    assert plan.halo_bytes == plan.read_bytes - shape["states"] * state_bytes
+
+
+def test_the_halo_of_a_wide_model_is_one_state_in_thirty_two():
+    shape = {"states": 321, "elements": 10_000_000, "itemsizes": (4, 4), "tensors": 50, "vectors": 5}
+    plan = plan_pass(**shape, chunk=chunk_shape(321, 10_000_000))
+    assert plan.band_rows == blocks.LEAST_ROWS == 32
+    assert plan.halo_bytes == 9 * 10_000_000 * 8
+    assert plan.tile_columns == 1
+
+
+def test_the_ledger_of_a_short_run_has_no_room_for_a_hundred_thousand_rows():
+    plan = plan_pass(states=3, elements=10, chunk=(64, 10), itemsizes=(4, 4), tensors=1, vectors=5)
+    assert plan.band_rows == blocks.MINIMUM_STEPS
+
+
+def test_the_projected_memory_of_a_worked_example_is_its_documented_sum():
+    # 400 states of 2.5 million elements in float32, six tensors: three chunk columns of 833,334 elements.
+    plan = plan_pass(states=400, elements=2_500_000, chunk=(1, 833_334), itemsizes=(4, 4), tensors=6, vectors=5)
+    assert plan.band_rows == 32
+    assert plan.read_rows == 4
+    buffers = (4 + 1) * 833_334 * 4 + (4 + 1) * 833_334 * 4  # parameter, gradient: four rows and the halo
+    entry = (5 * 5 + 1) * 8  # the products and the ratio of one row of one segment
+    segments = 6 + 3  # each boundary of a column may cut a tensor in two
+    assert plan.projected_bytes == RESERVED_BYTES + buffers + 32 * entry * (3 * segments + 2 * 6)
+
+
+def test_a_run_shorter_than_a_band_takes_the_memory_of_its_rows():
+    shape = {"elements": 100, "chunk": (64, 100), "itemsizes": (4, 4), "tensors": 2, "vectors": 5, "band_rows": 64}
+    few, many = plan_pass(states=11, **shape), plan_pass(states=65, **shape)
+    assert many.projected_bytes - few.projected_bytes == (64 - 10) * (5 * 5 + 1) * 8 * (3 * 3 + 2 * 2)
+
+
+@given(trajectories(), st.integers(1, 1 << 30))
+def test_an_accepted_limit_is_kept_and_a_refused_plan_names_the_least_that_is_accepted(shape, limit):
+    try:
+        plan = plan_pass(**shape, memory_limit=limit)
+    except InputError as error:
+        least = int(re.fullmatch(r"raise --memory-limit to (\d+)MiB or more", error.remedy)[1])
+        assert limit < least * MEBIBYTE
+        plan = plan_pass(**shape, memory_limit=least * MEBIBYTE)
+        assert plan.projected_bytes <= least * MEBIBYTE
+        with pytest.raises(InputError, match=f"would need {least} MiB"):
+            plan_pass(**shape, memory_limit=(least - 1) * MEBIBYTE)
+    else:
+        assert plan.projected_bytes <= limit
+    assert plan.read_rows >= 1
+
+
+@given(trajectories(), st.integers(RESERVED_BYTES, 1 << 30))
+def test_a_limit_changes_how_much_is_read_at_a_time_and_nothing_else(shape, limit):
+    free = plan_pass(**shape)
+    try:
+        tight = plan_pass(**shape, memory_limit=limit)
+    except InputError:
+        assert free.projected_bytes > limit
+        return
+    changed = {"read_rows": free.read_rows, "projected_bytes": free.projected_bytes}
+    assert dataclasses.replace(tight, **changed) == free
+    assert tight.read_rows <= free.read_rows
+
+
+@given(trajectories(), st.integers(1, 200))
+def test_the_bands_of_a_ledger_that_is_there_are_kept(shape, band_rows):
+    plan = plan_pass(**shape, band_rows=band_rows)
+    assert plan.band_rows == band_rows
+    for before, after in itertools.pairwise(plan.bands()):
+        assert before.stop - before.start == band_rows
+        assert after.start == before.stop
+
+
+@pytest.mark.parametrize("states", [0, 1])
+def test_a_run_without_an_update_has_nothing_to_read(states):
+    plan = plan_pass(states=states, elements=10, chunk=(64, 10), itemsizes=(4, 4), tensors=1, vectors=5)
+    assert (plan.rows, plan.read_bytes, plan.halo_bytes, list(plan.bands())) == (0, 0, 0, [])
+
+
+def test_a_plan_says_what_it_reads_and_what_it_takes():
+    plan = plan_pass(states=9, elements=1000, chunk=(4, 250), itemsizes=(4, 4), tensors=1, vectors=5, band_rows=4)
+    assert str(plan) == (
+        "8 updates in 2 tasks, 0.1 MB to read (10.0% of it twice), projected peak memory per worker 320 MiB"
+    )

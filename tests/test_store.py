@@ -1,0 +1,663 @@
+"""The trajectory store and the Gram ledger: what is committed is whole, what is not is invisible."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logs import DTYPES, append_states, walk_arrays, write_trajectory
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+
+from pipeline import store as store_module
+from pipeline.blocks import Band
+from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
+from pipeline.store import Ledger, Trajectory, checksum, storage_dtype
+
+SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
+ELEMENTS = 13
+CHUNK = (4, 5)  # the last of three columns holds three elements and two of padding
+MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_wait_for_the_disk():
+    """No power is lost here; that data is flushed, and when, is watched where it matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def random_bits(rows, elements, dtypes, seed=0):
+    """Any bits at all: NaNs of every payload, infinities, subnormals."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.frombuffer(rng.bytes(rows * elements * np.dtype(DTYPES[dtype]).itemsize), storage_dtype(dtype))
+        .reshape(rows, elements)
+        .view(DTYPES[dtype])
+        for name, dtype in dtypes.items()
+    }
+
+
+def read(trajectory, name, start=0, stop=None):
+    """Committed rows of an array, whole, as words."""
+    stop = trajectory.rows if stop is None else stop
+    parts = []
+    for column in range(trajectory.columns):
+        out = np.zeros((stop - start, trajectory.chunk[1]), storage_dtype(trajectory.dtypes[name]))
+        trajectory.read(name, start, stop, column, out)
+        first, last = trajectory.column(column)
+        parts.append(out[:, : last - first])
+    return np.concatenate(parts, axis=1)
+
+
+def words(array):
+    return array.view(storage_dtype(array.dtype.name))
+
+
+def assert_holds(trajectory, arrays, rows=None):
+    """A trajectory has these rows, bit for bit, and no others."""
+    rows = len(arrays["parameter"]) if rows is None else rows
+    assert trajectory.rows == rows
+    for name, array in arrays.items():
+        assert read(trajectory, name).tobytes() == words(array)[:rows].tobytes(), name
+    assert trajectory.scalar("step").tolist() == list(range(rows))
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_on_disk(path):
+    """Rows of each array by its shape, which is no evidence of data."""
+    return {name: array.shape[0] for name, array in zarr.open_group(path, mode="r").arrays()}
+
+
+class Stopped(Exception):
+    """In place of a process that is killed."""
+
+
+def stopping(function, calls):
+    """Let a function be called so many times, then stop in its place."""
+    left = iter(range(calls))
+
+    def stopped(*arguments, **options):
+        if next(left, None) is None:
+            raise Stopped
+        return function(*arguments, **options)
+
+    return stopped
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "trajectory.zarr"
+
+
+class Watch:
+    """Calls a function around every rename and before every flush, in whatever thread."""
+
+    def __init__(self, monkeypatch, look):
+        replace, fsync = Path.replace, os.fsync
+
+        def watched_replace(aside, target):
+            look("rename", Path(target), before=True)
+            moved = replace(aside, target)
+            look("rename", Path(target), before=False)
+            return moved
+
+        def watched_fsync(descriptor):
+            look("flush", Path(f"/proc/self/fd/{descriptor}").readlink(), before=True)
+            fsync(descriptor)
+
+        monkeypatch.setattr(Path, "replace", watched_replace)
+        monkeypatch.setattr(os, "fsync", watched_fsync)
+
+
+# The commit rule ---------------------------------------------------------------------------------------------
+
+
+def write_only(trajectory, arrays):
+    """Write rows after the committed ones, and do not commit them."""
+    for name, array in arrays.items():
+        for column in range(trajectory.columns):
+            first, last = trajectory.column(column)
+            block = np.zeros((len(array), trajectory.chunk[1]), storage_dtype(trajectory.dtypes[name]))
+            block[:, : last - first] = words(array)[:, first:last]
+            trajectory.write(name, trajectory.rows, column, block)
+
+
+def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_once(path):
+    arrays = walk_arrays(6, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+    writer = Trajectory(path)
+    write_only(writer, {name: array[3:] for name, array in arrays.items()})
+    reader = Trajectory(path)
+    assert_holds(reader, arrays, rows=3)
+    assert sum(record["stop"] - record["start"] for record in reader.records()) == 3
+    assert rows_on_disk(path) == dict.fromkeys([*MIXED, "step", "loss", "learning_rate"], 3)
+    with pytest.raises(InputError, match="not committed"):
+        read(reader, "parameter", 2, 4)
+    append_states(path, {name: array[3:] for name, array in arrays.items()})
+    assert_holds(reader, arrays, rows=3)  # a reader keeps to what it saw
+    reader.refresh()
+    assert_holds(reader, arrays)
+
+
+def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, monkeypatch):
+    arrays = walk_arrays(9, ELEMENTS, MIXED)
+    # Three rows leave a chunk half full, so the second commit rewrites a chunk with rows that readers trust.
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+    seen = []
+
+    def look(kind, target, before):
+        reader = Trajectory(path)
+        assert_holds(reader, arrays, rows=reader.rows)
+        assert max(rows_on_disk(path).values()) <= reader.rows
+        seen.append(reader.rows)
+
+    with monkeypatch.context() as patch:
+        Watch(patch, look)
+        append_states(path, {name: array[3:] for name, array in arrays.items()})
+    assert sorted(set(seen)) == [3, 9]
+    assert seen == sorted(seen)
+    assert_holds(Trajectory(path), arrays)
+
+
+def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(path, monkeypatch):
+    arrays = walk_arrays(6, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+    events = []
+    with monkeypatch.context() as patch:
+        Watch(patch, lambda kind, target, before: events.append((kind, target)) if before else None)
+        append_states(path, {name: array[3:] for name, array in arrays.items()})
+    record = path / "commits" / "00000001.json"
+    named = events.index(("rename", record))
+    written = {target for kind, target in events if kind == "rename" and "c" in target.relative_to(path).parts}
+    assert len(written) == 2 * 3 * len(MIXED) + 3  # rows of chunks x columns x arrays, and the scalars
+    flushed = {target for kind, target in events[:named] if kind == "flush"}
+    assert written <= flushed
+    assert {path / name / "c" for name in MIXED} <= flushed  # where the names of new chunks are kept
+    assert {target.parent for target in written} <= flushed
+    for target in written:
+        renamed = max(i for i, event in enumerate(events) if event == ("rename", target))
+        assert ("flush", target) in events[renamed:named]
+    asides = [target for kind, target in events[:named] if kind == "flush" and target.parent == record.parent]
+    assert asides
+    assert ("flush", record.parent) in events[named:]
+
+
+attempts = st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("chunk", [(1, 8), (4, 5), (64, 13)])
+@settings(max_examples=6)  # each makes a store
+@given(attempts=attempts, seed=st.integers(0, 9))
+def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_factory, chunk, attempts, seed):
+    path = tmp_path_factory.mktemp("store") / "trajectory.zarr"
+    dtypes = {"parameter": "float32", "gradient": "bfloat16"}
+    committed = write = random_bits(1, ELEMENTS, dtypes, seed)
+    write_trajectory(path, write, SHAPES, chunk)
+    for attempt, (rows, whole) in enumerate(attempts):
+        write = random_bits(rows, ELEMENTS, dtypes, seed + 10 * (attempt + 1))
+        if whole:
+            append_states(path, write)
+            committed = {name: np.concatenate([array, write[name]]) for name, array in committed.items()}
+        else:
+            write_only(Trajectory(path), write)
+        assert_holds(Trajectory(path), committed)
+    for name, array in committed.items():
+        assert zarr.open_array(path / name, mode="r")[:].tobytes() == words(array).tobytes()
+
+
+@pytest.mark.parametrize("resizes", [0, 2, 5])
+def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeypatch, resizes):
+    arrays = walk_arrays(5, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "resize", stopping(zarr.Array.resize, resizes))
+        with pytest.raises(Stopped):
+            append_states(path, {name: array[2:] for name, array in arrays.items()})
+    assert_holds(Trajectory(path), arrays)
+    Trajectory(path).recover()
+    assert_holds(Trajectory(path), arrays)
+    with xr.open_zarr(path, consolidated=False) as dataset:
+        assert dataset.sizes == {"step": 5, "element": ELEMENTS}
+
+
+def test_a_committed_row_is_not_written_again(path):
+    arrays = walk_arrays(2, ELEMENTS)
+    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    block = np.zeros((1, CHUNK[1]), np.float32)
+    for row in (0, 1):
+        with pytest.raises(ValueError, match=f"row {row} of gradient is committed"):
+            trajectory.write("gradient", row, 0, block)
+    assert_holds(Trajectory(path), arrays)
+
+
+def test_a_damaged_record_is_refused_by_name(path):
+    arrays = walk_arrays(2, ELEMENTS)
+    write_trajectory(path, arrays, SHAPES, CHUNK)
+    record = path / "commits" / "00000000.json"
+    record.write_text(record.read_text()[:-9])
+    with pytest.raises(InputError) as caught:
+        Trajectory(path)
+    assert caught.value.where == str(record)
+
+
+# What is read ------------------------------------------------------------------------------------------------
+
+
+def test_the_checksum_is_the_one_of_castagnoli():
+    assert checksum(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
+
+
+def test_checksums_of_every_row_and_column_are_recorded(path):
+    arrays = random_bits(6, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    append_states(path, {name: array[2:] for name, array in arrays.items()})
+    trajectory = Trajectory(path)
+    assert [(record["start"], record["stop"]) for record in trajectory.records()] == [(0, 2), (2, 6)]
+    for name in MIXED:
+        recorded = [row for record in trajectory.records() for row in record["checksums"][name]]
+        stored = read(trajectory, name)
+        assert recorded == [
+            [checksum(np.ascontiguousarray(row[low:high])) for low, high in ((0, 5), (5, 10), (10, 13))]
+            for row in stored
+        ]
+
+
+CODECS = {
+    "blosc": BloscCodec(cname="zstd"),
+    "zstd": ZstdCodec(),
+    "gzip": GzipCodec(),
+    "checksummed": Crc32cCodec(),
+}
+
+
+def write_compressed(path, arrays, codec):
+    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in SHAPES.items()})
+    Trajectory.create(path, layout, dtypes, CHUNK, compressors=CODECS[codec])
+    return append_states(path, arrays)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """The same bits in an uncompressed store and in a compressed one, for each dtype."""
+    folder, twins = tmp_path_factory.mktemp("twins"), {}
+    for dtype in DTYPES:
+        arrays = random_bits(11, ELEMENTS, {"parameter": dtype, "gradient": dtype})
+        raw = write_trajectory(folder / f"{dtype}.zarr", arrays, SHAPES, CHUNK)
+        packed = write_compressed(folder / f"{dtype}-packed.zarr", arrays, "blosc")
+        assert not zarr.open_array(raw / "parameter", mode="r").compressors
+        assert zarr.open_array(packed / "parameter", mode="r").compressors
+        twins[dtype] = Trajectory(raw), Trajectory(packed), arrays
+    return twins
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted), column=st.integers(0, 2))
+def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bits(twins, dtype, rows, column):
+    start, stop = rows
+    raw, packed, arrays = twins[dtype]
+    first, last = raw.column(column)
+    for name, array in arrays.items():
+        for trajectory in (raw, packed):
+            out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
+            trajectory.read(name, start, stop, column, out)
+            assert out[:, : last - first].tobytes() == words(array)[start:stop, first:last].tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_of_fill_values_is_data_like_any_other(path, dtype):
+    # Zarr leaves such chunks out unless told otherwise, also after the store was opened again.
+    arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
+    arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
+    assert_holds(Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
+    append_states(path, arrays)
+    assert_holds(Trajectory(path), {name: np.concatenate([array, array]) for name, array in arrays.items()})
+
+
+def test_scalars_that_the_log_lacks_are_nan_and_stored(path):
+    arrays = walk_arrays(3, ELEMENTS)
+    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    write_only(trajectory, arrays)
+    nothing = {"loss": [math.nan] * 3, "learning_rate": [math.nan] * 3}
+    trajectory.commit([3, 4, 5], nothing, [{}] * 3, {name: [[0] * 3] * 3 for name in arrays})
+    np.testing.assert_array_equal(Trajectory(path).scalar("loss"), [0, 0, 0, *nothing["loss"]])
+
+
+def test_plain_xarray_shows_the_dimensions_and_the_values(path):
+    arrays = walk_arrays(6, ELEMENTS, MIXED)
+    write_trajectory(path, arrays, SHAPES, CHUNK)
+    with xr.open_zarr(path, consolidated=False) as dataset:
+        assert dataset.sizes == {"step": 6, "element": ELEMENTS}
+        assert dataset["step"].values.tolist() == list(range(6))
+        np.testing.assert_array_equal(dataset["learning_rate"].values, 0.1)
+        for name in ("parameter", "hvp"):
+            assert dataset[name].dims == ("step", "element")
+            np.testing.assert_array_equal(dataset[name].values, arrays[name])
+        stored = dataset["gradient"]
+        assert (stored.dtype, stored.attrs["ml_dtype"]) == (np.uint16, "bfloat16")
+        np.testing.assert_array_equal(stored.values.view(DTYPES["bfloat16"]), arrays["gradient"])
+
+
+def test_the_columns_cover_the_elements_once(path):
+    trajectory = Trajectory(write_trajectory(path, walk_arrays(1, ELEMENTS), SHAPES, CHUNK))
+    assert [trajectory.column(index) for index in range(trajectory.columns)] == [(0, 5), (5, 10), (10, 13)]
+    assert trajectory.layout.names == tuple(SHAPES)
+
+
+@pytest.mark.parametrize("codec", [None, *CODECS])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_chunk_is_refused_by_name(path, codec, damage):
+    arrays = walk_arrays(6, ELEMENTS)
+    if codec is None:
+        write_trajectory(path, arrays, SHAPES, CHUNK)
+    else:
+        write_compressed(path, arrays, codec)
+    chunk = path / "gradient" / "c" / "1" / "2"
+    spoil(chunk, damage)
+    trajectory = Trajectory(path)
+    for column in (0, 1):
+        trajectory.read("gradient", 0, 6, column, np.empty((6, CHUNK[1]), np.float32))
+    trajectory.read("gradient", 0, 4, 2, np.empty((4, CHUNK[1]), np.float32))
+    with pytest.raises(InputError) as caught:
+        trajectory.read("gradient", 3, 6, 2, np.empty((3, CHUNK[1]), np.float32))
+    assert caught.value.where == str(chunk)
+    assert "--overwrite" in caught.value.remedy
+
+
+def spoil(chunk, damage):
+    if damage == "missing":
+        chunk.unlink()
+    else:
+        whole = chunk.read_bytes()
+        chunk.write_bytes(whole[: len(whole) // 3])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("name", ["step", "loss", "learning_rate"])
+def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
+    write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
+    spoil(path / name / "c" / "0", damage)
+    with pytest.raises(InputError) as caught:
+        Trajectory(path).scalar(name)
+    assert caught.value.where == str(path / name / "c" / "0")
+
+
+@pytest.mark.parametrize("row", range(7))
+def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path, row):
+    arrays = walk_arrays(7, ELEMENTS)
+    bands = [Band(0, 2, ()), Band(2, 4, ()), Band(4, 6, ())]
+    before = Trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
+    arrays["gradient"][row, 12] *= 2
+    after = Trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
+    old, new = before.digests(bands), after.digests(bands)
+    # Rows of a band, and the halo: the state after its last.
+    assert [band for band in bands if old[band] != new[band]] == [b for b in bands if b.start <= row <= b.stop]
+    assert before.fingerprint() != after.fingerprint()
+
+
+def test_the_fingerprint_does_not_depend_on_the_commits(tmp_path):
+    arrays = walk_arrays(6, ELEMENTS)
+    one = Trajectory(write_trajectory(tmp_path / "one.zarr", arrays, SHAPES, CHUNK))
+    write_trajectory(tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    append_states(tmp_path / "two.zarr", {name: array[2:] for name, array in arrays.items()})
+    assert Trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
+
+
+# Whose folder it is ------------------------------------------------------------------------------------------
+
+STEPS = np.array([0, 1, 2, 3, 4, 6, 7, 8])
+LAYOUT = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
+FIVE = VECTORS[:5]
+
+
+def create_trajectory(path):
+    return Trajectory.create(path, LAYOUT, {"parameter": "float32", "gradient": "float32"}, CHUNK)
+
+
+def prepare_ledger(path, steps=STEPS, vectors=FIVE, band_rows=3, layout=LAYOUT):
+    return Ledger.prepare(path, layout, vectors, steps, band_rows)
+
+
+KINDS = {"trajectory": (create_trajectory, Trajectory), "ledger": (prepare_ledger, Ledger)}
+
+
+def foreign_folder(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+
+
+def foreign_file(path):
+    path.write_text("years of work")
+
+
+def foreign_zarr(path):
+    zarr.create_group(path, attributes={"title": "years of work"})
+
+
+def foreign_array(path):
+    zarr.create_array(path, shape=(3,), dtype="float64")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [foreign_folder, foreign_file, foreign_zarr, foreign_array])
+def test_what_is_not_ours_is_neither_opened_nor_removed(tmp_path, kind, make):
+    create, cls = KINDS[kind]
+    path = tmp_path / "precious"
+    make(path)
+    before = files(tmp_path)
+    for action in (cls, cls.remove, create):
+        with pytest.raises(InputError, match=f"no {kind} here") as caught:
+            action(path)
+        assert caught.value.where == str(path)
+    kept = {name: content for name, content in files(tmp_path).items() if name.parts[0] == "precious"}
+    assert kept == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_the_other_kind_is_neither_opened_nor_removed(tmp_path, kind):
+    other = {"trajectory": "ledger", "ledger": "trajectory"}[kind]
+    KINDS[other][0](tmp_path / "store")
+    for action in (*reversed(KINDS[kind]), KINDS[kind][1].remove):
+        with pytest.raises(InputError, match=f"this is a {other}, not a {kind}"):
+            action(tmp_path / "store")
+    KINDS[other][1](tmp_path / "store")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_a_newer_version_is_refused_and_kept(tmp_path, kind):
+    create, cls = KINDS[kind]
+    path = tmp_path / "store"
+    create(path)
+    metadata = json.loads((path / "zarr.json").read_text())
+    assert metadata["attributes"]["natgrad"]["version"] == LAYOUT_VERSION
+    metadata["attributes"]["natgrad"]["version"] += 1
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    before = files(path)
+    for action in (cls, cls.remove, create):
+        with pytest.raises(InputError, match=f"layout version {LAYOUT_VERSION + 1}") as caught:
+            action(path)
+        assert "upgrade" in caught.value.remedy
+    assert files(path) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_there_is_refused_and_nothing_is_made(tmp_path, kind):
+    with pytest.raises(InputError, match=f"no {kind} here"):
+        KINDS[kind][1](tmp_path / "nowhere")
+    KINDS[kind][1].remove(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arrays", [0, 3])
+def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch, kind, arrays):
+    create, cls = KINDS[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Group, "create_array", stopping(zarr.Group.create_array, arrays))
+        with pytest.raises(Stopped):
+            create(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    create(tmp_path / "store")
+    cls(tmp_path / "store")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatch, kind):
+    create, cls = KINDS[kind]
+    create(tmp_path / "store")
+
+    def stop(folder, ignore_errors=False):
+        if folder.exists():
+            (folder / "zarr.json").unlink()
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(Stopped):
+            cls.remove(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    create(tmp_path / "store")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+def test_an_empty_trajectory_is_made_in_place_of_another(path):
+    write_trajectory(path, walk_arrays(3, ELEMENTS, MIXED), SHAPES, CHUNK)
+    trajectory = create_trajectory(path)
+    assert (trajectory.rows, set(trajectory.dtypes)) == (0, {"parameter", "gradient"})
+    assert trajectory.scalar("step").tolist() == []
+    assert not (path / "hvp").exists()
+
+
+# The ledger --------------------------------------------------------------------------------------------------
+
+BANDS = [Band(0, 3, ()), Band(3, 6, ()), Band(6, 7, ())]  # of the seven updates between the eight steps
+DIGESTS = {band: f"digest {band.start}" for band in BANDS}
+
+
+def products(band, seed=0):
+    rng = np.random.default_rng([seed, band.start])
+    rows = band.stop - band.start
+    return rng.standard_normal((rows, len(SHAPES), 5, 5)), rng.standard_normal((rows, len(SHAPES)))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return prepare_ledger(tmp_path / "ledger.zarr")
+
+
+def fill(ledger, bands=BANDS):
+    for band in bands:
+        ledger.write(band, *products(band), DIGESTS[band])
+
+
+def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledger):
+    for band in (BANDS[2], BANDS[0]):
+        Ledger(ledger.path).write(band, *products(band), DIGESTS[band])
+    assert ledger.missing(DIGESTS) == [BANDS[1]]
+    with pytest.raises(InputError, match="updates 3 to 6 are missing") as caught:
+        ledger.read()
+    assert caught.value.where == str(ledger.path)
+    fill(ledger, [BANDS[1]])
+    assert Ledger(ledger.path).missing(DIGESTS) == []
+    for read_back, written in zip(Ledger(ledger.path).read(), zip(*map(products, BANDS), strict=True), strict=True):
+        np.testing.assert_array_equal(read_back, np.concatenate(written))
+
+
+@pytest.mark.parametrize("rows", [(0, 2), (1, 3), (1, 4), (0, 6), (0, 7), (3, 7), (6, 9), (6, 6)])
+def test_a_band_that_is_not_one_whole_chunk_is_refused(ledger, rows):
+    band = Band(*rows, ())
+    with pytest.raises(ValueError, match="are not a chunk of 3 rows"):
+        ledger.write(band, *products(band), "digest")
+    assert ledger.missing(DIGESTS) == BANDS
+
+
+def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
+    chunks = [ledger.path / "gram" / "c" / "1" / "0" / "0" / "0", ledger.path / "residual_ratio" / "c" / "1" / "0"]
+    events = []
+    with monkeypatch.context() as patch:
+        Watch(patch, lambda kind, target, before: events.append((kind, target)) if before else None)
+        fill(ledger, [BANDS[1]])
+    (record,) = (ledger.path / "commits").glob("[0-9]*.json")
+    named = events.index(("rename", record))
+    for chunk in chunks:
+        assert events.index(("rename", chunk)) < events.index(("flush", chunk)) < named
+        assert events.index(("flush", chunk.parent)) < named
+
+
+def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkeypatch):
+    fill(ledger, BANDS[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module._Journal, "write", stopping(store_module._Journal.write, 0))
+        with pytest.raises(Stopped):
+            fill(ledger, [BANDS[2]])
+    assert Ledger(ledger.path).missing(DIGESTS) == [BANDS[2]]
+    with pytest.raises(InputError, match="updates 6 to 7 are missing"):
+        Ledger(ledger.path).read()
+
+
+def test_a_band_of_other_states_is_missing(ledger):
+    fill(ledger)
+    assert ledger.missing(DIGESTS | {BANDS[1]: "other"}) == [BANDS[1]]
+
+
+def test_a_band_of_a_diverged_run_is_data_like_any_other(ledger):
+    for band in BANDS:
+        ledger.write(band, *(np.full_like(values, np.nan) for values in products(band)), DIGESTS[band])
+    assert all(np.isnan(values).all() and len(values) == 7 for values in ledger.read())
+
+
+def test_a_grown_ledger_keeps_its_whole_bands(ledger):
+    fill(ledger)
+    grown = prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
+    bands = {Band(0, 3, ()): "digest 0", Band(3, 6, ()): "digest 3", Band(6, 9, ()): "digest 6"}
+    assert grown.missing(bands) == [Band(6, 9, ())]
+    with pytest.raises(InputError, match="updates 6 to 9 are missing"):
+        grown.read()
+    numbers, spans = grown.steps()
+    assert numbers.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert spans.tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"vectors": VECTORS}, {"band_rows": 4}, {"layout": Layout.from_shapes({"a": ((13,), "float32")})}],
+)
+def test_a_ledger_of_other_tensors_vectors_or_bands_is_replaced(ledger, other):
+    fill(ledger)
+    replaced = prepare_ledger(ledger.path, **other)
+    assert len(replaced.missing(DIGESTS)) == len(BANDS)
+    for name, value in other.items():
+        assert getattr(replaced, name) == value
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("chunk", ["gram/c/1/0/0/0", "residual_ratio/c/2/0"])
+def test_a_damaged_chunk_of_the_ledger_is_refused_by_name(ledger, chunk, damage):
+    fill(ledger)
+    spoil(ledger.path / chunk, damage)
+    with pytest.raises(InputError) as caught:
+        Ledger(ledger.path).read()
+    assert caught.value.where == str(ledger.path / chunk)
+
+
+def test_plain_xarray_shows_the_names_of_the_ledger(ledger):
+    fill(ledger)
+    with xr.open_zarr(ledger.path, consolidated=False) as dataset:
+        assert dataset["gram"].dims == ("step", "tensor", "vector", "with_vector")
+        assert dataset["step"].values.tolist() == STEPS[:-1].tolist()
+        assert dataset["step_span"].values.tolist() == [1, 1, 1, 1, 2, 1, 1]
+        assert dataset["tensor"].values.tolist() == list(SHAPES)
+        entry = dataset["gram"].sel(step=6, tensor="b", vector="gradient", with_vector="displacement")
+        assert float(entry) == products(BANDS[1])[0][2, 1, 2, 1]
