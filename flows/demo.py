@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pipeline.experiments.demo import WINDOW, write_demo_logs
 from prefect import flow
 
 from flows.runs import process_run
 from pipeline import run
 from pipeline.compute import local_scheduler
+from pipeline.experiments.demo import WINDOW, write_demo_logs
 
 __all__ = ["demo"]
 

@@ -22,8 +22,8 @@ def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0
     theta = {name: rng.standard_normal(shape) for name, shape in tensors.items()}
     states = []
     for _ in range(steps):
-        state = {f"parameter/{name}": np.asarray(value, DTYPES[dtype]) for name, value in theta.items()}
-        state |= {f"gradient/{name}": np.asarray(value, DTYPES[dtype]) for name, value in theta.items()}
+        state = {f"parameter/{name}": np.array(value, DTYPES[dtype]) for name, value in theta.items()}
+        state |= {f"gradient/{name}": np.array(value, DTYPES[dtype]) for name, value in theta.items()}
         state["loss"] = np.float64(sum((value**2).sum() for value in theta.values()) / 2)
         state["learning_rate"] = np.float64(learning_rate)
         states.append(state)

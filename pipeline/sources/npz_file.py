@@ -80,7 +80,8 @@ class NpzFile:
                     if key in SCALAR_KEYS and math.prod(shape) == 1 and dtype.kind in "fiu":
                         scalars[key] = float(np.frombuffer(file.read(), dtype)[0])
             except _ERRORS as error:
-                raise self._refusal(error, key) from error
+                array, _, tensor = key.partition("/")
+                raise self._refusal(error, array, tensor) from error
             tensors[key] = LoggedTensor(shape, dtype.name)
         return sort_content(self._step, tensors, scalars)
 
