@@ -57,8 +57,13 @@ class _Face:
 
         self.as_json, self.quiet = as_json, quiet
         self.console = Console(stderr=True)
-        handler = RichHandler(console=self.console, show_time=False, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler: logging.Handler
+        if self.console.is_terminal:
+            handler = RichHandler(console=self.console, show_time=False, show_path=False, markup=False)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+        else:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
         logger = logging.getLogger("pipeline")
         logger.handlers = [handler]
         logger.setLevel(logging.WARNING if quiet else logging.INFO)

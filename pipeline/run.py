@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import compute, report, results
+from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.schema import InputError, Status
@@ -179,6 +179,9 @@ def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = No
     page : Path, optional
         ``report.html`` in the first OUT where not given.
     """
+    # Matplotlib takes a second to load, which only a page is worth.
+    from pipeline import report
+
     named = outs if isinstance(outs, Mapping) else {Path(out).absolute().name: Path(out) for out in outs}
     trees = {name: results.read(RunFolder(Path(out)).results) for name, out in named.items()}
     page = RunFolder(Path(next(iter(named.values())))).report if page is None else Path(page)
