@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
-.PHONY: install demo test bench lint lock
+.PHONY: install browser demo test bench lint lock
 
 install: .venv/installed
 
@@ -17,8 +17,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m flows.demo demo
 
-test: install
-	$(BIN)/python -m pytest
+# The report is tested in a real browser. Debian and Ubuntu get one here; elsewhere install Chrome or Chromium.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$as_root apt-get update -qq && $$as_root apt-get install -y -qq chromium >/dev/null || \
+	echo "no browser could be installed: the tests of the report will say so" >&2
+
+test: install browser
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -p no:benchmark
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -47,9 +47,12 @@ _AHEAD = 3
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
-_WORKER_CONFIG = {"distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}}}
+_WORKER_CONFIG = {
+    "distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}},
+    "logging": {"distributed": "warning"},
+}
 """The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
-holds is buffers, and those cannot be spilled."""
+holds is buffers, and those cannot be spilled. Starts and stops of workers are no news."""
 
 _buffers = threading.local()
 
@@ -334,6 +337,8 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
     import dask.config
     from distributed import LocalCluster
 
+    # The scheduler is in this process, where Prefect may have set up logging of everything.
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     with LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
