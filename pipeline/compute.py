@@ -47,12 +47,9 @@ _AHEAD = 3
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
-_WORKER_CONFIG = {
-    "distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}},
-    "logging": {"distributed": "warning"},
-}
+_WORKER_CONFIG = {"distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}}}
 """The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
-holds is buffers, and those cannot be spilled. Starts and stops of workers are no news."""
+holds is buffers, and those cannot be spilled."""
 
 _buffers = threading.local()
 
@@ -337,18 +334,23 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
     import dask.config
     from distributed import LocalCluster
 
-    # The scheduler is in this process, where Prefect may have set up logging of everything.
+    # Starts and stops of workers are no news, but where Prefect has set up logging they would be told: by the
+    # scheduler in this process, and by the workers, which set up logging before they are told anything else.
     logging.getLogger("distributed").setLevel(logging.WARNING)
-    with LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        memory_limit=memory_limit or "auto",
-        config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
-        # Without a dashboard Dask serves its health page all the same, and warns where another has its port.
-        scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-        silence_logs=logging.ERROR,
-    ) as cluster:
+    quiet = dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "warning"})
+    with (
+        quiet,
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=memory_limit or "auto",
+            config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
+            # Without a dashboard Dask serves its health page all the same, and warns where another has its port.
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+            silence_logs=logging.ERROR,
+        ) as cluster,
+    ):
         yield cluster.scheduler_address
 
 
