@@ -24,7 +24,7 @@ browser:
 	$$as_root apt-get update -qq && $$as_root apt-get install -y -qq chromium >/dev/null || \
 	echo "no browser could be installed: the tests of the report will say so" >&2
 
-test: install browser
+test: lint browser
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -p no:benchmark
 
 bench: install
