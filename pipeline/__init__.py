@@ -12,7 +12,7 @@ The modules are the API, from the ground up:
     The trajectory store and the ledger in Zarr; labelled results in xarray.
 ``ingest``, ``compute``
     Logs to store; store to ledger.
-``run``, ``report``, ``cli``
+``run``, ``report`` (with ``figures``), ``cli``
     One run's folder from end to end, the page to look at, the command line.
 
 Nothing is imported here, so ``import pipeline.geometry`` needs NumPy alone.

@@ -6,38 +6,23 @@ fetched. It is made from results alone, so equal results give equal bytes.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
-import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib.style
 import numpy as np
 import xarray as xr
-from matplotlib import font_manager
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from pipeline import geometry
-from pipeline.geometry import Pair
-from pipeline.schema import DESCENT, DESCENTS, STEP, TENSOR, WINDOW, InputError, Status
+from pipeline import figures
+from pipeline.schema import DESCENT, TENSOR, WINDOW, Status
 
-__all__ = ["SHOWN_TENSORS", "STATUS_MEANING", "write_report"]
-
-SHOWN_TENSORS = 12
-"""Tensors that get curves of their own; of more, those with the largest gradient."""
+__all__ = ["STATUS_MEANING", "write_report"]
 
 STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist and are drawn.",
@@ -51,145 +36,6 @@ STATUS_MEANING: dict[Status, str] = {
     "cannot be told; log the parameters in a wider type.",
 }
 """What each status says to a reader of the curves."""
-
-Array = NDArray[np.float64]
-
-# Wong's palette (Nature Methods 8, 441), which the colour blind can tell apart; eigenvalues and runs share none.
-_EIGENVALUES = {
-    "eigenvalue_max": (r"$\lambda_{\max}$", "#0072b2", "-"),
-    "eigenvalue_mid": (r"$\lambda_{\mathrm{mid}}$", "#009e73", (0, (4, 1.5))),
-    "eigenvalue_min": (r"$\lambda_{\min}$", "#d55e00", (0, (1.5, 1))),
-}
-_RUN_COLOURS = ("#a8528a", "#d18f00", "#3a97d3", "#6b6b6b")
-_RUN_MARKERS = ("o", "^", "s", "D", "v", "P", "X")
-_INK, _MUTED, _GRID, _ALARM = "#222222", "#808080", "#dddddd", "#b00020"
-_ON_DARK = {
-    _INK: "#e6e6e6",
-    _MUTED: "#9a9a9a",
-    _GRID: "#3d3d3d",
-    _ALARM: "#ff7b86",
-    "#0072b2": "#4db1ea",
-    "#009e73": "#2fc79a",
-    "#d55e00": "#ff8a3c",
-    "#a8528a": "#dc8fc0",
-    "#d18f00": "#f0b429",
-    "#3a97d3": "#7cc4f0",
-    "#6b6b6b": "#b5b5b5",
-}
-
-_STYLE: dict[str, Any] = {
-    "axes.edgecolor": _INK,
-    "axes.grid": True,
-    "axes.labelcolor": _INK,
-    "axes.labelsize": 9,
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.5,
-    "legend.borderaxespad": 0.2,
-    "legend.columnspacing": 1.2,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "lines.linewidth": 1.1,
-    "savefig.facecolor": "none",
-    # The names of clip paths would be random, and equal results would not give equal pages.
-    "svg.fonttype": "path",
-    "svg.hashsalt": "natgrad",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "xtick.labelsize": 8.5,
-    "ytick.color": _INK,
-    "ytick.labelsize": 8.5,
-}
-
-_WIDTH, _HEIGHT = 4.2, 2.9
-"""Inches of a panel: a phone shows it at about its natural size, a desktop shows two side by side."""
-
-_COLUMNS, _SMALL_COLUMNS, _MARKERS = 360, 150, 48
-"""Pixel columns to which curves of a panel and of a small panel are thinned, and points on a curve of panel A."""
-
-_DRAWING = threading.Lock()
-"""Matplotlib's style is a state of the process, and flows may draw in several threads."""
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A figure as a page holds it."""
-
-    uri: str
-    alt: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Results of a run: of the model all, of the tensors what is asked for."""
-
-    name: str
-    attributes: Mapping[str, Any]
-    model: xr.Dataset
-    tensors: xr.Dataset
-
-    @classmethod
-    def of(cls, name: str, tree: xr.DataTree) -> _Run:
-        try:
-            model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
-            needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status")
-            for dataset, names in ((model, (*needed, *_EIGENVALUES, "update_norm", "loss")), (tensors, needed)):
-                for variable in names:
-                    dataset[variable]
-        except KeyError as error:
-            raise InputError(
-                f"results without {error}", where=f"run {name}", remedy="compute them again: natgrad analyze OUT"
-            ) from error
-        return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors)
-
-    def __getitem__(self, variable: str) -> NDArray[Any]:
-        """Values of the model, step by step, compared with the gradient."""
-        return np.asarray(_at(self.model[variable]).values)
-
-    @property
-    def steps(self) -> Array:
-        return np.asarray(self.model[STEP].values, dtype=np.float64)
-
-    @property
-    def windows(self) -> list[int]:
-        return [int(m) for m in self.model[WINDOW].values]
-
-    @property
-    def loss_average(self) -> Array | None:
-        """Average over the largest window, where there is one of several updates."""
-        if max(self.windows) == 1:
-            return None
-        return np.asarray(self.model["loss_average"].sel({WINDOW: max(self.windows)}).values)
-
-    def tensor(self, variable: str, name: str) -> Array:
-        """Values of a tensor, step by step, compared with the gradient."""
-        return np.asarray(_at(self.tensors[variable]).sel({TENSOR: name}).values)
-
-    def largest_tensors(self) -> list[str]:
-        """Names of the tensors with the largest gradient, root mean square over the run, largest first."""
-        names = [str(name) for name in self.tensors[TENSOR].values]
-        if len(names) <= SHOWN_TENSORS:
-            return names
-        norms = np.asarray(_at(self.tensors["gradient_norm"]).transpose(STEP, TENSOR).values)
-        with np.errstate(over="ignore", invalid="ignore"):
-            size = np.where(np.isfinite(norms), norms, 0.0) ** 2
-            order = np.argsort(-size.sum(axis=0), kind="stable")
-        return [names[index] for index in order[:SHOWN_TENSORS]]
-
-
-def _at(variable: xr.DataArray) -> xr.DataArray:
-    chosen = {DESCENT: DESCENTS[0], WINDOW: 1}
-    return variable.sel({name: value for name, value in chosen.items() if name in variable.dims})
 
 
 def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
@@ -217,8 +63,8 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
         Where a tree does not hold results.
     """
     page = Path(page)
-    runs = [_Run.of(name, tree) for name, tree in trees.items()]
-    with _DRAWING, matplotlib.style.context(["default", _STYLE]):
+    runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
+    with figures.drawing():
         content = _content(runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline"),
@@ -227,7 +73,7 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": _percent}
+    environment.filters |= {"number": figures.number, "percent": _percent}
     text = environment.get_template("report.html").render(content)
     page.parent.mkdir(parents=True, exist_ok=True)
     aside = page.with_name(f".{page.name}.{os.getpid()}.tmp")
@@ -243,11 +89,11 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
 # What the page says ------------------------------------------------------------------------------------------
 
 
-def _content(runs: Sequence[_Run]) -> dict[str, Any]:
+def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     letters = _letters()
     next(letters)
     parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
-    return {"curves": _eigenvalue_curves(runs) if runs else None, "runs": parts}
+    return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts}
 
 
 def _letters() -> Iterator[str]:
@@ -256,7 +102,7 @@ def _letters() -> Iterator[str]:
         yield (chr(ord("A") + index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
-def _part(run: _Run, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
+def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
     """Everything about one run."""
     status = run["status"]
     letter_of_spectrum, letter_of_loss = next(letters), next(letters)
@@ -272,19 +118,19 @@ def _part(run: _Run, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
             {"name": member.name.lower(), "meaning": meaning, "count": int((status == member).sum())}
             for member, meaning in STATUS_MEANING.items()
         ],
-        "spreads": {name: _spread(run[name]) for name in ("angle", "angle_uncertainty", "condition_number")},
+        "spreads": {name: figures.extent(run[name]) for name in ("angle", "angle_uncertainty", "condition_number")},
         "shares": _shares(run),
         "windows": sorted({1, max(run.windows)}),
         "letters": (letter_of_spectrum, letter_of_loss),
-        "spectrum": _spectrum(run, letter_of_spectrum),
-        "loss": _loss(run, letter_of_loss),
-        "angle": _angle(run),
-        "condition": _condition(run),
+        "spectrum": figures.spectrum(run, letter_of_spectrum),
+        "loss": figures.loss_curve(run, letter_of_loss),
+        "angle": figures.angle_curve(run),
+        "condition": figures.condition_curve(run),
         "tensors": [_tensor_row(run, name) for name in shown],
         "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if shown else 0,
-        "tensor_angle": _small_panels(run, shown, "angle") if shown else None,
-        "tensor_condition": _small_panels(run, shown, "condition_number") if shown else None,
-        "thinned": len(run.steps) > 2 * _SMALL_COLUMNS,
+        "tensor_angle": figures.small_panels(run, shown, "angle") if shown else None,
+        "tensor_condition": figures.small_panels(run, shown, "condition_number") if shown else None,
+        "thinned": figures.is_thinned(len(run.steps)),
         "provenance": {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
             for name, value in ((name, _plain(value)) for name, value in run.attributes.items())
@@ -296,7 +142,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def _facts(run: _Run) -> dict[str, str]:
+def _facts(run: figures.RunResults) -> dict[str, str]:
     steps = run.steps
     facts = {"Source": str(run.attributes.get("source") or "not recorded")}
     if len(steps):
@@ -312,16 +158,16 @@ def _facts(run: _Run) -> dict[str, str]:
     facts["Tensors"] = str(run.tensors.sizes[TENSOR])
     if "elements" in run.attributes:
         facts["Elements"] = str(run.attributes["elements"])
-    rates = _spread(run["learning_rate"]) if "learning_rate" in run.model else None
+    rates = figures.extent(run["learning_rate"]) if "learning_rate" in run.model else None
     if rates is None:
         facts["Learning rate"] = "not known"
     else:
-        low, _, high = (_number(rate) for rate in rates)
+        low, _, high = (figures.number(rate) for rate in rates)
         facts["Learning rate"] = low if low == high else f"{low} to {high}"
     return facts
 
 
-def _warnings(run: _Run, status: NDArray[Any]) -> list[str]:
+def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
     """Say why curves have holes."""
     updates = len(status)
     if not updates:
@@ -342,7 +188,7 @@ def _warnings(run: _Run, status: NDArray[Any]) -> list[str]:
     return found
 
 
-def _places(steps: Array, mask: NDArray[np.bool_], most: int = 4) -> str:
+def _places(steps: NDArray[np.float64], mask: NDArray[np.bool_], most: int = 4) -> str:
     """Name the steps of a mask, neighbours taken together."""
     rows = np.flatnonzero(mask)
     ranges = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
@@ -354,7 +200,7 @@ def _places(steps: Array, mask: NDArray[np.bool_], most: int = 4) -> str:
     return f"{'step' if len(rows) == 1 else 'steps'} {', '.join(texts)}{tail}"
 
 
-def _shares(run: _Run) -> dict[str, list[dict[str, float]]]:
+def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
     """Share of effective updates by negative gradient, at window 1 and at the largest."""
     shares: dict[str, list[dict[str, float]]] = {}
     for descent in (str(name) for name in run.model[DESCENT].values):
@@ -368,41 +214,14 @@ def _shares(run: _Run) -> dict[str, list[dict[str, float]]]:
     return shares
 
 
-def _tensor_row(run: _Run, name: str) -> dict[str, Any]:
+def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "share": float((run.tensor("status", name) == Status.EFFECTIVE).mean()),
-        "angle": _spread(run.tensor("angle", name)),
-        "condition_number": _spread(run.tensor("condition_number", name)),
-        "gradient_norm": _spread(run.tensor("gradient_norm", name)),
+        "angle": figures.extent(run.tensor("angle", name)),
+        "condition_number": figures.extent(run.tensor("condition_number", name)),
+        "gradient_norm": figures.extent(run.tensor("gradient_norm", name)),
     }
-
-
-def _spread(values: NDArray[Any]) -> tuple[float, float, float] | None:
-    """Smallest, median and largest finite value."""
-    finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(np.median(finite)), float(finite.max())) if finite.size else None
-
-
-def _number(value: float) -> str:
-    """Four digits, as one would write them.
-
-    Examples
-    --------
-    >>> _number(1.5), _number(123456.0), _number(2e-9)
-    ('1.5', '1.235×10⁵', '2×10⁻⁹')
-    """
-    if not math.isfinite(value):
-        return "–"
-    plain = f"{value:.4g}"
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}×10{_superscript(str(int(exponent)))}"
-    return plain if "e" not in plain else f"{value:.0f}"
-
-
-def _superscript(digits: str) -> str:
-    return digits.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _percent(share: float) -> str:
@@ -414,399 +233,3 @@ def _percent(share: float) -> str:
     if 0.999 < share < 1:
         return "> 99.9 %"
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
-
-
-# Figure 3 ----------------------------------------------------------------------------------------------------
-
-
-def _eigenvalue_curves(runs: Sequence[_Run]) -> _Picture:
-    """Panel A: eq. (9) at |y| = |g|, and what was measured."""
-    legend_rows = math.ceil(len(runs) / 2)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT + 0.25 + 0.17 * legend_rows), layout="constrained")
-    axes = figure.subplots()
-    low, high, handles = 1e-2, 1e2, []
-    for index, run in enumerate(runs):
-        colour, marker = _RUN_COLOURS[index % len(_RUN_COLOURS)], _RUN_MARKERS[index % len(_RUN_MARKERS)]
-        look: dict[str, Any] = {
-            "marker": marker,
-            "markersize": 4,
-            "linestyle": "none",
-            "markerfacecolor": "none",
-            "markeredgecolor": colour,
-            "markeredgewidth": 0.9,
-        }
-        handles.append(Line2D([], [], **look))
-        angle = run["angle"]
-        with np.errstate(all="ignore"):
-            scale = run["update_norm"] / run["gradient_norm"]
-            values = np.stack([run[name] * scale for name in _EIGENVALUES])
-        drawable = np.isfinite(angle) & np.isfinite(values[0]) & (values[0] > 0)
-        angle, values = angle[drawable], values[:, drawable]
-        columns = _spread_out(angle, index / len(runs), max(_MARKERS // len(runs), 8))
-        for value in values:
-            points = np.where(value[columns] > 0, value[columns], np.nan)
-            axes.plot(angle[columns], points, zorder=3, **look)
-            if np.isfinite(points).any():
-                low, high = min(low, np.nanmin(points)), max(high, np.nanmax(points))
-    # Counted from pi/2, where the curves leave the page, so that they reach its edge.
-    rest = np.geomspace(max(low * 1e-2, 1e-300), np.pi / 2, 400)
-    unit = np.ones_like(rest)
-    pair = Pair(unit, np.sin(rest), np.cos(rest) ** 2, np.full(rest.shape, 3))
-    lines = [
-        axes.plot(np.pi / 2 - rest, curve, color=colour, linestyle=dash, label=label)[0]
-        for curve, (label, colour, dash) in zip(geometry.eigenvalues(pair), _EIGENVALUES.values(), strict=True)
-    ]
-    _log_limits(axes, low, high)
-    axes.set_xlim(0, np.pi / 2)
-    _angle_ticks(axes, "x", eighths=True)
-    axes.set_xlabel("angle ψ between y and g (rad)")
-    axes.set_ylabel("eigenvalue × |g| / |y|  (1)")
-    axes.set_title("A", loc="left", fontweight="bold", fontsize=11)
-    _legend_above(axes, lines)
-    legend = figure.legend(
-        handles, [str(i) for i in range(len(runs))], loc="outside lower center", ncols=min(2, len(runs))
-    )
-    for text, run in zip(legend.get_texts(), runs, strict=True):
-        text.set_parse_math(False)
-        text.set_text(_drawable(run.name, 30))
-    names = ", ".join(run.name for run in runs)
-    return _picture(
-        figure,
-        f"Largest, middle and smallest eigenvalue of the optimal metric against the angle psi from 0 to pi/2, "
-        f"and the measured eigenvalues of {names} on these curves.",
-    )
-
-
-def _spread_out(angle: Array, shift: float, columns: int) -> NDArray[np.int64]:
-    """Choose points that lie apart: the ends, and in each column the one next to its middle.
-
-    All points lie on the curves, so points of several runs would cover each other and the curves; the columns of
-    each run are shifted by a part of one.
-    """
-    if not angle.size:
-        return np.zeros(0, np.int64)
-    place = angle / (np.pi / 2) * columns + shift
-    column = np.floor(place)
-    order = np.lexsort((np.abs(place - column - 0.5), column))
-    chosen = order[np.unique(column[order], return_index=True)[1]]
-    return np.unique(np.concatenate([chosen, [angle.argmin(), angle.argmax()]])).astype(np.int64)
-
-
-def _spectrum(run: _Run, letter: str) -> _Picture:
-    """Panels B, D: eigenvalues over steps."""
-    figure, axes = _panel(letter)
-    lines, low, high = [], math.inf, 0.0
-    for name, (label, colour, dash) in _EIGENVALUES.items():
-        values = _positive(run[name])
-        if (spread := _spread(values)) is not None:
-            lines.append(_curve(axes, run.steps, values, color=colour, label=label, linestyle=dash))
-            low, high = min(low, spread[0]), max(high, spread[2])
-    if lines:
-        _log_limits(axes, low, high)
-    else:
-        _say(axes, "no effective update:\nno metric to draw" if len(run.steps) else "no update")
-    without = run["status"] != Status.EFFECTIVE
-    if lines and without.any():
-        lines.append(_mark(axes, run.steps, without))
-    _step_axis(axes, run.steps)
-    axes.set_ylabel("eigenvalue of optimal metric\n(loss · learning rate / parameter²)")
-    _legend_above(axes, lines)
-    span = f" from {_number(low)} to {_number(high)}" if lines else ", of which there is none"
-    return _picture(figure, f"Eigenvalues of the optimal metric over the steps of {run.name}{span}.")
-
-
-def _loss(run: _Run, letter: str) -> _Picture:
-    """Panels C, E: loss over steps."""
-    figure, axes = _panel(letter)
-    loss, average, lines = run["loss"], run.loss_average, []
-    spread = _spread(loss)
-    if spread is None:
-        _say(axes, "no finite loss was logged" if len(run.steps) else "no update")
-    else:
-        colour = _INK if average is None else _MUTED
-        width = 1.1 if average is None else 0.7
-        lines.append(_curve(axes, run.steps, loss, color=colour, label="loss", linewidth=width))
-        if average is not None and np.isfinite(average).any():
-            label = f"mean of {max(run.windows)}"
-            lines.append(_curve(axes, run.steps, average, color="#0072b2", label=label, linewidth=1.6))
-        if spread[0] > 0 and spread[2] >= 10 * spread[0]:
-            _log_limits(axes, spread[0], spread[2])
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-    _step_axis(axes, run.steps)
-    axes.set_ylabel("loss")
-    _legend_above(axes, lines if average is not None else [])
-    said = f" from {_number(loss[0])} to {_number(loss[-1])}" if spread is not None else ", which was not logged"
-    return _picture(figure, f"Loss over the steps of {run.name}{said}.")
-
-
-# Angle and condition number ----------------------------------------------------------------------------------
-
-
-def _angle(run: _Run) -> _Picture:
-    figure, axes = _panel("")
-    angle, uncertainty = run["angle"], run["angle_uncertainty"]
-    spread = _spread(angle)
-    if spread is None:
-        _say(axes, "no angle is defined")
-    lines = _draw_angle(axes, run.steps, angle, uncertainty, _COLUMNS)
-    _angle_limits(axes, spread)
-    _step_axis(axes, run.steps)
-    axes.set_ylabel("angle ψ (rad)")
-    _legend_above(axes, lines if spread is not None else [])
-    said = f" from {_number(spread[0])} to {_number(spread[2])} rad" if spread else ", defined nowhere"
-    return _picture(figure, f"Angle between update and negative gradient over the steps of {run.name}{said}.")
-
-
-def _condition(run: _Run) -> _Picture:
-    figure, axes = _panel("")
-    values = _positive(run["condition_number"])
-    spread = _spread(values)
-    lines = []
-    if spread is None:
-        _say(axes, "no effective update:\nno condition number")
-    else:
-        _curve(axes, run.steps, values, color=_INK)
-        _log_limits(axes, spread[0], spread[2])
-        without = run["status"] != Status.EFFECTIVE
-        lines = [_mark(axes, run.steps, without)] if without.any() else []
-    _step_axis(axes, run.steps)
-    axes.set_ylabel("condition number κ (1)")
-    _legend_above(axes, lines)
-    said = f" from {_number(spread[0])} to {_number(spread[2])}" if spread else ", defined nowhere"
-    return _picture(figure, f"Condition number of the optimal metric over the steps of {run.name}{said}.")
-
-
-def _small_panels(run: _Run, names: Sequence[str], variable: str) -> _Picture:
-    """Angle or condition number of each tensor, on common axes."""
-    columns = min(2, len(names))
-    rows = math.ceil(len(names) / columns)
-    # Margins in inches, not a layout engine: it would measure every text of every panel, in twice the time.
-    height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
-    figure = Figure(figsize=(_WIDTH, height))
-    left, right, lower, upper = 0.72 / _WIDTH, 1 - 0.14 / _WIDTH, 0.5 / height, 1 - 0.25 / height
-    figure.subplots_adjust(left=left, right=right, bottom=lower, top=upper, hspace=0.38, wspace=0.13)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    of_angle = variable == "angle"
-    values = {name: run.tensor(variable, name) for name in names}
-    if not of_angle:
-        values = {name: _positive(value) for name, value in values.items()}
-    spread = _spread(np.concatenate(list(values.values())))
-    labels = _tensor_labels(names, 26 if columns == 2 else 52)
-    for axes, name, label in zip(grid.flat, names, labels, strict=False):
-        title = axes.set_title(" ", loc="left", fontsize=8.5, pad=3)
-        title.set_parse_math(False)
-        title.set_text(label)
-        without = run.tensor("status", name) != Status.EFFECTIVE
-        if _spread(values[name]) is None:
-            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=_MUTED)
-        if of_angle:
-            _draw_angle(axes, run.steps, values[name], run.tensor("angle_uncertainty", name), _SMALL_COLUMNS)
-        else:
-            _curve(axes, run.steps, values[name], columns=_SMALL_COLUMNS, color=_INK)
-        if without.any() and not of_angle:
-            _mark(axes, run.steps, without, columns=_SMALL_COLUMNS)
-    first = grid[0, 0]
-    if of_angle:
-        _angle_limits(first, spread)
-    elif spread is not None:
-        _log_limits(first, spread[0], spread[2], most=4)
-    _step_axis(first, run.steps, most=3)
-    first.set_xlabel("")
-    # The last row may be shorter: then the panel above the gap carries the numbers of the steps.
-    for axes in grid.flat[len(names) :]:
-        axes.set_visible(False)
-        grid[rows - 2, columns - 1].xaxis.set_tick_params(labelbottom=True)
-    middle = (left + right) / 2, (lower + upper) / 2
-    figure.supxlabel("step", x=middle[0], y=0.08 / height, fontsize=9)
-    label = "angle ψ (rad)" if of_angle else "condition number κ (1)"
-    figure.supylabel(label, x=0.08 / _WIDTH, y=middle[1], fontsize=9)
-    what = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
-    return _picture(figure, f"{what} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
-
-
-def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
-    """Write number and name, and leave out of long names the parts that all have in common.
-
-    Examples
-    --------
-    >>> _tensor_labels(["encoder.layers.1.attention.weight", "encoder.layers.23.attention.weight"], 20)
-    ['1  …1…', '2  …23…']
-    """
-    parts = [name.split(".") for name in names]
-    start = end = 0
-    if len(names) > 1 and max(map(len, names)) > most - 4:
-        # One part of each name is always left, though it be the same.
-        spare = min(map(len, parts)) - 1
-        while start < spare and len({part[start] for part in parts}) == 1:
-            start += 1
-        while end < spare - start and len({part[-1 - end] for part in parts}) == 1:
-            end += 1
-    kept = [".".join(part[start : len(part) - end]) for part in parts]
-    shown = [f"{'…' if start else ''}{_drawable(name, most - 6)}{'…' if end else ''}" for name in kept]
-    return [f"{number}  {name}" for number, name in enumerate(shown, start=1)]
-
-
-def _draw_angle(axes: Axes, steps: Array, angle: Array, uncertainty: Array, columns: int) -> list[Any]:
-    lines: list[Any] = [_curve(axes, steps, angle, columns=columns, color=_INK, label="ψ")]
-    reach = np.where(np.isfinite(angle), uncertainty, np.nan)
-    # A band thinner than the line would not be seen.
-    if (spread := _spread(reach)) is not None and spread[2] > 0.01:
-        below, above = np.clip(angle - reach, 0.0, np.pi), np.clip(angle + reach, 0.0, np.pi)
-        at = _column_starts(len(steps), columns)
-        band = axes.fill_between(
-            steps[at],
-            np.fmin.reduceat(below, at),
-            np.fmax.reduceat(above, at),
-            color="#0072b2",
-            alpha=0.25,
-            linewidth=0,
-            label="rounding",
-        )
-        lines.append(band)
-    lines.append(
-        axes.axhline(
-            np.pi / 2, color=_ALARM, linewidth=0.8, linestyle=(0, (4, 2)), label="π/2, not effective beyond"
-        )
-    )
-    return lines
-
-
-# Drawing -----------------------------------------------------------------------------------------------------
-
-
-def _panel(letter: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    # Without a letter the title still takes its room, so all panels are of one size.
-    axes.set_title(letter or " ", loc="left", fontweight="bold", fontsize=11)
-    return figure, axes
-
-
-def _curve(axes: Axes, steps: Array, values: Array, columns: int = _COLUMNS, **look: Any) -> Line2D:
-    """Draw values over steps; one without neighbours is a dot, as a line would not show it."""
-    x, y = _thin(steps, np.where(np.isfinite(values), values, np.nan), columns)
-    (line,) = axes.plot(x, y, **look)
-    there = np.concatenate([[False], np.isfinite(y), [False]])
-    alone = there[1:-1] & ~there[:-2] & ~there[2:]
-    if alone.any():
-        axes.plot(x[alone], y[alone], color=look["color"], marker=".", markersize=2.5, linestyle="none")
-    return line
-
-
-def _mark(axes: Axes, steps: Array, mask: NDArray[np.bool_], columns: int = _COLUMNS) -> Any:
-    """Mark steps along the lower edge, at most one in each pixel column."""
-    rows = np.flatnonzero(mask)
-    rows = rows[np.unique(rows * columns // len(mask), return_index=True)[1]]
-    look: dict[str, Any] = {"color": _ALARM, "marker": "|", "markersize": 5, "linestyle": "none"}
-    axes.plot(steps[rows], np.full(len(rows), 0.025), transform=axes.get_xaxis_transform(), **look)
-    return Line2D([], [], label="no metric", **look)
-
-
-def _column_starts(rows: int, columns: int) -> NDArray[np.int64]:
-    """First row of each pixel column."""
-    return np.unique(np.linspace(0, rows, min(rows, columns), endpoint=False).astype(np.int64))
-
-
-def _thin(x: Array, y: Array, columns: int) -> tuple[Array, Array]:
-    """Keep the smallest and the largest value of each pixel column: nothing that a screen could show is lost."""
-    if len(x) <= 2 * columns:
-        return x, y
-    kept: list[int] = []
-    for start, stop in pairwise([*_column_starts(len(x), columns).tolist(), len(x)]):
-        part = y[start:stop]
-        if np.isfinite(part).any():
-            kept += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
-        else:
-            kept.append(start)
-    return x[kept], y[kept]
-
-
-def _positive(values: Array) -> Array:
-    """Values that a log scale can show."""
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
-
-
-def _log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
-    """Limits of a log axis: room below for marks, and numbers on it however short it is."""
-    bottom, top = math.log10(low), math.log10(high)
-    if top - bottom < 0.5:
-        bottom, top = (bottom + top) / 2 - 0.25, (bottom + top) / 2 + 0.25
-    below, above = 0.12 * (top - bottom), 0.05 * (top - bottom)
-    axes.set_yscale("log")
-    axes.set_ylim(10.0 ** max(bottom - below, -307.0), 10.0 ** min(top + above, 308.0))
-    if top - bottom < 2:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-    else:
-        axes.yaxis.set_major_locator(LogLocator(numticks=most))
-    if top - bottom < 2 or top - bottom > 5:
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _step_axis(axes: Axes, steps: Array, most: int = 5) -> None:
-    axes.set_xlabel("step")
-    if not len(steps):
-        axes.set_xticks([])
-        return
-    margin = 0.02 * (steps[-1] - steps[0]) or 0.5
-    axes.set_xlim(steps[0] - margin, steps[-1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u2009")))
-
-
-def _angle_limits(axes: Axes, spread: tuple[float, float, float] | None) -> None:
-    obtuse = spread is not None and spread[2] > np.pi / 2
-    axes.set_ylim(-0.03 * np.pi, (1.03 if obtuse else 0.55) * np.pi)
-    _angle_ticks(axes, "y", eighths=False)
-
-
-def _angle_ticks(axes: Axes, which: str, *, eighths: bool) -> None:
-    eighth = ("0", "π/8", "π/4", "3π/8", "π/2", "5π/8", "3π/4", "7π/8", "π")
-    chosen = range(0, 9, 1 if eighths else 2)
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(FixedLocator([k * np.pi / 8 for k in chosen]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: eighth[round(value / (np.pi / 8))]))
-
-
-def _legend_above(axes: Axes, handles: Sequence[Any]) -> None:
-    if handles:
-        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles))
-
-
-def _say(axes: Axes, what: str) -> None:
-    """Say in place of data why there is none."""
-    axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", va="center", color=_MUTED)
-    axes.set_yticks([])
-
-
-def _drawable(text: str, most: int) -> str:
-    """Shorten a name in the middle, and replace what the font of the figures has no sign for."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    known = "".join(
-        c if c.isprintable() and font.get_char_index(ord(c)) else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-    if len(known) <= most:
-        return known
-    # The end of a tensor's name tells more than its beginning.
-    return f"{known[: most // 3]}…{known[-(most - most // 3 - 1) :]}"
-
-
-def _picture(figure: Figure, alt: str) -> _Picture:
-    """Vector graphic inside a page, in the colours of the reader's screen, light or dark."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    graphic = file.getvalue()
-    graphic = graphic[graphic.index("<svg") :]
-    # Hundredths of a point are finer than any screen, and half of the bytes.
-    graphic = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), graphic)
-    dark = "".join(
-        f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'
-        for light, dark in _ON_DARK.items()
-        for part in ("stroke", "fill")
-    )
-    graphic = graphic.replace("</style>", f"@media (prefers-color-scheme:dark){{{dark}}}</style>", 1)
-    width, height = figure.get_size_inches() * 96
-    uri = "data:image/svg+xml;base64," + base64.b64encode(graphic.encode()).decode()
-    return _Picture(uri, alt, round(width), round(height))

@@ -154,6 +154,7 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
     provenance = {
         "source": states.source,
         "fingerprint": states.fingerprint(),
+        "elements": states.layout.elements,
         "options": {"learning_rate": rate, "gamma": list(options.gammas), "window": list(options.windows)},
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)

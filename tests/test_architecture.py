@@ -28,11 +28,11 @@ FLOORS = [
     },
     {
         "pipeline.sources.step_folder",
-        "pipeline.report",
+        "pipeline.figures",
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
     },
-    {"pipeline.sources.formats", "pipeline.compute"},
+    {"pipeline.sources.formats", "pipeline.compute", "pipeline.report"},
     {"pipeline.ingest"},
     {"pipeline.run"},
     {"pipeline.cli", "flows"},
@@ -44,12 +44,12 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 # Who may import which library; what is not listed may be imported anywhere.
 HOMES = {
     "zarr": {"pipeline.store"},
-    "xarray": {"pipeline.results", "pipeline.report"},
+    "xarray": {"pipeline.results", "pipeline.figures", "pipeline.report"},
     "dask": {"pipeline.compute"},
     "distributed": {"pipeline.compute"},
     "prefect": {"flows.runs", "flows.demo"},
     "numba": {"pipeline.gram"},
-    "matplotlib": {"pipeline.report"},
+    "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.report"},
     "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }

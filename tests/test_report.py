@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from logs import random_walk, write_log
 from playwright.sync_api import sync_playwright
 
-from pipeline import report, run
+from pipeline import figures, report, run
 from pipeline.schema import InputError, Status
 
 NAME = "<script>alert('run')</script> & $x_1$ \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-5B66}"
@@ -205,10 +205,10 @@ def test_names_are_text_and_never_markup(page):
 
 def test_only_the_tensors_with_the_largest_gradient_are_shown_and_the_rest_is_counted(wide_tree, tmp_path):
     seen = Page(report.write_report({"wide": wide_tree}, tmp_path / "page.html"))
-    largest = [f"encoder.blocks.{index}.attention.weight" for index in range(39, 39 - report.SHOWN_TENSORS, -1)]
+    largest = [f"encoder.blocks.{index}.attention.weight" for index in range(39, 39 - figures.SHOWN_TENSORS, -1)]
     assert [name for name in re.findall(r"encoder\S+weight", seen.text)] == largest
     assert seen.images[-1]["alt"].endswith(": " + ", ".join(largest) + ".")
-    assert f"{40 - report.SHOWN_TENSORS} more are not shown" in " ".join(seen.text.split())
+    assert f"{40 - figures.SHOWN_TENSORS} more are not shown" in " ".join(seen.text.split())
 
 
 def test_the_same_results_give_the_same_bytes(tree, page, tmp_path):
@@ -247,11 +247,11 @@ def test_nothing_points_outside_the_page(pages):
 @pytest.fixture
 def drawn(tree, monkeypatch):
     """A function from the name of a panel to its axes, before they become a picture."""
-    monkeypatch.setattr(report, "_picture", lambda figure, alt: figure)
-    one = report._Run.of("run", tree)
+    monkeypatch.setattr(figures, "_picture", lambda figure, alt: figure)
+    one = figures.RunResults.of("run", tree)
 
     def axes(panel):
-        figure = report._eigenvalue_curves([one]) if panel == "A" else getattr(report, f"_{panel}")(one, "B")
+        figure = figures.eigenvalue_curves([one]) if panel == "A" else getattr(figures, panel)(one, "B")
         return figure.axes[0]
 
     return axes
@@ -279,7 +279,7 @@ def test_the_spectrum_and_the_loss_are_drawn_as_they_are_in_the_results(drawn, t
     model = tree["model"].to_dataset()
     at = {"descent": "gradient", "window": 1}
     spectrum = [line for line in drawn("spectrum").lines if line.get_marker() == "None"]
-    loss = drawn("loss").lines
+    loss = drawn("loss_curve").lines
     expected = [model[f"eigenvalue_{name}"].sel(at) for name in ("max", "mid", "min")]
     expected += [model["loss"], model["loss_average"].sel(window=WINDOW)]
     for line, variable in zip([*spectrum, *loss], expected, strict=True):
@@ -288,8 +288,8 @@ def test_the_spectrum_and_the_loss_are_drawn_as_they_are_in_the_results(drawn, t
 
 
 def test_axes_have_labels_and_the_log_scales_of_the_paper(drawn):
-    assert [drawn(panel).get_yscale() for panel in ("A", "spectrum", "loss")] == ["log", "log", "log"]
-    for panel in ("A", "spectrum", "loss"):
+    assert [drawn(panel).get_yscale() for panel in ("A", "spectrum", "loss_curve")] == ["log", "log", "log"]
+    for panel in ("A", "spectrum", "loss_curve"):
         assert drawn(panel).get_xlabel()
         assert drawn(panel).get_ylabel()
 
@@ -346,12 +346,12 @@ def test_a_page_of_a_hundred_thousand_steps_is_hardly_larger_than_one_of_a_thous
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(np.nan), min_size=1, max_size=300).map(np.array), st.integers(1, 40))
 def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
-    x, y = report._thin(np.arange(len(values), dtype=float), values, columns)
+    x, y = figures._thin(np.arange(len(values), dtype=float), values, columns)
     rows = x.astype(int)
     assert (np.diff(rows) > 0).all()
     assert np.array_equal(values[rows], y, equal_nan=True)
     assert len(x) <= 2 * columns
-    starts = report._column_starts(len(values), columns)
+    starts = figures._column_starts(len(values), columns)
     for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
         part, kept = values[start:stop], y[(rows >= start) & (rows < stop)]
         assert len(kept) >= 1
@@ -363,7 +363,7 @@ def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
     st.lists(st.floats(0, np.pi / 2), min_size=1, max_size=200).map(np.array), st.floats(0, 1), st.integers(1, 48)
 )
 def test_points_of_panel_a_are_few_and_hold_the_smallest_and_the_largest_angle(angle, shift, columns):
-    chosen = angle[report._spread_out(angle, shift, columns)]
+    chosen = angle[figures._spread_out(angle, shift, columns)]
     assert chosen.min() == angle.min()
     assert chosen.max() == angle.max()
     # A shifted grid touches at most two more columns, and the two ends may come on top.
@@ -373,7 +373,7 @@ def test_points_of_panel_a_are_few_and_hold_the_smallest_and_the_largest_angle(a
 @given(st.floats(1e-300, 1e300))
 def test_numbers_read_back_to_four_digits(value):
     digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-    text = report._number(value).translate(digits).replace("×10", "e")
+    text = figures.number(value).translate(digits).replace("×10", "e")
     # Four significant digits are off by half a unit of the fourth at most, and reading is one rounding more.
     assert abs(float(text) - value) <= value * (0.5e-3 + 4 * np.finfo(float).eps)
 
