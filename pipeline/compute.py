@@ -12,8 +12,9 @@ import logging
 import math
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,18 +281,23 @@ def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
 
 
 def threads(workers: int) -> Executor:
-    """Run bands in threads of this process; reading and the kernel release the interpreter lock."""
+    """Run tiles in threads of this process; reading and the kernel release the interpreter lock."""
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
         pool = ThreadPoolExecutor(workers)
+        pending: deque[tuple[Band, str, list[Future[Segments]]]] = deque()
+
+        def finish_oldest() -> Band:
+            band, digest, parts = pending.popleft()
+            return write_band(job, band, digest, [part.result() for part in parts])
+
         try:
-            pending: set[Future[Band]] = set()
             for band, digest in bands:
-                if len(pending) >= workers * _AHEAD:
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in finished)
-                pending.add(pool.submit(whole_band, job, band, digest))
-            yield from (future.result() for future in as_completed(pending))
+                while sum(len(parts) for _, _, parts in pending) >= workers * _AHEAD:
+                    yield finish_oldest()
+                pending.append((band, digest, [pool.submit(tile_segments, job, tile) for tile in band.tiles]))
+            while pending:
+                yield finish_oldest()
         finally:
             # Where a band failed, or no more are asked for, those not begun are left.
             pool.shutdown(cancel_futures=True)

@@ -14,7 +14,8 @@ of the segment and kept beside the products. It need not be exact, but of an err
 keeps a floor of 1e-8 / n, so where the sums show that the sample misled the segment is summed once more.
 
 Sums run over blocks of `BLOCK` elements; the blocks' sums are added with their rounding errors carried along
-(Neumaier), so the error does not grow with the length of a segment.
+(Neumaier), so the error does not grow with the length of a segment. The gradient is summed as its two parts,
+r and c d, which costs ten products in place of fifteen.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _widen_compiled(word: Any) -> Any:
 
 @njit(cache=True, nogil=True, fastmath=_REORDER)
 def _block(p0: Any, p1: Any, g0: Any, g1: Any, c: float, out: Any) -> None:
-    pp = pd = pg = pe = pr = dd = dg = de = dr = gg = ge = gr = ee = er = rr = 0.0
+    pp = pd = pe = pr = dd = de = dr = ee = er = rr = 0.0
     for i in range(p0.size):
         p = _widen(p0[i])
         d = _widen(p1[i]) - p
@@ -115,22 +116,16 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, c: float, out: Any) -> None:
         r = g - c * d
         pp += p * p
         pd += p * d
-        pg += p * g
         pe += p * e
         pr += p * r
         dd += d * d
-        dg += d * g
         de += d * e
         dr += d * r
-        gg += g * g
-        ge += g * e
-        gr += g * r
         ee += e * e
         er += e * r
         rr += r * r
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3], out[0, 4] = pp, pd, pg, pe, pr
-    out[1, 1], out[1, 2], out[1, 3], out[1, 4] = dd, dg, de, dr
-    out[2, 2], out[2, 3], out[2, 4] = gg, ge, gr
+    out[0, 0], out[0, 1], out[0, 3], out[0, 4] = pp, pd, pe, pr
+    out[1, 1], out[1, 3], out[1, 4] = dd, de, dr
     out[3, 3], out[3, 4] = ee, er
     out[4, 4] = rr
 
@@ -138,7 +133,7 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, c: float, out: Any) -> None:
 @njit(cache=True, nogil=True, fastmath=_REORDER)
 def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, c: float, out: Any) -> None:
     # The block is still in the cache of the processor: memory is not read again.
-    ph = dh = gh = eh = rh = hh = 0.0
+    ph = dh = eh = rh = hh = 0.0
     for i in range(p0.size):
         p = _widen(p0[i])
         d = _widen(p1[i]) - p
@@ -146,11 +141,10 @@ def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, c: float, out: Any) 
         h = _widen(h0[i])
         ph += p * h
         dh += d * h
-        gh += g * h
         eh += (_widen(g1[i]) - g) * h
         rh += (g - c * d) * h
         hh += h * h
-    out[0, 5], out[1, 5], out[2, 5], out[3, 5], out[4, 5], out[5, 5] = ph, dh, gh, eh, rh, hh
+    out[0, 5], out[1, 5], out[3, 5], out[4, 5], out[5, 5] = ph, dh, eh, rh, hh
 
 
 @njit(cache=True, nogil=True)
@@ -175,49 +169,78 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, run: int, runs: int) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _segment(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, c: float, total: Any, error: Any, part: Any) -> None:
-    count = total.shape[0]
-    total[:] = 0.0
-    error[:] = 0.0
-    for a in range(0, p0.size, BLOCK):
-        b = min(a + BLOCK, p0.size)
-        _block(p0[a:b], p1[a:b], g0[a:b], g1[a:b], c, part)
-        if count == 6:
-            _hvp_block(p0[a:b], p1[a:b], g0[a:b], g1[a:b], h0[a:b], c, part)
+def _sum_blocks(
+    p: Any, g: Any, h: Any, rows: Any, first: int, stop: int, ratio: Any, gram: Any, error: Any, part: Any
+) -> None:
+    """Sum the products of all vectors but the gradient over the blocks of a segment.
+
+    A block is taken through all rows before the next one, so the state after a row is still in the cache when
+    it is the state before the next.
+    """
+    count = gram.shape[-1]
+    for t in rows:
+        gram[t] = 0.0
+        error[t] = 0.0
+    for a in range(first, stop, BLOCK):
+        b = min(a + BLOCK, stop)
+        for t in rows:
+            _block(p[t, a:b], p[t + 1, a:b], g[t, a:b], g[t + 1, a:b], ratio[t], part)
+            if count == 6:
+                _hvp_block(p[t, a:b], p[t + 1, a:b], g[t, a:b], g[t + 1, a:b], h[t, a:b], ratio[t], part)
+            for i in range(count):
+                for j in range(i, count):
+                    x, old = part[i, j], gram[t, i, j]
+                    new = old + x
+                    error[t, i, j] += (old - new) + x if abs(old) >= abs(x) else (x - new) + old
+                    gram[t, i, j] = new
+    for t in rows:
         for i in range(count):
             for j in range(i, count):
-                x, old = part[i, j], total[i, j]
-                new = old + x
-                error[i, j] += (old - new) + x if abs(old) >= abs(x) else (x - new) + old
-                total[i, j] = new
-    for i in range(count):
-        for j in range(i, count):
-            # An overflow leaves inf - inf in the error: the infinite total is the honest answer.
-            if np.isfinite(error[i, j]):
-                total[i, j] += error[i, j]
-            total[j, i] = total[i, j]
+                # An overflow leaves inf - inf in the error: the infinite total is the honest answer.
+                if np.isfinite(error[t, i, j]):
+                    gram[t, i, j] += error[t, i, j]
+
+
+@njit(cache=True, nogil=True)
+def _along(c: float, product: float) -> float:
+    # Without a ratio the residual is the gradient, whatever the displacement is.
+    return c * product if c != 0.0 else 0.0
+
+
+@njit(cache=True, nogil=True)
+def _add_gradient(c: float, gram: Any) -> None:
+    """Fill in the products of the gradient, g = r + c d, and the lower half."""
+    gram[0, 2] = gram[0, 4] + _along(c, gram[0, 1])
+    gram[1, 2] = gram[1, 4] + _along(c, gram[1, 1])
+    gram[2, 3] = gram[3, 4] + _along(c, gram[1, 3])
+    gram[2, 4] = gram[4, 4] + _along(c, gram[1, 4])
+    gram[2, 2] = gram[2, 4] + _along(c, gram[1, 2])
+    if gram.shape[0] == 6:
+        gram[2, 5] = gram[4, 5] + _along(c, gram[1, 5])
+    for i in range(gram.shape[0]):
+        for j in range(i):
+            gram[i, j] = gram[j, i]
 
 
 @njit(cache=True, nogil=True)
 def _products(p: Any, g: Any, h: Any, starts: Any, run: int, runs: int, gram: Any, ratio: Any) -> None:
     rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
     part = np.zeros((count, count))
-    error = np.zeros((count, count))
-    for t in range(rows):
-        for s in range(segments):
-            first, stop = starts[s], starts[s + 1]
-            p0, p1 = p[t, first:stop], p[t + 1, first:stop]
-            g0, g1 = g[t, first:stop], g[t + 1, first:stop]
-            h0 = h[t, first:stop]
-            c = _sampled_ratio(p0, p1, g0, run, runs)
-            total = gram[t, s]
-            _segment(p0, p1, g0, g1, h0, c, total, error, part)
-            rr, rd, dd, gg = total[4, 4], total[1, 4], total[1, 1], total[2, 2]
+    error = np.zeros((rows, count, count))
+    for s in range(segments):
+        first, stop = starts[s], starts[s + 1]
+        c, total = ratio[:, s], gram[:, s]
+        for t in range(rows):
+            c[t] = _sampled_ratio(p[t, first:stop], p[t + 1, first:stop], g[t, first:stop], run, runs)
+        _sum_blocks(p, g, h, range(rows), first, stop, c, total, error, part)
+        for t in range(rows):
+            rr, rd, dd = total[t, 4, 4], total[t, 1, 4], total[t, 1, 1]
+            gg = rr + 2.0 * c[t] * rd + c[t] * c[t] * dd
             if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
                 # The sample misled: most of the residual lies along the displacement. Its own sums know better.
-                c += rd / dd
-                _segment(p0, p1, g0, g1, h0, c, total, error, part)
-            ratio[t, s] = c
+                c[t] += rd / dd
+                _sum_blocks(p, g, h, range(t, t + 1), first, stop, c, total, error, part)
+            _add_gradient(c[t], total[t])
 
 
 def _words(array: NDArray[Any]) -> NDArray[Any]:
@@ -255,7 +278,11 @@ def products(
     Notes
     -----
     Releases the interpreter lock. The bits of a row depend on its two states and `starts` alone, not on how
-    many rows are computed together. A segment whose displacement is zero or not finite has ratio 0.
+    many rows are computed together. A segment whose displacement is zero or not finite has ratio 0. Where the
+    displacement is not finite, no product with the gradient is a number.
+
+    Ten products are summed (fifteen with the Hessian-vector product); those of the gradient follow from
+    g = r + c d. As neither part is longer than g but for a small factor, they are as accurate as sums of their own.
     """
     p, g = _words(parameter), _words(gradient)
     h = g if hvp is None else _words(hvp)

@@ -323,11 +323,11 @@ def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, monkeypatch
 def test_threads_begin_no_band_after_the_one_that_failed(tmp_path, monkeypatch):
     begun = []
 
-    def fail(job, band, digest):
-        begun.append(band)
+    def fail(job, tile):
+        begun.append(tile)
         raise InputError("no such luck")
 
-    monkeypatch.setattr(compute, "whole_band", fail)
+    monkeypatch.setattr(compute, "tile_segments", fail)
     monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
     with pytest.raises(InputError, match="no such luck"):
         ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), (1, 40), executor=compute.threads(1))
