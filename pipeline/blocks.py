@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pipeline.schema import InputError
 
-__all__ = ["MEBIBYTE", "Band", "PassPlan", "Tile", "chunk_shape", "plan_pass"]
+__all__ = ["MEBIBYTE", "Band", "PassPlan", "Tile", "chunk_shape", "pieces", "plan_pass"]
 
 MEBIBYTE = 1 << 20
 
@@ -43,8 +43,14 @@ LEDGER_BYTES = 16 * MEBIBYTE
 LEAST_ROWS = 32
 """Rows of a tile of a wide model, at least: the halo is one state in this many."""
 
-READ_BYTES = 32 * MEBIBYTE
-"""Bytes of training state in the buffers of a worker, about."""
+PIECE_ELEMENTS = 1 << 16
+"""Elements of a chunk that are read and computed at a time, so that they stay in the caches of the processor."""
+
+READ_BYTES = 4 * MEBIBYTE
+"""Bytes of training state in the buffers of a worker, about: what the caches of the processor hold."""
+
+LEAST_READ_ROWS = 3
+"""Rows read at a time, at least, where memory allows: the last state of one read is copied to the next."""
 
 RESERVED_BYTES = 320 * MEBIBYTE
 """Memory of a worker process before it computes anything: interpreter, libraries, compiled kernel."""
@@ -82,8 +88,8 @@ class PassPlan:
         Updates, and columns of chunks.
     band_rows, tile_columns : int
         Rows of a band, chunk columns of a tile; the last ones may have fewer.
-    read_rows : int
-        Rows that a worker reads and computes at a time.
+    read_rows, read_elements : int
+        Rows, and elements of a chunk, that a worker reads and computes at a time.
     halo_bytes, read_bytes : int
         Bytes read twice because of halos, and bytes read in all.
     projected_bytes : int
@@ -95,6 +101,7 @@ class PassPlan:
     band_rows: int
     tile_columns: int
     read_rows: int
+    read_elements: int
     read_bytes: int
     halo_bytes: int
     projected_bytes: int
@@ -154,6 +161,20 @@ def _enough_steps(steps: int) -> int:
     return 1 << max(MINIMUM_STEPS - 1, steps - 1).bit_length()
 
 
+def pieces(first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut the elements of a chunk column into pieces, each of which has inner products of its own.
+
+    They are the same however much is read at a time, as the bits of the products depend on them.
+
+    Examples
+    --------
+    >>> list(pieces(100_000, 250_000))
+    [(100000, 165536), (165536, 231072), (231072, 250000)]
+    """
+    for low in range(first, stop, PIECE_ELEMENTS):
+        yield low, min(low + PIECE_ELEMENTS, stop)
+
+
 def plan_pass(
     *,
     states: int,
@@ -164,6 +185,7 @@ def plan_pass(
     vectors: int,
     memory_limit: int | None = None,
     band_rows: int | None = None,
+    whole_chunks: bool = False,
 ) -> PassPlan:
     """Plan the pass over a trajectory.
 
@@ -183,6 +205,8 @@ def plan_pass(
         Bytes that a worker process may use.
     band_rows : int, optional
         Rows of a chunk of an existing ledger, which the plan must keep.
+    whole_chunks : bool
+        Chunks cannot be read in pieces, as they are compressed.
 
     Raises
     ------
@@ -194,7 +218,7 @@ def plan_pass(
     Projected memory of a worker is the sum of
 
     - the reserve of an idle worker process,
-    - buffers: (read_rows + 1) x chunk elements x bytes of an element, for every array,
+    - buffers: (read_rows + 1) x read_elements x bytes of an element, for every array,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
       rows x (3 segments + 2 tensors) x (vectors^2 + 1) x 8, with rows those of a band of this run, and
@@ -214,19 +238,21 @@ def plan_pass(
     column_bytes = band_rows * width * sum(itemsizes)
     tile_columns = min(columns, max(1, TILE_BYTES // max(column_bytes, 1))) if columns else 1
 
-    row_bytes = width * sum(itemsizes)
-    read_rows = max(1, min(band_rows, READ_BYTES // max(row_bytes, 1) - 1))
-    # Every boundary of a chunk column can cut one tensor in two.
-    segments = tensors + columns
+    read_elements = width if whole_chunks else min(width, PIECE_ELEMENTS)
+    row_bytes = read_elements * sum(itemsizes)
+    read_rows = min(band_rows, max(LEAST_READ_ROWS, READ_BYTES // max(row_bytes, 1) - 1))
+    # Every boundary of a chunk column, and of a piece of one, can cut one tensor in two.
+    segments = tensors + columns + math.ceil(width / PIECE_ELEMENTS) - 1
     fixed = RESERVED_BYTES + min(band_rows, rows) * entry_bytes * (3 * segments + 2 * tensors)
     projected = fixed + (read_rows + 1) * row_bytes
     if memory_limit is not None and projected > memory_limit:
         read_rows = (memory_limit - fixed) // max(row_bytes, 1) - 1
         if read_rows < 1:
             least = math.ceil((fixed + 2 * row_bytes) / MEBIBYTE)
+            part = "chunk" if whole_chunks else "piece of a chunk"
             raise InputError(
                 f"a worker would need {least} MiB, but memory_limit is {memory_limit / MEBIBYTE:.0f} MiB",
-                where=f"two states of one chunk column ({2 * row_bytes / MEBIBYTE:.1f} MiB), the ledger of "
+                where=f"two states of one {part} ({2 * row_bytes / MEBIBYTE:.1f} MiB), the ledger of "
                 f"{band_rows} rows and {RESERVED_BYTES / MEBIBYTE:.0f} MiB of an idle worker",
                 remedy=f"raise --memory-limit to {least}MiB or more",
             )
@@ -239,6 +265,7 @@ def plan_pass(
         band_rows=band_rows,
         tile_columns=tile_columns,
         read_rows=read_rows,
+        read_elements=read_elements,
         read_bytes=(states * state_bytes + halo) if rows else 0,
         halo_bytes=halo,
         projected_bytes=projected,

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import gram
-from pipeline.blocks import Band, PassPlan, Tile, plan_pass
+from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.schema import HVP, InputError
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
@@ -52,7 +52,8 @@ _WORKER_CONFIG = {"distributed": {"worker": {"memory": {"target": False, "spill"
 """The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
 holds is buffers, and those cannot be spilled."""
 
-_buffers = threading.local()
+_held = threading.local()
+"""What a worker thread keeps from task to task: its buffers, and the trajectory of its job."""
 
 Segments = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 """Tensor of each segment, gram (rows, segments, vectors, vectors), ratio (rows, segments)."""
@@ -65,6 +66,16 @@ class Job:
     trajectory: Path
     ledger: Path
     read_rows: int
+    read_elements: int
+    name: str
+    """Of this job and no other, also on a scheduler that others share."""
+
+    @classmethod
+    def of(cls, trajectory: Path, ledger: Path, plan: PassPlan) -> Job:
+        """Job of a plan for a trajectory."""
+        trajectory = Path(trajectory).absolute()
+        name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
+        return cls(trajectory, Path(ledger).absolute(), plan.read_rows, plan.read_elements, name)
 
 
 Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Band]]
@@ -140,6 +151,7 @@ def compute_ledger(
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
         "memory_limit": memory_limit,
+        "whole_chunks": states.whole_chunks,
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
     _log.info("%s", plan)
@@ -148,7 +160,7 @@ def compute_ledger(
     # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
     book.discard_others(digests)
     missing = book.missing(digests)
-    job = Job(Path(trajectory).absolute(), Path(ledger).absolute(), plan.read_rows)
+    job = Job.of(trajectory, ledger, plan)
     run = executor or serial
     for done, _ in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
         if progress is not None:
@@ -191,62 +203,78 @@ def memory_bytes(amount: str) -> int:
 
 
 def tile_segments(job: Job, tile: Tile) -> Segments:
-    """Compute the segment ledgers of a tile.
+    """Compute the segment ledgers of a tile: of each tensor, or the part of it in the tile.
 
     Each state is read once into a buffer that the worker reuses; the last state of one read is the first of
     the next, so only the tile's own last state, the halo, is read by another task too.
     """
-    states = Trajectory(job.trajectory)
-    indices: list[int] = []
-    grams, ratios = [], []
-    for column in range(tile.first, tile.last):
-        first, last = states.column(column)
-        segments = states.layout.segments(first, last)
-        starts = np.array([low - first for _, low, _ in segments] + [last - first], dtype=np.int64)
-        count = len(gram.vectors(HVP in states.dtypes))
-        products = np.empty((tile.stop - tile.start, len(segments), count, count))
-        ratio = np.empty(products.shape[:2])
-        _column_products(job, states, tile, column, starts, products, ratio)
-        indices += [index for index, _, _ in segments]
-        grams.append(products)
-        ratios.append(ratio)
-    return np.array(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
+    states = _trajectory(job)
+    with states.kept_open():
+        parts = [_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)]
+    return _together(parts)
 
 
-def _column_products(
-    job: Job,
-    states: Trajectory,
-    tile: Tile,
-    column: int,
-    starts: NDArray[np.int64],
-    products: NDArray[np.float64],
-    ratio: NDArray[np.float64],
-) -> None:
+def _together(parts: Iterable[Segments]) -> Segments:
+    indices, grams, ratios = zip(*parts, strict=True)
+    return np.concatenate(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
+
+
+def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
+    """Compute the segment ledgers of a chunk column, all rows of a piece after the other."""
+    first, last = states.column(column)
+    parts = [
+        _piece_segments(job, states, tile, column, low, min(low + job.read_elements, last))
+        for low in range(first, last, job.read_elements)
+    ]
+    # Added up here, column by column, so that it does not matter which columns are in one tile.
+    indices, grams, ratios = _together(parts)
+    first_tensor, last_tensor = int(indices[0]), int(indices[-1])
+    tensors = np.arange(first_tensor, last_tensor + 1)
+    return tensors, *gram.add_segments(len(tensors), indices - first_tensor, grams, ratios)
+
+
+def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
+    """Compute the segment ledgers of what is read at a time, the elements ``low`` to ``high`` of the model."""
+    skip = low - states.column(column)[0]
+    segments = [part for piece in pieces(low, high) for part in states.layout.segments(*piece)]
+    starts = np.array([start - low for _, start, _ in segments] + [high - low], dtype=np.int64)
+    rows, count = tile.stop - tile.start, len(gram.vectors(HVP in states.dtypes))
+    products, ratio = np.empty((rows, len(segments), count, count)), np.empty((rows, len(segments)))
     buffers = {
-        name: _buffer(name, (job.read_rows + 1, states.chunk[1]), storage_dtype(dtype))
+        name: _buffer(name, (job.read_rows + 1, job.read_elements), storage_dtype(dtype))
         for name, dtype in states.dtypes.items()
     }
-    for start in range(tile.start, tile.stop, job.read_rows):
-        rows = min(job.read_rows, tile.stop - start)
-        carried = start > tile.start
+    for done in range(0, rows, job.read_rows):
+        more = min(job.read_rows, rows - done)
+        start, carried = tile.start + done, int(done > 0)
         for name, buffer in buffers.items():
             if carried:
                 buffer[0] = buffer[job.read_rows]
-            states.read(name, start + carried, start + rows + 1, column, buffer[int(carried) : rows + 1])
-        done = slice(start - tile.start, start - tile.start + rows)
+            out = buffer[carried : more + 1]
+            states.read(name, start + carried, start + more + 1, column, out, skip)
         gram.products(
-            buffers["parameter"][: rows + 1],
-            buffers["gradient"][: rows + 1],
+            buffers["parameter"][: more + 1],
+            buffers["gradient"][: more + 1],
             starts,
-            products[done],
-            ratio[done],
+            products[done : done + more],
+            ratio[done : done + more],
             buffers.get(HVP),
         )
+    return np.array([index for index, _, _ in segments]), products, ratio
+
+
+def _trajectory(job: Job) -> Trajectory:
+    """Return the trajectory of a job, which a worker thread opens once for all tasks of the job."""
+    held: dict[str, Any] = _held.__dict__
+    if held.get("job") != job:
+        held["job"], held["trajectory"] = job, Trajectory(job.trajectory)
+    states: Trajectory = held["trajectory"]
+    return states
 
 
 def _buffer(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return the buffer of this worker thread, as large as asked for."""
-    held: dict[str, NDArray[Any]] = _buffers.__dict__.setdefault("held", {})
+    held: dict[str, NDArray[Any]] = _held.__dict__.setdefault("buffers", {})
     if name not in held or (held[name].shape, held[name].dtype) != (shape, dtype):
         held[name] = np.empty(shape, dtype)
     return held[name]
@@ -254,14 +282,8 @@ def _buffer(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[
 
 def write_band(job: Job, band: Band, digest: str, parts: Iterable[Segments]) -> Band:
     """Add up the segments of a band's tiles in the order of the element axis, and write its ledger."""
-    indices, grams, ratios = zip(*parts, strict=True)
     ledger = Ledger(job.ledger)
-    products, ratio = gram.add_segments(
-        len(ledger.layout.tensors),
-        np.concatenate(indices),
-        np.concatenate(grams, axis=1),
-        np.concatenate(ratios, axis=1),
-    )
+    products, ratio = gram.add_segments(len(ledger.layout.tensors), *_together(parts))
     ledger.write(band, products, ratio, digest)
     return band
 
@@ -398,23 +420,21 @@ def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Ba
     workers = len(client.scheduler_info(n_workers=-1)["workers"])
     if not workers:
         _log.warning("the Dask scheduler has no worker yet: waiting for one")
-    # Keys are the scheduler's, which others may share: two runs of one name are not one run.
-    prefix = f"{job.trajectory.parent.name}-{uuid.uuid4().hex}"
     # Two bands at least, so that there are tiles to compute while a band is added up.
     tiles = max((len(band.tiles) for band, _ in bands), default=1)
     ahead = max(2, math.ceil(_AHEAD * max(1, workers) / tiles))
     waiting = iter(bands)
-    first = [_submit(client, prefix, job, *item) for item in itertools.islice(waiting, ahead)]
+    first = [_submit(client, job, *item) for item in itertools.islice(waiting, ahead)]
     finishing = as_completed(first, loop=client.loop)
     del first  # a future that is held keeps its result on the cluster
     for future in finishing:
         yield future.result()
         for band, digest in itertools.islice(waiting, 1):
-            finishing.add(_submit(client, prefix, job, band, digest))
+            finishing.add(_submit(client, job, band, digest))
 
 
-def _submit(client: Any, prefix: str, job: Job, band: Band, digest: str) -> Any:
-    name = f"{prefix}-{band.start}"
+def _submit(client: Any, job: Job, band: Band, digest: str) -> Any:
+    name = f"{job.name}-{band.start}"
     if len(band.tiles) == 1:
         return client.submit(whole_band, job, band, digest, key=f"ledger-{name}", pure=False)
     parts = [

@@ -34,7 +34,7 @@ __all__ = ["BLOCK", "add_segments", "combine", "products", "roundoff_bound", "ve
 BLOCK = 1024
 """Elements summed in plain float64 before the sum is carried over to the compensated total."""
 
-_RUN, _RUNS = 64, 64
+_RUN, _RUNS = 64, 16
 """The ratio c is taken from this many runs of this many elements, spread evenly over a segment."""
 
 _NEARLY_PARALLEL = 2.0**-40

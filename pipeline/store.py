@@ -185,6 +185,12 @@ def _require_whole(array: zarr.Array[Any], path: Path, remedy: str) -> None:
         raise _damaged(path, f"it has {size} bytes of {expected}", remedy)
 
 
+def _is_raw(array: zarr.Array[Any]) -> bool:
+    """Say whether the chunks of an array are its bytes and nothing else."""
+    codecs = array.metadata.codecs  # type: ignore[union-attr]
+    return len(codecs) == 1 and isinstance(codecs[0], BytesCodec)
+
+
 class Trajectory:
     """A run's logged states, on disk.
 
@@ -226,6 +232,8 @@ class Trajectory:
         self._journal = _Journal(self.path / "commits")
         self._unflushed: set[Path] = set()
         self._checksums: dict[str, list[list[int]]] = {}
+        self._kept: dict[tuple[str, int, int], int] | None = None
+        self._raw = {name for name in self.dtypes if _is_raw(self._arrays[name])}
         self.rows = 0
         self.refresh()
 
@@ -326,8 +334,24 @@ class Trajectory:
 
     # Reading ------------------------------------------------------------------------------------------------
 
-    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
-        """Read committed rows of a chunk column into a buffer.
+    @property
+    def whole_chunks(self) -> bool:
+        """Whether chunks cannot be read in pieces, as they are compressed."""
+        return self._raw != set(self.dtypes)
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Keep the chunks open that are read within: those of one task, read piece by piece."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            for descriptor in self._kept.values():
+                os.close(descriptor)
+            self._kept = None
+
+    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any], skip: int = 0) -> None:
+        """Read committed rows of a chunk column, or of a piece of it, into a buffer.
 
         Uncompressed chunks on a local disk are read straight into the buffer; anything else goes through
         Zarr. Both give the same bits.
@@ -340,8 +364,10 @@ class Trajectory:
             Rows.
         column : int
             Chunk column.
-        out : array, shape (stop - start, chunk elements), C-contiguous, of `storage_dtype`
-            Written; elements beyond the model's last are padding.
+        out : array, shape (stop - start, elements), C-contiguous, of `storage_dtype`
+            Written, as far as the chunk goes; elements beyond the model's last are padding.
+        skip : int, optional
+            Elements of the chunk before the first that is read; 0 where it has to be read whole.
 
         Raises
         ------
@@ -356,14 +382,12 @@ class Trajectory:
         for index in range(start // steps, -(-stop // steps) if start < stop else 0):
             low, high = max(start, index * steps), min(stop, (index + 1) * steps)
             part = out[low - start : high - start]
-            if self._is_raw(name):
-                self._read_raw(name, index, column, low - index * steps, part)
+            if name in self._raw:
+                self._read_raw(name, (index, column), low - index * steps, part, skip)
+            elif skip:
+                raise ValueError(f"chunks of {name} are compressed and cannot be read from element {skip} on")
             else:
                 self._read_by_zarr(name, index, column, low, part)
-
-    def _is_raw(self, name: str) -> bool:
-        codecs = self._arrays[name].metadata.codecs  # type: ignore[union-attr]
-        return len(codecs) == 1 and isinstance(codecs[0], BytesCodec)
 
     def _chunk_path(self, name: str, *index: int) -> Path:
         return _chunk_path(self._arrays[name], self.path / name, index)
@@ -389,22 +413,40 @@ class Trajectory:
             self._checksums[name] = [row for record in self.records() for row in record["checksums"][name]]
         return self._checksums[name]
 
-    def _read_raw(self, name: str, index: int, column: int, skip: int, out: NDArray[Any]) -> None:
-        path = self._chunk_path(name, index, column)
-        view = out.data.cast("B")
-        offset = skip * out.shape[1] * out.itemsize
+    def _read_raw(self, name: str, index: tuple[int, int], first_row: int, out: NDArray[Any], skip: int) -> None:
+        width = self.chunk[1]
+        count = min(out.shape[1], width - skip)
+        # Whole rows lie one after the other, in the chunk and in the buffer.
+        parts = [out] if out.shape[1] == width else [row[:count] for row in out]
+        descriptor = self._descriptor(name, index)
+        try:
+            for row, part in enumerate(parts, first_row):
+                self._fill(name, index, descriptor, (row * width + skip) * out.itemsize, part)
+        finally:
+            if self._kept is None:
+                os.close(descriptor)
+
+    def _descriptor(self, name: str, index: tuple[int, int]) -> int:
+        key = (name, *index)
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        path = self._chunk_path(name, *index)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise _damaged(path, str(error), _INGEST_AGAIN) from error
-        try:
-            while view:
-                count = os.preadv(descriptor, [view], offset)
-                if count == 0:
-                    raise _damaged(path, f"it ends {len(view)} bytes early", _INGEST_AGAIN)
-                view, offset = view[count:], offset + count
-        finally:
-            os.close(descriptor)
+        if self._kept is not None:
+            self._kept[key] = descriptor
+        return descriptor
+
+    def _fill(self, name: str, index: tuple[int, int], descriptor: int, offset: int, out: NDArray[Any]) -> None:
+        view = out.data.cast("B")
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if count == 0:
+                path = self._chunk_path(name, *index)
+                raise _damaged(path, f"it ends {len(view)} bytes early", _INGEST_AGAIN)
+            view, offset = view[count:], offset + count
 
     # Writing ------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ def trajectories(draw):
         "itemsizes": draw(st.lists(st.sampled_from([2, 4, 8]), min_size=2, max_size=3)),
         "tensors": draw(st.integers(1, 300)),
         "vectors": draw(st.sampled_from([5, 6])),
+        "whole_chunks": draw(st.booleans()),
     }
 
 
@@ -70,6 +71,20 @@ def test_a_band_is_whole_chunks_or_less_than_one(shape):
     assert 1 <= plan.read_rows <= plan.band_rows
 
 
+@given(st.integers(0, 1 << 40), st.integers(1, 3_000_000))
+def test_pieces_cover_the_elements_of_a_column_once(first, elements):
+    cut = list(blocks.pieces(first, first + elements))
+    assert [first, *(stop for _, stop in cut)] == [*(start for start, _ in cut), first + elements]
+    assert all(stop - start == blocks.PIECE_ELEMENTS for start, stop in cut[:-1])
+    assert 0 < cut[-1][1] - cut[-1][0] <= blocks.PIECE_ELEMENTS
+
+
+def test_compressed_chunks_are_read_whole():
+    shape = {"states": 400, "elements": 2_500_000, "chunk": (1, 833_334), "itemsizes": (4, 4), "tensors": 6}
+    plan = plan_pass(**shape, vectors=5, whole_chunks=True)
+    assert (plan.read_rows, plan.read_elements) == (blocks.LEAST_READ_ROWS, 833_334)
+
+
 @given(trajectories())
 def test_the_bytes_to_read_are_those_of_every_band_and_its_halo(shape):
     plan = plan_pass(**shape)
@@ -95,10 +110,10 @@ def test_the_projected_memory_of_a_worked_example_is_its_documented_sum():
     # 400 states of 2.5 million elements in float32, six tensors: three chunk columns of 833,334 elements.
     plan = plan_pass(states=400, elements=2_500_000, chunk=(1, 833_334), itemsizes=(4, 4), tensors=6, vectors=5)
     assert plan.band_rows == 32
-    assert plan.read_rows == 4
-    buffers = (4 + 1) * 833_334 * 4 + (4 + 1) * 833_334 * 4  # parameter, gradient: four rows and the halo
+    assert (plan.read_rows, plan.read_elements) == (7, 65_536)
+    buffers = (7 + 1) * 65_536 * 4 + (7 + 1) * 65_536 * 4  # parameter, gradient: seven rows and the halo
     entry = (5 * 5 + 1) * 8  # the products and the ratio of one row of one segment
-    segments = 6 + 3  # each boundary of a column may cut a tensor in two
+    segments = 6 + 3 + 12  # each boundary of a column may cut a tensor in two, and each of its thirteen pieces
     assert plan.projected_bytes == RESERVED_BYTES + buffers + 32 * entry * (3 * segments + 2 * 6)
 
 

@@ -28,7 +28,13 @@ CHUNK = (3, 40)
 
 RESIDUAL = VECTORS.index("residual")
 
-SMALL_BLOCKS = {"LEAST_TILE_BYTES": 1, "TILE_BYTES": 4000, "READ_BYTES": 1000, "LEAST_ROWS": 5}
+SMALL_BLOCKS = {
+    "LEAST_TILE_BYTES": 1,
+    "TILE_BYTES": 4000,
+    "READ_BYTES": 1000,
+    "LEAST_READ_ROWS": 1,
+    "LEAST_ROWS": 5,
+}
 """Constants of `pipeline.blocks` that cut twenty states of a hundred elements as it cuts a large run."""
 
 
@@ -123,10 +129,10 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
 def halo_repeated(read, boundaries):
     """`Trajectory.read` that gives the state before in place of a band's halo."""
 
-    def mutant(self, name, start, stop, column, out):
-        read(self, name, start, stop, column, out)
+    def mutant(self, name, start, stop, column, out, skip):
+        read(self, name, start, stop, column, out, skip)
         if stop - 1 in boundaries:
-            read(self, name, stop - 2, stop - 1, column, out[-1:])
+            read(self, name, stop - 2, stop - 1, column, out[-1:], skip)
 
     return mutant
 
@@ -134,9 +140,9 @@ def halo_repeated(read, boundaries):
 def shifted(read, array):
     """`Trajectory.read` that gives one array one step late."""
 
-    def mutant(self, name, start, stop, column, out):
+    def mutant(self, name, start, stop, column, out, skip):
         late = name == array and start > 0
-        read(self, name, start - late, stop - late, column, out)
+        read(self, name, start - late, stop - late, column, out, skip)
 
     return mutant
 
@@ -174,6 +180,7 @@ def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // bands) * -(-4 // tiles))
         monkeypatch.setattr(blocks, "LEAST_ROWS", -(-19 // bands))
         monkeypatch.setattr(blocks, "READ_BYTES", 40 * 8 * (read + 1))
+        monkeypatch.setattr(blocks, "LEAST_READ_ROWS", 1)
         other, cut = ledger_of(tmp_path / f"{bands} {tiles}", arrays, (steps, 40))
         assert (cut.bands, -(-4 // cut.plan.tile_columns), cut.plan.read_rows) == (bands, tiles, read)
         assert bits(other) == bits(ledger)
@@ -246,7 +253,7 @@ def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_sa
     ledger, _ = ledger_of(tmp_path, arrays, chunk)
 
     def die_in_the_next_tile():
-        compute._column_products = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        compute._column_segments = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         return os.getpid()
 
     with Client(cluster, set_as_default=False) as client:
@@ -289,8 +296,9 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
     for user in ("ada", "emmy"):
         folder = tmp_path / user / "run"
         ledger, summary = ledger_of(folder, arrays, executor=lambda *_: iter(()))
-        digests = Trajectory(folder / "trajectory.zarr").digests(summary.plan.bands())
-        job = compute.Job(folder / "trajectory.zarr", ledger, summary.plan.read_rows)
+        states = Trajectory(folder / "trajectory.zarr")
+        digests = states.digests(summary.plan.bands())
+        job = compute.Job.of(states.path, ledger, summary.plan)
         jobs.append((job, list(digests.items())))
     with contextlib.closing(executor(*jobs[0])) as first:
         next(first)  # the others are held on the cluster until they are asked for
