@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,12 @@ import safetensors.numpy
 import xarray as xr
 
 from pipeline import compute, gram
+from pipeline.blocks import PIECE_ELEMENTS
 from pipeline.ingest import ingest
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
 THREADS = 2
 HIDDEN = 1024
-READ_ROWS = 3
-"""Rows that the bare loop computes at a time, as the pass does for chunks of a million float32."""
-
 STEPS_OF_A_BLOCK = 16
 """Steps in a Dask block: the fastest blocks for xarray here; of one step each it takes nearly twice as long."""
 
@@ -174,38 +172,43 @@ def check_bytes(files: Files, count: int) -> None:
 
 @contextmanager
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.Segments]]]:
-    """Reads and the kernel, and nothing else: no store, no plan, no ledger."""
+    """Reads and the kernel, piece by piece, and nothing else: no store, no plan, no ledger."""
     states = Trajectory(files.trajectory)
     rows, (steps, width), names = states.rows - 1, states.chunk, gram.vectors(False)
-    paths = {name: [[states.path / name / "c" / str(i) / str(j) for i in range(states.rows)]
-                    for j in range(states.columns)] for name in states.dtypes}  # fmt: skip
     assert steps == 1, "the bare loop reads chunks of one step: generate a larger model"
+    paths = {
+        name: [
+            [states.path / name / f"c/{row}/{column}" for row in range(rows + 1)]
+            for column in range(states.columns)
+        ]
+        for name in ("parameter", "gradient")
+    }
+    size = min(width, PIECE_ELEMENTS)
     buffers = [
-        {name: np.empty((READ_ROWS + 1, width), storage_dtype(dtype)) for name, dtype in states.dtypes.items()}
+        {name: np.empty((rows + 1, size), storage_dtype(dtype)) for name, dtype in states.dtypes.items()}
         for _ in range(threads)
     ]
 
     def column(index: int, buffer: dict[str, np.ndarray]) -> compute.Segments:
         first, last = states.column(index)
-        pieces = states.layout.segments(first, last)
-        starts = np.array([low - first for _, low, _ in pieces] + [last - first])
-        products, ratio = np.empty((rows, len(pieces), len(names), len(names))), np.empty((rows, len(pieces)))
-        for start in range(0, rows, READ_ROWS):
-            stop = min(start + READ_ROWS, rows)
-            carried = int(start > 0)
-            for name, array in buffer.items():
-                array[0] = array[READ_ROWS]
-                for row in range(start + carried, stop + 1):
-                    read_row(paths[name][index][row], array[row - start])
-            count = stop - start + 1
-            gram.products(
-                buffer["parameter"][:count],
-                buffer["gradient"][:count],
-                starts,
-                products[start:stop],
-                ratio[start:stop],
-            )
-        return np.array([tensor for tensor, _, _ in pieces]), products, ratio
+        parts = []
+        with ExitStack() as stack:
+            opened = {
+                name: [stack.enter_context(path.open("rb", buffering=0)) for path in paths[name][index]]
+                for name in paths
+            }
+            for low in range(first, last, size):
+                high = min(low + size, last)
+                pieces = states.layout.segments(low, high)
+                starts = np.array([start - low for _, start, _ in pieces] + [high - low])
+                products = np.empty((rows, len(pieces), len(names), len(names)))
+                ratio = np.empty((rows, len(pieces)))
+                for name, chunks in opened.items():
+                    for chunk, out in zip(chunks, buffer[name], strict=True):
+                        chunk.readinto(out[: high - low].data.cast("B"))
+                gram.products(buffer["parameter"], buffer["gradient"], starts, products, ratio)
+                parts.append(([tensor for tensor, _, _ in pieces], products, ratio))
+        return add_up(parts, len(states.layout.tensors))
 
     def part(index: int) -> list[compute.Segments]:
         return [column(number, buffers[index]) for number in range(index, states.columns, threads)]
@@ -217,21 +220,21 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
     yield run
 
 
-def read_row(path: Path, out: np.ndarray) -> None:
-    with path.open("rb", buffering=0) as file:
-        assert file.readinto(out.data.cast("B")) == out.nbytes
+def add_up(parts: Sequence[Any], tensors: int) -> compute.Segments:
+    """Ledger of the tensors of a column from those of its pieces."""
+    indices, products, ratios = zip(*parts, strict=True)
+    numbers = np.concatenate(indices)
+    held = np.unique(numbers)
+    total, ratio = gram.add_segments(
+        tensors, numbers, np.concatenate(products, axis=1), np.concatenate(ratios, axis=1)
+    )
+    return held, total[:, held], ratio[:, held]
 
 
 def check_segments(files: Files, segments: list[compute.Segments]) -> None:
-    """The bits of the pass: it runs the same kernel on the same columns."""
+    """The bits of the pass: it runs the same kernel on the same pieces."""
     reference = Ledger(files.reference)
-    indices, products, ratios = zip(*segments, strict=True)
-    found = gram.add_segments(
-        len(reference.layout.tensors),
-        np.concatenate(indices),
-        np.concatenate(products, axis=1),
-        np.concatenate(ratios, axis=1),
-    )
+    _, *found = add_up(segments, len(reference.layout.tensors))
     for array, expected in zip(found, reference.read(), strict=True):
         np.testing.assert_array_equal(array, expected)
 
