@@ -246,7 +246,9 @@ VARIABLES: dict[str, Variable] = {
     "cosine": Variable("cosine of the angle between negative gradient and update", "1", "cos(psi)"),
     "angle": Variable("angle between negative gradient and update", "radian", "psi in [0, pi], eq. (9)"),
     "angle_uncertainty": Variable(
-        "largest error of the angle by rounding of the stored values", "radian", "DESIGN, numerics"
+        "largest error of the angle by rounding of the stored values",
+        "radian",
+        "asin(|dy| / |y|) + asin(|dg| / |g|), dy and dg what rounding to the stored dtypes makes at most",
     ),
     "effective": Variable("the update descends: y.g > 0", "1", "y.g > 0, section 2.1"),
     "condition_number": Variable(

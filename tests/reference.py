@@ -55,12 +55,12 @@ def assert_gram_close(actual, expected, elements, slack=1.0):
 
 
 def promised_angle_error():
-    """Largest absolute error of psi, in radian, for float64 data and up to 1e5 elements (DESIGN, section 3)."""
+    """Largest absolute error of psi, in radian, for float64 data and up to 1e5 elements."""
     return 1e-13
 
 
 def promised_relative_error(cosine):
-    """Largest relative error of a condition number or eigenvalue (DESIGN, section 3)."""
+    """Largest relative error of a condition number or eigenvalue."""
     return 1e-10 if abs(cosine) >= 1e-3 else 1e-13 / abs(float(cosine))
 
 

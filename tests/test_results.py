@@ -16,7 +16,6 @@ from pipeline import geometry, gram, results
 from pipeline.schema import DESCENTS, VARIABLES, InputError, Layout, Status
 
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
-NEEDED = [name for name in VARIABLES if name != "learning_rate_bound"]
 
 
 def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
@@ -58,15 +57,6 @@ def update_of(states, row, tensor=None, span=1, learning_rate=0.25):
 
     displacement = vector("parameter", states[row + 1]) - vector("parameter", states[row])
     return -vector("gradient", states[row]), displacement / (span * learning_rate)
-
-
-def pair_from(dataset):
-    """Pair of vectors that the norms and the angle of results stand for."""
-    along = dataset["alignment"] / dataset["update_norm"]
-    across = dataset["gradient_norm"] * np.sin(dataset["angle"])
-    return geometry.Pair(
-        *(np.asarray(v) for v in (dataset["update_norm"] ** 2, along * dataset["update_norm"], across**2)), 0
-    )
 
 
 @pytest.mark.parametrize("tensor", [None, *TENSORS])
