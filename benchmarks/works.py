@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,9 +172,9 @@ def check_bytes(files: Files, count: int) -> None:
 
 @contextmanager
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.Segments]]]:
-    """Reads and the kernel, piece by piece, and nothing else: no store, no plan, no ledger."""
+    """The chunks, mapped, and the kernel, piece by piece, and nothing else: no store, no plan, no ledger."""
     states = Trajectory(files.trajectory)
-    rows, (steps, width), names = states.rows - 1, states.chunk, gram.vectors(False)
+    rows, steps, names = states.rows - 1, states.chunk[0], gram.vectors(False)
     assert steps == 1, "the bare loop reads chunks of one step: generate a larger model"
     paths = {
         name: [
@@ -183,35 +183,31 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
         ]
         for name in ("parameter", "gradient")
     }
-    size = min(width, PIECE_ELEMENTS)
-    buffers = [
-        {name: np.empty((rows + 1, size), storage_dtype(dtype)) for name, dtype in states.dtypes.items()}
-        for _ in range(threads)
-    ]
 
-    def column(index: int, buffer: dict[str, np.ndarray]) -> compute.Segments:
+    def column(index: int) -> compute.Segments:
         first, last = states.column(index)
+        seen = {
+            name: [
+                np.memmap(path, storage_dtype(states.dtypes[name]), "r", shape=states.chunk)
+                for path in paths[name][index]
+            ]
+            for name in paths
+        }
         parts = []
-        with ExitStack() as stack:
-            opened = {
-                name: [stack.enter_context(path.open("rb", buffering=0)) for path in paths[name][index]]
-                for name in paths
-            }
-            for low in range(first, last, size):
-                high = min(low + size, last)
-                pieces = states.layout.segments(low, high)
-                starts = np.array([start - low for _, start, _ in pieces] + [high - low])
-                products = np.empty((rows, len(pieces), len(names), len(names)))
-                ratio = np.empty((rows, len(pieces)))
-                for name, chunks in opened.items():
-                    for chunk, out in zip(chunks, buffer[name], strict=True):
-                        chunk.readinto(out[: high - low].data.cast("B"))
-                gram.products(buffer["parameter"], buffer["gradient"], starts, products, ratio)
-                parts.append(([tensor for tensor, _, _ in pieces], products, ratio))
+        for low in range(first, last, PIECE_ELEMENTS):
+            high = min(low + PIECE_ELEMENTS, last)
+            pieces = states.layout.segments(low, high)
+            starts = np.array([start - low for _, start, _ in pieces] + [high - low])
+            products = np.empty((rows, len(pieces), len(names), len(names)))
+            ratio = np.empty((rows, len(pieces)))
+            part = slice(low - first, high - first)
+            parameter, gradient = ([chunk[:, part] for chunk in chunks] for chunks in seen.values())
+            gram.products(parameter, gradient, starts, products, ratio)
+            parts.append(([tensor for tensor, _, _ in pieces], products, ratio))
         return add_up(parts, len(states.layout.tensors))
 
     def part(index: int) -> list[compute.Segments]:
-        return [column(number, buffers[index]) for number in range(index, states.columns, threads)]
+        return [column(number) for number in range(index, states.columns, threads)]
 
     def run() -> list[compute.Segments]:
         parts = in_threads(part, range(threads), threads)
@@ -355,10 +351,8 @@ def check_copies(files: Files, _: Any) -> None:
 WORKS = {
     "read": Work("bare reads, 1 thread", partial(bare_reads, threads=1), check_bytes),
     "read_threads": Work(f"bare reads, {THREADS} threads", partial(bare_reads, threads=THREADS), check_bytes),
-    "loop": Work("bare reads and kernel, 1 thread", partial(bare_loop, threads=1), check_segments),
-    "loop_threads": Work(
-        f"bare reads and kernel, {THREADS} threads", partial(bare_loop, threads=THREADS), check_segments
-    ),
+    "loop": Work("bare loop, 1 thread", partial(bare_loop, threads=1), check_segments),
+    "loop_threads": Work(f"bare loop, {THREADS} threads", partial(bare_loop, threads=THREADS), check_segments),
     "pass": Work("metrics pass, serial", partial(metrics_pass, executor=compute.serial), check_ledger),
     "pass_threads": Work(
         f"metrics pass, {THREADS} threads", partial(metrics_pass, executor=compute.threads(THREADS)), check_ledger

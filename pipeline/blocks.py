@@ -43,14 +43,14 @@ LEDGER_BYTES = 16 * MEBIBYTE
 LEAST_ROWS = 32
 """Rows of a tile of a wide model, at least: the halo is one state in this many."""
 
-PIECE_ELEMENTS = 1 << 16
-"""Elements of a chunk that are read and computed at a time, so that they stay in the caches of the processor."""
+PIECE_ELEMENTS = 1 << 18
+"""Elements of a chunk that are seen at a time, so that all rows of a tile are; sums begin anew in each piece."""
 
-READ_BYTES = 4 * MEBIBYTE
-"""Bytes of training state in the buffers of a worker, about: what the caches of the processor hold."""
+READ_BYTES = 72 * MEBIBYTE
+"""Bytes of training state that a worker sees at a time, about: two arrays of 33 states, a piece of float32 each."""
 
 LEAST_READ_ROWS = 3
-"""Rows read at a time, at least, where memory allows: the last state of one read is copied to the next."""
+"""Rows seen at a time, at least, where memory allows: the last state of one time is seen again in the next."""
 
 RESERVED_BYTES = 320 * MEBIBYTE
 """Memory of a worker process before it computes anything: interpreter, libraries, compiled kernel."""
@@ -89,7 +89,7 @@ class PassPlan:
     band_rows, tile_columns : int
         Rows of a band, chunk columns of a tile; the last ones may have fewer.
     read_rows, read_elements : int
-        Rows, and elements of a chunk, that a worker reads and computes at a time.
+        Rows, and elements of a chunk, that a worker sees and computes at a time.
     halo_bytes, read_bytes : int
         Bytes read twice because of halos, and bytes read in all.
     projected_bytes : int
@@ -168,8 +168,8 @@ def pieces(first: int, stop: int) -> Iterator[tuple[int, int]]:
 
     Examples
     --------
-    >>> list(pieces(100_000, 250_000))
-    [(100000, 165536), (165536, 231072), (231072, 250000)]
+    >>> list(pieces(1_000_000, 1_600_000))
+    [(1000000, 1262144), (1262144, 1524288), (1524288, 1600000)]
     """
     for low in range(first, stop, PIECE_ELEMENTS):
         yield low, min(low + PIECE_ELEMENTS, stop)
@@ -206,7 +206,7 @@ def plan_pass(
     band_rows : int, optional
         Rows of a chunk of an existing ledger, which the plan must keep.
     whole_chunks : bool
-        Chunks cannot be read in pieces, as they are compressed.
+        Chunks cannot be read in pieces, as some are compressed.
 
     Raises
     ------
@@ -218,11 +218,11 @@ def plan_pass(
     Projected memory of a worker is the sum of
 
     - the reserve of an idle worker process,
-    - buffers: (read_rows + 1) x read_elements x bytes of an element, for every array,
+    - training state seen at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
       rows x (3 segments + 2 tensors) x (vectors^2 + 1) x 8, with rows those of a band of this run, and
-      segments at most tensors + chunk columns.
+      segments at most tensors + chunk columns + pieces of a column - 1.
     """
     steps, width = chunk
     rows, columns = max(states - 1, 0), math.ceil(elements / width)
@@ -238,7 +238,8 @@ def plan_pass(
     column_bytes = band_rows * width * sum(itemsizes)
     tile_columns = min(columns, max(1, TILE_BYTES // max(column_bytes, 1))) if columns else 1
 
-    read_elements = width if whole_chunks else min(width, PIECE_ELEMENTS)
+    # Rows of one chunk lie one after the other: between the pieces of two of them are the pages of the others.
+    read_elements = width if whole_chunks or steps > 1 else min(width, PIECE_ELEMENTS)
     row_bytes = read_elements * sum(itemsizes)
     read_rows = min(band_rows, max(LEAST_READ_ROWS, READ_BYTES // max(row_bytes, 1) - 1))
     # Every boundary of a chunk column, and of a piece of one, can cut one tensor in two.

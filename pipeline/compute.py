@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def compute_ledger(
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
         "memory_limit": memory_limit,
-        "whole_chunks": states.whole_chunks,
+        "whole_chunks": any(map(states.is_compressed, states.dtypes)),
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
     _log.info("%s", plan)
@@ -189,13 +189,15 @@ def memory_bytes(amount: str) -> int:
     try:
         # Without a number Dask reads "MiB" as one MiB, and nothing at all as one byte.
         parsed = int(parse_bytes(amount)) if any(map(str.isdigit, amount)) else 0
-        why = ""
+        if parsed < 1:
+            raise ValueError("it is less than a byte")
     except (ValueError, OverflowError) as error:
-        parsed, why = 0, str(error)
-    if parsed < 1:
         raise InputError(
-            f"{amount!r} is not an amount of memory", where="--memory-limit", why=why, remedy="say 512MiB or 2GB"
-        )
+            f"{amount!r} is not an amount of memory",
+            where="--memory-limit",
+            why=str(error),
+            remedy="say 512MiB or 2GB",
+        ) from error
     return parsed
 
 
@@ -205,13 +207,11 @@ def memory_bytes(amount: str) -> int:
 def tile_segments(job: Job, tile: Tile) -> Segments:
     """Compute the segment ledgers of a tile: of each tensor, or the part of it in the tile.
 
-    Each state is read once into a buffer that the worker reuses; the last state of one read is the first of
-    the next, so only the tile's own last state, the halo, is read by another task too.
+    Each state is read once; only the tile's own last state, the halo, is read by another task too.
     """
     states = _trajectory(job)
-    with states.kept_open():
-        parts = [_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)]
-    return _together(parts)
+    with states.mapped():
+        return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
 
 def _together(parts: Iterable[Segments]) -> Segments:
@@ -235,32 +235,40 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
 
 def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
     """Compute the segment ledgers of what is read at a time, the elements ``low`` to ``high`` of the model."""
-    skip = low - states.column(column)[0]
     segments = [part for piece in pieces(low, high) for part in states.layout.segments(*piece)]
     starts = np.array([start - low for _, start, _ in segments] + [high - low], dtype=np.int64)
     rows, count = tile.stop - tile.start, len(gram.vectors(HVP in states.dtypes))
     products, ratio = np.empty((rows, len(segments), count, count)), np.empty((rows, len(segments)))
-    buffers = {
-        name: _buffer(name, (job.read_rows + 1, job.read_elements), storage_dtype(dtype))
-        for name, dtype in states.dtypes.items()
-    }
     for done in range(0, rows, job.read_rows):
         more = min(job.read_rows, rows - done)
-        start, carried = tile.start + done, int(done > 0)
-        for name, buffer in buffers.items():
-            if carried:
-                buffer[0] = buffer[job.read_rows]
-            out = buffer[carried : more + 1]
-            states.read(name, start + carried, start + more + 1, column, out, skip)
-        gram.products(
-            buffers["parameter"][: more + 1],
-            buffers["gradient"][: more + 1],
-            starts,
-            products[done : done + more],
-            ratio[done : done + more],
-            buffers.get(HVP),
-        )
+        start = tile.start + done
+        with ExitStack() as stack:
+            seen = {
+                name: _decoded(job, states, name, start, start + more + 1, column, carried=done > 0)
+                if states.is_compressed(name)
+                else stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
+                for name in states.dtypes
+            }
+            gram.products(
+                seen["parameter"],
+                seen["gradient"],
+                starts,
+                products[done : done + more],
+                ratio[done : done + more],
+                seen.get(HVP),
+            )
     return np.array([index for index, _, _ in segments]), products, ratio
+
+
+def _decoded(
+    job: Job, states: Trajectory, name: str, start: int, stop: int, column: int, *, carried: bool
+) -> list[NDArray[Any]]:
+    """Rows of a compressed chunk column in a buffer that the worker reuses, the first one carried over."""
+    buffer = _buffer(name, (job.read_rows + 1, states.chunk[1]), storage_dtype(states.dtypes[name]))
+    if carried:
+        buffer[0] = buffer[job.read_rows]
+    states.read(name, start + carried, stop, column, buffer[carried : stop - start])
+    return [buffer[: stop - start]]
 
 
 def _trajectory(job: Job) -> Trajectory:

@@ -13,17 +13,19 @@ products r.r and r.d carry it without the cancellation that g.g, g.d and d.d suf
 of the segment and kept beside the products. It need not be exact, but of an error of one part in n the angle
 keeps a floor of 1e-8 / n, so where the sums show that the sample misled the segment is summed once more.
 
-Sums run over blocks of `BLOCK` elements; the blocks' sums are added with their rounding errors carried along
-(Neumaier), so the error does not grow with the length of a segment. The gradient is summed as its two parts,
+Sums run over blocks of `BLOCK` elements; the blocks' sums are added with their rounding errors carried along,
+so the error does not grow with the length of a segment. The gradient is summed as its two parts,
 r and c d, which costs ten products in place of fifteen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from llvmlite import ir
+from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
@@ -34,8 +36,14 @@ __all__ = ["BLOCK", "add_segments", "combine", "products", "roundoff_bound", "ve
 BLOCK = 1024
 """Elements summed in plain float64 before the sum is carried over to the compensated total."""
 
+_STRETCH = 16 * BLOCK
+"""Elements taken through all rows before the next ones: few enough for the next row to find its state in the cache,
+and enough for the processor to see that a row is read on and on, and to read ahead."""
+
 _RUN, _RUNS = 64, 16
 """The ratio c is taken from this many runs of this many elements, spread evenly over a segment."""
+
+_ROWS_OF_SHORT_SEGMENT = 16
 
 _NEARLY_PARALLEL = 2.0**-40
 """Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
@@ -56,8 +64,8 @@ def roundoff_bound(elements: int) -> float:
     """Bound of the rounding error of an inner product x.y, as a multiple of |x||y|.
 
     Sums of ``n`` float64 products in any order differ from each other and from the exact value by at most
-    ``4 sqrt(n) u`` with u = 2**-53 (DESIGN, section 3: rounding errors of a long sum behave as independent;
-    the worst case is ``n u / (1 - n u)``, Higham, Accuracy and Stability, section 3.1).
+    ``4 sqrt(n) u`` with u = 2**-53 (rounding errors of a long sum behave as independent; the
+    worst case is ``n u / (1 - n u)``, Higham, Accuracy and Stability, section 3.1).
 
     Parameters
     ----------
@@ -71,14 +79,24 @@ def roundoff_bound(elements: int) -> float:
 # bfloat16 arrives as uint16 and float16 as int16 (its bits), as the compiler has neither type.
 
 
-def _bitcast(typing_context: Any, bits: Any) -> Any:
+def _bfloat16(typing_context: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+        # The upper half of a float32.
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
 
-    return types.float32(types.uint32), generate
+    return types.float32(types.uint16), generate
 
 
-_as_float32: Any = intrinsic(_bitcast)
+def _float16(typing_context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+_from_bfloat16: Any = intrinsic(_bfloat16)
+_from_float16: Any = intrinsic(_float16)
 
 
 def _widen(word: Any) -> Any:
@@ -90,19 +108,26 @@ def _widen_compiled(word: Any) -> Any:
     if isinstance(word, types.Float):
         return lambda word: np.float64(word)
     if word == types.uint16:
-        return lambda word: np.float64(_as_float32(np.uint32(word) << np.uint32(16)))
+        return lambda word: np.float64(_from_bfloat16(word))
+    return lambda word: np.float64(_from_float16(word))
 
-    def half(word: Any) -> Any:
-        # Shifted into place the exponent is short by 112; an exponent of all ones means infinity or NaN.
-        bits = np.uint32(word)
-        magnitude = (bits & np.uint32(0x7FFF)) << np.uint32(13)
-        special = np.uint32(magnitude >= np.uint32(0x0F800000))
-        value = _as_float32(magnitude | (special * np.uint32(0x7F800000)))
-        scale = np.float32(2.0**112) * np.float32(1 - special) + np.float32(special)
-        sign = np.float32(1.0) - np.float32(2.0) * np.float32((bits >> np.uint32(15)) & np.uint32(1))
-        return np.float64(sign * scale * value)
 
-    return half
+def _to_pointer(typing_context: Any, address: Any) -> Any:
+    """Pointer to an address, given as an integer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.uintp), generate
+
+
+_pointer: Any = intrinsic(_to_pointer)
+
+
+@njit(cache=True, nogil=True)
+def _part(address: Any, first: int, stop: int, like: Any) -> Any:
+    """Elements of a row, as a contiguous array: only over such a slice the loops below are vectorized."""
+    return carray(_pointer(address + np.uintp(first * like.itemsize)), stop - first, like.dtype)
 
 
 @njit(cache=True, nogil=True, fastmath=_REORDER)
@@ -124,10 +149,10 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, c: float, out: Any) -> None:
         ee += e * e
         er += e * r
         rr += r * r
-    out[0, 0], out[0, 1], out[0, 3], out[0, 4] = pp, pd, pe, pr
-    out[1, 1], out[1, 3], out[1, 4] = dd, de, dr
-    out[3, 3], out[3, 4] = ee, er
-    out[4, 4] = rr
+    out[0], out[1], out[2], out[3] = pp, pd, pe, pr
+    out[4], out[5], out[6] = dd, de, dr
+    out[7], out[8] = ee, er
+    out[9] = rr
 
 
 @njit(cache=True, nogil=True, fastmath=_REORDER)
@@ -144,61 +169,86 @@ def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, c: float, out: Any) 
         eh += (_widen(g1[i]) - g) * h
         rh += (g - c * d) * h
         hh += h * h
-    out[0, 5], out[1, 5], out[3, 5], out[4, 5], out[5, 5] = ph, dh, eh, rh, hh
+    out[10], out[11], out[12], out[13], out[14] = ph, dh, eh, rh, hh
+
+
+# Where each sum of a block belongs in the Gram matrix.
+_FIRST = np.array([0, 0, 0, 0, 1, 1, 1, 3, 3, 4, 0, 1, 3, 4, 5])
+_SECOND = np.array([0, 1, 3, 4, 1, 3, 4, 3, 4, 4, 5, 5, 5, 5, 5])
+_SUMS, _SUMS_WITH_HVP = 10, 15
+
+
+@njit(cache=True, nogil=True, fastmath=_REORDER)
+def _add_ratio(p0: Any, p1: Any, g0: Any, out: Any) -> None:
+    dg = dd = 0.0
+    for i in range(p0.size):
+        d = _widen(p1[i]) - _widen(p0[i])
+        dg += d * _widen(g0[i])
+        dd += d * d
+    out[0] += dg
+    out[1] += dd
 
 
 @njit(cache=True, nogil=True)
-def _sampled_ratio(p0: Any, p1: Any, g0: Any, run: int, runs: int) -> float:
+def _sampled_ratio(p0: Any, p1: Any, g0: Any, run: int, runs: int, part: Any) -> float:
     n = p0.size
-    dg = dd = 0.0
+    part[:2] = 0.0
     if n > run * runs:
         for k in range(runs):
-            start = k * (n - run) // (runs - 1)
-            for i in range(start, start + run):
-                d = _widen(p1[i]) - _widen(p0[i])
-                dg += d * _widen(g0[i])
-                dd += d * d
-    if dd == 0.0:
+            a = k * (n - run) // (runs - 1)
+            _add_ratio(p0[a : a + run], p1[a : a + run], g0[a : a + run], part)
+    if part[1] == 0.0:
         # A short segment, or a sparse update of which the sample saw nothing: look at all of it.
-        for i in range(n):
-            d = _widen(p1[i]) - _widen(p0[i])
-            dg += d * _widen(g0[i])
-            dd += d * d
-    ratio = dg / dd if dd > 0.0 else 0.0
+        part[:2] = 0.0
+        _add_ratio(p0, p1, g0, part)
+    ratio = part[0] / part[1] if part[1] > 0.0 else 0.0
     return ratio if np.isfinite(ratio) else 0.0
 
 
 @njit(cache=True, nogil=True)
 def _sum_blocks(
-    p: Any, g: Any, h: Any, rows: Any, first: int, stop: int, ratio: Any, gram: Any, error: Any, part: Any
+    p: Any,
+    g: Any,
+    h: Any,
+    like: Any,
+    rows: Any,
+    first: int,
+    stop: int,
+    ratio: Any,
+    total: Any,
+    error: Any,
+    part: Any,
 ) -> None:
     """Sum the products of all vectors but the gradient over the blocks of a segment.
 
-    A block is taken through all rows before the next one, so the state after a row is still in the cache when
+    A stretch is taken through all rows before the next one, so the state after a row is still in the cache when
     it is the state before the next.
     """
-    count = gram.shape[-1]
+    sums = total.shape[1]
     for t in rows:
-        gram[t] = 0.0
+        total[t] = 0.0
         error[t] = 0.0
-    for a in range(first, stop, BLOCK):
-        b = min(a + BLOCK, stop)
+    for low in range(first, stop, _STRETCH):
+        high = min(low + _STRETCH, stop)
         for t in rows:
-            _block(p[t, a:b], p[t + 1, a:b], g[t, a:b], g[t + 1, a:b], ratio[t], part)
-            if count == 6:
-                _hvp_block(p[t, a:b], p[t + 1, a:b], g[t, a:b], g[t + 1, a:b], h[t, a:b], ratio[t], part)
-            for i in range(count):
-                for j in range(i, count):
-                    x, old = part[i, j], gram[t, i, j]
-                    new = old + x
-                    error[t, i, j] += (old - new) + x if abs(old) >= abs(x) else (x - new) + old
-                    gram[t, i, j] = new
+            for a in range(low, high, BLOCK):
+                b = min(a + BLOCK, high)
+                p0, p1 = _part(p[t], a, b, like[0]), _part(p[t + 1], a, b, like[0])
+                g0, g1 = _part(g[t], a, b, like[1]), _part(g[t + 1], a, b, like[1])
+                _block(p0, p1, g0, g1, ratio[t], part)
+                if sums > _SUMS:
+                    _hvp_block(p0, p1, g0, g1, _part(h[t], a, b, like[2]), ratio[t], part)
+                for k in range(sums):
+                    # The rounding error of a sum, exactly and without a branch that could be mispredicted (Knuth).
+                    new = total[t, k] + part[k]
+                    added = new - total[t, k]
+                    error[t, k] += (total[t, k] - (new - added)) + (part[k] - added)
+                    total[t, k] = new
     for t in rows:
-        for i in range(count):
-            for j in range(i, count):
-                # An overflow leaves inf - inf in the error: the infinite total is the honest answer.
-                if np.isfinite(error[t, i, j]):
-                    gram[t, i, j] += error[t, i, j]
+        for k in range(sums):
+            # An overflow leaves inf - inf in the error: the infinite total is the honest answer.
+            if np.isfinite(error[t, k]):
+                total[t, k] += error[t, k]
 
 
 @njit(cache=True, nogil=True)
@@ -208,8 +258,10 @@ def _along(c: float, product: float) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _add_gradient(c: float, gram: Any) -> None:
-    """Fill in the products of the gradient, g = r + c d, and the lower half."""
+def _fill(c: float, total: Any, gram: Any) -> None:
+    """Fill in a Gram matrix: the sums, the products of the gradient g = r + c d, and the lower half."""
+    for k in range(total.size):
+        gram[_FIRST[k], _SECOND[k]] = total[k]
     gram[0, 2] = gram[0, 4] + _along(c, gram[0, 1])
     gram[1, 2] = gram[1, 4] + _along(c, gram[1, 1])
     gram[2, 3] = gram[3, 4] + _along(c, gram[1, 3])
@@ -223,24 +275,28 @@ def _add_gradient(c: float, gram: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _products(p: Any, g: Any, h: Any, starts: Any, run: int, runs: int, gram: Any, ratio: Any) -> None:
-    rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
-    part = np.zeros((count, count))
-    error = np.zeros((rows, count, count))
+def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: int, gram: Any, ratio: Any) -> None:
+    rows, segments = gram.shape[0], gram.shape[1]
+    sums = _SUMS_WITH_HVP if gram.shape[2] == 6 else _SUMS
+    total, error, part = np.empty((rows, sums)), np.empty((rows, sums)), np.empty(sums)
     for s in range(segments):
-        first, stop = starts[s], starts[s + 1]
-        c, total = ratio[:, s], gram[:, s]
+        first, stop, c = starts[s], starts[s + 1], ratio[:, s]
+        # Of a short segment the sample is all of it: few rows at a time, for it to be in the cache still.
+        together = rows if stop - first > run * runs else _ROWS_OF_SHORT_SEGMENT
+        for begin in range(0, rows, together):
+            end = min(begin + together, rows)
+            for t in range(begin, end):
+                p0, p1 = _part(p[t], first, stop, like[0]), _part(p[t + 1], first, stop, like[0])
+                c[t] = _sampled_ratio(p0, p1, _part(g[t], first, stop, like[1]), run, runs, part)
+            _sum_blocks(p, g, h, like, range(begin, end), first, stop, c, total, error, part)
         for t in range(rows):
-            c[t] = _sampled_ratio(p[t, first:stop], p[t + 1, first:stop], g[t, first:stop], run, runs)
-        _sum_blocks(p, g, h, range(rows), first, stop, c, total, error, part)
-        for t in range(rows):
-            rr, rd, dd = total[t, 4, 4], total[t, 1, 4], total[t, 1, 1]
+            dd, rd, rr = total[t, 4], total[t, 6], total[t, 9]
             gg = rr + 2.0 * c[t] * rd + c[t] * c[t] * dd
             if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
                 # The sample misled: most of the residual lies along the displacement. Its own sums know better.
                 c[t] += rd / dd
-                _sum_blocks(p, g, h, range(t, t + 1), first, stop, c, total, error, part)
-            _add_gradient(c[t], total[t])
+                _sum_blocks(p, g, h, like, range(t, t + 1), first, stop, c, total, error, part)
+            _fill(c[t], total[t], gram[t, s])
 
 
 def _words(array: NDArray[Any]) -> NDArray[Any]:
@@ -251,29 +307,49 @@ def _words(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
+def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uintp]:
+    """Address of each row of the blocks, which the compiled code reads without a further look."""
+    for block in blocks:
+        if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
+            raise ValueError(f"rows must be of one dtype, contiguous, and have {elements} elements")
+    return np.concatenate(
+        [
+            np.uintp(block.__array_interface__["data"][0])
+            + np.arange(len(block), dtype=np.uintp) * np.uintp(block.strides[0])
+            for block in blocks
+        ]
+    )
+
+
 def products(
-    parameter: NDArray[Any],
-    gradient: NDArray[Any],
+    parameter: Sequence[NDArray[Any]],
+    gradient: Sequence[NDArray[Any]],
     starts: NDArray[np.int64],
     gram: NDArray[np.float64],
     ratio: NDArray[np.float64],
-    hvp: NDArray[Any] | None = None,
+    hvp: Sequence[NDArray[Any]] | None = None,
 ) -> None:
     """Inner products of the vectors of each pair of neighbouring states, per segment.
 
     Parameters
     ----------
-    parameter, gradient : array, shape (rows + 1, elements), C-contiguous
-        States of rows + 1 consecutive logged steps: the last one is the halo. float16, float32, float64,
-        bfloat16, or bfloat16 as its bits in uint16.
+    parameter, gradient : sequence of arrays, shape (some rows, elements)
+        States of rows + 1 consecutive logged steps, in one block of rows or in several that lie anywhere: the
+        last row is the halo. float16, float32, float64, bfloat16, or bfloat16 as its bits in uint16; contiguous
+        along the elements.
     starts : int64 array, shape (segments + 1,)
         Segment s is the elements ``starts[s]`` to ``starts[s + 1]``; what lies beyond the last is padding.
     gram : float64 array, shape (rows, segments, vectors, vectors)
         Written: the inner products, in the order of `vectors`.
     ratio : float64 array, shape (rows, segments)
         Written: the ratio c of the residual, gradient per displacement.
-    hvp : array, shape (rows or more, elements), optional
-        Hessian-vector products H (theta_{t+1} - theta_t), where logged.
+    hvp : sequence of arrays, shape (some rows, elements), optional
+        Hessian-vector products H (theta_{t+1} - theta_t) of at least ``rows`` rows, where logged.
+
+    Raises
+    ------
+    ValueError
+        Where there are too few rows or elements, or they are not contiguous.
 
     Notes
     -----
@@ -284,9 +360,14 @@ def products(
     Ten products are summed (fifteen with the Hessian-vector product); those of the gradient follow from
     g = r + c d. As neither part is longer than g but for a small factor, they are as accurate as sums of their own.
     """
-    p, g = _words(parameter), _words(gradient)
-    h = g if hvp is None else _words(hvp)
-    _products(p, g, h, starts, _RUN, _RUNS, gram, ratio)
+    rows = len(gram)
+    blocks = [[_words(block) for block in array] for array in (parameter, gradient, hvp or parameter)]
+    parameters, gradients, hvps = (_addresses(array, int(starts[-1])) for array in blocks)
+    if min(len(parameters), len(gradients)) <= rows or len(hvps) < rows:
+        raise ValueError(f"{rows} rows of products need {rows + 1} states")
+    # The compiled code sees addresses, and an array of no elements for the type of each.
+    like = tuple(np.empty(0, array[0].dtype) for array in blocks)
+    _products(parameters, gradients, hvps, like, starts, _RUN, _RUNS, gram, ratio)
 
 
 # Sums of ledgers ----------------------------------------------------------------------------------------------

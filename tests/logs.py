@@ -62,14 +62,15 @@ def walk_arrays(rows, elements, dtypes=None, seed=0):
     return {name: values[name].astype(DTYPES[dtype]) for name, dtype in dtypes.items()}
 
 
-def write_trajectory(path, arrays, shapes, chunk):
+def write_trajectory(path, arrays, shapes, chunk, compressors=None):
     """Write a trajectory store in any chunks, in place of one that is there, and return its path.
 
-    ``arrays`` are as of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps, elements).
+    ``arrays`` are as of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps, elements),
+    ``compressors`` maps arrays to codecs.
     """
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in shapes.items()})
-    Trajectory.create(path, layout, dtypes, chunk)
+    Trajectory.create(path, layout, dtypes, chunk, compressors=compressors)
     return append_states(path, arrays)
 
 

@@ -23,16 +23,20 @@ FLOORS = [
         "pipeline.sources.safetensors_file",
         "pipeline.experiments.linear_system",
         "pipeline.experiments.feedback_alignment",
-        "pipeline.store",
+        "pipeline.store.group",
+        "pipeline.store.mapped_file",
         "pipeline.results",
     },
     {
         "pipeline.sources.step_folder",
+        "pipeline.store.trajectory",
+        "pipeline.store.ledger",
         "pipeline.figures",
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
     },
-    {"pipeline.sources.formats", "pipeline.compute", "pipeline.report"},
+    {"pipeline.sources.formats", "pipeline.store", "pipeline.report"},
+    {"pipeline.compute"},
     {"pipeline.ingest"},
     {"pipeline.run"},
     {"pipeline.cli", "flows"},
@@ -43,7 +47,7 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 
 # Who may import which library; what is not listed may be imported anywhere.
 HOMES = {
-    "zarr": {"pipeline.store"},
+    "zarr": {"pipeline.store.group"},
     "xarray": {"pipeline.results", "pipeline.figures", "pipeline.report"},
     "dask": {"pipeline.compute"},
     "distributed": {"pipeline.compute"},

@@ -22,7 +22,7 @@ def products(parameter, gradient, cuts=(), hvp=None):
     count = len(gram.vectors(hvp is not None))
     out = np.full((len(parameter) - 1, len(starts) - 1, count, count), np.nan)
     ratio = np.full(out.shape[:2], np.nan)
-    gram.products(parameter, gradient, starts, out, ratio, hvp)
+    gram.products([parameter], [gradient], starts, out, ratio, None if hvp is None else [hvp])
     return out, ratio
 
 
@@ -62,7 +62,7 @@ def test_an_entry_of_a_hundred_thousand_float64_elements_is_within_1e_14():
     vectors = exact_vectors(parameter[0], parameter[1], gradient[0], gradient[1], ratio[0, 0])
     for i, j in itertools.combinations_with_replacement(range(5), 2):
         norms = np.sqrt(float(exact_dot(vectors[i], vectors[i])) * float(exact_dot(vectors[j], vectors[j])))
-        assert abs(out[0, 0, i, j] - float(exact_dot(vectors[i], vectors[j]))) <= 1e-14 * norms  # DESIGN, section 3
+        assert abs(out[0, 0, i, j] - float(exact_dot(vectors[i], vectors[j]))) <= 1e-14 * norms  # as promised
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +98,7 @@ def test_segments_add_up_to_the_whole(cuts, seed):
     parts, ratios = products(parameter, gradient, cuts)
     total, common = gram.combine(parts, ratios)
     vectors = exact_vectors(parameter[0], parameter[1], gradient[0], gradient[1], common[0])
-    # Two cuts differ by the bound at most (DESIGN, section 3); the residuals are of different ratios.
+    # Two cuts differ by the bound at most; the residuals are of different ratios.
     np.testing.assert_array_equal(total, np.swapaxes(total, -1, -2))
     assert_gram_close(total[0], exact_gram(vectors), 3000, slack=4.0)
     keep = [0, DISPLACEMENT, GRADIENT, 3]
@@ -167,5 +167,5 @@ def test_padding_beyond_the_last_segment_is_not_read():
     out, _ = products(parameter, gradient)
     padded = [np.concatenate([a, np.full((3, 28), np.nan, a.dtype)], axis=1) for a in (parameter, gradient)]
     again, ratio = np.empty_like(out), np.empty(out.shape[:2])
-    gram.products(padded[0], padded[1], np.array([0, 100]), again, ratio)
+    gram.products(padded[:1], padded[1:], np.array([0, 100]), again, ratio)
     np.testing.assert_array_equal(again, out)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from logs import DTYPES, append_states, walk_arrays, write_trajectory
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from pipeline import store as store_module
 from pipeline.blocks import Band
 from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
 from pipeline.store import Ledger, Trajectory, checksum, storage_dtype
+from pipeline.store.group import ArrayPlan, Journal
+from pipeline.store.mapped_file import MappedFile
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
 ELEMENTS = 13
@@ -101,10 +102,17 @@ def path(tmp_path):
 
 
 class Watch:
-    """Calls a function around every rename and before every flush, in whatever thread."""
+    """Calls a function around every rename and write in place, and before every flush, in whatever thread."""
 
     def __init__(self, monkeypatch, look):
-        replace, fsync = Path.replace, os.fsync
+        replace, fsync, pwrite = Path.replace, os.fsync, os.pwrite
+
+        def watched_pwrite(descriptor, *arguments):
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            look("write", path, before=True)
+            count = pwrite(descriptor, *arguments)
+            look("write", path, before=False)
+            return count
 
         def watched_replace(aside, target):
             look("rename", Path(target), before=True)
@@ -118,6 +126,7 @@ class Watch:
 
         monkeypatch.setattr(Path, "replace", watched_replace)
         monkeypatch.setattr(os, "fsync", watched_fsync)
+        monkeypatch.setattr(os, "pwrite", watched_pwrite)
 
 
 # The commit rule ---------------------------------------------------------------------------------------------
@@ -179,15 +188,15 @@ def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(pa
         append_states(path, {name: array[3:] for name, array in arrays.items()})
     record = path / "commits" / "00000001.json"
     named = events.index(("rename", record))
-    written = {target for kind, target in events if kind == "rename" and "c" in target.relative_to(path).parts}
+    written = {target for kind, target in events if kind != "flush" and "c" in target.relative_to(path).parts}
     assert len(written) == 2 * 3 * len(MIXED) + 3  # rows of chunks x columns x arrays, and the scalars
     flushed = {target for kind, target in events[:named] if kind == "flush"}
     assert written <= flushed
     assert {path / name / "c" for name in MIXED} <= flushed  # where the names of new chunks are kept
     assert {target.parent for target in written} <= flushed
     for target in written:
-        renamed = max(i for i, event in enumerate(events) if event == ("rename", target))
-        assert ("flush", target) in events[renamed:named]
+        last = max(i for i, event in enumerate(events) if event in (("rename", target), ("write", target)))
+        assert ("flush", target) in events[last:named]
     asides = [target for kind, target in events[:named] if kind == "flush" and target.parent == record.parent]
     assert asides
     assert ("flush", record.parent) in events[named:]
@@ -284,7 +293,7 @@ CODECS = {
 def write_compressed(path, arrays, codec):
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in SHAPES.items()})
-    Trajectory.create(path, layout, dtypes, CHUNK, compressors=CODECS[codec])
+    Trajectory.create(path, layout, dtypes, CHUNK, compressors=dict.fromkeys(dtypes, CODECS[codec]))
     return append_states(path, arrays)
 
 
@@ -313,6 +322,49 @@ def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bit
             out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
             trajectory.read(name, start, stop, column, out)
             assert out[:, : last - first].tobytes() == words(array)[start:stop, first:last].tobytes()
+
+
+def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_are(path):
+    arrays = walk_arrays(4, ELEMENTS)
+    write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    reader = Trajectory(path)
+    with reader.mapped(), reader.view("parameter", 0, 2, 0, 0, 5) as blocks:
+        before = np.concatenate(blocks)
+        append_states(path, {name: array[2:] for name, array in arrays.items()})
+        np.testing.assert_array_equal(np.concatenate(blocks), before)
+        np.testing.assert_array_equal(before, arrays["parameter"][:2, :5])
+
+
+def test_a_mapped_file_gives_its_pages_back_and_says_what_it_cannot_read(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(np.arange(1 << 20, dtype="<i4").tobytes())
+
+    def resident():
+        return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) * 1024
+
+    mapped = MappedFile(file, 4 << 20)
+    before = resident()
+    mapped.load(0, 4 << 20)
+    assert mapped.words(np.dtype("<i4")).sum(dtype=np.int64) == sum(range(1 << 20))
+    assert resident() - before > 3 << 20
+    mapped.release(0, 4 << 20)
+    assert resident() - before < 1 << 20
+    # What lies beyond the end of a file that became shorter is an error to load, and would be a signal to touch.
+    os.truncate(file, 1 << 20)
+    mapped.load(0, 1 << 20)
+    with pytest.raises(OSError, match="Bad address"):
+        mapped.load(0, 4 << 20)
+    mapped.close()
+
+
+def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
+    write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
+    chunk = path / "parameter/c/0/0"
+    chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(InputError, match="a chunk cannot be read") as caught:
+        read(Trajectory(path), "parameter")
+    assert caught.value.where == str(chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -504,7 +556,7 @@ def test_nothing_there_is_refused_and_nothing_is_made(tmp_path, kind):
 def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch, kind, arrays):
     create, cls = KINDS[kind]
     with monkeypatch.context() as patch:
-        patch.setattr(zarr.Group, "create_array", stopping(zarr.Group.create_array, arrays))
+        patch.setattr(ArrayPlan, "make", stopping(ArrayPlan.make, arrays))
         with pytest.raises(Stopped):
             create(tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -599,7 +651,7 @@ def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
 def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkeypatch):
     fill(ledger, BANDS[:2])
     with monkeypatch.context() as patch:
-        patch.setattr(store_module._Journal, "write", stopping(store_module._Journal.write, 0))
+        patch.setattr(Journal, "write", stopping(Journal.write, 0))
         with pytest.raises(Stopped):
             fill(ledger, [BANDS[2]])
     assert Ledger(ledger.path).missing(DIGESTS) == [BANDS[2]]

@@ -1,4 +1,4 @@
-"""The trajectory store and the Gram ledger in Zarr v3; the only file that knows Zarr.
+"""The trajectory of a run: its logged states, on disk.
 
 A trajectory is one Zarr group::
 
@@ -7,55 +7,49 @@ A trajectory is one Zarr group::
       step, loss, learning_rate   (step)
       commits/00000000.json ...   which rows exist, and their checksums
 
-**Commit rule.** Chunks are written and flushed to disk first; then one record, written aside and renamed, makes
-the rows visible for all arrays together. Readers trust recorded rows only. What lies beyond (an interrupted
-write) is overwritten by the next attempt. The shape of an array is no evidence of data, but it is never ahead
-of the record: it grows after the commit.
-
-A ledger is written by many workers at once, each whole bands (chunks) of rows; a band's record follows its data.
+What lies beyond the recorded rows (an interrupted write) is overwritten by the next attempt. The shape of an array
+is never ahead of the record: it grows after the commit.
 
 bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from crc32c import crc32c
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec
 
 from pipeline.blocks import Band
-from pipeline.schema import (
-    ELEMENT,
-    LAYOUT_VERSION,
-    SCALARS,
-    STATES,
-    STEP,
-    TENSOR,
-    VECTOR,
-    WITH_VECTOR,
-    InputError,
-    Layout,
+from pipeline.schema import ELEMENT, SCALARS, STATES, STEP, InputError, Layout
+from pipeline.store.group import (
+    ArrayPlan,
+    Journal,
+    chunk_path,
+    damaged,
+    flush,
+    make_group,
+    open_array,
+    open_group,
+    remove_group,
+    require_whole,
+    with_rows,
 )
+from pipeline.store.mapped_file import MappedFile
 
-__all__ = ["Ledger", "Trajectory", "checksum", "storage_dtype"]
+__all__ = ["Trajectory", "checksum", "storage_dtype"]
 
-_ATTRIBUTE = "natgrad"
 _SCALAR_CHUNK = 8192
 _INGEST_AGAIN = "ingest the run again with --overwrite"
-_ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -66,129 +60,6 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def checksum(words: NDArray[Any]) -> int:
     """CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _Journal:
-    """Records that make data visible: one small JSON file each, written aside, flushed and renamed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def names(self) -> list[str]:
-        return sorted(path.stem for path in self.folder.glob("[0-9]*.json"))
-
-    def read(self, name: str) -> dict[str, Any]:
-        path = self.folder / f"{name}.json"
-        try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot read a commit record: {error}",
-                where=str(path),
-                why="records are renamed into place whole, so the file was changed or the disk failed",
-                remedy="ingest again with --overwrite",
-            ) from error
-        return record
-
-    def write(self, name: str, record: Mapping[str, Any]) -> None:
-        aside = self.folder / f".{name}.{os.getpid()}.tmp"
-        with aside.open("w") as file:
-            json.dump(record, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.folder / f"{name}.json")
-        _flush(self.folder)
-
-    def remove(self, name: str) -> None:
-        (self.folder / f"{name}.json").unlink()
-        _flush(self.folder)
-
-
-@contextmanager
-def _new_store(path: Path, kind: str, attributes: Mapping[str, Any]) -> Iterator[zarr.Group]:
-    """Make a store aside, to be renamed into place at the end: a store that is there has all its arrays."""
-    aside = path.with_name(f".{path.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    group = zarr.create_group(
-        aside, attributes={_ATTRIBUTE: {"kind": kind, "version": LAYOUT_VERSION, **attributes}}
-    )
-    group.create_group("commits")
-    yield group
-    for entry in (*aside.rglob("*"), aside):
-        _flush(entry)
-    _remove(path, kind)
-    aside.rename(path)
-    _flush(path.parent)
-
-
-def _open_group(path: Path, kind: str, remedy: str) -> tuple[zarr.Group, dict[str, Any]]:
-    try:
-        group = zarr.open_group(path, mode="r+")
-        attributes: Any = group.attrs.asdict()[_ATTRIBUTE]
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"no {kind} here", where=str(path), remedy=remedy) from error
-    if attributes["kind"] != kind:
-        raise InputError(f"this is a {attributes['kind']}, not a {kind}", where=str(path), remedy=remedy)
-    if attributes["version"] > LAYOUT_VERSION:
-        raise InputError(
-            f"the {kind} has layout version {attributes['version']}, this program knows {LAYOUT_VERSION}",
-            where=str(path),
-            why="it was written by a newer natgrad",
-            remedy="upgrade natgrad-pipeline, or write to another folder",
-        )
-    return group, attributes
-
-
-def _remove(path: Path, kind: str) -> None:
-    """Remove a store of ours, and nothing else."""
-    # Renamed first: where the removal is interrupted, no half store is left under the name.
-    aside = path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if path.exists():
-        _open_group(path, kind, "choose another folder; what is not a store of natgrad is not overwritten")
-        path.rename(aside)
-        shutil.rmtree(aside)
-
-
-def _arrays(group: zarr.Group) -> dict[str, zarr.Array[Any]]:
-    # This setting is not kept on disk, and without it a chunk of fill values (no learning rates, a diverged
-    # run, a gradient of zeros in bfloat16) is not written, hence cannot be flushed or told from a lost one.
-    return {name: array.with_config({"write_empty_chunks": True}) for name, array in group.arrays()}
-
-
-def _chunk_path(array: zarr.Array[Any], folder: Path, index: Sequence[int]) -> Path:
-    return folder / array.metadata.encode_chunk_key(tuple(index))
-
-
-def _damaged(path: Path, what: str, remedy: str) -> InputError:
-    return InputError(
-        f"a chunk cannot be read: {what}",
-        where=str(path),
-        why="a recorded chunk was whole and on disk, so the file was changed, moved or the disk failed",
-        remedy=remedy,
-    )
-
-
-def _require_whole(array: zarr.Array[Any], path: Path, remedy: str) -> None:
-    """Refuse an uncompressed chunk of another size: Zarr takes one that is missing for fill values."""
-    expected = math.prod(array.chunks) * array.dtype.itemsize
-    size = path.stat().st_size if path.exists() else 0
-    if size != expected:
-        raise _damaged(path, f"it has {size} bytes of {expected}", remedy)
-
-
-def _is_raw(array: zarr.Array[Any]) -> bool:
-    """Say whether the chunks of an array are its bytes and nothing else."""
-    codecs = array.metadata.codecs  # type: ignore[union-attr]
-    return len(codecs) == 1 and isinstance(codecs[0], BytesCodec)
 
 
 class Trajectory:
@@ -222,18 +93,17 @@ class Trajectory:
             Where there is none, or a newer version wrote it.
         """
         self.path = Path(path)
-        group, attributes = _open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
+        attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
         self.dtypes: dict[str, str] = attributes["dtypes"]
         self.source: str = attributes["source"]
-        known = (*self.dtypes, STEP, *SCALARS)
-        self._arrays = {name: array for name, array in _arrays(group).items() if name in known}
-        self._journal = _Journal(self.path / "commits")
+        self._compressed = frozenset(attributes["compressed"])
+        self._array = cache(lambda name: open_array(self.path / name))
+        self._journal = Journal(self.path / "commits")
         self._unflushed: set[Path] = set()
         self._checksums: dict[str, list[list[int]]] = {}
-        self._kept: dict[tuple[str, int, int], int] | None = None
-        self._raw = {name for name in self.dtypes if _is_raw(self._arrays[name])}
+        self._mapped: dict[Path, MappedFile] = {}
         self.rows = 0
         self.refresh()
 
@@ -245,7 +115,7 @@ class Trajectory:
         dtypes: Mapping[str, str],
         chunk: tuple[int, int],
         source: str = "",
-        compressors: Any = None,
+        compressors: Mapping[str, Any] | None = None,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -259,8 +129,8 @@ class Trajectory:
             Steps and elements of a chunk.
         source : str, optional
             Where the log was, for provenance.
-        compressors : Zarr codecs, optional
-            None stores floats as they are: training state hardly compresses (DESIGN, section 5).
+        compressors : mapping, optional
+            Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
 
         Raises
         ------
@@ -272,35 +142,28 @@ class Trajectory:
             "layout": layout.to_json(),
             "chunk": list(chunk),
             "dtypes": dict(dtypes),
+            "compressed": sorted(compressors or ()),
         }
-        with _new_store(Path(path), "trajectory", attributes) as group:
-            for name, dtype in dtypes.items():
-                group.create_array(
-                    name,
-                    shape=(0, layout.elements),
-                    chunks=chunk,
-                    dtype=storage_dtype(dtype),
-                    dimension_names=(STEP, ELEMENT),
-                    fill_value=0 if dtype == "bfloat16" else np.nan,
-                    compressors=compressors,
-                    attributes={"ml_dtype": dtype} if dtype == "bfloat16" else {},
-                )
-            for name in (STEP, *SCALARS):
-                group.create_array(
-                    name,
-                    shape=(0,),
-                    chunks=(_SCALAR_CHUNK,),
-                    dtype="int64" if name == STEP else "float64",
-                    dimension_names=(STEP,),
-                    fill_value=-1 if name == STEP else np.nan,
-                    compressors=None,
-                )
+        arrays = {
+            name: ArrayPlan(
+                (STEP, ELEMENT),
+                (0, layout.elements),
+                chunk,
+                storage_dtype(dtype).name,
+                {"ml_dtype": dtype} if dtype == "bfloat16" else {},
+                (compressors or {}).get(name),
+            )
+            for name, dtype in dtypes.items()
+        }
+        for name in (STEP, *SCALARS):
+            arrays[name] = ArrayPlan((STEP,), (0,), (_SCALAR_CHUNK,), "int64" if name == STEP else "float64")
+        make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
 
     @classmethod
     def remove(cls, path: Path) -> None:
         """Remove a trajectory; what is not one is refused (InputError)."""
-        _remove(path, "trajectory")
+        remove_group(path, "trajectory")
 
     def refresh(self) -> None:
         """See the rows committed since."""
@@ -324,9 +187,10 @@ class Trajectory:
         InputError
             Where a chunk is missing or too short.
         """
+        array = self._array(name)
         for index in range(-(-self.rows // _SCALAR_CHUNK)):
-            _require_whole(self._arrays[name], self._chunk_path(name, index), _INGEST_AGAIN)
-        return np.asarray(self._sized(name, self.rows)[:])
+            require_whole(chunk_path(self.path / name, index), (_SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
+        return np.asarray(with_rows(array, self.rows)[:])
 
     def records(self) -> list[dict[str, Any]]:
         """Commit records, in order: rows, the sources of each, and checksums per array, row and column."""
@@ -334,27 +198,84 @@ class Trajectory:
 
     # Reading ------------------------------------------------------------------------------------------------
 
-    @property
-    def whole_chunks(self) -> bool:
-        """Whether chunks cannot be read in pieces, as they are compressed."""
-        return self._raw != set(self.dtypes)
+    def is_compressed(self, name: str) -> bool:
+        """Whether chunks of an array are compressed: then they are read whole, and never where they lie."""
+        return name in self._compressed
 
     @contextmanager
-    def kept_open(self) -> Iterator[None]:
-        """Keep the chunks open that are read within: those of one task, read piece by piece."""
-        self._kept = {}
+    def mapped(self) -> Iterator[None]:
+        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece."""
         try:
             yield
         finally:
-            for descriptor in self._kept.values():
-                os.close(descriptor)
-            self._kept = None
+            for file in self._mapped.values():
+                file.close()
+            self._mapped.clear()
 
-    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any], skip: int = 0) -> None:
-        """Read committed rows of a chunk column, or of a piece of it, into a buffer.
+    @contextmanager
+    def view(
+        self, name: str, start: int, stop: int, column: int, first: int, last: int
+    ) -> Iterator[list[NDArray[Any]]]:
+        """See committed rows of a chunk column where they lie, in the page cache of the system: none is copied.
 
-        Uncompressed chunks on a local disk are read straight into the buffer; anything else goes through
-        Zarr. Both give the same bits.
+        Parameters
+        ----------
+        name : str
+            ``parameter``, ``gradient`` or ``hvp``, not compressed.
+        start, stop : int
+            Rows.
+        column : int
+            Chunk column.
+        first, last : int
+            Elements of the model, within the column.
+
+        Yields
+        ------
+        list of arrays, shape (some rows, last - first)
+            One block of rows for each chunk, in order, of `storage_dtype`; they end with the context.
+
+        Raises
+        ------
+        InputError
+            Where a row is not committed, or a chunk is missing, too short or cannot be read.
+        """
+        self._require_committed(name, start, stop)
+        steps, offset = self.chunk[0], self.column(column)[0]
+        seen: list[tuple[MappedFile, int, int]] = []
+        blocks = []
+        for index in range(start // steps, -(-stop // steps)):
+            file = self._mapped_chunk(name, index, column)
+            chunk = file.words(storage_dtype(self.dtypes[name])).reshape(self.chunk)
+            low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
+            row, word = chunk.strides
+            begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
+            try:
+                file.load(begin, end)
+            except OSError as error:
+                raise damaged(file.path, str(error), _INGEST_AGAIN) from error
+            seen.append((file, begin, end))
+            blocks.append(chunk[low:high, first - offset : last - offset])
+        try:
+            yield blocks
+        finally:
+            for file, begin, end in seen:
+                file.release(begin, end)
+
+    def _mapped_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        path = chunk_path(self.path / name, index, column)
+        if path not in self._mapped:
+            expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
+            try:
+                size = path.stat().st_size
+                if size < expected:
+                    raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
+                self._mapped[path] = MappedFile(path, expected)
+            except OSError as error:
+                raise damaged(path, str(error), _INGEST_AGAIN) from error
+        return self._mapped[path]
+
+    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
+        """Read committed rows of a chunk column into a buffer, compressed or not, with the same bits.
 
         Parameters
         ----------
@@ -364,89 +285,52 @@ class Trajectory:
             Rows.
         column : int
             Chunk column.
-        out : array, shape (stop - start, elements), C-contiguous, of `storage_dtype`
-            Written, as far as the chunk goes; elements beyond the model's last are padding.
-        skip : int, optional
-            Elements of the chunk before the first that is read; 0 where it has to be read whole.
+        out : array, shape (stop - start, chunk elements), of `storage_dtype`
+            Written; elements beyond the model's last are left as they are.
 
         Raises
         ------
         InputError
             Where a row is not committed, or a chunk is missing, too short or (compressed) damaged.
         """
+        self._require_committed(name, start, stop)
+        first, last = self.column(column)
+        steps = self.chunk[0]
+        for index in range(start // steps, -(-stop // steps) if start < stop else 0):
+            low, high = max(start, index * steps), min(stop, (index + 1) * steps)
+            part = out[low - start : high - start, : last - first]
+            if self.is_compressed(name):
+                self._decode(name, index, column, low, part)
+            else:
+                with self.mapped(), self.view(name, low, high, column, first, last) as blocks:
+                    np.concatenate(blocks, out=part)
+
+    def _require_committed(self, name: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.rows:
             raise InputError(
                 f"rows {start} to {stop} of {name} are not committed, {self.rows} are", where=str(self.path)
             )
-        steps = self.chunk[0]
-        for index in range(start // steps, -(-stop // steps) if start < stop else 0):
-            low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-            part = out[low - start : high - start]
-            if name in self._raw:
-                self._read_raw(name, (index, column), low - index * steps, part, skip)
-            elif skip:
-                raise ValueError(f"chunks of {name} are compressed and cannot be read from element {skip} on")
-            else:
-                self._read_by_zarr(name, index, column, low, part)
 
-    def _chunk_path(self, name: str, *index: int) -> Path:
-        return _chunk_path(self._arrays[name], self.path / name, index)
-
-    def _read_by_zarr(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
-        path = self._chunk_path(name, index, column)
+    def _decode(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
+        path = chunk_path(self.path / name, index, column)
         first, last = self.column(column)
         if not path.exists():
-            raise _damaged(path, "it is missing", _INGEST_AGAIN)
+            raise damaged(path, "it is missing", _INGEST_AGAIN)
         try:
-            out[:, : last - first] = self._sized(name, self.rows)[start : start + len(out), first:last]
+            out[:] = with_rows(self._array(name), self.rows)[start : start + len(out), first:last]
         except Exception as error:  # codecs share no class of errors
-            raise _damaged(path, str(error), _INGEST_AGAIN) from error
+            raise damaged(path, str(error), _INGEST_AGAIN) from error
         # Blosc unpacks a truncated chunk to values that were never written, without an error.
         recorded = self._recorded(name)
         for row, words in enumerate(out, start):
-            if checksum(words[: last - first]) != recorded[row][column]:
-                raise _damaged(path, f"row {row} has another checksum than recorded", _INGEST_AGAIN)
+            if checksum(words) != recorded[row][column]:
+                raise damaged(path, f"row {row} has another checksum than recorded", _INGEST_AGAIN)
 
     def _recorded(self, name: str) -> list[list[int]]:
         """Checksums of the committed rows of an array, one for each column."""
         if len(self._checksums.get(name, ())) < self.rows:
             self._checksums[name] = [row for record in self.records() for row in record["checksums"][name]]
         return self._checksums[name]
-
-    def _read_raw(self, name: str, index: tuple[int, int], first_row: int, out: NDArray[Any], skip: int) -> None:
-        width = self.chunk[1]
-        count = min(out.shape[1], width - skip)
-        # Whole rows lie one after the other, in the chunk and in the buffer.
-        parts = [out] if out.shape[1] == width else [row[:count] for row in out]
-        descriptor = self._descriptor(name, index)
-        try:
-            for row, part in enumerate(parts, first_row):
-                self._fill(name, index, descriptor, (row * width + skip) * out.itemsize, part)
-        finally:
-            if self._kept is None:
-                os.close(descriptor)
-
-    def _descriptor(self, name: str, index: tuple[int, int]) -> int:
-        key = (name, *index)
-        if self._kept is not None and key in self._kept:
-            return self._kept[key]
-        path = self._chunk_path(name, *index)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise _damaged(path, str(error), _INGEST_AGAIN) from error
-        if self._kept is not None:
-            self._kept[key] = descriptor
-        return descriptor
-
-    def _fill(self, name: str, index: tuple[int, int], descriptor: int, offset: int, out: NDArray[Any]) -> None:
-        view = out.data.cast("B")
-        while view:
-            count = os.preadv(descriptor, [view], offset)
-            if count == 0:
-                path = self._chunk_path(name, *index)
-                raise _damaged(path, f"it ends {len(view)} bytes early", _INGEST_AGAIN)
-            view, offset = view[count:], offset + count
 
     # Writing ------------------------------------------------------------------------------------------------
 
@@ -461,15 +345,35 @@ class Trajectory:
         column : int
             Chunk column.
         block : array, shape (rows, chunk elements), of `storage_dtype`
+            Elements beyond the model's last are padding.
         """
         if start < self.rows:
             raise ValueError(f"row {start} of {name} is committed and cannot be written again")
         first, last = self.column(column)
         stop = start + len(block)
-        self._sized(name, stop)[start:stop, first:last] = block[:, : last - first]
+        if self.is_compressed(name):
+            with_rows(self._array(name), stop)[start:stop, first:last] = block[:, : last - first]
         steps = self.chunk[0]
         for index in range(start // steps, -(-stop // steps)):
-            self._unflushed.add(self._chunk_path(name, index, column))
+            path = chunk_path(self.path / name, index, column)
+            if not self.is_compressed(name):
+                low, high = max(start, index * steps), min(stop, (index + 1) * steps)
+                self._place(path, low - index * steps, block[low - start : high - start])
+            self._unflushed.add(path)
+
+    def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
+        """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.truncate(descriptor, math.prod(self.chunk) * block.itemsize)
+            offset = row * self.chunk[1] * block.itemsize
+            view = block.data.cast("B")
+            while view:
+                count = os.pwrite(descriptor, view, offset)
+                view, offset = view[count:], offset + count
+        finally:
+            os.close(descriptor)
 
     def commit(
         self,
@@ -493,15 +397,16 @@ class Trajectory:
         """
         start, stop = self.rows, self.rows + len(steps)
         for name, values in {STEP: steps, **scalars}.items():
-            self._sized(name, stop)[start:stop] = np.asarray(values, dtype=self._arrays[name].dtype)
+            array = self._array(name)
+            with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             for index in range(start // _SCALAR_CHUNK, -(-stop // _SCALAR_CHUNK)):
-                self._unflushed.add(self._chunk_path(name, index))
+                self._unflushed.add(chunk_path(self.path / name, index))
         for path in sorted(self._unflushed):
-            _flush(path)
+            flush(path)
         # A new chunk may have made folders up to the one of its array.
         for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
             if folder.is_relative_to(self.path):
-                _flush(folder)
+                flush(folder)
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
         self._journal.write(f"{len(self._journal.names()):08d}", record)
         self._unflushed.clear()
@@ -510,18 +415,10 @@ class Trajectory:
 
     def recover(self) -> None:
         """Bring the shapes on disk up to the record, should the writer before have stopped between the two."""
-        for array in self._arrays.values():
+        for name in (*self.dtypes, STEP, *SCALARS):
+            array = self._array(name)
             if array.shape[0] != self.rows:
                 array.resize((self.rows, *array.shape[1:]))
-
-    def _sized(self, name: str, rows: int) -> zarr.Array[Any]:
-        """Return an array as if it had so many rows: its shape on disk lags behind the record."""
-        array = self._arrays[name]
-        if array.shape[0] == rows:
-            return array
-        metadata = dataclasses.replace(array.metadata, shape=(rows, *array.shape[1:]))
-        sized = zarr.AsyncArray(metadata, array.store_path, config=array.async_array.config)
-        return zarr.Array(sized)
 
     def fingerprint(self) -> str:
         """Digest of every committed state."""
@@ -537,186 +434,3 @@ class Trajectory:
             band: hashlib.sha256("".join(per_row[band.start : band.stop + 1]).encode()).hexdigest()
             for band in bands
         }
-
-
-class Ledger:
-    """The Gram ledger: inner products of the vectors of every row (update) and tensor.
-
-    Attributes
-    ----------
-    path : Path
-    layout : Layout
-    vectors : tuple of str
-        Vectors of the Gram matrix, in order.
-    band_rows : int
-        Rows of a chunk.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open a ledger.
-
-        Raises
-        ------
-        InputError
-            Where there is none, or a newer version wrote it.
-        """
-        self.path = Path(path)
-        group, attributes = _open_group(self.path, "ledger", "compute it first: natgrad analyze OUT")
-        self.layout = Layout.from_json(attributes["layout"])
-        self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
-        self.band_rows: int = attributes["band_rows"]
-        self._arrays = _arrays(group)
-        self._journal = _Journal(self.path / "commits")
-
-    @classmethod
-    def prepare(
-        cls, path: Path, layout: Layout, vectors: Sequence[str], steps: NDArray[np.int64], band_rows: int
-    ) -> Ledger:
-        """Open the ledger for the rows of a trajectory: as it is, grown, or made anew.
-
-        Parameters
-        ----------
-        path : Path
-        layout : Layout
-        vectors : sequence of str
-        steps : int64 array, shape (states,)
-            Steps of the trajectory; a row is named after the state before its update.
-        band_rows : int
-            Rows of a chunk. A ledger with other tensors, vectors or bands is replaced.
-        """
-        wanted = {"layout": layout.to_json(), "vectors": list(vectors), "band_rows": band_rows}
-        if path.exists():
-            _, attributes = _open_group(path, "ledger", "choose another folder")
-            if {key: attributes[key] for key in wanted} != wanted:
-                _remove(path, "ledger")
-        if not path.exists():
-            cls._create(path, wanted, layout, vectors, band_rows)
-        ledger = cls(path)
-        rows = max(len(steps) - 1, 0)
-        for name, array in ledger._arrays.items():
-            if name not in (TENSOR, VECTOR, WITH_VECTOR):
-                array.resize((rows, *array.shape[1:]))
-        ledger._arrays[STEP][:] = steps[:-1]
-        ledger._arrays["step_span"][:] = np.diff(steps)
-        return ledger
-
-    @staticmethod
-    def _create(
-        path: Path, attributes: Mapping[str, Any], layout: Layout, vectors: Sequence[str], band_rows: int
-    ) -> None:
-        names = {TENSOR: layout.names, VECTOR: vectors, WITH_VECTOR: vectors}
-        tensors, count = len(layout.tensors), len(vectors)
-        shapes = {"gram": (tensors, count, count), "residual_ratio": (tensors,)}
-        dimensions = {"gram": (STEP, TENSOR, VECTOR, WITH_VECTOR), "residual_ratio": (STEP, TENSOR)}
-        long_names = {
-            "gram": "inner products of the vectors of an update",
-            "residual_ratio": "ratio c of residual = gradient - c displacement",
-        }
-        with _new_store(path, "ledger", attributes) as group:
-            for name, values in names.items():
-                array = group.create_array(
-                    name, shape=(len(values),), chunks=(len(values),), dtype=str, dimension_names=(name,)
-                )
-                array[:] = np.array(values, dtype=object)
-            for name in (STEP, "step_span"):
-                group.create_array(
-                    name,
-                    shape=(0,),
-                    chunks=(_SCALAR_CHUNK,),
-                    dtype="int64",
-                    dimension_names=(STEP,),
-                    fill_value=-1,
-                )
-            for name, shape in shapes.items():
-                group.create_array(
-                    name,
-                    shape=(0, *shape),
-                    chunks=(band_rows, *shape),
-                    dtype="float64",
-                    dimension_names=dimensions[name],
-                    fill_value=np.nan,
-                    compressors=None,
-                    attributes={"long_name": long_names[name]},
-                )
-
-    @classmethod
-    def remove(cls, path: Path) -> None:
-        """Remove a ledger; what is not one is refused (InputError)."""
-        _remove(path, "ledger")
-
-    @property
-    def rows(self) -> int:
-        """Rows that the ledger has when it is complete."""
-        return int(self._arrays["gram"].shape[0])
-
-    def write(self, band: Band, gram: NDArray[np.float64], ratio: NDArray[np.float64], digest: str) -> None:
-        """Write a band whole, then record it.
-
-        Parameters
-        ----------
-        band : Band
-            Its rows are one chunk (or the last rows of the ledger).
-        gram : float64 array, shape (rows, tensors, vectors, vectors)
-        ratio : float64 array, shape (rows, tensors)
-        digest : str
-            Digest of the states it was computed from.
-        """
-        if band.start % self.band_rows or band.stop != min(band.start + self.band_rows, self.rows):
-            raise ValueError(f"rows {band.start} to {band.stop} are not a chunk of {self.band_rows} rows")
-        for name, values in {"gram": gram, "residual_ratio": ratio}.items():
-            array = self._arrays[name]
-            array[band.start : band.stop] = values
-            chunk = self._chunk_path(name, band.start)
-            _flush(chunk)
-            for folder in chunk.relative_to(self.path).parents:
-                _flush(self.path / folder)
-        self._journal.write(f"{band.start:012d}", {"start": band.start, "stop": band.stop, "digest": digest})
-
-    def _chunk_path(self, name: str, start: int) -> Path:
-        array = self._arrays[name]
-        return _chunk_path(array, self.path / name, [start // self.band_rows, *(0 for _ in array.shape[1:])])
-
-    def discard_others(self, digests: Mapping[Band, str]) -> None:
-        """Forget every band but those computed from these states: what is forgotten reads as missing.
-
-        Parameters
-        ----------
-        digests : mapping
-            Every band of the trajectory as it is now, to the digest of its states.
-        """
-        valid = {(band.start, band.stop, digest) for band, digest in digests.items()}
-        for name in self._journal.names():
-            record = self._journal.read(name)
-            if (record["start"], record["stop"], record["digest"]) not in valid:
-                self._journal.remove(name)
-
-    def missing(self, digests: Mapping[Band, str]) -> list[Band]:
-        """Bands that are not recorded, or were computed from other states."""
-        recorded = {(r["start"], r["stop"]): r["digest"] for r in map(self._journal.read, self._journal.names())}
-        return [band for band, digest in digests.items() if recorded.get((band.start, band.stop)) != digest]
-
-    def read(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Read the whole ledger: gram (rows, tensors, vectors, vectors) and residual ratio (rows, tensors).
-
-        Raises
-        ------
-        InputError
-            Where a band is not recorded (the pass was interrupted), or a chunk is missing or too short.
-        """
-        recorded = {(r["start"], r["stop"]) for r in map(self._journal.read, self._journal.names())}
-        for start in range(0, self.rows, self.band_rows):
-            stop = min(start + self.band_rows, self.rows)
-            if (start, stop) not in recorded:
-                raise InputError(
-                    f"the ledger is not complete: updates {start} to {stop} are missing",
-                    where=str(self.path),
-                    why="the analysis was interrupted",
-                    remedy="run natgrad analyze OUT again; what is finished is kept",
-                )
-            for name in ("gram", "residual_ratio"):
-                _require_whole(self._arrays[name], self._chunk_path(name, start), _ANALYZE_ANEW)
-        return np.asarray(self._arrays["gram"][:]), np.asarray(self._arrays["residual_ratio"][:])
-
-    def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Step of each row's state before the update, and the number of updates to the next logged state."""
-        return np.asarray(self._arrays[STEP][:]), np.asarray(self._arrays["step_span"][:])

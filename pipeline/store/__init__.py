@@ -1,0 +1,10 @@
+"""The trajectory store and the Gram ledger in Zarr v3; the only room that knows Zarr.
+
+**Commit rule.** Chunks are written and flushed to disk first; then one record, written aside and renamed, makes
+them visible, all arrays together. Readers trust recorded rows only: the shape of an array is no evidence of data.
+"""
+
+from pipeline.store.ledger import Ledger
+from pipeline.store.trajectory import Trajectory, checksum, storage_dtype
+
+__all__ = ["Ledger", "Trajectory", "checksum", "storage_dtype"]

@@ -1,0 +1,215 @@
+"""The Gram ledger of a run, written by many workers at once: whole bands (chunks) of rows, then their record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.blocks import Band
+from pipeline.schema import STEP, TENSOR, VECTOR, WITH_VECTOR, InputError, Layout
+from pipeline.store.group import (
+    ArrayPlan,
+    Journal,
+    chunk_path,
+    flush,
+    make_group,
+    open_array,
+    open_group,
+    remove_group,
+    require_whole,
+)
+
+__all__ = ["Ledger"]
+
+_SCALAR_CHUNK = 8192
+_ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
+
+
+class Ledger:
+    """The Gram ledger: inner products of the vectors of every row (update) and tensor.
+
+    Attributes
+    ----------
+    path : Path
+    layout : Layout
+    vectors : tuple of str
+        Vectors of the Gram matrix, in order.
+    band_rows : int
+        Rows of a chunk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a ledger.
+
+        Raises
+        ------
+        InputError
+            Where there is none, or a newer version wrote it.
+        """
+        self.path = Path(path)
+        attributes = open_group(self.path, "ledger", "compute it first: natgrad analyze OUT")
+        self.layout = Layout.from_json(attributes["layout"])
+        self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
+        self.band_rows: int = attributes["band_rows"]
+        self._array = cache(lambda name: open_array(self.path / name))
+        self._journal = Journal(self.path / "commits")
+
+    @classmethod
+    def prepare(
+        cls, path: Path, layout: Layout, vectors: Sequence[str], steps: NDArray[np.int64], band_rows: int
+    ) -> Ledger:
+        """Open the ledger for the rows of a trajectory: as it is, grown, or made anew.
+
+        Parameters
+        ----------
+        path : Path
+        layout : Layout
+        vectors : sequence of str
+        steps : int64 array, shape (states,)
+            Steps of the trajectory; a row is named after the state before its update.
+        band_rows : int
+            Rows of a chunk. A ledger with other tensors, vectors or bands is replaced.
+        """
+        wanted = {"layout": layout.to_json(), "vectors": list(vectors), "band_rows": band_rows}
+        if path.exists():
+            attributes = open_group(path, "ledger", "choose another folder")
+            if {key: attributes[key] for key in wanted} == wanted:
+                ledger = cls(path)
+                ledger._resize(steps)
+                return ledger
+        cls._create(path, wanted, layout, vectors, steps, band_rows)
+        return cls(path)
+
+    @staticmethod
+    def _create(
+        path: Path,
+        attributes: Mapping[str, Any],
+        layout: Layout,
+        vectors: Sequence[str],
+        steps: NDArray[np.int64],
+        band_rows: int,
+    ) -> None:
+        rows, tensors, count = max(len(steps) - 1, 0), len(layout.tensors), len(vectors)
+        names = {TENSOR: layout.names, VECTOR: tuple(vectors), WITH_VECTOR: tuple(vectors)}
+        arrays = {
+            name: ArrayPlan((name,), (len(values),), (len(values),), "string", values=values)
+            for name, values in names.items()
+        }
+        for name, numbers in _steps(steps).items():
+            arrays[name] = ArrayPlan((STEP,), (rows,), (_SCALAR_CHUNK,), "int64", values=numbers)
+        arrays["gram"] = ArrayPlan(
+            (STEP, TENSOR, VECTOR, WITH_VECTOR),
+            (rows, tensors, count, count),
+            (band_rows, tensors, count, count),
+            "float64",
+            {"long_name": "inner products of the vectors of an update"},
+        )
+        arrays["residual_ratio"] = ArrayPlan(
+            (STEP, TENSOR),
+            (rows, tensors),
+            (band_rows, tensors),
+            "float64",
+            {"long_name": "ratio c of residual = gradient - c displacement"},
+        )
+        make_group(path, "ledger", attributes, arrays)
+
+    def _resize(self, steps: NDArray[np.int64]) -> None:
+        rows = max(len(steps) - 1, 0)
+        if rows != self.rows:
+            for name in (STEP, "step_span", "gram", "residual_ratio"):
+                array = self._array(name)
+                array.resize((rows, *array.shape[1:]))
+        for name, numbers in _steps(steps).items():
+            self._array(name)[:] = numbers
+
+    @classmethod
+    def remove(cls, path: Path) -> None:
+        """Remove a ledger; what is not one is refused (InputError)."""
+        remove_group(path, "ledger")
+
+    @property
+    def rows(self) -> int:
+        """Rows that the ledger has when it is complete."""
+        return int(self._array("gram").shape[0])
+
+    def write(self, band: Band, gram: NDArray[np.float64], ratio: NDArray[np.float64], digest: str) -> None:
+        """Write a band whole, then record it.
+
+        Parameters
+        ----------
+        band : Band
+            Its rows are one chunk (or the last rows of the ledger).
+        gram : float64 array, shape (rows, tensors, vectors, vectors)
+        ratio : float64 array, shape (rows, tensors)
+        digest : str
+            Digest of the states it was computed from.
+        """
+        if band.start % self.band_rows or band.stop != min(band.start + self.band_rows, self.rows):
+            raise ValueError(f"rows {band.start} to {band.stop} are not a chunk of {self.band_rows} rows")
+        for name, values in {"gram": gram, "residual_ratio": ratio}.items():
+            self._array(name)[band.start : band.stop] = values
+            chunk = self._chunk_path(name, band.start)
+            flush(chunk)
+            for folder in chunk.relative_to(self.path).parents:
+                flush(self.path / folder)
+        self._journal.write(f"{band.start:012d}", {"start": band.start, "stop": band.stop, "digest": digest})
+
+    def _chunk_path(self, name: str, start: int) -> Path:
+        dimensions = self._array(name).ndim
+        return chunk_path(self.path / name, start // self.band_rows, *(0 for _ in range(dimensions - 1)))
+
+    def discard_others(self, digests: Mapping[Band, str]) -> None:
+        """Forget every band but those computed from these states: what is forgotten reads as missing.
+
+        Parameters
+        ----------
+        digests : mapping
+            Every band of the trajectory as it is now, to the digest of its states.
+        """
+        valid = {(band.start, band.stop, digest) for band, digest in digests.items()}
+        for name in self._journal.names():
+            record = self._journal.read(name)
+            if (record["start"], record["stop"], record["digest"]) not in valid:
+                self._journal.remove(name)
+
+    def missing(self, digests: Mapping[Band, str]) -> list[Band]:
+        """Bands that are not recorded, or were computed from other states."""
+        recorded = {(r["start"], r["stop"]): r["digest"] for r in map(self._journal.read, self._journal.names())}
+        return [band for band, digest in digests.items() if recorded.get((band.start, band.stop)) != digest]
+
+    def read(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Read the whole ledger: gram (rows, tensors, vectors, vectors) and residual ratio (rows, tensors).
+
+        Raises
+        ------
+        InputError
+            Where a band is not recorded (the pass was interrupted), or a chunk is missing or too short.
+        """
+        recorded = {(r["start"], r["stop"]) for r in map(self._journal.read, self._journal.names())}
+        for start in range(0, self.rows, self.band_rows):
+            stop = min(start + self.band_rows, self.rows)
+            if (start, stop) not in recorded:
+                raise InputError(
+                    f"the ledger is not complete: updates {start} to {stop} are missing",
+                    where=str(self.path),
+                    why="the analysis was interrupted",
+                    remedy="run natgrad analyze OUT again; what is finished is kept",
+                )
+            for name in ("gram", "residual_ratio"):
+                array = self._array(name)
+                require_whole(self._chunk_path(name, start), array.chunks, array.dtype, _ANALYZE_ANEW)
+        return np.asarray(self._array("gram")[:]), np.asarray(self._array("residual_ratio")[:])
+
+    def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Step of each row's state before the update, and the number of updates to the next logged state."""
+        return np.asarray(self._array(STEP)[:]), np.asarray(self._array("step_span")[:])
+
+
+def _steps(steps: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Step of each row and the number of updates to the next logged state, from the steps of all states."""
+    return {STEP: steps[:-1], "step_span": np.diff(steps)}
