@@ -25,6 +25,7 @@ FLOORS = [
         "pipeline.experiments.feedback_alignment",
         "pipeline.store",
         "pipeline.results",
+        "pipeline.metrics",
     },
     {
         "pipeline.sources.step_folder",
