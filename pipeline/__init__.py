@@ -6,6 +6,8 @@ The modules are the API, from the ground up:
     The words: vectors, dimensions, units, the layout of a model.
 ``blocks``, ``gram``, ``geometry``
     Pure and strangers to each other: integers; the kernel; the paper.
+``metrics``
+    The paper's metrics as operators on real vectors, and what any matrix has to do with them.
 ``sources``
     One small reader per log format behind one protocol.
 ``store``, ``results``

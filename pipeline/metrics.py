@@ -321,15 +321,24 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
         )
     signed = np.ones(columns.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     # The weights go into the columns, so that a short direction of great weight is not lost beside a long one.
-    columns = (columns - np.outer(unit, along)) * np.sqrt(np.abs(signed))
-    basis, lengths, mixing = np.linalg.svd(columns, full_matrices=False)
+    columns = columns * np.sqrt(np.abs(signed))
+    # Reflected so that g is the first axis, which is left out: the weakest directions stay across g as well.
+    rows, lengths, mixing = np.linalg.svd(_reflected(unit, columns)[1:], full_matrices=False)
     kept = lengths > 2 * max(columns.shape) * _UNIT * lengths.max(initial=0.0)
-    basis, lengths, mixing = basis[:, kept], lengths[kept], mixing[kept]
+    rows, lengths, mixing = rows[:, kept], lengths[kept], mixing[kept]
+    basis = _reflected(unit, np.vstack([np.zeros(len(lengths)), rows]))
     if (signed >= 0).all():
         return basis, lengths**2
     scaled = lengths[:, None] * mixing
     added, turn = np.linalg.eigh((scaled * np.sign(signed)) @ scaled.T)
     return basis @ turn, added
+
+
+def _reflected(unit: Array, x: Array) -> Array:
+    """Householder reflection that exchanges a unit vector with the first axis, up to sign."""
+    normal = unit.copy()
+    normal[0] += np.copysign(1.0, unit[0])
+    return x - np.outer(normal, (2.0 / (normal @ normal)) * (normal @ x))
 
 
 def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[Array, Array]:

@@ -52,6 +52,7 @@ HOMES = {
     "numba": {"pipeline.gram"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.report"},
+    "scipy": {"pipeline.metrics", "pipeline.experiments.linear_system"},
     "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp, mpf
-from reference import assert_same_pair, exact, promised_angle_error, promised_relative_error, vectors_at
+from reference import (
+    assert_same_pair,
+    exact,
+    exact_metric,
+    promised_angle_error,
+    promised_relative_error,
+    vectors_at,
+)
 from scipy.optimize import rosen_hess, rosen_hess_prod
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 
@@ -32,18 +39,6 @@ PERPENDICULAR = np.pi / 2
 ANGLES = [0.0, 1e-9, 0.3, 1.2, PERPENDICULAR - 1e-3, PERPENDICULAR - 1e-7]
 GAMMAS = [1e-6, 1.0, 1e4]
 Y, G = np.array([1.0, 2.0, 3.0, -1.0]), np.array([0.5, -0.25, 1.0, 0.5])
-
-
-def exact_metric(y, g, gamma=None, alpha=None, directions=(), weights=()):
-    """Matrix of eqs. (8), (22), with the user's directions, in as many digits as are set."""
-    y, g = mp.matrix(exact(y)), mp.matrix(exact(g))
-    alignment = (y.T * g)[0]
-    weight = mpf(gamma) * (y.T * y)[0] / alignment if gamma is not None else mpf(alpha)
-    matrix = y * y.T / alignment + weight * (mp.eye(len(y)) - g * g.T / (g.T * g)[0])
-    for direction, factor in zip(directions, weights, strict=True):
-        column = mp.matrix(exact(direction))
-        matrix += mpf(factor) * column * column.T
-    return matrix
 
 
 def exact_power(matrix, exponent):
