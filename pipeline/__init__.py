@@ -16,6 +16,8 @@ The modules are the API, from the ground up:
     Logs to store; store to ledger.
 ``run``, ``report`` (with ``figures``), ``cli``
     One run's folder from end to end, the page to look at, the command line.
+``paper``
+    The paper's figures from three runs.
 
 Nothing is imported here, so ``import pipeline.geometry`` needs NumPy alone.
 """

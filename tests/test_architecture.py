@@ -33,7 +33,7 @@ FLOORS = [
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
     },
-    {"pipeline.sources.formats", "pipeline.compute", "pipeline.report"},
+    {"pipeline.sources.formats", "pipeline.compute", "pipeline.report", "pipeline.paper"},
     {"pipeline.ingest"},
     {"pipeline.run"},
     {"pipeline.cli", "flows"},
