@@ -6,6 +6,8 @@ The modules are the API, from the ground up:
     The words: vectors, dimensions, units, the layout of a model.
 ``blocks``, ``gram``, ``geometry``
     Pure and strangers to each other: integers; the kernel; the paper.
+``metrics``
+    The paper's metrics as operators on real vectors, and what any matrix has to do with them.
 ``sources``
     One small reader per log format behind one protocol.
 ``store``, ``results``
@@ -14,6 +16,8 @@ The modules are the API, from the ground up:
     Logs to store; store to ledger.
 ``run``, ``report`` (with ``figures``), ``cli``
     One run's folder from end to end, the page to look at, the command line.
+``paper``
+    The paper's figures from three runs.
 
 Nothing is imported here, so ``import pipeline.geometry`` needs NumPy alone.
 """

@@ -11,7 +11,7 @@ import io
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,11 +37,13 @@ __all__ = [
     "RunResults",
     "angle_curve",
     "condition_curve",
+    "descent_balls",
     "drawing",
     "eigenvalue_curves",
     "extent",
     "is_thinned",
     "loss_curve",
+    "metric_field",
     "number",
     "small_panels",
     "spectrum",
@@ -230,6 +232,85 @@ def number(value: float) -> str:
 
 def _superscript(digits: str) -> str:
     return digits.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+# Figures 1 and 2, in a plane ----------------------------------------------------------------------------------
+
+Loss = Callable[[Array], Array]
+"""Loss of states, shape (..., 2) to (...)."""
+
+
+def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, size: float) -> Picture:
+    """Figure 1: the ball of the metric, in which the update is steepest descent, and that of Euclid.
+
+    Parameters
+    ----------
+    loss : callable
+    state, y, g : array, shape (2,)
+        One state, its negative gradient and its update.
+    ball : array, shape (points, 2)
+        Ball of the metric around 0, v' M v = 1.
+    size : float
+        Radius of the Euclidean ball; that of the metric is drawn with the same area.
+    """
+    figure = Figure(figsize=(2 * _WIDTH, _HEIGHT + 0.6), layout="constrained")
+    turn = np.linspace(0.0, 2.0 * np.pi, len(ball))
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=-1)
+    lengths = np.linalg.norm(ball, axis=1)
+    ball = ball / np.sqrt(lengths.max() * lengths.min())
+    reach = float(size * np.abs(ball).max())
+    panels = zip(figure.subplots(1, 2), "AB", (ball, circle), (g, y), strict=True)
+    for axes, letter, curve, steepest in panels:
+        _contours(axes, loss, state, 1.6 * reach)
+        axes.plot(*(state + size * curve).T, color="#0072b2", linewidth=1.6)
+        for vector, label, colour in ((y, "y", _INK), (g, "g", "#d55e00")):
+            arrow = vector / np.linalg.norm(vector) * reach
+            look = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8 if vector is steepest else 0.9}
+            axes.annotate("", xy=state + arrow, xytext=state, arrowprops=look)
+            axes.text(*(state + 1.12 * arrow), f"${label}$", color=colour, ha="center", va="center")
+        axes.set_title(letter, loc="left", fontweight="bold", fontsize=11)
+    return _picture(
+        figure,
+        "Contours of the loss around one state, its update g and its negative gradient y. A: the ball of the "
+        "metric in which g is steepest descent. B: the Euclidean ball, in which y is.",
+    )
+
+
+def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
+    """Figure 2: the space in which the rule descends, as the balls of its metric along the trajectory.
+
+    Parameters
+    ----------
+    loss : callable
+    states : array, shape (steps, 2)
+        Trajectory.
+    balls : array, shape (steps, points, 2)
+        Ball of the metric around 0 at each state, of one unit for all; NaN where there is none.
+    """
+    figure = Figure(figsize=(_WIDTH, _WIDTH), layout="constrained")
+    axes = figure.subplots()
+    middle = (states.max(axis=0) + states.min(axis=0)) / 2.0
+    reach = 0.65 * float((states.max(axis=0) - states.min(axis=0)).max())
+    _contours(axes, loss, middle, reach)
+    axes.plot(states[:, 0], states[:, 1], color="#d55e00", marker=".", markersize=3)
+    # The largest ball is as long as a tenth of the plane, or the balls would hide the trajectory.
+    size = 0.1 * reach / np.nanmax(np.linalg.norm(balls, axis=-1))
+    for state, ball in zip(states, balls, strict=True):
+        axes.plot(*(state + size * ball).T, color="#0072b2", linewidth=0.9)
+    return _picture(
+        figure,
+        f"Contours of the loss, a trajectory of {len(states)} states, and at each the ball of the metric in which "
+        "its update is steepest descent.",
+    )
+
+
+def _contours(axes: Axes, loss: Loss, middle: Array, reach: float) -> None:
+    x, y = (np.linspace(centre - reach, centre + reach, 120) for centre in middle)
+    axes.contour(x, y, loss(np.stack(np.meshgrid(x, y), axis=-1)), levels=12, cmap="gray", linewidths=0.6)
+    axes.set_aspect("equal")
+    axes.set_xlabel("first parameter")
+    axes.set_ylabel("second parameter")
+    axes.grid(visible=False)
 
 
 # Figure 3 ----------------------------------------------------------------------------------------------------

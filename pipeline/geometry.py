@@ -46,12 +46,17 @@ __all__ = [
     "displacement_floor",
     "eigenvalue_bounds",
     "eigenvalues",
+    "family_asymptotes",
     "family_condition_number",
     "family_eigenvalues",
+    "family_log_determinant",
+    "learning_rate_bounds",
     "multiplicities",
     "pair",
     "similarity",
     "status",
+    "stochastic_learning_rate_bound",
+    "stochastic_weight",
     "window",
 ]
 
@@ -412,6 +417,155 @@ def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
     column = pair[..., None]
     root = _quotient(_family_sum(pair, weight) * column.gradient_norm, 2.0 * np.sqrt(weight) * column.along)
     return _where_effective(column, np.where(column.size == 1, 1.0, root**2))
+
+
+def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
+    """Asymptotes of the largest and smallest eigenvalue of the family, which they approach but never cross.
+
+    The largest lies above ``max(1, gamma)`` times the infimum of Prop. 3, the smallest below ``min(1, gamma)``
+    times the supremum of Prop. 2. Both touch these lines as gamma -> 0 and as gamma -> infinity, where the
+    condition number is so ``max(gamma, 1 / gamma) / cos^2 psi``, and are farthest from them, each by a factor of
+    1 + |sin psi|, at gamma = 1: the optimum.
+
+    Parameters
+    ----------
+    pair : Pair, shape (...)
+    gamma : array, shape (gammas,)
+
+    Returns
+    -------
+    maximum, minimum : arrays, shape (..., gammas)
+        NaN where y.g <= 0.
+    """
+    weight = np.asarray(gamma, dtype=np.float64)
+    infimum, supremum = eigenvalue_bounds(pair[..., None])
+    on_line = pair[..., None].size == 1
+    maximum = np.where(on_line, infimum, np.maximum(1.0, weight) * infimum)
+    return maximum, np.where(on_line, supremum, np.minimum(1.0, weight) * supremum)
+
+
+def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
+    """Logarithm of the determinant over the one-parameter family; NaN where y.g <= 0.
+
+    A metric is y.g / g.g along g and, by block elimination, alpha = gamma |y|^2 / y.g on all that is across:
+    ``log(y.g / g.g) + (D - 1) log(alpha)``.
+
+    Parameters
+    ----------
+    pair : Pair, shape (...)
+    gamma : array, shape (gammas,)
+
+    Returns
+    -------
+    array, shape (..., gammas)
+    """
+    column = pair[..., None]
+    infimum, supremum = eigenvalue_bounds(column)
+    weight = np.asarray(gamma, dtype=np.float64)
+    return np.asarray(np.log(supremum) + (column.size - 1) * np.log(weight * infimum))
+
+
+# Learning rates ----------------------------------------------------------------------------------------------
+
+
+def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple[Array, Array]:
+    """Learning rates below which Mbar + eta H is a metric of the true gradient (eqs. 17, 18); NaN where y.g <= 0.
+
+    Parameters
+    ----------
+    pair : Pair
+        Of the update and the negative *discrete* gradient ybar (eq. 16).
+    hessian_min_eigenvalue : array, broadcasts to the shape of the pair
+        Smallest eigenvalue of the Hessian of the loss at theta + lambda p, twice that of H.
+
+    Returns
+    -------
+    supremum : array
+        (1 / h) (|ybar| / |g|) cos(psi_bar) with h = -lambda_min(H), the paper's bound. It belongs to
+        gamma -> infinity: below it *some* metric Mbar does.
+    optimal : array
+        lambda_min(Mbar) / h for Mbar of smallest condition number: below it that metric does.
+
+    Notes
+    -----
+    Both are infinite where the loss is convex, h <= 0. Both are sufficient, not necessary: a metric that maps g to
+    the true y exists exactly where y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). As ybar and H
+    themselves depend on eta, a bound says whether the eta of this update met it, not what another would do.
+    """
+    concavity = np.maximum(-np.asarray(hessian_min_eigenvalue, dtype=np.float64) / 2.0, 0.0)
+    _, _, minimum = eigenvalues(pair)
+    with np.errstate(divide="ignore", over="ignore"):
+        return eigenvalue_bounds(pair)[1] / concavity, minimum / concavity
+
+
+def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, learning_rate: ArrayLike) -> Array:
+    """Smallest alpha with which the metric of a stochastic rule (eq. 19) is positive definite.
+
+    With n = <Hg>, ybar = y - eta n, b = n.<g>, c = y.<g> and a = c - eta b, what eq. (19) adds to y y' / c is
+    ``alpha (I - g g' / g.g) + eta d d' / (a b c)`` with d = b y - c n across g: definite exactly where c > 0 and
+    a b > 0 or alpha > eta |d|^2 / (|a b| c). The paper assumes it "for small enough eta", but for b < 0 the term is
+    negative, and nothing keeps |n|^2 / b from being large.
+
+    Parameters
+    ----------
+    pair : Pair
+        Of the mean update <g> and the negative gradient y = -grad L (not the discrete one).
+    curvature : Pair
+        Of the mean update and <Hg>, in place of y.
+    across_product : array
+        Inner product of the components of y and <Hg> across <g>, ``y.n - (y.g) (n.g) / g.g``.
+    learning_rate : array
+        eta.
+
+    Returns
+    -------
+    array
+        alpha must be greater; 0 where any will do. NaN where none exists, y.<g> <= 0, and where eq. (19) is not
+        defined, <Hg>.<g> = 0 or <ybar>.<g> = 0.
+    """
+    rate = np.asarray(learning_rate, dtype=np.float64)
+    remaining = pair.alignment - rate * curvature.alignment
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = np.abs(curvature.alignment * remaining) * pair.alignment
+        needed = rate * _stochastic_deviation(pair, curvature, across_product) / scale
+    weight = np.where(remaining * curvature.alignment > 0, 0.0, needed)
+    defined = (remaining != 0) & (curvature.alignment != 0) & (rate > 0)
+    return _where_effective(pair, np.where(defined, weight, np.nan))
+
+
+def stochastic_learning_rate_bound(
+    pair: Pair, curvature: Pair, across_product: ArrayLike, alpha: ArrayLike
+) -> Array:
+    """Largest eta up to which the metric of a stochastic rule (eq. 19) is positive definite, y and <Hg> held.
+
+    Parameters
+    ----------
+    pair, curvature, across_product
+        As for `stochastic_weight`.
+    alpha : array
+        Weight of the metric across <g>, positive.
+
+    Returns
+    -------
+    array
+        The metric is definite for all eta below. Where <Hg>.<g> > 0 it is y.<g> / <Hg>.<g>, where <ybar>.<g> turns
+        negative; else it is where alpha stops being enough, infinite where it never does. It goes to 0 with
+        <Hg>.<g> from below, against the paper's "arbitrarily small". NaN as for `stochastic_weight`.
+    """
+    weight = np.asarray(alpha, dtype=np.float64)
+    slope = curvature.alignment
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        lacking = _stochastic_deviation(pair, curvature, across_product) - weight * slope**2 * pair.alignment
+        until = np.where(lacking > 0, weight * -slope * pair.alignment**2 / lacking, np.inf)
+        bound = np.where(slope > 0, pair.alignment / slope, until)
+    return _where_effective(pair, np.where((slope != 0) & (weight > 0), bound, np.nan))
+
+
+def _stochastic_deviation(pair: Pair, curvature: Pair, across_product: ArrayLike) -> Array:
+    """Squared norm of (n.g) y - (y.g) n, which lies across g."""
+    one, other = curvature.alignment, pair.alignment
+    mixed = 2.0 * one * other * np.asarray(across_product, dtype=np.float64)
+    return np.maximum(one**2 * pair.across_square - mixed + other**2 * curvature.across_square, 0.0)
 
 
 # Where it is defined -----------------------------------------------------------------------------------------

@@ -64,6 +64,30 @@ def promised_relative_error(cosine):
     return 1e-10 if abs(cosine) >= 1e-3 else 1e-13 / abs(float(cosine))
 
 
+def vectors_at(angle, size, seed=0, length=3.0):
+    """Float64 vectors y, g at nearly the angle; what it is exactly, the reference says."""
+    rng = np.random.default_rng([size, seed])
+    g = rng.standard_normal(size)
+    across = rng.standard_normal(size)
+    across -= g * (across @ g) / (g @ g)
+    y = np.cos(angle) * g / np.linalg.norm(g)
+    if size > 1:
+        y += np.sin(angle) * across / np.linalg.norm(across)
+    return length * y, g
+
+
+def exact_metric(y, g, gamma=None, alpha=None, directions=(), weights=()):
+    """Matrix of eqs. (8), (22), with the user's directions, in as many digits as are set."""
+    y, g = mp.matrix(exact(y)), mp.matrix(exact(g))
+    alignment = (y.T * g)[0]
+    weight = mpf(gamma) * (y.T * y)[0] / alignment if gamma is not None else mpf(alpha)
+    matrix = y * y.T / alignment + weight * (mp.eye(len(y)) - g * g.T / (g.T * g)[0])
+    for direction, factor in zip(directions, weights, strict=True):
+        column = mp.matrix(exact(direction))
+        matrix += mpf(factor) * column * column.T
+    return matrix
+
+
 def pair_of(y, g, learning_rate=0.5):
     """Pair of a ledger of one row, computed by the definition and rounded once."""
     displacement = learning_rate * g  # exact: the rate is a power of two

@@ -26,6 +26,7 @@ FLOORS = [
         "pipeline.store.group",
         "pipeline.store.mapped_file",
         "pipeline.results",
+        "pipeline.metrics",
     },
     {
         "pipeline.sources.step_folder",
@@ -35,7 +36,7 @@ FLOORS = [
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
     },
-    {"pipeline.sources.formats", "pipeline.store", "pipeline.report"},
+    {"pipeline.sources.formats", "pipeline.store", "pipeline.report", "pipeline.paper"},
     {"pipeline.compute"},
     {"pipeline.ingest"},
     {"pipeline.run"},
@@ -53,8 +54,10 @@ HOMES = {
     "distributed": {"pipeline.compute"},
     "prefect": {"flows.runs", "flows.demo"},
     "numba": {"pipeline.gram"},
+    "llvmlite": {"pipeline.gram"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.report"},
+    "scipy": {"pipeline.metrics", "pipeline.experiments.linear_system"},
     "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }
 

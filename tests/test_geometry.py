@@ -15,6 +15,7 @@ from reference import (
     pair_of,
     promised_angle_error,
     promised_relative_error,
+    vectors_at,
 )
 
 from pipeline import geometry, gram
@@ -26,18 +27,6 @@ PERPENDICULAR = np.pi / 2
 ANGLES = [0.0, 1e-9, 1e-7, 1e-4, 0.3, 1.0, 1.5, PERPENDICULAR - 1e-4, PERPENDICULAR - 1e-7, PERPENDICULAR - 1e-9]
 OBTUSE = [PERPENDICULAR + 1e-9, 2.0, 3.0, np.pi - 1e-4, np.pi - 1e-9]
 GAMMAS = [1e-6, 0.3, 1.0, 4.0, 1e6]
-
-
-def vectors_at(angle, size, seed=0, length=3.0):
-    """Float64 vectors y, g at nearly the angle; what it is exactly, the reference says."""
-    rng = np.random.default_rng([size, seed])
-    g = rng.standard_normal(size)
-    across = rng.standard_normal(size)
-    across -= g * (across @ g) / (g @ g)
-    y = np.cos(angle) * g / np.linalg.norm(g)
-    if size > 1:
-        y += np.sin(angle) * across / np.linalg.norm(across)
-    return length * y, g
 
 
 @functools.cache

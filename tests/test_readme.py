@@ -1,5 +1,6 @@
 """The examples of the README, run in their order in an empty folder beside the data."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -38,6 +39,26 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     model = xr.open_datatree("runs/linear_system/results.zarr")["model"]
     assert model.sizes["step"] == 40
     assert len(list(Path("logs/quadratic").iterdir())) == 20
+
+
+@pytest.mark.parametrize(("page", "examples"), [("errata.md", 20), ("paper.md", 4)])
+def test_every_example_of_the_mathematics_holds(page, examples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    found = list(Sybil([PythonCodeBlockParser()]).parse(ROOT / "docs" / page))
+    blocks = (ROOT / "docs" / page).read_text().count("```python")
+    assert blocks == examples
+    assert len(found) >= blocks
+    for example in found:
+        example.evaluate()
+
+
+def test_every_known_slip_of_the_paper_has_a_counter_example():
+    page = (ROOT / "docs" / "errata.md").read_text()
+    sections = re.split(r"^\*\*(\d+)\. ", page, flags=re.MULTILINE)[1:]
+    assert sorted(map(int, sections[::2])) == list(range(1, 20))
+    for number, text in zip(sections[::2], sections[1::2], strict=True):
+        assert ">>>" in text, f"erratum {number} has none"
 
 
 def test_the_documents_link_to_what_is_there():
