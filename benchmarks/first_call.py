@@ -14,7 +14,7 @@ def seconds_of_a_call() -> float:
         (np.array([0, 64]), np.empty((1, 1, 5, 5)), np.empty((1, 1))),
     )
     begin = time.perf_counter()
-    gram.products(state, state, starts, products, ratio)
+    gram.products([state], [state], starts, products, ratio)
     return time.perf_counter() - begin
 
 

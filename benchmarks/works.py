@@ -244,11 +244,11 @@ def metrics_pass(files: Files, executor: compute.Executor) -> Iterator[Callable[
 
 
 @contextmanager
-def metrics_pass_on_dask(files: Files) -> Iterator[Callable[[], Any]]:
+def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], Any]]:
     """On worker processes that run already, as those of a user's cluster do."""
     with (
         dask.config.set(temporary_directory=files.folder),
-        compute.local_scheduler(THREADS) as address,
+        compute.local_scheduler(workers) as address,
         metrics_pass(files, compute.existing_cluster(address)) as run,
     ):
         yield run
@@ -357,7 +357,12 @@ WORKS = {
     "pass_threads": Work(
         f"metrics pass, {THREADS} threads", partial(metrics_pass, executor=compute.threads(THREADS)), check_ledger
     ),
-    "pass_dask": Work(f"metrics pass, {THREADS} Dask processes", metrics_pass_on_dask, check_ledger),
+    "pass_dask_single": Work(
+        "metrics pass, 1 Dask process", partial(metrics_pass_on_dask, workers=1), check_ledger
+    ),
+    "pass_dask": Work(
+        f"metrics pass, {THREADS} Dask processes", partial(metrics_pass_on_dask, workers=THREADS), check_ledger
+    ),
     "xarray": Work(f"xarray and Dask, {THREADS} threads", labelled_arrays, check_products),
     "copy": Work("copy of the log", partial(copy_log, flush=False), check_copies, Files.logged),
     "copy_flushed": Work(
@@ -373,6 +378,10 @@ RATIOS = [
     ("pass", "loop"),
     ("pass_threads", "loop_threads"),
     ("pass_dask", "loop_threads"),
+    ("pass_threads", "pass"),
+    ("pass_dask", "pass_dask_single"),
+    ("read_threads", "read"),
+    ("loop_threads", "loop"),
     ("pass", "xarray"),
     ("pass_threads", "xarray"),
     ("pass_dask", "xarray"),

@@ -315,7 +315,7 @@ def chain(parameter, gradient, learning_rate=1.0):
     """Pair of one row by the kernel, from states of two steps."""
     out = np.empty((1, 1, len(VECTORS), len(VECTORS)))
     ratio = np.empty((1, 1))
-    gram.products(parameter, gradient, np.array([0, parameter.shape[1]]), out, ratio)
+    gram.products([parameter], [gradient], np.array([0, parameter.shape[1]]), out, ratio)
     return geometry.pair(out[0, 0], VECTORS, learning_rate, parameter.shape[1])
 
 

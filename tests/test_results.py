@@ -29,7 +29,7 @@ def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
     starts = np.array([tensor.offset for tensor in layout.tensors] + [layout.elements])
     vectors = gram.vectors(hvp=False)
     products = np.empty((len(states) - 1, len(shapes), len(vectors), len(vectors)))
-    gram.products(parameter, gradient, starts, products, np.empty(products.shape[:2]))
+    gram.products([parameter], [gradient], starts, products, np.empty(products.shape[:2]))
     steps = np.array(numbers or range(len(states)))
     logged = np.array([s["learning_rate"] for s in states[:-1]])
     return results.Inputs(
