@@ -30,6 +30,7 @@ INERT = frozenset(
         "builtins.frozenset",
         "builtins.int",
         "builtins.list",
+        "builtins.long",
         "builtins.set",
         "collections.Counter",
         "datetime.datetime",
@@ -263,7 +264,8 @@ class _Machine:
             self._stack.append(Skipped(name))
         else:
             raise ValueError(
-                f"its pickle names {name}, which is neither a tensor nor a plain container; it was not imported"
+                f"its pickle names {name}, which is neither a tensor nor a plain container and was not imported "
+                f"(where it is known to be harmless, list it under inert in the mapping file, to skip its objects)"
             )
 
     def _reduce(self, _: None) -> None:
