@@ -37,6 +37,7 @@ FLOORS = [
         "pipeline.results",
     },
     {
+        "pipeline.sources.dcp_folder",
         "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",
         "pipeline.figures",

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.schema import InputError
 from pipeline.sources.base import LoggedStep, Source
+from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.model_folder import ModelFolder
@@ -82,6 +83,20 @@ _MODELS = Kind(
     "step-<N>/model.safetensors", _model_number, lambda step, names: ModelFolder(step, names.inert), MODEL
 )
 
+
+def _dcp_number(path: Path) -> int | None:
+    number = step_number(path.name)
+    return number if number is not None and path.is_dir() and dcp_state(path) else None
+
+
+_DCP = Kind(
+    "step-<N>/.metadata",
+    _dcp_number,
+    lambda step, names: DcpFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: "" if dcp_state(path) == "finished" else "it has no .metadata: it is still being written",
+)
+
 _NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
 
 FORMATS: dict[str, Format] = {
@@ -102,6 +117,13 @@ FORMATS: dict[str, Format] = {
             "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
             _holds(TRAINER_KIND),
             TrainerFolder,
+        ),
+        Format(
+            "dcp",
+            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any ranks",
+            "what --map says of the nested dicts that were saved, chunk by chunk in one process; out of core",
+            "gradients where they were not saved; objects of classes: no pickle is executed",
+            *_folder(_DCP),
         ),
         Format(
             "safetensors",

@@ -86,7 +86,7 @@ class ModelFolder(Container):
             raise ValueError(f"{name} is no index of shards") from error
         shards: dict[str, set[str]] = {}
         for key, shard in pairs:
-            if Path(shard).name != shard or shard in ("..", "."):
+            if not shard or Path(shard).name != shard or shard == "..":
                 raise ValueError(f"{name} sends {key!r} to {shard!r}, which is outside of the folder")
             shards.setdefault(shard, set()).add(key)
         return shards

@@ -291,13 +291,16 @@ class NamedStep:
             else:
                 if array in self._names.given:
                     raise self._missing(array)
+        if self._names.given.intersection(rooted):
+            rooted = [array for array in rooted if array in self._names.given]
         for array in rooted:
             names = {key: key for key in self._container.tensors if key not in claimed}
             found[array] = self._floats(array, names)
         return found
 
     def _under(self, array: str, prefix: str) -> dict[str, str]:
-        for separator in "/.":
+        # A dot is part of many names: it parts levels only where the user says what is before it.
+        for separator in "/." if array in self._names.given else "/":
             start = prefix + separator
             names = {key.removeprefix(start): key for key in self._container.tensors if key.startswith(start)}
             names = self._floats(array, {name: key for name, key in names.items() if name})

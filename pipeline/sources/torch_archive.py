@@ -20,7 +20,15 @@ from pipeline.sources import pickle_data
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
 from pipeline.sources.pickle_data import Record, Skipped
 
-__all__ = ["TORCH_DTYPES", "TorchArchive", "TorchFile", "TorchTensor"]
+__all__ = [
+    "METADATA_FUNCTIONS",
+    "METADATA_VALUES",
+    "TORCH_DTYPES",
+    "TorchArchive",
+    "TorchFile",
+    "TorchTensor",
+    "flat_numbers",
+]
 
 # Elements of a strided tensor that are gathered at once, and unwanted elements that are read on the way.
 _PIECE, _GAP = 1 << 16, 64
@@ -200,7 +208,13 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "builtins.bytes": lambda: b"",
 }
-_VALUES: dict[str, Any] = {f"torch.{name}": _Dtype(name) for name in TORCH_DTYPES}
+METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
+"""Functions that metadata need: none makes a tensor."""
+
+METADATA_VALUES: dict[str, Any] = {f"torch.{name}": _Dtype(name) for name in TORCH_DTYPES}
+"""Dtypes of torch by their pickled names."""
+
+_VALUES = dict(METADATA_VALUES)
 _VALUES |= {f"torch.{name}Storage": _Dtype(dtype) for name, dtype in _STORAGES.items()}
 _VALUES |= {"torch.storage.UntypedStorage": _Dtype("uint8"), "torch.UntypedStorage": _Dtype("uint8")}
 
@@ -351,8 +365,7 @@ class TorchFile(Container):
                 self.tensors[key] = LoggedTensor(leaf.shape, leaf.dtype)
                 if math.prod(leaf.shape) and places.setdefault(leaf, key) != key:
                     self.ties[key] = places[leaf]
-            elif isinstance(leaf, int | float) and not isinstance(leaf, bool):
-                self.numbers[key] = _float(leaf)
+        self.numbers |= flat_numbers(self._archive.tree)
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
@@ -364,6 +377,15 @@ class TorchFile(Container):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
+    """Plain numbers of nested containers by their keys, but for the keys that are known."""
+    return {
+        key: _float(leaf)
+        for key, leaf in pickle_data.flatten(tree)
+        if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
+    }
 
 
 def _float(number: float) -> float:

@@ -1,0 +1,394 @@
+"""One and the same training run in every format, written by the real writers, gives the same ledger."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from logs import random_walk, write_log
+
+from pipeline.compute import compute_ledger
+from pipeline.ingest import ingest
+from pipeline.schema import InputError
+from pipeline.sources.base import complete
+from pipeline.sources.formats import FORMATS, open_source
+from pipeline.store import Ledger, Trajectory
+
+reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}
+STEPS = 5
+WRITE_DCP = Path(__file__).with_name("write_dcp.py")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+def run_of(dtype):
+    return random_walk(STEPS, TENSORS, dtype=dtype)
+
+
+def arrays_of(state, array):
+    """Tensors of an array of a state, as torch tensors of the same bits."""
+    found = {}
+    for key, value in state.items():
+        name, _, tensor = key.partition("/")
+        if name == array and tensor:
+            value = np.ascontiguousarray(value)
+            if value.dtype.name == "bfloat16":
+                found[tensor] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16).reshape(value.shape)
+            else:
+                found[tensor] = torch.from_numpy(value)
+            found[tensor] = found[tensor].reshape(TENSORS[tensor])
+    return found
+
+
+def trees_of(states):
+    """States as trainers save them: nested, by torch."""
+    return [
+        {
+            "model": arrays_of(state, "parameter"),
+            "grad": arrays_of(state, "gradient"),
+            "loss": float(state["loss"]),
+            "optimizer": {"param_groups": [{"lr": float(state["learning_rate"])}]},
+            "step": step,
+        }
+        for step, state in enumerate(states)
+    ]
+
+
+# Writers: folder and states to the SOURCEs of the run ----------------------------------------------------------
+
+
+def write_native(folder, states):
+    return [write_log(folder, states)]
+
+
+def write_npz(folder, states):
+    return [write_log(folder, states, container="npz")]
+
+
+def write_torch(folder, states):
+    folder.mkdir()
+    for step, tree in enumerate(trees_of(states)):
+        torch.save(tree, folder / f"checkpoint_{step}.pt")
+    return [folder]
+
+
+def write_torch_in_other_strides(folder, states):
+    folder.mkdir()
+    for step, tree in enumerate(trees_of(states)):
+        for array in ("model", "grad"):
+            tree[array] = {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in tree[array].items()}
+        torch.save(tree, folder / f"checkpoint_{step}.pt")
+    return [folder]
+
+
+def save_sharded(folder, states, prefix=""):
+    for step, state in enumerate(states):
+        (folder / f"step-{step}").mkdir(parents=True)
+        for array, stem in (("parameter", "model"), ("gradient", "gradient")):
+            huggingface_hub.save_torch_state_dict(
+                arrays_of(state, array),
+                folder / f"step-{step}",
+                filename_pattern=stem + "{suffix}.safetensors",
+                max_shard_size="2KB",
+            )
+        scalars = {name: torch.from_numpy(np.asarray(state[name])) for name in ("loss", "learning_rate")}
+        safetensors.torch.save_file(scalars, folder / f"step-{step}" / "adapter_model.safetensors")
+    return folder
+
+
+def write_sharded(folder, states):
+    return [save_sharded(folder, states)]
+
+
+def write_mixed(folder, states):
+    """Parameters and scalars from torch, gradients from safetensors."""
+    folder.mkdir()
+    (folder / "checkpoints").mkdir()
+    for step, tree in enumerate(trees_of(states)):
+        del tree["grad"]
+        torch.save(tree, folder / "checkpoints" / f"checkpoint_{step}.pt")
+    for step, state in enumerate(states):
+        (folder / "gradients" / f"step_{step}").mkdir(parents=True)
+        safetensors.torch.save_file(
+            arrays_of(state, "gradient"), folder / "gradients" / f"step_{step}" / "gradient.safetensors"
+        )
+    return [folder / "checkpoints", folder / "gradients"]
+
+
+def write_run_file(folder, states):
+    """The same, gradients under bare names: a run file says what they are."""
+    write_mixed(folder, states)
+    for path in (folder / "gradients").glob("*/gradient.safetensors"):
+        path.rename(path.with_name("model.safetensors"))
+    (folder / "run.toml").write_text(
+        '[[source]]\npath = "checkpoints"\nformat = "torch"\n'
+        '[[source]]\npath = "gradients"\nmap = { gradient = "." }\n'
+    )
+    return [folder / "run.toml"]
+
+
+def write_dcp(folder, states):
+    """Saved by four ranks, and by two from step 3 on."""
+    folder.mkdir()
+    torch.save(trees_of(states), folder / "states")
+    for ranks, first, last in ((4, 0, 2), (2, 3, len(states))):
+        arguments = [folder / f"rendezvous-{ranks}", folder / "states", folder / "log", first, last]
+        job = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", WRITE_DCP, *map(str, (rank, ranks, *arguments))],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        for process in job:
+            assert process.wait() == 0, process.stderr.read()
+            process.stderr.close()
+    return [folder / "log"]
+
+
+def write_dcp_alone(folder, states):
+    for step, tree in enumerate(trees_of(states)):
+        dcp.save(tree, checkpoint_id=folder / f"step-{step}", no_dist=True)
+    return [folder]
+
+
+WRITERS = {
+    "npz": (write_npz, "steps"),
+    "torch": (write_torch, "torch"),
+    "torch, other strides": (write_torch_in_other_strides, "torch"),
+    "dcp, one rank": (write_dcp_alone, "dcp"),
+    "safetensors, sharded": (write_sharded, "safetensors"),
+    "mixed": (write_mixed, None),
+    "run file": (write_run_file, None),
+}
+
+
+def ledger_of(folder, sources, **options):
+    """Everything that a run's stores hold, bit by bit."""
+    ingest(sources, folder / "trajectory.zarr", **options)
+    compute_ledger(folder / "trajectory.zarr", folder / "ledger.zarr")
+    ledger, states = Ledger(folder / "ledger.zarr"), Trajectory(folder / "trajectory.zarr")
+    gram, ratio = ledger.read()
+    scalars = [states.scalar(name).tobytes() for name in ("step", "loss", "learning_rate")]
+    return ledger.layout, gram.tobytes(), ratio.tobytes(), scalars
+
+
+@pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
+def native(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    return request.param, ledger_of(folder, write_native(folder / "log", run_of(request.param)))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format_of_a_run_gives_the_same_ledger(tmp_path, native, writer):
+    dtype, expected = native
+    if (writer, dtype) == ("npz", "bfloat16"):
+        dtype, expected = "float16", ledger_of(tmp_path, write_native(tmp_path / "native", run_of("float16")))
+    write, name = WRITERS[writer]
+    (tmp_path / "out").mkdir()
+    sources = write(tmp_path / "log", run_of(dtype))
+    assert ledger_of(tmp_path / "out", sources) == expected
+    if name is not None:
+        assert next(known for known, format in FORMATS.items() if format.found(sources[0])) == name
+        assert ledger_of(tmp_path / "again", sources, format=name) == expected
+
+
+@pytest.fixture(scope="module")
+def dcp_log(tmp_path_factory):
+    (folder,) = write_dcp(tmp_path_factory.mktemp("dcp") / "job", run_of("float32"))
+    return folder
+
+
+def test_a_run_that_four_ranks_began_and_two_went_on_with_is_one_run(tmp_path, dcp_log):
+    expected = ledger_of(tmp_path / "native", write_native(tmp_path / "log", run_of("float32")))
+    assert len(list((dcp_log / "step-0").glob("*.distcp"))) == 4
+    assert len(list((dcp_log / "step-4").glob("*.distcp"))) == 2
+    assert ledger_of(tmp_path / "dcp", [dcp_log]) == expected
+
+
+@given(step=st.sampled_from([0, 4]), tensor=st.sampled_from(list(TENSORS)), a=st.integers(0), b=st.integers(0))
+@reads_only
+def test_slices_across_the_chunks_of_ranks_equal_the_tensor(dcp_log, step, tensor, a, b):
+    expected = run_of("float32")[step][f"gradient/{tensor}"].ravel()
+    start, stop = sorted((a % (expected.size + 1), b % (expected.size + 1)))
+    out = np.zeros(stop - start, np.float32)
+    log = open_source(dcp_log)
+    with log.open(log.steps()[step]) as reader:
+        reader.read("gradient", tensor, start, out)
+    np.testing.assert_array_equal(out, expected[start:stop])
+
+
+# Folders of shards -------------------------------------------------------------------------------------------
+
+
+def content_of(source, **options):
+    log = open_source(source, **options)
+    step = log.steps()[0]
+    with log.open(step) as reader:
+        return complete(step, reader.content())
+
+
+def refusal(source):
+    with pytest.raises(InputError) as caught:
+        content_of(source)
+    assert caught.value.where
+    assert caught.value.remedy
+    return caught.value
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = save_sharded(tmp_path / "log", run_of("float32")[:1]) / "step-0"
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+def rewritten(path, change):
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", ""])
+def test_an_index_that_leads_out_of_its_folder_is_refused(shards, name):
+    safetensors.torch.save_file({"scale": torch.ones(())}, shards.parent.parent / "secret.safetensors")
+    rewritten(shards / "model.safetensors.index.json", lambda index: index["weight_map"].update(scale=name))
+    assert "outside of the folder" in refusal(shards.parent).what
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda index: index["weight_map"].update(other="model-9.safetensors"), "model-9.safetensors"),
+        (lambda index: index["weight_map"].pop("scale"), "holds 'scale'"),
+        (
+            lambda index: index["weight_map"].update(other=index["weight_map"]["scale"]),
+            "lacks 'other'",
+        ),
+        (lambda index: index.pop("weight_map"), "no index of shards"),
+        (lambda index: index.update(weight_map=[1]), "no index of shards"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_refused(shards, change, what):
+    rewritten(shards / "model.safetensors.index.json", change)
+    assert what in refusal(shards.parent).what
+
+
+def test_a_shard_that_is_a_link_in_a_circle_is_refused(shards):
+    shard = next(shards.glob("model-*.safetensors"))
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert shard.name in refusal(shards.parent).what
+
+
+def test_a_folder_that_is_a_link_in_a_circle_is_no_step(tmp_path):
+    folder = save_sharded(tmp_path / "log", run_of("float32")[:1])
+    (folder / "step-1").symlink_to("step-1")
+    assert [step.number for step in open_source(folder).steps()] == [0]
+
+
+def test_two_files_with_one_key_are_refused(shards):
+    safetensors.torch.save_file({"scale": torch.ones(())}, shards / "pytorch_model.safetensors")
+    assert "two files hold 'scale'" in refusal(shards.parent).what
+
+
+def header(text, data=b""):
+    return len(text).to_bytes(8, "little") + text.encode() + data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        (1 << 60).to_bytes(8, "little") + b"{}",
+        header('{"w":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,8]}}', b"\0" * 8),
+        header('{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4611686018427387904]}}', b"\0" * 8),
+        header(
+            '{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"v":{"dtype":"F32","shape":[2],'
+            '"data_offsets":[4,12]}}',
+            b"\0" * 12,
+        ),
+        header('{"w":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}', b"\0" * 8),
+        header("[" * 100_000),
+    ],
+)
+def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path, body):
+    (tmp_path / "step_0").mkdir()
+    (tmp_path / "step_0" / "model.safetensors").write_bytes(body)
+    refusal(tmp_path)
+
+
+@given(text=st.text(max_size=60) | st.sampled_from(['{"weight_map":{"a":1}}', "[" * 99_999, '{"weight_map":null}']))
+@reads_only
+def test_any_index_is_refused_or_read_and_nothing_else(tmp_path, text):
+    folder = tmp_path / "step_0"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors.index.json").write_text(text)
+    refusal(tmp_path)
+
+
+# Several sources ---------------------------------------------------------------------------------------------
+
+
+def test_steps_that_one_source_lacks_are_left_out_aloud(tmp_path, caplog):
+    checkpoints, gradients = write_mixed(tmp_path / "log", run_of("float32"))
+    (checkpoints / "checkpoint_3.pt").unlink()
+    (checkpoints / "checkpoint_4.pt").unlink()
+    ingest([checkpoints, gradients], tmp_path / "trajectory.zarr")
+    assert Trajectory(tmp_path / "trajectory.zarr").rows == 3
+    assert f"2 steps of {gradients} are left out" in caplog.text
+
+
+def test_sources_that_both_give_parameters_are_refused(tmp_path):
+    (source,) = write_native(tmp_path / "log", run_of("float32"))
+    with pytest.raises(InputError, match="two sources give the parameters"):
+        ingest([source, source], tmp_path / "trajectory.zarr")
+
+
+def test_sources_without_a_common_step_are_refused(tmp_path):
+    states = run_of("float32")
+    folders = [write_log(tmp_path / str(n), states[:1], numbers=[n]) for n in range(2)]
+    with pytest.raises(InputError, match="no step is in all"):
+        ingest(folders, tmp_path / "trajectory.zarr")
+
+
+def test_a_source_that_changes_is_seen_in_either(tmp_path):
+    sources = write_mixed(tmp_path / "log", run_of("float32"))
+    ingest(sources, tmp_path / "trajectory.zarr")
+    assert ingest(sources, tmp_path / "trajectory.zarr").new_steps == 0
+    path = sources[1] / "step_2" / "gradient.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    with pytest.raises(InputError, match="step 2 is ingested already, with another gradient"):
+        ingest(sources, tmp_path / "trajectory.zarr")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[source]",
+        "",
+        "source = []",
+        "[[sources]]\npath = 'x'",
+        "[[source]]\nformat = 'torch'",
+        "[[source]]\npath = 'x'\nshift = 1",
+        "[[source]]\npath = 'x'\nmap = 'y'",
+        "[[source]]\npath = 'run.toml'",
+        "[[source]]\npath = 'nowhere'",
+        "[[source]]\npath = '.'\nformat = 'nothing'",
+        "[[source]]\npath = '.'\nmap = { weights = 'x' }",
+    ],
+)
+def test_a_run_file_that_says_something_else_is_refused(tmp_path, text):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "run.toml")
+    assert caught.value.remedy
