@@ -1,6 +1,10 @@
 """One and the same training run in every format, written by the real writers, gives the same ledger."""
 
+import contextlib
 import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs import random_walk, write_log
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from pipeline.compute import compute_ledger
 from pipeline.ingest import ingest
@@ -225,6 +230,141 @@ def test_slices_across_the_chunks_of_ranks_equal_the_tensor(dcp_log, step, tenso
     with log.open(log.steps()[step]) as reader:
         reader.read("gradient", tensor, start, out)
     np.testing.assert_array_equal(out, expected[start:stop])
+
+
+def metadata_of(tmp_path):
+    """A checkpoint of one rank, and its metadata as torch unpickles them."""
+    (folder,) = write_dcp_alone(tmp_path / "log", run_of("float32")[:1])
+    return folder, pickle.loads((folder / "step-0" / ".metadata").read_bytes())
+
+
+def entry(metadata, key):
+    return metadata.state_dict_metadata[key]
+
+
+def storage(metadata, key):
+    return next(info for index, info in metadata.storage_data.items() if index.fqn == key)
+
+
+WEIGHT = "model.layers.10.weight"
+
+
+def set_chunk(metadata, offsets, sizes):
+    entry(metadata, WEIGHT).chunks[0] = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda m: setattr(entry(m, WEIGHT), "size", torch.Size((1 << 40, 1 << 20))), "do not add up"),
+        (lambda m: setattr(entry(m, WEIGHT), "size", torch.Size((39, 30))), "outside of its shape"),
+        (lambda m: set_chunk(m, (0, 0), (40, 31)), "outside of its shape"),
+        (lambda m: set_chunk(m, (1, 0), (39, 30)), "is in no file"),
+        (lambda m: set_chunk(m, (0, 0), (30,)), "outside of its shape"),
+        (lambda m: set_chunk(m, (0, 0), (39, 30)), "do not add up"),
+        (lambda m: entry(m, WEIGHT).chunks.clear(), "do not add up"),
+        (lambda m: setattr(entry(m, WEIGHT), "chunks", None), "malformed"),
+        (lambda m: setattr(entry(m, WEIGHT), "size", None), "cannot be"),
+        (lambda m: setattr(entry(m, WEIGHT).properties, "dtype", "float32"), "no dtype"),
+        (lambda m: setattr(storage(m, WEIGHT), "relative_path", "../../secret.distcp"), "outside of the folder"),
+        (lambda m: setattr(storage(m, WEIGHT), "relative_path", "/etc/passwd"), "outside of the folder"),
+        (lambda m: setattr(storage(m, WEIGHT), "relative_path", 3), "outside of the folder"),
+        (lambda m: setattr(storage(m, WEIGHT), "length", 9), "claims more than its 9 bytes"),
+        (lambda m: setattr(storage(m, WEIGHT), "length", -1), "cannot be"),
+        (lambda m: setattr(storage(m, WEIGHT), "transform_descriptors", ["zstd"]), "packed by an extension"),
+        (lambda m: setattr(m, "storage_data", None), "in place of a dict"),
+        (lambda m: m.state_dict_metadata.update(x=3), "described by something else"),
+        (lambda m: m.planner_data.update({WEIGHT: ("grad", "layers.10.weight")}), "there twice"),
+    ],
+)
+def test_metadata_that_claim_what_is_not_there_are_refused(tmp_path, change, what):
+    folder, metadata = metadata_of(tmp_path)
+    change(metadata)
+    (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert what in refusal(folder).what
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(storage(m, WEIGHT), "relative_path", "__9_0.distcp"),
+        lambda m: setattr(storage(m, WEIGHT), "offset", 1 << 50),
+        lambda m: setattr(storage(m, WEIGHT), "length", 1 << 50),
+        lambda m: setattr(storage(m, WEIGHT), "offset", storage(m, "grad.layers.9.weight").offset),
+        lambda m: m.storage_data.update(
+            {index: storage(m, "grad.layers.9.weight") for index in m.storage_data if index.fqn == WEIGHT}
+        ),
+    ],
+)
+def test_chunks_that_are_not_where_the_metadata_say_are_refused(tmp_path, change):
+    folder, metadata = metadata_of(tmp_path)
+    change(metadata)
+    (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError) as caught:
+        ingest(folder, tmp_path / "trajectory.zarr")
+    assert str(folder) in caught.value.where
+
+
+def test_chunks_that_overlap_are_refused(tmp_path):
+    folder, metadata = metadata_of(tmp_path)
+    whole = entry(metadata, WEIGHT).chunks[0]
+    info = storage(metadata, WEIGHT)
+    entry(metadata, WEIGHT).size = torch.Size((80, 30))
+    entry(metadata, WEIGHT).chunks.append(ChunkStorageMetadata(torch.Size((20, 0)), whole.sizes))
+    metadata.storage_data[MetadataIndex(WEIGHT, torch.Size((20, 0)))] = info
+    (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
+    log = open_source(folder)
+    with log.open(log.steps()[0]) as reader, pytest.raises(InputError, match="overlap"):
+        reader.read("parameter", "layers.10.weight", 0, np.zeros(80 * 30, np.float32))
+
+
+class Payload:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_payload_in_metadata_never_runs(tmp_path):
+    folder, metadata = metadata_of(tmp_path)
+    metadata.planner_data["x"] = Payload(tmp_path / "trace")
+    body = pickle.dumps(metadata)
+    (folder / "step-0" / ".metadata").write_bytes(body)
+    assert "posix.mkdir" in refusal(folder).what
+    assert not (tmp_path / "trace").exists()
+    pickle.loads(body)
+    assert (tmp_path / "trace").exists()  # the trap works
+
+
+@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=6))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_metadata_are_read_or_refused_and_nothing_else(tmp_path, dcp_log, changes):
+    if not (tmp_path / "step-0").exists():
+        shutil.copytree(dcp_log / "step-0", tmp_path / "step-0")
+    damaged = bytearray((dcp_log / "step-0" / ".metadata").read_bytes())
+    for position, byte in changes:
+        damaged[position % len(damaged)] = byte
+    (tmp_path / "step-0" / ".metadata").write_bytes(damaged)
+    with contextlib.suppress(InputError):
+        log = open_source(tmp_path)
+        with log.open(log.steps()[0]) as reader:
+            content = complete(log.steps()[0], reader.content())
+            for name, logged in content.arrays["parameter"].items():
+                reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
+
+
+def test_a_checkpoint_without_metadata_is_left_out_aloud(tmp_path, dcp_log, caplog):
+    shutil.copytree(dcp_log, tmp_path / "log")
+    (tmp_path / "log" / "step-4" / ".metadata").unlink()
+    assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
+    assert "step-4 is left out" in caplog.text
+
+
+def test_stale_files_of_an_earlier_save_are_not_read(tmp_path, dcp_log):
+    shutil.copytree(dcp_log, tmp_path / "log")
+    (tmp_path / "log" / "step-0" / "__9_0.distcp").write_bytes(b"stale")
+    assert content_of(tmp_path / "log") == content_of(dcp_log)
 
 
 # Folders of shards -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,10 @@ def _of_torch(step: LoggedStep, names: Any) -> TorchFile:
     return TorchFile(step, names.inert)
 
 
+def _ckpt_file(path: Path) -> int | None:
+    return step_number(path.stem) if path.suffix == ".ckpt" and path.is_file() else None
+
+
 _TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _of_torch, CHECKPOINT)
 _MODELS = Kind(
     "step-<N>/model.safetensors", _model_number, lambda step, names: ModelFolder(step, names.inert), MODEL
@@ -95,6 +99,10 @@ _DCP = Kind(
     lambda step, names: DcpFolder(step, names.inert),
     CHECKPOINT,
     lambda path: "" if dcp_state(path) == "finished" else "it has no .metadata: it is still being written",
+)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
+_LIGHTNING_SHARDS = replace(
+    _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
 )
 
 _NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
@@ -117,6 +125,14 @@ FORMATS: dict[str, Format] = {
             "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
             _holds(TRAINER_KIND),
             TrainerFolder,
+        ),
+        Format(
+            "lightning",
+            "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
+            "parameters, learning_rate, and what a callback adds under gradient, hvp or loss; out of core",
+            "gradients as Lightning writes it; what on_train_batch_end adds is of the state before, give --map "
+            "gradient=KEY only for those of the state saved; last.ckpt, which repeats another",
+            *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
         ),
         Format(
             "dcp",

@@ -127,7 +127,7 @@ CHECKPOINT = Names(
         "gradient": _GRADIENT,
         "hvp": ("hvp",),
         "loss": ("loss",),
-        "learning_rate": (*_RATE, "optim/param_groups/*/lr"),
+        "learning_rate": (*_RATE, "optim/param_groups/*/lr", "optimizer_states/*/param_groups/*/lr"),
         "step": ("step", "global_step", "iteration", "iter_num"),
     },
     model=True,
