@@ -30,6 +30,7 @@ FLOORS = [
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
         "pipeline.sources.torch_archive",
+        "pipeline.sources.hdf5_file",
         "pipeline.sources.joined",
         "pipeline.experiments.linear_system",
         "pipeline.experiments.feedback_alignment",
@@ -38,6 +39,7 @@ FLOORS = [
     },
     {
         "pipeline.sources.dcp_folder",
+        "pipeline.sources.stacked_file",
         "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",
         "pipeline.figures",
@@ -64,6 +66,8 @@ HOMES = {
     "numba": {"pipeline.gram"},
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.report"},
+    "h5py": {"pipeline.sources.hdf5_file"},
+    "torch": set(),
     "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }
 

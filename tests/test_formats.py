@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import huggingface_hub
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pipeline.ingest import ingest
 from pipeline.schema import InputError
 from pipeline.sources.base import complete
 from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.hdf5_file import _boxes
 from pipeline.store import Ledger, Trajectory
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -166,11 +168,47 @@ def write_dcp_alone(folder, states):
     return [folder]
 
 
+def save_hdf5(path, state):
+    with h5py.File(path, "w") as file:
+        for key, value in state.items():
+            value = np.asarray(value)
+            if value.dtype.name == "bfloat16":
+                file.create_dataset(key, data=value.view(np.uint16)).attrs["ml_dtype"] = "bfloat16"
+            else:
+                file.create_dataset(key, data=value, **({"compression": "gzip"} if value.ndim else {}))
+
+
+def stacked(states):
+    return {key: np.stack([state[key] for state in states]) for key in states[0]}
+
+
+def write_hdf5(folder, states):
+    folder.mkdir()
+    for step, state in enumerate(states):
+        save_hdf5(folder / f"step_{step}.h5", state)
+    return [folder]
+
+
+def write_hdf5_stack(folder, states):
+    folder.mkdir()
+    save_hdf5(folder / "run.h5", stacked(states) | {"step": np.arange(len(states))})
+    return [folder / "run.h5"]
+
+
+def write_npz_stack(folder, states):
+    folder.mkdir()
+    np.savez(folder / "run.npz", **stacked(states))
+    return [folder / "run.npz"]
+
+
 WRITERS = {
     "npz": (write_npz, "steps"),
     "torch": (write_torch, "torch"),
     "torch, other strides": (write_torch_in_other_strides, "torch"),
     "dcp, one rank": (write_dcp_alone, "dcp"),
+    "npz, one file": (write_npz_stack, "npz"),
+    "hdf5": (write_hdf5, "hdf5"),
+    "hdf5, one file": (write_hdf5_stack, "hdf5"),
     "safetensors, sharded": (write_sharded, "safetensors"),
     "mixed": (write_mixed, None),
     "run file": (write_run_file, None),
@@ -196,7 +234,7 @@ def native(request, tmp_path_factory):
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_format_of_a_run_gives_the_same_ledger(tmp_path, native, writer):
     dtype, expected = native
-    if (writer, dtype) == ("npz", "bfloat16"):
+    if writer.startswith("npz") and dtype == "bfloat16":
         dtype, expected = "float16", ledger_of(tmp_path, write_native(tmp_path / "native", run_of("float16")))
     write, name = WRITERS[writer]
     (tmp_path / "out").mkdir()
@@ -532,3 +570,102 @@ def test_a_run_file_that_says_something_else_is_refused(tmp_path, text):
     with pytest.raises(InputError) as caught:
         open_source(tmp_path / "run.toml")
     assert caught.value.remedy
+
+
+# One file of all steps, and HDF5 -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory):
+    folder, states = tmp_path_factory.mktemp("stacks"), run_of("float32")
+    return [*write_hdf5_stack(folder / "hdf5", states), *write_npz_stack(folder / "npz", states)], states
+
+
+@given(
+    which=st.integers(0, 1),
+    step=st.integers(0, STEPS - 1),
+    tensor=st.sampled_from(list(TENSORS)),
+    a=st.integers(0),
+    b=st.integers(0),
+)
+@reads_only
+def test_slices_of_a_row_of_one_file_equal_the_tensor(stacks, which, step, tensor, a, b):
+    sources, states = stacks
+    expected = states[step][f"gradient/{tensor}"].ravel()
+    start, stop = sorted((a % (expected.size + 1), b % (expected.size + 1)))
+    out = np.zeros(stop - start, np.float32)
+    log = open_source(sources[which])
+    with log.open(log.steps()[step]) as reader:
+        reader.read("gradient", tensor, start, out)
+    np.testing.assert_array_equal(out, expected[start:stop])
+
+
+@given(shape=st.lists(st.integers(1, 5), max_size=4).map(tuple), a=st.integers(0), b=st.integers(0))
+def test_boxes_are_the_elements_in_their_order(shape, a, b):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    start, stop = sorted((a % (array.size + 1), b % (array.size + 1)))
+    parts = [array[box].ravel() for box in _boxes(shape, start, stop)]
+    np.testing.assert_array_equal(np.concatenate(parts) if parts else [], array.ravel()[start:stop])
+    assert len(parts) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 1, 2, 3], [-1, 0, 1, 2, 3], np.zeros((5, 1), int), np.arange(5.0)])
+def test_a_file_whose_rows_have_no_steps_of_their_own_is_refused(tmp_path, numbers):
+    save_hdf5(tmp_path / "run.h5", stacked(run_of("float32")) | {"step": np.asarray(numbers)})
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "run.h5").steps()
+    assert caught.value.where == str(tmp_path / "run.h5")
+
+
+def test_an_array_of_other_length_than_the_run_is_refused(tmp_path):
+    state = stacked(run_of("float32"))
+    state["gradient/layers.9.bias"] = state["gradient/layers.9.bias"][:3]
+    save_hdf5(tmp_path / "run.h5", state)
+    assert "of (3,) steps, not 5" in refusal(tmp_path / "run.h5").what
+
+
+def test_a_compressed_file_of_all_steps_is_refused_with_the_way_out(tmp_path):
+    np.savez_compressed(tmp_path / "run.npz", **stacked(run_of("float32")))
+    with pytest.raises(InputError, match=r"numpy\.savez"):
+        open_source(tmp_path / "run.npz").steps()
+
+
+def test_data_of_other_files_are_not_read(tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret" * 10)
+    folder = tmp_path / "log"
+    (folder).mkdir()
+    with h5py.File(folder / "step_0.h5", "w") as file:
+        file.create_dataset("parameter/w", (4,), "f4", external=[(str(tmp_path / "secret"), 0, 16)])
+    assert "other files" in refusal(folder).what
+    with h5py.File(folder / "step_0.h5", "w") as file:
+        layout = h5py.VirtualLayout((4,), "f4")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "secret.h5"), "w", shape=(4,))
+        file.create_virtual_dataset("parameter/w", layout)
+    assert "other files" in refusal(folder).what
+    with h5py.File(folder / "step_0.h5", "w") as file:
+        file["parameter/w"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "w")
+        file["gradient"] = h5py.SoftLink("/gradient")
+    assert "no parameters" in refusal(folder).what
+
+
+def test_chunks_that_unpack_to_more_than_memory_are_refused(tmp_path):
+    (tmp_path / "log").mkdir()
+    with h5py.File(tmp_path / "log" / "step_0.h5", "w") as file:
+        file.create_dataset("parameter/w", (1 << 29,), "f4", chunks=(1 << 28,), compression="gzip")
+    assert "chunks" in refusal(tmp_path / "log").what
+
+
+@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4))
+@reads_only
+def test_a_damaged_hdf5_file_is_read_or_refused_and_nothing_else(tmp_path, stacks, changes):
+    damaged = bytearray(stacks[0][0].read_bytes())
+    for position, byte in changes:
+        damaged[position % len(damaged)] = byte
+    (tmp_path / "run.h5").write_bytes(damaged)
+    with contextlib.suppress(InputError):
+        log = open_source(tmp_path / "run.h5")
+        step = log.steps()[0]
+        with log.open(step) as reader:
+            for name, logged in complete(step, reader.content()).arrays["parameter"].items():
+                if logged.dtype == "float32" and np.prod(logged.shape, dtype=object) < 10_000:
+                    reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))

@@ -384,7 +384,7 @@ def test_what_is_no_folder_and_what_is_no_format_is_refused(tmp_path):
     for path, format, what in [
         (tmp_path / "nowhere", None, "no such file or folder"),
         (file, None, "this is a file"),
-        (tmp_path, "hdf5", "format 'hdf5' is not known"),
+        (tmp_path, "lmdb", "format 'lmdb' is not known"),
     ]:
         with pytest.raises(InputError, match=what):
             open_source(path, format)

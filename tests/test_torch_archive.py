@@ -306,6 +306,15 @@ def test_tied_weights_count_once_and_buffers_not_at_all(tmp_path, named):
     assert "model/norm.num_batches_tracked" in content.unused
 
 
+def test_dots_in_names_part_levels_only_where_the_user_says_so(tmp_path):
+    model = {"model.embed.weight": torch.ones(3), "lm_head.weight": torch.ones(2)}
+    more = {f"grads/{name}": tensor for name, tensor in model.items()}
+    folder = write_checkpoints(tmp_path, [model | more])
+    assert list(content_of(folder).arrays["parameter"]) == ["lm_head.weight", "model.embed.weight"]
+    content = content_of(folder, mapping={"parameter": "model", "gradient": "grads/model"})
+    assert list(content.arrays["parameter"]) == ["embed.weight"]
+
+
 def test_a_plain_state_dict_is_parameters_and_says_that_gradients_lack(tmp_path):
     folder = write_checkpoints(tmp_path, [tree(0)["model"]])
     with pytest.raises(InputError, match="no gradients in this step") as caught:

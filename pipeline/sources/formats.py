@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.schema import InputError
-from pipeline.sources.base import LoggedStep, Source
+from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
+from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.model_folder import ModelFolder
 from pipeline.sources.names import CHECKPOINT, MODEL, step_number
-from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder
+from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.stacked_file import StackedFile
+from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
 from pipeline.sources.torch_archive import TorchFile
 
 __all__ = ["FORMATS", "Format", "open_source", "open_sources"]
@@ -63,6 +66,23 @@ def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
     return _holds(*kinds), lambda path, mapping: StepFolder(path, kinds, mapping)
 
 
+def _folder_or_file(
+    kind: Kind, suffix: str, open_file: Callable[[LoggedStep], Container]
+) -> tuple[Callable[[Path], bool], Opener]:
+    """Find and open a folder of steps, or one file of all."""
+    in_folder = _holds(kind)
+
+    def found(path: Path) -> bool:
+        return (path.is_file() and path.suffix == suffix) or in_folder(path)
+
+    def opener(path: Path, mapping: Mapping[str, str]) -> Source:
+        if path.is_file():
+            return StackedFile(path, open_file, mapping)
+        return StepFolder(path, [kind], mapping)
+
+    return found, opener
+
+
 def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
     return lambda path: step_number(path.stem) if path.suffix in suffixes else None
 
@@ -104,6 +124,8 @@ _LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
     _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
 )
+
+_HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 _NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
 
@@ -157,10 +179,17 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "npz",
-            "folder of step_<N>.npz (numpy.savez)",
+            "folder of step_<N>.npz (numpy.savez), or one .npz file of arrays (step, ...)",
             _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded whole",
-            "bfloat16",
-            *_folder(NATIVE_KINDS["npz"]),
+            "bfloat16; one file must not be compressed",
+            *_folder_or_file(NATIVE_KINDS["npz"], ".npz", NpzStack),
+        ),
+        Format(
+            "hdf5",
+            "folder of step_<N>.h5, or one .h5 file of datasets (step, ...); needs the extra hdf5",
+            _NATIVE + "; bfloat16 as uint16 with the attribute ml_dtype",
+            "data in other files (external, virtual)",
+            *_folder_or_file(_HDF5, ".h5", Hdf5File),
         ),
     )
 }
@@ -192,14 +221,15 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
         )
     if path.suffix == ".toml" and path.is_file():
         return _open_run_file(path)
-    if not path.is_dir():
+    if format is None:
+        format = next((name for name, known in FORMATS.items() if known.found(path)), "steps")
+    if not path.is_dir() and not FORMATS[format].found(path):
         raise InputError(
             "this is a file, a log is a folder",
             where=str(path),
+            why="only .npz and .h5 files can be a log of their own, of arrays (step, ...)",
             remedy="give the folder that holds the step files",
         )
-    if format is None:
-        format = next((name for name, known in FORMATS.items() if known.found(path)), "steps")
     return FORMATS[format].open(path, mapping)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
 from typing import Any
 
@@ -9,9 +11,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, refused
+from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
 
-__all__ = ["NpzFile"]
+__all__ = ["NpzFile", "NpzStack"]
 
 _SKIP = 1 << 20
 _FORM = "an npz file"
@@ -100,3 +102,44 @@ class NpzFile(Container):
         # The archive checks a member's CRC when it meets its end: let it meet it.
         file.peek(1)
         self._member = (name, file, start + out.size)
+
+
+class NpzStack(NpzFile):
+    """An npz file that is read anywhere, not from start to end: uncompressed, in C order, native bytes.
+
+    Reading anywhere, the archive's checksums cannot be verified.
+    """
+
+    def _describe(self) -> None:
+        self._starts: dict[str, int] = {}
+        self._descriptor = os.open(self.step.path, os.O_RDONLY)
+        region = Region(self._descriptor)
+        super()._describe()
+        for member in self._archive.infolist():
+            key = member.filename.removesuffix(".npy")
+            with refused(self.step, _FORM, key):
+                with self._archive.open(member) as file:
+                    shape, fortran, dtype = self._header(file)
+                    header = file.tell()
+                if (fortran and len(shape) > 1) or not dtype.isnative or member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("one file with all steps must be written by numpy.savez, in C order")
+                local = np.zeros(30, np.uint8)
+                region.fill(member.header_offset, local)
+                names = int(local[26:28].view("<u2")[0]) + int(local[28:30].view("<u2")[0])
+                start = member.header_offset + 30 + names
+                if header + math.prod(shape) * dtype.itemsize > member.file_size or (
+                    start + member.file_size > region.length
+                ):
+                    raise ValueError("the array ends early")
+                self._starts[key] = start + header
+        self._region = region
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
+        with refused(self.step, _FORM, key):
+            self._region.fill(self._starts[key] + start * out.itemsize, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        os.close(self._descriptor)

@@ -15,7 +15,7 @@ from pipeline.sources.names import NATIVE, NamedStep, Names
 from pipeline.sources.npz_file import NpzFile
 from pipeline.sources.safetensors_file import SafetensorsFile
 
-__all__ = ["NATIVE_KINDS", "Kind", "StepFolder"]
+__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number"]
 
 _log = logging.getLogger(__name__)
 _NATIVE = re.compile(r"step_(\d{1,18})")
@@ -46,7 +46,9 @@ class Kind:
     unfinished: Callable[[Path], str] = lambda path: ""
 
 
-def _native(suffix: str) -> Callable[[Path], int | None]:
+def native_number(suffix: str) -> Callable[[Path], int | None]:
+    """Return what finds the number in ``step_<N>`` of files with a suffix."""
+
     def number(path: Path) -> int | None:
         match = _NATIVE.fullmatch(path.stem) if path.suffix == suffix else None
         return int(match[1]) if match else None
@@ -55,8 +57,10 @@ def _native(suffix: str) -> Callable[[Path], int | None]:
 
 
 NATIVE_KINDS = {
-    "safetensors": Kind("step_<N>.safetensors", _native(".safetensors"), lambda step, names: SafetensorsFile(step)),
-    "npz": Kind("step_<N>.npz", _native(".npz"), lambda step, names: NpzFile(step)),
+    "safetensors": Kind(
+        "step_<N>.safetensors", native_number(".safetensors"), lambda step, names: SafetensorsFile(step)
+    ),
+    "npz": Kind("step_<N>.npz", native_number(".npz"), lambda step, names: NpzFile(step)),
 }
 """The native format: ``step_<N>.safetensors`` and ``step_<N>.npz``."""
 
