@@ -10,7 +10,8 @@ install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -35,6 +36,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it.
 lock: install
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --universal --no-emit-index-url --no-header --generate-hashes \
-		--extra dev pyproject.toml --output-file requirements.lock
+	echo "torch; sys_platform == 'none'" | $(BIN)/uv pip compile --quiet --overrides /dev/stdin --python-version 3.11 --universal --no-emit-index-url --no-emit-package torch --no-header --generate-hashes \
+		--extra dev --extra writers pyproject.toml --output-file requirements.lock

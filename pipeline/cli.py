@@ -26,10 +26,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a training log.")]
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="SOURCE", help="Folder of a training log; several of one run, or a run file that lists them."
+    ),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run's stores, results and report.")]
 FormatName = Annotated[
     str | None, typer.Option("--format", help="Log format (natgrad formats); found if left out.")
+]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="QUANTITY=KEY",
+        help="Where a quantity (parameter, gradient, hvp, loss, learning_rate, step) is in the files; repeatable.",
+    ),
 ]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
@@ -103,6 +116,20 @@ def _lines(values: dict[str, Any]) -> Iterator[str]:
         yield f"{name.replace('_', ' '):<{width}}  {shown}\n"
 
 
+def _arguments(sources: list[Path], out: Path, pairs: list[str] | None) -> tuple[list[Path], Path, dict[str, str]]:
+    """Sort pairs that follow the one of ``--map`` without another ``--map`` out of the arguments."""
+    from pipeline.sources.names import QUANTITIES, parse_map
+
+    words = [*sources, out]
+    more = (
+        [word for word in words if str(word).partition("=")[0] in QUANTITIES and "=" in str(word)] if pairs else []
+    )
+    paths = [word for word in words if word not in more]
+    if len(paths) < 2:
+        raise typer.BadParameter("give a SOURCE and OUT")
+    return paths[:-1], paths[-1], parse_map([*(pairs or []), *map(str, more)])
+
+
 def _options(
     learning_rate: float | None,
     gamma: list[float] | None,
@@ -124,9 +151,10 @@ def _options(
 
 @app.command()
 def process(
-    source: Source,
+    sources: Sources,
     out: Out,
     format: FormatName = None,
+    map_: Map = None,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
     learning_rate: LearningRate = None,
@@ -142,10 +170,17 @@ def process(
     from pipeline import run
 
     face = _Face(as_json, quiet)
+    sources, out, mapping = _arguments(sources, out, map_)
     options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit)
     with face.progress("ingest") as progress:
         answer = run.ingest_run(
-            source, out, format=format, allow_gaps=allow_gaps, overwrite=overwrite, progress=progress
+            sources,
+            out,
+            format=format,
+            mapping=mapping,
+            allow_gaps=allow_gaps,
+            overwrite=overwrite,
+            progress=progress,
         )
     with face.progress("analyze") as progress:
         answer |= run.analyze_run(out, options, progress=progress)
@@ -154,9 +189,10 @@ def process(
 
 @app.command()
 def ingest(
-    source: Source,
+    sources: Sources,
     out: Out,
     format: FormatName = None,
+    map_: Map = None,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -166,9 +202,16 @@ def ingest(
     from pipeline import run
 
     face = _Face(as_json, quiet)
+    sources, out, mapping = _arguments(sources, out, map_)
     with face.progress("ingest") as progress:
         answer = run.ingest_run(
-            source, out, format=format, allow_gaps=allow_gaps, overwrite=overwrite, progress=progress
+            sources,
+            out,
+            format=format,
+            mapping=mapping,
+            allow_gaps=allow_gaps,
+            overwrite=overwrite,
+            progress=progress,
         )
     face.answer(answer)
 

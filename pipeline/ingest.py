@@ -21,8 +21,17 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
 from pipeline.schema import SCALARS, STATES, InputError, Layout, promote
-from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, StepReader, where
-from pipeline.sources.formats import open_source
+from pipeline.sources.base import (
+    LoggedStep,
+    LoggedTensor,
+    Source,
+    StepContent,
+    StepReader,
+    complete,
+    identity,
+    where,
+)
+from pipeline.sources.formats import open_sources
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 __all__ = ["IngestSummary", "ingest"]
@@ -68,10 +77,11 @@ class IngestSummary:
 
 
 def ingest(
-    source: Path,
+    source: Path | Sequence[Path],
     store: Path,
     *,
     format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
     allow_gaps: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -80,12 +90,14 @@ def ingest(
 
     Parameters
     ----------
-    source : Path
-        The log.
+    source : Path or sequence of Path
+        The log, or the logs of one run that are joined by step.
     store : Path
         The trajectory; made where there is none.
     format : str, optional
         Log format; found by content where not given.
+    mapping : mapping, optional
+        Quantity to the key that it stands under in the log; see `pipeline.sources.names`.
     allow_gaps : bool
         Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
     overwrite : bool
@@ -99,7 +111,8 @@ def ingest(
         Bad input. All steps are described and compared before the first byte is written; what a later error
         interrupts is either committed whole or invisible.
     """
-    log, store = open_source(source, format), Path(store)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    log, store = open_sources(sources, format, mapping), Path(store)
     listed = log.steps()
     with _only_writer(store):
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
@@ -114,7 +127,7 @@ def ingest(
             if not allow_gaps:
                 _refuse_gaps(steps, committed)
             # Taken before a step is opened: what is described and what is written must be the same file.
-            identities = {step: _identity(step) for step in steps}
+            identities = {step: identity(step) for step in steps}
             contents = _describe(log, steps, warnings)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
             try:
@@ -170,19 +183,6 @@ def _only_writer(store: Path) -> Iterator[None]:
 # Which steps -------------------------------------------------------------------------------------------------
 
 
-def _identity(step: LoggedStep) -> dict[str, Any]:
-    try:
-        status = step.path.stat()
-    except OSError as error:
-        raise InputError(
-            f"the step cannot be found any more: {error.strerror}",
-            where=where(step),
-            why="the training run removed it while it was read",
-            remedy="run again; what was committed is kept",
-        ) from error
-    return {"name": step.path.name, "size": status.st_size, "time": status.st_mtime_ns}
-
-
 def _new_steps(log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory) -> list[LoggedStep]:
     """Return the steps not committed yet; those that are must still be what was ingested."""
     rows = {int(number): row for row, number in enumerate(trajectory.scalar("step"))}
@@ -192,7 +192,7 @@ def _new_steps(log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory
     new = []
     for step in listed:
         if step.number in rows:
-            if _identity(step) != sources[rows[step.number]]:
+            if identity(step) != sources[rows[step.number]]:
                 _require_same_content(log, step, rows[step.number], trajectory, records)
         elif step.number > last:
             new.append(step)
@@ -274,16 +274,19 @@ def _describe(log: Source, steps: Sequence[LoggedStep], warnings: list[str]) -> 
     """Describe steps, all with the tensors of the first."""
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
+    notes: dict[str, LoggedStep] = {}
     first = steps[0]
     for step in steps:
         with log.open(step) as reader:
-            content = reader.content()
+            content = complete(step, reader.content())
+        notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
         _require_like(step, content, first, contents.get(first, content))
         # Equal descriptions are kept once: a long run of a large model has many.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
         contents[step] = StepContent(arrays, content.scalars)
+    warnings += [f"{note} (in {step.path.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
         warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.path.name}) the first of them")
@@ -482,7 +485,7 @@ class _Writer:
         trajectory.commit([step.number for step in steps], scalars, sources, checksums)
 
     def _require_unchanged(self, step: LoggedStep) -> None:
-        if _identity(step) != self._identities[step]:
+        if identity(step) != self._identities[step]:
             raise InputError(
                 f"step {step.number} changed while it was read",
                 where=where(step),

@@ -93,25 +93,28 @@ class Analysis:
 
 
 def ingest_run(
-    source: Path,
+    source: Path | Sequence[Path],
     out: Path,
     *,
     format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
     allow_gaps: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Read the new steps of a log into OUT's trajectory; see `pipeline.ingest.ingest`."""
+    """Read the new steps of one run's log or logs into OUT's trajectory; see `pipeline.ingest.ingest`."""
     folder = RunFolder(Path(out))
+    sources = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]
     summary = ingest(
-        Path(source),
+        sources,
         folder.trajectory,
         format=format,
+        mapping=mapping,
         allow_gaps=allow_gaps,
         overwrite=overwrite,
         progress=progress,
     )
-    return {"source": str(source), "trajectory": str(folder.trajectory), **asdict(summary)}
+    return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
 
 
 def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress | None = None) -> dict[str, Any]:

@@ -17,10 +17,21 @@ MODULES = {
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
-    {"pipeline.blocks", "pipeline.gram", "pipeline.geometry", "pipeline.sources.base", "pipeline.recorder"},
     {
+        "pipeline.blocks",
+        "pipeline.gram",
+        "pipeline.geometry",
+        "pipeline.recorder",
+        "pipeline.sources.base",
+        "pipeline.sources.pickle_data",
+    },
+    {
+        "pipeline.sources.names",
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
+        "pipeline.sources.torch_archive",
+        "pipeline.sources.hdf5_file",
+        "pipeline.sources.joined",
         "pipeline.experiments.linear_system",
         "pipeline.experiments.feedback_alignment",
         "pipeline.store.group",
@@ -29,6 +40,9 @@ FLOORS = [
         "pipeline.metrics",
     },
     {
+        "pipeline.sources.dcp_folder",
+        "pipeline.sources.stacked_file",
+        "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",
         "pipeline.store.trajectory",
         "pipeline.store.ledger",
@@ -36,8 +50,8 @@ FLOORS = [
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
     },
-    {"pipeline.sources.formats", "pipeline.store", "pipeline.report", "pipeline.paper"},
-    {"pipeline.compute"},
+    {"pipeline.sources.huggingface", "pipeline.store", "pipeline.report"},
+    {"pipeline.sources.formats", "pipeline.compute", "pipeline.paper"},
     {"pipeline.ingest"},
     {"pipeline.run"},
     {"pipeline.cli", "flows"},
@@ -58,6 +72,8 @@ HOMES = {
     "matplotlib": {"pipeline.figures"},
     "jinja2": {"pipeline.report"},
     "scipy": {"pipeline.metrics", "pipeline.experiments.linear_system"},
+    "h5py": {"pipeline.sources.hdf5_file"},
+    "torch": set(),
     "mlxtend": {"pipeline.experiments.feedback_alignment"},
 }
 

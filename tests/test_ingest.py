@@ -413,9 +413,9 @@ def test_tensors_that_swap_their_dtypes_are_not_appended(log, store):
 
     ingest(write_log(log, [state("float32", "bfloat16")] * 2), store)
     write_step(log, 2, state("bfloat16", "float32"))
-    with pytest.raises(InputError, match=r"bfloat16 of shape \(3,\) in place of float32 of shape \(3,\)") as caught:
+    with pytest.raises(InputError, match=r"float32 of shape \(2,\) in place of bfloat16 of shape \(2,\)") as caught:
         ingest(log, store)
-    assert "step 2, parameter of tensor 'weight'" in caught.value.where
+    assert "step 2, parameter of tensor 'bias'" in caught.value.where
 
 
 def damage_truncated(path):

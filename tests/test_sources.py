@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
 
 from pipeline.schema import STATES, InputError
+from pipeline.sources.base import complete
 from pipeline.sources.formats import FORMATS, open_source
 from pipeline.store import storage_dtype
 
@@ -78,7 +79,7 @@ def read_all(folder):
     """Everything that a log of one step holds, by its keys."""
     log, step = only_step(folder)
     with log.open(step) as reader:
-        content = reader.content()
+        content = complete(step, reader.content())
         return dict(content.scalars) | {
             f"{array}/{name}": read(reader, array, name, logged.shape, logged.dtype).reshape(logged.shape)
             for array, logged_tensors in content.arrays.items()
@@ -383,7 +384,7 @@ def test_what_is_no_folder_and_what_is_no_format_is_refused(tmp_path):
     for path, format, what in [
         (tmp_path / "nowhere", None, "no such file or folder"),
         (file, None, "this is a file"),
-        (tmp_path, "hdf5", "format 'hdf5' is not known"),
+        (tmp_path, "lmdb", "format 'lmdb' is not known"),
     ]:
         with pytest.raises(InputError, match=what):
             open_source(path, format)

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+import hashlib
+import io
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
-from pipeline.schema import SCALARS, STATES, STORAGE_DTYPES, InputError
+from pipeline.schema import STATES, InputError
 
 __all__ = [
-    "SCALAR_KEYS",
+    "Container",
     "LoggedStep",
     "LoggedTensor",
+    "Region",
     "Source",
     "StepContent",
     "StepReader",
-    "sort_content",
+    "complete",
+    "identity",
+    "refused",
     "where",
 ]
 
+# RuntimeError: an archive member that says it is encrypted, or (NotImplementedError) packed in a way not known.
+_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 
-SCALAR_KEYS = frozenset(SCALARS)
-"""Keys of the 0-d values of a step."""
+
+# What a log holds --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, order=True)
 class LoggedStep:
-    """A step as listed: its number and the file that holds it.
+    """A step as listed: its number and the files that hold it.
 
     Attributes
     ----------
@@ -38,10 +49,13 @@ class LoggedStep:
         Number of updates done before this state.
     path : Path
         File or folder.
+    others : tuple of Path
+        Further files or folders of the step.
     """
 
     number: int
     path: Path
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,21 +68,30 @@ class LoggedTensor:
 
 @dataclass(frozen=True)
 class StepContent:
-    """What a step holds, by the names of the store.
+    """What a step holds, by the names of the store. A source may give some of it only; see `complete`.
 
     Attributes
     ----------
     arrays : mapping
-        ``parameter``, ``gradient``, and ``hvp`` where logged, each a mapping of tensor name to `LoggedTensor`.
+        ``parameter``, ``gradient`` and ``hvp`` where logged, each a mapping of tensor name to `LoggedTensor`.
     scalars : mapping
         ``loss`` and ``learning_rate`` where logged.
     unused : tuple of str
         Keys that are none of these.
+    notes : tuple of str
+        What a user should know about these values.
+    ties : mapping
+        Names of tensors that lie in the memory of another one, to the name of that one.
+    untrained : bool
+        The parameters are a whole model: buffers and frozen tensors, which have no gradient, are among them.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
     scalars: Mapping[str, float] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    untrained: bool = False
 
 
 class StepReader(Protocol):
@@ -119,54 +142,241 @@ class Source(Protocol):
         ...
 
 
+class Container:
+    """Open files of a step: tensors and numbers under flat keys, whatever these mean (`pipeline.sources.names`).
+
+    Attributes
+    ----------
+    step : LoggedStep
+        For messages.
+    tensors : dict
+        Key to `LoggedTensor`. Nested levels of a file are joined by a slash.
+    numbers : dict
+        Key to value of the plain numbers that are known without reading a tensor.
+    ties : dict
+        Keys of tensors that lie in the memory of another one, to the key of that one.
+    """
+
+    def __init__(self, step: LoggedStep) -> None:
+        self.step = step
+        self.tensors: dict[str, LoggedTensor] = {}
+        self.numbers: dict[str, float] = {}
+        self.ties: dict[str, str] = {}
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `StepReader.read`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# Errors and identity -----------------------------------------------------------------------------------------
+
+
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:
     """Place of an error: file, step, and tensor where one is meant."""
     tensor_part = f", {array} of tensor {tensor!r}" if array and tensor else f", {array}" if array else ""
     return f"{step.path}, step {step.number}{tensor_part}"
 
 
-def sort_content(step: LoggedStep, tensors: Mapping[str, LoggedTensor], scalar: Mapping[str, float]) -> StepContent:
-    """Sort flat keys ``parameter/<tensor>``, ``gradient/<tensor>``, ``hvp/<tensor>``, ``loss``, ``learning_rate``.
+@contextmanager
+def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
+    """Turn what a damaged, hostile or vanished file raises into a refusal.
 
     Parameters
     ----------
     step : LoggedStep
-        For messages.
-    tensors : mapping
-        Every key of the file.
-    scalar : mapping
-        Values of those keys that are 0-d and named in `SCALARS`.
+    form : str
+        What the file should have been: "an npz file".
+    key : str, optional
+        Key that is read.
+    """
+    array, _, tensor = key.partition("/")
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(
+            f"cannot read {form}: {error}",
+            where=where(step, array, tensor),
+            why="the training run removed it while it was read (checkpoint rotation), or it was moved",
+            remedy="run again; what was committed is kept",
+        ) from error
+    except _ERRORS as error:
+        raise InputError(
+            f"cannot read {form}: {error}",
+            where=where(step, array, tensor),
+            why=f"it is truncated or still being written, damaged, not {form}, or not readable",
+            remedy="write the step again (to another name, then rename), or remove the file",
+        ) from error
+
+
+def identity(step: LoggedStep) -> dict[str, Any]:
+    """Name, size in bytes and time in ns of the files of a step; of a folder, of all files in it.
 
     Raises
     ------
     InputError
-        Where parameters or gradients are missing, their names or shapes differ, or a dtype is not a float.
+        Where a file is gone.
     """
-    arrays: dict[str, dict[str, LoggedTensor]] = {}
-    unused = []
-    for key, logged in tensors.items():
-        array, _, tensor = key.partition("/")
-        if array in STATES and tensor:
-            if logged.dtype not in STORAGE_DTYPES:
-                raise InputError(
-                    f"dtype {logged.dtype} is not a float that can be stored as it is",
-                    where=where(step, array, tensor),
-                    remedy=f"log it as one of {', '.join(STORAGE_DTYPES)}",
-                )
-            arrays.setdefault(array, {})[tensor] = logged
-        elif key not in scalar:
-            unused.append(key)
-    if "parameter" not in arrays:
+    try:
+        files = [file for path in (step.path, *step.others) for file in _files(path)]
+        stats = [(path, path.stat()) for path in files]
+    except OSError as error:
         raise InputError(
-            "no parameters in this step",
+            f"the step cannot be found any more: {error.strerror}",
             where=where(step),
-            why=f"keys must be parameter/<tensor> and gradient/<tensor>; found {sorted(tensors)[:6]}",
-            remedy="write the keys of the native format (natgrad formats)",
-        )
+            why="the training run removed it while it was read",
+            remedy="run again; what was committed is kept",
+        ) from error
+    found: dict[str, Any] = {
+        "name": step.path.name,
+        "size": sum(status.st_size for _, status in stats),
+        "time": max((status.st_mtime_ns for _, status in stats), default=0),
+    }
+    if files != [step.path]:
+        listing = [
+            (os.path.relpath(path, step.path.parent), status.st_size, status.st_mtime_ns) for path, status in stats
+        ]
+        found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    # A folder that is a link is entered where it is the step itself, not below: a link may lead in a circle.
+    if not path.is_dir():
+        return [path]
+    return [Path(folder) / name for folder, _, names in os.walk(path, onerror=_raise) for name in names]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+class Region(io.RawIOBase):
+    """A range of bytes of an open file, read by position.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of the open file; not closed here.
+    start, length : int
+        Range, in bytes; up to the end of the file where no length is given.
+    """
+
+    def __init__(self, descriptor: int, start: int = 0, length: int | None = None) -> None:
+        size = os.fstat(descriptor).st_size
+        length = size - start if length is None else length
+        if not 0 <= start <= start + length <= size:
+            raise ValueError(f"bytes {start} to {start + length} are claimed, the file has {size}")
+        self.descriptor, self.start, self.length = descriptor, start, length
+        self._position = 0
+
+    def fill(self, offset: int, out: NDArray[Any]) -> None:
+        """Fill an array with the bytes from an offset on.
+
+        Raises
+        ------
+        EOFError
+            Where the range or the file ends early.
+        """
+        if not 0 <= offset <= self.length - out.nbytes:
+            raise EOFError(f"the data end {offset + out.nbytes - self.length} bytes early")
+        view, position = out.data.cast("B"), self.start + offset
+        while view:
+            count = os.preadv(self.descriptor, [view], position)
+            if not count:
+                raise EOFError(f"the file ends {len(view)} bytes early: it was truncated after it had been opened")
+            view, position = view[count:], position + count
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read anywhere."""
+        return True
+
+    def tell(self) -> int:
+        """Position, from the start of the range."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError("a position before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read bytes at the position."""
+        view = memoryview(buffer).cast("B")[: max(0, self.length - self._position)]
+        count = os.preadv(self.descriptor, [view], self.start + self._position) if view else 0
+        self._position += count
+        return count
+
+
+# A whole step ------------------------------------------------------------------------------------------------
+
+
+def complete(step: LoggedStep, content: StepContent) -> StepContent:
+    """Return what of a step can be processed: parameters and gradients of the same tensors, in one order.
+
+    The order is that of the names with numbers by value, as no other order survives all formats. A tensor tied to
+    another counts once. Tensors of a whole model that have no gradient are left out, with a note.
+
+    Raises
+    ------
+    InputError
+        Where parameters or gradients are missing, or their names or shapes differ.
+    """
+    arrays = {array: dict(tensors) for array, tensors in content.arrays.items()}
+    for array in STATES[:2]:
+        if not arrays.get(array):
+            raise InputError(
+                f"no {array}s in this step",
+                where=where(step),
+                why=f"found {sorted(content.unused)[:6] or 'nothing else'}; most checkpoints hold no gradients",
+                remedy=f"say where they are (--map {array}=KEY), or give the log that has them as a further SOURCE",
+            )
+    notes = list(content.notes)
+    for tensor, kept in content.ties.items():
+        # The trainer's gradients say which of the names counts, as they name each memory once.
+        drop = kept if tensor in arrays["gradient"] and kept not in arrays["gradient"] else tensor
+        if tensor in arrays["parameter"] and kept in arrays["parameter"]:
+            for tensors in arrays.values():
+                tensors.pop(drop, None)
+            stays = tensor if drop == kept else kept
+            notes.append(f"{drop!r} lies in the memory of {stays!r}: they count once, under that name")
+    if content.untrained:
+        left = [tensor for tensor in arrays["parameter"] if tensor not in arrays["gradient"]]
+        if len(left) < len(arrays["parameter"]):
+            for tensor in left:
+                del arrays["parameter"][tensor]
+            if left:
+                notes.append(
+                    f"{len(left)} tensors without gradient (buffers, frozen) are left out, {left[0]!r} the first"
+                )
     for array in STATES[1:]:
-        if array in arrays or array == "gradient":
-            _require_same_tensors(step, array, arrays["parameter"], arrays.get(array, {}))
-    return StepContent(arrays, scalar, tuple(unused))
+        if array in arrays:
+            _require_same_tensors(step, array, arrays["parameter"], arrays[array])
+    order = sorted(arrays["parameter"], key=_by_number)
+    kept_arrays = {name: {t: arrays[name][t] for t in order} for name in STATES if name in arrays}
+    return replace(content, arrays=kept_arrays, notes=tuple(notes))
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorting key of a name: digits by value, "layer.10" behind "layer.9"."""
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name)]
 
 
 def _require_same_tensors(
@@ -179,7 +389,7 @@ def _require_same_tensors(
                 f"tensor {tensor!r} has no {lacking}",
                 where=where(step, array, tensor),
                 why=f"names differ: parameters {sorted(parameters)[:6]}, {array}s {sorted(others)[:6]}",
-                remedy=f"log parameter/<tensor> and {array}/<tensor> under the same names",
+                remedy=f"log parameter and {array} under the same names",
             )
         if parameters[tensor].shape != others[tensor].shape:
             raise InputError(

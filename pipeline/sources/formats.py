@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Source
-from pipeline.sources.step_folder import StepFolder
+from pipeline.sources.base import Container, LoggedStep, Source
+from pipeline.sources.dcp_folder import DcpFolder, dcp_state
+from pipeline.sources.hdf5_file import Hdf5File
+from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
+from pipeline.sources.joined import JoinedSource
+from pipeline.sources.model_folder import ModelFolder
+from pipeline.sources.names import CHECKPOINT, MODEL, step_number
+from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.stacked_file import StackedFile
+from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
+from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["FORMATS", "Format", "open_source"]
+__all__ = ["FORMATS", "Format", "open_source", "open_sources"]
+
+Opener = Callable[[Path, Mapping[str, str]], Source]
 
 
 @dataclass(frozen=True)
@@ -25,18 +38,96 @@ class Format:
         Files it is found by.
     gives, lacks : str
         What can and cannot be read from it.
+    found : callable
+        Whether a path is a log of this format.
     open : callable
-        Path to `Source`.
+        Path and mapping to `Source`.
     """
 
     name: str
     layout: str
     gives: str
     lacks: str
-    open: Callable[[Path], Source]
+    found: Callable[[Path], bool]
+    open: Opener
 
 
-_GIVES = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
+def _holds(*kinds: Kind) -> Callable[[Path], bool]:
+    def found(path: Path) -> bool:
+        try:
+            return any(kind.number(entry) is not None for entry in path.iterdir() for kind in kinds)
+        except OSError:
+            return False
+
+    return found
+
+
+def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
+    return _holds(*kinds), lambda path, mapping: StepFolder(path, kinds, mapping)
+
+
+def _folder_or_file(
+    kind: Kind, suffix: str, open_file: Callable[[LoggedStep], Container]
+) -> tuple[Callable[[Path], bool], Opener]:
+    """Find and open a folder of steps, or one file of all."""
+    in_folder = _holds(kind)
+
+    def found(path: Path) -> bool:
+        return (path.is_file() and path.suffix == suffix) or in_folder(path)
+
+    def opener(path: Path, mapping: Mapping[str, str]) -> Source:
+        if path.is_file():
+            return StackedFile(path, open_file, mapping)
+        return StepFolder(path, [kind], mapping)
+
+    return found, opener
+
+
+def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
+    return lambda path: step_number(path.stem) if path.suffix in suffixes else None
+
+
+def _model_number(path: Path) -> int | None:
+    number = step_number(path.name)
+    if number is None or not path.is_dir():
+        return None
+    return number if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists() else None
+
+
+def _of_torch(step: LoggedStep, names: Any) -> TorchFile:
+    return TorchFile(step, names.inert)
+
+
+def _ckpt_file(path: Path) -> int | None:
+    return step_number(path.stem) if path.suffix == ".ckpt" and path.is_file() else None
+
+
+_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _of_torch, CHECKPOINT)
+_MODELS = Kind(
+    "step-<N>/model.safetensors", _model_number, lambda step, names: ModelFolder(step, names.inert), MODEL
+)
+
+
+def _dcp_number(path: Path) -> int | None:
+    number = step_number(path.name)
+    return number if number is not None and path.is_dir() and dcp_state(path) else None
+
+
+_DCP = Kind(
+    "step-<N>/.metadata",
+    _dcp_number,
+    lambda step, names: DcpFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: "" if dcp_state(path) == "finished" else "it has no .metadata: it is still being written",
+)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
+_LIGHTNING_SHARDS = replace(
+    _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
+)
+
+_HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
+
+_NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
 
 FORMATS: dict[str, Format] = {
     format.name: format
@@ -44,53 +135,150 @@ FORMATS: dict[str, Format] = {
         Format(
             "steps",
             "folder of step_<N>.safetensors and step_<N>.npz",
-            _GIVES,
+            _NATIVE,
             "nothing",
-            StepFolder,
+            *_folder(*NATIVE_KINDS.values()),
+        ),
+        Format(
+            "huggingface",
+            "Trainer output folder: checkpoint-<N>/ with model.safetensors or pytorch_model.bin, single or sharded",
+            "parameters, learning_rate; loss where logging_steps=1 (a mean over the update's batches, rounded to 4 "
+            "decimals before transformers 5); gradients where a gradient.safetensors lies there; out of core",
+            "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
+            _holds(TRAINER_KIND),
+            TrainerFolder,
+        ),
+        Format(
+            "lightning",
+            "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
+            "parameters, learning_rate, and what a callback adds under gradient, hvp or loss; out of core",
+            "gradients as Lightning writes it; what on_train_batch_end adds is of the state before, give --map "
+            "gradient=KEY only for those of the state saved; last.ckpt, which repeats another",
+            *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
+        ),
+        Format(
+            "dcp",
+            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any ranks",
+            "what --map says of the nested dicts that were saved, chunk by chunk in one process; out of core",
+            "gradients where they were not saved; objects of classes: no pickle is executed",
+            *_folder(_DCP),
         ),
         Format(
             "safetensors",
-            "folder of step_<N>.safetensors",
-            _GIVES + "; float64, float32, float16, bfloat16",
-            "nothing",
-            lambda path: StepFolder(path, ["safetensors"]),
+            "folder of step_<N>.safetensors, or of folders step-<N>/ with model.safetensors, single or sharded",
+            _NATIVE + "; float64, float32, float16, bfloat16; of a folder, <array>.safetensors",
+            "scalars of a folder that has them in no file",
+            *_folder(NATIVE_KINDS["safetensors"], _MODELS),
+        ),
+        Format(
+            "torch",
+            "folder of <name>-<N>.pt, .pth, .bin or .ckpt (torch.save)",
+            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step, out of core",
+            "objects of classes: no pickle is executed; the format of torch before 1.6",
+            *_folder(_TORCH),
         ),
         Format(
             "npz",
-            "folder of step_<N>.npz (numpy.savez)",
-            _GIVES + "; float64, float32, float16; tensors in Fortran order are loaded whole",
-            "bfloat16",
-            lambda path: StepFolder(path, ["npz"]),
+            "folder of step_<N>.npz (numpy.savez), or one .npz file of arrays (step, ...)",
+            _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded whole",
+            "bfloat16; one file must not be compressed",
+            *_folder_or_file(NATIVE_KINDS["npz"], ".npz", NpzStack),
+        ),
+        Format(
+            "hdf5",
+            "folder of step_<N>.h5, or one .h5 file of datasets (step, ...); needs the extra hdf5",
+            _NATIVE + "; bfloat16 as uint16 with the attribute ml_dtype",
+            "data in other files (external, virtual)",
+            *_folder_or_file(_HDF5, ".h5", Hdf5File),
         ),
     )
 }
 
 
-def open_source(path: Path, format: str | None = None) -> Source:
+def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str] | None = None) -> Source:
     """Open a training log.
 
     Parameters
     ----------
     path : Path
+        A log, or a run file (``.toml``) that lists several.
     format : str, optional
         One of `FORMATS`; found by content where not given.
+    mapping : mapping, optional
+        Quantity to the key it stands under; see `pipeline.sources.names`.
 
     Raises
     ------
     InputError
         Where nothing is there, or the format is not known.
     """
-    path = Path(path)
+    path, mapping = Path(path), dict(mapping or {})
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     if format is not None and format not in FORMATS:
         raise InputError(
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
         )
-    if not path.is_dir():
+    if path.suffix == ".toml" and path.is_file():
+        return _open_run_file(path)
+    if format is None:
+        format = next((name for name, known in FORMATS.items() if known.found(path)), "steps")
+    if not path.is_dir() and not FORMATS[format].found(path):
         raise InputError(
             "this is a file, a log is a folder",
             where=str(path),
+            why="only .npz and .h5 files can be a log of their own, of arrays (step, ...)",
             remedy="give the folder that holds the step files",
         )
-    return FORMATS[format or "steps"].open(path)
+    return FORMATS[format].open(path, mapping)
+
+
+def open_sources(
+    paths: Sequence[Path], format: str | None = None, mapping: Mapping[str, str] | None = None
+) -> Source:
+    """Open the logs of one run: one, or several that are joined by step.
+
+    Raises
+    ------
+    InputError
+        See `open_source`.
+    """
+    if len(paths) == 1:
+        return open_source(paths[0], format, mapping)
+    if mapping or format:
+        raise InputError(
+            "--format and --map do not say which SOURCE they mean",
+            remedy="list the sources in a run file, each with its format and map",
+        )
+    return JoinedSource([open_source(path) for path in paths])
+
+
+def _open_run_file(path: Path) -> Source:
+    """Open the sources that a run file lists, relative to its folder."""
+
+    def refuse(what: str) -> InputError:
+        return InputError(
+            what,
+            where=str(path),
+            remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME" and '
+            'map = { QUANTITY = "KEY" } where needed',
+        )
+
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise refuse(f"cannot read the run file: {error}") from error
+    entries = table.pop("source", None)
+    if table or not isinstance(entries, list) or not entries:
+        raise refuse(f"the run file has {', '.join(table) or 'no [[source]]'}")
+    sources = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise refuse("a source has no path")
+        unknown = set(entry) - {"path", "format", "map"}
+        if unknown or not isinstance(entry.get("map", {}), dict):
+            raise refuse(f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map that is no table'}")
+        if Path(entry["path"]).suffix == ".toml":
+            raise refuse(f"source {entry['path']!r} is a run file itself")
+        sources.append(open_source(path.parent / entry["path"], entry.get("format"), entry.get("map")))
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.schema import InputError
-from pipeline.sources.base import SCALAR_KEYS, LoggedStep, LoggedTensor, StepContent, sort_content, where
+from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
 
-__all__ = ["NpzFile"]
+__all__ = ["NpzFile", "NpzStack"]
 
 _SKIP = 1 << 20
-# RuntimeError: a member that says it is encrypted, or (NotImplementedError) packed in a way not known.
-_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
+_FORM = "an npz file"
 
 
-class NpzFile:
-    """Reader of one step; a context manager that holds the file open.
+class NpzFile(Container):
+    """One npz file.
 
     A pickled array is refused, never loaded. The member read last stays open, so that reading a tensor from
     its start to its end reads (and unpacks) it once.
@@ -36,27 +34,27 @@ class NpzFile:
         InputError
             Where the file cannot be read, or is not a whole npz file.
         """
-        self._step = step
+        super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
-        try:
+        with refused(step, _FORM):
             self._archive = zipfile.ZipFile(step.path)
-        except _ERRORS as error:
-            raise self._refusal(error) from error
+        try:
+            self._describe()
+        except BaseException:
+            self._archive.close()
+            raise
 
-    def __enter__(self) -> NpzFile:
-        return self
+    def _describe(self) -> None:
+        for name in self._archive.namelist():
+            key = name.removesuffix(".npy")
+            with refused(self.step, _FORM, key), self._archive.open(name) as file:
+                shape, _, dtype = self._header(file)
+            self.tensors[key] = LoggedTensor(shape, dtype.name)
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._close_member()
         self._archive.close()
-
-    def _refusal(self, error: Exception, array: str = "", tensor: str = "") -> InputError:
-        return InputError(
-            f"cannot read an npz file: {error}",
-            where=where(self._step, array, tensor),
-            why="it is truncated or still being written, damaged, not an npz file, or not readable",
-            remedy="write the step again (to another name, then rename), or remove the file",
-        )
 
     def _close_member(self) -> None:
         if self._member is not None:
@@ -69,29 +67,10 @@ class NpzFile:
         shape, fortran, dtype = read(file)
         return shape, fortran, dtype
 
-    def content(self) -> StepContent:
-        """Describe the step; see `pipeline.sources.base.sort_content` for what is refused."""
-        tensors, scalars = {}, {}
-        for name in self._archive.namelist():
-            key = name.removesuffix(".npy")
-            try:
-                with self._archive.open(name) as file:
-                    shape, _, dtype = self._header(file)
-                    if key in SCALAR_KEYS and math.prod(shape) == 1 and dtype.kind in "fiu":
-                        scalars[key] = float(np.frombuffer(file.read(), dtype)[0])
-            except _ERRORS as error:
-                array, _, tensor = key.partition("/")
-                raise self._refusal(error, array, tensor) from error
-            tensors[key] = LoggedTensor(shape, dtype.name)
-        return sort_content(self._step, tensors, scalars)
-
-    def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
-        name = f"{array}/{tensor}.npy"
-        try:
-            self._read(name, start, out)
-        except _ERRORS as error:
-            raise self._refusal(error, array, tensor) from error
+        with refused(self.step, _FORM, key):
+            self._read(f"{key}.npy", start, out)
 
     def _read(self, name: str, start: int, out: NDArray[Any]) -> None:
         if self._member is None or self._member[0] != name or self._member[2] > start:
@@ -123,3 +102,44 @@ class NpzFile:
         # The archive checks a member's CRC when it meets its end: let it meet it.
         file.peek(1)
         self._member = (name, file, start + out.size)
+
+
+class NpzStack(NpzFile):
+    """An npz file that is read anywhere, not from start to end: uncompressed, in C order, native bytes.
+
+    Reading anywhere, the archive's checksums cannot be verified.
+    """
+
+    def _describe(self) -> None:
+        self._starts: dict[str, int] = {}
+        self._descriptor = os.open(self.step.path, os.O_RDONLY)
+        region = Region(self._descriptor)
+        super()._describe()
+        for member in self._archive.infolist():
+            key = member.filename.removesuffix(".npy")
+            with refused(self.step, _FORM, key):
+                with self._archive.open(member) as file:
+                    shape, fortran, dtype = self._header(file)
+                    header = file.tell()
+                if (fortran and len(shape) > 1) or not dtype.isnative or member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("one file with all steps must be written by numpy.savez, in C order")
+                local = np.zeros(30, np.uint8)
+                region.fill(member.header_offset, local)
+                names = int(local[26:28].view("<u2")[0]) + int(local[28:30].view("<u2")[0])
+                start = member.header_offset + 30 + names
+                if header + math.prod(shape) * dtype.itemsize > member.file_size or (
+                    start + member.file_size > region.length
+                ):
+                    raise ValueError("the array ends early")
+                self._starts[key] = start + header
+        self._region = region
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
+        with refused(self.step, _FORM, key):
+            self._region.fill(self._starts[key] + start * out.itemsize, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        os.close(self._descriptor)

@@ -1,25 +1,68 @@
-"""The native format: a folder with one file per step, ``step_<N>.safetensors`` or ``step_<N>.npz``."""
+"""A log that is one folder with a file or folder per step."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.schema import InputError
-from pipeline.sources.base import LoggedStep, StepReader
+from pipeline.sources.base import Container, LoggedStep, StepReader, where
+from pipeline.sources.names import NATIVE, NamedStep, Names
 from pipeline.sources.npz_file import NpzFile
 from pipeline.sources.safetensors_file import SafetensorsFile
 
-__all__ = ["READERS", "StepFolder"]
+__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number"]
 
-READERS: dict[str, Callable[[LoggedStep], AbstractContextManager[StepReader]]] = {
-    "safetensors": SafetensorsFile,
-    "npz": NpzFile,
+_log = logging.getLogger(__name__)
+_NATIVE = re.compile(r"step_(\d{1,18})")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of steps in a folder.
+
+    Attributes
+    ----------
+    layout : str
+        For messages: ``step_<N>.npz``.
+    number : callable
+        Path to the step that its name says, None where it is none of this kind.
+    open : callable
+        Step and names to a `Container`.
+    unfinished : callable
+        Path to why it cannot be read yet, empty where it can.
+    names : Names
+        What its keys mean.
+    """
+
+    layout: str
+    number: Callable[[Path], int | None]
+    open: Callable[[LoggedStep, Names], Container]
+    names: Names = NATIVE
+    unfinished: Callable[[Path], str] = lambda path: ""
+
+
+def native_number(suffix: str) -> Callable[[Path], int | None]:
+    """Return what finds the number in ``step_<N>`` of files with a suffix."""
+
+    def number(path: Path) -> int | None:
+        match = _NATIVE.fullmatch(path.stem) if path.suffix == suffix else None
+        return int(match[1]) if match else None
+
+    return number
+
+
+NATIVE_KINDS = {
+    "safetensors": Kind(
+        "step_<N>.safetensors", native_number(".safetensors"), lambda step, names: SafetensorsFile(step)
+    ),
+    "npz": Kind("step_<N>.npz", native_number(".npz"), lambda step, names: NpzFile(step)),
 }
-
-_STEP_FILE = re.compile(r"step_(\d+)\.(\w+)")
+"""The native format: ``step_<N>.safetensors`` and ``step_<N>.npz``."""
 
 
 class StepFolder:
@@ -29,40 +72,49 @@ class StepFolder:
     ----------
     location : Path
         The folder.
-    readers : sequence of str
-        Containers to look for, of `READERS`.
+    kinds : sequence of Kind
+        What to look for.
+    mapping : mapping, optional
+        Quantity to the key it stands under, before what the kinds and the mapping file of the folder say.
+
+    Raises
+    ------
+    InputError
+        Where the mapping, or the mapping file, cannot be understood.
     """
 
-    def __init__(self, location: Path, readers: Sequence[str] = tuple(READERS)) -> None:
+    def __init__(
+        self,
+        location: Path,
+        kinds: Sequence[Kind] = tuple(NATIVE_KINDS.values()),
+        mapping: Mapping[str, str] | None = None,
+    ) -> None:
         self.location = Path(location)
-        self._readers = tuple(readers)
+        self._kinds = tuple(
+            replace(kind, names=kind.names.of_folder(self.location).mapped(mapping or {})) for kind in kinds
+        )
 
     def steps(self) -> list[LoggedStep]:
-        """List the steps; see `pipeline.sources.base.Source`."""
+        """List the steps; see `pipeline.sources.base.Source`.
+
+        Files are opened only where the user says that they hold their step number themselves.
+        """
         found: dict[int, LoggedStep] = {}
-        try:
-            paths = sorted(self.location.iterdir())
-        except OSError as error:
-            raise InputError(
-                f"cannot list the log folder: {error.strerror}",
-                where=str(self.location),
-                remedy="give the folder that holds the step files",
-            ) from error
-        for path in paths:
-            match = _STEP_FILE.fullmatch(path.name)
-            if not match or match[2] not in self._readers:
+        for path in self._paths():
+            number = self._number(path)
+            if number is None:
                 continue
-            step = LoggedStep(int(match[1]), path)
+            step = LoggedStep(number, path)
             if step.number in found:
                 raise InputError(
                     f"step {step.number} is there twice: {found[step.number].path.name} and {path.name}",
                     where=f"{path}, step {step.number}",
                     why="the run was logged into one folder twice, in two formats or with padded numbers",
-                    remedy="keep one of the files",
+                    remedy="keep one of the files, or say with --map step=KEY where the files hold their step",
                 )
             found[step.number] = step
         if not found:
-            names = ", ".join(f"step_<N>.{reader}" for reader in self._readers)
+            names = ", ".join(kind.layout for kind in self._kinds)
             raise InputError(
                 f"no step files ({names}) in this folder",
                 where=str(self.location),
@@ -71,6 +123,47 @@ class StepFolder:
             )
         return sorted(found.values())
 
+    def _paths(self) -> list[Path]:
+        try:
+            return sorted(self.location.iterdir())
+        except OSError as error:
+            raise InputError(
+                f"cannot list the log folder: {error.strerror}",
+                where=str(self.location),
+                remedy="give the folder that holds the step files",
+            ) from error
+
+    def _number(self, path: Path) -> int | None:
+        kind = self._kind(path)
+        if kind is None or path.name.startswith("."):
+            return None
+        reason = kind.unfinished(path)
+        if reason:
+            _log.warning("%s is left out: %s", path, reason)
+            return None
+        if "step" not in kind.names.given:
+            return kind.number(path)
+        with NamedStep(kind.open(LoggedStep(-1, path), kind.names), kind.names) as reader:
+            number = reader.number("step")
+        if number is None or number != int(number) or number < 0:
+            raise InputError(
+                f"{kind.names.keys['step'][0]!r} is {number}, not the number of a step",
+                where=str(path),
+                remedy="say with --map step=KEY where the files hold their step",
+            )
+        return int(number)
+
+    def _kind(self, path: Path) -> Kind | None:
+        return next((kind for kind in self._kinds if kind.number(path) is not None), None)
+
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `pipeline.sources.base.Source`."""
-        return READERS[step.path.suffix.removeprefix(".")](step)
+        kind = self._kind(step.path)
+        if kind is None:
+            raise InputError(
+                "the step cannot be found any more",
+                where=where(step),
+                why="the training run removed it while it was read (checkpoint rotation), or it was moved",
+                remedy="run again; what was committed is kept",
+            )
+        return NamedStep(kind.open(step, kind.names), kind.names)

@@ -1,0 +1,120 @@
+"""Output folders of the Hugging Face Trainer: ``checkpoint-<N>/`` with a model, an optimizer and the log so far."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.schema import InputError
+from pipeline.sources.base import LoggedStep, StepContent
+from pipeline.sources.model_folder import ModelFolder
+from pipeline.sources.names import MODEL, NamedStep, step_number
+from pipeline.sources.step_folder import Kind, StepFolder
+
+__all__ = ["TRAINER_KIND", "TrainerFolder"]
+
+_STATE, _STATE_LIMIT = "trainer_state.json", 1 << 27
+
+
+def _number(path: Path) -> int | None:
+    return step_number(path.name) if path.name.startswith("checkpoint-") and path.is_dir() else None
+
+
+def _unfinished(path: Path) -> str:
+    # The Trainer writes the state last.
+    return "" if (path / _STATE).is_file() else f"it has no {_STATE}: it is still being written, or removed"
+
+
+TRAINER_KIND = Kind(
+    "checkpoint-<N>/",
+    _number,
+    lambda step, names: ModelFolder(step, names.inert),
+    MODEL,
+    _unfinished,
+)
+
+
+class TrainerFolder(StepFolder):
+    """A Trainer's output folder.
+
+    ``checkpoint-N`` is the state after N updates. Loss and learning rate of the update that follows are those that
+    the log has at step N + 1, in the newest checkpoint. The Trainer logs the mean loss since its last entry: that
+    of one update (``logging_steps=1``) is taken, with a note where it is rounded; a mean over more is not.
+    """
+
+    def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
+        super().__init__(location, [TRAINER_KIND], mapping)
+        self._history: dict[int, dict[str, Any]] = {}
+
+    def steps(self) -> list[LoggedStep]:
+        """List the steps; see `pipeline.sources.base.Source`. The newest ``trainer_state.json`` is read too."""
+        steps = super().steps()
+        self._history = _history(steps[-1])
+        return steps
+
+    def open(self, step: LoggedStep) -> _TrainerStep:
+        """Open a step; see `pipeline.sources.base.Source`."""
+        reader = super().open(step)
+        assert isinstance(reader, NamedStep)
+        return _TrainerStep(reader, step, self._history)
+
+
+def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
+    """Entries of the training log by step; of those that a restart repeats, the last."""
+    path = step.path / _STATE
+    try:
+        if path.stat().st_size > _STATE_LIMIT:
+            raise ValueError(f"it has more than {_STATE_LIMIT} bytes")
+        entries = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        return {int(entry["step"]): dict(entry) for entry in entries if "loss" in entry}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"cannot read the Trainer's state: {error}",
+            where=str(path),
+            why="it is still being written, was removed by checkpoint rotation, or is damaged",
+            remedy="run again",
+        ) from error
+
+
+class _TrainerStep:
+    """Reader of one checkpoint, with what the log says of the update that follows."""
+
+    def __init__(self, reader: NamedStep, step: LoggedStep, history: Mapping[int, Mapping[str, Any]]) -> None:
+        self._reader, self._step, self._history = reader, step, history
+        self.read = reader.read
+
+    def __enter__(self) -> _TrainerStep:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reader.__exit__(*exception)
+
+    def content(self) -> StepContent:
+        """Describe the step; see `pipeline.sources.base.StepReader`."""
+        content = self._reader.content()
+        number = self._step.number
+        scalars, notes = dict(content.scalars), list(content.notes)
+        entry = self._history.get(number + 1, {})
+        covers = number + 1 - max((step for step in self._history if step <= number), default=0)
+        if "learning_rate" in entry:
+            scalars["learning_rate"] = _number_of(entry["learning_rate"])
+        if "loss" in entry and covers == 1:
+            scalars["loss"] = _number_of(entry["loss"])
+            if _rounded(self._history):
+                notes.append("losses are rounded to 4 decimals by the Trainer: differences of losses are not exact")
+        elif self._history:
+            notes.append("there are steps whose loss the Trainer did not log alone (logging_steps is not 1)")
+        return replace(content, scalars=scalars, notes=tuple(notes))
+
+
+def _number_of(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _rounded(history: Mapping[int, Mapping[str, Any]]) -> bool:
+    losses = [_number_of(entry["loss"]) for entry in history.values()]
+    return all(loss == round(loss, 4) for loss in losses if math.isfinite(loss))

@@ -1,0 +1,345 @@
+"""What the keys of a file mean: where parameters, gradients, loss, learning rate and step number stand."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.schema import SCALARS, STATES, STORAGE_DTYPES, InputError
+from pipeline.sources.base import Container, LoggedTensor, StepContent, where
+
+__all__ = [
+    "CHECKPOINT",
+    "MAP_FILE",
+    "MODEL",
+    "NATIVE",
+    "QUANTITIES",
+    "ROOT",
+    "NamedStep",
+    "Names",
+    "parse_map",
+    "step_number",
+]
+
+QUANTITIES = (*STATES, *SCALARS, "step")
+"""What a key can be said to hold."""
+
+ROOT = "."
+"""Key of the whole file."""
+
+MAP_FILE = "natgrad.toml"
+"""Mapping file in the folder of a log."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Keys under which a log keeps its quantities.
+
+    Attributes
+    ----------
+    keys : mapping
+        Quantity of `QUANTITIES` to the keys it may stand under; the first that is there counts. Levels are joined
+        by a slash, or by a dot where the file has flat keys; in the key of a number ``*`` is any one level, and
+        all numbers it matches must be equal.
+    given : frozenset of str
+        Quantities whose key the user gave, so it must be there.
+    model : bool
+        Parameters are a whole model: what is no float, or has no gradient, is not trained.
+    inert : tuple of str
+        Classes whose pickled objects are skipped unread, beside those that are known.
+
+    Examples
+    --------
+    >>> NATIVE.mapped({"parameter": "model", "learning_rate": "lr"}).keys["parameter"]
+    ('model',)
+    """
+
+    keys: Mapping[str, tuple[str, ...]]
+    given: frozenset[str] = frozenset()
+    model: bool = False
+    inert: tuple[str, ...] = field(default=())
+
+    def mapped(self, mapping: Mapping[str, str], place: str = "--map") -> Names:
+        """Return these names with some quantities under the keys given.
+
+        Raises
+        ------
+        InputError
+            Where a quantity is not known.
+        """
+        for quantity, key in mapping.items():
+            if quantity not in QUANTITIES or not isinstance(key, str) or not key:
+                raise InputError(
+                    f"{quantity}={key} does not say where a quantity is",
+                    where=place,
+                    remedy=f"write QUANTITY=KEY, QUANTITY of {', '.join(QUANTITIES)}; the whole file is {ROOT}",
+                )
+        given = {quantity: (key,) for quantity, key in mapping.items()}
+        return replace(
+            self,
+            keys={**self.keys, **given},
+            given=self.given | given.keys(),
+            model=self.model or bool(given.keys() & set(STATES)),
+        )
+
+    def of_folder(self, folder: Path) -> Names:
+        """Return these names as the mapping file of a log folder changes them.
+
+        Raises
+        ------
+        InputError
+            Where the file is no mapping.
+        """
+        path = folder / MAP_FILE
+        try:
+            if not path.is_file():
+                return self
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
+        mapping, inert = table.pop("map", {}), table.pop("inert", [])
+        if table or not isinstance(mapping, dict) or not isinstance(inert, list):
+            raise InputError(
+                f"the mapping file holds {', '.join(table) or 'other values than it may'}",
+                where=str(path),
+                remedy='write a table [map] of QUANTITY = "KEY", and a list inert = ["module.Class"]',
+            )
+        return replace(self.mapped(mapping, str(path)), inert=(*self.inert, *map(str, inert)))
+
+
+NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS)})
+"""Names of the native format."""
+
+_GRADIENT = ("gradient", "gradients", "grad", "grads")
+_RATE = ("learning_rate", "lr", "optimizer/param_groups/*/lr", "optimizer_state_dict/param_groups/*/lr")
+
+CHECKPOINT = Names(
+    {
+        "parameter": ("parameter", "parameters", "model", "state_dict", "model_state_dict", "module", ROOT),
+        "gradient": _GRADIENT,
+        "hvp": ("hvp",),
+        "loss": ("loss",),
+        "learning_rate": (*_RATE, "optim/param_groups/*/lr", "optimizer_states/*/param_groups/*/lr"),
+        "step": ("step", "global_step", "iteration", "iter_num"),
+    },
+    model=True,
+)
+"""Names under which trainers save checkpoints; a file that has none of them is a model."""
+
+MODEL = replace(CHECKPOINT, keys={**CHECKPOINT.keys, "parameter": (ROOT,)})
+"""Names of a file that is a model and nothing else."""
+
+
+def parse_map(pairs: Sequence[str]) -> dict[str, str]:
+    """Read ``quantity=key`` pairs of a command line.
+
+    Raises
+    ------
+    InputError
+        Where one is no such pair, or a quantity is given twice.
+    """
+    mapping: dict[str, str] = {}
+    for pair in pairs:
+        for word in pair.split():
+            quantity, equals, key = word.partition("=")
+            if not equals or quantity in mapping:
+                raise InputError(
+                    f"{word!r} is {'given twice' if equals else 'no pair QUANTITY=KEY'}",
+                    where="--map",
+                    remedy="write, for example, --map parameter=model --map gradient=grad",
+                )
+            mapping[quantity] = key
+    return mapping
+
+
+class NamedStep:
+    """Reader of one step: a container, and the names of what is in it.
+
+    Parameters
+    ----------
+    container : Container
+        Closed with this.
+    names : Names
+    """
+
+    def __init__(self, container: Container, names: Names) -> None:
+        self._container, self._names = container, names
+        self._keys: dict[str, dict[str, str]] | None = None
+
+    def __enter__(self) -> NamedStep:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._container.close()
+
+    def number(self, quantity: str) -> float | None:
+        """Value of a quantity that is one number, None where there is none."""
+        values = self._values(quantity)[1]
+        return values[0] if len(set(values)) == 1 else None
+
+    def content(self) -> StepContent:
+        """Describe the step.
+
+        Raises
+        ------
+        InputError
+            Where a key that the user gave is not there, a tensor is not of a float dtype, or the file says that
+            it is of another step.
+        """
+        step, tensors = self._container.step, self._container.tensors
+        notes, used, scalars = [], set(), {}
+        for quantity in SCALARS:
+            keys, values = self._values(quantity)
+            used |= set(keys)
+            if len(set(values)) == 1:
+                scalars[quantity] = values[0]
+            elif values:
+                notes.append(f"{quantity} is {sorted(set(values))} at {', '.join(keys)}: none is taken")
+            elif quantity in self._names.given:
+                raise self._missing(quantity)
+        keys, values = self._values("step")
+        used |= set(keys)
+        if "step" not in self._names.given and any(value != step.number for value in values):
+            raise InputError(
+                f"the file says {keys[0]} {values[0]:g}, its name step {step.number}",
+                where=where(step),
+                why="the file was renamed, or its name counts something else than updates",
+                remedy=f"give --map step={keys[0]} to take the file's number",
+            )
+        found = self._arrays(used)
+        arrays = {
+            array: {name: tensors[key] for name, key in names.items()} for array, names in found.items() if names
+        }
+        used |= {key for names in found.values() for key in names.values()}
+        parameters = {key: name for name, key in found.get("parameter", {}).items()}
+        ties = {
+            parameters[key]: parameters[kept]
+            for key, kept in self._container.ties.items()
+            if key in parameters and kept in parameters
+        }
+        unused = tuple(key for key in tensors if key not in used)
+        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model)
+
+    def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
+        if self._keys is None:
+            self._keys = self._arrays(set())
+        self._container.read(self._keys[array][tensor], start, out)
+
+    def _missing(self, quantity: str) -> InputError:
+        known = sorted({*self._container.tensors, *self._container.numbers})
+        return InputError(
+            f"no {quantity} under the key {self._names.keys[quantity][0]!r}",
+            where=where(self._container.step),
+            why=f"keys are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}",
+            remedy=f"say where it is with --map {quantity}=KEY, or in {MAP_FILE} in the folder of the log",
+        )
+
+    def _values(self, quantity: str) -> tuple[list[str], list[float]]:
+        """Keys and values of the first key of a scalar that is there."""
+        tensors, numbers = self._container.tensors, self._container.numbers
+        for pattern in self._names.keys.get(quantity, ()):
+            if "*" in pattern:
+                expression = re.compile("[^/]+".join(map(re.escape, pattern.split("*"))))
+                keys = [key for key in (*numbers, *tensors) if expression.fullmatch(key)]
+            else:
+                keys = [pattern] if pattern in numbers or pattern in tensors else []
+            values = [(key, value) for key in keys if (value := self._value(key)) is not None]
+            if values:
+                return [key for key, _ in values], [value for _, value in values]
+        return [], []
+
+    def _value(self, key: str) -> float | None:
+        if key in self._container.numbers:
+            return self._container.numbers[key]
+        logged = self._container.tensors[key]
+        if math.prod(logged.shape) != 1:
+            return None
+        if logged.dtype == "bfloat16":
+            word = np.zeros(1, np.uint16)
+            self._container.read(key, 0, word)
+            return float((word.astype(np.uint32) << np.uint32(16)).view(np.float32)[0])
+        if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
+            return None
+        value = np.zeros(1, logged.dtype)
+        self._container.read(key, 0, value)
+        return float(value[0])
+
+    def _arrays(self, used: Collection[str]) -> dict[str, dict[str, str]]:
+        """Tensor names of each array and their keys; what the root holds is what nothing else claims."""
+        found: dict[str, dict[str, str]] = {}
+        claimed = set(used)
+        rooted = []
+        for array in STATES:
+            for prefix in self._names.keys.get(array, ()):
+                if prefix == ROOT:
+                    rooted.append(array)
+                    break
+                names = self._under(array, prefix)
+                if names:
+                    found[array] = names
+                    claimed |= set(names.values())
+                    break
+            else:
+                if array in self._names.given:
+                    raise self._missing(array)
+        if self._names.given.intersection(rooted):
+            rooted = [array for array in rooted if array in self._names.given]
+        for array in rooted:
+            names = {key: key for key in self._container.tensors if key not in claimed}
+            found[array] = self._floats(array, names)
+        return found
+
+    def _under(self, array: str, prefix: str) -> dict[str, str]:
+        # A dot is part of many names: it parts levels only where the user says what is before it.
+        for separator in "/." if array in self._names.given else "/":
+            start = prefix + separator
+            names = {key.removeprefix(start): key for key in self._container.tensors if key.startswith(start)}
+            names = self._floats(array, {name: key for name, key in names.items() if name})
+            if names:
+                return names
+        return {}
+
+    def _floats(self, array: str, names: dict[str, str]) -> dict[str, str]:
+        tensors: Mapping[str, LoggedTensor] = self._container.tensors
+        if self._names.model:
+            return {name: key for name, key in names.items() if tensors[key].dtype in STORAGE_DTYPES}
+        for name, key in names.items():
+            if tensors[key].dtype not in STORAGE_DTYPES:
+                raise InputError(
+                    f"dtype {tensors[key].dtype} is not a float that can be stored as it is",
+                    where=where(self._container.step, array, name),
+                    remedy=f"log it as one of {', '.join(STORAGE_DTYPES)}",
+                )
+        return names
+
+
+_STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iter(?:ation)?|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)
+_ONE_NUMBER = re.compile(r"(?:[a-z_]*[-_.])?(\d+)", re.IGNORECASE)
+
+
+def step_number(stem: str) -> int | None:
+    """Step that the name of a file or folder says, None where it says none.
+
+    Examples
+    --------
+    >>> [step_number(name) for name in ("checkpoint-500", "epoch=3-step=40", "iter_0000010", "model_7")]
+    [500, 40, 10, 7]
+    >>> [step_number(name) for name in ("model-00001-of-00002", "epoch_3", "final")]
+    [None, None, None]
+    """
+    told = _STEP.findall(stem)
+    if told:
+        return int(told[-1]) if len(told[-1]) <= 18 else None
+    match = _ONE_NUMBER.fullmatch(stem)
+    if not match or stem.lower().startswith("epoch") or len(match[1]) > 18:
+        return None
+    return int(match[1])

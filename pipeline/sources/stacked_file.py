@@ -1,0 +1,109 @@
+"""A log that is one file: every array of the run with a leading step dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.schema import InputError
+from pipeline.sources.base import Container, LoggedStep, LoggedTensor
+from pipeline.sources.names import NATIVE, NamedStep
+
+__all__ = ["StackedFile"]
+
+
+class StackedFile:
+    """A run in one file: ``parameter/<tensor>`` (step, ...), ``gradient/<tensor>`` (step, ...), ``loss`` (step).
+
+    ``step`` (step) has the numbers of the steps, which count from 0 where it is not there.
+
+    Parameters
+    ----------
+    location : Path
+        The file.
+    open_container : callable
+        Opens it.
+    mapping : mapping, optional
+        Quantity to the key it stands under, before what the mapping file beside the log says.
+    """
+
+    def __init__(
+        self,
+        location: Path,
+        open_container: Callable[[LoggedStep], Container],
+        mapping: Mapping[str, str] | None = None,
+    ) -> None:
+        self.location, self._open = Path(location), open_container
+        keys = {**NATIVE.keys, "step": ("step",)}
+        self._names = replace(NATIVE, keys=keys).of_folder(self.location.parent).mapped(mapping or {})
+        self._rows: dict[int, int] = {}
+
+    def steps(self) -> list[LoggedStep]:
+        """List the steps; see `pipeline.sources.base.Source`. The file is opened for their numbers."""
+        with self._open(LoggedStep(0, self.location)) as container:
+            numbers = self._numbers(container)
+        self._rows = {number: row for row, number in enumerate(numbers)}
+        if not numbers or len(self._rows) != len(numbers) or min(numbers) < 0:
+            raise InputError(
+                f"the steps of this file are {str(numbers)[:80]}: none, negative, or twice the same",
+                where=str(self.location),
+                remedy="give each row of the leading dimension a step of its own",
+            )
+        return [LoggedStep(number, self.location) for number in sorted(numbers)]
+
+    def _numbers(self, container: Container) -> list[int]:
+        key = self._names.keys["step"][0]
+        logged = container.tensors.get(key)
+        if logged is None:
+            # Every array has the same leading length in the end; the commonest is that of the run.
+            lengths = [tensor.shape[0] for tensor in container.tensors.values() if tensor.shape]
+            return list(range(max(set(lengths), key=lengths.count))) if lengths else []
+        if len(logged.shape) != 1 or np.dtype(logged.dtype).kind not in "iu" or logged.shape[0] > 1 << 24:
+            raise InputError(
+                f"{key!r} is {logged.dtype} of shape {logged.shape}, not a list of step numbers",
+                where=str(self.location),
+                remedy="log it as integers, one per row of the leading dimension",
+            )
+        numbers = np.zeros(logged.shape[0], logged.dtype)
+        container.read(key, 0, numbers)
+        return [int(number) for number in numbers]
+
+    def open(self, step: LoggedStep) -> NamedStep:
+        """Open a step; see `pipeline.sources.base.Source`."""
+        if not self._rows:
+            self.steps()
+        rows, key = len(self._rows), self._names.keys["step"][0]
+        return NamedStep(_Row(self._open(step), self._rows[step.number], rows, key), self._names)
+
+
+class _Row(Container):
+    """One row of the leading dimension of a container."""
+
+    def __init__(self, whole: Container, row: int, rows: int, step_key: str) -> None:
+        super().__init__(whole.step)
+        self._whole, self._row = whole, row
+        self.tensors = {
+            key: LoggedTensor(logged.shape[1:], logged.dtype)
+            for key, logged in whole.tensors.items()
+            if logged.shape[:1] == (rows,) and key != step_key
+        }
+        # What is not of the run's length is described, so that it is refused where it is meant to be read.
+        self.tensors |= {
+            key: LoggedTensor(logged.shape, f"{logged.dtype} of {logged.shape[:1]} steps, not {rows},")
+            for key, logged in whole.tensors.items()
+            if key not in self.tensors and key != step_key
+        }
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
+        self._whole.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._whole.close()
