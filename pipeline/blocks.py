@@ -32,6 +32,9 @@ MINIMUM_STEPS = 64
 TILE_BYTES = 128 * MEBIBYTE
 """Bytes a task reads in a large run."""
 
+MOST_TILES = 50_000
+"""Tiles of a pass, about, however large the run: a scheduler keeps a record of each."""
+
 LEAST_TILE_BYTES = 8 * MEBIBYTE
 """Bytes a task reads at least, where a small run is cut into tasks for several workers."""
 
@@ -236,7 +239,8 @@ def plan_pass(
         # A band of whole chunks re-reads no chunk but the halo's; a chunk longer than the band is shared.
         band_rows = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
     column_bytes = band_rows * width * sum(itemsizes)
-    tile_columns = min(columns, max(1, TILE_BYTES // max(column_bytes, 1))) if columns else 1
+    tile_bytes = max(TILE_BYTES, rows * state_bytes // MOST_TILES)
+    tile_columns = min(columns, max(1, round(tile_bytes / max(column_bytes, 1)))) if columns else 1
 
     # Rows of one chunk lie one after the other: between the pieces of two of them are the pages of the others.
     read_elements = width if whole_chunks or steps > 1 else min(width, PIECE_ELEMENTS)

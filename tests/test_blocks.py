@@ -110,6 +110,22 @@ def test_the_halo_of_a_wide_model_is_one_state_in_thirty_two():
     assert plan.tile_columns == 1
 
 
+def test_a_billion_parameters_and_ten_thousand_steps_are_some_fifty_thousand_tiles():
+    elements = 1_000_000_000
+    chunk = chunk_shape(10_000, elements)
+    plan = plan_pass(
+        states=10_000,
+        elements=elements,
+        chunk=chunk,
+        itemsizes=(4, 4),
+        tensors=500,
+        vectors=5,
+        memory_limit=512 * MEBIBYTE,
+    )
+    tiles = sum(len(band.tiles) for band in plan.bands())
+    assert 0.5 * blocks.MOST_TILES < tiles < 1.5 * blocks.MOST_TILES
+
+
 def test_the_ledger_of_a_short_run_has_no_room_for_a_hundred_thousand_rows():
     plan = plan_pass(states=3, elements=10, chunk=(64, 10), itemsizes=(4, 4), tensors=1, vectors=5)
     assert plan.band_rows == blocks.MINIMUM_STEPS
