@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import h5py
@@ -397,6 +398,17 @@ def test_a_checkpoint_without_metadata_is_left_out_aloud(tmp_path, dcp_log, capl
     (tmp_path / "log" / "step-4" / ".metadata").unlink()
     assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
     assert "step-4 is left out" in caplog.text
+
+
+def test_an_object_of_a_class_that_is_not_known_is_left_out_aloud(tmp_path):
+    state = torch.zeros(3)
+    tree = {"model": {"weight": state}, "grad": {"weight": state}, "loader": {"rate": Fraction(1, 3)}}
+    dcp.save(tree, checkpoint_id=tmp_path / "step-1")
+    log = open_source(tmp_path)
+    (step,) = log.steps()
+    with log.open(step) as reader:
+        (note,) = reader.content().notes
+    assert note.startswith("loader/rate was not read: its pickle names fractions.Fraction")
 
 
 def test_stale_files_of_an_earlier_save_are_not_read(tmp_path, dcp_log):

@@ -155,10 +155,13 @@ class Container:
         Key to value of the plain numbers that are known without reading a tensor.
     ties : dict
         Keys of tensors that lie in the memory of another one, to the key of that one.
+    unread : dict
+        Keys of objects that were not read, to the reason.
     """
 
     def __init__(self, step: LoggedStep) -> None:
         self.step = step
+        self.unread: dict[str, str] = {}
         self.tensors: dict[str, LoggedTensor] = {}
         self.numbers: dict[str, float] = {}
         self.ties: dict[str, str] = {}

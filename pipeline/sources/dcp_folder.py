@@ -167,8 +167,9 @@ class DcpFolder(Container):
     def _add_numbers(self, folder: Path, key: str, blob: _Blob) -> None:
         try:
             tree = self._archive(folder, blob).tree
-        except ValueError:
-            # An object of a class of the user's own, a data loader's say: not read, and no tensor.
+        except ValueError as error:
+            # An object of a class of the user's own, a data loader's say: no tensor.
+            self.unread[key] = str(error)
             return
         self.numbers |= {f"{key}/{inner}".rstrip("/"): n for inner, n in flat_numbers(tree).items()}
 

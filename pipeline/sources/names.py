@@ -195,7 +195,8 @@ class NamedStep:
             it is of another step.
         """
         step, tensors = self._container.step, self._container.tensors
-        notes, used, scalars = [], set(), {}
+        notes = [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
+        used, scalars = set(), {}
         for quantity in SCALARS:
             keys, values = self._values(quantity)
             used |= set(keys)
