@@ -357,6 +357,15 @@ def test_a_mapped_file_gives_its_pages_back_and_says_what_it_cannot_read(tmp_pat
     mapped.close()
 
 
+def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):
+    write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
+    document = path / "gradient/zarr.json"
+    document.write_text(document.read_text()[:-9])
+    with pytest.raises(InputError, match="metadata of an array") as caught:
+        Trajectory(path)
+    assert caught.value.where == str(document)
+
+
 def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     chunk = path / "parameter/c/0/0"

@@ -29,6 +29,7 @@ __all__ = [
     "chunk_path",
     "damaged",
     "flush",
+    "is_plain",
     "make_group",
     "open_array",
     "open_group",
@@ -256,6 +257,26 @@ def open_array(folder: Path) -> zarr.Array[Any]:
     # This setting is not kept on disk, and without it a chunk of fill values (no learning rates, a diverged
     # run, a gradient of zeros in bfloat16) is not written, hence cannot be flushed or told from a lost one.
     return zarr.open_array(folder, mode="r+").with_config({"write_empty_chunks": True})
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the chunks of an array are its bytes and nothing else.
+
+    Raises
+    ------
+    InputError
+        Where there is no array.
+    """
+    try:
+        codecs = json.loads((folder / _DOCUMENT).read_bytes())["codecs"]
+        return [codec["name"] for codec in codecs] == ["bytes"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "the metadata of an array cannot be read",
+            where=str(folder / _DOCUMENT),
+            why="the file was changed or the disk failed",
+            remedy="ingest the run again with --overwrite",
+        ) from error
 
 
 def with_rows(array: zarr.Array[Any], rows: int) -> zarr.Array[Any]:

@@ -37,6 +37,7 @@ from pipeline.store.group import (
     chunk_path,
     damaged,
     flush,
+    is_plain,
     make_group,
     open_array,
     open_group,
@@ -98,7 +99,7 @@ class Trajectory:
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
         self.dtypes: dict[str, str] = attributes["dtypes"]
         self.source: str = attributes["source"]
-        self._compressed = frozenset(attributes["compressed"])
+        self._compressed = frozenset(name for name in self.dtypes if not is_plain(self.path / name))
         self._array = cache(lambda name: open_array(self.path / name))
         self._journal = Journal(self.path / "commits")
         self._unflushed: set[Path] = set()
@@ -142,7 +143,6 @@ class Trajectory:
             "layout": layout.to_json(),
             "chunk": list(chunk),
             "dtypes": dict(dtypes),
-            "compressed": sorted(compressors or ()),
         }
         arrays = {
             name: ArrayPlan(
