@@ -31,11 +31,10 @@ def segments_in(tile: Tile, tensors: int, columns: int) -> int:
     return (tile.last - tile.first) * max(1, round(tensors / columns)) + (tile.last - tile.first)
 
 
-def slept_tile(job: compute.Job, tile: Tile) -> compute.Segments:
+def slept_tile(job: compute.Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> compute.Segments:
     """In place of `pipeline.compute.tile_segments`: the time and the answer of a tile, but not its numbers."""
-    tensors, columns, seconds = (float(part) for part in job.name.split("-")[1:4])
     time.sleep(seconds)
-    count, rows = segments_in(tile, int(tensors), int(columns)), tile.stop - tile.start
+    count, rows = segments_in(tile, tensors, columns), tile.stop - tile.start
     return np.arange(count), np.zeros((rows, count, VECTORS, VECTORS)), np.zeros((rows, count))
 
 
@@ -72,18 +71,13 @@ def main(
     print(plan)
     print(f"{len(tiles)} tiles of {plan.read_bytes / len(tiles) / 1e6:.0f} MB, {len(bands)} bands")
     print(f"{wire / 1e9:.2f} GB of segment ledgers over the wire, {wire / plan.read_bytes:.1e} of what is read")
-    job = compute.Job(
-        Path("trajectory"),
-        Path("ledger"),
-        plan.read_rows,
-        plan.read_elements,
-        f"scale-{tensors}-{plan.columns}-{seconds}",
-    )
+    job = compute.Job.of(Path("trajectory"), Path("ledger"), plan)
+    tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
     process = psutil.Process()
     with (
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
-        mock.patch.object(compute, "tile_segments", slept_tile),
+        mock.patch.object(compute, "tile_segments", tile_segments),
         mock.patch.object(compute, "write_band", slept_band),
     ):
         before = peak = process.memory_info().rss

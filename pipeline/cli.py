@@ -130,6 +130,29 @@ def _arguments(sources: list[Path], out: Path, pairs: list[str] | None) -> tuple
     return paths[:-1], paths[-1], parse_map([*(pairs or []), *map(str, more)])
 
 
+def _ingest(
+    face: _Face,
+    sources: list[Path],
+    out: Path,
+    mapping: dict[str, str],
+    format: str | None,
+    allow_gaps: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    from pipeline import run
+
+    with face.progress("ingest") as progress:
+        return run.ingest_run(
+            sources,
+            out,
+            format=format,
+            mapping=mapping,
+            allow_gaps=allow_gaps,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
 def _options(
     learning_rate: float | None,
     gamma: list[float] | None,
@@ -172,16 +195,7 @@ def process(
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
     options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit)
-    with face.progress("ingest") as progress:
-        answer = run.ingest_run(
-            sources,
-            out,
-            format=format,
-            mapping=mapping,
-            allow_gaps=allow_gaps,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    answer = _ingest(face, sources, out, mapping, format, allow_gaps, overwrite)
     with face.progress("analyze") as progress:
         answer |= run.analyze_run(out, options, progress=progress)
     face.answer(answer | run.report_run([out]))
@@ -199,21 +213,9 @@ def ingest(
     quiet: Quiet = False,
 ) -> None:
     """Read the new steps of a training log into OUT/trajectory.zarr."""
-    from pipeline import run
-
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
-    with face.progress("ingest") as progress:
-        answer = run.ingest_run(
-            sources,
-            out,
-            format=format,
-            mapping=mapping,
-            allow_gaps=allow_gaps,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    face.answer(answer)
+    face.answer(_ingest(face, sources, out, mapping, format, allow_gaps, overwrite))
 
 
 @app.command()

@@ -48,8 +48,7 @@ _ROWS_OF_SHORT_SEGMENT = 16
 _NEARLY_PARALLEL = 2.0**-40
 """Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
 
-_PARAMETER, _DISPLACEMENT, _GRADIENT, _CHANGE, _RESIDUAL, _HVP = range(len(VECTORS))
-_WITHOUT_HVP = len(VECTORS) - 1
+_DISPLACEMENT, _GRADIENT, _RESIDUAL = map(VECTORS.index, ("displacement", "gradient", "residual"))
 
 # Sums may be reordered, which lets the compiler use vector registers; NaN and infinity stay what they are.
 _REORDER = {"reassoc", "contract", "nsz"}

@@ -24,6 +24,7 @@ import zarr
 from pipeline.schema import LAYOUT_VERSION, InputError
 
 __all__ = [
+    "SCALAR_CHUNK",
     "ArrayPlan",
     "Journal",
     "chunk_path",
@@ -37,6 +38,9 @@ __all__ = [
     "require_whole",
     "with_rows",
 ]
+
+SCALAR_CHUNK = 8192
+"""Steps in a chunk of an array with one number a step."""
 
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.blocks import Band
 from pipeline.schema import STEP, TENSOR, VECTOR, WITH_VECTOR, InputError, Layout
 from pipeline.store.group import (
+    SCALAR_CHUNK,
     ArrayPlan,
     Journal,
     chunk_path,
@@ -26,7 +27,6 @@ from pipeline.store.group import (
 
 __all__ = ["Ledger"]
 
-_SCALAR_CHUNK = 8192
 _ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
 
 
@@ -101,7 +101,7 @@ class Ledger:
             for name, values in names.items()
         }
         for name, numbers in _steps(steps).items():
-            arrays[name] = ArrayPlan((STEP,), (rows,), (_SCALAR_CHUNK,), "int64", values=numbers)
+            arrays[name] = ArrayPlan((STEP,), (rows,), (SCALAR_CHUNK,), "int64", values=numbers)
         arrays["gram"] = ArrayPlan(
             (STEP, TENSOR, VECTOR, WITH_VECTOR),
             (rows, tensors, count, count),

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pipeline.blocks import Band
 from pipeline.schema import ELEMENT, SCALARS, STATES, STEP, InputError, Layout
 from pipeline.store.group import (
+    SCALAR_CHUNK,
     ArrayPlan,
     Journal,
     chunk_path,
@@ -49,7 +50,6 @@ from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
 
-_SCALAR_CHUNK = 8192
 _INGEST_AGAIN = "ingest the run again with --overwrite"
 
 
@@ -156,7 +156,7 @@ class Trajectory:
             for name, dtype in dtypes.items()
         }
         for name in (STEP, *SCALARS):
-            arrays[name] = ArrayPlan((STEP,), (0,), (_SCALAR_CHUNK,), "int64" if name == STEP else "float64")
+            arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name == STEP else "float64")
         make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
 
@@ -188,8 +188,8 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         array = self._array(name)
-        for index in range(-(-self.rows // _SCALAR_CHUNK)):
-            require_whole(chunk_path(self.path / name, index), (_SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
+        for index in range(-(-self.rows // SCALAR_CHUNK)):
+            require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
         return np.asarray(with_rows(array, self.rows)[:])
 
     def records(self) -> list[dict[str, Any]]:
@@ -399,7 +399,7 @@ class Trajectory:
         for name, values in {STEP: steps, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            for index in range(start // _SCALAR_CHUNK, -(-stop // _SCALAR_CHUNK)):
+            for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
                 self._unflushed.add(chunk_path(self.path / name, index))
         for path in sorted(self._unflushed):
             flush(path)
