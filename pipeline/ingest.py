@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
-from pipeline.schema import SCALARS, STATES, InputError, Layout, promote
+from pipeline.schema import SCALARS, STATES, USUAL_SCALARS, InputError, Layout, promote
 from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,
@@ -129,6 +129,7 @@ def ingest(
             # Taken before a step is opened: what is described and what is written must be the same file.
             identities = {step: identity(step) for step in steps}
             contents = _describe(log, steps, warnings)
+            warnings += _scalars_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
             try:
                 _Writer(log, trajectory, contents, identities, warnings).write(steps, progress)
@@ -222,7 +223,7 @@ def _require_same_content(
         raise refuse("other tensors")
     if _dtypes(content) != trajectory.dtypes:
         raise refuse(f"dtypes {trajectory.dtypes}, and now has {_dtypes(content)}")
-    for name in SCALARS:
+    for name in trajectory.scalars:
         before = float(trajectory.scalar(name)[row])
         now = content.scalars.get(name, math.nan)
         if now != before and not (math.isnan(now) and math.isnan(before)):
@@ -330,7 +331,10 @@ def _matching_trajectory(
     layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
     if trajectory is None:
         chunk = chunk_shape(len(contents), layout.elements)
-        return Trajectory.create(store, layout, dtypes, chunk, str(first.path.parent.absolute()))
+        logged_scalars = {name for content in contents.values() for name in content.scalars}
+        scalars = [name for name in SCALARS if name in logged_scalars.union(USUAL_SCALARS)]
+        source = str(first.path.parent.absolute())
+        return Trajectory.create(store, layout, dtypes, chunk, source, scalars=scalars)
     logged, stored = content.arrays["parameter"], _parameters(trajectory)
     for tensor in {**stored, **logged}:
         if logged.get(tensor) != stored.get(tensor):
@@ -351,6 +355,17 @@ def _matching_trajectory(
     return trajectory
 
 
+def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
+    """Tell of numbers that the log began to hold after the trajectory was made without them."""
+    found = {name: step for step, content in reversed(contents.items()) for name in content.scalars}
+    for name, step in found.items():
+        if trajectory is not None and name not in trajectory.scalars:
+            yield (
+                f"{name} is logged from step {step.number} on, and not stored, as the steps before have none: "
+                "start anew with --overwrite to have it"
+            )
+
+
 def _told(tensor: LoggedTensor | None) -> str:
     return "no tensor" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
 
@@ -361,7 +376,7 @@ def _missing_scalars(trajectory: Trajectory) -> list[str]:
         "learning_rate": "give it with --learning-rate; without it no metric exists",
     }
     missing = []
-    for name in SCALARS:
+    for name in USUAL_SCALARS:
         absent = int(np.isnan(trajectory.scalar(name)).sum())
         if absent:
             missing.append(f"{name} is missing or NaN in {absent} of {trajectory.rows} steps: {remedies[name]}")
@@ -439,7 +454,7 @@ class _Writer:
         self,
         log: Source,
         trajectory: Trajectory,
-        contents: Mapping[LoggedStep, StepContent],
+        contents: dict[LoggedStep, StepContent],
         identities: Mapping[LoggedStep, Mapping[str, Any]],
         warnings: list[str],
     ) -> None:
@@ -481,7 +496,10 @@ class _Writer:
             position += count
         for step in steps:
             self._require_unchanged(step)
-        scalars = {name: [self._contents[step].scalars.get(name, math.nan) for step in steps] for name in SCALARS}
+        scalars = {
+            name: [self._contents[step].scalars.get(name, math.nan) for step in steps]
+            for name in trajectory.scalars
+        }
         trajectory.commit([step.number for step in steps], scalars, sources, checksums)
 
     def _require_unchanged(self, step: LoggedStep) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.schema import STORAGE_DTYPES, InputError
+from pipeline.schema import SCALARS, STORAGE_DTYPES, InputError
 
 __all__ = ["CONTAINERS", "Recorder"]
 
@@ -100,6 +100,7 @@ class Recorder:
         loss: float | None = None,
         learning_rate: float | None = None,
         hvp: Mapping[str, ArrayLike] | None = None,
+        **scalars: float,
     ) -> Path:
         """Record the state of the run before an update.
 
@@ -118,6 +119,9 @@ class Recorder:
             Learning rate eta of the update that follows, eq. (2).
         hvp : mapping, optional
             The same names to the Hessian times the displacement, H (theta_{t+1} - theta_t), eq. (16).
+        **scalars : float
+            Further numbers of `pipeline.schema.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that changes
+            with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
 
         Returns
         -------
@@ -127,7 +131,8 @@ class Recorder:
         Raises
         ------
         InputError
-            Where the step is negative, there is no tensor, names or shapes differ, or a dtype cannot be stored.
+            Where the step is negative, there is no tensor, names or shapes differ, a dtype cannot be stored, or a
+            scalar is not known.
         """
         if step < 0:
             raise InputError(f"step {step} is negative", where=str(self.folder), remedy="count updates from 0")
@@ -149,7 +154,10 @@ class Recorder:
                     remedy="record both under the same names and in the same shapes",
                 )
             arrays |= others
-        for name, value in (("loss", loss), ("learning_rate", learning_rate)):
+        for name, value in {"loss": loss, "learning_rate": learning_rate, **scalars}.items():
+            if name not in SCALARS:
+                known = ", ".join(SCALARS)
+                raise InputError(f"{name} is no number of a step", where=str(path), remedy=f"record {known}")
             if value is not None:
                 arrays[name] = self._scalar(path, name, value)
         self._write(path, arrays)

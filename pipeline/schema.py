@@ -27,6 +27,7 @@ __all__ = [
     "STEP",
     "STORAGE_DTYPES",
     "TENSOR",
+    "USUAL_SCALARS",
     "VARIABLES",
     "VECTOR",
     "VECTORS",
@@ -70,8 +71,11 @@ HVP = "hvp"
 STATES = ("parameter", "gradient", HVP)
 """Arrays (step, element) of a trajectory; ``hvp`` is optional."""
 
-SCALARS = ("loss", "learning_rate")
-"""Arrays (step) of a trajectory, NaN where the log has none."""
+SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
+"""Numbers of a step that a log may hold; arrays (step) of a trajectory, NaN where the log has none."""
+
+USUAL_SCALARS = SCALARS[:2]
+"""Those that every trajectory has; the others only where they are logged."""
 
 VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual", HVP)
 """Vectors of the Gram ledger; ``hvp`` only where it was logged."""

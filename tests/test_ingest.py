@@ -569,6 +569,20 @@ def test_keys_that_are_not_used_are_warned_of(log, store):
     assert warning == "1 keys are not used, 'accuracy' (in step_1.safetensors) the first of them"
 
 
+def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_where_they_came_late(log, store):
+    states = random_walk(4)
+    states[1]["hessian_min_eigenvalue"] = np.float64(-0.5)
+    ingest(write_log(log, states[:3]), store)
+    states[3]["loss_time_derivative"] = np.float64(0.25)
+    write_step(log, 3, states[3])
+    (warning,) = ingest(log, store).warnings
+    assert warning.startswith("loss_time_derivative is logged from step 3 on, and not stored")
+    trajectory = Trajectory(store)
+    assert trajectory.scalars == ("loss", "learning_rate", "hessian_min_eigenvalue")
+    np.testing.assert_array_equal(trajectory.scalar("hessian_min_eigenvalue"), [np.nan, -0.5, np.nan, np.nan])
+    np.testing.assert_array_equal(trajectory.scalar("loss_time_derivative"), np.full(4, np.nan))
+
+
 # Two processes, and processes that are killed ----------------------------------------------------------------
 
 ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ from logs import DTYPES
 
 from pipeline import recorder
 from pipeline.recorder import CONTAINERS, Recorder
-from pipeline.schema import InputError
+from pipeline.schema import SCALARS, InputError
 from pipeline.sources.base import LoggedTensor
 from pipeline.sources.formats import open_source
 
@@ -136,6 +136,17 @@ def test_the_loss_is_a_0_d_float64_also_from_an_array_of_one_number(tmp_path):
     assert arrays["loss"] == np.float32(0.1)
     with pytest.raises(InputError, match=r"loss has shape \(2,\)"):
         one.record(1, loss=[0.1, 0.2], **tensors)
+
+
+def test_every_number_that_a_store_knows_can_be_recorded_and_no_other(tmp_path):
+    tensors = {"parameter": {"theta": [1.0]}, "gradient": {"theta": [1.0]}}
+    numbers = {name: float(index) for index, name in enumerate(SCALARS)}
+    Recorder(tmp_path).record(0, **tensors, **numbers)
+    source = open_source(tmp_path)
+    with source.open(source.steps()[0]) as reader:
+        assert reader.content().scalars == numbers
+    with pytest.raises(InputError, match=r"(?s)accuracy is no number of a step.*loss_time_derivative"):
+        Recorder(tmp_path, resume=True).record(0, **tensors, accuracy=0.5)
 
 
 def test_a_second_run_in_the_folder_is_refused_and_a_resumed_one_replaces_its_steps(tmp_path):

@@ -4,7 +4,7 @@ A trajectory is one Zarr group::
 
     trajectory.zarr/
       parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
-      step, loss, learning_rate   (step)
+      step, loss, learning_rate   (step)    and what else of `pipeline.schema.SCALARS` is logged
       commits/00000000.json ...   which rows exist, and their checksums
 
 What lies beyond the recorded rows (an interrupted write) is overwritten by the next attempt. The shape of an array
@@ -30,7 +30,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import ELEMENT, SCALARS, STATES, STEP, InputError, Layout
+from pipeline.schema import ELEMENT, STATES, STEP, USUAL_SCALARS, InputError, Layout
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -75,6 +75,8 @@ class Trajectory:
         Steps and elements of a chunk.
     dtypes : dict
         Logical dtype (``bfloat16`` included) of each array (step, element).
+    scalars : tuple of str
+        Numbers of a step that are stored.
     source : str
         Where the log was.
     rows : int
@@ -98,6 +100,7 @@ class Trajectory:
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
         self.dtypes: dict[str, str] = attributes["dtypes"]
+        self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self._compressed = frozenset(name for name in self.dtypes if not is_plain(self.path / name))
         self._array = cache(lambda name: open_array(self.path / name))
@@ -117,6 +120,7 @@ class Trajectory:
         chunk: tuple[int, int],
         source: str = "",
         compressors: Mapping[str, Any] | None = None,
+        scalars: Sequence[str] = USUAL_SCALARS,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -132,6 +136,8 @@ class Trajectory:
             Where the log was, for provenance.
         compressors : mapping, optional
             Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
+        scalars : sequence of str, optional
+            Numbers of a step to store, of `pipeline.schema.SCALARS`.
 
         Raises
         ------
@@ -143,6 +149,7 @@ class Trajectory:
             "layout": layout.to_json(),
             "chunk": list(chunk),
             "dtypes": dict(dtypes),
+            "scalars": list(scalars),
         }
         arrays = {
             name: ArrayPlan(
@@ -155,7 +162,7 @@ class Trajectory:
             )
             for name, dtype in dtypes.items()
         }
-        for name in (STEP, *SCALARS):
+        for name in (STEP, *scalars):
             arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name == STEP else "float64")
         make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
@@ -180,13 +187,17 @@ class Trajectory:
         return index * self.chunk[1], min((index + 1) * self.chunk[1], self.layout.elements)
 
     def scalar(self, name: str) -> NDArray[Any]:
-        """Read the committed ``step`` (int64), ``loss`` or ``learning_rate`` (float64), shape (rows,).
+        """Read the committed ``step`` (int64), or one of the scalars (float64), shape (rows,).
+
+        A scalar that the trajectory does not have is NaN at every step.
 
         Raises
         ------
         InputError
             Where a chunk is missing or too short.
         """
+        if name not in (STEP, *self.scalars):
+            return np.full(self.rows, np.nan)
         array = self._array(name)
         for index in range(-(-self.rows // SCALAR_CHUNK)):
             require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
@@ -389,7 +400,7 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            ``loss`` and ``learning_rate``, n values each, NaN where the log has none.
+            Each of `scalars`, n values, NaN where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -415,7 +426,7 @@ class Trajectory:
 
     def recover(self) -> None:
         """Bring the shapes on disk up to the record, should the writer before have stopped between the two."""
-        for name in (*self.dtypes, STEP, *SCALARS):
+        for name in (*self.dtypes, STEP, *self.scalars):
             array = self._array(name)
             if array.shape[0] != self.rows:
                 array.resize((self.rows, *array.shape[1:]))
