@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline import gram
 from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
-from pipeline.schema import HVP, InputError
+from pipeline.schema import HVP, STEP, InputError
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
 __all__ = [
@@ -155,7 +155,8 @@ def compute_ledger(
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
     _log.info("%s", plan)
-    book = Ledger.prepare(Path(ledger), states.layout, names, states.scalar("step"), plan.band_rows)
+    steps, spans = states.scalar(STEP)[:-1], states.spans()
+    book = Ledger.prepare(Path(ledger), states.layout, names, steps, spans, plan.band_rows)
     digests = states.digests(plan.bands())
     # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
     book.discard_others(digests)
@@ -238,7 +239,8 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
     segments = [part for piece in pieces(low, high) for part in states.layout.segments(*piece)]
     starts = np.array([start - low for _, start, _ in segments] + [high - low], dtype=np.int64)
     rows, count = tile.stop - tile.start, len(gram.vectors(HVP in states.dtypes))
-    products, ratio = np.empty((rows, len(segments), count, count)), np.empty((rows, len(segments)))
+    # From a state to one of another run or attempt no update leads: such a row stays NaN.
+    products, ratio = np.full((rows, len(segments), count, count), np.nan), np.full((rows, len(segments)), np.nan)
     for done in range(0, rows, job.read_rows):
         more = min(job.read_rows, rows - done)
         start = tile.start + done
@@ -249,15 +251,28 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
                 else stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
                 for name in states.dtypes
             }
-            gram.products(
-                seen["parameter"],
-                seen["gradient"],
-                starts,
-                products[done : done + more],
-                ratio[done : done + more],
-                seen.get(HVP),
-            )
+            for first, last in states.stretches(start, start + more + 1):
+                stretch = {name: _rows(blocks, first - start, last - start) for name, blocks in seen.items()}
+                written = slice(first - tile.start, last - 1 - tile.start)
+                gram.products(
+                    stretch["parameter"],
+                    stretch["gradient"],
+                    starts,
+                    products[written],
+                    ratio[written],
+                    stretch.get(HVP),
+                )
     return np.array([index for index, _, _ in segments]), products, ratio
+
+
+def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any]]:
+    """Rows ``first`` to ``last`` of blocks of rows, without a copy."""
+    chosen, begin = [], 0
+    for block in blocks:
+        part = block[max(first - begin, 0) : max(last - begin, 0)]
+        chosen += [part] if len(part) else []
+        begin += len(block)
+    return chosen
 
 
 def _decoded(

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from pipeline import geometry
 from pipeline.geometry import Pair
 from pipeline.schema import (
+    ATTEMPT,
     DESCENT,
     DESCENTS,
     DIMENSIONS,
     GAMMA,
+    RUN,
     STEP,
     TENSOR,
     VARIABLES,
@@ -57,12 +59,18 @@ class Inputs:
     layout : Layout
     steps, spans : int64 array, shape (rows,)
         Step before the update, and updates to the next logged state.
-    loss : float64 array, shape (rows + 1,)
-        NaN where not logged.
+    loss, next_loss : float64 array, shape (rows,)
+        Before and after the update, NaN where not logged.
     learning_rate : float64 array, shape (rows,)
         NaN where neither logged nor given.
     gradient_dtype : str
         Stored dtype of the gradient.
+    attempts : int64 array, shape (rows,), optional
+        Restarts before each row was logged; none where not given.
+    runs : tuple of str, optional
+        Names of the runs of a sweep.
+    run : int64 array, shape (rows,), optional
+        Position of each row's run in them; rows of a run lie together, in order.
     """
 
     gram: Array
@@ -71,8 +79,21 @@ class Inputs:
     steps: NDArray[np.int64]
     spans: NDArray[np.int64]
     loss: Array
+    next_loss: Array
     learning_rate: Array
     gradient_dtype: str
+    attempts: NDArray[np.int64] | None = None
+    runs: tuple[str, ...] = ()
+    run: NDArray[np.int64] | None = None
+
+    def whole(self, m: int) -> NDArray[np.bool_]:
+        """Whether each row is the first of m updates, each from the state that the one before led to."""
+        follows = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
+        if self.run is not None:
+            follows &= self.run[:-1] == self.run[1:]
+        if m == 1:
+            return np.ones(len(self.steps), bool)
+        return np.pad(_windows(follows, m - 1).all(axis=-1), (0, m - 1))
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,7 @@ def label(
         Positive weights of the one-parameter family.
     windows : sequence of int
         Windows m of consecutive logged updates; 1 is always there. A row whose window passes the end of the
-        run is NaN with status ``unverifiable``.
+        run, or a restart, is NaN with status ``unverifiable``.
     provenance : mapping, optional
         Attributes of the root.
 
@@ -112,7 +133,7 @@ def label(
     InputError
         Where a gamma is not positive, or a window is not a positive number of updates of the run.
     """
-    rows = len(inputs.steps)
+    rows = np.bincount(inputs.run).max() if inputs.run is not None else len(inputs.steps)
     windows = sorted({1, *windows})
     gammas = sorted({float(gamma) for gamma in gammas})
     if not gammas or not all(np.isfinite(gamma) and gamma > 0 for gamma in gammas):
@@ -193,10 +214,12 @@ def _rolling_norm(values: Array, m: int) -> Array:
     return np.asarray(np.sqrt(_windows(np.square(values), m).sum(axis=-1)))
 
 
-def _to_length(values: NDArray[Any], rows: int, fill: Any) -> NDArray[Any]:
-    """Fill up the rows at the end of the run whose window is not whole."""
-    missing = rows - values.shape[0]
-    return np.concatenate([values, np.full((missing, *values.shape[1:]), fill, values.dtype)])
+def _where_whole(values: NDArray[Any], whole: NDArray[np.bool_], fill: Any) -> NDArray[Any]:
+    """Fill the rows whose window is not whole: at the end of a run there are none, before a restart wrong ones."""
+    missing = len(whole) - len(values)
+    values = np.concatenate([values, np.full((missing, *values.shape[1:]), fill, values.dtype)])
+    values[~whole] = fill
+    return values
 
 
 # From pairs to variables -------------------------------------------------------------------------------------
@@ -205,16 +228,15 @@ def _to_length(values: NDArray[Any], rows: int, fill: Any) -> NDArray[Any]:
 def _dataset(
     inputs: Inputs, level: _Level, model: _Level, gammas: Sequence[float], windows: Sequence[int]
 ) -> xr.Dataset:
-    rows = len(inputs.steps)
     leading = level.dimensions
     full = (*leading, DESCENT, WINDOW)
     columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
-        "loss": ((STEP,), inputs.loss[:-1]),
+        "loss": ((STEP,), inputs.loss),
         "learning_rate": ((STEP,), inputs.learning_rate),
         "step_span": ((STEP,), inputs.spans),
         "parameter_norm": (leading, level.parameter_norm),
-        "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs.loss, m, rows) for m in windows])),
-        "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs.loss, m, rows) for m in windows])),
+        "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs, m) for m in windows])),
+        "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs, m) for m in windows])),
     }
     cells = [[_metrics(inputs, level, model, descent, m, gammas) for m in windows] for descent in DESCENTS]
     for name in cells[0][0]:
@@ -232,20 +254,48 @@ def _dataset(
     }
     if TENSOR in leading:
         coordinates[TENSOR] = np.array(inputs.layout.names, dtype=object)
+    attempts = np.zeros(len(inputs.steps), np.int64) if inputs.attempts is None else inputs.attempts
+    coordinates[ATTEMPT] = (STEP, attempts)
     dataset = xr.Dataset({name: columns[name] for name in VARIABLES if name in columns}, coordinates)
-    return _described(dataset)
+    return _described(_by_run(dataset, inputs) if inputs.runs else dataset)
+
+
+def _by_run(dataset: xr.Dataset, inputs: Inputs) -> xr.Dataset:
+    """Give a sweep a dimension for its runs: what a run has not logged at a step of another is missing."""
+    steps, position = np.unique(inputs.steps, return_inverse=True)
+
+    def spread(variable: xr.Variable, fill: Any) -> tuple[tuple[Any, ...], NDArray[Any]]:
+        values = np.full((len(inputs.runs), len(steps), *variable.shape[1:]), fill, variable.dtype)
+        values[inputs.run, position] = variable.values
+        return (RUN, *variable.dims), values
+
+    fills = {"f": np.nan, "b": False, "i": 0}
+    columns = {
+        name: spread(variable, Status.NOT_LOGGED if name == "status" else fills[variable.dtype.kind])
+        for name, variable in dataset.variables.items()
+        if name in dataset.data_vars or name == ATTEMPT
+    }
+    labels = {name: coordinate for name, coordinate in dataset.coords.items() if name not in (STEP, ATTEMPT)}
+    runs = np.array(inputs.runs, dtype=object)
+    attempts = columns.pop(ATTEMPT)
+    return xr.Dataset(columns, {**labels, RUN: runs, STEP: steps, ATTEMPT: attempts})
 
 
 def _stack(per_window: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.stack(per_window, axis=-1)
 
 
-def _loss_average(loss: Array, m: int, rows: int) -> Array:
-    return _to_length(_windows(loss[:-1], m).mean(axis=-1), rows, np.nan)
+def _loss_average(inputs: Inputs, m: int) -> Array:
+    return _where_whole(_windows(inputs.loss, m).mean(axis=-1), inputs.whole(m), np.nan)
 
 
-def _loss_decrease(loss: Array, m: int, rows: int) -> Array:
-    return _to_length(loss[:-m] - loss[m:], rows, np.nan)
+def _loss_decrease(inputs: Inputs, m: int) -> Array:
+    return _where_whole(_decrease(inputs, m), inputs.whole(m), np.nan)
+
+
+def _decrease(inputs: Inputs, m: int) -> Array:
+    """L(t) - L(t+m) of all m rows that follow each other, eq. (3)."""
+    return inputs.loss[: len(inputs.loss) - m + 1] - inputs.next_loss[m - 1 :]
 
 
 def _metrics(
@@ -253,7 +303,7 @@ def _metrics(
 ) -> dict[str, NDArray[Any]]:
     """Variables of one descent and one window, each of shape (rows, ...)."""
     rows, per_tensor = len(inputs.steps), level is not model
-    rate, change, whole = inputs.learning_rate * inputs.spans, np.diff(inputs.loss), model.pair
+    rate, change, whole = inputs.learning_rate * inputs.spans, inputs.next_loss - inputs.loss, model.pair
     known = np.isfinite(change) if descent == "corrected" else np.ones(rows, dtype=bool)
     if per_tensor:
         rate, change, whole, known = rate[:, None], change[:, None], whole[:, None], known[:, None]
@@ -306,12 +356,13 @@ def _metrics(
     if not per_tensor:
         # A tensor has no loss of its own to compare its share with, so this one belongs to the model.
         share = _windows(rate * pair.alignment, m).sum(axis=-1)
-        decrease = inputs.loss[:-m] - inputs.loss[m:]
+        decrease = _decrease(inputs, m)
         residual = (share - decrease) / np.abs(decrease)
         values["discrete_identity_residual"] = np.where(np.isfinite(residual), residual, np.nan)
-    filled = {name: _to_length(value, rows, np.nan) for name, value in values.items()}
-    filled["effective"] = _to_length(effective, rows, False)
-    filled["status"] = _to_length(status, rows, np.int8(Status.UNVERIFIABLE))
+    complete = inputs.whole(m)
+    filled = {name: _where_whole(value, complete, np.nan) for name, value in values.items()}
+    filled["effective"] = _where_whole(effective, complete, False)
+    filled["status"] = _where_whole(status, complete, np.int8(Status.UNVERIFIABLE))
     return filled
 
 

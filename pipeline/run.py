@@ -17,7 +17,7 @@ import numpy as np
 from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
-from pipeline.schema import InputError, Status
+from pipeline.schema import ATTEMPT, RUN, InputError, Status
 from pipeline.store import Ledger, Trajectory
 
 __all__ = ["MEMORY_LIMIT", "Analysis", "RunFolder", "analyze_run", "describe_run", "ingest_run", "report_run"]
@@ -73,6 +73,8 @@ class Analysis:
         Address of an existing Dask scheduler, used in place of processes of our own.
     memory_limit : int
         Bytes that a worker process may use.
+    attempt : int, optional
+        The run as it stood at this attempt, before it was restarted again; the newest where not given.
     """
 
     learning_rate: float | None = None
@@ -81,6 +83,7 @@ class Analysis:
     workers: int | None = None
     scheduler: str | None = None
     memory_limit: int = MEMORY_LIMIT
+    attempt: int | None = None
 
     def executor(self) -> compute.Executor:
         """Executor that these options ask for."""
@@ -138,27 +141,18 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
         memory_limit=options.memory_limit,
         progress=progress,
     )
-    states, ledger = Trajectory(folder.trajectory), Ledger(folder.ledger)
-    gram, _ = ledger.read()
-    steps, spans = ledger.steps()
-    learning_rate = states.scalar("learning_rate")[: len(steps)]
-    if rate is not None:
-        learning_rate = np.where(np.isnan(learning_rate), rate, learning_rate)
-    inputs = results.Inputs(
-        gram=gram,
-        vectors=ledger.vectors,
-        layout=ledger.layout,
-        steps=steps,
-        spans=spans,
-        loss=states.scalar("loss")[: len(steps) + 1],
-        learning_rate=learning_rate,
-        gradient_dtype=states.dtypes["gradient"],
-    )
+    states = Trajectory(folder.trajectory)
+    inputs = _inputs(states, Ledger(folder.ledger), options)
     provenance = {
         "source": states.source,
         "fingerprint": states.fingerprint(),
         "elements": states.layout.elements,
-        "options": {"learning_rate": rate, "gamma": list(options.gammas), "window": list(options.windows)},
+        "options": {
+            "learning_rate": rate,
+            "gamma": list(options.gammas),
+            "window": list(options.windows),
+            "attempt": int(states.scalar(ATTEMPT).max()) if options.attempt is None else options.attempt,
+        },
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
     results.write(tree, folder.results)
@@ -171,6 +165,47 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
         "projected_memory": summary.plan.projected_bytes,
         **_overview(tree),
     }
+
+
+def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.Inputs:
+    """Rows of the ledger that are updates of the runs as they stand, each run in the order of its steps."""
+    gram, _ = ledger.read()
+    steps, spans = ledger.steps()
+    attempts = states.scalar(ATTEMPT)
+    if options.attempt is not None and not 0 <= options.attempt <= attempts.max():
+        raise InputError(
+            f"there is no attempt {options.attempt}, the last is {attempts.max()}",
+            where="--attempt",
+            remedy="leave it out for the run as it stands",
+        )
+    current = states.current(options.attempt)[: len(steps) + 1]
+    rows = np.flatnonzero((spans > 0) & current[:-1] & current[1:])
+    if not len(rows):
+        raise InputError(
+            "no two logged states follow each other, but an update needs two",
+            where=str(states.path),
+            why="the run was restarted, and one state was logged since",
+            remedy="ingest more steps",
+        )
+    run = states.scalar(RUN)
+    rows = rows[np.lexsort((steps[rows], run[rows]))]
+    loss, learning_rate = states.scalar("loss"), states.scalar("learning_rate")[rows]
+    if options.learning_rate is not None:
+        learning_rate = np.where(np.isnan(learning_rate), options.learning_rate, learning_rate)
+    return results.Inputs(
+        gram=gram if len(rows) == len(gram) else gram[rows],
+        vectors=ledger.vectors,
+        layout=ledger.layout,
+        steps=steps[rows],
+        spans=spans[rows],
+        loss=loss[rows],
+        next_loss=loss[rows + 1],
+        learning_rate=learning_rate,
+        gradient_dtype=states.dtypes["gradient"],
+        attempts=attempts[rows],
+        runs=states.runs if states.sweep else (),
+        run=run[rows] if states.sweep else None,
+    )
 
 
 def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None) -> dict[str, Any]:

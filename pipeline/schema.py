@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = [
+    "ATTEMPT",
     "DESCENTS",
     "DIMENSIONS",
     "ELEMENT",
     "GAMMA",
     "HVP",
     "LAYOUT_VERSION",
+    "RUN",
     "SCALARS",
     "STATES",
     "STEP",
@@ -42,17 +44,20 @@ __all__ = [
     "unit_roundoff",
 ]
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused."""
 
 # Dimensions -------------------------------------------------------------------------------------------------
 
 STEP, ELEMENT, TENSOR = "step", "element", "tensor"
+ATTEMPT, RUN = "attempt", "run"
 VECTOR, WITH_VECTOR = "vector", "with_vector"
 DESCENT, WINDOW, GAMMA = "descent", "window", "gamma"
 
 DIMENSIONS: dict[str, str] = {
     STEP: "step number, as logged, of the state before the update",
+    ATTEMPT: "number of restarts before this step was logged",
+    RUN: "name of the run",
     ELEMENT: "element of the flattened model, tensors in the order of the layout table",
     TENSOR: "name of the tensor",
     VECTOR: "first vector of an inner product",
@@ -206,8 +211,9 @@ class Layout:
 class Status(enum.IntEnum):
     """Why a metric exists or not; CF flag values of the variable ``status``.
 
-    Where several apply the first of this order wins: non_finite, no_learning_rate, zero_gradient, zero_update,
-    unverifiable, and then the sign of the alignment decides.
+    Where several apply the first of this order wins: not_logged (a run of a sweep does not have the step, another
+    has), non_finite, no_learning_rate, zero_gradient, zero_update, unverifiable, and then the sign of the
+    alignment decides.
     """
 
     EFFECTIVE = 0
@@ -218,6 +224,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 5
     NO_LEARNING_RATE = 6
     UNVERIFIABLE = 7
+    NOT_LOGGED = 8
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
         layout=layout,
         steps=steps[:-1],
         spans=np.diff(steps),
-        loss=np.array([s["loss"] for s in states]),
+        loss=np.array([s["loss"] for s in states[:-1]]),
+        next_loss=np.array([s["loss"] for s in states[1:]]),
         learning_rate=logged if learning_rate is None else np.asarray(learning_rate, dtype=float),
         gradient_dtype=dtype,
     )

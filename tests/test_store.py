@@ -150,7 +150,7 @@ def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_on
     reader = Trajectory(path)
     assert_holds(reader, arrays, rows=3)
     assert sum(record["stop"] - record["start"] for record in reader.records()) == 3
-    assert rows_on_disk(path) == dict.fromkeys([*MIXED, "step", "loss", "learning_rate"], 3)
+    assert rows_on_disk(path) == dict.fromkeys([*MIXED, "step", "attempt", "loss", "learning_rate"], 3)
     with pytest.raises(InputError, match="not committed"):
         read(reader, "parameter", 2, 4)
     append_states(path, {name: array[3:] for name, array in arrays.items()})
@@ -445,7 +445,7 @@ def spoil(chunk, damage):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-@pytest.mark.parametrize("name", ["step", "loss", "learning_rate"])
+@pytest.mark.parametrize("name", ["step", "attempt", "loss", "learning_rate"])
 def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     spoil(path / name / "c" / "0", damage)
@@ -487,7 +487,7 @@ def create_trajectory(path):
 
 
 def prepare_ledger(path, steps=STEPS, vectors=FIVE, band_rows=3, layout=LAYOUT):
-    return Ledger.prepare(path, layout, vectors, steps, band_rows)
+    return Ledger.prepare(path, layout, vectors, steps[:-1], np.diff(steps), band_rows)
 
 
 KINDS = {"trajectory": (create_trajectory, Trajectory), "ledger": (prepare_ledger, Ledger)}

@@ -27,6 +27,7 @@ __all__ = [
     "SCALAR_CHUNK",
     "ArrayPlan",
     "Journal",
+    "add_array",
     "chunk_path",
     "damaged",
     "flush",
@@ -216,6 +217,21 @@ def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Map
     remove_group(path, kind)
     aside.rename(path)
     flush(path.parent)
+
+
+def add_array(path: Path, name: str, plan: ArrayPlan) -> None:
+    """Add an array to a group of an older version, which by that becomes one of this version."""
+    shutil.rmtree(path / name, ignore_errors=True)
+    plan.make(path / name)
+    for entry in (*(path / name).rglob("*"), path / name):
+        flush(entry)
+    document = json.loads((path / _DOCUMENT).read_bytes())
+    document["attributes"][_ATTRIBUTE]["version"] = LAYOUT_VERSION
+    aside = path / f".{_DOCUMENT}.new"
+    aside.write_text(json.dumps(document))
+    flush(aside)
+    aside.replace(path / _DOCUMENT)
+    flush(path)
 
 
 def open_group(path: Path, kind: str, remedy: str) -> dict[str, Any]:

@@ -61,7 +61,13 @@ class Ledger:
 
     @classmethod
     def prepare(
-        cls, path: Path, layout: Layout, vectors: Sequence[str], steps: NDArray[np.int64], band_rows: int
+        cls,
+        path: Path,
+        layout: Layout,
+        vectors: Sequence[str],
+        steps: NDArray[np.int64],
+        spans: NDArray[np.int64],
+        band_rows: int,
     ) -> Ledger:
         """Open the ledger for the rows of a trajectory: as it is, grown, or made anew.
 
@@ -70,8 +76,9 @@ class Ledger:
         path : Path
         layout : Layout
         vectors : sequence of str
-        steps : int64 array, shape (states,)
-            Steps of the trajectory; a row is named after the state before its update.
+        steps, spans : int64 array, shape (rows,)
+            Step of the state before each update, and the number of updates to the next logged state; 0 where the
+            next state is of another run or attempt: such a row is NaN.
         band_rows : int
             Rows of a chunk. A ledger with other tensors, vectors or bands is replaced.
         """
@@ -80,9 +87,9 @@ class Ledger:
             attributes = open_group(path, "ledger", "choose another folder")
             if {key: attributes[key] for key in wanted} == wanted:
                 ledger = cls(path)
-                ledger._resize(steps)
+                ledger._resize(steps, spans)
                 return ledger
-        cls._create(path, wanted, layout, vectors, steps, band_rows)
+        cls._create(path, wanted, layout, vectors, steps, spans, band_rows)
         return cls(path)
 
     @staticmethod
@@ -92,15 +99,16 @@ class Ledger:
         layout: Layout,
         vectors: Sequence[str],
         steps: NDArray[np.int64],
+        spans: NDArray[np.int64],
         band_rows: int,
     ) -> None:
-        rows, tensors, count = max(len(steps) - 1, 0), len(layout.tensors), len(vectors)
+        rows, tensors, count = len(steps), len(layout.tensors), len(vectors)
         names = {TENSOR: layout.names, VECTOR: tuple(vectors), WITH_VECTOR: tuple(vectors)}
         arrays = {
             name: ArrayPlan((name,), (len(values),), (len(values),), "string", values=values)
             for name, values in names.items()
         }
-        for name, numbers in _steps(steps).items():
+        for name, numbers in {STEP: steps, "step_span": spans}.items():
             arrays[name] = ArrayPlan((STEP,), (rows,), (SCALAR_CHUNK,), "int64", values=numbers)
         arrays["gram"] = ArrayPlan(
             (STEP, TENSOR, VECTOR, WITH_VECTOR),
@@ -118,13 +126,13 @@ class Ledger:
         )
         make_group(path, "ledger", attributes, arrays)
 
-    def _resize(self, steps: NDArray[np.int64]) -> None:
-        rows = max(len(steps) - 1, 0)
+    def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
+        rows = len(steps)
         if rows != self.rows:
             for name in (STEP, "step_span", "gram", "residual_ratio"):
                 array = self._array(name)
                 array.resize((rows, *array.shape[1:]))
-        for name, numbers in _steps(steps).items():
+        for name, numbers in {STEP: steps, "step_span": spans}.items():
             self._array(name)[:] = numbers
 
     @classmethod
@@ -206,10 +214,5 @@ class Ledger:
         return np.asarray(self._array("gram")[:]), np.asarray(self._array("residual_ratio")[:])
 
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Step of each row's state before the update, and the number of updates to the next logged state."""
+        """Step of the state before each update, and updates to the next logged state (0: there is none)."""
         return np.asarray(self._array(STEP)[:]), np.asarray(self._array("step_span")[:])
-
-
-def _steps(steps: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """Step of each row and the number of updates to the next logged state, from the steps of all states."""
-    return {STEP: steps[:-1], "step_span": np.diff(steps)}

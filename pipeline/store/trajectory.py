@@ -4,8 +4,13 @@ A trajectory is one Zarr group::
 
     trajectory.zarr/
       parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
-      step, loss, learning_rate   (step)    and what else of `pipeline.schema.SCALARS` is logged
+      step, attempt, loss, learning_rate   (step)   and what else of `pipeline.schema.SCALARS` is logged
+      run                         (step)            in the trajectory of a sweep: position in its names of runs
       commits/00000000.json ...   which rows exist, and their checksums
+
+Rows are in the order of their commits, and only ever appended. A run that was restarted from an older step goes on
+with a new *attempt*: its rows follow those that they supersede, which stay. Two rows that follow each other are
+before and after an update where they are of one run and one attempt.
 
 What lies beyond the recorded rows (an interrupted write) is overwritten by the next attempt. The shape of an array
 is never ahead of the record: it grows after the commit.
@@ -16,6 +21,7 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,11 +36,12 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import ELEMENT, STATES, STEP, USUAL_SCALARS, InputError, Layout
+from pipeline.schema import ATTEMPT, ELEMENT, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
     Journal,
+    add_array,
     chunk_path,
     damaged,
     flush,
@@ -79,6 +86,8 @@ class Trajectory:
         Numbers of a step that are stored.
     source : str
         Where the log was.
+    sweep : bool
+        Whether it holds several runs.
     rows : int
         Committed states.
 
@@ -102,11 +111,16 @@ class Trajectory:
         self.dtypes: dict[str, str] = attributes["dtypes"]
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
+        self.sweep: bool = attributes.get("sweep", False)
+        # A store of version 1 has one attempt at one run.
+        self._numbered = (STEP,) if attributes["version"] < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
         self._compressed = frozenset(name for name in self.dtypes if not is_plain(self.path / name))
         self._array = cache(lambda name: open_array(self.path / name))
         self._journal = Journal(self.path / "commits")
         self._unflushed: set[Path] = set()
         self._checksums: dict[str, list[list[int]]] = {}
+        self._runs: tuple[str, ...] = ()
+        self._breaks: NDArray[np.int64] | None = None
         self._mapped: dict[Path, MappedFile] = {}
         self.rows = 0
         self.refresh()
@@ -121,6 +135,7 @@ class Trajectory:
         source: str = "",
         compressors: Mapping[str, Any] | None = None,
         scalars: Sequence[str] = USUAL_SCALARS,
+        sweep: bool = False,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -138,6 +153,8 @@ class Trajectory:
             Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
         scalars : sequence of str, optional
             Numbers of a step to store, of `pipeline.schema.SCALARS`.
+        sweep : bool
+            For several runs.
 
         Raises
         ------
@@ -150,6 +167,7 @@ class Trajectory:
             "chunk": list(chunk),
             "dtypes": dict(dtypes),
             "scalars": list(scalars),
+            "sweep": sweep,
         }
         arrays = {
             name: ArrayPlan(
@@ -162,8 +180,9 @@ class Trajectory:
             )
             for name, dtype in dtypes.items()
         }
-        for name in (STEP, *scalars):
-            arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name == STEP else "float64")
+        numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
+        for name in (*numbered, *scalars):
+            arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name in numbered else "float64")
         make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
 
@@ -175,6 +194,7 @@ class Trajectory:
     def refresh(self) -> None:
         """See the rows committed since."""
         names = self._journal.names()
+        self._breaks = None
         self.rows = int(self._journal.read(names[-1])["stop"]) if names else 0
 
     @property
@@ -187,7 +207,7 @@ class Trajectory:
         return index * self.chunk[1], min((index + 1) * self.chunk[1], self.layout.elements)
 
     def scalar(self, name: str) -> NDArray[Any]:
-        """Read the committed ``step`` (int64), or one of the scalars (float64), shape (rows,).
+        """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
         A scalar that the trajectory does not have is NaN at every step.
 
@@ -196,12 +216,61 @@ class Trajectory:
         InputError
             Where a chunk is missing or too short.
         """
-        if name not in (STEP, *self.scalars):
-            return np.full(self.rows, np.nan)
+        if name not in (*self._numbered, *self.scalars):
+            return np.zeros(self.rows, np.int64) if name in (ATTEMPT, RUN) else np.full(self.rows, np.nan)
         array = self._array(name)
         for index in range(-(-self.rows // SCALAR_CHUNK)):
             require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
         return np.asarray(with_rows(array, self.rows)[:])
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs of a sweep, in the order in which they came; of a run by itself, one empty name."""
+        if not self.sweep:
+            return ("",)
+        if len(self._runs) <= int(self.scalar(RUN).max(initial=-1)):
+            self._runs = tuple(name for record in self.records() for name in record.get("runs", ()))
+        return self._runs
+
+    def spans(self) -> NDArray[np.int64]:
+        """Return the updates from each row to the next, shape (rows - 1,); 0 to one of another run or attempt.
+
+        There are states on both sides of such a place, but no update leads from one to the other.
+        """
+        follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
+        return np.where(follows, np.diff(self.scalar(STEP)), 0)
+
+    def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cut rows where no update leads from one to the next; what has no update at all is left out.
+
+        Returns
+        -------
+        list of (first row, stop row)
+            Of two rows at least.
+        """
+        if self._breaks is None:
+            self._breaks = np.flatnonzero(self.spans() == 0) + 1
+        inside = self._breaks[np.searchsorted(self._breaks, start, "right") : np.searchsorted(self._breaks, stop)]
+        edges = [start, *inside.tolist(), stop]
+        return [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1]
+
+    def current(self, attempt: int | None = None) -> NDArray[np.bool_]:
+        """Which rows are states of the runs as they stand, shape (rows,): the others were superseded.
+
+        Parameters
+        ----------
+        attempt : int, optional
+            As they stood at this attempt, where later ones are left aside.
+        """
+        steps, attempts, runs = (self.scalar(name) for name in (STEP, ATTEMPT, RUN))
+        chosen = attempts <= (attempts.max(initial=0) if attempt is None else attempt)
+        # A new attempt supersedes what its run has from its first step on.
+        new = np.unique(runs, return_index=True)[1]
+        for begin in np.setdiff1d(np.flatnonzero(self.spans() == 0) + 1, new):
+            if chosen[begin]:
+                older = (runs[:begin] == runs[begin]) & (attempts[:begin] < attempts[begin])
+                chosen[:begin] &= ~older | (steps[:begin] < steps[begin])
+        return chosen
 
     def records(self) -> list[dict[str, Any]]:
         """Commit records, in order: rows, the sources of each, and checksums per array, row and column."""
@@ -392,6 +461,8 @@ class Trajectory:
         scalars: Mapping[str, Sequence[float]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
+        attempt: int = 0,
+        runs: Sequence[str] = (),
     ) -> None:
         """Make written rows visible, for all arrays together.
 
@@ -405,9 +476,17 @@ class Trajectory:
             What identifies each step's source (name, size, time).
         checksums : mapping
             Array name to n rows of one `checksum` per chunk column.
+        attempt : int
+            Attempt that the steps are of.
+        runs : sequence of str, length n
+            In a sweep, the name of each row's run.
         """
         start, stop = self.rows, self.rows + len(steps)
-        for name, values in {STEP: steps, **scalars}.items():
+        known = dict(zip(self.runs, range(len(self.runs)), strict=True)) if self.sweep else {}
+        numbers = {STEP: steps, ATTEMPT: [attempt] * len(steps)}
+        if self.sweep:
+            numbers[RUN] = [known.setdefault(name, len(known)) for name in runs]
+        for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
@@ -419,14 +498,23 @@ class Trajectory:
             if folder.is_relative_to(self.path):
                 flush(folder)
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
+        if self.sweep:
+            record["runs"] = list(known)[len(self.runs) :]
         self._journal.write(f"{len(self._journal.names()):08d}", record)
         self._unflushed.clear()
-        self.rows = stop
+        self.rows, self._breaks = stop, None
         self.recover()
 
     def recover(self) -> None:
-        """Bring the shapes on disk up to the record, should the writer before have stopped between the two."""
-        for name in (*self.dtypes, STEP, *self.scalars):
+        """Bring the shapes on disk up to the record, should the writer before have stopped between the two.
+
+        A store of an older version becomes one of this.
+        """
+        if ATTEMPT not in self._numbered:
+            none = np.zeros(self.rows, np.int64)
+            add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
+            self._numbered = (STEP, ATTEMPT)
+        for name in (*self.dtypes, *self._numbered, *self.scalars):
             array = self._array(name)
             if array.shape[0] != self.rows:
                 array.resize((self.rows, *array.shape[1:]))
@@ -441,6 +529,8 @@ class Trajectory:
         for record in self.records():
             tables = [record["checksums"][name] for name in STATES if name in self.dtypes]
             per_row += [json.dumps(row) for row in zip(*tables, strict=True)]
+        for row in np.flatnonzero(self.spans() == 0):
+            per_row[row + 1] += "|"
         return {
             band: hashlib.sha256("".join(per_row[band.start : band.stop + 1]).encode()).hexdigest()
             for band in bands
