@@ -44,6 +44,10 @@ Map = Annotated[
         help="Where a quantity (parameter, gradient, hvp, loss, learning_rate, step) is in the files; repeatable.",
     ),
 ]
+Sweep = Annotated[bool, typer.Option("--sweep", help="SOURCE is a folder of many runs of one model.")]
+Attempt = Annotated[
+    int | None, typer.Option(help="A run that was restarted: as it stood at this attempt. [default: the newest]")
+]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate where the log has none.")]
@@ -136,6 +140,7 @@ def _ingest(
     out: Path,
     mapping: dict[str, str],
     format: str | None,
+    sweep: bool,
     allow_gaps: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
@@ -147,6 +152,7 @@ def _ingest(
             out,
             format=format,
             mapping=mapping,
+            sweep=sweep,
             allow_gaps=allow_gaps,
             overwrite=overwrite,
             progress=progress,
@@ -160,6 +166,7 @@ def _options(
     workers: int | None,
     scheduler: str | None,
     memory_limit: str,
+    attempt: int | None = None,
 ) -> Any:
     from pipeline.compute import memory_bytes
     from pipeline.run import Analysis
@@ -168,7 +175,12 @@ def _options(
     chosen: dict[str, Any] = {"gammas": tuple(gamma)} if gamma else {}
     chosen |= {"windows": tuple(window)} if window else {}
     return Analysis(
-        learning_rate=learning_rate, workers=workers, scheduler=scheduler, memory_limit=memory, **chosen
+        learning_rate=learning_rate,
+        workers=workers,
+        scheduler=scheduler,
+        memory_limit=memory,
+        attempt=attempt,
+        **chosen,
     )
 
 
@@ -178,6 +190,7 @@ def process(
     out: Out,
     format: FormatName = None,
     map_: Map = None,
+    sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
     learning_rate: LearningRate = None,
@@ -186,6 +199,7 @@ def process(
     workers: Workers = None,
     scheduler: Scheduler = None,
     memory_limit: MemoryLimit = "512MiB",
+    attempt: Attempt = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -194,8 +208,8 @@ def process(
 
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
-    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit)
-    answer = _ingest(face, sources, out, mapping, format, allow_gaps, overwrite)
+    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit, attempt)
+    answer = _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite)
     with face.progress("analyze") as progress:
         answer |= run.analyze_run(out, options, progress=progress)
     face.answer(answer | run.report_run([out]))
@@ -207,6 +221,7 @@ def ingest(
     out: Out,
     format: FormatName = None,
     map_: Map = None,
+    sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -215,7 +230,7 @@ def ingest(
     """Read the new steps of a training log into OUT/trajectory.zarr."""
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
-    face.answer(_ingest(face, sources, out, mapping, format, allow_gaps, overwrite))
+    face.answer(_ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite))
 
 
 @app.command()
@@ -227,6 +242,7 @@ def analyze(
     workers: Workers = None,
     scheduler: Scheduler = None,
     memory_limit: MemoryLimit = "512MiB",
+    attempt: Attempt = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -234,7 +250,7 @@ def analyze(
     from pipeline import run
 
     face = _Face(as_json, quiet)
-    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit)
+    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit, attempt)
     with face.progress("analyze") as progress:
         answer = run.analyze_run(out, options, progress=progress)
     face.answer(answer)

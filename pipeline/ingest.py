@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
-from pipeline.schema import SCALARS, STATES, USUAL_SCALARS, InputError, Layout, promote
+from pipeline.schema import ATTEMPT, RUN, SCALARS, STATES, STEP, USUAL_SCALARS, InputError, Layout, promote
 from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,
@@ -57,7 +57,9 @@ class IngestSummary:
     new_steps, steps : int
         Steps read now, and committed in all.
     first_step, last_step : int
-        Of the trajectory.
+        Of the run as it stands.
+    attempts : int
+        How often it was begun, restarts included.
     tensors, elements : int
         Size of the model.
     dtypes : dict
@@ -70,6 +72,7 @@ class IngestSummary:
     steps: int
     first_step: int
     last_step: int
+    attempts: int
     tensors: int
     elements: int
     dtypes: dict[str, str]
@@ -82,6 +85,7 @@ def ingest(
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -98,6 +102,8 @@ def ingest(
         Log format; found by content where not given.
     mapping : mapping, optional
         Quantity to the key that it stands under in the log; see `pipeline.sources.names`.
+    sweep : bool
+        The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
         Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
     overwrite : bool
@@ -112,7 +118,7 @@ def ingest(
         interrupts is either committed whole or invisible.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
-    log, store = open_sources(sources, format, mapping), Path(store)
+    log, store = open_sources(sources, format, mapping, sweep=sweep), Path(store)
     listed = log.steps()
     with _only_writer(store):
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
@@ -120,33 +126,32 @@ def ingest(
             trajectory = None
         if trajectory is not None:
             trajectory.recover()
-        steps = listed if trajectory is None else _new_steps(log, listed, trajectory)
         warnings: list[str] = []
+        rows = _new_rows(log, listed, trajectory, allow_gaps, warnings)
+        steps = [row.step for row in rows if row.repeats is None]
         if steps:
-            committed = [] if trajectory is None else trajectory.scalar("step").tolist()
-            if not allow_gaps:
-                _refuse_gaps(steps, committed)
             # Taken before a step is opened: what is described and what is written must be the same file.
             identities = {step: identity(step) for step in steps}
             contents = _describe(log, steps, warnings)
             warnings += _scalars_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
             try:
-                _Writer(log, trajectory, contents, identities, warnings).write(steps, progress)
+                _Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
             finally:
                 if not trajectory.rows:
                     Trajectory.remove(store)
         elif trajectory is None:
             raise AssertionError("a source lists at least one step")
-        numbers = trajectory.scalar("step")
+        numbers = trajectory.scalar(STEP)[trajectory.current()]
         warnings += _missing_scalars(trajectory)
     for warning in warnings:
         _log.warning("%s", warning)
     return IngestSummary(
         new_steps=len(steps),
         steps=trajectory.rows,
-        first_step=int(numbers[0]),
-        last_step=int(numbers[-1]),
+        first_step=int(numbers.min()),
+        last_step=int(numbers.max()),
+        attempts=int(trajectory.scalar(ATTEMPT).max()) + 1,
         tensors=len(trajectory.layout.tensors),
         elements=trajectory.layout.elements,
         dtypes=dict(trajectory.dtypes),
@@ -184,51 +189,170 @@ def _only_writer(store: Path) -> Iterator[None]:
 # Which steps -------------------------------------------------------------------------------------------------
 
 
-def _new_steps(log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory) -> list[LoggedStep]:
-    """Return the steps not committed yet; those that are must still be what was ingested."""
-    rows = {int(number): row for row, number in enumerate(trajectory.scalar("step"))}
-    records = trajectory.records()
-    sources = [source for record in records for source in record["sources"]]
-    last = max(rows)
-    new = []
+@dataclass(frozen=True)
+class _NewRow:
+    """A row to be written.
+
+    Attributes
+    ----------
+    step : LoggedStep
+    attempt : int
+    repeats : int, optional
+        Committed row that is written again: the last of its run, where rows of other runs have come since.
+    """
+
+    step: LoggedStep
+    attempt: int
+    repeats: int | None = None
+
+
+def _new_rows(
+    log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory | None, allow_gaps: bool, warnings: list[str]
+) -> list[_NewRow]:
+    """Rows that the trajectory lacks, run by run; what is committed must still be what was ingested."""
+    rows: list[_NewRow] = []
+    committed = None if trajectory is None else _Committed(trajectory)
+    for run, group in itertools.groupby(listed, key=lambda step: step.run):
+        steps, attempt, before, last = list(group), 0, [], None
+        if committed is not None and committed.has(run):
+            view = committed.view(run)
+            steps, attempt = _steps_to_come(log, steps, committed, view, run, warnings)
+            before = [number for number in view.rows if not steps or number < steps[0].number]
+            # An update leads on from the last row of its run alone.
+            follows = not rows and bool(before) and view.rows[before[-1]] == committed.trajectory.rows - 1
+            if steps and attempt == view.attempt and not follows:
+                last = _NewRow(LoggedStep(before[-1], steps[0].path, run=run), attempt, view.rows[before[-1]])
+        if not allow_gaps:
+            _refuse_gaps(steps, before)
+        rows += [] if last is None else [last]
+        rows += [_NewRow(step, attempt) for step in steps]
+    return rows
+
+
+@dataclass(frozen=True)
+class _View:
+    """A run as it stands: its newest attempt, the row of each of its steps in order, and all rows of a step."""
+
+    attempt: int
+    rows: dict[int, int]
+    every: dict[int, list[int]]
+
+
+class _Committed:
+    """What a trajectory holds, and what each row of it was read from."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory, self.records = trajectory, trajectory.records()
+        self.sources = [source for record in self.records for source in record["sources"]]
+        steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
+        self._rows: dict[str, list[tuple[int, int, int]]] = {}
+        names = trajectory.runs
+        for row, (step, attempt, run) in enumerate(zip(steps, attempts, runs, strict=True)):
+            self._rows.setdefault(names[run], []).append((row, step, attempt))
+
+    def has(self, run: str) -> bool:
+        """Whether anything of a run is there."""
+        return run in self._rows
+
+    def view(self, run: str) -> _View:
+        """Return a run as it stands."""
+        newest, rows, every = 0, dict[int, int](), dict[int, list[int]]()
+        for row, step, attempt in self._rows[run]:
+            if attempt > newest:
+                newest, rows = attempt, {number: kept for number, kept in rows.items() if number < step}
+            rows[step] = row
+            every.setdefault(step, []).append(row)
+        return _View(newest, rows, every)
+
+    def record(self, row: int) -> Mapping[str, Any]:
+        """Record of the commit that a row is of."""
+        return next(record for record in self.records if record["start"] <= row < record["stop"])
+
+
+def _steps_to_come(
+    log: Source, listed: Sequence[LoggedStep], committed: _Committed, view: _View, run: str, warnings: list[str]
+) -> tuple[list[LoggedStep], int]:
+    """Return the steps of a run that are not committed yet, and the attempt that they are of.
+
+    A run that was restarted from an older checkpoint logs steps again. Such a *rewind* shows as steps that differ
+    from a first one to the end; the new ones are another attempt. A step that differs in the middle is an error.
+    """
+    differing: dict[LoggedStep, str] = {}
+    new, same = [], []
     for step in listed:
-        if step.number in rows:
-            if identity(step) != sources[rows[step.number]]:
-                _require_same_content(log, step, rows[step.number], trajectory, records)
-        elif step.number > last:
-            new.append(step)
+        found = identity(step)
+        matches = [row for row in view.every.get(step.number, ()) if committed.sources[row] == found]
+        if step.number not in view.rows:
+            # A file of an attempt before this one may still lie there: the run has not come to its step again.
+            new += [] if matches else [step]
+        elif view.rows[step.number] in matches:
+            same.append(step)
+        elif difference := _difference(log, step, view.rows[step.number], committed):
+            differing[step] = difference
         else:
+            same.append(step)
+    last = max(view.rows)
+    begin = min((step.number for step in differing), default=last + 1)
+    for step in new:
+        if step.number < begin:
             raise InputError(
                 f"step {step.number} is new, but steps up to {last} are ingested already",
                 where=where(step),
                 why="the file was added later, or OUT holds another run",
                 remedy="choose another OUT, or start anew with --overwrite",
             )
-    return new
-
-
-def _require_same_content(
-    log: Source, step: LoggedStep, row: int, trajectory: Trajectory, records: Sequence[Mapping[str, Any]]
-) -> None:
-    def refuse(what: str) -> InputError:
-        return InputError(
-            f"step {step.number} is ingested already, with {what}",
-            where=where(step),
-            why="the run was logged again with other values, or OUT holds another run",
-            remedy="choose another OUT, or start anew with --overwrite",
+    if not differing:
+        return new, view.attempt
+    first = min(differing)
+    elsewhere = (
+        not run and begin == min(view.rows) and str(first.path.parent.absolute()) != committed.trajectory.source
+    )
+    if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
+        raise InputError(
+            f"step {begin} is ingested already, with {differing[first]}",
+            where=where(first),
+            why="OUT holds another run, the step was logged again with other values, or the run was restarted "
+            "before it and has not logged a second step since",
+            remedy="choose another OUT, start anew with --overwrite, or run again once a restarted run went on",
         )
+    superseded = sum(number >= begin for number in view.rows)
+    warnings.append(
+        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: from there on it is attempt "
+        f"{view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept (--attempt {view.attempt})"
+    )
+    return sorted([*differing, *new]), view.attempt + 1
 
+
+def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> bool:
+    """Whether steps that differ were logged again by a restarted run, with the same steps after the first of them.
+
+    While it has not come to the end again, those after its last are older than what it wrote since.
+    """
+    if not same:
+        return True
+    times = [identity(step)["time"] for step in differing]
+    return (
+        len(differing) > 1
+        and max(differing).number < min(same).number
+        and times == sorted(times)
+        and max(identity(step)["time"] for step in same) < times[0]
+    )
+
+
+def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) -> str:
+    """Say in what a step differs from a committed row, nothing where its content is the same."""
+    trajectory = committed.trajectory
     content = next(iter(_describe(log, [step], []).values()))
     if content.arrays["parameter"] != _parameters(trajectory):
-        raise refuse("other tensors")
+        return "other tensors"
     if _dtypes(content) != trajectory.dtypes:
-        raise refuse(f"dtypes {trajectory.dtypes}, and now has {_dtypes(content)}")
+        return f"dtypes {trajectory.dtypes}, and now has {_dtypes(content)}"
     for name in trajectory.scalars:
         before = float(trajectory.scalar(name)[row])
         now = content.scalars.get(name, math.nan)
         if now != before and not (math.isnan(now) and math.isnan(before)):
-            raise refuse(f"{name} {before!r}, and now has {now!r}")
-    record = next(r for r in records if r["start"] <= row < r["stop"])
+            return f"{name} {before!r}, and now has {now!r}"
+    record = committed.record(row)
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
             for column in range(trajectory.columns):
@@ -237,11 +361,12 @@ def _require_same_content(
                 _fill(reader, content, name, dtype, trajectory.layout, first, last, buffer)
                 stored = record["checksums"][name][row - record["start"]][column]
                 if checksum(buffer[: last - first]) != stored:
-                    raise refuse(f"another {name}")
+                    return f"another {name}"
+    return ""
 
 
 def _refuse_gaps(steps: Sequence[LoggedStep], committed: Sequence[int]) -> None:
-    numbers = [*committed[-2:], *(step.number for step in steps)]
+    numbers = [*sorted(committed)[-2:], *(step.number for step in steps)]
     files = {step.number: step for step in steps}
     spans = np.diff(numbers)
     if len(spans) < 2 or (spans == spans[0]).all():
@@ -334,7 +459,13 @@ def _matching_trajectory(
         logged_scalars = {name for content in contents.values() for name in content.scalars}
         scalars = [name for name in SCALARS if name in logged_scalars.union(USUAL_SCALARS)]
         source = str(first.path.parent.absolute())
-        return Trajectory.create(store, layout, dtypes, chunk, source, scalars=scalars)
+        return Trajectory.create(store, layout, dtypes, chunk, source, scalars=scalars, sweep=bool(first.run))
+    if trajectory.sweep != bool(first.run):
+        raise InputError(
+            f"the trajectory is of {'a sweep' if trajectory.sweep else 'one run'}, the log is not",
+            where=str(store),
+            remedy="choose another OUT, or say with --sweep that SOURCE is a folder of runs",
+        )
     logged, stored = content.arrays["parameter"], _parameters(trajectory)
     for tensor in {**stored, **logged}:
         if logged.get(tensor) != stored.get(tensor):
@@ -465,45 +596,59 @@ class _Writer:
             name: np.zeros(trajectory.chunk, storage_dtype(dtype)) for name, dtype in trajectory.dtypes.items()
         }
 
-    def write(self, steps: Sequence[LoggedStep], progress: Progress | None) -> None:
+    def write(self, new: Sequence[_NewRow], progress: Progress | None) -> None:
         rows = self._trajectory.chunk[0]
         row_bytes = sum(b.itemsize for b in self._buffers.values()) * self._trajectory.layout.elements
         per_commit = max(1, COMMIT_BYTES // max(1, rows * row_bytes)) * rows
         done = 0
-        while done < len(steps):
+        while done < len(new):
             # The first commit fills up a chunk that an earlier ingest left half full.
             count = per_commit - self._trajectory.rows % rows
-            self._commit(steps[done : done + count])
-            done = min(done + count, len(steps))
+            self._commit(new[done : done + count])
+            done = min(done + count, len(new))
             if progress is not None:
-                progress(done, len(steps))
+                progress(done, len(new))
         if self._not_finite:
             shown = "; ".join(self._not_finite[:_NOTES_SHOWN])
             more = len(self._not_finite) - _NOTES_SHOWN
             self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
 
-    def _commit(self, steps: Sequence[LoggedStep]) -> None:
+    def _commit(self, new: Sequence[_NewRow]) -> None:
         trajectory = self._trajectory
-        for step in steps:
-            self._require_unchanged(step)
-        sources = [self._identities[step] for step in steps]
-        checksums: dict[str, list[list[int]]] = {name: [[] for _ in steps] for name in self._buffers}
+        for row in new:
+            self._require_unchanged(row)
+        checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in self._buffers}
         start, rows = trajectory.rows, trajectory.chunk[0]
         position = 0
-        while position < len(steps):
-            count = min(rows - (start + position) % rows, len(steps) - position)
-            self._write_chunks(steps, position, count, start + position, checksums)
+        while position < len(new):
+            count = min(rows - (start + position) % rows, len(new) - position)
+            self._write_chunks(new, position, count, start + position, checksums)
             position += count
-        for step in steps:
-            self._require_unchanged(step)
-        scalars = {
-            name: [self._contents[step].scalars.get(name, math.nan) for step in steps]
-            for name in trajectory.scalars
-        }
-        trajectory.commit([step.number for step in steps], scalars, sources, checksums)
+        for row in new:
+            self._require_unchanged(row)
+        trajectory.commit(
+            [row.step.number for row in new],
+            {name: [self._scalar(name, row) for row in new] for name in trajectory.scalars},
+            [self._source(row) for row in new],
+            checksums,
+            [row.attempt for row in new],
+            [row.step.run for row in new],
+        )
 
-    def _require_unchanged(self, step: LoggedStep) -> None:
-        if identity(step) != self._identities[step]:
+    def _scalar(self, name: str, row: _NewRow) -> float:
+        if row.repeats is not None:
+            return float(self._trajectory.scalar(name)[row.repeats])
+        return self._contents[row.step].scalars.get(name, math.nan)
+
+    def _source(self, row: _NewRow) -> Mapping[str, Any]:
+        if row.repeats is not None:
+            records = self._trajectory.records()
+            return [source for record in records for source in record["sources"]][row.repeats]  # type: ignore[no-any-return]
+        return self._identities[row.step]
+
+    def _require_unchanged(self, row: _NewRow) -> None:
+        step = row.step
+        if row.repeats is None and identity(step) != self._identities[step]:
             raise InputError(
                 f"step {step.number} changed while it was read",
                 where=where(step),
@@ -513,7 +658,7 @@ class _Writer:
 
     def _write_chunks(
         self,
-        steps: Sequence[LoggedStep],
+        new: Sequence[_NewRow],
         position: int,
         count: int,
         start: int,
@@ -526,12 +671,15 @@ class _Writer:
             for column in range(self._trajectory.columns):
                 first, last = self._trajectory.column(column)
                 for row in range(count):
-                    step = steps[position + row]
-                    reader = opened.get(step)
+                    step, repeats = new[position + row].step, new[position + row].repeats
                     for name, buffer in self._buffers.items():
                         dtype = self._trajectory.dtypes[name]
                         out = buffer[row]
-                        _fill(reader, self._contents[step], name, dtype, layout, first, last, out)
+                        if repeats is None:
+                            content = self._contents[step]
+                            _fill(opened.get(step), content, name, dtype, layout, first, last, out)
+                        else:
+                            self._trajectory.read(name, repeats, repeats + 1, column, buffer[row : row + 1])
                         words = out[: last - first]
                         checksums[name][position + row].append(checksum(words))
                         if not _all_finite(words, dtype):

@@ -34,6 +34,7 @@ STATUS_MEANING: dict[Status, str] = {
     Status.NO_LEARNING_RATE: "No positive learning rate was logged or given (natgrad analyze --learning-rate).",
     Status.UNVERIFIABLE: "The update is no larger than the rounding of the stored parameters, so its direction "
     "cannot be told; log the parameters in a wider type.",
+    Status.NOT_LOGGED: "Another run of the sweep has logged this step, this one has not.",
 }
 """What each status says to a reader of the curves."""
 

@@ -38,7 +38,7 @@ from pipeline.schema import (
     unit_roundoff,
 )
 
-__all__ = ["GAMMAS", "Inputs", "label", "read", "write"]
+__all__ = ["GAMMAS", "Inputs", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
@@ -385,6 +385,22 @@ def _described(dataset: xr.Dataset) -> xr.Dataset:
 
 
 # On disk -----------------------------------------------------------------------------------------------------
+
+
+def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
+    """Results of each run of a sweep by itself, without the steps that only others have; those of one run as is."""
+    if RUN not in tree["model"].dims:
+        return {"": tree}
+    logged = (tree["model"]["status"] != Status.NOT_LOGGED).all([DESCENT, WINDOW])
+
+    def of(name: str) -> xr.DataTree:
+        steps = logged.sel({RUN: name}).values
+        groups = {
+            path: tree[path].to_dataset().sel({RUN: name}).isel({STEP: steps}) for path in ("model", "tensor")
+        }
+        return xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+
+    return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}
 
 
 def write(tree: xr.DataTree, path: Path) -> None:

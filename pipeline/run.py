@@ -6,6 +6,7 @@ returns a small summary of plain values and passes paths, never arrays.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +21,24 @@ from pipeline.ingest import ingest
 from pipeline.schema import ATTEMPT, RUN, InputError, Status
 from pipeline.store import Ledger, Trajectory
 
-__all__ = ["MEMORY_LIMIT", "Analysis", "RunFolder", "analyze_run", "describe_run", "ingest_run", "report_run"]
+__all__ = [
+    "MEMORY_LIMIT",
+    "RUNS_SHOWN",
+    "Analysis",
+    "RunFolder",
+    "analyze_run",
+    "describe_run",
+    "ingest_run",
+    "report_run",
+]
 
 MEMORY_LIMIT = 512 * MEBIBYTE
 """Bytes that a worker process may use, where nothing else is said."""
+
+RUNS_SHOWN = 8
+"""Runs of a sweep that a page shows."""
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -101,6 +116,7 @@ def ingest_run(
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -113,6 +129,7 @@ def ingest_run(
         folder.trajectory,
         format=format,
         mapping=mapping,
+        sweep=sweep,
         allow_gaps=allow_gaps,
         overwrite=overwrite,
         progress=progress,
@@ -222,7 +239,13 @@ def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = No
     from pipeline import report
 
     named = outs if isinstance(outs, Mapping) else {Path(out).absolute().name: Path(out) for out in outs}
-    trees = {name: results.read(RunFolder(Path(out)).results) for name, out in named.items()}
+    trees = {}
+    for name, out in named.items():
+        of_each = results.runs(results.read(RunFolder(Path(out)).results))
+        for run in list(of_each)[:RUNS_SHOWN]:
+            trees[f"{name}/{run}" if run else name] = of_each[run]
+        if len(of_each) > RUNS_SHOWN:
+            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), out)
     page = RunFolder(Path(next(iter(named.values())))).report if page is None else Path(page)
     return {"report": str(report.write_report(trees, page))}
 

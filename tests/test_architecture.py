@@ -32,6 +32,7 @@ FLOORS = [
         "pipeline.sources.torch_archive",
         "pipeline.sources.hdf5_file",
         "pipeline.sources.joined",
+        "pipeline.sources.sweep",
         "pipeline.experiments.linear_system",
         "pipeline.experiments.feedback_alignment",
         "pipeline.store.group",

@@ -189,7 +189,7 @@ def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(pa
     record = path / "commits" / "00000001.json"
     named = events.index(("rename", record))
     written = {target for kind, target in events if kind != "flush" and "c" in target.relative_to(path).parts}
-    assert len(written) == 2 * 3 * len(MIXED) + 3  # rows of chunks x columns x arrays, and the scalars
+    assert len(written) == 2 * 3 * len(MIXED) + 4  # rows of chunks x columns x arrays, and the numbers of steps
     flushed = {target for kind, target in events[:named] if kind == "flush"}
     assert written <= flushed
     assert {path / name / "c" for name in MIXED} <= flushed  # where the names of new chunks are kept

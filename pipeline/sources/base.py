@@ -51,11 +51,14 @@ class LoggedStep:
         File or folder.
     others : tuple of Path
         Further files or folders of the step.
+    run : str
+        Run of a sweep.
     """
 
     number: int
     path: Path
     others: tuple[Path, ...] = ()
+    run: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,12 @@ from pipeline.sources.names import CHECKPOINT, MODEL, step_number
 from pipeline.sources.npz_file import NpzStack
 from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
+from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
 __all__ = ["FORMATS", "Format", "open_source", "open_sources"]
+
+_log = logging.getLogger(__name__)
 
 Opener = Callable[[Path, Mapping[str, str]], Source]
 
@@ -234,15 +238,28 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
 
 
 def open_sources(
-    paths: Sequence[Path], format: str | None = None, mapping: Mapping[str, str] | None = None
+    paths: Sequence[Path],
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    sweep: bool = False,
 ) -> Source:
-    """Open the logs of one run: one, or several that are joined by step.
+    """Open the logs of one run: one, or several that are joined by step. Or open a folder of many runs.
+
+    Parameters
+    ----------
+    paths, format, mapping
+        See `open_source`.
+    sweep : bool
+        The path is a folder that holds a log for each of several runs.
 
     Raises
     ------
     InputError
-        See `open_source`.
+        See `open_source`; of a sweep, where it has no runs.
     """
+    if sweep:
+        return _open_sweep(paths, format, mapping)
     if len(paths) == 1:
         return open_source(paths[0], format, mapping)
     if mapping or format:
@@ -251,6 +268,29 @@ def open_sources(
             remedy="list the sources in a run file, each with its format and map",
         )
     return JoinedSource([open_source(path) for path in paths])
+
+
+def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None) -> Source:
+    """Open every folder in a folder as the log of a run, and every file that is a log of its own."""
+    if len(paths) != 1 or not paths[0].is_dir():
+        raise InputError(
+            "a sweep is one folder, with a folder or file for each run",
+            where=", ".join(map(str, paths)),
+            remedy="give the folder that holds the runs, or leave --sweep out",
+        )
+    (folder,) = paths
+    runs: dict[str, Source] = {}
+    for entry in sorted(folder.iterdir()):
+        stacked = entry.is_file() and any(known.found(entry) for known in FORMATS.values())
+        if not entry.name.startswith(".") and (entry.is_dir() or stacked):
+            runs[entry.name] = open_source(entry, format, mapping)
+        else:
+            _log.info("%s is no run of the sweep", entry)
+    if not runs:
+        raise InputError(
+            "no run is in this folder", where=str(folder), remedy="give the folder that holds a folder for each run"
+        )
+    return Sweep(folder, runs)
 
 
 def _open_run_file(path: Path) -> Source:

@@ -461,7 +461,7 @@ class Trajectory:
         scalars: Mapping[str, Sequence[float]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
-        attempt: int = 0,
+        attempts: Sequence[int] | None = None,
         runs: Sequence[str] = (),
     ) -> None:
         """Make written rows visible, for all arrays together.
@@ -476,14 +476,14 @@ class Trajectory:
             What identifies each step's source (name, size, time).
         checksums : mapping
             Array name to n rows of one `checksum` per chunk column.
-        attempt : int
-            Attempt that the steps are of.
+        attempts : sequence of int, length n, optional
+            Attempt of each row; the first where not given.
         runs : sequence of str, length n
             In a sweep, the name of each row's run.
         """
         start, stop = self.rows, self.rows + len(steps)
         known = dict(zip(self.runs, range(len(self.runs)), strict=True)) if self.sweep else {}
-        numbers = {STEP: steps, ATTEMPT: [attempt] * len(steps)}
+        numbers = {STEP: steps, ATTEMPT: attempts or [0] * len(steps)}
         if self.sweep:
             numbers[RUN] = [known.setdefault(name, len(known)) for name in runs]
         for name, values in {**numbers, **scalars}.items():
