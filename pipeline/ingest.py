@@ -55,7 +55,7 @@ class IngestSummary:
     Attributes
     ----------
     new_steps, steps : int
-        Steps read now, and committed in all.
+        Steps read now, and those of the run as it stands.
     first_step, last_step : int
         Of the run as it stands.
     attempts : int
@@ -148,7 +148,7 @@ def ingest(
         _log.warning("%s", warning)
     return IngestSummary(
         new_steps=len(steps),
-        steps=trajectory.rows,
+        steps=len(numbers),
         first_step=int(numbers.min()),
         last_step=int(numbers.max()),
         attempts=int(trajectory.scalar(ATTEMPT).max()) + 1,

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
-from pipeline.schema import ATTEMPT, RUN, InputError, Status
+from pipeline.schema import ATTEMPT, RUN, STEP, InputError, Status
 from pipeline.store import Ledger, Trajectory
 
 __all__ = [
@@ -254,20 +254,26 @@ def describe_run(out: Path) -> dict[str, Any]:
     """Say what OUT holds: steps, model, and how far the analysis is."""
     folder = RunFolder(Path(out))
     states = Trajectory(folder.trajectory)
-    steps = states.scalar("step")
+    steps = states.scalar(STEP)[states.current()]
     description: dict[str, Any] = {
         "trajectory": str(folder.trajectory),
         "source": states.source,
-        "steps": states.rows,
-        "first_step": int(steps[0]) if states.rows else None,
-        "last_step": int(steps[-1]) if states.rows else None,
+        "steps": len(steps),
+        "first_step": int(steps.min()) if states.rows else None,
+        "last_step": int(steps.max()) if states.rows else None,
+        "attempts": int(states.scalar(ATTEMPT).max(initial=0)) + 1,
+        **({"runs": len(states.runs)} if states.sweep else {}),
         "elements": states.layout.elements,
         "dtypes": states.dtypes,
         "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
     }
     if folder.results.exists():
         tree = results.read(folder.results)
-        description |= {"results": str(folder.results), "updates": tree["model"].sizes["step"], **_overview(tree)}
+        description |= {
+            "results": str(folder.results),
+            "updates": int((tree["model"].to_dataset()["step_span"] > 0).sum()),
+            **_overview(tree),
+        }
     if folder.report.exists():
         description["report"] = str(folder.report)
     return description
