@@ -104,6 +104,9 @@ class _Face:
             sys.stdout.write("".join(_lines(values)))
 
 
+_SHORT = 60
+
+
 def _lines(values: dict[str, Any]) -> Iterator[str]:
     width = max(len(name) for name in values)
     for name, value in values.items():
@@ -111,6 +114,10 @@ def _lines(values: dict[str, Any]) -> Iterator[str]:
             shown = "min {:.6g}, median {:.6g}, max {:.6g} rad".format(*value)
         elif isinstance(value, list) and value and isinstance(value[0], float):
             shown = "min {:.6g}, median {:.6g}, max {:.6g}".format(*value)
+        elif isinstance(value, dict) and any(len(str(item)) > _SHORT for item in value.values()):
+            yield f"{name.replace('_', ' ')}\n"
+            yield from (f"  {line}" for line in _lines(value))
+            continue
         elif isinstance(value, dict):
             shown = ", ".join(f"{key} {item}" for key, item in value.items())
         elif isinstance(value, list):
@@ -303,6 +310,28 @@ def demo(
         run.report_run([runs[name]])
     answer = {name: str(run.RunFolder(path).results) for name, path in runs.items()}
     face.answer(answer | run.report_run(runs, out / "report.html"))
+
+
+@app.command()
+def inspect(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Folder of a log; several of one run, or a run file."),
+    ],
+    format: FormatName = None,
+    map_: Map = None,
+    sweep: Sweep = False,
+    memory_limit: MemoryLimit = "512MiB",
+    as_json: Json = False,
+) -> None:
+    """Say what a log holds, what is missing for which result, and what processing it will take."""
+    from pipeline.compute import memory_bytes
+    from pipeline.inspection import inspect_source
+    from pipeline.sources.names import parse_map
+
+    face, memory = _Face(as_json, quiet=False), memory_bytes(memory_limit)
+    mapping = parse_map(map_ or [])
+    face.answer(inspect_source(sources, format=format, mapping=mapping, sweep=sweep, memory_limit=memory))
 
 
 @app.command()

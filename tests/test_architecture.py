@@ -53,7 +53,7 @@ FLOORS = [
     },
     {"pipeline.sources.huggingface", "pipeline.store", "pipeline.report"},
     {"pipeline.sources.formats", "pipeline.compute", "pipeline.paper"},
-    {"pipeline.ingest"},
+    {"pipeline.ingest", "pipeline.inspection"},
     {"pipeline.run"},
     {"pipeline.cli", "flows"},
     {"flows.runs"},

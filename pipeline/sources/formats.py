@@ -23,7 +23,7 @@ from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["FORMATS", "Format", "open_source", "open_sources"]
+__all__ = ["FORMATS", "Format", "format_of", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     if path.suffix == ".toml" and path.is_file():
         return _open_run_file(path)
     if format is None:
-        format = next((name for name, known in FORMATS.items() if known.found(path)), "steps")
+        format = format_of(path)
     if not path.is_dir() and not FORMATS[format].found(path):
         raise InputError(
             "this is a file, a log is a folder",
@@ -235,6 +235,13 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
             remedy="give the folder that holds the step files",
         )
     return FORMATS[format].open(path, mapping)
+
+
+def format_of(path: Path) -> str:
+    """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
+    if path.suffix == ".toml" and path.is_file():
+        return "run file"
+    return next((name for name, known in FORMATS.items() if known.found(path)), "steps")
 
 
 def open_sources(

@@ -1,0 +1,181 @@
+"""What a log holds, before it is processed: steps, tensors, sizes, what is missing and what that costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import gram
+from pipeline.blocks import MEBIBYTE, chunk_shape, plan_pass
+from pipeline.schema import HVP, SCALARS, STATES, STORAGE_DTYPES, InputError, promote
+from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, complete
+from pipeline.sources.formats import format_of, open_sources
+from pipeline.store import storage_dtype
+
+__all__ = ["NEEDED_FOR", "inspect_source"]
+
+NEEDED_FOR: dict[str, tuple[str, str]] = {
+    "parameter": ("everything", "say where they are with --map parameter=KEY, or give the log that has them"),
+    "gradient": (
+        "everything but parameter_norm and update_norm",
+        "log them (pipeline.recorder, or a hook of the trainer), and give that log as a further SOURCE",
+    ),
+    "learning_rate": ("every metric, as g is the update per learning rate", "give it with --learning-rate"),
+    "loss": (
+        "the descent 'corrected', loss_average, loss_decrease, discrete_identity_residual",
+        "log it, or give a log of scalars as a further SOURCE",
+    ),
+    HVP: ("the descent 'taylor', eq. (16)", "log H (theta_{t+1} - theta_t) as hvp"),
+    "hessian_min_eigenvalue": ("learning_rate_bound, eq. (18)", "log it, for example by Lanczos"),
+    "loss_time_derivative": ("losses that change with time, section 2.1", "log dL/dt where yours does"),
+}
+"""Quantity of a log to the results that need it, and how to get it where it is missing."""
+
+_SAMPLE_BYTES = 64 * MEBIBYTE
+_PASS_RATE = 2e9
+"""Bytes per second of the metrics pass that are counted on; on two cores it was measured at 5e9 to 7e9."""
+
+
+def inspect_source(
+    sources: Sequence[Path],
+    *,
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    sweep: bool = False,
+    memory_limit: int | None = None,
+) -> dict[str, Any]:
+    """Say what was found in the logs of a run, and what processing them will take; nothing is written.
+
+    Parameters
+    ----------
+    sources, format, mapping, sweep
+        As for `pipeline.ingest.ingest`.
+    memory_limit : int, optional
+        Bytes that a worker process may use.
+
+    Returns
+    -------
+    dict
+        Plain values: formats, steps, tensors, dtypes, bytes; ``missing`` with what needs it and how to get it;
+        the bytes of the stores and the memory of a worker; and seconds, from a timed read of the first step.
+
+    Raises
+    ------
+    InputError
+        Where there is no log, or its first or last step cannot be described.
+    """
+    paths = [Path(source) for source in sources]
+    log = open_sources(paths, format, mapping, sweep=sweep)
+    listed = log.steps()
+    first, last = (_content(log, step) for step in (listed[0], listed[-1]))
+    runs = len({step.run for step in listed})
+    spans = [b.number - a.number for a, b in itertools.pairwise(listed) if a.run == b.run]
+    usual = max(set(spans), key=spans.count) if spans else 0
+    found: dict[str, Any] = {
+        "source": ", ".join(map(str, paths)),
+        "format": format or ", ".join(dict.fromkeys(map(format_of, paths))),
+        **({"runs": runs} if sweep else {}),
+        "steps": len(listed),
+        "first_step": min(step.number for step in listed),
+        "last_step": max(step.number for step in listed),
+        "step_span": usual,
+        "gaps": sum(span != usual for span in spans),
+    }
+    held = {name: f"{len(tensors)} tensors" for name, tensors in first.arrays.items() if tensors}
+    held |= {name: f"{value:g} at step {listed[0].number}" for name, value in first.scalars.items()}
+    found["holds"] = held
+    found["missing"] = {
+        name: f"needed for {use}; {remedy}" for name, (use, remedy) in NEEDED_FOR.items() if name not in held
+    }
+    found["changes"] = _changes(first, last)
+    found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
+    found["unused_keys"] = list(first.unused)
+    if all(first.arrays.get(name) for name in STATES[:2]):
+        found |= _plan(log, listed, complete(listed[0], first), memory_limit)
+    return found
+
+
+def _content(log: Source, step: LoggedStep) -> StepContent:
+    with log.open(step) as reader:
+        return reader.content()
+
+
+def _changes(first: StepContent, last: StepContent) -> list[str]:
+    """Say what the last step holds otherwise than the first: such a log is refused."""
+    changes = []
+    for name in STATES:
+        before, after = first.arrays.get(name, {}), last.arrays.get(name, {})
+        for tensor in {**before, **after}:
+            if before.get(tensor) != after.get(tensor):
+                changes.append(f"{name} {tensor!r}: {_told(before.get(tensor))}, then {_told(after.get(tensor))}")
+    for name in SCALARS:
+        if (name in first.scalars) != (name in last.scalars):
+            changes.append(f"{name}: not at the {'first' if name in last.scalars else 'last'} step")
+    return changes
+
+
+def _told(tensor: LoggedTensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _plan(
+    log: Source, listed: Sequence[LoggedStep], content: StepContent, memory_limit: int | None
+) -> dict[str, Any]:
+    """Sizes and times of processing."""
+    arrays = content.arrays
+    dtypes = {name: promote([tensor.dtype for tensor in arrays[name].values()]) for name in arrays}
+    itemsizes = [storage_dtype(dtype).itemsize for dtype in dtypes.values()]
+    tensors = arrays["parameter"]
+    elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    count = len(gram.vectors(HVP in dtypes))
+    chunk = chunk_shape(len(listed), elements)
+    padded = -(-elements // chunk[1]) * chunk[1] * -(-len(listed) // chunk[0]) * chunk[0] if elements else 0
+    found: dict[str, Any] = {
+        "tensors": len(tensors),
+        "elements": elements,
+        "dtypes": dtypes,
+        "trajectory_bytes": padded * sum(itemsizes),
+        "ledger_bytes": (len(listed) - 1) * len(tensors) * (count * count + 1) * 8,
+    }
+    rate = _reading_rate(log, listed[0], content)
+    state_bytes = len(listed) * elements * sum(itemsizes)
+    if rate:
+        found["ingest_seconds"] = round(state_bytes / rate, 1)
+    found["pass_seconds"] = round(state_bytes / _PASS_RATE, 1)
+    if len(listed) > 1 and elements:
+        try:
+            plan = plan_pass(
+                states=len(listed),
+                elements=elements,
+                chunk=chunk,
+                itemsizes=itemsizes,
+                tensors=len(tensors),
+                vectors=count,
+                memory_limit=memory_limit,
+            )
+        except InputError as error:
+            found["worker_memory"] = f"more than is given: {error.what}"
+        else:
+            found["worker_memory"] = plan.projected_bytes
+    return found
+
+
+def _reading_rate(log: Source, step: LoggedStep, content: StepContent) -> float | None:
+    """Bytes per second at which the first tensors of a step are read, None where they are too few to tell."""
+    done, begin = 0, time.perf_counter()
+    with log.open(step) as reader:
+        for array, tensors in content.arrays.items():
+            for name, tensor in tensors.items():
+                if tensor.dtype not in STORAGE_DTYPES or done >= _SAMPLE_BYTES:
+                    continue
+                dtype = storage_dtype(tensor.dtype)
+                size = min(math.prod(tensor.shape), _SAMPLE_BYTES // dtype.itemsize)
+                reader.read(array, name, 0, np.empty(size, dtype))
+                done += size * dtype.itemsize
+    return done / (time.perf_counter() - begin) if done else None
