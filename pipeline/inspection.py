@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def inspect_source(
     usual = max(set(spans), key=spans.count) if spans else 0
     found: dict[str, Any] = {
         "source": ", ".join(map(str, paths)),
-        "format": format or ", ".join(dict.fromkeys(map(format_of, paths))),
+        "format": format or ", ".join(dict.fromkeys(map(format_of, _logs(listed) if sweep else paths))),
         **({"runs": runs} if sweep else {}),
         "steps": len(listed),
         "first_step": min(step.number for step in listed),
@@ -99,6 +100,13 @@ def inspect_source(
     if all(first.arrays.get(name) for name in STATES[:2]):
         found |= _plan(log, listed, complete(listed[0], first), memory_limit)
     return found
+
+
+def _logs(listed: Sequence[LoggedStep]) -> list[Path]:
+    """Where the logs of a sweep are: the folder that each run's first step is in, or the file of all its steps."""
+    firsts = {step.run: step.path for step in reversed(listed)}
+    count = Counter(step.path for step in listed)
+    return [path if count[path] > 1 else path.parent for path in firsts.values()]
 
 
 def _content(log: Source, step: LoggedStep) -> StepContent:

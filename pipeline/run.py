@@ -176,7 +176,7 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
     return {
         "ledger": str(folder.ledger),
         "results": str(folder.results),
-        "updates": summary.rows,
+        "updates": len(inputs.steps),
         "chunks": summary.bands,
         "computed_chunks": summary.computed_bands,
         "projected_memory": summary.plan.projected_bytes,

@@ -63,7 +63,13 @@ def test_a_sweep_is_counted_by_runs(tmp_path):
     for name, length in {"a": 3, "b": 5}.items():
         write_log(tmp_path / "sweep" / name, random_walk(length))
     found = inspect_source([tmp_path / "sweep"], sweep=True)
-    assert (found["runs"], found["steps"], found["gaps"]) == (2, 8, 0)
+    assert (found["runs"], found["steps"], found["gaps"], found["format"]) == (2, 8, 0, "steps")
+    stacked = {key: np.stack([state[key] for state in random_walk(4)]) for key in random_walk(1)[0]}
+    for name in "ab":
+        (tmp_path / "stacked" / name).mkdir(parents=True)
+        np.savez(tmp_path / "stacked" / name / "run.npz", **stacked)
+    found = inspect_source([tmp_path / "stacked"], sweep=True)
+    assert (found["runs"], found["steps"], found["gaps"], found["format"]) == (2, 8, 0, "npz")
 
 
 def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_path):

@@ -225,6 +225,7 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
         )
     if path.suffix == ".toml" and path.is_file():
         return _open_run_file(path)
+    path = _only_file(path)
     if format is None:
         format = format_of(path)
     if not path.is_dir() and not FORMATS[format].found(path):
@@ -237,10 +238,20 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     return FORMATS[format].open(path, mapping)
 
 
+def _only_file(path: Path) -> Path:
+    """Return the one file in a folder that is a log of its own, where the folder is no log itself."""
+    if not path.is_dir() or any(known.found(path) for known in FORMATS.values()):
+        return path
+    files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
+    logs = [file for file in files if any(known.found(file) for known in FORMATS.values())]
+    return logs[0] if len(logs) == 1 else path
+
+
 def format_of(path: Path) -> str:
     """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
     if path.suffix == ".toml" and path.is_file():
         return "run file"
+    path = _only_file(path)
     return next((name for name, known in FORMATS.items() if known.found(path)), "steps")
 
 
