@@ -37,10 +37,10 @@ from pipeline.schema import Status
 
 __all__ = [
     "Pair",
+    "across_floor",
     "angle",
     "angle_uncertainty",
     "condition_number",
-    "corrected",
     "cosine",
     "direct_sum",
     "displacement_floor",
@@ -50,20 +50,22 @@ __all__ = [
     "family_condition_number",
     "family_eigenvalues",
     "family_log_determinant",
-    "learning_rate_bounds",
     "multiplicities",
     "pair",
+    "quotient",
     "similarity",
     "status",
-    "stochastic_learning_rate_bound",
-    "stochastic_weight",
+    "where_effective",
     "window",
 ]
 
 Array = NDArray[np.float64]
 
+LEDGER_ERROR = 1e-14
+"""Promised error of an inner product x.y of the ledger, relative to |x| |y|."""
 
-def _quotient(numerator: Array, denominator: Array) -> Array:
+
+def quotient(numerator: Array, denominator: Array) -> Array:
     """Quotient, 0 where the denominator is 0: no component along a vector that is none."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(denominator == 0, 0.0, numerator / denominator)
@@ -105,7 +107,7 @@ class Pair:
     @property
     def along(self) -> Array:
         """Component of y along g, signed; 0 where there is no update."""
-        return _quotient(self.alignment, self.update_norm)
+        return quotient(self.alignment, self.update_norm)
 
     @property
     def across(self) -> Array:
@@ -120,10 +122,17 @@ class Pair:
     @property
     def ratio(self) -> Array:
         """Component of y along g in units of g, y.g / g.g; 0 where there is no update."""
-        return _quotient(self.alignment, self.update_square)
+        return quotient(self.alignment, self.update_square)
 
 
-def pair(gram: ArrayLike, vectors: Sequence[str], learning_rate: ArrayLike, size: ArrayLike) -> Pair:
+def pair(
+    gram: ArrayLike,
+    vectors: Sequence[str],
+    learning_rate: ArrayLike,
+    size: ArrayLike,
+    *,
+    half: str | None = None,
+) -> Pair:
     """Pair of each update of a Gram ledger.
 
     Parameters
@@ -137,6 +146,9 @@ def pair(gram: ArrayLike, vectors: Sequence[str], learning_rate: ArrayLike, size
         not positive g is NaN.
     size : int array, broadcasts to shape (...)
         Dimension D.
+    half : str, optional
+        Vector of which one half is added to the gradient: ``gradient_change`` gives the mean of the gradients at
+        both ends, ``hvp`` eq. (16). `across_floor` is what the ledger knows of its part across g.
 
     Notes
     -----
@@ -147,19 +159,54 @@ def pair(gram: ArrayLike, vectors: Sequence[str], learning_rate: ArrayLike, size
     index = {name: position for position, name in enumerate(vectors)}
 
     def product(one: str, other: str) -> Array:
-        return gram[..., index[one], index[other]]
+        return np.asarray(gram[..., index[one], index[other]])
 
     shape = gram.shape[:-2]
     rate = np.broadcast_to(np.asarray(learning_rate, dtype=np.float64), shape)
     rate = np.where(rate > 0, rate, np.nan)
     dimension = np.broadcast_to(np.asarray(size, dtype=np.int64), shape)
     displacement_square = product("displacement", "displacement")
-    residual_along = _quotient(product("residual", "displacement"), np.sqrt(displacement_square))
     with np.errstate(invalid="ignore", over="ignore"):
-        across = np.maximum(product("residual", "residual") - residual_along**2, 0.0)
+        descent = -product("gradient", "displacement")
+        residual_square, residual_along = product("residual", "residual"), product("residual", "displacement")
+        if half is not None:
+            descent = descent - product(half, "displacement") / 2.0
+            residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
+            residual_along = residual_along + product(half, "displacement") / 2.0
+        across = residual_square - quotient(residual_along, np.sqrt(displacement_square)) ** 2
         # On a line there is no across: what is left there is rounding. (0 x NaN stays NaN.)
-        across = np.where(dimension == 1, 0.0 * across, across)
-        return Pair(displacement_square / rate**2, -product("gradient", "displacement") / rate, across, dimension)
+        across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0))
+        return Pair(displacement_square / rate**2, descent / rate, across, dimension)
+
+
+def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
+    """Largest error of the component of y across g that a ledger leaves, where half a vector v was added.
+
+    The residual r is nearly across g, so nothing cancels in its products. v is not: of a v nearly along g the part
+    across g is a difference of entries, each off by 1e-14 of |v|^2, which makes ``4e-14 (|r| + |v| / 2)^2`` in
+    across^2. The root is off by e = 2e-7 (|r| + |v| / 2) at most, and by e^2 / across where that is less.
+
+    With rho = (|r| + |v| / 2) / |y| the angle is so as good as the gradient's, 1e-13, where sin psi >= 0.4 rho^2,
+    and to 2e-7 rho below. Of a small learning rate rho is small as well. More is not to be had from this ledger.
+
+    Parameters
+    ----------
+    gram, vectors, half
+        As for `pair`.
+    pair : Pair
+        What `pair` made of them.
+
+    Returns
+    -------
+    array, shape (...)
+    """
+    gram = np.asarray(gram, dtype=np.float64)
+    index = {name: position for position, name in enumerate(vectors)}
+    residual, added = (np.sqrt(gram[..., index[name], index[name]]) for name in ("residual", half))
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        error = 2.0 * np.sqrt(LEDGER_ERROR) * (residual + added / 2.0)
+        floor = np.minimum(error, error**2 / pair.across)
+        return np.where(pair.size == 1, 0.0 * error, np.where(pair.across > 0, floor, error))
 
 
 def direct_sum(parts: Sequence[Pair]) -> Pair:
@@ -176,7 +223,7 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
     with np.errstate(invalid="ignore", over="ignore"):
         square = _sum([part.update_square for part in parts])
         alignment = _sum([part.alignment for part in parts])
-        ratio = _quotient(alignment, square)
+        ratio = quotient(alignment, square)
         across = _sum([part.across_square + (part.ratio - ratio) ** 2 * part.update_square for part in parts])
     return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
 
@@ -210,29 +257,6 @@ def window(pair: Pair, m: int) -> Pair:
     return Pair(whole.update_square, whole.alignment / m, whole.across_square / m**2, whole.size)
 
 
-def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair) -> Pair:
-    """Pair of the update and the negative discrete gradient, corrected along the displacement (eq. 12).
-
-    With p = eta g the discrete gradient is grad L + s p, and s is fixed by p.(grad L + s p) = dL. That changes
-    the component of y along g alone. At p = 0 the correction is 0/0; the value is then the gradient.
-
-    Parameters
-    ----------
-    pair : Pair
-        Of the model, or of parts of it.
-    learning_rate, loss_change : array, of the shape of the pair
-        eta, and dL = L(theta_{t+1}) - L(theta_t).
-    model : Pair, broadcasts to the shape of the pair
-        Of the whole model, to which dL belongs.
-    """
-    rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        wanted = _quotient(-change / rate, model.update_square)
-        # In this order the model's own ratio drops out exactly, and its y.g is -dL / eta as eq. (12) has it.
-        alignment = ((pair.ratio - model.ratio) + wanted) * pair.update_square
-    return Pair(pair.update_square, alignment, pair.across_square, pair.size)
-
-
 # The angle ---------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +272,7 @@ def angle(pair: Pair) -> Array:
 def cosine(pair: Pair) -> Array:
     """Cosine of psi; NaN where either vector is zero."""
     defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
-    return np.where(defined, _quotient(pair.along, pair.gradient_norm), np.nan)
+    return np.where(defined, quotient(pair.along, pair.gradient_norm), np.nan)
 
 
 def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, roundoff: ArrayLike) -> Array:
@@ -291,7 +315,7 @@ def _largest_turn(error: ArrayLike, norm: Array) -> Array:
 # The optimal metric ------------------------------------------------------------------------------------------
 
 
-def _where_effective(pair: Pair, value: Array) -> Array:
+def where_effective(pair: Pair, value: Array) -> Array:
     """Keep the value where a metric exists, y.g > 0."""
     return np.where(pair.alignment > 0, value, np.nan)
 
@@ -302,12 +326,12 @@ def condition_number(pair: Pair) -> Array:
     kappa = ((1 + |sin psi|) / |cos psi|)^2, the paper's (1 + |sin psi|) / (1 - |sin psi|) (below eq. 9, Prop. 1)
     in a form that does not cancel near pi/2.
     """
-    return _where_effective(pair, _quotient(pair.gradient_norm + pair.across, pair.along) ** 2)
+    return where_effective(pair, quotient(pair.gradient_norm + pair.across, pair.along) ** 2)
 
 
 def similarity(pair: Pair) -> Array:
     """Similarity of update and steepest descent, 1 / kappa in (0, 1]; NaN where y.g <= 0."""
-    return _where_effective(pair, _quotient(pair.along, pair.gradient_norm + pair.across) ** 2)
+    return where_effective(pair, quotient(pair.along, pair.gradient_norm + pair.across) ** 2)
 
 
 def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
@@ -356,8 +380,8 @@ def eigenvalue_bounds(pair: Pair) -> tuple[Array, Array]:
     -----
     The paper has strict inequalities; they are equalities where y is parallel to g, and where D = 1.
     """
-    infimum = _quotient(pair.gradient_norm**2, pair.alignment)
-    return _where_effective(pair, infimum), _where_effective(pair, pair.ratio)
+    infimum = quotient(pair.gradient_norm**2, pair.alignment)
+    return where_effective(pair, infimum), where_effective(pair, pair.ratio)
 
 
 # The one-parameter family ------------------------------------------------------------------------------------
@@ -368,7 +392,7 @@ def _family_sum(pair: Pair, gamma: Array) -> Array:
 
     The root is that of (1 - gamma)^2 + 4 gamma sin^2 psi, which does not cancel.
     """
-    sine = _quotient(pair.across, pair.gradient_norm)[..., None]
+    sine = quotient(pair.across, pair.gradient_norm)[..., None]
     return 1.0 + gamma + np.hypot(1.0 - gamma, 2.0 * np.sqrt(gamma) * sine)
 
 
@@ -390,13 +414,13 @@ def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Arra
     weight = np.asarray(gamma, dtype=np.float64)
     total = _family_sum(pair, weight)
     column = pair[..., None]
-    scale = _quotient(column.gradient_norm**2, column.alignment)
+    scale = quotient(column.gradient_norm**2, column.alignment)
     on_line = column.size == 1
     maximum = np.where(on_line, column.ratio, 0.5 * scale * total)
     middle = np.where(column.size > 2, weight * scale, np.nan)
     # The product of the two is gamma (|y| / |g|)^2.
     minimum = np.where(on_line, column.ratio, 2.0 * weight * column.ratio / total)
-    return _where_effective(column, maximum), _where_effective(column, middle), _where_effective(column, minimum)
+    return where_effective(column, maximum), where_effective(column, middle), where_effective(column, minimum)
 
 
 def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
@@ -415,8 +439,8 @@ def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
     """
     weight = np.asarray(gamma, dtype=np.float64)
     column = pair[..., None]
-    root = _quotient(_family_sum(pair, weight) * column.gradient_norm, 2.0 * np.sqrt(weight) * column.along)
-    return _where_effective(column, np.where(column.size == 1, 1.0, root**2))
+    root = quotient(_family_sum(pair, weight) * column.gradient_norm, 2.0 * np.sqrt(weight) * column.along)
+    return where_effective(column, np.where(column.size == 1, 1.0, root**2))
 
 
 def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
@@ -463,109 +487,6 @@ def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
     infimum, supremum = eigenvalue_bounds(column)
     weight = np.asarray(gamma, dtype=np.float64)
     return np.asarray(np.log(supremum) + (column.size - 1) * np.log(weight * infimum))
-
-
-# Learning rates ----------------------------------------------------------------------------------------------
-
-
-def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple[Array, Array]:
-    """Learning rates below which Mbar + eta H is a metric of the true gradient (eqs. 17, 18); NaN where y.g <= 0.
-
-    Parameters
-    ----------
-    pair : Pair
-        Of the update and the negative *discrete* gradient ybar (eq. 16).
-    hessian_min_eigenvalue : array, broadcasts to the shape of the pair
-        Smallest eigenvalue of the Hessian of the loss at theta + lambda p, twice that of H.
-
-    Returns
-    -------
-    supremum : array
-        (1 / h) (|ybar| / |g|) cos(psi_bar) with h = -lambda_min(H), the paper's bound. It belongs to
-        gamma -> infinity: below it *some* metric Mbar does.
-    optimal : array
-        lambda_min(Mbar) / h for Mbar of smallest condition number: below it that metric does.
-
-    Notes
-    -----
-    Both are infinite where the loss is convex, h <= 0. Both are sufficient, not necessary: a metric that maps g to
-    the true y exists exactly where y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). As ybar and H
-    themselves depend on eta, a bound says whether the eta of this update met it, not what another would do.
-    """
-    concavity = np.maximum(-np.asarray(hessian_min_eigenvalue, dtype=np.float64) / 2.0, 0.0)
-    _, _, minimum = eigenvalues(pair)
-    with np.errstate(divide="ignore", over="ignore"):
-        return eigenvalue_bounds(pair)[1] / concavity, minimum / concavity
-
-
-def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, learning_rate: ArrayLike) -> Array:
-    """Smallest alpha with which the metric of a stochastic rule (eq. 19) is positive definite.
-
-    With n = <Hg>, ybar = y - eta n, b = n.<g>, c = y.<g> and a = c - eta b, what eq. (19) adds to y y' / c is
-    ``alpha (I - g g' / g.g) + eta d d' / (a b c)`` with d = b y - c n across g: definite exactly where c > 0 and
-    a b > 0 or alpha > eta |d|^2 / (|a b| c). The paper assumes it "for small enough eta", but for b < 0 the term is
-    negative, and nothing keeps |n|^2 / b from being large.
-
-    Parameters
-    ----------
-    pair : Pair
-        Of the mean update <g> and the negative gradient y = -grad L (not the discrete one).
-    curvature : Pair
-        Of the mean update and <Hg>, in place of y.
-    across_product : array
-        Inner product of the components of y and <Hg> across <g>, ``y.n - (y.g) (n.g) / g.g``.
-    learning_rate : array
-        eta.
-
-    Returns
-    -------
-    array
-        alpha must be greater; 0 where any will do. NaN where none exists, y.<g> <= 0, and where eq. (19) is not
-        defined, <Hg>.<g> = 0 or <ybar>.<g> = 0.
-    """
-    rate = np.asarray(learning_rate, dtype=np.float64)
-    remaining = pair.alignment - rate * curvature.alignment
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = np.abs(curvature.alignment * remaining) * pair.alignment
-        needed = rate * _stochastic_deviation(pair, curvature, across_product) / scale
-    weight = np.where(remaining * curvature.alignment > 0, 0.0, needed)
-    defined = (remaining != 0) & (curvature.alignment != 0) & (rate > 0)
-    return _where_effective(pair, np.where(defined, weight, np.nan))
-
-
-def stochastic_learning_rate_bound(
-    pair: Pair, curvature: Pair, across_product: ArrayLike, alpha: ArrayLike
-) -> Array:
-    """Largest eta up to which the metric of a stochastic rule (eq. 19) is positive definite, y and <Hg> held.
-
-    Parameters
-    ----------
-    pair, curvature, across_product
-        As for `stochastic_weight`.
-    alpha : array
-        Weight of the metric across <g>, positive.
-
-    Returns
-    -------
-    array
-        The metric is definite for all eta below. Where <Hg>.<g> > 0 it is y.<g> / <Hg>.<g>, where <ybar>.<g> turns
-        negative; else it is where alpha stops being enough, infinite where it never does. It goes to 0 with
-        <Hg>.<g> from below, against the paper's "arbitrarily small". NaN as for `stochastic_weight`.
-    """
-    weight = np.asarray(alpha, dtype=np.float64)
-    slope = curvature.alignment
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        lacking = _stochastic_deviation(pair, curvature, across_product) - weight * slope**2 * pair.alignment
-        until = np.where(lacking > 0, weight * -slope * pair.alignment**2 / lacking, np.inf)
-        bound = np.where(slope > 0, pair.alignment / slope, until)
-    return _where_effective(pair, np.where((slope != 0) & (weight > 0), bound, np.nan))
-
-
-def _stochastic_deviation(pair: Pair, curvature: Pair, across_product: ArrayLike) -> Array:
-    """Squared norm of (n.g) y - (y.g) n, which lies across g."""
-    one, other = curvature.alignment, pair.alignment
-    mixed = 2.0 * one * other * np.asarray(across_product, dtype=np.float64)
-    return np.maximum(one**2 * pair.across_square - mixed + other**2 * curvature.across_square, 0.0)
 
 
 # Where it is defined -----------------------------------------------------------------------------------------

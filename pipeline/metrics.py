@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import diags_array
 from scipy.sparse.linalg import ArpackError, LinearOperator, aslinearoperator, eigsh
 
-from pipeline import geometry
+from pipeline import discrete_time, geometry
 from pipeline.geometry import Pair
 from pipeline.schema import InputError, Status
 
@@ -389,8 +389,8 @@ def stochastic_metric(
     ------
     InputError
         Where eq. (19) is not defined or not positive definite, with the alpha that would do
-        (`geometry.stochastic_weight`), or no metric maps <g> to y. `Metric` of y and <g> then still exists wherever
-        y.<g> > 0.
+        (`discrete_time.stochastic_weight`), or no metric maps <g> to y. `Metric` of y and <g> then still exists
+        wherever y.<g> > 0.
 
     Notes
     -----
@@ -399,7 +399,7 @@ def stochastic_metric(
     y, g, curvature = (np.asarray(vector, dtype=np.float64) for vector in (y, g, curvature))
     pair, mean = _effective_pair(y, g), pair_of(curvature, g)
     product = np.vecdot(_across(y, g), _across(curvature, g))
-    needed = float(geometry.stochastic_weight(pair, mean, product, learning_rate))
+    needed = float(discrete_time.stochastic_weight(pair, mean, product, learning_rate))
     discrete = y - learning_rate * curvature
     remaining = float(pair.alignment - learning_rate * mean.alignment)
     if alpha is None and remaining > 0:
@@ -507,8 +507,8 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
 def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
     """Smallest and largest eigenvalue of a symmetric matrix.
 
-    Of a Hessian that is given by its products with vectors the smallest is what `geometry.learning_rate_bounds`
-    asks for; of ``metric + eta * H`` it says whether eq. (17) is definite.
+    Of a Hessian that is given by its products with vectors the smallest is what
+    `discrete_time.learning_rate_bounds` asks for; of ``metric + eta * H`` it says whether eq. (17) is definite.
 
     Parameters
     ----------

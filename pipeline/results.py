@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pipeline import geometry
+from pipeline import discrete_time, geometry
 from pipeline.geometry import Pair
 from pipeline.schema import (
     ATTEMPT,
@@ -27,6 +27,7 @@ from pipeline.schema import (
     DESCENTS,
     DIMENSIONS,
     GAMMA,
+    HVP,
     RUN,
     STEP,
     TENSOR,
@@ -63,8 +64,8 @@ class Inputs:
         Before and after the update, NaN where not logged.
     learning_rate : float64 array, shape (rows,)
         NaN where neither logged nor given.
-    gradient_dtype : str
-        Stored dtype of the gradient.
+    dtypes : mapping of str to str
+        Stored dtypes of ``gradient``, and of ``hvp`` where it was logged.
     attempts : int64 array, shape (rows,), optional
         Restarts before each row was logged; none where not given.
     runs : tuple of str, optional
@@ -81,7 +82,7 @@ class Inputs:
     loss: Array
     next_loss: Array
     learning_rate: Array
-    gradient_dtype: str
+    dtypes: Mapping[str, str]
     attempts: NDArray[np.int64] | None = None
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
@@ -97,14 +98,32 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class _Descent:
+    """How a negative gradient is made of the ledger: with half of which vector, and corrected or not (eq. 12)."""
+
+    half: str | None = None
+    corrected: bool = False
+
+
+_DESCENTS = {
+    "gradient": _Descent(),
+    "corrected": _Descent(corrected=True),
+    "trapezoid": _Descent(half="gradient_change", corrected=True),
+    "taylor": _Descent(half=HVP),
+}
+
+
+@dataclass(frozen=True)
 class _Level:
     """Model or tensors: the pair of every row, what rounding can move it by, and the dimensions."""
 
     dimensions: tuple[str, ...]
     pair: Pair
     finite: NDArray[np.bool_]
+    known: NDArray[np.bool_]
     update_floor: Array
-    gradient_norm: Array
+    gradient_floor: Array
+    gradient_norm: Array | None
     parameter_norm: Array
 
 
@@ -146,10 +165,10 @@ def label(
         )
     # A run that diverged holds infinities; what follows from them is NaN, and the status says why.
     with np.errstate(all="ignore"):
-        model, tensors = _levels(inputs)
+        levels = {name: _levels(inputs, _DESCENTS[name]) for name in DESCENTS}
         groups = {
-            "/model": _dataset(inputs, model, model, gammas, windows),
-            "/tensor": _dataset(inputs, tensors, model, gammas, windows),
+            "/model": _dataset(inputs, {name: model for name, (model, _) in levels.items()}, gammas, windows),
+            "/tensor": _dataset(inputs, {name: tensors for name, (_, tensors) in levels.items()}, gammas, windows),
         }
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {}), "versions": versions()}
@@ -165,37 +184,73 @@ def versions() -> dict[str, str]:
 # From the ledger to pairs of vectors -------------------------------------------------------------------------
 
 
-def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
-    gram, layout = inputs.gram, inputs.layout
-    index = {name: position for position, name in enumerate(inputs.vectors)}
+def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
+    """Model and tensors, compared with one negative gradient."""
+    gram, vectors, layout = inputs.gram, inputs.vectors, inputs.layout
+    half, logged = descent.half, descent.half is None or descent.half in vectors
+    if not logged:
+        # NaN in its place, and not known: a vector that was not logged is no failure of the run.
+        gram = np.pad(gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
+        vectors = (*vectors, str(half))
+    index = {name: position for position, name in enumerate(vectors)}
 
     def norm(vector: str) -> Array:
         return np.sqrt(gram[..., index[vector], index[vector]])
 
     # A row that spans k updates has moved by k of them: the update g is their mean (eq. 2).
     rate = (inputs.learning_rate * inputs.spans)[:, None]
+    change = (inputs.next_loss - inputs.loss)[:, None]
     sizes = np.array([tensor.size for tensor in layout.tensors])
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
-    pair = geometry.pair(gram, inputs.vectors, rate, sizes)
+    part = geometry.pair(gram, vectors, rate, sizes, half=half)
+    whole = geometry.direct_sum([part[:, tensor] for tensor in range(len(layout.tensors))])
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
     update_floor = displacement_floor / rate
+    gradient_floor = unit_roundoff(inputs.dtypes["gradient"]) * norm("gradient")
+    finite = np.isfinite(norm("displacement") + norm("gradient"))
+    if half is not None and logged:
+        # The other gradient is no longer than this one and their difference together.
+        stored = unit_roundoff(inputs.dtypes[half if half == HVP else "gradient"]) * norm(half) / 2.0
+        gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, part)
+        finite &= np.isfinite(norm(half))
     tensors = _Level(
         (STEP, TENSOR),
-        pair,
-        np.isfinite(norm("displacement") + norm("gradient")),
+        part,
+        finite,
+        np.full(finite.shape, logged),
         update_floor,
-        norm("gradient"),
+        gradient_floor,
+        norm("gradient") if half is None else None,
         norm("parameter"),
     )
     model = _Level(
         (STEP,),
-        geometry.direct_sum([pair[:, tensor] for tensor in range(len(layout.tensors))]),
-        np.asarray(tensors.finite.all(axis=1)),
-        _norm(tensors.update_floor, axis=1),
-        _norm(tensors.gradient_norm, axis=1),
-        _norm(tensors.parameter_norm, axis=1),
+        whole,
+        np.asarray(finite.all(axis=1)),
+        np.full(len(finite), logged),
+        _norm(update_floor, axis=1),
+        _norm(gradient_floor, axis=1),
+        _norm(norm("gradient"), axis=1) if half is None else None,
+        _norm(norm("parameter"), axis=1),
     )
-    return model, tensors
+    if not descent.corrected:
+        return model, tensors
+    return (
+        _corrected(model, rate[:, 0], change[:, 0], model.pair, model.update_floor),
+        _corrected(tensors, rate, change, model.pair[:, None], model.update_floor[:, None]),
+    )
+
+
+def _corrected(level: _Level, rate: Array, change: Array, whole: Pair, whole_floor: Array) -> _Level:
+    """Level of the discrete gradient along the displacement, which needs the losses at both ends."""
+    floor = discrete_time.correction_floor(level.pair, rate, change, whole, (level.update_floor, whole_floor))
+    return replace(
+        level,
+        pair=discrete_time.corrected(level.pair, rate, change, whole),
+        known=level.known & np.isfinite(change),
+        gradient_floor=level.gradient_floor + floor,
+        gradient_norm=None,
+    )
 
 
 def _norm(values: Array, axis: int) -> Array:
@@ -226,19 +281,19 @@ def _where_whole(values: NDArray[Any], whole: NDArray[np.bool_], fill: Any) -> N
 
 
 def _dataset(
-    inputs: Inputs, level: _Level, model: _Level, gammas: Sequence[float], windows: Sequence[int]
+    inputs: Inputs, levels: Mapping[str, _Level], gammas: Sequence[float], windows: Sequence[int]
 ) -> xr.Dataset:
-    leading = level.dimensions
+    leading = levels["gradient"].dimensions
     full = (*leading, DESCENT, WINDOW)
     columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
         "loss": ((STEP,), inputs.loss),
         "learning_rate": ((STEP,), inputs.learning_rate),
         "step_span": ((STEP,), inputs.spans),
-        "parameter_norm": (leading, level.parameter_norm),
+        "parameter_norm": (leading, levels["gradient"].parameter_norm),
         "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs, m) for m in windows])),
         "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs, m) for m in windows])),
     }
-    cells = [[_metrics(inputs, level, model, descent, m, gammas) for m in windows] for descent in DESCENTS]
+    cells = [[_metrics(inputs, level, m, gammas) for m in windows] for level in levels.values()]
     for name in cells[0][0]:
         dimensions = (*full, GAMMA) if name.startswith("family_") else full
         axis = len(leading)
@@ -298,31 +353,23 @@ def _decrease(inputs: Inputs, m: int) -> Array:
     return inputs.loss[: len(inputs.loss) - m + 1] - inputs.next_loss[m - 1 :]
 
 
-def _metrics(
-    inputs: Inputs, level: _Level, model: _Level, descent: str, m: int, gammas: Sequence[float]
-) -> dict[str, NDArray[Any]]:
+def _metrics(inputs: Inputs, level: _Level, m: int, gammas: Sequence[float]) -> dict[str, NDArray[Any]]:
     """Variables of one descent and one window, each of shape (rows, ...)."""
-    rows, per_tensor = len(inputs.steps), level is not model
-    rate, change, whole = inputs.learning_rate * inputs.spans, inputs.next_loss - inputs.loss, model.pair
-    known = np.isfinite(change) if descent == "corrected" else np.ones(rows, dtype=bool)
-    if per_tensor:
-        rate, change, whole, known = rate[:, None], change[:, None], whole[:, None], known[:, None]
-    pair = geometry.corrected(level.pair, rate, change, whole) if descent == "corrected" else level.pair
-
+    per_tensor = TENSOR in level.dimensions
+    rate, pair = inputs.learning_rate * inputs.spans, level.pair
     window = geometry.window(pair, m)
     update_floor = _rolling_norm(level.update_floor, m)
-    gradient_norm = _rolling_norm(level.gradient_norm, m) / m
     status = geometry.status(
         window,
         # The slowest rate stands for the window: it is NaN where one is missing, not positive where one is not.
-        learning_rate=_windows(rate, m).min(axis=-1),
+        learning_rate=_windows(rate[:, None] if per_tensor else rate, m).min(axis=-1),
         finite=_windows(level.finite, m).all(axis=-1),
         # An update no larger than its own rounding cannot be told from it.
-        verifiable=_windows(known, m).all(axis=-1) & ~(update_floor >= window.update_norm),
+        verifiable=_windows(level.known, m).all(axis=-1) & ~(update_floor >= window.update_norm),
     )
 
     angle = geometry.angle(window)
-    gradient_floor = unit_roundoff(inputs.gradient_dtype) * gradient_norm
+    gradient_floor = _rolling_norm(level.gradient_floor, m) / m
     uncertainty = geometry.angle_uncertainty(window, update_floor, gradient_floor)
     has_angle = status <= Status.OBTUSE
     maximum, middle, minimum = geometry.eigenvalues(window)
@@ -344,7 +391,10 @@ def _metrics(
     effective = status == Status.EFFECTIVE
     values: dict[str, NDArray[Any]] = {
         "update_norm": window.update_norm,
-        "gradient_norm": window.gradient_norm if descent == "corrected" else gradient_norm,
+        # The gradient's own is known without a learning rate too.
+        "gradient_norm": _rolling_norm(level.gradient_norm, m) / m
+        if level.gradient_norm is not None
+        else window.gradient_norm,
         "alignment": window.alignment,
         "cosine": np.where(has_angle, geometry.cosine(window), np.nan),
         "angle": np.where(has_angle, angle, np.nan),

@@ -218,7 +218,7 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
         loss=loss[rows],
         next_loss=loss[rows + 1],
         learning_rate=learning_rate,
-        gradient_dtype=states.dtypes["gradient"],
+        dtypes=states.dtypes,
         attempts=attempts[rows],
         runs=states.runs if states.sweep else (),
         run=run[rows] if states.sweep else None,

@@ -67,8 +67,9 @@ DIMENSIONS: dict[str, str] = {
     GAMMA: "weight of the one-parameter family of metrics, eq. (22)",
 }
 
-DESCENTS = ("gradient", "corrected")
-"""Negative gradients y: of the loss, and the discrete one corrected along the displacement, eq. (12)."""
+DESCENTS = ("gradient", "corrected", "trapezoid", "taylor")
+"""Negative gradients y: of the loss; and three discrete ones, eq. (12): the gradient corrected along the
+displacement, the mean of the gradients at both ends so corrected, and the gradient plus hvp / 2, eq. (16)."""
 
 # What is stored ---------------------------------------------------------------------------------------------
 

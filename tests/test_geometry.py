@@ -18,7 +18,7 @@ from reference import (
     vectors_at,
 )
 
-from pipeline import geometry, gram
+from pipeline import discrete_time, geometry, gram
 from pipeline.geometry import Pair
 from pipeline.schema import Status
 
@@ -204,19 +204,19 @@ def test_the_corrected_gradient_obeys_equation_12(seed, change):
     y, g = rng.standard_normal((2, 12))
     rate = 0.5
     model = pair_of(y, g, rate)
-    corrected = geometry.corrected(model, rate, change, model)
+    corrected = discrete_time.corrected(model, rate, change, model)
     # p.(grad L + s p) = dL with p = eta g, solved for s.
     s = (change + rate * (y @ g)) / (rate**2 * (g @ g))
     pair_close(corrected, y - s * rate * g, g)
     assert float(rate * corrected.alignment) == pytest.approx(-change, rel=2.0**-50)
     parts = [pair_of(y[:5], g[:5], rate), pair_of(y[5:], g[5:], rate)]
-    together = geometry.direct_sum([geometry.corrected(part, rate, change, model) for part in parts])
+    together = geometry.direct_sum([discrete_time.corrected(part, rate, change, model) for part in parts])
     pair_close(together, y - s * rate * g, g)
 
 
 def test_without_a_displacement_the_corrected_gradient_is_the_gradient():
     pair = pair_of(np.array([1.0, 2.0]), np.zeros(2))
-    corrected = geometry.corrected(pair, 0.5, 0.0, pair)
+    corrected = discrete_time.corrected(pair, 0.5, 0.0, pair)
     assert corrected.gradient_norm == pair.gradient_norm
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mpmath import mp, mpf
 from reference import exact, exact_metric, promised_relative_error, vectors_at
 
-from pipeline import geometry
+from pipeline import discrete_time, geometry
 from pipeline.gram import roundoff_bound
 from pipeline.metrics import Metric, canonical_form, extreme_eigenvalues, pair_of, stochastic_metric
 from pipeline.schema import VARIABLES, InputError
@@ -267,7 +267,7 @@ def test_equation_15_the_update_is_natural_gradient_descent_of_the_discrete_grad
     assert np.linalg.norm(theta + rate * metric.solve(discrete) - after) <= rounding + 2 * U * np.linalg.norm(after)
     # The ledger's corrected gradient has the same y.g, and so a metric for every loss that decreased.
     plain = pair_of(-gradient[0], update)
-    corrected = geometry.corrected(plain, rate, change, plain)
+    corrected = discrete_time.corrected(plain, rate, change, plain)
     assert float(corrected.alignment) == pytest.approx(-change / rate, rel=4 * U)
     assert np.isfinite(geometry.condition_number(corrected))
 
@@ -280,7 +280,7 @@ def test_equation_18_below_the_bound_the_shifted_metric_is_one_of_the_true_gradi
     half_hessian = half_hessian + half_hessian.T
     least, _ = extreme_eigenvalues(2 * half_hessian)
     numbers = pair_of(discrete, g)
-    supremum, optimal = geometry.learning_rate_bounds(numbers, least)
+    supremum, optimal = discrete_time.learning_rate_bounds(numbers, least)
     if least >= 0:
         assert supremum == optimal == np.inf
         return
@@ -306,7 +306,7 @@ def test_a_bound_of_the_learning_rate_is_sharp_along_the_weakest_direction():
     values, turn = np.linalg.eigh(metric.to_dense())
     # The most concave direction is the metric's weakest: then the bound is where it stops being definite.
     hessian = -2.0 * np.outer(turn[:, 0], turn[:, 0])
-    _, bound = geometry.learning_rate_bounds(pair_of(y, g), extreme_eigenvalues(hessian)[0])
+    _, bound = discrete_time.learning_rate_bounds(pair_of(y, g), extreme_eigenvalues(hessian)[0])
     for share, definite in ((0.999, True), (1.001, False)):
         smallest, _ = extreme_eigenvalues(metric.to_dense() + share * bound * hessian / 2.0)
         assert (smallest > 0) == definite
@@ -365,7 +365,7 @@ def printed_metric(y, g, curvature, rate, alpha):
 def test_equation_20_holds_with_a_minus_exactly_where_equation_19_is_definite(rule, share):
     y, g, curvature, rate = rule
     arguments = products(y, g, curvature)
-    weight = float(geometry.stochastic_weight(*arguments, rate))
+    weight = float(discrete_time.stochastic_weight(*arguments, rate))
     optimum = float(geometry.eigenvalue_bounds(arguments[0])[0])
     alpha = share * (weight if weight > 0 else optimum)
     with mp.workdps(60):
@@ -397,7 +397,7 @@ def test_the_largest_learning_rate_of_equation_19_is_where_it_stops_being_defini
     y, g, curvature, _ = rule
     arguments = products(y, g, curvature)
     alpha = size * float(geometry.eigenvalue_bounds(arguments[0])[0])
-    bound = float(geometry.stochastic_learning_rate_bound(*arguments, alpha))
+    bound = float(discrete_time.stochastic_learning_rate_bound(*arguments, alpha))
     assert bound > 0
     slope = float(arguments[1].alignment)
     with mp.workdps(60):
@@ -406,7 +406,7 @@ def test_the_largest_learning_rate_of_equation_19_is_where_it_stops_being_defini
             definite = spectrum(printed_metric(y, g, curvature, rate, alpha))[0] > 0
             if share < 1 or not np.isfinite(bound):
                 assert definite
-                assert geometry.stochastic_weight(*arguments, rate) < alpha
+                assert discrete_time.stochastic_weight(*arguments, rate) < alpha
             elif slope < 0:
                 assert not definite
             else:
@@ -430,12 +430,12 @@ def test_where_there_is_no_metric_there_is_no_number(case):
     y, g = UNDEFINED[case]
     pair, curvature = pair_of(y, g), pair_of(np.ones(2), g)
     values = [
-        *geometry.learning_rate_bounds(pair, -1.0),
-        *geometry.learning_rate_bounds(pair, 1.0),
+        *discrete_time.learning_rate_bounds(pair, -1.0),
+        *discrete_time.learning_rate_bounds(pair, 1.0),
         *geometry.family_asymptotes(pair, [0.5, 2.0]),
         geometry.family_log_determinant(pair, [0.5, 2.0]),
-        geometry.stochastic_weight(pair, curvature, 0.0, 0.1),
-        geometry.stochastic_learning_rate_bound(pair, curvature, 0.0, 1.0),
+        discrete_time.stochastic_weight(pair, curvature, 0.0, 0.1),
+        discrete_time.stochastic_learning_rate_bound(pair, curvature, 0.0, 1.0),
     ]
     assert all(np.isnan(value).all() for value in values)
     for refused in (
@@ -449,17 +449,17 @@ def test_where_there_is_no_metric_there_is_no_number(case):
 
 def test_what_is_not_known_of_a_learning_rate_is_not_a_bound():
     pair = pair_of(np.array([3.0, 1.0]), ONE)
-    assert np.isnan(geometry.learning_rate_bounds(pair, np.nan)).all()
-    assert geometry.learning_rate_bounds(pair, [0.0, 2.0])[0].tolist() == [np.inf, np.inf]
+    assert np.isnan(discrete_time.learning_rate_bounds(pair, np.nan)).all()
+    assert discrete_time.learning_rate_bounds(pair, [0.0, 2.0])[0].tolist() == [np.inf, np.inf]
     level = pair_of(ONE[::-1], ONE)
     # <Hg>.<g> = 0: eq. (19) divides by it. With y - <Hg> across <g> it divides by <ybar>.<g> = 0.
-    assert np.isnan(geometry.stochastic_weight(pair, level, 0.0, 1.0))
-    assert np.isnan(geometry.stochastic_learning_rate_bound(pair, level, 0.0, 1.0))
-    assert np.isnan(geometry.stochastic_weight(pair, pair_of(np.array([3.0, 0.0]), ONE), 0.0, 1.0))
+    assert np.isnan(discrete_time.stochastic_weight(pair, level, 0.0, 1.0))
+    assert np.isnan(discrete_time.stochastic_learning_rate_bound(pair, level, 0.0, 1.0))
+    assert np.isnan(discrete_time.stochastic_weight(pair, pair_of(np.array([3.0, 0.0]), ONE), 0.0, 1.0))
     for rate in (0.0, -1.0, np.nan):
-        assert np.isnan(geometry.stochastic_weight(pair, pair_of(ONE, ONE), 0.0, rate))
+        assert np.isnan(discrete_time.stochastic_weight(pair, pair_of(ONE, ONE), 0.0, rate))
     for alpha in (0.0, -1.0, np.nan):
-        assert np.isnan(geometry.stochastic_learning_rate_bound(pair, pair_of(-ONE, ONE), 0.0, alpha))
+        assert np.isnan(discrete_time.stochastic_learning_rate_bound(pair, pair_of(-ONE, ONE), 0.0, alpha))
 
 
 # The table of the documentation ------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
         loss=np.array([s["loss"] for s in states[:-1]]),
         next_loss=np.array([s["loss"] for s in states[1:]]),
         learning_rate=logged if learning_rate is None else np.asarray(learning_rate, dtype=float),
-        gradient_dtype=dtype,
+        dtypes={"gradient": dtype},
     )
 
 
