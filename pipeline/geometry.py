@@ -206,7 +206,7 @@ def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         error = 2.0 * np.sqrt(LEDGER_ERROR) * (residual + added / 2.0)
         floor = np.minimum(error, error**2 / pair.across)
-        return np.where(pair.size == 1, 0.0 * error, np.where(pair.across > 0, floor, error))
+        return np.asarray(np.where(pair.size == 1, 0.0 * error, np.where(pair.across > 0, floor, error)))
 
 
 def direct_sum(parts: Sequence[Pair]) -> Pair:

@@ -10,7 +10,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import random_walk
-from reference import assert_same_pair, pair_of
+from mpmath import mp, mpf
+from reference import assert_same_pair, exact_dot, exact_vectors, pair_of
 
 from pipeline import geometry, gram, results
 from pipeline.schema import DESCENTS, VARIABLES, InputError, Layout, Status
@@ -27,9 +28,12 @@ def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
         for kind in ("parameter", "gradient")
     )
     starts = np.array([tensor.offset for tensor in layout.tensors] + [layout.elements])
-    vectors = gram.vectors(hvp=False)
+    hvp = None
+    if f"hvp/{layout.names[0]}" in states[0]:
+        hvp = [np.stack([np.concatenate([np.ravel(s[f"hvp/{name}"]) for name in shapes]) for s in states])]
+    vectors = gram.vectors(hvp=hvp is not None)
     products = np.empty((len(states) - 1, len(shapes), len(vectors), len(vectors)))
-    gram.products([parameter], [gradient], starts, products, np.empty(products.shape[:2]))
+    gram.products([parameter], [gradient], starts, products, np.empty(products.shape[:2]), hvp)
     steps = np.array(numbers or range(len(states)))
     logged = np.array([s["learning_rate"] for s in states[:-1]])
     return results.Inputs(
@@ -41,7 +45,7 @@ def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
         loss=np.array([s["loss"] for s in states[:-1]]),
         next_loss=np.array([s["loss"] for s in states[1:]]),
         learning_rate=logged if learning_rate is None else np.asarray(learning_rate, dtype=float),
-        dtypes={"gradient": dtype},
+        dtypes={"gradient": dtype, "hvp": dtype},
     )
 
 
@@ -136,6 +140,156 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     np.testing.assert_allclose(plain["discrete_identity_residual"][0], expected, rtol=2.0**-44)
     shares = tree["tensor"].to_dataset().sel(descent="corrected", window=1)["alignment"].sum("tensor")
     np.testing.assert_allclose(shares, corrected["alignment"].sel(window=1), rtol=2.0**-44)
+
+
+# Discrete gradients ------------------------------------------------------------------------------------------
+
+
+def quadratic_walk(steps=6, seed=0, rate=0.25, noise=0.5, dtype="float64"):
+    """States of a noisy descent on theta' A theta / 2, with hvp, and A; the losses are of the exact states."""
+    rng = np.random.default_rng(seed)
+    sizes = [int(np.prod(shape)) for shape in TENSORS.values()]
+    matrix = rng.standard_normal((sum(sizes), sum(sizes))) / np.sqrt(sum(sizes))
+    matrix, theta, states = matrix + matrix.T, rng.standard_normal(sum(sizes)), []
+    for _ in range(steps):
+        gradient = matrix @ theta
+        after = theta - rate * (gradient + noise * rng.standard_normal(len(theta)))
+        state = {"loss": np.float64(theta @ gradient / 2), "learning_rate": np.float64(rate)}
+        for kind, vector in (("parameter", theta), ("gradient", gradient), ("hvp", matrix @ (after - theta))):
+            for name, part in zip(TENSORS, np.split(vector, np.cumsum(sizes)[:-1]), strict=True):
+                state[f"{kind}/{name}"] = part.reshape(TENSORS[name]).astype(dtype)
+        states.append(state)
+        theta = after
+    return states, matrix
+
+
+def discrete_of(states, row, descent, tensor=None, learning_rate=0.25):
+    """Negative discrete gradient and update of a row, by the definition: the correction is that of the model."""
+
+    def vectors(names):
+        parts = [
+            [np.ravel(np.float64(state[f"{kind}/{name}"])) for name in names]
+            for kind, state in (
+                ("parameter", states[row]),
+                ("parameter", states[row + 1]),
+                ("gradient", states[row]),
+                ("gradient", states[row + 1]),
+                ("hvp", states[row]),
+            )
+        ]
+        before, after, gradient, next_gradient, hvp = map(np.concatenate, parts)
+        half = {"trapezoid": (next_gradient - gradient) / 2, "taylor": hvp / 2}.get(descent, 0.0)
+        return gradient + half, after - before
+
+    whole, step = vectors(list(TENSORS))
+    change = states[row + 1]["loss"] - states[row]["loss"]
+    factor = (change - whole @ step) / (step @ step) if descent in ("corrected", "trapezoid") else 0.0
+    part, moved = vectors([tensor] if tensor else list(TENSORS))
+    return -(part + factor * moved), moved / learning_rate
+
+
+@pytest.mark.parametrize("tensor", [None, *TENSORS])
+@pytest.mark.parametrize("descent", DESCENTS)
+def test_every_descent_is_the_pair_of_its_discrete_gradient(descent, tensor):
+    states, _ = quadratic_walk()
+    tree = results.label(inputs_of(states), windows=[1, 3])
+    group = tree["model"] if tensor is None else tree["tensor"].sel(tensor=tensor)
+    for m in (1, 3):
+        for row in range(6 - m):
+            at = group.to_dataset().isel(step=row).sel(descent=descent, window=m)
+            parts = [discrete_of(states, i, descent, tensor) for i in range(row, row + m)]
+            y, g = (np.concatenate(vectors) for vectors in zip(*parts, strict=True))
+            assert_same_pair(at["update_norm"] ** 2, at["alignment"], at["angle"], y / m, g)
+            assert at["gradient_norm"] == pytest.approx(np.linalg.norm(y / m), rel=2.0**-44)
+
+
+def test_of_a_quadratic_loss_both_ends_and_the_hvp_explain_the_change_of_loss():
+    states, _ = quadratic_walk()
+    model = results.label(inputs_of(states))["model"].to_dataset().sel(window=1)
+    residual = np.abs(model["discrete_identity_residual"])
+    # The losses are inner products of 15 terms, and their difference cancels.
+    losses = np.abs(np.array([s["loss"] for s in states]))
+    bound = 64 * 15 * 2.0**-53 * losses.max() / np.abs(model["loss_decrease"]).min()
+    for descent in ("corrected", "trapezoid", "taylor"):
+        assert (residual.sel(descent=descent) <= bound).all()
+    assert (residual.sel(descent="gradient") > 1e-3).any()
+    trapezoid, taylor = model.sel(descent="trapezoid"), model.sel(descent="taylor")
+    np.testing.assert_allclose(trapezoid["angle"], taylor["angle"], atol=4 * float(bound) + 1e-13)
+
+
+def test_without_hessian_vector_products_only_eq_16_is_unverifiable():
+    states = walk()
+    status = status_of(states)["status"]
+    assert (status.sel(descent="taylor") == Status.UNVERIFIABLE).all()
+    assert not (status.sel(descent=["gradient", "corrected", "trapezoid"]) == Status.UNVERIFIABLE).any()
+    lost = status_of(states).sel(descent="taylor")
+    assert all(np.isnan(lost[name]).all() for name in ("angle", "alignment", "gradient_norm", "condition_number"))
+
+
+def test_a_gradient_that_is_not_finite_spoils_the_trapezoid_of_the_row_before_it_as_well():
+    states = walk()
+    states[2]["gradient/plane"] = np.array([np.nan, 1.0])
+    status = status_of(states)["status"] == Status.NON_FINITE
+    assert status.sel(descent="gradient").values.tolist() == [False, False, True, False, False]
+    assert status.sel(descent="trapezoid").values.tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("descent", DESCENTS)
+@pytest.mark.parametrize("group", ["model", "tensor"])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_the_uncertainty_of_every_descent_covers_what_storage_moved(descent, group, noise):
+    states, _ = quadratic_walk(12, seed=3, rate=0.01, noise=noise)
+    stored, _ = quadratic_walk(12, seed=3, rate=0.01, noise=noise, dtype="float32")
+    rates = np.full(11, 0.01)
+    trees = [
+        results.label(inputs_of(states, learning_rate=rates), windows=[1, 4]),
+        results.label(inputs_of(stored, learning_rate=rates, dtype="float32"), windows=[1, 4]),
+    ]
+    exact, rounded = (tree[group].to_dataset().sel(descent=descent) for tree in trees)
+    moved = np.abs(rounded["angle"] - exact["angle"])
+    assert (moved > 0).any()
+    seen = np.isfinite(moved)
+    assert seen.sum() > 11
+    assert (moved <= rounded["angle_uncertainty"] + 1e-13).where(seen, True).all()
+
+
+def test_a_trapezoid_nearly_along_the_update_is_known_to_what_the_ledger_leaves():
+    # The gradients at both ends lie nearly along the update, and so does their difference.
+    rng = np.random.default_rng(5)
+    step, across = rng.standard_normal((2, 400))
+    across -= step * (across @ step) / (step @ step)
+    worst = []
+    for tilt in (0.0, 1e-11, 1e-8, 1e-5, 1e-2):
+        states = [
+            {
+                "parameter/w": theta,
+                "gradient/w": gradient,
+                "loss": np.float64(loss),
+                "learning_rate": np.float64(1.0),
+            }
+            for theta, gradient, loss in (
+                (np.zeros(400), -2.0 * step, 0.0),
+                (step, -step + 2 * tilt * across, -1.5 * float(step @ step)),
+            )
+        ]
+        at = results.label(inputs_of(states))["model"].to_dataset().isel(step=0).sel(descent="trapezoid", window=1)
+        with mp.workdps(60):
+            _, d, g, e, _ = exact_vectors(
+                np.zeros(400), step, states[0]["gradient/w"], states[1]["gradient/w"], 0.0
+            )
+            y = [a + b / 2 for a, b in zip(g, e, strict=True)]
+            rest = exact_dot(y, y) - exact_dot(y, d) ** 2 / exact_dot(d, d)
+            psi = mp.atan2(mp.sqrt(rest), mpf(1.5) * mp.sqrt(exact_dot(d, d)))
+            worst.append(float(abs(mpf(float(at["angle"])) - psi)))
+        assert worst[-1] <= at["angle_uncertainty"]
+        # rho = (|r| + |v| / 2) / |y| is 1/3 here: r is small, v is the step, y 3/2 of it.
+        rho = float(0.5 + tilt) / 1.5
+        storage = 4 * 2.0**-53
+        assert (
+            at["angle_uncertainty"]
+            <= min(2e-7 * rho, 4e-14 * rho**2 / max(float(mp.sin(psi)), 1e-300)) * 1.1 + storage * 4
+        )
+    assert worst[-1] <= 1e-13 < max(worst)
 
 
 def status_of(states, group="model", **options):
