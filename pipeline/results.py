@@ -7,6 +7,7 @@ names of `pipeline.schema`; the formulas are `pipeline.geometry`.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import shutil
 import warnings
@@ -20,6 +21,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline import discrete_time, geometry
+from pipeline import windows as windowed
 from pipeline.geometry import Pair
 from pipeline.schema import (
     ATTEMPT,
@@ -43,6 +45,9 @@ __all__ = ["GAMMAS", "Inputs", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
+
+LONGEST_WINDOW = 256
+"""Windows up to this length, and to half the run, are tried where no longer one is asked for."""
 
 Array = NDArray[np.float64]
 
@@ -89,12 +94,21 @@ class Inputs:
 
     def whole(self, m: int) -> NDArray[np.bool_]:
         """Whether each row is the first of m updates, each from the state that the one before led to."""
-        follows = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
-        if self.run is not None:
-            follows &= self.run[:-1] == self.run[1:]
         if m == 1:
             return np.ones(len(self.steps), bool)
-        return np.pad(_windows(follows, m - 1).all(axis=-1), (0, m - 1))
+        return np.pad(_windows(self.follows(), m - 1).all(axis=-1), (0, m - 1))
+
+    def follows(self) -> NDArray[np.bool_]:
+        """Whether each row but the first starts from the state that the one before led to, shape (rows - 1,)."""
+        follows = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
+        return follows if self.run is None else follows & (self.run[:-1] == self.run[1:])
+
+    def of_runs(self) -> list[slice]:
+        """Rows of each run of a sweep; all rows where it is one run."""
+        if self.run is None:
+            return [slice(0, len(self.steps))]
+        bounds = np.searchsorted(self.run, range(len(self.runs) + 1))
+        return [slice(int(first), int(stop)) for first, stop in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,8 @@ def label(
         Positive weights of the one-parameter family.
     windows : sequence of int
         Windows m of consecutive logged updates; 1 is always there. A row whose window passes the end of the
-        run, or a restart, is NaN with status ``unverifiable``.
+        run, or a restart, is NaN with status ``unverifiable``. The search for the smallest effective window goes
+        to the longest of them, and at least to `LONGEST_WINDOW` or half the run.
     provenance : mapping, optional
         Attributes of the root.
 
@@ -312,7 +327,53 @@ def _dataset(
     attempts = np.zeros(len(inputs.steps), np.int64) if inputs.attempts is None else inputs.attempts
     coordinates[ATTEMPT] = (STEP, attempts)
     dataset = xr.Dataset({name: columns[name] for name in VARIABLES if name in columns}, coordinates)
-    return _described(_by_run(dataset, inputs) if inputs.runs else dataset)
+    if inputs.runs:
+        dataset = _by_run(dataset, inputs)
+    return _described(dataset.assign(_smallest_windows(inputs, levels, max(windows))))
+
+
+def _smallest_windows(inputs: Inputs, levels: Mapping[str, _Level], asked: int) -> dict[str, xr.Variable]:
+    """Smallest windows of each run, and how many windows support them."""
+    found = [_smallest_window(inputs, levels, rows, asked) for rows in inputs.of_runs()]
+    leading = levels["gradient"].dimensions[1:]
+    variables = {}
+    for name in found[0]:
+        dimensions = (*leading, DESCENT) if name.startswith("effective") else ()
+        values = [of_run[name] for of_run in found]
+        variables[name] = (
+            xr.Variable((RUN, *dimensions), np.stack(values)) if inputs.runs else xr.Variable(dimensions, values[0])
+        )
+    return variables
+
+
+def _smallest_window(
+    inputs: Inputs, levels: Mapping[str, _Level], rows: slice, asked: int
+) -> dict[str, NDArray[Any]]:
+    count = rows.stop - rows.start
+    longest = max(asked, min(LONGEST_WINDOW, count // 2))
+    follows = inputs.follows()[rows][: count - 1]
+    rate = (inputs.learning_rate * inputs.spans)[rows]
+    effective = [
+        windowed.smallest_effective(
+            windowed.Rows(
+                level.pair[rows],
+                rate[:, None] if TENSOR in level.dimensions else rate,
+                level.update_floor[rows],
+                level.finite[rows],
+                level.known[rows],
+            ),
+            follows,
+            longest,
+        )
+        for level in levels.values()
+    ]
+    decreasing = windowed.smallest_decreasing(inputs.loss[rows], inputs.next_loss[rows], follows, longest)
+    return {
+        "effective_window": np.stack([smallest for smallest, _ in effective], axis=-1),
+        "effective_window_count": np.stack([support for _, support in effective], axis=-1),
+        "decreasing_window": np.asarray(decreasing[0]),
+        "decreasing_window_count": np.asarray(decreasing[1]),
+    }
 
 
 def _by_run(dataset: xr.Dataset, inputs: Inputs) -> xr.Dataset:

@@ -293,6 +293,14 @@ VARIABLES: dict[str, Variable] = {
     ),
     "loss_average": Variable("mean loss over the window", "loss", "L_avg(t), below eq. (3)"),
     "loss_decrease": Variable("decrease of the loss over the window", "loss", "L(t) - L(t+m), eq. (3)"),
+    "effective_window": Variable(
+        "smallest window of which all are effective, NaN where none is", "1", "m with y.g > 0 for all t, eq. (3)"
+    ),
+    "effective_window_count": Variable("windows that support effective_window", "1", "number of t, eq. (3)"),
+    "decreasing_window": Variable(
+        "smallest window over which the loss always decreases, NaN where none is", "1", "m of eq. (3)"
+    ),
+    "decreasing_window_count": Variable("windows that support decreasing_window", "1", "number of t, eq. (3)"),
     "status": Variable("why the metric exists or not", "1", "y.g > 0, section 2.1"),
 }
 

@@ -39,6 +39,7 @@ FLOORS = [
         "pipeline.store.mapped_file",
         "pipeline.discrete_time",
         "pipeline.discrete_gradients",
+        "pipeline.windows",
     },
     {
         "pipeline.sources.dcp_folder",

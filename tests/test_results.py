@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import random_walk
 from mpmath import mp, mpf
-from reference import assert_same_pair, exact_dot, exact_vectors, pair_of
+from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
 
 from pipeline import geometry, gram, results
 from pipeline.schema import DESCENTS, VARIABLES, InputError, Layout, Status
@@ -122,6 +123,44 @@ def test_a_window_is_the_extended_state_of_the_averaged_loss(m):
         assert np.isnan(incomplete[name]).all()
 
 
+def test_a_window_is_natural_gradient_descent_of_the_averaged_loss_in_the_extended_state():
+    # By brute force: the state (theta_t, .., theta_{t+m-1}), the gradient of the mean loss there, the dense metric.
+    states = random_walk(5, {"w": (2,)}, "float64", learning_rate=0.25)
+    thetas = np.stack([s["parameter/w"] for s in states])
+    for m in (1, 2, 3):
+        model = results.label(inputs_of(states), windows=[m])["model"].to_dataset()
+        effective = 0
+        for row in range(5 - m):
+            at = model.isel(step=row).sel(descent="gradient", window=m)
+            with mp.workdps(60):
+                before, after = exact(thetas[row : row + m]), exact(thetas[row + 1 : row + 1 + m])
+
+                def averaged(extended, m=m):
+                    return sum(x * x for x in extended) / (2 * m)
+
+                # The gradient by central differences, which are exact for a quadratic.
+                y = [
+                    averaged([x - (i == k) for i, x in enumerate(before)])
+                    - averaged([x + (i == k) for i, x in enumerate(before)])
+                    for k in range(2 * m)
+                ]
+                y = mp.matrix([value / 2 for value in y])
+                g = mp.matrix([4 * (b - a) for a, b in zip(before, after, strict=True)])
+                alignment, lengths = (y.T * g)[0], mp.norm(y) * mp.norm(g)
+                assert float(abs(mp.acos(alignment / lengths) - mpf(float(at["angle"])))) <= 1e-13
+                assert bool(at["effective"]) == (alignment > 0)
+                if alignment <= 0:
+                    continue
+                effective += 1
+                weight = (y.T * y)[0] / alignment
+                metric = y * y.T / alignment + weight * (mp.eye(2 * m) - g * g.T / (g.T * g)[0])
+                values = sorted(mp.eigsy(metric, eigvals_only=True))
+                tolerance = promised_relative_error(alignment / lengths)
+                assert float(at["condition_number"]) == pytest.approx(float(values[-1] / values[0]), rel=tolerance)
+                assert float(at["eigenvalue_min"]) == pytest.approx(float(values[0]), rel=tolerance)
+        assert effective
+
+
 def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     states = walk()
     tree = results.label(inputs_of(states), windows=[1, 3])
@@ -140,6 +179,89 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     np.testing.assert_allclose(plain["discrete_identity_residual"][0], expected, rtol=2.0**-44)
     shares = tree["tensor"].to_dataset().sel(descent="corrected", window=1)["alignment"].sum("tensor")
     np.testing.assert_allclose(shares, corrected["alignment"].sel(window=1), rtol=2.0**-44)
+
+
+# The smallest window -----------------------------------------------------------------------------------------
+
+
+def brute_force_smallest(dataset, longest):
+    """Smallest m of which every window that can be judged is effective, from the status of windows of every m."""
+    for m in range(1, longest + 1):
+        status = dataset["status"].sel(window=m).values
+        judged = status[~np.isin(status, (Status.UNVERIFIABLE, Status.NO_LEARNING_RATE))]
+        if len(judged) and (judged == Status.EFFECTIVE).all():
+            return m, len(judged)
+    return np.nan, 0
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(2, 14),
+    noise=st.sampled_from([1.0, 3.0]),
+    lost=st.sampled_from([None, "loss", "learning_rate", "gradient", "restart", "still"]),
+)
+@settings(max_examples=40)
+def test_the_smallest_effective_window_is_the_first_of_all_that_were_tried(seed, rows, noise, lost):
+    rng = np.random.default_rng(seed)
+    states, _ = quadratic_walk(rows + 1, seed, noise=noise)
+    numbers, place = np.arange(rows + 1), int(rng.integers(rows))
+    if lost == "restart":
+        # An update that does not follow from the one before it.
+        numbers[place + 1 :] += 3
+    elif lost == "still":
+        for name in TENSORS:
+            states[place + 1][f"parameter/{name}"] = states[place][f"parameter/{name}"]
+    elif lost == "gradient":
+        states[place]["gradient/plane"] = np.array([np.nan, 1.0])
+    elif lost:
+        states[place][lost] = np.float64(np.nan)
+    inputs = inputs_of(states, numbers.tolist())
+    if lost == "restart":
+        inputs = replace(inputs, spans=np.ones(rows, np.int64))
+    tree = results.label(inputs, windows=range(1, rows + 1))
+    for descent in DESCENTS:
+        model = tree["model"].to_dataset().sel(descent=descent)
+        found = (float(model["effective_window"]), int(model["effective_window_count"]))
+        np.testing.assert_equal(found, brute_force_smallest(model, rows))
+        for tensor in TENSORS:
+            part = tree["tensor"].to_dataset().sel(descent=descent, tensor=tensor)
+            found = (float(part["effective_window"]), int(part["effective_window_count"]))
+            np.testing.assert_equal(found, brute_force_smallest(part, rows))
+    decreases = tree["model"]["loss_decrease"].values
+    expected = (np.nan, 0)
+    for m in range(rows, 0, -1):
+        compared = decreases[np.isfinite(decreases[:, m - 1]), m - 1]
+        if len(compared) and (compared > 0).all():
+            expected = (m, len(compared))
+    model = tree["model"].to_dataset()
+    np.testing.assert_equal((float(model["decreasing_window"]), int(model["decreasing_window_count"])), expected)
+
+
+def test_windows_are_not_monotone_and_the_smallest_is_found_all_the_same():
+    losses = [3, 1, 2.5, 0.5, 2, 0.25]
+    states = [
+        {"parameter/w": np.array([float(k)]), "gradient/w": np.array([1.0]), "loss": loss, "learning_rate": 1.0}
+        for k, loss in enumerate(losses)
+    ]
+    model = results.label(inputs_of(states), windows=range(1, 6))["model"].to_dataset()
+    assert (model["decreasing_window"], model["decreasing_window_count"]) == (2, 4)
+    # With a constant learning rate the corrected gradients of a window add up to the change of loss.
+    corrected = model.sel(descent="corrected")
+    assert (corrected["effective_window"], corrected["effective_window_count"]) == (2, 4)
+    always = [corrected["effective"].sel(window=m)[: 6 - m].all().item() for m in range(1, 6)]
+    assert always == [False, True, False, True, True]
+    assert np.isnan(model.sel(descent="gradient")["effective_window"])
+
+
+def test_the_search_goes_to_half_the_run_or_as_far_as_is_asked():
+    # Only over nine updates does this loss always fall.
+    losses = [float(k % 9 == 0) - k / 1000 for k in range(14)]
+    states = [
+        {"parameter/w": np.array([float(k)]), "gradient/w": np.array([1.0]), "loss": loss, "learning_rate": 1.0}
+        for k, loss in enumerate(losses)
+    ]
+    assert np.isnan(results.label(inputs_of(states))["model"]["decreasing_window"])
+    assert results.label(inputs_of(states), windows=[9])["model"]["decreasing_window"] == 9
 
 
 # Discrete gradients ------------------------------------------------------------------------------------------
@@ -306,7 +428,10 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_row_only():
     assert spoiled["status"][2] == Status.NON_FINITE
     assert np.isnan(spoiled["angle"][2])
     rest = [0, 1, 3, 4]
-    xr.testing.assert_identical(spoiled.isel(step=rest), clean.isel(step=rest))
+    windows = [name for name in VARIABLES if name.endswith(("_window", "_window_count"))]
+    xr.testing.assert_identical(
+        spoiled.isel(step=rest).drop_vars(windows), clean.isel(step=rest).drop_vars(windows)
+    )
     assert (tensors["status"].sel(descent="gradient").isel(step=2) == Status.NON_FINITE).values.tolist() == [
         False,
         False,
