@@ -37,6 +37,7 @@ from pipeline.schema import (
     WINDOW,
     InputError,
     Layout,
+    ShiftedMetric,
     Status,
     unit_roundoff,
 )
@@ -73,6 +74,8 @@ class Inputs:
         Stored dtypes of ``gradient``, and of ``hvp`` where it was logged.
     attempts : int64 array, shape (rows,), optional
         Restarts before each row was logged; none where not given.
+    hessian_min_eigenvalue : float64 array, shape (rows,), optional
+        Smallest eigenvalue of the Hessian, NaN where not logged.
     runs : tuple of str, optional
         Names of the runs of a sweep.
     run : int64 array, shape (rows,), optional
@@ -89,6 +92,7 @@ class Inputs:
     learning_rate: Array
     dtypes: Mapping[str, str]
     attempts: NDArray[np.int64] | None = None
+    hessian_min_eigenvalue: Array | None = None
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
 
@@ -101,7 +105,9 @@ class Inputs:
     def follows(self) -> NDArray[np.bool_]:
         """Whether each row but the first starts from the state that the one before led to, shape (rows - 1,)."""
         follows = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
-        return follows if self.run is None else follows & (self.run[:-1] == self.run[1:])
+        if self.run is not None:
+            follows &= self.run[:-1] == self.run[1:]
+        return follows
 
     def of_runs(self) -> list[slice]:
         """Rows of each run of a sweep; all rows where it is one run."""
@@ -308,7 +314,7 @@ def _dataset(
         "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs, m) for m in windows])),
         "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs, m) for m in windows])),
     }
-    cells = [[_metrics(inputs, level, m, gammas) for m in windows] for level in levels.values()]
+    cells = [[_metrics(inputs, level, name, m, gammas) for m in windows] for name, level in levels.items()]
     for name in cells[0][0]:
         dimensions = (*full, GAMMA) if name.startswith("family_") else full
         axis = len(leading)
@@ -316,6 +322,11 @@ def _dataset(
         columns[name] = (dimensions, stacked)
     # The update does not depend on which gradient it is compared with.
     columns["update_norm"] = ((*leading, WINDOW), columns["update_norm"][1][..., 0, :])
+    if TENSOR not in leading:
+        columns["shifted_metric"] = (
+            full,
+            _shifted_metric(inputs, {name: values for name, (_, values) in columns.items()}, windows),
+        )
     coordinates: dict[str, Any] = {
         STEP: inputs.steps,
         DESCENT: np.array(DESCENTS, dtype=object),
@@ -414,7 +425,9 @@ def _decrease(inputs: Inputs, m: int) -> Array:
     return inputs.loss[: len(inputs.loss) - m + 1] - inputs.next_loss[m - 1 :]
 
 
-def _metrics(inputs: Inputs, level: _Level, m: int, gammas: Sequence[float]) -> dict[str, NDArray[Any]]:
+def _metrics(
+    inputs: Inputs, level: _Level, descent: str, m: int, gammas: Sequence[float]
+) -> dict[str, NDArray[Any]]:
     """Variables of one descent and one window, each of shape (rows, ...)."""
     per_tensor = TENSOR in level.dimensions
     rate, pair = inputs.learning_rate * inputs.spans, level.pair
@@ -470,11 +483,46 @@ def _metrics(inputs: Inputs, level: _Level, m: int, gammas: Sequence[float]) -> 
         decrease = _decrease(inputs, m)
         residual = (share - decrease) / np.abs(decrease)
         values["discrete_identity_residual"] = np.where(np.isfinite(residual), residual, np.nan)
+        # Nor has it a Hessian of its own: what the others' updates do to its gradient is in the model's alone.
+        for name, bound in _learning_rate_bounds(inputs, window, m).items():
+            values[name] = np.where(effective & (descent != "gradient"), bound, np.nan)
     complete = inputs.whole(m)
     filled = {name: _where_whole(value, complete, np.nan) for name, value in values.items()}
     filled["effective"] = _where_whole(effective, complete, False)
     filled["status"] = _where_whole(status, complete, np.int8(Status.UNVERIFIABLE))
     return filled
+
+
+def _learning_rate_bounds(inputs: Inputs, window: Pair, m: int) -> dict[str, Array]:
+    """Bounds of eq. (18) for the Hessian of the averaged loss, whose blocks are those of the steps over m."""
+    if inputs.hessian_min_eigenvalue is None:
+        weakest = np.full(window.alignment.shape, np.nan)
+    else:
+        weakest = _windows(inputs.hessian_min_eigenvalue, m).min(axis=-1) / m
+    # g is the mean of as many updates as a row spans, and moves by that many learning rates.
+    spans = _windows(inputs.spans, m).max(axis=-1)
+    supremum, optimal = discrete_time.learning_rate_bounds(window, weakest)
+    return {"learning_rate_bound": supremum / spans, "learning_rate_bound_optimal": optimal / spans}
+
+
+def _shifted_metric(
+    inputs: Inputs, columns: Mapping[str, NDArray[Any]], windows: Sequence[int]
+) -> NDArray[np.int8]:
+    """Tell what M + eta H is for every row, descent and window, from the columns of the model."""
+    bound, optimal = columns["learning_rate_bound"], columns["learning_rate_bound_optimal"]
+    largest = _stack(
+        [_where_whole(_windows(inputs.learning_rate, m).max(axis=-1), inputs.whole(m), np.nan) for m in windows]
+    )[:, None]
+    # g' (Mbar + eta H) g is the y.g of the true gradient, with every discrete one.
+    gradient = columns["alignment"][:, [DESCENTS.index("gradient")]]
+    conditions = [
+        (np.isnan(bound), ShiftedMetric.UNKNOWN),
+        (gradient <= 0, ShiftedMetric.INDEFINITE),
+        (largest < optimal, ShiftedMetric.DEFINITE_OPTIMAL),
+        (largest < bound, ShiftedMetric.DEFINITE),
+    ]
+    where = [np.broadcast_to(condition, bound.shape) for condition, _ in conditions]
+    return np.select(where, [np.int8(flag) for _, flag in conditions], np.int8(ShiftedMetric.UNDECIDED))
 
 
 def _described(dataset: xr.Dataset) -> xr.Dataset:
@@ -485,10 +533,12 @@ def _described(dataset: xr.Dataset) -> xr.Dataset:
                 "units": variable.units,
                 "equation": variable.equation,
             }
-    dataset["status"].attrs |= {
-        "flag_values": [int(status) for status in Status],
-        "flag_meanings": " ".join(status.name.lower() for status in Status),
-    }
+    flags: dict[str, type[Status] | type[ShiftedMetric]] = {"status": Status, "shifted_metric": ShiftedMetric}
+    for name in flags.keys() & dataset.keys():
+        dataset[name].attrs |= {
+            "flag_values": [int(flag) for flag in flags[name]],
+            "flag_meanings": " ".join(flag.name.lower() for flag in flags[name]),
+        }
     for name, meaning in DIMENSIONS.items():
         if name in dataset.coords:
             dataset[name].attrs = {"long_name": meaning, "units": "1"}

@@ -220,6 +220,7 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
         learning_rate=learning_rate,
         dtypes=states.dtypes,
         attempts=attempts[rows],
+        hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[rows],
         runs=states.runs if states.sweep else (),
         run=run[rows] if states.sweep else None,
     )

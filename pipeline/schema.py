@@ -37,6 +37,7 @@ __all__ = [
     "WITH_VECTOR",
     "InputError",
     "Layout",
+    "ShiftedMetric",
     "Status",
     "Tensor",
     "Variable",
@@ -228,6 +229,21 @@ class Status(enum.IntEnum):
     NOT_LOGGED = 8
 
 
+class ShiftedMetric(enum.IntEnum):
+    """What is known of Mbar + eta H, the metric of the true gradient of eq. (17); flags of ``shifted_metric``.
+
+    Unknown where no smallest Hessian eigenvalue was logged or Mbar does not exist. Indefinite whatever Mbar is,
+    where y.g <= 0. Otherwise definite with the Mbar of smallest condition number, or with some Mbar; or undecided:
+    a metric of the true gradient exists, but the learning rate is not below the bound that makes it this one.
+    """
+
+    UNKNOWN = 0
+    DEFINITE_OPTIMAL = 1
+    DEFINITE = 2
+    UNDECIDED = 3
+    INDEFINITE = 4
+
+
 @dataclass(frozen=True)
 class Variable:
     """What a variable of ``results.zarr`` is called, in which unit, by which equation."""
@@ -290,6 +306,17 @@ VARIABLES: dict[str, Variable] = {
     "family_condition_number": Variable("condition number over the one-parameter family", "1", "Lemma 1, eq. (22)"),
     "discrete_identity_residual": Variable(
         "relative failure of the discrete gradient identity", "1", "(eta g.y + dL) / |dL|, eq. (12)"
+    ),
+    "learning_rate_bound": Variable(
+        "learning rate below which some metric Mbar + eta H is one of the true gradient",
+        "learning_rate",
+        "eta < |ybar| cos(psi_bar) / (h |g|), below eq. (17)",
+    ),
+    "learning_rate_bound_optimal": Variable(
+        "learning rate below which that of the optimal Mbar is", "learning_rate", "eta < lambda_min(Mbar) / h"
+    ),
+    "shifted_metric": Variable(
+        "what Mbar + eta H is, the metric of the true gradient", "1", "Mbar + eta H, eq. (17)"
     ),
     "loss_average": Variable("mean loss over the window", "loss", "L_avg(t), below eq. (3)"),
     "loss_decrease": Variable("decrease of the loss over the window", "loss", "L(t) - L(t+m), eq. (3)"),

@@ -15,7 +15,8 @@ from mpmath import mp, mpf
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
 
 from pipeline import geometry, gram, results
-from pipeline.schema import DESCENTS, VARIABLES, InputError, Layout, Status
+from pipeline.metrics import Metric
+from pipeline.schema import DESCENTS, VARIABLES, InputError, Layout, ShiftedMetric, Status
 
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
 
@@ -179,6 +180,71 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     np.testing.assert_allclose(plain["discrete_identity_residual"][0], expected, rtol=2.0**-44)
     shares = tree["tensor"].to_dataset().sel(descent="corrected", window=1)["alignment"].sum("tensor")
     np.testing.assert_allclose(shares, corrected["alignment"].sel(window=1), rtol=2.0**-44)
+
+
+# Learning rates ----------------------------------------------------------------------------------------------
+
+
+def dense_metric(y, g, gamma=1.0):
+    return Metric(y, g, gamma=gamma).to_dense()
+
+
+@given(seed=st.integers(0, 500), rate=st.sampled_from([0.05, 0.5, 1.5]), m=st.sampled_from([1, 2]))
+@settings(max_examples=40)
+def test_the_shifted_metric_is_what_the_dense_matrices_of_the_extended_state_are(seed, rate, m):
+    states, hessian = quadratic_walk(4, seed, rate=rate, noise=2.0)
+    least = np.full(3, np.linalg.eigvalsh(hessian)[0])
+    tree = results.label(replace(inputs_of(states), hessian_min_eigenvalue=least), windows=[m])
+    model = tree["model"].to_dataset().sel(window=m)
+    assert "shifted_metric" not in tree["tensor"]
+    blocks = np.kron(np.eye(m), hessian / 2 / m)
+    for row in range(4 - m):
+        at = model.isel(step=row).sel(descent="taylor")
+        parts = [discrete_of(states, i, "taylor", learning_rate=rate) for i in range(row, row + m)]
+        y, g = (np.concatenate(vectors) for vectors in zip(*parts, strict=True))
+        y = y / m
+        flag = ShiftedMetric(int(at["shifted_metric"]))
+        if y @ g <= 0:
+            assert flag == ShiftedMetric.UNKNOWN
+            continue
+        h = -least[0] / 2 / m
+        assert at["learning_rate_bound"] == pytest.approx(y @ g / (g @ g) / h, rel=1e-11)
+        smallest = np.linalg.eigvalsh(dense_metric(y, g))[0]
+        tolerance = 2.0**-40 / float(np.cos(at["angle"]))
+        assert at["learning_rate_bound_optimal"] == pytest.approx(smallest / h, rel=tolerance)
+        true = (y + rate * blocks @ g) @ g
+        shifted = [np.linalg.eigvalsh(dense_metric(y, g, gamma) + rate * blocks)[0] for gamma in (1.0, 1e6)]
+        assert (flag == ShiftedMetric.INDEFINITE) == (true <= 0)
+        if flag == ShiftedMetric.DEFINITE_OPTIMAL:
+            assert shifted[0] > 0
+        elif flag == ShiftedMetric.DEFINITE:
+            assert shifted[1] > 0
+        elif flag == ShiftedMetric.UNDECIDED:
+            assert rate >= at["learning_rate_bound"]
+        else:
+            assert max(shifted) <= 2.0**-40
+
+
+def test_a_bound_is_of_discrete_gradients_and_of_what_was_logged():
+    states, hessian = quadratic_walk()
+    least = np.full(5, np.linalg.eigvalsh(hessian)[0])
+    least[2] = np.nan
+    model = results.label(replace(inputs_of(states), hessian_min_eigenvalue=least))["model"].to_dataset()
+    bound = model["learning_rate_bound"].sel(window=1)
+    assert np.isnan(bound.sel(descent="gradient")).all()
+    assert np.isnan(bound.isel(step=2)).all()
+    assert (model["shifted_metric"].isel(step=2) == ShiftedMetric.UNKNOWN).all()
+    # Every discrete gradient has the same, -dL eta / (h |p|^2).
+    np.testing.assert_allclose(bound.sel(descent="trapezoid"), bound.sel(descent="corrected"), rtol=2.0**-40)
+    assert np.isfinite(bound.sel(descent="corrected")).any()
+    assert np.isnan(results.label(inputs_of(states))["model"]["learning_rate_bound"]).all()
+    convex = results.label(replace(inputs_of(states), hessian_min_eigenvalue=np.ones(5)))["model"].to_dataset()
+    corrected = convex.sel(descent="corrected", window=1)
+    assert (np.isinf(corrected["learning_rate_bound"]) == corrected["effective"]).all()
+    # Whether a row is one update or the sum of two, -dL must exceed h |p|^2: its learning rate is half as large.
+    twice = replace(inputs_of(states, numbers=[0, 2, 4, 6, 8, 10]), hessian_min_eigenvalue=least)
+    spanned = results.label(twice)["model"].to_dataset().sel(window=1, descent="corrected")
+    np.testing.assert_allclose(spanned["learning_rate_bound"], bound.sel(descent="corrected"), rtol=2.0**-40)
 
 
 # The smallest window -----------------------------------------------------------------------------------------
@@ -531,7 +597,8 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
     assert coordinates["gamma"] == list(results.GAMMAS)
     assert coordinates["tensor"] == list(TENSORS)
     assert set(table["model"]) == set(VARIABLES)
-    assert set(VARIABLES) - set(table["tensor"]) == {"discrete_identity_residual"}
+    of_the_model = {"discrete_identity_residual", "learning_rate_bound", "learning_rate_bound_optimal"}
+    assert set(VARIABLES) - set(table["tensor"]) == of_the_model | {"shifted_metric"}
     for group, leading in (("model", ["step"]), ("tensor", ["step", "tensor"])):
         for name, (_, attrs) in table[group].items():
             assert all(attrs[key] for key in ("long_name", "units", "equation")), name
