@@ -38,6 +38,13 @@ STATUS_MEANING: dict[Status, str] = {
 }
 """What each status says to a reader of the curves."""
 
+_AGAINST = {
+    "gradient": "against the gradient",
+    "corrected": "against the discrete gradient of eq. (12): the loss fell",
+    "trapezoid": "against the mean gradient of both ends, so corrected: the loss fell",
+    "taylor": "against the discrete gradient of eq. (16), where Hessian-vector products were logged",
+}
+
 
 def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     """Write the page of one run or of several together.
@@ -94,7 +101,7 @@ def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     letters = _letters()
     next(letters)
     parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
-    return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts}
+    return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts, "against": _AGAINST}
 
 
 def _letters() -> Iterator[str]:
@@ -209,9 +216,9 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
         for m in sorted({1, max(run.windows)}):
             # The last m - 1 rows have no whole window and say nothing.
             whole = max(len(run.steps) - m + 1, 0)
-            effective = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values == Status.EFFECTIVE
-            held = int(effective[:whole].sum())
-            shares[descent].append({"count": held, "of": whole, "share": held / whole if whole else math.nan})
+            status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:whole]
+            held, known = int((status == Status.EFFECTIVE).sum()), (status != Status.UNVERIFIABLE).any()
+            shares[descent].append({"count": held, "of": whole, "share": held / whole if known else math.nan})
     return shares
 
 

@@ -104,7 +104,7 @@ class Inputs:
 
     def follows(self) -> NDArray[np.bool_]:
         """Whether each row but the first starts from the state that the one before led to, shape (rows - 1,)."""
-        follows = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
+        follows: NDArray[np.bool_] = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
         if self.run is not None:
             follows &= self.run[:-1] == self.run[1:]
         return follows

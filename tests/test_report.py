@@ -183,11 +183,12 @@ def test_numbers_are_those_of_the_results(page, tree):
         values = model[name].sel(descent="gradient", window=1).values
         finite = values[np.isfinite(values)]
         assert numbers[f"run-1-{name}"] == [finite.min(), np.median(finite), finite.max()]
-    for descent in ("gradient", "corrected"):
+    for descent in ("gradient", "corrected", "trapezoid"):
         held = (model["status"].sel(descent=descent) == Status.EFFECTIVE).sum("step")
         # A window of m updates is whole at 59 - m + 1 steps.
         shares = [int(held.sel(window=m)) / (59 - m + 1) for m in (1, WINDOW)]
         assert numbers[f"run-1-share-{descent}"] == shares
+    assert Page(page).cells["run-1-share-taylor"][1:] == ["not known"] * 2
 
 
 def test_provenance_is_at_the_bottom(page, tree):

@@ -182,6 +182,24 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     np.testing.assert_allclose(shares, corrected["alignment"].sel(window=1), rtol=2.0**-44)
 
 
+def test_the_family_of_the_results_is_least_at_gamma_one():
+    states, _ = quadratic_walk()
+    grid = np.geomspace(1e-4, 1e4, 17)
+    dataset = results.label(inputs_of(states), gammas=grid)["tensor"].to_dataset()
+    conditions = dataset["family_condition_number"].where(dataset["effective"], drop=True)
+    best = conditions.idxmin("gamma").values
+    effective = np.isfinite(best)
+    # A scalar has one condition number, 1, whatever gamma.
+    several = np.broadcast_to((dataset["tensor"] != "line").values[:, None, None], best.shape[1:])
+    assert effective[:, several].any()
+    assert (best[:, several][effective[:, several]] == grid[8]).all()
+    at_one = conditions.isel(gamma=8)
+    np.testing.assert_allclose(at_one, dataset["condition_number"].where(dataset["effective"]), rtol=1e-12)
+    # There alpha is the infimum of Prop. 3, which is the eigenvalue of multiplicity D - 2.
+    wide = dataset.sel(tensor="wide")
+    np.testing.assert_allclose(wide["eigenvalue_mid"], wide["eigenvalue_max_infimum"], rtol=2.0**-50)
+
+
 # Learning rates ----------------------------------------------------------------------------------------------
 
 
