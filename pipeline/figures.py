@@ -42,6 +42,7 @@ __all__ = [
     "eigenvalue_curves",
     "extent",
     "is_thinned",
+    "limit_curve",
     "loss_curve",
     "metric_field",
     "number",
@@ -314,6 +315,41 @@ def _contours(axes: Axes, loss: Loss, middle: Array, reach: float) -> None:
 
 
 # Figure 3 ----------------------------------------------------------------------------------------------------
+
+
+def limit_curve(rates: Array, turned: Array, moved: Array) -> Picture:
+    """How far the discrete gradient and its metric are from those of the gradient, over the learning rate.
+
+    Parameters
+    ----------
+    rates : array, shape (runs,)
+        Positive, ascending.
+    turned : array, shape (runs,)
+        |psi_bar - psi|, in radian.
+    moved : array, shape (runs,)
+        |Mbar - M| / |M|.
+    """
+    figure, axes = _panel("")
+    looks = (("|ψ̄ − ψ| (rad)", turned, "#0072b2", "o"), ("‖M̄ − M‖ / ‖M‖ (1)", moved, "#d55e00", "^"))
+    lines = [
+        axes.plot(rates, _positive(values), color=colour, marker=marker, markersize=4, label=label)[0]
+        for label, values, colour, marker in looks
+    ]
+    seen = _positive(np.concatenate([turned, moved]))
+    spread = extent(seen)
+    if spread is None:
+        _say(axes, "the discrete gradient is the gradient")
+    else:
+        # In proportion to the learning rate: what the curves run along.
+        line = axes.plot(rates, spread[2] * rates / rates[-1], color=_MUTED, linewidth=0.7, label="∝ η")[0]
+        _log_limits(axes, min(spread[0], spread[2] * rates[0] / rates[-1]), spread[2])
+        _legend_above(axes, [*lines, line])
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate η")
+    said = f" from {number(turned[-1])} rad to {number(turned[0])} rad"
+    return _picture(
+        figure, f"As the learning rate falls to {number(rates[0])}, the angle of the discrete gradient goes{said}."
+    )
 
 
 def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:

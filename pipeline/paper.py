@@ -1,8 +1,9 @@
 """Figures 1 to 3 of the paper from runs of one's own, and the paper's numbers beside theirs.
 
-``python -m pipeline.paper PLANE LINEAR NETWORK FOLDER`` draws from the folders of three processed runs: one of two
-parameters and a quadratic loss (Figures 1 and 2), and one for each half of Figure 3. Everything is read from the
-trajectory and the results; nothing is simulated here.
+``python -m pipeline.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]`` draws from the folders of three processed runs:
+one of two parameters and a quadratic loss (Figures 1 and 2), and one for each half of Figure 3. From further runs
+like the first, of the same state at other learning rates, it draws how the discrete gradient and its metric go to
+those of the gradient (section 2.2). Everything is read from the trajectory and the results; nothing is simulated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import figures, results
+from pipeline import figures, geometry, results
 from pipeline.figures import Picture, RunResults
 from pipeline.metrics import Metric
 from pipeline.schema import InputError, Status
@@ -104,13 +105,31 @@ class Plane:
         moved = self.states[step + 1] - self.states[step]
         return -self.gradients[step], moved / self.learning_rates[step]
 
+    def distance(self) -> tuple[float, float]:
+        """How far the discrete gradient of the first update and its metric are from those of the gradient.
+
+        Returns
+        -------
+        turned, moved : float
+            |psi_bar - psi|, in radian, and |Mbar - M| / |M| of the metrics of smallest condition number. Of a
+            quadratic loss H does not depend on the point, so eq. (16) has the one ybar.
+        """
+        y, g = self.update(0)
+        discrete = y - self.learning_rates[0] * self.hessian() @ g / 2.0
+        metric, other = Metric(y, g), Metric(discrete, g)
+        moved = np.linalg.norm(other.to_dense() - metric.to_dense(), 2) / np.linalg.norm(metric.to_dense(), 2)
+        turned = abs(geometry.angle(other.pair) - geometry.angle(metric.pair))
+        return float(turned), float(moved)
+
     def ball(self, step: int) -> Array:
         """Ball of the optimal metric of a step, v' M v = 1, shape (points, 2)."""
         turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
         return Metric(*self.update(step)).inv_sqrt(np.stack([np.cos(turn), np.sin(turn)])).T
 
 
-def write_figures(folder: Path, plane: Plane, linear: RunResults, network: RunResults) -> list[Path]:
+def write_figures(
+    folder: Path, plane: Plane, linear: RunResults, network: RunResults, others: Sequence[Plane] = ()
+) -> list[Path]:
     """Write Figures 1, 2, 3A to 3E as SVG, and ``numbers.md``: the paper's numbers beside those of the runs.
 
     Parameters
@@ -120,6 +139,8 @@ def write_figures(folder: Path, plane: Plane, linear: RunResults, network: RunRe
     plane : Plane
     linear, network : RunResults
         Of panels B and C, and of D and E.
+    others : sequence of Plane
+        Runs like the first, from the same state at other learning rates, for ``limit.svg``; none where not given.
 
     Returns
     -------
@@ -129,7 +150,7 @@ def write_figures(folder: Path, plane: Plane, linear: RunResults, network: RunRe
     Raises
     ------
     InputError
-        Where an update of the plane is not effective, or its loss is not quadratic.
+        Where an update of the plane is not effective, its loss is not quadratic, or the others do not start alike.
     """
     step = _shown_step(plane)
     y, g = plane.update(step)
@@ -148,6 +169,8 @@ def write_figures(folder: Path, plane: Plane, linear: RunResults, network: RunRe
             "figure_3d": figures.spectrum(network, "D"),
             "figure_3e": figures.loss_curve(network, "E"),
         }
+        if others:
+            pictures["limit"] = figures.limit_curve(*_limit([plane, *others]))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -155,6 +178,7 @@ def write_figures(folder: Path, plane: Plane, linear: RunResults, network: RunRe
         written.append(folder / f"{name}.svg")
         written[-1].write_bytes(base64.b64decode(picture.uri.partition(",")[2]))
     rows = [("statement", "paper", "run"), ("---",) * 3, *comparisons(plane, linear, network)]
+    rows += _of_the_limit([plane, *others]) if others else []
     written.append(folder / "numbers.md")
     written[-1].write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
     return written
@@ -205,6 +229,31 @@ def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[t
     return rows
 
 
+def _limit(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
+    """Learning rates, ascending, and the distances of their first updates."""
+    first = np.stack(planes[0].update(0))
+    for plane in planes[1:]:
+        # The square root of the unit roundoff: an update is rounded, and then divided by its learning rate.
+        if not np.linalg.norm(np.stack(plane.update(0)) - first) <= 2.0**-26 * np.linalg.norm(first):
+            raise InputError(
+                "the runs of the plane do not start with the same gradient and update",
+                why="they are of other systems, seeds, or methods than explicit Euler steps",
+                remedy="log them with nothing but the learning rate changed",
+            )
+    order = sorted(planes, key=lambda plane: float(plane.learning_rates[0]))
+    turned, moved = np.array([plane.distance() for plane in order]).T
+    return np.array([plane.learning_rates[0] for plane in order]), turned, moved
+
+
+def _of_the_limit(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
+    rates, turned, moved = _limit(planes)
+    ends = f"from η = {figures.number(float(rates[-1]))} to {figures.number(float(rates[0]))}"
+    return [
+        (f"2.2: {name} {ends}", "→ 0", f"{figures.number(float(values[-1]))} to {figures.number(float(values[0]))}")
+        for name, values in (("ψ̄ − ψ in rad", turned), ("M̄ − M, relative", moved))
+    ]
+
+
 def _of_figure_1(plane: Plane) -> list[tuple[str, str, str]]:
     """Where the loss falls most on each ball, by looking at all points of it."""
     step = _shown_step(plane)
@@ -230,14 +279,15 @@ def _rises(losses: NDArray[np.float64]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw from the folders of three runs."""
-    if len(arguments) != 4:
-        sys.stderr.write("usage: python -m pipeline.paper PLANE LINEAR NETWORK FOLDER\n")
+    """Draw from the folders of three runs, and of further ones of the plane."""
+    if len(arguments) < 4:
+        sys.stderr.write("usage: python -m pipeline.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]\n")
         raise SystemExit(2)
-    plane, linear, network, folder = map(Path, arguments)
+    plane, linear, network, folder, *others = map(Path, arguments)
     try:
         runs = [RunResults.of(path.name, results.read(path / "results.zarr")) for path in (linear, network)]
-        written = write_figures(folder, Plane.read(plane / "trajectory.zarr"), *runs)
+        planes = [Plane.read(path / "trajectory.zarr") for path in (plane, *others)]
+        written = write_figures(folder, planes[0], *runs, planes[1:])
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from error

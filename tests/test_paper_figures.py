@@ -36,6 +36,19 @@ def plane(folders):
 
 
 @pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Runs of the plane from one state, each at half the learning rate of the one before."""
+    top = tmp_path_factory.mktemp("sweep")
+    planes = []
+    for halvings in range(8):
+        name = f"rate_{halvings}"
+        log_linear_system(top / "logs" / name, dimension=2, steps=3, learning_rate=0.05 / 2**halvings)
+        run.ingest_run(top / "logs" / name, top / name)
+        planes.append(top / name)
+    return planes
+
+
+@pytest.fixture(scope="module")
 def runs(folders):
     return [RunResults.of(name, results.read(folders[1] / name / "results.zarr")) for name in ("linear", "network")]
 
@@ -118,6 +131,48 @@ def test_in_figure_2_every_ball_lies_around_its_state(plane):
         sizes.append(np.linalg.norm(around) / np.linalg.norm(ball))
         assert around == pytest.approx(sizes[0] * ball, abs=1e-12)
     assert sizes == pytest.approx([sizes[0]] * 5)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_proportion_to_the_learning_rate(sweep):
+    planes = [Plane.read(folder / "trajectory.zarr") for folder in sweep]
+    rates, turned, moved = paper._limit(planes)
+    assert rates == pytest.approx(0.05 / 2.0 ** np.arange(7, -1, -1))
+    y, g = planes[0].update(0)
+    bent = planes[0].hessian() @ g / 2.0
+    # In a plane y - eta H g turns by exactly this; ten digits are left of updates divided by their learning rate.
+    exact = np.arctan2(rates * (y[0] * bent[1] - y[1] * bent[0]), y @ y - rates * (y @ bent))
+    assert turned == pytest.approx(np.abs(exact), rel=1e-9)
+    # Half the learning rate halves both, but for terms of second order: eta against where ybar.g vanishes.
+    second = rates[1:] * np.linalg.norm(bent) * np.linalg.norm(g) / (y @ g)
+    assert second[0] < 0.02
+    for values in (turned, moved):
+        assert (np.abs(values[1:] / values[:-1] / 2.0 - 1.0) <= second).all()
+    (axes,) = figures.limit_curve(rates, turned, moved).axes
+    for line, values in zip(
+        axes.lines, (turned, moved, max(turned[-1], moved[-1]) * rates / rates[-1]), strict=True
+    ):
+        assert line.get_xydata() == pytest.approx(np.column_stack([rates, values]))
+
+
+def test_what_the_results_call_the_trapezoid_is_the_limit_of_the_figure(sweep):
+    for folder in sweep[::3]:
+        run.analyze_run(folder, run.Analysis(workers=1))
+        angle = results.read(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
+        turned, _ = Plane.read(folder / "trajectory.zarr").distance()
+        # The loss is of D terms and its change cancels; the step divides it.
+        off = abs(float(angle.sel(descent="trapezoid") - angle.sel(descent="gradient")))
+        assert off == pytest.approx(turned, rel=1e-7)
+
+
+def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_path):
+    plane, other = (Plane.read(path / "trajectory.zarr") for path in sweep[:2])
+    with pytest.raises(InputError, match="do not start with the same gradient and update"):
+        paper.write_figures(tmp_path, plane, *runs, [replace(other, states=2 * other.states)])
+    paper.main([str(folders[1] / name) for name in ("plane", "linear", "network")] + [str(tmp_path), str(sweep[3])])
+    assert (tmp_path / "limit.svg").exists()
+    numbers = (tmp_path / "numbers.md").read_text()
+    assert "2.2: ψ̄ − ψ in rad from η = 0.05 to 0.00625 | → 0 |" in numbers
 
 
 def test_what_cannot_be_drawn_is_refused(folders, plane, runs, tmp_path, capsys):
