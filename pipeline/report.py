@@ -217,8 +217,12 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
             # The last m - 1 rows have no whole window and say nothing.
             whole = max(len(run.steps) - m + 1, 0)
             status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:whole]
-            held, known = int((status == Status.EFFECTIVE).sum()), (status != Status.UNVERIFIABLE).any()
-            shares[descent].append({"count": held, "of": whole, "share": held / whole if known else math.nan})
+            held = int((status == Status.EFFECTIVE).sum())
+            # Where no row can be judged what this gradient needs was not logged, and 0 % would be made up.
+            known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
+            shares[descent].append(
+                {"count": held, "of": whole, "share": held / whole if whole and known else math.nan}
+            )
     return shares
 
 
