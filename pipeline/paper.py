@@ -285,9 +285,11 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(2)
     plane, linear, network, folder, *others = map(Path, arguments)
     try:
-        runs = [RunResults.of(path.name, results.read(path / "results.zarr")) for path in (linear, network)]
+        first, second = (
+            RunResults.of(path.name, results.read(path / "results.zarr")) for path in (linear, network)
+        )
         planes = [Plane.read(path / "trajectory.zarr") for path in (plane, *others)]
-        written = write_figures(folder, planes[0], *runs, planes[1:])
+        written = write_figures(folder, planes[0], first, second, planes[1:])
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from error
