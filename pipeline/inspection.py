@@ -29,7 +29,7 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
     ),
     "learning_rate": ("every metric, as g is the update per learning rate", "give it with --learning-rate"),
     "loss": (
-        "the descent 'corrected', loss_average, loss_decrease, discrete_identity_residual",
+        "the descents 'corrected' and 'trapezoid', loss_average, loss_decrease, discrete_identity_residual",
         "log it, or give a log of scalars as a further SOURCE",
     ),
     HVP: ("the descent 'taylor', eq. (16)", "log H (theta_{t+1} - theta_t) as hvp"),

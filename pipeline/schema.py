@@ -23,6 +23,8 @@ __all__ = [
     "GAMMA",
     "HVP",
     "LAYOUT_VERSION",
+    "REPLICATE",
+    "REPLICATE_VARIABLES",
     "RUN",
     "SCALARS",
     "STATES",
@@ -54,6 +56,7 @@ STEP, ELEMENT, TENSOR = "step", "element", "tensor"
 ATTEMPT, RUN = "attempt", "run"
 VECTOR, WITH_VECTOR = "vector", "with_vector"
 DESCENT, WINDOW, GAMMA = "descent", "window", "gamma"
+REPLICATE = "replicate"
 
 DIMENSIONS: dict[str, str] = {
     STEP: "step number, as logged, of the state before the update",
@@ -65,6 +68,7 @@ DIMENSIONS: dict[str, str] = {
     WITH_VECTOR: "second vector of an inner product",
     DESCENT: "which negative gradient is meant",
     WINDOW: "number m of consecutive updates taken together, eq. (3)",
+    REPLICATE: "one of many updates that a stochastic rule makes from the same state",
     GAMMA: "weight of the one-parameter family of metrics, eq. (22)",
 }
 
@@ -330,6 +334,50 @@ VARIABLES: dict[str, Variable] = {
     "decreasing_window_count": Variable("windows that support decreasing_window", "1", "number of t, eq. (3)"),
     "status": Variable("why the metric exists or not", "1", "y.g > 0, section 2.1"),
 }
+
+
+# Of a stochastic rule g stands for its mean over replicates, and an error is that of the mean, by the jackknife.
+REPLICATE_VARIABLES: dict[str, Variable] = {
+    **{
+        name: VARIABLES[name]
+        for name in (
+            "status",
+            "effective",
+            "update_norm",
+            "gradient_norm",
+            "alignment",
+            "angle",
+            "condition_number",
+        )
+    },
+    "stochastic_weight": Variable(
+        "weight alpha above which the metric of the mean update is positive definite", _METRIC, "eq. (19)"
+    ),
+    "stochastic_alpha": Variable("weight alpha of the best conditioned Mbar", _METRIC, "eqs. (9), (19)"),
+    "stochastic_definite": Variable("with it the metric of the mean update is positive definite", "1", "eq. (19)"),
+    "learning_rate_bound": Variable(
+        "learning rate up to which it is, with y, <Hg> and alpha held", "learning_rate", "eq. (19)"
+    ),
+    "loss_decrease": Variable("mean decrease of the loss", "loss", "-<dL>, section 2.2"),
+    "replicate_loss_decrease": Variable("decrease of the loss in each replicate", "loss", "-dL"),
+    "replicate_alignment": Variable("y.g of each replicate", "loss learning_rate-1", "y.g"),
+    "replicate_angle": Variable("angle between y and g of each replicate", "radian", "psi in [0, pi], eq. (9)"),
+    "replicate_update_norm": Variable("norm of the update of each replicate", "parameter learning_rate-1", "|g|"),
+}
+REPLICATE_VARIABLES |= {
+    f"{name}_error": Variable(
+        f"standard error of {name}", REPLICATE_VARIABLES[name].units, "jackknife over replicates"
+    )
+    for name in (
+        "alignment",
+        "angle",
+        "condition_number",
+        "stochastic_weight",
+        "learning_rate_bound",
+        "loss_decrease",
+    )
+}
+"""Variables of `pipeline.replicates.label`."""
 
 
 # Errors -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ FLOORS = [
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
     },
-    {"pipeline.sources.huggingface", "pipeline.store", "pipeline.figures"},
+    {"pipeline.sources.huggingface", "pipeline.store", "pipeline.figures", "pipeline.replicates"},
     {"pipeline.sources.formats", "pipeline.compute", "pipeline.paper", "pipeline.report"},
     {"pipeline.ingest", "pipeline.inspection"},
     {"pipeline.run"},
@@ -66,7 +66,7 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 # Who may import which library; what is not listed may be imported anywhere.
 HOMES = {
     "zarr": {"pipeline.store.group"},
-    "xarray": {"pipeline.results", "pipeline.figures", "pipeline.report"},
+    "xarray": {"pipeline.results", "pipeline.replicates", "pipeline.figures", "pipeline.report"},
     "dask": {"pipeline.compute"},
     "distributed": {"pipeline.compute"},
     "prefect": {"flows.runs", "flows.demo"},
