@@ -149,13 +149,15 @@ def _columns(
         "replicate_angle": ((*leading, REPLICATE), geometry.angle(each)),
         "replicate_update_norm": ((*leading, REPLICATE), each.update_norm),
     }
-    statistics: dict[str, Callable[..., Array]] = {
-        "alignment": lambda pair, *_: pair.alignment,
-        "angle": lambda pair, *_: geometry.angle(pair),
-        "condition_number": lambda pair, *_: geometry.condition_number(pair),
-        "stochastic_weight": lambda *parts: discrete_time.stochastic_weight(*parts, rate),
-        "learning_rate_bound": lambda *parts: discrete_time.stochastic_learning_rate_bound(
-            *parts, _alpha(parts[0], parts[1], parts[2], rate)
+    statistics: dict[str, Callable[[Pair, Pair, Array], Array]] = {
+        "alignment": lambda pair, curvature, product: pair.alignment,
+        "angle": lambda pair, curvature, product: geometry.angle(pair),
+        "condition_number": lambda pair, curvature, product: geometry.condition_number(pair),
+        "stochastic_weight": lambda pair, curvature, product: discrete_time.stochastic_weight(
+            pair, curvature, product, rate
+        ),
+        "learning_rate_bound": lambda pair, curvature, product: discrete_time.stochastic_learning_rate_bound(
+            pair, curvature, product, _alpha(pair, curvature, product, rate)
         ),
     }
     for name, statistic in statistics.items():
