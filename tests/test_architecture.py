@@ -24,6 +24,7 @@ FLOORS = [
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.sources.pickle_data",
+        "pipeline.experiments.digits",
     },
     {
         "pipeline.sources.names",
@@ -75,7 +76,7 @@ HOMES = {
     "scipy": {"pipeline.metrics", "pipeline.experiments.linear_system"},
     "h5py": {"pipeline.sources.hdf5_file"},
     "torch": set(),
-    "mlxtend": {"pipeline.experiments.feedback_alignment"},
+    "mlxtend": {"pipeline.experiments.digits"},
 }
 
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from pipeline.experiments import __main__ as command_line
 from pipeline.experiments import demo, feedback_alignment, linear_system
-from pipeline.experiments.feedback_alignment import Digits, load_digits, log_feedback_alignment, loss_and_descent
+from pipeline.experiments.digits import Digits, load_digits
+from pipeline.experiments.feedback_alignment import log_feedback_alignment, loss_and_descent
 from pipeline.experiments.linear_system import LinearSystem, log_linear_system, lyapunov_matrix, random_dynamics
 from pipeline.schema import InputError, unit_roundoff
 from pipeline.sources.formats import open_source

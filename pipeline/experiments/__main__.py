@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.experiments import feedback_alignment, linear_system
+from pipeline.experiments.digits import load_digits
 from pipeline.recorder import CONTAINERS
 from pipeline.schema import InputError
 
@@ -81,7 +82,7 @@ def log_feedback_alignment(
         learning_rate=learning_rate,
         seed=seed,
         container=container,
-        digits=feedback_alignment.load_digits(digits),
+        digits=load_digits(digits),
     )
     losses, accuracies = training.losses, training.accuracies
     typer.echo(f"{folder}: {steps + 1} steps")
