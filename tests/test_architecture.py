@@ -36,6 +36,7 @@ FLOORS = [
         "pipeline.sources.sweep",
         "pipeline.experiments.feedback_alignment",
         "pipeline.experiments.learning_rules",
+        "pipeline.experiments.higher_order",
         "pipeline.experiments.linear_system",
         "pipeline.store.group",
         "pipeline.store.mapped_file",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.experiments import feedback_alignment, learning_rules, linear_system
+from pipeline.experiments import feedback_alignment, higher_order, learning_rules, linear_system
 from pipeline.experiments.digits import Training, load_digits
 from pipeline.recorder import CONTAINERS
 from pipeline.schema import InputError
@@ -117,6 +117,36 @@ def log_learning_rules(
     )
     for name, training in trainings.items():
         typer.echo(f"{folder / name}: {steps + 1} steps, {_outcome(training)}")
+
+
+@app.command("higher-order")
+def log_higher_order(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of the logs, two for each rule and objective.")
+    ],
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(higher_order.RULES)}. [default: all]")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(higher_order.OBJECTIVES)}. [default: both]")
+    ] = None,
+    steps: Steps = higher_order.STEPS,
+    dimension: Annotated[int, typer.Option(help="Elements of theta.")] = higher_order.DIMENSION,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log rules with a memory, for the loss alone and for the state extended by the memory."""
+    followed = higher_order.log_higher_order(
+        folder,
+        rules=rule or tuple(higher_order.RULES),
+        objectives=objective or higher_order.OBJECTIVES,
+        steps=steps,
+        dimension=dimension,
+        seed=seed,
+        container=container,
+    )
+    for name in followed:
+        typer.echo(f"{folder / name}-loss, {folder / name}-extended: {steps + 1} steps each")
 
 
 def _outcome(training: Training) -> str:
