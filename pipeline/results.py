@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class Inputs:
         Stored dtype of the gradient.
     attempts : int64 array, shape (rows,), optional
         Restarts before each row was logged; none where not given.
+    loss_time_derivative : float64 array, shape (rows,), optional
+        dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
+        extended by time: y has the element -dL/dt more, and g the element 1.
     runs : tuple of str, optional
         Names of the runs of a sweep.
     run : int64 array, shape (rows,), optional
@@ -83,6 +86,7 @@ class Inputs:
     learning_rate: Array
     gradient_dtype: str
     attempts: NDArray[np.int64] | None = None
+    loss_time_derivative: Array | None = None
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
 
@@ -103,6 +107,7 @@ class _Level:
     dimensions: tuple[str, ...]
     pair: Pair
     finite: NDArray[np.bool_]
+    known: NDArray[np.bool_]
     update_floor: Array
     gradient_norm: Array
     parameter_norm: Array
@@ -183,6 +188,7 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
         (STEP, TENSOR),
         pair,
         np.isfinite(norm("displacement") + norm("gradient")),
+        np.ones(pair.alignment.shape, dtype=bool),
         update_floor,
         norm("gradient"),
         norm("parameter"),
@@ -191,11 +197,28 @@ def _levels(inputs: Inputs) -> tuple[_Level, _Level]:
         (STEP,),
         geometry.direct_sum([pair[:, tensor] for tensor in range(len(layout.tensors))]),
         np.asarray(tensors.finite.all(axis=1)),
+        np.ones(len(inputs.steps), dtype=bool),
         _norm(tensors.update_floor, axis=1),
         _norm(tensors.gradient_norm, axis=1),
         _norm(tensors.parameter_norm, axis=1),
     )
-    return model, tensors
+    return _with_time(model, inputs), tensors
+
+
+def _with_time(model: _Level, inputs: Inputs) -> _Level:
+    """Model extended by time, in the runs that log how their loss changes with it."""
+    if inputs.loss_time_derivative is None:
+        return model
+    slope = inputs.loss_time_derivative
+    runs = np.zeros(len(slope), np.int64) if inputs.run is None else inputs.run
+    extended = np.isin(runs, runs[~np.isnan(slope)])
+    columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
+    return replace(
+        model,
+        pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
+        known=model.known & ~(extended & np.isnan(slope)),
+        gradient_norm=np.where(extended, np.hypot(model.gradient_norm, slope), model.gradient_norm),
+    )
 
 
 def _norm(values: Array, axis: int) -> Array:
@@ -304,9 +327,10 @@ def _metrics(
     """Variables of one descent and one window, each of shape (rows, ...)."""
     rows, per_tensor = len(inputs.steps), level is not model
     rate, change, whole = inputs.learning_rate * inputs.spans, inputs.next_loss - inputs.loss, model.pair
-    known = np.isfinite(change) if descent == "corrected" else np.ones(rows, dtype=bool)
+    known = model.known & np.isfinite(change) if descent == "corrected" else level.known
     if per_tensor:
-        rate, change, whole, known = rate[:, None], change[:, None], whole[:, None], known[:, None]
+        rate, change, whole = rate[:, None], change[:, None], whole[:, None]
+        known = known.reshape(rows, -1)
     pair = geometry.corrected(level.pair, rate, change, whole) if descent == "corrected" else level.pair
 
     window = geometry.window(pair, m)

@@ -37,6 +37,7 @@ FLOORS = [
         "pipeline.experiments.feedback_alignment",
         "pipeline.experiments.learning_rules",
         "pipeline.experiments.higher_order",
+        "pipeline.experiments.moving_target",
         "pipeline.experiments.linear_system",
         "pipeline.store.group",
         "pipeline.store.mapped_file",

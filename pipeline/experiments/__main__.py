@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.experiments import feedback_alignment, higher_order, learning_rules, linear_system
+from pipeline.experiments import feedback_alignment, higher_order, learning_rules, linear_system, moving_target
 from pipeline.experiments.digits import Training, load_digits
 from pipeline.recorder import CONTAINERS
 from pipeline.schema import InputError
@@ -147,6 +147,31 @@ def log_higher_order(
     )
     for name in followed:
         typer.echo(f"{folder / name}-loss, {folder / name}-extended: {steps + 1} steps each")
+
+
+@app.command("moving-target")
+def log_moving_target(
+    folder: Folder,
+    rule: Annotated[str, typer.Option(help=f"{' or '.join(moving_target.RULES)}.")] = "gradient",
+    steps: Steps = moving_target.STEPS,
+    frequency: Annotated[
+        float, typer.Option(help="Radian per unit of time of the target.")
+    ] = moving_target.FREQUENCY,
+    learning_rate: LearningRate = moving_target.LEARNING_RATE,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log a rule that follows the minimum of a loss that changes with time."""
+    moving_target.log_moving_target(
+        folder,
+        rule=rule,
+        steps=steps,
+        frequency=frequency,
+        learning_rate=learning_rate,
+        seed=seed,
+        container=container,
+    )
+    typer.echo(f"{folder}: {steps + 1} steps")
 
 
 def _outcome(training: Training) -> str:
