@@ -94,7 +94,13 @@ def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     letters = _letters()
     next(letters)
     parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
-    return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts}
+    compared = 1 < len(runs) <= figures.COMPARED_RUNS
+    return {
+        "curves": figures.eigenvalue_curves(runs) if runs else None,
+        "comparison": figures.comparison(runs) if compared else None,
+        "compared_at_most": figures.COMPARED_RUNS,
+        "runs": parts,
+    }
 
 
 def _letters() -> Iterator[str]:
