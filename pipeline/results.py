@@ -67,13 +67,13 @@ class Inputs:
         Stored dtype of the gradient.
     attempts : int64 array, shape (rows,), optional
         Restarts before each row was logged; none where not given.
-    loss_time_derivative : float64 array, shape (rows,), optional
-        dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
-        extended by time: y has the element -dL/dt more, and g the element 1.
     runs : tuple of str, optional
         Names of the runs of a sweep.
     run : int64 array, shape (rows,), optional
         Position of each row's run in them; rows of a run lie together, in order.
+    loss_time_derivative : float64 array, shape (rows,), optional
+        dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
+        extended by time: y has the element -dL/dt more, and g the element 1.
     """
 
     gram: Array
@@ -86,9 +86,9 @@ class Inputs:
     learning_rate: Array
     gradient_dtype: str
     attempts: NDArray[np.int64] | None = None
-    loss_time_derivative: Array | None = None
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
+    loss_time_derivative: Array | None = None
 
     def whole(self, m: int) -> NDArray[np.bool_]:
         """Whether each row is the first of m updates, each from the state that the one before led to."""

@@ -220,9 +220,9 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
         learning_rate=learning_rate,
         gradient_dtype=states.dtypes["gradient"],
         attempts=attempts[rows],
-        loss_time_derivative=states.scalar("loss_time_derivative")[rows],
         runs=states.runs if states.sweep else (),
         run=run[rows] if states.sweep else None,
+        loss_time_derivative=states.scalar("loss_time_derivative")[rows],
     )
 
 

@@ -588,6 +588,17 @@ def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatc
 # The command line -------------------------------------------------------------------------------------------
 
 
+def test_every_documented_command_logs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    commands = re.findall(r"^python -m pipeline\.experiments (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        arguments = [*shlex.split(command), "--steps", "1"]
+        assert CliRunner().invoke(command_line.app, arguments, catch_exceptions=False).exit_code == 0
+        assert len(list(Path(arguments[1]).rglob("step_1.safetensors"))) >= 1
+
+
 def test_the_command_line_trains_on_idx_files_and_says_what_came_of_it(tmp_path):
     write_idx(tmp_path)
     arguments = ["feedback-alignment", str(tmp_path / "log"), "--digits", str(tmp_path), "--images", "8"]

@@ -1,6 +1,8 @@
 """Higher-order rules: their energies against closed forms, and their extended states through the pipeline."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +266,20 @@ def test_a_rule_with_a_memory_is_effective_in_its_extended_state_and_not_for_the
     assert (extended["status"] == Status.EFFECTIVE).all()
     assert (extended["loss_decrease"] > 0).all()
     assert np.isfinite(extended["condition_number"]).all()
+
+
+def test_the_documented_counts_are_those_of_the_results(models):
+    def count(name, variable):
+        values = models[name].sel(descent="gradient", window=1)[variable]
+        return int((values > 0).sum())
+
+    page = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
+    rows = re.findall(r"^\| ([a-z-]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == RUNS
+    for name, *counts in rows:
+        ends = ("loss", "extended")
+        found = [count(f"{name}-{end}", variable) for end in ends for variable in ("effective", "loss_decrease")]
+        assert list(map(int, counts)) == found
 
 
 def test_where_the_loss_rises_the_discrete_gradient_says_so_and_the_energy_does_not(models):
