@@ -32,10 +32,12 @@ from pipeline.geometry import Pair
 from pipeline.schema import DESCENT, DESCENTS, STEP, TENSOR, WINDOW, InputError, Status
 
 __all__ = [
+    "COMPARED_RUNS",
     "SHOWN_TENSORS",
     "Picture",
     "RunResults",
     "angle_curve",
+    "comparison",
     "condition_curve",
     "descent_balls",
     "drawing",
@@ -53,6 +55,9 @@ __all__ = [
 SHOWN_TENSORS = 12
 """Tensors that get curves of their own; of more, those with the largest gradient."""
 
+COMPARED_RUNS = 18
+"""Runs that are told apart in one panel, by colour and dashes."""
+
 Array = NDArray[np.float64]
 
 # Wong's palette (Nature Methods 8, 441), which the colour blind can tell apart; eigenvalues and runs share none.
@@ -62,6 +67,19 @@ _EIGENVALUES = {
     "eigenvalue_min": (r"$\lambda_{\min}$", "#d55e00", (0, (1.5, 1))),
 }
 _RUN_COLOURS = ("#a8528a", "#d18f00", "#3a97d3", "#6b6b6b")
+# Tol's muted scheme, for as many runs in one panel; a second round is dashed.
+_COMPARED_COLOURS = (
+    "#332288",
+    "#cc6677",
+    "#117733",
+    "#88ccee",
+    "#882255",
+    "#ddcc77",
+    "#44aa99",
+    "#aa4499",
+    "#999933",
+)
+_COMPARED_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)))
 _RUN_MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 _INK, _MUTED, _GRID, _ALARM = "#222222", "#808080", "#dddddd", "#b00020"
 _ON_DARK = {
@@ -76,6 +94,9 @@ _ON_DARK = {
     "#d18f00": "#f0b429",
     "#3a97d3": "#7cc4f0",
     "#6b6b6b": "#b5b5b5",
+    "#332288": "#9a8ff0",
+    "#117733": "#56c278",
+    "#882255": "#e0699f",
 }
 
 _STYLE: dict[str, Any] = {
@@ -558,6 +579,63 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
     figure.supylabel(label, x=0.08 / _WIDTH, y=middle[1], fontsize=9)
     what = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
     return _picture(figure, f"{what} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
+
+
+def comparison(runs: Sequence[RunResults]) -> Picture:
+    """Angle and condition number of several runs: rows are the model and the tensors of all, columns the two.
+
+    Parameters
+    ----------
+    runs : sequence of RunResults
+        `COMPARED_RUNS` at most; each has its colour, where there are more than nine with dashes.
+    """
+    shared = set.intersection(*({str(name) for name in run.tensors[TENSOR].values} for run in runs))
+    tensors = [name for name in runs[0].largest_tensors() if name in shared]
+    # The one tensor of a model is the model.
+    tensors = tensors if any(run.tensors.sizes[TENSOR] > 1 for run in runs) else []
+    legend_rows = math.ceil(len(runs) / 3)
+    height = 0.45 + 1.3 * (1 + len(tensors)) + 0.2 * legend_rows
+    figure = Figure(figsize=(2 * _WIDTH, height), layout="constrained")
+    grid = figure.subplots(1 + len(tensors), 2, sharex=True, sharey="col", squeeze=False)
+    conditions, angles, handles = [], [], []
+    for index, run in enumerate(runs):
+        look: dict[str, Any] = {
+            "color": _COMPARED_COLOURS[index % len(_COMPARED_COLOURS)],
+            "linestyle": _COMPARED_DASHES[index // len(_COMPARED_COLOURS) % len(_COMPARED_DASHES)],
+        }
+        handles.append(Line2D([], [], **look))
+        for row, name in zip(grid, (None, *tensors), strict=True):
+            angle, condition = (
+                run[variable] if name is None else run.tensor(variable, name)
+                for variable in ("angle", "condition_number")
+            )
+            angles.append(angle)
+            conditions.append(_positive(condition))
+            for axes, values in zip(row, (angle, conditions[-1]), strict=True):
+                _curve(axes, run.steps, values, columns=_SMALL_COLUMNS, **look)
+    for row, label in zip(grid, ("whole model", *_tensor_labels(tensors, 52)), strict=True):
+        title = row[0].set_title(" ", loc="left", fontsize=8.5, pad=3)
+        title.set_parse_math(False)
+        title.set_text(label)
+        row[0].axhline(np.pi / 2, color=_ALARM, linewidth=0.8, linestyle=(0, (4, 2)))
+        row[0].set_ylabel("angle ψ (rad)")
+        row[1].set_ylabel("κ (1)")
+    angle_spread, spread = extent(np.concatenate(angles)), extent(np.concatenate(conditions))
+    _angle_limits(grid[0, 0], angle_spread)
+    if spread is not None:
+        _log_limits(grid[0, 1], spread[0], spread[2], most=5)
+    _step_axis(grid[0, 0], np.unique(np.concatenate([run.steps for run in runs])))
+    for axes in grid[:-1].flat:
+        axes.set_xlabel("")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    legend = figure.legend(handles, [str(i) for i in range(len(runs))], loc="outside lower center", ncols=3)
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set_parse_math(False)
+        text.set_text(_drawable(run.name, 30))
+    names = ", ".join(run.name for run in runs)
+    of = f" and of the tensors {', '.join(tensors)}" if tensors else ""
+    return _picture(figure, f"Angle and condition number of the model{of} over the steps, in the runs {names}.")
 
 
 def _tensor_labels(names: Sequence[str], most: int) -> list[str]:

@@ -57,6 +57,7 @@ __all__ = [
     "status",
     "where_effective",
     "window",
+    "with_time",
 ]
 
 Array = NDArray[np.float64]
@@ -226,6 +227,28 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
         ratio = quotient(alignment, square)
         across = _sum([part.across_square + (part.ratio - ratio) ** 2 * part.update_square for part in parts])
     return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
+
+
+def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:
+    """Pair of the parameters extended by time, v = (theta, t), for a loss that changes with it (section 2.1).
+
+    y has one element more, -dL/dt at a theta that rests, and g the element 1. So y.g is the rate at which the loss
+    falls along the update, and not only the part of it that the update has brought about.
+
+    Parameters
+    ----------
+    pair : Pair
+        Of the whole model.
+    loss_time_derivative : array, of the shape of the pair
+        dL/dt, in a unit of time in which an update takes the learning rate eta.
+
+    Notes
+    -----
+    The paper prints (dL/dv)' theta' for (dL/dv)' v', which has the element of time.
+    """
+    slope = np.asarray(loss_time_derivative, dtype=np.float64)
+    one = np.ones_like(slope)
+    return direct_sum([pair, Pair(one, -slope, 0.0 * slope, np.ones(slope.shape, np.int64))])
 
 
 def _sum(terms: Sequence[NDArray[Any]]) -> NDArray[Any]:

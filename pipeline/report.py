@@ -73,7 +73,7 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     page = Path(page)
     runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
     with figures.drawing():
-        content = _content(runs)
+        content = _content(runs) | _side_by_side(runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline"),
         autoescape=True,
@@ -102,6 +102,14 @@ def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     next(letters)
     parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
     return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts, "against": _AGAINST}
+
+
+def _side_by_side(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
+    compared = 1 < len(runs) <= figures.COMPARED_RUNS
+    return {
+        "comparison": figures.comparison(runs) if compared else None,
+        "compared_at_most": figures.COMPARED_RUNS,
+    }
 
 
 def _letters() -> Iterator[str]:

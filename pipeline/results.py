@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ class Inputs:
         Names of the runs of a sweep.
     run : int64 array, shape (rows,), optional
         Position of each row's run in them; rows of a run lie together, in order.
+    loss_time_derivative : float64 array, shape (rows,), optional
+        dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
+        extended by time: y has the element -dL/dt more, and g the element 1.
     """
 
     gram: Array
@@ -95,6 +98,7 @@ class Inputs:
     hessian_min_eigenvalue: Array | None = None
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
+    loss_time_derivative: Array | None = None
 
     def whole(self, m: int) -> NDArray[np.bool_]:
         """Whether each row is the first of m updates, each from the state that the one before led to."""
@@ -254,6 +258,7 @@ def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
         _norm(norm("gradient"), axis=1) if half is None else None,
         _norm(norm("parameter"), axis=1),
     )
+    model = _with_time(model, inputs)
     if not descent.corrected:
         return model, tensors
     return (
@@ -271,6 +276,23 @@ def _corrected(level: _Level, rate: Array, change: Array, whole: Pair, whole_flo
         known=level.known & np.isfinite(change),
         gradient_floor=level.gradient_floor + floor,
         gradient_norm=None,
+    )
+
+
+def _with_time(model: _Level, inputs: Inputs) -> _Level:
+    """Model extended by time, in the runs that log how their loss changes with it."""
+    if inputs.loss_time_derivative is None:
+        return model
+    slope = inputs.loss_time_derivative
+    runs = np.zeros(len(slope), np.int64) if inputs.run is None else inputs.run
+    norm = model.gradient_norm
+    extended = np.isin(runs, runs[~np.isnan(slope)])
+    columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
+    return replace(
+        model,
+        pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
+        known=model.known & ~(extended & np.isnan(slope)),
+        gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),
     )
 
 

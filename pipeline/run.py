@@ -223,6 +223,7 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
         hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[rows],
         runs=states.runs if states.sweep else (),
         run=run[rows] if states.sweep else None,
+        loss_time_derivative=states.scalar("loss_time_derivative")[rows],
     )
 
 

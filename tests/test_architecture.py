@@ -24,6 +24,7 @@ FLOORS = [
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.sources.pickle_data",
+        "pipeline.experiments.digits",
     },
     {
         "pipeline.sources.names",
@@ -33,8 +34,11 @@ FLOORS = [
         "pipeline.sources.hdf5_file",
         "pipeline.sources.joined",
         "pipeline.sources.sweep",
-        "pipeline.experiments.linear_system",
         "pipeline.experiments.feedback_alignment",
+        "pipeline.experiments.learning_rules",
+        "pipeline.experiments.higher_order",
+        "pipeline.experiments.moving_target",
+        "pipeline.experiments.linear_system",
         "pipeline.store.group",
         "pipeline.store.mapped_file",
         "pipeline.discrete_time",
@@ -77,7 +81,7 @@ HOMES = {
     "scipy": {"pipeline.metrics", "pipeline.discrete_gradients", "pipeline.experiments.linear_system"},
     "h5py": {"pipeline.sources.hdf5_file"},
     "torch": set(),
-    "mlxtend": {"pipeline.experiments.feedback_alignment"},
+    "mlxtend": {"pipeline.experiments.digits"},
 }
 
 

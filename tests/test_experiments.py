@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import expm, matrix, mp, mpf
+from processing import read_log
 from reference import exact, exact_dot
 from scipy.linalg import solve_continuous_lyapunov
 from typer.testing import CliRunner
 
 from pipeline.experiments import __main__ as command_line
 from pipeline.experiments import demo, feedback_alignment, linear_system
-from pipeline.experiments.feedback_alignment import Digits, load_digits, log_feedback_alignment, loss_and_descent
+from pipeline.experiments.digits import Digits, load_digits
+from pipeline.experiments.feedback_alignment import log_feedback_alignment, loss_and_descent
 from pipeline.experiments.linear_system import LinearSystem, log_linear_system, lyapunov_matrix, random_dynamics
 from pipeline.schema import InputError, unit_roundoff
-from pipeline.sources.formats import open_source
 
 ROOT = Path(__file__).parent.parent
 U = unit_roundoff("float64")
@@ -35,25 +36,6 @@ systems = st.builds(
 def worst_case(terms, unit=U):
     """Largest relative error of ``terms`` roundings in a row (Higham, Accuracy and Stability, lemma 3.1)."""
     return terms * unit / (1 - terms * unit)
-
-
-def read_log(folder):
-    """Loss and learning rate (step), and parameter and gradient (step, element) of every tensor of a log."""
-    source = open_source(folder)
-    scalars, states = [], []
-    for step in source.steps():
-        assert step.number == len(states)
-        with source.open(step) as reader:
-            content = reader.content()
-            scalars.append([content.scalars["loss"], content.scalars["learning_rate"]])
-            state = {}
-            for array, tensors in content.arrays.items():
-                for tensor, logged in tensors.items():
-                    state[array, tensor] = np.empty(int(np.prod(logged.shape)), logged.dtype)
-                    reader.read(array, tensor, 0, state[array, tensor])
-            states.append(state)
-    arrays = {key: np.stack([state[key] for state in states]) for key in states[0]}
-    return *np.transpose(scalars), arrays
 
 
 def angles(arrays):
@@ -604,6 +586,17 @@ def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatc
 
 
 # The command line -------------------------------------------------------------------------------------------
+
+
+def test_every_documented_command_logs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    commands = re.findall(r"^python -m pipeline\.experiments (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        arguments = [*shlex.split(command), "--steps", "1"]
+        assert CliRunner().invoke(command_line.app, arguments, catch_exceptions=False).exit_code == 0
+        assert len(list(Path(arguments[1]).rglob("step_1.safetensors"))) >= 1
 
 
 def test_the_command_line_trains_on_idx_files_and_says_what_came_of_it(tmp_path):

@@ -1,1 +1,1 @@
-"""The experiments of the paper (section 3.1), as training programs that log themselves as any user's would."""
+"""Experiments on what the paper says, as training programs that log themselves as any user's would."""

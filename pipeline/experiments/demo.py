@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from pipeline.experiments.feedback_alignment import load_digits, log_feedback_alignment
+from pipeline.experiments.digits import load_digits
+from pipeline.experiments.feedback_alignment import log_feedback_alignment
 from pipeline.experiments.linear_system import log_linear_system
 
 __all__ = ["WINDOW", "write_demo_logs"]
