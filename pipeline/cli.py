@@ -285,6 +285,21 @@ def info(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 @app.command()
+def verify(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Compare all that OUT's stores hold with its checksums; exits with 1 where something was damaged."""
+    from pipeline import run
+
+    face = _Face(as_json, quiet)
+    damages = run.verify_run(out)
+    if as_json:
+        face.answer({"damages": [damage.to_json() for damage in damages]})
+    else:
+        sys.stdout.write("".join(f"{damage}\n" for damage in damages) or "all is as it was written\n")
+    if damages:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for logs, runs and the report.")] = Path(
         "demo"
@@ -354,7 +369,7 @@ def main() -> None:
     """Run the command line.
 
     Exits with 0 when done, 2 on bad usage or bad input (the message says what, where, why and what to do), and
-    1 on anything else.
+    1 on anything else, and where ``verify`` finds damages.
     """
     try:
         app()

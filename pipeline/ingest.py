@@ -10,13 +10,12 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
@@ -32,7 +31,7 @@ from pipeline.sources.base import (
     where,
 )
 from pipeline.sources.formats import open_sources
-from pipeline.store import Trajectory, checksum, storage_dtype
+from pipeline.store import Trajectory, checksum, only_writer, storage_dtype
 
 __all__ = ["IngestSummary", "ingest"]
 
@@ -120,7 +119,7 @@ def ingest(
     sources = [source] if isinstance(source, str | Path) else list(source)
     log, store = open_sources(sources, format, mapping, sweep=sweep), Path(store)
     listed = log.steps()
-    with _only_writer(store):
+    with only_writer(store, "trajectory"):
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
@@ -157,33 +156,6 @@ def ingest(
         dtypes=dict(trajectory.dtypes),
         warnings=warnings,
     )
-
-
-@contextmanager
-def _only_writer(store: Path) -> Iterator[None]:
-    new_folders = [folder for folder in (store.parent, *store.parent.parents) if not folder.exists()]
-    store.parent.mkdir(parents=True, exist_ok=True)
-    path = store.with_name(f".{store.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            "another process is writing this trajectory",
-            where=str(store),
-            why="two ingests were started for one OUT",
-            remedy="wait until the other one is done, then run again: what it ingested is kept",
-        ) from error
-    try:
-        yield
-    finally:
-        if new_folders and not store.exists():
-            # Refused input leaves nothing behind.
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # another ingest may have come to use them
-                for folder in new_folders:
-                    folder.rmdir()
-        lock.release()
 
 
 # Which steps -------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.schema import ATTEMPT, RUN, STEP, InputError, Status
-from pipeline.store import Ledger, Trajectory
+from pipeline.store import Ledger, Trajectory, disk_errors
+from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -30,6 +31,7 @@ __all__ = [
     "describe_run",
     "ingest_run",
     "report_run",
+    "verify_run",
 ]
 
 MEMORY_LIMIT = 512 * MEBIBYTE
@@ -172,7 +174,8 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
         },
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
-    results.write(tree, folder.results)
+    with disk_errors(folder.results):
+        results.write(tree, folder.results)
     return {
         "ledger": str(folder.ledger),
         "results": str(folder.results),
@@ -248,6 +251,31 @@ def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = No
             _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), out)
     page = RunFolder(Path(next(iter(named.values())))).report if page is None else Path(page)
     return {"report": str(report.write_report(trees, page))}
+
+
+def verify_run(out: Path) -> list[Damage]:
+    """Compare every stored byte of OUT's trajectory and ledger with the checksums recorded when it was written.
+
+    Memory does not grow with the run: chunks are read one after the other.
+
+    Returns
+    -------
+    list of Damage
+        Everything that is not as it was written, empty where all is.
+
+    Raises
+    ------
+    InputError
+        Where OUT holds no trajectory.
+    """
+    folder = RunFolder(Path(out))
+    if not folder.trajectory.exists():
+        Trajectory(folder.trajectory)
+    damages = list(verify_trajectory(folder.trajectory))
+    if folder.ledger.exists():
+        # Steps are compared with the trajectory's, where those are whole.
+        damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
+    return damages
 
 
 def describe_run(out: Path) -> dict[str, Any]:
