@@ -19,7 +19,7 @@ from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.schema import ATTEMPT, RUN, STEP, InputError, Status
-from pipeline.store import Ledger, Trajectory, disk_errors
+from pipeline.store import Ledger, Trajectory, only_writer
 from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
 
 __all__ = [
@@ -174,7 +174,7 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
         },
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
-    with disk_errors(folder.results):
+    with only_writer(folder.results, "results"):
         results.write(tree, folder.results)
     return {
         "ledger": str(folder.ledger),

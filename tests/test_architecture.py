@@ -23,6 +23,7 @@ FLOORS = [
         "pipeline.geometry",
         "pipeline.recorder",
         "pipeline.sources.base",
+        "pipeline.store.disk",
         "pipeline.sources.pickle_data",
     },
     {

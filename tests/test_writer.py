@@ -14,7 +14,8 @@ import filelock
 import pytest
 
 from pipeline.schema import InputError
-from pipeline.store import disk_errors, only_writer, writer
+from pipeline.store import disk, only_writer, writer
+from pipeline.store.disk import disk_errors
 
 HOLD = """
 import errno, os, sys
@@ -145,7 +146,7 @@ def test_a_writer_that_fails_gives_the_lock_back(store):
     assert next_one.returncode == 0
 
 
-@pytest.mark.parametrize("code", writer._REFUSALS)
+@pytest.mark.parametrize("code", disk._REFUSALS)
 def test_what_the_disk_refuses_is_told_with_the_file_and_what_to_do(store, code):
     with pytest.raises(InputError, match=os.strerror(code)) as caught, disk_errors(store):
         raise OSError(code, os.strerror(code), str(store / "file"))

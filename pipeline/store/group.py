@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ import zarr
 from crc32c import crc32c
 
 from pipeline.schema import LAYOUT_VERSION, InputError
+from pipeline.store.disk import flush, replace_file, replace_folder
 
 __all__ = [
     "SCALAR_CHUNK",
@@ -40,7 +40,6 @@ __all__ = [
     "open_array",
     "open_group",
     "remove_group",
-    "replace_file",
     "require_whole",
     "resize",
     "rows_on_disk",
@@ -54,29 +53,7 @@ _SEAL = '{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file aside, flush and rename it: under its name it is the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+_NOT_OURS = "choose another folder; what is not a store of natgrad is not overwritten"
 
 
 def _seal(body: bytes) -> bytes:
@@ -247,6 +224,8 @@ def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Map
     InputError
         Where the path holds something else.
     """
+    if path.exists():
+        _attributes(path, kind, _NOT_OURS)
     aside = path.with_name(f".{path.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "commits").mkdir(parents=True)
@@ -254,11 +233,7 @@ def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Map
     for name, plan in arrays.items():
         plan.make(aside / name)
     (aside / _DOCUMENT).write_text(json.dumps(group_document(_signed(aside, kind, attributes, arrays))))
-    for entry in (*aside.rglob("*"), aside):
-        flush(entry)
-    remove_group(path, kind)
-    aside.rename(path)
-    flush(path.parent)
+    replace_folder(aside, path)
 
 
 def add_array(path: Path, name: str, plan: ArrayPlan) -> None:
@@ -346,7 +321,7 @@ def remove_group(path: Path, kind: str) -> None:
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
-        _attributes(path, kind, "choose another folder; what is not a store of natgrad is not overwritten")
+        _attributes(path, kind, _NOT_OURS)
         path.rename(aside)
         shutil.rmtree(aside)
 

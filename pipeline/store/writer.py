@@ -1,4 +1,4 @@
-"""Who writes a store: one process at a time; and what it is told where the disk refuses.
+"""Who writes a store: one process at a time.
 
 The lock is the system's (flock), so it ends with its process, however that ends, and there is nothing to guess. It
 is otherwise on a file system that machines share: the lock of a machine that was cut off may be free while that
@@ -21,8 +21,9 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from pipeline.schema import InputError
+from pipeline.store.disk import disk_errors
 
-__all__ = ["disk_errors", "only_writer"]
+__all__ = ["only_writer"]
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 """How a file system says that it has no flock."""
@@ -32,49 +33,6 @@ _LOCAL = {
     *("ramfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
 }
 """File systems of one machine; what is not among them may be shared."""
-
-_REFUSALS = {
-    errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
-    errno.EDQUOT: (
-        "the quota is exceeded",
-        "the user may not store more here",
-        "free some space, or have it raised",
-    ),
-    errno.EFBIG: ("a file becomes too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
-    errno.EROFS: ("the disk is read-only", "it is mounted so, or was after a failure", "choose another OUT"),
-    errno.EACCES: ("writing is not permitted", "the folder belongs to another user", "choose another OUT"),
-    errno.EPERM: ("writing is not permitted", "the folder is protected", "choose another OUT"),
-    errno.EIO: ("the disk fails", "it is damaged, or no longer connected", "check the disk (dmesg)"),
-    errno.ENOENT: ("the store is gone", "it was removed or moved while it was written", "leave it in its place"),
-}
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a message.
-
-    Parameters
-    ----------
-    path : Path
-        What is written; the file at fault is told where it is known.
-
-    Raises
-    ------
-    InputError
-        In place of an OSError. What is recorded is whole all the same, as records follow the data.
-    """
-    try:
-        yield
-    except OSError as error:
-        what, why, remedy = _REFUSALS.get(
-            error.errno or 0, ("it cannot be written", "the disk refuses", "see above")
-        )
-        raise InputError(
-            f"{what}: {error.strerror}",
-            where=str(error.filename or path),
-            why=why,
-            remedy=f"{remedy}; then run again: what is committed is kept",
-        ) from error
 
 
 @contextmanager
