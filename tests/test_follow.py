@@ -207,7 +207,7 @@ def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
     states = random_walk(5)
     write_log(log, states[:3])
     out = tmp_path / "out"
-    words = ["process", log, out, "--follow", "--interval", "0.1", "--workers", "1", "--json"]
+    words = ["process", log, out, "--follow", "--interval", "0.5", "--workers", "1", "--json"]
     with subprocess.Popen(
         [sys.executable, "-c", "from pipeline.cli import main; main()", *words],
         stdout=subprocess.PIPE,
@@ -216,7 +216,8 @@ def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
     ) as process:
         wait_until(lambda: (out / "report.html").exists())
         write_log(log, states)
-        wait_until(lambda: (out / "results.zarr").exists() and run.describe_run(out)["updates"] == 4)
+        first = (out / "report.html").stat().st_mtime_ns
+        wait_until(lambda: (out / "report.html").stat().st_mtime_ns > first)
         process.send_signal(signal.SIGINT)
         told, complaints = process.communicate(timeout=60)
     assert process.returncode == 0, complaints
@@ -229,4 +230,4 @@ def wait_until(condition):
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.2)
