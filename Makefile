@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
-.PHONY: install browser demo test bench lint lock
+.PHONY: install browser demo test torture bench lint lock
 
 install: .venv/installed
 
@@ -27,6 +27,10 @@ browser:
 
 test: lint browser
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -p no:benchmark
+
+# Two hundred processes killed at random moments, and what was lost, doubled or differs after each: a few minutes.
+torture: install
+	$(BIN)/python tests/torture.py --kills 200 --races 20 --seed 0
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -50,6 +50,12 @@ Attempt = Annotated[
 ]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Go on with what is logged later, until interrupted.")]
+Interval = Annotated[float, typer.Option(min=0.0, help="Seconds between looks at the log, with --follow.")]
+IdleTimeout = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Seconds without a new step after which --follow ends. [default: never]"),
+]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate where the log has none.")]
 Gamma = Annotated[
     list[float] | None,
@@ -150,6 +156,7 @@ def _ingest(
     sweep: bool,
     allow_gaps: bool,
     overwrite: bool,
+    wait: bool,
 ) -> dict[str, Any]:
     from pipeline import run
 
@@ -162,6 +169,7 @@ def _ingest(
             sweep=sweep,
             allow_gaps=allow_gaps,
             overwrite=overwrite,
+            wait=wait,
             progress=progress,
         )
 
@@ -200,6 +208,9 @@ def process(
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
+    follow: Follow = False,
+    interval: Interval = 10.0,
+    idle_timeout: IdleTimeout = None,
     learning_rate: LearningRate = None,
     gamma: Gamma = None,
     window: Window = None,
@@ -216,10 +227,16 @@ def process(
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
     options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit, attempt)
-    answer = _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite)
-    with face.progress("analyze") as progress:
-        answer |= run.analyze_run(out, options, progress=progress)
-    face.answer(answer | run.report_run([out]))
+
+    def once(first: bool) -> dict[str, Any]:
+        answer = _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow)
+        if not first and not answer["new_steps"]:
+            return answer
+        with face.progress("analyze") as progress:
+            answer |= run.analyze_run(out, options, progress=progress)
+        return answer | run.report_run([out])
+
+    face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
 
 
 @app.command()
@@ -231,13 +248,22 @@ def ingest(
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
+    follow: Follow = False,
+    interval: Interval = 10.0,
+    idle_timeout: IdleTimeout = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Read the new steps of a training log into OUT/trajectory.zarr."""
+    from pipeline import run
+
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
-    face.answer(_ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite))
+
+    def once(first: bool) -> dict[str, Any]:
+        return _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow)
+
+    face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
 
 
 @app.command()
@@ -282,6 +308,21 @@ def info(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
     from pipeline import run
 
     _Face(as_json, quiet).answer(run.describe_run(out))
+
+
+@app.command()
+def verify(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Compare all that OUT's stores hold with its checksums; exits with 1 where something was damaged."""
+    from pipeline import run
+
+    face = _Face(as_json, quiet)
+    damages = run.verify_run(out)
+    if as_json:
+        face.answer({"damages": [damage.to_json() for damage in damages]})
+    else:
+        sys.stdout.write("".join(f"{damage}\n" for damage in damages) or "all is as it was written\n")
+    if damages:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -354,7 +395,7 @@ def main() -> None:
     """Run the command line.
 
     Exits with 0 when done, 2 on bad usage or bad input (the message says what, where, why and what to do), and
-    1 on anything else.
+    1 on anything else, and where ``verify`` finds damages.
     """
     try:
         app()

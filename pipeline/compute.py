@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pipeline import gram
 from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.schema import HVP, STEP, InputError
-from pipeline.store import Ledger, Trajectory, storage_dtype
+from pipeline.store import Ledger, Trajectory, only_writer, storage_dtype
 
 __all__ = [
     "Executor",
@@ -124,7 +124,8 @@ def compute_ledger(
     Raises
     ------
     InputError
-        Where there are fewer than two states, or no elements, or the plan does not fit the memory limit.
+        Where there are fewer than two states, or no elements, or the plan does not fit the memory limit, where
+        another process writes this ledger, and where the disk refuses.
     """
     states = Trajectory(trajectory)
     if states.rows < 2:
@@ -156,16 +157,17 @@ def compute_ledger(
     plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
     _log.info("%s", plan)
     steps, spans = states.scalar(STEP)[:-1], states.spans()
-    book = Ledger.prepare(Path(ledger), states.layout, names, steps, spans, plan.band_rows)
     digests = states.digests(plan.bands())
-    # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
-    book.discard_others(digests)
-    missing = book.missing(digests)
     job = Job.of(trajectory, ledger, plan)
-    run = executor or serial
-    for done, _ in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
-        if progress is not None:
-            progress(done, len(missing))
+    with only_writer(Path(ledger), "ledger"):
+        book = Ledger.prepare(Path(ledger), states.layout, names, steps, spans, plan.band_rows)
+        # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
+        book.discard_others(digests)
+        missing = book.missing(digests)
+        run = executor or serial
+        for done, _ in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+            if progress is not None:
+                progress(done, len(missing))
     return PassSummary(plan.rows, len(digests), len(missing), plan)
 
 

@@ -10,13 +10,12 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
@@ -24,15 +23,18 @@ from pipeline.schema import ATTEMPT, RUN, SCALARS, STATES, STEP, USUAL_SCALARS, 
 from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,
+    NotYet,
     Source,
     StepContent,
     StepReader,
+    Unreadable,
+    changed_lately,
     complete,
     identity,
     where,
 )
 from pipeline.sources.formats import open_sources
-from pipeline.store import Trajectory, checksum, storage_dtype
+from pipeline.store import Trajectory, checksum, only_writer, storage_dtype
 
 __all__ = ["IngestSummary", "ingest"]
 
@@ -88,6 +90,7 @@ def ingest(
     sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
+    wait: bool = False,
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read the steps of a training log that the trajectory does not have yet.
@@ -108,6 +111,8 @@ def ingest(
         Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
     overwrite : bool
         Start anew, dropping what the trajectory holds once the steps are described and compared.
+    wait : bool
+        Leave what follows a gap for a later pass, rather than refuse it.
     progress : callable, optional
         Called with steps done and steps in all.
 
@@ -115,19 +120,21 @@ def ingest(
     ------
     InputError
         Bad input. All steps are described and compared before the first byte is written; what a later error
-        interrupts is either committed whole or invisible.
+        interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
+        is written while it is read.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
     log, store = open_sources(sources, format, mapping, sweep=sweep), Path(store)
     listed = log.steps()
-    with _only_writer(store):
+    with only_writer(store, "trajectory"):
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
         if trajectory is not None:
             trajectory.recover()
         warnings: list[str] = []
-        rows = _new_rows(log, listed, trajectory, allow_gaps, warnings)
+        listed = _finished(log, listed, trajectory, warnings)
+        rows = _new_rows(log, listed, trajectory, allow_gaps, wait, warnings)
         steps = [row.step for row in rows if row.repeats is None]
         if steps:
             # Taken before a step is opened: what is described and what is written must be the same file.
@@ -141,10 +148,16 @@ def ingest(
                 if not trajectory.rows:
                     Trajectory.remove(store)
         elif trajectory is None:
-            raise AssertionError("a source lists at least one step")
+            raise NotYet(
+                "no step is finished yet",
+                where=str(log.location),
+                why="the training run is writing its first",
+                remedy="run again later, or with --follow",
+            )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         warnings += _missing_scalars(trajectory)
-    for warning in warnings:
+    # Who waits has been told the same at the pass before.
+    for warning in warnings if steps or not wait else ():
         _log.warning("%s", warning)
     return IngestSummary(
         new_steps=len(steps),
@@ -157,33 +170,6 @@ def ingest(
         dtypes=dict(trajectory.dtypes),
         warnings=warnings,
     )
-
-
-@contextmanager
-def _only_writer(store: Path) -> Iterator[None]:
-    new_folders = [folder for folder in (store.parent, *store.parent.parents) if not folder.exists()]
-    store.parent.mkdir(parents=True, exist_ok=True)
-    path = store.with_name(f".{store.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            "another process is writing this trajectory",
-            where=str(store),
-            why="two ingests were started for one OUT",
-            remedy="wait until the other one is done, then run again: what it ingested is kept",
-        ) from error
-    try:
-        yield
-    finally:
-        if new_folders and not store.exists():
-            # Refused input leaves nothing behind.
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # another ingest may have come to use them
-                for folder in new_folders:
-                    folder.rmdir()
-        lock.release()
 
 
 # Which steps -------------------------------------------------------------------------------------------------
@@ -206,8 +192,53 @@ class _NewRow:
     repeats: int | None = None
 
 
+def _finished(
+    log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory | None, warnings: list[str]
+) -> list[LoggedStep]:
+    """Leave out what is still being written: at the end of a run, or over a step that is ingested already.
+
+    In the middle of what is new an unreadable step is an error, as it is where nobody has written to it for long.
+    """
+    identities = [identity(step) for step in listed]
+    if not any(changed_lately(found["time"]) for found in identities):
+        return list(listed)
+    ingested: set[frozenset[Any]] = set()
+    committed: set[tuple[str, int]] = set()
+    if trajectory is not None:
+        sources = [source for record in trajectory.records() for source in record["sources"]]
+        ingested = {frozenset(source.items()) for source in sources}
+        names = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
+        committed = set(zip(names, trajectory.scalar(STEP).tolist(), strict=True))
+    kept: list[LoggedStep] = []
+    for step, found in reversed(list(zip(listed, identities, strict=True))):
+        at_the_end = not kept or kept[-1].run != step.run
+        may_be = (at_the_end or (step.run, step.number) in committed) and changed_lately(found["time"])
+        unread = _unreadable(log, step) if may_be and frozenset(found.items()) not in ingested else None
+        if unread is None:
+            kept.append(step)
+        elif len(listed) == 1 and trajectory is None:
+            raise NotYet(unread.what, where=unread.where, why=unread.why, remedy=unread.remedy) from unread
+        else:
+            warnings.append(f"{where(step)} is left for the next pass, as it is still being written: {unread.what}")
+    return kept[::-1]
+
+
+def _unreadable(log: Source, step: LoggedStep) -> Unreadable | None:
+    try:
+        with log.open(step) as reader:
+            reader.content()
+    except Unreadable as error:
+        return error
+    return None
+
+
 def _new_rows(
-    log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory | None, allow_gaps: bool, warnings: list[str]
+    log: Source,
+    listed: Sequence[LoggedStep],
+    trajectory: Trajectory | None,
+    allow_gaps: bool,
+    wait: bool,
+    warnings: list[str],
 ) -> list[_NewRow]:
     """Rows that the trajectory lacks, run by run; what is committed must still be what was ingested."""
     rows: list[_NewRow] = []
@@ -222,8 +253,12 @@ def _new_rows(
             follows = not rows and bool(before) and view.rows[before[-1]] == committed.trajectory.rows - 1
             if steps and attempt == view.attempt and not follows:
                 last = _NewRow(LoggedStep(before[-1], steps[0].path, run=run), attempt, view.rows[before[-1]])
-        if not allow_gaps:
-            _refuse_gaps(steps, before)
+        gap = None if allow_gaps else _gap(steps, before)
+        if gap is not None and not wait:
+            raise gap[1]
+        if gap is not None:
+            steps = steps[: gap[0]]
+            last = last if steps else None
         rows += [] if last is None else [last]
         rows += [_NewRow(step, attempt) for step in steps]
     return rows
@@ -365,22 +400,26 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
     return ""
 
 
-def _refuse_gaps(steps: Sequence[LoggedStep], committed: Sequence[int]) -> None:
-    numbers = [*sorted(committed)[-2:], *(step.number for step in steps)]
-    files = {step.number: step for step in steps}
+def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, InputError] | None:
+    """Find the first step that others are missing before: its position, and how to refuse it."""
+    before = sorted(committed)[-2:]
+    numbers = [*before, *(step.number for step in steps)]
     spans = np.diff(numbers)
     if len(spans) < 2 or (spans == spans[0]).all():
-        return
+        return None
     usual = int(spans[0]) if len(committed) > 1 else int(np.median(spans))
-    for before, after in itertools.pairwise(numbers):
-        if after - before != usual:
-            missing = f"step {before + usual} is missing" if after - before > usual else "steps are uneven"
-            raise InputError(
-                f"{missing}: steps are {usual} apart, but {after} follows {before}",
-                where=where(files[after]),
-                why="a file was lost or is still to come, or the run was logged at changing intervals",
-                remedy="restore the file, or pass --allow-gaps to keep the gap: step_span then says how wide it is",
-            )
+    position = int(np.flatnonzero(spans != usual)[0]) + 1
+    last, here = numbers[position - 1], numbers[position]
+    error = InputError(
+        f"{f'step {last + usual} is missing' if here - last > usual else 'steps are uneven'}: "
+        f"steps are {usual} apart, but {here} follows {last}",
+        where=where(steps[position - len(before)]),
+        why="a file was lost or is still to come, or the run was logged at changing intervals",
+        remedy="restore the file, or pass --allow-gaps to keep the gap: step_span then says how wide it is",
+    )
+    if here - last < usual:
+        raise error
+    return position - len(before), error
 
 
 # What they hold ----------------------------------------------------------------------------------------------
@@ -649,7 +688,7 @@ class _Writer:
     def _require_unchanged(self, row: _NewRow) -> None:
         step = row.step
         if row.repeats is None and identity(step) != self._identities[step]:
-            raise InputError(
+            raise NotYet(
                 f"step {step.number} changed while it was read",
                 where=where(step),
                 why="the training run is still writing this file",

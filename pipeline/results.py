@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ from pipeline.schema import (
     Status,
     unit_roundoff,
 )
+from pipeline.store.disk import replace_folder
 
 __all__ = ["GAMMAS", "Inputs", "label", "read", "runs", "write"]
 
@@ -587,18 +587,17 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
 
 
 def write(tree: xr.DataTree, path: Path) -> None:
-    """Write results in place of older ones: aside first, then renamed.
+    """Write results in place of older ones, one writer at a time: aside first, then on disk, then under the name.
 
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them in one go.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
     with warnings.catch_warnings():
         # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
-    if path.exists():
-        shutil.rmtree(path)
-    aside.rename(path)
+    replace_folder(aside, path)
 
 
 def read(path: Path) -> xr.DataTree:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.schema import ATTEMPT, RUN, STEP, InputError, Status
-from pipeline.store import Ledger, Trajectory
+from pipeline.sources.base import NotYet
+from pipeline.store import Ledger, Trajectory, only_writer
+from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -28,8 +31,10 @@ __all__ = [
     "RunFolder",
     "analyze_run",
     "describe_run",
+    "follow",
     "ingest_run",
     "report_run",
+    "verify_run",
 ]
 
 MEMORY_LIMIT = 512 * MEBIBYTE
@@ -119,6 +124,7 @@ def ingest_run(
     sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
+    wait: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read the new steps of one run's log or logs into OUT's trajectory; see `pipeline.ingest.ingest`."""
@@ -132,6 +138,7 @@ def ingest_run(
         sweep=sweep,
         allow_gaps=allow_gaps,
         overwrite=overwrite,
+        wait=wait,
         progress=progress,
     )
     return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
@@ -172,7 +179,8 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
         },
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
-    results.write(tree, folder.results)
+    with only_writer(folder.results, "results"):
+        results.write(tree, folder.results)
     return {
         "ledger": str(folder.ledger),
         "results": str(folder.results),
@@ -227,6 +235,52 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
     )
 
 
+def follow(
+    once: Callable[[bool], dict[str, Any]], *, interval: float = 10.0, idle_timeout: float | None = None
+) -> dict[str, Any]:
+    """Repeat a pass over a log that is being written, until interrupted, or until nothing new came for so long.
+
+    Parameters
+    ----------
+    once : callable
+        The pass, which is told whether none found anything before; its answer says how many ``new_steps`` it found.
+    interval : float
+        Seconds between passes.
+    idle_timeout : float, optional
+        Seconds without a new step after which the log is taken to be at its end.
+
+    Returns
+    -------
+    dict
+        Answer of the last pass that found something, with the new steps of all.
+
+    Raises
+    ------
+    InputError
+        Of a pass; not that a step is not there yet, unless none came at all.
+    """
+    answer: dict[str, Any] = {}
+    new_steps, last = 0, time.monotonic()
+    waiting: NotYet | KeyboardInterrupt | None = None
+    try:
+        while True:
+            try:
+                found = once(not answer)
+                if found["new_steps"] or not answer:
+                    answer, last = found, time.monotonic()
+                    new_steps += found["new_steps"]
+            except NotYet as error:
+                waiting = error
+            if idle_timeout is not None and time.monotonic() - last >= idle_timeout:
+                break
+            time.sleep(interval)
+    except KeyboardInterrupt as interrupt:
+        waiting = interrupt
+    if not answer and waiting is not None:
+        raise waiting
+    return {**answer, "new_steps": new_steps}
+
+
 def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None) -> dict[str, Any]:
     """Write the page of one run, or of several together.
 
@@ -250,6 +304,31 @@ def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = No
             _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), out)
     page = RunFolder(Path(next(iter(named.values())))).report if page is None else Path(page)
     return {"report": str(report.write_report(trees, page))}
+
+
+def verify_run(out: Path) -> list[Damage]:
+    """Compare every stored byte of OUT's trajectory and ledger with the checksums recorded when it was written.
+
+    Memory does not grow with the run: chunks are read one after the other.
+
+    Returns
+    -------
+    list of Damage
+        Everything that is not as it was written, empty where all is.
+
+    Raises
+    ------
+    InputError
+        Where OUT holds no trajectory.
+    """
+    folder = RunFolder(Path(out))
+    if not folder.trajectory.exists():
+        Trajectory(folder.trajectory)
+    damages = list(verify_trajectory(folder.trajectory))
+    if folder.ledger.exists():
+        # Steps are compared with the trajectory's, where those are whole.
+        damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
+    return damages
 
 
 def describe_run(out: Path) -> dict[str, Any]:

@@ -48,7 +48,11 @@ __all__ = [
 ]
 
 LAYOUT_VERSION = 2
-"""Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused."""
+"""Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused.
+
+Version 1 had no attempts, and checksums of the states only. It is read, and becomes one of this version by what is
+written to it next.
+"""
 
 # Dimensions -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from pipeline.blocks import Band
 from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
 from pipeline.store import Ledger, Trajectory, checksum, storage_dtype
+from pipeline.store import trajectory as trajectory_module
 from pipeline.store.group import ArrayPlan, Journal
 from pipeline.store.mapped_file import MappedFile
 
@@ -230,7 +231,7 @@ def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeyp
     arrays = walk_arrays(5, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     with monkeypatch.context() as patch:
-        patch.setattr(zarr.Array, "resize", stopping(zarr.Array.resize, resizes))
+        patch.setattr(trajectory_module, "resize", stopping(trajectory_module.resize, resizes))
         with pytest.raises(Stopped):
             append_states(path, {name: array[2:] for name, array in arrays.items()})
     assert_holds(Trajectory(path), arrays)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +23,13 @@ __all__ = [
     "Container",
     "LoggedStep",
     "LoggedTensor",
+    "NotYet",
     "Region",
     "Source",
     "StepContent",
     "StepReader",
+    "Unreadable",
+    "changed_lately",
     "complete",
     "identity",
     "refused",
@@ -185,6 +189,22 @@ class Container:
 
 # Errors and identity -----------------------------------------------------------------------------------------
 
+SETTLED_SECONDS = 300.0
+"""After so long without a change, what cannot be read is not being written any more."""
+
+
+class Unreadable(InputError):
+    """A file that is not of its format, or not yet: truncated, still being written, damaged."""
+
+
+class NotYet(InputError):
+    """Nothing is wrong with what is there, but it is not all there yet: run again later."""
+
+
+def changed_lately(time_ns: int) -> bool:
+    """Whether a time of change is so near that a writer may be at work; clocks of machines differ a little."""
+    return abs(time.time() - time_ns / 1e9) < SETTLED_SECONDS
+
 
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:
     """Place of an error: file, step, and tensor where one is meant."""
@@ -217,7 +237,7 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
             remedy="run again; what was committed is kept",
         ) from error
     except _ERRORS as error:
-        raise InputError(
+        raise Unreadable(
             f"cannot read {form}: {error}",
             where=where(step, array, tensor),
             why=f"it is truncated or still being written, damaged, not {form}, or not readable",

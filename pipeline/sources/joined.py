@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import LoggedStep, Source, StepContent, StepReader, where
+from pipeline.sources.base import LoggedStep, NotYet, Source, StepContent, StepReader, where
 
 __all__ = ["JoinedSource"]
 
@@ -47,7 +47,7 @@ class JoinedSource:
                     alone[0],
                 )
         if not common:
-            raise InputError(
+            raise NotYet(
                 "no step is in all of the sources",
                 where=", ".join(str(source.location) for source in self._sources),
                 why="they are of different runs, or count their steps differently",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, StepReader, where
+from pipeline.sources.base import Container, LoggedStep, NotYet, StepReader, changed_lately, identity, where
 from pipeline.sources.names import NATIVE, NamedStep, Names
 from pipeline.sources.npz_file import NpzFile
 from pipeline.sources.safetensors_file import SafetensorsFile
@@ -115,7 +115,7 @@ class StepFolder:
             found[step.number] = step
         if not found:
             names = ", ".join(kind.layout for kind in self._kinds)
-            raise InputError(
+            raise NotYet(
                 f"no step files ({names}) in this folder",
                 where=str(self.location),
                 why="it is empty, or the log is of another format",
@@ -139,7 +139,8 @@ class StepFolder:
             return None
         reason = kind.unfinished(path)
         if reason:
-            _log.warning("%s is left out: %s", path, reason)
+            self._require_writer(path, reason)
+            _log.warning("%s is left for the next pass: %s", path, reason)
             return None
         if "step" not in kind.names.given:
             return kind.number(path)
@@ -152,6 +153,16 @@ class StepFolder:
                 remedy="say with --map step=KEY where the files hold their step",
             )
         return int(number)
+
+    def _require_writer(self, path: Path, reason: str) -> None:
+        """Refuse an unfinished step that nobody finishes."""
+        if not changed_lately(identity(LoggedStep(-1, path))["time"]):
+            raise InputError(
+                f"a step was never finished: {reason}",
+                where=str(path),
+                why="the run was stopped while it wrote it, or while it removed it (checkpoint rotation)",
+                remedy="remove it, or have it written again",
+            )
 
     def _kind(self, path: Path) -> Kind | None:
         return next((kind for kind in self._kinds if kind.number(path) is not None), None)

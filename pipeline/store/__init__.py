@@ -6,5 +6,6 @@ them visible, all arrays together. Readers trust recorded rows only: the shape o
 
 from pipeline.store.ledger import Ledger
 from pipeline.store.trajectory import Trajectory, checksum, storage_dtype
+from pipeline.store.writer import only_writer
 
-__all__ = ["Ledger", "Trajectory", "checksum", "storage_dtype"]
+__all__ = ["Ledger", "Trajectory", "checksum", "only_writer", "storage_dtype"]

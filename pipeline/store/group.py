@@ -10,57 +10,73 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from crc32c import crc32c
 
 from pipeline.schema import LAYOUT_VERSION, InputError
+from pipeline.store.disk import flush, replace_file, replace_folder
 
 __all__ = [
     "SCALAR_CHUNK",
     "ArrayPlan",
     "Journal",
     "add_array",
+    "array_digest",
     "chunk_path",
     "damaged",
     "flush",
+    "group_document",
     "is_plain",
     "make_group",
+    "migrate_group",
     "open_array",
     "open_group",
     "remove_group",
     "require_whole",
+    "resize",
+    "rows_on_disk",
     "with_rows",
 ]
 
 SCALAR_CHUNK = 8192
 """Steps in a chunk of an array with one number a step."""
 
+_SEAL = '{"crc32c":"%08x",'
+_SEAL_BYTES = len(_SEAL % 0)
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
+_NOT_OURS = "choose another folder; what is not a store of natgrad is not overwritten"
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _seal(body: bytes) -> bytes:
+    return (_SEAL % crc32c(body)).encode()
+
+
+def _digest(document: Any) -> str:
+    """Checksum of what a document says, in whatever order and spacing."""
+    return f"{crc32c(json.dumps(document, sort_keys=True).encode()):08x}"
 
 
 class Journal:
-    """Records that make data visible: one small JSON file each, written aside, flushed and renamed."""
+    """Records that make data visible: one small JSON file each, under the checksum of its bytes.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Parameters
+    ----------
+    folder : Path
+    sealed : bool
+        Whether a record without checksum is refused: the first version of the layout had none.
+    """
+
+    def __init__(self, folder: Path, sealed: bool = True) -> None:
+        self.folder, self._sealed = folder, sealed
 
     def names(self) -> list[str]:
         """Names of the records, in order."""
@@ -76,7 +92,12 @@ class Journal:
         """
         path = self.folder / f"{name}.json"
         try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            if content[:_SEAL_BYTES] != _seal(content[_SEAL_BYTES:]) and (
+                self._sealed or content.startswith(b'{"crc32c"')
+            ):
+                raise ValueError("it has another checksum than its bytes")
+            record: dict[str, Any] = json.loads(content)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"cannot read a commit record: {error}",
@@ -88,13 +109,14 @@ class Journal:
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a record, or replace it: on return it is on disk."""
-        aside = self.folder / f".{name}.{os.getpid()}.tmp"
-        with aside.open("w") as file:
-            json.dump(record, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.folder / f"{name}.json")
+        body = json.dumps(record, separators=(",", ":")).encode()[1:]
+        replace_file(self.folder / f"{name}.json", _seal(body) + body)
         flush(self.folder)
+
+    def clear(self) -> None:
+        """Remove what a writer that was killed left aside."""
+        for aside in self.folder.glob(".*.tmp"):
+            aside.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Forget a record."""
@@ -171,9 +193,9 @@ class ArrayPlan:
         if self.values is not None:
             (folder / "c").mkdir()
             for index, start in enumerate(range(0, self.shape[0], self.chunks[0])):
-                chunk_path(folder, index).write_bytes(self._encoded(self.values[start : start + self.chunks[0]]))
+                chunk_path(folder, index).write_bytes(self.encoded(self.values[start : start + self.chunks[0]]))
 
-    def _encoded(self, values: Any) -> bytes:
+    def encoded(self, values: Any) -> bytes:
         """Return a chunk as bytes, whole: text after its length, and its number of texts first (vlen-utf8)."""
         missing = self.chunks[0] - len(values)
         if self.dtype == "string":
@@ -202,35 +224,56 @@ def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Map
     InputError
         Where the path holds something else.
     """
+    if path.exists():
+        _attributes(path, kind, _NOT_OURS)
     aside = path.with_name(f".{path.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "commits").mkdir(parents=True)
-    group = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
-    document = {"zarr_format": 3, "node_type": "group", "attributes": {_ATTRIBUTE: group}}
-    (aside / _DOCUMENT).write_text(json.dumps(document))
-    commits = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    (aside / "commits" / _DOCUMENT).write_text(json.dumps(commits))
+    (aside / "commits" / _DOCUMENT).write_text(json.dumps(group_document({})))
     for name, plan in arrays.items():
         plan.make(aside / name)
-    for entry in (*aside.rglob("*"), aside):
-        flush(entry)
-    remove_group(path, kind)
-    aside.rename(path)
-    flush(path.parent)
+    (aside / _DOCUMENT).write_text(json.dumps(group_document(_signed(aside, kind, attributes, arrays))))
+    replace_folder(aside, path)
 
 
 def add_array(path: Path, name: str, plan: ArrayPlan) -> None:
-    """Add an array to a group of an older version, which by that becomes one of this version."""
+    """Add an array to a group; it counts when the group is described anew (`migrate_group`)."""
     shutil.rmtree(path / name, ignore_errors=True)
     plan.make(path / name)
     for entry in (*(path / name).rglob("*"), path / name):
         flush(entry)
-    document = json.loads((path / _DOCUMENT).read_bytes())
-    document["attributes"][_ATTRIBUTE]["version"] = LAYOUT_VERSION
-    aside = path / f".{_DOCUMENT}.new"
-    aside.write_text(json.dumps(document))
-    flush(aside)
-    aside.replace(path / _DOCUMENT)
+
+
+def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a group by version 3 of the Zarr specification."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+
+
+def _signed(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Iterable[str]) -> dict[str, Any]:
+    """Attributes of a group, with the checksums of what describes it: of the arrays, and of the attributes."""
+    group = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
+    group["arrays"] = {name: array_digest(path / name) for name in arrays}
+    return {_ATTRIBUTE: {**group, "crc32c": _digest(group)}}
+
+
+def array_digest(folder: Path) -> str:
+    """Checksum of the metadata of an array, but for its rows, which grow, and what Zarr adds to them.
+
+    Raises
+    ------
+    OSError, ValueError, LookupError, TypeError, AttributeError
+        Where they cannot be read.
+    """
+    document = json.loads((folder / _DOCUMENT).read_bytes())
+    document.pop("storage_transformers", None)
+    return _digest({**document, "shape": document["shape"][1:]})
+
+
+def migrate_group(path: Path, kind: str, arrays: Iterable[str]) -> None:
+    """Bring the description of a group of an older version up to this one: its records are so already."""
+    attributes = open_group(path, kind, "")
+    kept = {key: value for key, value in attributes.items() if key not in ("kind", "version", "arrays", "crc32c")}
+    replace_file(path / _DOCUMENT, json.dumps(group_document(_signed(path, kind, kept, arrays))).encode())
     flush(path)
 
 
@@ -240,17 +283,31 @@ def open_group(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     Raises
     ------
     InputError
-        Where there is none, it is of another kind, or a newer version wrote it.
+        Where there is none, it is of another kind, a newer version wrote it, or it was changed.
     """
+    attributes = _attributes(path, kind, remedy)
+    said = {key: value for key, value in attributes.items() if key != "crc32c"}
+    if attributes["version"] > 1 and attributes.get("crc32c") != _digest(said):
+        raise InputError(
+            f"the description of the {kind} is not as it was written",
+            where=str(path / _DOCUMENT),
+            why="the file was changed or the disk failed: it has another checksum than it says",
+            remedy="restore the file, or remove the store and make it anew",
+        )
+    return attributes
+
+
+def _attributes(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     try:
         attributes: Any = json.loads((path / _DOCUMENT).read_bytes())["attributes"][_ATTRIBUTE]
+        found, version = attributes["kind"], int(attributes["version"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"no {kind} here", where=str(path), remedy=remedy) from error
-    if attributes["kind"] != kind:
-        raise InputError(f"this is a {attributes['kind']}, not a {kind}", where=str(path), remedy=remedy)
-    if attributes["version"] > LAYOUT_VERSION:
+    if found != kind:
+        raise InputError(f"this is a {found}, not a {kind}", where=str(path), remedy=remedy)
+    if not 0 < version <= LAYOUT_VERSION:
         raise InputError(
-            f"the {kind} has layout version {attributes['version']}, this program knows {LAYOUT_VERSION}",
+            f"the {kind} has layout version {version}, this program knows {LAYOUT_VERSION}",
             where=str(path),
             why="it was written by a newer natgrad",
             remedy="upgrade natgrad-pipeline, or write to another folder",
@@ -264,7 +321,7 @@ def remove_group(path: Path, kind: str) -> None:
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
-        open_group(path, kind, "choose another folder; what is not a store of natgrad is not overwritten")
+        _attributes(path, kind, _NOT_OURS)
         path.rename(aside)
         shutil.rmtree(aside)
 
@@ -297,6 +354,25 @@ def is_plain(folder: Path) -> bool:
             why="the file was changed or the disk failed",
             remedy="ingest the run again with --overwrite",
         ) from error
+
+
+def resize(folder: Path, rows: int) -> None:
+    """Set the rows of an array on disk."""
+    document = json.loads((folder / _DOCUMENT).read_bytes())
+    if document["shape"][0] != rows:
+        document["shape"][0] = rows
+        replace_file(folder / _DOCUMENT, json.dumps(document).encode())
+
+
+def rows_on_disk(folder: Path) -> int:
+    """Rows of an array by its shape on disk, which is no evidence of data.
+
+    Raises
+    ------
+    OSError, ValueError, LookupError, TypeError
+        Where it cannot be read.
+    """
+    return int(json.loads((folder / _DOCUMENT).read_bytes())["shape"][0])
 
 
 def with_rows(array: zarr.Array[Any], rows: int) -> zarr.Array[Any]:

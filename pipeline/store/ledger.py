@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import STEP, TENSOR, VECTOR, WITH_VECTOR, InputError, Layout
+from pipeline.schema import LAYOUT_VERSION, STEP, TENSOR, VECTOR, WITH_VECTOR, InputError, Layout
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -19,14 +20,18 @@ from pipeline.store.group import (
     chunk_path,
     flush,
     make_group,
+    migrate_group,
     open_array,
     open_group,
     remove_group,
     require_whole,
+    resize,
 )
 
-__all__ = ["Ledger"]
+__all__ = ["BY_STEP", "Ledger", "row_checksums"]
 
+PRODUCTS = ("gram", "residual_ratio")
+BY_STEP = (STEP, "step_span", *PRODUCTS)
 _ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
 
 
@@ -41,6 +46,8 @@ class Ledger:
         Vectors of the Gram matrix, in order.
     band_rows : int
         Rows of a chunk.
+    journal : Journal
+        The records of finished bands.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +64,8 @@ class Ledger:
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
         self.band_rows: int = attributes["band_rows"]
         self._array = cache(lambda name: open_array(self.path / name))
-        self._journal = Journal(self.path / "commits")
+        self._version: int = attributes["version"]
+        self.journal = Journal(self.path / "commits", sealed=self._version > 1)
 
     @classmethod
     def prepare(
@@ -127,13 +135,30 @@ class Ledger:
         make_group(path, "ledger", attributes, arrays)
 
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
-        rows = len(steps)
-        if rows != self.rows:
-            for name in (STEP, "step_span", "gram", "residual_ratio"):
-                array = self._array(name)
-                array.resize((rows, *array.shape[1:]))
+        """Be of so many rows, and finish what a writer left that was stopped here."""
+        self.journal.clear()
+        for name in BY_STEP:
+            resize(self.path / name, len(steps))
+        self._array.cache_clear()
         for name, numbers in {STEP: steps, "step_span": spans}.items():
-            self._array(name)[:] = numbers
+            array = self._array(name)
+            if not np.array_equal(array[:], numbers):
+                array[:] = numbers
+                for index in range(array.nchunks):
+                    flush(chunk_path(self.path / name, index))
+                flush(self.path / name / "c")
+        if self._version < LAYOUT_VERSION:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """Add the checksums that version 1 did not record, of what is there, and be of this version."""
+        for name in self.journal.names():
+            record = self.journal.read(name)
+            rows = slice(record["start"], record["stop"])
+            record["checksums"] = {name: row_checksums(np.asarray(self._array(name)[rows])) for name in PRODUCTS}
+            self.journal.write(name, record)
+        migrate_group(self.path, "ledger", (TENSOR, VECTOR, WITH_VECTOR, *BY_STEP))
+        self._version = LAYOUT_VERSION
 
     @classmethod
     def remove(cls, path: Path) -> None:
@@ -159,15 +184,19 @@ class Ledger:
         """
         if band.start % self.band_rows or band.stop != min(band.start + self.band_rows, self.rows):
             raise ValueError(f"rows {band.start} to {band.stop} are not a chunk of {self.band_rows} rows")
-        for name, values in {"gram": gram, "residual_ratio": ratio}.items():
+        arrays = {"gram": gram, "residual_ratio": ratio}
+        for name, values in arrays.items():
             self._array(name)[band.start : band.stop] = values
-            chunk = self._chunk_path(name, band.start)
+            chunk = self.chunk_path(name, band.start)
             flush(chunk)
             for folder in chunk.relative_to(self.path).parents:
                 flush(self.path / folder)
-        self._journal.write(f"{band.start:012d}", {"start": band.start, "stop": band.stop, "digest": digest})
+        record = {"start": band.start, "stop": band.stop, "digest": digest}
+        record |= {"checksums": {name: row_checksums(values) for name, values in arrays.items()}}
+        self.journal.write(f"{band.start:012d}", record)
 
-    def _chunk_path(self, name: str, start: int) -> Path:
+    def chunk_path(self, name: str, start: int) -> Path:
+        """File of the band that begins at a row."""
         dimensions = self._array(name).ndim
         return chunk_path(self.path / name, start // self.band_rows, *(0 for _ in range(dimensions - 1)))
 
@@ -180,14 +209,14 @@ class Ledger:
             Every band of the trajectory as it is now, to the digest of its states.
         """
         valid = {(band.start, band.stop, digest) for band, digest in digests.items()}
-        for name in self._journal.names():
-            record = self._journal.read(name)
+        for name in self.journal.names():
+            record = self.journal.read(name)
             if (record["start"], record["stop"], record["digest"]) not in valid:
-                self._journal.remove(name)
+                self.journal.remove(name)
 
     def missing(self, digests: Mapping[Band, str]) -> list[Band]:
         """Bands that are not recorded, or were computed from other states."""
-        recorded = {(r["start"], r["stop"]): r["digest"] for r in map(self._journal.read, self._journal.names())}
+        recorded = {(r["start"], r["stop"]): r["digest"] for r in map(self.journal.read, self.journal.names())}
         return [band for band, digest in digests.items() if recorded.get((band.start, band.stop)) != digest]
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -198,7 +227,7 @@ class Ledger:
         InputError
             Where a band is not recorded (the pass was interrupted), or a chunk is missing or too short.
         """
-        recorded = {(r["start"], r["stop"]) for r in map(self._journal.read, self._journal.names())}
+        recorded = {(r["start"], r["stop"]) for r in map(self.journal.read, self.journal.names())}
         for start in range(0, self.rows, self.band_rows):
             stop = min(start + self.band_rows, self.rows)
             if (start, stop) not in recorded:
@@ -208,11 +237,28 @@ class Ledger:
                     why="the analysis was interrupted",
                     remedy="run natgrad analyze OUT again; what is finished is kept",
                 )
-            for name in ("gram", "residual_ratio"):
+            for name in PRODUCTS:
                 array = self._array(name)
-                require_whole(self._chunk_path(name, start), array.chunks, array.dtype, _ANALYZE_ANEW)
+                require_whole(self.chunk_path(name, start), array.chunks, array.dtype, _ANALYZE_ANEW)
         return np.asarray(self._array("gram")[:]), np.asarray(self._array("residual_ratio")[:])
+
+    def read_band(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
+        """Read the rows of a band of ``gram`` or ``residual_ratio``.
+
+        Raises
+        ------
+        InputError
+            Where its chunk is missing or too short.
+        """
+        array = self._array(name)
+        require_whole(self.chunk_path(name, start), array.chunks, array.dtype, _ANALYZE_ANEW)
+        return np.asarray(array[start:stop])
 
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Step of the state before each update, and updates to the next logged state (0: there is none)."""
         return np.asarray(self._array(STEP)[:]), np.asarray(self._array("step_span")[:])
+
+
+def row_checksums(values: NDArray[Any]) -> list[int]:
+    """Return the CRC-32C of each row."""
+    return [crc32c(np.ascontiguousarray(row, "<f8").data) for row in values]

@@ -6,7 +6,7 @@ A trajectory is one Zarr group::
       parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
       step, attempt, loss, learning_rate   (step)   and what else of `pipeline.schema.SCALARS` is logged
       run                         (step)            in the trajectory of a sweep: position in its names of runs
-      commits/00000000.json ...   which rows exist, and their checksums
+      commits/00000000.json ...   which rows exist, and checksums of all that is in them
 
 Rows are in the order of their commits, and only ever appended. A run that was restarted from an older step goes on
 with a new *attempt*: its rows follow those that they supersede, which stay. Two rows that follow each other are
@@ -36,7 +36,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import ATTEMPT, ELEMENT, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
+from pipeline.schema import ATTEMPT, ELEMENT, LAYOUT_VERSION, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -47,10 +47,12 @@ from pipeline.store.group import (
     flush,
     is_plain,
     make_group,
+    migrate_group,
     open_array,
     open_group,
     remove_group,
     require_whole,
+    resize,
     with_rows,
 )
 from pipeline.store.mapped_file import MappedFile
@@ -88,6 +90,8 @@ class Trajectory:
         Where the log was.
     sweep : bool
         Whether it holds several runs.
+    journal : Journal
+        The commit records.
     rows : int
         Committed states.
 
@@ -113,10 +117,11 @@ class Trajectory:
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
         # A store of version 1 has one attempt at one run.
-        self._numbered = (STEP,) if attributes["version"] < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
+        self._version: int = attributes["version"]
+        self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
         self._compressed = frozenset(name for name in self.dtypes if not is_plain(self.path / name))
         self._array = cache(lambda name: open_array(self.path / name))
-        self._journal = Journal(self.path / "commits")
+        self.journal = Journal(self.path / "commits", sealed=self._version > 1)
         self._unflushed: set[Path] = set()
         self._checksums: dict[str, list[list[int]]] = {}
         self._runs: tuple[str, ...] = ()
@@ -193,9 +198,14 @@ class Trajectory:
 
     def refresh(self) -> None:
         """See the rows committed since."""
-        names = self._journal.names()
+        names = self.journal.names()
         self._breaks = None
-        self.rows = int(self._journal.read(names[-1])["stop"]) if names else 0
+        self.rows = int(self.journal.read(names[-1])["stop"]) if names else 0
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the arrays (step): those that number the rows, and the scalars."""
+        return (*self._numbered, *self.scalars)
 
     @property
     def columns(self) -> int:
@@ -216,7 +226,7 @@ class Trajectory:
         InputError
             Where a chunk is missing or too short.
         """
-        if name not in (*self._numbered, *self.scalars):
+        if name not in self.numbers:
             return np.zeros(self.rows, np.int64) if name in (ATTEMPT, RUN) else np.full(self.rows, np.nan)
         array = self._array(name)
         for index in range(-(-self.rows // SCALAR_CHUNK)):
@@ -274,7 +284,7 @@ class Trajectory:
 
     def records(self) -> list[dict[str, Any]]:
         """Commit records, in order: rows, the sources of each, and checksums per array, row and column."""
-        return [self._journal.read(name) for name in self._journal.names()]
+        return [self.journal.read(name) for name in self.journal.names()]
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -498,9 +508,10 @@ class Trajectory:
             if folder.is_relative_to(self.path):
                 flush(folder)
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
+        record["scalars"] = self._scalar_checksums(start, stop)
         if self.sweep:
             record["runs"] = list(known)[len(self.runs) :]
-        self._journal.write(f"{len(self._journal.names()):08d}", record)
+        self.journal.write(f"{len(self.journal.names()):08d}", record)
         self._unflushed.clear()
         self.rows, self._breaks = stop, None
         self.recover()
@@ -510,14 +521,27 @@ class Trajectory:
 
         A store of an older version becomes one of this.
         """
-        if ATTEMPT not in self._numbered:
-            none = np.zeros(self.rows, np.int64)
-            add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
-            self._numbered = (STEP, ATTEMPT)
-        for name in (*self.dtypes, *self._numbered, *self.scalars):
-            array = self._array(name)
-            if array.shape[0] != self.rows:
-                array.resize((self.rows, *array.shape[1:]))
+        self.journal.clear()
+        if self._version < LAYOUT_VERSION:
+            self._migrate()
+        for name in (*self.dtypes, *self.numbers):
+            resize(self.path / name, self.rows)
+
+    def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
+        """Checksums of rows of each array (step) as they are on disk, and not committed yet maybe."""
+        return {name: checksum(np.asarray(with_rows(self._array(name), stop)[start:stop])) for name in self.numbers}
+
+    def _migrate(self) -> None:
+        """Add what version 1 did not have, attempts and checksums of all that is there, and be of this version."""
+        none = np.zeros(self.rows, np.int64)
+        add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
+        self._numbered = (STEP, ATTEMPT)
+        for name in self.journal.names():
+            record = self.journal.read(name)
+            record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
+            self.journal.write(name, record)
+        migrate_group(self.path, "trajectory", (*self.dtypes, *self.numbers))
+        self._version = LAYOUT_VERSION
 
     def fingerprint(self) -> str:
         """Digest of every committed state."""

@@ -1,0 +1,109 @@
+"""What is written is on disk whole, under its name, or it is told why not."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.schema import InputError
+
+__all__ = ["disk_errors", "flush", "replace_file", "replace_folder"]
+
+_REFUSALS = {
+    errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
+    errno.EDQUOT: (
+        "the quota is exceeded",
+        "the user may not store more here",
+        "free some space, or have it raised",
+    ),
+    errno.EFBIG: ("a file becomes too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
+    errno.EROFS: ("the disk is read-only", "it is mounted so, or was after a failure", "choose another OUT"),
+    errno.EACCES: ("writing is not permitted", "the folder belongs to another user", "choose another OUT"),
+    errno.EPERM: ("writing is not permitted", "the folder is protected", "choose another OUT"),
+    errno.EIO: ("the disk fails", "it is damaged, or no longer connected", "check the disk (dmesg)"),
+    errno.ENOENT: ("the store is gone", "it was removed or moved while it was written", "leave it in its place"),
+}
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file aside, flush and rename it: under its name it is the old one or the new one, whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(aside: Path, path: Path) -> None:
+    """Flush a folder that was written aside, and put it in place of one that may be there.
+
+    Under its name there is the old one or the new one at any moment. Where the system cannot exchange two names
+    (not Linux, some network file systems) there is none for an instant.
+    """
+    for entry in (*aside.rglob("*"), aside):
+        flush(entry)
+    if not path.exists():
+        aside.rename(path)
+    elif not _exchange(aside, path):
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        aside.rename(path)
+        old.rename(aside)
+    flush(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; whether that was possible."""
+    system = ctypes.CDLL(None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    arguments = (here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return hasattr(system, "renameat2") and system.renameat2(*arguments) == 0
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a message.
+
+    Parameters
+    ----------
+    path : Path
+        What is written; the file at fault is told where it is known.
+
+    Raises
+    ------
+    InputError
+        In place of an OSError. What is recorded is whole all the same, as records follow the data.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:  # of a network, say
+            raise
+        what, why, remedy = _REFUSALS[error.errno]
+        raise InputError(
+            f"{what}: {error.strerror}",
+            where=str(error.filename or path),
+            why=why,
+            remedy=f"{remedy}; then run again: what is committed is kept",
+        ) from error

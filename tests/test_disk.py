@@ -1,0 +1,224 @@
+"""Disks that are full, read-only or limited: what is committed stays, the reason is told, and a rerun completes."""
+
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from logs import random_walk, write_log
+
+from pipeline import blocks
+from pipeline import ingest as ingest_module
+from pipeline.ingest import ingest
+from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, verify_run
+from pipeline.schema import InputError
+from pipeline.store import Trajectory, disk
+from pipeline.store.disk import replace_folder
+
+TENSORS = {"weight": (300, 100), "bias": (40,)}
+STEPS = 12
+ONE_WORKER = Analysis(workers=1)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return write_log(tmp_path_factory.mktemp("disk") / "log", random_walk(STEPS, TENSORS))
+
+
+def content(out):
+    """Files of a run's stores, but for what says when and with what they were made."""
+    return {
+        path.relative_to(out): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and "results.zarr" not in path.parts and path.suffix != ".lock"
+    }
+
+
+# A small disk of its own: a tmpfs in a mount namespace, which is gone with the process. It is filled until the
+# command under test has no room left for its next step, and made larger for the rerun.
+ON_A_SMALL_DISK = """
+import sys
+from pathlib import Path
+from subprocess import run
+
+disk, log, size = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+
+from pipeline import blocks, ingest
+from pipeline.run import Analysis, analyze_run, ingest_run, verify_run
+from pipeline.schema import InputError
+from pipeline.store import Trajectory
+
+blocks.CHUNK_ELEMENTS, ingest.COMMIT_BYTES = 70_000, 1
+out = disk / "out"
+
+def process():
+    ingest_run(log, out)
+    analyze_run(out, Analysis(workers=1))
+
+try:
+    process()
+    print("no error")
+except InputError as error:
+    print(error.what, error.where.startswith(str(disk)), "run again" in error.remedy, sep="|")
+rows = Trajectory(out / "trajectory.zarr").rows if (out / "trajectory.zarr").exists() else 0
+print(rows, verify_run(out) if rows else [], sep="|")
+run(["mount", "-o", "remount,{}".format(sys.argv[4]), disk], check=True)
+try:
+    process()
+    print("no error")
+except InputError as error:
+    print(error.what)
+run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
+process()
+run(["cp", "-r", out, sys.argv[5]], check=True)
+"""
+
+
+def on_a_small_disk(tmp_path, log, size, remount="size=64m"):
+    """Run and rerun a command on a small disk; return what it said, and the stores in the end."""
+    (tmp_path / "disk").mkdir()
+    copy = tmp_path / "copy"
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", ON_A_SMALL_DISK, tmp_path / "disk", log, size, remount, copy],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), content(copy)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(log, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
+        patch.setattr(ingest_module, "COMMIT_BYTES", 1)
+        ingest_run(log, out)
+        analyze_run(out, ONE_WORKER)
+    return content(out)
+
+
+# A state is 240 kB, and with what belongs to it a run is 3.1 MB: the first steps, and all but the last, fit.
+@pytest.mark.parametrize("size", ["600k", "1500k", "2900k"])
+def test_a_full_disk_is_told_and_what_was_committed_is_kept_and_a_rerun_completes(tmp_path, log, undisturbed, size):
+    (told, kept, again), stores = on_a_small_disk(tmp_path, log, size)
+    assert told == "no space is left: No space left on device|True|True"
+    rows, _, damages = kept.partition("|")
+    assert 0 <= int(rows) < STEPS
+    assert damages == "[]"
+    assert again == "no error"
+    assert stores == undisturbed
+
+
+def test_a_read_only_disk_is_told_and_what_was_committed_is_kept(tmp_path, log, undisturbed):
+    (told, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
+    assert (told, kept) == ("no error", f"{STEPS}|[]")
+    assert again.startswith("the disk is read-only")
+    assert stores == undisturbed
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from pipeline.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+main()
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_told_by_the_command(tmp_path, log):
+    command = [sys.executable, "-c", LIMITED, "50000", "ingest", log, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "natgrad: a file becomes too large: File too large" in done.stderr
+    assert "ulimit -f" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ingest(log, tmp_path / "out" / "trajectory.zarr").new_steps == STEPS
+
+
+class Failing:
+    """Let system calls that write fail from some call on, as a quota does."""
+
+    def __init__(self, monkeypatch, calls, code):
+        self._count, self._calls, self._code = itertools.count(), calls, code
+        for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "mkdir"), (Path, "replace"), (os, "truncate")):
+            monkeypatch.setattr(owner, name, self._failing(getattr(owner, name)))
+
+    def _failing(self, function):
+        def failing(*arguments, **options):
+            if next(self._count) >= self._calls:
+                raise OSError(self._code, os.strerror(self._code), "file")
+            return function(*arguments, **options)
+
+        return failing
+
+
+@pytest.mark.parametrize("calls", range(0, 120, 13))
+def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path, log, monkeypatch, calls):
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
+    monkeypatch.setattr(ingest_module, "COMMIT_BYTES", 1)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Failing(patch, calls, errno.EDQUOT)
+        with pytest.raises(InputError, match="the quota is exceeded"):
+            ingest_run(log, out)
+    store = RunFolder(out).trajectory
+    before = Trajectory(store).scalar("step").tolist() if store.exists() else []
+    assert before == list(range(len(before)))
+    assert not before or verify_run(out) == []
+    ingest_run(log, out)
+    ingest_run(log, tmp_path / "once")
+    assert content(out) == content(tmp_path / "once")
+
+
+# Results -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("possible", [True, False], ids=["exchanged", "renamed"])
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, possible):
+    if not possible:
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    path, aside = tmp_path / "results", tmp_path / ".results.new"
+    for number in range(3):
+        aside.mkdir()
+        (aside / str(number)).write_text("")
+        replace_folder(aside, path)
+        assert [entry.name for entry in tmp_path.rglob("*")] == ["results", str(number)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.store.disk import replace_folder
+
+def kill(event, arguments):
+    global left
+    if event in ("os.rename", "os.rmdir", "os.remove", "open", "shutil.rmtree"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+left = int(sys.argv[2])
+sys.addaudithook(kill)
+replace_folder(Path(sys.argv[1]) / "new", Path(sys.argv[1]) / "results")
+"""
+
+
+def test_there_are_results_at_any_moment_of_their_replacement(tmp_path):
+    outcomes = set()
+    for left in range(12):
+        folder = tmp_path / str(left)
+        for name in ("new", "results"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "which").write_text(name)
+        done = subprocess.run([sys.executable, "-c", KILLED, folder, str(left)])
+        found = (folder / "results" / "which").read_text()
+        outcomes.add((done.returncode, found))
+    assert outcomes == {(-signal.SIGKILL, "results"), (-signal.SIGKILL, "new"), (0, "new")}

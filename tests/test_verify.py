@@ -1,0 +1,261 @@
+"""Any bit of a store that changes is found, and named by array, step and tensors, or is one that nobody reads."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from logs import append_states, walk_arrays, write_trajectory
+from zarr.codecs import BloscCodec
+
+from pipeline import cli
+from pipeline.compute import compute_ledger
+from pipeline.run import verify_run
+from pipeline.schema import LAYOUT_VERSION, InputError
+from pipeline.store import Ledger, Trajectory
+
+SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
+MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
+CHUNK, ROWS = (4, 5), 6  # the last chunks have two rows, and of the last column three elements
+ITEMSIZE = {"parameter": 4, "gradient": 2, "hvp": 8}
+
+
+def make_run(out, compressors=None):
+    """Stores of a run in two commits, with a ledger of several bands."""
+    arrays = walk_arrays(ROWS, 13, MIXED)
+    path = out / "trajectory.zarr"
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK, compressors)
+    append_states(path, {name: array[3:] for name, array in arrays.items()})
+    compute_ledger(path, out / "ledger.zarr")
+    return out
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+
+
+def is_read_by_nobody(path, before, after):
+    """Whether a change of a file leaves everything that a reader is given as it was."""
+    parts = path.parts[path.parts.index(next(part for part in path.parts if part.endswith(".zarr"))) :]
+    if path.suffix == ".json":
+        if parts[1] == "commits" and path.name != "zarr.json":
+            return False
+        try:
+            then, now = json.loads(before), json.loads(after)
+        except ValueError:
+            return False
+        # A shape may lag behind by a commit: nobody believes it.
+        return now == then or (
+            parts[0] == "trajectory.zarr" and now == {**then, "shape": [3, *then.get("shape", [])[1:]]}
+        )
+    (where,) = [offset for offset, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    name, index = parts[1], [int(part) for part in parts[3:]]
+    if parts[0] == "trajectory.zarr" and name in ITEMSIZE:
+        row, element = divmod(where // ITEMSIZE[name], CHUNK[1])
+        return index[0] * CHUNK[0] + row >= ROWS or index[1] * CHUNK[1] + element >= 13
+    if name in ("tensor", "vector", "with_vector"):
+        return False
+    rows = ROWS if parts[0] == "trajectory.zarr" else ROWS - 1
+    width = {"gram": 3 * 36, "residual_ratio": 3}.get(name, 1)
+    return where // (8 * width) >= rows
+
+
+@given(data=st.data())
+def test_any_flipped_bit_is_found_or_read_by_nobody(out, data):
+    path = data.draw(st.sampled_from(files(out)), "file")
+    before = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
+    after = bytearray(before)
+    after[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(after)
+    try:
+        damages = verify_run(out)
+    finally:
+        path.write_bytes(before)
+    assert bool(damages) != is_read_by_nobody(path, before, bytes(after))
+    for damage in damages:
+        assert path.is_relative_to(damage.path) or damage.array in path.parts
+
+
+def test_a_damaged_state_is_named_by_array_step_and_tensors(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    for name, index, row, element in (("gradient", "0/1", 2, 3), ("hvp", "1/2", 1, 0), ("hvp", "1/2", 0, 1)):
+        path = run / "trajectory.zarr" / name / "c" / index
+        content = bytearray(path.read_bytes())
+        content[(row * CHUNK[1] + element) * ITEMSIZE[name]] ^= 4
+        path.write_bytes(content)
+    found = [(damage.array, damage.steps, damage.tensors) for damage in verify_run(run)]
+    assert found == [
+        ("gradient", (2, 2), ("a", "b")),
+        ("hvp", (4, 4), ("c", "c")),
+        ("hvp", (5, 5), ("c", "c")),
+    ]
+    assert str(verify_run(run)[0]).startswith("gradient, step 2, tensors a to b: another checksum than recorded")
+
+
+def test_a_missing_and_a_short_chunk_are_among_all_damages(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    (run / "trajectory.zarr/parameter/c/0/0").unlink()
+    chunk = run / "trajectory.zarr/hvp/c/1/1"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    (run / "trajectory.zarr/loss/c/0").unlink()
+    (run / "ledger.zarr/gram/c/0/0/0/0").unlink()
+    damages = verify_run(run)
+    assert {(damage.array, damage.steps) for damage in damages} == {
+        ("parameter", (0, 3)),
+        ("hvp", (4, 5)),
+        ("loss", ()),
+        ("gram", (0, 4)),
+    }
+
+
+def test_a_record_that_is_gone_is_missed(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    (run / "trajectory.zarr/commits/00000000.json").unlink()
+    assert any("rows 0 to 3 have no record" in damage.what for damage in verify_run(run))
+
+
+@given(data=st.data())
+def test_a_flipped_bit_of_a_compressed_chunk_is_found_or_decodes_to_the_same(packed, data):
+    path = data.draw(st.sampled_from(files(packed / "trajectory.zarr/parameter/c")), "file")
+    before = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
+    whole = states_of(packed)
+    after = bytearray(before)
+    after[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(after)
+    try:
+        damages = verify_run(packed)
+        if not damages:
+            assert states_of(packed) == whole
+    finally:
+        path.write_bytes(before)
+    assert all(damage.path == path for damage in damages)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("packed"), {"parameter": BloscCodec(cname="lz4")})
+
+
+def states_of(run):
+    trajectory = Trajectory(run / "trajectory.zarr")
+    buffers = [np.zeros((ROWS, CHUNK[1]), np.float32) for _ in range(trajectory.columns)]
+    for column, buffer in enumerate(buffers):
+        trajectory.read("parameter", 0, ROWS, column, buffer)
+    return b"".join(buffer.tobytes() for buffer in buffers)
+
+
+# Older stores ------------------------------------------------------------------------------------------------
+
+
+def as_version_1(run):
+    """Undo what version 2 added: seals of records, checksums of scalars, bands and descriptions."""
+    for store in ("trajectory.zarr", "ledger.zarr"):
+        for path in (run / store / "commits").glob("[0-9]*.json"):
+            record = json.loads(path.read_text())
+            del record["crc32c"]
+            record.pop("scalars", None)
+            if store == "trajectory.zarr":
+                shutil.rmtree(run / store / "attempt", ignore_errors=True)
+            if store == "ledger.zarr":
+                del record["checksums"]
+            path.write_text(json.dumps(record))
+        path = run / store / "zarr.json"
+        document = json.loads(path.read_text())
+        group = document["attributes"]["natgrad"]
+        del group["crc32c"], group["arrays"]
+        group["version"] = 1
+        path.write_text(json.dumps(document))
+    return run
+
+
+def version(store):
+    return json.loads((store / "zarr.json").read_text())["attributes"]["natgrad"]["version"]
+
+
+def test_a_store_of_version_1_is_read_and_verified_as_far_as_it_goes(out, tmp_path):
+    run = as_version_1(shutil.copytree(out, tmp_path / "run"))
+    assert states_of(run) == states_of(out)
+    np.testing.assert_array_equal(Ledger(run / "ledger.zarr").read()[0], Ledger(out / "ledger.zarr").read()[0])
+    assert verify_run(run) == []
+    chunk = run / "trajectory.zarr/gradient/c/0/0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    (damage,) = verify_run(run)
+    assert (damage.array, damage.steps) == ("gradient", (0, 0))
+
+
+def test_a_store_of_version_1_that_is_written_to_becomes_as_one_of_this_version(out, tmp_path):
+    run = as_version_1(shutil.copytree(out, tmp_path / "run"))
+    Trajectory(run / "trajectory.zarr").recover()
+    assert compute_ledger(run / "trajectory.zarr", run / "ledger.zarr").computed_bands == 0
+    assert {version(run / store) for store in ("trajectory.zarr", "ledger.zarr")} == {LAYOUT_VERSION}
+    content = {path.relative_to(out): json.loads(path.read_text()) for path in files(out) if path.suffix == ".json"}
+    assert {
+        path.relative_to(run): json.loads(path.read_text()) for path in files(run) if path.suffix == ".json"
+    } == content
+
+
+@pytest.mark.parametrize("store", ["trajectory.zarr", "ledger.zarr"])
+def test_a_store_of_a_newer_version_is_refused_by_verify(out, tmp_path, store):
+    run = shutil.copytree(out, tmp_path / "run")
+    path = run / store / "zarr.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    (damage,) = verify_run(run)
+    assert "layout version 3, this program knows 2" in damage.what
+    assert damage.path == run / store
+
+
+# The command -------------------------------------------------------------------------------------------------
+
+
+def natgrad(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["natgrad", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_command_lists_all_damages_and_fails_where_there_are_any(out, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(out, tmp_path / "run")
+    assert natgrad(monkeypatch, "verify", run) == 0
+    assert capsys.readouterr().out == "all is as it was written\n"
+    for path in ("trajectory.zarr/parameter/c/0/0", "ledger.zarr/gram/c/0/0/0/0"):
+        (run / path).unlink()
+    assert natgrad(monkeypatch, "verify", run) == 1
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "parameter, steps 0 to 3, tensor a",
+        "gram, steps 0 to 4",
+    ]
+    assert natgrad(monkeypatch, "verify", run, "--json") == 1
+    first, _ = json.loads(capsys.readouterr().out)["damages"]
+    assert (first["array"], first["steps"], first["tensors"]) == ("parameter", [0, 3], ["a", "a"])
+    assert first["path"].endswith("trajectory.zarr/parameter/c/0/0")
+
+
+def test_a_folder_without_stores_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no trajectory here"):
+        verify_run(tmp_path)
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
+    """A chunk at a time: no read asks for more rows than a chunk has."""
+    make_run(tmp_path)
+    asked, read = [], Trajectory.read
+    monkeypatch.setattr(
+        Trajectory,
+        "read",
+        lambda self, name, start, stop, *rest: asked.append(stop - start) or read(self, name, start, stop, *rest),
+    )
+    verify_run(tmp_path)
+    assert max(asked) == CHUNK[0]
+    assert len(asked) == 2 * 3 * len(MIXED)

@@ -1,0 +1,238 @@
+"""Kill ingest and analysis at random moments, again and again until they are done, and count what that does.
+
+Every process is a fork of this one, which has imported and compiled everything but has no threads. It is killed
+after a random part of the time that the undisturbed work takes. After every kill a fresh process looks at the
+stores: what was committed before must be there (else it is lost), once (else doubled), with the checksums of the
+undisturbed run (else differing) and with data that have them (else damaged). When the work is done at last, all
+bytes must be those of the undisturbed run.
+
+    python tests/torture.py --kills 200 --seed 0
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from logs import random_walk, write_log
+
+from pipeline import blocks, gram
+from pipeline import ingest as ingest_module
+from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, verify_run
+from pipeline.schema import VECTORS, InputError
+from pipeline.store import Ledger, Trajectory
+
+STEPS = 24
+TENSORS = {"layer.weight": (20, 30), "layer.bias": (20,), "scale": ()}
+SMALL = {"CHUNK_ELEMENTS": 700, "TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_ROWS": 1}
+"""Several chunks, bands and tiles of everything, and a commit for each row of chunks."""
+
+
+def warm():
+    """Compile, so that the time of a process is that of its work; no thread is started."""
+    vars(blocks).update(SMALL)
+    ingest_module.COMMIT_BYTES = 1
+    os.fsync = lambda descriptor: None  # no power is lost here
+    state = np.ones((2, 3), np.float32)
+    products = np.empty((1, 1, len(VECTORS[:5]), len(VECTORS[:5])))
+    gram.products([state], [state], np.array([0, 3]), products, np.empty((1, 1)), None)
+
+
+def work(log, out):
+    ingest_run(log, out)
+    analyze_run(out, Analysis(workers=1))
+
+
+def fork(task, *arguments):
+    """Start a task in a process of its own; return its id and the end of a pipe that its answer comes through."""
+    read, write = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.close(read)
+            with open(write, "w") as answer:  # noqa: PTH123
+                json.dump(task(*arguments), answer)
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            os._exit(1)
+    os.close(write)
+    return process, read
+
+
+def answer(task, *arguments):
+    """Run a task in a process of its own, and return its answer."""
+    process, read = fork(task, *arguments)
+    with open(read) as pipe:  # noqa: PTH123
+        text = pipe.read()
+    assert os.waitpid(process, 0)[1] == 0
+    return json.loads(text)
+
+
+def files(out):
+    """Files of the stores, but for the results' own words of when they were made."""
+    return {
+        str(path.relative_to(out)): path.read_bytes().hex()
+        for store in ("trajectory.zarr", "ledger.zarr")
+        for path in sorted((out / store).rglob("*"))
+        if path.is_file() and path.suffix != ".partial"
+    }
+
+
+def look(out):
+    """What a reader finds: committed steps, their checksums, bands, and damages."""
+    folder = RunFolder(out)
+    if not folder.trajectory.exists():
+        return {"steps": [], "checksums": [], "bands": {}, "damages": []}
+    states = Trajectory(folder.trajectory)
+    rows = [
+        json.dumps([r["checksums"][name][i] for name in states.dtypes])
+        for r in states.records()
+        for i in range(r["stop"] - r["start"])
+    ]
+    bands = {}
+    if folder.ledger.exists():
+        book = Ledger(folder.ledger)
+        bands = {name: book.journal.read(name) for name in book.journal.names()}
+    return {
+        "steps": states.scalar("step").tolist(),
+        "checksums": rows,
+        "bands": bands,
+        "damages": [str(damage) for damage in verify_run(out)],
+    }
+
+
+def torture(folder, kills, seed):
+    """Kill so many processes, and count."""
+    rng = np.random.default_rng(seed)
+    log, undisturbed = folder / "log", folder / "undisturbed"
+    write_log(log, random_walk(STEPS, TENSORS, seed=seed))
+    began = time.monotonic()
+    answer(work, log, undisturbed)
+    duration = time.monotonic() - began
+    truth, expected = answer(look, undisturbed), answer(files, undisturbed)
+    counts = Counter(
+        dict.fromkeys(("kills", "runs", "in_ingest", "in_analysis", "lost", "doubled", "differing"), 0)
+    )
+    while counts["kills"] < kills:
+        out = folder / f"run-{counts['runs']}"
+        before = {"steps": [], "bands": {}}
+        finished = False
+        while not finished:
+            process, read = fork(work, log, out)
+            time.sleep(rng.uniform(0, duration))
+            os.kill(process, signal.SIGKILL)
+            os.close(read)
+            status = os.waitpid(process, 0)[1]
+            assert status in (0, signal.SIGKILL), status
+            finished = status == 0 or counts["kills"] >= kills
+            now = answer(look, out)
+            counts["kills"] += status == signal.SIGKILL
+            if status == signal.SIGKILL:
+                counts["in_ingest" if len(now["steps"]) < STEPS else "in_analysis"] += 1
+            counts["lost"] += len(set(before["steps"]) - set(now["steps"])) + len(
+                set(before["bands"]) - set(now["bands"])
+            )
+            counts["doubled"] += len(now["steps"]) - len(set(now["steps"]))
+            counts["differing"] += sum(a != b for a, b in zip(now["checksums"], truth["checksums"], strict=False))
+            counts["differing"] += sum(record != truth["bands"][name] for name, record in now["bands"].items())
+            counts["damaged"] += len(now["damages"])
+            before = now
+        answer(work, log, out)
+        counts["runs"] += 1
+        counts["other_bytes"] += answer(files, out) != expected
+    return dict(counts)
+
+
+# Two writers, and a reader ------------------------------------------------------------------------------------
+
+
+def try_to_work(log, out):
+    try:
+        ingest_run(log, out)
+    except InputError as error:
+        return "refused" if "another process is writing" in error.what else str(error)
+    return "done"
+
+
+def race(folder, rounds, seed):
+    """Start two writers at a time; return how each ended, and how many stores differ from that of one writer."""
+    log, alone = folder / "log", folder / "alone"
+    write_log(log, random_walk(STEPS, TENSORS, seed=seed))
+    answer(try_to_work, log, alone)
+    expected, ends, others = answer(files, alone), Counter(), 0
+    for number in range(rounds):
+        out = folder / f"race-{number}"
+        two = [fork(try_to_work, log, out) for _ in range(2)]
+        for process, read in two:
+            with open(read) as pipe:  # noqa: PTH123
+                ends[json.loads(pipe.read())] += 1
+            assert os.waitpid(process, 0)[1] == 0
+        others += answer(files, out) != expected
+    return dict(ends), others
+
+
+def poll(out, truth, stop):
+    """Open a store again and again while it is written, and compare all that is in it; count looks and kinds."""
+    looks, torn, seen = 0, 0, set()
+    while not stop.exists() or not seen:
+        if not (out / "trajectory.zarr").exists():
+            continue
+        now = look(out)
+        seen.add(len(now["steps"]))
+        torn += now["steps"] != truth["steps"][: len(now["steps"])] or bool(now["damages"])
+        torn += now["checksums"] != truth["checksums"][: len(now["checksums"])]
+        looks += 1
+    return {"looks": looks, "torn": torn, "seen": sorted(seen)}
+
+
+def read_while_written(folder, seed):
+    """Poll a store while it is written step by step; return what `poll` counted."""
+    log, alone, out, stop = (folder / name for name in ("log", "alone", "out", "stop"))
+    states = random_walk(STEPS, TENSORS, seed=seed)
+    write_log(log, states)
+    answer(try_to_work, log, alone)
+    truth = answer(look, alone)
+    growing = folder / "growing"
+    write_log(growing, states[:1])
+    reader, read = fork(poll, out, truth, stop)
+    for step in range(1, STEPS):
+        write_log(growing, states[: step + 1])
+        answer(try_to_work, growing, out)
+    stop.touch()
+    with open(read) as pipe:  # noqa: PTH123
+        counted = json.loads(pipe.read())
+    assert os.waitpid(reader, 0)[1] == 0
+    return counted
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--races", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warm()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [Path(folder) / name for name in ("torture", "race", "reader")]
+        ends, others = race(parts[1], options.races, options.seed)
+        counted = {
+            "seed": options.seed,
+            **torture(parts[0], options.kills, options.seed),
+            "races": ends,
+            "race_other_bytes": others,
+            "reader": read_while_written(parts[2], options.seed),
+        }
+    sys.stdout.write(json.dumps(counted) + "\n")
+    bad = [counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes", "race_other_bytes")]
+    return int(any(bad) or counted["reader"]["torn"] > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
