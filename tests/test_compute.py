@@ -502,6 +502,20 @@ def test_a_process_that_was_killed_in_its_third_band_leaves_two(tmp_path, owner,
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp_path):
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", walk_arrays(ROWS, ELEMENTS), SHAPES, CHUNK)
+    ledger = tmp_path / "ledger.zarr"
+
+    def disturbed(job, bands):
+        with pytest.raises(InputError, match=f"another process is writing this ledger: process {os.getpid()} on "):
+            compute_ledger(trajectory, ledger)
+        yield from compute.serial(job, bands)
+
+    assert compute_ledger(trajectory, ledger, executor=disturbed).computed_bands == 4
+    assert compute_ledger(trajectory, ledger).computed_bands == 0
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_new_steps_cost_the_bands_they_touch_only(tmp_path):
     arrays = walk_arrays(ROWS + 17, ELEMENTS)
     rows = {ROWS: (4, 4), ROWS + 5: (4, 1), ROWS + 13: (6, 2), ROWS + 17: (6, 1)}
