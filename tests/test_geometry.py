@@ -11,6 +11,7 @@ from reference import (
     assert_same_pair,
     exact,
     exact_dot,
+    exact_gram,
     exact_vectors,
     pair_of,
     promised_angle_error,
@@ -212,6 +213,20 @@ def test_the_corrected_gradient_obeys_equation_12(seed, change):
     parts = [pair_of(y[:5], g[:5], rate), pair_of(y[5:], g[5:], rate)]
     together = geometry.direct_sum([discrete_time.corrected(part, rate, change, model) for part in parts])
     pair_close(together, y - s * rate * g, g)
+
+
+@given(seed=st.integers(0, 50), ratio=st.sampled_from([-1.0, 0.0, 0.5, 3.0]), angle=st.floats(0.1, 3.0))
+def test_half_of_another_vector_is_added_to_the_gradient_whatever_the_residual_is_of(seed, ratio, angle):
+    y, g = vectors_at(angle, 12, seed)
+    change = np.random.default_rng(seed).standard_normal(12)
+    # With a rough ratio the residual lies along the displacement as well.
+    states = exact_vectors(np.zeros(12), g, -y, change - y, ratio)
+    half = geometry.pair(exact_gram(states), VECTORS, 1.0, 12, half="gradient_change")
+    expected = y - change / 2
+    pair_close(half, expected, g)
+    floor = geometry.across_floor(exact_gram(states), VECTORS, "gradient_change", half)
+    rest = expected - g * (expected @ g) / (g @ g)
+    assert abs(float(half.across) - np.linalg.norm(rest)) <= floor
 
 
 def test_without_a_displacement_the_corrected_gradient_is_the_gradient():

@@ -337,6 +337,24 @@ def test_windows_are_not_monotone_and_the_smallest_is_found_all_the_same():
     assert np.isnan(model.sel(descent="gradient")["effective_window"])
 
 
+def test_a_window_across_a_restart_counts_for_nothing():
+    # Within each part two updates always descend together; the two beside the restart would not.
+    moves = [2.0, -1.0, 2.0, -1.0, -1.0, 2.0, -1.0, 2.0]
+    theta = np.concatenate([[0.0], np.cumsum(moves)])
+    states = [
+        {"parameter/w": np.array([x]), "gradient/w": np.array([-1.0]), "loss": -x, "learning_rate": 1.0}
+        for x in theta
+    ]
+    whole = inputs_of(states)
+    parted = replace(whole, steps=whole.steps + 5 * (whole.steps >= 4))
+    for inputs, window, count in ((whole, 5, 4), (parted, 2, 6)):
+        model = results.label(inputs, windows=[8])["model"].to_dataset()
+        assert (model["decreasing_window"], model["decreasing_window_count"]) == (window, count)
+        for descent in ("gradient", "corrected", "trapezoid"):
+            at = model.sel(descent=descent)
+            assert (at["effective_window"], at["effective_window_count"]) == (window, count)
+
+
 def test_the_search_goes_to_half_the_run_or_as_far_as_is_asked():
     # Only over nine updates does this loss always fall.
     losses = [float(k % 9 == 0) - k / 1000 for k in range(14)]
@@ -457,6 +475,36 @@ def test_the_uncertainty_of_every_descent_covers_what_storage_moved(descent, gro
     seen = np.isfinite(moved)
     assert seen.sum() > 11
     assert (moved <= rounded["angle_uncertainty"] + 1e-13).where(seen, True).all()
+
+
+def test_of_a_step_across_a_valley_rounding_turns_the_corrected_gradient_more_than_the_update():
+    # The loss hardly changes, so nearly all of a gradient along the step is taken away again.
+    rng = np.random.default_rng(2)
+    step, across = rng.standard_normal((2, 50))
+    across -= step * (across @ step) / (step @ step)
+    step *= 1e-2 / np.linalg.norm(step)
+    before = rng.uniform(1.0, 2.0, 50)
+    gradient = -step / np.linalg.norm(step) + 1e-3 * across / np.linalg.norm(across)
+
+    def labelled(dtype):
+        states = [
+            {
+                "parameter/w": theta.astype(dtype),
+                "gradient/w": gradient,
+                "loss": np.float64(loss),
+                "learning_rate": np.float64(1.0),
+            }
+            for theta, loss in ((before, 1.0), (before + step, 1.0 - 1e-5))
+        ]
+        layout = Layout.from_shapes({"w": ((50,), dtype)})
+        inputs = replace(inputs_of(states), layout=layout)
+        return results.label(inputs)["model"].to_dataset().isel(step=0).sel(window=1)
+
+    exact, rounded = labelled("float64"), labelled("float32")
+    moved = np.abs(rounded["angle"] - exact["angle"])
+    assert moved.sel(descent="corrected") <= rounded["angle_uncertainty"].sel(descent="corrected")
+    # What the update itself is turned by would not cover it.
+    assert moved.sel(descent="corrected") > rounded["angle_uncertainty"].sel(descent="gradient")
 
 
 def test_a_trapezoid_nearly_along_the_update_is_known_to_what_the_ledger_leaves():
