@@ -113,6 +113,13 @@ class Inputs:
             follows &= self.run[:-1] == self.run[1:]
         return follows
 
+    def extended(self) -> NDArray[np.bool_]:
+        """Whether the model of each row is extended by time: its run logs how the loss changes with it."""
+        if self.loss_time_derivative is None:
+            return np.zeros(len(self.steps), bool)
+        runs = np.zeros(len(self.steps), np.int64) if self.run is None else self.run
+        return np.isin(runs, runs[~np.isnan(self.loss_time_derivative)])
+
     def of_runs(self) -> list[slice]:
         """Rows of each run of a sweep; all rows where it is one run."""
         if self.run is None:
@@ -258,9 +265,11 @@ def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
         _norm(norm("gradient"), axis=1) if half is None else None,
         _norm(norm("parameter"), axis=1),
     )
-    model = _with_time(model, inputs)
+    model = _with_time(model, inputs, descent)
     if not descent.corrected:
         return model, tensors
+    # The share of a tensor in the change of the loss is told by the model's pair.
+    tensors = replace(tensors, known=tensors.known & model.known[:, None])
     return (
         _corrected(model, rate[:, 0], change[:, 0], model.pair, model.update_floor),
         _corrected(tensors, rate, change, model.pair[:, None], model.update_floor[:, None]),
@@ -279,19 +288,18 @@ def _corrected(level: _Level, rate: Array, change: Array, whole: Pair, whole_flo
     )
 
 
-def _with_time(model: _Level, inputs: Inputs) -> _Level:
+def _with_time(model: _Level, inputs: Inputs, descent: _Descent) -> _Level:
     """Model extended by time, in the runs that log how their loss changes with it."""
-    if inputs.loss_time_derivative is None:
+    extended, slope = inputs.extended(), inputs.loss_time_derivative
+    if slope is None:
         return model
-    slope = inputs.loss_time_derivative
-    runs = np.zeros(len(slope), np.int64) if inputs.run is None else inputs.run
-    norm = model.gradient_norm
-    extended = np.isin(runs, runs[~np.isnan(slope)])
     columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
+    norm = model.gradient_norm
     return replace(
         model,
         pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
-        known=model.known & ~(extended & np.isnan(slope)),
+        # A Hessian-vector product of the parameters alone lacks what the gradient does in time.
+        known=model.known & ~(extended & (np.isnan(slope) | (descent.half == HVP))),
         gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),
     )
 
@@ -520,7 +528,9 @@ def _learning_rate_bounds(inputs: Inputs, window: Pair, m: int) -> dict[str, Arr
     if inputs.hessian_min_eigenvalue is None:
         weakest = np.full(window.alignment.shape, np.nan)
     else:
-        weakest = _windows(inputs.hessian_min_eigenvalue, m).min(axis=-1) / m
+        # The Hessian of the parameters extended by time is another one.
+        of_parameters = np.where(inputs.extended(), np.nan, inputs.hessian_min_eigenvalue)
+        weakest = _windows(of_parameters, m).min(axis=-1) / m
     # g is the mean of as many updates as a row spans, and moves by that many learning rates.
     spans = _windows(inputs.spans, m).max(axis=-1)
     supremum, optimal = discrete_time.learning_rate_bounds(window, weakest)

@@ -159,6 +159,22 @@ def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_i
     assert (model["update_norm"] ** 2).values == pytest.approx(squares.values, rel=10 * U)
 
 
+def test_what_a_hessian_of_the_parameters_alone_would_say_is_not_said(tmp_path):
+    states = random_walk(6)
+    for state in states:
+        state |= {key.replace("gradient/", "hvp/"): value for key, value in state.items() if "gradient/" in key}
+        state["hessian_min_eigenvalue"] = np.float64(-0.1)
+    plain = process(write_log(tmp_path / "plain", states), tmp_path / "plain-out")
+    for state in states:
+        state["loss_time_derivative"] = np.float64(0.5)
+    tree = process(write_log(tmp_path / "moving", states), tmp_path / "moving-out")
+    assert (at(plain, "model", "taylor")["status"] != Status.UNVERIFIABLE).all()
+    assert (at(tree, "model", "taylor")["status"] == Status.UNVERIFIABLE).all()
+    assert (at(tree, "tensor", "taylor")["status"] != Status.UNVERIFIABLE).all()
+    assert np.isfinite(at(plain, "model", "corrected")["learning_rate_bound"]).any()
+    assert np.isnan(at(tree, "model", "corrected")["learning_rate_bound"]).all()
+
+
 def test_only_the_runs_of_a_sweep_that_log_the_derivative_are_extended(tmp_path):
     states = random_walk(9)
     for state in states:
