@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
-.PHONY: install browser demo test torture bench lint lock
+.PHONY: install browser demo test torture cluster-test bench lint lock
 
 install: .venv/installed
 
@@ -31,6 +31,13 @@ test: lint browser
 # Two hundred processes killed at random moments, and what was lost, doubled or differs after each: a few minutes.
 torture: install
 	$(BIN)/python tests/torture.py --kills 200 --races 20 --seed 0
+
+# What takes minutes: hosts as network namespaces (as root), links that are cut, servers that restart, PostgreSQL.
+cluster-test: install
+	@as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	{ command -v ip && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 || \
+	{ $$as_root apt-get update -qq && $$as_root apt-get install -y -qq iproute2 postgresql >/dev/null; }
+	$(BIN)/python -m pytest --timeout 900 -p no:benchmark tests/cluster
 
 bench: install
 	$(BIN)/python -m benchmarks

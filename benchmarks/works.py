@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.numpy
 import xarray as xr
 
-from pipeline import compute, gram
+from pipeline import clusters, compute, gram
 from pipeline.blocks import PIECE_ELEMENTS
 from pipeline.ingest import ingest
 from pipeline.store import Ledger, Trajectory, storage_dtype
@@ -248,7 +248,7 @@ def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], An
     """On worker processes that run already, as those of a user's cluster do."""
     with (
         dask.config.set(temporary_directory=files.folder),
-        compute.local_scheduler(workers) as address,
+        clusters.local_scheduler(workers) as address,
         metrics_pass(files, compute.existing_cluster(address)) as run,
     ):
         yield run

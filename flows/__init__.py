@@ -2,6 +2,10 @@
 
 ``flows.runs``
     `ingest_run`, `analyze_run`, `process_run`.
+``flows.watch``
+    `watch_runs`: the runs below a folder that have news.
+``flows.deployments``, ``flows.cli``
+    The flows on a schedule; the command ``natgrad``.
 ``flows.demo``
     The experiments of the paper, logged and processed.
 

@@ -10,7 +10,7 @@ from prefect import flow
 
 from flows.runs import process_run
 from pipeline import run
-from pipeline.compute import local_scheduler
+from pipeline.clusters import local_scheduler
 from pipeline.experiments.demo import WINDOW, write_demo_logs
 
 __all__ = ["demo"]

@@ -7,29 +7,52 @@ what is finished, so the second time costs little and changes nothing.
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from uuid import UUID
 
-from prefect import State, Task, flow, task
-from prefect.artifacts import create_link_artifact, create_table_artifact
-from prefect.client.schemas.objects import TaskRun
+from prefect import State, Task, flow, get_run_logger, tags, task
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.runtime import flow_run, task_run
+from prefect.states import Completed, Crashed
+from pydantic import Field
 
-from pipeline import run
+from pipeline import run, watch
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
-from pipeline.schema import InputError
 
 __all__ = ["analyze_run", "ingest_run", "process_run"]
+
+PROGRESS_SECONDS = 5.0
+"""Time between two changes of a progress artifact; what is done sooner has none."""
+
+# Values that a server can refuse before a run is started.
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Bad input stays bad; a lost worker or a busy disk may not."""
     try:
         state.result()
-    except InputError:
-        return False
-    except Exception:
-        return True
+    except Exception as error:
+        return bool(watch.error_parts(error)["heals"])
     return False
 
 
@@ -39,6 +62,32 @@ def _flow_name() -> str:
 
 def _task_name() -> str:
     return f"{task_run.get_task_name()} {Path(task_run.get_parameters()['out']).name}"
+
+
+class _Progress:
+    """A progress artifact of what takes longer.
+
+    Parameters
+    ----------
+    what : str
+    out : Path
+    """
+
+    def __init__(self, what: str, out: Path) -> None:
+        self.what, self.out = what, Path(out)
+        self.artifact: UUID | None = None
+        self.told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        ended = done == total and self.artifact is not None
+        if not ended and time.monotonic() - self.told < PROGRESS_SECONDS:
+            return
+        self.told, percent = time.monotonic(), 100 * done / max(total, 1)
+        if self.artifact is None:
+            description = f"{self.out.name}: {self.what}, {total} in all"
+            self.artifact = create_progress_artifact(percent, _key(self.what, self.out), description)
+        else:
+            update_progress_artifact(self.artifact, percent)
 
 
 _RETRY: dict[str, Any] = {
@@ -52,12 +101,14 @@ _RETRY: dict[str, Any] = {
 
 @task(name="ingest", **_RETRY)
 def _ingest(source: Path, out: Path, format: str | None, allow_gaps: bool) -> dict[str, Any]:
-    return run.ingest_run(source, out, format=format, allow_gaps=allow_gaps)
+    return run.ingest_run(
+        source, out, format=format, allow_gaps=allow_gaps, progress=_Progress("steps-ingested", out)
+    )
 
 
 @task(name="analyze", **_RETRY)
 def _analyze(out: Path, options: Analysis) -> dict[str, Any]:
-    return run.analyze_run(out, options)
+    return run.analyze_run(out, options, progress=_Progress("chunks-computed", out))
 
 
 @task(name="report", **_RETRY)
@@ -83,6 +134,10 @@ def ingest_run(source: Path, out: Path, format: str | None = None, allow_gaps: b
     dict
         What was read; see `pipeline.ingest.IngestSummary`.
     """
+    return _ingested(source, out, format, allow_gaps)
+
+
+def _ingested(source: Path, out: Path, format: str | None, allow_gaps: bool) -> dict[str, Any]:
     summary = _ingest(source, out, format, allow_gaps)
     _table("ingested", out, summary)
     return summary
@@ -91,12 +146,13 @@ def ingest_run(source: Path, out: Path, format: str | None = None, allow_gaps: b
 @flow(name="analyze-run", flow_run_name=_flow_name)
 def analyze_run(
     out: Path,
-    learning_rate: float | None = None,
-    gammas: list[float] | None = None,
-    windows: list[int] | None = None,
-    workers: int | None = None,
+    learning_rate: Positive | None = None,
+    gammas: list[Positive] | None = None,
+    windows: list[Count] | None = None,
+    workers: Count | None = None,
     scheduler: str | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    cluster: str | None = None,
+    memory_limit: Count = MEMORY_LIMIT,
 ) -> dict[str, Any]:
     """Compute what is missing of OUT's ledger on Dask, its results, and its report.
 
@@ -104,7 +160,7 @@ def analyze_run(
     ----------
     out : Path
         Folder of the run.
-    learning_rate, gammas, windows, workers, scheduler, memory_limit
+    learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
         See `pipeline.run.Analysis`.
 
     Returns
@@ -112,13 +168,34 @@ def analyze_run(
     dict
         Paths, and the numbers of the whole model.
     """
+    return _analyzed(out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit)
+
+
+def _analyzed(
+    out: Path,
+    learning_rate: float | None,
+    gammas: list[float] | None,
+    windows: list[int] | None,
+    workers: int | None,
+    scheduler: str | None,
+    cluster: str | None,
+    memory_limit: int,
+) -> dict[str, Any]:
     chosen: dict[str, Any] = {"gammas": tuple(gammas)} if gammas else {}
     chosen |= {"windows": tuple(windows)} if windows else {}
     options = Analysis(
-        learning_rate=learning_rate, workers=workers, scheduler=scheduler, memory_limit=memory_limit, **chosen
+        learning_rate=learning_rate,
+        workers=workers,
+        scheduler=scheduler,
+        cluster=cluster,
+        memory_limit=memory_limit,
+        **chosen,
     )
     summary = _analyze(out, options) | _report(out)
     _table("analyzed", out, summary)
+    create_image_artifact(
+        run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
+    )
     create_link_artifact(
         link=RunFolder(Path(out)).report.absolute().as_uri(),
         link_text=f"Report of {Path(out).name}",
@@ -134,17 +211,71 @@ def process_run(
     out: Path,
     format: str | None = None,
     allow_gaps: bool = False,
-    learning_rate: float | None = None,
-    gammas: list[float] | None = None,
-    windows: list[int] | None = None,
-    workers: int | None = None,
+    learning_rate: Positive | None = None,
+    gammas: list[Positive] | None = None,
+    windows: list[Count] | None = None,
+    workers: Count | None = None,
     scheduler: str | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-) -> dict[str, Any]:
-    """Ingest, analyze and report a run; parameters as those of `ingest_run` and `analyze_run`."""
-    ingested = ingest_run(source, out, format, allow_gaps)
-    analyzed = analyze_run(out, learning_rate, gammas, windows, workers, scheduler, memory_limit)
-    return ingested | analyzed
+    cluster: str | None = None,
+    memory_limit: Count = MEMORY_LIMIT,
+) -> Any:
+    """Ingest, analyze and report a run, and remember in OUT what came of it.
+
+    Where another flow is at work on this OUT, it ends at once in the state ``Skipped``. Where the process of an
+    earlier one died, that one is marked as crashed, and this one goes on where it stopped.
+
+    Parameters
+    ----------
+    source, out, format, allow_gaps, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
+        As those of `ingest_run` and `analyze_run`.
+
+    Returns
+    -------
+    dict
+        What both return, or ``skipped`` and why.
+    """
+    options = {name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out")}
+    try:
+        with watch.only_processor(out), tags(f"run:{Path(out).name}"):
+            _end_the_dead(Path(out))
+            listed = watch.listing(source) if Path(source).is_dir() else ""
+            try:
+                ingested = _ingested(source, out, format, allow_gaps)
+                summary = ingested | _analyzed(
+                    out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
+                )
+            except Exception as error:
+                parts = watch.error_parts(error)
+                watch.Outcome(str(source), listed, options, error=parts).remember(out)
+                _tell_failure(Path(out), parts)
+                raise
+            watch.Outcome(str(source), listed, options, summary).remember(out)
+            return summary
+    except watch.Held as held:
+        get_run_logger().warning("%s is skipped: %s", out, held.what)
+        return Completed(name="Skipped", message=str(held), data={"skipped": held.what})
+
+
+def _end_the_dead(out: Path) -> None:
+    """Mark flows as crashed that are said to work on OUT, though none can: the lock is ours."""
+    running = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
+    )
+    named = FlowFilter(name=FlowFilterName(any_=["process-run"]))
+    with get_client(sync_client=True) as client:
+        for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
+            ours = str(other.id) == flow_run.get_id()
+            if ours or Path(other.parameters.get("out", "")).absolute() != out.absolute():
+                continue
+            message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
+            client.set_flow_run_state(other.id, Crashed(message=message), force=True)
+            get_run_logger().warning("%s: %s", other.name, message)
+
+
+def _tell_failure(out: Path, parts: dict[str, Any]) -> None:
+    lines = [f"**{out.name}**: {parts['what']}"]
+    lines += [f"- {name}: {parts[name]}" for name in ("where", "why", "do") if parts[name]]
+    create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: why it failed, and what to do")
 
 
 def _table(what: str, out: Path, summary: dict[str, Any]) -> None:

@@ -12,10 +12,12 @@ The modules are the API, from the ground up:
     One small reader per log format behind one protocol.
 ``store``, ``results``
     The trajectory store and the ledger in Zarr; labelled results in xarray.
-``ingest``, ``compute``
-    Logs to store; store to ledger.
+``ingest``, ``compute`` (with ``clusters``)
+    Logs to store; store to ledger, on Dask.
 ``run``, ``report`` (with ``figures``), ``cli``
     One run's folder from end to end, the page to look at, the command line.
+``watch``
+    Many runs: which there are, which have news, what came of each.
 ``paper``
     The paper's figures from three runs.
 

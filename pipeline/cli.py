@@ -14,7 +14,7 @@ import typer
 
 from pipeline.schema import InputError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "show"]
 
 app = typer.Typer(
     name="natgrad",
@@ -64,8 +64,14 @@ Gamma = Annotated[
 Window = Annotated[
     list[int] | None, typer.Option(help="Window of m updates, eq. (3); repeat for several. [default: 1]")
 ]
-Workers = Annotated[int | None, typer.Option(help="Processes on this machine. [default: one per processor]")]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes, here or of --cluster. [default: as many as processors here]")
+]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="An existing Dask scheduler.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Cluster to make: slurm, kubernetes, ...; see docs/cluster.md."),
+]
 MemoryLimit = Annotated[str, typer.Option(help="Memory of each worker process.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks; warnings and errors only.")]
@@ -108,6 +114,11 @@ class _Face:
             sys.stdout.write(json.dumps(values) + "\n")
         else:
             sys.stdout.write("".join(_lines(values)))
+
+
+def show(values: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Print the answer of a command that shows no progress."""
+    _Face(as_json, quiet).answer(values)
 
 
 _SHORT = 60
@@ -180,10 +191,11 @@ def _options(
     window: list[int] | None,
     workers: int | None,
     scheduler: str | None,
+    cluster: str | None,
     memory_limit: str,
     attempt: int | None = None,
 ) -> Any:
-    from pipeline.compute import memory_bytes
+    from pipeline.clusters import memory_bytes
     from pipeline.run import Analysis
 
     memory = memory_bytes(memory_limit)
@@ -193,6 +205,7 @@ def _options(
         learning_rate=learning_rate,
         workers=workers,
         scheduler=scheduler,
+        cluster=cluster,
         memory_limit=memory,
         attempt=attempt,
         **chosen,
@@ -216,6 +229,7 @@ def process(
     window: Window = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     attempt: Attempt = None,
     as_json: Json = False,
@@ -226,7 +240,7 @@ def process(
 
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
-    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit, attempt)
+    options = _options(learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, attempt)
 
     def once(first: bool) -> dict[str, Any]:
         answer = _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow)
@@ -274,6 +288,7 @@ def analyze(
     window: Window = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     attempt: Attempt = None,
     as_json: Json = False,
@@ -283,7 +298,7 @@ def analyze(
     from pipeline import run
 
     face = _Face(as_json, quiet)
-    options = _options(learning_rate, gamma, window, workers, scheduler, memory_limit, attempt)
+    options = _options(learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, attempt)
     with face.progress("analyze") as progress:
         answer = run.analyze_run(out, options, progress=progress)
     face.answer(answer)
@@ -326,6 +341,28 @@ def verify(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 @app.command()
+def status(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the OUT of many runs.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say of every run below ROOT how far it is, how far behind its log, and what failed last."""
+    from pipeline import watch
+
+    runs = watch.status(root)
+    if as_json:
+        show({"runs": runs}, as_json, quiet)
+        return
+    table = [["run", "state", "last step", "lag", "processed", "last error"]]
+    for row in runs:
+        cells = [row[name] for name in ("run", "state", "last_step", "lag", "processed", "error")]
+        table.append(["-" if cell is None else str(cell).partition("\n")[0] for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        sys.stdout.write("  ".join(map(str.ljust, line, widths)).rstrip() + "\n")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for logs, runs and the report.")] = Path(
         "demo"
@@ -340,7 +377,7 @@ def demo(
     from pipeline.experiments.demo import WINDOW, write_demo_logs
 
     face = _Face(as_json, quiet)
-    options = _options(None, None, [WINDOW], workers, None, memory_limit)
+    options = _options(None, None, [WINDOW], workers, None, None, memory_limit)
     runs = {}
     for name, log in write_demo_logs(out / "logs").items():
         runs[name] = out / "runs" / name
@@ -366,7 +403,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a log holds, what is missing for which result, and what processing it will take."""
-    from pipeline.compute import memory_bytes
+    from pipeline.clusters import memory_bytes
     from pipeline.inspection import inspect_source
     from pipeline.sources.names import parse_map
 

@@ -1,4 +1,4 @@
-"""Store to ledger: run the tiles of the pass, serially, in threads or on Dask; the only file that knows Dask.
+"""Store to ledger: run the tiles of the pass, serially, in threads or on a Dask cluster (`pipeline.clusters`).
 
 The serial executor is the reference: the same functions, one after the other. A task reads its tiles, and where
 a tile does not span the model, a second task on a worker adds the segments up in the order of the element axis.
@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from pipeline import gram
 from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
-from pipeline.schema import HVP, STEP, InputError
+from pipeline.clusters import local_scheduler, named_scheduler
+from pipeline.schema import HVP, STEP, InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, only_writer, storage_dtype
 
 __all__ = [
@@ -34,8 +35,7 @@ __all__ = [
     "compute_ledger",
     "existing_cluster",
     "local_cluster",
-    "local_scheduler",
-    "memory_bytes",
+    "named_cluster",
     "serial",
     "threads",
 ]
@@ -47,10 +47,6 @@ _AHEAD = 3
 
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
-
-_WORKER_CONFIG = {"distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}}}
-"""The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
-holds is buffers, and those cannot be spilled."""
 
 _held = threading.local()
 """What a worker thread keeps from task to task: its buffers, and the trajectory of its job."""
@@ -69,6 +65,11 @@ class Job:
     read_elements: int
     name: str
     """Of this job and no other, also on a scheduler that others share."""
+
+    @property
+    def run(self) -> str:
+        """Name of the run, for the log."""
+        return self.trajectory.parent.name
 
     @classmethod
     def of(cls, trajectory: Path, ledger: Path, plan: PassPlan) -> Job:
@@ -165,7 +166,9 @@ def compute_ledger(
         book.discard_others(digests)
         missing = book.missing(digests)
         run = executor or serial
-        for done, _ in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+        for done, band in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+            fields = {"run": job.run, "first_step": int(steps[band.start]), "last_step": int(steps[band.stop - 1])}
+            _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
             if progress is not None:
                 progress(done, len(missing))
     return PassSummary(plan.rows, len(digests), len(missing), plan)
@@ -179,31 +182,6 @@ def _band_rows(ledger: Path, states: Trajectory, names: tuple[str, ...]) -> int 
     return book.band_rows if (book.layout, book.vectors) == (states.layout, names) else None
 
 
-def memory_bytes(amount: str) -> int:
-    """Bytes of an amount of memory as Dask writes it, for example ``512MiB`` or ``2GB``.
-
-    Raises
-    ------
-    InputError
-        Where it is none.
-    """
-    from dask.utils import parse_bytes
-
-    try:
-        # Without a number Dask reads "MiB" as one MiB, and nothing at all as one byte.
-        parsed = int(parse_bytes(amount)) if any(map(str.isdigit, amount)) else 0
-        if parsed < 1:
-            raise ValueError("it is less than a byte")
-    except (ValueError, OverflowError) as error:
-        raise InputError(
-            f"{amount!r} is not an amount of memory",
-            where="--memory-limit",
-            why=str(error),
-            remedy="say 512MiB or 2GB",
-        ) from error
-    return parsed
-
-
 # Tasks -------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +190,8 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
 
     Each state is read once; only the tile's own last state, the halo, is read by another task too.
     """
+    fields = {"run": job.run, "rows": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
+    _log.debug("tile begins", extra=fields)
     states = _trajectory(job)
     with states.mapped():
         return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
@@ -374,37 +354,23 @@ def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
     return run
 
 
-@contextmanager
-def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[str]:
-    """Dask cluster of processes on this machine, of one thread each; gives the address of its scheduler.
+def named_cluster(name: str, workers: int) -> Executor:
+    """Run bands on a cluster of a batch system or of Kubernetes that is there as long as the pass.
 
     Parameters
     ----------
+    name : str
+        One of `pipeline.clusters.CLUSTERS`.
     workers : int
-    memory_limit : int, optional
-        Bytes of each process.
+        Worker processes to ask for.
     """
-    import dask.config
-    from distributed import LocalCluster
 
-    # Starts and stops of workers are no news, but where Prefect has set up logging they would be told: by the
-    # scheduler in this process, and by the workers, which set up logging before they are told anything else.
-    logging.getLogger("distributed").setLevel(logging.WARNING)
-    quiet = dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "warning"})
-    with (
-        quiet,
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=memory_limit or "auto",
-            config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
-            # Without a dashboard Dask serves its health page all the same, and warns where another has its port.
-            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-            silence_logs=logging.ERROR,
-        ) as cluster,
-    ):
-        yield cluster.scheduler_address
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+        if bands:
+            with named_scheduler(name, workers) as address:
+                yield from existing_cluster(address)(job, bands)
+
+    return run
 
 
 def existing_cluster(address: str) -> Executor:
@@ -417,24 +383,49 @@ def existing_cluster(address: str) -> Executor:
 
     Raises
     ------
-    InputError
-        When run, where the scheduler does not answer.
+    Unavailable
+        When run, where the scheduler does not answer or is lost, or a task's workers died again and again. Bands
+        that are finished are kept.
     """
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
-        from distributed import Client
+        from distributed import CancelledError, Client, KilledWorker
+        from distributed.comm.core import CommClosedError
 
         try:
             client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS, and no certificates
-            raise InputError(
+            raise Unavailable(
                 f"the Dask scheduler does not answer: {error}",
                 where=address,
                 why="it is not running, the address is wrong, or it wants TLS",
                 remedy="start one (dask scheduler) and give its address, or leave --scheduler out",
             ) from error
-        with closing(client):
-            yield from _run_on(client, job, bands)
+        finished = 0
+
+        def go_on() -> str:
+            done = f"{finished} of {len(bands)} chunks are done and kept"
+            return f"go on with: natgrad analyze {job.ledger.parent} ({done})"
+
+        try:
+            with closing(client):
+                for band in _run_on(client, job, bands):
+                    finished += 1
+                    yield band
+        except (CancelledError, CommClosedError) as error:
+            raise Unavailable(
+                f"the Dask scheduler was lost: {error}",
+                where=address,
+                why="it ended, or the network to it was cut",
+                remedy=f"see that it runs, and {go_on()}",
+            ) from error
+        except KilledWorker as error:
+            raise Unavailable(
+                f"the workers of one task died {error.allowed_failures + 1} times, {error.last_worker} the last",
+                where=f"{address}, task {error.task}",
+                why="they had less memory than the pass projects, or their jobs or hosts ended",
+                remedy=f"look at the worker's log, give workers the memory of --memory-limit, and {go_on()}",
+            ) from error
 
     return run
 
@@ -442,7 +433,10 @@ def existing_cluster(address: str) -> Executor:
 def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
     from distributed import as_completed
 
-    workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    known = client.scheduler_info(n_workers=-1)
+    workers = len(known["workers"])
+    if "dashboard" in known["services"]:
+        _log.info("Dask dashboard: %s", client.dashboard_link)
     if not workers:
         _log.warning("the Dask scheduler has no worker yet: waiting for one")
     # Two bands at least, so that there are tiles to compute while a band is added up.

@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
-from pipeline.schema import ATTEMPT, RUN, SCALARS, STATES, STEP, USUAL_SCALARS, InputError, Layout, promote
+from pipeline.schema import (
+    ATTEMPT,
+    RUN,
+    SCALARS,
+    STATES,
+    STEP,
+    USUAL_SCALARS,
+    InputError,
+    Layout,
+    promote,
+)
 from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,

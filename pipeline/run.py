@@ -31,6 +31,7 @@ __all__ = [
     "RunFolder",
     "analyze_run",
     "describe_run",
+    "draw_run",
     "follow",
     "ingest_run",
     "report_run",
@@ -91,6 +92,8 @@ class Analysis:
         Processes on this machine; as many as there are processors where not given.
     scheduler : str, optional
         Address of an existing Dask scheduler, used in place of processes of our own.
+    cluster : str, optional
+        Cluster to make for the analysis, one of `pipeline.clusters.CLUSTERS`, of as many ``workers``.
     memory_limit : int
         Bytes that a worker process may use.
     attempt : int, optional
@@ -102,16 +105,25 @@ class Analysis:
     windows: tuple[int, ...] = (1,)
     workers: int | None = None
     scheduler: str | None = None
+    cluster: str | None = None
     memory_limit: int = MEMORY_LIMIT
     attempt: int | None = None
 
     def executor(self) -> compute.Executor:
         """Executor that these options ask for."""
         if self.scheduler is not None:
+            if self.cluster is not None:
+                raise InputError(
+                    "a scheduler and a cluster are given",
+                    where="--scheduler, --cluster",
+                    remedy="give --scheduler for a cluster that is there, or --cluster for one to be made",
+                )
             return compute.existing_cluster(self.scheduler)
         workers = len(os.sched_getaffinity(0)) if self.workers is None else self.workers
         if workers < 1:
             raise InputError(f"{workers} workers cannot work", where="--workers", remedy="give 1 or more")
+        if self.cluster is not None:
+            return compute.named_cluster(self.cluster, workers)
         return compute.local_cluster(workers, self.memory_limit)
 
 
@@ -329,6 +341,15 @@ def verify_run(out: Path) -> list[Damage]:
         # Steps are compared with the trajectory's, where those are whole.
         damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
     return damages
+
+
+def draw_run(out: Path) -> str:
+    """Draw the angle over the steps of OUT (of a sweep, its first run): a picture as a ``data:`` address."""
+    from pipeline import figures
+
+    tree = next(iter(results.runs(results.read(RunFolder(Path(out)).results)).values()))
+    with figures.drawing():
+        return figures.angle_curve(figures.RunResults.of(Path(out).name, tree)).uri
 
 
 def describe_run(out: Path) -> dict[str, Any]:

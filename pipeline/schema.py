@@ -42,6 +42,7 @@ __all__ = [
     "ShiftedMetric",
     "Status",
     "Tensor",
+    "Unavailable",
     "Variable",
     "promote",
     "unit_roundoff",
@@ -412,8 +413,12 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle with all four parts, as the error may cross to another process."""
-        return (_input_error, (self.what, self.where, self.why, self.remedy))
+        return (_input_error, (type(self), self.what, self.where, self.why, self.remedy))
 
 
-def _input_error(what: str, where: str, why: str, remedy: str) -> InputError:
-    return InputError(what, where=where, why=why, remedy=remedy)
+class Unavailable(InputError):
+    """What is refused now and may be taken later, unchanged: a lock that is held, a scheduler that is lost."""
+
+
+def _input_error(kind: type[InputError], what: str, where: str, why: str, remedy: str) -> InputError:
+    return kind(what, where=where, why=why, remedy=remedy)

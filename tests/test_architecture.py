@@ -19,6 +19,7 @@ FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
     {
         "pipeline.blocks",
+        "pipeline.clusters",
         "pipeline.gram",
         "pipeline.geometry",
         "pipeline.recorder",
@@ -69,9 +70,12 @@ FLOORS = [
     {"pipeline.sources.formats", "pipeline.compute", "pipeline.paper", "pipeline.report"},
     {"pipeline.ingest", "pipeline.inspection"},
     {"pipeline.run"},
+    {"pipeline.watch"},
     {"pipeline.cli", "flows"},
     {"flows.runs"},
-    {"flows.demo"},
+    {"flows.demo", "flows.watch"},
+    {"flows.deployments"},
+    {"flows.cli"},
 ]
 STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 
@@ -79,9 +83,9 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 HOMES = {
     "zarr": {"pipeline.store.group"},
     "xarray": {"pipeline.results", "pipeline.replicates", "pipeline.figures", "pipeline.report"},
-    "dask": {"pipeline.compute"},
-    "distributed": {"pipeline.compute"},
-    "prefect": {"flows.runs", "flows.demo"},
+    "dask": {"pipeline.clusters"},
+    "distributed": {"pipeline.clusters", "pipeline.compute"},
+    "prefect": {"flows.runs", "flows.demo", "flows.watch", "flows.deployments"},
     "numba": {"pipeline.gram"},
     "llvmlite": {"pipeline.gram"},
     "matplotlib": {"pipeline.figures"},
@@ -161,4 +165,4 @@ def test_geometry_needs_numpy_alone():
 
 
 def test_the_command_line_starts_without_heavy_libraries():
-    assert not loaded_after("import pipeline.cli") & {"numpy", *HOMES}
+    assert not loaded_after("import flows.cli") & {"numpy", "pydantic", *HOMES}

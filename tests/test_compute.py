@@ -15,7 +15,7 @@ from logs import append_states, walk_arrays, write_trajectory
 from reference import assert_gram_close, exact_gram, exact_vectors
 from zarr.codecs import BloscCodec
 
-from pipeline import blocks, compute
+from pipeline import blocks, clusters, compute
 from pipeline.blocks import MEBIBYTE
 from pipeline.compute import compute_ledger
 from pipeline.schema import VECTORS, InputError
@@ -47,7 +47,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with compute.local_scheduler(2) as address:
+    with clusters.local_scheduler(2) as address:
         yield address
 
 
@@ -396,7 +396,7 @@ def test_a_pass_of_one_task_starts_no_processes_and_no_pass_starts_more_than_it_
 
 @pytest.mark.usefixtures("cluster")
 def test_a_second_cluster_on_one_machine_is_no_reason_for_a_warning():
-    with compute.local_scheduler(0) as address:
+    with clusters.local_scheduler(0) as address:
         assert address.startswith("tcp://127.0.0.1:")
 
 
@@ -608,13 +608,13 @@ def test_a_pass_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
 
 def test_an_amount_of_memory_is_read_as_dask_writes_it():
     amounts = {"512MiB": 512 << 20, "2GB": 2 * 10**9, "1.5 GiB": 3 << 29, "4096": 4096}
-    assert {amount: compute.memory_bytes(amount) for amount in amounts} == amounts
+    assert {amount: clusters.memory_bytes(amount) for amount in amounts} == amounts
 
 
 @pytest.mark.parametrize("amount", ["", "MiB", "much", "5 apples", "0", "-1GB", "nan", "inf", "1e400", "0.1"])
 def test_what_is_no_amount_of_memory_is_refused(amount):
     with pytest.raises(InputError, match="is not an amount of memory") as caught:
-        compute.memory_bytes(amount)
+        clusters.memory_bytes(amount)
     assert repr(amount) in caught.value.what
     assert caught.value.where == "--memory-limit"
 

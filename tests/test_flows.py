@@ -9,12 +9,19 @@ import xarray as xr
 from logs import random_walk, write_log, write_step
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.exceptions import ParameterTypeError
 
 from flows import runs
-from pipeline import run
+from flows.watch import watch_runs
+from pipeline import run, watch
 from pipeline.schema import InputError
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
+
+
+def task_runs():
+    with get_client(sync_client=True) as client:
+        return {task_run.name: task_run for task_run in client.read_task_runs()}
 
 
 @pytest.fixture
@@ -46,9 +53,14 @@ def test_the_flow_gives_what_the_command_line_gives(log, tmp_path):
 def test_run_names_and_artifacts_say_which_run_it_was(log, tmp_path):
     out = tmp_path / "Run 7"
     runs.process_run(log, out, workers=1)
-    assert {"process-run Run 7", "ingest-run Run 7", "analyze-run Run 7"} <= set(flow_runs())
+    assert "run:Run 7" in task_runs()["ingest Run 7"].tags
+    assert {"ingest Run 7", "analyze Run 7", "report Run 7"} <= set(task_runs())
+    assert "process-run Run 7" in flow_runs()
     (table,) = artifacts("analyzed-run-7")
     assert "effective 7" in table or "'effective': 7" in table
+    (picture,) = artifacts("angle-run-7")
+    assert picture.startswith("data:image/svg+xml;base64,")
+    assert picture == run.draw_run(out)
     (link,) = artifacts("report-run-7")
     assert (out / "report.html").absolute().as_uri() in link
 
@@ -56,11 +68,13 @@ def test_run_names_and_artifacts_say_which_run_it_was(log, tmp_path):
 def test_bad_input_fails_at_once_with_its_message(tmp_path):
     with pytest.raises(InputError, match="no step files"):
         runs.process_run(_empty(tmp_path / "nothing"), tmp_path / "bad", workers=1)
-    failed = flow_runs()["ingest-run bad"]
+    failed = flow_runs()["process-run bad"]
     assert failed.state.is_failed()
-    with get_client(sync_client=True) as client:
-        counts = [task.run_count for task in client.read_task_runs() if task.name == "ingest bad"]
-    assert counts == [1]
+    assert "no step files" in failed.state.message
+    assert task_runs()["ingest bad"].run_count == 1
+    (told,) = artifacts("failed-bad")
+    assert "**bad**: no step files" in told
+    assert "- do: give the folder" in told
 
 
 def _empty(folder):
@@ -90,6 +104,55 @@ def test_what_can_heal_is_tried_again(log, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_ingest", task)
     assert runs.ingest_run(log, tmp_path / "heals")["new_steps"] == 8
     assert len(calls) == 2
+
+
+def test_what_takes_longer_shows_its_progress(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PROGRESS_SECONDS", 0)
+    runs.process_run(log, tmp_path / "long", workers=1)
+    assert artifacts("steps-ingested-long") == [100]
+    assert artifacts("chunks-computed-long") == [100]
+
+
+def test_a_run_that_another_process_works_on_is_skipped_in_a_word(log, tmp_path):
+    with watch.only_processor(tmp_path / "held"):
+        answer = runs.process_run(log, tmp_path / "held", workers=1)
+    assert answer == {"skipped": "another process is working on this run"}
+    skipped = flow_runs()["process-run held"].state
+    assert (skipped.name, skipped.type.value) == ("Skipped", "COMPLETED")
+    assert str(tmp_path / "held") in skipped.message
+
+
+@pytest.mark.parametrize("parameters", [{"windows": [0]}, {"workers": 0}, {"gammas": [-1.0]}, {"learning_rate": 0}])
+def test_parameters_are_validated_before_a_run_starts(log, tmp_path, parameters):
+    with pytest.raises(ParameterTypeError):
+        runs.process_run(log, tmp_path / "never", **parameters)
+    assert not (tmp_path / "never").exists()
+
+
+def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
+    logs, out = tmp_path / "logs", tmp_path / "out"
+    for number in range(3):
+        write_log(logs / f"many-{number}", random_walk(4, seed=number))
+    _empty(logs / "no-run")
+    bad = logs / "many-1" / "step_2.safetensors"
+    bytes_before = bad.read_bytes()
+    bad.write_bytes(bytes_before[:-3])
+
+    def look():
+        answer = watch_runs(logs, out, workers=1, at_once=2)
+        return [answer[what] for what in ("processed", "unchanged", "failed")], answer["failures"]
+
+    numbers, failures = look()
+    assert numbers == [2, 0, 1]
+    assert set(failures) == {"many-1"}
+    assert look() == ([0, 2, 1], failures)
+    bad.write_bytes(bytes_before)
+    write_step(logs / "many-0", 4, random_walk(5)[4])
+    assert look() == ([2, 1, 0], {})
+    assert watch.Outcome.of(out / "many-0").summary["new_steps"] == 1
+    assert {"run:many-0", "natgrad"} <= set(flow_runs()["process-run many-0"].tags)
+    tables = artifacts("watched")
+    assert any("truncated" in table or "incomplete" in table for table in tables)
 
 
 def test_telemetry_is_off_unless_the_environment_says_otherwise():

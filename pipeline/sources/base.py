@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
-from pipeline.schema import STATES, InputError
+from pipeline.schema import STATES, InputError, Unavailable
 
 __all__ = [
     "Container",
@@ -197,7 +197,7 @@ class Unreadable(InputError):
     """A file that is not of its format, or not yet: truncated, still being written, damaged."""
 
 
-class NotYet(InputError):
+class NotYet(Unavailable):
     """Nothing is wrong with what is there, but it is not all there yet: run again later."""
 
 

@@ -23,7 +23,7 @@ from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["FORMATS", "Format", "format_of", "open_source", "open_sources"]
+__all__ = ["FORMATS", "Format", "find_format", "format_of", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,11 @@ def _model_number(path: Path) -> int | None:
     number = step_number(path.name)
     if number is None or not path.is_dir():
         return None
-    return number if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists() else None
+    files = list(path.glob("*.safetensors"))
+    # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+    if any(NATIVE_KINDS["safetensors"].number(file) is not None for file in files):
+        return None
+    return number if files or (path / "model.safetensors.index.json").exists() else None
 
 
 def _of_torch(step: LoggedStep, names: Any) -> TorchFile:
@@ -199,6 +203,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def find_format(path: Path) -> str | None:
+    """Name of the format that a path holds a log of, by its content; None where it holds none."""
+    return next((name for name, known in FORMATS.items() if known.found(path)), None)
+
+
 def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str] | None = None) -> Source:
     """Open a training log.
 
@@ -251,8 +260,7 @@ def format_of(path: Path) -> str:
     """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
     if path.suffix == ".toml" and path.is_file():
         return "run file"
-    path = _only_file(path)
-    return next((name for name, known in FORMATS.items() if known.found(path)), "steps")
+    return find_format(_only_file(path)) or "steps"
 
 
 def open_sources(

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from pipeline.schema import InputError
+from pipeline.schema import InputError, Unavailable
 from pipeline.store.disk import disk_errors
 
 __all__ = ["only_writer"]
@@ -59,7 +59,7 @@ def only_writer(store: Path, kind: str) -> Iterator[None]:
         try:
             lock = _acquired(path)
         except Timeout as error:
-            raise InputError(
+            raise Unavailable(
                 f"another process is writing this {kind}: {_holder(path)[0] or 'it has not said yet which'}",
                 where=str(store),
                 why="two commands were started for one OUT",

@@ -1,0 +1,134 @@
+"""What flows cost beside the work: a run as a flow and by hand, and a look at 1,000 runs of which none changed.
+
+Run as ``python -m benchmarks.watching [RUNS]``. A Prefect server with SQLite is started for it, and is up before
+anything is timed. The numbers are medians of a few turns on the machine as it is: others may use it too.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import run, watch
+from pipeline.recorder import Recorder
+
+TURNS = 5
+STEPS = 20
+
+
+def write_log(folder, seed):
+    """Log gradient descent on a small quadratic."""
+    recorder, theta = Recorder(folder), np.random.default_rng(seed).standard_normal(64)
+    for step in range(STEPS):
+        recorder.record(
+            step,
+            parameter={"theta": theta},
+            gradient={"theta": theta},
+            loss=float(theta @ theta) / 2,
+            learning_rate=0.1,
+        )
+        theta = theta * 0.9
+    return folder
+
+
+@contextlib.contextmanager
+def server(folder):
+    """Prefect's server on a free port, set as the one to use."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/api"
+    os.environ |= {
+        "PREFECT_API_URL": address,
+        "PREFECT_HOME": str(folder),
+        "PREFECT_LOGGING_LEVEL": "ERROR",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--no-ui",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        try:
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                    break
+                time.sleep(0.2)
+            yield
+        finally:
+            running.terminate()
+
+
+def seconds(call, *arguments, **options):
+    start = time.perf_counter()
+    call(*arguments, **options)
+    return time.perf_counter() - start
+
+
+def spread(times):
+    return f"{statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
+
+
+def by_hand(log, out):
+    run.ingest_run(log, out)
+    run.analyze_run(out, run.Analysis(workers=1))
+    run.report_run([out])
+
+
+def main(runs=1000):
+    """Measure, and print a table."""
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder) / "prefect"):
+        from flows.runs import process_run
+        from flows.watch import watch_runs
+
+        base = Path(folder)
+        log = write_log(base / "log", 0)
+        # The first of each loads libraries and compiles, which is not what is asked.
+        by_hand(log, base / "warm-by-hand")
+        process_run(log, base / "warm-flow", workers=1)
+        extra = [
+            seconds(process_run, log, base / f"flow-{turn}", workers=1)
+            - seconds(by_hand, log, base / f"hand-{turn}")
+            for turn in range(TURNS)
+        ]
+        print("a run as a flow, beyond the work:", spread(extra))
+        for number in range(runs):
+            write_log(base / "logs" / f"group-{number % 10}" / f"run-{number}", number)
+        # One is processed; that the others were is written down, as it is what a look reads.
+        watch_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
+        done = json.loads((base / "one" / ".outcome.json").read_text())
+        for found in watch.find_runs(base / "logs", base / "out"):
+            for path in (run.RunFolder(found.out).results, run.RunFolder(found.out).report):
+                path.mkdir(parents=True)
+            options = {**done["options"], "cluster": None}
+            watch.Outcome(str(found.source), watch.listing(found.source), options).remember(found.out)
+        looks = []
+        for _ in range(TURNS):
+            looks.append(seconds(lambda: _all_unchanged(watch_runs(base / "logs", base / "out", workers=1), runs)))
+        print(f"a look at {runs} unchanged runs:", spread(looks))
+
+
+def _all_unchanged(answer, runs):
+    if answer["unchanged"] != runs:
+        raise AssertionError(answer)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

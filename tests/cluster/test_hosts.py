@@ -1,0 +1,211 @@
+"""A pass over several hosts: network namespaces on one machine, with a bridge between them and a shared disk.
+
+The test itself is on the host ``client``; the scheduler and every worker are on hosts of their own.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from logs import walk_arrays, write_trajectory
+from servers import kill, process
+from test_compute import ELEMENTS, SHAPES, bits
+
+from pipeline import clusters
+from pipeline.compute import compute_ledger
+
+ROWS, CHUNK = 120, (3, 40)
+
+SETTINGS = {
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "10s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "10s",
+}
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *map(str, arguments)], check=True, capture_output=True)
+
+
+class Hosts:
+    """Hosts on one network, by name."""
+
+    def __init__(self, names):
+        self.tag = f"ng{os.getpid() % 10000}"
+        self.names = names
+
+    def __enter__(self):
+        ip("link", "add", self.tag, "type", "bridge")
+        ip("link", "set", self.tag, "up")
+        for number, name in enumerate(self.names, start=1):
+            space, near, far = self.space(name), f"{self.tag}{number}a", f"{self.tag}{number}b"
+            ip("netns", "add", space)
+            ip("link", "add", near, "type", "veth", "peer", "name", far)
+            ip("link", "set", near, "master", self.tag, "up")
+            ip("link", "set", far, "netns", space)
+            ip("-n", space, "addr", "add", f"{self.address(name)}/24", "dev", far)
+            ip("-n", space, "link", "set", far, "up")
+            ip("-n", space, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *exception):
+        # Links first: with its namespace a link is removed some time later, and its name is needed again.
+        for number, name in enumerate(self.names, start=1):
+            ip("link", "del", f"{self.tag}{number}a")
+            ip("netns", "del", self.space(name))
+        ip("link", "del", self.tag)
+
+    def space(self, name):
+        return f"{self.tag}-{name}"
+
+    def address(self, name):
+        return f"10.77.0.{self.names.index(name) + 1}"
+
+    def link(self, name, state):
+        """Cut the link of a host (``down``), or bring it back (``up``)."""
+        ip("link", "set", f"{self.tag}{self.names.index(name) + 1}a", state)
+
+    def run(self, name, *arguments, **options):
+        """Run a process on a host; see `servers.process`."""
+        return process("ip", "netns", "exec", self.space(name), *arguments, **options)
+
+
+@pytest.fixture
+def hosts():
+    with Hosts(["client", "head", "one", "two"]) as hosts:
+        yield hosts
+
+
+@contextlib.contextmanager
+def dask_hosts(hosts, folder):
+    """Scheduler and two workers, each on its host; gives the address and the workers by host."""
+    environment = SETTINGS | clusters.ONE_THREAD
+    address = f"tcp://{hosts.address('head')}:8786"
+    head = (
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        hosts.address("head"),
+        "--no-dashboard",
+    )
+    work = (sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hosts.run("head", *head, environment=environment, log=folder / "head.log"))
+        workers = {
+            name: stack.enter_context(
+                hosts.run(
+                    name,
+                    *(*work, "--host", hosts.address(name), "--local-directory", folder / name),
+                    environment=environment,
+                    log=folder / f"{name}.log",
+                )
+            )
+            for name in ("one", "two")
+        }
+        yield address, workers
+
+
+PASS = """
+import sys, time
+from pathlib import Path
+from distributed import Client
+from pipeline import blocks, compute
+for name, value in {SMALL}.items():
+    setattr(blocks, name, value)
+with Client(sys.argv[1], timeout=120) as client:
+    client.wait_for_workers(2, timeout=120)
+
+def slowly(done, total):
+    print(done, total, flush=True)
+    time.sleep(0.2)
+
+store = Path(sys.argv[2])
+compute.compute_ledger(
+    store, store.with_name("ledger.zarr"), executor=compute.existing_cluster(sys.argv[1]), progress=slowly
+)
+"""
+
+
+def pass_on(hosts, address, store):
+    """Begin a pass on the host ``client``; its standard output says how many chunks are done."""
+    from test_compute import SMALL_BLOCKS
+
+    code = PASS.replace("{SMALL}", repr(SMALL_BLOCKS))
+    return subprocess.Popen(
+        ["ip", "netns", "exec", hosts.space("client"), sys.executable, "-c", code, address, str(store)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | SETTINGS,
+    )
+
+
+def begun(running):
+    """Wait until a pass has finished its first chunk."""
+    assert running.stdout.readline(), running.communicate()[1]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write_trajectory(tmp_path / "run" / "trajectory.zarr", walk_arrays(ROWS, ELEMENTS), SHAPES, CHUNK)
+
+
+@pytest.fixture
+def expected(tmp_path, store, monkeypatch):
+    """Bits of the serial pass."""
+    from test_compute import SMALL_BLOCKS
+
+    from pipeline import blocks
+
+    for name, value in SMALL_BLOCKS.items():
+        monkeypatch.setattr(blocks, name, value)
+    compute_ledger(store, tmp_path / "serial" / "ledger.zarr")
+    return bits(tmp_path / "serial" / "ledger.zarr")
+
+
+def finish(running, store, expected):
+    _, error = running.communicate(timeout=240)
+    assert running.returncode == 0, error
+    assert bits(store.with_name("ledger.zarr")) == expected
+
+
+def test_a_host_that_loses_power_costs_nothing_but_its_work(hosts, tmp_path, store, expected):
+    with dask_hosts(hosts, tmp_path) as (address, workers):
+        running = pass_on(hosts, address, store)
+        begun(running)
+        kill(workers["one"])
+        finish(running, store, expected)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_link_that_is_cut_and_may_come_back_changes_no_bit(hosts, tmp_path, store, expected, back):
+    with dask_hosts(hosts, tmp_path) as (address, _):
+        running = pass_on(hosts, address, store)
+        begun(running)
+        hosts.link("one", "down")
+        restored = threading.Timer(20.0, hosts.link, ("one", "up")) if back else None
+        if restored:
+            restored.start()
+        finish(running, store, expected)
+        if restored:
+            restored.join()
+
+
+def test_a_client_that_is_cut_off_says_how_to_go_on_and_goes_on(hosts, tmp_path, store, expected):
+    with dask_hosts(hosts, tmp_path) as (address, _):
+        running = pass_on(hosts, address, store)
+        begun(running)
+        hosts.link("head", "down")
+        _, error = running.communicate(timeout=240)
+        assert running.returncode != 0
+        assert "the Dask scheduler was lost" in error
+        assert f"natgrad analyze {store.parent}" in error
+        hosts.link("head", "up")
+        time.sleep(1)
+    with dask_hosts(hosts, tmp_path) as (address, _):
+        finish(pass_on(hosts, address, store), store, expected)

@@ -1,0 +1,91 @@
+"""A Prefect server over time: restarts, a work pool, watchers that are killed; with SQLite and PostgreSQL."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from logs import random_walk, write_log, write_step
+from servers import NATGRAD, PrefectServer, free_port, kill, process, wait_for
+from test_deployments import flow_runs, natgrad, states
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """PostgreSQL on a port of its own; gives the address of a database."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    folder, port = Path(tmp_path_factory.mktemp("postgresql", numbered=True)), free_port()
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}
+    if user:  # PostgreSQL does not run as root
+        for path in (folder, *folder.parents[:2]):
+            path.chmod(0o755)
+        shutil.chown(folder, "postgres")
+
+    def run(name, *arguments):
+        subprocess.run([programs / name, *map(str, arguments)], check=True, capture_output=True, cwd=folder, **user)
+
+    run("initdb", "--pgdata", folder / "data", "--username", "prefect", "--auth", "trust")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    run("pg_ctl", "--pgdata", folder / "data", "--log", folder / "log", "--wait", "--options", options, "start")
+    try:
+        run("createdb", "--host", "127.0.0.1", "--port", port, "--username", "prefect", "prefect")
+        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
+    finally:
+        run("pg_ctl", "--pgdata", folder / "data", "--mode", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def server(request, tmp_path):
+    database = request.getfixturevalue("postgresql") if request.param == "postgresql" else None
+    with PrefectServer(tmp_path / "prefect", database) as server:
+        yield server
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_log(tmp_path / "logs" / "run", random_walk(3))
+    return tmp_path / "logs"
+
+
+def append(root, number):
+    write_step(root / "run", number, random_walk(number + 1)[number])
+
+
+def test_a_served_schedule_outlives_its_server(server, root, tmp_path):
+    out = tmp_path / "out"
+    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1")
+    with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
+        wait_for(lambda: states(out) == {"run": ("done", 2)})
+        before = {run.id for run in flow_runs(server)}
+        server.kill()
+        append(root, 3)
+        server.start()
+        wait_for(lambda: states(out) == {"run": ("done", 3)})
+        assert before <= {run.id for run in flow_runs(server)}
+
+
+def test_a_watcher_that_was_killed_is_followed_by_another(server, root, tmp_path):
+    out = tmp_path / "out"
+    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1")
+    with process(*serve, environment=server.environment, log=tmp_path / "serve.log") as running:
+        wait_for(lambda: "run" in states(out))
+        kill(running)
+    append(root, 3)
+    with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
+        wait_for(lambda: states(out) == {"run": ("done", 3)})
+
+
+def test_workers_of_a_pool_take_what_is_deployed(server, root, tmp_path):
+    out, prefect = tmp_path / "out", (sys.executable, "-m", "prefect")
+    made = [*prefect, "work-pool", "create", "--type", "process", "here"]
+    subprocess.run(made, env=os.environ | server.environment, check=True, capture_output=True)
+    told = natgrad(server, "deploy", root, out, "--pool", "here", "--every", "20", "--workers", "1", "--json")
+    assert "watch-runs/natgrad" in json.loads(told.stdout)["deployments"]
+    worker = (*prefect, "worker", "start", "--pool", "here", "--limit", "2")
+    with process(*worker, environment=server.environment, log=tmp_path / "worker.log"):
+        wait_for(lambda: states(out) == {"run": ("done", 2)})
+        append(root, 3)
+        wait_for(lambda: states(out) == {"run": ("done", 3)})

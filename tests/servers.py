@@ -1,0 +1,115 @@
+"""Real servers for tests: Prefect's as a process of its own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+NATGRAD = Path(sys.executable).with_name("natgrad")
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    # What the tests do not ask for, and what costs a busy machine.
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    # The least that Prefect takes: how long a flow that died keeps the place of its deployment.
+    "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "30",
+}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def wait_for(condition, seconds=500.0):
+    """Return the first true value of a condition; fail where there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not in {seconds} seconds: {condition}"
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def process(*arguments, environment=None, log=None):
+    """Run a process in a session of its own, which ends with the context."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(Path(log).open("ab")) if log else subprocess.DEVNULL
+        running = subprocess.Popen(
+            [*map(str, arguments)],
+            env=os.environ | (environment or {}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield running
+        finally:
+            kill(running)
+
+
+def kill(running):
+    """Kill a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+
+
+class PrefectServer:
+    """Prefect's server on a port, with a database that outlives it.
+
+    Parameters
+    ----------
+    home : Path
+        Folder of its database, unless another one is given.
+    database : str, optional
+        Address of a database.
+    """
+
+    def __init__(self, home, database=None):
+        self.port, self.home = free_port(), Path(home)
+        self.environment = {
+            **QUIET,
+            "PREFECT_HOME": str(home),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+        }
+        if database:
+            self.environment["PREFECT_API_DATABASE_CONNECTION_URL"] = database
+        self._stack = contextlib.ExitStack()
+
+    def start(self):
+        self.home.mkdir(parents=True, exist_ok=True)
+        command = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--no-ui")
+        self._stack.enter_context(
+            process(*command, "--port", self.port, environment=self.environment, log=self.home / "server.log")
+        )
+        wait_for(self._answers)
+
+    def _answers(self):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.environment['PREFECT_API_URL']}/health"):
+            return True
+        return False
+
+    def kill(self):
+        """Kill it, as a host does that loses power."""
+        self._stack.close()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.kill()
