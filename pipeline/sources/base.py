@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
-from pipeline.schema import STATES, InputError, Unavailable
+from pipeline.schema import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, STATES, InputError, Unavailable
 
 __all__ = [
     "Container",
@@ -81,6 +81,7 @@ class StepContent:
     ----------
     arrays : mapping
         ``parameter``, ``gradient`` and ``hvp`` where logged, each a mapping of tensor name to `LoggedTensor`.
+        So are ``replicate_parameter`` and ``replicate_hvp``; their tensors have one dimension more, the first.
     scalars : mapping
         ``loss`` and ``learning_rate`` where logged.
     unused : tuple of str
@@ -91,6 +92,8 @@ class StepContent:
         Names of tensors that lie in the memory of another one, to the name of that one.
     untrained : bool
         The parameters are a whole model: buffers and frozen tensors, which have no gradient, are among them.
+    replicate_loss : tuple of float
+        Losses of the states that the replicates lead to, where logged.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -99,6 +102,18 @@ class StepContent:
     notes: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     untrained: bool = False
+    replicate_loss: tuple[float, ...] = ()
+
+    @property
+    def replicates(self) -> int:
+        """Number R of replicates; 0 where there are none."""
+        shapes = [tensor.shape for tensor in self.arrays.get(REPLICATE_PARAMETER, {}).values()]
+        return shapes[0][0] if shapes and shapes[0] else 0
+
+    @property
+    def numbers(self) -> dict[str, float | tuple[float, ...]]:
+        """All numbers of the step: the scalars, and the losses of the replicates."""
+        return {**self.scalars, **({REPLICATE_LOSS: self.replicate_loss} if self.replicate_loss else {})}
 
 
 class StepReader(Protocol):
@@ -363,7 +378,7 @@ def complete(step: LoggedStep, content: StepContent) -> StepContent:
     Raises
     ------
     InputError
-        Where parameters or gradients are missing, or their names or shapes differ.
+        Where parameters or gradients are missing, or their names or shapes differ, or those of the replicates do.
     """
     arrays = {array: dict(tensors) for array, tensors in content.arrays.items()}
     for array in STATES[:2]:
@@ -395,8 +410,11 @@ def complete(step: LoggedStep, content: StepContent) -> StepContent:
     for array in STATES[1:]:
         if array in arrays:
             _require_same_tensors(step, array, arrays["parameter"], arrays[array])
+    _require_replicates(step, replace(content, arrays=arrays))
     order = sorted(arrays["parameter"], key=_by_number)
-    kept_arrays = {name: {t: arrays[name][t] for t in order} for name in STATES if name in arrays}
+    kept_arrays = {
+        name: {t: arrays[name][t] for t in order} for name in (*STATES, *REPLICATE_STATES) if name in arrays
+    }
     return replace(content, arrays=kept_arrays, notes=tuple(notes))
 
 
@@ -423,3 +441,32 @@ def _require_same_tensors(
                 where=where(step, array, tensor),
                 remedy="log both in the same shape",
             )
+
+
+def _require_replicates(step: LoggedStep, content: StepContent) -> None:
+    """Refuse replicates that are not R of every tensor, one shape after the other."""
+    count, logged = content.replicates, [array for array in REPLICATE_STATES if content.arrays.get(array)]
+    logged += [REPLICATE_LOSS] if content.replicate_loss else []
+    if logged and not count:
+        raise InputError(
+            f"{' and '.join(logged)} without {REPLICATE_PARAMETER}, or of none",
+            where=where(step, logged[0]),
+            remedy=f"log the states that the replicates lead to as {REPLICATE_PARAMETER}, replicates first",
+        )
+    for array in logged[: len(logged) - bool(content.replicate_loss)]:
+        parameters = content.arrays["parameter"]
+        expected = {name: replace(tensor, shape=(count, *tensor.shape)) for name, tensor in parameters.items()}
+        for name, tensor in content.arrays[array].items():
+            if name in expected and tensor.shape != expected[name].shape:
+                raise InputError(
+                    f"{array} has shape {tensor.shape}, {count} replicates of its parameter {expected[name].shape}",
+                    where=where(step, array, name),
+                    remedy="log as many replicates of every tensor, along a first dimension of their own",
+                )
+        _require_same_tensors(step, array, expected, content.arrays[array])
+    if content.replicate_loss and len(content.replicate_loss) != count:
+        raise InputError(
+            f"{len(content.replicate_loss)} values of {REPLICATE_LOSS} for {count} replicates",
+            where=where(step, REPLICATE_LOSS),
+            remedy="log one for each replicate",
+        )

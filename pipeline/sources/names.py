@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import SCALARS, STATES, STORAGE_DTYPES, InputError
+from pipeline.schema import REPLICATE_LOSS, REPLICATE_STATES, SCALARS, STATES, STORAGE_DTYPES, InputError
 from pipeline.sources.base import Container, LoggedTensor, StepContent, where
 
 __all__ = [
@@ -29,8 +29,12 @@ __all__ = [
     "step_number",
 ]
 
-QUANTITIES = (*STATES, *SCALARS, "step")
+_REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
+
+QUANTITIES = (*STATES, *SCALARS, *_REPLICATES, "step")
 """What a key can be said to hold."""
+
+_MOST_REPLICATES = 1 << 16
 
 ROOT = "."
 """Key of the whole file."""
@@ -115,7 +119,7 @@ class Names:
         return replace(self.mapped(mapping, str(path)), inert=(*self.inert, *map(str, inert)))
 
 
-NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS)})
+NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *_REPLICATES)})
 """Names of the native format."""
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
@@ -130,6 +134,7 @@ CHECKPOINT = Names(
         "learning_rate": (*_RATE, "optim/param_groups/*/lr", "optimizer_states/*/param_groups/*/lr"),
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
+        **{quantity: (quantity,) for quantity in _REPLICATES},
         "step": ("step", "global_step", "iteration", "iter_num"),
     },
     model=True,
@@ -217,6 +222,7 @@ class NamedStep:
                 why="the file was renamed, or its name counts something else than updates",
                 remedy=f"give --map step={keys[0]} to take the file's number",
             )
+        losses = self._replicate_loss(used)
         found = self._arrays(used)
         arrays = {
             array: {name: tensors[key] for name, key in names.items()} for array, names in found.items() if names
@@ -229,7 +235,7 @@ class NamedStep:
             if key in parameters and kept in parameters
         }
         unused = tuple(key for key in tensors if key not in used)
-        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model)
+        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model, losses)
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
@@ -263,25 +269,47 @@ class NamedStep:
     def _value(self, key: str) -> float | None:
         if key in self._container.numbers:
             return self._container.numbers[key]
+        values = self._vector(key) if math.prod(self._container.tensors[key].shape) == 1 else ()
+        return values[0] if values else None
+
+    def _vector(self, key: str) -> tuple[float, ...]:
+        """All values of a tensor of numbers, none where it holds something else."""
         logged = self._container.tensors[key]
-        if math.prod(logged.shape) != 1:
-            return None
+        count = math.prod(logged.shape)
         if logged.dtype == "bfloat16":
-            word = np.zeros(1, np.uint16)
-            self._container.read(key, 0, word)
-            return float((word.astype(np.uint32) << np.uint32(16)).view(np.float32)[0])
+            words = np.zeros(count, np.uint16)
+            self._container.read(key, 0, words)
+            return tuple((words.astype(np.uint32) << np.uint32(16)).view(np.float32).tolist())
         if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
-            return None
-        value = np.zeros(1, logged.dtype)
-        self._container.read(key, 0, value)
-        return float(value[0])
+            return ()
+        values = np.zeros(count, logged.dtype)
+        self._container.read(key, 0, values)
+        return tuple(map(float, values))
+
+    def _replicate_loss(self, used: set[str]) -> tuple[float, ...]:
+        tensors = self._container.tensors
+        key = next((key for key in self._names.keys.get(REPLICATE_LOSS, ()) if key in tensors), None)
+        if key is None:
+            if REPLICATE_LOSS in self._names.given:
+                raise self._missing(REPLICATE_LOSS)
+            return ()
+        used.add(key)
+        one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _MOST_REPLICATES
+        values = self._vector(key) if one_dimension else ()
+        if not values:
+            raise InputError(
+                f"{REPLICATE_LOSS} is {tensors[key].dtype} of shape {tensors[key].shape}",
+                where=where(self._container.step, REPLICATE_LOSS),
+                remedy="log one float for each replicate, in one dimension",
+            )
+        return values
 
     def _arrays(self, used: Collection[str]) -> dict[str, dict[str, str]]:
         """Tensor names of each array and their keys; what the root holds is what nothing else claims."""
         found: dict[str, dict[str, str]] = {}
         claimed = set(used)
         rooted = []
-        for array in STATES:
+        for array in (*STATES, *REPLICATE_STATES):
             for prefix in self._names.keys.get(array, ()):
                 if prefix == ROOT:
                     rooted.append(array)

@@ -4,6 +4,8 @@ A trajectory is one Zarr group::
 
     trajectory.zarr/
       parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
+      replicate_parameter, replicate_hvp   (step, replicate, element)   of a stochastic rule, a replicate a chunk
+      replicate_loss              (step, replicate)
       step, attempt, loss, learning_rate   (step)   and what else of `pipeline.schema.SCALARS` is logged
       run                         (step)            in the trajectory of a sweep: position in its names of runs
       commits/00000000.json ...   which rows exist, and checksums of all that is in them
@@ -36,7 +38,22 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import ATTEMPT, ELEMENT, LAYOUT_VERSION, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
+from pipeline.schema import (
+    ATTEMPT,
+    ELEMENT,
+    LAYOUT_VERSION,
+    REPLICATE,
+    REPLICATE_LOSS,
+    REPLICATE_STATES,
+    RUN,
+    STATES,
+    STEP,
+    USUAL_SCALARS,
+    InputError,
+    Layout,
+    of_replicate,
+    replicate_of,
+)
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -82,8 +99,12 @@ class Trajectory:
         Tensors on the element axis.
     chunk : (int, int)
         Steps and elements of a chunk.
+    array_dtypes : dict
+        Logical dtype (``bfloat16`` included) of each array of states.
+    replicates : int
+        R, 0 where there are none.
     dtypes : dict
-        Logical dtype (``bfloat16`` included) of each array (step, element).
+        Logical dtype of each array (step, element): a replicate is one of its own, ``replicate_parameter/3``.
     scalars : tuple of str
         Numbers of a step that are stored.
     source : str
@@ -112,14 +133,20 @@ class Trajectory:
         attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
-        self.dtypes: dict[str, str] = attributes["dtypes"]
+        self.array_dtypes: dict[str, str] = attributes["dtypes"]
+        self.replicates: int = attributes.get("replicates", 0)
+        self.dtypes = {
+            name: dtype
+            for array, dtype in self.array_dtypes.items()
+            for name in (self.replicates_of(array) if array in REPLICATE_STATES else (array,))
+        }
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
-        self._compressed = frozenset(name for name in self.dtypes if not is_plain(self.path / name))
+        self._compressed = frozenset(name for name in self.array_dtypes if not is_plain(self.path / name))
         self._array = cache(lambda name: open_array(self.path / name))
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
         self._unflushed: set[Path] = set()
@@ -141,6 +168,7 @@ class Trajectory:
         compressors: Mapping[str, Any] | None = None,
         scalars: Sequence[str] = USUAL_SCALARS,
         sweep: bool = False,
+        replicates: int = 0,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -149,7 +177,7 @@ class Trajectory:
         path : Path
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, and those of replicates) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
@@ -157,9 +185,11 @@ class Trajectory:
         compressors : mapping, optional
             Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
         scalars : sequence of str, optional
-            Numbers of a step to store, of `pipeline.schema.SCALARS`.
+            Numbers of a step to store, of `pipeline.schema.SCALARS`; and ``replicate_loss``.
         sweep : bool
             For several runs.
+        replicates : int
+            Of a stochastic rule.
 
         Raises
         ------
@@ -174,20 +204,28 @@ class Trajectory:
             "scalars": list(scalars),
             "sweep": sweep,
         }
-        arrays = {
-            name: ArrayPlan(
-                (STEP, ELEMENT),
-                (0, layout.elements),
-                chunk,
+        if replicates:
+            attributes["replicates"] = replicates
+        arrays = {}
+        for name, dtype in dtypes.items():
+            several = name in REPLICATE_STATES
+            arrays[name] = ArrayPlan(
+                (STEP, REPLICATE, ELEMENT) if several else (STEP, ELEMENT),
+                (0, replicates, layout.elements) if several else (0, layout.elements),
+                (chunk[0], 1, chunk[1]) if several else chunk,
                 storage_dtype(dtype).name,
                 {"ml_dtype": dtype} if dtype == "bfloat16" else {},
                 (compressors or {}).get(name),
             )
-            for name, dtype in dtypes.items()
-        }
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
-            arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name in numbered else "float64")
+            several = name == REPLICATE_LOSS
+            arrays[name] = ArrayPlan(
+                (STEP, REPLICATE) if several else (STEP,),
+                (0, replicates) if several else (0,),
+                (SCALAR_CHUNK, replicates) if several else (SCALAR_CHUNK,),
+                "int64" if name in numbered else "float64",
+            )
         make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
 
@@ -208,6 +246,15 @@ class Trajectory:
         return (*self._numbered, *self.scalars)
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all Zarr arrays."""
+        return (*self.array_dtypes, *self.numbers)
+
+    def replicates_of(self, array: str) -> tuple[str, ...]:
+        """Names of the replicates of an array (step, replicate, element)."""
+        return tuple(of_replicate(array, replicate) for replicate in range(self.replicates))
+
+    @property
     def columns(self) -> int:
         """Number of chunk columns."""
         return -(-self.layout.elements // self.chunk[1])
@@ -219,7 +266,7 @@ class Trajectory:
     def scalar(self, name: str) -> NDArray[Any]:
         """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
-        A scalar that the trajectory does not have is NaN at every step.
+        A scalar that the trajectory does not have is NaN at every step. ``replicate_loss`` has shape (rows, R).
 
         Raises
         ------
@@ -227,11 +274,16 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         if name not in self.numbers:
-            return np.zeros(self.rows, np.int64) if name in (ATTEMPT, RUN) else np.full(self.rows, np.nan)
+            if name in (ATTEMPT, RUN):
+                return np.zeros(self.rows, np.int64)
+            return np.full((self.rows, self.replicates) if name == REPLICATE_LOSS else self.rows, np.nan)
         array = self._array(name)
         for index in range(-(-self.rows // SCALAR_CHUNK)):
-            require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
+            require_whole(self._number_chunk(name, index), array.chunks, array.dtype, _INGEST_AGAIN)
         return np.asarray(with_rows(array, self.rows)[:])
+
+    def _number_chunk(self, name: str, index: int) -> Path:
+        return chunk_path(self.path / name, index, *([0] if name == REPLICATE_LOSS else []))
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -290,7 +342,12 @@ class Trajectory:
 
     def is_compressed(self, name: str) -> bool:
         """Whether chunks of an array are compressed: then they are read whole, and never where they lie."""
-        return name in self._compressed
+        return replicate_of(name)[0] in self._compressed
+
+    def chunk_path(self, name: str, index: int, column: int) -> Path:
+        """File of a chunk of an array (step, element)."""
+        array, replicate = replicate_of(name)
+        return chunk_path(self.path / array, index, *([] if replicate is None else [replicate]), column)
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
@@ -311,7 +368,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            ``parameter``, ``gradient`` or ``hvp``, not compressed.
+            One of `dtypes`, not compressed.
         start, stop : int
             Rows.
         column : int
@@ -352,7 +409,7 @@ class Trajectory:
                 file.release(begin, end)
 
     def _mapped_chunk(self, name: str, index: int, column: int) -> MappedFile:
-        path = chunk_path(self.path / name, index, column)
+        path = self.chunk_path(name, index, column)
         if path not in self._mapped:
             expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
             try:
@@ -370,7 +427,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            ``parameter``, ``gradient`` or ``hvp``.
+            One of `dtypes`.
         start, stop : int
             Rows.
         column : int
@@ -402,12 +459,15 @@ class Trajectory:
             )
 
     def _decode(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
-        path = chunk_path(self.path / name, index, column)
+        path = self.chunk_path(name, index, column)
+        array, replicate = replicate_of(name)
         first, last = self.column(column)
         if not path.exists():
             raise damaged(path, "it is missing", _INGEST_AGAIN)
         try:
-            out[:] = with_rows(self._array(name), self.rows)[start : start + len(out), first:last]
+            rows = with_rows(self._array(array), self.rows)
+            steps = slice(start, start + len(out))
+            out[:] = rows[steps, first:last] if replicate is None else rows[steps, replicate, first:last]
         except Exception as error:  # codecs share no class of errors
             raise damaged(path, str(error), _INGEST_AGAIN) from error
         # Blosc unpacks a truncated chunk to values that were never written, without an error.
@@ -442,10 +502,12 @@ class Trajectory:
         first, last = self.column(column)
         stop = start + len(block)
         if self.is_compressed(name):
-            with_rows(self._array(name), stop)[start:stop, first:last] = block[:, : last - first]
+            array, replicate = replicate_of(name)
+            place = (slice(first, last),) if replicate is None else (replicate, slice(first, last))
+            with_rows(self._array(array), stop)[(slice(start, stop), *place)] = block[:, : last - first]
         steps = self.chunk[0]
         for index in range(start // steps, -(-stop // steps)):
-            path = chunk_path(self.path / name, index, column)
+            path = self.chunk_path(name, index, column)
             if not self.is_compressed(name):
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
                 self._place(path, low - index * steps, block[low - start : high - start])
@@ -468,7 +530,7 @@ class Trajectory:
     def commit(
         self,
         steps: Sequence[int],
-        scalars: Mapping[str, Sequence[float]],
+        scalars: Mapping[str, Sequence[float | Sequence[float]]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
         attempts: Sequence[int] | None = None,
@@ -481,7 +543,7 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            Each of `scalars`, n values, NaN where the log has none.
+            Each of `scalars`, n values (of ``replicate_loss`` n times R), NaN where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -500,7 +562,7 @@ class Trajectory:
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
-                self._unflushed.add(chunk_path(self.path / name, index))
+                self._unflushed.add(self._number_chunk(name, index))
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
@@ -524,7 +586,7 @@ class Trajectory:
         self.journal.clear()
         if self._version < LAYOUT_VERSION:
             self._migrate()
-        for name in (*self.dtypes, *self.numbers):
+        for name in self.arrays:
             resize(self.path / name, self.rows)
 
     def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
@@ -540,7 +602,7 @@ class Trajectory:
             record = self.journal.read(name)
             record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
             self.journal.write(name, record)
-        migrate_group(self.path, "trajectory", (*self.dtypes, *self.numbers))
+        migrate_group(self.path, "trajectory", self.arrays)
         self._version = LAYOUT_VERSION
 
     def fingerprint(self) -> str:
@@ -550,8 +612,10 @@ class Trajectory:
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
         per_row: list[str] = []
+        replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
+        names = [name for name in (*STATES, *replicates) if name in self.dtypes]
         for record in self.records():
-            tables = [record["checksums"][name] for name in STATES if name in self.dtypes]
+            tables = [record["checksums"][name] for name in names]
             per_row += [json.dumps(row) for row in zip(*tables, strict=True)]
         for row in np.flatnonzero(self.spans() == 0):
             per_row[row + 1] += "|"
