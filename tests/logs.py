@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from pipeline.schema import Layout
+from pipeline.schema import REPLICATE_PARAMETER, Layout, replicate_of
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 TENSORS = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": ()}
@@ -66,11 +66,12 @@ def write_trajectory(path, arrays, shapes, chunk, compressors=None):
     """Write a trajectory store in any chunks, in place of one that is there, and return its path.
 
     ``arrays`` are as of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps, elements),
-    ``compressors`` maps arrays to codecs.
+    ``compressors`` maps arrays to codecs. A replicate is an array of its own.
     """
-    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    dtypes = {replicate_of(name)[0]: array.dtype.name for name, array in arrays.items()}
+    replicates = sum(replicate_of(name)[0] == REPLICATE_PARAMETER for name in arrays)
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in shapes.items()})
-    Trajectory.create(path, layout, dtypes, chunk, compressors=compressors)
+    Trajectory.create(path, layout, dtypes, chunk, compressors=compressors, replicates=replicates)
     return append_states(path, arrays)
 
 
