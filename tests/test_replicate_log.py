@@ -1,20 +1,27 @@
 """Replicates of a stochastic rule from a log to labelled results, against the vectors themselves."""
 
 import itertools
+import json
+import shutil
 
+import h5py
 import numpy as np
 import pytest
+import torch
+import zarr
 from logs import walk_arrays, write_trajectory
 from mpmath import mp, mpf
-from processing import process
+from processing import Serial, process
 from reference import exact, exact_dot
 from zarr.codecs import BloscCodec
 
 from pipeline import blocks, compute, gram, replicates, results
 from pipeline.compute import compute_ledger
+from pipeline.ingest import ingest
+from pipeline.inspection import inspect_source
 from pipeline.recorder import Recorder
-from pipeline.run import RunFolder
-from pipeline.schema import InputError, Layout, of_replicate, replicate_vectors
+from pipeline.run import RunFolder, analyze_run, describe_run, ingest_run, verify_run
+from pipeline.schema import InputError, Layout, Status, of_replicate, replicate_vectors
 from pipeline.store import Ledger, Trajectory
 
 SHAPES = {"layer.bias": (5,), "layer.weight": (7, 5), "scale": ()}
@@ -24,7 +31,7 @@ U = 2.0**-53
 
 
 def noisy_run(seed=0, steps=STEPS, count=COUNT, dtype="float32", noise=1.0):
-    """Arrays of a noisy descent of a quadratic loss: of each state ``count`` draws of the update, made by their mean.
+    """Arrays of a noisy descent of a quadratic loss, by the mean of ``count`` draws of the update at each state.
 
     All are as they are logged: parameter, gradient (step, element), replicate_parameter and replicate_hvp
     (step, replicate, element), loss (step), replicate_loss (step, replicate).
@@ -141,8 +148,6 @@ def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
             states.read(of_replicate(name, replicate), 0, STEPS, 0, words)
             np.testing.assert_array_equal(words[:, :SIZE], run[name][:, replicate])
     np.testing.assert_array_equal(states.scalar("replicate_loss"), run["replicate_loss"])
-    import zarr
-
     group = zarr.open_group(RunFolder(out).trajectory, mode="r")
     np.testing.assert_array_equal(group["replicate_parameter"][:], run["replicate_parameter"])
     assert group["replicate_parameter"].metadata.dimension_names == ("step", "replicate", "element")
@@ -158,7 +163,7 @@ def test_the_ledger_of_a_log_is_that_of_the_arrays_in_memory(run, out):
 
 
 def relative_rounding(run):
-    """Rounding of the products of gradient, mean displacement and mean hvp of the model, relative to their lengths."""
+    """Rounding of the products of gradient, mean displacement and mean hvp of the model, by their lengths."""
     chosen = [0, 1, 2 + COUNT]
     norms = np.sqrt(np.einsum("rtii->ri", gram_of(run)))[:, chosen]
     bound = 2 * gram_bound(run).sum(axis=1)[:, chosen][..., chosen]
@@ -329,3 +334,361 @@ def test_a_run_without_replicates_knows_nothing_of_them(tmp_path):
     assert not [path for path in (tmp_path / "out").rglob("*replicate*")]
     for document in (tmp_path / "out").glob("*.zarr/zarr.json"):
         assert "replicate_" not in document.read_text()
+
+
+# Logs ---------------------------------------------------------------------------------------------------------
+
+
+def write_npz(folder, steps):
+    folder.mkdir()
+    for number, state in enumerate(steps):
+        np.savez(folder / f"step_{number}.npz", **state)
+    return folder
+
+
+def write_hdf5(folder, steps):
+    folder.mkdir()
+    for number, state in enumerate(steps):
+        with h5py.File(folder / f"step_{number}.h5", "w") as file:
+            for key, value in state.items():
+                file[key] = value
+    return folder
+
+
+def write_stacked(folder, steps):
+    folder.mkdir()
+    np.savez(folder / "run.npz", **{key: np.stack([state[key] for state in steps]) for key in steps[0]})
+    return folder
+
+
+def write_torch(folder, steps):
+    folder.mkdir()
+    for number, state in enumerate(steps):
+        nested = {}
+        for key, value in state.items():
+            array, slash, tensor = key.partition("/")
+            value = torch.from_numpy(np.asarray(value).copy())
+            if slash:
+                nested.setdefault(array, {})[tensor] = value
+            else:
+                nested[array] = value
+        torch.save(nested, folder / f"checkpoint-{number}.pt")
+    return folder
+
+
+def steps_of(run):
+    """Every step as a flat mapping of the native keys."""
+    steps = []
+    for step in range(len(run["loss"])):
+        state = {
+            "loss": run["loss"][step],
+            "learning_rate": np.float64(RATE),
+            "replicate_loss": run["replicate_loss"][step],
+        }
+        for name in ("parameter", "gradient", "replicate_parameter", "replicate_hvp"):
+            state |= {f"{name}/{tensor}": np.array(value) for tensor, value in by_tensor(run[name][step]).items()}
+        steps.append(state)
+    return steps
+
+
+@pytest.mark.parametrize("write", [write_npz, write_hdf5, write_stacked, write_torch])
+def test_every_format_gives_the_same_trajectory(run, out, tmp_path, write):
+    ingest(write(tmp_path / "log", steps_of(run)), tmp_path / "trajectory.zarr")
+    states, others = (Trajectory(path) for path in (RunFolder(out).trajectory, tmp_path / "trajectory.zarr"))
+    (record_,), (other,) = states.records(), others.records()
+    assert record_["checksums"] == other["checksums"]
+    assert record_["scalars"] == other["scalars"]
+    assert states.dtypes == others.dtypes
+
+
+def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
+    names = {"replicate_parameter": "draws/theta", "replicate_hvp": "draws/bent", "replicate_loss": "draws/loss"}
+    steps = [
+        {
+            names.get(key.partition("/")[0], key.partition("/")[0]) + key[len(key.partition("/")[0]) :]: value
+            for key, value in step.items()
+        }
+        for step in steps_of(run)
+    ]
+    log = write_npz(tmp_path / "log", steps)
+    ingest(log, tmp_path / "trajectory.zarr", mapping=names)
+    states = Trajectory(RunFolder(out).trajectory)
+    assert Trajectory(tmp_path / "trajectory.zarr").fingerprint() == states.fingerprint()
+    for quantity in names:
+        with pytest.raises(InputError, match=f"no {quantity} under the key 'elsewhere'"):
+            ingest(log, tmp_path / "other.zarr", mapping={quantity: "elsewhere"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"replicate_parameter/scale": lambda value: value[:-1]},
+            r"replicate_parameter has shape \(3,\), 4 replicates",
+        ),
+        ({"replicate_hvp/layer.bias": lambda value: value[0]}, r"replicate_hvp has shape \(5,\), 4 replicates"),
+        ({"replicate_hvp/layer.bias": None}, "tensor 'layer.bias' has no replicate_hvp"),
+        ({"replicate_loss": lambda value: value[:2]}, "2 values of replicate_loss for 4 replicates"),
+        ({"replicate_loss": lambda value: value[0]}, r"replicate_loss is float64 of shape \(\)"),
+        ({"replicate_loss": lambda value: np.array(["a"] * 4)}, "replicate_loss is str"),
+        ({f"replicate_parameter/{name}": None for name in SHAPES}, "without replicate_parameter"),
+        ({f"replicate_parameter/{name}": lambda value: value[:0] for name in SHAPES}, "or of none"),
+        (
+            {f"replicate_parameter/{name}": lambda value: value.astype(int) for name in SHAPES},
+            "dtype int64 is not a float",
+        ),
+    ],
+)
+def test_replicates_that_do_not_fit_are_refused(run, tmp_path, change, message):
+    steps = steps_of(run)[:2]
+    for key, function in change.items():
+        value = steps[1].pop(key)
+        if function is not None:
+            steps[1][key] = function(value)
+    log = write_npz(tmp_path / "log", steps)
+    with pytest.raises(InputError, match=message) as caught:
+        ingest(log, tmp_path / "out.zarr")
+    assert "step_1.npz" in caught.value.where
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_path):
+    steps = steps_of(run)
+    without = {key: value for key, value in steps[2].items() if not key.startswith("replicate")}
+    fewer = {key: value[:2] if key.startswith("replicate") else value for key, value in steps[2].items()}
+    for number, (third, message) in enumerate(
+        [
+            (without, "replicate_parameter is not logged at every step"),
+            (fewer, r"shape changes from \(4, 5\) to \(2, 5\)"),
+        ]
+    ):
+        log = write_npz(tmp_path / str(number), [*steps[:2], third])
+        with pytest.raises(InputError, match=message):
+            ingest(log, tmp_path / "out.zarr")
+    log = write_npz(tmp_path / "log", steps[:2])
+    assert ingest(log, tmp_path / "out.zarr").replicates == COUNT
+    np.savez(log / "step_2.npz", **fewer)
+    with pytest.raises(InputError, match="replicates change from 4 to 2"):
+        ingest(log, tmp_path / "out.zarr")
+    np.savez(log / "step_2.npz", **steps[2])
+    assert ingest(log, tmp_path / "out.zarr").new_steps == 1
+    # What was ingested and now says otherwise is another run.
+    np.savez(log / "step_1.npz", **{**steps[1], "replicate_loss": steps[1]["replicate_loss"] + 1})
+    with pytest.raises(InputError, match="replicate_loss"):
+        ingest(log, tmp_path / "out.zarr")
+    changed = {
+        key: value + np.float32(1) if key == "replicate_hvp/scale" else value for key, value in steps[1].items()
+    }
+    np.savez(log / "step_1.npz", **changed)
+    with pytest.raises(InputError, match="another replicate_hvp/0"):
+        ingest(log, tmp_path / "out.zarr")
+
+
+@pytest.mark.parametrize(
+    ("replicates", "message"),
+    [
+        ({"hvp": {"theta": np.ones((3, 2))}}, "replicates of hvp"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "gradient": {}}, "replicates of parameter, gradient"),
+        ({"parameter": {"theta": np.ones(2)}}, "replicates of the parameter are"),
+        ({"parameter": {"theta": np.ones((0, 2))}}, "replicates of the parameter are"),
+        ({"parameter": {"other": np.ones((3, 2))}}, "replicates of the parameter are"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "hvp": {"theta": np.ones((4, 2))}}, "are .*3.*4"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "loss": [1.0, 2.0]}, "are .*2.*3"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "loss": np.ones((3, 2))}, "losses of replicates have shape"),
+        ({"parameter": {"theta": np.ones((3, 2), int)}}, "cannot be recorded"),
+    ],
+)
+def test_the_recorder_writes_no_replicates_that_do_not_fit(tmp_path, replicates, message):
+    theta = {"theta": np.ones(2)}
+    with pytest.raises(InputError, match=message):
+        Recorder(tmp_path).record(0, parameter=theta, gradient=theta, replicates=replicates)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 16)
+    steps = steps_of(run)
+    log = write_npz(tmp_path / "log", steps)
+    ingest(log, tmp_path / "trajectory.zarr")
+    states = Trajectory(tmp_path / "trajectory.zarr")
+    assert (states.chunk, states.columns) == ((1, 14), 3)
+    for name in ("parameter", *states.replicates_of("replicate_hvp")):
+        found = np.zeros((STEPS, 3 * 14), np.float32)
+        for column in range(3):
+            states.read(name, 0, STEPS, column, found[:, 14 * column : 14 * (column + 1)])
+        array, _, replicate = name.partition("/")
+        expected = run[array] if not replicate else run[array][:, int(replicate)]
+        np.testing.assert_array_equal(found[:, :SIZE], expected)
+    compute_ledger(tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr")
+    found = Ledger(tmp_path / "ledger.zarr").read_band("replicate_gram", 0, STEPS - 1)
+    assert (np.abs(found - gram_of(run)) <= 2 * gram_bound(run)).all()
+
+
+# Damage, restarts, sweeps -------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
+    copy = shutil.copytree(out, tmp_path / "run")
+    assert verify_run(copy) == []
+    places = {
+        # A chunk of one replicate is of all steps; of the losses and the ledger a row is one step.
+        "trajectory.zarr/replicate_hvp/c/0/2/0": (2 * SIZE * 4, "replicate_hvp/2", (2, 2)),
+        "trajectory.zarr/replicate_loss/c/0/0": (3 * COUNT * 8, "replicate_loss", (0, STEPS - 1)),
+        "ledger.zarr/replicate_gram/c/0/0/0/0": (4 * 3 * 11**2 * 8 + 9, "replicate_gram", (4, 4)),
+        "ledger.zarr/replicate_vector/c/0": (30, "replicate_vector", ()),
+    }
+    for name, (offset, array, steps) in places.items():
+        path = copy / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
+        assert [(damage.array, damage.steps) for damage in verify_run(copy)] == [(array, steps)], name
+        path.write_bytes(whole)
+    (copy / "trajectory.zarr/replicate_parameter/c/0/3/0").unlink()
+    assert {damage.array for damage in verify_run(copy)} == {"replicate_parameter/3"}
+
+
+def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
+    whole = results.read(RunFolder(out).results)["replicates"]
+    log = record(tmp_path / "log", {name: values[:4] for name, values in run.items()})
+    process(log, tmp_path / "run")
+    record_rest(log, run, range(4, STEPS))
+    tree = process(log, tmp_path / "run")["replicates"]
+    for group in ("model", "tensor"):
+        assert tree[group].to_dataset().equals(whole[group].to_dataset())
+    # Restarted before step 5: what another draw led to is another attempt, of the same steps.
+    other = noisy_run(seed=9)
+    record_rest(log, other, range(5, STEPS))
+    tree = process(log, tmp_path / "run")["replicates"]
+    attempts = tree["model"]["attempt"].values
+    assert (tree["model"]["step"].values.tolist(), attempts.tolist()) == ([0, 1, 2, 3, 5], [0, 0, 0, 0, 1])
+    expected = replicates.label(
+        gram_of(other), LAYOUT, replicates=COUNT, learning_rate=RATE, steps=range(STEPS - 1)
+    )["model"]
+    found = tree["model"]["replicate_alignment"].sel(step=5)
+    np.testing.assert_allclose(found, expected["replicate_alignment"].sel(step=5), rtol=1e-10)
+
+
+def record_rest(log, run, steps):
+    """Record some steps of a run in the folder of another."""
+    recorder = Recorder(log, resume=True)
+    for step in steps:
+        recorder.record(
+            step,
+            parameter=by_tensor(run["parameter"][step]),
+            gradient=by_tensor(run["gradient"][step]),
+            loss=run["loss"][step],
+            learning_rate=RATE,
+            replicates={
+                "parameter": by_tensor(run["replicate_parameter"][step]),
+                "hvp": by_tensor(run["replicate_hvp"][step]),
+                "loss": run["replicate_loss"][step],
+            },
+        )
+
+
+def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
+    lengths = {"a": 3, "b": 5}
+    runs = {name: noisy_run(seed=length, steps=length) for name, length in lengths.items()}
+    for name, run in runs.items():
+        record(tmp_path / "sweep" / name, run)
+    ingest_run(tmp_path / "sweep", tmp_path / "out", sweep=True)
+    analyze_run(tmp_path / "out", Serial())
+    tree = results.read(RunFolder(tmp_path / "out").results)
+    assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
+    for name, of_run in results.runs(tree).items():
+        alone = process(tmp_path / "sweep" / name, tmp_path / name)["replicates"]
+        for group in ("model", "tensor"):
+            assert of_run["replicates"][group].to_dataset().drop_vars("run").equals(alone[group].to_dataset())
+    assert (tree["replicates/model"]["status"].sel(run="a", step=[2, 3]) == Status.NOT_LOGGED).all()
+
+
+# What is not known --------------------------------------------------------------------------------------------
+
+
+def test_without_a_learning_rate_or_after_a_divergence_the_status_says_so(run, tmp_path):
+    steps = steps_of(run)
+    for step, rate in ((0, 0.0), (1, None)):
+        steps[step].pop("learning_rate")
+        if rate is not None:
+            steps[step]["learning_rate"] = np.float64(rate)
+    steps[2]["replicate_parameter/layer.bias"][1, 3] = np.nan
+    steps[3]["replicate_hvp/scale"][0] = np.inf
+    tree = process(write_npz(tmp_path / "log", steps), tmp_path / "out")["replicates"]
+    model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
+    names = [Status(status).name.lower() for status in model["status"].values]
+    assert names[:4] == ["no_learning_rate", "no_learning_rate", "non_finite", "non_finite"]
+    assert (model["status"][4:] <= Status.OBTUSE).all()
+    spoiled = (tensors["status"] == Status.NON_FINITE).values
+    assert spoiled.sum() == 2
+    assert spoiled[[2, 3], [0, 2]].all()
+    for name in ("angle", "condition_number", "stochastic_weight", "learning_rate_bound", "replicate_angle"):
+        assert np.isnan(model[name][:3]).all(), name
+    assert not model["stochastic_definite"][:4].any()
+    assert np.isfinite(model["loss_decrease"]).all()
+
+
+def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):
+    run = noisy_run(dtype="float64", noise=1e-3)
+    # Updates by one unit in the last place of a float32, at most.
+    run["parameter"] = run["parameter"].astype(np.float32)
+    theta = np.broadcast_to(run["parameter"][:, None], (STEPS, COUNT, SIZE))
+    moves = np.random.default_rng(0).choice([False, True], theta.shape)
+    run["replicate_parameter"] = np.where(moves, np.nextafter(theta, np.float32(np.inf)), theta)
+    tree = process(record(tmp_path / "log", run), tmp_path / "out")["replicates"]
+    for group in ("model", "tensor"):
+        found = tree[group].to_dataset()
+        moved = found["update_norm"] > 0
+        assert moved.any()
+        assert (found["status"].values[moved.values] == Status.UNVERIFIABLE).all()
+        for name in ("angle", "replicate_angle", "condition_number"):
+            assert np.isnan(found[name]).all()
+        assert not found["effective"].any()
+
+
+def test_replicates_of_states_alone_lack_what_needs_hvps_and_losses(run, out, tmp_path):
+    tree = process(record(tmp_path / "log", run, only=("parameter",)), tmp_path / "out")["replicates"]
+    whole = results.read(RunFolder(out).results)["replicates"]
+    assert Ledger(tmp_path / "out/ledger.zarr").replicate_vectors == replicate_vectors(COUNT, hvp=False)
+    for group in ("model", "tensor"):
+        for name in ("stochastic_weight", "learning_rate_bound", "loss_decrease", "replicate_loss_decrease"):
+            assert name not in tree[group] or np.isnan(tree[group][name]).all()
+        assert not tree[group]["stochastic_definite"].any()
+        for name in ("status", "angle", "angle_error", "replicate_angle", "replicate_update_norm"):
+            np.testing.assert_array_equal(tree[group][name], whole[group][name])
+
+
+# Before and after ---------------------------------------------------------------------------------------------
+
+
+def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
+    found = inspect_source([log])
+    assert found["holds"]["replicate_parameter"] == f"{COUNT} replicates of {len(SHAPES)} tensors"
+    assert found["holds"]["replicate_loss"] == f"{COUNT} replicates"
+    assert not [name for name in found["missing"] if name.startswith("replicate")]
+    told = describe_run(out)
+    assert told["replicates"] == COUNT
+    assert told["dtypes"] == found["dtypes"]
+    folder = RunFolder(out)
+    arrays = ("parameter", "gradient", "replicate_parameter", "replicate_hvp")
+    stored = sum(
+        path.stat().st_size
+        for name in arrays
+        for path in (folder.trajectory / name / "c").rglob("*")
+        if path.is_file()
+    )
+    assert found["trajectory_bytes"] == stored
+    shape = json.loads((folder.ledger / "replicate_gram" / "zarr.json").read_text())["shape"]
+    assert found["ledger_bytes"] == (STEPS - 1) * len(SHAPES) * (5 * 5 + shape[-1] ** 2 + 1) * 8
+    assert analyze_run(out, Serial())["projected_memory"] == found["worker_memory"]
+
+
+def test_the_memory_of_a_pass_is_that_of_all_replicates():
+    sizes = {"states": 100, "elements": 1 << 22, "chunk": (1, 1 << 20), "tensors": 3, "vectors": 5}
+    count = len(replicate_vectors(8, hvp=True))
+    with_replicates = blocks.plan_pass(**sizes, itemsizes=[4] * 18, replicate_vectors=count)
+    without = blocks.plan_pass(**sizes, itemsizes=[4] * 2)
+    assert (with_replicates.read_rows, without.read_rows) == (3, 32)
+    segments = 3 + 4 + 4 - 1
+    ledger = with_replicates.band_rows * (5 * 5 + count**2 + 1) * 8 * (3 * segments + 2 * 3)
+    state = (3 + 1) * blocks.PIECE_ELEMENTS * 4 * 18
+    assert with_replicates.projected_bytes == blocks.RESERVED_BYTES + ledger + state
