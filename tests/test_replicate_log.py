@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import h5py
@@ -20,7 +21,7 @@ from pipeline.compute import compute_ledger
 from pipeline.ingest import ingest
 from pipeline.inspection import inspect_source
 from pipeline.recorder import Recorder
-from pipeline.run import RunFolder, analyze_run, describe_run, ingest_run, verify_run
+from pipeline.run import RunFolder, analyze_run, describe_run, ingest_run, report_run, verify_run
 from pipeline.schema import InputError, Layout, Status, of_replicate, replicate_vectors
 from pipeline.store import Ledger, Trajectory
 
@@ -680,6 +681,33 @@ def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
     shape = json.loads((folder.ledger / "replicate_gram" / "zarr.json").read_text())["shape"]
     assert found["ledger_bytes"] == (STEPS - 1) * len(SHAPES) * (5 * 5 + shape[-1] ** 2 + 1) * 8
     assert analyze_run(out, Serial())["projected_memory"] == found["worker_memory"]
+
+
+def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
+    found = results.read(RunFolder(out).results)["replicates/model"].to_dataset()
+    report_run([out])
+    page = RunFolder(out).report.read_text()
+    assert f"the mean of {COUNT} draws of the update" in page
+    effective, definite = (int(found[name].sum()) for name in ("effective", "stochastic_definite"))
+    drawn = int((found["replicate_alignment"] > 0).sum())
+    text = " ".join(page.split())
+    assert f"effective at {effective} of {STEPS - 1} steps" in text
+    assert f"so are {drawn} of {COUNT * (STEPS - 1)} single draws" in text
+    assert f"is positive definite at {definite} of these steps" in text
+    for name in (
+        "angle",
+        "angle_error",
+        "replicate_angle",
+        "condition_number",
+        "loss_decrease",
+        "learning_rate_bound",
+    ):
+        (row,) = re.findall(f'<tr id="run-1-replicates-{name}">.*', page)
+        shown = [float(value) for value in re.findall('data value="([^"]+)"', row)]
+        assert shown == [float(f(found[name])) for f in (np.nanmin, np.nanmedian, np.nanmax)]
+    process(record(tmp_path / "log", noisy_run(steps=3), only=()), tmp_path / "out")
+    report_run([tmp_path / "out"])
+    assert "replicates-" not in RunFolder(tmp_path / "out").report.read_text()
 
 
 def test_the_memory_of_a_pass_is_that_of_all_replicates():
