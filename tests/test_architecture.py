@@ -22,6 +22,7 @@ FLOORS = [
         "pipeline.clusters",
         "pipeline.gram",
         "pipeline.geometry",
+        "pipeline.preconditioner",
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.store.disk",
@@ -29,7 +30,7 @@ FLOORS = [
         "pipeline.experiments.digits",
     },
     {
-        "pipeline.sources.names",
+        "pipeline.sources.optimizer",
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
         "pipeline.sources.torch_archive",
@@ -48,6 +49,7 @@ FLOORS = [
         "pipeline.windows",
         "pipeline.store.writer",
     },
+    {"pipeline.sources.names"},
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.stacked_file",

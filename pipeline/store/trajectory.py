@@ -36,7 +36,19 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import ATTEMPT, ELEMENT, LAYOUT_VERSION, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
+from pipeline.schema import (
+    ATTEMPT,
+    ELEMENT,
+    LAYOUT_VERSION,
+    OPTIMIZER_NUMBERS,
+    RUN,
+    STATES,
+    STEP,
+    TENSOR,
+    USUAL_SCALARS,
+    InputError,
+    Layout,
+)
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -58,6 +70,8 @@ from pipeline.store.group import (
 from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
+
+_TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
 
 _INGEST_AGAIN = "ingest the run again with --overwrite"
 
@@ -90,6 +104,8 @@ class Trajectory:
         Where the log was.
     sweep : bool
         Whether it holds several runs.
+    tables : tuple of str
+        Numbers of a step and tensor that are stored, of `pipeline.schema.OPTIMIZER_NUMBERS`.
     journal : Journal
         The commit records.
     rows : int
@@ -116,6 +132,7 @@ class Trajectory:
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
+        self.tables: tuple[str, ...] = tuple(attributes.get("tables", ()))
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
@@ -141,6 +158,7 @@ class Trajectory:
         compressors: Mapping[str, Any] | None = None,
         scalars: Sequence[str] = USUAL_SCALARS,
         sweep: bool = False,
+        tables: Sequence[str] = (),
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -149,7 +167,7 @@ class Trajectory:
         path : Path
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, what the optimizer keeps) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
@@ -160,6 +178,8 @@ class Trajectory:
             Numbers of a step to store, of `pipeline.schema.SCALARS`.
         sweep : bool
             For several runs.
+        tables : sequence of str
+            Numbers of a step and tensor to store, of `pipeline.schema.OPTIMIZER_NUMBERS`.
 
         Raises
         ------
@@ -173,6 +193,7 @@ class Trajectory:
             "dtypes": dict(dtypes),
             "scalars": list(scalars),
             "sweep": sweep,
+            "tables": list(tables),
         }
         arrays = {
             name: ArrayPlan(
@@ -188,6 +209,10 @@ class Trajectory:
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
             arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name in numbered else "float64")
+        width = len(layout.tensors)
+        for name in tables:
+            rows = max(1, _TABLE_CHUNK // max(1, width))
+            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
         make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
 
@@ -204,8 +229,8 @@ class Trajectory:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the arrays (step): those that number the rows, and the scalars."""
-        return (*self._numbered, *self.scalars)
+        """Names of the arrays (step): those that number the rows, and the scalars; and of those (step, tensor)."""
+        return (*self._numbered, *self.scalars, *self.tables)
 
     @property
     def columns(self) -> int:
@@ -219,7 +244,8 @@ class Trajectory:
     def scalar(self, name: str) -> NDArray[Any]:
         """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
-        A scalar that the trajectory does not have is NaN at every step.
+        What an optimizer has of each tensor has shape (rows, tensors). A scalar that the trajectory does not have
+        is NaN at every step.
 
         Raises
         ------
@@ -227,11 +253,19 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         if name not in self.numbers:
-            return np.zeros(self.rows, np.int64) if name in (ATTEMPT, RUN) else np.full(self.rows, np.nan)
+            shape = (self.rows, len(self.layout.tensors)) if name in OPTIMIZER_NUMBERS else (self.rows,)
+            return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
         array = self._array(name)
-        for index in range(-(-self.rows // SCALAR_CHUNK)):
-            require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
+        for path in self._number_chunks(name, 0, self.rows):
+            require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
         return np.asarray(with_rows(array, self.rows)[:])
+
+    def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
+        """Files of the chunks of rows of an array (step) or (step, tensor)."""
+        rows = self._array(name).chunks[0]
+        beside = (0,) if name in self.tables else ()
+        indices = range(start // rows, -(-stop // rows))
+        return [chunk_path(self.path / name, index, *beside) for index in indices]
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -468,7 +502,7 @@ class Trajectory:
     def commit(
         self,
         steps: Sequence[int],
-        scalars: Mapping[str, Sequence[float]],
+        scalars: Mapping[str, Sequence[Any]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
         attempts: Sequence[int] | None = None,
@@ -481,7 +515,7 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            Each of `scalars`, n values, NaN where the log has none.
+            Each of `scalars`, n values, and of `tables`, n rows of values; NaN where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -499,8 +533,7 @@ class Trajectory:
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
-                self._unflushed.add(chunk_path(self.path / name, index))
+            self._unflushed.update(self._number_chunks(name, start, stop))
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
