@@ -198,6 +198,9 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
 
 
 def _together(parts: Iterable[Segments]) -> Segments:
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     indices, grams, ratios = zip(*parts, strict=True)
     return np.concatenate(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
 

@@ -33,6 +33,7 @@ from pipeline.schema import (
     promote,
 )
 from pipeline.sources.base import (
+    KeptOpen,
     LoggedStep,
     LoggedTensor,
     NotYet,
@@ -154,7 +155,7 @@ def ingest(
             )
     log, store = open_sources(sources, format, mapping, sweep=sweep), Path(store)
     listed = log.steps()
-    with only_writer(store, "trajectory"):
+    with only_writer(store, "trajectory"), KeptOpen(log) as log:
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None

@@ -11,7 +11,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -23,6 +23,7 @@ from pipeline.schema import STATES, InputError, Unavailable
 
 __all__ = [
     "Container",
+    "KeptOpen",
     "LoggedStep",
     "LoggedTensor",
     "NotYet",
@@ -172,6 +173,51 @@ class Source(Protocol):
             Where the file is truncated, unreadable or not of the format.
         """
         ...
+
+
+class KeptOpen:
+    """A log whose step opened last stays open until another one is, or its context ends.
+
+    Steps that lie in one file then follow each other without the file being opened for each.
+
+    Parameters
+    ----------
+    log : Source
+    """
+
+    def __init__(self, log: Source) -> None:
+        self.location, self._log = log.location, log
+        self._kept = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept.close()
+
+    def steps(self) -> Sequence[LoggedStep]:
+        """List the steps; see `Source`."""
+        return self._log.steps()
+
+    @contextmanager
+    def open(self, step: LoggedStep) -> Iterator[StepReader]:
+        """Open a step; see `Source`. It is closed when it is left and another one has been opened."""
+        users = 2
+
+        def leave() -> None:
+            nonlocal users
+            users -= 1
+            if not users:
+                manager.__exit__(None, None, None)
+
+        manager = self._log.open(step)
+        reader = manager.__enter__()
+        self._kept.close()
+        self._kept.callback(leave)
+        try:
+            yield reader
+        finally:
+            leave()
 
 
 class Container:

@@ -20,9 +20,9 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,6 +86,18 @@ def checksum(words: NDArray[Any]) -> int:
     return int(crc32c(words.data.cast("B")))
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave garbage alone for a moment."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Trajectory:
     """A run's logged states, on disk.
 
@@ -143,7 +155,8 @@ class Trajectory:
         self._checksums: dict[str, list[list[int]]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
-        self._mapped: dict[Path, MappedFile] = {}
+        self._spans: NDArray[np.int64] | None = None
+        self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self.rows = 0
         self.refresh()
 
@@ -281,8 +294,10 @@ class Trajectory:
 
         There are states on both sides of such a place, but no update leads from one to the other.
         """
-        follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
-        return np.where(follows, np.diff(self.scalar(STEP)), 0)
+        if self._spans is None or len(self._spans) != max(self.rows - 1, 0):
+            follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
+            self._spans = np.where(follows, np.diff(self.scalar(STEP)), 0)
+        return self._spans
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut rows where no update leads from one to the next; what has no update at all is left out.
@@ -365,38 +380,37 @@ class Trajectory:
         """
         self._require_committed(name, start, stop)
         steps, offset = self.chunk[0], self.column(column)[0]
+        word = storage_dtype(self.dtypes[name]).itemsize
+        row = word * self.chunk[1]
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped_chunk(name, index, column)
-            chunk = file.words(storage_dtype(self.dtypes[name])).reshape(self.chunk)
+            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
-            row, word = chunk.strides
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
             seen.append((file, begin, end))
-            blocks.append(chunk[low:high, first - offset : last - offset])
+            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
             for file, begin, end in seen:
                 file.release(begin, end)
 
-    def _mapped_chunk(self, name: str, index: int, column: int) -> MappedFile:
-        path = chunk_path(self.path / name, index, column)
-        if path not in self._mapped:
-            expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
-            try:
-                size = path.stat().st_size
-                if size < expected:
-                    raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
-                self._mapped[path] = MappedFile(path, expected)
-            except OSError as error:
-                raise damaged(path, str(error), _INGEST_AGAIN) from error
-        return self._mapped[path]
+    def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        path, dtype = chunk_path(self.path / name, index, column), storage_dtype(self.dtypes[name])
+        expected = math.prod(self.chunk) * dtype.itemsize
+        try:
+            size = path.stat().st_size
+            if size < expected:
+                raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
+            file = self._mapped[name, index, column] = MappedFile(path, self.chunk, dtype)
+        except OSError as error:
+            raise damaged(path, str(error), _INGEST_AGAIN) from error
+        return file
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
         """Read committed rows of a chunk column into a buffer, compressed or not, with the same bits.
@@ -582,13 +596,24 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
-        per_row: list[str] = []
-        for record in self.records():
+        begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
+        hashes = {band: hashlib.sha256() for band in bands}
+        waiting = sorted(hashes, reverse=True)
+        active: list[Band] = []
+        # Record by record: those of a long run of a large model are not held together.
+        for number in self.journal.names():
+            # It has lists for every row: the collector would go through all objects of the process many times.
+            with _uncollected():
+                record = self.journal.read(number)
+            start, stop = record["start"], record["stop"]
             tables = [record["checksums"][name] for name in STATES if name in self.dtypes]
-            per_row += [json.dumps(row) for row in zip(*tables, strict=True)]
-        for row in np.flatnonzero(self.spans() == 0):
-            per_row[row + 1] += "|"
-        return {
-            band: hashlib.sha256("".join(per_row[band.start : band.stop + 1]).encode()).hexdigest()
-            for band in bands
-        }
+            texts = [str([*row]) for row in zip(*tables, strict=True)]
+            for row in begun.intersection(range(start, stop)):
+                texts[row - start] += "|"
+            while waiting and waiting[-1].start < stop:
+                active.append(waiting.pop())
+            for band in active:
+                text = "".join(texts[max(band.start - start, 0) : band.stop + 1 - start])
+                hashes[band].update(text.encode())
+            active = [band for band in active if band.stop + 1 > stop]
+        return {band: found.hexdigest() for band, found in hashes.items()}
