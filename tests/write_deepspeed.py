@@ -1,7 +1,7 @@
-"""One rank of a training job that saves checkpoints with DeepSpeed, on the processor.
+"""A training job of some ranks that saves checkpoints with DeepSpeed, on the processor.
 
-Run as ``python write_deepspeed.py RANK RANKS RENDEZVOUS STATES FOLDER``: saves the states in a file of torch as
-master weights, once with each of the configurations below, into a folder of its name.
+Run as ``python write_deepspeed.py RANKS RENDEZVOUS STATES FOLDER``: saves the states in a file of torch as master
+weights, once with each of the configurations below, into a folder of its name.
 """
 
 import os
@@ -39,12 +39,13 @@ class Model(torch.nn.Module):
         self.register_buffer("running_mean", torch.arange(3.0))
 
 
-def main(rank, ranks, rendezvous, states, folder):
-    os.environ["LOCAL_RANK"] = rank
+def train(rank, ranks, rendezvous, states, folder):
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
     # Empty: no kernel is compiled.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
-        "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(ranks), auto_mpi_discovery=False
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, auto_mpi_discovery=False
     )
     trees = torch.load(states, weights_only=True)
     for name, configuration in CONFIGURATIONS.items():
@@ -63,13 +64,24 @@ def main(rank, ranks, rendezvous, states, folder):
                 if "stage 0" in name:
                     parameter.data.copy_(value)
                 elif "stage 3" in name:
-                    padded = torch.nn.functional.pad(value.flatten(), (0, -value.numel() % int(ranks)))
-                    safe_set_local_fp32_param(parameter, padded.chunk(int(ranks))[int(rank)])
+                    padded = torch.nn.functional.pad(value.flatten(), (0, -value.numel() % ranks))
+                    safe_set_local_fp32_param(parameter, padded.chunk(ranks)[rank])
                 else:
                     safe_set_full_fp32_param(parameter, value)
             engine.global_steps = step
             engine.save_checkpoint(Path(folder) / name, client_state={"loss": tree["loss"]})
     torch.distributed.destroy_process_group()
+
+
+def main(ranks, *arguments):
+    # Forked: the library is imported once.
+    context = torch.multiprocessing.get_context("fork")
+    job = [context.Process(target=train, args=(rank, int(ranks), *arguments)) for rank in range(int(ranks))]
+    for process in job:
+        process.start()
+    for process in job:
+        process.join()
+    sys.exit(any(process.exitcode for process in job))
 
 
 if __name__ == "__main__":
