@@ -175,8 +175,9 @@ def pair(
             residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
             residual_along = residual_along + product(half, "displacement") / 2.0
         across = residual_square - quotient(residual_along, np.sqrt(displacement_square)) ** 2
-        # On a line there is no across: what is left there is rounding. (0 x NaN stays NaN.)
-        across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0))
+        # On a line there is no across: what is left there is rounding. (0 x NaN stays NaN.) Adding zero makes a
+        # negative zero positive: of that the angle of -g would be -pi.
+        across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0)) + 0.0
         return Pair(displacement_square / rate**2, descent / rate, across, dimension)
 
 

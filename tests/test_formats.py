@@ -397,7 +397,7 @@ def test_a_checkpoint_without_metadata_is_left_out_aloud(tmp_path, dcp_log, capl
     shutil.copytree(dcp_log, tmp_path / "log")
     (tmp_path / "log" / "step-4" / ".metadata").unlink()
     assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
-    assert "step-4 is left out" in caplog.text
+    assert "step-4 is left for the next pass" in caplog.text
 
 
 def test_an_object_of_a_class_that_is_not_known_is_left_out_aloud(tmp_path):

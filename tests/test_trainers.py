@@ -182,7 +182,7 @@ def test_a_checkpoint_still_being_written_is_left_out_aloud(tmp_path, trained, c
     shutil.copytree(trained[0], tmp_path / "out")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
     assert [step.number for step in open_source(tmp_path / "out").steps()] == [1, 2, 3]
-    assert "checkpoint-4 is left out" in caplog.text
+    assert "checkpoint-4 is left for the next pass" in caplog.text
 
 
 @pytest.mark.parametrize(

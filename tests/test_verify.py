@@ -14,7 +14,7 @@ from pipeline import cli
 from pipeline.compute import compute_ledger
 from pipeline.run import verify_run
 from pipeline.schema import LAYOUT_VERSION, InputError
-from pipeline.store import Ledger, Trajectory
+from pipeline.store import Ledger, Trajectory, verify
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
 MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
@@ -82,6 +82,21 @@ def test_any_flipped_bit_is_found_or_read_by_nobody(out, data):
     assert bool(damages) != is_read_by_nobody(path, before, bytes(after))
     for damage in damages:
         assert path.is_relative_to(damage.path) or damage.array in path.parts
+
+
+def test_what_a_writer_commits_meanwhile_is_no_damage(tmp_path, monkeypatch):
+    arrays = walk_arrays(ROWS, 13, MIXED)
+    path = tmp_path / "trajectory.zarr"
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+
+    def open_and_be_overtaken(path):
+        states = Trajectory(path)
+        for row in range(3, ROWS):
+            append_states(path, {name: array[row : row + 1] for name, array in arrays.items()})
+        return states
+
+    monkeypatch.setattr(verify, "Trajectory", open_and_be_overtaken)
+    assert list(verify.verify_trajectory(path)) == []
 
 
 def test_a_damaged_state_is_named_by_array_step_and_tensors(out, tmp_path):

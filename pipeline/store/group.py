@@ -227,7 +227,8 @@ def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Map
     if path.exists():
         _attributes(path, kind, _NOT_OURS)
     aside = path.with_name(f".{path.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in (aside, path.with_name(f".{path.name}.old")):
+        shutil.rmtree(left, ignore_errors=True)
     (aside / "commits").mkdir(parents=True)
     (aside / "commits" / _DOCUMENT).write_text(json.dumps(group_document({})))
     for name, plan in arrays.items():

@@ -82,6 +82,8 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
         except InputError as error:
             yield _told(error)
             continue
+        if record["stop"] > states.rows:  # a writer is at work, and committed it since
+            break
         before = records[-1]["stop"] if records else 0
         if record["start"] != before:
             yield Damage(states.journal.folder, f"rows {before} to {record['start']} have no record to check by")
@@ -90,9 +92,11 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
     yield from damages
     described = [name for name in names if not any(damage.array == name for damage in damages)]
     for name in described:
+        # The shape follows the record: a writer that was stopped in between left that of the commit before. One
+        # that is at work has left that of a later one.
         rows = rows_on_disk(states.path / name)
-        # The shape follows the record: a writer that was stopped in between left that of the commit before.
-        if rows not in (states.rows, records[-1]["start"] if records else 0):
+        before = records[-1]["start"] if records else 0
+        if rows not in (before, states.rows) and not _committed_since(states, rows):
             yield Damage(states.path / name, f"its shape says {rows} rows, recorded are {states.rows}", name)
     numbers = _numbers(states) if STEP in described else np.arange(states.rows)
     for name in described:
@@ -101,6 +105,11 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
                 yield from _column(states, name, column, records, numbers)
         else:
             yield from _scalar(states, name, records, numbers)
+
+
+def _committed_since(states: Trajectory, rows: int) -> bool:
+    """Whether a commit that came after a trajectory was opened made it so many rows."""
+    return any(record["stop"] == rows > states.rows for record in states.records())
 
 
 def _told(error: InputError) -> Damage:
