@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.sources import pickle_data
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
-from pipeline.sources.pickle_data import Record, Skipped
+from pipeline.sources.pickle_data import Global, Record, Skipped
 
 __all__ = [
     "METADATA_FUNCTIONS",
@@ -162,6 +162,16 @@ def _rebuild_of_dtype(
     return _tensor(storage, offset, shape, stride, dtype.name)
 
 
+def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor:
+    """Rebuild a tensor that has attributes of Python; these are left out."""
+    if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
+        raise ValueError("its pickle rebuilds a tensor in a way that is not known")
+    if kind not in _PLAIN.values():
+        raise ValueError(f"its pickle holds a tensor of the class {kind}")
+    tensor: TorchTensor = _FUNCTIONS[function.name](*arguments)
+    return tensor
+
+
 # What follows must not let a few bytes of a pickle make many: a long value can be named again and again.
 
 
@@ -198,6 +208,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_of_dtype,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
     "torch.Size": _size,
     "torch.device": lambda *_: Skipped("torch.device"),
     "torch.serialization._get_layout": lambda *_: Skipped("torch.layout"),
@@ -215,7 +226,8 @@ METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.s
 METADATA_VALUES: dict[str, Any] = {f"torch.{name}": _Dtype(name) for name in TORCH_DTYPES}
 """Dtypes of torch by their pickled names."""
 
-_VALUES = dict(METADATA_VALUES)
+_PLAIN = {name: Skipped(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
+_VALUES = {**METADATA_VALUES, **_PLAIN}
 _VALUES |= {f"torch.{name}Storage": _Dtype(dtype) for name, dtype in _STORAGES.items()}
 _VALUES |= {"torch.storage.UntypedStorage": _Dtype("uint8"), "torch.UntypedStorage": _Dtype("uint8")}
 
@@ -304,6 +316,10 @@ class TorchArchive:
             raise ValueError(f"storage {key!r} claims {claimed} bytes and has {size}")
         return _Storage(name, dtype.name, claimed)
 
+    def position(self, tensor: TorchTensor) -> int:
+        """Offset in the region of the first element of a tensor, in bytes."""
+        return self._start(tensor.storage) + tensor.offset * TORCH_DTYPES[tensor.dtype][1]
+
     def read(self, tensor: TorchTensor, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor, flattened in C order, into a buffer.
 
@@ -312,10 +328,10 @@ class TorchArchive:
         ValueError, EOFError, OSError
             Where the archive does not hold them.
         """
-        base = self._start(tensor.storage)
         if tensor.contiguous:
-            self._region.fill(base + (tensor.offset + start) * out.itemsize, out)
+            self._region.fill(self.position(tensor) + start * out.itemsize, out)
             return
+        base = self._start(tensor.storage)
         for first in range(0, out.size, _PIECE):
             part = out[first : first + _PIECE]
             index = np.unravel_index(np.arange(start + first, start + first + part.size), tensor.shape)
@@ -370,6 +386,11 @@ class TorchFile(Container):
                     self.ties[key] = places[leaf]
         self.numbers |= flat_numbers(self._archive.tree)
         self.texts |= group_texts(self._archive.tree)
+
+    @property
+    def tree(self) -> Any:
+        """What was saved; see `TorchArchive`."""
+        return self._archive.tree
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
