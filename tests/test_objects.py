@@ -5,7 +5,7 @@ import pytest
 from processing import Serial
 from servers import S3Server
 
-from pipeline import cli, run
+from pipeline import cli, compute, run
 from pipeline.places import is_url, place
 
 STEPS = 12
@@ -28,7 +28,7 @@ def url(server, request):
 
 
 def content(folder):
-    """Path below a place to bytes, of all stores and results; locks, and pages, which tell their names, left out."""
+    """Path below a place to bytes, of all stores and results; not of locks, nor of pages, which tell their names."""
     if is_url(folder):
         found = folder.fs.cat(folder.fs.find(folder.path))
         files = {name.removeprefix(f"{folder.path}/"): held for name, held in found.items()}
@@ -48,13 +48,12 @@ def both(server, tmp_path_factory):
     outs = folder / "out", place("s3://bucket/both")
     for out in outs:
         run.ingest_run(log, out)
-        run.analyze_run(out, Serial())
+        compute.compute_ledger(out / "trajectory.zarr", out / "ledger.zarr")
     for number in range(STEPS * 2 // 3, STEPS):
         logs.write_step(log, number, states[number])
     for out in outs:
         assert run.ingest_run(log, out)["new_steps"] == STEPS // 3
-        run.analyze_run(out, Serial(windows=(1, 3)))
-        run.report_run([out])
+        run.analyze_run(out, Serial())
     return outs
 
 
@@ -73,4 +72,5 @@ def test_the_commands_take_a_url(both, capsys):
     assert "s3://bucket/both/trajectory.zarr" in capsys.readouterr().out
     cli.app(["verify", "s3://bucket/both"], standalone_mode=False)
     assert capsys.readouterr().out == "all is as it was written\n"
+    cli.app(["report", "s3://bucket/both"], standalone_mode=False)
     assert b"<title>both: natural gradient report" in (both[1] / "report.html").read_bytes()
