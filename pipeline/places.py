@@ -22,6 +22,7 @@ __all__ = [
     "delete_folder",
     "each",
     "is_url",
+    "names",
     "network_errors",
     "open_object",
     "place",
@@ -182,6 +183,18 @@ def seen(path: Path) -> tuple[bytes, str] | None:
         return None
 
 
+def names(path: Path) -> list[str]:
+    """Names of the files in a folder, or of the objects below a URL, in order; none where there is none."""
+    if not is_url(path):
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    system, key = _system(path)
+    try:
+        found = system.ls(key, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(name.rpartition("/")[2] for name in found)
+
+
 def delete(path: Path) -> None:
     """Remove an object."""
     system, key = _system(path)
@@ -196,7 +209,11 @@ def delete_folder(path: Path, name: str, keep: bool = False) -> None:
         found.remove(f"{key}/{name}")
         if not keep:
             system.rm_file(f"{key}/{name}")
-    if found:
+    # Names of several are taken for patterns, and of one object for its name.
+    if any(mark in name for name in found for mark in "*?["):
+        for name in found:
+            system.rm_file(name)
+    elif found:
         system.rm(found)
 
 

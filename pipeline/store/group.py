@@ -22,7 +22,7 @@ import zarr
 from crc32c import crc32c
 from zarr.storage import FsspecStore
 
-from pipeline.places import delete, delete_folder, is_url, put, read, seen
+from pipeline.places import delete, delete_folder, is_url, names, put, read, seen
 from pipeline.schema import LAYOUT_VERSION, InputError, Unavailable
 from pipeline.store.disk import flush, folder_aside, replace_file, replace_folder
 
@@ -85,7 +85,8 @@ class Journal:
 
     def names(self) -> list[str]:
         """Names of the records, in order."""
-        return sorted(path.stem for path in self.folder.glob("[0-9]*.json"))
+        found = names(self.folder)
+        return [name.removesuffix(".json") for name in found if name[0].isdigit() and name.endswith(".json")]
 
     def read(self, name: str) -> dict[str, Any]:
         """Read a record.
