@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
+from pipeline.places import each, place
 from pipeline.schema import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
@@ -47,7 +48,7 @@ from pipeline.sources.base import (
     where,
 )
 from pipeline.sources.formats import open_sources
-from pipeline.store import Trajectory, checksum, only_writer, storage_dtype
+from pipeline.store import Trajectory, checksum, exists, only_writer, storage_dtype
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
@@ -147,16 +148,15 @@ def ingest(
         interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
         is written while it is read.
     """
-    sources = [source] if isinstance(source, str | Path) else list(source)
     for what in include:
         if what not in INCLUDES:
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    log, store = open_sources(sources, format, mapping, sweep=sweep), Path(store)
+    log, store = open_sources(each(source), format, mapping, sweep=sweep), place(store)
     listed = log.steps()
     with only_writer(store, "trajectory"), KeptOpen(log) as log:
-        trajectory = Trajectory(store) if store.exists() and not overwrite else None
+        trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
         if trajectory is not None:

@@ -17,6 +17,7 @@ MODULES = {
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
+    {"pipeline.places"},
     {
         "pipeline.blocks",
         "pipeline.clusters",
@@ -98,6 +99,8 @@ HOMES = {
     "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
+    "upath": {"pipeline.places"},
+    "fsspec": set(),
     "mlxtend": {"pipeline.experiments.digits"},
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.places import place
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
@@ -245,7 +246,7 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     InputError
         Where nothing is there, or the format is not known.
     """
-    path, mapping = Path(path), dict(mapping or {})
+    path, mapping = place(path), dict(mapping or {})
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     if format is not None and format not in FORMATS:
