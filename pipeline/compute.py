@@ -26,17 +26,20 @@ from numpy.typing import NDArray
 from pipeline import gram
 from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
+from pipeline.places import place
 from pipeline.schema import (
     HVP,
     REPLICATE_HVP,
     REPLICATE_PARAMETER,
+    REPLICATE_STATES,
+    STATES,
     STEP,
     InputError,
     Unavailable,
     replicate_of,
     replicate_vectors,
 )
-from pipeline.store import Ledger, Trajectory, only_writer, storage_dtype
+from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
 
 __all__ = [
     "Executor",
@@ -84,9 +87,9 @@ class Job:
     @classmethod
     def of(cls, trajectory: Path, ledger: Path, plan: PassPlan) -> Job:
         """Job of a plan for a trajectory."""
-        trajectory = Path(trajectory).absolute()
+        trajectory = place(trajectory).absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
-        return cls(trajectory, Path(ledger).absolute(), plan.read_rows, plan.read_elements, name)
+        return cls(trajectory, place(ledger).absolute(), plan.read_rows, plan.read_elements, name)
 
 
 Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Band]]
@@ -138,7 +141,7 @@ def compute_ledger(
         Where there are fewer than two states, or no elements, or the plan does not fit the memory limit, where
         another process writes this ledger, and where the disk refuses.
     """
-    states = Trajectory(trajectory)
+    ledger, states = place(ledger), Trajectory(trajectory)
     if states.rows < 2:
         raise InputError(
             f"{states.rows} logged step(s), but an update needs two",
@@ -159,20 +162,20 @@ def compute_ledger(
         "states": states.rows,
         "elements": states.layout.elements,
         "chunk": states.chunk,
-        "itemsizes": [storage_dtype(dtype).itemsize for dtype in states.dtypes.values()],
+        "itemsizes": [storage_dtype(states.dtypes[name]).itemsize for name in _logged(states)],
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
         "replicate_vectors": len(names_of_replicates),
         "memory_limit": memory_limit,
-        "whole_chunks": any(map(states.is_compressed, states.dtypes)),
+        "whole_chunks": not all(map(states.can_view, _logged(states))),
     }
-    plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names, names_of_replicates))
+    plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
     steps, spans = states.scalar(STEP)[:-1], states.spans()
     digests = states.digests(plan.bands())
     job = Job.of(trajectory, ledger, plan)
-    with only_writer(Path(ledger), "ledger"):
-        book = Ledger.prepare(Path(ledger), states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
+    with only_writer(ledger, "ledger"):
+        book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
         # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
         book.discard_others(digests)
         missing = book.missing(digests)
@@ -193,7 +196,7 @@ def _band_rows(
     ledger: Path, states: Trajectory, names: tuple[str, ...], names_of_replicates: tuple[str, ...]
 ) -> int | None:
     """Rows of a band of the ledger that is there, if it is this trajectory's: then it grows."""
-    if not ledger.exists():
+    if not exists(ledger):
         return None
     book = Ledger(ledger)
     same = (book.layout, book.vectors, book.replicate_vectors) == (states.layout, names, names_of_replicates)
@@ -216,6 +219,9 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
 
 
 def _together(parts: Iterable[Segments]) -> Segments:
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     indices, *products = zip(*parts, strict=True)
     return np.concatenate(indices), *(np.concatenate(arrays, axis=1) for arrays in products)
 
@@ -255,14 +261,14 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
         start = tile.start + done
         with ExitStack() as stack:
             seen = {}
-            for name in states.dtypes:
+            for name in _logged(states):
                 # What replicates lead to is no state of the run: there is no halo.
                 halo = replicate_of(name)[1] is None
                 stop = start + more + halo
-                if states.is_compressed(name):
-                    seen[name] = _decoded(job, states, name, start, stop, column, carried=halo and done > 0)
-                else:
+                if states.can_view(name):
                     seen[name] = stack.enter_context(states.view(name, start, stop, column, low, high))
+                else:
+                    seen[name] = _copied(job, states, name, start, stop, column, carried=halo and done > 0)
             for first, last in states.stretches(start, start + more + 1):
                 stretch = {name: _rows(blocks, first - start, last - start) for name, blocks in seen.items()}
                 written = slice(first - tile.start, last - 1 - tile.start)
@@ -286,6 +292,12 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
     return np.array([index for index, _, _ in segments]), products, ratio, *of_replicates
 
 
+def _logged(states: Trajectory) -> list[str]:
+    """Arrays that the pass reads: not what the optimizer keeps."""
+    replicates = [name for array in REPLICATE_STATES for name in states.replicates_of(array)]
+    return [name for name in (*STATES, *replicates) if name in states.dtypes]
+
+
 def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any]]:
     """Rows ``first`` to ``last`` of blocks of rows, without a copy."""
     chosen, begin = [], 0
@@ -296,10 +308,10 @@ def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any
     return chosen
 
 
-def _decoded(
+def _copied(
     job: Job, states: Trajectory, name: str, start: int, stop: int, column: int, *, carried: bool
 ) -> list[NDArray[Any]]:
-    """Rows of a compressed chunk column in a buffer that the worker reuses, the first one carried over."""
+    """Rows of a chunk column that cannot be seen, in a buffer of the worker, the first one carried over."""
     buffer = _buffer(name, (job.read_rows + 1, states.chunk[1]), storage_dtype(states.dtypes[name]))
     if carried:
         buffer[0] = buffer[job.read_rows]

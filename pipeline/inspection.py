@@ -27,7 +27,7 @@ from pipeline.schema import (
     promote,
     replicate_vectors,
 )
-from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, complete
+from pipeline.sources.base import LoggedStep, LoggedTensor, OptimizerState, Source, StepContent, complete
 from pipeline.sources.formats import format_of, open_sources
 from pipeline.store import storage_dtype
 
@@ -113,6 +113,11 @@ def inspect_source(
         for name, (use, remedy) in NEEDED_FOR.items()
         if name not in held and (name not in (REPLICATE_HVP, REPLICATE_LOSS) or first.replicates)
     }
+    if last.optimizer is not None:
+        found["optimizer"] = last.optimizer.problem or (
+            f"{', '.join(last.optimizer.arrays) or 'options'} of {_tensors_of(last.optimizer)} tensors at step "
+            f"{listed[-1].number}: stored with --include optimizer"
+        )
     found["changes"] = _changes(first, last)
     found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
     found["unused_keys"] = list(first.unused)
@@ -145,6 +150,10 @@ def _changes(first: StepContent, last: StepContent) -> list[str]:
         if (name in first.numbers) != (name in last.numbers):
             changes.append(f"{name}: not at the {'first' if name in last.numbers else 'last'} step")
     return changes
+
+
+def _tensors_of(optimizer: OptimizerState) -> int:
+    return len({tensor for of in (*optimizer.arrays.values(), *optimizer.numbers.values()) for tensor in of})
 
 
 def _told(tensor: LoggedTensor | None) -> str:

@@ -22,9 +22,9 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,17 +37,20 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from pipeline.blocks import Band
+from pipeline.blocks import MEBIBYTE, Band
+from pipeline.places import is_url, place, put, ranges
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,
     LAYOUT_VERSION,
+    OPTIMIZER_NUMBERS,
     REPLICATE,
     REPLICATE_LOSS,
     REPLICATE_STATES,
     RUN,
     STATES,
     STEP,
+    TENSOR,
     USUAL_SCALARS,
     InputError,
     Layout,
@@ -76,7 +79,13 @@ from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
 
+_TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
+
 _INGEST_AGAIN = "ingest the run again with --overwrite"
+
+_RANGE_BYTES = 4 * MEBIBYTE
+"""Bytes of an object that are asked for at a time, of so many ranges at the same time:"""
+_RANGES = 4
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -87,6 +96,18 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def checksum(words: NDArray[Any]) -> int:
     """CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave garbage alone for a moment."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Trajectory:
@@ -111,6 +132,8 @@ class Trajectory:
         Where the log was.
     sweep : bool
         Whether it holds several runs.
+    tables : tuple of str
+        Numbers of a step and tensor that are stored, of `pipeline.schema.OPTIMIZER_NUMBERS`.
     journal : Journal
         The commit records.
     rows : int
@@ -129,7 +152,7 @@ class Trajectory:
         InputError
             Where there is none, or a newer version wrote it.
         """
-        self.path = Path(path)
+        self.path = place(path)
         attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
@@ -143,6 +166,7 @@ class Trajectory:
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
+        self.tables: tuple[str, ...] = tuple(attributes.get("tables", ()))
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
@@ -153,7 +177,10 @@ class Trajectory:
         self._checksums: dict[str, list[list[int]]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
-        self._mapped: dict[Path, MappedFile] = {}
+        self._spans: NDArray[np.int64] | None = None
+        # A request takes as long as many steps are read from a disk.
+        self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
+        self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self.rows = 0
         self.refresh()
 
@@ -168,6 +195,7 @@ class Trajectory:
         compressors: Mapping[str, Any] | None = None,
         scalars: Sequence[str] = USUAL_SCALARS,
         sweep: bool = False,
+        tables: Sequence[str] = (),
         replicates: int = 0,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
@@ -177,7 +205,7 @@ class Trajectory:
         path : Path
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``, and those of replicates) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, of replicates, what the optimizer keeps) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
@@ -188,6 +216,8 @@ class Trajectory:
             Numbers of a step to store, of `pipeline.schema.SCALARS`; and ``replicate_loss``.
         sweep : bool
             For several runs.
+        tables : sequence of str
+            Numbers of a step and tensor to store, of `pipeline.schema.OPTIMIZER_NUMBERS`.
         replicates : int
             Of a stochastic rule.
 
@@ -203,6 +233,7 @@ class Trajectory:
             "dtypes": dict(dtypes),
             "scalars": list(scalars),
             "sweep": sweep,
+            "tables": list(tables),
         }
         if replicates:
             attributes["replicates"] = replicates
@@ -223,10 +254,14 @@ class Trajectory:
             arrays[name] = ArrayPlan(
                 (STEP, REPLICATE) if several else (STEP,),
                 (0, replicates) if several else (0,),
-                (SCALAR_CHUNK, replicates) if several else (SCALAR_CHUNK,),
+                (max(1, _TABLE_CHUNK // replicates), replicates) if several else (SCALAR_CHUNK,),
                 "int64" if name in numbered else "float64",
             )
-        make_group(Path(path), "trajectory", attributes, arrays)
+        width = len(layout.tensors)
+        for name in tables:
+            rows = max(1, _TABLE_CHUNK // max(1, width))
+            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
+        make_group(place(path), "trajectory", attributes, arrays)
         return cls(path)
 
     @classmethod
@@ -242,8 +277,8 @@ class Trajectory:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the arrays (step): those that number the rows, and the scalars."""
-        return (*self._numbered, *self.scalars)
+        """Names of the arrays (step): those that number the rows, and the scalars; and of those (step, tensor)."""
+        return (*self._numbered, *self.scalars, *self.tables)
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -266,7 +301,8 @@ class Trajectory:
     def scalar(self, name: str) -> NDArray[Any]:
         """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
-        A scalar that the trajectory does not have is NaN at every step. ``replicate_loss`` has shape (rows, R).
+        What an optimizer has of each tensor has shape (rows, tensors), and ``replicate_loss`` (rows, R). A scalar
+        that the trajectory does not have is NaN at every step.
 
         Raises
         ------
@@ -274,16 +310,28 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         if name not in self.numbers:
-            if name in (ATTEMPT, RUN):
-                return np.zeros(self.rows, np.int64)
-            return np.full((self.rows, self.replicates) if name == REPLICATE_LOSS else self.rows, np.nan)
+            shape: tuple[int, ...] = (self.rows,)
+            if name in OPTIMIZER_NUMBERS or name == REPLICATE_LOSS:
+                shape = (self.rows, self.replicates if name == REPLICATE_LOSS else len(self.layout.tensors))
+            return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
+        if (name, self.rows) in self._fetched:
+            return self._fetched[name, self.rows]
         array = self._array(name)
-        for index in range(-(-self.rows // SCALAR_CHUNK)):
-            require_whole(self._number_chunk(name, index), array.chunks, array.dtype, _INGEST_AGAIN)
-        return np.asarray(with_rows(array, self.rows)[:])
+        for path in self._number_chunks(name, 0, self.rows):
+            require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
+        values = np.asarray(with_rows(array, self.rows)[:])
+        if is_url(self.path):
+            values.flags.writeable = False
+            self._fetched = {key: held for key, held in self._fetched.items() if key[1] == self.rows}
+            self._fetched[name, self.rows] = values
+        return values
 
-    def _number_chunk(self, name: str, index: int) -> Path:
-        return chunk_path(self.path / name, index, *([0] if name == REPLICATE_LOSS else []))
+    def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
+        """Files of the chunks of rows of an array (step), (step, tensor) or (step, replicate)."""
+        rows = self._array(name).chunks[0]
+        beside = (0,) if name in self.tables or name == REPLICATE_LOSS else ()
+        indices = range(start // rows, -(-stop // rows))
+        return [chunk_path(self.path / name, index, *beside) for index in indices]
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -299,8 +347,10 @@ class Trajectory:
 
         There are states on both sides of such a place, but no update leads from one to the other.
         """
-        follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
-        return np.where(follows, np.diff(self.scalar(STEP)), 0)
+        if self._spans is None or len(self._spans) != max(self.rows - 1, 0):
+            follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
+            self._spans = np.where(follows, np.diff(self.scalar(STEP)), 0)
+        return self._spans
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut rows where no update leads from one to the next; what has no update at all is left out.
@@ -341,13 +391,17 @@ class Trajectory:
     # Reading ------------------------------------------------------------------------------------------------
 
     def is_compressed(self, name: str) -> bool:
-        """Whether chunks of an array are compressed: then they are read whole, and never where they lie."""
+        """Whether chunks of an array are compressed: then they are read whole."""
         return replicate_of(name)[0] in self._compressed
 
     def chunk_path(self, name: str, index: int, column: int) -> Path:
         """File of a chunk of an array (step, element)."""
         array, replicate = replicate_of(name)
         return chunk_path(self.path / array, index, *([] if replicate is None else [replicate]), column)
+
+    def can_view(self, name: str) -> bool:
+        """Whether chunks of an array can be seen where they lie: they are on this machine, and not compressed."""
+        return not self.is_compressed(name) and not is_url(self.path)
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
@@ -368,7 +422,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            One of `dtypes`, not compressed.
+            One of `dtypes`, one that can be seen (`can_view`).
         start, stop : int
             Rows.
         column : int
@@ -388,41 +442,40 @@ class Trajectory:
         """
         self._require_committed(name, start, stop)
         steps, offset = self.chunk[0], self.column(column)[0]
+        word = storage_dtype(self.dtypes[name]).itemsize
+        row = word * self.chunk[1]
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped_chunk(name, index, column)
-            chunk = file.words(storage_dtype(self.dtypes[name])).reshape(self.chunk)
+            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
-            row, word = chunk.strides
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
             seen.append((file, begin, end))
-            blocks.append(chunk[low:high, first - offset : last - offset])
+            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
             for file, begin, end in seen:
                 file.release(begin, end)
 
-    def _mapped_chunk(self, name: str, index: int, column: int) -> MappedFile:
-        path = self.chunk_path(name, index, column)
-        if path not in self._mapped:
-            expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
-            try:
-                size = path.stat().st_size
-                if size < expected:
-                    raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
-                self._mapped[path] = MappedFile(path, expected)
-            except OSError as error:
-                raise damaged(path, str(error), _INGEST_AGAIN) from error
-        return self._mapped[path]
+    def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        path, dtype = self.chunk_path(name, index, column), storage_dtype(self.dtypes[name])
+        expected = math.prod(self.chunk) * dtype.itemsize
+        try:
+            size = path.stat().st_size
+            if size < expected:
+                raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
+            file = self._mapped[name, index, column] = MappedFile(path, self.chunk, dtype)
+        except OSError as error:
+            raise damaged(path, str(error), _INGEST_AGAIN) from error
+        return file
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
-        """Read committed rows of a chunk column into a buffer, compressed or not, with the same bits.
+        """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
 
         Parameters
         ----------
@@ -438,7 +491,7 @@ class Trajectory:
         Raises
         ------
         InputError
-            Where a row is not committed, or a chunk is missing, too short or (compressed) damaged.
+            Where a row is not committed, or a chunk is missing, too short or (where it cannot be seen) damaged.
         """
         self._require_committed(name, start, stop)
         first, last = self.column(column)
@@ -448,6 +501,8 @@ class Trajectory:
             part = out[low - start : high - start, : last - first]
             if self.is_compressed(name):
                 self._decode(name, index, column, low, part)
+            elif is_url(self.path):
+                self._fetch(name, index, column, low, part)
             else:
                 with self.mapped(), self.view(name, low, high, column, first, last) as blocks:
                     np.concatenate(blocks, out=part)
@@ -471,6 +526,29 @@ class Trajectory:
         except Exception as error:  # codecs share no class of errors
             raise damaged(path, str(error), _INGEST_AGAIN) from error
         # Blosc unpacks a truncated chunk to values that were never written, without an error.
+        self._require_recorded(name, column, start, out, path)
+
+    def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
+        """Read rows of a chunk that is an object, in ranges of bytes."""
+        path = self.chunk_path(name, index, column)
+        row = self.chunk[1] * out.itemsize
+        begin = (start - index * self.chunk[0]) * row
+        rows = max(1, _RANGE_BYTES // row)
+        for first in range(0, len(out), rows * _RANGES):
+            lows = range(first, min(first + rows * _RANGES, len(out)), rows)
+            spans = [(begin + low * row, begin + min(low + rows, len(out)) * row) for low in lows]
+            try:
+                read = ranges(path, spans)
+            except FileNotFoundError as error:
+                raise damaged(path, "it is missing", _INGEST_AGAIN) from error
+            for low, (offset, end), content in zip(lows, spans, read, strict=True):
+                if len(content) != end - offset:
+                    raise damaged(path, f"it ends {end - offset - len(content)} bytes early", _INGEST_AGAIN)
+                words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
+                out[low : low + len(words)] = words[:, : out.shape[1]]
+        self._require_recorded(name, column, start, out, path)
+
+    def _require_recorded(self, name: str, column: int, start: int, out: NDArray[Any], path: Path) -> None:
         recorded = self._recorded(name)
         for row, words in enumerate(out, start):
             if checksum(words) != recorded[row][column]:
@@ -510,8 +588,18 @@ class Trajectory:
             path = self.chunk_path(name, index, column)
             if not self.is_compressed(name):
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-                self._place(path, low - index * steps, block[low - start : high - start])
+                write = self._put if is_url(self.path) else self._place
+                write(path, low - index * steps, block[low - start : high - start])
             self._unflushed.add(path)
+
+    def _put(self, path: Path, row: int, block: NDArray[Any]) -> None:
+        """Write rows into the object of a chunk, which is put whole: those before stay as they are."""
+        chunk = np.zeros(self.chunk, block.dtype)
+        chunk[row : row + len(block)] = block
+        if row:
+            (before,) = ranges(path, [(0, row * self.chunk[1] * block.itemsize)])
+            chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
+        put(path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -530,7 +618,7 @@ class Trajectory:
     def commit(
         self,
         steps: Sequence[int],
-        scalars: Mapping[str, Sequence[float | Sequence[float]]],
+        scalars: Mapping[str, Sequence[Any]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
         attempts: Sequence[int] | None = None,
@@ -543,7 +631,8 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            Each of `scalars`, n values (of ``replicate_loss`` n times R), NaN where the log has none.
+            Each of `scalars`, n values (of ``replicate_loss`` n times R), and of `tables`, n rows of values; NaN
+            where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -561,22 +650,25 @@ class Trajectory:
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
-                self._unflushed.add(self._number_chunk(name, index))
+            self._unflushed.update(self._number_chunks(name, start, stop))
+        if not is_url(self.path):
+            self._flush()
+        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
+        record["scalars"] = self._scalar_checksums(start, stop)
+        if self.sweep:
+            record["runs"] = list(known)[len(self.runs) :]
+        self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
+        self._unflushed.clear()
+        self.rows, self._breaks = stop, None
+        self.recover()
+
+    def _flush(self) -> None:
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
         for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
             if folder.is_relative_to(self.path):
                 flush(folder)
-        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
-        record["scalars"] = self._scalar_checksums(start, stop)
-        if self.sweep:
-            record["runs"] = list(known)[len(self.runs) :]
-        self.journal.write(f"{len(self.journal.names()):08d}", record)
-        self._unflushed.clear()
-        self.rows, self._breaks = stop, None
-        self.recover()
 
     def recover(self) -> None:
         """Bring the shapes on disk up to the record, should the writer before have stopped between the two.
@@ -611,15 +703,26 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
-        per_row: list[str] = []
         replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
         names = [name for name in (*STATES, *replicates) if name in self.dtypes]
-        for record in self.records():
+        begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
+        hashes = {band: hashlib.sha256() for band in bands}
+        waiting = sorted(hashes, reverse=True)
+        active: list[Band] = []
+        # Record by record: those of a long run of a large model are not held together.
+        for number in self.journal.names():
+            # It has lists for every row: the collector would go through all objects of the process many times.
+            with _uncollected():
+                record = self.journal.read(number)
+            start, stop = record["start"], record["stop"]
             tables = [record["checksums"][name] for name in names]
-            per_row += [json.dumps(row) for row in zip(*tables, strict=True)]
-        for row in np.flatnonzero(self.spans() == 0):
-            per_row[row + 1] += "|"
-        return {
-            band: hashlib.sha256("".join(per_row[band.start : band.stop + 1]).encode()).hexdigest()
-            for band in bands
-        }
+            texts = [str([*row]) for row in zip(*tables, strict=True)]
+            for row in begun.intersection(range(start, stop)):
+                texts[row - start] += "|"
+            while waiting and waiting[-1].start < stop:
+                active.append(waiting.pop())
+            for band in active:
+                text = "".join(texts[max(band.start - start, 0) : band.stop + 1 - start])
+                hashes[band].update(text.encode())
+            active = [band for band in active if band.stop + 1 > stop]
+        return {band: found.hexdigest() for band, found in hashes.items()}
