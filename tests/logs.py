@@ -32,6 +32,22 @@ def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0
     return states
 
 
+def with_replicates(states, count=3, seed=0):
+    """States with replicates: of each, where a noise of the size of the gradient would lead to, and the losses."""
+    rng = np.random.default_rng(seed)
+    for state in states:
+        drawn, loss = {}, np.zeros(count)
+        for key, value in state.items():
+            array, _, name = key.partition("/")
+            if array == "parameter":
+                noise = 0.1 * rng.standard_normal((count, *np.shape(value)))
+                drawn[f"replicate_parameter/{name}"] = (value - noise).astype(np.asarray(value).dtype)
+                drawn[f"replicate_hvp/{name}"] = (-noise).astype(np.asarray(value).dtype)
+                loss += (drawn[f"replicate_parameter/{name}"].astype(float).reshape(count, -1) ** 2).sum(axis=1) / 2
+        state |= drawn | {"replicate_loss": loss}
+    return states
+
+
 def write_step(folder, number, state, container="safetensors"):
     """Write one step file and return its path."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -211,43 +211,43 @@ def exact_replicates(run, row):
         return y, g, n
 
 
-def test_equation_19_from_a_log_is_that_of_exact_arithmetic(tmp_path_factory):
-    # One run bends along its updates and one against them: eq. (19) is definite, and needs a weight.
-    for sign in (1, -1):
-        run = noisy_run(seed=3, steps=3, noise=0.3)
-        run["replicate_hvp"] *= sign
-        tree = process(record(tmp_path_factory.mktemp("log"), run), tmp_path_factory.mktemp("out"))
-        for row, rounding in enumerate(relative_rounding(run)):
-            at = tree["replicates/model"].to_dataset().isel(step=row)
-            y, g, n = exact_replicates(run, row)
-            with mp.workdps(60):
-                c, b, gg, yy, nn = (exact_dot(p, q) for p, q in ((y, g), (n, g), (g, g), (y, y), (n, n)))
-                a = c - mpf(RATE) * b
-                angle = mp.acos(c / mp.sqrt(yy * gg))
-                deviation = [b * p - c * q for p, q in zip(y, n, strict=True)]
-                weight = 0 if a * b > 0 else mpf(RATE) * exact_dot(deviation, deviation) / abs(a * b) / c
-                discrete = [p - mpf(RATE) * q for p, q in zip(y, n, strict=True)]
-                alpha = exact_dot(discrete, discrete) / a
-                lacking = exact_dot(deviation, deviation) - alpha * b * b * c
-                bound = c / b if b > 0 else alpha * -b * c * c / lacking if lacking > 0 else mp.inf
-            # A result is a product of some of a, b, c and |d|^2, of which each is a sum of products: their rounding
-            # counts by how much larger the summands are.
-            summed = b * b * yy + 2 * abs(b * c) * mp.sqrt(yy * nn) + c * c * nn + abs(alpha * b * b * c)
-            parts = [
-                (c, mp.sqrt(yy * gg)),
-                (b, mp.sqrt(nn * gg)),
-                (a, mp.sqrt(yy * gg) + mpf(RATE) * mp.sqrt(nn * gg)),
-            ]
-            parts += [(lacking, summed), (exact_dot(deviation, deviation), summed)]
-            tolerance = 4 * float(rounding * sum(whole / abs(part) for part, whole in parts))
-            assert tolerance < 1e-9
-            assert float(at["alignment"]) == pytest.approx(float(c), rel=tolerance)
-            assert float(at["angle"]) == pytest.approx(float(angle), abs=4 * rounding / float(mp.sin(angle)))
-            assert float(at["stochastic_alpha"]) == pytest.approx(float(alpha), rel=tolerance)
-            assert float(at["stochastic_weight"]) == pytest.approx(float(weight), rel=tolerance)
-            assert float(at["learning_rate_bound"]) == pytest.approx(float(bound), rel=tolerance)
-            assert bool(at["stochastic_definite"]) == (alpha > weight)
-            assert (b > 0, weight == 0) == (sign > 0, sign > 0)
+def test_equation_19_from_a_log_is_that_of_exact_arithmetic(tmp_path):
+    # Every second update bends against itself: eq. (19) is definite, and needs a weight.
+    run = noisy_run(seed=3, steps=5, noise=0.3)
+    run["replicate_hvp"][1::2] *= -1
+    tree = process(record(tmp_path / "log", run), tmp_path / "out")
+    for row, rounding in enumerate(relative_rounding(run)):
+        sign = (-1) ** row
+        at = tree["replicates/model"].to_dataset().isel(step=row)
+        y, g, n = exact_replicates(run, row)
+        with mp.workdps(60):
+            c, b, gg, yy, nn = (exact_dot(p, q) for p, q in ((y, g), (n, g), (g, g), (y, y), (n, n)))
+            a = c - mpf(RATE) * b
+            angle = mp.acos(c / mp.sqrt(yy * gg))
+            deviation = [b * p - c * q for p, q in zip(y, n, strict=True)]
+            weight = 0 if a * b > 0 else mpf(RATE) * exact_dot(deviation, deviation) / abs(a * b) / c
+            discrete = [p - mpf(RATE) * q for p, q in zip(y, n, strict=True)]
+            alpha = exact_dot(discrete, discrete) / a
+            lacking = exact_dot(deviation, deviation) - alpha * b * b * c
+            bound = c / b if b > 0 else alpha * -b * c * c / lacking if lacking > 0 else mp.inf
+        # A result is a product of some of a, b, c and |d|^2, of which each is a sum of products: their rounding
+        # counts by how much larger the summands are.
+        summed = b * b * yy + 2 * abs(b * c) * mp.sqrt(yy * nn) + c * c * nn + abs(alpha * b * b * c)
+        parts = [
+            (c, mp.sqrt(yy * gg)),
+            (b, mp.sqrt(nn * gg)),
+            (a, mp.sqrt(yy * gg) + mpf(RATE) * mp.sqrt(nn * gg)),
+        ]
+        parts += [(lacking, summed), (exact_dot(deviation, deviation), summed)]
+        tolerance = 4 * float(rounding * sum(whole / abs(part) for part, whole in parts))
+        assert tolerance < 1e-9  # nine digits, of sums that a wrong sign or step changes in the first
+        assert float(at["alignment"]) == pytest.approx(float(c), rel=tolerance)
+        assert float(at["angle"]) == pytest.approx(float(angle), abs=4 * rounding / float(mp.sin(angle)))
+        assert float(at["stochastic_alpha"]) == pytest.approx(float(alpha), rel=tolerance)
+        assert float(at["stochastic_weight"]) == pytest.approx(float(weight), rel=tolerance)
+        assert float(at["learning_rate_bound"]) == pytest.approx(float(bound), rel=tolerance)
+        assert bool(at["stochastic_definite"]) == (alpha > weight)
+        assert (b > 0, weight == 0) == (sign > 0, sign > 0)
 
 
 # Bits ---------------------------------------------------------------------------------------------------------
@@ -528,6 +528,26 @@ def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path, monkeypatch):
 # Damage, restarts, sweeps -------------------------------------------------------------------------------------
 
 
+def ledger_alone(log, out):
+    """Ingest a log and compute its ledger, but no results."""
+    folder = RunFolder(out)
+    ingest_run(log, out)
+    compute_ledger(folder.trajectory, folder.ledger)
+    return folder.ledger
+
+
+def test_a_ledger_of_other_replicates_is_not_kept(run, log, out, tmp_path):
+    other = {**run, "replicate_hvp": run["replicate_hvp"] + np.float32(1)}
+    ledger_alone(log, tmp_path / "run")
+    ingest_run(record(tmp_path / "log", other), tmp_path / "run", overwrite=True)
+    compute_ledger(tmp_path / "run/trajectory.zarr", tmp_path / "run/ledger.zarr")
+    found, before = (Ledger(RunFolder(folder).ledger) for folder in (tmp_path / "run", out))
+    assert [array.tobytes() for array in found.read()] == [array.tobytes() for array in before.read()]
+    found, before = (book.read_band("replicate_gram", 0, STEPS - 1) for book in (found, before))
+    assert (np.abs(found - gram_of(other)) <= 2 * gram_bound(other)).all()
+    assert (found != before).any()
+
+
 def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
     copy = shutil.copytree(out, tmp_path / "run")
     assert verify_run(copy) == []
@@ -551,7 +571,7 @@ def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
 def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
     whole = results.read(RunFolder(out).results)["replicates"]
     log = record(tmp_path / "log", {name: values[:4] for name, values in run.items()})
-    process(log, tmp_path / "run")
+    ledger_alone(log, tmp_path / "run")
     record_rest(log, run, range(4, STEPS))
     tree = process(log, tmp_path / "run")["replicates"]
     for group in ("model", "tensor"):
@@ -597,9 +617,14 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
     tree = results.read(RunFolder(tmp_path / "out").results)
     assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
     for name, of_run in results.runs(tree).items():
-        alone = process(tmp_path / "sweep" / name, tmp_path / name)["replicates"]
+        assert of_run["replicates/model"]["step"].values.tolist() == list(range(lengths[name] - 1))
+        book = Ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
+        stored = book.read_band("replicate_gram", 0, book.rows)
+        change = (runs[name]["replicate_loss"] - runs[name]["loss"][:, None])[:-1]
+        alone = replicates.label(stored, LAYOUT, replicates=COUNT, learning_rate=RATE, loss_change=change)
         for group in ("model", "tensor"):
-            assert of_run["replicates"][group].to_dataset().drop_vars("run").equals(alone[group].to_dataset())
+            for variable, values in alone[group].data_vars.items():
+                np.testing.assert_array_equal(of_run["replicates"][group][variable], values)
     assert (tree["replicates/model"]["status"].sel(run="a", step=[2, 3]) == Status.NOT_LOGGED).all()
 
 
@@ -644,6 +669,17 @@ def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):
         for name in ("angle", "replicate_angle", "condition_number"):
             assert np.isnan(found[name]).all()
         assert not found["effective"].any()
+
+
+def test_a_replicate_is_one_update_where_every_second_state_is_logged(run, out, tmp_path):
+    whole = results.read(RunFolder(out).results)["replicates"]
+    for step in range(0, STEPS, 2):
+        record_rest(tmp_path / "log", run, [step])
+    tree = process(tmp_path / "log", tmp_path / "out")
+    assert (tree["model"]["step_span"] == 2).all()
+    for group in ("model", "tensor"):
+        found, expected = (which["replicates"][group].to_dataset() for which in (tree, {"replicates": whole}))
+        assert found.equals(expected.sel(step=[0, 2, 4]))
 
 
 def test_replicates_of_states_alone_lack_what_needs_hvps_and_losses(run, out, tmp_path):
