@@ -93,7 +93,7 @@ HOMES = {
     "jinja2": {"pipeline.report"},
     "scipy": {"pipeline.metrics", "pipeline.discrete_gradients", "pipeline.experiments.linear_system"},
     "h5py": {"pipeline.sources.hdf5_file"},
-    "filelock": {"pipeline.store.writer"},
+    "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
     "upath": {"pipeline.places"},
