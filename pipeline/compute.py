@@ -27,7 +27,7 @@ from pipeline import gram
 from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places import place
-from pipeline.schema import HVP, STEP, InputError, Unavailable
+from pipeline.schema import HVP, STATES, STEP, InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
 
 __all__ = [
@@ -150,11 +150,11 @@ def compute_ledger(
         "states": states.rows,
         "elements": states.layout.elements,
         "chunk": states.chunk,
-        "itemsizes": [storage_dtype(dtype).itemsize for dtype in states.dtypes.values()],
+        "itemsizes": [storage_dtype(states.dtypes[name]).itemsize for name in _logged(states)],
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
         "memory_limit": memory_limit,
-        "whole_chunks": not all(map(states.can_view, states.dtypes)),
+        "whole_chunks": not all(map(states.can_view, _logged(states))),
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names))
     _log.info("%s", plan)
@@ -199,6 +199,9 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
 
 
 def _together(parts: Iterable[Segments]) -> Segments:
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     indices, grams, ratios = zip(*parts, strict=True)
     return np.concatenate(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
 
@@ -232,7 +235,7 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
                 name: stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
                 if states.can_view(name)
                 else _copied(job, states, name, start, start + more + 1, column, carried=done > 0)
-                for name in states.dtypes
+                for name in _logged(states)
             }
             for first, last in states.stretches(start, start + more + 1):
                 stretch = {name: _rows(blocks, first - start, last - start) for name, blocks in seen.items()}
@@ -246,6 +249,11 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
                     stretch.get(HVP),
                 )
     return np.array([index for index, _, _ in segments]), products, ratio
+
+
+def _logged(states: Trajectory) -> list[str]:
+    """Arrays that the pass reads: not what the optimizer keeps."""
+    return [name for name in STATES if name in states.dtypes]
 
 
 def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any]]:

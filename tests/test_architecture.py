@@ -23,6 +23,7 @@ FLOORS = [
         "pipeline.clusters",
         "pipeline.gram",
         "pipeline.geometry",
+        "pipeline.preconditioner",
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.store.disk",
@@ -30,7 +31,7 @@ FLOORS = [
         "pipeline.experiments.digits",
     },
     {
-        "pipeline.sources.names",
+        "pipeline.sources.optimizer",
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
         "pipeline.sources.torch_archive",
@@ -49,8 +50,10 @@ FLOORS = [
         "pipeline.windows",
         "pipeline.store.writer",
     },
+    {"pipeline.sources.names"},
     {
         "pipeline.sources.dcp_folder",
+        "pipeline.sources.deepspeed_folder",
         "pipeline.sources.stacked_file",
         "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",
