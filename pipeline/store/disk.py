@@ -6,13 +6,14 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.schema import InputError
 
-__all__ = ["disk_errors", "flush", "replace_file", "replace_folder"]
+__all__ = ["disk_errors", "flush", "flush_all", "replace_file", "replace_folder"]
 
 _REFUSALS = {
     errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
@@ -30,6 +31,9 @@ _REFUSALS = {
 }
 
 
+_FLUSHES = 8
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -37,6 +41,13 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_all(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on disk, some at a time: the system writes its journal for them together."""
+    with ThreadPoolExecutor(_FLUSHES) as pool:
+        for _ in pool.map(flush, paths):
+            pass
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -59,8 +70,7 @@ def replace_folder(aside: Path, path: Path) -> None:
     Under its name there is the old one or the new one at any moment. Where the system cannot exchange two names
     (not Linux, some network file systems) there is none for an instant.
     """
-    for entry in (*aside.rglob("*"), aside):
-        flush(entry)
+    flush_all((*aside.rglob("*"), aside))
     if not path.exists():
         aside.rename(path)
     elif not _exchange(aside, path):
