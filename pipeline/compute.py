@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import gram
-from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
+from pipeline.blocks import RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places import place
 from pipeline.schema import (
@@ -57,6 +57,9 @@ _log = logging.getLogger(__name__)
 _AHEAD = 3
 """Tasks in flight per worker: enough to keep it busy, few enough for the scheduler not to notice."""
 
+_CLUSTER_BYTES = 2_000_000_000
+"""A pass over less than this takes less time than processes take to start: a second or more, of every core."""
+
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
@@ -76,6 +79,10 @@ class Job:
     ledger: Path
     read_rows: int
     read_elements: int
+    task_bytes: int
+    """Bytes that a task reads, about."""
+    worker_bytes: int
+    """Memory of a worker beyond that of an idle process."""
     name: str
     """Of this job and no other, also on a scheduler that others share."""
 
@@ -89,7 +96,15 @@ class Job:
         """Job of a plan for a trajectory."""
         trajectory = place(trajectory).absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
-        return cls(trajectory, place(ledger).absolute(), plan.read_rows, plan.read_elements, name)
+        return cls(
+            trajectory,
+            place(ledger).absolute(),
+            plan.read_rows,
+            plan.read_elements,
+            math.ceil(plan.read_bytes / plan.tasks),
+            plan.projected_bytes - RESERVED_BYTES,
+            name,
+        )
 
 
 Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Band]]
@@ -386,18 +401,24 @@ def threads(workers: int) -> Executor:
 def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
     """Run bands on a Dask cluster of processes on this machine, of one thread each.
 
+    What takes less time than starting them is computed in this process: a run of one task, and a short one in as
+    many threads as fit into the memory of one worker.
+
     Parameters
     ----------
     workers : int
-        Processes, at most: a run of one task is computed in this process.
+        Processes, at most.
     memory_limit : int, optional
         Bytes of each process.
     """
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
-        processes = min(workers, sum(len(band.tiles) for band, _ in bands))
-        if processes < 2:
-            yield from serial(job, bands)
+        tasks = sum(len(band.tiles) for band, _ in bands)
+        processes = min(workers, tasks)
+        if processes < 2 or tasks * job.task_bytes < _CLUSTER_BYTES:
+            room = processes if memory_limit is None else (memory_limit - RESERVED_BYTES) // job.worker_bytes
+            together = min(processes, room)
+            yield from (threads(together) if together > 1 else serial)(job, bands)
             return
         with local_scheduler(processes, memory_limit) as address:
             yield from existing_cluster(address)(job, bands)

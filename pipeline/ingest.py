@@ -829,7 +829,7 @@ class _Writer:
 
     def _require_unchanged(self, row: _NewRow) -> None:
         step = row.step
-        if row.repeats is None and identity(step) != self._identities[step]:
+        if row.repeats is None and identity(step, fresh=True) != self._identities[step]:
             raise NotYet(
                 f"step {step.number} changed while it was read",
                 where=where(step),

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline import gram
 from pipeline.blocks import MEBIBYTE, chunk_shape, plan_pass
+from pipeline.places import each
 from pipeline.schema import (
     HVP,
     REPLICATE_HVP,
@@ -86,7 +87,7 @@ def inspect_source(
     InputError
         Where there is no log, or its first or last step cannot be described.
     """
-    paths = [Path(source) for source in sources]
+    paths = each(sources)
     log = open_sources(paths, format, mapping, sweep=sweep)
     listed = log.steps()
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))

@@ -9,15 +9,17 @@ the library (s3fs, gcsfs): environment, files, or the role of the machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
 from pipeline.schema import InputError, Unavailable
 
 __all__ = [
+    "Status",
     "delete",
     "delete_folder",
     "each",
@@ -32,6 +34,7 @@ __all__ = [
     "read",
     "require_local",
     "seen",
+    "status",
 ]
 
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
@@ -42,6 +45,17 @@ _COLLAPSED = re.compile(rf"({'|'.join(_EXTRAS)}|file):/+")
 
 _BLOCK_BYTES = 4 << 20
 _BLOCKS = 4
+
+_listed: dict[str, dict[str, Any]] = {}
+"""What the last listing of a URL said of the objects in it."""
+
+
+class Status(NamedTuple):
+    """An object as it is: its size in bytes, when it was put (ns), and the tag of its content."""
+
+    size: int
+    time: int
+    tag: str
 
 
 def place(path: str | Path) -> Path:
@@ -189,10 +203,40 @@ def names(path: Path) -> list[str]:
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     system, key = _system(path)
     try:
-        found = system.ls(key, detail=False)
+        found = {entry["name"].rpartition("/")[2]: entry for entry in system.ls(key, detail=True)}
     except FileNotFoundError:
-        return []
-    return sorted(name.rpartition("/")[2] for name in found)
+        found = {}
+    _listed[str(path)] = found
+    return sorted(found)
+
+
+def status(path: Path, *, fresh: bool = True) -> Status:
+    """Say which object is there now.
+
+    Parameters
+    ----------
+    path : Path
+        A URL.
+    fresh : bool
+        Ask for it; else, what the last listing of its folder (`names`) said of it is enough.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where there is none.
+    """
+    system, key = _system(path)
+    listed = None if fresh else _listed.get(str(path.parent), {}).get(path.name)
+    return _status(system.info(key) if listed is None else listed)
+
+
+def _status(entry: Mapping[str, Any]) -> Status:
+    time = entry.get("LastModified") or entry.get("updated") or entry["mtime"]
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    tag = str(entry.get("ETag") or entry.get("etag") or "")
+    # A listing may tell time more finely than a look at one object.
+    return Status(int(entry["size"]), int(time.timestamp()) * 10**9, tag)
 
 
 def delete(path: Path) -> None:
@@ -252,7 +296,10 @@ def ranges(path: Path, spans: Sequence[tuple[int, int]]) -> list[bytes]:
 
 
 def open_object(path: Path) -> Any:
-    """Open an object for reading anywhere: it is fetched in blocks, of which the last few are kept."""
+    """Open an object for reading anywhere: it is fetched in blocks, of which the last few are kept.
+
+    All blocks are of the object that was opened: one that is put in its place meanwhile is an error (OSError).
+    """
     system, key = _system(path)
     kept = {"maxblocks": _BLOCKS}
     return system.open(key, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache", cache_options=kept)

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import logs
 import numpy as np
@@ -15,9 +17,10 @@ from processing import Serial
 from servers import S3Server
 from zarr.codecs import ZstdCodec
 
-from pipeline import cli, compute, run
+from pipeline import cli, compute, run, watch
 from pipeline.places import delete, is_url, place, put, seen
 from pipeline.schema import InputError, Unavailable
+from pipeline.sources.base import ObjectRegion
 from pipeline.store import Ledger, Trajectory, only_writer
 
 STEPS = 12
@@ -276,7 +279,128 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
     assert content(url) == content(tmp_path / "out")
 
 
+# Logs --------------------------------------------------------------------------------------------------------
+
+
+def put_log(folder, states, container):
+    for number, state in enumerate(states):
+        put_step(folder, number, state, container)
+    return folder
+
+
+def put_step(folder, number, state, container):
+    with tempfile.TemporaryDirectory() as here:
+        file = logs.write_step(Path(here), number, state, container)
+        put(folder / file.name, file.read_bytes())
+
+
+@pytest.mark.parametrize("container", ["safetensors", "npz"])
+def test_a_log_is_read_where_it_is(url, tmp_path, container, monkeypatch):
+    # Blocks so small that tensors begin and end within them.
+    monkeypatch.setattr("pipeline.places._BLOCK_BYTES", 700)
+    states = logs.random_walk(6)
+    here = logs.write_log(tmp_path / "log", states[:4], container=container)
+    there = put_log(url / "log", states[:4], container)
+    for log, out in ((here, tmp_path / "here"), (there, tmp_path / "there")):
+        assert run.ingest_run(log, out)["new_steps"] == 4
+    assert run.ingest_run(str(there), tmp_path / "there")["new_steps"] == 0
+    logs.write_step(here, 4, states[4], container)
+    put_step(there, 4, states[4], container)
+    digests = []
+    for log, out in ((here, tmp_path / "here"), (there, tmp_path / "there")):
+        assert run.ingest_run(log, out)["new_steps"] == 1
+        digests.append(Trajectory(out / "trajectory.zarr").fingerprint())
+    assert digests[0] == digests[1]
+    assert Trajectory(tmp_path / "there" / "trajectory.zarr").source == str(there)
+
+
+def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
+    log = put_log(url / "log", logs.random_walk(5), "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    monkeypatch.setattr(url.fs, "info", lambda *_, **__: pytest.fail("an object is looked at"))
+    monkeypatch.setattr(url.fs, "open", lambda *_, **__: pytest.fail("an object is opened"))
+    monkeypatch.setattr(type(url), "is_file", lambda path: False)
+    monkeypatch.setattr("pipeline.ingest.changed_lately", lambda time: False)
+    assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 0
+
+
+def test_a_step_that_is_put_again_is_another(url, tmp_path):
+    states = logs.random_walk(5)
+    log = put_log(url / "log", states[:4], "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    # As long as before, and within the same second maybe.
+    put_step(log, 1, states[4], "safetensors")
+    with pytest.raises(InputError, match="step 1 is ingested already, with loss"):
+        run.ingest_run(log, tmp_path / "out")
+
+
+def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch):
+    states = logs.random_walk(5)
+    log = put_log(url / "log", states[:4], "safetensors")
+    fill = ObjectRegion.fill
+
+    def slow(self, offset, out):
+        # The last step is put again after the first has been described.
+        if self.length and offset and not changed:
+            changed.append(put_step(log, 3, states[4], "safetensors"))
+        fill(self, offset, out)
+
+    changed = []
+    monkeypatch.setattr(ObjectRegion, "fill", slow)
+    with pytest.raises(Unavailable, match="step 3 changed while it was read"):
+        run.ingest_run(log, tmp_path / "out")
+    assert not (tmp_path / "out" / "trajectory.zarr").exists()
+
+
+@pytest.mark.parametrize("container", ["safetensors", "npz"])
+def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, monkeypatch):
+    log = put_log(url / "log", logs.random_walk(3), container)
+    step = log / f"step_1.{container}"
+    put(step, step.read_bytes()[:-40])
+    with pytest.raises(InputError, match="cannot read a") as refusal:
+        run.ingest_run(log, tmp_path / "out")
+    assert refusal.value.where.startswith(f"{step}, step 1")
+
+
+def test_logs_of_a_sweep_and_a_run_file(url, tmp_path):
+    states = logs.random_walk(3)
+    for name in ("a", "b"):
+        put_log(url / "sweep" / name, states, "npz")
+    assert run.ingest_run(url / "sweep", tmp_path / "sweep", sweep=True)["new_steps"] == 6
+    file = tmp_path / "run.toml"
+    file.write_text(f'[[source]]\npath = "{url}/sweep/a"\n')
+    assert run.ingest_run(file, tmp_path / "file")["new_steps"] == 3
+
+
+def test_what_needs_files_is_refused(url, tmp_path):
+    put(url / "log" / "model-1.pt", b"any")
+    for format in (None, "torch"):
+        with pytest.raises(InputError, match="copy the log to a folder first"):
+            run.ingest_run(url / "log", tmp_path / "out", format=format)
+    with pytest.raises(InputError, match="no such object or folder"):
+        run.ingest_run(url / "nothing", tmp_path / "out")
+
+
 # Errors ------------------------------------------------------------------------------------------------------
+
+
+def test_paths_and_urls(tmp_path):
+    assert place(tmp_path) == place(str(tmp_path)) == tmp_path
+    assert place("file:///a%20b/c") == place(Path("file:/a%20b/c")) == Path("/a b/c")
+    # What pathlib makes of a URL, as the command line and Prefect do before we see it.
+    assert str(place(Path("s3://bucket/run"))) == str(place("s3://bucket/run/")) == "s3://bucket/run"
+    with pytest.raises(InputError, match="URLs of ftp:// cannot be used"):
+        place("ftp://host/run")
+
+
+def test_folders_of_many_runs_are_of_this_machine(tmp_path):
+    for look in (
+        lambda: watch.find_runs("s3://bucket/logs", tmp_path),
+        lambda: watch.find_runs(tmp_path, "s3://bucket/runs"),
+        lambda: watch.status("s3://bucket/runs"),
+    ):
+        with pytest.raises(InputError, match="must be a folder of this machine"):
+            look()
 
 
 def test_a_bucket_that_is_not_there(server, tmp_path):

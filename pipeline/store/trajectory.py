@@ -597,7 +597,9 @@ class Trajectory:
         chunk = np.zeros(self.chunk, block.dtype)
         chunk[row : row + len(block)] = block
         if row:
-            (before,) = ranges(path, [(0, row * self.chunk[1] * block.itemsize)])
+            (before,) = ranges(path, [(0, chunk[:row].nbytes)])
+            if len(before) != chunk[:row].nbytes:
+                raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
             chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
         put(path, chunk.tobytes())
 
