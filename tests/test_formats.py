@@ -48,12 +48,12 @@ def arrays_of(state, array):
     for key, value in state.items():
         name, _, tensor = key.partition("/")
         if name == array and tensor:
-            value = np.ascontiguousarray(value)
+            shape, value = np.shape(value), np.ascontiguousarray(value)
             if value.dtype.name == "bfloat16":
                 found[tensor] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16).reshape(value.shape)
             else:
                 found[tensor] = torch.from_numpy(value)
-            found[tensor] = found[tensor].reshape(TENSORS[tensor])
+            found[tensor] = found[tensor].reshape(shape)
     return found
 
 
