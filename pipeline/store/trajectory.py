@@ -164,6 +164,7 @@ class Trajectory:
         # A request takes as long as many steps are read from a disk.
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
+        self._read_ahead = 0
         self.rows = 0
         self.refresh()
 
@@ -360,8 +361,15 @@ class Trajectory:
         return name not in self._compressed and not is_url(self.path)
 
     @contextmanager
-    def mapped(self) -> Iterator[None]:
-        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece."""
+    def mapped(self, columns: int = 0) -> Iterator[None]:
+        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece.
+
+        Parameters
+        ----------
+        columns : int
+            Where chunks come from the disk, those of the next column are read ahead, if it is before this one.
+        """
+        self._read_ahead = columns
         try:
             yield
         finally:
@@ -403,15 +411,19 @@ class Trajectory:
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
+            file = self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
+            if file.ask(begin, end) and column + 1 < self._read_ahead:
+                ahead = self._map_chunk(name, index, column + 1)
+                ahead.ask(0, ahead.words.nbytes)
+            seen.append((file, begin, end))
+            blocks.append(file.words[low:high, first - offset : last - offset])
+        for file, begin, end in seen:
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
-            seen.append((file, begin, end))
-            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
@@ -419,6 +431,8 @@ class Trajectory:
                 file.release(begin, end)
 
     def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        if (name, index, column) in self._mapped:
+            return self._mapped[name, index, column]
         path, dtype = chunk_path(self.path / name, index, column), storage_dtype(self.dtypes[name])
         expected = math.prod(self.chunk) * dtype.itemsize
         try:
