@@ -175,6 +175,7 @@ def ingest(
             try:
                 _Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
             finally:
+                trajectory.abandon()
                 if not trajectory.rows:
                     Trajectory.remove(store)
         elif trajectory is None:

@@ -36,7 +36,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, Band
-from pipeline.places import is_url, place, put, ranges
+from pipeline.places import Puts, is_url, place, ranges
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,
@@ -163,6 +163,7 @@ class Trajectory:
         self._spans: NDArray[np.int64] | None = None
         # A request takes as long as many steps are read from a disk.
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
+        self._puts = Puts()
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self._read_ahead = 0
         self.rows = 0
@@ -562,11 +563,12 @@ class Trajectory:
         chunk = np.zeros(self.chunk, block.dtype)
         chunk[row : row + len(block)] = block
         if row:
+            self._puts.wait()
             (before,) = ranges(path, [(0, chunk[:row].nbytes)])
             if len(before) != chunk[:row].nbytes:
                 raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
             chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
-        put(path, chunk.tobytes())
+        self._puts.put(path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -617,6 +619,7 @@ class Trajectory:
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             self._unflushed.update(self._number_chunks(name, start, stop))
+        self._puts.wait()
         if not is_url(self.path):
             self._flush()
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
@@ -627,6 +630,10 @@ class Trajectory:
         self._unflushed.clear()
         self.rows, self._breaks = stop, None
         self.recover()
+
+    def abandon(self) -> None:
+        """Leave what was written and not committed: on return nothing of it is on its way any more."""
+        self._puts.abandon()
 
     def _flush(self) -> None:
         for path in sorted(self._unflushed):
