@@ -35,6 +35,7 @@ from prefect.states import Completed, Crashed
 from pydantic import Field
 
 from pipeline import run, watch
+from pipeline.places import is_url, network_errors, place
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
 
 __all__ = ["analyze_run", "ingest_run", "process_run"]
@@ -199,7 +200,7 @@ def _analyzed(
         run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
     )
     create_link_artifact(
-        link=RunFolder(Path(out)).report.absolute().as_uri(),
+        link=RunFolder(place(out)).report.absolute().as_uri(),
         link_text=f"Report of {Path(out).name}",
         key=_key("report", out),
         description=f"Figure 3 of the paper, drawn from {summary['results']}",
@@ -239,8 +240,10 @@ def process_run(
     options = {name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out")}
     try:
         with watch.only_processor(out), tags(f"run:{Path(out).name}"):
-            _end_the_dead(Path(out))
-            listed = watch.listing(source) if Path(source).is_dir() else ""
+            _end_the_dead(place(out))
+            log = place(source)
+            with network_errors(log):
+                listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
             try:
                 ingested = _ingested(source, out, format, allow_gaps)
                 summary = ingested | _analyzed(
@@ -248,10 +251,10 @@ def process_run(
                 )
             except Exception as error:
                 parts = watch.error_parts(error)
-                watch.Outcome(str(source), listed, options, error=parts).remember(out)
+                watch.Outcome(str(log), listed, options, error=parts).remember(out)
                 _tell_failure(Path(out), parts)
                 raise
-            watch.Outcome(str(source), listed, options, summary).remember(out)
+            watch.Outcome(str(log), listed, options, summary).remember(out)
             return summary
     except watch.Held as held:
         get_run_logger().warning("%s is skipped: %s", out, held.what)
@@ -267,7 +270,7 @@ def _end_the_dead(out: Path) -> None:
     with get_client(sync_client=True) as client:
         for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
             ours = str(other.id) == flow_run.get_id()
-            if ours or Path(other.parameters.get("out", "")).absolute() != out.absolute():
+            if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
                 continue
             message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
             client.set_flow_run_state(other.id, Crashed(message=message), force=True)

@@ -50,6 +50,10 @@ Attempt = Annotated[
 ]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WHAT", help="Store this too: optimizer, what it keeps between steps (may be repeated)."),
+]
 Follow = Annotated[bool, typer.Option("--follow", help="Go on with what is logged later, until interrupted.")]
 Interval = Annotated[float, typer.Option(min=0.0, help="Seconds between looks at the log, with --follow.")]
 IdleTimeout = Annotated[
@@ -168,6 +172,7 @@ def _ingest(
     allow_gaps: bool,
     overwrite: bool,
     wait: bool,
+    include: list[str] | None,
 ) -> dict[str, Any]:
     from pipeline import run
 
@@ -181,6 +186,7 @@ def _ingest(
             allow_gaps=allow_gaps,
             overwrite=overwrite,
             wait=wait,
+            include=include or (),
             progress=progress,
         )
 
@@ -221,6 +227,7 @@ def process(
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
+    include: Include = None,
     follow: Follow = False,
     interval: Interval = 10.0,
     idle_timeout: IdleTimeout = None,
@@ -243,7 +250,9 @@ def process(
     options = _options(learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, attempt)
 
     def once(first: bool) -> dict[str, Any]:
-        answer = _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow)
+        answer = _ingest(
+            face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow, include
+        )
         if not first and not answer["new_steps"]:
             return answer
         with face.progress("analyze") as progress:
@@ -262,6 +271,7 @@ def ingest(
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
+    include: Include = None,
     follow: Follow = False,
     interval: Interval = 10.0,
     idle_timeout: IdleTimeout = None,
@@ -275,7 +285,7 @@ def ingest(
     sources, out, mapping = _arguments(sources, out, map_)
 
     def once(first: bool) -> dict[str, Any]:
-        return _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow)
+        return _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow, include)
 
     face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
 

@@ -17,11 +17,13 @@ MODULES = {
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
+    {"pipeline.places"},
     {
         "pipeline.blocks",
         "pipeline.clusters",
         "pipeline.gram",
         "pipeline.geometry",
+        "pipeline.preconditioner",
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.store.disk",
@@ -29,7 +31,7 @@ FLOORS = [
         "pipeline.experiments.digits",
     },
     {
-        "pipeline.sources.names",
+        "pipeline.sources.optimizer",
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
         "pipeline.sources.torch_archive",
@@ -48,6 +50,7 @@ FLOORS = [
         "pipeline.windows",
         "pipeline.store.writer",
     },
+    {"pipeline.sources.names"},
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.deepspeed_folder",
@@ -97,6 +100,8 @@ HOMES = {
     "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
+    "upath": {"pipeline.places"},
+    "fsspec": set(),
     "mlxtend": {"pipeline.experiments.digits"},
 }
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.places import is_url, network_errors, open_object, status
 from pipeline.schema import STATES, InputError, Unavailable
 
 __all__ = [
     "Container",
+    "KeptOpen",
     "LoggedStep",
     "LoggedTensor",
     "NotYet",
+    "ObjectRegion",
+    "OptimizerState",
     "Region",
     "Source",
     "StepContent",
@@ -74,6 +80,25 @@ class LoggedTensor:
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """What the optimizer kept between steps, by tensor.
+
+    Attributes
+    ----------
+    arrays : mapping
+        Some of `pipeline.schema.OPTIMIZER_STATES`, each a mapping of tensor name to `LoggedTensor`.
+    numbers : mapping
+        Some of `pipeline.schema.OPTIMIZER_NUMBERS`, each a mapping of tensor name to value.
+    problem : str
+        Why it is not known which tensor an entry belongs to; then nothing else is there.
+    """
+
+    arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class StepContent:
     """What a step holds, by the names of the store. A source may give some of it only; see `complete`.
 
@@ -91,6 +116,8 @@ class StepContent:
         Names of tensors that lie in the memory of another one, to the name of that one.
     untrained : bool
         The parameters are a whole model: buffers and frozen tensors, which have no gradient, are among them.
+    optimizer : OptimizerState, optional
+        Where it was saved; its arrays are read as the others are.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -99,6 +126,7 @@ class StepContent:
     notes: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     untrained: bool = False
+    optimizer: OptimizerState | None = None
 
 
 class StepReader(Protocol):
@@ -149,6 +177,51 @@ class Source(Protocol):
         ...
 
 
+class KeptOpen:
+    """A log whose step opened last stays open until another one is, or its context ends.
+
+    Steps that lie in one file then follow each other without the file being opened for each.
+
+    Parameters
+    ----------
+    log : Source
+    """
+
+    def __init__(self, log: Source) -> None:
+        self.location, self._log = log.location, log
+        self._kept = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept.close()
+
+    def steps(self) -> Sequence[LoggedStep]:
+        """List the steps; see `Source`."""
+        return self._log.steps()
+
+    @contextmanager
+    def open(self, step: LoggedStep) -> Iterator[StepReader]:
+        """Open a step; see `Source`. It is closed when it is left and another one has been opened."""
+        users = 2
+
+        def leave() -> None:
+            nonlocal users
+            users -= 1
+            if not users:
+                manager.__exit__(None, None, None)
+
+        manager = self._log.open(step)
+        reader = manager.__enter__()
+        self._kept.close()
+        self._kept.callback(leave)
+        try:
+            yield reader
+        finally:
+            leave()
+
+
 class Container:
     """Open files of a step: tensors and numbers under flat keys, whatever these mean (`pipeline.sources.names`).
 
@@ -162,20 +235,44 @@ class Container:
         Key to value of the plain numbers that are known without reading a tensor.
     ties : dict
         Keys of tensors that lie in the memory of another one, to the key of that one.
+    texts : dict
+        Key to value of the strings among the options of an optimizer: names of parameters.
+    ordered : bool
+        Whether tensors come in the order in which they were saved.
     unread : dict
         Keys of objects that were not read, to the reason.
     """
+
+    ordered = False
 
     def __init__(self, step: LoggedStep) -> None:
         self.step = step
         self.unread: dict[str, str] = {}
         self.tensors: dict[str, LoggedTensor] = {}
         self.numbers: dict[str, float] = {}
+        self.texts: dict[str, str] = {}
         self.ties: dict[str, str] = {}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `StepReader.read`."""
         raise NotImplementedError
+
+    def number(self, key: str) -> float | None:
+        """Value of a plain number, or of a tensor of one element; None where it is neither."""
+        if key in self.numbers:
+            return self.numbers[key]
+        logged = self.tensors[key]
+        if math.prod(logged.shape) != 1:
+            return None
+        if logged.dtype == "bfloat16":
+            word = np.zeros(1, np.uint16)
+            self.read(key, 0, word)
+            return float((word.astype(np.uint32) << np.uint32(16)).view(np.float32)[0])
+        if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
+            return None
+        value = np.zeros(1, logged.dtype)
+        self.read(key, 0, value)
+        return float(value[0])
 
     def close(self) -> None:
         """Close the files."""
@@ -226,7 +323,8 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
     """
     array, _, tensor = key.partition("/")
     try:
-        yield
+        with network_errors(step.path):
+            yield
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -245,8 +343,15 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
         ) from error
 
 
-def identity(step: LoggedStep) -> dict[str, Any]:
+def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
     """Name, size in bytes and time in ns of the files of a step; of a folder, of all files in it.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    fresh : bool
+        Look at each object anew, where else what the listing of the steps said of it is taken. An object has a tag
+        of its content too.
 
     Raises
     ------
@@ -255,7 +360,7 @@ def identity(step: LoggedStep) -> dict[str, Any]:
     """
     try:
         files = [file for path in (step.path, *step.others) for file in _files(path)]
-        stats = [(path, path.stat()) for path in files]
+        stats = [(path, *_stat(path, fresh)) for path in files]
     except OSError as error:
         raise InputError(
             f"the step cannot be found any more: {error.strerror}",
@@ -265,20 +370,32 @@ def identity(step: LoggedStep) -> dict[str, Any]:
         ) from error
     found: dict[str, Any] = {
         "name": step.path.name,
-        "size": sum(status.st_size for _, status in stats),
-        "time": max((status.st_mtime_ns for _, status in stats), default=0),
+        "size": sum(size for _, size, *_ in stats),
+        "time": max((time for _, _, time, *_ in stats), default=0),
     }
+    if is_url(step.path):
+        found["tag"] = stats[0][3]
     if files != [step.path]:
-        listing = [
-            (os.path.relpath(path, step.path.parent), status.st_size, status.st_mtime_ns) for path, status in stats
-        ]
+        listing = [(_relative(path, step.path.parent), *facts) for path, *facts in stats]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
     return found
 
 
+def _stat(path: Path, fresh: bool) -> tuple[Any, ...]:
+    """Size and time of a file; of an object, its tag too."""
+    if is_url(path):
+        return status(path, fresh=fresh)
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path) if is_url(path) or is_url(folder) else os.path.relpath(path, folder)
+
+
 def _files(path: Path) -> list[Path]:
     # A folder that is a link is entered where it is the step itself, not below: a link may lead in a circle.
-    if not path.is_dir():
+    if is_url(path) or not path.is_dir():
         return [path]
     return [Path(folder) / name for folder, _, names in os.walk(path, onerror=_raise) for name in names]
 
@@ -351,19 +468,51 @@ class Region(io.RawIOBase):
         return count
 
 
+class ObjectRegion:
+    """The bytes of an object, read by position.
+
+    Parameters
+    ----------
+    path : Path
+        A URL.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open_object(path)
+        self.length: int = self._file.size
+
+    def fill(self, offset: int, out: NDArray[Any]) -> None:
+        """Fill an array with the bytes from an offset on; see `Region.fill`."""
+        if not 0 <= offset <= self.length - out.nbytes:
+            raise EOFError(f"the data end {offset + out.nbytes - self.length} bytes early")
+        self._file.seek(offset)
+        view = out.data.cast("B")
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise EOFError(f"the object ends {len(view)} bytes early")
+            view = view[count:]
+
+    def close(self) -> None:
+        """Give its blocks back."""
+        self._file.close()
+
+
 # A whole step ------------------------------------------------------------------------------------------------
 
 
-def complete(step: LoggedStep, content: StepContent) -> StepContent:
+def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False) -> StepContent:
     """Return what of a step can be processed: parameters and gradients of the same tensors, in one order.
 
     The order is that of the names with numbers by value, as no other order survives all formats. A tensor tied to
-    another counts once. Tensors of a whole model that have no gradient are left out, with a note.
+    another counts once. Tensors of a whole model that have no gradient are left out, with a note. What the
+    optimizer keeps is among the arrays where it is asked for; tensors that it has nothing of are not in it.
 
     Raises
     ------
     InputError
-        Where parameters or gradients are missing, or their names or shapes differ.
+        Where parameters or gradients are missing, or their names or shapes differ; where the optimizer is asked
+        for and it is not known which tensors it means.
     """
     arrays = {array: dict(tensors) for array, tensors in content.arrays.items()}
     for array in STATES[:2]:
@@ -397,7 +546,24 @@ def complete(step: LoggedStep, content: StepContent) -> StepContent:
             _require_same_tensors(step, array, arrays["parameter"], arrays[array])
     order = sorted(arrays["parameter"], key=_by_number)
     kept_arrays = {name: {t: arrays[name][t] for t in order} for name in STATES if name in arrays}
-    return replace(content, arrays=kept_arrays, notes=tuple(notes))
+    state = content.optimizer if optimizer else None
+    if state is not None:
+        if state.problem:
+            raise InputError(
+                f"the state of the optimizer cannot be read: {state.problem}",
+                where=where(step),
+                why="torch numbers the parameters of an optimizer and keeps no names",
+                remedy='write order = ["tensor", ...] in natgrad.toml in the folder of the log, in the order of '
+                "model.named_parameters() or as the optimizer was given them, or leave --include optimizer out",
+            )
+        for name, saved in state.arrays.items():
+            kept_arrays[name] = {t: saved[t] for t in order if t in saved}
+        lacking = [t for t in order if not any(t in saved for saved in state.arrays.values())]
+        if state.arrays and lacking:
+            notes.append(
+                f"the optimizer has no state of {len(lacking)} tensors, {lacking[0]!r} the first: it is NaN"
+            )
+    return replace(content, arrays=kept_arrays, notes=tuple(notes), optimizer=state)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

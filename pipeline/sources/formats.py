@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.places import is_url, names, place
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
@@ -262,13 +263,15 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     InputError
         Where nothing is there, or the format is not known.
     """
-    path, mapping = Path(path), dict(mapping or {})
-    if not path.exists():
-        raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
+    path, mapping = place(path), dict(mapping or {})
     if format is not None and format not in FORMATS:
         raise InputError(
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
         )
+    if is_url(path):
+        return _open_objects(path, format or "steps", mapping)
+    if not path.exists():
+        raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     if path.suffix == ".toml" and path.is_file():
         return _open_run_file(path)
     path = _only_file(path)
@@ -284,6 +287,29 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     return FORMATS[format].open(path, mapping)
 
 
+_OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
+"""Formats that are read from an object store, without a file on this machine."""
+
+
+def _open_objects(path: Path, format: str, mapping: Mapping[str, str]) -> Source:
+    """Open a log in an object store."""
+    if path.suffix == ".toml":
+        return _open_run_file(path)
+    found = names(path)
+    if not found:
+        raise InputError("no such object or folder", where=str(path), remedy="give the folder of a training log")
+    kinds = _OF_OBJECTS.get(format, ())
+    if not any(kind.number(path / name) is not None for name in found for kind in kinds):
+        raise InputError(
+            f"no {' or '.join(kind.layout for kind in kinds)} here" if kinds else f"format {format!r} needs files",
+            where=f"{path}, {found[0]!r} for one",
+            why=f"only step_<N>.safetensors and step_<N>.npz are read from an object store (--format "
+            f"{', '.join(_OF_OBJECTS)}); the other formats need files of this machine",
+            remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
+        )
+    return StepFolder(path, kinds, mapping)
+
+
 def _only_file(path: Path) -> Path:
     """Return the one file in a folder that is a log of its own, where the folder is no log itself."""
     if not path.is_dir() or any(known.found(path) for known in FORMATS.values()):
@@ -297,6 +323,8 @@ def format_of(path: Path) -> str:
     """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
     if path.suffix == ".toml" and path.is_file():
         return "run file"
+    if is_url(path):
+        return "steps"
     return find_format(_only_file(path)) or "steps"
 
 
@@ -344,7 +372,7 @@ def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str,
     (folder,) = paths
     runs: dict[str, Source] = {}
     for entry in sorted(folder.iterdir()):
-        stacked = entry.is_file() and any(known.found(entry) for known in FORMATS.values())
+        stacked = not is_url(entry) and entry.is_file() and any(known.found(entry) for known in FORMATS.values())
         if not entry.name.startswith(".") and (entry.is_dir() or stacked):
             runs[entry.name] = open_source(entry, format, mapping)
         else:
@@ -383,5 +411,7 @@ def _open_run_file(path: Path) -> Source:
             raise refuse(f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map that is no table'}")
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
-        sources.append(open_source(path.parent / entry["path"], entry.get("format"), entry.get("map")))
+        listed = place(entry["path"])
+        listed = listed if is_url(listed) else path.parent / listed
+        sources.append(open_source(listed, entry.get("format"), entry.get("map")))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import LoggedStep, NotYet, Source, StepContent, StepReader, where
+from pipeline.sources.base import LoggedStep, NotYet, OptimizerState, Source, StepContent, StepReader, where
 
 __all__ = ["JoinedSource"]
 
@@ -87,6 +87,7 @@ class _JoinedStep:
         scalars: dict[str, float] = {}
         givers: dict[str, LoggedStep] = {}
         owners: dict[str, StepReader] = {}
+        optimizer: OptimizerState | None = None
         contents = [reader.content() for reader in self._readers]
         notes = [note for content in contents for note in content.notes]
         for part, reader, content in zip(self._parts, self._readers, contents, strict=True):
@@ -101,6 +102,9 @@ class _JoinedStep:
             for name, value in content.scalars.items():
                 if scalars.setdefault(name, value) != value:
                     notes.append(f"{name} is taken from the first source that has it; {part.path} says otherwise")
+            if content.optimizer is not None and optimizer is None:
+                optimizer = content.optimizer
+                owners.update(dict.fromkeys(optimizer.arrays, reader))
         self._owners = owners
         return StepContent(
             arrays,
@@ -109,6 +113,7 @@ class _JoinedStep:
             tuple(notes),
             {tensor: kept for content in contents for tensor, kept in content.ties.items()},
             any(content.untrained for content in contents),
+            optimizer,
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:

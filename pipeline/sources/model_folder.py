@@ -51,6 +51,7 @@ class ModelFolder(Container):
             with refused(step, _FORM):
                 names = sorted(path.name for path in step.path.iterdir() if path.is_file())
                 files = self._files(names)
+                self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
                 for name, (prefix, wanted) in files.items():
                     self._add(stack.enter_context(self._open(step.path / name)), name, prefix, wanted)
             self._stack = stack.pop_all()
@@ -114,6 +115,7 @@ class ModelFolder(Container):
             self.tensors[prefix + key] = logged
             self._places[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
+        self.texts |= {prefix + key: text for key, text in container.texts.items()}
         self.ties |= {prefix + key: prefix + kept for key, kept in container.ties.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:

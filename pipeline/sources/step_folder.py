@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.places import is_url, names, network_errors, place
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, NotYet, StepReader, changed_lately, identity, where
 from pipeline.sources.names import NATIVE, NamedStep, Names, step_number
@@ -117,7 +118,7 @@ class StepFolder:
         kinds: Sequence[Kind] = tuple(NATIVE_KINDS.values()),
         mapping: Mapping[str, str] | None = None,
     ) -> None:
-        self.location = Path(location)
+        self.location = place(location)
         self._kinds = tuple(
             replace(kind, names=kind.names.of_folder(self.location).mapped(mapping or {})) for kind in kinds
         )
@@ -152,6 +153,9 @@ class StepFolder:
         return sorted(found.values())
 
     def _paths(self) -> list[Path]:
+        if is_url(self.location):
+            with network_errors(self.location):
+                return [self.location / name for name in names(self.location)]
         try:
             return sorted(self.location.iterdir())
         except OSError as error:

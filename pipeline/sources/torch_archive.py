@@ -28,6 +28,7 @@ __all__ = [
     "TorchFile",
     "TorchTensor",
     "flat_numbers",
+    "group_texts",
 ]
 
 # Elements of a strided tensor that are gathered at once, and unwanted elements that are read on the way.
@@ -359,6 +360,8 @@ class TorchFile(Container):
         Where it is no torch archive, or its pickle names anything but tensors and plain containers.
     """
 
+    ordered = True
+
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._tensors: dict[str, TorchTensor] = {}
@@ -383,6 +386,7 @@ class TorchFile(Container):
                 if math.prod(leaf.shape) and places.setdefault(leaf, key) != key:
                     self.ties[key] = places[leaf]
         self.numbers |= flat_numbers(self._archive.tree)
+        self.texts |= group_texts(self._archive.tree)
 
     @property
     def tree(self) -> Any:
@@ -407,6 +411,15 @@ def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
         key: _float(leaf)
         for key, leaf in pickle_data.flatten(tree)
         if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
+    }
+
+
+def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Strings in the parameter groups of optimizers, by their keys."""
+    return {
+        key: leaf
+        for path, leaf in pickle_data.flatten(tree)
+        if isinstance(leaf, str) and "param_groups/" in (key := f"{prefix}{path}")
     }
 
 

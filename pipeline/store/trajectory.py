@@ -20,9 +20,9 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,8 +35,21 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from pipeline.blocks import Band
-from pipeline.schema import ATTEMPT, ELEMENT, LAYOUT_VERSION, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
+from pipeline.blocks import MEBIBYTE, Band
+from pipeline.places import is_url, place, put, ranges
+from pipeline.schema import (
+    ATTEMPT,
+    ELEMENT,
+    LAYOUT_VERSION,
+    OPTIMIZER_NUMBERS,
+    RUN,
+    STATES,
+    STEP,
+    TENSOR,
+    USUAL_SCALARS,
+    InputError,
+    Layout,
+)
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -59,7 +72,13 @@ from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
 
+_TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
+
 _INGEST_AGAIN = "ingest the run again with --overwrite"
+
+_RANGE_BYTES = 4 * MEBIBYTE
+"""Bytes of an object that are asked for at a time, of so many ranges at the same time:"""
+_RANGES = 4
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -70,6 +89,18 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def checksum(words: NDArray[Any]) -> int:
     """CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave garbage alone for a moment."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Trajectory:
@@ -90,6 +121,8 @@ class Trajectory:
         Where the log was.
     sweep : bool
         Whether it holds several runs.
+    tables : tuple of str
+        Numbers of a step and tensor that are stored, of `pipeline.schema.OPTIMIZER_NUMBERS`.
     journal : Journal
         The commit records.
     rows : int
@@ -108,7 +141,7 @@ class Trajectory:
         InputError
             Where there is none, or a newer version wrote it.
         """
-        self.path = Path(path)
+        self.path = place(path)
         attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
@@ -116,6 +149,7 @@ class Trajectory:
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
+        self.tables: tuple[str, ...] = tuple(attributes.get("tables", ()))
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
@@ -126,7 +160,10 @@ class Trajectory:
         self._checksums: dict[str, list[list[int]]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
-        self._mapped: dict[Path, MappedFile] = {}
+        self._spans: NDArray[np.int64] | None = None
+        # A request takes as long as many steps are read from a disk.
+        self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
+        self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self.rows = 0
         self.refresh()
 
@@ -141,6 +178,7 @@ class Trajectory:
         compressors: Mapping[str, Any] | None = None,
         scalars: Sequence[str] = USUAL_SCALARS,
         sweep: bool = False,
+        tables: Sequence[str] = (),
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -149,7 +187,7 @@ class Trajectory:
         path : Path
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, what the optimizer keeps) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
@@ -160,6 +198,8 @@ class Trajectory:
             Numbers of a step to store, of `pipeline.schema.SCALARS`.
         sweep : bool
             For several runs.
+        tables : sequence of str
+            Numbers of a step and tensor to store, of `pipeline.schema.OPTIMIZER_NUMBERS`.
 
         Raises
         ------
@@ -173,6 +213,7 @@ class Trajectory:
             "dtypes": dict(dtypes),
             "scalars": list(scalars),
             "sweep": sweep,
+            "tables": list(tables),
         }
         arrays = {
             name: ArrayPlan(
@@ -188,7 +229,11 @@ class Trajectory:
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
             arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name in numbered else "float64")
-        make_group(Path(path), "trajectory", attributes, arrays)
+        width = len(layout.tensors)
+        for name in tables:
+            rows = max(1, _TABLE_CHUNK // max(1, width))
+            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
+        make_group(place(path), "trajectory", attributes, arrays)
         return cls(path)
 
     @classmethod
@@ -204,8 +249,8 @@ class Trajectory:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the arrays (step): those that number the rows, and the scalars."""
-        return (*self._numbered, *self.scalars)
+        """Names of the arrays (step): those that number the rows, and the scalars; and of those (step, tensor)."""
+        return (*self._numbered, *self.scalars, *self.tables)
 
     @property
     def columns(self) -> int:
@@ -219,7 +264,8 @@ class Trajectory:
     def scalar(self, name: str) -> NDArray[Any]:
         """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
-        A scalar that the trajectory does not have is NaN at every step.
+        What an optimizer has of each tensor has shape (rows, tensors). A scalar that the trajectory does not have
+        is NaN at every step.
 
         Raises
         ------
@@ -227,11 +273,26 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         if name not in self.numbers:
-            return np.zeros(self.rows, np.int64) if name in (ATTEMPT, RUN) else np.full(self.rows, np.nan)
+            shape = (self.rows, len(self.layout.tensors)) if name in OPTIMIZER_NUMBERS else (self.rows,)
+            return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
+        if (name, self.rows) in self._fetched:
+            return self._fetched[name, self.rows]
         array = self._array(name)
-        for index in range(-(-self.rows // SCALAR_CHUNK)):
-            require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
-        return np.asarray(with_rows(array, self.rows)[:])
+        for path in self._number_chunks(name, 0, self.rows):
+            require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
+        values = np.asarray(with_rows(array, self.rows)[:])
+        if is_url(self.path):
+            values.flags.writeable = False
+            self._fetched = {key: held for key, held in self._fetched.items() if key[1] == self.rows}
+            self._fetched[name, self.rows] = values
+        return values
+
+    def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
+        """Files of the chunks of rows of an array (step) or (step, tensor)."""
+        rows = self._array(name).chunks[0]
+        beside = (0,) if name in self.tables else ()
+        indices = range(start // rows, -(-stop // rows))
+        return [chunk_path(self.path / name, index, *beside) for index in indices]
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -247,8 +308,10 @@ class Trajectory:
 
         There are states on both sides of such a place, but no update leads from one to the other.
         """
-        follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
-        return np.where(follows, np.diff(self.scalar(STEP)), 0)
+        if self._spans is None or len(self._spans) != max(self.rows - 1, 0):
+            follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
+            self._spans = np.where(follows, np.diff(self.scalar(STEP)), 0)
+        return self._spans
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut rows where no update leads from one to the next; what has no update at all is left out.
@@ -289,8 +352,12 @@ class Trajectory:
     # Reading ------------------------------------------------------------------------------------------------
 
     def is_compressed(self, name: str) -> bool:
-        """Whether chunks of an array are compressed: then they are read whole, and never where they lie."""
+        """Whether chunks of an array are compressed: then they are read whole."""
         return name in self._compressed
+
+    def can_view(self, name: str) -> bool:
+        """Whether chunks of an array can be seen where they lie: they are on this machine, and not compressed."""
+        return name not in self._compressed and not is_url(self.path)
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
@@ -311,7 +378,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            ``parameter``, ``gradient`` or ``hvp``, not compressed.
+            ``parameter``, ``gradient`` or ``hvp``, one that can be seen (`can_view`).
         start, stop : int
             Rows.
         column : int
@@ -331,41 +398,40 @@ class Trajectory:
         """
         self._require_committed(name, start, stop)
         steps, offset = self.chunk[0], self.column(column)[0]
+        word = storage_dtype(self.dtypes[name]).itemsize
+        row = word * self.chunk[1]
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped_chunk(name, index, column)
-            chunk = file.words(storage_dtype(self.dtypes[name])).reshape(self.chunk)
+            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
-            row, word = chunk.strides
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
             seen.append((file, begin, end))
-            blocks.append(chunk[low:high, first - offset : last - offset])
+            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
             for file, begin, end in seen:
                 file.release(begin, end)
 
-    def _mapped_chunk(self, name: str, index: int, column: int) -> MappedFile:
-        path = chunk_path(self.path / name, index, column)
-        if path not in self._mapped:
-            expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
-            try:
-                size = path.stat().st_size
-                if size < expected:
-                    raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
-                self._mapped[path] = MappedFile(path, expected)
-            except OSError as error:
-                raise damaged(path, str(error), _INGEST_AGAIN) from error
-        return self._mapped[path]
+    def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        path, dtype = chunk_path(self.path / name, index, column), storage_dtype(self.dtypes[name])
+        expected = math.prod(self.chunk) * dtype.itemsize
+        try:
+            size = path.stat().st_size
+            if size < expected:
+                raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
+            file = self._mapped[name, index, column] = MappedFile(path, self.chunk, dtype)
+        except OSError as error:
+            raise damaged(path, str(error), _INGEST_AGAIN) from error
+        return file
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
-        """Read committed rows of a chunk column into a buffer, compressed or not, with the same bits.
+        """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
 
         Parameters
         ----------
@@ -381,7 +447,7 @@ class Trajectory:
         Raises
         ------
         InputError
-            Where a row is not committed, or a chunk is missing, too short or (compressed) damaged.
+            Where a row is not committed, or a chunk is missing, too short or (where it cannot be seen) damaged.
         """
         self._require_committed(name, start, stop)
         first, last = self.column(column)
@@ -391,6 +457,8 @@ class Trajectory:
             part = out[low - start : high - start, : last - first]
             if self.is_compressed(name):
                 self._decode(name, index, column, low, part)
+            elif is_url(self.path):
+                self._fetch(name, index, column, low, part)
             else:
                 with self.mapped(), self.view(name, low, high, column, first, last) as blocks:
                     np.concatenate(blocks, out=part)
@@ -411,6 +479,29 @@ class Trajectory:
         except Exception as error:  # codecs share no class of errors
             raise damaged(path, str(error), _INGEST_AGAIN) from error
         # Blosc unpacks a truncated chunk to values that were never written, without an error.
+        self._require_recorded(name, column, start, out, path)
+
+    def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
+        """Read rows of a chunk that is an object, in ranges of bytes."""
+        path = chunk_path(self.path / name, index, column)
+        row = self.chunk[1] * out.itemsize
+        begin = (start - index * self.chunk[0]) * row
+        rows = max(1, _RANGE_BYTES // row)
+        for first in range(0, len(out), rows * _RANGES):
+            lows = range(first, min(first + rows * _RANGES, len(out)), rows)
+            spans = [(begin + low * row, begin + min(low + rows, len(out)) * row) for low in lows]
+            try:
+                read = ranges(path, spans)
+            except FileNotFoundError as error:
+                raise damaged(path, "it is missing", _INGEST_AGAIN) from error
+            for low, (offset, end), content in zip(lows, spans, read, strict=True):
+                if len(content) != end - offset:
+                    raise damaged(path, f"it ends {end - offset - len(content)} bytes early", _INGEST_AGAIN)
+                words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
+                out[low : low + len(words)] = words[:, : out.shape[1]]
+        self._require_recorded(name, column, start, out, path)
+
+    def _require_recorded(self, name: str, column: int, start: int, out: NDArray[Any], path: Path) -> None:
         recorded = self._recorded(name)
         for row, words in enumerate(out, start):
             if checksum(words) != recorded[row][column]:
@@ -448,8 +539,20 @@ class Trajectory:
             path = chunk_path(self.path / name, index, column)
             if not self.is_compressed(name):
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-                self._place(path, low - index * steps, block[low - start : high - start])
+                write = self._put if is_url(self.path) else self._place
+                write(path, low - index * steps, block[low - start : high - start])
             self._unflushed.add(path)
+
+    def _put(self, path: Path, row: int, block: NDArray[Any]) -> None:
+        """Write rows into the object of a chunk, which is put whole: those before stay as they are."""
+        chunk = np.zeros(self.chunk, block.dtype)
+        chunk[row : row + len(block)] = block
+        if row:
+            (before,) = ranges(path, [(0, chunk[:row].nbytes)])
+            if len(before) != chunk[:row].nbytes:
+                raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
+            chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
+        put(path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -468,7 +571,7 @@ class Trajectory:
     def commit(
         self,
         steps: Sequence[int],
-        scalars: Mapping[str, Sequence[float]],
+        scalars: Mapping[str, Sequence[Any]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
         attempts: Sequence[int] | None = None,
@@ -481,7 +584,7 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            Each of `scalars`, n values, NaN where the log has none.
+            Each of `scalars`, n values, and of `tables`, n rows of values; NaN where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -499,22 +602,25 @@ class Trajectory:
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
-                self._unflushed.add(chunk_path(self.path / name, index))
+            self._unflushed.update(self._number_chunks(name, start, stop))
+        if not is_url(self.path):
+            self._flush()
+        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
+        record["scalars"] = self._scalar_checksums(start, stop)
+        if self.sweep:
+            record["runs"] = list(known)[len(self.runs) :]
+        self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
+        self._unflushed.clear()
+        self.rows, self._breaks = stop, None
+        self.recover()
+
+    def _flush(self) -> None:
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
         for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
             if folder.is_relative_to(self.path):
                 flush(folder)
-        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
-        record["scalars"] = self._scalar_checksums(start, stop)
-        if self.sweep:
-            record["runs"] = list(known)[len(self.runs) :]
-        self.journal.write(f"{len(self.journal.names()):08d}", record)
-        self._unflushed.clear()
-        self.rows, self._breaks = stop, None
-        self.recover()
 
     def recover(self) -> None:
         """Bring the shapes on disk up to the record, should the writer before have stopped between the two.
@@ -549,13 +655,24 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
-        per_row: list[str] = []
-        for record in self.records():
+        begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
+        hashes = {band: hashlib.sha256() for band in bands}
+        waiting = sorted(hashes, reverse=True)
+        active: list[Band] = []
+        # Record by record: those of a long run of a large model are not held together.
+        for number in self.journal.names():
+            # It has lists for every row: the collector would go through all objects of the process many times.
+            with _uncollected():
+                record = self.journal.read(number)
+            start, stop = record["start"], record["stop"]
             tables = [record["checksums"][name] for name in STATES if name in self.dtypes]
-            per_row += [json.dumps(row) for row in zip(*tables, strict=True)]
-        for row in np.flatnonzero(self.spans() == 0):
-            per_row[row + 1] += "|"
-        return {
-            band: hashlib.sha256("".join(per_row[band.start : band.stop + 1]).encode()).hexdigest()
-            for band in bands
-        }
+            texts = [str([*row]) for row in zip(*tables, strict=True)]
+            for row in begun.intersection(range(start, stop)):
+                texts[row - start] += "|"
+            while waiting and waiting[-1].start < stop:
+                active.append(waiting.pop())
+            for band in active:
+                text = "".join(texts[max(band.start - start, 0) : band.stop + 1 - start])
+                hashes[band].update(text.encode())
+            active = [band for band in active if band.stop + 1 > stop]
+        return {band: found.hexdigest() for band, found in hashes.items()}
