@@ -56,6 +56,7 @@ FLOORS = [
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.deepspeed_folder",
+        "pipeline.sources.megatron_folder",
         "pipeline.sources.stacked_file",
         "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",
