@@ -240,7 +240,7 @@ class NamedStep:
         used |= {key for names in found.values() for key in names.values()}
         optimizer = self._optimizer(found)
         if optimizer is not None:
-            used |= {key for keys in optimizer.keys.values() for key in keys.values()}
+            used |= {key for key in tensors if key.startswith(f"{optimizer.root}/")}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
             parameters[key]: parameters[kept]
