@@ -173,7 +173,10 @@ _LIGHTNING_SHARDS = replace(
 
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
-_NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
+_NATIVE = (
+    "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate, and of the draws of a "
+    "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
+)
 
 FORMATS: dict[str, Format] = {
     format.name: format
