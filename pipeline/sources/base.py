@@ -35,6 +35,7 @@ __all__ = [
     "StepContent",
     "StepReader",
     "Unreadable",
+    "boxes",
     "changed_lately",
     "complete",
     "identity",
@@ -515,6 +516,35 @@ class ObjectRegion:
     def close(self) -> None:
         """Give its blocks back."""
         self._file.close()
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes of an array that together are its elements ``start`` to ``stop`` in C order, in that order.
+
+    Examples
+    --------
+    >>> [[(part.start, part.stop) for part in box] for box in boxes((4, 5), 3, 12)]
+    [[(0, 1), (3, 5)], [(1, 2), (0, 5)], [(2, 3), (0, 2)]]
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    inner = shape[1:]
+    if first > last:
+        # Within one row.
+        for box in boxes(inner, start - last * row, stop - last * row):
+            yield (slice(last, last + 1), *box)
+        return
+    for box in boxes(inner, start - (first - 1) * row, row) if start < first * row else ():
+        yield (slice(first - 1, first), *box)
+    if first < last:
+        yield (slice(first, last), *(slice(0, length) for length in inner))
+    for box in boxes(inner, 0, stop - last * row):
+        yield (slice(last, last + 1), *box)
 
 
 # A whole step ------------------------------------------------------------------------------------------------

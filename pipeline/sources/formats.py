@@ -19,8 +19,9 @@ from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.megatron_folder import MegatronFolder, megatron_number
 from pipeline.sources.model_folder import ModelFolder
-from pipeline.sources.names import CHECKPOINT, MODEL, step_number
+from pipeline.sources.names import CHECKPOINT, MODEL, ROOT, step_number
 from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.orbax_folder import OrbaxFolder, orbax_number, orbax_unfinished
 from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
@@ -148,6 +149,23 @@ _MEGATRON = Kind(
     CHECKPOINT,
     lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),
 )
+_ORBAX = Kind(
+    "<N>/_CHECKPOINT_METADATA",
+    orbax_number,
+    lambda step, names: OrbaxFolder(step),
+    replace(
+        CHECKPOINT,
+        keys={
+            **CHECKPOINT.keys,
+            "parameter": ("parameter", "parameters", "params", "model", "state/params", ROOT),
+            "gradient": (*CHECKPOINT.keys["gradient"], "state/grads"),
+            "loss": ("loss", "*/loss"),
+            "learning_rate": ("learning_rate", "lr", "*/learning_rate", "*/lr"),
+            "step": ("step", "*/step"),
+        },
+    ),
+    orbax_unfinished,
+)
 _LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
     _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
@@ -211,6 +229,13 @@ FORMATS: dict[str, Format] = {
             "gradients as Megatron-LM writes it; tensor and expert parallel models, whose files do not say how "
             "tensors are split (convert them to torch_dist, which is dcp)",
             *_folder(_MEGATRON),
+        ),
+        Format(
+            "orbax",
+            "folder of checkpoints <N>/ or <prefix>_<N>/ of Orbax, in OCDBT or not; needs the extra orbax",
+            "what --map says of the trees that were saved: params, grads, loss, learning_rate; by chunks",
+            "gradients and learning rates where they were not saved; chunks of more than 512 MiB (chunk_byte_size)",
+            *_folder(_ORBAX),
         ),
         Format(
             "safetensors",
