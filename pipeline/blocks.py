@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pipeline.schema import InputError
 
-__all__ = ["MEBIBYTE", "Band", "PassPlan", "Tile", "chunk_shape", "pieces", "plan_pass"]
+__all__ = ["MEBIBYTE", "RESERVED_BYTES", "Band", "PassPlan", "Tile", "chunk_shape", "pieces", "plan_pass"]
 
 MEBIBYTE = 1 << 20
 
@@ -109,6 +109,11 @@ class PassPlan:
     halo_bytes: int
     projected_bytes: int
 
+    @property
+    def tasks(self) -> int:
+        """Tiles in all."""
+        return math.ceil(self.rows / self.band_rows) * math.ceil(self.columns / self.tile_columns)
+
     def bands(self) -> Iterator[Band]:
         """Yield the bands in order; together they cover every row and column once."""
         for start in range(0, self.rows, self.band_rows):
@@ -121,15 +126,14 @@ class PassPlan:
 
     def __str__(self) -> str:
         """Say what will be read and how much memory it takes."""
-        bands, tiles = math.ceil(self.rows / self.band_rows), math.ceil(self.columns / self.tile_columns)
         return (
-            f"{self.rows} updates in {bands * tiles} task{'s' if bands * tiles > 1 else ''}, "
+            f"{self.rows} updates in {self.tasks} task{'s' if self.tasks > 1 else ''}, "
             f"{self.read_bytes / 1e6:.1f} MB to read ({self.halo_bytes / max(self.read_bytes, 1):.1%} of it "
             f"twice), projected peak memory per worker {self.projected_bytes / MEBIBYTE:.0f} MiB"
         )
 
 
-def chunk_shape(states: int, elements: int) -> tuple[int, int]:
+def chunk_shape(states: int, elements: int, replicates: int = 0) -> tuple[int, int]:
     """Chunks of a trajectory: whole steps x about a million elements.
 
     Parameters
@@ -138,6 +142,8 @@ def chunk_shape(states: int, elements: int) -> tuple[int, int]:
         Logged states so far.
     elements : int
         Elements of the model.
+    replicates : int
+        States that are logged beside each, of which a step of a chunk has as many more.
 
     Returns
     -------
@@ -153,10 +159,12 @@ def chunk_shape(states: int, elements: int) -> tuple[int, int]:
     (41, 25408)
     >>> chunk_shape(401, 8)
     (512, 8)
+    >>> chunk_shape(201, 25_408, replicates=8)
+    (5, 25408)
     """
     columns = max(1, math.ceil(elements / CHUNK_ELEMENTS))
     width = max(1, math.ceil(elements / columns))
-    return max(1, min(CHUNK_ELEMENTS // width, _enough_steps(states))), width
+    return max(1, min(CHUNK_ELEMENTS // width // max(1, replicates), _enough_steps(states))), width
 
 
 def _enough_steps(steps: int) -> int:
@@ -186,6 +194,7 @@ def plan_pass(
     itemsizes: Sequence[int],
     tensors: int,
     vectors: int,
+    replicate_vectors: int = 0,
     memory_limit: int | None = None,
     band_rows: int | None = None,
     whole_chunks: bool = False,
@@ -204,6 +213,8 @@ def plan_pass(
         Bytes of an element of each array that is read.
     tensors, vectors : int
         Size of the ledger: tensors of the model, vectors of the Gram matrix.
+    replicate_vectors : int
+        Vectors of that of the replicates, 0 where there are none.
     memory_limit : int, optional
         Bytes that a worker process may use.
     band_rows : int, optional
@@ -224,13 +235,13 @@ def plan_pass(
     - training state seen at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
-      rows x (3 segments + 2 tensors) x (vectors^2 + 1) x 8, with rows those of a band of this run, and
-      segments at most tensors + chunk columns + pieces of a column - 1.
+      rows x (3 segments + 2 tensors) x (vectors^2 + replicate_vectors^2 + 1) x 8, with rows those of a band of this
+      run, and segments at most tensors + chunk columns + pieces of a column - 1.
     """
     steps, width = chunk
     rows, columns = max(states - 1, 0), math.ceil(elements / width)
     state_bytes = elements * sum(itemsizes)
-    entry_bytes = (vectors * vectors + 1) * 8
+    entry_bytes = (vectors * vectors + replicate_vectors * replicate_vectors + 1) * 8
 
     if band_rows is None:
         target = min(TILE_BYTES, max(rows * state_bytes // TILES_OF_SMALL_RUN, LEAST_TILE_BYTES))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline import figures
 from pipeline.places import is_url, place
-from pipeline.schema import DESCENT, TENSOR, WINDOW, Status
+from pipeline.schema import DESCENT, REPLICATE, TENSOR, WINDOW, Status
 from pipeline.store.disk import replace_file
 
 __all__ = ["STATUS_MEANING", "write_report"]
@@ -98,7 +98,12 @@ def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     letters = _letters()
     next(letters)
     parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
-    return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts, "against": _AGAINST}
+    return {
+        "curves": figures.eigenvalue_curves(runs) if runs else None,
+        "runs": parts,
+        "against": _AGAINST,
+        "of_replicates": _OF_REPLICATES,
+    }
 
 
 def _side_by_side(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
@@ -133,6 +138,7 @@ def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[
         ],
         "spreads": {name: figures.extent(run[name]) for name in ("angle", "angle_uncertainty", "condition_number")},
         "shares": _shares(run),
+        "replicates": None if run.replicates is None else _replicates(run.replicates),
         "windows": sorted({1, max(run.windows)}),
         "letters": (letter_of_spectrum, letter_of_loss),
         "spectrum": figures.spectrum(run, letter_of_spectrum),
@@ -229,6 +235,35 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
                 {"count": held, "of": whole, "share": held / whole if whole and known else math.nan}
             )
     return shares
+
+
+def _replicates(found: xr.Dataset) -> dict[str, Any]:
+    """Sum up what the replicates of a stochastic rule say of its mean update, over all steps."""
+    known = found["status"] <= Status.OBTUSE
+    drawn = found["replicate_alignment"].where(known)
+    return {
+        "count": found.sizes[REPLICATE],
+        "updates": int(known.sum()),
+        "effective": int(found["effective"].sum()),
+        "drawn": int(drawn.notnull().sum()),
+        "drawn_effective": int((drawn > 0).sum()),
+        "curvature": bool(found["stochastic_alpha"].notnull().any()),
+        "definite": int(found["stochastic_definite"].sum()),
+        "spreads": {name: figures.extent(found[name].values) for name in _OF_REPLICATES},
+    }
+
+
+_OF_REPLICATES = {
+    "angle": "Angle ψ of the mean update (rad)",
+    "angle_error": "Its standard error (rad)",
+    "replicate_angle": "Angle ψ of each draw (rad)",
+    "condition_number": "Condition number κ of the mean update",
+    "condition_number_error": "Its standard error",
+    "loss_decrease": "Mean decrease of the loss",
+    "loss_decrease_error": "Its standard error",
+    "learning_rate_bound": "Learning rate up to which eq. (19) is a metric",
+}
+"""Variable of the replicates to what a reader calls it."""
 
 
 def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:

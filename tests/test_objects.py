@@ -59,7 +59,7 @@ def content(folder):
 def both(server, tmp_path_factory):
     """A run that was processed, went on and was processed again, in a folder and in an object store."""
     folder = tmp_path_factory.mktemp("both")
-    states = logs.random_walk(STEPS)
+    states = logs.with_replicates(logs.random_walk(STEPS))
     log = logs.write_log(folder / "log", states[: STEPS * 2 // 3])
     outs = folder / "out", place("s3://bucket/both")
     for out in outs:

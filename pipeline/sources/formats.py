@@ -13,15 +13,16 @@ from pipeline.places import is_url, names, place
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
-from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number, deepspeed_unfinished
+from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
+from pipeline.sources.megatron_folder import MegatronFolder, megatron_number
 from pipeline.sources.model_folder import ModelFolder
 from pipeline.sources.names import CHECKPOINT, MODEL, step_number
 from pipeline.sources.npz_file import NpzStack
 from pipeline.sources.stacked_file import StackedFile
-from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
+from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
@@ -138,7 +139,14 @@ _DEEPSPEED = Kind(
         CHECKPOINT,
         keys={**CHECKPOINT.keys, "parameter": ("parameter", "module"), "step": ("global_steps",)},
     ),
-    deepspeed_unfinished,
+    lambda path: not_latest_yet(path, "latest"),
+)
+_MEGATRON = Kind(
+    "iter_<N>/mp_rank_<T>/model_optim_rng.pt",
+    megatron_number,
+    lambda step, names: MegatronFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),
 )
 _LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
@@ -147,7 +155,10 @@ _LIGHTNING_SHARDS = replace(
 
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
-_NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
+_NATIVE = (
+    "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate, and of the draws of a "
+    "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
+)
 
 FORMATS: dict[str, Format] = {
     format.name: format
@@ -178,7 +189,8 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "dcp",
-            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any ranks",
+            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any "
+            "ranks; also torch_dist of Megatron-LM",
             "what --map says of the nested dicts that were saved, chunk by chunk in one process; out of core",
             "gradients where they were not saved; objects of classes: no pickle is executed",
             *_folder(_DCP),
@@ -191,6 +203,14 @@ FORMATS: dict[str, Format] = {
             "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, whose files do not say "
             "how tensors are split",
             *_folder(_DEEPSPEED),
+        ),
+        Format(
+            "megatron",
+            "folder of checkpoints iter_<N>/mp_rank_<T>[_<P>]/model_optim_rng.pt of Megatron-LM",
+            "parameters of all stages of a pipeline, learning_rate, and what is added under gradient; out of core",
+            "gradients as Megatron-LM writes it; tensor and expert parallel models, whose files do not say how "
+            "tensors are split (convert them to torch_dist, which is dcp)",
+            *_folder(_MEGATRON),
         ),
         Format(
             "safetensors",

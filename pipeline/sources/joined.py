@@ -114,6 +114,7 @@ class _JoinedStep:
             {tensor: kept for content in contents for tensor, kept in content.ties.items()},
             any(content.untrained for content in contents),
             optimizer,
+            next((content.replicate_loss for content in contents if content.replicate_loss), ()),
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
