@@ -323,7 +323,7 @@ def _steps_to_come(
     from a first one to the end; the new ones are another attempt. A step that differs in the middle is an error.
     """
     differing: dict[LoggedStep, str] = {}
-    new, same = [], []
+    new, same, other_values = [], [], []
     for step in listed:
         found = identity(step)
         matches = [row for row in view.every.get(step.number, ()) if committed.sources[row] == found]
@@ -336,6 +336,15 @@ def _steps_to_come(
             differing[step] = difference
         else:
             same.append(step)
+            other_values += (
+                [step] if found.get("values") != committed.sources[view.rows[step.number]].get("values") else []
+            )
+    if other_values:
+        warnings.append(
+            f"{len(other_values)} steps were ingested without scalars that the log has now, or with some that it "
+            f"has no longer, {other_values[0].number} the first: they are kept as they are; start anew with "
+            "--overwrite to take the log as it is now"
+        )
     last = max(view.rows)
     begin = min((step.number for step in differing), default=last + 1)
     for step in new:
@@ -385,18 +394,26 @@ def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> b
 
 
 def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) -> str:
-    """Say in what a step differs from a committed row, nothing where its content is the same."""
+    """Say in what a step differs from a committed row, nothing where its content is the same.
+
+    Where the files of a step are the same, a scalar that only one of both has is no difference: logs of scalars
+    come later than tensors, or are left out.
+    """
     trajectory = committed.trajectory
     content = next(iter(_describe(log, [step], []).values()))
     if content.arrays["parameter"] != _parameters(trajectory):
         return "other tensors"
     if _dtypes(content) != trajectory.dtypes:
         return f"dtypes {trajectory.dtypes}, and now has {_dtypes(content)}"
+    same_files = _files_of(identity(step)) == _files_of(committed.sources[row])
     for name in trajectory.scalars:
         before = float(trajectory.scalar(name)[row])
         now = content.scalars.get(name, math.nan)
-        if now != before and not (math.isnan(now) and math.isnan(before)):
+        missing = math.isnan(now) + math.isnan(before)
+        if now != before and missing < (1 if same_files else 2):
             return f"{name} {before!r}, and now has {now!r}"
+    if same_files:
+        return ""
     record = committed.record(row)
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
@@ -408,6 +425,11 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
                 if checksum(buffer[: last - first]) != stored:
                     return f"another {name}"
     return ""
+
+
+def _files_of(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity of the files of a step, without the scalars that lie in logs of many steps."""
+    return {name: value for name, value in source.items() if name != "values"}
 
 
 def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, InputError] | None:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pipeline import __version__
 from pipeline.run import RunFolder
 from pipeline.schema import InputError, Unavailable
-from pipeline.sources.formats import find_format, format_of, open_source
+from pipeline.sources.formats import holds_run, open_source
 from pipeline.store import Trajectory
 
 __all__ = [
@@ -101,7 +101,7 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
             return
         seen.add(_inode(folder))
         # A run that was met before is one, whatever is left of its log: then it is told what is missing.
-        if (out / name / _OUTCOME).exists() or find_format(folder) is not None:
+        if (out / name / _OUTCOME).exists() or holds_run(folder):
             yield name
             return
         with os.scandir(folder) as entries:
@@ -116,7 +116,7 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
             empty = False
             yield found
     # One file of all steps, where there is nothing else that it could belong to.
-    if empty and format_of(folder) != "steps":
+    if empty and holds_run(folder, in_one_file=True):
         yield name
 
 

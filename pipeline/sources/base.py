@@ -57,12 +57,15 @@ class LoggedStep:
         Further files or folders of the step.
     run : str
         Run of a sweep.
+    values : str
+        Scalars of the step from logs of many steps, whose sizes and times tell nothing of one step.
     """
 
     number: int
     path: Path
     others: tuple[Path, ...] = ()
     run: str = ""
+    values: str = ""
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
 
 
 def identity(step: LoggedStep) -> dict[str, Any]:
-    """Name, size in bytes and time in ns of the files of a step; of a folder, of all files in it.
+    """Name, size in bytes and time in ns of the files of a step (of a folder, all files in it), and its ``values``.
 
     Raises
     ------
@@ -273,6 +276,8 @@ def identity(step: LoggedStep) -> dict[str, Any]:
             (os.path.relpath(path, step.path.parent), status.st_size, status.st_mtime_ns) for path, status in stats
         ]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
+    if step.values:
+        found["values"] = step.values
     return found
 
 

@@ -12,18 +12,22 @@ from typing import Any
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
+from pipeline.sources.event_file import event_files, read_events
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.model_folder import ModelFolder
 from pipeline.sources.names import CHECKPOINT, MODEL, step_number
 from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.record_files import holds_metrics, read_csv, read_json_lines, read_parquet, read_sqlite
+from pipeline.sources.scalar_log import Kind as ScalarKind
+from pipeline.sources.scalar_log import ScalarLog
 from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["FORMATS", "Format", "find_format", "format_of", "open_source", "open_sources"]
+__all__ = ["FORMATS", "Format", "find_format", "format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +50,10 @@ class Format:
         Whether a path is a log of this format.
     open : callable
         Path and mapping to `Source`.
+    alignment : str
+        Which state, before or after an update, what is logged at a step belongs to.
+    scalars : ScalarKind, optional
+        Of a format that holds scalars and no tensors; it is opened by this.
     """
 
     name: str
@@ -54,6 +62,8 @@ class Format:
     lacks: str
     found: Callable[[Path], bool]
     open: Opener
+    alignment: str = "all of step N is of the state after N updates, before the next; else give --shift"
+    scalars: ScalarKind | None = None
 
 
 def _holds(*kinds: Kind) -> Callable[[Path], bool]:
@@ -135,6 +145,54 @@ _LIGHTNING_SHARDS = replace(
 
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
+
+def _files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Path], list[Path]]:
+    """Files of a log of scalars, told by suffix and first bytes: the path, or those of a folder by their names."""
+
+    def is_one(path: Path) -> bool:
+        if path.suffix not in suffixes or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+
+    def files(path: Path) -> list[Path]:
+        if not path.is_dir():
+            return [path] if is_one(path) else []
+        return [entry for entry in sorted(path.iterdir()) if is_one(entry)] if folder else []
+
+    return files
+
+
+_CSV = ScalarKind("a CSV file", _files(False, b"", ".csv", ".tsv"), read_csv)
+_JSON_LINES = ScalarKind("a file of JSON lines", _files(False, b"{", ".jsonl", ".ndjson"), read_json_lines)
+_PARQUET = ScalarKind("a Parquet file", _files(True, b"PAR1", ".parquet"), read_parquet)
+_EVENTS = ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True)
+_TRACKIO = ScalarKind(
+    "a trackio database",
+    lambda path: [path] if path.is_file() and holds_metrics(path) else [],
+    read_sqlite,
+    step="step",
+)
+
+
+def _scalars(kind: ScalarKind) -> tuple[Callable[[Path], bool], Opener, str, ScalarKind]:
+    """Find and open a log of scalars; what cannot be looked into is none."""
+
+    def found(path: Path) -> bool:
+        try:
+            return bool(kind.files(path))
+        except (OSError, ValueError):
+            return False
+
+    return found, lambda path, mapping: ScalarLog(path, kind, mapping), _ALIGNMENT_OF_SCALARS, kind
+
+
+_ALIGNMENT_OF_SCALARS = (
+    "as its logger counts: step N must be that of the state after N updates, where the loss was; else give --shift"
+)
+_GIVES_SCALARS = "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under usual keys or --map's"
+_LACKS_TENSORS = "tensors: give their log as a further SOURCE"
+
 _NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
 
 FORMATS: dict[str, Format] = {
@@ -199,6 +257,41 @@ FORMATS: dict[str, Format] = {
             "data in other files (external, virtual)",
             *_folder_or_file(_HDF5, ".h5", Hdf5File),
         ),
+        Format(
+            "csv",
+            "one file with a header, values parted by commas, semicolons or tabs: Lightning's metrics.csv, pandas'",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS,
+            *_scalars(_CSV),
+        ),
+        Format(
+            "jsonl",
+            "one file .jsonl or .ndjson with a JSON object in each line, nested or flat",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS,
+            *_scalars(_JSON_LINES),
+        ),
+        Format(
+            "parquet",
+            "one file .parquet, or a folder of them: W&B's history, trackio's, pandas'; needs the extra parquet",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS,
+            *_scalars(_PARQUET),
+        ),
+        Format(
+            "tensorboard",
+            "an event file (tfevents), or a folder of them; checksums are compared, every point is read",
+            _GIVES_SCALARS + "; single precision as nearly all writers store it",
+            _LACKS_TENSORS + "; event files in folders below",
+            *_scalars(_EVENTS),
+        ),
+        Format(
+            "trackio",
+            "trackio's SQLite database, with a table metrics",
+            _GIVES_SCALARS + "; of several runs the one of --map run=NAME",
+            _LACKS_TENSORS,
+            *_scalars(_TRACKIO),
+        ),
     )
 }
 
@@ -208,7 +301,17 @@ def find_format(path: Path) -> str | None:
     return next((name for name, known in FORMATS.items() if known.found(path)), None)
 
 
-def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str] | None = None) -> Source:
+def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
+    """Whether a path holds a log with tensors, by its content, or the one file in it does."""
+    path = _only_file(path) if in_one_file else path
+    return any(known.found(path) for known in FORMATS.values() if known.scalars is None)
+
+
+def open_source(
+    path: Path,
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> Source:
     """Open a training log.
 
     Parameters
@@ -223,8 +326,13 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     Raises
     ------
     InputError
-        Where nothing is there, or the format is not known.
+        Where nothing is there, the format is not known, or it is a log of scalars alone.
     """
+    return _joined([_open(path, format, mapping)])
+
+
+def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None) -> Source:
+    """Open one log, with tensors or of scalars."""
     path, mapping = Path(path), dict(mapping or {})
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
@@ -235,16 +343,31 @@ def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str
     if path.suffix == ".toml" and path.is_file():
         return _open_run_file(path)
     path = _only_file(path)
-    if format is None:
-        format = format_of(path)
-    if not path.is_dir() and not FORMATS[format].found(path):
+    known = FORMATS[format or format_of(path)]
+    if known.scalars is not None:
+        # Whoever names the format means this file, whatever it is called.
+        kind = replace(known.scalars, files=lambda path: [path]) if format and path.is_file() else known.scalars
+        return ScalarLog(path, kind, mapping)
+    if not path.is_dir() and not known.found(path):
         raise InputError(
             "this is a file, a log is a folder",
             where=str(path),
-            why="only .npz and .h5 files can be a log of their own, of arrays (step, ...)",
+            why="only .npz and .h5 files, and logs of scalars, can be a log of their own",
             remedy="give the folder that holds the step files",
         )
-    return FORMATS[format].open(path, mapping)
+    return known.open(path, mapping)
+
+
+def _joined(sources: Sequence[Source]) -> Source:
+    """Join the sources of a run, of which one must hold tensors."""
+    if all(isinstance(source, ScalarLog) for source in sources):
+        raise InputError(
+            "a log of scalars holds no tensors",
+            where=", ".join(str(source.location) for source in sources),
+            why="parameters and gradients are what is analyzed; loss and learning rate go with them",
+            remedy="give the log that has the tensors as a further SOURCE",
+        )
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
 def _only_file(path: Path) -> Path:
@@ -252,7 +375,8 @@ def _only_file(path: Path) -> Path:
     if not path.is_dir() or any(known.found(path) for known in FORMATS.values()):
         return path
     files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
-    logs = [file for file in files if any(known.found(file) for known in FORMATS.values())]
+    # Tensors count before scalars that lie beside them.
+    logs = [file for file in files if holds_run(file)] or [file for file in files if find_format(file)]
     return logs[0] if len(logs) == 1 else path
 
 
@@ -293,7 +417,7 @@ def open_sources(
             "--format and --map do not say which SOURCE they mean",
             remedy="list the sources in a run file, each with its format and map",
         )
-    return JoinedSource([open_source(path) for path in paths])
+    return _joined([_open(path, None, None) for path in paths])
 
 
 def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None) -> Source:
@@ -307,7 +431,7 @@ def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str,
     (folder,) = paths
     runs: dict[str, Source] = {}
     for entry in sorted(folder.iterdir()):
-        stacked = entry.is_file() and any(known.found(entry) for known in FORMATS.values())
+        stacked = entry.is_file() and holds_run(entry)
         if not entry.name.startswith(".") and (entry.is_dir() or stacked):
             runs[entry.name] = open_source(entry, format, mapping)
         else:
@@ -346,5 +470,5 @@ def _open_run_file(path: Path) -> Source:
             raise refuse(f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map that is no table'}")
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
-        sources.append(open_source(path.parent / entry["path"], entry.get("format"), entry.get("map")))
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+        sources.append(_open(path.parent / entry["path"], entry.get("format"), entry.get("map")))
+    return _joined(sources)
