@@ -48,9 +48,11 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Bad input stays bad; a lost worker or a busy disk may not."""
+    """Bad input stays bad; a lost worker or a busy disk may not. Steps still to come are for the next run."""
     try:
         state.result()
+    except run.NotYet:
+        return False
     except Exception as error:
         return bool(watch.error_parts(error)["heals"])
     return False

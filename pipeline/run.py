@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -275,22 +279,42 @@ def follow(
     new_steps, last = 0, time.monotonic()
     waiting: NotYet | KeyboardInterrupt | None = None
     try:
-        while True:
-            try:
-                found = once(not answer)
-                if found["new_steps"] or not answer:
-                    answer, last = found, time.monotonic()
-                    new_steps += found["new_steps"]
-            except NotYet as error:
-                waiting = error
-            if idle_timeout is not None and time.monotonic() - last >= idle_timeout:
-                break
-            time.sleep(interval)
+        with _interrupts() as interrupted:
+            while not interrupted.is_set():
+                try:
+                    found = once(not answer)
+                    if found["new_steps"] or not answer:
+                        answer, last = found, time.monotonic()
+                        new_steps += found["new_steps"]
+                except NotYet as error:
+                    waiting = error
+                if idle_timeout is not None and time.monotonic() - last >= idle_timeout:
+                    break
+                interrupted.wait(interval)
     except KeyboardInterrupt as interrupt:
         waiting = interrupt
     if not answer and waiting is not None:
         raise waiting
     return {**answer, "new_steps": new_steps}
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Keep in mind that the user interrupted, as libraries swallow the exception in their callbacks."""
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None) -> dict[str, Any]:

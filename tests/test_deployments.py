@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from logs import random_walk, write_log, write_step
@@ -56,6 +57,8 @@ def root(tmp_path):
     write_log(tmp_path / "logs" / "group" / "second", random_walk(2, seed=1))
     bad = write_step(tmp_path / "logs" / "bad", 0, random_walk(1)[0])
     bad.write_bytes(bad.read_bytes()[:-5])
+    # Nobody has written to it for an hour: it is not still being written.
+    os.utime(bad, (time.time() - 3600,) * 2)
     return tmp_path / "logs"
 
 

@@ -131,9 +131,9 @@ def torture(folder, kills, seed):
             os.close(read)
             status = os.waitpid(process, 0)[1]
             assert status in (0, signal.SIGKILL), status
+            counts["kills"] += status == signal.SIGKILL
             finished = status == 0 or counts["kills"] >= kills
             now = answer(look, out)
-            counts["kills"] += status == signal.SIGKILL
             if status == signal.SIGKILL:
                 counts["in_ingest" if len(now["steps"]) < STEPS else "in_analysis"] += 1
             counts["lost"] += len(set(before["steps"]) - set(now["steps"])) + len(
