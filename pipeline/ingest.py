@@ -30,6 +30,7 @@ from pipeline.schema import (
     Layout,
     promote,
 )
+from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,
@@ -97,6 +98,7 @@ def ingest(
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
     sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
@@ -115,6 +117,8 @@ def ingest(
         Log format; found by content where not given.
     mapping : mapping, optional
         Quantity to the key that it stands under in the log; see `pipeline.sources.names`.
+    shift : mapping, optional
+        Quantity to K: what is logged of it at step s belongs to the state s + K.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
@@ -134,7 +138,7 @@ def ingest(
         is written while it is read.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
-    log, store = open_sources(sources, format, mapping, sweep=sweep), Path(store)
+    log, store = open_sources(sources, format, mapping, shift, sweep=sweep), Path(store)
     listed = log.steps()
     with only_writer(store, "trajectory"):
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
@@ -150,6 +154,8 @@ def ingest(
             # Taken before a step is opened: what is described and what is written must be the same file.
             identities = {step: identity(step) for step in steps}
             contents = _describe(log, steps, warnings)
+            told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
+            warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
             try:

@@ -332,7 +332,7 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
 
 def _lag(source: Path, last: int | None, options: Mapping[str, Any]) -> int | None:
     try:
-        steps = open_source(source, options.get("format"), options.get("mapping")).steps()
+        steps = open_source(source, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
     except InputError:
         return None
     return sum(last is None or step.number > last for step in steps)

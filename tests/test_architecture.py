@@ -31,6 +31,7 @@ FLOORS = [
         "pipeline.experiments.digits",
     },
     {
+        "pipeline.sources.alignment",
         "pipeline.sources.names",
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.schema import InputError
+from pipeline.schema import STATES, InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.event_file import event_files, read_events
@@ -17,7 +17,7 @@ from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.model_folder import ModelFolder
-from pipeline.sources.names import CHECKPOINT, MODEL, step_number
+from pipeline.sources.names import CHECKPOINT, MODEL, checked_shift, step_number
 from pipeline.sources.npz_file import NpzStack
 from pipeline.sources.record_files import holds_metrics, read_csv, read_json_lines, read_parquet, read_sqlite
 from pipeline.sources.scalar_log import Kind as ScalarKind
@@ -213,14 +213,17 @@ FORMATS: dict[str, Format] = {
             "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
             _holds(TRAINER_KIND),
             TrainerFolder,
+            "checkpoint-N is the state after N updates; its loss and the rate of the next update are those of the "
+            "log at step N + 1",
         ),
         Format(
             "lightning",
             "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
             "parameters, learning_rate, and what a callback adds under gradient, hvp or loss; out of core",
-            "gradients as Lightning writes it; what on_train_batch_end adds is of the state before, give --map "
-            "gradient=KEY only for those of the state saved; last.ckpt, which repeats another",
+            "gradients as Lightning writes it; last.ckpt, which repeats another",
             *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
+            "step=N is the state after N updates, with the rate of the next one; gradient and loss that "
+            "on_train_batch_end adds are of the state before: --shift gradient=-1 --shift loss=-1",
         ),
         Format(
             "dcp",
@@ -301,6 +304,12 @@ def find_format(path: Path) -> str | None:
     return next((name for name, known in FORMATS.items() if known.found(path)), None)
 
 
+def _holds_scalars_alone(path: Path) -> bool:
+    """Whether a path holds a log of scalars, by its content."""
+    known = FORMATS.get(format_of(path))
+    return known is not None and known.scalars is not None
+
+
 def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
     """Whether a path holds a log with tensors, by its content, or the one file in it does."""
     path = _only_file(path) if in_one_file else path
@@ -311,6 +320,7 @@ def open_source(
     path: Path,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
 ) -> Source:
     """Open a training log.
 
@@ -322,18 +332,21 @@ def open_source(
         One of `FORMATS`; found by content where not given.
     mapping : mapping, optional
         Quantity to the key it stands under; see `pipeline.sources.names`.
+    shift : mapping, optional
+        Quantity to K: what is logged of it at step s belongs to the state s + K.
 
     Raises
     ------
     InputError
         Where nothing is there, the format is not known, or it is a log of scalars alone.
     """
-    return _joined([_open(path, format, mapping)])
+    shift = checked_shift(shift or {})
+    return _joined([_open(Path(path), format, mapping, shift)], [shift])
 
 
-def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None) -> Source:
-    """Open one log, with tensors or of scalars."""
-    path, mapping = Path(path), dict(mapping or {})
+def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None, shift: Mapping[str, int]) -> Source:
+    """Open one log, with tensors or of scalars; only the latter are shifted already."""
+    mapping = dict(mapping or {})
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     if format is not None and format not in FORMATS:
@@ -341,13 +354,19 @@ def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None) -> 
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
         )
     if path.suffix == ".toml" and path.is_file():
+        if format or mapping or shift:
+            raise InputError(
+                "--format, --map and --shift do not say which source of a run file they mean",
+                where=str(path),
+                remedy="write them in the run file: format, map and shift of the [[source]] that is meant",
+            )
         return _open_run_file(path)
     path = _only_file(path)
     known = FORMATS[format or format_of(path)]
     if known.scalars is not None:
         # Whoever names the format means this file, whatever it is called.
         kind = replace(known.scalars, files=lambda path: [path]) if format and path.is_file() else known.scalars
-        return ScalarLog(path, kind, mapping)
+        return ScalarLog(path, kind, mapping, shift)
     if not path.is_dir() and not known.found(path):
         raise InputError(
             "this is a file, a log is a folder",
@@ -358,8 +377,8 @@ def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None) -> 
     return known.open(path, mapping)
 
 
-def _joined(sources: Sequence[Source]) -> Source:
-    """Join the sources of a run, of which one must hold tensors."""
+def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> Source:
+    """Join the sources of a run, of which one must hold tensors; each with its shifts."""
     if all(isinstance(source, ScalarLog) for source in sources):
         raise InputError(
             "a log of scalars holds no tensors",
@@ -367,7 +386,7 @@ def _joined(sources: Sequence[Source]) -> Source:
             why="parameters and gradients are what is analyzed; loss and learning rate go with them",
             remedy="give the log that has the tensors as a further SOURCE",
         )
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+    return sources[0] if len(sources) == 1 and not shifts[0] else JoinedSource(sources, shifts)
 
 
 def _only_file(path: Path) -> Path:
@@ -391,6 +410,7 @@ def open_sources(
     paths: Sequence[Path],
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
     *,
     sweep: bool = False,
 ) -> Source:
@@ -398,8 +418,9 @@ def open_sources(
 
     Parameters
     ----------
-    paths, format, mapping
-        See `open_source`.
+    paths, format, mapping, shift
+        See `open_source`. Of several logs, ``mapping`` of arrays is that of the one with tensors, and of scalars
+        and ``step`` that of the one log of scalars; ``shift`` is that of all.
     sweep : bool
         The path is a folder that holds a log for each of several runs.
 
@@ -409,18 +430,37 @@ def open_sources(
         See `open_source`; of a sweep, where it has no runs.
     """
     if sweep:
-        return _open_sweep(paths, format, mapping)
+        return _open_sweep(paths, format, mapping, shift)
     if len(paths) == 1:
-        return open_source(paths[0], format, mapping)
-    if mapping or format:
+        return open_source(paths[0], format, mapping, shift)
+    shift = checked_shift(shift or {})
+    mappings = _shares(paths, mapping or {})
+    if mappings is None or format:
         raise InputError(
             "--format and --map do not say which SOURCE they mean",
+            where=", ".join(map(str, paths)),
             remedy="list the sources in a run file, each with its format and map",
         )
-    return _joined([_open(path, None, None) for path in paths])
+    sources = [_open(Path(path), None, share, shift) for path, share in zip(paths, mappings, strict=True)]
+    return _joined(sources, [shift] * len(sources))
 
 
-def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None) -> Source:
+def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
+    """Return the part of a mapping that is meant for each of several logs, None where that is not clear."""
+    of_scalars = [_holds_scalars_alone(Path(path)) for path in paths]
+    shares: list[dict[str, str]] = [{} for _ in paths]
+    for quantity, key in mapping.items():
+        # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
+        meant = [share for share, alone in zip(shares, of_scalars, strict=True) if alone != (quantity in STATES)]
+        if len(meant) != 1:
+            return None
+        meant[0][quantity] = key
+    return shares
+
+
+def _open_sweep(
+    paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
+) -> Source:
     """Open every folder in a folder as the log of a run, and every file that is a log of its own."""
     if len(paths) != 1 or not paths[0].is_dir():
         raise InputError(
@@ -433,7 +473,7 @@ def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str,
     for entry in sorted(folder.iterdir()):
         stacked = entry.is_file() and holds_run(entry)
         if not entry.name.startswith(".") and (entry.is_dir() or stacked):
-            runs[entry.name] = open_source(entry, format, mapping)
+            runs[entry.name] = open_source(entry, format, mapping, shift)
         else:
             _log.info("%s is no run of the sweep", entry)
     if not runs:
@@ -450,8 +490,8 @@ def _open_run_file(path: Path) -> Source:
         return InputError(
             what,
             where=str(path),
-            remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME" and '
-            'map = { QUANTITY = "KEY" } where needed',
+            remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME", '
+            'map = { QUANTITY = "KEY" } and shift = { QUANTITY = -1 } where needed',
         )
 
     try:
@@ -461,14 +501,18 @@ def _open_run_file(path: Path) -> Source:
     entries = table.pop("source", None)
     if table or not isinstance(entries, list) or not entries:
         raise refuse(f"the run file has {', '.join(table) or 'no [[source]]'}")
-    sources = []
+    sources, shifts = [], []
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise refuse("a source has no path")
-        unknown = set(entry) - {"path", "format", "map"}
-        if unknown or not isinstance(entry.get("map", {}), dict):
-            raise refuse(f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map that is no table'}")
+        unknown = set(entry) - {"path", "format", "map", "shift"}
+        tables = [entry.get(name, {}) for name in ("map", "shift")]
+        if unknown or not all(isinstance(table, dict) for table in tables):
+            raise refuse(
+                f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is no table'}"
+            )
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
-        sources.append(_open(path.parent / entry["path"], entry.get("format"), entry.get("map")))
-    return _joined(sources)
+        shifts.append(checked_shift(entry.get("shift", {}), f"{path}, shift of {entry['path']!r}"))
+        sources.append(_open(path.parent / entry["path"], entry.get("format"), entry.get("map"), shifts[-1]))
+    return _joined(sources, shifts)

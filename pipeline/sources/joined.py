@@ -33,9 +33,9 @@ class _Part:
         """Whether a step must be in it: what has scalars alone may lack some."""
         return not isinstance(self.source, ScalarLog) and bool(self.quantities & set(STATES))
 
-    def steps(self) -> dict[int, LoggedStep]:
-        """List the steps as logged, by the state that they belong to."""
-        return {step.number + self.shift: step for step in self.source.steps()}
+    def numbered(self, steps: Sequence[LoggedStep]) -> dict[int, LoggedStep]:
+        """Return steps as logged, by the state that they belong to."""
+        return {step.number + self.shift: step for step in steps}
 
     def of(self, content: StepContent) -> StepContent:
         """Return what a description says of these quantities."""
@@ -55,8 +55,8 @@ class JoinedSource:
         A step must be in all that hold tensors; what only some have is left out, with a warning. Logs of scalars
         do not restrict the steps: where they lack one it has no such scalar.
     shifts : sequence of mapping, optional
-        Of each source, quantities to what is added to the step that they are logged at; of a `ScalarLog` none, as
-        it shifts by itself.
+        Of each source, quantities to what is added to the step that they are logged at. A `ScalarLog` has shifted
+        its own already.
     """
 
     def __init__(self, sources: Sequence[Source], shifts: Sequence[Mapping[str, int]] | None = None) -> None:
@@ -70,7 +70,9 @@ class JoinedSource:
 
     def steps(self) -> list[LoggedStep]:
         """List the steps that all sources have; see `pipeline.sources.base.Source`."""
-        listed = [(part, part.steps()) for part in self._parts]
+        sources = {id(part.source): part.source for part in self._parts}
+        of_source = {key: source.steps() for key, source in sources.items()}
+        listed = [(part, part.numbered(of_source[id(part.source)])) for part in self._parts]
         tensors = [steps for part, steps in listed if part.restricts]
         common = {number for number in tensors[0] if number >= 0}.intersection(*tensors[1:])
         for part, steps in listed:
@@ -122,6 +124,7 @@ class JoinedSource:
 def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:
     """Parts of a source, one for each shift: that which is not shifted first."""
     quantities = (*STATES, *SCALARS)
+    shift = {} if isinstance(source, ScalarLog) else shift
     return [
         _Part(source, by, frozenset(name for name in quantities if shift.get(name, 0) == by))
         for by in sorted({shift.get(name, 0) for name in quantities}, key=lambda by: (by != 0, by))
