@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 from pipeline import __version__
 from pipeline.run import RunFolder
 from pipeline.schema import InputError, Unavailable
-from pipeline.sources.formats import holds_run, open_source
+from pipeline.sources.base import changed_lately
+from pipeline.sources.formats import RUN_FILE, holds_run, open_sources
 from pipeline.store import Trajectory
 
 __all__ = [
@@ -121,10 +122,17 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
 
 
 def listing(source: Path) -> str:
-    """Identity of a log: digest of the name, size, time of change and of status of every file in it."""
-    digest = hashlib.sha256()
+    """Identity of a log: digest of the name, size, time of change and of status of every file in it.
+
+    Of a run file it also says whether something changed lately: steps that a log of scalars did not have then are
+    taken when it has settled.
+    """
+    digest, newest = hashlib.sha256(), 0
     for path, status in sorted(_files(source)):
         digest.update(f"{path}\0{status}\n".encode("utf-8", "surrogateescape"))
+        newest = max(newest, status[1])
+    if (source / RUN_FILE).is_file() and changed_lately(newest):
+        digest.update(b"growing")
     return digest.hexdigest()
 
 
@@ -164,6 +172,8 @@ class Outcome:
         Of natgrad.
     time : str
         When it ended, ISO 8601 in UTC.
+    others : list of str
+        Further logs of the run.
     """
 
     source: str
@@ -173,6 +183,7 @@ class Outcome:
     error: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    others: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, out: Path) -> Outcome | None:
@@ -308,7 +319,8 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
         source = source or Path(states.source)
         steps, last = states.rows, int(states.scalar("step")[-1]) if states.rows else None
     source = Path(outcome.source) if outcome else source
-    lag = _lag(source, last, outcome.options if outcome else {}) if source else None
+    sources = [source, *map(Path, outcome.others if outcome else [])] if source else []
+    lag = _lag(sources, last, outcome.options if outcome else {}) if sources else None
     error = outcome.error if outcome else {}
     changed = outcome is not None and source is not None and source.is_dir() and listing(source) != outcome.listing
     if _is_held(out):
@@ -330,9 +342,9 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
     }
 
 
-def _lag(source: Path, last: int | None, options: Mapping[str, Any]) -> int | None:
+def _lag(sources: Sequence[Path], last: int | None, options: Mapping[str, Any]) -> int | None:
     try:
-        steps = open_source(source, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
+        steps = open_sources(sources, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
     except InputError:
         return None
     return sum(last is None or step.number > last for step in steps)

@@ -27,9 +27,12 @@ from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["FORMATS", "Format", "find_format", "format_of", "holds_run", "open_source", "open_sources"]
+__all__ = ["FORMATS", "RUN_FILE", "Format", "find_format", "format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
+
+RUN_FILE = "run.toml"
+"""Run file that stands for the folder it is in."""
 
 Opener = Callable[[Path, Mapping[str, str]], Source]
 
@@ -311,7 +314,9 @@ def _holds_scalars_alone(path: Path) -> bool:
 
 
 def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
-    """Whether a path holds a log with tensors, by its content, or the one file in it does."""
+    """Whether a path holds a log with tensors, or a run file, by its content, or the one file in it is one."""
+    if _run_file(path) is not None:
+        return True
     path = _only_file(path) if in_one_file else path
     return any(known.found(path) for known in FORMATS.values() if known.scalars is None)
 
@@ -327,7 +332,7 @@ def open_source(
     Parameters
     ----------
     path : Path
-        A log, or a run file (``.toml``) that lists several.
+        A log, or a run file (``.toml``) that lists several, or the folder of one that is called `RUN_FILE`.
     format : str, optional
         One of `FORMATS`; found by content where not given.
     mapping : mapping, optional
@@ -344,7 +349,14 @@ def open_source(
     return _joined([_open(Path(path), format, mapping, shift)], [shift])
 
 
-def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None, shift: Mapping[str, int]) -> Source:
+def _open(
+    path: Path,
+    format: str | None,
+    mapping: Mapping[str, str] | None,
+    shift: Mapping[str, int],
+    *,
+    in_run_file: bool = False,
+) -> Source:
     """Open one log, with tensors or of scalars; only the latter are shifted already."""
     mapping = dict(mapping or {})
     if not path.exists():
@@ -353,16 +365,17 @@ def _open(path: Path, format: str | None, mapping: Mapping[str, str] | None, shi
         raise InputError(
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
         )
-    if path.suffix == ".toml" and path.is_file():
+    run_file = None if in_run_file else _run_file(path)
+    if run_file is not None:
         if format or mapping or shift:
             raise InputError(
                 "--format, --map and --shift do not say which source of a run file they mean",
                 where=str(path),
                 remedy="write them in the run file: format, map and shift of the [[source]] that is meant",
             )
-        return _open_run_file(path)
+        return _open_run_file(run_file)
     path = _only_file(path)
-    known = FORMATS[format or format_of(path)]
+    known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:
         # Whoever names the format means this file, whatever it is called.
         kind = replace(known.scalars, files=lambda path: [path]) if format and path.is_file() else known.scalars
@@ -389,6 +402,12 @@ def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> S
     return sources[0] if len(sources) == 1 and not shifts[0] else JoinedSource(sources, shifts)
 
 
+def _run_file(path: Path) -> Path | None:
+    """Run file that a path is, or that stands for the folder."""
+    path = path / RUN_FILE if path.is_dir() else path
+    return path if path.suffix == ".toml" and path.is_file() else None
+
+
 def _only_file(path: Path) -> Path:
     """Return the one file in a folder that is a log of its own, where the folder is no log itself."""
     if not path.is_dir() or any(known.found(path) for known in FORMATS.values()):
@@ -401,7 +420,7 @@ def _only_file(path: Path) -> Path:
 
 def format_of(path: Path) -> str:
     """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
-    if path.suffix == ".toml" and path.is_file():
+    if _run_file(path) is not None:
         return "run file"
     return find_format(_only_file(path)) or "steps"
 
@@ -514,5 +533,6 @@ def _open_run_file(path: Path) -> Source:
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
         shifts.append(checked_shift(entry.get("shift", {}), f"{path}, shift of {entry['path']!r}"))
-        sources.append(_open(path.parent / entry["path"], entry.get("format"), entry.get("map"), shifts[-1]))
+        where = path.parent / entry["path"]
+        sources.append(_open(where, entry.get("format"), entry.get("map"), shifts[-1], in_run_file=True))
     return _joined(sources, shifts)
