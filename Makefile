@@ -47,7 +47,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it.
+# The lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. DeepSpeed needs ninja
+# and py-cpuinfo to compile kernels, which its checkpoints do not.
 lock: install
-	echo "torch; sys_platform == 'none'" | $(BIN)/uv pip compile --quiet --overrides /dev/stdin --python-version 3.11 --universal --no-emit-index-url --no-emit-package torch --no-header --generate-hashes \
+	printf "%s; sys_platform == 'none'\n" torch ninja py-cpuinfo | $(BIN)/uv pip compile --quiet --overrides /dev/stdin --python-version 3.11 --universal --no-emit-index-url --no-emit-package torch --no-header --generate-hashes \
 		--extra dev --extra writers pyproject.toml --output-file requirements.lock

@@ -1,10 +1,11 @@
-"""The generated run, and what goes into the JSON beside the times."""
+"""The generated runs, and what goes into the JSON beside the times."""
 
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import psutil
 import pytest
 from pytest_benchmark.stats import Stats
 
-from benchmarks.works import RATIOS, WORKS, Files
+from benchmarks.fixed_cost import fixed_cost_of
+from benchmarks.options import Scale
+from benchmarks.runs import Runs
+from benchmarks.works import groups
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
@@ -30,45 +34,66 @@ SAMPLING_SECONDS = 0.002
 
 
 def pytest_addoption(parser):
-    parser.addoption("--size", type=float, default=1.0, help="gigabytes of training state, about")
-    parser.addoption("--states", type=int, default=10, help="logged states")
+    default = Scale()
+    parser.addoption("--size", type=float, default=default.size, help="gigabytes of training state, about")
+    parser.addoption("--states", type=int, default=default.states, help="logged states")
+    parser.addoption("--sizes", type=float, nargs="*", default=default.sizes, help="gigabytes of longer runs")
+    parser.addoption("--tall", type=int, default=default.tall, help="states of the run of 1,000 parameters")
+    parser.addoption("--wide", type=int, default=default.wide, help="parameters of the run of 64 states")
+    parser.addoption("--sweep", type=int, default=default.sweep, help="runs of the sweep")
     parser.addoption("--rounds", type=int, default=5, help="times that each work is run and timed")
 
 
 def pytest_generate_tests(metafunc):
-    # Of the scope of the session: pytest then runs all works in the first turn, all in the second, and so on. What
-    # else happens on the machine meanwhile meets all of them alike.
+    # All works of a group in the first turn, all in the second, and so on: what else happens on the machine
+    # meanwhile meets all of them alike. Group after group, as each has runs of its own on disk.
     if "turn" in metafunc.fixturenames:
-        metafunc.parametrize("turn", range(metafunc.config.option.rounds), scope="session")
+        option = metafunc.config.option
+        works = [
+            (group, name, turn)
+            for group, members in groups(option.sizes).items()
+            for turn in range(option.rounds)
+            for name in members.works
+        ]
+        metafunc.parametrize(("group", "name", "turn"), works, ids=[f"{g}/{n}-{turn}" for g, n, turn in works])
 
 
 @pytest.fixture(scope="session")
-def files(pytestconfig):
-    generated = Files(ROOT / "bench" / "data")
-    shutil.rmtree(generated.folder, ignore_errors=True)
+def runs(pytestconfig):
+    option = pytestconfig.option
+    generated = Runs(
+        ROOT / "bench" / "data",
+        Scale(option.size, option.states, tuple(option.sizes), option.tall, option.wide, option.sweep),
+    )
     try:
-        generated.generate(pytestconfig.option.size, pytestconfig.option.states)
         yield generated
     finally:
-        shutil.rmtree(generated.folder, ignore_errors=True)
+        generated.clear()
 
 
 # Processes of their own ---------------------------------------------------------------------------------------
 
 
 def resident_bytes(process):
-    """Bytes of a process and of those that it started; one that has just ended has none."""
-    total = 0
+    """Bytes of a process and of each of those that it started; one that has just ended has none."""
+    found = []
     try:
         for member in [process, *process.children(recursive=True)]:
-            total += member.memory_info().rss
+            found.append(member.memory_info().rss)
     except psutil.NoSuchProcess:
         pass
-    return total
+    return found or [0]
+
+
+def processor_seconds():
+    """Seconds that processors worked for this process and those that it started."""
+    own = psutil.Process()
+    started = sum(sum(member.cpu_times()[:2]) for member in own.children(recursive=True))
+    return time.process_time() + started + sum(own.cpu_times()[2:4])
 
 
 def memory_of(name, files):
-    """Resident bytes of a process that runs a work: before it begins, and at most.
+    """Resident bytes of a process that runs a work: before it begins, and at most, of all and of the largest.
 
     The peak of a process cannot be set back, so each work has its own. It is sampled: the system's own record of
     the peak of a child begins with the memory of the parent that started it.
@@ -77,27 +102,35 @@ def memory_of(name, files):
     command = [sys.executable, "-m", "benchmarks.works", str(files.folder), name]
     with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-        before = peak = resident_bytes(process)
+        found = resident_bytes(process)
+        before, peak, largest = sum(found), sum(found), max(found)
         while process.poll() is None:
-            peak = max(peak, resident_bytes(process))
+            found = resident_bytes(process)
+            peak, largest = max(peak, sum(found)), max(largest, *found)
             try:
                 process.wait(SAMPLING_SECONDS)
             except psutil.TimeoutExpired:
                 continue
     assert process.returncode == 0
-    return {"memory_before": before, "memory_peak": peak}
+    return {"memory_before": before, "memory_peak": peak, "memory_of_a_process": largest}
 
 
 @pytest.fixture(scope="session")
-def memory(files):
-    """Memory of every work, measured before any is timed."""
-    return {name: memory_of(name, files) for name in WORKS}
+def memory():
+    """Memory of a work, measured once, before it is timed."""
+    return cache(memory_of)
 
 
 @pytest.fixture(scope="session")
-def first_call(files):
+def fixed_cost(runs):
+    """Where the time of the whole command goes on a tiny run."""
+    return fixed_cost_of(runs.folder / "tiny")
+
+
+@pytest.fixture(scope="session")
+def first_call(runs):
     """Seconds of the kernel's first call in a process: compiled, and loaded from the cache which that filled."""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(files.folder / "compiled")}
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(runs.folder / "compiled")}
 
     def seconds():
         command = [sys.executable, "-m", "benchmarks.first_call"]
@@ -123,11 +156,12 @@ def spread(values):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Take the turns of a work together, and add its rate and the ratios of rates, turn by turn."""
-    merged, rates = {}, {}
+    merged, rates, used = {}, {}, {}
     for entry in sorted(output_json["benchmarks"], key=lambda entry: entry["extra_info"]["turn"]):
-        name = entry["group"]
+        name, facts = entry["group"], entry["extra_info"]
         kept = merged.setdefault(name, entry)
-        rates.setdefault(name, []).append(entry["extra_info"]["bytes"] / 1e9 / entry["stats"]["median"])
+        rates.setdefault(name, []).append(facts["bytes"] / 1e9 / entry["stats"]["median"])
+        used.setdefault(name, []).append(facts["bytes"] / 1e9 / facts.pop("processor_seconds"))
         if kept is not entry:
             kept["stats"]["data"] += entry["stats"]["data"]
     for name, entry in merged.items():
@@ -138,13 +172,26 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         del entry["extra_info"]["turn"], entry["params"], entry["param"]
         entry |= {"name": name, "fullname": entry["fullname"].partition("[")[0] + f"[{name}]"}
         entry["extra_info"]["gigabytes_per_second"] = spread(rates[name])
+        entry["extra_info"]["gigabytes_per_processor_second"] = spread(used[name])
     output_json["benchmarks"] = list(merged.values())
     output_json["ratios"] = [
-        {"of": above, "to": below, **spread([a / b for a, b in zip(rates[above], rates[below], strict=True)])}
-        for above, below in RATIOS
-        if above in rates and below in rates
+        {"of": f"{group}/{above}", "to": f"{group}/{below}", **compared(rates, used, group, above, below)}
+        for group, members in groups(config.option.sizes).items()
+        for above, below in members.ratios
+        if f"{group}/{above}" in rates and f"{group}/{below}" in rates
     ]
     output_json["first_call_seconds"] = config.stash.get(FIRST_CALL, None)
+    output_json["fixed_cost"] = config.stash.get(FIXED_COST, None)
+
+
+def compared(rates, used, group, above, below):
+    """Spread of the ratios of rates, turn by turn: by the clock, and by the time that processors worked."""
+    by_clock, by_work = (
+        spread([a / b for a, b in zip(found[f"{group}/{above}"], found[f"{group}/{below}"], strict=True)])
+        for found in (rates, used)
+    )
+    return {**by_clock, "processor": by_work}
 
 
 FIRST_CALL = pytest.StashKey[dict[str, float]]()
+FIXED_COST = pytest.StashKey[dict[str, object]]()

@@ -1,9 +1,8 @@
 """Time the works, in turns."""
 
-import pytest
-
-from benchmarks.conftest import FIRST_CALL
-from benchmarks.works import WORKS
+from benchmarks.conftest import FIRST_CALL, FIXED_COST, processor_seconds
+from benchmarks.works import groups
+from pipeline.compute import PassSummary
 
 
 def test_first_call_of_the_kernel(first_call, pytestconfig):
@@ -11,13 +10,32 @@ def test_first_call_of_the_kernel(first_call, pytestconfig):
     assert first_call["compiled"] > 0
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_throughput(benchmark, files, memory, name, turn):
-    work = WORKS[name]
-    benchmark.group = name
-    benchmark.extra_info |= {"title": work.title, "turn": turn, "bytes": work.size(files), **memory[name]}
+def test_fixed_cost(fixed_cost, pytestconfig):
+    pytestconfig.stash[FIXED_COST] = fixed_cost
+    assert fixed_cost["total"]["min"] > 0
+
+
+def test_throughput(benchmark, runs, memory, pytestconfig, group, name, turn):
+    works = groups(pytestconfig.option.sizes)[group].works
+    work = works[name]
+    runs.need({"run", *(each.run for each in works.values())})
+    files = runs.get(work.run)
+    benchmark.group = f"{group}/{name}"
+    facts = {"title": work.title, "turn": turn, "bytes": work.size(files), "runs": files.runs()}
+    facts |= memory(benchmark.group, files)
     with work.prepare(files) as run:
         files.clear()
         # The first run warms all caches, and shows that the work is done before its time is taken.
-        work.check(files, run())
-        benchmark.pedantic(run, setup=files.clear)
+        answer = run()
+        work.check(files, answer)
+        if isinstance(answer, PassSummary):
+            facts["memory_projected"] = answer.plan.projected_bytes
+        before = []
+
+        def setup():
+            files.clear()
+            before.append(processor_seconds())
+
+        benchmark.pedantic(run, setup=setup)
+        facts["processor_seconds"] = processor_seconds() - before[-1]
+    benchmark.extra_info |= facts

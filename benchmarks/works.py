@@ -1,6 +1,6 @@
 """The works that are measured: each is prepared in a context, checked once, and run again in every round.
 
-    python -m benchmarks.works FOLDER NAME
+    python -m benchmarks.works FOLDER GROUP/NAME
 
 runs one work in a process of its own, for its memory to be watched; it prints a line when it is about to begin.
 """
@@ -21,85 +21,17 @@ from typing import Any
 
 import dask
 import numpy as np
-import safetensors.numpy
 import xarray as xr
 
+from benchmarks.runs import Files
 from pipeline import clusters, compute, gram
 from pipeline.blocks import PIECE_ELEMENTS
 from pipeline.ingest import ingest
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
 THREADS = 2
-HIDDEN = 1024
 STEPS_OF_A_BLOCK = 16
 """Steps in a Dask block: the fastest blocks for xarray here; of one step each it takes nearly twice as long."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """A generated run: its log, its trajectory, the ledger that results are checked by, and what works write."""
-
-    folder: Path
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log"
-
-    @property
-    def trajectory(self) -> Path:
-        return self.folder / "trajectory.zarr"
-
-    @property
-    def reference(self) -> Path:
-        return self.folder / "reference.zarr"
-
-    @property
-    def written(self) -> Path:
-        return self.folder / "written"
-
-    def clear(self) -> None:
-        """Remove what a work wrote, before the next round and outside its time."""
-        shutil.rmtree(self.written, ignore_errors=True)
-        self.written.mkdir()
-
-    def logged(self) -> list[Path]:
-        return sorted(self.log.iterdir())
-
-    def chunks(self) -> list[Path]:
-        """Files of the chunks of training state, which are all that the pass must read."""
-        return sorted(path for name in ("parameter", "gradient") for path in (self.trajectory / name).glob("c/*/*"))
-
-    def generate(self, size: float, states: int) -> None:
-        """Write the log of a run, ingest it, and compute the ledger that results are checked by.
-
-        The model is a row of square layers with biases, its tensors across the boundaries of chunks; the updates
-        are noisy gradient descent on a quadratic loss.
-
-        Parameters
-        ----------
-        size : float
-            Gigabytes of training state, about: a whole number of layers.
-        states : int
-            Logged states.
-        """
-        generator = np.random.default_rng(0)
-        layers = max(1, round(size * 1e9 / (states * 8 * (HIDDEN + 1) * HIDDEN)))
-        shapes = [(f"layer.{k}.{name}", shape) for k in range(layers) for name, shape in _LAYER.items()]
-        theta = {name: generator.standard_normal(shape, np.float32) for name, shape in shapes}
-        self.log.mkdir(parents=True)
-        for step in range(states):
-            state = {"loss": np.asarray(1.0 / (step + 1)), "learning_rate": np.asarray(0.01)}
-            for name, value in theta.items():
-                noise = generator.standard_normal((2, *value.shape), np.float32)
-                state |= {f"parameter/{name}": value, f"gradient/{name}": value + noise[0] / 8}
-                theta[name] = value - (value + noise[1] / 2) / 100
-            safetensors.numpy.save_file(state, self.log / f"step_{step}.safetensors")
-        ingest(self.log, self.trajectory)
-        compute.compute_ledger(self.trajectory, self.reference)
-        self.clear()
-
-
-_LAYER = {"weight": (HIDDEN, HIDDEN), "bias": (HIDDEN,)}
 
 
 @dataclass(frozen=True)
@@ -115,12 +47,15 @@ class Work:
         Called with the files and what the function returned: raises where the work was not done.
     reads : callable
         Files to the paths whose bytes the work must read.
+    run : str
+        Name of the run that it is done on; see `benchmarks.runs`.
     """
 
     title: str
     prepare: Callable[[Files], AbstractContextManager[Callable[[], Any]]]
     check: Callable[[Files, Any], None]
     reads: Callable[[Files], Sequence[Path]] = Files.chunks
+    run: str = "run"
 
     def size(self, files: Files) -> int:
         """Bytes that the work must read: its rate is by these, whatever it reads twice."""
@@ -321,8 +256,8 @@ def check_products(files: Files, found: xr.DataArray) -> None:
 
 
 @contextmanager
-def ingest_log(files: Files) -> Iterator[Callable[[], Any]]:
-    yield partial(ingest, files.log, files.written / "trajectory.zarr")
+def ingest_log(files: Files, sweep: bool = False) -> Iterator[Callable[[], Any]]:
+    yield partial(ingest, files.log, files.written / "trajectory.zarr", sweep=sweep)
 
 
 def check_trajectory(files: Files, _: Any) -> None:
@@ -348,15 +283,17 @@ def check_copies(files: Files, _: Any) -> None:
         assert (files.written / path.name).read_bytes() == path.read_bytes()
 
 
-WORKS = {
+def _pass(title: str, run: str = "run", executor: compute.Executor = compute.serial) -> Work:
+    return Work(title, partial(metrics_pass, executor=executor), check_ledger, run=run)
+
+
+THROUGHPUT = {
     "read": Work("bare reads, 1 thread", partial(bare_reads, threads=1), check_bytes),
     "read_threads": Work(f"bare reads, {THREADS} threads", partial(bare_reads, threads=THREADS), check_bytes),
     "loop": Work("bare loop, 1 thread", partial(bare_loop, threads=1), check_segments),
     "loop_threads": Work(f"bare loop, {THREADS} threads", partial(bare_loop, threads=THREADS), check_segments),
-    "pass": Work("metrics pass, serial", partial(metrics_pass, executor=compute.serial), check_ledger),
-    "pass_threads": Work(
-        f"metrics pass, {THREADS} threads", partial(metrics_pass, executor=compute.threads(THREADS)), check_ledger
-    ),
+    "pass": _pass("metrics pass, serial"),
+    "pass_threads": _pass(f"metrics pass, {THREADS} threads", executor=compute.threads(THREADS)),
     "pass_dask_single": Work(
         "metrics pass, 1 Dask process", partial(metrics_pass_on_dask, workers=1), check_ledger
     ),
@@ -371,28 +308,95 @@ WORKS = {
     "ingest": Work("ingest of the log", ingest_log, check_trajectory, Files.logged),
 }
 
-RATIOS = [
-    ("pass", "read"),
-    ("pass_threads", "read_threads"),
-    ("pass_dask", "read_threads"),
-    ("pass", "loop"),
-    ("pass_threads", "loop_threads"),
-    ("pass_dask", "loop_threads"),
-    ("pass_threads", "pass"),
-    ("pass_dask", "pass_dask_single"),
-    ("read_threads", "read"),
-    ("loop_threads", "loop"),
-    ("pass", "xarray"),
-    ("pass_threads", "xarray"),
-    ("pass_dask", "xarray"),
-    ("ingest", "copy"),
-    ("ingest", "copy_flushed"),
-]
-"""Rates that are compared: only rates of one run are."""
+
+@dataclass(frozen=True)
+class Group:
+    """Works that are run in turns, one after the other in each turn.
+
+    Attributes
+    ----------
+    works : dict of str to Work
+    ratios : list of (str, str)
+        Works whose rates are compared: only rates of one turn are.
+    """
+
+    works: dict[str, Work]
+    ratios: list[tuple[str, str]]
+
+
+def _size(size: float) -> Group:
+    """Serial pass and bare loop on a run of so many gigabytes."""
+    run = f"size_{size:g}"
+    loop = Work(f"bare loop, {size:g} GB", partial(bare_loop, threads=1), check_segments, run=run)
+    return Group({"loop": loop, "pass": _pass(f"metrics pass, {size:g} GB", run)}, [("pass", "loop")])
+
+
+def groups(sizes: Sequence[float]) -> dict[str, Group]:
+    """All works, in groups."""
+    return {
+        "throughput": Group(
+            THROUGHPUT,
+            [
+                ("pass", "read"),
+                ("pass_threads", "read_threads"),
+                ("pass_dask", "read_threads"),
+                ("pass", "loop"),
+                ("pass_threads", "loop_threads"),
+                ("pass_dask", "loop_threads"),
+                ("pass_threads", "pass"),
+                ("pass_dask", "pass_dask_single"),
+                ("read_threads", "read"),
+                ("loop_threads", "loop"),
+                ("pass", "xarray"),
+                ("pass_threads", "xarray"),
+                ("pass_dask", "xarray"),
+                ("ingest", "copy"),
+                ("ingest", "copy_flushed"),
+            ],
+        ),
+        **{f"size_{size:g}": _size(size) for size in sizes},
+        "shapes": Group(
+            {
+                "pass": _pass("metrics pass, for tall and wide"),
+                "tall": _pass("metrics pass, tall", "tall"),
+                "wide": _pass("metrics pass, wide", "wide"),
+            },
+            [("tall", "pass"), ("wide", "pass")],
+        ),
+        "storage": Group(
+            {
+                "pass": _pass("metrics pass, plain float32"),
+                "zstd": _pass("metrics pass, zstd and shuffle", "zstd"),
+                "lz4": _pass("metrics pass, lz4 and shuffle", "lz4"),
+                "bfloat16": _pass("metrics pass, bfloat16", "bfloat16"),
+            },
+            [("zstd", "pass"), ("lz4", "pass"), ("bfloat16", "pass")],
+        ),
+        "sweep": Group(
+            {
+                "sweep": _pass("metrics pass, sweep", "sweep"),
+                "one_run": _pass("metrics pass, one run of its bytes", "one_run"),
+                "ingest_sweep": Work(
+                    "ingest of the sweep", partial(ingest_log, sweep=True), check_trajectory, Files.logged, "sweep"
+                ),
+                "ingest_one_run": Work(
+                    "ingest of that one run", ingest_log, check_trajectory, Files.logged, "one_run"
+                ),
+            },
+            [("sweep", "one_run"), ("ingest_sweep", "ingest_one_run")],
+        ),
+    }
+
+
+def find(name: str) -> Work:
+    """Work of a name GROUP/WORK."""
+    group, _, work = name.partition("/")
+    sizes = [float(group.removeprefix("size_"))] if group.startswith("size_") else []
+    return groups(sizes)[group].works[work]
 
 
 if __name__ == "__main__":
-    with WORKS[sys.argv[2]].prepare(Files(Path(sys.argv[1]))) as run:
+    with find(sys.argv[2]).prepare(Files(Path(sys.argv[1]))) as run:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         run()

@@ -58,6 +58,10 @@ Attempt = Annotated[
 ]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WHAT", help="Store this too: optimizer, what it keeps between steps (may be repeated)."),
+]
 Follow = Annotated[bool, typer.Option("--follow", help="Go on with what is logged later, until interrupted.")]
 Interval = Annotated[float, typer.Option(min=0.0, help="Seconds between looks at the log, with --follow.")]
 IdleTimeout = Annotated[
@@ -183,6 +187,7 @@ def _ingest(
     allow_gaps: bool,
     overwrite: bool,
     wait: bool,
+    include: list[str] | None,
 ) -> dict[str, Any]:
     from pipeline import run
 
@@ -197,6 +202,7 @@ def _ingest(
             allow_gaps=allow_gaps,
             overwrite=overwrite,
             wait=wait,
+            include=include or (),
             progress=progress,
         )
 
@@ -238,6 +244,7 @@ def process(
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
+    include: Include = None,
     follow: Follow = False,
     interval: Interval = 10.0,
     idle_timeout: IdleTimeout = None,
@@ -262,7 +269,7 @@ def process(
 
     def once(first: bool) -> dict[str, Any]:
         answer = _ingest(
-            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow
+            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow, include
         )
         if not first and not answer["new_steps"]:
             return answer
@@ -283,6 +290,7 @@ def ingest(
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
+    include: Include = None,
     follow: Follow = False,
     interval: Interval = 10.0,
     idle_timeout: IdleTimeout = None,
@@ -297,7 +305,9 @@ def ingest(
     shifts = _shift(shift)
 
     def once(first: bool) -> dict[str, Any]:
-        return _ingest(face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow)
+        return _ingest(
+            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow, include
+        )
 
     face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
 

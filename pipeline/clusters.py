@@ -123,9 +123,50 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
             remedy=f"see docs/cluster.md for the section {section}",
         ) from error
     with made as cluster:
-        # A job whose time is up, or that died, is replaced: the number of workers is kept, not only asked for once.
-        cluster.adapt(minimum=workers, maximum=workers)
+        if name != "kubernetes":  # whose operator replaces pods by itself
+            _replace_lost_jobs(cluster, workers)
+        cluster.scale(workers)
         yield cluster.scheduler_address
+
+
+def _replace_lost_jobs(cluster: Any, workers: int) -> None:
+    """Ask for another job where the workers of one came and went: its time was up, it failed, or its host did.
+
+    Dask forgets a job of one process that it lost, and asks for no other; a job of several it does not forget.
+    """
+    import dask.config
+    from dask.utils import parse_timedelta
+    from distributed.diagnostics.plugin import SchedulerPlugin
+
+    # A nanny starts its worker again, under the same name. Dask's own look is at the end of this time.
+    grace = parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout")) + 1.0
+
+    def members(job: Any) -> set[str]:
+        return {f"{job}{suffix}" for suffix in cluster.worker_spec[job].get("group", ("",))}
+
+    class Replacing(SchedulerPlugin):
+        def __init__(self) -> None:
+            self.names: dict[str, str] = {}
+
+        def add_worker(self, scheduler: Any, worker: str) -> None:
+            self.names[worker] = str(scheduler.workers[worker].name)
+
+        def remove_worker(self, scheduler: Any, worker: str, **details: Any) -> None:
+            name = self.names.pop(worker)
+            for job in cluster.worker_spec:
+                if name in members(job):
+                    scheduler.loop.call_later(grace, self.replace, job, cluster.workers.get(job))
+
+        def replace(self, job: Any, lost: Any) -> None:
+            if job not in cluster.worker_spec or members(job) & set(self.names.values()):
+                return
+            here = cluster.workers.get(job)
+            if here is not None and lost in (None, here):
+                del cluster.workers[job], cluster.worker_spec[job]
+                cluster.loop.add_callback(here.close)
+            cluster.scale(workers)
+
+    cluster.scheduler.add_plugin(Replacing())
 
 
 def _job_options(name: str) -> dict[str, Any]:

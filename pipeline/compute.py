@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pipeline import gram
 from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
-from pipeline.schema import HVP, STEP, InputError, Unavailable
+from pipeline.schema import HVP, STATES, STEP, InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, only_writer, storage_dtype
 
 __all__ = [
@@ -149,11 +149,11 @@ def compute_ledger(
         "states": states.rows,
         "elements": states.layout.elements,
         "chunk": states.chunk,
-        "itemsizes": [storage_dtype(dtype).itemsize for dtype in states.dtypes.values()],
+        "itemsizes": [storage_dtype(states.dtypes[name]).itemsize for name in _logged(states)],
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
         "memory_limit": memory_limit,
-        "whole_chunks": any(map(states.is_compressed, states.dtypes)),
+        "whole_chunks": any(map(states.is_compressed, _logged(states))),
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
     _log.info("%s", plan)
@@ -198,6 +198,9 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
 
 
 def _together(parts: Iterable[Segments]) -> Segments:
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     indices, grams, ratios = zip(*parts, strict=True)
     return np.concatenate(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
 
@@ -231,7 +234,7 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
                 name: _decoded(job, states, name, start, start + more + 1, column, carried=done > 0)
                 if states.is_compressed(name)
                 else stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
-                for name in states.dtypes
+                for name in _logged(states)
             }
             for first, last in states.stretches(start, start + more + 1):
                 stretch = {name: _rows(blocks, first - start, last - start) for name, blocks in seen.items()}
@@ -245,6 +248,11 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
                     stretch.get(HVP),
                 )
     return np.array([index for index, _, _ in segments]), products, ratio
+
+
+def _logged(states: Trajectory) -> list[str]:
+    """Arrays that the pass reads: not what the optimizer keeps."""
+    return [name for name in STATES if name in states.dtypes]
 
 
 def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any]]:

@@ -298,12 +298,10 @@ def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: in
             _fill(c[t], total[t], gram[t, s])
 
 
-def _words(array: NDArray[Any]) -> NDArray[Any]:
-    if array.dtype == np.float16:
-        return array.view(np.int16)
-    if array.dtype.name == "bfloat16":
-        return array.view(np.uint16)
-    return array
+def _words(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    dtype = blocks[0].dtype
+    words = np.int16 if dtype == np.float16 else np.uint16 if dtype.name == "bfloat16" else None
+    return blocks if words is None else [block.view(words) for block in blocks]
 
 
 def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uintp]:
@@ -311,13 +309,11 @@ def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uint
     for block in blocks:
         if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
             raise ValueError(f"rows must be of one dtype, contiguous, and have {elements} elements")
-    return np.concatenate(
-        [
-            np.uintp(block.__array_interface__["data"][0])
-            + np.arange(len(block), dtype=np.uintp) * np.uintp(block.strides[0])
-            for block in blocks
-        ]
-    )
+    addresses: list[int] = []
+    for block in blocks:
+        first = block.__array_interface__["data"][0]
+        addresses += [first + row * block.strides[0] for row in range(len(block))]
+    return np.array(addresses, np.uintp)
 
 
 def products(
@@ -360,7 +356,7 @@ def products(
     g = r + c d. As neither part is longer than g but for a small factor, they are as accurate as sums of their own.
     """
     rows = len(gram)
-    blocks = [[_words(block) for block in array] for array in (parameter, gradient, hvp or parameter)]
+    blocks = [_words(array) for array in (parameter, gradient, hvp or parameter)]
     parameters, gradients, hvps = (_addresses(array, int(starts[-1])) for array in blocks)
     if min(len(parameters), len(gradients)) <= rows or len(hvps) < rows:
         raise ValueError(f"{rows} rows of products need {rows + 1} states")
@@ -411,6 +407,8 @@ def add_segments(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ledger per tensor from the ledgers of its segments, in the order of the element axis.
 
+    Where every tensor is one segment the ledgers are returned, not copied.
+
     Parameters
     ----------
     tensors : int
@@ -425,6 +423,8 @@ def add_segments(
     gram : float64 array, shape (rows, tensors, vectors, vectors)
     ratio : float64 array, shape (rows, tensors)
     """
+    if np.array_equal(indices, np.arange(tensors)):
+        return gram, ratio
     rows, _, count, _ = gram.shape
     total, common = np.zeros((rows, tensors, count, count)), np.zeros((rows, tensors))
     firsts, stops = (

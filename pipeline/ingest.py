@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from pipeline.blocks import MEBIBYTE, chunk_shape
 from pipeline.schema import (
     ATTEMPT,
+    OPTIMIZER_NUMBERS,
+    OPTIMIZER_STATES,
     RUN,
     SCALARS,
     STATES,
@@ -32,6 +34,7 @@ from pipeline.schema import (
 )
 from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
+    KeptOpen,
     LoggedStep,
     LoggedTensor,
     NotYet,
@@ -47,7 +50,7 @@ from pipeline.sources.base import (
 from pipeline.sources.formats import open_sources
 from pipeline.store import Trajectory, checksum, only_writer, storage_dtype
 
-__all__ = ["IngestSummary", "ingest"]
+__all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,13 @@ COMMIT_BYTES = 256 * MEBIBYTE
 
 _OPEN_STEPS = 4
 _NOTES_SHOWN = 5
+
+INCLUDES = ("optimizer",)
+"""What may be stored beside parameters, gradients and hvp."""
+
+EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
+
+_BFLOAT16_NAN = 0x7FC0
 
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -103,6 +113,7 @@ def ingest(
     allow_gaps: bool = False,
     overwrite: bool = False,
     wait: bool = False,
+    include: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read the steps of a training log that the trajectory does not have yet.
@@ -127,6 +138,9 @@ def ingest(
         Start anew, dropping what the trajectory holds once the steps are described and compared.
     wait : bool
         Leave what follows a gap for a later pass, rather than refuse it.
+    include : sequence of str
+        What to store beside parameters, gradients and hvp, of `INCLUDES`. A trajectory that was made with it goes
+        on so, whether it is said again or not.
     progress : callable, optional
         Called with steps done and steps in all.
 
@@ -138,14 +152,20 @@ def ingest(
         is written while it is read.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
+    for what in include:
+        if what not in INCLUDES:
+            raise InputError(
+                f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
+            )
     log, store = open_sources(sources, format, mapping, shift, sweep=sweep), Path(store)
     listed = log.steps()
-    with only_writer(store, "trajectory"):
+    with only_writer(store, "trajectory"), KeptOpen(log) as log:
         trajectory = Trajectory(store) if store.exists() and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
         if trajectory is not None:
             trajectory.recover()
+        optimizer = _with_optimizer(trajectory, include)
         warnings: list[str] = []
         listed = _finished(log, listed, trajectory, warnings)
         rows = _new_rows(log, listed, trajectory, allow_gaps, wait, warnings)
@@ -153,11 +173,11 @@ def ingest(
         if steps:
             # Taken before a step is opened: what is described and what is written must be the same file.
             identities = {step: identity(step) for step in steps}
-            contents = _describe(log, steps, warnings)
+            contents = _describe(log, steps, warnings, optimizer)
             told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
             warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
-            trajectory = _matching_trajectory(store, trajectory, steps[0], contents)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer)
             try:
                 _Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
             finally:
@@ -406,11 +426,12 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
     come later than tensors, or are left out.
     """
     trajectory = committed.trajectory
-    content = next(iter(_describe(log, [step], []).values()))
+    content = next(iter(_describe(log, [step], [], _with_optimizer(trajectory)).values()))
     if content.arrays["parameter"] != _parameters(trajectory):
         return "other tensors"
-    if _dtypes(content) != trajectory.dtypes:
-        return f"dtypes {trajectory.dtypes}, and now has {_dtypes(content)}"
+    dtypes = _dtypes([content])
+    if _beside(trajectory) | dtypes != trajectory.dtypes:
+        return f"dtypes {trajectory.dtypes}, and now has {dtypes}"
     same_files = _files_of(identity(step)) == _files_of(committed.sources[row])
     for name in trajectory.scalars:
         before = float(trajectory.scalar(name)[row])
@@ -463,17 +484,42 @@ def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, In
 # What they hold ----------------------------------------------------------------------------------------------
 
 
-def _dtypes(content: StepContent) -> dict[str, str]:
+def _dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
     """Dtype that each array is stored in: the smallest that holds all of its tensors exactly."""
-    logged = content.arrays
-    return {name: promote([tensor.dtype for tensor in logged[name].values()]) for name in STATES if name in logged}
+    logged: dict[str, set[str]] = {}
+    # Equal descriptions are kept once.
+    for arrays in {id(content.arrays): content.arrays for content in contents}.values():
+        for name, tensors in arrays.items():
+            logged.setdefault(name, set()).update(tensor.dtype for tensor in tensors.values())
+    return {name: promote(sorted(logged[name])) for name in (*STATES, *OPTIMIZER_STATES) if logged.get(name)}
+
+
+def _beside(trajectory: Trajectory) -> dict[str, str]:
+    """Dtypes of what the optimizer keeps, which not every step has."""
+    return {name: dtype for name, dtype in trajectory.dtypes.items() if name in OPTIMIZER_STATES}
+
+
+def _with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
+    """Whether what the optimizer keeps is stored: as a trajectory was begun, so it goes on."""
+    if trajectory is None:
+        return "optimizer" in include
+    stored = bool(trajectory.tables)
+    if "optimizer" in include and not stored:
+        raise InputError(
+            "the trajectory was made without the state of the optimizer",
+            where=str(trajectory.path),
+            remedy="start anew with --overwrite, or leave --include optimizer out",
+        )
+    return stored
 
 
 def _parameters(trajectory: Trajectory) -> dict[str, LoggedTensor]:
     return {tensor.name: LoggedTensor(tensor.shape, tensor.dtype) for tensor in trajectory.layout.tensors}
 
 
-def _describe(log: Source, steps: Sequence[LoggedStep], warnings: list[str]) -> dict[LoggedStep, StepContent]:
+def _describe(
+    log: Source, steps: Sequence[LoggedStep], warnings: list[str], optimizer: bool
+) -> dict[LoggedStep, StepContent]:
     """Describe steps, all with the tensors of the first."""
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
@@ -481,14 +527,14 @@ def _describe(log: Source, steps: Sequence[LoggedStep], warnings: list[str]) -> 
     first = steps[0]
     for step in steps:
         with log.open(step) as reader:
-            content = complete(step, reader.content())
+            content = complete(step, reader.content(), optimizer=optimizer)
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
         _require_like(step, content, first, contents.get(first, content))
         # Equal descriptions are kept once: a long run of a large model has many.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
-        contents[step] = StepContent(arrays, content.scalars)
+        contents[step] = StepContent(arrays, content.scalars, optimizer=content.optimizer)
     warnings += [f"{note} (in {step.path.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
@@ -497,7 +543,7 @@ def _describe(log: Source, steps: Sequence[LoggedStep], warnings: list[str]) -> 
 
 
 def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
-    for name in sorted({*model.arrays, *content.arrays}, key=STATES.index):
+    for name in (name for name in STATES if name in model.arrays or name in content.arrays):
         have, expect = content.arrays.get(name), model.arrays.get(name)
         if have is None or expect is None:
             lacking = step if have is None else first
@@ -525,18 +571,25 @@ def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, mod
 
 
 def _matching_trajectory(
-    store: Path, trajectory: Trajectory | None, first: LoggedStep, contents: Mapping[LoggedStep, StepContent]
+    store: Path,
+    trajectory: Trajectory | None,
+    first: LoggedStep,
+    contents: Mapping[LoggedStep, StepContent],
+    optimizer: bool,
 ) -> Trajectory:
     """Return the trajectory to append to, or a new one laid out for these steps."""
     content = contents[first]
-    dtypes = _dtypes(content)
+    dtypes = _dtypes(contents.values())
     layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
     if trajectory is None:
         chunk = chunk_shape(len(contents), layout.elements)
         logged_scalars = {name for content in contents.values() for name in content.scalars}
         scalars = [name for name in SCALARS if name in logged_scalars.union(USUAL_SCALARS)]
         source = str(first.path.parent.absolute())
-        return Trajectory.create(store, layout, dtypes, chunk, source, scalars=scalars, sweep=bool(first.run))
+        tables = _tables(first, contents.values(), dtypes) if optimizer else ()
+        return Trajectory.create(
+            store, layout, dtypes, chunk, source, scalars=scalars, sweep=bool(first.run), tables=tables
+        )
     if trajectory.sweep != bool(first.run):
         raise InputError(
             f"the trajectory is of {'a sweep' if trajectory.sweep else 'one run'}, the log is not",
@@ -553,7 +606,7 @@ def _matching_trajectory(
                 why="the run was restarted with another model, or OUT holds another run",
                 remedy="choose another OUT, or start anew with --overwrite",
             )
-    if dtypes != trajectory.dtypes:
+    if _beside(trajectory) | dtypes != trajectory.dtypes:
         raise InputError(
             f"dtypes change from {trajectory.dtypes} to {dtypes}",
             where=where(first),
@@ -561,6 +614,21 @@ def _matching_trajectory(
             remedy="choose another OUT, or start anew with --overwrite",
         )
     return trajectory
+
+
+def _tables(first: LoggedStep, contents: Iterable[StepContent], dtypes: Mapping[str, str]) -> list[str]:
+    """Numbers of the optimizer that these steps have, and those that are made of its arrays."""
+    found = {name for content in contents if content.optimizer is not None for name in content.optimizer.numbers}
+    if "exp_avg_sq" in dtypes:
+        found |= set(EXTREMES)
+    if not found:
+        raise NotYet(
+            "no state of an optimizer is in these steps",
+            where=where(first),
+            why="the trainer does not save it, or has not made its first update yet",
+            remedy="run again once a step has it, or leave --include optimizer out",
+        )
+    return [name for name in OPTIMIZER_NUMBERS if name in found]
 
 
 def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
@@ -608,6 +676,9 @@ def _fill(
     for index, low, high in layout.segments(first, last):
         tensor = layout.tensors[index]
         part = out[low - first : high - first]
+        if tensor.name not in content.arrays.get(name, ()):
+            part[:] = _BFLOAT16_NAN if dtype == "bfloat16" else np.nan
+            continue
         logged = content.arrays[name][tensor.name].dtype
         if logged == dtype:
             reader.read(name, tensor.name, low - tensor.offset, part)
@@ -616,6 +687,11 @@ def _fill(
             words = np.empty(part.size, storage_dtype(logged))
             reader.read(name, tensor.name, low - tensor.offset, words)
             part[:] = _float32(words) if logged == "bfloat16" else words
+
+
+def _extremes(words: NDArray[Any], dtype: str) -> tuple[float, float]:
+    values = _float32(words) if dtype == "bfloat16" else words
+    return float(values.min()), float(values.max())
 
 
 def _float32(bfloat16: NDArray[Any]) -> NDArray[np.float32]:
@@ -669,6 +745,8 @@ class _Writer:
         self._log, self._trajectory, self._contents, self._identities = log, trajectory, contents, identities
         self._warnings = warnings
         self._not_finite: list[str] = []
+        # Smallest and largest element of each tensor, of the rows of one commit.
+        self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
         self._buffers = {
             name: np.zeros(trajectory.chunk, storage_dtype(dtype)) for name, dtype in trajectory.dtypes.items()
         }
@@ -695,6 +773,7 @@ class _Writer:
         for row in new:
             self._require_unchanged(row)
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in self._buffers}
+        self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         start, rows = trajectory.rows, trajectory.chunk[0]
         position = 0
         while position < len(new):
@@ -705,7 +784,10 @@ class _Writer:
             self._require_unchanged(row)
         trajectory.commit(
             [row.step.number for row in new],
-            {name: [self._scalar(name, row) for row in new] for name in trajectory.scalars},
+            {
+                **{name: [self._scalar(name, row) for row in new] for name in trajectory.scalars},
+                **{name: [self._table(name, row, i) for i, row in enumerate(new)] for name in trajectory.tables},
+            },
             [self._source(row) for row in new],
             checksums,
             [row.attempt for row in new],
@@ -716,6 +798,15 @@ class _Writer:
         if row.repeats is not None:
             return float(self._trajectory.scalar(name)[row.repeats])
         return self._contents[row.step].scalars.get(name, math.nan)
+
+    def _table(self, name: str, row: _NewRow, position: int) -> NDArray[np.float64]:
+        if row.repeats is not None:
+            return np.asarray(self._trajectory.scalar(name)[row.repeats])
+        if name in EXTREMES:
+            return np.asarray(self._extremes[position, EXTREMES.index(name)])
+        state = self._contents[row.step].optimizer
+        values = {} if state is None else state.numbers.get(name, {})
+        return np.array([values.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
 
     def _source(self, row: _NewRow) -> Mapping[str, Any]:
         if row.repeats is not None:
@@ -761,12 +852,26 @@ class _Writer:
                         checksums[name][position + row].append(checksum(words))
                         if not _all_finite(words, dtype):
                             self._note_not_finite(step, name, dtype, first, last, out)
+                        if name == "exp_avg_sq":
+                            self._widen(position + row, dtype, first, last, out)
                 for name, buffer in self._buffers.items():
                     self._trajectory.write(name, start, column, buffer[:count])
+
+    def _widen(self, position: int, dtype: str, first: int, last: int, out: NDArray[Any]) -> None:
+        """Take the elements ``first`` to ``last`` into the smallest and largest of their tensors."""
+        for index, low, high in self._trajectory.layout.segments(first, last):
+            smallest, largest = _extremes(out[low - first : high - first], dtype)
+            extremes = self._extremes[position, :, index]
+            begun = low > self._trajectory.layout.tensors[index].offset
+            extremes[0] = np.minimum(extremes[0], smallest) if begun else smallest
+            extremes[1] = np.maximum(extremes[1], largest) if begun else largest
 
     def _note_not_finite(
         self, step: LoggedStep, name: str, dtype: str, first: int, last: int, out: NDArray[Any]
     ) -> None:
         for index, low, high in self._trajectory.layout.segments(first, last):
-            if not _all_finite(out[low - first : high - first], dtype):
-                self._not_finite.append(where(step, name, self._trajectory.layout.tensors[index].name))
+            tensor = self._trajectory.layout.tensors[index].name
+            # What the optimizer has nothing of was filled with NaN.
+            logged = step not in self._contents or tensor in self._contents[step].arrays.get(name, ())
+            if logged and not _all_finite(out[low - first : high - first], dtype):
+                self._not_finite.append(where(step, name, tensor))

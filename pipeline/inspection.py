@@ -17,7 +17,15 @@ from pipeline import gram
 from pipeline.blocks import MEBIBYTE, chunk_shape, plan_pass
 from pipeline.schema import HVP, SCALARS, STATES, STORAGE_DTYPES, InputError, promote
 from pipeline.sources.alignment import misalignment
-from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, Unreadable, complete
+from pipeline.sources.base import (
+    LoggedStep,
+    LoggedTensor,
+    OptimizerState,
+    Source,
+    StepContent,
+    Unreadable,
+    complete,
+)
 from pipeline.sources.formats import format_of, open_sources
 from pipeline.store import storage_dtype
 
@@ -97,6 +105,11 @@ def inspect_source(
     found["missing"] = {
         name: f"needed for {use}; {remedy}" for name, (use, remedy) in NEEDED_FOR.items() if name not in held
     }
+    if last.optimizer is not None:
+        found["optimizer"] = last.optimizer.problem or (
+            f"{', '.join(last.optimizer.arrays) or 'options'} of {_tensors_of(last.optimizer)} tensors at step "
+            f"{listed[-1].number}: stored with --include optimizer"
+        )
     found["changes"] = _changes(first, last)
     found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
     found["unused_keys"] = list(first.unused)
@@ -132,6 +145,10 @@ def _changes(first: StepContent, last: StepContent) -> list[str]:
         if (name in first.scalars) != (name in last.scalars):
             changes.append(f"{name}: not at the {'first' if name in last.scalars else 'last'} step")
     return changes
+
+
+def _tensors_of(optimizer: OptimizerState) -> int:
+    return len({tensor for of in (*optimizer.arrays.values(), *optimizer.numbers.values()) for tensor in of})
 
 
 def _told(tensor: LoggedTensor | None) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeline import discrete_time, geometry
 from pipeline import windows as windowed
 from pipeline.geometry import Pair
+from pipeline.preconditioner import condition_number
 from pipeline.schema import (
     ATTEMPT,
     DESCENT,
@@ -42,7 +43,7 @@ from pipeline.schema import (
 )
 from pipeline.store.disk import replace_folder
 
-__all__ = ["GAMMAS", "Inputs", "label", "read", "runs", "write"]
+__all__ = ["GAMMAS", "Inputs", "Optimizer", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
@@ -51,6 +52,23 @@ LONGEST_WINDOW = 256
 """Windows up to this length, and to half the run, are tried where no longer one is asked for."""
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The diagonal metric that an adaptive optimizer used in each update.
+
+    Attributes
+    ----------
+    smallest, largest : float64 array, shape (rows, tensors)
+        Its eigenvalues, NaN where not known.
+    learning_rate : float64 array, shape (rows, tensors)
+        Of the group of each tensor.
+    """
+
+    smallest: Array
+    largest: Array
+    learning_rate: Array
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,8 @@ class Inputs:
     loss_time_derivative : float64 array, shape (rows,), optional
         dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
         extended by time: y has the element -dL/dt more, and g the element 1.
+    optimizer : Optimizer, optional
+        Where its state was stored.
     """
 
     gram: Array
@@ -99,6 +119,7 @@ class Inputs:
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
     loss_time_derivative: Array | None = None
+    optimizer: Optimizer | None = None
 
     def whole(self, m: int) -> NDArray[np.bool_]:
         """Whether each row is the first of m updates, each from the state that the one before led to."""
@@ -344,6 +365,11 @@ def _dataset(
         "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs, m) for m in windows])),
         "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs, m) for m in windows])),
     }
+    if inputs.optimizer is not None:
+        used = inputs.optimizer
+        of_tensors, of_model = condition_number(used.smallest, used.largest, used.learning_rate)
+        kappa = of_tensors if TENSOR in leading else of_model
+        columns["preconditioner_condition_number"] = (leading, kappa)
     cells = [[_metrics(inputs, level, name, m, gammas) for m in windows] for name, level in levels.items()]
     for name in cells[0][0]:
         dimensions = (*full, GAMMA) if name.startswith("family_") else full

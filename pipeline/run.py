@@ -19,11 +19,13 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
-from pipeline.schema import ATTEMPT, RUN, STEP, InputError, Status
+from pipeline.preconditioner import adam_eigenvalues
+from pipeline.schema import ATTEMPT, OPTIMIZER_NUMBERS, RUN, STEP, InputError, Status
 from pipeline.sources.base import NotYet
 from pipeline.store import Ledger, Trajectory, only_writer
 from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
@@ -142,6 +144,7 @@ def ingest_run(
     allow_gaps: bool = False,
     overwrite: bool = False,
     wait: bool = False,
+    include: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read the new steps of one run's log or logs into OUT's trajectory; see `pipeline.ingest.ingest`."""
@@ -157,6 +160,7 @@ def ingest_run(
         allow_gaps=allow_gaps,
         overwrite=overwrite,
         wait=wait,
+        include=include,
         progress=progress,
     )
     return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
@@ -250,7 +254,17 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
         runs=states.runs if states.sweep else (),
         run=run[rows] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[rows],
+        optimizer=_optimizer(states, rows) if states.tables else None,
     )
+
+
+def _optimizer(states: Trajectory, rows: NDArray[np.int64]) -> results.Optimizer:
+    """Return what the optimizer used in each update: its state is saved after it, the rate before."""
+    after = {name: states.scalar(name)[rows + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
+    low, high = adam_eigenvalues(
+        after["exp_avg_sq_min"], after["exp_avg_sq_max"], after["beta2"], after["epsilon"], after["updates"]
+    )
+    return results.Optimizer(low, high, states.scalar("tensor_learning_rate")[rows])
 
 
 def follow(

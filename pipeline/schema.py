@@ -23,6 +23,8 @@ __all__ = [
     "GAMMA",
     "HVP",
     "LAYOUT_VERSION",
+    "OPTIMIZER_NUMBERS",
+    "OPTIMIZER_STATES",
     "REPLICATE",
     "REPLICATE_VARIABLES",
     "RUN",
@@ -86,6 +88,23 @@ displacement, the mean of the gradients at both ends so corrected, and the gradi
 HVP = "hvp"
 STATES = ("parameter", "gradient", HVP)
 """Arrays (step, element) of a trajectory; ``hvp`` is optional."""
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master_parameter")
+"""Arrays (step, element) of what an optimizer keeps; stored where asked for, NaN at steps that have none."""
+
+OPTIMIZER_NUMBERS = (
+    "tensor_learning_rate",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "weight_decay",
+    "momentum",
+    "updates",
+    "exp_avg_sq_min",
+    "exp_avg_sq_max",
+)
+"""Arrays (step, tensor) beside them: the options of each tensor's group, the updates that an entry has seen, and
+the smallest and largest element of ``exp_avg_sq``. NaN where there is none."""
 
 SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
 """Numbers of a step that a log may hold; arrays (step) of a trajectory, NaN where the log has none."""
@@ -290,6 +309,11 @@ VARIABLES: dict[str, Variable] = {
     "effective": Variable("the update descends: y.g > 0", "1", "y.g > 0, section 2.1"),
     "condition_number": Variable(
         "smallest condition number of any metric M with M g = y", "1", "kappa(M_opt), below eq. (9), Prop. 1"
+    ),
+    "preconditioner_condition_number": Variable(
+        "condition number of the metric that the optimizer used",
+        "1",
+        "kappa(diag(sqrt(v) + epsilon)) of Adam, beside kappa(M_opt) of eq. (9)",
     ),
     "similarity": Variable("similarity of update and steepest descent", "1", "1 / kappa(M_opt)"),
     "eigenvalue_max": Variable("largest eigenvalue of the optimal metric", _METRIC, "eq. (9)"),

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from logs import DTYPES, random_walk, write_log
 
-from pipeline.cli import app
 from pipeline.ingest import ingest
 from pipeline.inspection import inspect_source
 from pipeline.schema import InputError
@@ -215,36 +214,3 @@ def test_what_chance_explains_is_not_told(states):
     cases = np.prod([(d / b) ** 2 for d, b in zip(lengths, bounds, strict=True) if d > b])
     assume(cases < 1e12)
     assert shift_of_gradients([{"w": values} for values in states], {"w": [2.0**-8] * 2}) == 0
-
-
-# Commands --------------------------------------------------------------------------------------------------
-
-
-def run_command(*words):
-    return app([str(word) for word in words], standalone_mode=False)
-
-
-def test_the_commands_take_a_shift(tmp_path, capsys):
-    source = write_moved(tmp_path / "log", trained(sgd), 1)
-    run_command("inspect", source, "--shift", "gradient=-1", "--shift", "loss=-1", "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert (found["first_step"], found["last_step"], found["notes"]) == (1, STEPS - 2, [])
-    run_command("ingest", source, tmp_path / "out", "--shift", "gradient=-1", "--shift", "loss=-1", "--json")
-    assert json.loads(capsys.readouterr().out)["steps"] == STEPS - 2
-
-
-def test_of_several_sources_each_takes_the_part_of_a_map_that_is_meant_for_it(tmp_path, capsys):
-    states = [{k: v for k, v in state.items() if k != "loss"} for state in trained(sgd)]
-    log = write_log(tmp_path / "log", [{k.replace("gradient/", "g/"): v for k, v in s.items()} for s in states])
-    rows = "".join(f"{step},{step / 8}\n" for step in range(STEPS))
-    (tmp_path / "metrics.csv").write_text(f"count,nll\n{rows}")
-    os.utime(tmp_path / "metrics.csv", (1, 1))
-    run_command(
-        "ingest", log, tmp_path / "metrics.csv", tmp_path / "out", "--map", "gradient=g", "--map", "loss=nll",
-        "--map", "step=count", "--json",
-    )  # fmt: skip
-    assert json.loads(capsys.readouterr().out)["steps"] == STEPS
-    found = held(tmp_path / "out" / "trajectory.zarr")
-    assert [found[step][1] for step in range(STEPS)] == [step / 8 for step in range(STEPS)]
-    with pytest.raises(InputError, match="do not say which SOURCE"):
-        run_command("inspect", log, log, "--map", "gradient=g")

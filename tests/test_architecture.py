@@ -22,6 +22,7 @@ FLOORS = [
         "pipeline.clusters",
         "pipeline.gram",
         "pipeline.geometry",
+        "pipeline.preconditioner",
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.sources.event_file",
@@ -32,7 +33,7 @@ FLOORS = [
     },
     {
         "pipeline.sources.alignment",
-        "pipeline.sources.names",
+        "pipeline.sources.optimizer",
         "pipeline.sources.npz_file",
         "pipeline.sources.safetensors_file",
         "pipeline.sources.torch_archive",
@@ -51,9 +52,11 @@ FLOORS = [
         "pipeline.windows",
         "pipeline.store.writer",
     },
+    {"pipeline.sources.names"},
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.joined",
+        "pipeline.sources.deepspeed_folder",
         "pipeline.sources.stacked_file",
         "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",

@@ -10,6 +10,7 @@ import stat
 import sys
 
 import dask
+import dask_jobqueue  # noqa: F401  (what it has in Dask's configuration must be there before ours)
 import psutil
 import pytest
 from distributed import Client
@@ -26,9 +27,10 @@ from pipeline.store import Ledger
 
 SBATCH = """#!/bin/sh
 # Slurm as far as a job of Dask can tell: the job runs in a session of its own, and its number is printed.
-setsid sh "$1" > /dev/null 2>&1 &
-echo $! >> "$STUB/jobs"
 cp "$1" "$STUB/script"
+cp "$1" "$STUB/script-$$"  # as Slurm does: Dask removes its own
+setsid sh "$STUB/script-$$" > /dev/null 2>&1 &
+echo $! >> "$STUB/jobs"
 echo "Submitted batch job $!"
 """
 
@@ -64,7 +66,8 @@ def slurm(tmp_path, monkeypatch):
         "scheduler-options": {"interface": "lo", "dashboard_address": "127.0.0.1:0"},
         "job-script-prologue": ["export OF_THE_SITE=1"],
     }
-    with dask.config.set({"jobqueue.slurm": job, "distributed.deploy.lost-worker-timeout": "1s"}):
+    said = {f"jobqueue.slurm.{key}": value for key, value in job.items()}
+    with dask.config.set({**said, "distributed.deploy.lost-worker-timeout": "1s"}):
         yield folder
     for number in (folder / "jobs").read_text().split():
         with contextlib.suppress(ProcessLookupError):
@@ -94,8 +97,9 @@ def run_pass(tmp_path, arrays, executor, **options):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_pass_on_slurm_asks_for_what_is_configured_replaces_a_dead_job_and_has_the_same_bits(
-    slurm, tmp_path, arrays, expected
+    slurm, tmp_path, arrays, expected, processes
 ):
     jobs = []
 
@@ -105,14 +109,15 @@ def test_a_pass_on_slurm_asks_for_what_is_configured_replaces_a_dead_job_and_has
             os.killpg(int(jobs[0][0]), signal.SIGKILL)
             wait_for(lambda: len((slurm / "jobs").read_text().split()) > 1)
 
-    got = run_pass(tmp_path, arrays, compute.named_cluster("slurm", 1), progress=kill_the_first_job)
+    with dask.config.set({"jobqueue.slurm.processes": processes, "jobqueue.slurm.cores": processes}):
+        got = run_pass(tmp_path, arrays, compute.named_cluster("slurm", processes), progress=kill_the_first_job)
     assert got == expected
     script = (slurm / "script").read_text()
     for line in (
         "#SBATCH -p long",
         "#SBATCH -t 02:00:00",
         "#SBATCH --mem=954M",
-        "#SBATCH --cpus-per-task=1",
+        f"#SBATCH --cpus-per-task={processes}",
         "export OF_THE_SITE=1",
         *(f"export {name}={value}" for name, value in clusters.ONE_THREAD.items()),
     ):

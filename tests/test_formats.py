@@ -27,7 +27,8 @@ from pipeline.ingest import ingest
 from pipeline.schema import InputError
 from pipeline.sources.base import complete
 from pipeline.sources.formats import FORMATS, open_source
-from pipeline.sources.hdf5_file import _boxes
+from pipeline.sources.hdf5_file import Hdf5File, _boxes
+from pipeline.sources.npz_file import NpzStack
 from pipeline.store import Ledger, Trajectory
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -47,12 +48,12 @@ def arrays_of(state, array):
     for key, value in state.items():
         name, _, tensor = key.partition("/")
         if name == array and tensor:
-            value = np.ascontiguousarray(value)
+            shape, value = np.shape(value), np.ascontiguousarray(value)
             if value.dtype.name == "bfloat16":
                 found[tensor] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16).reshape(value.shape)
             else:
                 found[tensor] = torch.from_numpy(value)
-            found[tensor] = found[tensor].reshape(TENSORS[tensor])
+            found[tensor] = found[tensor].reshape(shape)
     return found
 
 
@@ -681,3 +682,67 @@ def test_a_damaged_hdf5_file_is_read_or_refused_and_nothing_else(tmp_path, stack
             for name, logged in complete(step, reader.content()).arrays["parameter"].items():
                 if logged.dtype == "float32" and np.prod(logged.shape, dtype=object) < 10_000:
                     reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
+
+
+# One file of all steps: opened once, and seen as it is ----------------------------------------------------------
+
+
+@pytest.fixture(params=["npz, one file", "hdf5, one file"])
+def openings(request, monkeypatch):
+    """Writer of logs of one file, and how often such files were opened so far and are open now."""
+    counted = {"so far": 0, "now": 0}
+    kind = NpzStack if request.param.startswith("npz") else Hdf5File
+    begin, close = kind.__init__, kind.close
+
+    def counting_begin(self, step):
+        begin(self, step)
+        counted["so far"] += 1
+        counted["now"] += 1
+
+    def counting_close(self):
+        close(self)
+        counted["now"] -= 1
+
+    monkeypatch.setattr(kind, "__init__", counting_begin)
+    monkeypatch.setattr(kind, "close", counting_close)
+    return WRITERS[request.param][0], counted
+
+
+def test_a_file_of_all_steps_is_not_opened_for_each(tmp_path, openings):
+    write, opened = openings
+    found = []
+    for steps in (4, 12):
+        log = tmp_path / f"sweep_{steps}"
+        log.mkdir()
+        for run in ("a", "b", "c"):
+            write(log / run, random_walk(steps, TENSORS))
+        before = opened["so far"]
+        ingest(log, tmp_path / f"{steps}.zarr", sweep=True)
+        found.append(opened["so far"] - before)
+        assert opened["now"] == 0
+    assert found[0] == found[1] < 3 * 4
+
+
+def test_what_a_file_of_all_steps_became_is_read_while_another_step_is_open(tmp_path, openings):
+    write, opened = openings
+    (path,) = write(tmp_path / "log", random_walk(3, TENSORS, seed=1))
+    (other,) = write(tmp_path / "other", after := random_walk(3, TENSORS, seed=2))
+    log = open_source(path)
+    steps = log.steps()
+    with log.open(steps[0]):
+        other.replace(path)
+        with log.open(steps[1]) as reader:
+            reader.read("gradient", "layers.9.bias", 0, out := np.zeros(7, np.float32))
+    np.testing.assert_array_equal(out, after[1]["gradient/layers.9.bias"])
+    assert opened["now"] == 0
+
+
+def test_the_step_that_is_read_is_named_where_its_file_ends_early(tmp_path):
+    (path,) = write_npz_stack(tmp_path / "log", random_walk(3, TENSORS))
+    log = open_source(path)
+    steps = log.steps()
+    with log.open(steps[0]), log.open(steps[2]) as reader:
+        os.truncate(path, 100)
+        with pytest.raises(InputError) as caught:
+            reader.read("gradient", "layers.9.bias", 0, np.zeros(7, np.float32))
+    assert "step 2" in caught.value.where

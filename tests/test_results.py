@@ -645,7 +645,10 @@ def test_metrics_exist_where_the_status_is_effective_and_nowhere_else(seed, tens
 
 
 def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
-    tree = results.label(inputs_of(walk()), windows=[2], provenance={"source": "a log"})
+    inputs = inputs_of(walk())
+    extremes = np.ones((len(inputs.steps), len(TENSORS)))
+    inputs = replace(inputs, optimizer=results.Optimizer(extremes, extremes, extremes))
+    tree = results.label(inputs, windows=[2], provenance={"source": "a log"})
     results.write(tree, tmp_path / "results.zarr")
     code = """
 import sys, json, xarray

@@ -343,10 +343,10 @@ def test_a_mapped_file_gives_its_pages_back_and_says_what_it_cannot_read(tmp_pat
     def resident():
         return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) * 1024
 
-    mapped = MappedFile(file, 4 << 20)
+    mapped = MappedFile(file, (1 << 20,), np.dtype("<i4"))
     before = resident()
     mapped.load(0, 4 << 20)
-    assert mapped.words(np.dtype("<i4")).sum(dtype=np.int64) == sum(range(1 << 20))
+    assert mapped.words.sum(dtype=np.int64) == sum(range(1 << 20))
     assert resident() - before > 3 << 20
     mapped.release(0, 4 << 20)
     assert resident() - before < 1 << 20

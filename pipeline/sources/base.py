@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import STATES, InputError, Unavailable
 
 __all__ = [
     "Container",
+    "KeptOpen",
     "LoggedStep",
     "LoggedTensor",
     "NotYet",
+    "OptimizerState",
     "Region",
     "Source",
     "StepContent",
@@ -77,6 +81,25 @@ class LoggedTensor:
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """What the optimizer kept between steps, by tensor.
+
+    Attributes
+    ----------
+    arrays : mapping
+        Some of `pipeline.schema.OPTIMIZER_STATES`, each a mapping of tensor name to `LoggedTensor`.
+    numbers : mapping
+        Some of `pipeline.schema.OPTIMIZER_NUMBERS`, each a mapping of tensor name to value.
+    problem : str
+        Why it is not known which tensor an entry belongs to; then nothing else is there.
+    """
+
+    arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class StepContent:
     """What a step holds, by the names of the store. A source may give some of it only; see `complete`.
 
@@ -94,6 +117,8 @@ class StepContent:
         Names of tensors that lie in the memory of another one, to the name of that one.
     untrained : bool
         The parameters are a whole model: buffers and frozen tensors, which have no gradient, are among them.
+    optimizer : OptimizerState, optional
+        Where it was saved; its arrays are read as the others are.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -102,6 +127,7 @@ class StepContent:
     notes: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     untrained: bool = False
+    optimizer: OptimizerState | None = None
 
 
 class StepReader(Protocol):
@@ -152,6 +178,51 @@ class Source(Protocol):
         ...
 
 
+class KeptOpen:
+    """A log whose step opened last stays open until another one is, or its context ends.
+
+    Steps that lie in one file then follow each other without the file being opened for each.
+
+    Parameters
+    ----------
+    log : Source
+    """
+
+    def __init__(self, log: Source) -> None:
+        self.location, self._log = log.location, log
+        self._kept = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept.close()
+
+    def steps(self) -> Sequence[LoggedStep]:
+        """List the steps; see `Source`."""
+        return self._log.steps()
+
+    @contextmanager
+    def open(self, step: LoggedStep) -> Iterator[StepReader]:
+        """Open a step; see `Source`. It is closed when it is left and another one has been opened."""
+        users = 2
+
+        def leave() -> None:
+            nonlocal users
+            users -= 1
+            if not users:
+                manager.__exit__(None, None, None)
+
+        manager = self._log.open(step)
+        reader = manager.__enter__()
+        self._kept.close()
+        self._kept.callback(leave)
+        try:
+            yield reader
+        finally:
+            leave()
+
+
 class Container:
     """Open files of a step: tensors and numbers under flat keys, whatever these mean (`pipeline.sources.names`).
 
@@ -165,20 +236,44 @@ class Container:
         Key to value of the plain numbers that are known without reading a tensor.
     ties : dict
         Keys of tensors that lie in the memory of another one, to the key of that one.
+    texts : dict
+        Key to value of the strings among the options of an optimizer: names of parameters.
+    ordered : bool
+        Whether tensors come in the order in which they were saved.
     unread : dict
         Keys of objects that were not read, to the reason.
     """
+
+    ordered = False
 
     def __init__(self, step: LoggedStep) -> None:
         self.step = step
         self.unread: dict[str, str] = {}
         self.tensors: dict[str, LoggedTensor] = {}
         self.numbers: dict[str, float] = {}
+        self.texts: dict[str, str] = {}
         self.ties: dict[str, str] = {}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `StepReader.read`."""
         raise NotImplementedError
+
+    def number(self, key: str) -> float | None:
+        """Value of a plain number, or of a tensor of one element; None where it is neither."""
+        if key in self.numbers:
+            return self.numbers[key]
+        logged = self.tensors[key]
+        if math.prod(logged.shape) != 1:
+            return None
+        if logged.dtype == "bfloat16":
+            word = np.zeros(1, np.uint16)
+            self.read(key, 0, word)
+            return float((word.astype(np.uint32) << np.uint32(16)).view(np.float32)[0])
+        if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
+            return None
+        value = np.zeros(1, logged.dtype)
+        self.read(key, 0, value)
+        return float(value[0])
 
     def close(self) -> None:
         """Close the files."""
@@ -359,16 +454,18 @@ class Region(io.RawIOBase):
 # A whole step ------------------------------------------------------------------------------------------------
 
 
-def complete(step: LoggedStep, content: StepContent) -> StepContent:
+def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False) -> StepContent:
     """Return what of a step can be processed: parameters and gradients of the same tensors, in one order.
 
     The order is that of the names with numbers by value, as no other order survives all formats. A tensor tied to
-    another counts once. Tensors of a whole model that have no gradient are left out, with a note.
+    another counts once. Tensors of a whole model that have no gradient are left out, with a note. What the
+    optimizer keeps is among the arrays where it is asked for; tensors that it has nothing of are not in it.
 
     Raises
     ------
     InputError
-        Where parameters or gradients are missing, or their names or shapes differ.
+        Where parameters or gradients are missing, or their names or shapes differ; where the optimizer is asked
+        for and it is not known which tensors it means.
     """
     arrays = {array: dict(tensors) for array, tensors in content.arrays.items()}
     for array in STATES[:2]:
@@ -402,7 +499,24 @@ def complete(step: LoggedStep, content: StepContent) -> StepContent:
             _require_same_tensors(step, array, arrays["parameter"], arrays[array])
     order = sorted(arrays["parameter"], key=_by_number)
     kept_arrays = {name: {t: arrays[name][t] for t in order} for name in STATES if name in arrays}
-    return replace(content, arrays=kept_arrays, notes=tuple(notes))
+    state = content.optimizer if optimizer else None
+    if state is not None:
+        if state.problem:
+            raise InputError(
+                f"the state of the optimizer cannot be read: {state.problem}",
+                where=where(step),
+                why="torch numbers the parameters of an optimizer and keeps no names",
+                remedy='write order = ["tensor", ...] in natgrad.toml in the folder of the log, in the order of '
+                "model.named_parameters() or as the optimizer was given them, or leave --include optimizer out",
+            )
+        for name, saved in state.arrays.items():
+            kept_arrays[name] = {t: saved[t] for t in order if t in saved}
+        lacking = [t for t in order if not any(t in saved for saved in state.arrays.values())]
+        if state.arrays and lacking:
+            notes.append(
+                f"the optimizer has no state of {len(lacking)} tensors, {lacking[0]!r} the first: it is NaN"
+            )
+    return replace(content, arrays=kept_arrays, notes=tuple(notes), optimizer=state)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

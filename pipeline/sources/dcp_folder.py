@@ -28,6 +28,7 @@ from pipeline.sources.torch_archive import (
     TorchArchive,
     TorchTensor,
     flat_numbers,
+    group_texts,
 )
 
 __all__ = ["DcpFolder", "dcp_folders", "dcp_state"]
@@ -172,6 +173,7 @@ class DcpFolder(Container):
             self.unread[key] = str(error)
             return
         self.numbers |= {f"{key}/{inner}".rstrip("/"): n for inner, n in flat_numbers(tree).items()}
+        self.texts |= {name.rstrip("/"): text for name, text in group_texts(tree, f"{key}/").items()}
 
     def _add_tensor(
         self, folder: Path, key: str, name: str, entry: Record, blobs: dict[tuple[str, Any], _Blob]

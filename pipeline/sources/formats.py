@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.schema import STATES, InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
+from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number, deepspeed_unfinished
 from pipeline.sources.event_file import event_files, read_events
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
@@ -141,6 +142,16 @@ _DCP = Kind(
     CHECKPOINT,
     lambda path: "" if dcp_state(path) == "finished" else "it has no .metadata: it is still being written",
 )
+_DEEPSPEED = Kind(
+    "global_step<N>/",
+    deepspeed_number,
+    lambda step, names: DeepSpeedFolder(step, names.inert),
+    replace(
+        CHECKPOINT,
+        keys={**CHECKPOINT.keys, "parameter": ("parameter", "module"), "step": ("global_steps",)},
+    ),
+    deepspeed_unfinished,
+)
 _LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
     _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
@@ -234,6 +245,15 @@ FORMATS: dict[str, Format] = {
             "what --map says of the nested dicts that were saved, chunk by chunk in one process; out of core",
             "gradients where they were not saved; objects of classes: no pickle is executed",
             *_folder(_DCP),
+        ),
+        Format(
+            "deepspeed",
+            "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, of any ranks",
+            "parameters (the float32 master weights of all ranks, else the module), learning_rate, and what "
+            "client_state adds under gradient, hvp or loss; out of core",
+            "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, whose files do not say "
+            "how tensors are split",
+            *_folder(_DEEPSPEED),
         ),
         Format(
             "safetensors",

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.schema import InputError
-from pipeline.sources.base import LoggedStep, StepContent
-from pipeline.sources.model_folder import ModelFolder
-from pipeline.sources.names import MODEL, NamedStep, step_number
+from pipeline.sources.base import Container, LoggedStep, StepContent
+from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
+from pipeline.sources.model_folder import ModelFolder, holds_model
+from pipeline.sources.names import MODEL, ROOT, NamedStep, Names, step_number
 from pipeline.sources.step_folder import Kind, StepFolder
 
 __all__ = ["TRAINER_KIND", "TrainerFolder"]
@@ -29,11 +30,19 @@ def _unfinished(path: Path) -> str:
     return "" if (path / _STATE).is_file() else f"it has no {_STATE}: it is still being written, or removed"
 
 
+def _open(step: LoggedStep, names: Names) -> Container:
+    # In stage 3 of ZeRO the weights may be in DeepSpeed's own checkpoint alone.
+    inner = [] if holds_model(step.path) else sorted(step.path.glob("global_step*"))
+    if len(inner) == 1 and deepspeed_number(inner[0]) is not None:
+        return DeepSpeedFolder(LoggedStep(step.number, inner[0]), names.inert)
+    return ModelFolder(step, names.inert)
+
+
 TRAINER_KIND = Kind(
     "checkpoint-<N>/",
     _number,
-    lambda step, names: ModelFolder(step, names.inert),
-    MODEL,
+    _open,
+    replace(MODEL, keys={**MODEL.keys, "parameter": ("parameter", ROOT)}),
     _unfinished,
 )
 

@@ -12,7 +12,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import SCALARS, STATES, InputError
-from pipeline.sources.base import LoggedStep, LoggedTensor, NotYet, Source, StepContent, StepReader, where
+from pipeline.sources.base import (
+    LoggedStep,
+    LoggedTensor,
+    NotYet,
+    OptimizerState,
+    Source,
+    StepContent,
+    StepReader,
+    where,
+)
 from pipeline.sources.scalar_log import ScalarLog
 
 __all__ = ["JoinedSource"]
@@ -43,6 +52,8 @@ class _Part:
             content,
             arrays={name: tensors for name, tensors in content.arrays.items() if name in self.quantities},
             scalars={name: value for name, value in content.scalars.items() if name in self.quantities},
+            # What an optimizer keeps goes with the parameters that it was saved with.
+            optimizer=content.optimizer if STATES[0] in self.quantities else None,
         )
 
 
@@ -178,6 +189,7 @@ class _JoinedStep:
         scalars: dict[str, float] = {}
         givers: dict[str, LoggedStep] = {}
         owners: dict[str, StepReader] = {}
+        optimizer: OptimizerState | None = None
         contents = [part.of(reader.content()) for (part, _), reader in zip(self._parts, self._readers, strict=True)]
         notes = [note for content in contents for note in content.notes]
         for (part, own), reader, content in zip(self._parts, self._readers, contents, strict=True):
@@ -194,6 +206,9 @@ class _JoinedStep:
             for name, value in content.scalars.items():
                 if scalars.setdefault(name, value) != value:
                     notes.append(f"{name} is that of the first source that has it; {part.source.location} differs")
+            if content.optimizer is not None and optimizer is None:
+                optimizer = content.optimizer
+                owners.update(dict.fromkeys(optimizer.arrays, reader))
         self._owners = owners
         return StepContent(
             arrays,
@@ -202,6 +217,7 @@ class _JoinedStep:
             tuple(dict.fromkeys(notes)),
             {tensor: kept for content in contents for tensor, kept in content.ties.items()},
             any(content.untrained for content in contents),
+            optimizer,
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:

@@ -14,7 +14,7 @@ from pipeline.sources.base import Container, LoggedStep, refused
 from pipeline.sources.safetensors_file import SafetensorsFile
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["MODELS", "ModelFolder"]
+__all__ = ["MODELS", "ModelFolder", "holds_model"]
 
 MODELS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
 """Stems of files whose keys stand at the root; those of ``gradient.safetensors`` stand under ``gradient``."""
@@ -23,6 +23,12 @@ _INDEX = ".index.json"
 _INDEX_LIMIT = 1 << 27
 _SUFFIXES = (".safetensors", ".bin")
 _FORM = "a checkpoint folder"
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a folder has the weights of a model, in one file or in shards."""
+    endings = [suffix + end for suffix in _SUFFIXES for end in ("", _INDEX)]
+    return any((path / (stem + ending)).is_file() for stem in MODELS for ending in endings)
 
 
 class ModelFolder(Container):
@@ -45,6 +51,7 @@ class ModelFolder(Container):
             with refused(step, _FORM):
                 names = sorted(path.name for path in step.path.iterdir() if path.is_file())
                 files = self._files(names)
+                self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
                 for name, (prefix, wanted) in files.items():
                     self._add(stack.enter_context(self._open(step.path / name)), name, prefix, wanted)
             self._stack = stack.pop_all()
@@ -108,6 +115,7 @@ class ModelFolder(Container):
             self.tensors[prefix + key] = logged
             self._places[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
+        self.texts |= {prefix + key: text for key, text in container.texts.items()}
         self.ties |= {prefix + key: prefix + kept for key, kept in container.ties.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -10,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import SCALARS, STATES, STORAGE_DTYPES, InputError
 from pipeline.sources.base import Container, LoggedTensor, StepContent, where
+from pipeline.sources.optimizer import SavedOptimizer, optimizer_root, saved_optimizer
 
 __all__ = [
     "CHECKPOINT",
@@ -59,6 +58,8 @@ class Names:
         Parameters are a whole model: what is no float, or has no gradient, is not trained.
     inert : tuple of str
         Classes whose pickled objects are skipped unread, beside those that are known.
+    order : tuple of str
+        Tensors in the order in which the optimizer was given them.
 
     Examples
     --------
@@ -70,6 +71,7 @@ class Names:
     given: frozenset[str] = frozenset()
     model: bool = False
     inert: tuple[str, ...] = field(default=())
+    order: tuple[str, ...] = ()
 
     def mapped(self, mapping: Mapping[str, str], place: str = "--map") -> Names:
         """Return these names with some quantities under the keys given.
@@ -109,14 +111,17 @@ class Names:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
-        mapping, inert = table.pop("map", {}), table.pop("inert", [])
-        if table or not isinstance(mapping, dict) or not isinstance(inert, list):
+        mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
+        if table or not isinstance(mapping, dict) or not isinstance(inert, list) or not isinstance(order, list):
             raise InputError(
                 f"the mapping file holds {', '.join(table) or 'other values than it may'}",
                 where=str(path),
-                remedy='write a table [map] of QUANTITY = "KEY", and a list inert = ["module.Class"]',
+                remedy='write a table [map] of QUANTITY = "KEY", and lists inert = ["module.Class"] and '
+                'order = ["tensor"]',
             )
-        return replace(self.mapped(mapping, str(path)), inert=(*self.inert, *map(str, inert)))
+        return replace(
+            self.mapped(mapping, str(path)), inert=(*self.inert, *map(str, inert)), order=tuple(map(str, order))
+        )
 
 
 NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS)})
@@ -213,7 +218,7 @@ class NamedStep:
 
     def __init__(self, container: Container, names: Names) -> None:
         self._container, self._names = container, names
-        self._keys: dict[str, dict[str, str]] | None = None
+        self._keys: dict[str, Mapping[str, str]] | None = None
 
     def __enter__(self) -> NamedStep:
         return self
@@ -261,6 +266,9 @@ class NamedStep:
             array: {name: tensors[key] for name, key in names.items()} for array, names in found.items() if names
         }
         used |= {key for names in found.values() for key in names.values()}
+        optimizer = self._optimizer(found)
+        if optimizer is not None:
+            used |= {key for keys in optimizer.keys.values() for key in keys.values()}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
             parameters[key]: parameters[kept]
@@ -268,13 +276,22 @@ class NamedStep:
             if key in parameters and kept in parameters
         }
         unused = tuple(key for key in tensors if key not in used)
-        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model)
+        state = None if optimizer is None else optimizer.state
+        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model, state)
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
         if self._keys is None:
-            self._keys = self._arrays(set())
+            found = self._arrays(set())
+            optimizer = self._optimizer(found)
+            self._keys = {**found, **({} if optimizer is None else optimizer.keys)}
         self._container.read(self._keys[array][tensor], start, out)
+
+    def _optimizer(self, found: Mapping[str, Mapping[str, str]]) -> SavedOptimizer | None:
+        """State of the optimizer, which counts a tensor that lies in the memory of another one once."""
+        tensors, ties = self._container.tensors, self._container.ties
+        parameters = {name: tensors[key] for name, key in found.get("parameter", {}).items() if key not in ties}
+        return saved_optimizer(self._container, parameters, found.get("gradient", ()), self._names.order)
 
     def _missing(self, quantity: str) -> InputError:
         known = sorted({*self._container.tensors, *self._container.numbers})
@@ -294,26 +311,10 @@ class NamedStep:
                 keys = [key for key in (*numbers, *tensors) if expression.fullmatch(key)]
             else:
                 keys = [pattern] if pattern in numbers or pattern in tensors else []
-            values = [(key, value) for key in keys if (value := self._value(key)) is not None]
+            values = [(key, value) for key in keys if (value := self._container.number(key)) is not None]
             if values:
                 return [key for key, _ in values], [value for _, value in values]
         return [], []
-
-    def _value(self, key: str) -> float | None:
-        if key in self._container.numbers:
-            return self._container.numbers[key]
-        logged = self._container.tensors[key]
-        if math.prod(logged.shape) != 1:
-            return None
-        if logged.dtype == "bfloat16":
-            word = np.zeros(1, np.uint16)
-            self._container.read(key, 0, word)
-            return float((word.astype(np.uint32) << np.uint32(16)).view(np.float32)[0])
-        if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
-            return None
-        value = np.zeros(1, logged.dtype)
-        self._container.read(key, 0, value)
-        return float(value[0])
 
     def _arrays(self, used: Collection[str]) -> dict[str, dict[str, str]]:
         """Tensor names of each array and their keys; what the root holds is what nothing else claims."""
@@ -335,8 +336,13 @@ class NamedStep:
                     raise self._missing(array)
         if self._names.given.intersection(rooted):
             rooted = [array for array in rooted if array in self._names.given]
+        root = optimizer_root(self._container) if rooted else None
         for array in rooted:
-            names = {key: key for key in self._container.tensors if key not in claimed}
+            names = {
+                key: key
+                for key in self._container.tensors
+                if key not in claimed and (root is None or not key.startswith(f"{root}/"))
+            }
             found[array] = self._floats(array, names)
         return found
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["INERT", "PICKLE_LIMIT", "Record", "Skipped", "flatten", "load"]
+__all__ = ["INERT", "PICKLE_LIMIT", "Global", "Record", "Skipped", "UnknownName", "flatten", "load"]
 
 PICKLE_LIMIT = 1 << 27
 """Largest pickle that is read, in bytes."""
@@ -80,8 +80,14 @@ class Skipped:
     name: str
 
 
+class UnknownName(ValueError):
+    """A pickle names what is in none of the tables."""
+
+
 @dataclass(frozen=True)
-class _Global:
+class Global:
+    """A function that is known, as an argument of another one: its name."""
+
     name: str
 
 
@@ -105,12 +111,12 @@ def load(
     persistent : callable, optional
         Persistent identifier to what it stands for.
     inert : collection of str
-        Further names, as `INERT`.
+        Further names, as `INERT`; ``package.*`` is all names of a package.
 
     Raises
     ------
     ValueError
-        Where the pickle is malformed, too long, or names what is not in the tables.
+        Where the pickle is malformed, too long, or (`UnknownName`) names what is not in the tables.
     """
     if len(pickle) > PICKLE_LIMIT:
         raise ValueError(f"its pickle has {len(pickle)} bytes, the limit is {PICKLE_LIMIT}")
@@ -130,6 +136,7 @@ class _Machine:
         inert: Collection[str],
     ) -> None:
         self._functions, self._values, self._persistent, self._inert = functions, values, persistent, inert
+        self._inert_packages = [name.removesuffix("*") for name in inert if name.endswith(".*")]
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -259,11 +266,11 @@ class _Machine:
         if name in self._values:
             self._stack.append(self._values[name])
         elif name in self._functions:
-            self._stack.append(_Global(name))
-        elif name in self._inert:
+            self._stack.append(Global(name))
+        elif name in self._inert or any(map(name.startswith, self._inert_packages)):
             self._stack.append(Skipped(name))
         else:
-            raise ValueError(
+            raise UnknownName(
                 f"its pickle names {name}, which is neither a tensor nor a plain container and was not imported "
                 f"(where it is known to be harmless, list it under inert in the mapping file, to skip its objects)"
             )
@@ -272,7 +279,7 @@ class _Machine:
         arguments, function = self._stack.pop(), self._stack.pop()
         if isinstance(function, Skipped):
             self._stack.append(function)
-        elif isinstance(function, _Global) and isinstance(arguments, tuple):
+        elif isinstance(function, Global) and isinstance(arguments, tuple):
             self._stack.append(self._functions[function.name](*arguments))
         else:
             raise ValueError(f"its pickle calls a {type(function).__name__}")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor
+from pipeline.sources.base import Container, LoggedStep, LoggedTensor, refused
 from pipeline.sources.names import NATIVE, NamedStep
 
 __all__ = ["StackedFile"]
@@ -31,6 +31,11 @@ class StackedFile:
         Opens it.
     mapping : mapping, optional
         Quantity to the key it stands under, before what the mapping file beside the log says.
+
+    Notes
+    -----
+    Steps that are open at one time share the open file, as long as its size and time stay what they were. Where one
+    step is opened before another is left (`pipeline.sources.base.KeptOpen`), the file is opened once for all.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class StackedFile:
         keys = {**NATIVE.keys, "step": ("step",)}
         self._names = replace(NATIVE, keys=keys).of_folder(self.location.parent).mapped(mapping or {})
         self._rows: dict[int, int] = {}
+        self._shared: _Shared | None = None
 
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `pipeline.sources.base.Source`. The file is opened for their numbers."""
@@ -79,15 +85,39 @@ class StackedFile:
         if not self._rows:
             self.steps()
         rows, key = len(self._rows), self._names.keys["step"][0]
-        return NamedStep(_Row(self._open(step), self._rows[step.number], rows, key), self._names)
+        return NamedStep(_Row(step, self._share(step), self._rows[step.number], rows, key), self._names)
+
+    def _share(self, step: LoggedStep) -> _Shared:
+        """Open the file, or take it as another step that is still open has it, where it is the same by now."""
+        with refused(step, "the log"):
+            status = self.location.stat()
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._shared is None or not self._shared.users or self._shared.state != state:
+            self._shared = _Shared(self._open(step), state)
+        return self._shared
+
+
+class _Shared:
+    """An open file and how many steps use it: the last one closes it."""
+
+    def __init__(self, container: Container, state: tuple[int, ...]) -> None:
+        self.container, self.state, self.users = container, state, 0
+
+    def leave(self) -> None:
+        """Use it no longer."""
+        self.users -= 1
+        if not self.users:
+            self.container.close()
 
 
 class _Row(Container):
     """One row of the leading dimension of a container."""
 
-    def __init__(self, whole: Container, row: int, rows: int, step_key: str) -> None:
-        super().__init__(whole.step)
-        self._whole, self._row = whole, row
+    def __init__(self, step: LoggedStep, shared: _Shared, row: int, rows: int, step_key: str) -> None:
+        super().__init__(step)
+        shared.users += 1
+        self._shared, self._whole, self._row = shared, shared.container, row
+        whole = self._whole
         self.tensors = {
             key: LoggedTensor(logged.shape[1:], logged.dtype)
             for key, logged in whole.tensors.items()
@@ -102,8 +132,10 @@ class _Row(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
+        # Messages are of the step that is read, whichever opened the file.
+        self._whole.step = self.step
         self._whole.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
 
     def close(self) -> None:
-        """Close the file."""
-        self._whole.close()
+        """Leave the file, which the last of its users closes."""
+        self._shared.leave()

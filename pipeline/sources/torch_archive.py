@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.sources import pickle_data
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
-from pipeline.sources.pickle_data import Record, Skipped
+from pipeline.sources.pickle_data import Global, Record, Skipped
 
 __all__ = [
     "METADATA_FUNCTIONS",
@@ -28,6 +28,7 @@ __all__ = [
     "TorchFile",
     "TorchTensor",
     "flat_numbers",
+    "group_texts",
 ]
 
 # Elements of a strided tensor that are gathered at once, and unwanted elements that are read on the way.
@@ -161,6 +162,16 @@ def _rebuild_of_dtype(
     return _tensor(storage, offset, shape, stride, dtype.name)
 
 
+def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor:
+    """Rebuild a tensor that has attributes of Python; these are left out."""
+    if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
+        raise ValueError("its pickle rebuilds a tensor in a way that is not known")
+    if kind not in _PLAIN.values():
+        raise ValueError(f"its pickle holds a tensor of the class {kind}")
+    tensor: TorchTensor = _FUNCTIONS[function.name](*arguments)
+    return tensor
+
+
 # What follows must not let a few bytes of a pickle make many: a long value can be named again and again.
 
 
@@ -197,6 +208,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_of_dtype,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
     "torch.Size": _size,
     "torch.device": lambda *_: Skipped("torch.device"),
     "torch.serialization._get_layout": lambda *_: Skipped("torch.layout"),
@@ -214,7 +226,8 @@ METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.s
 METADATA_VALUES: dict[str, Any] = {f"torch.{name}": _Dtype(name) for name in TORCH_DTYPES}
 """Dtypes of torch by their pickled names."""
 
-_VALUES = dict(METADATA_VALUES)
+_PLAIN = {name: Skipped(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
+_VALUES = {**METADATA_VALUES, **_PLAIN}
 _VALUES |= {f"torch.{name}Storage": _Dtype(dtype) for name, dtype in _STORAGES.items()}
 _VALUES |= {"torch.storage.UntypedStorage": _Dtype("uint8"), "torch.UntypedStorage": _Dtype("uint8")}
 
@@ -303,6 +316,10 @@ class TorchArchive:
             raise ValueError(f"storage {key!r} claims {claimed} bytes and has {size}")
         return _Storage(name, dtype.name, claimed)
 
+    def position(self, tensor: TorchTensor) -> int:
+        """Offset in the region of the first element of a tensor, in bytes."""
+        return self._start(tensor.storage) + tensor.offset * TORCH_DTYPES[tensor.dtype][1]
+
     def read(self, tensor: TorchTensor, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor, flattened in C order, into a buffer.
 
@@ -311,10 +328,10 @@ class TorchArchive:
         ValueError, EOFError, OSError
             Where the archive does not hold them.
         """
-        base = self._start(tensor.storage)
         if tensor.contiguous:
-            self._region.fill(base + (tensor.offset + start) * out.itemsize, out)
+            self._region.fill(self.position(tensor) + start * out.itemsize, out)
             return
+        base = self._start(tensor.storage)
         for first in range(0, out.size, _PIECE):
             part = out[first : first + _PIECE]
             index = np.unravel_index(np.arange(start + first, start + first + part.size), tensor.shape)
@@ -342,6 +359,8 @@ class TorchFile(Container):
         Where it is no torch archive, or its pickle names anything but tensors and plain containers.
     """
 
+    ordered = True
+
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._tensors: dict[str, TorchTensor] = {}
@@ -366,6 +385,12 @@ class TorchFile(Container):
                 if math.prod(leaf.shape) and places.setdefault(leaf, key) != key:
                     self.ties[key] = places[leaf]
         self.numbers |= flat_numbers(self._archive.tree)
+        self.texts |= group_texts(self._archive.tree)
+
+    @property
+    def tree(self) -> Any:
+        """What was saved; see `TorchArchive`."""
+        return self._archive.tree
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
@@ -385,6 +410,15 @@ def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
         key: _float(leaf)
         for key, leaf in pickle_data.flatten(tree)
         if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
+    }
+
+
+def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Strings in the parameter groups of optimizers, by their keys."""
+    return {
+        key: leaf
+        for path, leaf in pickle_data.flatten(tree)
+        if isinstance(leaf, str) and "param_groups/" in (key := f"{prefix}{path}")
     }
 
 

@@ -8,6 +8,7 @@ fails instead. And every page that was touched counts as memory of the process f
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 from pathlib import Path
@@ -21,15 +22,24 @@ __all__ = ["MappedFile"]
 _MADV_POPULATE_READ = 22
 """Linux 5.14 and later; Python has no name for it."""
 
+_BYTE = (bytearray(1),)
+
 
 class MappedFile:
-    """The first bytes of a file, mapped.
+    """The first bytes of a file, mapped as an array.
 
     Parameters
     ----------
     path : Path
-    size : int
-        Bytes, not more than the file has.
+    shape : tuple of int
+        Not more than the file has.
+    dtype : dtype
+
+    Attributes
+    ----------
+    path : Path
+    words : array
+        The bytes.
 
     Raises
     ------
@@ -37,22 +47,20 @@ class MappedFile:
         Where the file cannot be mapped.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.path = path
+        size = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDONLY)
         try:
             self._mapping = mmap.mmap(self._descriptor, size, access=mmap.ACCESS_READ)
         except OSError:
             os.close(self._descriptor)
             raise
+        self.words: NDArray[Any] = np.frombuffer(self._mapping, dtype).reshape(shape)
 
     def close(self) -> None:
         """Close the file; it stays mapped for as long as an array of its words lives."""
         os.close(self._descriptor)
-
-    def words(self, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """See the bytes as an array."""
-        return np.frombuffer(self._mapping, dtype)
 
     def load(self, begin: int, end: int) -> None:
         """Make sure that bytes can be touched; what is in the cache already costs next to nothing.
@@ -72,7 +80,7 @@ class MappedFile:
 
     def _is_cached(self, offset: int) -> bool:
         try:
-            return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+            return os.preadv(self._descriptor, _BYTE, offset, os.RWF_NOWAIT) == 1
         except OSError:
             return False
 

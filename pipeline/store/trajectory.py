@@ -20,9 +20,9 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,19 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.schema import ATTEMPT, ELEMENT, LAYOUT_VERSION, RUN, STATES, STEP, USUAL_SCALARS, InputError, Layout
+from pipeline.schema import (
+    ATTEMPT,
+    ELEMENT,
+    LAYOUT_VERSION,
+    OPTIMIZER_NUMBERS,
+    RUN,
+    STATES,
+    STEP,
+    TENSOR,
+    USUAL_SCALARS,
+    InputError,
+    Layout,
+)
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -59,6 +71,8 @@ from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
 
+_TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
+
 _INGEST_AGAIN = "ingest the run again with --overwrite"
 
 
@@ -70,6 +84,18 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def checksum(words: NDArray[Any]) -> int:
     """CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave garbage alone for a moment."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Trajectory:
@@ -90,6 +116,8 @@ class Trajectory:
         Where the log was.
     sweep : bool
         Whether it holds several runs.
+    tables : tuple of str
+        Numbers of a step and tensor that are stored, of `pipeline.schema.OPTIMIZER_NUMBERS`.
     journal : Journal
         The commit records.
     rows : int
@@ -116,6 +144,7 @@ class Trajectory:
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
+        self.tables: tuple[str, ...] = tuple(attributes.get("tables", ()))
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
@@ -126,7 +155,8 @@ class Trajectory:
         self._checksums: dict[str, list[list[int]]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
-        self._mapped: dict[Path, MappedFile] = {}
+        self._spans: NDArray[np.int64] | None = None
+        self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self.rows = 0
         self.refresh()
 
@@ -141,6 +171,7 @@ class Trajectory:
         compressors: Mapping[str, Any] | None = None,
         scalars: Sequence[str] = USUAL_SCALARS,
         sweep: bool = False,
+        tables: Sequence[str] = (),
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -149,7 +180,7 @@ class Trajectory:
         path : Path
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, what the optimizer keeps) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
@@ -160,6 +191,8 @@ class Trajectory:
             Numbers of a step to store, of `pipeline.schema.SCALARS`.
         sweep : bool
             For several runs.
+        tables : sequence of str
+            Numbers of a step and tensor to store, of `pipeline.schema.OPTIMIZER_NUMBERS`.
 
         Raises
         ------
@@ -173,6 +206,7 @@ class Trajectory:
             "dtypes": dict(dtypes),
             "scalars": list(scalars),
             "sweep": sweep,
+            "tables": list(tables),
         }
         arrays = {
             name: ArrayPlan(
@@ -188,6 +222,10 @@ class Trajectory:
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
             arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name in numbered else "float64")
+        width = len(layout.tensors)
+        for name in tables:
+            rows = max(1, _TABLE_CHUNK // max(1, width))
+            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
         make_group(Path(path), "trajectory", attributes, arrays)
         return cls(path)
 
@@ -204,8 +242,8 @@ class Trajectory:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the arrays (step): those that number the rows, and the scalars."""
-        return (*self._numbered, *self.scalars)
+        """Names of the arrays (step): those that number the rows, and the scalars; and of those (step, tensor)."""
+        return (*self._numbered, *self.scalars, *self.tables)
 
     @property
     def columns(self) -> int:
@@ -219,7 +257,8 @@ class Trajectory:
     def scalar(self, name: str) -> NDArray[Any]:
         """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
-        A scalar that the trajectory does not have is NaN at every step.
+        What an optimizer has of each tensor has shape (rows, tensors). A scalar that the trajectory does not have
+        is NaN at every step.
 
         Raises
         ------
@@ -227,11 +266,19 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         if name not in self.numbers:
-            return np.zeros(self.rows, np.int64) if name in (ATTEMPT, RUN) else np.full(self.rows, np.nan)
+            shape = (self.rows, len(self.layout.tensors)) if name in OPTIMIZER_NUMBERS else (self.rows,)
+            return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
         array = self._array(name)
-        for index in range(-(-self.rows // SCALAR_CHUNK)):
-            require_whole(chunk_path(self.path / name, index), (SCALAR_CHUNK,), array.dtype, _INGEST_AGAIN)
+        for path in self._number_chunks(name, 0, self.rows):
+            require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
         return np.asarray(with_rows(array, self.rows)[:])
+
+    def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
+        """Files of the chunks of rows of an array (step) or (step, tensor)."""
+        rows = self._array(name).chunks[0]
+        beside = (0,) if name in self.tables else ()
+        indices = range(start // rows, -(-stop // rows))
+        return [chunk_path(self.path / name, index, *beside) for index in indices]
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -247,8 +294,10 @@ class Trajectory:
 
         There are states on both sides of such a place, but no update leads from one to the other.
         """
-        follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
-        return np.where(follows, np.diff(self.scalar(STEP)), 0)
+        if self._spans is None or len(self._spans) != max(self.rows - 1, 0):
+            follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
+            self._spans = np.where(follows, np.diff(self.scalar(STEP)), 0)
+        return self._spans
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut rows where no update leads from one to the next; what has no update at all is left out.
@@ -331,38 +380,37 @@ class Trajectory:
         """
         self._require_committed(name, start, stop)
         steps, offset = self.chunk[0], self.column(column)[0]
+        word = storage_dtype(self.dtypes[name]).itemsize
+        row = word * self.chunk[1]
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped_chunk(name, index, column)
-            chunk = file.words(storage_dtype(self.dtypes[name])).reshape(self.chunk)
+            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
-            row, word = chunk.strides
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
             seen.append((file, begin, end))
-            blocks.append(chunk[low:high, first - offset : last - offset])
+            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
             for file, begin, end in seen:
                 file.release(begin, end)
 
-    def _mapped_chunk(self, name: str, index: int, column: int) -> MappedFile:
-        path = chunk_path(self.path / name, index, column)
-        if path not in self._mapped:
-            expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
-            try:
-                size = path.stat().st_size
-                if size < expected:
-                    raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
-                self._mapped[path] = MappedFile(path, expected)
-            except OSError as error:
-                raise damaged(path, str(error), _INGEST_AGAIN) from error
-        return self._mapped[path]
+    def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        path, dtype = chunk_path(self.path / name, index, column), storage_dtype(self.dtypes[name])
+        expected = math.prod(self.chunk) * dtype.itemsize
+        try:
+            size = path.stat().st_size
+            if size < expected:
+                raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
+            file = self._mapped[name, index, column] = MappedFile(path, self.chunk, dtype)
+        except OSError as error:
+            raise damaged(path, str(error), _INGEST_AGAIN) from error
+        return file
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
         """Read committed rows of a chunk column into a buffer, compressed or not, with the same bits.
@@ -468,7 +516,7 @@ class Trajectory:
     def commit(
         self,
         steps: Sequence[int],
-        scalars: Mapping[str, Sequence[float]],
+        scalars: Mapping[str, Sequence[Any]],
         sources: Sequence[Mapping[str, Any]],
         checksums: Mapping[str, Sequence[Sequence[int]]],
         attempts: Sequence[int] | None = None,
@@ -481,7 +529,7 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            Each of `scalars`, n values, NaN where the log has none.
+            Each of `scalars`, n values, and of `tables`, n rows of values; NaN where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -499,8 +547,7 @@ class Trajectory:
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            for index in range(start // SCALAR_CHUNK, -(-stop // SCALAR_CHUNK)):
-                self._unflushed.add(chunk_path(self.path / name, index))
+            self._unflushed.update(self._number_chunks(name, start, stop))
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
@@ -549,13 +596,24 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
-        per_row: list[str] = []
-        for record in self.records():
+        begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
+        hashes = {band: hashlib.sha256() for band in bands}
+        waiting = sorted(hashes, reverse=True)
+        active: list[Band] = []
+        # Record by record: those of a long run of a large model are not held together.
+        for number in self.journal.names():
+            # It has lists for every row: the collector would go through all objects of the process many times.
+            with _uncollected():
+                record = self.journal.read(number)
+            start, stop = record["start"], record["stop"]
             tables = [record["checksums"][name] for name in STATES if name in self.dtypes]
-            per_row += [json.dumps(row) for row in zip(*tables, strict=True)]
-        for row in np.flatnonzero(self.spans() == 0):
-            per_row[row + 1] += "|"
-        return {
-            band: hashlib.sha256("".join(per_row[band.start : band.stop + 1]).encode()).hexdigest()
-            for band in bands
-        }
+            texts = [str([*row]) for row in zip(*tables, strict=True)]
+            for row in begun.intersection(range(start, stop)):
+                texts[row - start] += "|"
+            while waiting and waiting[-1].start < stop:
+                active.append(waiting.pop())
+            for band in active:
+                text = "".join(texts[max(band.start - start, 0) : band.stop + 1 - start])
+                hashes[band].update(text.encode())
+            active = [band for band in active if band.stop + 1 > stop]
+        return {band: found.hexdigest() for band, found in hashes.items()}

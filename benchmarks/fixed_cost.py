@@ -1,0 +1,139 @@
+"""What ``natgrad process`` costs on a run of next to nothing, in a process of its own, and where the time goes.
+
+    python -m benchmarks.fixed_cost LOG OUT
+
+processes a log phase by phase in this process and prints the seconds of each as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if __name__ == "__main__":
+    _BEGAN = time.perf_counter()
+
+ROOT = Path(__file__).parent.parent
+TURNS = 3
+_SHOWN = 8
+
+
+# In a process of its own: nothing heavy is imported above, so that the phases see all of it -------------------
+
+
+def phases(log: Path, out: Path) -> dict[str, float]:
+    """Process a log, and return the seconds of each phase; their sum is the time of the process."""
+    import psutil
+
+    found: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Any:
+        begin = time.perf_counter()
+        yield
+        found[name] = time.perf_counter() - begin
+
+    found["interpreter"] = time.time() - psutil.Process().create_time() - (time.perf_counter() - _BEGAN)
+    with phase("import: command line"):
+        import flows.cli  # noqa: F401
+    with phase("import: stores, kernel, results"):
+        from pipeline import compute, run
+    with phase("ingest"):
+        run.ingest_run(log, out)
+    with phase("first call of the kernel"):
+        from benchmarks.first_call import seconds_of_a_call
+
+        seconds_of_a_call()
+    options = run.Analysis()
+    folder = run.RunFolder(out)
+    with phase("pass, and the cluster if one is started"):
+        compute.compute_ledger(
+            folder.trajectory, folder.ledger, executor=options.executor(), memory_limit=options.memory_limit
+        )
+    with phase("results"):
+        run.analyze_run(out, options)
+    with phase("import: drawing"):
+        from pipeline import report  # noqa: F401
+    with phase("report"):
+        run.report_run([out])
+    return found
+
+
+# In the process of the benchmarks -----------------------------------------------------------------------------
+
+
+def write_tiny_log(folder: Path) -> None:
+    """Write 25 steps of a model of 17 elements."""
+    import numpy as np
+    import safetensors.numpy
+
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for step in range(25):
+        state = {"loss": np.asarray(1.0 / (step + 1)), "learning_rate": np.asarray(0.01)}
+        for name, shape in {"weight": (4, 3), "bias": (4,), "scale": (1,)}.items():
+            state |= {f"{array}/{name}": generator.standard_normal(shape) for array in ("parameter", "gradient")}
+        safetensors.numpy.save_file(state, folder / f"step_{step}.safetensors")
+
+
+def seconds_of(command: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
+    """Seconds of a command by the clock and of the processors, and what it said on standard output."""
+    begin, before = time.perf_counter(), os.times()
+    said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - begin, used, said
+
+
+def imported(code: str) -> list[tuple[str, float]]:
+    """Packages by the seconds that importing their own modules takes, those that take longest."""
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
+    seconds: Counter[str] = Counter()
+    for line in told.splitlines():
+        own, _, name = (part.strip() for part in line.removeprefix("import time:").split("|"))
+        if own.isdigit():
+            seconds[name.partition(".")[0]] += int(own) / 1e6
+    return seconds.most_common(_SHOWN)
+
+
+def fixed_cost_of(folder: Path) -> dict[str, Any]:
+    """Measure the command on a tiny log, in new processes: the kernel compiled, and from the cache."""
+    log = folder / "log"
+    write_tiny_log(log)
+    natgrad = [sys.executable, "-c", "from flows.cli import main; main()", "process", str(log), "--quiet"]
+    compiled = os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled")}
+    first = seconds_of([*natgrad, str(folder / "first")], compiled)
+    totals, works, parts = [], [], []
+    for turn in range(TURNS):
+        wall, used, _ = seconds_of([*natgrad, str(folder / f"out_{turn}")], compiled)
+        totals.append(wall)
+        works.append(used)
+        command = [sys.executable, "-m", "benchmarks.fixed_cost", str(log), str(folder / f"phases_{turn}")]
+        parts.append(json.loads(seconds_of(command, compiled)[2]))
+    return {
+        "first_ever": {"seconds": first[0], "processor_seconds": first[1]},
+        "total": {"median": median(totals), "min": min(totals), "max": max(totals)},
+        "processor": {"median": median(works), "min": min(works), "max": max(works)},
+        "phases": {
+            name: {
+                "median": median(part[name] for part in parts),
+                "min": min(part[name] for part in parts),
+                "max": max(part[name] for part in parts),
+            }
+            for name in parts[0]
+        },
+        "imports": imported("import flows.cli, pipeline.run, pipeline.report"),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(phases(Path(sys.argv[1]), Path(sys.argv[2]))) + "\n")

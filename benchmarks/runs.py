@@ -1,0 +1,284 @@
+"""The runs that works are done on: generated in a folder, and removed when the next ones are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from benchmarks.options import HIDDEN, STEP_BYTES, SWEEP_ELEMENTS, SWEEP_STEPS, TALL_ELEMENTS, WIDE_STATES, Scale
+from pipeline import compute
+from pipeline.blocks import chunk_shape
+from pipeline.ingest import ingest
+from pipeline.schema import Layout
+from pipeline.store import Trajectory, checksum, storage_dtype
+
+_COMMIT_BYTES = 1 << 26
+_POOL = 1 << 22
+_CODECS = {name: BloscCodec(cname=name, shuffle="shuffle", typesize=4) for name in ("zstd", "lz4")}
+
+
+@dataclass(frozen=True)
+class Files:
+    """A generated run: its log, its trajectory, the ledger that results are checked by, and what works write."""
+
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    @property
+    def trajectory(self) -> Path:
+        return self.folder / "trajectory.zarr"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference.zarr"
+
+    @property
+    def written(self) -> Path:
+        return self.folder / "written"
+
+    def clear(self) -> None:
+        """Remove what a work wrote, before the next round and outside its time."""
+        shutil.rmtree(self.written, ignore_errors=True)
+        self.written.mkdir()
+
+    def logged(self) -> list[Path]:
+        return sorted(path for path in self.log.rglob("*") if path.is_file())
+
+    def chunks(self) -> list[Path]:
+        """Files of the chunks of training state, which are all that the pass must read."""
+        return sorted(path for name in ("parameter", "gradient") for path in (self.trajectory / name).glob("c/*/*"))
+
+    def runs(self) -> int:
+        """Runs that are in the trajectory."""
+        return len(Trajectory(self.trajectory).runs)
+
+
+# States -------------------------------------------------------------------------------------------------------
+
+
+def descent(elements: int, states: int, seed: int = 0) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """Parameters and gradients of noisy gradient descent on a quadratic loss, state by state, flat.
+
+    The noise of a state is a piece of one pool of random numbers: drawing it anew would take longer than the works.
+    """
+    generator = np.random.default_rng(seed)
+    pool = generator.standard_normal(_POOL, np.float32)
+    theta = _noise(pool, 0, elements)
+    for _ in range(states):
+        seen, step = (_noise(pool, shift, elements) for shift in generator.integers(_POOL, size=2))
+        yield {"parameter": theta, "gradient": theta + seen / 8}
+        theta = theta - (theta + step / 2) / 100
+
+
+def _noise(pool: NDArray[np.float32], shift: int, elements: int) -> NDArray[np.float32]:
+    """Elements of the pool from a place on, from its start again where it ends."""
+    parts, wanted = [], elements
+    while wanted:
+        parts.append(pool[shift : shift + wanted])
+        wanted, shift = wanted - len(parts[-1]), 0
+    return np.concatenate(parts)
+
+
+def stacked_descent(elements: int, states: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Return the same for a small run, all states at once: arrays (step, element)."""
+    generator = np.random.default_rng(seed)
+    theta = generator.standard_normal(elements, np.float32)
+    noise = generator.standard_normal((states, elements), np.float32)
+    parameter = theta * np.exp(-np.arange(states, dtype="<f4") / 100)[:, None] + np.cumsum(noise, axis=0) / 200
+    return {"parameter": parameter, "gradient": parameter + noise[::-1] / 8}
+
+
+def as_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Upper half of each word."""
+    return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def write_states(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    states: Iterator[Mapping[str, NDArray[Any]]],
+    count: int,
+    *,
+    dtype: str = "float32",
+    codec: BloscCodec | None = None,
+) -> None:
+    """Write a trajectory as ingest would, without a log: states as they come, in commits of some megabytes."""
+    layout = Layout.from_shapes({name: (shape, dtype) for name, shape in shapes.items()})
+    dtypes = dict.fromkeys(("parameter", "gradient"), dtype)
+    chunk = chunk_shape(count, layout.elements)
+    compressors = dict.fromkeys(dtypes, codec) if codec is not None else None
+    trajectory = Trajectory.create(path, layout, dtypes, chunk, compressors=compressors)
+    together = max(1, _COMMIT_BYTES // (chunk[0] * layout.elements * STEP_BYTES)) * chunk[0]
+    words = {name: np.empty((together, layout.elements), storage_dtype(dtype)) for name in dtypes}
+    while trajectory.rows < count:
+        rows = min(together, count - trajectory.rows)
+        for row in range(rows):
+            state = next(states)
+            for name, array in words.items():
+                array[row] = as_bfloat16(state[name]) if dtype == "bfloat16" else state[name]
+        commit(trajectory, {name: array[:rows] for name, array in words.items()})
+
+
+def commit(trajectory: Trajectory, words: Mapping[str, NDArray[Any]]) -> None:
+    """Write rows behind those that are there, and make them visible."""
+    start, rows = trajectory.rows, len(words["parameter"])
+    checksums: dict[str, list[list[int]]] = {name: [[] for _ in range(rows)] for name in words}
+    for column in range(trajectory.columns):
+        first, last = trajectory.column(column)
+        for name, array in words.items():
+            block = np.zeros((rows, trajectory.chunk[1]), array.dtype)
+            block[:, : last - first] = array[:, first:last]
+            trajectory.write(name, start, column, block)
+            for row in range(rows):
+                checksums[name][row].append(checksum(block[row, : last - first]))
+    numbers = range(start, start + rows)
+    scalars = {"loss": [1.0 / (step + 1) for step in numbers], "learning_rate": [0.01] * rows}
+    trajectory.commit(numbers, scalars, [{}] * rows, checksums)
+
+
+def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    """States of a trajectory, one after the other."""
+    trajectory = Trajectory(path)
+    width = trajectory.chunk[1]
+    for row in range(trajectory.rows):
+        state = {}
+        for name, dtype in trajectory.dtypes.items():
+            blocks = np.zeros((trajectory.columns, width), storage_dtype(dtype))
+            for column in range(trajectory.columns):
+                trajectory.read(name, row, row + 1, column, blocks[column : column + 1])
+            columns = (trajectory.column(column) for column in range(trajectory.columns))
+            state[name] = np.concatenate([block[: b - a] for block, (a, b) in zip(blocks, columns, strict=True)])
+        yield state
+
+
+# Runs ---------------------------------------------------------------------------------------------------------
+
+
+def logged_run(files: Files, scale: Scale) -> None:
+    """Write the log of a run, a file a step, and ingest it."""
+    shapes = scale.shapes()
+    layout = Layout.from_shapes({name: (shape, "float32") for name, shape in shapes.items()})
+    files.log.mkdir(parents=True)
+    for step, state in enumerate(descent(layout.elements, scale.states)):
+        tensors = {"loss": np.asarray(1.0 / (step + 1)), "learning_rate": np.asarray(0.01)}
+        for name, values in state.items():
+            for tensor in layout.tensors:
+                part = values[tensor.offset : tensor.offset + tensor.size]
+                tensors[f"{name}/{tensor.name}"] = part.reshape(tensor.shape)
+        safetensors.numpy.save_file(tensors, files.log / f"step_{step}.safetensors")
+    ingest(files.log, files.trajectory)
+
+
+def longer_run(files: Files, scale: Scale, size: float) -> None:
+    """Write a run of the same model that is logged for longer: so many gigabytes."""
+    shapes = scale.shapes()
+    elements = sum(int(np.prod(shape)) for shape in shapes.values())
+    states = max(2, round(size * 1e9 / (elements * STEP_BYTES)))
+    write_states(files.trajectory, shapes, descent(elements, states), states)
+
+
+def tall_run(files: Files, scale: Scale) -> None:
+    """Write many states of a small model."""
+    shapes = {"weight": (TALL_ELEMENTS - 40, 1), "bias": (40,)}
+    write_states(files.trajectory, shapes, descent(TALL_ELEMENTS, scale.tall), scale.tall)
+
+
+def wide_run(files: Files, scale: Scale) -> None:
+    """Write few states of a large model."""
+    shapes = {"weight": (scale.wide - HIDDEN,), "bias": (HIDDEN,)}
+    write_states(files.trajectory, shapes, descent(scale.wide, WIDE_STATES), WIDE_STATES)
+
+
+def stored_otherwise(files: Files, scale: Scale, run: Files, *, codec: str = "", dtype: str = "float32") -> None:
+    """Write the states of a run that is there, compressed or in another precision."""
+    states = states_of(run.trajectory)
+    write_states(files.trajectory, scale.shapes(), states, scale.states, dtype=dtype, codec=_CODECS.get(codec))
+
+
+def sweep(files: Files, scale: Scale) -> None:
+    """Write the logs of many small runs, a file each, and ingest them as one."""
+    for run in range(scale.sweep):
+        stacked_log(files.log / f"run_{run:05d}.npz", SWEEP_STEPS, run)
+    ingest(files.log, files.trajectory, sweep=True)
+
+
+def one_run(files: Files, scale: Scale) -> None:
+    """Write the log of one run of as many states as a sweep has, in one file, and ingest it."""
+    stacked_log(files.log / "run.npz", SWEEP_STEPS * scale.sweep, 0)
+    ingest(files.log, files.trajectory)
+
+
+def stacked_log(path: Path, steps: int, seed: int) -> None:
+    """Write a log that is one file of arrays (step, ...)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, NDArray[Any]] = {"step": np.arange(steps), "loss": 1.0 / np.arange(1, steps + 1)}
+    arrays["learning_rate"] = np.full(steps, 0.01)
+    cut = SWEEP_ELEMENTS - 50
+    for name, values in stacked_descent(SWEEP_ELEMENTS, steps, seed).items():
+        arrays[f"{name}/weight"] = values[:, :cut].reshape(steps, cut // 50, 50)
+        arrays[f"{name}/bias"] = values[:, cut:]
+    np.savez(path, **arrays)
+
+
+Maker = Callable[[Files, Scale], None]
+
+
+class Runs:
+    """The runs that are on disk now.
+
+    Parameters
+    ----------
+    folder : Path
+        Emptied at first and at the end.
+    scale : Scale
+    """
+
+    def __init__(self, folder: Path, scale: Scale) -> None:
+        self.folder, self.scale = folder, scale
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def need(self, names: Collection[str]) -> None:
+        """Remove those that are not named."""
+        for path in self.folder.glob("*"):
+            if path.name not in names:
+                shutil.rmtree(path)
+
+    def get(self, name: str) -> Files:
+        """Return a run, generated where it is not there, with the ledger that works are checked by."""
+        files = Files(self.folder / name)
+        if not files.written.exists():
+            files.folder.mkdir(parents=True, exist_ok=True)
+            if name in ("zstd", "lz4", "bfloat16"):
+                options = {"dtype": name} if name == "bfloat16" else {"codec": name}
+                stored_otherwise(files, self.scale, self.get("run"), **options)
+            elif name.startswith("size_"):
+                longer_run(files, self.scale, float(name.removeprefix("size_")))
+            else:
+                _MAKERS[name](files, self.scale)
+            compute.compute_ledger(files.trajectory, files.reference)
+            files.clear()
+        return files
+
+
+_MAKERS: dict[str, Maker] = {
+    "run": logged_run,
+    "tall": tall_run,
+    "wide": wide_run,
+    "sweep": sweep,
+    "one_run": one_run,
+}

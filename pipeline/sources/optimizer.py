@@ -1,0 +1,229 @@
+"""Which tensor each entry of a saved optimizer belongs to.
+
+Torch numbers the parameters of an optimizer, group after group, and saves no names unless it was given some: so
+the numbers are matched by order, where that is known, or by shape, where that decides, and always checked by shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.schema import STORAGE_DTYPES
+from pipeline.sources.base import Container, LoggedTensor, OptimizerState
+
+__all__ = ["SavedOptimizer", "optimizer_root", "saved_optimizer"]
+
+_ROOTS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/0")
+_ARRAYS = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "momentum_buffer": "momentum_buffer",
+    "master_param": "master_parameter",
+}
+_NUMBERS = {
+    "lr": "tensor_learning_rate",
+    "betas/0": "beta1",
+    "betas/1": "beta2",
+    "eps": "epsilon",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+}
+# Levels are joined by a slash, or by a dot where torch flattened the optimizer's dict.
+_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join(_ARRAYS)}|step)")
+_OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join(_NUMBERS)})")
+_MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
+
+# What trainers do not decay: those of these names (Hugging Face), or those of one dimension (nanoGPT).
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """State of an optimizer, by tensor.
+
+    Attributes
+    ----------
+    state : OptimizerState
+    keys : mapping
+        Array to tensor to the key in the container.
+    """
+
+    state: OptimizerState
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def optimizer_root(container: Container) -> str | None:
+    """Key that the state of the optimizer stands under, None where none was saved."""
+    for root in _ROOTS:
+        starts = tuple(f"{root}/{part}{separator}" for part in ("state", "param_groups") for separator in "/.")
+        if any(key.startswith(starts) for keys in (container.numbers, container.tensors) for key in keys):
+            return root
+    return None
+
+
+def saved_optimizer(
+    container: Container,
+    parameters: Mapping[str, LoggedTensor],
+    trained: Collection[str] = (),
+    order: Sequence[str] = (),
+) -> SavedOptimizer | None:
+    """Find the state of the optimizer in a step, by tensor.
+
+    Parameters
+    ----------
+    container : Container
+    parameters : mapping
+        Tensors of the model, in the order of the file.
+    trained : collection of str
+        Those that have a gradient, where that is known.
+    order : sequence of str
+        Names in the order in which the optimizer was given them, where the user says so.
+
+    Returns
+    -------
+    SavedOptimizer or None
+        Where there is no optimizer. Of one that cannot be matched, ``state.problem`` says why.
+    """
+    root = optimizer_root(container)
+    if root is None:
+        return None
+    start = f"{root}/"
+    entries: dict[str, dict[str, str]] = {}
+    for key in (*container.tensors, *container.numbers):
+        match = _ENTRY.fullmatch(key.removeprefix(start)) if key.startswith(start) else None
+        if match:
+            entries.setdefault(match[1], {})[match[2]] = key
+    groups = _groups(container, start)
+    owners = _owners(container, entries, groups, parameters, trained, order)
+    if isinstance(owners, str):
+        return SavedOptimizer(OptimizerState(problem=owners))
+    keys: dict[str, dict[str, str]] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for entry, tensor in owners.items():
+        for what, key in entries.get(entry, {}).items():
+            if what in _ARRAYS:
+                logged = container.tensors.get(key)
+                if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
+                    what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
+                    problem = f"{key} is {what_is}, its parameter {tensor!r} has shape {parameters[tensor].shape}"
+                    return SavedOptimizer(OptimizerState(problem=problem))
+                keys.setdefault(_ARRAYS[what], {})[tensor] = key
+            elif (count := container.number(key)) is not None:
+                numbers.setdefault("updates", {})[tensor] = count
+        for name, value in _options_of(entry, tensor, groups).items():
+            numbers.setdefault(name, {})[tensor] = value
+    arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
+    return SavedOptimizer(OptimizerState(arrays, numbers), keys)
+
+
+@dataclass
+class _Group:
+    """A group of parameters: its members by number or name, in order, and its options."""
+
+    members: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)
+
+    def ordered(self) -> list[str]:
+        return [self.members[index] for index in sorted(self.members)]
+
+
+def _groups(container: Container, start: str) -> dict[str, _Group]:
+    groups: dict[str, _Group] = {}
+    for key in (*container.numbers, *container.tensors):
+        inner = key.removeprefix(start)
+        if not key.startswith(start) or not inner.startswith("param_groups"):
+            continue
+        if (member := _MEMBER.fullmatch(inner)) and key in container.numbers:
+            groups.setdefault(member[1], _Group()).members[int(member[3])] = str(int(container.numbers[key]))
+        elif option := _OPTION.fullmatch(inner):
+            value = container.number(key)
+            if value is not None:
+                groups.setdefault(option[1], _Group()).options[_NUMBERS[option[2]]] = value
+    for key, text in container.texts.items():
+        if key.startswith(start) and (member := _MEMBER.fullmatch(key.removeprefix(start))):
+            group = groups.setdefault(member[1], _Group())
+            (group.members if member[2] == "params" else group.names)[int(member[3])] = text
+    return groups
+
+
+def _options_of(entry: str, tensor: str, groups: Mapping[str, _Group]) -> Mapping[str, float]:
+    """Options of an entry: of the group it is a member of, of one named after it, or of the only one."""
+    for name, group in groups.items():
+        if entry in group.members.values() or name in (entry, tensor):
+            return group.options
+    (only, *others) = groups.values() if groups else [_Group()]
+    return {} if others or only.members else only.options
+
+
+def _owners(
+    container: Container,
+    entries: Mapping[str, Mapping[str, str]],
+    groups: Mapping[str, _Group],
+    parameters: Mapping[str, LoggedTensor],
+    trained: Collection[str],
+    order: Sequence[str],
+) -> dict[str, str] | str:
+    """Entry to the tensor it belongs to, or why that cannot be told."""
+    members = [group.ordered() for group in groups.values()]
+    flat = [entry for group in members for entry in group] or list(entries)
+    if all(entry in parameters for entry in flat):
+        return {entry: entry for entry in flat}
+    if all(set(group.names) == set(group.members) for group in groups.values()):
+        named = {group.members[index]: name for group in groups.values() for index, name in group.names.items()}
+        unknown = [name for name in named.values() if name not in parameters]
+        return f"the optimizer names {unknown[0]!r}, the model has no such tensor" if unknown else named
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry, of in entries.items():
+        for what, key in of.items():
+            if what in _ARRAYS and key in container.tensors:
+                shapes[entry] = container.tensors[key].shape
+
+    def fits(names: Sequence[str]) -> bool:
+        return len(names) == len(flat) and all(
+            shapes.get(entry, parameters[name].shape) == parameters[name].shape
+            for entry, name in zip(flat, names, strict=True)
+        )
+
+    if order:
+        unknown = [name for name in order if name not in parameters]
+        if unknown:
+            return f"the order names {unknown[0]!r}, the model has no such tensor"
+        if not fits(order):
+            return f"the order names {len(order)} tensors, the optimizer has {len(flat)}, or their shapes differ"
+        return dict(zip(flat, order, strict=True))
+    names = [name for name in parameters if (not trained or name in trained)]
+    if container.ordered:
+        ways = {tuple(way) for way in _arrangements(names, parameters, list(map(len, members))) if fits(way)}
+        if len(ways) == 1:
+            return dict(zip(flat, ways.pop(), strict=True))
+    by_shape = {parameters[name].shape: name for name in names}
+    counts = Counter(parameters[name].shape for name in names)
+    if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):
+        return {entry: by_shape[shapes[entry]] for entry in flat}
+    return (
+        f"it is not known which of {len(names)} tensors the {len(flat)} parameters of the optimizer are: it was "
+        "saved without names, and neither the order of the file nor the shapes decide"
+    )
+
+
+def _arrangements(
+    names: Sequence[str], parameters: Mapping[str, LoggedTensor], sizes: Sequence[int]
+) -> list[list[str]]:
+    """Orders that trainers give the tensors of a model in: as they come, or those that are decayed first."""
+    if len(sizes) < 2:
+        return [list(names)]
+    ways = []
+    if len(sizes) == 2:
+        for decayed in (
+            [not _NOT_DECAYED.search(name) for name in names],
+            [len(parameters[name].shape) > 1 for name in names],
+            [not _NOT_DECAYED.search(name) and len(parameters[name].shape) > 1 for name in names],
+        ):
+            first = [name for name, is_so in zip(names, decayed, strict=True) if is_so]
+            if len(first) == sizes[0]:
+                ways.append([*first, *(name for name, is_so in zip(names, decayed, strict=True) if not is_so)])
+    return ways
