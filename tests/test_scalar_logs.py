@@ -112,17 +112,17 @@ def write_parquet(folder, values):
 
 
 def write_trackio(folder, values):
-    """The schema that trackio documents (storage_schema.md)."""
+    """The schema and the bytes that trackio 0.43 writes; the package itself brings a web server."""
     with contextlib.closing(sqlite3.connect(folder / "project.db")) as database, database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute(
-            "CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, timestamp TEXT NOT NULL, "
-            "run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL, log_id TEXT UNIQUE, "
+            "CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT, timestamp TEXT NOT NULL, "
+            "run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL, log_id TEXT, "
             "space_id TEXT)"
         )
         database.executemany(
             "INSERT INTO metrics (timestamp, run_name, step, metrics) VALUES ('', 'first', ?, ?)",
-            [(s, json.dumps({"loss": a} | ({} if b is None else {"lr": b}))) for s, a, b in values],
+            [(s, json.dumps({"loss": a} | ({} if b is None else {"lr": b})).encode()) for s, a, b in values],
         )
     return folder / "project.db"
 
