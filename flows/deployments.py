@@ -17,6 +17,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.runs import analyze_run, ingest_run, process_run
 from flows.watch import watch_runs
+from pipeline.places import require_local
 from pipeline.schema import InputError
 
 __all__ = ["deploy_flows", "deployments", "require_valid", "serve_flows"]
@@ -112,7 +113,8 @@ def deployments(
         )
     if every is not None and not every > 0:
         raise InputError(f"every {every} seconds is no schedule", where="--every", remedy="give seconds above 0")
-    paths = {"root": str(Path(root).absolute()), "out": str(Path(out).absolute())}
+    root, out = require_local(root, "ROOT"), require_local(out, "OUT")
+    paths = {"root": str(root.absolute()), "out": str(out.absolute())}
     values = {**paths, **(parameters or {})}
     require_valid(values)
     try:

@@ -35,6 +35,7 @@ from prefect.states import Completed, Crashed
 from pydantic import Field
 
 from pipeline import run, watch
+from pipeline.places import each, is_url, network_errors, place
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
 from pipeline.schema import SCALARS, STATES
 from pipeline.sources.names import QUANTITIES
@@ -228,7 +229,7 @@ def _analyzed(
         run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
     )
     create_link_artifact(
-        link=RunFolder(Path(out)).report.absolute().as_uri(),
+        link=RunFolder(place(out)).report.absolute().as_uri(),
         link_text=f"Report of {Path(out).name}",
         key=_key("report", out),
         description=f"Figure 3 of the paper, drawn from {summary['results']}",
@@ -272,9 +273,10 @@ def process_run(
     options = {name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out")}
     try:
         with watch.only_processor(out), tags(f"run:{Path(out).name}"):
-            _end_the_dead(Path(out))
-            first, *others = [source] if isinstance(source, str | Path) else source
-            listed = watch.listing(Path(first)) if Path(first).is_dir() else ""
+            _end_the_dead(place(out))
+            log, *others = each(source)
+            with network_errors(log):
+                listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
             try:
                 ingested = _ingested(source, out, format, allow_gaps, mapping, shift)
                 summary = ingested | _analyzed(
@@ -282,10 +284,10 @@ def process_run(
                 )
             except Exception as error:
                 parts = watch.error_parts(error)
-                watch.Outcome(str(first), listed, options, error=parts, others=list(map(str, others))).remember(out)
+                watch.Outcome(str(log), listed, options, error=parts, others=list(map(str, others))).remember(out)
                 _tell_failure(Path(out), parts)
                 raise
-            watch.Outcome(str(first), listed, options, summary, others=list(map(str, others))).remember(out)
+            watch.Outcome(str(log), listed, options, summary, others=list(map(str, others))).remember(out)
             return summary
     except watch.Held as held:
         get_run_logger().warning("%s is skipped: %s", out, held.what)
@@ -301,7 +303,7 @@ def _end_the_dead(out: Path) -> None:
     with get_client(sync_client=True) as client:
         for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
             ours = str(other.id) == flow_run.get_id()
-            if ours or Path(other.parameters.get("out", "")).absolute() != out.absolute():
+            if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
                 continue
             message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
             client.set_flow_run_state(other.id, Crashed(message=message), force=True)

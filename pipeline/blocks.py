@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pipeline.schema import InputError
 
-__all__ = ["MEBIBYTE", "Band", "PassPlan", "Tile", "chunk_shape", "pieces", "plan_pass"]
+__all__ = ["MEBIBYTE", "RESERVED_BYTES", "Band", "PassPlan", "Tile", "chunk_shape", "pieces", "plan_pass"]
 
 MEBIBYTE = 1 << 20
 
@@ -109,6 +109,11 @@ class PassPlan:
     halo_bytes: int
     projected_bytes: int
 
+    @property
+    def tasks(self) -> int:
+        """Tiles in all."""
+        return math.ceil(self.rows / self.band_rows) * math.ceil(self.columns / self.tile_columns)
+
     def bands(self) -> Iterator[Band]:
         """Yield the bands in order; together they cover every row and column once."""
         for start in range(0, self.rows, self.band_rows):
@@ -121,9 +126,8 @@ class PassPlan:
 
     def __str__(self) -> str:
         """Say what will be read and how much memory it takes."""
-        bands, tiles = math.ceil(self.rows / self.band_rows), math.ceil(self.columns / self.tile_columns)
         return (
-            f"{self.rows} updates in {bands * tiles} task{'s' if bands * tiles > 1 else ''}, "
+            f"{self.rows} updates in {self.tasks} task{'s' if self.tasks > 1 else ''}, "
             f"{self.read_bytes / 1e6:.1f} MB to read ({self.halo_bytes / max(self.read_bytes, 1):.1%} of it "
             f"twice), projected peak memory per worker {self.projected_bytes / MEBIBYTE:.0f} MiB"
         )

@@ -141,8 +141,8 @@ def _replace_lost_jobs(cluster: Any, workers: int) -> None:
     # A nanny starts its worker again, under the same name. Dask's own look is at the end of this time.
     grace = parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout")) + 1.0
 
-    def members(job: Any) -> set[str]:
-        return {f"{job}{suffix}" for suffix in cluster.worker_spec[job].get("group", ("",))}
+    def is_of(worker: str, job: Any) -> bool:
+        return worker == str(job) or worker.startswith(f"{job}-")
 
     class Replacing(SchedulerPlugin):
         def __init__(self) -> None:
@@ -154,11 +154,11 @@ def _replace_lost_jobs(cluster: Any, workers: int) -> None:
         def remove_worker(self, scheduler: Any, worker: str, **details: Any) -> None:
             name = self.names.pop(worker)
             for job in cluster.worker_spec:
-                if name in members(job):
+                if is_of(name, job):
                     scheduler.loop.call_later(grace, self.replace, job, cluster.workers.get(job))
 
         def replace(self, job: Any, lost: Any) -> None:
-            if job not in cluster.worker_spec or members(job) & set(self.names.values()):
+            if job not in cluster.worker_spec or any(is_of(name, job) for name in self.names.values()):
                 return
             here = cluster.workers.get(job)
             if here is not None and lost in (None, here):

@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import gram
-from pipeline.blocks import Band, PassPlan, Tile, pieces, plan_pass
+from pipeline.blocks import RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
+from pipeline.places import place
 from pipeline.schema import HVP, STATES, STEP, InputError, Unavailable
-from pipeline.store import Ledger, Trajectory, only_writer, storage_dtype
+from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
 
 __all__ = [
     "Executor",
@@ -44,6 +45,9 @@ _log = logging.getLogger(__name__)
 
 _AHEAD = 3
 """Tasks in flight per worker: enough to keep it busy, few enough for the scheduler not to notice."""
+
+_CLUSTER_BYTES = 2_000_000_000
+"""A pass over less than this takes less time than processes take to start: a second or more, of every core."""
 
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
@@ -63,6 +67,10 @@ class Job:
     ledger: Path
     read_rows: int
     read_elements: int
+    task_bytes: int
+    """Bytes that a task reads, about."""
+    worker_bytes: int
+    """Memory of a worker beyond that of an idle process."""
     name: str
     """Of this job and no other, also on a scheduler that others share."""
 
@@ -74,9 +82,17 @@ class Job:
     @classmethod
     def of(cls, trajectory: Path, ledger: Path, plan: PassPlan) -> Job:
         """Job of a plan for a trajectory."""
-        trajectory = Path(trajectory).absolute()
+        trajectory = place(trajectory).absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
-        return cls(trajectory, Path(ledger).absolute(), plan.read_rows, plan.read_elements, name)
+        return cls(
+            trajectory,
+            place(ledger).absolute(),
+            plan.read_rows,
+            plan.read_elements,
+            math.ceil(plan.read_bytes / plan.tasks),
+            plan.projected_bytes - RESERVED_BYTES,
+            name,
+        )
 
 
 Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Band]]
@@ -128,7 +144,7 @@ def compute_ledger(
         Where there are fewer than two states, or no elements, or the plan does not fit the memory limit, where
         another process writes this ledger, and where the disk refuses.
     """
-    states = Trajectory(trajectory)
+    ledger, states = place(ledger), Trajectory(trajectory)
     if states.rows < 2:
         raise InputError(
             f"{states.rows} logged step(s), but an update needs two",
@@ -153,15 +169,15 @@ def compute_ledger(
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
         "memory_limit": memory_limit,
-        "whole_chunks": any(map(states.is_compressed, _logged(states))),
+        "whole_chunks": not all(map(states.can_view, _logged(states))),
     }
-    plan = plan_pass(**arguments, band_rows=_band_rows(Path(ledger), states, names))
+    plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names))
     _log.info("%s", plan)
     steps, spans = states.scalar(STEP)[:-1], states.spans()
     digests = states.digests(plan.bands())
     job = Job.of(trajectory, ledger, plan)
-    with only_writer(Path(ledger), "ledger"):
-        book = Ledger.prepare(Path(ledger), states.layout, names, steps, spans, plan.band_rows)
+    with only_writer(ledger, "ledger"):
+        book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows)
         # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
         book.discard_others(digests)
         missing = book.missing(digests)
@@ -176,7 +192,7 @@ def compute_ledger(
 
 def _band_rows(ledger: Path, states: Trajectory, names: tuple[str, ...]) -> int | None:
     """Rows of a band of the ledger that is there, if it is this trajectory's: then it grows."""
-    if not ledger.exists():
+    if not exists(ledger):
         return None
     book = Ledger(ledger)
     return book.band_rows if (book.layout, book.vectors) == (states.layout, names) else None
@@ -193,7 +209,7 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
     fields = {"run": job.run, "rows": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
     _log.debug("tile begins", extra=fields)
     states = _trajectory(job)
-    with states.mapped():
+    with states.mapped(tile.last):
         return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
 
@@ -231,9 +247,9 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
         start = tile.start + done
         with ExitStack() as stack:
             seen = {
-                name: _decoded(job, states, name, start, start + more + 1, column, carried=done > 0)
-                if states.is_compressed(name)
-                else stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
+                name: stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
+                if states.can_view(name)
+                else _copied(job, states, name, start, start + more + 1, column, carried=done > 0)
                 for name in _logged(states)
             }
             for first, last in states.stretches(start, start + more + 1):
@@ -265,10 +281,10 @@ def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any
     return chosen
 
 
-def _decoded(
+def _copied(
     job: Job, states: Trajectory, name: str, start: int, stop: int, column: int, *, carried: bool
 ) -> list[NDArray[Any]]:
-    """Rows of a compressed chunk column in a buffer that the worker reuses, the first one carried over."""
+    """Rows of a chunk column that cannot be seen, in a buffer of the worker, the first one carried over."""
     buffer = _buffer(name, (job.read_rows + 1, states.chunk[1]), storage_dtype(states.dtypes[name]))
     if carried:
         buffer[0] = buffer[job.read_rows]
@@ -343,18 +359,24 @@ def threads(workers: int) -> Executor:
 def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
     """Run bands on a Dask cluster of processes on this machine, of one thread each.
 
+    What takes less time than starting them is computed in this process: a run of one task, and a short one in as
+    many threads as fit into the memory of one worker.
+
     Parameters
     ----------
     workers : int
-        Processes, at most: a run of one task is computed in this process.
+        Processes, at most.
     memory_limit : int, optional
         Bytes of each process.
     """
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
-        processes = min(workers, sum(len(band.tiles) for band, _ in bands))
-        if processes < 2:
-            yield from serial(job, bands)
+        tasks = sum(len(band.tiles) for band, _ in bands)
+        processes = min(workers, tasks)
+        if processes < 2 or tasks * job.task_bytes < _CLUSTER_BYTES:
+            room = processes if memory_limit is None else (memory_limit - RESERVED_BYTES) // job.worker_bytes
+            together = min(processes, room)
+            yield from (threads(together) if together > 1 else serial)(job, bands)
             return
         with local_scheduler(processes, memory_limit) as address:
             yield from existing_cluster(address)(job, bands)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, chunk_shape
+from pipeline.places import each, place
 from pipeline.schema import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
@@ -48,7 +49,7 @@ from pipeline.sources.base import (
     where,
 )
 from pipeline.sources.formats import open_sources
-from pipeline.store import Trajectory, checksum, only_writer, storage_dtype
+from pipeline.store import Trajectory, checksum, exists, only_writer, storage_dtype
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
@@ -151,16 +152,15 @@ def ingest(
         interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
         is written while it is read.
     """
-    sources = [source] if isinstance(source, str | Path) else list(source)
     for what in include:
         if what not in INCLUDES:
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    log, store = open_sources(sources, format, mapping, shift, sweep=sweep), Path(store)
+    log, store = open_sources(each(source), format, mapping, shift, sweep=sweep), place(store)
     listed = log.steps()
     with only_writer(store, "trajectory"), KeptOpen(log) as log:
-        trajectory = Trajectory(store) if store.exists() and not overwrite else None
+        trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
         if trajectory is not None:
@@ -181,6 +181,7 @@ def ingest(
             try:
                 _Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
             finally:
+                trajectory.abandon()
                 if not trajectory.rows:
                     Trajectory.remove(store)
         elif trajectory is None:
@@ -816,7 +817,7 @@ class _Writer:
 
     def _require_unchanged(self, row: _NewRow) -> None:
         step = row.step
-        if row.repeats is None and identity(step) != self._identities[step]:
+        if row.repeats is None and identity(step, fresh=True) != self._identities[step]:
             raise NotYet(
                 f"step {step.number} changed while it was read",
                 where=where(step),

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline import gram
 from pipeline.blocks import MEBIBYTE, chunk_shape, plan_pass
+from pipeline.places import each
 from pipeline.schema import HVP, SCALARS, STATES, STORAGE_DTYPES, InputError, promote
 from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
@@ -82,7 +83,7 @@ def inspect_source(
     InputError
         Where there is no log, or its first or last step cannot be described.
     """
-    paths = [Path(source) for source in sources]
+    paths = each(sources)
     log = open_sources(paths, format, mapping, shift, sweep=sweep)
     listed = log.steps()
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))

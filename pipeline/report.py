@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,7 +19,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipeline import figures
+from pipeline.places import is_url, place
 from pipeline.schema import DESCENT, TENSOR, WINDOW, Status
+from pipeline.store.disk import replace_file
 
 __all__ = ["STATUS_MEANING", "write_report"]
 
@@ -70,7 +71,7 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     InputError
         Where a tree does not hold results.
     """
-    page = Path(page)
+    page = place(page)
     runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
     with figures.drawing():
         content = _content(runs) | _side_by_side(runs)
@@ -83,14 +84,10 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     )
     environment.filters |= {"number": figures.number, "percent": _percent}
     text = environment.get_template("report.html").render(content)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    aside = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    try:
-        # A name of a file may hold bytes that are no text.
-        aside.write_text(text, encoding="utf-8", errors="replace")
-        aside.replace(page)
-    finally:
-        aside.unlink(missing_ok=True)
+    if not is_url(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    # A name of a file may hold bytes that are no text.
+    replace_file(page, text.encode("utf-8", errors="replace"))
     return page
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -41,7 +40,8 @@ from pipeline.schema import (
     Status,
     unit_roundoff,
 )
-from pipeline.store.disk import replace_folder
+from pipeline.store.disk import folder_aside, replace_folder
+from pipeline.store.group import zarr_store
 
 __all__ = ["GAMMAS", "Inputs", "Optimizer", "label", "read", "runs", "write"]
 
@@ -627,13 +627,12 @@ def write(tree: xr.DataTree, path: Path) -> None:
 
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them in one go.
     """
-    aside = path.with_name(f".{path.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    with warnings.catch_warnings():
-        # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
-    replace_folder(aside, path)
+    with folder_aside(path) as aside:
+        with warnings.catch_warnings():
+            # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
+            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+            tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
+        replace_folder(aside, path, "zarr.json")
 
 
 def read(path: Path) -> xr.DataTree:
@@ -645,8 +644,10 @@ def read(path: Path) -> xr.DataTree:
         Where there are none.
     """
     try:
-        return xr.open_datatree(path, engine="zarr")
+        return xr.open_datatree(zarr_store(path), engine="zarr")
     except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise
         raise InputError(
             "no results here", where=str(path), remedy="compute them first: natgrad analyze OUT"
         ) from error

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
+from pipeline.places import each, network_errors, place
 from pipeline.preconditioner import adam_eigenvalues
 from pipeline.schema import ATTEMPT, OPTIMIZER_NUMBERS, RUN, STEP, InputError, Status
 from pipeline.sources.base import NotYet
-from pipeline.store import Ledger, Trajectory, only_writer
+from pipeline.store import Ledger, Trajectory, exists, only_writer
 from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
 
 __all__ = [
@@ -148,21 +149,22 @@ def ingest_run(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read the new steps of one run's log or logs into OUT's trajectory; see `pipeline.ingest.ingest`."""
-    folder = RunFolder(Path(out))
-    sources = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]
-    summary = ingest(
-        sources,
-        folder.trajectory,
-        format=format,
-        mapping=mapping,
-        shift=shift,
-        sweep=sweep,
-        allow_gaps=allow_gaps,
-        overwrite=overwrite,
-        wait=wait,
-        include=include,
-        progress=progress,
-    )
+    folder = RunFolder(place(out))
+    sources = each(source)
+    with network_errors(*sources, folder.path):
+        summary = ingest(
+            sources,
+            folder.trajectory,
+            format=format,
+            mapping=mapping,
+            shift=shift,
+            sweep=sweep,
+            allow_gaps=allow_gaps,
+            overwrite=overwrite,
+            wait=wait,
+            include=include,
+            progress=progress,
+        )
     return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
 
 
@@ -174,7 +176,12 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
     InputError
         Where OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
     """
-    folder = RunFolder(Path(out))
+    folder = RunFolder(place(out))
+    with network_errors(folder.path):
+        return _analyze(folder, options, progress)
+
+
+def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) -> dict[str, Any]:
     rate = options.learning_rate
     if rate is not None and not (np.isfinite(rate) and rate > 0):
         raise InputError(
@@ -346,16 +353,23 @@ def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = No
     # Matplotlib takes a second to load, which only a page is worth.
     from pipeline import report
 
-    named = outs if isinstance(outs, Mapping) else {Path(out).absolute().name: Path(out) for out in outs}
+    given = outs.items() if isinstance(outs, Mapping) else ((place(out).absolute().name, out) for out in outs)
+    named = {name: place(out) for name, out in given}
+    with network_errors(*named.values()):
+        page = RunFolder(next(iter(named.values()))).report if page is None else place(page)
+        return {"report": str(report.write_report(_trees(named), page))}
+
+
+def _trees(named: Mapping[str, Path]) -> dict[str, Any]:
+    """Results that a page shows, by name."""
     trees = {}
     for name, out in named.items():
-        of_each = results.runs(results.read(RunFolder(Path(out)).results))
+        of_each = results.runs(results.read(RunFolder(out).results))
         for run in list(of_each)[:RUNS_SHOWN]:
             trees[f"{name}/{run}" if run else name] = of_each[run]
         if len(of_each) > RUNS_SHOWN:
             _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), out)
-    page = RunFolder(Path(next(iter(named.values())))).report if page is None else Path(page)
-    return {"report": str(report.write_report(trees, page))}
+    return trees
 
 
 def verify_run(out: Path) -> list[Damage]:
@@ -373,13 +387,14 @@ def verify_run(out: Path) -> list[Damage]:
     InputError
         Where OUT holds no trajectory.
     """
-    folder = RunFolder(Path(out))
-    if not folder.trajectory.exists():
-        Trajectory(folder.trajectory)
-    damages = list(verify_trajectory(folder.trajectory))
-    if folder.ledger.exists():
-        # Steps are compared with the trajectory's, where those are whole.
-        damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
+    folder = RunFolder(place(out))
+    with network_errors(folder.path):
+        if not exists(folder.trajectory):
+            Trajectory(folder.trajectory)
+        damages = list(verify_trajectory(folder.trajectory))
+        if exists(folder.ledger):
+            # Steps are compared with the trajectory's, where those are whole.
+            damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
     return damages
 
 
@@ -387,14 +402,20 @@ def draw_run(out: Path) -> str:
     """Draw the angle over the steps of OUT (of a sweep, its first run): a picture as a ``data:`` address."""
     from pipeline import figures
 
-    tree = next(iter(results.runs(results.read(RunFolder(Path(out)).results)).values()))
-    with figures.drawing():
-        return figures.angle_curve(figures.RunResults.of(Path(out).name, tree)).uri
+    out = place(out)
+    with network_errors(out), figures.drawing():
+        tree = next(iter(results.runs(results.read(RunFolder(out).results)).values()))
+        return figures.angle_curve(figures.RunResults.of(out.name, tree)).uri
 
 
 def describe_run(out: Path) -> dict[str, Any]:
     """Say what OUT holds: steps, model, and how far the analysis is."""
-    folder = RunFolder(Path(out))
+    folder = RunFolder(place(out))
+    with network_errors(folder.path):
+        return _describe(folder)
+
+
+def _describe(folder: RunFolder) -> dict[str, Any]:
     states = Trajectory(folder.trajectory)
     steps = states.scalar(STEP)[states.current()]
     description: dict[str, Any] = {
@@ -409,7 +430,7 @@ def describe_run(out: Path) -> dict[str, Any]:
         "dtypes": states.dtypes,
         "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
     }
-    if folder.results.exists():
+    if (folder.results / "zarr.json").exists():
         tree = results.read(folder.results)
         description |= {
             "results": str(folder.results),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline import __version__
+from pipeline.places import is_url, names, network_errors, place, put, read, require_local
+from pipeline.places import status as status_of
 from pipeline.run import RunFolder
 from pipeline.schema import InputError, Unavailable
 from pipeline.sources.base import changed_lately
 from pipeline.sources.formats import RUN_FILE, holds_run, open_sources
-from pipeline.store import Trajectory
+from pipeline.store import Trajectory, only_writer
 
 __all__ = [
     "FoundRun",
@@ -80,7 +82,7 @@ def find_runs(root: Path, out: Path) -> list[FoundRun]:
     InputError
         Where the root is no folder that can be listed.
     """
-    root, out = Path(root), Path(out)
+    root, out = require_local(root, "ROOT"), require_local(out, "OUT")
     if not root.is_dir():
         raise InputError(
             "no such folder", where=str(root), remedy="give the folder below which the runs are logged"
@@ -128,12 +130,18 @@ def listing(source: Path) -> str:
     taken when it has settled.
     """
     digest, newest = hashlib.sha256(), 0
-    for path, status in sorted(_files(source)):
+    for path, status in sorted(_objects(source) if is_url(source) else _files(source)):
         digest.update(f"{path}\0{status}\n".encode("utf-8", "surrogateescape"))
         newest = max(newest, status[1])
-    if (source / RUN_FILE).is_file() and changed_lately(newest):
+    if not is_url(source) and (source / RUN_FILE).is_file() and changed_lately(newest):
         digest.update(b"growing")
     return digest.hexdigest()
+
+
+def _objects(folder: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name in names(folder):
+        with suppress(FileNotFoundError, KeyError):  # KeyError: of a folder
+            yield name, status_of(folder / name, fresh=False)
 
 
 def _files(folder: Path | str, below: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -189,13 +197,13 @@ class Outcome:
     def of(cls, out: Path) -> Outcome | None:
         """Outcome remembered in OUT; None where there is none that can be read."""
         try:
-            return cls(**json.loads((Path(out) / _OUTCOME).read_bytes()))
+            return cls(**json.loads(read(place(out) / _OUTCOME)))
         except (OSError, ValueError, TypeError):
             return None
 
     def remember(self, out: Path) -> None:
         """Keep it in OUT."""
-        _write(Path(out) / _OUTCOME, asdict(self))
+        _write(place(out) / _OUTCOME, asdict(self))
 
     def stands(self, listing: str, options: Mapping[str, Any], out: Path) -> bool:
         """Whether processing again comes to the same: log, options and version are, and the results are there.
@@ -225,6 +233,9 @@ def error_parts(error: BaseException) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
+    if is_url(path):
+        put(path, json.dumps(values, default=str).encode())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(json.dumps(values, default=str))
@@ -246,6 +257,10 @@ def only_processor(out: Path) -> Iterator[None]:
     Held
         Where another one holds it.
     """
+    if is_url(place(out)):
+        with _only_processor_of_objects(place(out)):
+            yield
+        return
     path = Path(out) / _LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -263,6 +278,17 @@ def only_processor(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _only_processor_of_objects(out: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(network_errors(out))
+            stack.enter_context(only_writer(out / "processing", "run"))
+        except Unavailable as error:
+            raise Held(error.what, where=str(out), why=error.why, remedy=error.remedy) from error
+        yield
 
 
 # Status ------------------------------------------------------------------------------------------------------
@@ -293,7 +319,7 @@ def status(out: Path) -> list[dict[str, Any]]:
     InputError
         Where there is no run.
     """
-    out = Path(out)
+    out = require_local(out, "ROOT")
     runs: dict[str, Path | None] = dict.fromkeys(_outs(out))
     with suppress(OSError, ValueError, KeyError, InputError):
         root = Path(json.loads((out / _ROOT).read_bytes())["root"])
@@ -316,13 +342,15 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
     outcome, steps, last = Outcome.of(out), 0, None
     with suppress(InputError):
         states = Trajectory(RunFolder(out).trajectory)
-        source = source or Path(states.source)
+        source = source or place(states.source)
         steps, last = states.rows, int(states.scalar("step")[-1]) if states.rows else None
-    source = Path(outcome.source) if outcome else source
-    sources = [source, *map(Path, outcome.others if outcome else [])] if source else []
+    source = place(outcome.source) if outcome else source
+    sources = [source, *map(place, outcome.others if outcome else [])] if source else []
     lag = _lag(sources, last, outcome.options if outcome else {}) if sources else None
     error = outcome.error if outcome else {}
-    changed = outcome is not None and source is not None and source.is_dir() and listing(source) != outcome.listing
+    changed = False
+    if outcome is not None and source is not None and not is_url(source) and source.is_dir():
+        changed = listing(source) != outcome.listing
     if _is_held(out):
         state = "working"
     elif error:
@@ -344,7 +372,8 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
 
 def _lag(sources: Sequence[Path], last: int | None, options: Mapping[str, Any]) -> int | None:
     try:
-        steps = open_sources(sources, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
+        with network_errors(*sources):
+            steps = open_sources(sources, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
     except InputError:
         return None
     return sum(last is None or step.number > last for step in steps)

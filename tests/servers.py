@@ -1,4 +1,4 @@
-"""Real servers for tests: Prefect's as a process of its own."""
+"""Real servers for tests, as processes of their own: Prefect's, and one that speaks S3."""
 
 import contextlib
 import os
@@ -113,3 +113,40 @@ class PrefectServer:
 
     def __exit__(self, *exception):
         self.kill()
+
+
+class S3Server:
+    """moto's server: buckets and objects in memory, behind the interface of S3.
+
+    Parameters
+    ----------
+    log : Path
+        File for what it says.
+    """
+
+    def __init__(self, log):
+        self.port, self.log = free_port(), Path(log)
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "a-key",
+            "AWS_SECRET_ACCESS_KEY": "a-secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        command = (Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", self.port)
+        self._stack.enter_context(process(*command, log=self.log))
+        wait_for(self._answers)
+        return self
+
+    def _answers(self):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/"),
+        ):
+            return True
+        return False
+
+    def __exit__(self, *exception):
+        self._stack.close()

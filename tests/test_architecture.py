@@ -17,11 +17,13 @@ MODULES = {
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
+    {"pipeline.places"},
     {
         "pipeline.blocks",
         "pipeline.clusters",
         "pipeline.gram",
         "pipeline.geometry",
+        "pipeline.figures.canvas",
         "pipeline.preconditioner",
         "pipeline.recorder",
         "pipeline.sources.base",
@@ -51,12 +53,14 @@ FLOORS = [
         "pipeline.discrete_gradients",
         "pipeline.windows",
         "pipeline.store.writer",
+        "pipeline.figures.curves",
     },
-    {"pipeline.sources.names"},
+    {"pipeline.sources.names", "pipeline.figures.paper"},
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.joined",
         "pipeline.sources.deepspeed_folder",
+        "pipeline.sources.megatron_folder",
         "pipeline.sources.stacked_file",
         "pipeline.sources.model_folder",
         "pipeline.sources.step_folder",
@@ -89,13 +93,13 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 # Who may import which library; what is not listed may be imported anywhere.
 HOMES = {
     "zarr": {"pipeline.store.group"},
-    "xarray": {"pipeline.results", "pipeline.replicates", "pipeline.figures", "pipeline.report"},
+    "xarray": {"pipeline.results", "pipeline.replicates", "pipeline.figures.curves", "pipeline.report"},
     "dask": {"pipeline.clusters"},
     "distributed": {"pipeline.clusters", "pipeline.compute"},
     "prefect": {"flows.runs", "flows.demo", "flows.watch", "flows.deployments"},
     "numba": {"pipeline.gram"},
     "llvmlite": {"pipeline.gram"},
-    "matplotlib": {"pipeline.figures"},
+    "matplotlib": {"pipeline.figures.canvas", "pipeline.figures.curves", "pipeline.figures.paper"},
     "jinja2": {"pipeline.report"},
     "scipy": {"pipeline.metrics", "pipeline.discrete_gradients", "pipeline.experiments.linear_system"},
     "h5py": {"pipeline.sources.hdf5_file"},
@@ -104,6 +108,8 @@ HOMES = {
     "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
+    "upath": {"pipeline.places"},
+    "fsspec": set(),
     "mlxtend": {"pipeline.experiments.digits"},
 }
 

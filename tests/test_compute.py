@@ -372,25 +372,40 @@ def test_threads_begin_no_band_after_the_one_that_failed(tmp_path, monkeypatch):
     assert 1 <= len(begun) <= compute._AHEAD
 
 
-def test_a_pass_of_one_task_starts_no_processes_and_no_pass_starts_more_than_it_has_tasks(
-    tmp_path, cluster, monkeypatch
-):
-    started = []
+def test_a_short_pass_starts_no_processes_and_no_pass_starts_more_than_it_has_tasks(tmp_path, cluster, monkeypatch):
+    started, pools = [], []
 
     @contextlib.contextmanager
     def scheduler(workers, memory_limit):
         started.append((workers, memory_limit))
         yield cluster
 
+    def threads(workers):
+        pools.append(workers)
+        return in_threads(workers)
+
+    in_threads = compute.threads
     monkeypatch.setattr(compute, "local_scheduler", scheduler)
+    monkeypatch.setattr(compute, "threads", threads)
     arrays = walk_arrays(ROWS, ELEMENTS)
     executor = compute.local_cluster(8, 512 * MEBIBYTE)
     ledger, summary = ledger_of(tmp_path / "one task", arrays, executor=executor)
-    assert (summary.bands, started) == (1, [])
+    assert (summary.plan.tasks, started, pools) == (1, [], [])
     monkeypatch.setattr(blocks, "TILE_BYTES", 1)
     monkeypatch.setattr(blocks, "LEAST_ROWS", 99)
     other, summary = ledger_of(tmp_path / "one band of four tiles", arrays, executor=executor)
-    assert (summary.bands, started) == (1, [(4, 512 * MEBIBYTE)])
+    assert (summary.plan.tasks, started, pools) == (4, [], [4])
+    assert bits(other) == bits(ledger)
+    # Threads share the memory of one worker: of two there is room, and not of three.
+    beyond_idle = summary.plan.projected_bytes - blocks.RESERVED_BYTES
+    executor = compute.local_cluster(8, blocks.RESERVED_BYTES + 3 * beyond_idle - 1)
+    other, _ = ledger_of(tmp_path / "two threads", arrays, executor=executor)
+    assert (started, pools) == ([], [4, 2])
+    assert bits(other) == bits(ledger)
+    monkeypatch.setattr(compute, "_CLUSTER_BYTES", summary.plan.read_bytes)
+    executor = compute.local_cluster(8, 512 * MEBIBYTE)
+    other, _ = ledger_of(tmp_path / "processes", arrays, executor=executor)
+    assert (started, pools) == ([(4, 512 * MEBIBYTE)], [4, 2])
     assert bits(other) == bits(ledger)
 
 

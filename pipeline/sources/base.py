@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.places import is_url, network_errors, open_object, status
 from pipeline.schema import STATES, InputError, Unavailable
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LoggedStep",
     "LoggedTensor",
     "NotYet",
+    "ObjectRegion",
     "OptimizerState",
     "Region",
     "Source",
@@ -324,7 +326,8 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
     """
     array, _, tensor = key.partition("/")
     try:
-        yield
+        with network_errors(step.path):
+            yield
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -343,8 +346,15 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
         ) from error
 
 
-def identity(step: LoggedStep) -> dict[str, Any]:
+def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
     """Name, size in bytes and time in ns of the files of a step (of a folder, all files in it), and its ``values``.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    fresh : bool
+        Look at each object anew, where else what the listing of the steps said of it is taken. An object has a tag
+        of its content too.
 
     Raises
     ------
@@ -353,7 +363,7 @@ def identity(step: LoggedStep) -> dict[str, Any]:
     """
     try:
         files = [file for path in (step.path, *step.others) for file in _files(path)]
-        stats = [(path, path.stat()) for path in files]
+        stats = [(path, *_stat(path, fresh)) for path in files]
     except OSError as error:
         raise InputError(
             f"the step cannot be found any more: {error.strerror}",
@@ -363,22 +373,34 @@ def identity(step: LoggedStep) -> dict[str, Any]:
         ) from error
     found: dict[str, Any] = {
         "name": step.path.name,
-        "size": sum(status.st_size for _, status in stats),
-        "time": max((status.st_mtime_ns for _, status in stats), default=0),
+        "size": sum(size for _, size, *_ in stats),
+        "time": max((time for _, _, time, *_ in stats), default=0),
     }
+    if is_url(step.path):
+        found["tag"] = stats[0][3]
     if files != [step.path]:
-        listing = [
-            (os.path.relpath(path, step.path.parent), status.st_size, status.st_mtime_ns) for path, status in stats
-        ]
+        listing = [(_relative(path, step.path.parent), *facts) for path, *facts in stats]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
     if step.values:
         found["values"] = step.values
     return found
 
 
+def _stat(path: Path, fresh: bool) -> tuple[Any, ...]:
+    """Size and time of a file; of an object, its tag too."""
+    if is_url(path):
+        return status(path, fresh=fresh)
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path) if is_url(path) or is_url(folder) else os.path.relpath(path, folder)
+
+
 def _files(path: Path) -> list[Path]:
     # A folder that is a link is entered where it is the step itself, not below: a link may lead in a circle.
-    if not path.is_dir():
+    if is_url(path) or not path.is_dir():
         return [path]
     return [Path(folder) / name for folder, _, names in os.walk(path, onerror=_raise) for name in names]
 
@@ -449,6 +471,36 @@ class Region(io.RawIOBase):
         count = os.preadv(self.descriptor, [view], self.start + self._position) if view else 0
         self._position += count
         return count
+
+
+class ObjectRegion:
+    """The bytes of an object, read by position.
+
+    Parameters
+    ----------
+    path : Path
+        A URL.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open_object(path)
+        self.length: int = self._file.size
+
+    def fill(self, offset: int, out: NDArray[Any]) -> None:
+        """Fill an array with the bytes from an offset on; see `Region.fill`."""
+        if not 0 <= offset <= self.length - out.nbytes:
+            raise EOFError(f"the data end {offset + out.nbytes - self.length} bytes early")
+        self._file.seek(offset)
+        view = out.data.cast("B")
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise EOFError(f"the object ends {len(view)} bytes early")
+            view = view[count:]
+
+    def close(self) -> None:
+        """Give its blocks back."""
+        self._file.close()
 
 
 # A whole step ------------------------------------------------------------------------------------------------

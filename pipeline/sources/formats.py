@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.places import is_url, names, place
 from pipeline.schema import STATES, InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
-from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number, deepspeed_unfinished
+from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.event_file import event_files, read_events
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
+from pipeline.sources.megatron_folder import MegatronFolder, megatron_number
 from pipeline.sources.model_folder import ModelFolder
 from pipeline.sources.names import CHECKPOINT, MODEL, checked_shift, step_number
 from pipeline.sources.npz_file import NpzStack
@@ -24,7 +26,7 @@ from pipeline.sources.record_files import holds_metrics, read_csv, read_json_lin
 from pipeline.sources.scalar_log import Kind as ScalarKind
 from pipeline.sources.scalar_log import ScalarLog
 from pipeline.sources.stacked_file import StackedFile
-from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
+from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 
@@ -150,7 +152,14 @@ _DEEPSPEED = Kind(
         CHECKPOINT,
         keys={**CHECKPOINT.keys, "parameter": ("parameter", "module"), "step": ("global_steps",)},
     ),
-    deepspeed_unfinished,
+    lambda path: not_latest_yet(path, "latest"),
+)
+_MEGATRON = Kind(
+    "iter_<N>/mp_rank_<T>/model_optim_rng.pt",
+    megatron_number,
+    lambda step, names: MegatronFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),
 )
 _LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
@@ -241,7 +250,8 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "dcp",
-            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any ranks",
+            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any "
+            "ranks; also torch_dist of Megatron-LM",
             "what --map says of the nested dicts that were saved, chunk by chunk in one process; out of core",
             "gradients where they were not saved; objects of classes: no pickle is executed",
             *_folder(_DCP),
@@ -254,6 +264,14 @@ FORMATS: dict[str, Format] = {
             "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, whose files do not say "
             "how tensors are split",
             *_folder(_DEEPSPEED),
+        ),
+        Format(
+            "megatron",
+            "folder of checkpoints iter_<N>/mp_rank_<T>[_<P>]/model_optim_rng.pt of Megatron-LM",
+            "parameters of all stages of a pipeline, learning_rate, and what is added under gradient; out of core",
+            "gradients as Megatron-LM writes it; tensor and expert parallel models, whose files do not say how "
+            "tensors are split (convert them to torch_dist, which is dcp)",
+            *_folder(_MEGATRON),
         ),
         Format(
             "safetensors",
@@ -329,7 +347,7 @@ def find_format(path: Path) -> str | None:
 
 def _holds_scalars_alone(path: Path) -> bool:
     """Whether a path holds a log of scalars, by its content."""
-    known = FORMATS.get(format_of(path))
+    known = None if is_url(path) else FORMATS.get(format_of(path))
     return known is not None and known.scalars is not None
 
 
@@ -366,7 +384,7 @@ def open_source(
         Where nothing is there, the format is not known, or it is a log of scalars alone.
     """
     shift = checked_shift(shift or {})
-    return _joined([_open(Path(path), format, mapping, shift)], [shift])
+    return _joined([_open(path, format, mapping, shift)], [shift])
 
 
 def _open(
@@ -378,9 +396,7 @@ def _open(
     in_run_file: bool = False,
 ) -> Source:
     """Open one log, with tensors or of scalars; only the latter are shifted already."""
-    mapping = dict(mapping or {})
-    if not path.exists():
-        raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
+    path, mapping = place(path), dict(mapping or {})
     if format is not None and format not in FORMATS:
         raise InputError(
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
@@ -394,6 +410,10 @@ def _open(
                 remedy="write them in the run file: format, map and shift of the [[source]] that is meant",
             )
         return _open_run_file(run_file)
+    if is_url(path):
+        return _open_objects(path, format or "steps", mapping)
+    if not path.exists():
+        raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     path = _only_file(path)
     known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:
@@ -423,9 +443,32 @@ def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> S
 
 
 def _run_file(path: Path) -> Path | None:
-    """Run file that a path is, or that stands for the folder."""
+    """Run file that a path is, or that stands for the folder; of URLs it must be named."""
+    if is_url(path):
+        return path if path.suffix == ".toml" else None
     path = path / RUN_FILE if path.is_dir() else path
     return path if path.suffix == ".toml" and path.is_file() else None
+
+
+_OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
+"""Formats that are read from an object store, without a file on this machine."""
+
+
+def _open_objects(path: Path, format: str, mapping: Mapping[str, str]) -> Source:
+    """Open a log in an object store."""
+    found = names(path)
+    if not found:
+        raise InputError("no such object or folder", where=str(path), remedy="give the folder of a training log")
+    kinds = _OF_OBJECTS.get(format, ())
+    if not any(kind.number(path / name) is not None for name in found for kind in kinds):
+        raise InputError(
+            f"no {' or '.join(kind.layout for kind in kinds)} here" if kinds else f"format {format!r} needs files",
+            where=f"{path}, {found[0]!r} for one",
+            why=f"only step_<N>.safetensors and step_<N>.npz are read from an object store (--format "
+            f"{', '.join(_OF_OBJECTS)}); the other formats need files of this machine",
+            remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
+        )
+    return StepFolder(path, kinds, mapping)
 
 
 def _only_file(path: Path) -> Path:
@@ -442,6 +485,8 @@ def format_of(path: Path) -> str:
     """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
     if _run_file(path) is not None:
         return "run file"
+    if is_url(path):
+        return "steps"
     return find_format(_only_file(path)) or "steps"
 
 
@@ -480,13 +525,13 @@ def open_sources(
             where=", ".join(map(str, paths)),
             remedy="list the sources in a run file, each with its format and map",
         )
-    sources = [_open(Path(path), None, share, shift) for path, share in zip(paths, mappings, strict=True)]
+    sources = [_open(path, None, share, shift) for path, share in zip(paths, mappings, strict=True)]
     return _joined(sources, [shift] * len(sources))
 
 
 def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
     """Return the part of a mapping that is meant for each of several logs, None where that is not clear."""
-    of_scalars = [_holds_scalars_alone(Path(path)) for path in paths]
+    of_scalars = [_holds_scalars_alone(path) for path in paths]
     shares: list[dict[str, str]] = [{} for _ in paths]
     for quantity, key in mapping.items():
         # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
@@ -510,7 +555,7 @@ def _open_sweep(
     (folder,) = paths
     runs: dict[str, Source] = {}
     for entry in sorted(folder.iterdir()):
-        stacked = entry.is_file() and holds_run(entry)
+        stacked = not is_url(entry) and entry.is_file() and holds_run(entry)
         if not entry.name.startswith(".") and (entry.is_dir() or stacked):
             runs[entry.name] = open_source(entry, format, mapping, shift)
         else:
@@ -553,6 +598,7 @@ def _open_run_file(path: Path) -> Source:
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
         shifts.append(checked_shift(entry.get("shift", {}), f"{path}, shift of {entry['path']!r}"))
-        where = path.parent / entry["path"]
-        sources.append(_open(where, entry.get("format"), entry.get("map"), shifts[-1], in_run_file=True))
+        listed = place(entry["path"])
+        listed = listed if is_url(listed) else path.parent / listed
+        sources.append(_open(listed, entry.get("format"), entry.get("map"), shifts[-1], in_run_file=True))
     return _joined(sources, shifts)

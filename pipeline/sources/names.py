@@ -136,7 +136,12 @@ CHECKPOINT = Names(
         "gradient": _GRADIENT,
         "hvp": ("hvp",),
         "loss": ("loss",),
-        "learning_rate": (*_RATE, "optim/param_groups/*/lr", "optimizer_states/*/param_groups/*/lr"),
+        "learning_rate": (
+            *_RATE,
+            "optim/param_groups/*/lr",
+            "optimizer_states/*/param_groups/*/lr",
+            "optimizer/optimizer/param_groups/*/lr",
+        ),
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
         "step": ("step", "global_step", "iteration", "iter_num"),

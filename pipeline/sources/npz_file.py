@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from pipeline.places import is_url, open_object
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
 
 __all__ = ["NpzFile", "NpzStack"]
@@ -37,12 +38,18 @@ class NpzFile(Container):
         super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
         with refused(step, _FORM):
-            self._archive = zipfile.ZipFile(step.path)
+            self._object = open_object(step.path) if is_url(step.path) else None
+            self._archive = zipfile.ZipFile(step.path if self._object is None else self._object)
         try:
             self._describe()
         except BaseException:
-            self._archive.close()
+            self._close_archive()
             raise
+
+    def _close_archive(self) -> None:
+        self._archive.close()
+        if self._object is not None:
+            self._object.close()
 
     def _describe(self) -> None:
         for name in self._archive.namelist():
@@ -54,7 +61,7 @@ class NpzFile(Container):
     def close(self) -> None:
         """Close the file."""
         self._close_member()
-        self._archive.close()
+        self._close_archive()
 
     def _close_member(self) -> None:
         if self._member is not None:

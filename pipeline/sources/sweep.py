@@ -24,7 +24,7 @@ class Sweep:
     """
 
     def __init__(self, location: Path, runs: Mapping[str, Source]) -> None:
-        self.location, self._runs = Path(location), dict(runs)
+        self.location, self._runs = location, dict(runs)
 
     def steps(self) -> list[LoggedStep]:
         """List the steps of all runs, run by run; see `pipeline.sources.base.Source`."""

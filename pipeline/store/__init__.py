@@ -2,10 +2,12 @@
 
 **Commit rule.** Chunks are written and flushed to disk first; then one record, written aside and renamed, makes
 them visible, all arrays together. Readers trust recorded rows only: the shape of an array is no evidence of data.
+In an object store chunks are objects, and the record is one more, which is put where there is none yet.
 """
 
+from pipeline.store.group import exists
 from pipeline.store.ledger import Ledger
 from pipeline.store.trajectory import Trajectory, checksum, storage_dtype
 from pipeline.store.writer import only_writer
 
-__all__ = ["Ledger", "Trajectory", "checksum", "only_writer", "storage_dtype"]
+__all__ = ["Ledger", "Trajectory", "checksum", "exists", "only_writer", "storage_dtype"]

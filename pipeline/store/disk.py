@@ -6,13 +6,16 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.places import is_url, put, put_folder
 from pipeline.schema import InputError
 
-__all__ = ["disk_errors", "flush", "replace_file", "replace_folder"]
+__all__ = ["disk_errors", "flush", "flush_all", "folder_aside", "replace_file", "replace_folder"]
 
 _REFUSALS = {
     errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
@@ -30,8 +33,13 @@ _REFUSALS = {
 }
 
 
+_FLUSHES = 8
+
+
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or the names in a folder, are on disk; an object that was put is there."""
+    if is_url(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,8 +47,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_all(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on disk, some at a time: the system writes its journal for them together."""
+    with ThreadPoolExecutor(_FLUSHES) as pool:
+        for _ in pool.map(flush, paths):
+            pass
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file aside, flush and rename it: under its name it is the old one or the new one, whole."""
+    if is_url(path):
+        put(path, content)
+        return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -53,14 +71,30 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
-def replace_folder(aside: Path, path: Path) -> None:
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Give the place of a folder that is written aside: beside it, or for an object store on this machine."""
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="natgrad-") as folder:
+            yield Path(folder) / path.name
+        return
+    aside = path.with_name(f".{path.name}.new")
+    for left in (aside, path.with_name(f".{path.name}.old")):
+        shutil.rmtree(left, ignore_errors=True)
+    yield aside
+
+
+def replace_folder(aside: Path, path: Path, last: str, mark: bytes | None = None) -> None:
     """Flush a folder that was written aside, and put it in place of one that may be there.
 
     Under its name there is the old one or the new one at any moment. Where the system cannot exchange two names
-    (not Linux, some network file systems) there is none for an instant.
+    (not Linux, some network file systems) there is none for an instant, and in an object store none while the
+    objects are written: ``last`` and ``mark`` are those of `pipeline.places.put_folder`.
     """
-    for entry in (*aside.rglob("*"), aside):
-        flush(entry)
+    if is_url(path):
+        put_folder(aside, path, last, mark)
+        return
+    flush_all((*aside.rglob("*"), aside))
     if not path.exists():
         aside.rename(path)
     elif not _exchange(aside, path):

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import zarr
 from crc32c import crc32c
+from zarr.storage import FsspecStore
 
-from pipeline.schema import LAYOUT_VERSION, InputError
-from pipeline.store.disk import flush, replace_file, replace_folder
+from pipeline.places import delete, delete_folder, is_url, names, put, read, seen
+from pipeline.schema import LAYOUT_VERSION, InputError, Unavailable
+from pipeline.store.disk import flush, folder_aside, replace_file, replace_folder
 
 __all__ = [
     "SCALAR_CHUNK",
@@ -32,6 +34,7 @@ __all__ = [
     "array_digest",
     "chunk_path",
     "damaged",
+    "exists",
     "flush",
     "group_document",
     "is_plain",
@@ -44,6 +47,7 @@ __all__ = [
     "resize",
     "rows_on_disk",
     "with_rows",
+    "zarr_store",
 ]
 
 SCALAR_CHUNK = 8192
@@ -53,6 +57,7 @@ _SEAL = '{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
+_UNFINISHED = "unfinished"
 _NOT_OURS = "choose another folder; what is not a store of natgrad is not overwritten"
 
 
@@ -80,7 +85,8 @@ class Journal:
 
     def names(self) -> list[str]:
         """Names of the records, in order."""
-        return sorted(path.stem for path in self.folder.glob("[0-9]*.json"))
+        found = names(self.folder)
+        return [name.removesuffix(".json") for name in found if name[0].isdigit() and name.endswith(".json")]
 
     def read(self, name: str) -> dict[str, Any]:
         """Read a record.
@@ -92,7 +98,7 @@ class Journal:
         """
         path = self.folder / f"{name}.json"
         try:
-            content = path.read_bytes()
+            content = read(path)
             if content[:_SEAL_BYTES] != _seal(content[_SEAL_BYTES:]) and (
                 self._sealed or content.startswith(b'{"crc32c"')
             ):
@@ -107,20 +113,57 @@ class Journal:
             ) from error
         return record
 
-    def write(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a record, or replace it: on return it is on disk."""
+    def write(self, name: str, record: Mapping[str, Any], new: bool = False) -> None:
+        """Add a record, or replace it: on return it is on disk.
+
+        Parameters
+        ----------
+        name : str
+        record : mapping
+        new : bool
+            In an object store, do not replace one: that none is there proves that nobody else wrote meanwhile.
+
+        Raises
+        ------
+        Unavailable
+            Where there is another record of a new name.
+        """
         body = json.dumps(record, separators=(",", ":")).encode()[1:]
-        replace_file(self.folder / f"{name}.json", _seal(body) + body)
+        path, content = self.folder / f"{name}.json", _seal(body) + body
+        if new and is_url(path):
+            self._add(path, content)
+            return
+        replace_file(path, content)
         flush(self.folder)
+
+    def _add(self, path: Path, content: bytes) -> None:
+        try:
+            put(path, content, new=True)
+        except FileExistsError as error:
+            # A request whose answer was lost is sent again by the library, and then meets its own record.
+            found = seen(path)
+            if found is None or found[0] != content:
+                raise Unavailable(
+                    "another process has committed meanwhile",
+                    where=str(path),
+                    why="the lock of this one was removed while it was writing",
+                    remedy="see that one process writes, look with natgrad verify OUT, and run again",
+                ) from error
 
     def clear(self) -> None:
         """Remove what a writer that was killed left aside."""
+        if is_url(self.folder):
+            return
         for aside in self.folder.glob(".*.tmp"):
             aside.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Forget a record."""
-        (self.folder / f"{name}.json").unlink()
+        path = self.folder / f"{name}.json"
+        if is_url(path):
+            delete(path)
+            return
+        path.unlink()
         flush(self.folder)
 
 
@@ -208,6 +251,22 @@ class ArrayPlan:
         )
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a group, or something in its place.
+
+    In an object store a group that is being made or removed, or was when its process ended, is none.
+    """
+    if not is_url(path):
+        return path.exists()
+    try:
+        document: Any = json.loads(read(path / _DOCUMENT))
+        return not document["attributes"][_ATTRIBUTE].get(_UNFINISHED, False)
+    except FileNotFoundError:
+        return False
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return True
+
+
 def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Mapping[str, ArrayPlan]) -> None:
     """Make a group aside and rename it into place: a group that is there is whole.
 
@@ -226,23 +285,26 @@ def make_group(path: Path, kind: str, attributes: Mapping[str, Any], arrays: Map
     """
     if path.exists():
         _attributes(path, kind, _NOT_OURS)
-    aside = path.with_name(f".{path.name}.new")
-    for left in (aside, path.with_name(f".{path.name}.old")):
-        shutil.rmtree(left, ignore_errors=True)
-    (aside / "commits").mkdir(parents=True)
-    (aside / "commits" / _DOCUMENT).write_text(json.dumps(group_document({})))
-    for name, plan in arrays.items():
-        plan.make(aside / name)
-    (aside / _DOCUMENT).write_text(json.dumps(group_document(_signed(aside, kind, attributes, arrays))))
-    replace_folder(aside, path)
+    with folder_aside(path) as aside:
+        (aside / "commits").mkdir(parents=True)
+        (aside / "commits" / _DOCUMENT).write_text(json.dumps(group_document({})))
+        for name, plan in arrays.items():
+            plan.make(aside / name)
+        (aside / _DOCUMENT).write_text(json.dumps(group_document(_signed(aside, kind, attributes, arrays))))
+        replace_folder(aside, path, _DOCUMENT, _unfinished(kind))
+
+
+def _unfinished(kind: str) -> bytes:
+    """Document that stands for a group in an object store while it is made or removed: it is ours, but none yet."""
+    attributes = {"kind": kind, "version": LAYOUT_VERSION, _UNFINISHED: True}
+    return json.dumps(group_document({_ATTRIBUTE: attributes})).encode()
 
 
 def add_array(path: Path, name: str, plan: ArrayPlan) -> None:
     """Add an array to a group; it counts when the group is described anew (`migrate_group`)."""
-    shutil.rmtree(path / name, ignore_errors=True)
-    plan.make(path / name)
-    for entry in (*(path / name).rglob("*"), path / name):
-        flush(entry)
+    with folder_aside(path / name) as aside:
+        plan.make(aside)
+        replace_folder(aside, path / name, _DOCUMENT)
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +327,7 @@ def array_digest(folder: Path) -> str:
     OSError, ValueError, LookupError, TypeError, AttributeError
         Where they cannot be read.
     """
-    document = json.loads((folder / _DOCUMENT).read_bytes())
+    document = json.loads(read(folder / _DOCUMENT))
     document.pop("storage_transformers", None)
     return _digest({**document, "shape": document["shape"][1:]})
 
@@ -287,6 +349,8 @@ def open_group(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         Where there is none, it is of another kind, a newer version wrote it, or it was changed.
     """
     attributes = _attributes(path, kind, remedy)
+    if attributes.get(_UNFINISHED):
+        raise InputError(f"no {kind} here", where=str(path), remedy=remedy)
     said = {key: value for key, value in attributes.items() if key != "crc32c"}
     if attributes["version"] > 1 and attributes.get("crc32c") != _digest(said):
         raise InputError(
@@ -300,9 +364,11 @@ def open_group(path: Path, kind: str, remedy: str) -> dict[str, Any]:
 
 def _attributes(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     try:
-        attributes: Any = json.loads((path / _DOCUMENT).read_bytes())["attributes"][_ATTRIBUTE]
+        attributes: Any = json.loads(read(path / _DOCUMENT))["attributes"][_ATTRIBUTE]
         found, version = attributes["kind"], int(attributes["version"])
     except (OSError, KeyError, TypeError, ValueError) as error:
+        if is_url(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # access is denied, say
         raise InputError(f"no {kind} here", where=str(path), remedy=remedy) from error
     if found != kind:
         raise InputError(f"this is a {found}, not a {kind}", where=str(path), remedy=remedy)
@@ -318,7 +384,14 @@ def _attributes(path: Path, kind: str, remedy: str) -> dict[str, Any]:
 
 def remove_group(path: Path, kind: str) -> None:
     """Remove a group of ours, and nothing else (InputError)."""
-    # Renamed first: where the removal is interrupted, no half group is left under the name.
+    # Where the removal is interrupted, no half group may be left under the name.
+    if is_url(path):
+        if path.exists():
+            _attributes(path, kind, _NOT_OURS)
+            put(path / _DOCUMENT, _unfinished(kind))
+            delete_folder(path, _DOCUMENT, keep=True)
+            delete(path / _DOCUMENT)
+        return
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
@@ -330,11 +403,18 @@ def remove_group(path: Path, kind: str) -> None:
 # Arrays ------------------------------------------------------------------------------------------------------
 
 
+def zarr_store(folder: Path) -> Any:
+    """Return what Zarr opens a folder by: its path, and of a URL a store."""
+    if not is_url(folder):
+        return folder
+    return FsspecStore.from_url(str(folder), storage_options=dict(folder.storage_options))  # type: ignore[attr-defined]
+
+
 def open_array(folder: Path) -> zarr.Array[Any]:
     """Open an array of a group."""
     # This setting is not kept on disk, and without it a chunk of fill values (no learning rates, a diverged
     # run, a gradient of zeros in bfloat16) is not written, hence cannot be flushed or told from a lost one.
-    return zarr.open_array(folder, mode="r+").with_config({"write_empty_chunks": True})
+    return zarr.open_array(zarr_store(folder), mode="r+", zarr_format=3).with_config({"write_empty_chunks": True})
 
 
 def is_plain(folder: Path) -> bool:
@@ -346,7 +426,7 @@ def is_plain(folder: Path) -> bool:
         Where there is no array.
     """
     try:
-        codecs = json.loads((folder / _DOCUMENT).read_bytes())["codecs"]
+        codecs = json.loads(read(folder / _DOCUMENT))["codecs"]
         return [codec["name"] for codec in codecs] == ["bytes"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -359,7 +439,7 @@ def is_plain(folder: Path) -> bool:
 
 def resize(folder: Path, rows: int) -> None:
     """Set the rows of an array on disk."""
-    document = json.loads((folder / _DOCUMENT).read_bytes())
+    document = json.loads(read(folder / _DOCUMENT))
     if document["shape"][0] != rows:
         document["shape"][0] = rows
         replace_file(folder / _DOCUMENT, json.dumps(document).encode())
@@ -373,7 +453,7 @@ def rows_on_disk(folder: Path) -> int:
     OSError, ValueError, LookupError, TypeError
         Where it cannot be read.
     """
-    return int(json.loads((folder / _DOCUMENT).read_bytes())["shape"][0])
+    return int(json.loads(read(folder / _DOCUMENT))["shape"][0])
 
 
 def with_rows(array: zarr.Array[Any], rows: int) -> zarr.Array[Any]:
@@ -403,6 +483,9 @@ def damaged(path: Path, what: str, remedy: str) -> InputError:
 def require_whole(path: Path, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
     """Refuse an uncompressed chunk of another size: Zarr takes one that is missing for fill values."""
     expected = math.prod(elements) * dtype.itemsize
-    size = path.stat().st_size if path.exists() else 0
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size = 0
     if size != expected:
         raise damaged(path, f"it has {size} bytes of {expected}", remedy)

@@ -12,12 +12,14 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
+from pipeline.places import is_url, place
 from pipeline.schema import LAYOUT_VERSION, STEP, TENSOR, VECTOR, WITH_VECTOR, InputError, Layout
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
     Journal,
     chunk_path,
+    exists,
     flush,
     make_group,
     migrate_group,
@@ -58,7 +60,7 @@ class Ledger:
         InputError
             Where there is none, or a newer version wrote it.
         """
-        self.path = Path(path)
+        self.path = place(path)
         attributes = open_group(self.path, "ledger", "compute it first: natgrad analyze OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
@@ -91,7 +93,7 @@ class Ledger:
             Rows of a chunk. A ledger with other tensors, vectors or bands is replaced.
         """
         wanted = {"layout": layout.to_json(), "vectors": list(vectors), "band_rows": band_rows}
-        if path.exists():
+        if exists(path):
             attributes = open_group(path, "ledger", "choose another folder")
             if {key: attributes[key] for key in wanted} == wanted:
                 ledger = cls(path)
@@ -144,7 +146,7 @@ class Ledger:
             array = self._array(name)
             if not np.array_equal(array[:], numbers):
                 array[:] = numbers
-                for index in range(array.nchunks):
+                for index in range(array.nchunks if not is_url(self.path) else 0):
                     flush(chunk_path(self.path / name, index))
                 flush(self.path / name / "c")
         if self._version < LAYOUT_VERSION:
@@ -187,6 +189,8 @@ class Ledger:
         arrays = {"gram": gram, "residual_ratio": ratio}
         for name, values in arrays.items():
             self._array(name)[band.start : band.stop] = values
+            if is_url(self.path):
+                continue
             chunk = self.chunk_path(name, band.start)
             flush(chunk)
             for folder in chunk.relative_to(self.path).parents:

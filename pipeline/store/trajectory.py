@@ -35,7 +35,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from pipeline.blocks import Band
+from pipeline.blocks import MEBIBYTE, Band
+from pipeline.places import Puts, is_url, place, ranges
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,
@@ -74,6 +75,10 @@ __all__ = ["Trajectory", "checksum", "storage_dtype"]
 _TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
 
 _INGEST_AGAIN = "ingest the run again with --overwrite"
+
+_RANGE_BYTES = 4 * MEBIBYTE
+"""Bytes of an object that are asked for at a time, of so many ranges at the same time:"""
+_RANGES = 4
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -136,7 +141,7 @@ class Trajectory:
         InputError
             Where there is none, or a newer version wrote it.
         """
-        self.path = Path(path)
+        self.path = place(path)
         attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
@@ -156,7 +161,11 @@ class Trajectory:
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
         self._spans: NDArray[np.int64] | None = None
+        # A request takes as long as many steps are read from a disk.
+        self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
+        self._puts = Puts()
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
+        self._read_ahead = 0
         self.rows = 0
         self.refresh()
 
@@ -226,7 +235,7 @@ class Trajectory:
         for name in tables:
             rows = max(1, _TABLE_CHUNK // max(1, width))
             arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
-        make_group(Path(path), "trajectory", attributes, arrays)
+        make_group(place(path), "trajectory", attributes, arrays)
         return cls(path)
 
     @classmethod
@@ -268,10 +277,17 @@ class Trajectory:
         if name not in self.numbers:
             shape = (self.rows, len(self.layout.tensors)) if name in OPTIMIZER_NUMBERS else (self.rows,)
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
+        if (name, self.rows) in self._fetched:
+            return self._fetched[name, self.rows]
         array = self._array(name)
         for path in self._number_chunks(name, 0, self.rows):
             require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
-        return np.asarray(with_rows(array, self.rows)[:])
+        values = np.asarray(with_rows(array, self.rows)[:])
+        if is_url(self.path):
+            values.flags.writeable = False
+            self._fetched = {key: held for key, held in self._fetched.items() if key[1] == self.rows}
+            self._fetched[name, self.rows] = values
+        return values
 
     def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
         """Files of the chunks of rows of an array (step) or (step, tensor)."""
@@ -338,12 +354,23 @@ class Trajectory:
     # Reading ------------------------------------------------------------------------------------------------
 
     def is_compressed(self, name: str) -> bool:
-        """Whether chunks of an array are compressed: then they are read whole, and never where they lie."""
+        """Whether chunks of an array are compressed: then they are read whole."""
         return name in self._compressed
 
+    def can_view(self, name: str) -> bool:
+        """Whether chunks of an array can be seen where they lie: they are on this machine, and not compressed."""
+        return name not in self._compressed and not is_url(self.path)
+
     @contextmanager
-    def mapped(self) -> Iterator[None]:
-        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece."""
+    def mapped(self, columns: int = 0) -> Iterator[None]:
+        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece.
+
+        Parameters
+        ----------
+        columns : int
+            Where chunks come from the disk, those of the next column are read ahead, if it is before this one.
+        """
+        self._read_ahead = columns
         try:
             yield
         finally:
@@ -360,7 +387,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            ``parameter``, ``gradient`` or ``hvp``, not compressed.
+            ``parameter``, ``gradient`` or ``hvp``, one that can be seen (`can_view`).
         start, stop : int
             Rows.
         column : int
@@ -385,15 +412,19 @@ class Trajectory:
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
+            file = self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
+            if file.ask(begin, end) and column + 1 < self._read_ahead:
+                ahead = self._map_chunk(name, index, column + 1)
+                ahead.ask(0, ahead.words.nbytes)
+            seen.append((file, begin, end))
+            blocks.append(file.words[low:high, first - offset : last - offset])
+        for file, begin, end in seen:
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
-            seen.append((file, begin, end))
-            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
@@ -401,6 +432,8 @@ class Trajectory:
                 file.release(begin, end)
 
     def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        if (name, index, column) in self._mapped:
+            return self._mapped[name, index, column]
         path, dtype = chunk_path(self.path / name, index, column), storage_dtype(self.dtypes[name])
         expected = math.prod(self.chunk) * dtype.itemsize
         try:
@@ -413,7 +446,7 @@ class Trajectory:
         return file
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
-        """Read committed rows of a chunk column into a buffer, compressed or not, with the same bits.
+        """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
 
         Parameters
         ----------
@@ -429,7 +462,7 @@ class Trajectory:
         Raises
         ------
         InputError
-            Where a row is not committed, or a chunk is missing, too short or (compressed) damaged.
+            Where a row is not committed, or a chunk is missing, too short or (where it cannot be seen) damaged.
         """
         self._require_committed(name, start, stop)
         first, last = self.column(column)
@@ -439,6 +472,8 @@ class Trajectory:
             part = out[low - start : high - start, : last - first]
             if self.is_compressed(name):
                 self._decode(name, index, column, low, part)
+            elif is_url(self.path):
+                self._fetch(name, index, column, low, part)
             else:
                 with self.mapped(), self.view(name, low, high, column, first, last) as blocks:
                     np.concatenate(blocks, out=part)
@@ -459,6 +494,29 @@ class Trajectory:
         except Exception as error:  # codecs share no class of errors
             raise damaged(path, str(error), _INGEST_AGAIN) from error
         # Blosc unpacks a truncated chunk to values that were never written, without an error.
+        self._require_recorded(name, column, start, out, path)
+
+    def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
+        """Read rows of a chunk that is an object, in ranges of bytes."""
+        path = chunk_path(self.path / name, index, column)
+        row = self.chunk[1] * out.itemsize
+        begin = (start - index * self.chunk[0]) * row
+        rows = max(1, _RANGE_BYTES // row)
+        for first in range(0, len(out), rows * _RANGES):
+            lows = range(first, min(first + rows * _RANGES, len(out)), rows)
+            spans = [(begin + low * row, begin + min(low + rows, len(out)) * row) for low in lows]
+            try:
+                read = ranges(path, spans)
+            except FileNotFoundError as error:
+                raise damaged(path, "it is missing", _INGEST_AGAIN) from error
+            for low, (offset, end), content in zip(lows, spans, read, strict=True):
+                if len(content) != end - offset:
+                    raise damaged(path, f"it ends {end - offset - len(content)} bytes early", _INGEST_AGAIN)
+                words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
+                out[low : low + len(words)] = words[:, : out.shape[1]]
+        self._require_recorded(name, column, start, out, path)
+
+    def _require_recorded(self, name: str, column: int, start: int, out: NDArray[Any], path: Path) -> None:
         recorded = self._recorded(name)
         for row, words in enumerate(out, start):
             if checksum(words) != recorded[row][column]:
@@ -496,8 +554,21 @@ class Trajectory:
             path = chunk_path(self.path / name, index, column)
             if not self.is_compressed(name):
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-                self._place(path, low - index * steps, block[low - start : high - start])
+                write = self._put if is_url(self.path) else self._place
+                write(path, low - index * steps, block[low - start : high - start])
             self._unflushed.add(path)
+
+    def _put(self, path: Path, row: int, block: NDArray[Any]) -> None:
+        """Write rows into the object of a chunk, which is put whole: those before stay as they are."""
+        chunk = np.zeros(self.chunk, block.dtype)
+        chunk[row : row + len(block)] = block
+        if row:
+            self._puts.wait()
+            (before,) = ranges(path, [(0, chunk[:row].nbytes)])
+            if len(before) != chunk[:row].nbytes:
+                raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
+            chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
+        self._puts.put(path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -548,20 +619,29 @@ class Trajectory:
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             self._unflushed.update(self._number_chunks(name, start, stop))
+        self._puts.wait()
+        if not is_url(self.path):
+            self._flush()
+        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
+        record["scalars"] = self._scalar_checksums(start, stop)
+        if self.sweep:
+            record["runs"] = list(known)[len(self.runs) :]
+        self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
+        self._unflushed.clear()
+        self.rows, self._breaks = stop, None
+        self.recover()
+
+    def abandon(self) -> None:
+        """Leave what was written and not committed: on return nothing of it is on its way any more."""
+        self._puts.abandon()
+
+    def _flush(self) -> None:
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
         for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
             if folder.is_relative_to(self.path):
                 flush(folder)
-        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
-        record["scalars"] = self._scalar_checksums(start, stop)
-        if self.sweep:
-            record["runs"] = list(known)[len(self.runs) :]
-        self.journal.write(f"{len(self.journal.names()):08d}", record)
-        self._unflushed.clear()
-        self.rows, self._breaks = stop, None
-        self.recover()
 
     def recover(self) -> None:
         """Bring the shapes on disk up to the record, should the writer before have stopped between the two.

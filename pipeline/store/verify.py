@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.places import place, read
 from pipeline.schema import STEP, TENSOR, VECTOR, WITH_VECTOR, InputError
 from pipeline.store.group import ArrayPlan, array_digest, chunk_path, group_document, open_group, rows_on_disk
 from pipeline.store.ledger import BY_STEP, Ledger, row_checksums
@@ -113,7 +114,7 @@ def _committed_since(states: Trajectory, rows: int) -> bool:
 
 
 def _told(error: InputError) -> Damage:
-    return Damage(Path(error.where), error.what)
+    return Damage(place(error.where), error.what)
 
 
 def _description(path: Path, kind: str, names: Iterable[str]) -> Iterator[Damage]:
@@ -121,7 +122,7 @@ def _description(path: Path, kind: str, names: Iterable[str]) -> Iterator[Damage
     attributes = open_group(path, kind, "")
     for folder, document in {path / "commits": group_document({}), path: None}.items():
         try:
-            found = json.loads((folder / "zarr.json").read_bytes())
+            found = json.loads(read(folder / "zarr.json"))
         except (OSError, ValueError) as error:
             yield Damage(folder / "zarr.json", f"it cannot be read: {error}")
             continue
@@ -156,7 +157,7 @@ def _scalar(
     try:
         values = states.scalar(name)
     except InputError as error:
-        yield Damage(Path(error.where), error.what, name)
+        yield Damage(place(error.where), error.what, name)
         return
     for record in records:
         start, stop = record["start"], record["stop"]
@@ -245,7 +246,7 @@ def _band(book: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Ite
         try:
             found = row_checksums(book.read_band(name, start, stop))
         except InputError as error:
-            yield Damage(Path(error.where), error.what, name, _ends(numbers, start, stop))
+            yield Damage(place(error.where), error.what, name, _ends(numbers, start, stop))
             continue
         for row, (now, then) in enumerate(zip(found, recorded, strict=True), start):
             if now != then:
