@@ -15,9 +15,11 @@ from pipeline.cli import (
     Gamma,
     Json,
     LearningRate,
+    Map,
     MemoryLimit,
     Quiet,
     Scheduler,
+    Shift,
     Window,
     Workers,
     app,
@@ -45,8 +47,11 @@ def _parameters(
     cluster: str | None,
     memory_limit: str,
     at_once: int,
+    map_: list[str] | None,
+    shift: list[str] | None,
 ) -> dict[str, Any]:
     from pipeline.clusters import memory_bytes
+    from pipeline.sources.names import parse_map, parse_shift
 
     return {
         "format": format,
@@ -59,6 +64,8 @@ def _parameters(
         "cluster": cluster,
         "memory_limit": memory_bytes(memory_limit),
         "at_once": at_once,
+        "mapping": parse_map(map_ or []) or None,
+        "shift": parse_shift(shift or []) or None,
     }
 
 
@@ -76,6 +83,8 @@ def watch(
     cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     at_once: AtOnce = 1,
+    map_: Map = None,
+    shift: Shift = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,7 +93,18 @@ def watch(
     from flows.watch import watch_runs
 
     parameters = _parameters(
-        format, allow_gaps, learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, at_once
+        format,
+        allow_gaps,
+        learning_rate,
+        gamma,
+        window,
+        workers,
+        scheduler,
+        cluster,
+        memory_limit,
+        at_once,
+        map_,
+        shift,
     )
     require_valid({"root": root, "out": out, **parameters})
     answer = watch_runs(root, out, **parameters)
@@ -111,12 +131,25 @@ def serve(
     cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     at_once: AtOnce = 1,
+    map_: Map = None,
+    shift: Shift = None,
 ) -> None:
     """Serve the flows of a Prefect server: look for news on a schedule, until this process ends."""
     from flows.deployments import serve_flows
 
     parameters = _parameters(
-        format, allow_gaps, learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, at_once
+        format,
+        allow_gaps,
+        learning_rate,
+        gamma,
+        window,
+        workers,
+        scheduler,
+        cluster,
+        memory_limit,
+        at_once,
+        map_,
+        shift,
     )
     serve_flows(root, out, limit=limit, name=name, cron=cron, every=every, parameters=parameters)
 
@@ -139,6 +172,8 @@ def deploy(
     cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     at_once: AtOnce = 1,
+    map_: Map = None,
+    shift: Shift = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -146,7 +181,18 @@ def deploy(
     from flows.deployments import deploy_flows
 
     parameters = _parameters(
-        format, allow_gaps, learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, at_once
+        format,
+        allow_gaps,
+        learning_rate,
+        gamma,
+        window,
+        workers,
+        scheduler,
+        cluster,
+        memory_limit,
+        at_once,
+        map_,
+        shift,
     )
     made = deploy_flows(root, out, pool=pool, name=name, cron=cron, every=every, parameters=parameters)
     cli.show({"pool": pool, "deployments": made}, as_json, quiet)

@@ -24,7 +24,9 @@ __all__ = [
     "ROOT",
     "NamedStep",
     "Names",
+    "checked_shift",
     "parse_map",
+    "parse_shift",
     "step_number",
 ]
 
@@ -34,6 +36,7 @@ QUANTITIES = (*STATES, *SCALARS, *_REPLICATES, "step")
 """What a key can be said to hold."""
 
 _MOST_REPLICATES = 1 << 16
+_FARTHEST = 10**9
 
 ROOT = "."
 """Key of the whole file."""
@@ -175,6 +178,41 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
                 )
             mapping[quantity] = key
     return mapping
+
+
+def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
+    """Read ``quantity=steps`` pairs of a command line.
+
+    Raises
+    ------
+    InputError
+        Where one is no such pair, or a quantity is given twice.
+    """
+    shift: dict[str, Any] = {}
+    for pair in pairs:
+        quantity, _, steps = pair.partition("=")
+        if quantity in shift:
+            raise InputError(f"{quantity!r} is given twice", where="--shift", remedy="give each quantity once")
+        shift[quantity] = int(steps) if re.fullmatch(r"[+-]?\d{1,9}", steps) else steps
+    return checked_shift(shift, "--shift")
+
+
+def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, int]:
+    """Return shifts of quantities that can be.
+
+    Raises
+    ------
+    InputError
+        Where a quantity is not known, or what it is shifted by is no number of steps.
+    """
+    for quantity, steps in shift.items():
+        if quantity not in (*STATES, *SCALARS) or type(steps) is not int or abs(steps) > _FARTHEST:
+            raise InputError(
+                f"{quantity}={steps} does not say by how many steps a quantity is shifted",
+                where=place,
+                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join((*STATES, *SCALARS))}",
+            )
+    return {quantity: steps for quantity, steps in shift.items() if steps}
 
 
 class NamedStep:
