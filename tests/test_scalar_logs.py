@@ -540,12 +540,18 @@ def test_what_is_no_log_is_refused(tmp_path, format, body):
     assert caught.value.remedy
 
 
-def test_a_database_whose_metrics_are_computed_is_refused(tmp_path):
+COMPUTED = {
+    "view": "CREATE VIEW metrics AS WITH RECURSIVE n(step) AS (SELECT 0 UNION ALL SELECT step + 1 FROM n LIMIT 9) "
+    "SELECT 'run' AS run_name, step, '{\"loss\": 1}' AS metrics FROM n",
+    "virtual": "CREATE VIRTUAL TABLE metrics USING rtree(run_name, step, metrics)",
+    "generated": "CREATE TABLE metrics (run_name, step, metrics AS ('{\"loss\": ' || step || '}'))",
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_database_whose_metrics_are_computed_is_refused(tmp_path, how):
     with contextlib.closing(sqlite3.connect(tmp_path / "project.db")) as database, database:
-        database.execute(
-            "CREATE VIEW metrics AS WITH RECURSIVE n(step) AS (SELECT 0 UNION ALL SELECT step + 1 FROM n) "
-            "SELECT 'run' AS run_name, step, '{\"loss\": 1}' AS metrics FROM n"
-        )
+        database.execute(COMPUTED[how])
     with pytest.raises(InputError, match=r"this is a file|no table metrics"):
         scalars_of(tmp_path / "project.db")
 

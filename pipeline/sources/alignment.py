@@ -52,7 +52,7 @@ def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent)
     return (
         f"from step {steps[0].number} on, updates lie exactly along the gradients logged one step {where}, and not "
         f"along those of their own step: what is logged as gradient is that of the state {state}; give --shift "
-        f"gradient={shift}, and loss={shift} if the loss was logged with it"
+        f"gradient={shift}, and loss={shift} if the loss was logged with it (and --overwrite where OUT has the run)"
     )
 
 
@@ -74,7 +74,8 @@ def _state(reader: StepReader, content: StepContent, name: str, size: int) -> ND
         dtype = content.arrays[array][name].dtype
         words = np.empty(size, np.uint16 if dtype == "bfloat16" else dtype)
         reader.read(array, name, 0, words)
-        row[:] = (words.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else words
+        with np.errstate(all="ignore"):  # a signalling NaN of a diverged run
+            row[:] = (words.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else words
     return values
 
 

@@ -138,9 +138,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _columns(database: sqlite3.Connection) -> set[str]:
-    """Columns of the table of metrics; none where it is a view, or computes some."""
+    """Columns of the table of metrics; none where it is a view or virtual, or computes some."""
     (tables,) = database.execute(
-        "SELECT count(*) FROM sqlite_master WHERE name='metrics' AND type='table'"
+        "SELECT count(*) FROM sqlite_master WHERE name='metrics' AND type='table' AND rootpage > 0"
     ).fetchone()
     columns = database.execute("PRAGMA table_xinfo(metrics)").fetchall()
     if not tables or any(column[6] for column in columns):
