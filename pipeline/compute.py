@@ -229,7 +229,7 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
     fields = {"run": job.run, "rows": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
     _log.debug("tile begins", extra=fields)
     states = _trajectory(job)
-    with states.mapped():
+    with states.mapped(tile.last):
         return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
 

@@ -9,7 +9,9 @@ the library (s3fs, gcsfs): environment, files, or the role of the machine.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from urllib.parse import unquote
 from pipeline.schema import InputError, Unavailable
 
 __all__ = [
+    "Puts",
     "Status",
     "delete",
     "delete_folder",
@@ -39,6 +42,13 @@ __all__ = [
 
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Schemes of object stores, and the extra of this package that each needs."""
+
+# What another process wrote meanwhile must be seen: no listing is kept. With more than one request at a time s3fs
+# asks for the size of each object first.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"use_listings_cache": False, "max_concurrency": 1},
+    "gs": {"use_listings_cache": False},
+}
 
 _COLLAPSED = re.compile(rf"({'|'.join(_EXTRAS)}|file):/+")
 """A URL whose slashes pathlib made one, as command line and flows do."""
@@ -95,8 +105,7 @@ def place(path: str | Path) -> Path:
     try:
         from upath import UPath
 
-        # What another process wrote meanwhile must be seen: no listing is kept.
-        made = UPath(f"{scheme}://{rest}".rstrip("/"), use_listings_cache=False)
+        made = UPath(f"{scheme}://{rest}".rstrip("/"), **_OPTIONS[scheme])
         made.fs  # noqa: B018  (imports the library of the scheme)
     except ImportError as error:
         extra = _EXTRAS[scheme]
@@ -187,11 +196,61 @@ def put(path: Path, content: bytes, *, new: bool = False, seen: str | None = Non
         raise
 
 
+class Puts:
+    """Objects that are put while others are made: a request takes long, and the network bears several.
+
+    Attributes
+    ----------
+    AT_ONCE : int
+        Objects under way at most, each held in memory.
+    """
+
+    AT_ONCE = 4
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: deque[Future[None]] = deque()
+
+    def put(self, path: Path, content: bytes) -> None:
+        """Put an object some time before `wait` returns.
+
+        Raises
+        ------
+        Exception
+            Where one before could not be put.
+        """
+        while len(self._under_way) >= self.AT_ONCE:
+            self._under_way.popleft().result()
+        self._pool = self._pool or ThreadPoolExecutor(self.AT_ONCE)
+        self._under_way.append(self._pool.submit(put, path, content))
+
+    def wait(self) -> None:
+        """Return when all objects are there.
+
+        Raises
+        ------
+        Exception
+            Where one could not be put.
+        """
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    def abandon(self) -> None:
+        """Return when nothing is under way any more, whatever came of it."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+        self._under_way.clear()
+
+
 def seen(path: Path) -> tuple[bytes, str] | None:
-    """Content and tag of an object, None where there is none. The tag says whether it has changed."""
+    """Content and tag of an object, None where there is none.
+
+    The tag says whether it has changed; it is empty where nothing can be put on that condition (``gs://``).
+    """
     system, key = _system(path)
     try:
-        tag = str(system.info(key).get("ETag", ""))
+        tag = str(system.info(key)["ETag"]) if "s3" in system.protocol else ""
         return system.cat_file(key), tag
     except FileNotFoundError:
         return None

@@ -6,7 +6,7 @@ from logs import random_walk, write_log
 from processing import process
 
 from pipeline import figures, report
-from pipeline.figures import RunResults
+from pipeline.figures import RunResults, curves
 
 TENSORS = {"one": (4, 3), "two": (5,)}
 
@@ -30,7 +30,7 @@ def trees(tmp_path_factory):
 @pytest.fixture
 def compared(trees, monkeypatch):
     """A function from names of runs to matplotlib's figure of them, with the runs."""
-    monkeypatch.setattr(figures, "_picture", lambda figure, alt: figure)
+    monkeypatch.setattr(curves, "picture", lambda figure, alt: figure)
 
     def draw(*names):
         runs = [RunResults.of(name, trees[name]) for name in names]

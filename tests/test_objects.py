@@ -13,8 +13,9 @@ import logs
 import numpy as np
 import psutil
 import pytest
+import xarray as xr
 from processing import Serial
-from servers import S3Server
+from servers import S3Server, forget_object_stores, free_port
 from zarr.codecs import ZstdCodec
 
 from pipeline import cli, compute, run, watch
@@ -78,6 +79,11 @@ def test_every_byte_is_that_of_a_folder(both):
     assert there == here
 
 
+def test_what_reads_zarr_reads_the_results(both):
+    here, there = (xr.open_datatree(str(out / "results.zarr"), engine="zarr")["model"] for out in both)
+    assert there["angle"].identical(here["angle"])
+
+
 def test_nothing_is_left_locked(both):
     assert not [path for path in both[1].iterdir() if path.name.endswith(".lock")]
 
@@ -88,11 +94,9 @@ def test_the_commands_take_a_url(both, capsys, monkeypatch):
     for command, said in {
         "info": "s3://bucket/both/trajectory.zarr",
         "verify": "all is as it was written",
-        "report": "s3://bucket/both/report.html",
     }.items():
         cli.app([command, "s3://bucket/both"], standalone_mode=False)
         assert said in capsys.readouterr().out
-    assert b"<title>both: natural gradient report" in (both[1] / "report.html").read_bytes()
 
 
 # Reading -----------------------------------------------------------------------------------------------------
@@ -233,11 +237,32 @@ def test_a_commit_beside_another_is_refused(url):
     late.journal.write("00000001", {key: value for key, value in record.items() if key != "crc32c"}, new=True)
 
 
+def test_a_chunk_that_cannot_be_put_is_not_committed(url, tmp_path, monkeypatch):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(4))
+    run.ingest_run(log, url)
+    for number, state in enumerate(logs.random_walk(6)[4:], start=4):
+        logs.write_step(log, number, state)
+    whole = url.fs.pipe_file
+
+    def refuse(path, value, **condition):
+        if "/gradient/c/" in path:
+            raise PermissionError("Access Denied")
+        return whole(path, value, **condition)
+
+    monkeypatch.setattr(url.fs, "pipe_file", refuse)
+    with pytest.raises(InputError, match="denies access"):
+        run.ingest_run(log, url)
+    monkeypatch.undo()
+    assert run.describe_run(url)["steps"] == 4
+    assert run.verify_run(url) == []
+    assert run.ingest_run(log, url)["new_steps"] == 2
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipeline import compute, ingest, places, run
-from pipeline.store import disk, group, trajectory, writer
+from pipeline.store import disk, group, writer
 
 log, out = Path(sys.argv[1]), sys.argv[2]
 ingest.COMMIT_BYTES = 1
@@ -251,7 +276,7 @@ def put(*arguments, **condition):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-for module in (places, disk, group, trajectory, writer):
+for module in (places, disk, group, writer):
     module.put = put
 # Each process dies after another request than the one before, and each goes on where that one was stopped.
 for count in map(int, sys.argv[3:]):
@@ -268,14 +293,14 @@ for count in map(int, sys.argv[3:]):
 def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.ingest.COMMIT_BYTES", 1)
     monkeypatch.setattr("pipeline.ingest.chunk_shape", lambda *_: (8, 17))
-    log = logs.write_log(tmp_path / "log", logs.random_walk(40))
-    counts = (3, 5, 4, 9, 2, 1000)
+    log = logs.write_log(tmp_path / "log", logs.random_walk(20))
+    counts = (3, 5, 9, 1000)
     command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["-9"] * 5 + ["0"]
+    assert done.stdout.split() == ["-9"] * 3 + ["0"]
     run.ingest_run(log, tmp_path / "out")
     compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
-    assert len(Trajectory(url / "trajectory.zarr").records()) == 5
+    assert len(Trajectory(url / "trajectory.zarr").records()) == 3
     assert content(url) == content(tmp_path / "out")
 
 
@@ -409,6 +434,43 @@ def test_a_bucket_that_is_not_there(server, tmp_path):
         run.ingest_run(log, "s3://nowhere/run")
     assert not isinstance(refusal.value, Unavailable)
     assert "make the bucket" in refusal.value.remedy
+
+
+@pytest.fixture
+def newly_opened(server):
+    """What opens object stores anew: by the environment of the test, and then by that of the others again."""
+    forget_object_stores()
+    yield type(place("s3://bucket/any").fs)
+    forget_object_stores()
+
+
+def test_a_store_that_does_not_answer_may_later(newly_opened, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(newly_opened, "retries", 1)
+    with pytest.raises(Unavailable, match="the object store does not answer: EndpointConnectionError") as refusal:
+        run.describe_run("s3://bucket/run")
+    assert refusal.value.where == "s3://bucket/run"
+    assert watch.error_parts(refusal.value)["heals"]
+
+
+def test_who_has_no_credentials_is_told_so(newly_opened, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    log = logs.write_log(tmp_path / "log", logs.random_walk(3))
+    with pytest.raises(InputError, match="denies access: Unable to locate credentials") as refusal:
+        run.ingest_run(log, "s3://bucket/run")
+    assert not watch.error_parts(refusal.value)["heals"]
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(InputError, match="the library for s3:// is not installed") as refusal:
+        place("s3://bucket/run")
+    assert refusal.value.remedy == "pip install 'natgrad-pipeline[s3]'"
 
 
 @pytest.mark.parametrize("command", [run.describe_run, run.verify_run, run.analyze_run])

@@ -95,7 +95,7 @@ def test_the_numbers_stand_beside_those_of_the_printed_formulas(folders, plane, 
 @pytest.fixture
 def drawn(monkeypatch):
     """Matplotlib's figures in place of pictures."""
-    monkeypatch.setattr(figures, "_picture", lambda figure, alt: figure)
+    monkeypatch.setattr(figures.paper, "picture", lambda figure, alt: figure)
 
 
 @pytest.mark.usefixtures("drawn")

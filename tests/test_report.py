@@ -14,6 +14,7 @@ from logs import random_walk, write_log
 from playwright.sync_api import sync_playwright
 
 from pipeline import figures, report, run
+from pipeline.figures import canvas, curves, paper
 from pipeline.schema import InputError, Status
 
 NAME = "<script>alert('run')</script> & $x_1$ \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-5B66}"
@@ -242,13 +243,29 @@ def test_nothing_points_outside_the_page(pages):
     assert not re.search(r"""(url\(|href=["']?|src=["']?)(?!["']?(#|data:))""", outside)
 
 
+def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned_the_optimizer_is(tree, tmp_path):
+    kappa = xr.zeros_like(tree["model"]["parameter_norm"]) + np.arange(2.0, 2.0 + tree["model"].sizes["step"])
+    model = tree["model"].to_dataset().assign(preconditioner_condition_number=kappa)
+    groups = {"/model": model, "/tensor": tree["tensor"].to_dataset()}
+    path = report.write_report({NAME: xr.DataTree.from_dict(groups)}, tmp_path / "report.html")
+    page = Page(path)
+    (numbers,) = [numbers for row, numbers in page.numbers.items() if row and "preconditioner" in row]
+    assert numbers == [float(kappa.min()), float(kappa.median()), float(kappa.max())]
+    told = page.cells[None]
+    for name, text in report._WINDOW_FACTS.items():
+        found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
+        smallest = told[told.index(text) + 1]
+        assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} updates")
+
+
 # What is drawn -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def drawn(tree, monkeypatch):
     """A function from the name of a panel to its axes, before they become a picture."""
-    monkeypatch.setattr(figures, "_picture", lambda figure, alt: figure)
+    for module in (curves, paper):
+        monkeypatch.setattr(module, "picture", lambda figure, alt: figure)
     one = figures.RunResults.of("run", tree)
 
     def axes(panel):
@@ -347,12 +364,12 @@ def test_a_page_of_a_hundred_thousand_steps_is_hardly_larger_than_one_of_a_thous
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(np.nan), min_size=1, max_size=300).map(np.array), st.integers(1, 40))
 def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
-    x, y = figures._thin(np.arange(len(values), dtype=float), values, columns)
+    x, y = canvas._thin(np.arange(len(values), dtype=float), values, columns)
     rows = x.astype(int)
     assert (np.diff(rows) > 0).all()
     assert np.array_equal(values[rows], y, equal_nan=True)
     assert len(x) <= 2 * columns
-    starts = figures._column_starts(len(values), columns)
+    starts = canvas.column_starts(len(values), columns)
     for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
         part, kept = values[start:stop], y[(rows >= start) & (rows < stop)]
         assert len(kept) >= 1
@@ -364,7 +381,7 @@ def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
     st.lists(st.floats(0, np.pi / 2), min_size=1, max_size=200).map(np.array), st.floats(0, 1), st.integers(1, 48)
 )
 def test_points_of_panel_a_are_few_and_hold_the_smallest_and_the_largest_angle(angle, shift, columns):
-    chosen = angle[figures._spread_out(angle, shift, columns)]
+    chosen = angle[paper._spread_out(angle, shift, columns)]
     assert chosen.min() == angle.min()
     assert chosen.max() == angle.max()
     # A shifted grid touches at most two more columns, and the two ends may come on top.

@@ -336,6 +336,28 @@ def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_
         np.testing.assert_array_equal(before, arrays["parameter"][:2, :5])
 
 
+@pytest.mark.parametrize(("columns", "asked"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1})])
+def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahead(
+    path, monkeypatch, columns, asked
+):
+    arrays = walk_arrays(6, ELEMENTS)
+    write_trajectory(path, arrays, SHAPES, CHUNK)
+    reader, cached, found = Trajectory(path), True, set()
+
+    def advise(descriptor, offset, length, advice):
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
+        found.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(MappedFile, "_is_cached", lambda self, offset: cached)
+    with reader.mapped(columns), reader.view("parameter", 0, 6, 0, 0, 5):
+        assert not found
+    cached = False
+    with reader.mapped(columns), reader.view("parameter", 0, 6, 0, 0, 5) as blocks:
+        np.testing.assert_array_equal(np.concatenate(blocks), arrays["parameter"][:, :5])
+    assert found == {path / f"parameter/c/{row}/{column}" for row in (0, 1) for column in asked}
+
+
 def test_a_mapped_file_gives_its_pages_back_and_says_what_it_cannot_read(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(np.arange(1 << 20, dtype="<i4").tobytes())
@@ -463,6 +485,11 @@ def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path,
     arrays["gradient"][row, 12] *= 2
     after = Trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
     old, new = before.digests(bands), after.digests(bands)
+    in_two = write_trajectory(
+        tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK
+    )
+    append_states(in_two, {name: array[2:] for name, array in arrays.items()})
+    assert Trajectory(in_two).digests(bands) == new
     # Rows of a band, and the halo: the state after its last.
     assert [band for band in bands if old[band] != new[band]] == [b for b in bands if b.start <= row <= b.stop]
     assert before.fingerprint() != after.fingerprint()

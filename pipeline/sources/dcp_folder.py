@@ -33,7 +33,8 @@ from pipeline.sources.torch_archive import (
 
 __all__ = ["DcpFolder", "dcp_folders", "dcp_state"]
 
-METADATA, _EXTRA = ".metadata", "meta.pt"
+METADATA = ".metadata"
+_EXTRAS = ("meta.pt", "common.pt")
 _FORM = "a torch.distributed.checkpoint folder"
 _PIECE = 1 << 16
 _OPEN_FILES = 32
@@ -49,6 +50,8 @@ _CLASSES = [
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
 ]
+# Megatron-LM keeps the plans of its ranks in the metadata, to save the next time by them.
+_PLANS = ("torch.distributed.checkpoint.planner.*", "megatron.*")
 _ENCODINGS = (
     "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
@@ -106,7 +109,9 @@ def dcp_state(path: Path) -> str:
 
 
 class DcpFolder(Container):
-    """One checkpoint: one folder, or several side by side (model, optimizer), and ``meta.pt`` of Lightning.
+    """One checkpoint: one folder, or several side by side (model, optimizer), and one file beside them.
+
+    The file is ``meta.pt`` of Lightning, or ``common.pt`` of Megatron-LM.
 
     Raises
     ------
@@ -116,7 +121,7 @@ class DcpFolder(Container):
 
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
-        self._inert = tuple(inert)
+        self._inert = (*_PLANS, *inert)
         self._chunks: dict[str, tuple[Path, list[_Chunk]]] = {}
         self._files: OrderedDict[Path, tuple[int, dict[_Blob, TorchArchive]]] = OrderedDict()
         try:
@@ -129,9 +134,10 @@ class DcpFolder(Container):
                         self._describe(folder)
                     except (TypeError, AttributeError, LookupError) as error:
                         raise ValueError(f"{METADATA} is malformed ({type(error).__name__}: {error})") from error
-                if (step.path / _EXTRA).is_file():
-                    archive = self._archive(step.path, _Blob(_EXTRA, 0, (step.path / _EXTRA).stat().st_size))
-                    self.numbers |= flat_numbers(archive.tree, self.numbers)
+                for extra in _EXTRAS:
+                    if (step.path / extra).is_file():
+                        archive = self._archive(step.path, _Blob(extra, 0, (step.path / extra).stat().st_size))
+                        self.numbers |= flat_numbers(archive.tree, self.numbers)
         except BaseException:
             self.close()
             raise

@@ -25,8 +25,6 @@ from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,
     Region,
-    changed_lately,
-    identity,
     refused,
     where,
 )
@@ -34,12 +32,10 @@ from pipeline.sources.names import step_number
 from pipeline.sources.pickle_data import UnknownName
 from pipeline.sources.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers
 
-__all__ = ["DeepSpeedFolder", "deepspeed_number", "deepspeed_unfinished"]
+__all__ = ["DeepSpeedFolder", "deepspeed_number"]
 
 _FORM = "a DeepSpeed checkpoint"
 _CLASSES = ("deepspeed.*",)
-_LATEST, _TAG_LIMIT = "latest", 1 << 12
-
 _MODEL_STATES = "_model_states.pt"
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt")
@@ -64,20 +60,6 @@ def deepspeed_number(path: Path) -> int | None:
         return number if any(file.name.endswith(_MODEL_STATES) for file in path.iterdir()) else None
     except OSError:
         return None
-
-
-def deepspeed_unfinished(path: Path) -> str:
-    """Why a checkpoint cannot be read yet: ``latest`` names it once all ranks are done."""
-    try:
-        tag = (path.parent / _LATEST).read_text(encoding="utf-8", errors="replace")[:_TAG_LIMIT].strip()
-    except OSError:
-        return ""
-    last, number = step_number(tag), step_number(path.name)
-    if last is None or number is None or number <= last:
-        return ""
-    # A run may be told not to write it: then it says nothing of what is old.
-    late = changed_lately(identity(LoggedStep(number, path))["time"])
-    return f"{_LATEST} still names {tag[:80]}: it is being written" if late else ""
 
 
 @dataclass(frozen=True)

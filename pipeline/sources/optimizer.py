@@ -46,11 +46,14 @@ class SavedOptimizer:
 
     Attributes
     ----------
+    root : str
+        Key that it stands under.
     state : OptimizerState
     keys : mapping
         Array to tensor to the key in the container.
     """
 
+    root: str
     state: OptimizerState
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -99,7 +102,7 @@ def saved_optimizer(
     groups = _groups(container, start)
     owners = _owners(container, entries, groups, parameters, trained, order)
     if isinstance(owners, str):
-        return SavedOptimizer(OptimizerState(problem=owners))
+        return SavedOptimizer(root, OptimizerState(problem=owners))
     keys: dict[str, dict[str, str]] = {}
     numbers: dict[str, dict[str, float]] = {}
     for entry, tensor in owners.items():
@@ -109,14 +112,14 @@ def saved_optimizer(
                 if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
                     what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
                     problem = f"{key} is {what_is}, its parameter {tensor!r} has shape {parameters[tensor].shape}"
-                    return SavedOptimizer(OptimizerState(problem=problem))
+                    return SavedOptimizer(root, OptimizerState(problem=problem))
                 keys.setdefault(_ARRAYS[what], {})[tensor] = key
             elif (count := container.number(key)) is not None:
                 numbers.setdefault("updates", {})[tensor] = count
         for name, value in _options_of(entry, tensor, groups).items():
             numbers.setdefault(name, {})[tensor] = value
     arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
-    return SavedOptimizer(OptimizerState(arrays, numbers), keys)
+    return SavedOptimizer(root, OptimizerState(arrays, numbers), keys)
 
 
 @dataclass
@@ -188,18 +191,21 @@ def _owners(
             for entry, name in zip(flat, names, strict=True)
         )
 
-    if order:
-        unknown = [name for name in order if name not in parameters]
-        if unknown:
-            return f"the order names {unknown[0]!r}, the model has no such tensor"
-        if not fits(order):
-            return f"the order names {len(order)} tensors, the optimizer has {len(flat)}, or their shapes differ"
-        return dict(zip(flat, order, strict=True))
-    names = [name for name in parameters if (not trained or name in trained)]
-    if container.ordered:
-        ways = {tuple(way) for way in _arrangements(names, parameters, list(map(len, members))) if fits(way)}
-        if len(ways) == 1:
-            return dict(zip(flat, ways.pop(), strict=True))
+    unknown = [name for name in order if name not in parameters]
+    if unknown:
+        return f"the order names {unknown[0]!r}, the model has no such tensor"
+    names = list(order) or [name for name in parameters if (not trained or name in trained)]
+    if order or container.ordered:
+        ways = _arrangements(names, parameters, list(map(len, members)))
+        # The user may give the order of the model, or that of the optimizer.
+        fitting = {tuple(way) for way in [*ways, *([names] if order else [])] if fits(way)}
+        if len(fitting) == 1:
+            return dict(zip(flat, fitting.pop(), strict=True))
+        if order:
+            why = "in two ways" if fitting else "in none"
+            return (
+                f"the order of {len(order)} tensors fits the {len(flat)} parameters and {len(members)} groups {why}"
+            )
     by_shape = {parameters[name].shape: name for name in names}
     counts = Counter(parameters[name].shape for name in names)
     if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):

@@ -12,13 +12,14 @@ from pathlib import Path
 from pipeline.places import is_url, names, network_errors, place
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, NotYet, StepReader, changed_lately, identity, where
-from pipeline.sources.names import NATIVE, NamedStep, Names
+from pipeline.sources.names import NATIVE, NamedStep, Names, step_number
 from pipeline.sources.npz_file import NpzFile
 from pipeline.sources.safetensors_file import SafetensorsFile
 
-__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number"]
+__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number", "not_latest_yet"]
 
 _log = logging.getLogger(__name__)
+_TRACKER_LIMIT = 1 << 12
 _NATIVE = re.compile(r"step_(\d{1,18})")
 
 
@@ -45,6 +46,33 @@ class Kind:
     open: Callable[[LoggedStep, Names], Container]
     names: Names = NATIVE
     unfinished: Callable[[Path], str] = lambda path: ""
+
+
+def not_latest_yet(path: Path, tracker: str) -> str:
+    """Say why a step cannot be read yet where a file beside it names the last step that is complete.
+
+    Parameters
+    ----------
+    path : Path
+        The step.
+    tracker : str
+        Name of the file.
+
+    Returns
+    -------
+    str
+        Empty where the step can be read, or nothing has changed in it lately: not every run writes such a file.
+    """
+    try:
+        with (path.parent / tracker).open(encoding="utf-8", errors="replace") as file:
+            name = file.read(_TRACKER_LIMIT).strip()
+    except OSError:
+        return ""
+    last, number = step_number(name), step_number(path.name)
+    if last is None or number is None or number <= last:
+        return ""
+    late = changed_lately(identity(LoggedStep(number, path))["time"])
+    return f"{tracker} still names {name[:80]}: it is being written" if late else ""
 
 
 def native_number(suffix: str) -> Callable[[Path], int | None]:

@@ -219,6 +219,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "_codecs.encode": _encode,
     "builtins.bytes": lambda: b"",
+    "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
 }
 METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
 """Functions that metadata need: none makes a tensor."""

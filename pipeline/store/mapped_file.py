@@ -49,6 +49,7 @@ class MappedFile:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.path = path
+        self._asked = False
         size = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -62,6 +63,13 @@ class MappedFile:
         """Close the file; it stays mapped for as long as an array of its words lives."""
         os.close(self._descriptor)
 
+    def ask(self, begin: int, end: int) -> bool:
+        """Ask the system to read the file, where the bytes are not in the cache; whether it was asked, ever."""
+        if not self._asked and not (self._is_cached(begin) and self._is_cached(end - 1)):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            self._asked = True
+        return self._asked
+
     def load(self, begin: int, end: int) -> None:
         """Make sure that bytes can be touched; what is in the cache already costs next to nothing.
 
@@ -70,7 +78,8 @@ class MappedFile:
         OSError
             Where the file cannot be read.
         """
-        if self._is_cached(begin) and self._is_cached(end - 1):
+        # Of a file that is being read both ends may be in the cache, and what is between them not yet.
+        if not self.ask(begin, end):
             return
         try:
             self._mapping.madvise(_MADV_POPULATE_READ, *_pages(begin, end))

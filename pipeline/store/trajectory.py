@@ -38,7 +38,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, Band
-from pipeline.places import is_url, place, put, ranges
+from pipeline.places import Puts, is_url, place, ranges
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,
@@ -180,7 +180,9 @@ class Trajectory:
         self._spans: NDArray[np.int64] | None = None
         # A request takes as long as many steps are read from a disk.
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
+        self._puts = Puts()
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
+        self._read_ahead = 0
         self.rows = 0
         self.refresh()
 
@@ -404,8 +406,15 @@ class Trajectory:
         return not self.is_compressed(name) and not is_url(self.path)
 
     @contextmanager
-    def mapped(self) -> Iterator[None]:
-        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece."""
+    def mapped(self, columns: int = 0) -> Iterator[None]:
+        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece.
+
+        Parameters
+        ----------
+        columns : int
+            Where chunks come from the disk, those of the next column are read ahead, if it is before this one.
+        """
+        self._read_ahead = columns
         try:
             yield
         finally:
@@ -447,15 +456,19 @@ class Trajectory:
         seen: list[tuple[MappedFile, int, int]] = []
         blocks = []
         for index in range(start // steps, -(-stop // steps)):
-            file = self._mapped.get((name, index, column)) or self._map_chunk(name, index, column)
+            file = self._map_chunk(name, index, column)
             low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
             begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
+            if file.ask(begin, end) and column + 1 < self._read_ahead:
+                ahead = self._map_chunk(name, index, column + 1)
+                ahead.ask(0, ahead.words.nbytes)
+            seen.append((file, begin, end))
+            blocks.append(file.words[low:high, first - offset : last - offset])
+        for file, begin, end in seen:
             try:
                 file.load(begin, end)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
-            seen.append((file, begin, end))
-            blocks.append(file.words[low:high, first - offset : last - offset])
         try:
             yield blocks
         finally:
@@ -463,6 +476,8 @@ class Trajectory:
                 file.release(begin, end)
 
     def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
+        if (name, index, column) in self._mapped:
+            return self._mapped[name, index, column]
         path, dtype = self.chunk_path(name, index, column), storage_dtype(self.dtypes[name])
         expected = math.prod(self.chunk) * dtype.itemsize
         try:
@@ -597,11 +612,12 @@ class Trajectory:
         chunk = np.zeros(self.chunk, block.dtype)
         chunk[row : row + len(block)] = block
         if row:
+            self._puts.wait()
             (before,) = ranges(path, [(0, chunk[:row].nbytes)])
             if len(before) != chunk[:row].nbytes:
                 raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
             chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
-        put(path, chunk.tobytes())
+        self._puts.put(path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -653,6 +669,7 @@ class Trajectory:
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             self._unflushed.update(self._number_chunks(name, start, stop))
+        self._puts.wait()
         if not is_url(self.path):
             self._flush()
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
@@ -663,6 +680,10 @@ class Trajectory:
         self._unflushed.clear()
         self.rows, self._breaks = stop, None
         self.recover()
+
+    def abandon(self) -> None:
+        """Leave what was written and not committed: on return nothing of it is on its way any more."""
+        self._puts.abandon()
 
     def _flush(self) -> None:
         for path in sorted(self._unflushed):
