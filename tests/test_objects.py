@@ -1,5 +1,6 @@
 """OUT and SOURCE in an object store: a real server that speaks S3, on this machine."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import boto3
 import logs
 import numpy as np
 import psutil
@@ -18,7 +20,7 @@ from processing import Serial
 from servers import S3Server, forget_object_stores, free_port
 from zarr.codecs import ZstdCodec
 
-from pipeline import cli, compute, run, watch
+from pipeline import cli, compute, places, run, watch
 from pipeline.places import delete, is_url, place, put, seen
 from pipeline.schema import InputError, Unavailable
 from pipeline.sources.base import ObjectRegion
@@ -349,11 +351,25 @@ def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
     assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 0
 
 
-def test_a_step_that_is_put_again_is_another(url, tmp_path):
+def test_what_another_process_puts_is_seen(url, tmp_path):
+    states = logs.random_walk(4)
+    log = put_log(url / "log", states[:3], "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    step = logs.write_step(tmp_path, 3, states[3])
+    with contextlib.closing(boto3.client("s3")) as another:
+        another.put_object(
+            Bucket="bucket", Key=f"{log.path.removeprefix('bucket/')}/{step.name}", Body=step.read_bytes()
+        )
+    assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 1
+
+
+def test_a_step_that_is_put_again_is_another(url, tmp_path, monkeypatch):
+    # As long as before, and within the same second.
+    status = places._status
+    monkeypatch.setattr(places, "_status", lambda entry: status(entry)._replace(time=0))
     states = logs.random_walk(5)
     log = put_log(url / "log", states[:4], "safetensors")
     run.ingest_run(log, tmp_path / "out")
-    # As long as before, and within the same second maybe.
     put_step(log, 1, states[4], "safetensors")
     with pytest.raises(InputError, match="step 1 is ingested already, with loss"):
         run.ingest_run(log, tmp_path / "out")
