@@ -35,6 +35,7 @@ __all__ = [
     "StepContent",
     "StepReader",
     "Unreadable",
+    "boxes",
     "changed_lately",
     "complete",
     "identity",
@@ -63,12 +64,15 @@ class LoggedStep:
         Further files or folders of the step.
     run : str
         Run of a sweep.
+    values : str
+        Scalars of the step from logs of many steps, whose sizes and times tell nothing of one step.
     """
 
     number: int
     path: Path
     others: tuple[Path, ...] = ()
     run: str = ""
+    values: str = ""
 
 
 @dataclass(frozen=True)
@@ -363,7 +367,7 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
 
 
 def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
-    """Name, size in bytes and time in ns of the files of a step; of a folder, of all files in it.
+    """Name, size in bytes and time in ns of the files of a step (of a folder, all files in it), and its ``values``.
 
     Parameters
     ----------
@@ -397,6 +401,8 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
     if files != [step.path]:
         listing = [(_relative(path, step.path.parent), *facts) for path, *facts in stats]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
+    if step.values:
+        found["values"] = step.values
     return found
 
 
@@ -515,6 +521,35 @@ class ObjectRegion:
     def close(self) -> None:
         """Give its blocks back."""
         self._file.close()
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes of an array that together are its elements ``start`` to ``stop`` in C order, in that order.
+
+    Examples
+    --------
+    >>> [[(part.start, part.stop) for part in box] for box in boxes((4, 5), 3, 12)]
+    [[(0, 1), (3, 5)], [(1, 2), (0, 5)], [(2, 3), (0, 2)]]
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    inner = shape[1:]
+    if first > last:
+        # Within one row.
+        for box in boxes(inner, start - last * row, stop - last * row):
+            yield (slice(last, last + 1), *box)
+        return
+    for box in boxes(inner, start - (first - 1) * row, row) if start < first * row else ():
+        yield (slice(first - 1, first), *box)
+    if first < last:
+        yield (slice(first, last), *(slice(0, length) for length in inner))
+    for box in boxes(inner, 0, stop - last * row):
+        yield (slice(last, last + 1), *box)
 
 
 # A whole step ------------------------------------------------------------------------------------------------
