@@ -23,7 +23,6 @@ from zarr.codecs import ZstdCodec
 from pipeline import cli, compute, places, run, watch
 from pipeline.places import delete, is_url, place, put, seen
 from pipeline.schema import InputError, Unavailable
-from pipeline.sources.base import ObjectRegion
 from pipeline.store import Ledger, Trajectory, only_writer
 
 STEPS = 12
@@ -324,6 +323,7 @@ def put_step(folder, number, state, container):
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 def test_a_log_is_read_where_it_is(url, tmp_path, container, monkeypatch):
     # Blocks so small that tensors begin and end within them.
+    monkeypatch.setattr("pipeline.places._HEADER_BYTES", 300)
     monkeypatch.setattr("pipeline.places._BLOCK_BYTES", 700)
     states = logs.random_walk(6)
     here = logs.write_log(tmp_path / "log", states[:4], container=container)
@@ -374,21 +374,22 @@ def test_a_step_that_is_put_again_is_another(url, tmp_path, monkeypatch):
         run.ingest_run(log, tmp_path / "out")
 
 
-def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["open", "closed"])
+def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch, moment):
+    """A step that is put again after it has been described: while it is open, and while it is not."""
     states = logs.random_walk(5)
     log = put_log(url / "log", states[:4], "safetensors")
-    fill = ObjectRegion.fill
+    number = 3 if moment == "open" else 1
+    whole = Trajectory.create
 
-    def slow(self, offset, out):
-        # The last step is put again after the first has been described.
-        if self.length and offset and not changed:
-            changed.append(put_step(log, 3, states[4], "safetensors"))
-        fill(self, offset, out)
+    def slow(*arguments, **options):
+        put_step(log, number, states[4], "safetensors")
+        return whole(*arguments, **options)
 
-    changed = []
-    monkeypatch.setattr(ObjectRegion, "fill", slow)
-    with pytest.raises(Unavailable, match="step 3 changed while it was read"):
+    monkeypatch.setattr(Trajectory, "create", slow)
+    with pytest.raises(Unavailable, match="changed while it was read") as refusal:
         run.ingest_run(log, tmp_path / "out")
+    assert refusal.value.where.startswith(str(log / f"step_{number}.safetensors"))
     assert not (tmp_path / "out" / "trajectory.zarr").exists()
 
 
