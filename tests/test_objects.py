@@ -21,8 +21,9 @@ from servers import S3Server, forget_object_stores, free_port
 from zarr.codecs import ZstdCodec
 
 from pipeline import cli, compute, places, run, watch
-from pipeline.places import delete, is_url, place, put, seen
+from pipeline.places import delete, is_url, network_errors, place, put, seen
 from pipeline.schema import InputError, Unavailable
+from pipeline.sources.base import ObjectRegion
 from pipeline.store import Ledger, Trajectory, only_writer
 
 STEPS = 12
@@ -374,22 +375,29 @@ def test_a_step_that_is_put_again_is_another(url, tmp_path, monkeypatch):
         run.ingest_run(log, tmp_path / "out")
 
 
-@pytest.mark.parametrize("moment", ["open", "closed"])
-def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch, moment):
-    """A step that is put again after it has been described: while it is open, and while it is not."""
+def test_an_open_object_is_one_object(url):
+    step = put_log(url, logs.random_walk(1), "safetensors") / "step_0.safetensors"
+    region, out = ObjectRegion(step), np.empty(8, np.uint8)
+    put_step(url, 0, logs.random_walk(1, seed=1)[0], "safetensors")
+    with pytest.raises(Unavailable, match="the object changed while it was read"), network_errors(step):
+        region.fill(0, out)
+    region.close()
+
+
+def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch):
+    """A step that is put again after it has been described, and before it is opened to be read."""
     states = logs.random_walk(5)
     log = put_log(url / "log", states[:4], "safetensors")
-    number = 3 if moment == "open" else 1
     whole = Trajectory.create
 
     def slow(*arguments, **options):
-        put_step(log, number, states[4], "safetensors")
+        put_step(log, 1, states[4], "safetensors")
         return whole(*arguments, **options)
 
     monkeypatch.setattr(Trajectory, "create", slow)
     with pytest.raises(Unavailable, match="changed while it was read") as refusal:
         run.ingest_run(log, tmp_path / "out")
-    assert refusal.value.where.startswith(str(log / f"step_{number}.safetensors"))
+    assert refusal.value.where.startswith(str(log / "step_1.safetensors"))
     assert not (tmp_path / "out" / "trajectory.zarr").exists()
 
 
