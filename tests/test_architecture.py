@@ -111,7 +111,7 @@ HOMES = {
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
     "upath": {"pipeline.places"},
-    "fsspec": set(),
+    "fsspec": {"pipeline.places"},
     "mlxtend": {"pipeline.experiments.digits"},
 }
 
