@@ -26,6 +26,7 @@ from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
+from pipeline.sources.zarr_group import ZarrGroup, holds_zarr
 
 __all__ = ["FORMATS", "Format", "find_format", "format_of", "open_source", "open_sources"]
 
@@ -89,6 +90,12 @@ def _folder_or_file(
         return StepFolder(path, [kind], mapping)
 
     return found, opener
+
+
+def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
+    if holds_zarr(path):
+        return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
+    return StepFolder(path, [_ZARR], mapping)
 
 
 def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
@@ -171,6 +178,7 @@ _LIGHTNING_SHARDS = replace(
     _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
 )
 
+_ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGroup(step))
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 _NATIVE = (
@@ -264,6 +272,15 @@ FORMATS: dict[str, Format] = {
             _NATIVE + "; bfloat16 as uint16 with the attribute ml_dtype",
             "data in other files (external, virtual)",
             *_folder_or_file(_HDF5, ".h5", Hdf5File),
+        ),
+        Format(
+            "zarr",
+            "one .zarr group of arrays (step, ...), or a folder of step_<N>.zarr, of version 2 or 3; needs the "
+            "extra orbax",
+            _NATIVE + " by chunks; bfloat16, also as uint16 with the attribute ml_dtype",
+            "chunks that are not there, which may be lost (write_empty_chunks); chunks of more than 512 MiB",
+            lambda path: holds_zarr(path) or _holds(_ZARR)(path),
+            _open_zarr,
         ),
     )
 }
