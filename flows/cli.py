@@ -13,11 +13,14 @@ from pipeline.cli import (
     Cluster,
     FormatName,
     Gamma,
+    Include,
     Json,
     LearningRate,
+    Map,
     MemoryLimit,
     Quiet,
     Scheduler,
+    Shift,
     Window,
     Workers,
     app,
@@ -45,8 +48,12 @@ def _parameters(
     cluster: str | None,
     memory_limit: str,
     at_once: int,
+    map_: list[str] | None,
+    shift: list[str] | None,
+    include: list[str] | None,
 ) -> dict[str, Any]:
     from pipeline.clusters import memory_bytes
+    from pipeline.sources.names import parse_map, parse_shift
 
     return {
         "format": format,
@@ -59,6 +66,9 @@ def _parameters(
         "cluster": cluster,
         "memory_limit": memory_bytes(memory_limit),
         "at_once": at_once,
+        "mapping": parse_map(map_ or []) or None,
+        "shift": parse_shift(shift or []) or None,
+        "include": include or None,
     }
 
 
@@ -76,6 +86,9 @@ def watch(
     cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     at_once: AtOnce = 1,
+    map_: Map = None,
+    shift: Shift = None,
+    include: Include = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,7 +97,19 @@ def watch(
     from flows.watch import watch_runs
 
     parameters = _parameters(
-        format, allow_gaps, learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, at_once
+        format,
+        allow_gaps,
+        learning_rate,
+        gamma,
+        window,
+        workers,
+        scheduler,
+        cluster,
+        memory_limit,
+        at_once,
+        map_,
+        shift,
+        include,
     )
     require_valid({"root": root, "out": out, **parameters})
     answer = watch_runs(root, out, **parameters)
@@ -111,12 +136,27 @@ def serve(
     cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     at_once: AtOnce = 1,
+    map_: Map = None,
+    shift: Shift = None,
+    include: Include = None,
 ) -> None:
     """Serve the flows of a Prefect server: look for news on a schedule, until this process ends."""
     from flows.deployments import serve_flows
 
     parameters = _parameters(
-        format, allow_gaps, learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, at_once
+        format,
+        allow_gaps,
+        learning_rate,
+        gamma,
+        window,
+        workers,
+        scheduler,
+        cluster,
+        memory_limit,
+        at_once,
+        map_,
+        shift,
+        include,
     )
     serve_flows(root, out, limit=limit, name=name, cron=cron, every=every, parameters=parameters)
 
@@ -139,6 +179,9 @@ def deploy(
     cluster: Cluster = None,
     memory_limit: MemoryLimit = "512MiB",
     at_once: AtOnce = 1,
+    map_: Map = None,
+    shift: Shift = None,
+    include: Include = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -146,7 +189,19 @@ def deploy(
     from flows.deployments import deploy_flows
 
     parameters = _parameters(
-        format, allow_gaps, learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, at_once
+        format,
+        allow_gaps,
+        learning_rate,
+        gamma,
+        window,
+        workers,
+        scheduler,
+        cluster,
+        memory_limit,
+        at_once,
+        map_,
+        shift,
+        include,
     )
     made = deploy_flows(root, out, pool=pool, name=name, cron=cron, every=every, parameters=parameters)
     cli.show({"pool": pool, "deployments": made}, as_json, quiet)

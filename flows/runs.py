@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from prefect import State, Task, flow, get_run_logger, tags, task
@@ -35,8 +35,11 @@ from prefect.states import Completed, Crashed
 from pydantic import Field
 
 from pipeline import run, watch
-from pipeline.places import is_url, network_errors, place
+from pipeline.ingest import INCLUDES
+from pipeline.places import each, is_url, network_errors, place
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
+from pipeline.schema import SCALARS, STATES
+from pipeline.sources.names import QUANTITIES
 
 __all__ = ["analyze_run", "ingest_run", "process_run"]
 
@@ -46,6 +49,11 @@ PROGRESS_SECONDS = 5.0
 # Values that a server can refuse before a run is started.
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Key = Annotated[str, Field(min_length=1)]
+Sources = Path | Annotated[list[Path], Field(min_length=1)]
+Map = dict[Literal[*QUANTITIES, "run"], Key]
+Shift = dict[Literal[*STATES, *SCALARS], int]
+Include = list[Literal[*INCLUDES]]
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -103,9 +111,24 @@ _RETRY: dict[str, Any] = {
 
 
 @task(name="ingest", **_RETRY)
-def _ingest(source: Path, out: Path, format: str | None, allow_gaps: bool) -> dict[str, Any]:
+def _ingest(
+    source: Sources,
+    out: Path,
+    format: str | None,
+    allow_gaps: bool,
+    mapping: Map | None,
+    shift: Shift | None,
+    include: Include | None,
+) -> dict[str, Any]:
     return run.ingest_run(
-        source, out, format=format, allow_gaps=allow_gaps, progress=_Progress("steps-ingested", out)
+        source,
+        out,
+        format=format,
+        mapping=mapping,
+        shift=shift,
+        include=include or (),
+        allow_gaps=allow_gaps,
+        progress=_Progress("steps-ingested", out),
     )
 
 
@@ -120,28 +143,52 @@ def _report(out: Path) -> dict[str, Any]:
 
 
 @flow(name="ingest-run", flow_run_name=_flow_name)
-def ingest_run(source: Path, out: Path, format: str | None = None, allow_gaps: bool = False) -> dict[str, Any]:
+def ingest_run(
+    source: Sources,
+    out: Path,
+    format: str | None = None,
+    allow_gaps: bool = False,
+    mapping: Map | None = None,
+    shift: Shift | None = None,
+    include: Include | None = None,
+) -> dict[str, Any]:
     """Read the new steps of a log into OUT's trajectory.
 
     Parameters
     ----------
-    source, out : Path
-        Folder of the log; folder of the run.
+    source : Path or list of Path
+        Folder of the log, or run file; or several logs of one run, which are joined by step.
+    out : Path
+        Folder of the run.
     format : str, optional
         Log format, found where not given.
     allow_gaps : bool
         Take steps that are not evenly spaced.
+    mapping : dict, optional
+        Quantity to the key that it stands under in the log.
+    shift : dict, optional
+        Quantity to K: what is logged of it at step s belongs to the state s + K.
+    include : list of str, optional
+        What to store beside, of `pipeline.ingest.INCLUDES`.
 
     Returns
     -------
     dict
         What was read; see `pipeline.ingest.IngestSummary`.
     """
-    return _ingested(source, out, format, allow_gaps)
+    return _ingested(source, out, format, allow_gaps, mapping, shift, include)
 
 
-def _ingested(source: Path, out: Path, format: str | None, allow_gaps: bool) -> dict[str, Any]:
-    summary = _ingest(source, out, format, allow_gaps)
+def _ingested(
+    source: Sources,
+    out: Path,
+    format: str | None,
+    allow_gaps: bool,
+    mapping: Map | None,
+    shift: Shift | None,
+    include: Include | None,
+) -> dict[str, Any]:
+    summary = _ingest(source, out, format, allow_gaps, mapping, shift, include)
     _table("ingested", out, summary)
     return summary
 
@@ -210,7 +257,7 @@ def _analyzed(
 
 @flow(name="process-run", flow_run_name=_flow_name)
 def process_run(
-    source: Path,
+    source: Sources,
     out: Path,
     format: str | None = None,
     allow_gaps: bool = False,
@@ -221,6 +268,9 @@ def process_run(
     scheduler: str | None = None,
     cluster: str | None = None,
     memory_limit: Count = MEMORY_LIMIT,
+    mapping: Map | None = None,
+    shift: Shift | None = None,
+    include: Include | None = None,
 ) -> Any:
     """Ingest, analyze and report a run, and remember in OUT what came of it.
 
@@ -229,8 +279,10 @@ def process_run(
 
     Parameters
     ----------
-    source, out, format, allow_gaps, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
-        As those of `ingest_run` and `analyze_run`.
+    source, out, format, allow_gaps, mapping, shift, include
+        As those of `ingest_run`.
+    learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
+        As those of `analyze_run`.
 
     Returns
     -------
@@ -241,20 +293,20 @@ def process_run(
     try:
         with watch.only_processor(out), tags(f"run:{Path(out).name}"):
             _end_the_dead(place(out))
-            log = place(source)
+            log, *others = each(source)
             with network_errors(log):
                 listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
             try:
-                ingested = _ingested(source, out, format, allow_gaps)
+                ingested = _ingested(source, out, format, allow_gaps, mapping, shift, include)
                 summary = ingested | _analyzed(
                     out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
                 )
             except Exception as error:
                 parts = watch.error_parts(error)
-                watch.Outcome(str(log), listed, options, error=parts).remember(out)
+                watch.Outcome(str(log), listed, options, error=parts, others=list(map(str, others))).remember(out)
                 _tell_failure(Path(out), parts)
                 raise
-            watch.Outcome(str(log), listed, options, summary).remember(out)
+            watch.Outcome(str(log), listed, options, summary, others=list(map(str, others))).remember(out)
             return summary
     except watch.Held as held:
         get_run_logger().warning("%s is skipped: %s", out, held.what)

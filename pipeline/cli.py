@@ -29,10 +29,10 @@ app = typer.Typer(
 Sources = Annotated[
     list[Path],
     typer.Argument(
-        metavar="SOURCE", help="Folder of a training log; several of one run, or a run file that lists them."
+        metavar="SOURCE", help="Folder or URL of a training log; several of one run, or a run file that lists them."
     ),
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run's stores, results and report.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder or URL of the run's stores, results and report.")]
 FormatName = Annotated[
     str | None, typer.Option("--format", help="Log format (natgrad formats); found if left out.")
 ]
@@ -42,6 +42,14 @@ Map = Annotated[
         "--map",
         metavar="QUANTITY=KEY",
         help="Where a quantity (parameter, gradient, hvp, loss, learning_rate, step) is in the files; repeatable.",
+    ),
+]
+Shift = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shift",
+        metavar="QUANTITY=K",
+        help="What is logged of a quantity at step s belongs to the state s+K: gradient=-1, loss=-1; repeatable.",
     ),
 ]
 Sweep = Annotated[bool, typer.Option("--sweep", help="SOURCE is a folder of many runs of one model.")]
@@ -162,11 +170,18 @@ def _arguments(sources: list[Path], out: Path, pairs: list[str] | None) -> tuple
     return paths[:-1], paths[-1], parse_map([*(pairs or []), *map(str, more)])
 
 
+def _shift(pairs: list[str] | None) -> dict[str, int]:
+    from pipeline.sources.names import parse_shift
+
+    return parse_shift(pairs or [])
+
+
 def _ingest(
     face: _Face,
     sources: list[Path],
     out: Path,
     mapping: dict[str, str],
+    shift: dict[str, int],
     format: str | None,
     sweep: bool,
     allow_gaps: bool,
@@ -182,6 +197,7 @@ def _ingest(
             out,
             format=format,
             mapping=mapping,
+            shift=shift,
             sweep=sweep,
             allow_gaps=allow_gaps,
             overwrite=overwrite,
@@ -224,6 +240,7 @@ def process(
     out: Out,
     format: FormatName = None,
     map_: Map = None,
+    shift: Shift = None,
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
@@ -247,11 +264,12 @@ def process(
 
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
+    shifts = _shift(shift)
     options = _options(learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, attempt)
 
     def once(first: bool) -> dict[str, Any]:
         answer = _ingest(
-            face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow, include
+            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow, include
         )
         if not first and not answer["new_steps"]:
             return answer
@@ -268,6 +286,7 @@ def ingest(
     out: Out,
     format: FormatName = None,
     map_: Map = None,
+    shift: Shift = None,
     sweep: Sweep = False,
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
@@ -283,9 +302,12 @@ def ingest(
 
     face = _Face(as_json, quiet)
     sources, out, mapping = _arguments(sources, out, map_)
+    shifts = _shift(shift)
 
     def once(first: bool) -> dict[str, Any]:
-        return _ingest(face, sources, out, mapping, format, sweep, allow_gaps, overwrite and first, follow, include)
+        return _ingest(
+            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow, include
+        )
 
     face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
 
@@ -385,7 +407,9 @@ def demo(
     """Log the experiments of the paper, process the logs, and draw them on one page."""
     from pipeline import run
     from pipeline.experiments.demo import WINDOW, write_demo_logs
+    from pipeline.places import require_local
 
+    out = require_local(out, "OUT")
     face = _Face(as_json, quiet)
     options = _options(None, None, [WINDOW], workers, None, None, memory_limit)
     runs = {}
@@ -408,6 +432,7 @@ def inspect(
     ],
     format: FormatName = None,
     map_: Map = None,
+    shift: Shift = None,
     sweep: Sweep = False,
     memory_limit: MemoryLimit = "512MiB",
     as_json: Json = False,
@@ -418,8 +443,10 @@ def inspect(
     from pipeline.sources.names import parse_map
 
     face, memory = _Face(as_json, quiet=False), memory_bytes(memory_limit)
-    mapping = parse_map(map_ or [])
-    face.answer(inspect_source(sources, format=format, mapping=mapping, sweep=sweep, memory_limit=memory))
+    mapping, shifts = parse_map(map_ or []), _shift(shift)
+    face.answer(
+        inspect_source(sources, format=format, mapping=mapping, shift=shifts, sweep=sweep, memory_limit=memory)
+    )
 
 
 @app.command()
@@ -428,14 +455,19 @@ def formats(as_json: Json = False, quiet: Quiet = False) -> None:
     from pipeline.sources.formats import FORMATS
 
     table = {
-        name: {"layout": format.layout, "gives": format.gives, "lacks": format.lacks}
+        name: {
+            "layout": format.layout,
+            "gives": format.gives,
+            "lacks": format.lacks,
+            "alignment": format.alignment,
+        }
         for name, format in FORMATS.items()
     }
     if as_json:
         _Face(as_json, quiet).answer(table)
         return
     for name, entry in table.items():
-        sys.stdout.write(f"{name}\n" + "".join(f"  {key:<7} {text}\n" for key, text in entry.items()))
+        sys.stdout.write(f"{name}\n" + "".join(f"  {key:<9} {text}\n" for key, text in entry.items()))
 
 
 def main() -> None:

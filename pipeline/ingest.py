@@ -36,6 +36,7 @@ from pipeline.schema import (
     promote,
     replicate_of,
 )
+from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
     KeptOpen,
     LoggedStep,
@@ -114,6 +115,7 @@ def ingest(
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
     sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
@@ -133,6 +135,8 @@ def ingest(
         Log format; found by content where not given.
     mapping : mapping, optional
         Quantity to the key that it stands under in the log; see `pipeline.sources.names`.
+    shift : mapping, optional
+        Quantity to K: what is logged of it at step s belongs to the state s + K.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
@@ -159,7 +163,7 @@ def ingest(
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    log, store = open_sources(each(source), format, mapping, sweep=sweep), place(store)
+    log, store = open_sources(each(source), format, mapping, shift, sweep=sweep), place(store)
     listed = log.steps()
     with only_writer(store, "trajectory"), KeptOpen(log) as log:
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
@@ -176,6 +180,8 @@ def ingest(
             # Taken before a step is opened: what is described and what is written must be the same file.
             identities = {step: identity(step) for step in steps}
             contents = _describe(log, steps, warnings, optimizer)
+            told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
+            warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer)
             try:
@@ -351,7 +357,7 @@ def _steps_to_come(
     from a first one to the end; the new ones are another attempt. A step that differs in the middle is an error.
     """
     differing: dict[LoggedStep, str] = {}
-    new, same = [], []
+    new, same, other_values = [], [], []
     for step in listed:
         found = identity(step)
         matches = [row for row in view.every.get(step.number, ()) if committed.sources[row] == found]
@@ -364,6 +370,15 @@ def _steps_to_come(
             differing[step] = difference
         else:
             same.append(step)
+            other_values += (
+                [step] if found.get("values") != committed.sources[view.rows[step.number]].get("values") else []
+            )
+    if other_values:
+        warnings.append(
+            f"{len(other_values)} steps were ingested without scalars that the log has now, or with some that it "
+            f"has no longer, {other_values[0].number} the first: they are kept as they are; start anew with "
+            "--overwrite to take the log as it is now"
+        )
     last = max(view.rows)
     begin = min((step.number for step in differing), default=last + 1)
     for step in new:
@@ -413,7 +428,11 @@ def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> b
 
 
 def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) -> str:
-    """Say in what a step differs from a committed row, nothing where its content is the same."""
+    """Say in what a step differs from a committed row, nothing where its content is the same.
+
+    Where the files of a step are the same, a scalar that only one of both has is no difference: logs of scalars
+    come later than tensors, or are left out.
+    """
     trajectory = committed.trajectory
     content = next(iter(_describe(log, [step], [], _with_optimizer(trajectory)).values()))
     if content.arrays["parameter"] != _parameters(trajectory):
@@ -423,10 +442,16 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
         return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}"
     if content.replicates != trajectory.replicates:
         return f"{trajectory.replicates} replicates, and now has {content.replicates}"
+    same_files = _files_of(identity(step)) == _files_of(committed.sources[row])
     for name in trajectory.scalars:
-        before, now = trajectory.scalar(name)[row].tolist(), _number(content, name)
-        if not np.array_equal(before, now, equal_nan=True):
+        before, now = trajectory.scalar(name)[row], _number(content, name)
+        # A log of scalars may come to a step later than the tensors.
+        missing = np.isnan(now).all() + np.isnan(before).all()
+        if not np.array_equal(before, now, equal_nan=True) and missing < (1 if same_files else 2):
+            before, now = np.asarray(before).tolist(), np.asarray(now).tolist()
             return f"{name} {before!r}, and now has {now!r}"
+    if same_files:
+        return ""
     record = committed.record(row)
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
@@ -438,6 +463,11 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
                 if checksum(buffer[: last - first]) != stored:
                     return f"another {name}"
     return ""
+
+
+def _files_of(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity of the files of a step, without the scalars that lie in logs of many steps."""
+    return {name: value for name, value in source.items() if name != "values"}
 
 
 def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, InputError] | None:

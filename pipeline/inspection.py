@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,16 @@ from pipeline.schema import (
     promote,
     replicate_vectors,
 )
-from pipeline.sources.base import LoggedStep, LoggedTensor, OptimizerState, Source, StepContent, complete
+from pipeline.sources.alignment import misalignment
+from pipeline.sources.base import (
+    LoggedStep,
+    LoggedTensor,
+    OptimizerState,
+    Source,
+    StepContent,
+    Unreadable,
+    complete,
+)
 from pipeline.sources.formats import format_of, open_sources
 from pipeline.store import storage_dtype
 
@@ -64,6 +74,7 @@ def inspect_source(
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
     sweep: bool = False,
     memory_limit: int | None = None,
 ) -> dict[str, Any]:
@@ -71,7 +82,7 @@ def inspect_source(
 
     Parameters
     ----------
-    sources, format, mapping, sweep
+    sources, format, mapping, shift, sweep
         As for `pipeline.ingest.ingest`.
     memory_limit : int, optional
         Bytes that a worker process may use.
@@ -88,7 +99,7 @@ def inspect_source(
         Where there is no log, or its first or last step cannot be described.
     """
     paths = each(sources)
-    log = open_sources(paths, format, mapping, sweep=sweep)
+    log = open_sources(paths, format, mapping, shift, sweep=sweep)
     listed = log.steps()
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))
     runs = len({step.run for step in listed})
@@ -123,7 +134,10 @@ def inspect_source(
     found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
     found["unused_keys"] = list(first.unused)
     if all(first.arrays.get(name) for name in STATES[:2]):
-        found |= _plan(log, listed, complete(listed[0], first), memory_limit)
+        whole = complete(listed[0], first)
+        with suppress(Unreadable):
+            found["notes"] += [told] if (told := misalignment(log, listed, whole)) else []
+        found |= _plan(log, listed, whole, memory_limit)
     return found
 
 

@@ -238,7 +238,8 @@ def _columns(
     status = geometry.status(
         mean[0],
         rate,
-        finite=np.isfinite(np.diagonal(gram, axis1=-2, axis2=-1)).all(axis=-1),
+        # A hvp that is not finite leaves its own results unknown.
+        finite=np.isfinite(np.diagonal(gram, axis1=-2, axis2=-1)[..., : 2 + replicates]).all(axis=-1),
         verifiable=~((update_floor >= mean[0].update_norm) & (update_floor > 0)),
     )
     effective, has_angle = status == Status.EFFECTIVE, status <= Status.OBTUSE
@@ -265,34 +266,39 @@ def _columns(
             "stochastic_alpha": alpha,
             "learning_rate_bound": discrete_time.stochastic_learning_rate_bound(pair, curvature, product, alpha),
         }
-        return np.stack([np.where(exists.get(name, effective), value, np.nan) for name, value in values.items()])
+        return np.stack([np.where(exists.get(name, effective), values[name], np.nan) for name in _STATISTICS])
 
     # The mean of rows of the identity are the weights of the replicates; one left out has weight 0.
     for name, value, error in zip(_STATISTICS, *jackknife(statistics, unit), strict=True):
-        columns[name] = (leading, value)
-        if name != "stochastic_alpha":
-            columns[f"{name}_error"] = (leading, error)
+        columns |= {name: (leading, value), f"{name}_error": (leading, error)}
     columns["stochastic_definite"] = (leading, columns["stochastic_alpha"][1] > columns["stochastic_weight"][1])
     return columns
 
 
 _STATISTICS = (
-    *("alignment", "angle", "condition_number", "stochastic_weight", "stochastic_alpha", "learning_rate_bound"),
+    "alignment",
+    "angle",
+    "condition_number",
+    "stochastic_weight",
+    "stochastic_alpha",
+    "learning_rate_bound",
 )
+"""What is told of the mean update, with an error where `pipeline.schema.REPLICATE_VARIABLES` has one."""
 
 
 def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> tuple[Pair, Pair, Array]:
     """Pairs of a weighted mean update with y and with its <Hg>, and the product of these two across it."""
-    replicates = len(weights)
+    known = 2 + len(weights)
     # As the deviations add up to 0, of their weights only those that differ from the mean one count.
     mean = np.concatenate([[weights.sum()], weights - weights.mean()])
-    blocks = np.zeros((3, gram.shape[-1]))
-    blocks[0, 0], blocks[1, 1 : 2 + replicates] = 1.0, mean
-    if gram.shape[-1] > 2 + replicates:
-        blocks[2, 2 + replicates :] = mean
-    else:
-        blocks[2] = np.nan  # and so is what is made of hvps that were not logged
-    small = blocks @ gram @ blocks.T
+    blocks = np.zeros((2, known))
+    blocks[0, 0], blocks[1, 1:] = 1.0, mean
+    # Of gradient, update and hvp; what is made of hvps is NaN where they were not logged or are not finite.
+    small = np.full((*gram.shape[:-2], 3, 3), np.nan)
+    small[..., :2, :2] = blocks @ gram[..., :known, :known] @ blocks.T
+    if gram.shape[-1] > known:
+        small[..., :2, 2] = small[..., 2, :2] = gram[..., :known, known:] @ mean @ blocks.T
+        small[..., 2, 2] = gram[..., known:, known:] @ mean @ mean
     square, along, bent = small[..., 1, 1], small[..., 0, 1], small[..., 1, 2]
     line = size == 1
 

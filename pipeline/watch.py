@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +23,8 @@ from pipeline.places import is_url, names, network_errors, place, put, read, req
 from pipeline.places import status as status_of
 from pipeline.run import RunFolder
 from pipeline.schema import InputError, Unavailable
-from pipeline.sources.formats import find_format, format_of, open_source
+from pipeline.sources.base import changed_lately
+from pipeline.sources.formats import RUN_FILE, holds_run, open_sources
 from pipeline.store import Trajectory, only_writer
 
 __all__ = [
@@ -103,7 +104,7 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
             return
         seen.add(_inode(folder))
         # A run that was met before is one, whatever is left of its log: then it is told what is missing.
-        if (out / name / _OUTCOME).exists() or find_format(folder) is not None:
+        if (out / name / _OUTCOME).exists() or holds_run(folder):
             yield name
             return
         with os.scandir(folder) as entries:
@@ -118,15 +119,22 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
             empty = False
             yield found
     # One file of all steps, where there is nothing else that it could belong to.
-    if empty and format_of(folder) != "steps":
+    if empty and holds_run(folder, in_one_file=True):
         yield name
 
 
 def listing(source: Path) -> str:
-    """Identity of a log: digest of the name, size, time of change and of status of every file in it."""
-    digest = hashlib.sha256()
+    """Identity of a log: digest of the name, size, time of change and of status of every file in it.
+
+    Of a run file it also says whether something changed lately: steps that a log of scalars did not have then are
+    taken when it has settled.
+    """
+    digest, newest = hashlib.sha256(), 0
     for path, status in sorted(_objects(source) if is_url(source) else _files(source)):
         digest.update(f"{path}\0{status}\n".encode("utf-8", "surrogateescape"))
+        newest = max(newest, status[1])
+    if not is_url(source) and (source / RUN_FILE).is_file() and changed_lately(newest):
+        digest.update(b"growing")
     return digest.hexdigest()
 
 
@@ -172,6 +180,8 @@ class Outcome:
         Of natgrad.
     time : str
         When it ended, ISO 8601 in UTC.
+    others : list of str
+        Further logs of the run.
     """
 
     source: str
@@ -181,6 +191,7 @@ class Outcome:
     error: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    others: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, out: Path) -> Outcome | None:
@@ -203,7 +214,7 @@ class Outcome:
             return False
         if self.error:
             return not self.error["heals"]
-        folder = RunFolder(Path(out))
+        folder = RunFolder(place(out))
         return folder.results.exists() and folder.report.exists()
 
 
@@ -334,7 +345,8 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
         source = source or place(states.source)
         steps, last = states.rows, int(states.scalar("step")[-1]) if states.rows else None
     source = place(outcome.source) if outcome else source
-    lag = _lag(source, last, outcome.options if outcome else {}) if source else None
+    sources = [source, *map(place, outcome.others if outcome else [])] if source else []
+    lag = _lag(sources, last, outcome.options if outcome else {}) if sources else None
     error = outcome.error if outcome else {}
     changed = False
     if outcome is not None and source is not None and not is_url(source) and source.is_dir():
@@ -358,10 +370,10 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
     }
 
 
-def _lag(source: Path, last: int | None, options: Mapping[str, Any]) -> int | None:
+def _lag(sources: Sequence[Path], last: int | None, options: Mapping[str, Any]) -> int | None:
     try:
-        with network_errors(source):
-            steps = open_source(source, options.get("format"), options.get("mapping")).steps()
+        with network_errors(*sources):
+            steps = open_sources(sources, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
     except InputError:
         return None
     return sum(last is None or step.number > last for step in steps)

@@ -19,6 +19,7 @@ import xarray as xr
 from logs import random_walk, write_log, write_step
 
 from pipeline import cli
+from pipeline.store import Trajectory
 
 NATGRAD = Path(sys.executable).with_name("natgrad")
 
@@ -308,3 +309,37 @@ def test_a_mapping_and_several_sources_reach_the_ingest(tmp_path):
     assert "SOURCE and OUT" in refused.stderr
     refused = natgrad("ingest", tmp_path / "states", tmp_path / "four", "--map", "theta")
     assert "no pair" in refused.stderr
+
+
+def test_commands_take_shifts(tmp_path):
+    # Gradient and loss of a state are logged one step after it.
+    states = random_walk(6)
+    logged = [
+        {key: (before if key[0] in "gl" else here)[key] for key in here}
+        for before, here in zip([states[0], *states], states, strict=False)
+    ]
+    log = write_log(tmp_path / "log", logged)
+    shifts = ("--shift", "gradient=-1", "--shift", "loss=-1")
+    found = answer("inspect", log, *shifts)
+    assert (found["steps"], found["first_step"], found["last_step"]) == (5, 0, 4)
+    assert answer("ingest", log, tmp_path / "out", *shifts)["steps"] == 5
+    losses = Trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
+    assert losses.tolist() == [state["loss"] for state in states[:5]]
+    done = natgrad("ingest", log, tmp_path / "out", "--shift", "gradient=next")
+    assert done.returncode == 2
+    assert "gradient=next does not say" in done.stderr
+
+
+def test_of_several_sources_each_takes_the_part_of_a_map_that_is_meant_for_it(tmp_path):
+    states = [{key.replace("gradient/", "g/"): v for key, v in state.items()} for state in random_walk(6)]
+    log = write_log(tmp_path / "log", [{k: v for k, v in state.items() if k != "loss"} for state in states])
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("count,nll\n" + "".join(f"{step},{step / 8}\n" for step in range(6)))
+    os.utime(metrics, (1, 1))
+    found = answer("ingest", log, metrics, tmp_path / "out", "--map", "gradient=g", "loss=nll", "step=count")
+    assert found["steps"] == 6
+    losses = Trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
+    assert losses.tolist() == [step / 8 for step in range(6)]
+    done = natgrad("inspect", log, log, "--map", "gradient=g")
+    assert done.returncode == 2
+    assert "do not say which SOURCE" in done.stderr

@@ -4,17 +4,22 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import xarray as xr
 from logs import random_walk, write_log, write_step
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
+from servers import S3Server
 
 from flows import runs
 from flows.watch import watch_runs
 from pipeline import run, watch
+from pipeline.places import place, put
 from pipeline.schema import InputError
+from pipeline.sources import base
+from pipeline.store import Trajectory, only_writer
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
 
@@ -122,7 +127,56 @@ def test_a_run_that_another_process_works_on_is_skipped_in_a_word(log, tmp_path)
     assert str(tmp_path / "held") in skipped.message
 
 
-@pytest.mark.parametrize("parameters", [{"windows": [0]}, {"workers": 0}, {"gammas": [-1.0]}, {"learning_rate": 0}])
+def test_a_flow_takes_several_sources_as_the_command_line_does(log, tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("step,nll\n" + "".join(f"{step + 1},{step / 8}\n" for step in range(8)))
+    os.utime(metrics, (1, 1))
+    options = {"mapping": {"loss": "nll"}, "shift": {"loss": -1}}
+    runs.process_run([metrics, log], tmp_path / "joined", workers=1, **options)
+    run.ingest_run([metrics, log], tmp_path / "by-hand", **options)
+    one, other = (Trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
+    assert one.fingerprint() == other.fingerprint()
+    assert one.scalar("loss").tolist() == [step / 8 for step in range(8)]
+    (row,) = [row for row in watch.status(tmp_path) if row["run"] == "joined"]
+    assert (row["last_step"], row["lag"]) == (7, 0)
+
+
+def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path, monkeypatch):
+    folder = tmp_path / "logs" / "mixed"
+    write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
+    (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n2,0.125\n")
+    (folder / "run.toml").write_text('[[source]]\npath = "."\n[[source]]\npath = "metrics.csv"\n')
+    # A logger's file alone is no run.
+    (tmp_path / "logs" / "scalars").mkdir()
+    (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
+
+    def look():
+        answer = watch_runs(tmp_path / "logs", tmp_path / "out", workers=1)
+        assert not answer["failed"]
+        states = Trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
+        return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
+
+    assert look() == (1, 0, [0.5, 0.25, 0.125])
+    assert look() == (0, 1, [0.5, 0.25, 0.125])
+    # What the log of scalars did not have then is taken once nobody has written to it for long.
+    monkeypatch.setattr(base, "SETTLED_SECONDS", -1.0)
+    np.testing.assert_equal(look(), (1, 0, [0.5, 0.25, 0.125, np.nan]))
+    assert look()[:2] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"windows": [0]},
+        {"workers": 0},
+        {"gammas": [-1.0]},
+        {"learning_rate": 0},
+        {"mapping": {"gradients": "g"}},
+        {"mapping": {"gradient": ""}},
+        {"shift": {"gradient": 0.5}},
+        {"shift": {"step": 1}},
+    ],
+)
 def test_parameters_are_validated_before_a_run_starts(log, tmp_path, parameters):
     with pytest.raises(ParameterTypeError):
         runs.process_run(log, tmp_path / "never", **parameters)
@@ -167,3 +221,20 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
             [sys.executable, "-c", code], capture_output=True, text=True, env=clean | chosen, check=True
         )
         assert done.stdout.strip() == expected
+
+
+def test_a_flow_takes_urls(log, tmp_path, monkeypatch):
+    with S3Server(tmp_path / "s3.log") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        place("s3://bucket/any").fs.mkdir("bucket")
+        out = "s3://bucket/out"
+        for file in sorted(log.iterdir()):
+            put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
+        outcome = watch.Outcome.of(out)
+        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+        (link,) = artifacts("report-out")
+        assert "s3://bucket/out/report.html" in link
+        with only_writer(place(out) / "processing", "run"):
+            assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]

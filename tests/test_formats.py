@@ -866,3 +866,17 @@ def test_a_damaged_zarr_group_is_read_or_refused_and_nothing_else(tmp_path, file
                         "parameter", name, 0, np.zeros(min(np.prod(logged.shape, dtype=int), 9), np.float32)
                     )
     path.write_bytes(whole)
+
+
+def test_a_gradient_store_of_bergson_is_refused_with_what_it_lacks(tmp_path):
+    # As create_index in its data.py writes them.
+    store = tmp_path / "train" / "epoch_0"
+    store.mkdir(parents=True)
+    np.zeros((3, 8), np.float16).tofile(store / "gradients.bin")
+    (store / "info.json").write_text(
+        json.dumps({"num_items": 3, "num_grads": 3, "grad_sizes": {"a": 4, "b": 4}, "base_dtype": "float16"})
+    )
+    for folder in (tmp_path, store):
+        refused = refusal(folder)
+        assert "no gradient of the loss" in refused.what
+        assert "projected" in refused.why

@@ -64,12 +64,15 @@ class LoggedStep:
         Further files or folders of the step.
     run : str
         Run of a sweep.
+    values : str
+        Scalars of the step from logs of many steps, whose sizes and times tell nothing of one step.
     """
 
     number: int
     path: Path
     others: tuple[Path, ...] = ()
     run: str = ""
+    values: str = ""
 
 
 @dataclass(frozen=True)
@@ -364,7 +367,7 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
 
 
 def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
-    """Name, size in bytes and time in ns of the files of a step; of a folder, of all files in it.
+    """Name, size in bytes and time in ns of the files of a step (of a folder, all files in it), and its ``values``.
 
     Parameters
     ----------
@@ -398,6 +401,8 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
     if files != [step.path]:
         listing = [(_relative(path, step.path.parent), *facts) for path, *facts in stats]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
+    if step.values:
+        found["values"] = step.values
     return found
 
 

@@ -10,27 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.places import is_url, names, place
-from pipeline.schema import InputError
+from pipeline.schema import STATES, InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
+from pipeline.sources.event_file import event_files, read_events
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.megatron_folder import MegatronFolder, megatron_number
 from pipeline.sources.model_folder import ModelFolder
-from pipeline.sources.names import CHECKPOINT, MODEL, ROOT, step_number
+from pipeline.sources.names import CHECKPOINT, MODEL, ROOT, checked_shift, step_number
 from pipeline.sources.npz_file import NpzStack
 from pipeline.sources.orbax_folder import OrbaxFolder, orbax_number, orbax_unfinished
+from pipeline.sources.record_files import holds_metrics, read_csv, read_json_lines, read_parquet, read_sqlite
+from pipeline.sources.scalar_log import Kind as ScalarKind
+from pipeline.sources.scalar_log import ScalarLog
 from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 from pipeline.sources.zarr_group import ZarrGroup, holds_zarr
 
-__all__ = ["FORMATS", "Format", "find_format", "format_of", "open_source", "open_sources"]
+__all__ = ["FORMATS", "RUN_FILE", "Format", "find_format", "format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
+
+RUN_FILE = "run.toml"
+"""Run file that stands for the folder it is in."""
 
 Opener = Callable[[Path, Mapping[str, str]], Source]
 
@@ -51,6 +58,10 @@ class Format:
         Whether a path is a log of this format.
     open : callable
         Path and mapping to `Source`.
+    alignment : str
+        Which state, before or after an update, what is logged at a step belongs to.
+    scalars : ScalarKind, optional
+        Of a format that holds scalars and no tensors; it is opened by this.
     """
 
     name: str
@@ -59,6 +70,8 @@ class Format:
     lacks: str
     found: Callable[[Path], bool]
     open: Opener
+    alignment: str = "all of step N is of the state after N updates, before the next; else give --shift"
+    scalars: ScalarKind | None = None
 
 
 def _holds(*kinds: Kind) -> Callable[[Path], bool]:
@@ -96,6 +109,28 @@ def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
     if holds_zarr(path):
         return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
     return StepFolder(path, [_ZARR], mapping)
+
+
+def _holds_bergson(path: Path) -> bool:
+    folders = (path, *path.glob("epoch_*"), *path.glob("train/epoch_*")) if path.is_dir() else ()
+    return any((folder / "gradients.bin").is_file() and (folder / "info.json").is_file() for folder in folders)
+
+
+def _refuse_bergson(path: Path, mapping: Mapping[str, str]) -> Source:
+    if not _holds_bergson(path):
+        raise InputError(
+            "no step files, and no gradients.bin with its info.json, in this folder",
+            where=str(path),
+            remedy="give the folder that holds the step files; natgrad formats lists what can be read",
+        )
+    raise InputError(
+        "a gradient store of Bergson holds no gradient of the loss",
+        where=str(path),
+        why="it has a row for each example, of some of the tensors, by default projected at random to 16 x 16 and "
+        "scaled as the optimizer does, from which no gradient of the loss follows",
+        remedy="log the gradient of each step beside the parameters (pipeline.recorder, or a callback that saves "
+        "gradient.safetensors into the checkpoint)",
+    )
 
 
 def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
@@ -181,6 +216,54 @@ _LIGHTNING_SHARDS = replace(
 _ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGroup(step))
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
+
+def _files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Path], list[Path]]:
+    """Files of a log of scalars, told by suffix and first bytes: the path, or those of a folder by their names."""
+
+    def is_one(path: Path) -> bool:
+        if path.suffix not in suffixes or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+
+    def files(path: Path) -> list[Path]:
+        if not path.is_dir():
+            return [path] if is_one(path) else []
+        return [entry for entry in sorted(path.iterdir()) if is_one(entry)] if folder else []
+
+    return files
+
+
+_CSV = ScalarKind("a CSV file", _files(False, b"", ".csv", ".tsv"), read_csv)
+_JSON_LINES = ScalarKind("a file of JSON lines", _files(False, b"{", ".jsonl", ".ndjson"), read_json_lines)
+_PARQUET = ScalarKind("a Parquet file", _files(True, b"PAR1", ".parquet"), read_parquet)
+_EVENTS = ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True)
+_TRACKIO = ScalarKind(
+    "a trackio database",
+    lambda path: [path] if path.is_file() and holds_metrics(path) else [],
+    read_sqlite,
+    step="step",
+)
+
+
+def _scalars(kind: ScalarKind) -> tuple[Callable[[Path], bool], Opener, str, ScalarKind]:
+    """Find and open a log of scalars; what cannot be looked into is none."""
+
+    def found(path: Path) -> bool:
+        try:
+            return bool(kind.files(path))
+        except (OSError, ValueError):
+            return False
+
+    return found, lambda path, mapping: ScalarLog(path, kind, mapping), _ALIGNMENT_OF_SCALARS, kind
+
+
+_ALIGNMENT_OF_SCALARS = (
+    "as its logger counts: step N must be that of the state after N updates, where the loss was; else give --shift"
+)
+_GIVES_SCALARS = "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under usual keys or --map's"
+_LACKS_TENSORS = "tensors: give their log as a further SOURCE"
+
 _NATIVE = (
     "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate, and of the draws of a "
     "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
@@ -204,14 +287,17 @@ FORMATS: dict[str, Format] = {
             "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
             _holds(TRAINER_KIND),
             TrainerFolder,
+            "checkpoint-N is the state after N updates; its loss and the rate of the next update are those of the "
+            "log at step N + 1",
         ),
         Format(
             "lightning",
             "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
             "parameters, learning_rate, and what a callback adds under gradient, hvp or loss; out of core",
-            "gradients as Lightning writes it; what on_train_batch_end adds is of the state before, give --map "
-            "gradient=KEY only for those of the state saved; last.ckpt, which repeats another",
+            "gradients as Lightning writes it; last.ckpt, which repeats another",
             *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
+            "step=N is the state after N updates, with the rate of the next one; gradient and loss that "
+            "on_train_batch_end adds are of the state before: --shift gradient=-1 --shift loss=-1",
         ),
         Format(
             "dcp",
@@ -282,6 +368,50 @@ FORMATS: dict[str, Format] = {
             lambda path: holds_zarr(path) or _holds(_ZARR)(path),
             _open_zarr,
         ),
+        Format(
+            "bergson",
+            "gradients.bin and info.json of a gradient store of Bergson, also in train/epoch_<N>/",
+            "nothing: it is recognised, and refused with what it lacks",
+            "gradients of the loss: it holds those of single examples, of some of the tensors, by default "
+            "projected at random and scaled as the optimizer does",
+            _holds_bergson,
+            _refuse_bergson,
+        ),
+        Format(
+            "csv",
+            "one file with a header, values parted by commas, semicolons or tabs: Lightning's metrics.csv, pandas'",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS,
+            *_scalars(_CSV),
+        ),
+        Format(
+            "jsonl",
+            "one file .jsonl or .ndjson with a JSON object in each line, nested or flat",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS,
+            *_scalars(_JSON_LINES),
+        ),
+        Format(
+            "parquet",
+            "one file .parquet, or a folder of them: W&B's history, trackio's, pandas'; needs the extra parquet",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS,
+            *_scalars(_PARQUET),
+        ),
+        Format(
+            "tensorboard",
+            "an event file (tfevents), or a folder of them; checksums are compared, every point is read",
+            _GIVES_SCALARS + "; single precision as nearly all writers store it",
+            _LACKS_TENSORS + "; event files in folders below",
+            *_scalars(_EVENTS),
+        ),
+        Format(
+            "trackio",
+            "trackio's SQLite database, with a table metrics",
+            _GIVES_SCALARS + "; of several runs the one of --map run=NAME",
+            _LACKS_TENSORS,
+            *_scalars(_TRACKIO),
+        ),
     )
 }
 
@@ -291,45 +421,109 @@ def find_format(path: Path) -> str | None:
     return next((name for name, known in FORMATS.items() if known.found(path)), None)
 
 
-def open_source(path: Path, format: str | None = None, mapping: Mapping[str, str] | None = None) -> Source:
+def _holds_scalars_alone(path: Path) -> bool:
+    """Whether a path holds a log of scalars, by its content."""
+    known = None if is_url(path) else FORMATS.get(format_of(path))
+    return known is not None and known.scalars is not None
+
+
+def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
+    """Whether a path holds a log with tensors, or a run file, by its content, or the one file in it is one."""
+    if _run_file(path) is not None:
+        return True
+    path = _only_file(path) if in_one_file else path
+    return any(known.found(path) for known in FORMATS.values() if known.scalars is None)
+
+
+def open_source(
+    path: Path,
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
+) -> Source:
     """Open a training log.
 
     Parameters
     ----------
     path : Path
-        A log, or a run file (``.toml``) that lists several.
+        A log, or a run file (``.toml``) that lists several, or the folder of one that is called `RUN_FILE`.
     format : str, optional
         One of `FORMATS`; found by content where not given.
     mapping : mapping, optional
         Quantity to the key it stands under; see `pipeline.sources.names`.
+    shift : mapping, optional
+        Quantity to K: what is logged of it at step s belongs to the state s + K.
 
     Raises
     ------
     InputError
-        Where nothing is there, or the format is not known.
+        Where nothing is there, the format is not known, or it is a log of scalars alone.
     """
+    shift = checked_shift(shift or {})
+    return _joined([_open(path, format, mapping, shift)], [shift])
+
+
+def _open(
+    path: Path,
+    format: str | None,
+    mapping: Mapping[str, str] | None,
+    shift: Mapping[str, int],
+    *,
+    in_run_file: bool = False,
+) -> Source:
+    """Open one log, with tensors or of scalars; only the latter are shifted already."""
     path, mapping = place(path), dict(mapping or {})
     if format is not None and format not in FORMATS:
         raise InputError(
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
         )
+    run_file = None if in_run_file else _run_file(path)
+    if run_file is not None:
+        if format or mapping or shift:
+            raise InputError(
+                "--format, --map and --shift do not say which source of a run file they mean",
+                where=str(path),
+                remedy="write them in the run file: format, map and shift of the [[source]] that is meant",
+            )
+        return _open_run_file(run_file)
     if is_url(path):
         return _open_objects(path, format or "steps", mapping)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
-    if path.suffix == ".toml" and path.is_file():
-        return _open_run_file(path)
     path = _only_file(path)
-    if format is None:
-        format = format_of(path)
-    if not path.is_dir() and not FORMATS[format].found(path):
+    known = FORMATS[format or find_format(path) or "steps"]
+    if known.scalars is not None:
+        # Whoever names the format means this file, whatever it is called.
+        kind = replace(known.scalars, files=lambda path: [path]) if format and path.is_file() else known.scalars
+        return ScalarLog(path, kind, mapping, shift)
+    if not path.is_dir() and not known.found(path):
         raise InputError(
             "this is a file, a log is a folder",
             where=str(path),
-            why="only .npz and .h5 files can be a log of their own, of arrays (step, ...)",
+            why="only .npz and .h5 files, and logs of scalars, can be a log of their own",
             remedy="give the folder that holds the step files",
         )
-    return FORMATS[format].open(path, mapping)
+    return known.open(path, mapping)
+
+
+def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> Source:
+    """Join the sources of a run, of which one must hold tensors; each with its shifts."""
+    if all(isinstance(source, ScalarLog) for source in sources):
+        raise InputError(
+            "a log of scalars holds no tensors",
+            where=", ".join(str(source.location) for source in sources),
+            why="parameters and gradients are what is analyzed; loss and learning rate go with them",
+            remedy="give the log that has the tensors as a further SOURCE",
+        )
+    return sources[0] if len(sources) == 1 and not shifts[0] else JoinedSource(sources, shifts)
+
+
+def _run_file(path: Path) -> Path | None:
+    """Run file that a path is, or that stands for the folder; of URLs it must be named."""
+    if is_url(path):
+        return path if path.suffix == ".toml" else None
+    path = path / RUN_FILE if path.is_dir() else path
+    return path if path.suffix == ".toml" and path.is_file() else None
 
 
 _OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
@@ -338,8 +532,6 @@ _OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name,
 
 def _open_objects(path: Path, format: str, mapping: Mapping[str, str]) -> Source:
     """Open a log in an object store."""
-    if path.suffix == ".toml":
-        return _open_run_file(path)
     found = names(path)
     if not found:
         raise InputError("no such object or folder", where=str(path), remedy="give the folder of a training log")
@@ -360,13 +552,14 @@ def _only_file(path: Path) -> Path:
     if not path.is_dir() or any(known.found(path) for known in FORMATS.values()):
         return path
     files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
-    logs = [file for file in files if any(known.found(file) for known in FORMATS.values())]
+    # Tensors count before scalars that lie beside them.
+    logs = [file for file in files if holds_run(file)] or [file for file in files if find_format(file)]
     return logs[0] if len(logs) == 1 else path
 
 
 def format_of(path: Path) -> str:
     """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
-    if path.suffix == ".toml" and path.is_file():
+    if _run_file(path) is not None:
         return "run file"
     if is_url(path):
         return "steps"
@@ -377,6 +570,7 @@ def open_sources(
     paths: Sequence[Path],
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
     *,
     sweep: bool = False,
 ) -> Source:
@@ -384,8 +578,9 @@ def open_sources(
 
     Parameters
     ----------
-    paths, format, mapping
-        See `open_source`.
+    paths, format, mapping, shift
+        See `open_source`. Of several logs, ``mapping`` of arrays is that of the one with tensors, and of scalars
+        and ``step`` that of the one log of scalars; ``shift`` is that of all.
     sweep : bool
         The path is a folder that holds a log for each of several runs.
 
@@ -395,18 +590,37 @@ def open_sources(
         See `open_source`; of a sweep, where it has no runs.
     """
     if sweep:
-        return _open_sweep(paths, format, mapping)
+        return _open_sweep(paths, format, mapping, shift)
     if len(paths) == 1:
-        return open_source(paths[0], format, mapping)
-    if mapping or format:
+        return open_source(paths[0], format, mapping, shift)
+    shift = checked_shift(shift or {})
+    mappings = _shares(paths, mapping or {})
+    if mappings is None or format:
         raise InputError(
             "--format and --map do not say which SOURCE they mean",
+            where=", ".join(map(str, paths)),
             remedy="list the sources in a run file, each with its format and map",
         )
-    return JoinedSource([open_source(path) for path in paths])
+    sources = [_open(path, None, share, shift) for path, share in zip(paths, mappings, strict=True)]
+    return _joined(sources, [shift] * len(sources))
 
 
-def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None) -> Source:
+def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
+    """Return the part of a mapping that is meant for each of several logs, None where that is not clear."""
+    of_scalars = [_holds_scalars_alone(path) for path in paths]
+    shares: list[dict[str, str]] = [{} for _ in paths]
+    for quantity, key in mapping.items():
+        # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
+        meant = [share for share, alone in zip(shares, of_scalars, strict=True) if alone != (quantity in STATES)]
+        if len(meant) != 1:
+            return None
+        meant[0][quantity] = key
+    return shares
+
+
+def _open_sweep(
+    paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
+) -> Source:
     """Open every folder in a folder as the log of a run, and every file that is a log of its own."""
     if len(paths) != 1 or not paths[0].is_dir():
         raise InputError(
@@ -417,9 +631,9 @@ def _open_sweep(paths: Sequence[Path], format: str | None, mapping: Mapping[str,
     (folder,) = paths
     runs: dict[str, Source] = {}
     for entry in sorted(folder.iterdir()):
-        stacked = not is_url(entry) and entry.is_file() and any(known.found(entry) for known in FORMATS.values())
+        stacked = not is_url(entry) and entry.is_file() and holds_run(entry)
         if not entry.name.startswith(".") and (entry.is_dir() or stacked):
-            runs[entry.name] = open_source(entry, format, mapping)
+            runs[entry.name] = open_source(entry, format, mapping, shift)
         else:
             _log.info("%s is no run of the sweep", entry)
     if not runs:
@@ -436,8 +650,8 @@ def _open_run_file(path: Path) -> Source:
         return InputError(
             what,
             where=str(path),
-            remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME" and '
-            'map = { QUANTITY = "KEY" } where needed',
+            remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME", '
+            'map = { QUANTITY = "KEY" } and shift = { QUANTITY = -1 } where needed',
         )
 
     try:
@@ -447,16 +661,20 @@ def _open_run_file(path: Path) -> Source:
     entries = table.pop("source", None)
     if table or not isinstance(entries, list) or not entries:
         raise refuse(f"the run file has {', '.join(table) or 'no [[source]]'}")
-    sources = []
+    sources, shifts = [], []
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise refuse("a source has no path")
-        unknown = set(entry) - {"path", "format", "map"}
-        if unknown or not isinstance(entry.get("map", {}), dict):
-            raise refuse(f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map that is no table'}")
+        unknown = set(entry) - {"path", "format", "map", "shift"}
+        tables = [entry.get(name, {}) for name in ("map", "shift")]
+        if unknown or not all(isinstance(table, dict) for table in tables):
+            raise refuse(
+                f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is no table'}"
+            )
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
+        shifts.append(checked_shift(entry.get("shift", {}), f"{path}, shift of {entry['path']!r}"))
         listed = place(entry["path"])
         listed = listed if is_url(listed) else path.parent / listed
-        sources.append(open_source(listed, entry.get("format"), entry.get("map")))
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+        sources.append(_open(listed, entry.get("format"), entry.get("map"), shifts[-1], in_run_file=True))
+    return _joined(sources, shifts)

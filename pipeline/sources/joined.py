@@ -3,105 +3,209 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.schema import InputError
-from pipeline.sources.base import LoggedStep, NotYet, OptimizerState, Source, StepContent, StepReader, where
+from pipeline.schema import SCALARS, STATES, InputError
+from pipeline.sources.base import (
+    LoggedStep,
+    LoggedTensor,
+    NotYet,
+    OptimizerState,
+    Source,
+    StepContent,
+    StepReader,
+    where,
+)
+from pipeline.sources.scalar_log import ScalarLog
 
 __all__ = ["JoinedSource"]
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some quantities of a source, all logged at steps that are ``shift`` before those that they belong to."""
+
+    source: Source
+    shift: int
+    quantities: frozenset[str]
+
+    @property
+    def restricts(self) -> bool:
+        """Whether a step must be in it: what has scalars alone may lack some."""
+        return not isinstance(self.source, ScalarLog) and bool(self.quantities & set(STATES))
+
+    def numbered(self, steps: Sequence[LoggedStep]) -> dict[int, LoggedStep]:
+        """Return steps as logged, by the state that they belong to."""
+        return {step.number + self.shift: step for step in steps}
+
+    def of(self, content: StepContent) -> StepContent:
+        """Return what a description says of these quantities."""
+        return replace(
+            content,
+            arrays={name: tensors for name, tensors in content.arrays.items() if name in self.quantities},
+            scalars={name: value for name, value in content.scalars.items() if name in self.quantities},
+            # What an optimizer keeps goes with the parameters that it was saved with.
+            optimizer=content.optimizer if STATES[0] in self.quantities else None,
+        )
+
+
 class JoinedSource:
-    """Sources of one run, each of which gives some of its arrays.
+    """Sources of one run, each of which gives some of its quantities.
 
     Parameters
     ----------
     sources : sequence of Source
-        A step must be in all of them; what only some have is left out, with a warning.
+        A step must be in all that hold tensors; what only some have is left out, with a warning. Logs of scalars
+        do not restrict the steps: where they lack one it has no such scalar.
+    shifts : sequence of mapping, optional
+        Of each source, quantities to what is added to the step that they are logged at. A `ScalarLog` has shifted
+        its own already.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = tuple(sources)
-        self.location: Path = self._sources[0].location
-        self._parts: dict[int, tuple[LoggedStep, ...]] = {}
+    def __init__(self, sources: Sequence[Source], shifts: Sequence[Mapping[str, int]] | None = None) -> None:
+        self.location: Path = sources[0].location
+        self._parts = [
+            part
+            for source, shift in zip(sources, shifts or [{}] * len(sources), strict=True)
+            for part in _parts(source, shift)
+        ]
+        self._steps: dict[int, tuple[tuple[_Part, LoggedStep], ...]] = {}
 
     def steps(self) -> list[LoggedStep]:
         """List the steps that all sources have; see `pipeline.sources.base.Source`."""
-        listed = [{step.number: step for step in source.steps()} for source in self._sources]
-        common = set(listed[0]).intersection(*listed[1:])
-        for source, steps in zip(self._sources, listed, strict=True):
-            alone = sorted(set(steps) - common)
+        sources = {id(part.source): part.source for part in self._parts}
+        of_source = {key: source.steps() for key, source in sources.items()}
+        listed = [(part, part.numbered(of_source[id(part.source)])) for part in self._parts]
+        tensors = [steps for part, steps in listed if part.restricts]
+        common = {number for number in tensors[0] if number >= 0}.intersection(*tensors[1:])
+        for part, steps in listed:
+            alone = sorted(set(steps) - common) if part.restricts else []
             if alone:
                 _log.warning(
-                    "%d steps of %s are left out, as another source lacks them: %d the first",
+                    "%d steps of %s are left out, as %s: %d the first",
                     len(alone),
-                    source.location,
+                    part.source.location,
+                    "another source lacks them"
+                    if len({p.source.location for p in self._parts}) > 1
+                    else "shifted by other quantities they are not whole",
                     alone[0],
                 )
         if not common:
             raise NotYet(
                 "no step is in all of the sources",
-                where=", ".join(str(source.location) for source in self._sources),
-                why="they are of different runs, or count their steps differently",
-                remedy="give sources of one run",
+                where=", ".join(str(part.source.location) for part in self._parts),
+                why="they are of different runs, or count their steps differently, or one is the folder in which a "
+                "restarted run went on",
+                remedy="give sources of one run; the folder of a restarted run alone, in a second call with the "
+                "same OUT: it becomes an attempt of the run",
             )
-        self._parts = {number: tuple(steps[number] for steps in listed) for number in sorted(common)}
-        return [
-            replace(parts[0], others=tuple(path for part in parts[1:] for path in (part.path, *part.others)))
-            for parts in self._parts.values()
-        ]
+        for part, steps in listed:
+            if isinstance(part.source, ScalarLog):
+                common -= _to_come(part.source, steps, common)
+        if not common:
+            raise NotYet(
+                "the log of scalars has no step yet",
+                where=", ".join(str(part.source.location) for part in self._parts),
+                why="it is still being written",
+                remedy="run again later, or with --follow",
+            )
+        self._steps = {
+            number: tuple((part, steps[number]) for part, steps in listed if number in steps)
+            for number in sorted(common)
+        }
+        return [_joined(number, steps) for number, steps in self._steps.items()]
 
     @contextmanager
     def open(self, step: LoggedStep) -> Iterator[StepReader]:
         """Open a step in all sources; see `pipeline.sources.base.Source`."""
+        parts = self._steps[step.number]
         with ExitStack() as stack:
-            readers = [
-                stack.enter_context(_opened(source, part))
-                for source, part in zip(self._sources, self._parts[step.number], strict=True)
-            ]
-            yield _JoinedStep(step, self._parts[step.number], readers)
+            readers = [stack.enter_context(part.source.open(own)) for part, own in parts]
+            yield _JoinedStep(step, parts, readers)
 
 
-def _opened(source: Source, step: LoggedStep) -> AbstractContextManager[StepReader]:
-    return source.open(step)
+def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:
+    """Parts of a source, one for each shift: that which is not shifted first."""
+    quantities = (*STATES, *SCALARS)
+    shift = {} if isinstance(source, ScalarLog) else shift
+    return [
+        _Part(source, by, frozenset(name for name in quantities if shift.get(name, 0) == by))
+        for by in sorted({shift.get(name, 0) for name in quantities}, key=lambda by: (by != 0, by))
+    ]
+
+
+def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedStep:
+    """One step of several parts; logs of many steps count by the values of this one."""
+    files = [own for part, own in parts if not isinstance(part.source, ScalarLog)]
+    return LoggedStep(
+        number,
+        files[0].path,
+        tuple(path for own in files[1:] for path in (own.path, *own.others)) + files[0].others,
+        values=" ".join(own.values for _, own in parts if own.values),
+    )
+
+
+def _to_come(log: ScalarLog, steps: Mapping[int, LoggedStep], common: set[int]) -> set[int]:
+    """Find the steps that a log of scalars does not have yet, and warn of a log that has none of the run's."""
+    last = max(steps, default=-1)
+    to_come = {number for number in common if number > last} if log.growing() else set()
+    if to_come:
+        _log.warning(
+            "%d steps are left for the next pass, as %s is still being written and does not have them yet: "
+            "%d the first",
+            len(to_come),
+            log.location,
+            min(to_come),
+        )
+    if common - to_come and not common & set(steps):
+        _log.warning(
+            "%s has scalars of no step of the run: its steps are %s",
+            log.location,
+            ", ".join(map(str, sorted(steps)[:4])) + (", ..." if len(steps) > 4 else ""),
+        )
+    return to_come
 
 
 class _JoinedStep:
     """Reader of one step of several sources."""
 
-    def __init__(self, step: LoggedStep, parts: Sequence[LoggedStep], readers: Sequence[StepReader]) -> None:
+    def __init__(
+        self, step: LoggedStep, parts: Sequence[tuple[_Part, LoggedStep]], readers: Sequence[StepReader]
+    ) -> None:
         self._step, self._parts, self._readers = step, parts, readers
         self._owners: dict[str, StepReader] | None = None
 
     def content(self) -> StepContent:
         """Describe the step; no array may come from two sources, a scalar comes from the first that has it."""
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, Mapping[str, LoggedTensor]] = {}
         scalars: dict[str, float] = {}
         givers: dict[str, LoggedStep] = {}
         owners: dict[str, StepReader] = {}
         optimizer: OptimizerState | None = None
-        contents = [reader.content() for reader in self._readers]
+        contents = [part.of(reader.content()) for (part, _), reader in zip(self._parts, self._readers, strict=True)]
         notes = [note for content in contents for note in content.notes]
-        for part, reader, content in zip(self._parts, self._readers, contents, strict=True):
+        for (part, own), reader, content in zip(self._parts, self._readers, contents, strict=True):
             for array, tensors in content.arrays.items():
                 if array in arrays:
                     raise InputError(
-                        f"two sources give the {array}s: {givers[array].path} and {part.path}",
+                        f"two sources give the {array}s: {givers[array].path} and {own.path}",
                         where=where(self._step, array),
-                        remedy="say in a run file which keys of each source are meant (map)",
+                        why="one is the folder in which a restarted run went on, or both hold more than is meant",
+                        remedy="give the folder of a restarted run alone, in a second call with the same OUT: it "
+                        "becomes an attempt of the run; else say in a run file which keys of each are meant (map)",
                     )
-                arrays[array], givers[array], owners[array] = tensors, part, reader
+                arrays[array], givers[array], owners[array] = tensors, own, reader
             for name, value in content.scalars.items():
                 if scalars.setdefault(name, value) != value:
-                    notes.append(f"{name} is taken from the first source that has it; {part.path} says otherwise")
+                    notes.append(f"{name} is that of the first source that has it; {part.source.location} differs")
             if content.optimizer is not None and optimizer is None:
                 optimizer = content.optimizer
                 owners.update(dict.fromkeys(optimizer.arrays, reader))
@@ -109,8 +213,8 @@ class _JoinedStep:
         return StepContent(
             arrays,
             scalars,
-            tuple(key for content in contents for key in content.unused),
-            tuple(notes),
+            tuple(dict.fromkeys(key for content in contents for key in content.unused)),
+            tuple(dict.fromkeys(notes)),
             {tensor: kept for content in contents for tensor, kept in content.ties.items()},
             any(content.untrained for content in contents),
             optimizer,

@@ -24,7 +24,9 @@ __all__ = [
     "ROOT",
     "NamedStep",
     "Names",
+    "checked_shift",
     "parse_map",
+    "parse_shift",
     "step_number",
 ]
 
@@ -34,6 +36,7 @@ QUANTITIES = (*STATES, *SCALARS, *_REPLICATES, "step")
 """What a key can be said to hold."""
 
 _MOST_REPLICATES = 1 << 16
+_FARTHEST = 10**9
 
 ROOT = "."
 """Key of the whole file."""
@@ -177,6 +180,41 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
+def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
+    """Read ``quantity=steps`` pairs of a command line.
+
+    Raises
+    ------
+    InputError
+        Where one is no such pair, or a quantity is given twice.
+    """
+    shift: dict[str, Any] = {}
+    for pair in pairs:
+        quantity, _, steps = pair.partition("=")
+        if quantity in shift:
+            raise InputError(f"{quantity!r} is given twice", where="--shift", remedy="give each quantity once")
+        shift[quantity] = int(steps) if re.fullmatch(r"[+-]?\d{1,9}", steps) else steps
+    return checked_shift(shift, "--shift")
+
+
+def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, int]:
+    """Return shifts of quantities that can be.
+
+    Raises
+    ------
+    InputError
+        Where a quantity is not known, or what it is shifted by is no number of steps.
+    """
+    for quantity, steps in shift.items():
+        if quantity not in (*STATES, *SCALARS) or type(steps) is not int or abs(steps) > _FARTHEST:
+            raise InputError(
+                f"{quantity}={steps} does not say by how many steps a quantity is shifted",
+                where=place,
+                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join((*STATES, *SCALARS))}",
+            )
+    return {quantity: steps for quantity, steps in shift.items() if steps}
+
+
 class NamedStep:
     """Reader of one step: a container, and the names of what is in it.
 
@@ -240,7 +278,7 @@ class NamedStep:
         used |= {key for names in found.values() for key in names.values()}
         optimizer = self._optimizer(found)
         if optimizer is not None:
-            used |= {key for keys in optimizer.keys.values() for key in keys.values()}
+            used |= {key for key in tensors if key.startswith(f"{optimizer.root}/")}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
             parameters[key]: parameters[kept]
