@@ -37,8 +37,7 @@ from pydantic import Field
 from pipeline import run, watch
 from pipeline.places import each, is_url, network_errors, place
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
-from pipeline.schema import SCALARS, STATES
-from pipeline.sources.names import QUANTITIES
+from pipeline.sources.names import OF_A_STATE, QUANTITIES
 
 __all__ = ["analyze_run", "ingest_run", "process_run"]
 
@@ -51,7 +50,7 @@ Count = Annotated[int, Field(ge=1)]
 Key = Annotated[str, Field(min_length=1)]
 Sources = Path | Annotated[list[Path], Field(min_length=1)]
 Map = dict[Literal[*QUANTITIES, "run"], Key]
-Shift = dict[Literal[*STATES, *SCALARS], int]
+Shift = dict[Literal[*OF_A_STATE], int]
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

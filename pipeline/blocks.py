@@ -133,7 +133,7 @@ class PassPlan:
         )
 
 
-def chunk_shape(states: int, elements: int) -> tuple[int, int]:
+def chunk_shape(states: int, elements: int, replicates: int = 0) -> tuple[int, int]:
     """Chunks of a trajectory: whole steps x about a million elements.
 
     Parameters
@@ -142,6 +142,8 @@ def chunk_shape(states: int, elements: int) -> tuple[int, int]:
         Logged states so far.
     elements : int
         Elements of the model.
+    replicates : int
+        States that are logged beside each, of which a step of a chunk has as many more.
 
     Returns
     -------
@@ -157,10 +159,12 @@ def chunk_shape(states: int, elements: int) -> tuple[int, int]:
     (41, 25408)
     >>> chunk_shape(401, 8)
     (512, 8)
+    >>> chunk_shape(201, 25_408, replicates=8)
+    (5, 25408)
     """
     columns = max(1, math.ceil(elements / CHUNK_ELEMENTS))
     width = max(1, math.ceil(elements / columns))
-    return max(1, min(CHUNK_ELEMENTS // width, _enough_steps(states))), width
+    return max(1, min(CHUNK_ELEMENTS // width // max(1, replicates), _enough_steps(states))), width
 
 
 def _enough_steps(steps: int) -> int:
@@ -190,6 +194,7 @@ def plan_pass(
     itemsizes: Sequence[int],
     tensors: int,
     vectors: int,
+    replicate_vectors: int = 0,
     memory_limit: int | None = None,
     band_rows: int | None = None,
     whole_chunks: bool = False,
@@ -208,6 +213,8 @@ def plan_pass(
         Bytes of an element of each array that is read.
     tensors, vectors : int
         Size of the ledger: tensors of the model, vectors of the Gram matrix.
+    replicate_vectors : int
+        Vectors of that of the replicates, 0 where there are none.
     memory_limit : int, optional
         Bytes that a worker process may use.
     band_rows : int, optional
@@ -228,13 +235,13 @@ def plan_pass(
     - training state seen at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
-      rows x (3 segments + 2 tensors) x (vectors^2 + 1) x 8, with rows those of a band of this run, and
-      segments at most tensors + chunk columns + pieces of a column - 1.
+      rows x (3 segments + 2 tensors) x (vectors^2 + replicate_vectors^2 + 1) x 8, with rows those of a band of this
+      run, and segments at most tensors + chunk columns + pieces of a column - 1.
     """
     steps, width = chunk
     rows, columns = max(states - 1, 0), math.ceil(elements / width)
     state_bytes = elements * sum(itemsizes)
-    entry_bytes = (vectors * vectors + 1) * 8
+    entry_bytes = (vectors * vectors + replicate_vectors * replicate_vectors + 1) * 8
 
     if band_rows is None:
         target = min(TILE_BYTES, max(rows * state_bytes // TILES_OF_SMALL_RUN, LEAST_TILE_BYTES))

@@ -29,10 +29,10 @@ app = typer.Typer(
 Sources = Annotated[
     list[Path],
     typer.Argument(
-        metavar="SOURCE", help="Folder of a training log; several of one run, or a run file that lists them."
+        metavar="SOURCE", help="Folder or URL of a training log; several of one run, or a run file that lists them."
     ),
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the run's stores, results and report.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder or URL of the run's stores, results and report.")]
 FormatName = Annotated[
     str | None, typer.Option("--format", help="Log format (natgrad formats); found if left out.")
 ]
@@ -407,7 +407,9 @@ def demo(
     """Log the experiments of the paper, process the logs, and draw them on one page."""
     from pipeline import run
     from pipeline.experiments.demo import WINDOW, write_demo_logs
+    from pipeline.places import require_local
 
+    out = require_local(out, "OUT")
     face = _Face(as_json, quiet)
     options = _options(None, None, [WINDOW], workers, None, None, memory_limit)
     runs = {}

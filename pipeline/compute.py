@@ -27,7 +27,18 @@ from pipeline import gram
 from pipeline.blocks import RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places import place
-from pipeline.schema import HVP, STATES, STEP, InputError, Unavailable
+from pipeline.schema import (
+    HVP,
+    REPLICATE_HVP,
+    REPLICATE_PARAMETER,
+    REPLICATE_STATES,
+    STATES,
+    STEP,
+    InputError,
+    Unavailable,
+    replicate_of,
+    replicate_vectors,
+)
 from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
 
 __all__ = [
@@ -55,8 +66,9 @@ _CONNECT_SECONDS = 10
 _held = threading.local()
 """What a worker thread keeps from task to task: its buffers, and the trajectory of its job."""
 
-Segments = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
-"""Tensor of each segment, gram (rows, segments, vectors, vectors), ratio (rows, segments)."""
+Segments = tuple[NDArray[Any], ...]
+"""Tensor of each segment, gram (rows, segments, vectors, vectors), ratio (rows, segments); and where there are
+replicates, their gram (rows, segments, replicate vectors, replicate vectors)."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ def compute_ledger(
             remedy="log at least one element",
         )
     hvp = HVP in states.dtypes
-    names = gram.vectors(hvp)
+    names, names_of_replicates = gram.vectors(hvp), _replicate_vectors(states)
     arguments: dict[str, Any] = {
         "states": states.rows,
         "elements": states.layout.elements,
@@ -168,16 +180,17 @@ def compute_ledger(
         "itemsizes": [storage_dtype(states.dtypes[name]).itemsize for name in _logged(states)],
         "tensors": len(states.layout.tensors),
         "vectors": len(names),
+        "replicate_vectors": len(names_of_replicates),
         "memory_limit": memory_limit,
         "whole_chunks": not all(map(states.can_view, _logged(states))),
     }
-    plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names))
+    plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
     steps, spans = states.scalar(STEP)[:-1], states.spans()
     digests = states.digests(plan.bands())
     job = Job.of(trajectory, ledger, plan)
     with only_writer(ledger, "ledger"):
-        book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows)
+        book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
         # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
         book.discard_others(digests)
         missing = book.missing(digests)
@@ -190,12 +203,19 @@ def compute_ledger(
     return PassSummary(plan.rows, len(digests), len(missing), plan)
 
 
-def _band_rows(ledger: Path, states: Trajectory, names: tuple[str, ...]) -> int | None:
+def _replicate_vectors(states: Trajectory) -> tuple[str, ...]:
+    return replicate_vectors(states.replicates, REPLICATE_HVP in states.array_dtypes)
+
+
+def _band_rows(
+    ledger: Path, states: Trajectory, names: tuple[str, ...], names_of_replicates: tuple[str, ...]
+) -> int | None:
     """Rows of a band of the ledger that is there, if it is this trajectory's: then it grows."""
     if not exists(ledger):
         return None
     book = Ledger(ledger)
-    return book.band_rows if (book.layout, book.vectors) == (states.layout, names) else None
+    same = (book.layout, book.vectors, book.replicate_vectors) == (states.layout, names, names_of_replicates)
+    return book.band_rows if same else None
 
 
 # Tasks -------------------------------------------------------------------------------------------------------
@@ -217,8 +237,15 @@ def _together(parts: Iterable[Segments]) -> Segments:
     parts = list(parts)
     if len(parts) == 1:
         return parts[0]
-    indices, grams, ratios = zip(*parts, strict=True)
-    return np.concatenate(indices), np.concatenate(grams, axis=1), np.concatenate(ratios, axis=1)
+    indices, *products = zip(*parts, strict=True)
+    return np.concatenate(indices), *(np.concatenate(arrays, axis=1) for arrays in products)
+
+
+def _added(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
+    """Sum segments to tensors, in the order of the element axis."""
+    indices, products, ratio, *of_replicates = parts
+    whole = gram.add_segments(tensors, indices, products, ratio)
+    return *whole, *(gram.add_products(tensors, indices, array) for array in of_replicates)
 
 
 def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
@@ -229,10 +256,10 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
         for low in range(first, last, job.read_elements)
     ]
     # Added up here, column by column, so that it does not matter which columns are in one tile.
-    indices, grams, ratios = _together(parts)
+    indices, *products = _together(parts)
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
-    return tensors, *gram.add_segments(len(tensors), indices - first_tensor, grams, ratios)
+    return tensors, *_added(len(tensors), (indices - first_tensor, *products))
 
 
 def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
@@ -242,16 +269,21 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
     rows, count = tile.stop - tile.start, len(gram.vectors(HVP in states.dtypes))
     # From a state to one of another run or attempt no update leads: such a row stays NaN.
     products, ratio = np.full((rows, len(segments), count, count), np.nan), np.full((rows, len(segments)), np.nan)
+    count = len(_replicate_vectors(states))
+    of_replicates = [np.full((rows, len(segments), count, count), np.nan)] if count else []
     for done in range(0, rows, job.read_rows):
         more = min(job.read_rows, rows - done)
         start = tile.start + done
         with ExitStack() as stack:
-            seen = {
-                name: stack.enter_context(states.view(name, start, start + more + 1, column, low, high))
-                if states.can_view(name)
-                else _copied(job, states, name, start, start + more + 1, column, carried=done > 0)
-                for name in _logged(states)
-            }
+            seen = {}
+            for name in _logged(states):
+                # What replicates lead to is no state of the run: there is no halo.
+                halo = replicate_of(name)[1] is None
+                stop = start + more + halo
+                if states.can_view(name):
+                    seen[name] = stack.enter_context(states.view(name, start, stop, column, low, high))
+                else:
+                    seen[name] = _copied(job, states, name, start, stop, column, carried=halo and done > 0)
             for first, last in states.stretches(start, start + more + 1):
                 stretch = {name: _rows(blocks, first - start, last - start) for name, blocks in seen.items()}
                 written = slice(first - tile.start, last - 1 - tile.start)
@@ -263,12 +295,22 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
                     ratio[written],
                     stretch.get(HVP),
                 )
-    return np.array([index for index, _, _ in segments]), products, ratio
+                if of_replicates:
+                    gram.replicate_products(
+                        stretch["parameter"],
+                        stretch["gradient"],
+                        [stretch[name] for name in states.replicates_of(REPLICATE_PARAMETER)],
+                        starts,
+                        of_replicates[0][written],
+                        [stretch[name] for name in states.replicates_of(REPLICATE_HVP) if name in stretch],
+                    )
+    return np.array([index for index, _, _ in segments]), products, ratio, *of_replicates
 
 
 def _logged(states: Trajectory) -> list[str]:
     """Arrays that the pass reads: not what the optimizer keeps."""
-    return [name for name in STATES if name in states.dtypes]
+    replicates = [name for array in REPLICATE_STATES for name in states.replicates_of(array)]
+    return [name for name in (*STATES, *replicates) if name in states.dtypes]
 
 
 def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any]]:
@@ -312,8 +354,8 @@ def _buffer(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[
 def write_band(job: Job, band: Band, digest: str, parts: Iterable[Segments]) -> Band:
     """Add up the segments of a band's tiles in the order of the element axis, and write its ledger."""
     ledger = Ledger(job.ledger)
-    products, ratio = gram.add_segments(len(ledger.layout.tensors), *_together(parts))
-    ledger.write(band, products, ratio, digest)
+    products, ratio, *of_replicates = _added(len(ledger.layout.tensors), _together(parts))
+    ledger.write(band, products, ratio, digest, *of_replicates)
     return band
 
 

@@ -31,7 +31,16 @@ from numpy.typing import NDArray
 
 from pipeline.schema import HVP, VECTORS
 
-__all__ = ["BLOCK", "add_segments", "combine", "products", "roundoff_bound", "vectors"]
+__all__ = [
+    "BLOCK",
+    "add_products",
+    "add_segments",
+    "combine",
+    "products",
+    "replicate_products",
+    "roundoff_bound",
+    "vectors",
+]
 
 BLOCK = 1024
 """Elements summed in plain float64 before the sum is carried over to the compensated total."""
@@ -365,6 +374,139 @@ def products(
     _products(parameters, gradients, hvps, like, starts, _RUN, _RUNS, gram, ratio)
 
 
+# Replicates ---------------------------------------------------------------------------------------------------
+
+_REPLICATE_VALUES = 16 * BLOCK
+"""Values of all vectors of the replicates that are formed at a time, about: few enough to stay in the cache."""
+
+
+@njit(cache=True, nogil=True)
+def _form_replicates(mean: Any, deviations: Any) -> None:
+    """Turn rows of replicates into their mean and the deviations from it."""
+    mean[:] = 0.0
+    for r in range(len(deviations)):
+        for i in range(mean.size):
+            mean[i] += deviations[r, i]
+    for i in range(mean.size):
+        mean[i] /= len(deviations)
+    for r in range(len(deviations)):
+        for i in range(mean.size):
+            deviations[r, i] -= mean[i]
+
+
+@njit(cache=True, nogil=True, fastmath=_REORDER)
+def _dots(values: Any, j: int, n: int, out: Any) -> None:
+    """Inner products of a row with itself and those below, four at a time: it is loaded once for four."""
+    count, x = len(values), values[j, :n]
+    whole = j + (count - j) // 4 * 4
+    for k in range(j, whole, 4):
+        a, b, c, d = values[k, :n], values[k + 1, :n], values[k + 2, :n], values[k + 3, :n]
+        xa = xb = xc = xd = 0.0
+        for i in range(n):
+            xa += x[i] * a[i]
+            xb += x[i] * b[i]
+            xc += x[i] * c[i]
+            xd += x[i] * d[i]
+        out[k], out[k + 1], out[k + 2], out[k + 3] = xa, xb, xc, xd
+    for k in range(whole, count):
+        y = values[k, :n]
+        total = 0.0
+        for i in range(n):
+            total += x[i] * y[i]
+        out[k] = total
+
+
+@njit(cache=True, nogil=True)
+def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, gram: Any) -> None:
+    rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
+    replicates, bent = q.shape[0], h.shape[0] > 0
+    size = max(_REPLICATE_VALUES // count // 64 * 64, 64)
+    values, error, part = np.empty((count, size)), np.empty((count, count)), np.empty(count)
+    for s in range(segments):
+        for t in range(rows):
+            total = gram[t, s]
+            total[:] = 0.0
+            error[:] = 0.0
+            for a in range(starts[s], starts[s + 1], size):
+                b = min(a + size, starts[s + 1])
+                n = b - a
+                p0, g0 = _part(p[t], a, b, like[0]), _part(g[t], a, b, like[1])
+                for i in range(n):
+                    values[0, i] = _widen(g0[i])
+                for r in range(replicates):
+                    q0 = _part(q[r, t], a, b, like[2])
+                    for i in range(n):
+                        values[2 + r, i] = _widen(q0[i]) - _widen(p0[i])
+                _form_replicates(values[1, :n], values[2 : 2 + replicates, :n])
+                if bent:
+                    first = 2 + replicates
+                    for r in range(replicates):
+                        h0 = _part(h[r, t], a, b, like[3])
+                        for i in range(n):
+                            values[first + 1 + r, i] = _widen(h0[i])
+                    _form_replicates(values[first, :n], values[first + 1 :, :n])
+                for j in range(count):
+                    _dots(values, j, n, part)
+                    for k in range(j, count):
+                        # As in the sums of the ledger: the rounding error of each is carried along (Knuth).
+                        new = total[j, k] + part[k]
+                        added = new - total[j, k]
+                        error[j, k] += (total[j, k] - (new - added)) + (part[k] - added)
+                        total[j, k] = new
+            for j in range(count):
+                for k in range(j, count):
+                    if np.isfinite(error[j, k]):
+                        total[j, k] += error[j, k]
+                    total[k, j] = total[j, k]
+
+
+def replicate_products(
+    parameter: Sequence[NDArray[Any]],
+    gradient: Sequence[NDArray[Any]],
+    replicates: Sequence[Sequence[NDArray[Any]]],
+    starts: NDArray[np.int64],
+    gram: NDArray[np.float64],
+    hvps: Sequence[Sequence[NDArray[Any]]] = (),
+) -> None:
+    """Inner products of the vectors of the replicates of each state, per segment.
+
+    Parameters
+    ----------
+    parameter, gradient : sequence of arrays, shape (some rows, elements)
+        States and their gradients, as for `products`; no halo is needed.
+    replicates : sequence, length R, of the same
+        States that each replicate of the update leads to.
+    starts : int64 array, shape (segments + 1,)
+    gram : float64 array, shape (rows, segments, vectors, vectors)
+        Written: the inner products, in the order of `pipeline.schema.replicate_vectors`.
+    hvps : sequence, length R, of the same, optional
+        Hessian times the displacement of each replicate, where logged.
+
+    Raises
+    ------
+    ValueError
+        Where there are too few rows or elements, or they are not contiguous.
+
+    Notes
+    -----
+    Releases the interpreter lock. The bits of a row depend on its states and `starts` alone. Means and deviations
+    are formed in float64, some hundred elements at a time.
+    """
+    rows, elements = len(gram), int(starts[-1])
+    words = [_words(array) for array in (parameter, gradient, *replicates, *hvps)]
+    found = [_addresses(array, elements)[:rows] for array in words]
+    if min(map(len, found)) < rows:
+        raise ValueError(f"{rows} rows of products need as many of each replicate")
+    first_hvp = 2 + len(replicates)
+    dtypes = {index: words[index][0].dtype for index in (0, 1, 2, first_hvp if hvps else 2)}
+    for index, array in enumerate(words[2:], start=2):
+        if array[0].dtype != dtypes[2 if index < first_hvp else first_hvp]:
+            raise ValueError("replicates must be of one dtype")
+    like = tuple(np.empty(0, dtypes[index]) for index in (0, 1, 2, first_hvp if hvps else 2))
+    of_hvps = np.stack(found[first_hvp:]) if hvps else np.empty((0, rows), np.uintp)
+    _replicate_products(found[0], found[1], np.stack(found[2:first_hvp]), of_hvps, like, starts, gram)
+
+
 # Sums of ledgers ----------------------------------------------------------------------------------------------
 
 
@@ -435,3 +577,22 @@ def add_segments(
         if first < stop:
             total[:, tensor], common[:, tensor] = combine(gram[:, first:stop], ratio[:, first:stop])
     return total, common
+
+
+def add_products(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Inner products per tensor from those of its segments, in the order of the element axis.
+
+    Parameters
+    ----------
+    tensors, indices
+        As for `add_segments`.
+    gram : float64 array, shape (rows, segments, vectors, vectors)
+
+    Returns
+    -------
+    array, shape (rows, tensors, vectors, vectors)
+    """
+    total = np.zeros((len(gram), tensors, *gram.shape[2:]))
+    for segment, tensor in enumerate(indices):
+        total[:, tensor] += gram[:, segment]
+    return total

@@ -24,6 +24,8 @@ from pipeline.schema import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
     OPTIMIZER_STATES,
+    REPLICATE_LOSS,
+    REPLICATE_STATES,
     RUN,
     SCALARS,
     STATES,
@@ -32,6 +34,7 @@ from pipeline.schema import (
     InputError,
     Layout,
     promote,
+    replicate_of,
 )
 from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
@@ -88,6 +91,8 @@ class IngestSummary:
         Size of the model.
     dtypes : dict
         Stored dtype of each array.
+    replicates : int
+        Replicates of a stochastic rule, 0 where none are logged.
     warnings : list of str
         What a user should know: values that are not finite, keys that were not used, missing scalars.
     """
@@ -100,6 +105,7 @@ class IngestSummary:
     tensors: int
     elements: int
     dtypes: dict[str, str]
+    replicates: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -204,7 +210,8 @@ def ingest(
         attempts=int(trajectory.scalar(ATTEMPT).max()) + 1,
         tensors=len(trajectory.layout.tensors),
         elements=trajectory.layout.elements,
-        dtypes=dict(trajectory.dtypes),
+        dtypes=dict(trajectory.array_dtypes),
+        replicates=trajectory.replicates,
         warnings=warnings,
     )
 
@@ -431,14 +438,15 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
     if content.arrays["parameter"] != _parameters(trajectory):
         return "other tensors"
     dtypes = _dtypes([content])
-    if _beside(trajectory) | dtypes != trajectory.dtypes:
-        return f"dtypes {trajectory.dtypes}, and now has {dtypes}"
+    if _beside(trajectory) | dtypes != trajectory.array_dtypes:
+        return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}"
+    if content.replicates != trajectory.replicates:
+        return f"{trajectory.replicates} replicates, and now has {content.replicates}"
     same_files = _files_of(identity(step)) == _files_of(committed.sources[row])
     for name in trajectory.scalars:
-        before = float(trajectory.scalar(name)[row])
-        now = content.scalars.get(name, math.nan)
-        missing = math.isnan(now) + math.isnan(before)
-        if now != before and missing < (1 if same_files else 2):
+        before, now = trajectory.scalar(name)[row].tolist(), _number(content, name)
+        missing = bool(np.isnan(before).all()) + bool(np.isnan(now).all())
+        if not np.array_equal(before, now, equal_nan=True) and not (same_files and missing):
             return f"{name} {before!r}, and now has {now!r}"
     if same_files:
         return ""
@@ -492,12 +500,19 @@ def _dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
     for arrays in {id(content.arrays): content.arrays for content in contents}.values():
         for name, tensors in arrays.items():
             logged.setdefault(name, set()).update(tensor.dtype for tensor in tensors.values())
-    return {name: promote(sorted(logged[name])) for name in (*STATES, *OPTIMIZER_STATES) if logged.get(name)}
+    names = (*STATES, *REPLICATE_STATES, *OPTIMIZER_STATES)
+    return {name: promote(sorted(logged[name])) for name in names if logged.get(name)}
+
+
+def _number(content: StepContent, name: str) -> float | Sequence[float]:
+    """Scalar of a step, or the losses of its replicates; NaN where it has none."""
+    missing: float | Sequence[float] = [math.nan] * content.replicates if name == REPLICATE_LOSS else math.nan
+    return content.numbers.get(name, missing)
 
 
 def _beside(trajectory: Trajectory) -> dict[str, str]:
     """Dtypes of what the optimizer keeps, which not every step has."""
-    return {name: dtype for name, dtype in trajectory.dtypes.items() if name in OPTIMIZER_STATES}
+    return {name: dtype for name, dtype in trajectory.array_dtypes.items() if name in OPTIMIZER_STATES}
 
 
 def _with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
@@ -535,7 +550,9 @@ def _describe(
         # Equal descriptions are kept once: a long run of a large model has many.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
-        contents[step] = StepContent(arrays, content.scalars, optimizer=content.optimizer)
+        contents[step] = StepContent(
+            arrays, content.scalars, optimizer=content.optimizer, replicate_loss=content.replicate_loss
+        )
     warnings += [f"{note} (in {step.path.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
@@ -544,7 +561,8 @@ def _describe(
 
 
 def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
-    for name in (name for name in STATES if name in model.arrays or name in content.arrays):
+    names = (*STATES, *REPLICATE_STATES)
+    for name in (name for name in names if name in model.arrays or name in content.arrays):
         have, expect = content.arrays.get(name), model.arrays.get(name)
         if have is None or expect is None:
             lacking = step if have is None else first
@@ -583,13 +601,22 @@ def _matching_trajectory(
     dtypes = _dtypes(contents.values())
     layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
     if trajectory is None:
-        chunk = chunk_shape(len(contents), layout.elements)
-        logged_scalars = {name for content in contents.values() for name in content.scalars}
-        scalars = [name for name in SCALARS if name in logged_scalars.union(USUAL_SCALARS)]
-        source = str(first.path.parent.absolute())
+        chunk = chunk_shape(len(contents), layout.elements, content.replicates)
+        logged_scalars = {name for content in contents.values() for name in content.numbers}
+        scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
+        source, sweep = str(first.path.parent.absolute()), bool(first.run)
         tables = _tables(first, contents.values(), dtypes) if optimizer else ()
+        replicates = content.replicates
         return Trajectory.create(
-            store, layout, dtypes, chunk, source, scalars=scalars, sweep=bool(first.run), tables=tables
+            store,
+            layout,
+            dtypes,
+            chunk,
+            source,
+            scalars=scalars,
+            sweep=sweep,
+            tables=tables,
+            replicates=replicates,
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(
@@ -607,9 +634,16 @@ def _matching_trajectory(
                 why="the run was restarted with another model, or OUT holds another run",
                 remedy="choose another OUT, or start anew with --overwrite",
             )
-    if _beside(trajectory) | dtypes != trajectory.dtypes:
+    if content.replicates != trajectory.replicates:
         raise InputError(
-            f"dtypes change from {trajectory.dtypes} to {dtypes}",
+            f"replicates change from {trajectory.replicates} to {content.replicates}",
+            where=where(first),
+            why="the run was restarted with another number of replicates, or OUT holds another run",
+            remedy="choose another OUT, or start anew with --overwrite",
+        )
+    if _beside(trajectory) | dtypes != trajectory.array_dtypes:
+        raise InputError(
+            f"dtypes change from {trajectory.array_dtypes} to {dtypes}",
             where=where(first),
             why="the run was restarted in another precision, or OUT holds another run",
             remedy="choose another OUT, or start anew with --overwrite",
@@ -634,7 +668,7 @@ def _tables(first: LoggedStep, contents: Iterable[StepContent], dtypes: Mapping[
 
 def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
     """Tell of numbers that the log began to hold after the trajectory was made without them."""
-    found = {name: step for step, content in reversed(contents.items()) for name in content.scalars}
+    found = {name: step for step, content in reversed(contents.items()) for name in content.numbers}
     for name, step in found.items():
         if trajectory is not None and name not in trajectory.scalars:
             yield (
@@ -674,19 +708,22 @@ def _fill(
     out: NDArray[Any],
 ) -> None:
     """Read the elements ``first`` to ``last`` of a step into a row of a chunk."""
+    array, replicate = replicate_of(name)
     for index, low, high in layout.segments(first, last):
         tensor = layout.tensors[index]
         part = out[low - first : high - first]
-        if tensor.name not in content.arrays.get(name, ()):
+        if tensor.name not in content.arrays.get(array, ()):
             part[:] = _BFLOAT16_NAN if dtype == "bfloat16" else np.nan
             continue
-        logged = content.arrays[name][tensor.name].dtype
+        logged = content.arrays[array][tensor.name].dtype
+        # Replicates of a tensor lie one after the other.
+        start = low - tensor.offset + (replicate or 0) * tensor.size
         if logged == dtype:
-            reader.read(name, tensor.name, low - tensor.offset, part)
+            reader.read(array, tensor.name, start, part)
         else:
             # A mixed model is stored in the smallest dtype that holds all of it exactly.
             words = np.empty(part.size, storage_dtype(logged))
-            reader.read(name, tensor.name, low - tensor.offset, words)
+            reader.read(array, tensor.name, start, words)
             part[:] = _float32(words) if logged == "bfloat16" else words
 
 
@@ -748,13 +785,16 @@ class _Writer:
         self._not_finite: list[str] = []
         # Smallest and largest element of each tensor, of the rows of one commit.
         self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
-        self._buffers = {
-            name: np.zeros(trajectory.chunk, storage_dtype(dtype)) for name, dtype in trajectory.dtypes.items()
-        }
+        # What is read before any of it is written: of a chunk of many steps all arrays, so that a step is opened
+        # once, and of one of a single step (a wide model) one after the other, so that replicates share a buffer.
+        names = list(trajectory.dtypes)
+        self._together = [names] if trajectory.chunk[0] > 1 else [[name] for name in names]
+        self._buffers: dict[str, NDArray[Any]] = {}
 
     def write(self, new: Sequence[_NewRow], progress: Progress | None) -> None:
         rows = self._trajectory.chunk[0]
-        row_bytes = sum(b.itemsize for b in self._buffers.values()) * self._trajectory.layout.elements
+        sizes = [storage_dtype(dtype).itemsize for dtype in self._trajectory.dtypes.values()]
+        row_bytes = sum(sizes) * self._trajectory.layout.elements
         per_commit = max(1, COMMIT_BYTES // max(1, rows * row_bytes)) * rows
         done = 0
         while done < len(new):
@@ -773,7 +813,7 @@ class _Writer:
         trajectory = self._trajectory
         for row in new:
             self._require_unchanged(row)
-        checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in self._buffers}
+        checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         start, rows = trajectory.rows, trajectory.chunk[0]
         position = 0
@@ -795,10 +835,11 @@ class _Writer:
             [row.step.run for row in new],
         )
 
-    def _scalar(self, name: str, row: _NewRow) -> float:
+    def _scalar(self, name: str, row: _NewRow) -> float | Sequence[float]:
         if row.repeats is not None:
-            return float(self._trajectory.scalar(name)[row.repeats])
-        return self._contents[row.step].scalars.get(name, math.nan)
+            value: float | Sequence[float] = self._trajectory.scalar(name)[row.repeats].tolist()
+            return value
+        return _number(self._contents[row.step], name)
 
     def _table(self, name: str, row: _NewRow, position: int) -> NDArray[np.float64]:
         if row.repeats is not None:
@@ -834,29 +875,47 @@ class _Writer:
         checksums: Mapping[str, list[list[int]]],
     ) -> None:
         """Read and write one row of chunks, column by column."""
-        layout = self._trajectory.layout
         with ExitStack() as stack:
             opened = _OpenSteps(self._log, stack)
-            for column in range(self._trajectory.columns):
-                first, last = self._trajectory.column(column)
-                for row in range(count):
-                    step, repeats = new[position + row].step, new[position + row].repeats
-                    for name, buffer in self._buffers.items():
-                        dtype = self._trajectory.dtypes[name]
-                        out = buffer[row]
-                        if repeats is None:
-                            content = self._contents[step]
-                            _fill(opened.get(step), content, name, dtype, layout, first, last, out)
-                        else:
-                            self._trajectory.read(name, repeats, repeats + 1, column, buffer[row : row + 1])
-                        words = out[: last - first]
-                        checksums[name][position + row].append(checksum(words))
-                        if not _all_finite(words, dtype):
-                            self._note_not_finite(step, name, dtype, first, last, out)
-                        if name == "exp_avg_sq":
-                            self._widen(position + row, dtype, first, last, out)
-                for name, buffer in self._buffers.items():
-                    self._trajectory.write(name, start, column, buffer[:count])
+            for column, names in itertools.product(range(self._trajectory.columns), self._together):
+                for row, name in itertools.product(range(count), names):
+                    sums = checksums[name][position + row]
+                    self._read_row(opened, new[position + row], position + row, name, column, row, sums)
+                for name in names:
+                    self._trajectory.write(name, start, column, self._buffer(name)[:count])
+
+    def _buffer(self, name: str) -> NDArray[Any]:
+        key = replicate_of(name)[0] if len(self._together) > 1 else name
+        if key not in self._buffers:
+            dtype = storage_dtype(self._trajectory.dtypes[name])
+            self._buffers[key] = np.zeros(self._trajectory.chunk, dtype)
+        return self._buffers[key]
+
+    def _read_row(
+        self,
+        opened: _OpenSteps,
+        new: _NewRow,
+        position: int,
+        name: str,
+        column: int,
+        row: int,
+        checksums: list[int],
+    ) -> None:
+        """Read the elements of a column of a step into a row of the buffer."""
+        trajectory, buffer = self._trajectory, self._buffer(name)
+        dtype, (first, last) = trajectory.dtypes[name], trajectory.column(column)
+        out = buffer[row]
+        if new.repeats is None:
+            content = self._contents[new.step]
+            _fill(opened.get(new.step), content, name, dtype, trajectory.layout, first, last, out)
+        else:
+            trajectory.read(name, new.repeats, new.repeats + 1, column, buffer[row : row + 1])
+        words = out[: last - first]
+        checksums.append(checksum(words))
+        if not _all_finite(words, dtype):
+            self._note_not_finite(new.step, name, dtype, first, last, out)
+        if name == "exp_avg_sq":
+            self._widen(position, dtype, first, last, out)
 
     def _widen(self, position: int, dtype: str, first: int, last: int, out: NDArray[Any]) -> None:
         """Take the elements ``first`` to ``last`` into the smallest and largest of their tensors."""
@@ -870,9 +929,10 @@ class _Writer:
     def _note_not_finite(
         self, step: LoggedStep, name: str, dtype: str, first: int, last: int, out: NDArray[Any]
     ) -> None:
+        array, _ = replicate_of(name)
         for index, low, high in self._trajectory.layout.segments(first, last):
             tensor = self._trajectory.layout.tensors[index].name
             # What the optimizer has nothing of was filled with NaN.
-            logged = step not in self._contents or tensor in self._contents[step].arrays.get(name, ())
+            logged = step not in self._contents or tensor in self._contents[step].arrays.get(array, ())
             if logged and not _all_finite(out[low - first : high - first], dtype):
                 self._not_finite.append(where(step, name, tensor))

@@ -16,7 +16,19 @@ import numpy as np
 from pipeline import gram
 from pipeline.blocks import MEBIBYTE, chunk_shape, plan_pass
 from pipeline.places import each
-from pipeline.schema import HVP, SCALARS, STATES, STORAGE_DTYPES, InputError, promote
+from pipeline.schema import (
+    HVP,
+    REPLICATE_HVP,
+    REPLICATE_LOSS,
+    REPLICATE_PARAMETER,
+    REPLICATE_STATES,
+    SCALARS,
+    STATES,
+    STORAGE_DTYPES,
+    InputError,
+    promote,
+    replicate_vectors,
+)
 from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
     LoggedStep,
@@ -46,6 +58,9 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
     HVP: ("the descent 'taylor', eq. (16)", "log H (theta_{t+1} - theta_t) as hvp"),
     "hessian_min_eigenvalue": ("learning_rate_bound, eq. (18)", "log it, for example by Lanczos"),
     "loss_time_derivative": ("losses that change with time, section 2.1", "log dL/dt where yours does"),
+    REPLICATE_PARAMETER: ("stochastic rules, eqs. (19), (20)", "log the states of several draws of the update"),
+    REPLICATE_HVP: ("the metric of eq. (19)", "log H (theta_{t+1} - theta_t) of each of these draws"),
+    REPLICATE_LOSS: ("the mean loss_decrease of a stochastic rule", "log the loss of each of these states"),
 }
 """Quantity of a log to the results that need it, and how to get it where it is missing."""
 
@@ -101,10 +116,14 @@ def inspect_source(
         "gaps": sum(span != usual for span in spans),
     }
     held = {name: f"{len(tensors)} tensors" for name, tensors in first.arrays.items() if tensors}
+    held |= {name: f"{first.replicates} replicates of {held[name]}" for name in held if name in REPLICATE_STATES}
+    held |= {REPLICATE_LOSS: f"{len(first.replicate_loss)} replicates"} if first.replicate_loss else {}
     held |= {name: f"{value:g} at step {listed[0].number}" for name, value in first.scalars.items()}
     found["holds"] = held
     found["missing"] = {
-        name: f"needed for {use}; {remedy}" for name, (use, remedy) in NEEDED_FOR.items() if name not in held
+        name: f"needed for {use}; {remedy}"
+        for name, (use, remedy) in NEEDED_FOR.items()
+        if name not in held and (name not in (REPLICATE_HVP, REPLICATE_LOSS) or first.replicates)
     }
     if last.optimizer is not None:
         found["optimizer"] = last.optimizer.problem or (
@@ -137,14 +156,14 @@ def _content(log: Source, step: LoggedStep) -> StepContent:
 def _changes(first: StepContent, last: StepContent) -> list[str]:
     """Say what the last step holds otherwise than the first: such a log is refused."""
     changes = []
-    for name in STATES:
+    for name in (*STATES, *REPLICATE_STATES):
         before, after = first.arrays.get(name, {}), last.arrays.get(name, {})
         for tensor in {**before, **after}:
             if before.get(tensor) != after.get(tensor):
                 changes.append(f"{name} {tensor!r}: {_told(before.get(tensor))}, then {_told(after.get(tensor))}")
-    for name in SCALARS:
-        if (name in first.scalars) != (name in last.scalars):
-            changes.append(f"{name}: not at the {'first' if name in last.scalars else 'last'} step")
+    for name in (*SCALARS, REPLICATE_LOSS):
+        if (name in first.numbers) != (name in last.numbers):
+            changes.append(f"{name}: not at the {'first' if name in last.numbers else 'last'} step")
     return changes
 
 
@@ -162,18 +181,20 @@ def _plan(
     """Sizes and times of processing."""
     arrays = content.arrays
     dtypes = {name: promote([tensor.dtype for tensor in arrays[name].values()]) for name in arrays}
-    itemsizes = [storage_dtype(dtype).itemsize for dtype in dtypes.values()]
+    counts = {name: content.replicates if name in REPLICATE_STATES else 1 for name in dtypes}
+    itemsizes = [storage_dtype(dtype).itemsize for name, dtype in dtypes.items() for _ in range(counts[name])]
     tensors = arrays["parameter"]
     elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
     count = len(gram.vectors(HVP in dtypes))
-    chunk = chunk_shape(len(listed), elements)
+    of_replicates = len(replicate_vectors(content.replicates, REPLICATE_HVP in dtypes))
+    chunk = chunk_shape(len(listed), elements, content.replicates)
     padded = -(-elements // chunk[1]) * chunk[1] * -(-len(listed) // chunk[0]) * chunk[0] if elements else 0
     found: dict[str, Any] = {
         "tensors": len(tensors),
         "elements": elements,
         "dtypes": dtypes,
         "trajectory_bytes": padded * sum(itemsizes),
-        "ledger_bytes": (len(listed) - 1) * len(tensors) * (count * count + 1) * 8,
+        "ledger_bytes": (len(listed) - 1) * len(tensors) * (count * count + of_replicates * of_replicates + 1) * 8,
     }
     rate = _reading_rate(log, listed[0], content)
     state_bytes = len(listed) * elements * sum(itemsizes)
@@ -189,6 +210,7 @@ def _plan(
                 itemsizes=itemsizes,
                 tensors=len(tensors),
                 vectors=count,
+                replicate_vectors=of_replicates,
                 memory_limit=memory_limit,
             )
         except InputError as error:

@@ -43,6 +43,13 @@ __all__ = [
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
 """Schemes of object stores, and the extra of this package that each needs."""
 
+# What another process wrote meanwhile must be seen: no listing is kept. With more than one request at a time s3fs
+# asks for the size of each object first.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"use_listings_cache": False, "max_concurrency": 1},
+    "gs": {"use_listings_cache": False},
+}
+
 _COLLAPSED = re.compile(rf"({'|'.join(_EXTRAS)}|file):/+")
 """A URL whose slashes pathlib made one, as command line and flows do."""
 
@@ -98,8 +105,7 @@ def place(path: str | Path) -> Path:
     try:
         from upath import UPath
 
-        # What another process wrote meanwhile must be seen: no listing is kept.
-        made = UPath(f"{scheme}://{rest}".rstrip("/"), use_listings_cache=False)
+        made = UPath(f"{scheme}://{rest}".rstrip("/"), **_OPTIONS[scheme])
         made.fs  # noqa: B018  (imports the library of the scheme)
     except ImportError as error:
         extra = _EXTRAS[scheme]
@@ -238,10 +244,13 @@ class Puts:
 
 
 def seen(path: Path) -> tuple[bytes, str] | None:
-    """Content and tag of an object, None where there is none. The tag says whether it has changed."""
+    """Content and tag of an object, None where there is none.
+
+    The tag says whether it has changed; it is empty where nothing can be put on that condition (``gs://``).
+    """
     system, key = _system(path)
     try:
-        tag = str(system.info(key).get("ETag", ""))
+        tag = str(system.info(key)["ETag"]) if "s3" in system.protocol else ""
         return system.cat_file(key), tag
     except FileNotFoundError:
         return None

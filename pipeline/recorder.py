@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.schema import SCALARS, STORAGE_DTYPES, InputError
+from pipeline.schema import REPLICATE_HVP, REPLICATE_LOSS, REPLICATE_PARAMETER, SCALARS, STORAGE_DTYPES, InputError
 
 __all__ = ["CONTAINERS", "Recorder"]
 
@@ -100,6 +100,7 @@ class Recorder:
         loss: float | None = None,
         learning_rate: float | None = None,
         hvp: Mapping[str, ArrayLike] | None = None,
+        replicates: Mapping[str, Any] | None = None,
         **scalars: float,
     ) -> Path:
         """Record the state of the run before an update.
@@ -119,6 +120,11 @@ class Recorder:
             Learning rate eta of the update that follows, eq. (2).
         hvp : mapping, optional
             The same names to the Hessian times the displacement, H (theta_{t+1} - theta_t), eq. (16).
+        replicates : mapping, optional
+            R draws of the update of a stochastic rule from theta_t, R the same in all: ``parameter``, the same
+            names to the states that they lead to, of shape (R, ...); and, optional, ``hvp``, the same names to the
+            Hessian times the displacement of each, of shape (R, ...), eq. (19), and ``loss``, the losses of these
+            states, of shape (R,). A run has them at every step, the last one included, or at none.
         **scalars : float
             Further numbers of `pipeline.schema.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that changes
             with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
@@ -131,8 +137,8 @@ class Recorder:
         Raises
         ------
         InputError
-            Where the step is negative, there is no tensor, names or shapes differ, a dtype cannot be stored, or a
-            scalar is not known.
+            Where the step is negative, there is no tensor, names, shapes or numbers of replicates differ, a dtype
+            cannot be stored, or a scalar is not known.
         """
         if step < 0:
             raise InputError(f"step {step} is negative", where=str(self.folder), remedy="count updates from 0")
@@ -154,6 +160,8 @@ class Recorder:
                     remedy="record both under the same names and in the same shapes",
                 )
             arrays |= others
+        if replicates is not None:
+            arrays |= self._replicates(path, replicates, shapes)
         for name, value in {"loss": loss, "learning_rate": learning_rate, **scalars}.items():
             if name not in SCALARS:
                 known = ", ".join(SCALARS)
@@ -178,6 +186,35 @@ class Recorder:
                 )
             arrays[f"{state}/{name}"] = array
         return arrays
+
+    def _replicates(
+        self, path: Path, replicates: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Arrays:
+        names = {"parameter": REPLICATE_PARAMETER, "hvp": REPLICATE_HVP}
+        if not {"parameter"} <= set(replicates) <= {*names, "loss"}:
+            raise InputError(
+                f"replicates of {', '.join(replicates) or 'nothing'}",
+                where=str(path),
+                remedy="give those of the parameter, and of hvp and loss where you have them",
+            )
+        arrays: Arrays = {}
+        losses = [np.asarray(replicates["loss"], dtype=np.float64)] if "loss" in replicates else []
+        for kind, array in names.items():
+            arrays |= self._arrays(path, array, replicates.get(kind, {}))
+        counts = {array.shape[:1] for array in (*arrays.values(), *losses)}
+        for kind in names.keys() & replicates.keys():
+            logged = {name: arrays[f"{names[kind]}/{name}"].shape[1:] for name in replicates[kind]}
+            if logged != shapes or len(counts) != 1 or counts & {(), (0,)}:
+                raise InputError(
+                    f"replicates of the {kind} are {sorted(counts)} of {logged}, of parameters {dict(shapes)}",
+                    where=f"{path}, {names[kind]}",
+                    remedy="record as many of each tensor, replicates first, and as many losses",
+                )
+        if losses and losses[0].ndim != 1:
+            raise InputError(
+                f"losses of replicates have shape {losses[0].shape}", where=str(path), remedy="record one for each"
+            )
+        return {**arrays, **({REPLICATE_LOSS: losses[0]} if losses else {})}
 
     def _scalar(self, path: Path, name: str, value: float) -> NDArray[np.float64]:
         array = np.asarray(value, dtype=np.float64)

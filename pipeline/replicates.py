@@ -2,11 +2,13 @@
 
 From one state theta_t a stochastic rule goes to many theta_{t+1}. All that the paper says of it is algebra on inner
 products once more: of the gradient, the replicates' displacements p_r and, where logged, their hvp_r = 2 H p_r.
-Means over replicates, and means that leave one out, are linear combinations. So one Gram matrix of all 1 + 2 R
-vectors gives the metric of the mean update, whether eq. (19) is one, and standard errors by the jackknife.
+Means over replicates, and means that leave one out, are linear combinations. So one Gram matrix of all these
+vectors, as means and deviations from them, gives the metric of the mean update, whether eq. (19) is one, and
+standard errors by the jackknife. As the means are taken before any product, they lose no digits where they are much
+shorter than the replicates.
 
-There is no residual in this ledger: an angle below 1e-8 rad, or as close to pi, is not resolved, and a mean that is
-much shorter than the replicates loses as many digits. Standard errors of means are far larger.
+There is no residual in this ledger: an angle below 1e-8 rad, or as close to pi, is not resolved. Standard errors of
+means are far larger.
 
 References
 ----------
@@ -15,21 +17,37 @@ Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline import discrete_time, geometry
+from pipeline import discrete_time, geometry, results
 from pipeline.geometry import Pair
 from pipeline.metrics import jackknife
-from pipeline.schema import REPLICATE, REPLICATE_VARIABLES, STEP, TENSOR, InputError, Layout, Status
+from pipeline.schema import (
+    ATTEMPT,
+    DIMENSIONS,
+    REPLICATE,
+    REPLICATE_PARAMETER,
+    REPLICATE_VARIABLES,
+    STEP,
+    TENSOR,
+    InputError,
+    Layout,
+    Status,
+    of_replicate,
+    replicate_vectors,
+    unit_roundoff,
+)
 
-__all__ = ["label", "ledger"]
+__all__ = ["label", "label_run", "ledger"]
 
 Array = NDArray[np.float64]
+Columns = dict[str, tuple[tuple[str, ...], NDArray[Any]]]
+"""Variable to its dimensions and values."""
 
 
 def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None = None) -> Array:
@@ -47,22 +65,25 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
     Returns
     -------
     array, shape (..., vectors, vectors)
-        In the order gradient, displacements, hvps: 1 + R vectors, or 1 + 2 R. Those of several tensors add up to
-        that of the model.
+        In the order of `pipeline.schema.replicate_vectors`: 2 + R vectors, or 3 + 2 R. Those of several tensors add
+        up to that of the model.
 
     Raises
     ------
     InputError
         Where the shapes do not fit.
     """
-    parts = [np.asarray(gradient, np.float64)[..., None, :], np.asarray(displacement, np.float64)]
-    parts += [] if hvp is None else [np.asarray(hvp, np.float64)]
-    shapes = {part.shape for part in parts[1:]}
-    if len(shapes) != 1 or parts[1].ndim < 2 or parts[1].shape[:-2] + parts[1].shape[-1:] != np.shape(gradient):
+    logged = [np.asarray(array, np.float64) for array in (displacement, hvp) if array is not None]
+    shapes, shape = {array.shape for array in logged}, logged[0].shape
+    if len(shapes) != 1 or len(shape) < 2 or not shape[-2] or shape[:-2] + shape[-1:] != np.shape(gradient):
         raise InputError(
             f"a gradient of shape {np.shape(gradient)} beside replicates of shapes {sorted(shapes)}",
             remedy="give replicates next to last, elements last, and the same replicates in both",
         )
+    parts = [np.asarray(gradient, np.float64)[..., None, :]]
+    for array in logged:
+        mean = array.mean(axis=-2, keepdims=True)
+        parts += [mean, array - mean]
     vectors = np.concatenate(parts, axis=-2)
     return np.asarray(vectors @ np.swapaxes(vectors, -1, -2))
 
@@ -75,6 +96,7 @@ def label(
     learning_rate: ArrayLike,
     steps: ArrayLike | None = None,
     loss_change: ArrayLike | None = None,
+    parameter_norm: ArrayLike | None = None,
 ) -> xr.DataTree:
     """Compute and label what the replicates of a run say, per step, for the model and for each tensor.
 
@@ -87,10 +109,14 @@ def label(
     replicates : int
         R.
     learning_rate : array, shape (rows,) or ()
+        NaN where it is not known.
     steps : int array, shape (rows,), optional
         Counted from 0 where not given.
     loss_change : array, shape (rows, R), optional
         L(theta_{t+1}) - L(theta_t) of each replicate.
+    parameter_norm : array, shape (rows, tensors), optional
+        |theta_t|, which tells what rounding to the dtypes of the layout can have made of an update. Where that is
+        all of it the status is ``unverifiable``. Exact parameters where not given.
 
     Returns
     -------
@@ -105,81 +131,174 @@ def label(
     """
     gram, rate = np.asarray(gram, np.float64), np.asarray(learning_rate, np.float64)
     rows = len(gram)
-    with_hvp = gram.shape[-1] == 1 + 2 * replicates
-    if gram.shape[1:] != (len(layout.tensors), *[1 + replicates * (1 + with_hvp)] * 2) or replicates < 1:
-        raise InputError(
-            f"a ledger of shape {gram.shape} is none of {replicates} replicates and {len(layout.tensors)} tensors",
-            remedy="give what pipeline.replicates.ledger makes of each tensor, (rows, tensors, vectors, vectors)",
-        )
-    if not (rate > 0).all():
+    _require_ledger(gram, layout, replicates)
+    if (rate <= 0).any():
         raise InputError("a learning rate is not positive", remedy="give one above 0 for each step")
-    rate = np.broadcast_to(rate, (rows,))
-    sizes = np.array([tensor.size for tensor in layout.tensors])
     changes = np.full((rows, replicates), np.nan) if loss_change is None else np.asarray(loss_change, np.float64)
     if changes.shape != (rows, replicates):
         raise InputError(
             f"loss_change of shape {changes.shape}",
             remedy=f"give one per step and replicate, {rows} x {replicates}",
         )
+    norm = None if parameter_norm is None else np.asarray(parameter_norm, np.float64)
+    roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
+    levels = _levels(gram, layout, replicates, np.broadcast_to(rate, (rows,)), norm, roundoff)
     numbers = np.arange(rows) if steps is None else np.asarray(steps, np.int64)
-    labels: dict[str, Any] = {STEP: numbers, REPLICATE: np.arange(replicates)}
+    return _tree(levels, changes, layout, {STEP: numbers})
+
+
+def label_run(
+    inputs: results.Inputs,
+    bands: Iterable[tuple[NDArray[np.int64], Array]],
+    replicates: int,
+    replicate_loss: Array,
+) -> xr.DataTree:
+    """Compute and label what the replicates of a logged run say, a band of its ledger at a time; see `label`.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        Of the run.
+    bands : iterable of (positions, gram)
+        Rows of the inputs, and the ledger of the replicates of these; together they cover each row once.
+    replicates : int
+        R.
+    replicate_loss : array, shape (rows, R)
+        Losses of the states that they lead to, NaN where not logged.
+
+    Notes
+    -----
+    A replicate is one update from theta_t, also where the log holds every k-th state only.
+    """
+    rate = np.where(inputs.learning_rate > 0, inputs.learning_rate, np.nan)
+    parameter = inputs.vectors.index("parameter")
+    norm = np.sqrt(inputs.gram[..., parameter, parameter])
+    stored = inputs.dtypes[of_replicate(REPLICATE_PARAMETER, 0)]
+    roundoff = np.array([max(map(unit_roundoff, (tensor.dtype, stored))) for tensor in inputs.layout.tensors])
+    levels: dict[str, Columns] = {}
+    for rows, gram in bands:
+        _require_ledger(gram, inputs.layout, replicates)
+        for name, columns in _levels(gram, inputs.layout, replicates, rate[rows], norm[rows], roundoff).items():
+            for variable, (dimensions, values) in columns.items():
+                whole = levels.setdefault(name, {}).setdefault(
+                    variable, (dimensions, np.empty((len(rate), *values.shape[1:]), values.dtype))
+                )
+                whole[1][rows] = values
+    attempts = np.zeros(len(rate), np.int64) if inputs.attempts is None else inputs.attempts
+    labels = {STEP: inputs.steps, ATTEMPT: (STEP, attempts)}
+    tree = _tree(levels, replicate_loss - inputs.loss[:, None], inputs.layout, labels)
+    if not inputs.runs:
+        return tree
+    groups = {path: results.by_run(tree[path].to_dataset(), inputs) for path in ("model", "tensor")}
+    return xr.DataTree.from_dict({f"/{path}": _described(dataset) for path, dataset in groups.items()})
+
+
+def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
+    counts = [len(replicate_vectors(replicates, hvp)) for hvp in (False, True)]
+    shapes = [(len(layout.tensors), count, count) for count in counts]
+    if replicates < 1 or gram.shape[1:] not in shapes:
+        raise InputError(
+            f"a ledger of shape {gram.shape} is none of {replicates} replicates and {len(layout.tensors)} tensors",
+            remedy="give what pipeline.replicates.ledger makes of each tensor, (rows, tensors, vectors, vectors)",
+        )
+
+
+def _levels(
+    gram: Array, layout: Layout, replicates: int, rate: Array, parameter_norm: Array | None, roundoff: Array
+) -> dict[str, Columns]:
+    """Variables of the model and of the tensors."""
+    sizes = np.array([tensor.size for tensor in layout.tensors])
     with np.errstate(all="ignore"):
-        model = _columns(gram.sum(axis=1), np.array(sizes.sum()), rate, replicates, (STEP,))
-        model |= _of_losses(changes)
-        tensors = _columns(gram, sizes, rate[:, None], replicates, (STEP, TENSOR))
-    names = {TENSOR: np.array(layout.names, dtype=object)}
-    return xr.DataTree.from_dict({"/model": _dataset(model, labels), "/tensor": _dataset(tensors, labels | names)})
+        # The mean of the lengths is no longer than the root of their mean square.
+        length = np.sqrt(gram[..., 1, 1] + _spread(gram, replicates))
+        floor = np.zeros(length.shape)
+        if parameter_norm is not None:
+            floor = geometry.displacement_floor(parameter_norm, length, roundoff)
+        whole = np.sqrt(np.square(floor).sum(axis=1))
+        return {
+            "model": _columns(gram.sum(axis=1), np.array(sizes.sum()), rate, replicates, whole, (STEP,)),
+            "tensor": _columns(gram, sizes, rate[:, None], replicates, floor, (STEP, TENSOR)),
+        }
+
+
+def _spread(gram: Array, replicates: int) -> Array:
+    """Mean square of the deviations of the displacements from their mean."""
+    squares = np.diagonal(gram, axis1=-2, axis2=-1)[..., 2 : 2 + replicates]
+    return np.asarray(squares.mean(axis=-1))
 
 
 def _columns(
-    gram: Array, size: NDArray[np.int64], rate: Array, replicates: int, leading: tuple[str, ...]
-) -> dict[str, tuple[tuple[str, ...], NDArray[Any]]]:
+    gram: Array, size: NDArray[np.int64], rate: Array, replicates: int, floor: Array, leading: tuple[str, ...]
+) -> Columns:
     unit = np.eye(replicates)
     mean = _pairs(gram, size, rate, unit.mean(axis=0))
     single = [_pairs(gram, size, rate, weights)[0] for weights in unit]
     each = Pair(*(np.stack([getattr(pair, name) for pair in single], axis=-1) for name in vars(single[0])))
-    status = geometry.status(mean[0], rate)
-    effective = status == Status.EFFECTIVE
-    columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
+    update_floor = floor / rate
+    status = geometry.status(
+        mean[0],
+        rate,
+        # A hvp that is not finite leaves its own results unknown.
+        finite=np.isfinite(np.diagonal(gram, axis1=-2, axis2=-1)[..., : 2 + replicates]).all(axis=-1),
+        verifiable=~((update_floor >= mean[0].update_norm) & (update_floor > 0)),
+    )
+    effective, has_angle = status == Status.EFFECTIVE, status <= Status.OBTUSE
+    told = ~((update_floor[..., None] >= each.update_norm) & (update_floor[..., None] > 0))
+    columns: Columns = {
         "status": (leading, status),
         "effective": (leading, effective),
         "update_norm": (leading, mean[0].update_norm),
         "gradient_norm": (leading, mean[0].gradient_norm),
         "replicate_alignment": ((*leading, REPLICATE), each.alignment),
-        "replicate_angle": ((*leading, REPLICATE), geometry.angle(each)),
+        "replicate_angle": ((*leading, REPLICATE), np.where(told, geometry.angle(each), np.nan)),
         "replicate_update_norm": ((*leading, REPLICATE), each.update_norm),
     }
-    statistics: dict[str, Callable[[Pair, Pair, Array], Array]] = {
-        "alignment": lambda pair, curvature, product: pair.alignment,
-        "angle": lambda pair, curvature, product: geometry.angle(pair),
-        "condition_number": lambda pair, curvature, product: geometry.condition_number(pair),
-        "stochastic_weight": lambda pair, curvature, product: discrete_time.stochastic_weight(
-            pair, curvature, product, rate
-        ),
-        "learning_rate_bound": lambda pair, curvature, product: discrete_time.stochastic_learning_rate_bound(
-            pair, curvature, product, _alpha(pair, curvature, product, rate)
-        ),
-    }
-    for name, statistic in statistics.items():
-        # The mean of rows of the identity are the weights of the replicates; one left out has weight 0.
-        value, error = jackknife(lambda weights, of=statistic: of(*_pairs(gram, size, rate, weights)), unit)
-        columns[name], columns[f"{name}_error"] = (leading, value), (leading, error)
-    alpha = _alpha(*mean, rate)
-    columns["stochastic_alpha"] = (leading, alpha)
-    columns["stochastic_definite"] = (leading, alpha > columns["stochastic_weight"][1])
+    exists = {"alignment": np.True_, "angle": has_angle}
+
+    def statistics(weights: Array) -> Array:
+        pair, curvature, product = _pairs(gram, size, rate, weights)
+        alpha = _alpha(pair, curvature, product, rate)
+        values = {
+            "alignment": pair.alignment,
+            "angle": geometry.angle(pair),
+            "condition_number": geometry.condition_number(pair),
+            "stochastic_weight": discrete_time.stochastic_weight(pair, curvature, product, rate),
+            "stochastic_alpha": alpha,
+            "learning_rate_bound": discrete_time.stochastic_learning_rate_bound(pair, curvature, product, alpha),
+        }
+        return np.stack([np.where(exists.get(name, effective), values[name], np.nan) for name in _STATISTICS])
+
+    # The mean of rows of the identity are the weights of the replicates; one left out has weight 0.
+    for name, value, error in zip(_STATISTICS, *jackknife(statistics, unit), strict=True):
+        columns |= {name: (leading, value), f"{name}_error": (leading, error)}
+    columns["stochastic_definite"] = (leading, columns["stochastic_alpha"][1] > columns["stochastic_weight"][1])
     return columns
+
+
+_STATISTICS = (
+    "alignment",
+    "angle",
+    "condition_number",
+    "stochastic_weight",
+    "stochastic_alpha",
+    "learning_rate_bound",
+)
+"""What is told of the mean update, with an error where `pipeline.schema.REPLICATE_VARIABLES` has one."""
 
 
 def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> tuple[Pair, Pair, Array]:
     """Pairs of a weighted mean update with y and with its <Hg>, and the product of these two across it."""
-    replicates = len(weights)
-    blocks = np.zeros((3, gram.shape[-1]))
-    blocks[0, 0], blocks[1, 1 : 1 + replicates] = 1.0, weights
-    if gram.shape[-1] > 1 + replicates:
-        blocks[2, 1 + replicates :] = weights
-    else:
-        blocks[2] = np.nan  # and so is what is made of hvps that were not logged
-    small = blocks @ gram @ blocks.T
+    known = 2 + len(weights)
+    # As the deviations add up to 0, of their weights only those that differ from the mean one count.
+    mean = np.concatenate([[weights.sum()], weights - weights.mean()])
+    blocks = np.zeros((2, known))
+    blocks[0, 0], blocks[1, 1:] = 1.0, mean
+    # Of gradient, update and hvp; what is made of hvps is NaN where they were not logged or are not finite.
+    small = np.full((*gram.shape[:-2], 3, 3), np.nan)
+    small[..., :2, :2] = blocks @ gram[..., :known, :known] @ blocks.T
+    if gram.shape[-1] > known:
+        small[..., :2, 2] = small[..., 2, :2] = gram[..., :known, known:] @ mean @ blocks.T
+        small[..., 2, 2] = gram[..., known:, known:] @ mean @ mean
     square, along, bent = small[..., 1, 1], small[..., 0, 1], small[..., 1, 2]
     line = size == 1
 
@@ -210,7 +329,7 @@ def _alpha(pair: Pair, curvature: Pair, product: Array, rate: Array) -> Array:
     return geometry.eigenvalue_bounds(discrete)[0]
 
 
-def _of_losses(changes: Array) -> dict[str, tuple[tuple[str, ...], NDArray[Any]]]:
+def _of_losses(changes: Array) -> Columns:
     mean, error = jackknife(lambda means: -means, changes.T)
     return {
         "replicate_loss_decrease": ((STEP, REPLICATE), -changes),
@@ -219,8 +338,19 @@ def _of_losses(changes: Array) -> dict[str, tuple[tuple[str, ...], NDArray[Any]]
     }
 
 
-def _dataset(columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]], labels: dict[str, Any]) -> xr.Dataset:
-    dataset = xr.Dataset({name: columns[name] for name in REPLICATE_VARIABLES if name in columns}, labels)
+def _tree(levels: Mapping[str, Columns], changes: Array, layout: Layout, labels: dict[str, Any]) -> xr.DataTree:
+    replicates = np.arange(changes.shape[1])
+    groups = {"model": levels["model"] | _of_losses(changes), "tensor": levels["tensor"]}
+    names = {"model": {}, "tensor": {TENSOR: np.array(layout.names, dtype=object)}}
+    datasets = {}
+    for group, columns in groups.items():
+        variables = {name: columns[name] for name in REPLICATE_VARIABLES if name in columns}
+        dataset = xr.Dataset(variables, {**labels, REPLICATE: replicates, **names[group]})
+        datasets[f"/{group}"] = _described(dataset)
+    return xr.DataTree.from_dict(datasets)
+
+
+def _described(dataset: xr.Dataset) -> xr.Dataset:
     for name in dataset.data_vars:
         variable = REPLICATE_VARIABLES[str(name)]
         dataset[name].attrs = {
@@ -232,4 +362,6 @@ def _dataset(columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]], labels: d
         "flag_values": [int(status) for status in Status],
         "flag_meanings": " ".join(status.name.lower() for status in Status),
     }
+    for name in dataset.coords:
+        dataset[name].attrs = {"long_name": DIMENSIONS[str(name)], "units": "1"}
     return dataset

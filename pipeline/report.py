@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline import figures
 from pipeline.places import is_url, place
-from pipeline.schema import DESCENT, TENSOR, WINDOW, Status
+from pipeline.schema import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW, ShiftedMetric, Status
 from pipeline.store.disk import replace_file
 
 __all__ = ["STATUS_MEANING", "write_report"]
@@ -98,7 +98,12 @@ def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     letters = _letters()
     next(letters)
     parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
-    return {"curves": figures.eigenvalue_curves(runs) if runs else None, "runs": parts, "against": _AGAINST}
+    return {
+        "curves": figures.eigenvalue_curves(runs) if runs else None,
+        "runs": parts,
+        "against": _AGAINST,
+        "of_replicates": _OF_REPLICATES,
+    }
 
 
 def _side_by_side(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
@@ -131,8 +136,9 @@ def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[
             {"name": member.name.lower(), "meaning": meaning, "count": int((status == member).sum())}
             for member, meaning in STATUS_MEANING.items()
         ],
-        "spreads": {name: figures.extent(run[name]) for name in ("angle", "angle_uncertainty", "condition_number")},
+        "spreads": {name: figures.extent(run[name]) for name in _SPREADS if name in run.model},
         "shares": _shares(run),
+        "replicates": None if run.replicates is None else _replicates(run.replicates),
         "windows": sorted({1, max(run.windows)}),
         "letters": (letter_of_spectrum, letter_of_loss),
         "spectrum": figures.spectrum(run, letter_of_spectrum),
@@ -149,6 +155,9 @@ def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[
             for name, value in ((name, _plain(value)) for name, value in run.attributes.items())
         },
     }
+
+
+_SPREADS = ("angle", "angle_uncertainty", "condition_number", "preconditioner_condition_number")
 
 
 def _plain(value: Any) -> Any:
@@ -177,7 +186,36 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     else:
         low, _, high = (figures.number(rate) for rate in rates)
         facts["Learning rate"] = low if low == high else f"{low} to {high}"
+    facts |= _window_facts(run)
+    bounded = run.model.get("shifted_metric")
+    if bounded is not None:
+        # Of the discrete gradient: the metric Mbar of eq. (17) is made of it.
+        flags = bounded.sel({DESCENT: "corrected", WINDOW: 1}).values
+        known = int((flags != ShiftedMetric.UNKNOWN).sum())
+        if known:
+            small = int(np.isin(flags, (ShiftedMetric.DEFINITE_OPTIMAL, ShiftedMetric.DEFINITE)).sum())
+            facts["Learning rate below the bound of eq. (17)"] = f"at {small} of {known} updates"
     return facts
+
+
+def _window_facts(run: figures.RunResults) -> dict[str, str]:
+    """Say over how many updates the run always descends."""
+    facts = {}
+    for name, text in _WINDOW_FACTS.items():
+        if name not in run.model:
+            continue
+        found = run.model[[name, f"{name}_count"]]
+        if DESCENT in found.dims:
+            found = found.sel({DESCENT: DESCENTS[0]})
+        smallest, support = float(found[name]), int(found[f"{name}_count"])
+        facts[text] = f"{smallest:.0f} updates ({support} such windows)" if support else "none"
+    return facts
+
+
+_WINDOW_FACTS = {
+    "effective_window": "Smallest window that is always effective",
+    "decreasing_window": "Smallest window over which the loss always falls",
+}
 
 
 def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
@@ -229,6 +267,35 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
                 {"count": held, "of": whole, "share": held / whole if whole and known else math.nan}
             )
     return shares
+
+
+def _replicates(found: xr.Dataset) -> dict[str, Any]:
+    """Sum up what the replicates of a stochastic rule say of its mean update, over all steps."""
+    known = found["status"] <= Status.OBTUSE
+    drawn = found["replicate_alignment"].where(known)
+    return {
+        "count": found.sizes[REPLICATE],
+        "updates": int(known.sum()),
+        "effective": int(found["effective"].sum()),
+        "drawn": int(drawn.notnull().sum()),
+        "drawn_effective": int((drawn > 0).sum()),
+        "curvature": bool(found["stochastic_alpha"].notnull().any()),
+        "definite": int(found["stochastic_definite"].sum()),
+        "spreads": {name: figures.extent(found[name].values) for name in _OF_REPLICATES},
+    }
+
+
+_OF_REPLICATES = {
+    "angle": "Angle ψ of the mean update (rad)",
+    "angle_error": "Its standard error (rad)",
+    "replicate_angle": "Angle ψ of each draw (rad)",
+    "condition_number": "Condition number κ of the mean update",
+    "condition_number_error": "Its standard error",
+    "loss_decrease": "Mean decrease of the loss",
+    "loss_decrease_error": "Its standard error",
+    "learning_rate_bound": "Learning rate up to which eq. (19) is a metric",
+}
+"""Variable of the replicates to what a reader calls it."""
 
 
 def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from pipeline.schema import (
 from pipeline.store.disk import folder_aside, replace_folder
 from pipeline.store.group import zarr_store
 
-__all__ = ["GAMMAS", "Inputs", "Optimizer", "label", "read", "runs", "write"]
+__all__ = ["GAMMAS", "Inputs", "Optimizer", "by_run", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
@@ -395,7 +395,7 @@ def _dataset(
     coordinates[ATTEMPT] = (STEP, attempts)
     dataset = xr.Dataset({name: columns[name] for name in VARIABLES if name in columns}, coordinates)
     if inputs.runs:
-        dataset = _by_run(dataset, inputs)
+        dataset = by_run(dataset, inputs)
     return _described(dataset.assign(_smallest_windows(inputs, levels, max(windows))))
 
 
@@ -443,7 +443,7 @@ def _smallest_window(
     }
 
 
-def _by_run(dataset: xr.Dataset, inputs: Inputs) -> xr.Dataset:
+def by_run(dataset: xr.Dataset, inputs: Inputs) -> xr.Dataset:
     """Give a sweep a dimension for its runs: what a run has not logged at a step of another is missing."""
     steps, position = np.unique(inputs.steps, return_inverse=True)
 
@@ -614,9 +614,8 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
 
     def of(name: str) -> xr.DataTree:
         steps = logged.sel({RUN: name}).values
-        groups = {
-            path: tree[path].to_dataset().sel({RUN: name}).isel({STEP: steps}) for path in ("model", "tensor")
-        }
+        paths = [group.path.strip("/") for group in tree.leaves]
+        groups = {path: tree[path].to_dataset().sel({RUN: name}).isel({STEP: steps}) for path in paths}
         return xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
 
     return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}

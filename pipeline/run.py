@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import compute, results
+from pipeline import compute, replicates, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.places import each, network_errors, place
 from pipeline.preconditioner import adam_eigenvalues
-from pipeline.schema import ATTEMPT, OPTIMIZER_NUMBERS, RUN, STEP, InputError, Status
+from pipeline.schema import ATTEMPT, OPTIMIZER_NUMBERS, REPLICATE_LOSS, RUN, STEP, InputError, Status
 from pipeline.sources.base import NotYet
 from pipeline.store import Ledger, Trajectory, exists, only_writer
 from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
@@ -195,7 +195,8 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
         progress=progress,
     )
     states = Trajectory(folder.trajectory)
-    inputs = _inputs(states, Ledger(folder.ledger), options)
+    ledger = Ledger(folder.ledger)
+    rows, inputs = _inputs(states, ledger, options)
     provenance = {
         "source": states.source,
         "fingerprint": states.fingerprint(),
@@ -208,6 +209,9 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
         },
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
+    if states.replicates:
+        losses = states.scalar(REPLICATE_LOSS)[rows]
+        tree["replicates"] = replicates.label_run(inputs, _bands(ledger, rows), states.replicates, losses)
     with only_writer(folder.results, "results"):
         results.write(tree, folder.results)
     return {
@@ -221,7 +225,16 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
     }
 
 
-def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.Inputs:
+def _bands(ledger: Ledger, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Positions in some rows of the ledger of those of each band, and the products of their replicates."""
+    for start in range(0, ledger.rows, ledger.band_rows):
+        stop = min(start + ledger.band_rows, ledger.rows)
+        positions = np.flatnonzero((rows >= start) & (rows < stop))
+        if len(positions):
+            yield positions, ledger.read_band("replicate_gram", start, stop)[rows[positions] - start]
+
+
+def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDArray[np.int64], results.Inputs]:
     """Rows of the ledger that are updates of the runs as they stand, each run in the order of its steps."""
     gram, _ = ledger.read()
     steps, spans = ledger.steps()
@@ -246,7 +259,7 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> results.In
     loss, learning_rate = states.scalar("loss"), states.scalar("learning_rate")[rows]
     if options.learning_rate is not None:
         learning_rate = np.where(np.isnan(learning_rate), options.learning_rate, learning_rate)
-    return results.Inputs(
+    return rows, results.Inputs(
         gram=gram if len(rows) == len(gram) else gram[rows],
         vectors=ledger.vectors,
         layout=ledger.layout,
@@ -427,7 +440,8 @@ def _describe(folder: RunFolder) -> dict[str, Any]:
         "attempts": int(states.scalar(ATTEMPT).max(initial=0)) + 1,
         **({"runs": len(states.runs)} if states.sweep else {}),
         "elements": states.layout.elements,
-        "dtypes": states.dtypes,
+        "dtypes": states.array_dtypes,
+        **({"replicates": states.replicates} if states.replicates else {}),
         "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
     }
     if (folder.results / "zarr.json").exists():

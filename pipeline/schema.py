@@ -26,7 +26,12 @@ __all__ = [
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
     "REPLICATE",
+    "REPLICATE_HVP",
+    "REPLICATE_LOSS",
+    "REPLICATE_PARAMETER",
+    "REPLICATE_STATES",
     "REPLICATE_VARIABLES",
+    "REPLICATE_VECTOR",
     "RUN",
     "SCALARS",
     "STATES",
@@ -38,6 +43,7 @@ __all__ = [
     "VECTOR",
     "VECTORS",
     "WINDOW",
+    "WITH_REPLICATE_VECTOR",
     "WITH_VECTOR",
     "InputError",
     "Layout",
@@ -46,7 +52,10 @@ __all__ = [
     "Tensor",
     "Unavailable",
     "Variable",
+    "of_replicate",
     "promote",
+    "replicate_of",
+    "replicate_vectors",
     "unit_roundoff",
 ]
 
@@ -64,6 +73,7 @@ ATTEMPT, RUN = "attempt", "run"
 VECTOR, WITH_VECTOR = "vector", "with_vector"
 DESCENT, WINDOW, GAMMA = "descent", "window", "gamma"
 REPLICATE = "replicate"
+REPLICATE_VECTOR, WITH_REPLICATE_VECTOR = "replicate_vector", "with_replicate_vector"
 
 DIMENSIONS: dict[str, str] = {
     STEP: "step number, as logged, of the state before the update",
@@ -76,6 +86,8 @@ DIMENSIONS: dict[str, str] = {
     DESCENT: "which negative gradient is meant",
     WINDOW: "number m of consecutive updates taken together, eq. (3)",
     REPLICATE: "one of many updates that a stochastic rule makes from the same state",
+    REPLICATE_VECTOR: "first vector of an inner product of the replicates of an update",
+    WITH_REPLICATE_VECTOR: "second vector of an inner product of the replicates of an update",
     GAMMA: "weight of the one-parameter family of metrics, eq. (22)",
 }
 
@@ -115,6 +127,14 @@ USUAL_SCALARS = SCALARS[:2]
 VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual", HVP)
 """Vectors of the Gram ledger; ``hvp`` only where it was logged."""
 
+REPLICATE_PARAMETER, REPLICATE_HVP = "replicate_parameter", "replicate_hvp"
+REPLICATE_STATES = (REPLICATE_PARAMETER, REPLICATE_HVP)
+"""Arrays (step, replicate, element) of a trajectory, where a stochastic rule logs them: the states that R draws of
+the update lead to from theta_t, and the Hessian times the displacement of each."""
+
+REPLICATE_LOSS = "replicate_loss"
+"""Array (step, replicate) of a trajectory: the loss of each of these states."""
+
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 """Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""
 
@@ -142,6 +162,47 @@ def promote(dtypes: Sequence[str]) -> str:
     if len(distinct) == 1:
         return distinct.pop()
     return "float64" if "float64" in distinct else "float32"
+
+
+def of_replicate(array: str, replicate: int) -> str:
+    """Name of one replicate of an array, which is an array (step, element).
+
+    Examples
+    --------
+    >>> of_replicate("replicate_parameter", 3)
+    'replicate_parameter/3'
+    """
+    return f"{array}/{replicate}"
+
+
+def replicate_of(name: str) -> tuple[str, int | None]:
+    """Array and replicate that a name is of; no replicate where the array has none.
+
+    Examples
+    --------
+    >>> replicate_of("replicate_parameter/3"), replicate_of("gradient")
+    (('replicate_parameter', 3), ('gradient', None))
+    """
+    array, slash, replicate = name.partition("/")
+    return array, int(replicate) if slash else None
+
+
+def replicate_vectors(replicates: int, hvp: bool) -> tuple[str, ...]:
+    """Vectors of the ledger of a stochastic rule, for R replicates, with or without their Hessian-vector products.
+
+    A deviation is that of a replicate from the mean: means are taken before any product, so they lose no digits
+    where they are much shorter than the replicates.
+
+    Examples
+    --------
+    >>> replicate_vectors(2, hvp=False)
+    ('gradient', 'mean_displacement', 'displacement_deviation_0', 'displacement_deviation_1')
+    """
+    if not replicates:
+        return ()
+    kinds = ("displacement", HVP) if hvp else ("displacement",)
+    of_kind = [(f"mean_{kind}", *(f"{kind}_deviation_{index}" for index in range(replicates))) for kind in kinds]
+    return ("gradient", *(name for names in of_kind for name in names))
 
 
 @dataclass(frozen=True)

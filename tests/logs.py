@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from pipeline.schema import Layout
+from pipeline.schema import REPLICATE_PARAMETER, Layout, replicate_of
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 TENSORS = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": ()}
@@ -29,6 +29,22 @@ def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0
         states.append(state)
         for name, value in theta.items():
             theta[name] = value - learning_rate * (value + 0.5 * rng.standard_normal(value.shape))
+    return states
+
+
+def with_replicates(states, count=3, seed=0):
+    """States with replicates: of each, where a noise of the size of the gradient would lead to, and the losses."""
+    rng = np.random.default_rng(seed)
+    for state in states:
+        drawn, loss = {}, np.zeros(count)
+        for key, value in state.items():
+            array, _, name = key.partition("/")
+            if array == "parameter":
+                noise = 0.1 * rng.standard_normal((count, *np.shape(value)))
+                drawn[f"replicate_parameter/{name}"] = (value - noise).astype(np.asarray(value).dtype)
+                drawn[f"replicate_hvp/{name}"] = (-noise).astype(np.asarray(value).dtype)
+                loss += (drawn[f"replicate_parameter/{name}"].astype(float).reshape(count, -1) ** 2).sum(axis=1) / 2
+        state |= drawn | {"replicate_loss": loss}
     return states
 
 
@@ -66,11 +82,12 @@ def write_trajectory(path, arrays, shapes, chunk, compressors=None):
     """Write a trajectory store in any chunks, in place of one that is there, and return its path.
 
     ``arrays`` are as of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps, elements),
-    ``compressors`` maps arrays to codecs.
+    ``compressors`` maps arrays to codecs. A replicate is an array of its own.
     """
-    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    dtypes = {replicate_of(name)[0]: array.dtype.name for name, array in arrays.items()}
+    replicates = sum(replicate_of(name)[0] == REPLICATE_PARAMETER for name in arrays)
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in shapes.items()})
-    Trajectory.create(path, layout, dtypes, chunk, compressors=compressors)
+    Trajectory.create(path, layout, dtypes, chunk, compressors=compressors, replicates=replicates)
     return append_states(path, arrays)
 
 

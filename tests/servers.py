@@ -10,6 +10,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import s3fs
+
 NATGRAD = Path(sys.executable).with_name("natgrad")
 
 QUIET = {
@@ -115,6 +117,15 @@ class PrefectServer:
         self.kill()
 
 
+_FORGOTTEN = []
+
+
+def forget_object_stores():
+    """Open object stores anew, by the environment as it is now; those before stay, as nobody closes them."""
+    _FORGOTTEN.append(s3fs.S3FileSystem._cache)
+    s3fs.S3FileSystem._cache = {}
+
+
 class S3Server:
     """moto's server: buckets and objects in memory, behind the interface of S3.
 
@@ -138,6 +149,7 @@ class S3Server:
         command = (Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", self.port)
         self._stack.enter_context(process(*command, log=self.log))
         wait_for(self._answers)
+        forget_object_stores()
         return self
 
     def _answers(self):

@@ -11,13 +11,15 @@ from logs import random_walk, write_log, write_step
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
+from servers import S3Server
 
 from flows import runs
 from flows.watch import watch_runs
 from pipeline import run, watch
+from pipeline.places import place, put
 from pipeline.schema import InputError
 from pipeline.sources import base
-from pipeline.store import Trajectory
+from pipeline.store import Trajectory, only_writer
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
 
@@ -219,3 +221,20 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
             [sys.executable, "-c", code], capture_output=True, text=True, env=clean | chosen, check=True
         )
         assert done.stdout.strip() == expected
+
+
+def test_a_flow_takes_urls(log, tmp_path, monkeypatch):
+    with S3Server(tmp_path / "s3.log") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        place("s3://bucket/any").fs.mkdir("bucket")
+        out = "s3://bucket/out"
+        for file in sorted(log.iterdir()):
+            put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
+        outcome = watch.Outcome.of(out)
+        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+        (link,) = artifacts("report-out")
+        assert "s3://bucket/out/report.html" in link
+        with only_writer(place(out) / "processing", "run"):
+            assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]

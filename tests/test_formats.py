@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from pipeline.compute import compute_ledger
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
-from pipeline.sources.base import complete
+from pipeline.sources.base import boxes, complete
 from pipeline.sources.formats import FORMATS, open_source
-from pipeline.sources.hdf5_file import Hdf5File, _boxes
+from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.npz_file import NpzStack
 from pipeline.store import Ledger, Trajectory
 
@@ -617,7 +617,7 @@ def test_slices_of_a_row_of_one_file_equal_the_tensor(stacks, which, step, tenso
 def test_boxes_are_the_elements_in_their_order(shape, a, b):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     start, stop = sorted((a % (array.size + 1), b % (array.size + 1)))
-    parts = [array[box].ravel() for box in _boxes(shape, start, stop)]
+    parts = [array[box].ravel() for box in boxes(shape, start, stop)]
     np.testing.assert_array_equal(np.concatenate(parts) if parts else [], array.ravel()[start:stop])
     assert len(parts) <= max(1, 2 * len(shape) - 1)
 

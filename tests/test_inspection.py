@@ -11,7 +11,7 @@ from logs import TENSORS, random_walk, write_log, write_step
 
 from pipeline.inspection import NEEDED_FOR, inspect_source
 from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run
-from pipeline.schema import SCALARS, STATES, InputError
+from pipeline.schema import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, SCALARS, STATES, InputError
 
 
 def chunk_bytes(store, *arrays):
@@ -28,7 +28,7 @@ def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, d
     for name in ("source", "steps", "first_step", "last_step", "tensors", "elements", "dtypes"):
         assert found[name] == summary[name], name
     assert found["holds"]["parameter"] == f"{len(TENSORS)} tensors"
-    assert set(found["missing"]) == {"hvp", "hessian_min_eigenvalue", "loss_time_derivative"}
+    assert set(found["missing"]) == {"hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
     assert (found["gaps"], found["changes"], found["notes"], found["unused_keys"]) == (0, [], [], [])
     assert found["trajectory_bytes"] == chunk_bytes(RunFolder(tmp_path / "out").trajectory, "parameter", "gradient")
     assert found["worker_memory"] == analyzed["projected_memory"]
@@ -48,7 +48,7 @@ def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path)
     states[1]["accuracy"] = np.float64(1)
     log = write_log(tmp_path / "log", states, numbers=[0, 10, 20, 40])
     found = inspect_source([log])
-    assert set(found["missing"]) == {"gradient", "loss", "learning_rate", "hvp", *SCALARS[2:]}
+    assert set(found["missing"]) == {"gradient", "loss", "learning_rate", "hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
     assert "further SOURCE" in found["missing"]["gradient"]
     assert found["changes"] == [
         "parameter 'more': none, then float64 [2]",
@@ -56,7 +56,7 @@ def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path)
     ]
     assert (found["step_span"], found["gaps"]) == (10, 1)
     assert "worker_memory" not in found
-    assert set(NEEDED_FOR) == {*STATES, *SCALARS}
+    assert set(NEEDED_FOR) == {*STATES, *SCALARS, *REPLICATE_STATES, REPLICATE_LOSS}
 
 
 def test_a_sweep_is_counted_by_runs(tmp_path):

@@ -185,9 +185,11 @@ def test_all_rules_start_alike_and_log_the_gradient_of_one_objective(logs):
             assert sweep.loss == losses[step]
             for layer, slope in carry_back(sweep, list(weights.values())[1:]).items():
                 np.testing.assert_array_equal(arrays["gradient", layer][step], slope.ravel())
+        assert (name == "weight-perturbation") == any(key[0].startswith("replicate") for key in arrays)
         for key, array in arrays.items():
             assert array.dtype == np.float32
-            np.testing.assert_array_equal(array[0], first[key][0])
+            if key in first:
+                np.testing.assert_array_equal(array[0], first[key][0])
             assert key[0] == "gradient" or (array[1] != array[0]).any()
 
 
@@ -314,6 +316,33 @@ def test_the_mean_of_weight_perturbation_is_the_negative_gradient():
     few = learning_rules.PERTURBATIONS
     # A hundred of them, each with a spread of about 0.1: five standard errors.
     assert np.mean(cosines**2) == pytest.approx(few / (few + len(y) + 1), abs=0.05)
+
+
+def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs, trees):
+    digits, name = toy_digits(), "weight-perturbation"
+    inside = np.random.default_rng(1).permutation(40)[:30]
+    inputs = digits.images[inside] - digits.images[inside].mean(axis=0)
+    _, _, arrays = read_log(logs / name)
+    found = trees[name]["replicates/model"].to_dataset()
+    states = {k: arrays["replicate_parameter", k].reshape(STEPS + 1, learning_rules.DRAWS, -1) for k in LAYERS}
+    for layer in LAYERS:
+        # The next state is theirs in the mean, to the rounding of float32 states and of a sum of so many.
+        off = 4 * learning_rules.DRAWS * U32 * np.abs(states[layer]).max()
+        assert np.abs(states[layer].mean(axis=1)[:-1] - arrays["parameter", layer][1:]).max() <= off
+    shapes = dict(zip(LAYERS, ((4, 6), (4, 4), (10, 4)), strict=True))
+    for step, draw in np.ndindex(STEPS, learning_rules.DRAWS):
+        weights = {k: states[k][step, draw].reshape(shapes[k]) for k in LAYERS}
+        sweep = learning_rules.sweep_forward(weights, inputs, digits.labels[inside])
+        assert float(found["replicate_loss_decrease"][step, draw]) == model(trees[name])["loss"][step] - sweep.loss
+        for layer, slope in carry_back(sweep, list(weights.values())[1:]).items():
+            bent = arrays["replicate_hvp", layer].reshape(STEPS + 1, learning_rules.DRAWS, -1)[step, draw]
+            np.testing.assert_array_equal(bent, slope.ravel() - arrays["gradient", layer][step])
+    # The mean of the draws is the update: so are its angles, but for the rounding of the states.
+    turned = np.abs(found["angle"] - model(trees[name])["angle"])
+    assert (turned <= learning_rules.DRAWS * model(trees[name])["angle_uncertainty"]).all()
+    # Each draw descends by the mean square of its slopes, as the mean does, at a larger angle in the mean.
+    assert (found["replicate_alignment"] > 0).all()
+    assert (found["replicate_angle"].mean("replicate") > found["angle"]).all()
 
 
 def test_the_subspace_rule_of_oja_rests_where_it_should_and_gets_there():

@@ -243,6 +243,21 @@ def test_nothing_points_outside_the_page(pages):
     assert not re.search(r"""(url\(|href=["']?|src=["']?)(?!["']?(#|data:))""", outside)
 
 
+def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned_the_optimizer_is(tree, tmp_path):
+    kappa = xr.zeros_like(tree["model"]["parameter_norm"]) + np.arange(2.0, 2.0 + tree["model"].sizes["step"])
+    model = tree["model"].to_dataset().assign(preconditioner_condition_number=kappa)
+    groups = {"/model": model, "/tensor": tree["tensor"].to_dataset()}
+    path = report.write_report({NAME: xr.DataTree.from_dict(groups)}, tmp_path / "report.html")
+    page = Page(path)
+    (numbers,) = [numbers for row, numbers in page.numbers.items() if row and "preconditioner" in row]
+    assert numbers == [float(kappa.min()), float(kappa.median()), float(kappa.max())]
+    told = page.cells[None]
+    for name, text in report._WINDOW_FACTS.items():
+        found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
+        smallest = told[told.index(text) + 1]
+        assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} updates")
+
+
 # What is drawn -----------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from pipeline.recorder import Recorder
 from pipeline.schema import InputError
 
 __all__ = [
+    "DRAWS",
     "HIDDEN",
     "IMAGES",
     "LAYERS",
@@ -55,6 +56,9 @@ DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
 
 PERTURBATIONS, AMPLITUDE = 32, 1e-2
 """Perturbations tried for one update, and the standard deviation of an element of each."""
+
+DRAWS = 8
+"""Draws that an update of weight perturbation is the mean of, each of as many perturbations; all are logged."""
 
 Floats = NDArray[np.floating[Any]]
 Weights = Mapping[str, Floats]
@@ -148,6 +152,8 @@ class Situation:
         Source of chance.
     memory : dict
         The rule's own, empty at first.
+    draws : list of mapping
+        Filled by a stochastic rule: the updates that it drew and gives the mean of.
     """
 
     updates: int
@@ -160,6 +166,7 @@ class Situation:
     direct_feedback: Sequence[Floats]
     random: np.random.Generator
     memory: dict[str, Weights] = field(default_factory=dict)
+    draws: list[Weights] = field(default_factory=list)
 
     def remember(self, name: str, share: float, new: Weights) -> Weights:
         """Keep a share of what is remembered, add the new, and return it."""
@@ -210,15 +217,17 @@ def weight_perturbation(now: Situation) -> Weights:
     mean over n of them has y.g = (s_1^2 + .. + s_n^2) / n: it descends, at an angle with cos^2 psi of about
     n / (n + D).
     """
-    update = {layer: np.zeros_like(weight) for layer, weight in now.weights.items()}
-    for _ in range(PERTURBATIONS):
+    each = PERTURBATIONS // DRAWS
+    now.draws = [{layer: np.zeros_like(weight) for layer, weight in now.weights.items()} for _ in range(DRAWS)]
+    for index in range(PERTURBATIONS):
         trial = {k: now.random.standard_normal(w.shape, w.dtype.type) for k, w in now.weights.items()}
         ahead, behind = (
             now.loss({k: w + sign * AMPLITUDE * trial[k] for k, w in now.weights.items()}) for sign in (1, -1)
         )
         slope = (behind - ahead) / (2.0 * AMPLITUDE)
-        update = {k: total + slope / PERTURBATIONS * trial[k] for k, total in update.items()}
-    return update
+        for layer, total in now.draws[index // each].items():
+            total += slope / each * trial[layer]
+    return {layer: np.mean([draw[layer] for draw in now.draws], axis=0) for layer in now.weights}
 
 
 def oja(weight: Floats, sources: Floats, targets: Floats) -> Floats:
@@ -366,11 +375,6 @@ def _train(
         swept = sweep(weights)
         gradient = carry_back(swept, list(weights.values())[1:])
         losses.append(swept.loss)
-        recorder.record(
-            step, parameter=weights, gradient=gradient, loss=swept.loss, learning_rate=rule.learning_rate
-        )
-        if step == steps:
-            break
         now = Situation(
             step,
             weights,
@@ -384,5 +388,29 @@ def _train(
             memory,
         )
         update = rule.update(now)
-        weights = {layer: weight + rule.learning_rate * update[layer] for layer, weight in weights.items()}
+        recorder.record(
+            step,
+            parameter=weights,
+            gradient=gradient,
+            loss=swept.loss,
+            learning_rate=rule.learning_rate,
+            replicates=_replicates(now, rule.learning_rate, sweep),
+        )
+        if step < steps:
+            weights = {layer: weight + rule.learning_rate * update[layer] for layer, weight in weights.items()}
     return Training(tuple(losses), (accuracy_before, accuracy()))
+
+
+def _replicates(now: Situation, learning_rate: float, sweep: Callable[[Weights], Sweep]) -> dict[str, Any] | None:
+    """States that the draws of a stochastic rule lead to, their losses, and how the gradient changes on the way."""
+    if not now.draws:
+        return None
+    states = [{k: w + learning_rate * draw[k] for k, w in now.weights.items()} for draw in now.draws]
+    swept = [sweep(state) for state in states]
+    gradients = [carry_back(there, list(state.values())[1:]) for there, state in zip(swept, states, strict=True)]
+    return {
+        "parameter": {k: np.stack([state[k] for state in states]) for k in now.weights},
+        # The change is the mean Hessian along the displacement times it.
+        "hvp": {k: np.stack([there[k] - now.gradient[k] for there in gradients]) for k in now.weights},
+        "loss": [there.loss for there in swept],
+    }

@@ -61,12 +61,13 @@ COMPARED_RUNS = 18
 
 @dataclass(frozen=True)
 class RunResults:
-    """Results of a run: of the model all, of the tensors what is asked for."""
+    """Results of a run: of the model all, of the tensors what is asked for, of a stochastic rule the replicates."""
 
     name: str
     attributes: Mapping[str, Any]
     model: xr.Dataset
     tensors: xr.Dataset
+    replicates: xr.Dataset | None = None
 
     @classmethod
     def of(cls, name: str, tree: xr.DataTree) -> RunResults:
@@ -81,7 +82,8 @@ class RunResults:
             raise InputError(
                 f"results without {error}", where=f"run {name}", remedy="compute them again: natgrad analyze OUT"
             ) from error
-        return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors)
+        replicates = tree["replicates/model"].to_dataset() if "replicates" in tree.children else None
+        return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates)
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
         """Values of the model, step by step, compared with the gradient."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.places import is_url, network_errors, open_object, status
-from pipeline.schema import STATES, InputError, Unavailable
+from pipeline.schema import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, STATES, InputError, Unavailable
 
 __all__ = [
     "Container",
@@ -35,6 +35,7 @@ __all__ = [
     "StepContent",
     "StepReader",
     "Unreadable",
+    "boxes",
     "changed_lately",
     "complete",
     "identity",
@@ -109,6 +110,7 @@ class StepContent:
     ----------
     arrays : mapping
         ``parameter``, ``gradient`` and ``hvp`` where logged, each a mapping of tensor name to `LoggedTensor`.
+        So are ``replicate_parameter`` and ``replicate_hvp``; their tensors have one dimension more, the first.
     scalars : mapping
         ``loss`` and ``learning_rate`` where logged.
     unused : tuple of str
@@ -121,6 +123,8 @@ class StepContent:
         The parameters are a whole model: buffers and frozen tensors, which have no gradient, are among them.
     optimizer : OptimizerState, optional
         Where it was saved; its arrays are read as the others are.
+    replicate_loss : tuple of float
+        Losses of the states that the replicates lead to, where logged.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -130,6 +134,18 @@ class StepContent:
     ties: Mapping[str, str] = field(default_factory=dict)
     untrained: bool = False
     optimizer: OptimizerState | None = None
+    replicate_loss: tuple[float, ...] = ()
+
+    @property
+    def replicates(self) -> int:
+        """Number R of replicates; 0 where there are none."""
+        shapes = [tensor.shape for tensor in self.arrays.get(REPLICATE_PARAMETER, {}).values()]
+        return shapes[0][0] if shapes and shapes[0] else 0
+
+    @property
+    def numbers(self) -> dict[str, float | tuple[float, ...]]:
+        """All numbers of the step: the scalars, and the losses of the replicates."""
+        return {**self.scalars, **({REPLICATE_LOSS: self.replicate_loss} if self.replicate_loss else {})}
 
 
 class StepReader(Protocol):
@@ -264,18 +280,22 @@ class Container:
         """Value of a plain number, or of a tensor of one element; None where it is neither."""
         if key in self.numbers:
             return self.numbers[key]
+        values = self.vector(key) if math.prod(self.tensors[key].shape) == 1 else ()
+        return values[0] if values else None
+
+    def vector(self, key: str) -> tuple[float, ...]:
+        """All values of a tensor of numbers; none where it holds something else."""
         logged = self.tensors[key]
-        if math.prod(logged.shape) != 1:
-            return None
+        count = math.prod(logged.shape)
         if logged.dtype == "bfloat16":
-            word = np.zeros(1, np.uint16)
-            self.read(key, 0, word)
-            return float((word.astype(np.uint32) << np.uint32(16)).view(np.float32)[0])
+            words = np.zeros(count, np.uint16)
+            self.read(key, 0, words)
+            return tuple((words.astype(np.uint32) << np.uint32(16)).view(np.float32).tolist())
         if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
-            return None
-        value = np.zeros(1, logged.dtype)
-        self.read(key, 0, value)
-        return float(value[0])
+            return ()
+        values = np.zeros(count, logged.dtype)
+        self.read(key, 0, values)
+        return tuple(map(float, values))
 
     def close(self) -> None:
         """Close the files."""
@@ -503,6 +523,35 @@ class ObjectRegion:
         self._file.close()
 
 
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes of an array that together are its elements ``start`` to ``stop`` in C order, in that order.
+
+    Examples
+    --------
+    >>> [[(part.start, part.stop) for part in box] for box in boxes((4, 5), 3, 12)]
+    [[(0, 1), (3, 5)], [(1, 2), (0, 5)], [(2, 3), (0, 2)]]
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    inner = shape[1:]
+    if first > last:
+        # Within one row.
+        for box in boxes(inner, start - last * row, stop - last * row):
+            yield (slice(last, last + 1), *box)
+        return
+    for box in boxes(inner, start - (first - 1) * row, row) if start < first * row else ():
+        yield (slice(first - 1, first), *box)
+    if first < last:
+        yield (slice(first, last), *(slice(0, length) for length in inner))
+    for box in boxes(inner, 0, stop - last * row):
+        yield (slice(last, last + 1), *box)
+
+
 # A whole step ------------------------------------------------------------------------------------------------
 
 
@@ -516,8 +565,8 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     Raises
     ------
     InputError
-        Where parameters or gradients are missing, or their names or shapes differ; where the optimizer is asked
-        for and it is not known which tensors it means.
+        Where parameters or gradients are missing, or their names or shapes differ, or those of the replicates do;
+        where the optimizer is asked for and it is not known which tensors it means.
     """
     arrays = {array: dict(tensors) for array, tensors in content.arrays.items()}
     for array in STATES[:2]:
@@ -549,8 +598,10 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     for array in STATES[1:]:
         if array in arrays:
             _require_same_tensors(step, array, arrays["parameter"], arrays[array])
+    _require_replicates(step, replace(content, arrays=arrays))
     order = sorted(arrays["parameter"], key=_by_number)
-    kept_arrays = {name: {t: arrays[name][t] for t in order} for name in STATES if name in arrays}
+    logged = [name for name in (*STATES, *REPLICATE_STATES) if name in arrays]
+    kept_arrays = {name: {t: arrays[name][t] for t in order} for name in logged}
     state = content.optimizer if optimizer else None
     if state is not None:
         if state.problem:
@@ -594,3 +645,32 @@ def _require_same_tensors(
                 where=where(step, array, tensor),
                 remedy="log both in the same shape",
             )
+
+
+def _require_replicates(step: LoggedStep, content: StepContent) -> None:
+    """Refuse replicates that are not R of every tensor, one shape after the other."""
+    count, logged = content.replicates, [array for array in REPLICATE_STATES if content.arrays.get(array)]
+    logged += [REPLICATE_LOSS] if content.replicate_loss else []
+    if logged and not count:
+        raise InputError(
+            f"{' and '.join(logged)} without {REPLICATE_PARAMETER}, or of none",
+            where=where(step, logged[0]),
+            remedy=f"log the states that the replicates lead to as {REPLICATE_PARAMETER}, replicates first",
+        )
+    for array in logged[: len(logged) - bool(content.replicate_loss)]:
+        parameters = content.arrays["parameter"]
+        expected = {name: replace(tensor, shape=(count, *tensor.shape)) for name, tensor in parameters.items()}
+        for name, tensor in content.arrays[array].items():
+            if name in expected and tensor.shape != expected[name].shape:
+                raise InputError(
+                    f"{array} has shape {tensor.shape}, {count} replicates of its parameter {expected[name].shape}",
+                    where=where(step, array, name),
+                    remedy="log as many replicates of every tensor, along a first dimension of their own",
+                )
+        _require_same_tensors(step, array, expected, content.arrays[array])
+    if content.replicate_loss and len(content.replicate_loss) != count:
+        raise InputError(
+            f"{len(content.replicate_loss)} values of {REPLICATE_LOSS} for {count} replicates",
+            where=where(step, REPLICATE_LOSS),
+            remedy="log one for each replicate",
+        )

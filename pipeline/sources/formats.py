@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.places import is_url, names, place
-from pipeline.schema import STATES, InputError
+from pipeline.schema import SCALARS, InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
@@ -20,8 +20,9 @@ from pipeline.sources.huggingface import TRAINER_KIND, TrainerFolder
 from pipeline.sources.joined import JoinedSource
 from pipeline.sources.megatron_folder import MegatronFolder, megatron_number
 from pipeline.sources.model_folder import ModelFolder
-from pipeline.sources.names import CHECKPOINT, MODEL, checked_shift, step_number
+from pipeline.sources.names import CHECKPOINT, MODEL, ROOT, checked_shift, step_number
 from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.orbax_folder import OrbaxFolder, orbax_number, orbax_unfinished
 from pipeline.sources.record_files import holds_metrics, read_csv, read_json_lines, read_parquet, read_sqlite
 from pipeline.sources.scalar_log import Kind as ScalarKind
 from pipeline.sources.scalar_log import ScalarLog
@@ -161,6 +162,23 @@ _MEGATRON = Kind(
     CHECKPOINT,
     lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),
 )
+_ORBAX = Kind(
+    "<N>/_CHECKPOINT_METADATA",
+    orbax_number,
+    lambda step, names: OrbaxFolder(step),
+    replace(
+        CHECKPOINT,
+        keys={
+            **CHECKPOINT.keys,
+            "parameter": ("parameter", "parameters", "params", "model", "state/params", ROOT),
+            "gradient": (*CHECKPOINT.keys["gradient"], "state/grads"),
+            "loss": ("loss", "*/loss"),
+            "learning_rate": ("learning_rate", "lr", "*/learning_rate", "*/lr"),
+            "step": ("step", "*/step"),
+        },
+    ),
+    orbax_unfinished,
+)
 _LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
     _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
@@ -216,7 +234,10 @@ _ALIGNMENT_OF_SCALARS = (
 _GIVES_SCALARS = "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under usual keys or --map's"
 _LACKS_TENSORS = "tensors: give their log as a further SOURCE"
 
-_NATIVE = "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; out of core"
+_NATIVE = (
+    "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate, and of the draws of a "
+    "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
+)
 
 FORMATS: dict[str, Format] = {
     format.name: format
@@ -272,6 +293,13 @@ FORMATS: dict[str, Format] = {
             "gradients as Megatron-LM writes it; tensor and expert parallel models, whose files do not say how "
             "tensors are split (convert them to torch_dist, which is dcp)",
             *_folder(_MEGATRON),
+        ),
+        Format(
+            "orbax",
+            "folder of checkpoints <N>/ or <prefix>_<N>/ of Orbax, in OCDBT or not; needs the extra orbax",
+            "what --map says of the trees that were saved: params, grads, loss, learning_rate; by chunks",
+            "gradients and learning rates where they were not saved; chunks of more than 512 MiB (chunk_byte_size)",
+            *_folder(_ORBAX),
         ),
         Format(
             "safetensors",
@@ -535,7 +563,11 @@ def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str,
     shares: list[dict[str, str]] = [{} for _ in paths]
     for quantity, key in mapping.items():
         # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
-        meant = [share for share, alone in zip(shares, of_scalars, strict=True) if alone != (quantity in STATES)]
+        meant = [
+            share
+            for share, alone in zip(shares, of_scalars, strict=True)
+            if alone == (quantity in (*SCALARS, "step", "run"))
+        ]
         if len(meant) != 1:
             return None
         meant[0][quantity] = key

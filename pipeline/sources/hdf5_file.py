@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, refused, where
+from pipeline.sources.base import Container, LoggedStep, LoggedTensor, boxes, refused, where
 
 __all__ = ["Hdf5File"]
 
@@ -72,7 +72,7 @@ class Hdf5File(Container):
         with refused(self.step, _FORM, key), _damaged():
             dataset = self._datasets[key]
             done = 0
-            for box in _boxes(dataset.shape, start, start + out.size):
+            for box in boxes(dataset.shape, start, start + out.size):
                 shape = tuple(part.stop - part.start for part in box)
                 size = math.prod(shape)
                 dataset.read_direct(out[done : done + size].reshape(shape), box)
@@ -90,32 +90,3 @@ def _damaged() -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(str(error)) from error
-
-
-def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes of an array that together are its elements ``start`` to ``stop`` in C order, in that order.
-
-    Examples
-    --------
-    >>> [[(part.start, part.stop) for part in box] for box in _boxes((4, 5), 3, 12)]
-    [[(0, 1), (3, 5)], [(1, 2), (0, 5)], [(2, 3), (0, 2)]]
-    """
-    if start >= stop:
-        return
-    if not shape:
-        yield ()
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row
-    inner = shape[1:]
-    if first > last:
-        # Within one row.
-        for box in _boxes(inner, start - last * row, stop - last * row):
-            yield (slice(last, last + 1), *box)
-        return
-    for box in _boxes(inner, start - (first - 1) * row, row) if start < first * row else ():
-        yield (slice(first - 1, first), *box)
-    if first < last:
-        yield (slice(first, last), *(slice(0, length) for length in inner))
-    for box in _boxes(inner, 0, stop - last * row):
-        yield (slice(last, last + 1), *box)

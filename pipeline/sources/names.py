@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.schema import SCALARS, STATES, STORAGE_DTYPES, InputError
+from pipeline.schema import REPLICATE_LOSS, REPLICATE_STATES, SCALARS, STATES, STORAGE_DTYPES, InputError
 from pipeline.sources.base import Container, LoggedTensor, StepContent, where
 from pipeline.sources.optimizer import SavedOptimizer, optimizer_root, saved_optimizer
 
@@ -20,6 +20,7 @@ __all__ = [
     "MAP_FILE",
     "MODEL",
     "NATIVE",
+    "OF_A_STATE",
     "QUANTITIES",
     "ROOT",
     "NamedStep",
@@ -30,10 +31,16 @@ __all__ = [
     "step_number",
 ]
 
-QUANTITIES = (*STATES, *SCALARS, "step")
+_REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
+
+OF_A_STATE = (*STATES, *SCALARS, *_REPLICATES)
+"""Quantities of a state, which may be logged at another step."""
+
+QUANTITIES = (*OF_A_STATE, "step")
 """What a key can be said to hold."""
 
 _FARTHEST = 10**9
+_MOST_REPLICATES = 1 << 16
 
 ROOT = "."
 """Key of the whole file."""
@@ -124,7 +131,7 @@ class Names:
         )
 
 
-NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS)})
+NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *_REPLICATES)})
 """Names of the native format."""
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
@@ -144,6 +151,7 @@ CHECKPOINT = Names(
         ),
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
+        **{quantity: (quantity,) for quantity in _REPLICATES},
         "step": ("step", "global_step", "iteration", "iter_num"),
     },
     model=True,
@@ -202,11 +210,11 @@ def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, i
         Where a quantity is not known, or what it is shifted by is no number of steps.
     """
     for quantity, steps in shift.items():
-        if quantity not in (*STATES, *SCALARS) or type(steps) is not int or abs(steps) > _FARTHEST:
+        if quantity not in OF_A_STATE or type(steps) is not int or abs(steps) > _FARTHEST:
             raise InputError(
                 f"{quantity}={steps} does not say by how many steps a quantity is shifted",
                 where=place,
-                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join((*STATES, *SCALARS))}",
+                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join(OF_A_STATE)}",
             )
     return {quantity: steps for quantity, steps in shift.items() if steps}
 
@@ -266,6 +274,7 @@ class NamedStep:
                 why="the file was renamed, or its name counts something else than updates",
                 remedy=f"give --map step={keys[0]} to take the file's number",
             )
+        losses = self._replicate_loss(used)
         found = self._arrays(used)
         arrays = {
             array: {name: tensors[key] for name, key in names.items()} for array, names in found.items() if names
@@ -273,7 +282,7 @@ class NamedStep:
         used |= {key for names in found.values() for key in names.values()}
         optimizer = self._optimizer(found)
         if optimizer is not None:
-            used |= {key for keys in optimizer.keys.values() for key in keys.values()}
+            used |= {key for key in tensors if key.startswith(f"{optimizer.root}/")}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
             parameters[key]: parameters[kept]
@@ -282,7 +291,7 @@ class NamedStep:
         }
         unused = tuple(key for key in tensors if key not in used)
         state = None if optimizer is None else optimizer.state
-        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model, state)
+        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model, state, losses)
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
@@ -321,12 +330,30 @@ class NamedStep:
                 return [key for key, _ in values], [value for _, value in values]
         return [], []
 
+    def _replicate_loss(self, used: set[str]) -> tuple[float, ...]:
+        tensors = self._container.tensors
+        key = next((key for key in self._names.keys.get(REPLICATE_LOSS, ()) if key in tensors), None)
+        if key is None:
+            if REPLICATE_LOSS in self._names.given:
+                raise self._missing(REPLICATE_LOSS)
+            return ()
+        used.add(key)
+        one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _MOST_REPLICATES
+        values = self._container.vector(key) if one_dimension else ()
+        if not values:
+            raise InputError(
+                f"{REPLICATE_LOSS} is {tensors[key].dtype} of shape {tensors[key].shape}",
+                where=where(self._container.step, REPLICATE_LOSS),
+                remedy="log one float for each replicate, in one dimension",
+            )
+        return values
+
     def _arrays(self, used: Collection[str]) -> dict[str, dict[str, str]]:
         """Tensor names of each array and their keys; what the root holds is what nothing else claims."""
         found: dict[str, dict[str, str]] = {}
         claimed = set(used)
         rooted = []
-        for array in STATES:
+        for array in (*STATES, *REPLICATE_STATES):
             for prefix in self._names.keys.get(array, ()):
                 if prefix == ROOT:
                     rooted.append(array)

@@ -46,11 +46,14 @@ class SavedOptimizer:
 
     Attributes
     ----------
+    root : str
+        Key that it stands under.
     state : OptimizerState
     keys : mapping
         Array to tensor to the key in the container.
     """
 
+    root: str
     state: OptimizerState
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -99,7 +102,7 @@ def saved_optimizer(
     groups = _groups(container, start)
     owners = _owners(container, entries, groups, parameters, trained, order)
     if isinstance(owners, str):
-        return SavedOptimizer(OptimizerState(problem=owners))
+        return SavedOptimizer(root, OptimizerState(problem=owners))
     keys: dict[str, dict[str, str]] = {}
     numbers: dict[str, dict[str, float]] = {}
     for entry, tensor in owners.items():
@@ -109,14 +112,14 @@ def saved_optimizer(
                 if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
                     what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
                     problem = f"{key} is {what_is}, its parameter {tensor!r} has shape {parameters[tensor].shape}"
-                    return SavedOptimizer(OptimizerState(problem=problem))
+                    return SavedOptimizer(root, OptimizerState(problem=problem))
                 keys.setdefault(_ARRAYS[what], {})[tensor] = key
             elif (count := container.number(key)) is not None:
                 numbers.setdefault("updates", {})[tensor] = count
         for name, value in _options_of(entry, tensor, groups).items():
             numbers.setdefault(name, {})[tensor] = value
     arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
-    return SavedOptimizer(OptimizerState(arrays, numbers), keys)
+    return SavedOptimizer(root, OptimizerState(arrays, numbers), keys)
 
 
 @dataclass

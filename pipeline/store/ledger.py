@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import Band
 from pipeline.places import is_url, place
-from pipeline.schema import LAYOUT_VERSION, STEP, TENSOR, VECTOR, WITH_VECTOR, InputError, Layout
+from pipeline.schema import (
+    LAYOUT_VERSION,
+    REPLICATE_VECTOR,
+    STEP,
+    TENSOR,
+    VECTOR,
+    WITH_REPLICATE_VECTOR,
+    WITH_VECTOR,
+    InputError,
+    Layout,
+)
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -30,10 +40,8 @@ from pipeline.store.group import (
     resize,
 )
 
-__all__ = ["BY_STEP", "Ledger", "row_checksums"]
+__all__ = ["Ledger", "row_checksums"]
 
-PRODUCTS = ("gram", "residual_ratio")
-BY_STEP = (STEP, "step_span", *PRODUCTS)
 _ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
 
 
@@ -46,6 +54,8 @@ class Ledger:
     layout : Layout
     vectors : tuple of str
         Vectors of the Gram matrix, in order.
+    replicate_vectors : tuple of str
+        Vectors of ``replicate_gram``, the Gram matrix of the replicates; none where there are no replicates.
     band_rows : int
         Rows of a chunk.
     journal : Journal
@@ -64,10 +74,26 @@ class Ledger:
         attributes = open_group(self.path, "ledger", "compute it first: natgrad analyze OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
+        self.replicate_vectors: tuple[str, ...] = tuple(attributes.get("replicate_vectors", ()))
         self.band_rows: int = attributes["band_rows"]
         self._array = cache(lambda name: open_array(self.path / name))
         self._version: int = attributes["version"]
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
+
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Arrays of names, and the names."""
+        return _names(self.layout, self.vectors, self.replicate_vectors)
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """Arrays of which a band is a chunk."""
+        return ("gram", "residual_ratio", *(["replicate_gram"] if self.replicate_vectors else []))
+
+    @property
+    def by_step(self) -> tuple[str, ...]:
+        """Arrays with a row for each update."""
+        return (STEP, "step_span", *self.products)
 
     @classmethod
     def prepare(
@@ -78,6 +104,7 @@ class Ledger:
         steps: NDArray[np.int64],
         spans: NDArray[np.int64],
         band_rows: int,
+        replicate_vectors: Sequence[str] = (),
     ) -> Ledger:
         """Open the ledger for the rows of a trajectory: as it is, grown, or made anew.
 
@@ -91,15 +118,23 @@ class Ledger:
             next state is of another run or attempt: such a row is NaN.
         band_rows : int
             Rows of a chunk. A ledger with other tensors, vectors or bands is replaced.
+        replicate_vectors : sequence of str
+            Of a stochastic rule.
         """
-        wanted = {"layout": layout.to_json(), "vectors": list(vectors), "band_rows": band_rows}
+        wanted: dict[str, Any] = {
+            "layout": layout.to_json(),
+            "vectors": list(vectors),
+            "band_rows": band_rows,
+            **({"replicate_vectors": list(replicate_vectors)} if replicate_vectors else {}),
+        }
         if exists(path):
             attributes = open_group(path, "ledger", "choose another folder")
-            if {key: attributes[key] for key in wanted} == wanted:
+            described = ("layout", "vectors", "band_rows", "replicate_vectors")
+            if {key: attributes[key] for key in described if key in attributes} == wanted:
                 ledger = cls(path)
                 ledger._resize(steps, spans)
                 return ledger
-        cls._create(path, wanted, layout, vectors, steps, spans, band_rows)
+        cls._create(path, wanted, layout, vectors, steps, spans, band_rows, replicate_vectors)
         return cls(path)
 
     @staticmethod
@@ -111,12 +146,12 @@ class Ledger:
         steps: NDArray[np.int64],
         spans: NDArray[np.int64],
         band_rows: int,
+        replicate_vectors: Sequence[str],
     ) -> None:
         rows, tensors, count = len(steps), len(layout.tensors), len(vectors)
-        names = {TENSOR: layout.names, VECTOR: tuple(vectors), WITH_VECTOR: tuple(vectors)}
         arrays = {
             name: ArrayPlan((name,), (len(values),), (len(values),), "string", values=values)
-            for name, values in names.items()
+            for name, values in _names(layout, vectors, replicate_vectors).items()
         }
         for name, numbers in {STEP: steps, "step_span": spans}.items():
             arrays[name] = ArrayPlan((STEP,), (rows,), (SCALAR_CHUNK,), "int64", values=numbers)
@@ -134,12 +169,21 @@ class Ledger:
             "float64",
             {"long_name": "ratio c of residual = gradient - c displacement"},
         )
+        if replicate_vectors:
+            count = len(replicate_vectors)
+            arrays["replicate_gram"] = ArrayPlan(
+                (STEP, TENSOR, REPLICATE_VECTOR, WITH_REPLICATE_VECTOR),
+                (rows, tensors, count, count),
+                (band_rows, tensors, count, count),
+                "float64",
+                {"long_name": "inner products of the vectors of the replicates of an update"},
+            )
         make_group(path, "ledger", attributes, arrays)
 
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
         """Be of so many rows, and finish what a writer left that was stopped here."""
         self.journal.clear()
-        for name in BY_STEP:
+        for name in self.by_step:
             resize(self.path / name, len(steps))
         self._array.cache_clear()
         for name, numbers in {STEP: steps, "step_span": spans}.items():
@@ -157,9 +201,11 @@ class Ledger:
         for name in self.journal.names():
             record = self.journal.read(name)
             rows = slice(record["start"], record["stop"])
-            record["checksums"] = {name: row_checksums(np.asarray(self._array(name)[rows])) for name in PRODUCTS}
+            record["checksums"] = {
+                name: row_checksums(np.asarray(self._array(name)[rows])) for name in self.products
+            }
             self.journal.write(name, record)
-        migrate_group(self.path, "ledger", (TENSOR, VECTOR, WITH_VECTOR, *BY_STEP))
+        migrate_group(self.path, "ledger", (*self.names, *self.by_step))
         self._version = LAYOUT_VERSION
 
     @classmethod
@@ -172,7 +218,14 @@ class Ledger:
         """Rows that the ledger has when it is complete."""
         return int(self._array("gram").shape[0])
 
-    def write(self, band: Band, gram: NDArray[np.float64], ratio: NDArray[np.float64], digest: str) -> None:
+    def write(
+        self,
+        band: Band,
+        gram: NDArray[np.float64],
+        ratio: NDArray[np.float64],
+        digest: str,
+        replicate_gram: NDArray[np.float64] | None = None,
+    ) -> None:
         """Write a band whole, then record it.
 
         Parameters
@@ -183,10 +236,14 @@ class Ledger:
         ratio : float64 array, shape (rows, tensors)
         digest : str
             Digest of the states it was computed from.
+        replicate_gram : float64 array, shape (rows, tensors, replicate vectors, replicate vectors), optional
+            Where there are replicates.
         """
         if band.start % self.band_rows or band.stop != min(band.start + self.band_rows, self.rows):
             raise ValueError(f"rows {band.start} to {band.stop} are not a chunk of {self.band_rows} rows")
         arrays = {"gram": gram, "residual_ratio": ratio}
+        if replicate_gram is not None:
+            arrays["replicate_gram"] = replicate_gram
         for name, values in arrays.items():
             self._array(name)[band.start : band.stop] = values
             if is_url(self.path):
@@ -241,13 +298,13 @@ class Ledger:
                     why="the analysis was interrupted",
                     remedy="run natgrad analyze OUT again; what is finished is kept",
                 )
-            for name in PRODUCTS:
+            for name in self.products:
                 array = self._array(name)
                 require_whole(self.chunk_path(name, start), array.chunks, array.dtype, _ANALYZE_ANEW)
         return np.asarray(self._array("gram")[:]), np.asarray(self._array("residual_ratio")[:])
 
     def read_band(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
-        """Read the rows of a band of ``gram`` or ``residual_ratio``.
+        """Read the rows of a band of one of `products`.
 
         Raises
         ------
@@ -261,6 +318,13 @@ class Ledger:
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Step of the state before each update, and updates to the next logged state (0: there is none)."""
         return np.asarray(self._array(STEP)[:]), np.asarray(self._array("step_span")[:])
+
+
+def _names(layout: Layout, vectors: Sequence[str], replicate_vectors: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    names = {TENSOR: layout.names, VECTOR: tuple(vectors), WITH_VECTOR: tuple(vectors)}
+    if replicate_vectors:
+        names |= dict.fromkeys((REPLICATE_VECTOR, WITH_REPLICATE_VECTOR), tuple(replicate_vectors))
+    return names
 
 
 def row_checksums(values: NDArray[Any]) -> list[int]:

@@ -4,6 +4,8 @@ A trajectory is one Zarr group::
 
     trajectory.zarr/
       parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
+      replicate_parameter, replicate_hvp   (step, replicate, element)   of a stochastic rule, a replicate a chunk
+      replicate_loss              (step, replicate)
       step, attempt, loss, learning_rate   (step)   and what else of `pipeline.schema.SCALARS` is logged
       run                         (step)            in the trajectory of a sweep: position in its names of runs
       commits/00000000.json ...   which rows exist, and checksums of all that is in them
@@ -42,6 +44,9 @@ from pipeline.schema import (
     ELEMENT,
     LAYOUT_VERSION,
     OPTIMIZER_NUMBERS,
+    REPLICATE,
+    REPLICATE_LOSS,
+    REPLICATE_STATES,
     RUN,
     STATES,
     STEP,
@@ -49,6 +54,8 @@ from pipeline.schema import (
     USUAL_SCALARS,
     InputError,
     Layout,
+    of_replicate,
+    replicate_of,
 )
 from pipeline.store.group import (
     SCALAR_CHUNK,
@@ -113,8 +120,12 @@ class Trajectory:
         Tensors on the element axis.
     chunk : (int, int)
         Steps and elements of a chunk.
+    array_dtypes : dict
+        Logical dtype (``bfloat16`` included) of each array of states.
+    replicates : int
+        R, 0 where there are none.
     dtypes : dict
-        Logical dtype (``bfloat16`` included) of each array (step, element).
+        Logical dtype of each array (step, element): a replicate is one of its own, ``replicate_parameter/3``.
     scalars : tuple of str
         Numbers of a step that are stored.
     source : str
@@ -145,7 +156,13 @@ class Trajectory:
         attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
-        self.dtypes: dict[str, str] = attributes["dtypes"]
+        self.array_dtypes: dict[str, str] = attributes["dtypes"]
+        self.replicates: int = attributes.get("replicates", 0)
+        self.dtypes = {
+            name: dtype
+            for array, dtype in self.array_dtypes.items()
+            for name in (self.replicates_of(array) if array in REPLICATE_STATES else (array,))
+        }
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
@@ -153,7 +170,7 @@ class Trajectory:
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
-        self._compressed = frozenset(name for name in self.dtypes if not is_plain(self.path / name))
+        self._compressed = frozenset(name for name in self.array_dtypes if not is_plain(self.path / name))
         self._array = cache(lambda name: open_array(self.path / name))
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
         self._unflushed: set[Path] = set()
@@ -181,6 +198,7 @@ class Trajectory:
         scalars: Sequence[str] = USUAL_SCALARS,
         sweep: bool = False,
         tables: Sequence[str] = (),
+        replicates: int = 0,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -189,7 +207,7 @@ class Trajectory:
         path : Path
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``, what the optimizer keeps) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, of replicates, what the optimizer keeps) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
@@ -197,11 +215,13 @@ class Trajectory:
         compressors : mapping, optional
             Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
         scalars : sequence of str, optional
-            Numbers of a step to store, of `pipeline.schema.SCALARS`.
+            Numbers of a step to store, of `pipeline.schema.SCALARS`; and ``replicate_loss``.
         sweep : bool
             For several runs.
         tables : sequence of str
             Numbers of a step and tensor to store, of `pipeline.schema.OPTIMIZER_NUMBERS`.
+        replicates : int
+            Of a stochastic rule.
 
         Raises
         ------
@@ -217,20 +237,28 @@ class Trajectory:
             "sweep": sweep,
             "tables": list(tables),
         }
-        arrays = {
-            name: ArrayPlan(
-                (STEP, ELEMENT),
-                (0, layout.elements),
-                chunk,
+        if replicates:
+            attributes["replicates"] = replicates
+        arrays = {}
+        for name, dtype in dtypes.items():
+            several = name in REPLICATE_STATES
+            arrays[name] = ArrayPlan(
+                (STEP, REPLICATE, ELEMENT) if several else (STEP, ELEMENT),
+                (0, replicates, layout.elements) if several else (0, layout.elements),
+                (chunk[0], 1, chunk[1]) if several else chunk,
                 storage_dtype(dtype).name,
                 {"ml_dtype": dtype} if dtype == "bfloat16" else {},
                 (compressors or {}).get(name),
             )
-            for name, dtype in dtypes.items()
-        }
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
-            arrays[name] = ArrayPlan((STEP,), (0,), (SCALAR_CHUNK,), "int64" if name in numbered else "float64")
+            several = name == REPLICATE_LOSS
+            arrays[name] = ArrayPlan(
+                (STEP, REPLICATE) if several else (STEP,),
+                (0, replicates) if several else (0,),
+                (max(1, _TABLE_CHUNK // replicates), replicates) if several else (SCALAR_CHUNK,),
+                "int64" if name in numbered else "float64",
+            )
         width = len(layout.tensors)
         for name in tables:
             rows = max(1, _TABLE_CHUNK // max(1, width))
@@ -255,6 +283,15 @@ class Trajectory:
         return (*self._numbered, *self.scalars, *self.tables)
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all Zarr arrays."""
+        return (*self.array_dtypes, *self.numbers)
+
+    def replicates_of(self, array: str) -> tuple[str, ...]:
+        """Names of the replicates of an array (step, replicate, element)."""
+        return tuple(of_replicate(array, replicate) for replicate in range(self.replicates))
+
+    @property
     def columns(self) -> int:
         """Number of chunk columns."""
         return -(-self.layout.elements // self.chunk[1])
@@ -266,8 +303,8 @@ class Trajectory:
     def scalar(self, name: str) -> NDArray[Any]:
         """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
 
-        What an optimizer has of each tensor has shape (rows, tensors). A scalar that the trajectory does not have
-        is NaN at every step.
+        What an optimizer has of each tensor has shape (rows, tensors), and ``replicate_loss`` (rows, R). A scalar
+        that the trajectory does not have is NaN at every step.
 
         Raises
         ------
@@ -275,7 +312,9 @@ class Trajectory:
             Where a chunk is missing or too short.
         """
         if name not in self.numbers:
-            shape = (self.rows, len(self.layout.tensors)) if name in OPTIMIZER_NUMBERS else (self.rows,)
+            shape: tuple[int, ...] = (self.rows,)
+            if name in OPTIMIZER_NUMBERS or name == REPLICATE_LOSS:
+                shape = (self.rows, self.replicates if name == REPLICATE_LOSS else len(self.layout.tensors))
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
         if (name, self.rows) in self._fetched:
             return self._fetched[name, self.rows]
@@ -290,9 +329,9 @@ class Trajectory:
         return values
 
     def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
-        """Files of the chunks of rows of an array (step) or (step, tensor)."""
+        """Files of the chunks of rows of an array (step), (step, tensor) or (step, replicate)."""
         rows = self._array(name).chunks[0]
-        beside = (0,) if name in self.tables else ()
+        beside = (0,) if name in self.tables or name == REPLICATE_LOSS else ()
         indices = range(start // rows, -(-stop // rows))
         return [chunk_path(self.path / name, index, *beside) for index in indices]
 
@@ -355,11 +394,16 @@ class Trajectory:
 
     def is_compressed(self, name: str) -> bool:
         """Whether chunks of an array are compressed: then they are read whole."""
-        return name in self._compressed
+        return replicate_of(name)[0] in self._compressed
+
+    def chunk_path(self, name: str, index: int, column: int) -> Path:
+        """File of a chunk of an array (step, element)."""
+        array, replicate = replicate_of(name)
+        return chunk_path(self.path / array, index, *([] if replicate is None else [replicate]), column)
 
     def can_view(self, name: str) -> bool:
         """Whether chunks of an array can be seen where they lie: they are on this machine, and not compressed."""
-        return name not in self._compressed and not is_url(self.path)
+        return not self.is_compressed(name) and not is_url(self.path)
 
     @contextmanager
     def mapped(self, columns: int = 0) -> Iterator[None]:
@@ -387,7 +431,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            ``parameter``, ``gradient`` or ``hvp``, one that can be seen (`can_view`).
+            One of `dtypes`, one that can be seen (`can_view`).
         start, stop : int
             Rows.
         column : int
@@ -434,7 +478,7 @@ class Trajectory:
     def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
         if (name, index, column) in self._mapped:
             return self._mapped[name, index, column]
-        path, dtype = chunk_path(self.path / name, index, column), storage_dtype(self.dtypes[name])
+        path, dtype = self.chunk_path(name, index, column), storage_dtype(self.dtypes[name])
         expected = math.prod(self.chunk) * dtype.itemsize
         try:
             size = path.stat().st_size
@@ -451,7 +495,7 @@ class Trajectory:
         Parameters
         ----------
         name : str
-            ``parameter``, ``gradient`` or ``hvp``.
+            One of `dtypes`.
         start, stop : int
             Rows.
         column : int
@@ -485,12 +529,15 @@ class Trajectory:
             )
 
     def _decode(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
-        path = chunk_path(self.path / name, index, column)
+        path = self.chunk_path(name, index, column)
+        array, replicate = replicate_of(name)
         first, last = self.column(column)
         if not path.exists():
             raise damaged(path, "it is missing", _INGEST_AGAIN)
         try:
-            out[:] = with_rows(self._array(name), self.rows)[start : start + len(out), first:last]
+            rows = with_rows(self._array(array), self.rows)
+            steps = slice(start, start + len(out))
+            out[:] = rows[steps, first:last] if replicate is None else rows[steps, replicate, first:last]
         except Exception as error:  # codecs share no class of errors
             raise damaged(path, str(error), _INGEST_AGAIN) from error
         # Blosc unpacks a truncated chunk to values that were never written, without an error.
@@ -498,7 +545,7 @@ class Trajectory:
 
     def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read rows of a chunk that is an object, in ranges of bytes."""
-        path = chunk_path(self.path / name, index, column)
+        path = self.chunk_path(name, index, column)
         row = self.chunk[1] * out.itemsize
         begin = (start - index * self.chunk[0]) * row
         rows = max(1, _RANGE_BYTES // row)
@@ -548,10 +595,12 @@ class Trajectory:
         first, last = self.column(column)
         stop = start + len(block)
         if self.is_compressed(name):
-            with_rows(self._array(name), stop)[start:stop, first:last] = block[:, : last - first]
+            array, replicate = replicate_of(name)
+            place = (slice(first, last),) if replicate is None else (replicate, slice(first, last))
+            with_rows(self._array(array), stop)[(slice(start, stop), *place)] = block[:, : last - first]
         steps = self.chunk[0]
         for index in range(start // steps, -(-stop // steps)):
-            path = chunk_path(self.path / name, index, column)
+            path = self.chunk_path(name, index, column)
             if not self.is_compressed(name):
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
                 write = self._put if is_url(self.path) else self._place
@@ -600,7 +649,8 @@ class Trajectory:
         steps : sequence of int, length n
             Step numbers of the next n rows.
         scalars : mapping
-            Each of `scalars`, n values, and of `tables`, n rows of values; NaN where the log has none.
+            Each of `scalars`, n values (of ``replicate_loss`` n times R), and of `tables`, n rows of values; NaN
+            where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
@@ -651,7 +701,7 @@ class Trajectory:
         self.journal.clear()
         if self._version < LAYOUT_VERSION:
             self._migrate()
-        for name in (*self.dtypes, *self.numbers):
+        for name in self.arrays:
             resize(self.path / name, self.rows)
 
     def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
@@ -667,7 +717,7 @@ class Trajectory:
             record = self.journal.read(name)
             record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
             self.journal.write(name, record)
-        migrate_group(self.path, "trajectory", (*self.dtypes, *self.numbers))
+        migrate_group(self.path, "trajectory", self.arrays)
         self._version = LAYOUT_VERSION
 
     def fingerprint(self) -> str:
@@ -676,6 +726,8 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
+        replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
+        names = [name for name in (*STATES, *replicates) if name in self.dtypes]
         begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
         hashes = {band: hashlib.sha256() for band in bands}
         waiting = sorted(hashes, reverse=True)
@@ -686,7 +738,7 @@ class Trajectory:
             with _uncollected():
                 record = self.journal.read(number)
             start, stop = record["start"], record["stop"]
-            tables = [record["checksums"][name] for name in STATES if name in self.dtypes]
+            tables = [record["checksums"][name] for name in names]
             texts = [str([*row]) for row in zip(*tables, strict=True)]
             for row in begun.intersection(range(start, stop)):
                 texts[row - start] += "|"

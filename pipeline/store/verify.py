@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.places import place, read
-from pipeline.schema import STEP, TENSOR, VECTOR, WITH_VECTOR, InputError
+from pipeline.schema import REPLICATE_STATES, STEP, InputError
 from pipeline.store.group import ArrayPlan, array_digest, chunk_path, group_document, open_group, rows_on_disk
-from pipeline.store.ledger import BY_STEP, Ledger, row_checksums
+from pipeline.store.ledger import Ledger, row_checksums
 from pipeline.store.trajectory import Trajectory, checksum, storage_dtype
 
 __all__ = ["Damage", "verify_ledger", "verify_trajectory"]
@@ -75,7 +75,6 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
     except InputError as error:
         yield _told(error)
         return
-    names = (*states.dtypes, *states.numbers)
     records: list[dict[str, Any]] = []
     for name in states.journal.names():
         try:
@@ -89,9 +88,9 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
         if record["start"] != before:
             yield Damage(states.journal.folder, f"rows {before} to {record['start']} have no record to check by")
         records.append(record)
-    damages = list(_description(states.path, "trajectory", names))
+    damages = list(_description(states.path, "trajectory", states.arrays))
     yield from damages
-    described = [name for name in names if not any(damage.array == name for damage in damages)]
+    described = [name for name in states.arrays if not any(damage.array == name for damage in damages)]
     for name in described:
         # The shape follows the record: a writer that was stopped in between left that of the commit before. One
         # that is at work has left that of a later one.
@@ -101,9 +100,10 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
             yield Damage(states.path / name, f"its shape says {rows} rows, recorded are {states.rows}", name)
     numbers = _numbers(states) if STEP in described else np.arange(states.rows)
     for name in described:
-        if name in states.dtypes:
-            for column in range(states.columns):
-                yield from _column(states, name, column, records, numbers)
+        if name in states.array_dtypes:
+            for part in states.replicates_of(name) if name in REPLICATE_STATES else (name,):
+                for column in range(states.columns):
+                    yield from _column(states, part, column, records, numbers)
         else:
             yield from _scalar(states, name, records, numbers)
 
@@ -179,7 +179,7 @@ def _column(
     buffer = np.zeros((steps, states.chunk[1]), storage_dtype(states.dtypes[name]))
     for index in range(-(-states.rows // steps)):
         start, stop = index * steps, min((index + 1) * steps, states.rows)
-        path = chunk_path(states.path / name, index, column)
+        path = states.chunk_path(name, index, column)
         try:
             states.read(name, start, stop, column, buffer[: stop - start])
         except InputError as error:
@@ -210,15 +210,15 @@ def verify_ledger(path: Path, states: Trajectory | None = None) -> Iterator[Dama
     except InputError as error:
         yield _told(error)
         return
-    damages = list(_description(book.path, "ledger", (TENSOR, VECTOR, WITH_VECTOR, *BY_STEP)))
+    damages = list(_description(book.path, "ledger", (*book.names, *book.by_step)))
     yield from damages
     if damages:
         return
-    rows = {name: rows_on_disk(book.path / name) for name in BY_STEP}
+    rows = {name: rows_on_disk(book.path / name) for name in book.by_step}
     if len(set(rows.values())) > 1:
         yield Damage(book.path, f"its arrays have different numbers of rows, {rows}: run natgrad analyze OUT again")
         return
-    for name, texts in {TENSOR: book.layout.names, VECTOR: book.vectors, WITH_VECTOR: book.vectors}.items():
+    for name, texts in book.names.items():
         chunk, plan = chunk_path(book.path / name, 0), ArrayPlan((name,), (len(texts),), (len(texts),), "string")
         whole = chunk.exists() and chunk.read_bytes() == plan.encoded(texts)
         if not whole or rows_on_disk(book.path / name) != len(texts):

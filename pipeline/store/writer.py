@@ -200,24 +200,27 @@ def _put_lock(path: Path, signed: bytes, store: Path, kind: str) -> None:
     found = seen(path)
     if found is None:  # given back since
         raise _held(store, kind, "it ended just now")
-    if found[0] == signed:  # of a request whose answer was lost, and that the library has sent again
+    content, tag = found
+    if content == signed:  # of a request whose answer was lost, and that the library has sent again
         return
     try:
-        name = json.loads(found[0])
+        name = json.loads(content)
         holder, dead = _HOLDER.format(**name), _is_dead(name)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _held(store, kind, f"{path} does not say which") from error
     if not dead and name["host"] == socket.gethostname():
         raise _held(store, kind, holder)
-    if not dead:
+    if not dead or not tag:
         raise Unavailable(
             f"another process is writing this {kind}: {holder}",
             where=str(store),
-            why="it is of another machine, which may have stopped: nothing in an object store tells",
+            why="it is dead, but by this object store nothing can be taken over safely"
+            if dead
+            else "it is of another machine, which may have stopped: nothing in an object store tells",
             remedy=f"wait until it is done; if it does not run any more, remove {path}, and run again",
         )
     try:
-        put(path, signed, seen=found[1])
+        put(path, signed, seen=tag)
     except FileExistsError as error:
         raise _held(store, kind, "it took over just now") from error
 
