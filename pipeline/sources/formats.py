@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.places import is_url, names, place
-from pipeline.schema import STATES, InputError
+from pipeline.schema import REPLICATES, STATES, InputError
 from pipeline.sources.base import Container, LoggedStep, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
@@ -559,11 +559,11 @@ def open_sources(
 
 def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
     """Return the part of a mapping that is meant for each of several logs, None where that is not clear."""
-    of_scalars = [_holds_scalars_alone(path) for path in paths]
+    of_scalars, tensors = [_holds_scalars_alone(path) for path in paths], (*STATES, *REPLICATES)
     shares: list[dict[str, str]] = [{} for _ in paths]
     for quantity, key in mapping.items():
         # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
-        meant = [share for share, alone in zip(shares, of_scalars, strict=True) if alone != (quantity in STATES)]
+        meant = [share for share, alone in zip(shares, of_scalars, strict=True) if alone != (quantity in tensors)]
         if len(meant) != 1:
             return None
         meant[0][quantity] = key

@@ -11,7 +11,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.schema import REPLICATE_LOSS, REPLICATE_STATES, SCALARS, STATES, STORAGE_DTYPES, InputError
+from pipeline.schema import (
+    REPLICATE_LOSS,
+    REPLICATE_STATES,
+    REPLICATES,
+    SCALARS,
+    STATES,
+    STORAGE_DTYPES,
+    InputError,
+)
 from pipeline.sources.base import Container, LoggedTensor, StepContent, where
 from pipeline.sources.optimizer import SavedOptimizer, optimizer_root, saved_optimizer
 
@@ -30,9 +38,7 @@ __all__ = [
     "step_number",
 ]
 
-_REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
-
-QUANTITIES = (*STATES, *SCALARS, *_REPLICATES, "step")
+QUANTITIES = (*STATES, *SCALARS, *REPLICATES, "step")
 """What a key can be said to hold."""
 
 _MOST_REPLICATES = 1 << 16
@@ -127,7 +133,7 @@ class Names:
         )
 
 
-NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *_REPLICATES)})
+NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLICATES)})
 """Names of the native format."""
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
@@ -147,7 +153,7 @@ CHECKPOINT = Names(
         ),
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
-        **{quantity: (quantity,) for quantity in _REPLICATES},
+        **{quantity: (quantity,) for quantity in REPLICATES},
         "step": ("step", "global_step", "iteration", "iter_num"),
     },
     model=True,
@@ -206,11 +212,11 @@ def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, i
         Where a quantity is not known, or what it is shifted by is no number of steps.
     """
     for quantity, steps in shift.items():
-        if quantity not in (*STATES, *SCALARS) or type(steps) is not int or abs(steps) > _FARTHEST:
+        if quantity not in QUANTITIES[:-1] or type(steps) is not int or abs(steps) > _FARTHEST:
             raise InputError(
                 f"{quantity}={steps} does not say by how many steps a quantity is shifted",
                 where=place,
-                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join((*STATES, *SCALARS))}",
+                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join(QUANTITIES[:-1])}",
             )
     return {quantity: steps for quantity, steps in shift.items() if steps}
 
