@@ -38,8 +38,7 @@ from pipeline import run, watch
 from pipeline.ingest import INCLUDES
 from pipeline.places import each, is_url, network_errors, place
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
-from pipeline.schema import SCALARS, STATES
-from pipeline.sources.names import QUANTITIES
+from pipeline.sources.names import OF_A_STATE, QUANTITIES
 
 __all__ = ["analyze_run", "ingest_run", "process_run"]
 
@@ -52,7 +51,7 @@ Count = Annotated[int, Field(ge=1)]
 Key = Annotated[str, Field(min_length=1)]
 Sources = Path | Annotated[list[Path], Field(min_length=1)]
 Map = dict[Literal[*QUANTITIES, "run"], Key]
-Shift = dict[Literal[*STATES, *SCALARS], int]
+Shift = dict[Literal[*OF_A_STATE], int]
 Include = list[Literal[*INCLUDES]]
 
 

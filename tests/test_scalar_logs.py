@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
+from pipeline.sources import event_file, record_files, scalar_log
 from pipeline.sources.base import NotYet
 from pipeline.sources.event_file import read_events
 from pipeline.sources.formats import FORMATS, format_of, open_source, open_sources
@@ -307,6 +308,12 @@ def test_scalars_alone_are_refused(tmp_path):
         assert "further SOURCE" in caught.value.remedy
 
 
+def test_tensors_are_waited_for_in_a_folder_whose_scalars_grow(tmp_path):
+    lines(tmp_path, {"step": 0, "loss": 1.0}).touch()
+    with pytest.raises(NotYet, match="no step files in this folder yet"):
+        open_source(tmp_path)
+
+
 def test_scalars_of_no_step_of_the_run_are_told(tmp_path, caplog):
     scalars_of(lines(tmp_path, {"step": 100, "loss": 1.0}))
     assert "has scalars of no step of the run: its steps are 100" in caplog.text
@@ -538,6 +545,33 @@ def test_what_is_no_log_is_refused(tmp_path, format, body):
         open_source(tmp_path / "run.toml").steps()
     assert name in caught.value.where
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("writer", "module", "limit", "what"),
+    [
+        ("parquet", record_files, "_COLUMN_LIMIT", "unpacks to more than 40 bytes"),
+        ("lines of json", record_files, "_LINE_LIMIT", "a line of more than 40 characters"),
+        ("lightning", scalar_log, "_RECORDS_LIMIT", "more than 40 records"),
+    ],
+)
+def test_what_grows_without_bound_is_refused(tmp_path, monkeypatch, writer, module, limit, what):
+    (tmp_path / "scalars").mkdir()
+    source = WRITERS[writer][0](tmp_path / "scalars", values_of(50))
+    settled(tmp_path / "scalars")
+    open_sources([run_without_scalars(tmp_path / "log", 2), source]).steps()
+    monkeypatch.setattr(module, limit, 40)
+    with pytest.raises(InputError, match=what):
+        open_sources([tmp_path / "log", source]).steps()
+
+
+def test_of_what_is_too_large_for_a_scalar_the_checksum_is_compared(events, monkeypatch):
+    monkeypatch.setattr(event_file, "_DATA_LIMIT", 10)
+    assert read_all(read_events, events) == ([], [])
+    body = events.read_bytes()
+    events.write_bytes(body[:-9] + bytes([body[-9] ^ 1]) + body[-8:])
+    with pytest.raises(ValueError, match="checksum"):
+        read_all(read_events, events)
 
 
 COMPUTED = {

@@ -1,6 +1,7 @@
 """Output of the trainers that people use, as they write it: Hugging Face's Trainer and Lightning."""
 
 import json
+import os
 import shutil
 
 import lightning
@@ -10,7 +11,8 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from logs import write_log
 from test_formats import ledger_of
 
@@ -49,10 +51,10 @@ def contents_of(folder, **options):
 class SavesGradients(transformers.TrainerCallback):
     """Saves the gradient at the state of each checkpoint, of one fixed batch, and keeps both."""
 
-    def __init__(self, batch):
-        self.batch, self.states = batch, {}
+    def __init__(self, batch, states=None):
+        self.batch, self.states, self._states = batch, {}, states
 
-    def on_save(self, args, state, control, model, **more):
+    def on_save(self, args, state, control, model, optimizer=None, **more):
         names, tensors = zip(*model.named_parameters(), strict=True)
         model.eval()
         gradients = torch.autograd.grad(model(**self.batch).loss, tensors)
@@ -63,15 +65,18 @@ class SavesGradients(transformers.TrainerCallback):
         self.states[state.global_step] = {
             f"parameter/{name}": tensor.detach().numpy().copy() for name, tensor in model.named_parameters()
         } | {f"gradient/{name}": tensor.numpy() for name, tensor in gradients.items()}
+        if self._states is not None:
+            self.states[state.global_step] = self._states(model, optimizer)
 
 
-def train(folder, **options):
+CONFIG = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+
+
+def train(folder, states=None, **options):
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    )
+    model = transformers.GPT2LMHeadModel(CONFIG)
     rows = torch.randint(0, 17, (16, 8))
-    callback = SavesGradients({"input_ids": rows[:4], "labels": rows[:4]})
+    callback = SavesGradients({"input_ids": rows[:4], "labels": rows[:4]}, states)
     arguments = transformers.TrainingArguments(
         str(folder),
         max_steps=UPDATES,
@@ -274,3 +279,58 @@ def test_lightnings_sharded_folders_are_the_same_run(tmp_path, fitted):
         torch.save(checkpoint, tmp_path / "out" / path.name / "meta.pt")
     assert found(tmp_path / "out") == "lightning"
     assert ledger_of(tmp_path / "sharded", [tmp_path / "out"]) == ledger_of(tmp_path / "single", [folder])
+
+
+class LateGradients(lightning.LightningModule):
+    """Leaves the gradient of the update just made in each checkpoint, and logs loss and rate to a logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+        self.states = []
+
+    def training_step(self, batch, index):
+        loss = self.layer(batch[0]).square().mean()
+        self.log("train_loss", loss)
+        self.states.append({"loss": np.float64(loss.item())})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        for name, value in self.named_parameters():
+            self.states[-1][f"parameter/{name}"] = value.detach().numpy().copy()
+            self.states[-1][f"gradient/{name}"] = value.grad.numpy().copy()
+        self.states[-1]["learning_rate"] = np.float64(optimizer.param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["gradient"] = {name: p.grad.clone() for name, p in self.named_parameters()}
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.125)
+        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+def test_gradients_of_the_state_before_and_the_scalars_of_a_logger_are_shifted_to_the_run(tmp_path):
+    torch.manual_seed(0)
+    module = LateGradients()
+    data = torch.utils.data.TensorDataset(torch.randn(16, 3))
+    lightning.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path, name="logger"),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            ModelCheckpoint(dirpath=tmp_path / "out", every_n_train_steps=1, save_top_k=-1),
+            LearningRateMonitor("step"),
+        ],
+    ).fit(module, torch.utils.data.DataLoader(data, batch_size=2))
+    metrics = tmp_path / "logger" / "version_0" / "metrics.csv"
+    os.utime(metrics, (1, 1))
+    summary = ingest([tmp_path / "out", metrics], tmp_path / "unshifted.zarr")
+    assert any("give --shift gradient=-1" in warning for warning in summary.warnings)
+    # There is no checkpoint of state 0; the gradient of state 6 was never computed.
+    native = write_log(tmp_path / "native", module.states[1:], numbers=range(1, 6))
+    expected = ledger_of(tmp_path / "expected", [native])
+    assert ledger_of(tmp_path / "found", [tmp_path / "out", metrics], shift={"gradient": -1}) == expected

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.places import is_url, names, place
-from pipeline.schema import STATES, InputError
-from pipeline.sources.base import Container, LoggedStep, Source
+from pipeline.schema import SCALARS, InputError
+from pipeline.sources.base import Container, LoggedStep, NotYet, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.event_file import event_files, read_events
@@ -460,7 +460,15 @@ def open_source(
         Where nothing is there, the format is not known, or it is a log of scalars alone.
     """
     shift = checked_shift(shift or {})
-    return _joined([_open(path, format, mapping, shift)], [shift])
+    source = _open(path, format, mapping, shift)
+    if isinstance(source, ScalarLog) and format is None and Path(path).is_dir() and source.growing():
+        raise NotYet(
+            "no step files in this folder yet",
+            where=str(path),
+            why=f"there are only the scalars of {source.location}",
+            remedy="run again later, or with --follow; or give the log that has the tensors as a further SOURCE",
+        )
+    return _joined([source], [shift])
 
 
 def _open(
@@ -611,7 +619,11 @@ def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str,
     shares: list[dict[str, str]] = [{} for _ in paths]
     for quantity, key in mapping.items():
         # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
-        meant = [share for share, alone in zip(shares, of_scalars, strict=True) if alone != (quantity in STATES)]
+        meant = [
+            share
+            for share, alone in zip(shares, of_scalars, strict=True)
+            if alone == (quantity in (*SCALARS, "step", "run"))
+        ]
         if len(meant) != 1:
             return None
         meant[0][quantity] = key

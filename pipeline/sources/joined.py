@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.schema import SCALARS, STATES, InputError
+from pipeline.schema import REPLICATE_LOSS, REPLICATE_STATES, STATES, InputError
 from pipeline.sources.base import (
     LoggedStep,
     LoggedTensor,
@@ -22,6 +22,7 @@ from pipeline.sources.base import (
     StepReader,
     where,
 )
+from pipeline.sources.names import OF_A_STATE
 from pipeline.sources.scalar_log import ScalarLog
 
 __all__ = ["JoinedSource"]
@@ -40,7 +41,7 @@ class _Part:
     @property
     def restricts(self) -> bool:
         """Whether a step must be in it: what has scalars alone may lack some."""
-        return not isinstance(self.source, ScalarLog) and bool(self.quantities & set(STATES))
+        return not isinstance(self.source, ScalarLog) and bool(self.quantities & {*STATES, *REPLICATE_STATES})
 
     def numbered(self, steps: Sequence[LoggedStep]) -> dict[int, LoggedStep]:
         """Return steps as logged, by the state that they belong to."""
@@ -54,6 +55,7 @@ class _Part:
             scalars={name: value for name, value in content.scalars.items() if name in self.quantities},
             # What an optimizer keeps goes with the parameters that it was saved with.
             optimizer=content.optimizer if STATES[0] in self.quantities else None,
+            replicate_loss=content.replicate_loss if REPLICATE_LOSS in self.quantities else (),
         )
 
 
@@ -134,11 +136,10 @@ class JoinedSource:
 
 def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:
     """Parts of a source, one for each shift: that which is not shifted first."""
-    quantities = (*STATES, *SCALARS)
     shift = {} if isinstance(source, ScalarLog) else shift
     return [
-        _Part(source, by, frozenset(name for name in quantities if shift.get(name, 0) == by))
-        for by in sorted({shift.get(name, 0) for name in quantities}, key=lambda by: (by != 0, by))
+        _Part(source, by, frozenset(name for name in OF_A_STATE if shift.get(name, 0) == by))
+        for by in sorted({shift.get(name, 0) for name in OF_A_STATE}, key=lambda by: (by != 0, by))
     ]
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "MAP_FILE",
     "MODEL",
     "NATIVE",
+    "OF_A_STATE",
     "QUANTITIES",
     "ROOT",
     "NamedStep",
@@ -32,7 +33,10 @@ __all__ = [
 
 _REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
 
-QUANTITIES = (*STATES, *SCALARS, *_REPLICATES, "step")
+OF_A_STATE = (*STATES, *SCALARS, *_REPLICATES)
+"""Quantities of a state, which may be logged at another step."""
+
+QUANTITIES = (*OF_A_STATE, "step")
 """What a key can be said to hold."""
 
 _MOST_REPLICATES = 1 << 16
@@ -207,11 +211,11 @@ def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, i
         Where a quantity is not known, or what it is shifted by is no number of steps.
     """
     for quantity, steps in shift.items():
-        if quantity not in (*STATES, *SCALARS) or type(steps) is not int or abs(steps) > _FARTHEST:
+        if quantity not in OF_A_STATE or type(steps) is not int or abs(steps) > _FARTHEST:
             raise InputError(
                 f"{quantity}={steps} does not say by how many steps a quantity is shifted",
                 where=place,
-                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join((*STATES, *SCALARS))}",
+                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join(OF_A_STATE)}",
             )
     return {quantity: steps for quantity, steps in shift.items() if steps}
 
