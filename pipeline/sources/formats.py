@@ -315,8 +315,8 @@ FORMATS: dict[str, Format] = {
             "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, of any ranks",
             "parameters (the float32 master weights of all ranks, else the module), learning_rate, and what "
             "client_state adds under gradient, hvp or loss; out of core",
-            "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, whose files do not say "
-            "how tensors are split",
+            "gradients as DeepSpeed writes it; the optimizer's state; pipeline, tensor and expert parallel models, "
+            "whose files do not say how tensors are split",
             *_folder(_DEEPSPEED),
         ),
         Format(
