@@ -41,6 +41,7 @@ cluster-test: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.watching
 
 lint: install
 	$(BIN)/ruff check .

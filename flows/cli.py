@@ -13,6 +13,7 @@ from pipeline.cli import (
     Cluster,
     FormatName,
     Gamma,
+    Include,
     Json,
     LearningRate,
     Map,
@@ -49,6 +50,7 @@ def _parameters(
     at_once: int,
     map_: list[str] | None,
     shift: list[str] | None,
+    include: list[str] | None,
 ) -> dict[str, Any]:
     from pipeline.clusters import memory_bytes
     from pipeline.sources.names import parse_map, parse_shift
@@ -66,6 +68,7 @@ def _parameters(
         "at_once": at_once,
         "mapping": parse_map(map_ or []) or None,
         "shift": parse_shift(shift or []) or None,
+        "include": include or None,
     }
 
 
@@ -85,6 +88,7 @@ def watch(
     at_once: AtOnce = 1,
     map_: Map = None,
     shift: Shift = None,
+    include: Include = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -105,6 +109,7 @@ def watch(
         at_once,
         map_,
         shift,
+        include,
     )
     require_valid({"root": root, "out": out, **parameters})
     answer = watch_runs(root, out, **parameters)
@@ -133,6 +138,7 @@ def serve(
     at_once: AtOnce = 1,
     map_: Map = None,
     shift: Shift = None,
+    include: Include = None,
 ) -> None:
     """Serve the flows of a Prefect server: look for news on a schedule, until this process ends."""
     from flows.deployments import serve_flows
@@ -150,6 +156,7 @@ def serve(
         at_once,
         map_,
         shift,
+        include,
     )
     serve_flows(root, out, limit=limit, name=name, cron=cron, every=every, parameters=parameters)
 
@@ -174,6 +181,7 @@ def deploy(
     at_once: AtOnce = 1,
     map_: Map = None,
     shift: Shift = None,
+    include: Include = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -193,6 +201,7 @@ def deploy(
         at_once,
         map_,
         shift,
+        include,
     )
     made = deploy_flows(root, out, pool=pool, name=name, cron=cron, every=every, parameters=parameters)
     cli.show({"pool": pool, "deployments": made}, as_json, quiet)

@@ -35,6 +35,7 @@ from prefect.states import Completed, Crashed
 from pydantic import Field
 
 from pipeline import run, watch
+from pipeline.ingest import INCLUDES
 from pipeline.places import each, is_url, network_errors, place
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
 from pipeline.sources.names import OF_A_STATE, QUANTITIES
@@ -51,6 +52,7 @@ Key = Annotated[str, Field(min_length=1)]
 Sources = Path | Annotated[list[Path], Field(min_length=1)]
 Map = dict[Literal[*QUANTITIES, "run"], Key]
 Shift = dict[Literal[*OF_A_STATE], int]
+Include = list[Literal[*INCLUDES]]
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -109,7 +111,13 @@ _RETRY: dict[str, Any] = {
 
 @task(name="ingest", **_RETRY)
 def _ingest(
-    source: Sources, out: Path, format: str | None, allow_gaps: bool, mapping: Map | None, shift: Shift | None
+    source: Sources,
+    out: Path,
+    format: str | None,
+    allow_gaps: bool,
+    mapping: Map | None,
+    shift: Shift | None,
+    include: Include | None,
 ) -> dict[str, Any]:
     return run.ingest_run(
         source,
@@ -117,6 +125,7 @@ def _ingest(
         format=format,
         mapping=mapping,
         shift=shift,
+        include=include or (),
         allow_gaps=allow_gaps,
         progress=_Progress("steps-ingested", out),
     )
@@ -140,6 +149,7 @@ def ingest_run(
     allow_gaps: bool = False,
     mapping: Map | None = None,
     shift: Shift | None = None,
+    include: Include | None = None,
 ) -> dict[str, Any]:
     """Read the new steps of a log into OUT's trajectory.
 
@@ -157,19 +167,27 @@ def ingest_run(
         Quantity to the key that it stands under in the log.
     shift : dict, optional
         Quantity to K: what is logged of it at step s belongs to the state s + K.
+    include : list of str, optional
+        What to store beside, of `pipeline.ingest.INCLUDES`.
 
     Returns
     -------
     dict
         What was read; see `pipeline.ingest.IngestSummary`.
     """
-    return _ingested(source, out, format, allow_gaps, mapping, shift)
+    return _ingested(source, out, format, allow_gaps, mapping, shift, include)
 
 
 def _ingested(
-    source: Sources, out: Path, format: str | None, allow_gaps: bool, mapping: Map | None, shift: Shift | None
+    source: Sources,
+    out: Path,
+    format: str | None,
+    allow_gaps: bool,
+    mapping: Map | None,
+    shift: Shift | None,
+    include: Include | None,
 ) -> dict[str, Any]:
-    summary = _ingest(source, out, format, allow_gaps, mapping, shift)
+    summary = _ingest(source, out, format, allow_gaps, mapping, shift, include)
     _table("ingested", out, summary)
     return summary
 
@@ -251,6 +269,7 @@ def process_run(
     memory_limit: Count = MEMORY_LIMIT,
     mapping: Map | None = None,
     shift: Shift | None = None,
+    include: Include | None = None,
 ) -> Any:
     """Ingest, analyze and report a run, and remember in OUT what came of it.
 
@@ -259,7 +278,7 @@ def process_run(
 
     Parameters
     ----------
-    source, out, format, allow_gaps, mapping, shift
+    source, out, format, allow_gaps, mapping, shift, include
         As those of `ingest_run`.
     learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
         As those of `analyze_run`.
@@ -277,7 +296,7 @@ def process_run(
             with network_errors(log):
                 listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
             try:
-                ingested = _ingested(source, out, format, allow_gaps, mapping, shift)
+                ingested = _ingested(source, out, format, allow_gaps, mapping, shift, include)
                 summary = ingested | _analyzed(
                     out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
                 )

@@ -13,7 +13,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.runs import Count, Map, Positive, Shift, process_run
+from flows.runs import Count, Include, Map, Positive, Shift, process_run
 from pipeline import watch
 from pipeline.clusters import named_scheduler
 from pipeline.run import MEMORY_LIMIT
@@ -42,6 +42,7 @@ def watch_runs(
     at_once: Count = 1,
     mapping: Map | None = None,
     shift: Shift | None = None,
+    include: Include | None = None,
 ) -> Any:
     """Look for runs below ROOT, and process those of which something changed since the last time.
 
@@ -53,7 +54,7 @@ def watch_runs(
     ----------
     root, out : Path
         Folder of logs, folder of what is made of them; see `pipeline.watch.find_runs`.
-    format, allow_gaps, learning_rate, gammas, windows, workers, scheduler, memory_limit, mapping, shift
+    format, allow_gaps, learning_rate, gammas, windows, workers, scheduler, memory_limit, mapping, shift, include
         As those of `process_run`, of every run.
     cluster : str, optional
         Cluster to make if there is anything to do, for all runs; see `pipeline.clusters.CLUSTERS`.
@@ -85,6 +86,7 @@ def watch_runs(
         "memory_limit": memory_limit,
         "mapping": mapping,
         "shift": shift,
+        "include": include,
     }
     with ExitStack() as stack:
         stack.enter_context(tags("natgrad"))

@@ -189,7 +189,7 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, possible):
     for number in range(3):
         aside.mkdir()
         (aside / str(number)).write_text("")
-        replace_folder(aside, path)
+        replace_folder(aside, path, str(number))
         assert [entry.name for entry in tmp_path.rglob("*")] == ["results", str(number)]
 
 
@@ -207,7 +207,7 @@ def kill(event, arguments):
 
 left = int(sys.argv[2])
 sys.addaudithook(kill)
-replace_folder(Path(sys.argv[1]) / "new", Path(sys.argv[1]) / "results")
+replace_folder(Path(sys.argv[1]) / "new", Path(sys.argv[1]) / "results", "which")
 """
 
 

@@ -51,10 +51,10 @@ def contents_of(folder, **options):
 class SavesGradients(transformers.TrainerCallback):
     """Saves the gradient at the state of each checkpoint, of one fixed batch, and keeps both."""
 
-    def __init__(self, batch):
-        self.batch, self.states = batch, {}
+    def __init__(self, batch, states=None):
+        self.batch, self.states, self._states = batch, {}, states
 
-    def on_save(self, args, state, control, model, **more):
+    def on_save(self, args, state, control, model, optimizer=None, **more):
         names, tensors = zip(*model.named_parameters(), strict=True)
         model.eval()
         gradients = torch.autograd.grad(model(**self.batch).loss, tensors)
@@ -65,15 +65,18 @@ class SavesGradients(transformers.TrainerCallback):
         self.states[state.global_step] = {
             f"parameter/{name}": tensor.detach().numpy().copy() for name, tensor in model.named_parameters()
         } | {f"gradient/{name}": tensor.numpy() for name, tensor in gradients.items()}
+        if self._states is not None:
+            self.states[state.global_step] = self._states(model, optimizer)
 
 
-def train(folder, **options):
+CONFIG = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+
+
+def train(folder, states=None, **options):
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    )
+    model = transformers.GPT2LMHeadModel(CONFIG)
     rows = torch.randint(0, 17, (16, 8))
-    callback = SavesGradients({"input_ids": rows[:4], "labels": rows[:4]})
+    callback = SavesGradients({"input_ids": rows[:4], "labels": rows[:4]}, states)
     arguments = transformers.TrainingArguments(
         str(folder),
         max_steps=UPDATES,

@@ -39,8 +39,8 @@ OF_A_STATE = (*STATES, *SCALARS, *_REPLICATES)
 QUANTITIES = (*OF_A_STATE, "step")
 """What a key can be said to hold."""
 
-_FARTHEST = 10**9
 _MOST_REPLICATES = 1 << 16
+_FARTHEST = 10**9
 
 ROOT = "."
 """Key of the whole file."""

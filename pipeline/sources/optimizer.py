@@ -191,18 +191,21 @@ def _owners(
             for entry, name in zip(flat, names, strict=True)
         )
 
-    if order:
-        unknown = [name for name in order if name not in parameters]
-        if unknown:
-            return f"the order names {unknown[0]!r}, the model has no such tensor"
-        if not fits(order):
-            return f"the order names {len(order)} tensors, the optimizer has {len(flat)}, or their shapes differ"
-        return dict(zip(flat, order, strict=True))
-    names = [name for name in parameters if (not trained or name in trained)]
-    if container.ordered:
-        ways = {tuple(way) for way in _arrangements(names, parameters, list(map(len, members))) if fits(way)}
-        if len(ways) == 1:
-            return dict(zip(flat, ways.pop(), strict=True))
+    unknown = [name for name in order if name not in parameters]
+    if unknown:
+        return f"the order names {unknown[0]!r}, the model has no such tensor"
+    names = list(order) or [name for name in parameters if (not trained or name in trained)]
+    if order or container.ordered:
+        ways = _arrangements(names, parameters, list(map(len, members)))
+        # The user may give the order of the model, or that of the optimizer.
+        fitting = {tuple(way) for way in [*ways, *([names] if order else [])] if fits(way)}
+        if len(fitting) == 1:
+            return dict(zip(flat, fitting.pop(), strict=True))
+        if order:
+            why = "in two ways" if fitting else "in none"
+            return (
+                f"the order of {len(order)} tensors fits the {len(flat)} parameters and {len(members)} groups {why}"
+            )
     by_shape = {parameters[name].shape: name for name in names}
     counts = Counter(parameters[name].shape for name in names)
     if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):
