@@ -344,8 +344,8 @@ FORMATS: dict[str, Format] = {
         Format(
             "torch",
             "folder of <name>-<N>.pt, .pth, .bin or .ckpt (torch.save)",
-            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step; the state of the "
-            "optimizer (--include optimizer); out of core",
+            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step; the state of "
+            "the optimizer (--include optimizer); out of core",
             "objects of classes: no pickle is executed; the format of torch before 1.6",
             *_folder(_TORCH),
         ),
