@@ -1,3 +1,4 @@
+import logging
 import os
 
 import pytest
@@ -16,3 +17,12 @@ def prefect_server():
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_handlers_of_prefect_left():
+    """A flow makes Prefect write all logs to what is standard error then, which for the next module is closed."""
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler).__module__.startswith("prefect"):
+            logging.root.removeHandler(handler)
