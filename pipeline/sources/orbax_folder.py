@@ -50,7 +50,10 @@ def _items(path: Path) -> list[Path]:
     try:
         if (path / _METADATA).is_file():
             return [path]
-        return sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
+        items = sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
+        # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+        whole = (path / _CHECKPOINT).is_file()
+        return [item for item in items if whole or step_number(item.name) is None]
     except OSError:
         return []
 
