@@ -29,7 +29,7 @@ from pipeline.compute import compute_ledger
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
 from pipeline.sources.base import boxes, complete
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.formats import FORMATS, find_format, open_source
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.npz_file import NpzStack
 from pipeline.store import Ledger, Trajectory
@@ -445,6 +445,15 @@ def test_an_object_of_a_class_that_is_not_known_is_left_out_aloud(tmp_path):
     with log.open(step) as reader:
         (note,) = reader.content().notes
     assert note.startswith("loader/rate was not read: its pickle names fractions.Fraction")
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path, dcp_log):
+    for run in ("run-1", "run-2"):
+        shutil.copytree(dcp_log / "step-0", tmp_path / run / "step-0")
+        shutil.copytree(dcp_log / "step-4", tmp_path / run / "4")
+    (tmp_path / "run-2" / "4" / ".metadata").unlink()
+    assert find_format(tmp_path) is None
+    assert [step.number for step in open_source(tmp_path / "run-1").steps()] == [0, 4]
 
 
 def test_stale_files_of_an_earlier_save_are_not_read(tmp_path, dcp_log):

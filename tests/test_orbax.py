@@ -18,7 +18,7 @@ from memory import assert_out_of_core
 from test_formats import TENSORS, ledger_of, refusal
 
 from pipeline.schema import InputError
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.formats import FORMATS, find_format, open_source
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 WRITER = Path(__file__).with_name("write_orbax.py")
@@ -118,6 +118,13 @@ def test_checkpoints_that_are_being_written_are_left_out_aloud(tmp_path, job, ca
     assert [step.number for step in open_source(folder).steps()] == [0]
     assert "2.orbax-checkpoint-tmp-17 is left for the next pass: its name" in caplog.text
     assert "1 is left for the next pass: _CHECKPOINT_METADATA has no time" in caplog.text
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path, job):
+    for run in ("run-1", "run-2"):
+        shutil.copytree(job / "float32" / "standard" / "0" / "default", tmp_path / run / "step_7")
+    assert find_format(tmp_path) is None
+    assert [step.number for step in open_source(tmp_path / "run-2").steps()] == [7]
 
 
 # What does not fit together ----------------------------------------------------------------------------------

@@ -139,6 +139,20 @@ def test_what_trainers_put_beside_their_tensors_does_not_stand_in_the_way(tmp_pa
         assert file.numbers["optimizer/param_groups/0/lr"] == 0.01
 
 
+class Units(torch.Tensor):
+    """A tensor of a class of the user's own."""
+
+
+def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_path):
+    tensor = torch.nn.Parameter(torch.arange(3.0))
+    plain = torch.arange(3.0)
+    tensor.rank = plain.rank = 7
+    with opened(saved(tmp_path, {"w": tensor, "v": plain})) as file:
+        assert read(file, "w", 4).tobytes() == read(file, "v", 4).tobytes() == words_of(plain)
+    with pytest.raises(InputError, match=r"names .*Units"):
+        opened(saved(tmp_path, {"w": torch.ones(3).as_subclass(Units)}))
+
+
 def test_torch_is_not_needed_to_read_what_it_wrote(tmp_path):
     path = saved(tmp_path, {"w": torch.ones(2)})
     code = (
@@ -273,6 +287,15 @@ def test_a_mapping_file_that_is_none_is_refused(tmp_path, text):
     with pytest.raises(InputError) as caught:
         open_source(folder)
     assert "natgrad.toml" in caught.value.where
+
+
+def test_a_package_that_the_user_calls_harmless_is_skipped_and_no_other(tmp_path):
+    folder = write_checkpoints(tmp_path, [tree(0, rate=fractions.Fraction(1, 3))])
+    (tmp_path / "natgrad.toml").write_text('inert = ["fractions.*"]')
+    assert content_of(folder).arrays["parameter"].keys() == {"w", "b"}
+    (tmp_path / "natgrad.toml").write_text('inert = ["fraction.*"]')
+    with pytest.raises(InputError, match=r"fractions\.Fraction"):
+        content_of(folder)
 
 
 def test_classes_that_the_user_calls_harmless_are_skipped(tmp_path):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.sources import pickle_data
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
+from pipeline.sources.names import is_step
 from pipeline.sources.pickle_data import Record, Skipped
 from pipeline.sources.torch_archive import (
     METADATA_FUNCTIONS,
@@ -88,11 +89,11 @@ class _Chunk:
 
 
 def dcp_folders(path: Path) -> list[Path]:
-    """Folders with committed metadata: a folder itself, or those directly in it."""
+    """Folders with committed metadata: a folder itself, or those directly in it, which are no steps of a run."""
     try:
         if (path / METADATA).is_file():
             return [path]
-        return sorted(inner for inner in path.iterdir() if (inner / METADATA).is_file())
+        return sorted(inner for inner in path.iterdir() if (inner / METADATA).is_file() and not is_step(inner.name))
     except OSError:
         return []
 
@@ -102,7 +103,9 @@ def dcp_state(path: Path) -> str:
     if dcp_folders(path):
         return "finished"
     try:
-        written = any(path.glob("*.distcp")) or any(path.glob("*/*.distcp"))
+        written = any(path.glob("*.distcp")) or any(
+            not is_step(file.parent.name) for file in path.glob("*/*.distcp")
+        )
     except OSError:
         return ""
     return "unfinished" if written else ""

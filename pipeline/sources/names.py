@@ -34,6 +34,7 @@ __all__ = [
     "NamedStep",
     "Names",
     "checked_shift",
+    "is_step",
     "parse_map",
     "parse_shift",
     "step_number",
@@ -430,3 +431,14 @@ def step_number(stem: str) -> int | None:
     if not match or stem.lower().startswith("epoch") or len(match[1]) > 18:
         return None
     return int(match[1])
+
+
+def is_step(name: str) -> bool:
+    """Whether the name of a folder is that of a step by itself, with a word that says so, or a number alone.
+
+    Examples
+    --------
+    >>> [is_step(name) for name in ("step-3", "100", "optimizer_0", "model")]
+    [True, True, False, False]
+    """
+    return name.isdecimal() or bool(_STEP.search(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sources.base import LoggedStep, refused
-from pipeline.sources.names import step_number
+from pipeline.sources.names import is_step, step_number
 from pipeline.sources.zarr_group import ZarrArrays, read_object
 
 __all__ = ["OrbaxFolder", "orbax_number", "orbax_unfinished"]
@@ -50,7 +50,10 @@ def _items(path: Path) -> list[Path]:
     try:
         if (path / _METADATA).is_file():
             return [path]
-        return sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
+        items = sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
+        # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+        whole = (path / _CHECKPOINT).is_file()
+        return [item for item in items if whole or not is_step(item.name)]
     except OSError:
         return []
 
