@@ -26,6 +26,7 @@ __all__ = [
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
     "REPLICATE",
+    "REPLICATES",
     "REPLICATE_HVP",
     "REPLICATE_LOSS",
     "REPLICATE_PARAMETER",
@@ -134,6 +135,9 @@ the update lead to from theta_t, and the Hessian times the displacement of each.
 
 REPLICATE_LOSS = "replicate_loss"
 """Array (step, replicate) of a trajectory: the loss of each of these states."""
+
+REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
+"""All that a log may hold of replicates."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 """Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import huggingface_hub
+import numcodecs
 import numpy as np
 import pytest
 import safetensors.torch
@@ -21,6 +22,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs import random_walk, write_log
+from memory import peak_of
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from pipeline.compute import compute_ledger
@@ -830,6 +832,18 @@ def test_a_group_of_more_steps_than_any_run_has_is_refused(tmp_path):
     group.create_array("parameter/w", shape=(1 << 40, 2), chunks=(1, 2), dtype="f4")
     with pytest.raises(InputError, match="claim 1099511627776 steps"):
         open_source(tmp_path / "run.zarr").steps()
+
+
+def test_a_chunk_that_unpacks_to_more_than_it_claims_is_no_bomb(zarr_log):
+    bomb = numcodecs.Zstd(level=1).encode(np.zeros(1 << 28, np.uint8))
+    (zarr_log / "parameter" / "layers.9.bias" / "c" / "0" / "0").write_bytes(bomb)
+    log = open_source(zarr_log)
+
+    def read():
+        with log.open(log.steps()[0]) as reader, pytest.raises(InputError, match="End of data expected"):
+            reader.read("parameter", "layers.9.bias", 0, np.zeros(2, np.float32))
+
+    assert max(peak_of(read)) < 1 << 25
 
 
 def test_links_out_of_a_group_are_not_followed(tmp_path, zarr_log):

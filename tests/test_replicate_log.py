@@ -420,6 +420,20 @@ def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
             ingest(log, tmp_path / "other.zarr", mapping={quantity: "elsewhere"})
 
 
+def test_replicates_may_lie_in_a_log_of_their_own(run, out, tmp_path):
+    logs = []
+    for name in ("states", "draws"):
+        parts = [
+            {key: value for key, value in step.items() if key.startswith("replicate") == (name == "draws")}
+            for step in steps_of(run)
+        ]
+        logs.append(write_npz(tmp_path / name, parts))
+    ingest(logs, tmp_path / "trajectory.zarr")
+    states, others = Trajectory(RunFolder(out).trajectory), Trajectory(tmp_path / "trajectory.zarr")
+    assert others.fingerprint() == states.fingerprint()
+    np.testing.assert_array_equal(others.scalar("replicate_loss"), run["replicate_loss"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

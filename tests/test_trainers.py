@@ -211,7 +211,7 @@ class Module(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(3, 2)
-        self.states = {}
+        self.states, self.momenta = {}, {}
         self.save_hyperparameters({"width": 2, "nested": {"a": [1, 2]}})
 
     def loss(self, batch):
@@ -221,7 +221,7 @@ class Module(lightning.LightningModule):
         return self.loss(batch[0])
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.125)
+        return torch.optim.SGD(self.parameters(), lr=0.125, momentum=0.5)
 
     def on_save_checkpoint(self, checkpoint):
         with torch.enable_grad():
@@ -230,6 +230,10 @@ class Module(lightning.LightningModule):
         names = [name for name, _ in self.named_parameters()]
         checkpoint["gradient"] = dict(zip(names, gradients, strict=True))
         checkpoint["loss"] = loss.item()
+        kept = self.trainer.optimizers[0].state
+        self.momenta[checkpoint["global_step"]] = {
+            name: kept[p]["momentum_buffer"].numpy().copy() for name, p in self.named_parameters()
+        }
         state = {f"parameter/{name}": p.detach().numpy().copy() for name, p in self.named_parameters()}
         state |= {f"gradient/{name}": g.numpy() for name, g in checkpoint["gradient"].items()}
         self.states[checkpoint["global_step"]] = state | {
@@ -253,21 +257,28 @@ def fitted(tmp_path_factory):
         default_root_dir=folder,
         callbacks=[ModelCheckpoint(dirpath=folder / "out", every_n_train_steps=1, save_top_k=-1, save_last=True)],
     ).fit(module, torch.utils.data.DataLoader(data, batch_size=2))
-    return folder / "out", module.states
+    return folder / "out", module.states, module.momenta
 
 
 def test_lightnings_checkpoints_are_the_run_that_was_fitted(tmp_path, fitted):
-    folder, states = fitted
+    folder, states, momenta = fitted
     assert found(folder) == "lightning"
     assert (folder / "last.ckpt").exists()
     numbers = sorted(states)
     native = write_log(tmp_path / "log", [states[number] for number in numbers], numbers=numbers)
     assert ledger_of(tmp_path / "lightning", [folder]) == ledger_of(tmp_path / "native", [native])
+    ingest(folder, tmp_path / "store", include=["optimizer"])
+    store = Trajectory(tmp_path / "store")
+    rows = np.zeros((store.rows, store.chunk[1]), np.float32)
+    store.read("momentum_buffer", 0, store.rows, 0, rows)
+    for row, number in zip(rows, store.scalar("step"), strict=True):
+        for tensor in store.layout.tensors:
+            np.testing.assert_array_equal(row[tensor.offset : tensor.stop], momenta[number][tensor.name].ravel())
 
 
 def test_lightnings_sharded_folders_are_the_same_run(tmp_path, fitted):
     """Its strategies that shard need a GPU: this writes as they do, with ``meta.pt`` of all but the tensors."""
-    folder, _ = fitted
+    folder, *_ = fitted
     for path in folder.glob("epoch*.ckpt"):
         checkpoint = torch.load(path, weights_only=False)
         state = {

@@ -232,7 +232,8 @@ class DeepSpeedFolder(Container):
                 )
             if first:
                 optimizer = state.get("optimizer_state_dict" if third else "base_optimizer_state")
-                self.numbers |= flat_numbers({"optimizer": optimizer}, self.numbers)
+                # Not under a name that means the state by tensor: it is as flat as the weights.
+                self.numbers |= flat_numbers({"flat_optimizer": optimizer}, self.numbers)
             parts = [_Part(path, archive.position(tensor), tensor.shape[0]) for tensor in flat]
             return _Rank(third, parts, dtypes.pop(), state.get("param_alignment_paddings"))
         finally:

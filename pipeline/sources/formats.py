@@ -283,7 +283,8 @@ FORMATS: dict[str, Format] = {
             "huggingface",
             "Trainer output folder: checkpoint-<N>/ with model.safetensors or pytorch_model.bin, single or sharded",
             "parameters, learning_rate; loss where logging_steps=1 (a mean over the update's batches, rounded to 4 "
-            "decimals before transformers 5); gradients where a gradient.safetensors lies there; out of core",
+            "decimals before transformers 5); gradients where a gradient.safetensors lies there; optimizer's state "
+            "(--include optimizer, with the order of the model in natgrad.toml); out of core",
             "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
             _holds(TRAINER_KIND),
             TrainerFolder,
@@ -293,7 +294,8 @@ FORMATS: dict[str, Format] = {
         Format(
             "lightning",
             "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
-            "parameters, learning_rate, and what a callback adds under gradient, hvp or loss; out of core",
+            "parameters, learning_rate, optimizer's state (--include optimizer), and what a callback adds under "
+            "gradient, hvp or loss; out of core",
             "gradients as Lightning writes it; last.ckpt, which repeats another",
             *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
             "step=N is the state after N updates, with the rate of the next one; gradient and loss that "
@@ -303,7 +305,8 @@ FORMATS: dict[str, Format] = {
             "dcp",
             "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any "
             "ranks; also torch_dist of Megatron-LM",
-            "what --map says of the nested dicts that were saved, chunk by chunk in one process; out of core",
+            "what --map says of the nested dicts that were saved, chunk by chunk in one process; optimizer's state "
+            "(--include optimizer); out of core",
             "gradients where they were not saved; objects of classes: no pickle is executed",
             *_folder(_DCP),
         ),
@@ -312,8 +315,8 @@ FORMATS: dict[str, Format] = {
             "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, of any ranks",
             "parameters (the float32 master weights of all ranks, else the module), learning_rate, and what "
             "client_state adds under gradient, hvp or loss; out of core",
-            "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, whose files do not say "
-            "how tensors are split",
+            "gradients as DeepSpeed writes it; the optimizer's state; pipeline, tensor and expert parallel models, "
+            "whose files do not say how tensors are split",
             *_folder(_DEEPSPEED),
         ),
         Format(
@@ -341,7 +344,8 @@ FORMATS: dict[str, Format] = {
         Format(
             "torch",
             "folder of <name>-<N>.pt, .pth, .bin or .ckpt (torch.save)",
-            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step, out of core",
+            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step; the state of "
+            "the optimizer (--include optimizer); out of core",
             "objects of classes: no pickle is executed; the format of torch before 1.6",
             *_folder(_TORCH),
         ),

@@ -11,7 +11,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.schema import REPLICATE_LOSS, REPLICATE_STATES, SCALARS, STATES, STORAGE_DTYPES, InputError
+from pipeline.schema import (
+    REPLICATE_LOSS,
+    REPLICATE_STATES,
+    REPLICATES,
+    SCALARS,
+    STATES,
+    STORAGE_DTYPES,
+    InputError,
+)
 from pipeline.sources.base import Container, LoggedTensor, StepContent, where
 from pipeline.sources.optimizer import SavedOptimizer, optimizer_root, saved_optimizer
 
@@ -31,9 +39,7 @@ __all__ = [
     "step_number",
 ]
 
-_REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
-
-OF_A_STATE = (*STATES, *SCALARS, *_REPLICATES)
+OF_A_STATE = (*STATES, *SCALARS, *REPLICATES)
 """Quantities of a state, which may be logged at another step."""
 
 QUANTITIES = (*OF_A_STATE, "step")
@@ -131,7 +137,7 @@ class Names:
         )
 
 
-NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *_REPLICATES)})
+NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLICATES)})
 """Names of the native format."""
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
@@ -148,10 +154,11 @@ CHECKPOINT = Names(
             "optim/param_groups/*/lr",
             "optimizer_states/*/param_groups/*/lr",
             "optimizer/optimizer/param_groups/*/lr",
+            "flat_optimizer/param_groups/*/lr",
         ),
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
-        **{quantity: (quantity,) for quantity in _REPLICATES},
+        **{quantity: (quantity,) for quantity in REPLICATES},
         "step": ("step", "global_step", "iteration", "iter_num"),
     },
     model=True,
