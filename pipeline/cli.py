@@ -440,13 +440,15 @@ def inspect(
     """Say what a log holds, what is missing for which result, and what processing it will take."""
     from pipeline.clusters import memory_bytes
     from pipeline.inspection import inspect_source
+    from pipeline.places import each, network_errors
     from pipeline.sources.names import parse_map
 
     face, memory = _Face(as_json, quiet=False), memory_bytes(memory_limit)
     mapping, shifts = parse_map(map_ or []), _shift(shift)
-    face.answer(
-        inspect_source(sources, format=format, mapping=mapping, shift=shifts, sweep=sweep, memory_limit=memory)
-    )
+    logs = each(sources)
+    with network_errors(*logs):
+        found = inspect_source(logs, format=format, mapping=mapping, shift=shifts, sweep=sweep, memory_limit=memory)
+    face.answer(found)
 
 
 @app.command()
