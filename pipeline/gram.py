@@ -244,7 +244,7 @@ def _sum_blocks(
                 p0, p1 = _part(p[t], a, b, like[0]), _part(p[t + 1], a, b, like[0])
                 g0, g1 = _part(g[t], a, b, like[1]), _part(g[t + 1], a, b, like[1])
                 _block(p0, p1, g0, g1, ratio[t], part)
-                if sums > _SUMS:
+                if h is not None:
                     _hvp_block(p0, p1, g0, g1, _part(h[t], a, b, like[2]), ratio[t], part)
                 for k in range(sums):
                     # The rounding error of a sum, exactly and without a branch that could be mispredicted (Knuth).
@@ -371,7 +371,7 @@ def products(
         raise ValueError(f"{rows} rows of products need {rows + 1} states")
     # The compiled code sees addresses, and an array of no elements for the type of each.
     like = tuple(np.empty(0, array[0].dtype) for array in blocks)
-    _products(parameters, gradients, hvps, like, starts, _RUN, _RUNS, gram, ratio)
+    _products(parameters, gradients, None if hvp is None else hvps, like, starts, _RUN, _RUNS, gram, ratio)
 
 
 # Replicates ---------------------------------------------------------------------------------------------------

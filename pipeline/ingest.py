@@ -444,11 +444,9 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
         return f"{trajectory.replicates} replicates, and now has {content.replicates}"
     same_files = _files_of(identity(step)) == _files_of(committed.sources[row])
     for name in trajectory.scalars:
-        before, now = trajectory.scalar(name)[row], _number(content, name)
-        # A log of scalars may come to a step later than the tensors.
-        missing = np.isnan(now).all() + np.isnan(before).all()
-        if not np.array_equal(before, now, equal_nan=True) and missing < (1 if same_files else 2):
-            before, now = np.asarray(before).tolist(), np.asarray(now).tolist()
+        before, now = trajectory.scalar(name)[row].tolist(), _number(content, name)
+        missing = bool(np.isnan(before).all()) + bool(np.isnan(now).all())
+        if not np.array_equal(before, now, equal_nan=True) and not (same_files and missing):
             return f"{name} {before!r}, and now has {now!r}"
     if same_files:
         return ""

@@ -38,6 +38,7 @@ __all__ = [
     "require_local",
     "seen",
     "status",
+    "widen",
 ]
 
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
@@ -53,6 +54,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _COLLAPSED = re.compile(rf"({'|'.join(_EXTRAS)}|file):/+")
 """A URL whose slashes pathlib made one, as command line and flows do."""
 
+_HEADER_BYTES = 64 << 10
 _BLOCK_BYTES = 4 << 20
 _BLOCKS = 4
 
@@ -357,11 +359,19 @@ def ranges(path: Path, spans: Sequence[tuple[int, int]]) -> list[bytes]:
 def open_object(path: Path) -> Any:
     """Open an object for reading anywhere: it is fetched in blocks, of which the last few are kept.
 
-    All blocks are of the object that was opened: one that is put in its place meanwhile is an error (OSError).
+    Blocks are small, for what describes the data, until `widen` says that the data come. All are of the object that
+    was opened: one that is put in its place meanwhile is an error (OSError).
     """
     system, key = _system(path)
     kept = {"maxblocks": _BLOCKS}
-    return system.open(key, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache", cache_options=kept)
+    return system.open(key, "rb", block_size=_HEADER_BYTES, cache_type="blockcache", cache_options=kept)
+
+
+def widen(file: Any) -> None:
+    """Fetch an open object in large blocks from now on."""
+    from fsspec.caching import BlockCache
+
+    file.cache = BlockCache(_BLOCK_BYTES, file._fetch_range, file.size, maxblocks=_BLOCKS)
 
 
 # Errors ------------------------------------------------------------------------------------------------------
@@ -400,6 +410,13 @@ def _refusal(error: Exception, where: str) -> InputError | None:
     if isinstance(error, OSError) and error.filename is not None:
         # Of this machine, where the other end of a run is.
         return None
+    if "FileExpired" in names:
+        return Unavailable(
+            f"the object changed while it was read: {error}",
+            where=where,
+            why="another one was put in its place",
+            remedy="run again: what is committed is kept",
+        )
     if isinstance(error, PermissionError) or any("Credential" in name for name in names):
         return InputError(
             f"the object store denies access: {error}",

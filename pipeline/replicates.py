@@ -297,8 +297,9 @@ def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) ->
     small = np.full((*gram.shape[:-2], 3, 3), np.nan)
     small[..., :2, :2] = blocks @ gram[..., :known, :known] @ blocks.T
     if gram.shape[-1] > known:
-        small[..., :2, 2] = small[..., 2, :2] = gram[..., :known, known:] @ mean @ blocks.T
-        small[..., 2, 2] = gram[..., known:, known:] @ mean @ mean
+        # Matrix by matrix, never row by row at once: the bits do not depend on how many are taken together.
+        small[..., :2, 2] = small[..., 2, :2] = blocks @ gram[..., :known, known:] @ mean
+        small[..., 2, 2] = np.vecdot(gram[..., known:, known:] @ mean, mean)
     square, along, bent = small[..., 1, 1], small[..., 0, 1], small[..., 1, 2]
     line = size == 1
 

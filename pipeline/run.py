@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import compute, replicates, results
+from pipeline import compute, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.places import each, network_errors, place
@@ -210,6 +210,9 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
     }
     tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
     if states.replicates:
+        # SciPy's operators, which it needs, take a third of a second to load.
+        from pipeline import replicates
+
         losses = states.scalar(REPLICATE_LOSS)[rows]
         tree["replicates"] = replicates.label_run(inputs, _bands(ledger, rows), states.replicates, losses)
     with only_writer(folder.results, "results"):

@@ -40,6 +40,7 @@ FLOORS = [
         "pipeline.sources.safetensors_file",
         "pipeline.sources.torch_archive",
         "pipeline.sources.hdf5_file",
+        "pipeline.sources.zarr_group",
         "pipeline.sources.scalar_log",
         "pipeline.sources.sweep",
         "pipeline.experiments.feedback_alignment",
@@ -104,14 +105,14 @@ HOMES = {
     "jinja2": {"pipeline.report"},
     "scipy": {"pipeline.metrics", "pipeline.discrete_gradients", "pipeline.experiments.linear_system"},
     "h5py": {"pipeline.sources.hdf5_file"},
-    "tensorstore": {"pipeline.sources.orbax_folder"},
+    "tensorstore": {"pipeline.sources.zarr_group"},
     "pyarrow": {"pipeline.sources.record_files"},
     "sqlite3": {"pipeline.sources.record_files"},
     "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
     "upath": {"pipeline.places"},
-    "fsspec": set(),
+    "fsspec": {"pipeline.places"},
     "mlxtend": {"pipeline.experiments.digits"},
 }
 
@@ -183,3 +184,8 @@ def test_geometry_needs_numpy_alone():
 
 def test_the_command_line_starts_without_heavy_libraries():
     assert not loaded_after("import flows.cli") & {"numpy", "pydantic", *HOMES}
+
+
+def test_what_few_runs_need_is_loaded_for_those_alone():
+    few = {"distributed", "jinja2", "matplotlib", "prefect", "s3fs"}
+    assert not loaded_after("import pipeline.run; assert 'scipy.sparse' not in sys.modules") & few

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs import random_walk, write_log
@@ -203,6 +204,35 @@ def write_npz_stack(folder, states):
     return [folder / "run.npz"]
 
 
+def save_zarr(path, state, version=3):
+    # As a chunk that was never written is no value.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        group = zarr.open_group(path, mode="w", zarr_format=version)
+        for key, value in state.items():
+            value = np.asarray(value)
+            bits = value.dtype.name == "bfloat16"
+            chunks = {"chunks": tuple(-(-length // 2) for length in value.shape)} if value.size else {}
+            array = group.create_array(key, data=value.view(np.uint16) if bits else value, **chunks)
+            if bits:
+                array.attrs["ml_dtype"] = "bfloat16"
+
+
+def write_zarr(folder, states):
+    folder.mkdir()
+    for step, state in enumerate(states):
+        save_zarr(folder / f"step_{step}.zarr", state)
+    return [folder]
+
+
+def write_zarr_stack(folder, states, version=3):
+    save_zarr(folder / "run.zarr", stacked(states) | {"step": np.arange(len(states))}, version)
+    return [folder / "run.zarr"]
+
+
+def write_zarr_stack_of_version_2(folder, states):
+    return write_zarr_stack(folder, states, version=2)
+
+
 WRITERS = {
     "npz": (write_npz, "steps"),
     "torch": (write_torch, "torch"),
@@ -211,6 +241,9 @@ WRITERS = {
     "npz, one file": (write_npz_stack, "npz"),
     "hdf5": (write_hdf5, "hdf5"),
     "hdf5, one file": (write_hdf5_stack, "hdf5"),
+    "zarr": (write_zarr, "zarr"),
+    "zarr, one group": (write_zarr_stack, "zarr"),
+    "zarr, one group of version 2": (write_zarr_stack_of_version_2, "zarr"),
     "safetensors, sharded": (write_sharded, "safetensors"),
     "mixed": (write_mixed, None),
     "run file": (write_run_file, None),
@@ -591,11 +624,12 @@ def test_a_run_file_that_says_something_else_is_refused(tmp_path, text):
 @pytest.fixture(scope="module")
 def stacks(tmp_path_factory):
     folder, states = tmp_path_factory.mktemp("stacks"), run_of("float32")
-    return [*write_hdf5_stack(folder / "hdf5", states), *write_npz_stack(folder / "npz", states)], states
+    writers = (write_hdf5_stack, write_npz_stack, write_zarr_stack, write_zarr_stack_of_version_2)
+    return [write(folder / str(number), states)[0] for number, write in enumerate(writers)], states
 
 
 @given(
-    which=st.integers(0, 1),
+    which=st.integers(0, 3),
     step=st.integers(0, STEPS - 1),
     tensor=st.sampled_from(list(TENSORS)),
     a=st.integers(0),
@@ -746,3 +780,103 @@ def test_the_step_that_is_read_is_named_where_its_file_ends_early(tmp_path):
         with pytest.raises(InputError) as caught:
             reader.read("gradient", "layers.9.bias", 0, np.zeros(7, np.float32))
     assert "step 2" in caught.value.where
+
+
+# Zarr groups of other tools ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zarr_log(tmp_path):
+    (path,) = write_zarr_stack(tmp_path / "log", run_of("float32"))
+    return path
+
+
+WEIGHT_ARRAY = "parameter/layers.10.weight"
+
+
+def changed_array(path, **changes):
+    file = path / WEIGHT_ARRAY / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_chunk_that_is_not_there_is_no_zeros(tmp_path, zarr_log):
+    (zarr_log / WEIGHT_ARRAY / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(InputError, match="missing"):
+        ingest(zarr_log, tmp_path / "trajectory.zarr")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"shape": [1 << 60, 40, 30]}, "claims to be of shape"),
+        ({"shape": [1 << 30, 40, 30]}, "steps, not 5"),
+        ({"shape": [5]}, "no parameter"),
+        ({"codecs": [{"name": "pickle"}]}, "no parameter"),
+        ({"data_type": "string"}, "no parameter"),
+        ({"node_type": 3}, "no parameter"),
+        (
+            {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [5, 1 << 30, 30]}}},
+            "in chunks of",
+        ),
+    ],
+)
+def test_an_array_of_zarr_that_claims_what_is_not_there_is_refused(zarr_log, changes, what):
+    changed_array(zarr_log, **changes)
+    assert what in refusal(zarr_log).what
+
+
+def test_a_group_of_more_steps_than_any_run_has_is_refused(tmp_path):
+    group = zarr.open_group(tmp_path / "run.zarr", mode="w")
+    group.create_array("parameter/w", shape=(1 << 40, 2), chunks=(1, 2), dtype="f4")
+    with pytest.raises(InputError, match="claim 1099511627776 steps"):
+        open_source(tmp_path / "run.zarr").steps()
+
+
+def test_links_out_of_a_group_are_not_followed(tmp_path, zarr_log):
+    (zarr_log / "gradient").rename(tmp_path / "gradient")
+    (zarr_log / "gradient").symlink_to(tmp_path / "gradient")
+    (zarr_log / "again").symlink_to(zarr_log)
+    assert "no gradients" in refusal(zarr_log).what
+
+
+@given(
+    file=st.integers(0),
+    changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4),
+    length=st.none() | st.integers(0),
+)
+@reads_only
+def test_a_damaged_zarr_group_is_read_or_refused_and_nothing_else(tmp_path, file, changes, length):
+    folder = tmp_path / "run.zarr"
+    if not folder.exists():
+        write_zarr_stack(tmp_path, run_of("float32")[:2])
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    path = paths[file % len(paths)]
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    for position, byte in changes:
+        damaged[position % len(damaged)] = byte
+    path.write_bytes(damaged if length is None else damaged[: length % len(damaged)])
+    with contextlib.suppress(InputError):
+        log = open_source(folder)
+        step = log.steps()[0]
+        with log.open(step) as reader:
+            for name, logged in complete(step, reader.content()).arrays["parameter"].items():
+                if logged.dtype == "float32":
+                    reader.read(
+                        "parameter", name, 0, np.zeros(min(np.prod(logged.shape, dtype=int), 9), np.float32)
+                    )
+    path.write_bytes(whole)
+
+
+def test_a_gradient_store_of_bergson_is_refused_with_what_it_lacks(tmp_path):
+    # As create_index in its data.py writes them.
+    store = tmp_path / "train" / "epoch_0"
+    store.mkdir(parents=True)
+    np.zeros((3, 8), np.float16).tofile(store / "gradients.bin")
+    (store / "info.json").write_text(
+        json.dumps({"num_items": 3, "num_grads": 3, "grad_sizes": {"a": 4, "b": 4}, "base_dtype": "float16"})
+    )
+    for folder in (tmp_path, store):
+        refused = refusal(folder)
+        assert "no gradient of the loss" in refused.what
+        assert "projected" in refused.why

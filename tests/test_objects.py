@@ -1,5 +1,6 @@
 """OUT and SOURCE in an object store: a real server that speaks S3, on this machine."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import boto3
 import logs
 import numpy as np
 import psutil
@@ -18,8 +20,8 @@ from processing import Serial
 from servers import S3Server, forget_object_stores, free_port
 from zarr.codecs import ZstdCodec
 
-from pipeline import cli, compute, run, watch
-from pipeline.places import delete, is_url, place, put, seen
+from pipeline import cli, compute, places, run, watch
+from pipeline.places import delete, is_url, network_errors, place, put, seen
 from pipeline.schema import InputError, Unavailable
 from pipeline.sources.base import ObjectRegion
 from pipeline.store import Ledger, Trajectory, only_writer
@@ -322,6 +324,7 @@ def put_step(folder, number, state, container):
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 def test_a_log_is_read_where_it_is(url, tmp_path, container, monkeypatch):
     # Blocks so small that tensors begin and end within them.
+    monkeypatch.setattr("pipeline.places._HEADER_BYTES", 300)
     monkeypatch.setattr("pipeline.places._BLOCK_BYTES", 700)
     states = logs.random_walk(6)
     here = logs.write_log(tmp_path / "log", states[:4], container=container)
@@ -349,40 +352,63 @@ def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
     assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 0
 
 
-def test_a_step_that_is_put_again_is_another(url, tmp_path):
+def test_what_another_process_puts_is_seen(url, tmp_path):
+    states = logs.random_walk(4)
+    log = put_log(url / "log", states[:3], "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    step = logs.write_step(tmp_path, 3, states[3])
+    with contextlib.closing(boto3.client("s3")) as another:
+        key = f"{log.path.removeprefix('bucket/')}/{step.name}"
+        another.put_object(Bucket="bucket", Key=key, Body=step.read_bytes())
+    assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 1
+
+
+def test_a_step_that_is_put_again_is_another(url, tmp_path, monkeypatch):
+    # As long as before, and within the same second.
+    status = places._status
+    monkeypatch.setattr(places, "_status", lambda entry: status(entry)._replace(time=0))
     states = logs.random_walk(5)
     log = put_log(url / "log", states[:4], "safetensors")
     run.ingest_run(log, tmp_path / "out")
-    # As long as before, and within the same second maybe.
     put_step(log, 1, states[4], "safetensors")
     with pytest.raises(InputError, match="step 1 is ingested already, with loss"):
         run.ingest_run(log, tmp_path / "out")
 
 
+def test_an_open_object_is_one_object(url):
+    step = put_log(url, logs.random_walk(1), "safetensors") / "step_0.safetensors"
+    region, out = ObjectRegion(step), np.empty(8, np.uint8)
+    put_step(url, 0, logs.random_walk(1, seed=1)[0], "safetensors")
+    with pytest.raises(Unavailable, match="the object changed while it was read"), network_errors(step):
+        region.fill(0, out)
+    region.close()
+
+
 def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch):
+    """A step that is put again after it has been described, and before it is opened to be read."""
     states = logs.random_walk(5)
     log = put_log(url / "log", states[:4], "safetensors")
-    fill = ObjectRegion.fill
+    whole = Trajectory.create
 
-    def slow(self, offset, out):
-        # The last step is put again after the first has been described.
-        if self.length and offset and not changed:
-            changed.append(put_step(log, 3, states[4], "safetensors"))
-        fill(self, offset, out)
+    def slow(*arguments, **options):
+        put_step(log, 1, states[4], "safetensors")
+        return whole(*arguments, **options)
 
-    changed = []
-    monkeypatch.setattr(ObjectRegion, "fill", slow)
-    with pytest.raises(Unavailable, match="step 3 changed while it was read"):
+    monkeypatch.setattr(Trajectory, "create", slow)
+    with pytest.raises(Unavailable, match="changed while it was read") as refusal:
         run.ingest_run(log, tmp_path / "out")
+    assert refusal.value.where.startswith(str(log / "step_1.safetensors"))
     assert not (tmp_path / "out" / "trajectory.zarr").exists()
 
 
-@pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, monkeypatch):
+@pytest.mark.parametrize(
+    ("container", "said"), [("safetensors", "header.*not fully covered"), ("npz", "not a zip")]
+)
+def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, said):
     log = put_log(url / "log", logs.random_walk(3), container)
     step = log / f"step_1.{container}"
     put(step, step.read_bytes()[:-40])
-    with pytest.raises(InputError, match="cannot read a") as refusal:
+    with pytest.raises(InputError, match=f"cannot read an? {container} file: .*{said}") as refusal:
         run.ingest_run(log, tmp_path / "out")
     assert refusal.value.where.startswith(f"{step}, step 1")
 

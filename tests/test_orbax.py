@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs import random_walk, write_log
+from memory import assert_out_of_core
 from test_formats import TENSORS, ledger_of, refusal
 
 from pipeline.schema import InputError
@@ -100,6 +101,10 @@ def test_slices_equal_the_tensor(job, layout, tensor, a, b):
     with stored.open(stored.steps()[1]) as reader:
         reader.read("gradient", tensor, start, out)
     np.testing.assert_array_equal(out, expected[start:stop])
+
+
+def test_a_large_tensor_is_read_chunk_by_chunk(job):
+    assert_out_of_core(open_source(job / "large"), "weight", np.zeros((1 << 19) + 7, np.float32))
 
 
 def test_checkpoints_that_are_being_written_are_left_out_aloud(tmp_path, job, caplog):

@@ -68,6 +68,14 @@ def save(states, folder):
                 saver.wait_until_finished()
 
 
+def save_large(path):
+    """64 MiB in chunks of half a MiB."""
+    tree = {"params": {"weight": np.zeros((4096, 4096), np.float32)}}
+    arguments = {"params": {"weight": ocp.SaveArgs(chunk_byte_size=1 << 19)}}
+    ocp.PyTreeCheckpointer().save(path.absolute(), tree, save_args=arguments)
+
+
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         save(pickle.loads(path.read_bytes()), path.with_suffix(""))
+    save_large(path.parent / "large" / "0")

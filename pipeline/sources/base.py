@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.places import is_url, network_errors, open_object, status
+from pipeline.places import is_url, network_errors, open_object, status, widen
 from pipeline.schema import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, STATES, InputError, Unavailable
 
 __all__ = [
@@ -517,6 +517,10 @@ class ObjectRegion:
             if not count:
                 raise EOFError(f"the object ends {len(view)} bytes early")
             view = view[count:]
+
+    def widen(self) -> None:
+        """Fetch more at a time from now on: what describes the data has been read."""
+        widen(self._file)
 
     def close(self) -> None:
         """Give its blocks back."""

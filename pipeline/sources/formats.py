@@ -30,6 +30,7 @@ from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
+from pipeline.sources.zarr_group import ZarrGroup, holds_zarr
 
 __all__ = ["FORMATS", "RUN_FILE", "Format", "find_format", "format_of", "holds_run", "open_source", "open_sources"]
 
@@ -102,6 +103,34 @@ def _folder_or_file(
         return StepFolder(path, [kind], mapping)
 
     return found, opener
+
+
+def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
+    if holds_zarr(path):
+        return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
+    return StepFolder(path, [_ZARR], mapping)
+
+
+def _holds_bergson(path: Path) -> bool:
+    folders = (path, *path.glob("epoch_*"), *path.glob("train/epoch_*")) if path.is_dir() else ()
+    return any((folder / "gradients.bin").is_file() and (folder / "info.json").is_file() for folder in folders)
+
+
+def _refuse_bergson(path: Path, mapping: Mapping[str, str]) -> Source:
+    if not _holds_bergson(path):
+        raise InputError(
+            "no step files, and no gradients.bin with its info.json, in this folder",
+            where=str(path),
+            remedy="give the folder that holds the step files; natgrad formats lists what can be read",
+        )
+    raise InputError(
+        "a gradient store of Bergson holds no gradient of the loss",
+        where=str(path),
+        why="it has a row for each example, of some of the tensors, by default projected at random to 16 x 16 and "
+        "scaled as the optimizer does, from which no gradient of the loss follows",
+        remedy="log the gradient of each step beside the parameters (pipeline.recorder, or a callback that saves "
+        "gradient.safetensors into the checkpoint)",
+    )
 
 
 def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
@@ -184,6 +213,7 @@ _LIGHTNING_SHARDS = replace(
     _DCP, layout="<name>step=<N>.ckpt/", number=lambda path: _dcp_number(path) if path.suffix == ".ckpt" else None
 )
 
+_ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGroup(step))
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 
@@ -328,6 +358,24 @@ FORMATS: dict[str, Format] = {
             _NATIVE + "; bfloat16 as uint16 with the attribute ml_dtype",
             "data in other files (external, virtual)",
             *_folder_or_file(_HDF5, ".h5", Hdf5File),
+        ),
+        Format(
+            "zarr",
+            "one .zarr group of arrays (step, ...), or a folder of step_<N>.zarr, of version 2 or 3; needs the "
+            "extra orbax",
+            _NATIVE + " by chunks; bfloat16, also as uint16 with the attribute ml_dtype",
+            "chunks that are not there, which may be lost (write_empty_chunks); chunks of more than 512 MiB",
+            lambda path: holds_zarr(path) or _holds(_ZARR)(path),
+            _open_zarr,
+        ),
+        Format(
+            "bergson",
+            "gradients.bin and info.json of a gradient store of Bergson, also in train/epoch_<N>/",
+            "nothing: it is recognised, and refused with what it lacks",
+            "gradients of the loss: it holds those of single examples, of some of the tensors, by default "
+            "projected at random and scaled as the optimizer does",
+            _holds_bergson,
+            _refuse_bergson,
         ),
         Format(
             "csv",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.places import is_url, open_object
+from pipeline.places import is_url, open_object, widen
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
 
 __all__ = ["NpzFile", "NpzStack"]
@@ -45,6 +45,8 @@ class NpzFile(Container):
         except BaseException:
             self._close_archive()
             raise
+        if self._object is not None:
+            widen(self._object)
 
     def _close_archive(self) -> None:
         self._archive.close()

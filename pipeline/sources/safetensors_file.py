@@ -55,6 +55,7 @@ class SafetensorsFile(Container):
                 self._region = ObjectRegion(path)
                 head = _head(self._region)
                 _require_whole(head, self._region.length)
+                self._region.widen()
             else:
                 _require_valid(path)
                 self._descriptor = os.open(path, os.O_RDONLY)

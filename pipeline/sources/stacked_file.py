@@ -17,6 +17,8 @@ from pipeline.sources.names import NATIVE, NamedStep
 
 __all__ = ["StackedFile"]
 
+_STEPS_LIMIT = 1 << 24
+
 
 class StackedFile:
     """A run in one file: ``parameter/<tensor>`` (step, ...), ``gradient/<tensor>`` (step, ...), ``loss`` (step).
@@ -69,8 +71,16 @@ class StackedFile:
         if logged is None:
             # Every array has the same leading length in the end; the commonest is that of the run.
             lengths = [tensor.shape[0] for tensor in container.tensors.values() if tensor.shape]
-            return list(range(max(set(lengths), key=lengths.count))) if lengths else []
-        if len(logged.shape) != 1 or np.dtype(logged.dtype).kind not in "iu" or logged.shape[0] > 1 << 24:
+            rows = max(set(lengths), key=lengths.count) if lengths else 0
+            if rows > _STEPS_LIMIT:
+                raise InputError(
+                    f"the arrays of this file claim {rows} steps",
+                    where=str(self.location),
+                    why=f"they are damaged, or their first dimension is no step; the limit is {_STEPS_LIMIT}",
+                    remedy="log every array with a leading step dimension",
+                )
+            return list(range(rows))
+        if len(logged.shape) != 1 or np.dtype(logged.dtype).kind not in "iu" or logged.shape[0] > _STEPS_LIMIT:
             raise InputError(
                 f"{key!r} is {logged.dtype} of shape {logged.shape}, not a list of step numbers",
                 where=str(self.location),
@@ -118,6 +128,7 @@ class _Row(Container):
         shared.users += 1
         self._shared, self._whole, self._row = shared, shared.container, row
         whole = self._whole
+        self.unread = whole.unread
         self.tensors = {
             key: LoggedTensor(logged.shape[1:], logged.dtype)
             for key, logged in whole.tensors.items()
