@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -295,6 +296,7 @@ def process_run(
             log, *others = each(source)
             with network_errors(log):
                 listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
+            _require_undone(Path(out), listed, options)
             try:
                 ingested = _ingested(source, out, format, allow_gaps, mapping, shift, include)
                 summary = ingested | _analyzed(
@@ -310,6 +312,22 @@ def process_run(
     except watch.Held as held:
         get_run_logger().warning("%s is skipped: %s", out, held.what)
         return Completed(name="Skipped", message=str(held), data={"skipped": held.what})
+
+
+LOOKED: ContextVar[watch.Outcome | None] = ContextVar("LOOKED")
+"""What a look found in OUT before it started a flow: where it stands otherwise, another one was faster."""
+
+
+def _require_undone(out: Path, listed: str, options: dict[str, Any]) -> None:
+    """Refuse to do again what another process did since a look found it undone (`watch.Held`)."""
+    outcome = watch.Outcome.of(out)
+    if outcome is not None and outcome != LOOKED.get(outcome) and outcome.stands(listed, options, out):
+        raise watch.Held(
+            "another process has done this run meanwhile",
+            where=str(out),
+            why="two watchers found it",
+            remedy="nothing: the next scan takes what is new then",
+        )
 
 
 def _end_the_dead(out: Path) -> None:

@@ -13,7 +13,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.runs import Count, Include, Map, Positive, Shift, process_run
+from flows.runs import LOOKED, Count, Include, Map, Positive, Shift, process_run
 from pipeline import watch
 from pipeline.clusters import named_scheduler
 from pipeline.run import MEMORY_LIMIT
@@ -118,6 +118,7 @@ def _stands(found: watch.FoundRun, options: dict[str, Any]) -> watch.Outcome | N
 
 def _process(found: watch.FoundRun, options: dict[str, Any]) -> dict[str, str]:
     """Process a run that has news; say what came of it."""
+    LOOKED.set(watch.Outcome.of(found.out))
     outcome = _stands(found, options)
     if outcome is not None and outcome.error:
         return {"state": "failed", "what": outcome.error["what"], "do": outcome.error["do"]}

@@ -4,6 +4,7 @@ Slurm is a stub: its `sbatch` starts the job script, which starts real workers.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import stat
@@ -140,6 +141,8 @@ def test_nothing_to_do_asks_for_no_job(slurm):
     assert (slurm / "jobs").read_text() == ""
 
 
+# What Dask began to make and could not is told when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["slurm", "pbs", "lsf", "sge", "oar", "htcondor"])
 def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
     with (
@@ -149,6 +152,8 @@ def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
     ):
         raise AssertionError
     assert f"jobqueue.{name}" in str(refusal.value)
+    del refusal
+    gc.collect()
 
 
 def test_what_is_no_cluster_or_not_installed_or_given_twice_is_refused(monkeypatch):

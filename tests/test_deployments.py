@@ -64,7 +64,7 @@ def root(tmp_path):
 
 def test_a_schedule_fires_and_takes_what_is_new_while_a_bad_run_fails_alone(server, root, tmp_path):
     out = tmp_path / "out"
-    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1", "--name", "scheduled")
+    serve = (NATGRAD, "serve", root, out, "--every", "8", "--workers", "1", "--name", "scheduled")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
         done = {"first": ("done", 1), "group/second": ("done", 1), "bad": ("failed", None)}
         wait_for(lambda: states(out) == done)
@@ -103,10 +103,7 @@ def test_two_watchers_at_once_process_every_run_once(server, tmp_path):
     ended = [(run.state.name, run.state.message) for run in flow_runs(server) if "process-run twice-" in run.name]
     assert [name for name, _ in ended].count("Completed") == runs
     for name, message in ended:
-        assert name == "Completed" or (name, "another process is working on this run" in message) == (
-            "Skipped",
-            True,
-        )
+        assert name == "Completed" or (name, "another process" in message) == ("Skipped", True)
     assert states(tmp_path / "out") == {f"twice-{number}": ("done", 2) for number in range(runs)}
 
 

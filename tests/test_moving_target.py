@@ -135,7 +135,7 @@ def inputs_of(log, out):
     run.ingest_run(log, out)
     run.analyze_run(out, Serial())
     folder = run.RunFolder(out)
-    return run._inputs(Trajectory(folder.trajectory), Ledger(folder.ledger), Serial())
+    return run._inputs(Trajectory(folder.trajectory), Ledger(folder.ledger), Serial())[1]
 
 
 def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_is_not_extended(tmp_path):
