@@ -12,8 +12,7 @@ import pytest
 from logs import random_walk, write_log
 
 from pipeline import blocks
-from pipeline import ingest as ingest_module
-from pipeline.ingest import ingest
+from pipeline.ingest import ingest, transfer
 from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, verify_run
 from pipeline.schema import InputError
 from pipeline.store import Trajectory, disk
@@ -99,7 +98,7 @@ def undisturbed(log, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
-        patch.setattr(ingest_module, "COMMIT_BYTES", 1)
+        patch.setattr(transfer, "COMMIT_BYTES", 1)
         ingest_run(log, out)
         analyze_run(out, ONE_WORKER)
     return content(out)
@@ -163,7 +162,7 @@ class Failing:
 @pytest.mark.parametrize("calls", range(0, 120, 13))
 def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path, log, monkeypatch, calls):
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
-    monkeypatch.setattr(ingest_module, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         Failing(patch, calls, errno.EDQUOT)

@@ -12,8 +12,7 @@ import pytest
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
 
 from pipeline import blocks
-from pipeline import ingest as ingest_module
-from pipeline.ingest import ingest
+from pipeline.ingest import ingest, transfer
 from pipeline.schema import InputError
 from pipeline.sources.step_folder import StepFolder
 from pipeline.store import Trajectory, storage_dtype
@@ -31,7 +30,7 @@ def _chunks(request, monkeypatch):
 
 def shrink(monkeypatch, chunk_elements):
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(ingest_module, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -293,8 +293,8 @@ for count in map(int, sys.argv[3:]):
 
 
 def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.ingest.COMMIT_BYTES", 1)
-    monkeypatch.setattr("pipeline.ingest.chunk_shape", lambda *_: (8, 17))
+    monkeypatch.setattr("pipeline.ingest.transfer.COMMIT_BYTES", 1)
+    monkeypatch.setattr("pipeline.ingest.log_to_store.chunk_shape", lambda *_: (8, 17))
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     counts = (3, 8, 1000)
     command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
@@ -348,7 +348,7 @@ def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
     monkeypatch.setattr(url.fs, "info", lambda *_, **__: pytest.fail("an object is looked at"))
     monkeypatch.setattr(url.fs, "open", lambda *_, **__: pytest.fail("an object is opened"))
     monkeypatch.setattr(type(url), "is_file", lambda path: False)
-    monkeypatch.setattr("pipeline.ingest.changed_lately", lambda time: False)
+    monkeypatch.setattr("pipeline.ingest.new_rows.changed_lately", lambda time: False)
     assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 0
 
 

@@ -234,7 +234,7 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
     model: dict[int, tuple[int, int]] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "chunk_shape", lambda *_: chunk)
-        patch.setattr("pipeline.ingest.chunk_shape", lambda *_: chunk)
+        patch.setattr("pipeline.ingest.log_to_store.chunk_shape", lambda *_: chunk)
         for attempt, (begin, count) in enumerate(history):
             begin = min(begin, last + 1)
             states = [*states[:begin], *random_walk(30, seed=attempt)[begin:]]

@@ -14,8 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from logs import write_step
 
 from pipeline import blocks
-from pipeline import ingest as ingest_module
-from pipeline.ingest import ingest
+from pipeline.ingest import ingest, transfer
 from pipeline.store import Trajectory
 from pipeline.store.verify import verify_trajectory
 
@@ -52,7 +51,7 @@ sys.addaudithook(reaper.hear)  # for good, so it listens only while a process is
 @pytest.fixture(autouse=True)
 def _small_chunks_and_writes_that_are_counted(monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", CHUNK_ELEMENTS)
-    monkeypatch.setattr(ingest_module, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     pwrite = os.pwrite
 

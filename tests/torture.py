@@ -23,7 +23,7 @@ import numpy as np
 from logs import random_walk, write_log
 
 from pipeline import blocks, gram
-from pipeline import ingest as ingest_module
+from pipeline.ingest import transfer
 from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, verify_run
 from pipeline.schema import VECTORS, InputError
 from pipeline.store import Ledger, Trajectory
@@ -37,7 +37,7 @@ SMALL = {"CHUNK_ELEMENTS": 700, "TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_R
 def warm():
     """Compile, so that the time of a process is that of its work; no thread is started."""
     vars(blocks).update(SMALL)
-    ingest_module.COMMIT_BYTES = 1
+    transfer.COMMIT_BYTES = 1
     os.fsync = lambda descriptor: None  # no power is lost here
     state = np.ones((2, 3), np.float32)
     products = np.empty((1, 1, len(VECTORS[:5]), len(VECTORS[:5])))

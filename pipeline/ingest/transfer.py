@@ -1,0 +1,296 @@
+"""Copy steps into a trajectory, slice by slice, one row of chunks after the other, and commit them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.blocks import MEBIBYTE
+from pipeline.ingest.description import scalar_of
+from pipeline.schema import Layout, replicate_of
+from pipeline.sources.base import LoggedStep, NotYet, Source, StepContent, StepReader, identity, where
+from pipeline.store import Trajectory, checksum, storage_dtype
+
+__all__ = ["EXTREMES", "NewRow", "Progress", "Writer", "fill_row"]
+
+_log = logging.getLogger("pipeline.ingest")
+
+COMMIT_BYTES = 256 * MEBIBYTE
+"""Training state that one commit makes visible, about (one row of chunks at least)."""
+
+EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
+"""Arrays (step, tensor) that are found while a step is copied."""
+
+_OPEN_STEPS, _NOTES_SHOWN = 4, 5
+_BFLOAT16_NAN = 0x7FC0
+
+Progress = Callable[[int, int], None]
+"""Called with steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """A row to be written.
+
+    Attributes
+    ----------
+    step : LoggedStep
+    attempt : int
+    repeats : int, optional
+        Committed row that is written again: the last of its run, where rows of other runs have come since.
+    """
+
+    step: LoggedStep
+    attempt: int
+    repeats: int | None = None
+
+
+def fill_row(
+    reader: StepReader,
+    content: StepContent,
+    name: str,
+    dtype: str,
+    layout: Layout,
+    first: int,
+    last: int,
+    out: NDArray[Any],
+) -> None:
+    """Read the elements ``first`` to ``last`` of a step into a row of a chunk."""
+    array, replicate = replicate_of(name)
+    for index, low, high in layout.segments(first, last):
+        tensor = layout.tensors[index]
+        part = out[low - first : high - first]
+        if tensor.name not in content.arrays.get(array, ()):
+            part[:] = _BFLOAT16_NAN if dtype == "bfloat16" else np.nan
+            continue
+        logged = content.arrays[array][tensor.name].dtype
+        # Replicates of a tensor lie one after the other.
+        start = low - tensor.offset + (replicate or 0) * tensor.size
+        if logged == dtype:
+            reader.read(array, tensor.name, start, part)
+        else:
+            # A mixed model is stored in the smallest dtype that holds all of it exactly.
+            words = np.empty(part.size, storage_dtype(logged))
+            reader.read(array, tensor.name, start, words)
+            part[:] = _float32(words) if logged == "bfloat16" else words
+
+
+def _extremes(words: NDArray[Any], dtype: str) -> tuple[float, float]:
+    values = _float32(words) if dtype == "bfloat16" else words
+    return float(values.min()), float(values.max())
+
+
+def _float32(bfloat16: NDArray[Any]) -> NDArray[np.float32]:
+    return (bfloat16.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _all_finite(words: NDArray[Any], dtype: str) -> bool:
+    if dtype == "bfloat16":
+        return not bool(((words & 0x7F80) == 0x7F80).any())
+    # A sum of squares is one pass at memory speed; only where it is not finite every value is looked at.
+    with np.errstate(all="ignore"):
+        if dtype in ("float32", "float64") and np.isfinite(words @ words):
+            return True
+    return bool(np.isfinite(words).all())
+
+
+class _OpenSteps:
+    """The steps opened last, as one chunk column after the other reads the same few of a wide model."""
+
+    def __init__(self, log: Source, stack: ExitStack) -> None:
+        self._log, self._stack = log, stack
+        self._open: OrderedDict[LoggedStep, tuple[AbstractContextManager[StepReader], StepReader]] = OrderedDict()
+        stack.callback(self.close)
+
+    def get(self, step: LoggedStep) -> StepReader:
+        if step not in self._open:
+            if len(self._open) == _OPEN_STEPS:
+                _, (oldest, _) = self._open.popitem(last=False)
+                oldest.__exit__(None, None, None)
+            manager = self._log.open(step)
+            self._open[step] = (manager, manager.__enter__())
+        return self._open[step][1]
+
+    def close(self) -> None:
+        while self._open:
+            _, (manager, _) = self._open.popitem()
+            manager.__exit__(None, None, None)
+
+
+class Writer:
+    """Copies steps into the trajectory, one row of chunks after the other, and commits them."""
+
+    def __init__(
+        self,
+        log: Source,
+        trajectory: Trajectory,
+        contents: dict[LoggedStep, StepContent],
+        identities: Mapping[LoggedStep, Mapping[str, Any]],
+        warnings: list[str],
+    ) -> None:
+        self._log, self._trajectory, self._contents, self._identities = log, trajectory, contents, identities
+        self._warnings = warnings
+        self._not_finite: list[str] = []
+        # Smallest and largest element of each tensor, of the rows of one commit.
+        self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
+        # What is read before any of it is written: of a chunk of many steps all arrays, so that a step is opened
+        # once, and of one of a single step (a wide model) one after the other, so that replicates share a buffer.
+        names = list(trajectory.dtypes)
+        self._together = [names] if trajectory.chunk[0] > 1 else [[name] for name in names]
+        self._buffers: dict[str, NDArray[Any]] = {}
+
+    def write(self, new: Sequence[NewRow], progress: Progress | None) -> None:
+        """Read rows and write them, and commit some at a time."""
+        rows = self._trajectory.chunk[0]
+        sizes = [storage_dtype(dtype).itemsize for dtype in self._trajectory.dtypes.values()]
+        row_bytes = sum(sizes) * self._trajectory.layout.elements
+        per_commit = max(1, COMMIT_BYTES // max(1, rows * row_bytes)) * rows
+        done = 0
+        while done < len(new):
+            # The first commit fills up a chunk that an earlier ingest left half full.
+            count = per_commit - self._trajectory.rows % rows
+            self._commit(new[done : done + count])
+            done = min(done + count, len(new))
+            if progress is not None:
+                progress(done, len(new))
+        if self._not_finite:
+            shown = "; ".join(self._not_finite[:_NOTES_SHOWN])
+            more = len(self._not_finite) - _NOTES_SHOWN
+            self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
+
+    def _commit(self, new: Sequence[NewRow]) -> None:
+        trajectory = self._trajectory
+        for row in new:
+            self._require_unchanged(row)
+        checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
+        self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
+        start, rows = trajectory.rows, trajectory.chunk[0]
+        position = 0
+        while position < len(new):
+            count = min(rows - (start + position) % rows, len(new) - position)
+            self._write_chunks(new, position, count, start + position, checksums)
+            position += count
+        for row in new:
+            self._require_unchanged(row)
+        trajectory.commit(
+            [row.step.number for row in new],
+            {
+                **{name: [self._scalar(name, row) for row in new] for name in trajectory.scalars},
+                **{name: [self._table(name, row, i) for i, row in enumerate(new)] for name in trajectory.tables},
+            },
+            [self._source(row) for row in new],
+            checksums,
+            [row.attempt for row in new],
+            [row.step.run for row in new],
+        )
+
+    def _scalar(self, name: str, row: NewRow) -> float | Sequence[float]:
+        if row.repeats is not None:
+            value: float | Sequence[float] = self._trajectory.scalar(name)[row.repeats].tolist()
+            return value
+        return scalar_of(self._contents[row.step], name)
+
+    def _table(self, name: str, row: NewRow, position: int) -> NDArray[np.float64]:
+        if row.repeats is not None:
+            return np.asarray(self._trajectory.scalar(name)[row.repeats])
+        if name in EXTREMES:
+            return np.asarray(self._extremes[position, EXTREMES.index(name)])
+        state = self._contents[row.step].optimizer
+        values = {} if state is None else state.numbers.get(name, {})
+        return np.array([values.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
+
+    def _source(self, row: NewRow) -> Mapping[str, Any]:
+        if row.repeats is not None:
+            records = self._trajectory.records()
+            return [source for record in records for source in record["sources"]][row.repeats]  # type: ignore[no-any-return]
+        return self._identities[row.step]
+
+    def _require_unchanged(self, row: NewRow) -> None:
+        step = row.step
+        if row.repeats is None and identity(step, fresh=True) != self._identities[step]:
+            raise NotYet(
+                f"step {step.number} changed while it was read",
+                where=where(step),
+                why="the training run is still writing this file",
+                remedy="write steps to another name and rename them; run again",
+            )
+
+    def _write_chunks(
+        self,
+        new: Sequence[NewRow],
+        position: int,
+        count: int,
+        start: int,
+        checksums: Mapping[str, list[list[int]]],
+    ) -> None:
+        """Read and write one row of chunks, column by column."""
+        with ExitStack() as stack:
+            opened = _OpenSteps(self._log, stack)
+            for column, names in itertools.product(range(self._trajectory.columns), self._together):
+                for row, name in itertools.product(range(count), names):
+                    sums = checksums[name][position + row]
+                    self._read_row(opened, new[position + row], position + row, name, column, row, sums)
+                for name in names:
+                    self._trajectory.write(name, start, column, self._buffer(name)[:count])
+
+    def _buffer(self, name: str) -> NDArray[Any]:
+        key = replicate_of(name)[0] if len(self._together) > 1 else name
+        if key not in self._buffers:
+            dtype = storage_dtype(self._trajectory.dtypes[name])
+            self._buffers[key] = np.zeros(self._trajectory.chunk, dtype)
+        return self._buffers[key]
+
+    def _read_row(
+        self,
+        opened: _OpenSteps,
+        new: NewRow,
+        position: int,
+        name: str,
+        column: int,
+        row: int,
+        checksums: list[int],
+    ) -> None:
+        """Read the elements of a column of a step into a row of the buffer."""
+        trajectory, buffer = self._trajectory, self._buffer(name)
+        dtype, (first, last) = trajectory.dtypes[name], trajectory.column(column)
+        out = buffer[row]
+        if new.repeats is None:
+            content = self._contents[new.step]
+            fill_row(opened.get(new.step), content, name, dtype, trajectory.layout, first, last, out)
+        else:
+            trajectory.read(name, new.repeats, new.repeats + 1, column, buffer[row : row + 1])
+        words = out[: last - first]
+        checksums.append(checksum(words))
+        if not _all_finite(words, dtype):
+            self._note_not_finite(new.step, name, dtype, first, last, out)
+        if name == "exp_avg_sq":
+            self._widen(position, dtype, first, last, out)
+
+    def _widen(self, position: int, dtype: str, first: int, last: int, out: NDArray[Any]) -> None:
+        """Take the elements ``first`` to ``last`` into the smallest and largest of their tensors."""
+        for index, low, high in self._trajectory.layout.segments(first, last):
+            smallest, largest = _extremes(out[low - first : high - first], dtype)
+            extremes = self._extremes[position, :, index]
+            begun = low > self._trajectory.layout.tensors[index].offset
+            extremes[0] = np.minimum(extremes[0], smallest) if begun else smallest
+            extremes[1] = np.maximum(extremes[1], largest) if begun else largest
+
+    def _note_not_finite(
+        self, step: LoggedStep, name: str, dtype: str, first: int, last: int, out: NDArray[Any]
+    ) -> None:
+        array, _ = replicate_of(name)
+        for index, low, high in self._trajectory.layout.segments(first, last):
+            tensor = self._trajectory.layout.tensors[index].name
+            # What the optimizer has nothing of was filled with NaN.
+            logged = step not in self._contents or tensor in self._contents[step].arrays.get(array, ())
+            if logged and not _all_finite(out[low - first : high - first], dtype):
+                self._not_finite.append(where(step, name, tensor))
