@@ -42,6 +42,7 @@ cluster-test: install
 bench: install
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.watching
+	$(BIN)/python -m benchmarks.scale --steps 1e3
 
 lint: install
 	$(BIN)/ruff check .

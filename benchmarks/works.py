@@ -300,6 +300,9 @@ THROUGHPUT = {
     "pass_dask": Work(
         f"metrics pass, {THREADS} Dask processes", partial(metrics_pass_on_dask, workers=THREADS), check_ledger
     ),
+    "pass_dask_four": Work(
+        "metrics pass, 4 Dask processes", partial(metrics_pass_on_dask, workers=4), check_ledger
+    ),
     "xarray": Work(f"xarray and Dask, {THREADS} threads", labelled_arrays, check_products),
     "copy": Work("copy of the log", partial(copy_log, flush=False), check_copies, Files.logged),
     "copy_flushed": Work(
@@ -345,6 +348,7 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 ("pass_dask", "loop_threads"),
                 ("pass_threads", "pass"),
                 ("pass_dask", "pass_dask_single"),
+                ("pass_dask_four", "pass_dask_single"),
                 ("read_threads", "read"),
                 ("loop_threads", "loop"),
                 ("pass", "xarray"),
