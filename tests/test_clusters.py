@@ -9,12 +9,13 @@ import os
 import signal
 import stat
 import sys
+import types
 
 import dask
 import dask_jobqueue  # noqa: F401  (what it has in Dask's configuration must be there before ours)
 import psutil
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 from distributed.security import Security
 from logs import walk_arrays, write_trajectory
 from servers import free_port, kill, process, wait_for
@@ -154,6 +155,35 @@ def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
     assert f"jobqueue.{name}" in str(refusal.value)
     del refusal
     gc.collect()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("form", ["mapping", "list"])
+def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
+    tmp_path, arrays, expected, monkeypatch, form
+):
+    """Dask's operator is a stub: its pods are processes of this machine."""
+    asked, scaled = [], []
+
+    class KubeCluster(LocalCluster):
+        def __init__(self, *, env):
+            asked.append(env)
+            super().__init__(n_workers=0, threads_per_worker=1, dashboard_address="127.0.0.1:0")
+
+        def scale(self, n):
+            scaled.append(n)
+            super().scale(n)
+
+    operator = types.SimpleNamespace(KubeCluster=KubeCluster)
+    monkeypatch.setitem(sys.modules, "dask_kubernetes", types.SimpleNamespace(operator=operator))
+    monkeypatch.setitem(sys.modules, "dask_kubernetes.operator", operator)
+    site = {"OF_THE_SITE": "1"} if form == "mapping" else [{"name": "OF_THE_SITE", "value": "1"}]
+    with dask.config.set({"kubernetes.env": site}):
+        assert run_pass(tmp_path, arrays, compute.named_cluster("kubernetes", 2)) == expected
+    assert scaled[0] == 2
+    (env,) = asked
+    got = env if form == "mapping" else {variable["name"]: variable["value"] for variable in env}
+    assert got == {**clusters.ONE_THREAD, "OF_THE_SITE": "1"}
 
 
 def test_what_is_no_cluster_or_not_installed_or_given_twice_is_refused(monkeypatch):
