@@ -47,12 +47,13 @@ from subprocess import run
 disk, log, size = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
 
-from pipeline import blocks, ingest
+from pipeline import blocks
+from pipeline.ingest import transfer
 from pipeline.run import Analysis, analyze_run, ingest_run, verify_run
 from pipeline.schema import InputError
 from pipeline.store import Trajectory
 
-blocks.CHUNK_ELEMENTS, ingest.COMMIT_BYTES = 70_000, 1
+blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = 70_000, 1
 out = disk / "out"
 
 def process():

@@ -626,9 +626,10 @@ KILLED_INGESTS = """
 import os, signal, sys, time
 from pathlib import Path
 from pipeline import blocks, ingest
+from pipeline.ingest import transfer
 
 os.fsync = lambda descriptor: None
-blocks.CHUNK_ELEMENTS, ingest.COMMIT_BYTES = int(sys.argv[3]), 1
+blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = int(sys.argv[3]), 1
 log, folder = Path(sys.argv[1]), Path(sys.argv[2])
 
 def run(name, last_change=None, delay=None):

@@ -263,12 +263,13 @@ def test_a_chunk_that_cannot_be_put_is_not_committed(url, tmp_path, monkeypatch)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import compute, ingest, places, run
+from pipeline import compute, places, run
+from pipeline.ingest import log_to_store, transfer
 from pipeline.store import disk, group, writer
 
 log, out = Path(sys.argv[1]), sys.argv[2]
-ingest.COMMIT_BYTES = 1
-ingest.chunk_shape = lambda *_: (8, 17)
+transfer.COMMIT_BYTES = 1
+log_to_store.chunk_shape = lambda *_: (8, 17)
 whole = places.put
 
 def put(*arguments, **condition):
