@@ -208,7 +208,8 @@ def _window_facts(run: figures.RunResults) -> dict[str, str]:
         if DESCENT in found.dims:
             found = found.sel({DESCENT: DESCENTS[0]})
         smallest, support = float(found[name]), int(found[f"{name}_count"])
-        facts[text] = f"{smallest:.0f} updates ({support} such windows)" if support else "none"
+        updates = "1 update" if smallest == 1 else f"{smallest:.0f} updates"
+        facts[text] = f"{updates} ({support} such windows)" if support else "none"
     return facts
 
 

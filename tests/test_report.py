@@ -255,7 +255,7 @@ def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned
     for name, text in report._WINDOW_FACTS.items():
         found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
         smallest = told[told.index(text) + 1]
-        assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} updates")
+        assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} update")
 
 
 # What is drawn -----------------------------------------------------------------------------------------------
