@@ -22,6 +22,7 @@ from pipeline import run, watch
 from pipeline.recorder import Recorder
 
 TURNS = 5
+RUNS_OF_A_LOOK = 5
 STEPS = 20
 
 
@@ -95,20 +96,39 @@ def by_hand(log, out):
 def main(runs=1000):
     """Measure, and print a table."""
     with tempfile.TemporaryDirectory() as folder, server(Path(folder) / "prefect"):
+        from prefect import flow
+
         from flows.runs import process_run
         from flows.watch import watch_runs
+
+        @flow
+        def empty():
+            return None
 
         base = Path(folder)
         log = write_log(base / "log", 0)
         # The first of each loads libraries and compiles, which is not what is asked.
         by_hand(log, base / "warm-by-hand")
         process_run(log, base / "warm-flow", workers=1)
+        bare = [seconds(empty) for _ in range(TURNS)]
+        print("a flow that does nothing:", spread(bare))
         extra = [
             seconds(process_run, log, base / f"flow-{turn}", workers=1)
             - seconds(by_hand, log, base / f"hand-{turn}")
             for turn in range(TURNS)
         ]
         print("a run as a flow, beyond the work:", spread(extra))
+        for number in range(RUNS_OF_A_LOOK):
+            write_log(base / "few" / f"run-{number}", number)
+        beyond = []
+        for turn in range(TURNS):
+            look = seconds(watch_runs, base / "few", base / f"looked-{turn}", workers=1)
+            hand = sum(
+                seconds(by_hand, base / "few" / f"run-{number}", base / f"few-{turn}" / str(number))
+                for number in range(RUNS_OF_A_LOOK)
+            )
+            beyond.append((look - hand) / RUNS_OF_A_LOOK)
+        print(f"each of {RUNS_OF_A_LOOK} runs of a look, beyond the work:", spread(beyond))
         for number in range(runs):
             write_log(base / "logs" / f"group-{number % 10}" / f"run-{number}", number)
         # One is processed; that the others were is written down, as it is what a look reads.
