@@ -54,9 +54,12 @@ def append(root, number):
     write_step(root / "run", number, random_walk(number + 1)[number])
 
 
+# Deployments have names of their own: a flow that died with its test keeps the place of its own for minutes.
+
+
 def test_a_served_schedule_outlives_its_server(server, root, tmp_path):
     out = tmp_path / "out"
-    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1")
+    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1", "--name", "outlives")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
         wait_for(lambda: states(out) == {"run": ("done", 2)})
         before = {run.id for run in flow_runs(server)}
@@ -69,7 +72,7 @@ def test_a_served_schedule_outlives_its_server(server, root, tmp_path):
 
 def test_a_watcher_that_was_killed_is_followed_by_another(server, root, tmp_path):
     out = tmp_path / "out"
-    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1")
+    serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1", "--name", "followed")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log") as running:
         wait_for(lambda: "run" in states(out))
         kill(running)
