@@ -46,6 +46,9 @@ __all__ = ["analyze_run", "ingest_run", "process_run"]
 PROGRESS_SECONDS = 5.0
 """Time between two changes of a progress artifact; what is done sooner has none."""
 
+LOOKED: ContextVar[watch.Outcome | None] = ContextVar("LOOKED")
+"""What a look found in OUT before it started a flow: where it stands otherwise, another one was faster."""
+
 # Values that a server can refuse before a run is started.
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -312,10 +315,6 @@ def process_run(
     except watch.Held as held:
         get_run_logger().warning("%s is skipped: %s", out, held.what)
         return Completed(name="Skipped", message=str(held), data={"skipped": held.what})
-
-
-LOOKED: ContextVar[watch.Outcome | None] = ContextVar("LOOKED")
-"""What a look found in OUT before it started a flow: where it stands otherwise, another one was faster."""
 
 
 def _require_undone(out: Path, listed: str, options: dict[str, Any]) -> None:

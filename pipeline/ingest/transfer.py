@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest.description import scalar_of
 from pipeline.schema import Layout, replicate_of
-from pipeline.sources.base import LoggedStep, NotYet, Source, StepContent, StepReader, identity, where
+from pipeline.sources.base import LoggedStep, NotYet, Source, StepContent, StepReader, identity, where, widened
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 __all__ = ["EXTREMES", "NewRow", "Progress", "Writer", "fill_row"]
@@ -81,16 +81,12 @@ def fill_row(
             # A mixed model is stored in the smallest dtype that holds all of it exactly.
             words = np.empty(part.size, storage_dtype(logged))
             reader.read(array, tensor.name, start, words)
-            part[:] = _float32(words) if logged == "bfloat16" else words
+            part[:] = widened(words) if logged == "bfloat16" else words
 
 
 def _extremes(words: NDArray[Any], dtype: str) -> tuple[float, float]:
-    values = _float32(words) if dtype == "bfloat16" else words
+    values = widened(words) if dtype == "bfloat16" else words
     return float(values.min()), float(values.max())
-
-
-def _float32(bfloat16: NDArray[Any]) -> NDArray[np.float32]:
-    return (bfloat16.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _all_finite(words: NDArray[Any], dtype: str) -> bool:

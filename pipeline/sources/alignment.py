@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import STORAGE_DTYPES, unit_roundoff
-from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, StepReader
+from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, StepReader, widened
 
 __all__ = ["misalignment", "shift_of_gradients"]
 
@@ -75,7 +75,7 @@ def _state(reader: StepReader, content: StepContent, name: str, size: int) -> ND
         words = np.empty(size, np.uint16 if dtype == "bfloat16" else dtype)
         reader.read(array, name, 0, words)
         with np.errstate(all="ignore"):  # a signalling NaN of a diverged run
-            row[:] = (words.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else words
+            row[:] = widened(words) if dtype == "bfloat16" else words
     return values
 
 

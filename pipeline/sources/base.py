@@ -41,6 +41,7 @@ __all__ = [
     "identity",
     "refused",
     "where",
+    "widened",
 ]
 
 # RuntimeError: an archive member that says it is encrypted, or (NotImplementedError) packed in a way not known.
@@ -290,7 +291,7 @@ class Container:
         if logged.dtype == "bfloat16":
             words = np.zeros(count, np.uint16)
             self.read(key, 0, words)
-            return tuple((words.astype(np.uint32) << np.uint32(16)).view(np.float32).tolist())
+            return tuple(widened(words).tolist())
         if not re.fullmatch(r"u?int\d+|float(16|32|64)", logged.dtype):
             return ()
         values = np.zeros(count, logged.dtype)
@@ -305,6 +306,11 @@ class Container:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def widened(bfloat16: NDArray[Any]) -> NDArray[np.float32]:
+    """Values of bfloat16 numbers that are given as their bits in uint16; exact."""
+    return (bfloat16.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 # Errors and identity -----------------------------------------------------------------------------------------

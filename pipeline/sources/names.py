@@ -304,9 +304,11 @@ class NamedStep:
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
         if self._keys is None:
-            found = self._arrays(set())
-            optimizer = self._optimizer(found)
-            self._keys = {**found, **({} if optimizer is None else optimizer.keys)}
+            self._keys = {**self._arrays(set())}
+        if array not in self._keys:
+            # Matched where it is asked for: a step that is read without it need not wait for that.
+            optimizer = self._optimizer(self._keys)
+            self._keys |= {} if optimizer is None else optimizer.keys
         self._container.read(self._keys[array][tensor], start, out)
 
     def _optimizer(self, found: Mapping[str, Mapping[str, str]]) -> SavedOptimizer | None:
