@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs import random_walk, write_log
 from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
+from test_optimizer import stored
 
+from pipeline.ingest import ingest
 from pipeline.schema import InputError
 from pipeline.sources.formats import FORMATS, open_source
 
@@ -24,17 +26,24 @@ reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture
 WRITER = Path(__file__).with_name("write_deepspeed.py")
 SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
 STATES = random_walk(5, SHAPES)
+# Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
+GROUPS = [
+    {"lr": rate, "weight_decay": decay, "betas": (0.5, 0.75), "eps": 2.0**-10}
+    for rate, decay in ((0.125, 0.25), (0.03125, 0.0))
+]
+DIGITS = np.random.default_rng(0)
+EXACT = [{t: torch.from_numpy(DIGITS.integers(-8, 9, s) / 8).float() for t, s in SHAPES.items()} for _ in STATES]
 STAGES = ["stage 0", "stage 1, bf16", "stage 2", "stage 2, bf16", "stage 3", "stage 3, bf16"]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Folder of the logs of one run in all stages, each by two processes."""
+    """Folder of the logs of one run in all stages, each by two processes, some by three."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    torch.save(trees_of(STATES), folder / "states")
-    arguments = ["2", str(folder / "rendezvous"), str(folder / "states"), str(folder / "log")]
+    more = [{"exact": exact, "groups": GROUPS} for exact in EXACT]
+    torch.save([one | other for one, other in zip(trees_of(STATES), more, strict=True)], folder / "states")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", WRITER, *arguments],
+        [sys.executable, "-W", "ignore", WRITER, folder / "rendezvous", folder / "states", folder / "log"],
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -141,6 +150,135 @@ def test_the_trainer_s_checkpoints_may_hold_the_weights_in_deepspeed_s_alone(tmp
         entry = {"step": step + 1, "loss": float(state["loss"]), "learning_rate": 0.1}
         (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": [entry]}))
     assert ledger_of(tmp_path, [tmp_path / "log", gradients]) == expected
+
+
+# What the optimizer keeps -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """State of torch's own optimizer by tensor, before each update and after the last."""
+    parameters = {name: torch.nn.Parameter(value) for name, value in arrays_of(STATES[0], "parameter").items()}
+    groups = [{"params": [p], **GROUPS[p.ndim != 2]} for p in parameters.values()]
+    optimizer = torch.optim.AdamW(groups)
+    states = [{}]
+    for exact in EXACT:
+        for name, parameter in parameters.items():
+            parameter.grad = exact[name]
+        optimizer.step()
+        states.append(
+            {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in parameters.items()}
+        )
+    return states
+
+
+def trajectory_of(folder, log, **options):
+    ingest([log], folder / "store", include=["optimizer"], **options)
+    return stored(folder / "store")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimizer_of_every_stage_is_torch_s_own(tmp_path, job, truth, stage):
+    states, arrays = trajectory_of(tmp_path, job / f"{stage}, trained")
+    assert states.rows == len(truth)
+    assert "master_parameter" not in arrays  # the parameters are these
+    for step, expected in enumerate(truth):
+        for tensor in states.layout.tensors:
+            name, index = tensor.name, states.layout.tensors.index(tensor)
+            for array in ("exp_avg", "exp_avg_sq"):
+                found = arrays[array][name][step]
+                if step:
+                    np.testing.assert_array_equal(found, expected[name][array].numpy().ravel())
+                else:
+                    assert np.isnan(found).all()
+            updates = states.scalar("updates")[step, index]
+            assert updates == step if step else np.isnan(updates)
+            found = {
+                "lr": states.scalar("tensor_learning_rate")[step, index],
+                "weight_decay": states.scalar("weight_decay")[step, index],
+                "betas": (states.scalar("beta1")[step, index], states.scalar("beta2")[step, index]),
+                "eps": states.scalar("epsilon")[step, index],
+            }
+            assert found == GROUPS[len(tensor.shape) != 2]
+
+
+@pytest.mark.parametrize("stage", ["stage 2", "stage 3"])
+def test_the_optimizer_is_torch_s_own_for_three_ranks_too(tmp_path, job, truth, stage):
+    """Ranks end within tensors, and the last has padding."""
+    states, arrays = trajectory_of(tmp_path, job / f"{stage}, three")
+    for array in ("exp_avg", "exp_avg_sq"):
+        for name, rows in arrays[array].items():
+            for step in range(1, states.rows):
+                np.testing.assert_array_equal(rows[step], truth[step][name][array].numpy().ravel())
+
+
+@pytest.mark.parametrize("stage", ["stage 1, bf16", "stage 2, bf16"])
+def test_beside_the_weights_of_the_forward_pass_the_master_weights_are_of_the_optimizer(tmp_path, job, stage):
+    log = job / f"{stage}, trained"
+    _, masters = trajectory_of(tmp_path / "masters", log)
+    states, arrays = trajectory_of(tmp_path / "module", log, mapping={"parameter": "module"})
+    assert states.dtypes["parameter"] == "bfloat16"
+    for name, rows in masters["parameter"].items():
+        np.testing.assert_array_equal(arrays["master_parameter"][name], rows)
+        np.testing.assert_array_equal(arrays["exp_avg"][name], masters["exp_avg"][name])
+        rounded = torch.from_numpy(rows).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        np.testing.assert_array_equal(arrays["parameter"][name], rounded)
+
+
+def moments(tree):
+    state = tree["optimizer_state_dict"]
+    return state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+
+
+def other_numbers(tree):
+    state = moments(tree)["state"]
+    state[7] = state.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda tree: moments(tree)["state"][0].pop("exp_avg"), "group 0 of a rank has none that fits its weights"),
+        (
+            lambda tree: moments(tree)["state"][1].update(exp_avg=torch.zeros(5)),
+            "group 1 of a rank has none that fits its weights",
+        ),
+        (
+            lambda tree: [s.update(exp_avg=s["exp_avg"].bfloat16()) for s in moments(tree)["state"].values()],
+            "it is of several dtypes",
+        ),
+        (other_numbers, "group 0 of a rank has none that fits its weights"),
+    ],
+)
+def test_moments_that_do_not_fit_the_weights_are_named_and_left_out(tmp_path, job, caplog, change, what):
+    shutil.copytree(job / "stage 2, trained", tmp_path / "log")
+    for path in (tmp_path / "log").glob("global_step[1-9]/*rank_1_*optim_states.pt"):
+        rewritten(path, change)
+    _, arrays = trajectory_of(tmp_path, tmp_path / "log")
+    assert "exp_avg" not in arrays
+    assert f"optimizer/exp_avg was not read: {what}" in caplog.text
+
+
+def test_moments_of_an_elastic_checkpoint_have_no_padding_and_no_options(tmp_path, job, truth):
+    """`base_optimizer_state` is then a list of the states of the groups (DeepSpeed's `elastic_checkpoint`)."""
+    shutil.copytree(job / "stage 2, trained", tmp_path / "log")
+    for path in (tmp_path / "log").glob("global_step*/*optim_states.pt"):
+
+        def elastic(tree):
+            state = state_of(tree)
+            padding = state["group_paddings"] if "rank_1" in path.name else [0, 0]  # noqa: B023
+            lean = [
+                {k: v[: len(v) - gap] if v.ndim else v for k, v in of.items()}
+                for of, gap in zip(state["base_optimizer_state"]["state"].values(), padding, strict=False)
+            ]
+            state["base_optimizer_state"] = lean
+
+        rewritten(path, elastic)
+    states, arrays = trajectory_of(tmp_path, tmp_path / "log")
+    for name, rows in arrays["exp_avg_sq"].items():
+        for step in range(1, states.rows):
+            np.testing.assert_array_equal(rows[step], truth[step][name]["exp_avg_sq"].numpy().ravel())
+    assert (states.scalar("updates")[1:] == np.arange(1, states.rows)[:, None]).all()
 
 
 # What does not fit together ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pipeline.run import Analysis
 from pipeline.schema import OPTIMIZER_NUMBERS, OPTIMIZER_STATES, InputError
 from pipeline.sources.base import LoggedStep, LoggedTensor, NotYet
 from pipeline.sources.optimizer import saved_optimizer
-from pipeline.store import Trajectory
+from pipeline.store import Trajectory, storage_dtype
 from pipeline.store.verify import verify_trajectory
 
 STEPS = 5
@@ -101,10 +101,11 @@ def sharded(folder):
 
 
 def stored(store):
-    """Arrays of a trajectory by tensor: shape (rows, elements of the tensor)."""
+    """Arrays of a trajectory by tensor: shape (rows, elements of the tensor); bfloat16 as its bits in uint16."""
     states = Trajectory(store)
     whole = {}
     for name, dtype in states.dtypes.items():
+        dtype = storage_dtype(dtype)
         rows = np.zeros((states.rows, states.layout.elements), dtype)
         for column in range(states.columns):
             first, last = states.column(column)

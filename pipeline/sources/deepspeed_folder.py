@@ -2,7 +2,8 @@
 
 The float32 master weights lie flat in one ``*_optim_states.pt`` per data parallel rank; ``param_shapes`` of
 ``*_model_states.pt`` has names and shapes in their order. Up to stage 2 the ranks, end to end, are the weights of a
-group of parameters; in stage 3 every rank has its share of every parameter.
+group of parameters; in stage 3 every rank has its share of every parameter. What the optimizer keeps of a group
+lies as its weights do.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import InputError
+from pipeline.schema import STORAGE_DTYPES, InputError
 from pipeline.sources.base import (
     Container,
     LoggedStep,
@@ -39,6 +41,8 @@ _CLASSES = ("deepspeed.*",)
 _MODEL_STATES = "_model_states.pt"
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt")
+_ARRAYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What optimizers keep of each element."""
 _SHARDED = {
     r"layer_\d+-.*model_states\.pt": "its layers are split over the stages of a pipeline",
     r"layer_\d+_expert_.*|expp_rank_.*": "its experts are split over ranks",
@@ -72,13 +76,49 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """What the optimizer of a rank keeps of a group of parameters.
+
+    Attributes
+    ----------
+    arrays : dict
+        Some of `_ARRAYS`, each its part and dtype.
+    updates : float, optional
+    options : int, optional
+        Number of the group of the optimizer that has its options.
+    """
+
+    arrays: dict[str, tuple[_Part, str]]
+    updates: float | None
+    options: int | None
+
+
+@dataclass(frozen=True)
 class _Rank:
-    """What a rank has: one part for each group of parameters, and elements that are left out behind parameters."""
+    """What a rank has.
+
+    Attributes
+    ----------
+    third : bool
+        Whether it is of stage 3.
+    parts : list of _Part
+        Its weights, for each group of parameters.
+    dtype : str
+        Of the weights.
+    gaps
+        Elements that are left out behind parameters.
+    kept : list of _Kept
+        State of the optimizer, for each group of parameters.
+    options : dict
+        Options of the groups of the optimizer, by their keys below ``param_groups``.
+    """
 
     third: bool
     parts: list[_Part]
     dtype: str
     gaps: Any
+    kept: list[_Kept]
+    options: dict[str, float]
 
 
 class _Vector:
@@ -117,8 +157,17 @@ class _Place:
 class DeepSpeedFolder(Container):
     """One checkpoint.
 
-    Under ``parameter`` are the master weights, where ranks have them; the other keys are those of the model states,
-    which ``module`` and the user's ``client_state`` are among.
+    Under ``parameter`` are the master weights, where ranks have them, and under ``optimizer`` what the optimizer
+    keeps, by the names of the tensors; the other keys are those of the model states, which ``module`` and the
+    user's ``client_state`` are among.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    inert : collection of str
+        Classes whose pickled objects are skipped.
+    masters : bool
+        The master weights are a part of the state of the optimizer too: the parameters are meant to be others.
 
     Raises
     ------
@@ -127,9 +176,11 @@ class DeepSpeedFolder(Container):
         whose tensors are split in a way that the files do not record.
     """
 
-    def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
+    ordered = True
+
+    def __init__(self, step: LoggedStep, inert: Collection[str] = (), *, masters: bool = False) -> None:
         super().__init__(step)
-        self._inert = (*_CLASSES, *inert)
+        self._inert, self._masters = (*_CLASSES, *inert), masters
         self._places: dict[str, _Place] = {}
         self._model: TorchFile | None = None
         try:
@@ -159,7 +210,7 @@ class DeepSpeedFolder(Container):
             raise ValueError("it has no model states of rank 0")
         self._model = TorchFile(LoggedStep(self.step.number, self.step.path / first), self._inert)
         states = self._model.tree
-        self.numbers = dict(self._model.numbers)
+        self.numbers, self.texts = dict(self._model.numbers), dict(self._model.texts)
         partitioned = set()
         if optimizers:
             partitioned = self._add_partitions(states, [optimizers[key] for key in sorted(optimizers)])
@@ -187,12 +238,16 @@ class DeepSpeedFolder(Container):
         groups = states["param_shapes"]
         groups = [groups] if isinstance(groups, dict) else list(groups)
         shared = dict(states.get("shared_params") or {})
-        ranks = [self._rank(file, len(files), first=file == files[0]) for file in files]
+        ranks = [self._rank(file, len(files)) for file in files]
         if len({(rank.third, rank.dtype) for rank in ranks}) != 1:
             raise ValueError("its ranks hold weights of different stages or dtypes")
         third, dtype = ranks[0].third, ranks[0].dtype
         parts = [rank.parts for rank in ranks]
-        places = _of_stage_3(groups, parts) if third else _of_stage_2(groups, parts, ranks[0].gaps)
+
+        def placed(parts: Sequence[Sequence[_Part]]) -> dict[str, tuple[tuple[int, ...], _Place]]:
+            return _of_stage_3(groups, parts) if third else _of_stage_2(groups, parts, ranks[0].gaps)
+
+        places = placed(parts)
         for name, (shape, place) in places.items():
             self._add(f"parameter/{name}", LoggedTensor(shape, dtype))
             self._places[f"parameter/{name}"] = place
@@ -201,9 +256,54 @@ class DeepSpeedFolder(Container):
                 self._add(f"parameter/{alias}", self.tensors[f"parameter/{name}"])
                 self._places[f"parameter/{alias}"] = places[name][1]
                 self.ties[f"parameter/{alias}"] = f"parameter/{name}"
+        self._add_optimizer(groups, ranks, placed)
         return {*places, *shared, *(states.get("frozen_param_shapes") or {})} if third else set()
 
-    def _rank(self, file: str, ranks: int, *, first: bool) -> _Rank:
+    def _add_optimizer(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        ranks: Sequence[_Rank],
+        placed: Callable[[Sequence[Sequence[_Part]]], dict[str, tuple[tuple[int, ...], _Place]]],
+    ) -> None:
+        """Add what the optimizer keeps, under the keys that torch gives it where it knows names."""
+        if not all(rank.kept for rank in ranks):
+            return
+        for array in _ARRAYS:
+            dtypes = {kept.arrays[array][1] for rank in ranks for kept in rank.kept if array in kept.arrays}
+            if not dtypes:
+                continue
+            lacking = [
+                index
+                for rank in ranks
+                for index, (part, kept) in enumerate(zip(rank.parts, rank.kept, strict=True))
+                if part.size and array not in kept.arrays
+            ]
+            if lacking or len(dtypes) > 1:
+                # What is there of it lies behind what is not: nothing can be told by its place.
+                why = f"group {lacking[0]} of a rank has none that fits its weights" if lacking else ""
+                self.unread[f"optimizer/{array}"] = why or "it is of several dtypes"
+                continue
+            none = _Part(self.step.path, 0, 0)
+            parts = [[kept.arrays.get(array, (none, ""))[0] for kept in rank.kept] for rank in ranks]
+            self._add_state(array, placed(parts), dtypes.pop())
+        if self._masters:
+            self._add_state("master_param", placed([rank.parts for rank in ranks]), ranks[0].dtype)
+        self.numbers |= {f"optimizer/{key}": value for key, value in ranks[0].options.items()}
+        members: dict[int, int] = {}
+        for group, kept in zip(groups, ranks[0].kept, strict=True):
+            for name in group:
+                if kept.updates is not None:
+                    self.numbers[f"optimizer/state/{name}/step"] = kept.updates
+                if kept.options is not None:
+                    place = members[kept.options] = members.get(kept.options, -1) + 1
+                    self.texts[f"optimizer/param_groups/{kept.options}/params/{place}"] = name
+
+    def _add_state(self, array: str, places: dict[str, tuple[tuple[int, ...], _Place]], dtype: str) -> None:
+        for name, (shape, place) in places.items():
+            self._add(f"optimizer/state/{name}/{array}", LoggedTensor(shape, dtype))
+            self._places[f"optimizer/state/{name}/{array}"] = place
+
+    def _rank(self, file: str, ranks: int) -> _Rank:
         path = self.step.path / file
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -230,12 +330,20 @@ class DeepSpeedFolder(Container):
                 raise ValueError(
                     f"the master weights in {file} are of dtypes {', '.join(sorted(dtypes)) or 'none'}"
                 )
-            if first:
-                optimizer = state.get("optimizer_state_dict" if third else "base_optimizer_state")
-                # Not under a name that means the state by tensor: it is as flat as the weights.
-                self.numbers |= flat_numbers({"flat_optimizer": optimizer}, self.numbers)
             parts = [_Part(path, archive.position(tensor), tensor.shape[0]) for tensor in flat]
-            return _Rank(third, parts, dtypes.pop(), state.get("param_alignment_paddings"))
+            optimizer = state.get("optimizer_state_dict" if third else "base_optimizer_state")
+            step = state.get("base_optimizer_state_step")
+            padding = state.get("group_paddings") or []
+            kept = _kept(archive, path, optimizer, step, parts, padding)
+            options = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+            return _Rank(
+                third,
+                parts,
+                dtypes.pop(),
+                state.get("param_alignment_paddings"),
+                kept,
+                flat_numbers({"param_groups": _without_members(options)}),
+            )
         finally:
             os.close(descriptor)
 
@@ -286,6 +394,57 @@ def _shapes(group: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], in
         if not isinstance(name, str) or not isinstance(shape, tuple):
             raise ValueError(f"param_shapes has no shape for {str(name)[:80]!r}")
         yield name, shape, math.prod(map(_count, shape))
+
+
+def _without_members(groups: Any) -> list[Any]:
+    """Return the options of the groups of an optimizer; their members are flat, not the tensors of the model."""
+    groups = groups if isinstance(groups, list) else []
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def _kept(
+    archive: TorchArchive, path: Path, optimizer: Any, step: Any, weights: Sequence[_Part], padding: Sequence[Any]
+) -> list[_Kept]:
+    """State of the optimizer of a rank, for each group of weights; none where it was not saved for each.
+
+    It is that of torch, whose parameters are the flat weights, or (elastic checkpoints) a list of their states. An
+    array is taken where it has as many elements as the weights, or as these with their padding at the end.
+    """
+    groups: list[Any] = []
+    if isinstance(optimizer, dict):
+        groups = list(optimizer.get("param_groups") or [])
+        states = optimizer.get("state") or {}
+    else:
+        states = dict(enumerate(optimizer)) if isinstance(optimizer, list) else {}
+    # Torch counts the parameters of all groups on end, in the order in which DeepSpeed lists the weights.
+    owner = {member: number for number, group in enumerate(groups) for member in group["params"]}
+    if groups and sorted(owner) != list(range(len(weights))):
+        return []
+    kept = []
+    for index, part in enumerate(weights):
+        state, arrays = states.get(index) or {}, {}
+        sizes = part.size, part.size + _count(padding[index] if index < len(padding) else 0)
+        for array in _ARRAYS:
+            tensor = state.get(array)
+            if not isinstance(tensor, TorchTensor) or not tensor.contiguous or len(tensor.shape) != 1:
+                continue
+            if tensor.shape[0] in sizes and tensor.dtype in STORAGE_DTYPES:
+                arrays[array] = _Part(path, archive.position(tensor), part.size), tensor.dtype
+        updates = state.get("step", groups[owner[index]].get("step", step) if groups else step)
+        if isinstance(updates, TorchTensor):
+            updates = _scalar(archive, updates)
+        known = isinstance(updates, int | float) and not isinstance(updates, bool)
+        kept.append(_Kept(arrays, float(updates) if known else None, owner.get(index)))
+    return kept
+
+
+def _scalar(archive: TorchArchive, tensor: TorchTensor) -> float | None:
+    """Value of a tensor of one number."""
+    if math.prod(tensor.shape) != 1 or tensor.dtype not in ("float32", "float64", "int32", "int64"):
+        return None
+    value = np.zeros(1, tensor.dtype)
+    archive.read(tensor, 0, value)
+    return float(value[0])
 
 
 def _of_stage_2(

@@ -177,7 +177,7 @@ _DCP = Kind(
 _DEEPSPEED = Kind(
     "global_step<N>/",
     deepspeed_number,
-    lambda step, names: DeepSpeedFolder(step, names.inert),
+    lambda step, names: DeepSpeedFolder(step, names.inert, masters=names.keys["parameter"][0] != "parameter"),
     replace(
         CHECKPOINT,
         keys={**CHECKPOINT.keys, "parameter": ("parameter", "module"), "step": ("global_steps",)},
@@ -314,8 +314,8 @@ FORMATS: dict[str, Format] = {
             "deepspeed",
             "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, of any ranks",
             "parameters (the float32 master weights of all ranks, else the module), learning_rate, and what "
-            "client_state adds under gradient, hvp or loss; out of core",
-            "gradients as DeepSpeed writes it; the optimizer's state; pipeline, tensor and expert parallel models, "
+            "client_state adds under gradient, hvp or loss; optimizer's state (--include optimizer); out of core",
+            "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, "
             "whose files do not say how tensors are split",
             *_folder(_DEEPSPEED),
         ),

@@ -155,7 +155,6 @@ CHECKPOINT = Names(
             "optim/param_groups/*/lr",
             "optimizer_states/*/param_groups/*/lr",
             "optimizer/optimizer/param_groups/*/lr",
-            "flat_optimizer/param_groups/*/lr",
         ),
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
