@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote
 
 from pipeline.schema import InputError, Unavailable
@@ -26,10 +26,12 @@ __all__ = [
     "delete",
     "delete_folder",
     "each",
+    "files",
     "is_url",
     "names",
     "network_errors",
     "open_object",
+    "open_to_read",
     "place",
     "put",
     "put_folder",
@@ -271,6 +273,23 @@ def names(path: Path) -> list[str]:
     return sorted(found)
 
 
+def files(path: Path) -> list[Path]:
+    """Files that a path is, or that are in the folder, in the order of their names; the same of objects."""
+    if not is_url(path):
+        if path.is_dir():
+            return [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+        return [path] if path.is_file() else []
+    system, key = _system(path)
+    try:
+        entries = [entry for entry in system.ls(key, detail=True) if entry["type"] == "file"]
+    except FileNotFoundError:
+        return []
+    if [entry["name"] for entry in entries] == [key]:
+        return [path]
+    # What is below a key may hold an object of the name of the key itself, as consoles make it for a folder.
+    return sorted(path / entry["name"].rpartition("/")[2] for entry in entries if entry["name"].rstrip("/") != key)
+
+
 def status(path: Path, *, fresh: bool = True) -> Status:
     """Say which object is there now.
 
@@ -365,6 +384,15 @@ def open_object(path: Path) -> Any:
     system, key = _system(path)
     kept = {"maxblocks": _BLOCKS}
     return system.open(key, "rb", block_size=_HEADER_BYTES, cache_type="blockcache", cache_options=kept)
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a file, or an object, that is read from its begin to its end; it closes with its context."""
+    if not is_url(path):
+        return path.open("rb")
+    file = open_object(path)
+    widen(file)
+    return cast(BinaryIO, file)
 
 
 def widen(file: Any) -> None:

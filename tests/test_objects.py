@@ -13,8 +13,10 @@ from pathlib import Path
 import boto3
 import logs
 import numpy as np
+import pandas
 import psutil
 import pytest
+import tensorboard.summary
 import xarray as xr
 from processing import Serial
 from servers import S3Server, forget_object_stores, free_port
@@ -422,6 +424,125 @@ def test_logs_of_a_sweep_and_a_run_file(url, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(f'[[source]]\npath = "{url}/sweep/a"\n')
     assert run.ingest_run(file, tmp_path / "file")["new_steps"] == 3
+
+
+# Logs of scalars ---------------------------------------------------------------------------------------------
+
+VALUES = [(step, np.pi / (step + 1), 0.5**step) for step in range(8)]
+
+
+def frame(values):
+    return pandas.DataFrame(values, columns=["step", "loss", "lr"])
+
+
+def write_csv(folder, values):
+    frame(values).to_csv(folder / "metrics.csv", index=False)
+    return "metrics.csv"
+
+
+def write_json_lines(folder, values):
+    rows = [{"step": step, "train": {"loss": loss, "lr": rate}} for step, loss, rate in values]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "log.jsonl"
+
+
+def write_parquet(folder, values):
+    frame(values[:3]).to_parquet(folder / "0.parquet")
+    frame(values[3:]).to_parquet(folder / "1.parquet")
+    return ""
+
+
+def write_events(folder, values):
+    with contextlib.closing(tensorboard.summary.Writer(str(folder))) as writer:
+        for step, loss, rate in values:
+            writer.add_scalar("loss", np.float64(loss), step)
+            writer.add_scalar("lr", np.float64(rate), step)
+    return ""
+
+
+def put_scalars(url, write, values):
+    """Put what a writer writes in place of what is there, and return the SOURCE."""
+    with tempfile.TemporaryDirectory() as here:
+        name = write(Path(here), values)
+        for old in places.files(url):
+            delete(old)
+        for file in Path(here).iterdir():
+            put(url / file.name, file.read_bytes())
+    return url / name if name else url
+
+
+def put_without_scalars(url, steps):
+    states = logs.random_walk(steps)
+    return put_log(url, [{k: v for k, v in s.items() if "/" in k} for s in states], "npz")
+
+
+def scalars_of(out):
+    states = Trajectory(out / "trajectory.zarr")
+    return list(zip(*(states.scalar(name).tolist() for name in ("step", "loss", "learning_rate")), strict=True))
+
+
+@pytest.mark.parametrize("write", [write_csv, write_json_lines, write_parquet, write_events])
+def test_scalars_beside_tensors_grow_with_them(url, tmp_path, write):
+    log = put_without_scalars(url / "log", 5)
+    source = put_scalars(url / "scalars", write, VALUES[:4])
+    # The log was put just now, so what it lacks may come.
+    assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 4
+    put_without_scalars(url / "log", 8)
+    assert put_scalars(url / "scalars", write, VALUES) == source
+    assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 4
+    expected = VALUES
+    if write is write_events:  # in single precision, as TensorBoard stores numbers
+        expected = [(step, *np.float32(values).tolist()) for step, *values in VALUES]
+    assert scalars_of(tmp_path / "out") == expected
+
+
+def test_scalars_are_found_in_their_folder_and_by_the_format_that_is_named(url, tmp_path):
+    log = put_without_scalars(url / "log", 3)
+    put_scalars(url / "scalars", write_csv, VALUES[:3])
+    put(url / "scalars" / "hparams.yaml", b"any: 1")
+    run.ingest_run([log, url / "scalars"], tmp_path / "found", mapping={"loss": "lr"})
+    assert scalars_of(tmp_path / "found") == [(step, rate, rate) for step, _, rate in VALUES[:3]]
+    put(url / "odd", (url / "scalars" / "metrics.csv").read_bytes())
+    file = tmp_path / "run.toml"
+    file.write_text(f'[[source]]\npath = "{log}"\n\n[[source]]\npath = "{url}/odd"\nformat = "csv"\n')
+    run.ingest_run(file, tmp_path / "named")
+    assert scalars_of(tmp_path / "named") == VALUES[:3]
+    with pytest.raises(InputError, match="a log of scalars holds no tensors"):
+        run.ingest_run(url / "scalars" / "metrics.csv", tmp_path / "alone")
+
+
+def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, tmp_path):
+    log = put_without_scalars(url / "log", 4)
+    source = put_scalars(url / "scalars", write_csv, VALUES[:4])
+    whole = source.read_bytes()
+    put(source, whole[:-4])
+    summary = run.ingest_run([log, source], tmp_path / "out")
+    assert summary["new_steps"] == 3
+    assert any("the last line of metrics.csv has no end" in warning for warning in summary["warnings"])
+    put(source, whole)
+    assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 1
+    events = put_scalars(url / "events", write_events, VALUES[:4])
+    (file,) = places.files(events)
+    put(file, file.read_bytes()[:-30] + bytes(30))
+    with pytest.raises(InputError, match=r"the checksum of the .*record at byte") as refusal:
+        run.ingest_run([log, events], tmp_path / "damaged")
+    assert refusal.value.where == str(file)
+
+
+def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(url, tmp_path, monkeypatch):
+    log = put_without_scalars(url / "log", 3)
+    source = put_scalars(url / "scalars", write_csv, VALUES[:3])
+    opened = places.open_object
+
+    def put_again(path):
+        file = opened(path)
+        if path == source:
+            put(path, path.read_bytes() + b"3,0,0\n")
+        return file
+
+    monkeypatch.setattr(places, "open_object", put_again)
+    with pytest.raises(Unavailable, match="the object changed while it was read"):
+        run.ingest_run([log, source], tmp_path / "out")
 
 
 def test_what_needs_files_is_refused(url, tmp_path):

@@ -36,6 +36,7 @@ __all__ = [
     "StepReader",
     "Unreadable",
     "boxes",
+    "change_time",
     "changed_lately",
     "complete",
     "identity",
@@ -330,6 +331,11 @@ class NotYet(Unavailable):
 def changed_lately(time_ns: int) -> bool:
     """Whether a time of change is so near that a writer may be at work; clocks of machines differ a little."""
     return abs(time.time() - time_ns / 1e9) < SETTLED_SECONDS
+
+
+def change_time(path: Path) -> int:
+    """When a file or object was changed last, in ns."""
+    return int(_stat(path, fresh=True)[1])
 
 
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:

@@ -5,6 +5,7 @@ A record is its length (8 bytes), the masked CRC-32C of the length, the data, an
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from crc32c import crc32c
+
+from pipeline.places import files, open_to_read
 
 __all__ = ["event_files", "read_events"]
 
@@ -27,14 +30,15 @@ _DTYPES = {1: ("<f4", 5, _FIXED32), 2: ("<f8", 6, _FIXED64)}
 
 def event_files(path: Path) -> list[Path]:
     """Event files that a path is, or that are in it, in the order in which they were begun."""
-    if path.is_dir():
-        files = [entry for entry in path.iterdir() if "tfevents" in entry.name and entry.is_file()]
-        return [file for _, file in sorted((_begun(file), file) for file in files)]
-    return [path] if path.is_file() and _is_event_file(path) else []
+    found = files(path)
+    if found == [path]:
+        return found if _is_event_file(path) else []
+    named = [file for file in found if "tfevents" in file.name]
+    return [file for _, file in sorted((_begun(file), file) for file in named)]
 
 
 def _is_event_file(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         start = file.read(12)
     return len(start) == 12 and _masked(crc32c(start[:8])) == int.from_bytes(start[8:], "little")
 
@@ -55,9 +59,8 @@ def _masked(crc: int) -> int:
 
 def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
     """Give the data of the records; a last one that is cut short is left out, with a note."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
+    with open_to_read(path) as file:
+        size, position = file.seek(0, os.SEEK_END), file.seek(0)
         while position < size:
             head = file.read(12)
             length = int.from_bytes(head[:8], "little")

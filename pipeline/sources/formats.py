@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.places import is_url, names, place
+from pipeline.places import files, is_url, names, network_errors, open_to_read, place
 from pipeline.schema import SCALARS, InputError
 from pipeline.sources.base import Container, LoggedStep, NotYet, Source
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
@@ -217,26 +217,27 @@ _ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGr
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 
-def _files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Path], list[Path]]:
+def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Path], list[Path]]:
     """Files of a log of scalars, told by suffix and first bytes: the path, or those of a folder by their names."""
 
     def is_one(path: Path) -> bool:
-        if path.suffix not in suffixes or not path.is_file():
+        if path.suffix not in suffixes:
             return False
-        with path.open("rb") as file:
+        if not start:
+            return True
+        with open_to_read(path) as file:
             return file.read(len(start)) == start
 
-    def files(path: Path) -> list[Path]:
-        if not path.is_dir():
-            return [path] if is_one(path) else []
-        return [entry for entry in sorted(path.iterdir()) if is_one(entry)] if folder else []
+    def found(path: Path) -> list[Path]:
+        entries = files(path)
+        return [entry for entry in entries if is_one(entry)] if folder or entries == [path] else []
 
-    return files
+    return found
 
 
-_CSV = ScalarKind("a CSV file", _files(False, b"", ".csv", ".tsv"), read_csv)
-_JSON_LINES = ScalarKind("a file of JSON lines", _files(False, b"{", ".jsonl", ".ndjson"), read_json_lines)
-_PARQUET = ScalarKind("a Parquet file", _files(True, b"PAR1", ".parquet"), read_parquet)
+_CSV = ScalarKind("a CSV file", _named(False, b"", ".csv", ".tsv"), read_csv)
+_JSON_LINES = ScalarKind("a file of JSON lines", _named(False, b"{", ".jsonl", ".ndjson"), read_json_lines)
+_PARQUET = ScalarKind("a Parquet file", _named(True, b"PAR1", ".parquet"), read_parquet)
 _EVENTS = ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True)
 _TRACKIO = ScalarKind(
     "a trackio database",
@@ -427,7 +428,7 @@ def find_format(path: Path) -> str | None:
 
 def _holds_scalars_alone(path: Path) -> bool:
     """Whether a path holds a log of scalars, by its content."""
-    known = None if is_url(path) else FORMATS.get(format_of(path))
+    known = FORMATS.get(format_of(path))
     return known is not None and known.scalars is not None
 
 
@@ -465,7 +466,8 @@ def open_source(
     """
     shift = checked_shift(shift or {})
     source = _open(path, format, mapping, shift)
-    if isinstance(source, ScalarLog) and format is None and Path(path).is_dir() and source.growing():
+    path = place(path)
+    if isinstance(source, ScalarLog) and format is None and path.is_dir() and source.growing():
         raise NotYet(
             "no step files in this folder yet",
             where=str(path),
@@ -499,7 +501,7 @@ def _open(
             )
         return _open_run_file(run_file)
     if is_url(path):
-        return _open_objects(path, format or "steps", mapping)
+        return _open_objects(path, format, mapping, shift)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     path = _only_file(path)
@@ -539,24 +541,51 @@ def _run_file(path: Path) -> Path | None:
 
 
 _OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
-"""Formats that are read from an object store, without a file on this machine."""
+"""Formats with tensors that are read from an object store, without a file on this machine."""
+
+_SCALARS_OF_OBJECTS = {"csv": _CSV, "jsonl": _JSON_LINES, "parquet": _PARQUET, "tensorboard": _EVENTS}
+"""The same of scalars."""
+
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+"""Of files of scalars."""
 
 
-def _open_objects(path: Path, format: str, mapping: Mapping[str, str]) -> Source:
+def _open_objects(path: Path, format: str | None, mapping: Mapping[str, str], shift: Mapping[str, int]) -> Source:
     """Open a log in an object store."""
     found = names(path)
     if not found:
         raise InputError("no such object or folder", where=str(path), remedy="give the folder of a training log")
-    kinds = _OF_OBJECTS.get(format, ())
+    name, place = (format, path) if format else _format_of_objects(path)
+    if name in _SCALARS_OF_OBJECTS:
+        kind = _SCALARS_OF_OBJECTS[name]
+        kind = replace(kind, files=lambda path: [path]) if format and files(path) == [path] else kind
+        return ScalarLog(place, kind, mapping, shift)
+    kinds = _OF_OBJECTS.get(name, ())
     if not any(kind.number(path / name) is not None for name in found for kind in kinds):
         raise InputError(
-            f"no {' or '.join(kind.layout for kind in kinds)} here" if kinds else f"format {format!r} needs files",
+            f"no {' or '.join(kind.layout for kind in kinds)} here" if kinds else f"format {name!r} needs files",
             where=f"{path}, {found[0]!r} for one",
-            why=f"only step_<N>.safetensors and step_<N>.npz are read from an object store (--format "
-            f"{', '.join(_OF_OBJECTS)}); the other formats need files of this machine",
+            why=f"only step_<N>.safetensors and step_<N>.npz, and logs of scalars, are read from an object store "
+            f"(--format {', '.join((*_OF_OBJECTS, *_SCALARS_OF_OBJECTS))}); the other formats need files of this "
+            "machine",
             remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
         )
     return StepFolder(path, kinds, mapping)
+
+
+def _format_of_objects(path: Path) -> tuple[str, Path]:
+    """Name of the format of a log in an object store, by its content, and where in it the log is."""
+    with network_errors(path):
+        found = files(path)
+        if not any(kind.number(file) is not None for file in found for kind in _OF_OBJECTS["steps"]):
+            for name, kind in _SCALARS_OF_OBJECTS.items():
+                if kind.files(path):
+                    return name, path
+            alone = [file for file in found if file.suffix in _SUFFIXES]
+            for name, kind in _SCALARS_OF_OBJECTS.items() if len(alone) == 1 else ():
+                if kind.files(alone[0]):
+                    return name, alone[0]
+    return "steps", path
 
 
 def _only_file(path: Path) -> Path:
@@ -574,7 +603,7 @@ def format_of(path: Path) -> str:
     if _run_file(path) is not None:
         return "run file"
     if is_url(path):
-        return "steps"
+        return _format_of_objects(path)[0]
     return find_format(_only_file(path)) or "steps"
 
 

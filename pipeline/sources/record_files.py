@@ -10,10 +10,12 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pipeline.places import open_to_read
 from pipeline.schema import InputError
 
 __all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
@@ -29,7 +31,7 @@ Wanted = Callable[[str], bool]
 
 def _whole_lines(path: Path, notes: list[str]) -> Iterator[str]:
     """Lines of a text file that have an end."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with TextIOWrapper(open_to_read(path), encoding="utf-8-sig", newline="") as file:
         while line := file.readline(_LINE_LIMIT):
             if not line.endswith(("\n", "\r")):
                 if len(line) >= _LINE_LIMIT:
@@ -102,7 +104,7 @@ def read_parquet(path: Path, wanted: Wanted, notes: list[str]) -> Records:
         raise InputError(
             "reading Parquet needs pyarrow", where=str(path), remedy="pip install natgrad-pipeline[parquet]"
         ) from error
-    with path.open("rb") as stream, closing(parquet.ParquetFile(stream)) as file:
+    with open_to_read(path) as stream, closing(parquet.ParquetFile(stream)) as file:
         schema, metadata = file.schema_arrow, file.metadata
         names = [name for name in schema.names if wanted(name)]
         if len(set(names)) != len(names):

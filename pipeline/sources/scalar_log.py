@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.places import network_errors, place
 from pipeline.schema import SCALARS, InputError
-from pipeline.sources.base import LoggedStep, NotYet, StepContent, Unreadable, changed_lately
+from pipeline.sources.base import LoggedStep, NotYet, StepContent, Unreadable, change_time, changed_lately
 
 __all__ = ["RUN_KEY", "Kind", "ScalarLog"]
 
@@ -115,7 +116,7 @@ class ScalarLog:
     Parameters
     ----------
     location : Path
-        File or folder.
+        File or folder, of this machine or of an object store.
     kind : Kind
     mapping : mapping, optional
         Quantity, or ``step``, to the key that it stands under, ``*`` any one level of it; ``run`` to the name of
@@ -136,7 +137,7 @@ class ScalarLog:
         mapping: Mapping[str, str] | None = None,
         shift: Mapping[str, int] | None = None,
     ) -> None:
-        self.location, self._kind = Path(location), kind
+        self.location, self._kind = place(location), kind
         self._mapping, self._shift = dict(mapping or {}), dict(shift or {})
         for quantity, key in self._mapping.items():
             if quantity not in (*SCALARS, "step", "run") or not isinstance(key, str) or not key:
@@ -172,11 +173,12 @@ class ScalarLog:
 
     def growing(self) -> bool:
         """Whether somebody wrote to it lately, so that more may come."""
-        return any(changed_lately(file.stat().st_mtime_ns) for file in self._files())
+        return any(changed_lately(change_time(file)) for file in self._files())
 
     def _files(self) -> Sequence[Path]:
         try:
-            files = self._kind.files(self.location)
+            with network_errors(self.location):
+                files = self._kind.files(self.location)
         except OSError as error:
             raise InputError(f"cannot list the log: {error.strerror}", where=str(self.location)) from error
         if not files:
@@ -368,7 +370,8 @@ def _matches(quantity: str, key: str, given: str | None) -> bool:
 def _refused(file: Path, form: str) -> Iterator[None]:
     """Turn what a damaged or hostile file raises into a refusal."""
     try:
-        yield
+        with network_errors(file):
+            yield
     except InputError:
         raise
     except (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, EOFError) as error:
