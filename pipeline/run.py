@@ -445,6 +445,7 @@ def _describe(folder: RunFolder) -> dict[str, Any]:
         "elements": states.layout.elements,
         "dtypes": states.array_dtypes,
         **({"replicates": states.replicates} if states.replicates else {}),
+        **{what: said for what, said in (states.reading or {}).items() if said and what != "several"},
         "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
     }
     if (folder.results / "zarr.json").exists():

@@ -152,7 +152,7 @@ def test_a_shift_that_cannot_be_is_refused(tmp_path, text, what):
 
 
 def test_pairs_of_a_command_line_are_numbers_of_steps():
-    assert parse_shift(["gradient=-1", "loss=+2", "hvp=0"]) == {"gradient": -1, "loss": 2}
+    assert parse_shift(["gradient=-1", "loss=+2", "hvp=0"]) == {"gradient": -1, "loss": 2, "hvp": 0}
     for pairs in (
         ["gradient"],
         ["gradient="],

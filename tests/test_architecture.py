@@ -87,7 +87,7 @@ FLOORS = [
         "pipeline.report",
         "pipeline.ingest.description",
     },
-    {"pipeline.ingest.transfer", "pipeline.inspection"},
+    {"pipeline.ingest.transfer", "pipeline.ingest.reading", "pipeline.inspection"},
     {"pipeline.ingest.new_rows"},
     {"pipeline.ingest.log_to_store"},
     {"pipeline.ingest"},

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from pipeline.ingest.description import (
     with_optimizer,
 )
 from pipeline.ingest.new_rows import finished_steps, rows_to_write
+from pipeline.ingest.reading import agreed_reading, said_reading
 from pipeline.ingest.transfer import EXTREMES, Progress, Writer
 from pipeline.places import each, place
 from pipeline.schema import (
@@ -105,7 +107,8 @@ def ingest(
     mapping : mapping, optional
         Quantity to the key that it stands under in the log; see `pipeline.sources.names`.
     shift : mapping, optional
-        Quantity to K: what is logged of it at step s belongs to the state s + K.
+        Quantity to K: what is logged of it at step s belongs to the state s + K. As a trajectory was made with
+        ``mapping`` and ``shift``, so it goes on, whether they are said again or not.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
@@ -132,9 +135,15 @@ def ingest(
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    log, store = open_sources(each(source), format, mapping, shift, sweep=sweep), place(store)
+    sources, store = each(source), place(store)
+    reading = said_reading(sources, mapping, shift)
+    reading = reading if overwrite else agreed_reading(store, reading)
+    mapping, shift = (reading.get(what, said) for what, said in (("map", mapping), ("shift", shift)))
+    log = open_sources(sources, format, mapping, shift, sweep=sweep)
     listed = log.steps()
     with only_writer(store, "trajectory"), KeptOpen(log) as log:
+        if not overwrite:
+            agreed_reading(store, reading)
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
@@ -152,7 +161,7 @@ def ingest(
             told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
             warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
-            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, reading)
             try:
                 Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
             finally:
@@ -191,6 +200,7 @@ def _matching_trajectory(
     first: LoggedStep,
     contents: Mapping[LoggedStep, StepContent],
     optimizer: bool,
+    reading: Mapping[str, Any],
 ) -> Trajectory:
     """Return the trajectory to append to, or a new one laid out for these steps."""
     content = contents[first]
@@ -213,6 +223,7 @@ def _matching_trajectory(
             sweep=sweep,
             tables=tables,
             replicates=replicates,
+            reading=reading,
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(

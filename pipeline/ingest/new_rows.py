@@ -153,15 +153,18 @@ def _steps_to_come(
         if step.number not in view.rows:
             # A file of an attempt before this one may still lie there: the run has not come to its step again.
             new += [] if matches else [step]
-        elif view.rows[step.number] in matches:
+            continue
+        if view.rows[step.number] in matches:
             same.append(step)
-        elif difference := _difference(log, step, view.rows[step.number], committed):
+            continue
+        row = view.rows[step.number]
+        difference, other_scalars = _difference(log, step, row, committed)
+        if difference:
             differing[step] = difference
-        else:
-            same.append(step)
-            other_values += (
-                [step] if found.get("values") != committed.sources[view.rows[step.number]].get("values") else []
-            )
+            continue
+        same.append(step)
+        if other_scalars or found.get("values") != committed.sources[row].get("values"):
+            other_values.append(step)
     if other_values:
         warnings.append(
             f"{len(other_values)} steps were ingested without scalars that the log has now, or with some that it "
@@ -216,29 +219,33 @@ def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> b
     )
 
 
-def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) -> str:
+def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) -> tuple[str, bool]:
     """Say in what a step differs from a committed row, nothing where its content is the same.
 
-    Where the files of a step are the same, a scalar that only one of both has is no difference: logs of scalars
-    come later than tensors, or are left out.
+    A scalar that was not there is no difference: logs of scalars come later than tensors, and one that is shifted
+    lies in the file of a later step. Nor is one that is gone where the files are the same: its log is left out. The
+    second value says that there is such a scalar.
     """
     trajectory = committed.trajectory
     content = next(iter(describe_steps(log, [step], [], with_optimizer(trajectory)).values()))
     if content.arrays["parameter"] != parameters_of(trajectory):
-        return "other tensors"
+        return "other tensors", False
     dtypes = stored_dtypes([content])
     if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
-        return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}"
+        return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}", False
     if content.replicates != trajectory.replicates:
-        return f"{trajectory.replicates} replicates, and now has {content.replicates}"
-    same_files = _files_of(identity(step)) == _files_of(committed.sources[row])
+        return f"{trajectory.replicates} replicates, and now has {content.replicates}", False
+    same_files, other_scalars = _files_of(identity(step)) == _files_of(committed.sources[row]), False
     for name in trajectory.scalars:
         before, now = trajectory.scalar(name)[row].tolist(), scalar_of(content, name)
-        missing = bool(np.isnan(before).all()) + bool(np.isnan(now).all())
-        if not np.array_equal(before, now, equal_nan=True) and not (same_files and missing):
-            return f"{name} {before!r}, and now has {now!r}"
+        if np.array_equal(before, now, equal_nan=True):
+            continue
+        came, gone = bool(np.isnan(before).all()), bool(np.isnan(now).all())
+        if not came and not (gone and same_files):
+            return f"{name} {before!r}, and now has {now!r}", False
+        other_scalars = True
     if same_files:
-        return ""
+        return "", other_scalars
     record = committed.record(row)
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
@@ -248,8 +255,8 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
                 fill_row(reader, content, name, dtype, trajectory.layout, first, last, buffer)
                 stored = record["checksums"][name][row - record["start"]][column]
                 if checksum(buffer[: last - first]) != stored:
-                    return f"another {name}"
-    return ""
+                    return f"another {name}", False
+    return "", other_scalars
 
 
 def _files_of(source: Mapping[str, Any]) -> dict[str, Any]:

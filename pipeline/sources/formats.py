@@ -32,7 +32,17 @@ from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
 from pipeline.sources.zarr_group import ZarrGroup, holds_zarr
 
-__all__ = ["FORMATS", "RUN_FILE", "Format", "find_format", "format_of", "holds_run", "open_source", "open_sources"]
+__all__ = [
+    "FORMATS",
+    "RUN_FILE",
+    "Format",
+    "find_format",
+    "format_of",
+    "holds_run",
+    "open_source",
+    "open_sources",
+    "run_file_readings",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -688,8 +698,8 @@ def _open_sweep(
     return Sweep(folder, runs)
 
 
-def _open_run_file(path: Path) -> Source:
-    """Open the sources that a run file lists, relative to its folder."""
+def _run_file_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the sources that a run file lists, their ``map`` and ``shift`` checked to be tables."""
 
     def refuse(what: str) -> InputError:
         return InputError(
@@ -706,7 +716,6 @@ def _open_run_file(path: Path) -> Source:
     entries = table.pop("source", None)
     if table or not isinstance(entries, list) or not entries:
         raise refuse(f"the run file has {', '.join(table) or 'no [[source]]'}")
-    sources, shifts = [], []
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise refuse("a source has no path")
@@ -718,8 +727,33 @@ def _open_run_file(path: Path) -> Source:
             )
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
+    return entries
+
+
+def _open_run_file(path: Path) -> Source:
+    """Open the sources that a run file lists, relative to its folder."""
+    sources, shifts = [], []
+    for entry in _run_file_entries(path):
         shifts.append(checked_shift(entry.get("shift", {}), f"{path}, shift of {entry['path']!r}"))
         listed = place(entry["path"])
         listed = listed if is_url(listed) else path.parent / listed
         sources.append(_open(listed, entry.get("format"), entry.get("map"), shifts[-1], in_run_file=True))
     return _joined(sources, shifts)
+
+
+def run_file_readings(path: Path) -> dict[str, list[dict[str, Any]]] | None:
+    """Return maps and shifts of the sources of a run file, by their paths; None where a path is no run file.
+
+    Raises
+    ------
+    InputError
+        Where it cannot be read.
+    """
+    run_file = _run_file(place(path))
+    if run_file is None:
+        return None
+    readings: dict[str, list[dict[str, Any]]] = {}
+    for entry in _run_file_entries(run_file):
+        reading = {"map": entry.get("map", {}), "shift": checked_shift(entry.get("shift", {}))}
+        readings.setdefault(entry["path"], []).append(reading)
+    return readings

@@ -192,7 +192,7 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
-    """Read ``quantity=steps`` pairs of a command line.
+    """Read ``quantity=steps`` pairs of a command line; a shift by 0 says that there is none.
 
     Raises
     ------
@@ -205,7 +205,8 @@ def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
         if quantity in shift:
             raise InputError(f"{quantity!r} is given twice", where="--shift", remedy="give each quantity once")
         shift[quantity] = int(steps) if re.fullmatch(r"[+-]?\d{1,9}", steps) else steps
-    return checked_shift(shift, "--shift")
+    checked_shift(shift, "--shift")
+    return shift
 
 
 def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, int]:

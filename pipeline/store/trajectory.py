@@ -134,6 +134,8 @@ class Trajectory:
         Whether it holds several runs.
     tables : tuple of str
         Numbers of a step and tensor that are stored, of `pipeline.schema.OPTIMIZER_NUMBERS`.
+    reading : dict or None
+        How its log is read, of `pipeline.ingest.reading`; None where an older version made it.
     journal : Journal
         The commit records.
     rows : int
@@ -167,6 +169,7 @@ class Trajectory:
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
         self.tables: tuple[str, ...] = tuple(attributes.get("tables", ()))
+        self.reading: dict[str, Any] | None = attributes.get("reading")
         # A store of version 1 has one attempt at one run.
         self._version: int = attributes["version"]
         self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
@@ -199,6 +202,7 @@ class Trajectory:
         sweep: bool = False,
         tables: Sequence[str] = (),
         replicates: int = 0,
+        reading: Mapping[str, Any] | None = None,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
@@ -222,6 +226,8 @@ class Trajectory:
             Numbers of a step and tensor to store, of `pipeline.schema.OPTIMIZER_NUMBERS`.
         replicates : int
             Of a stochastic rule.
+        reading : mapping, optional
+            How its log is read.
 
         Raises
         ------
@@ -239,6 +245,8 @@ class Trajectory:
         }
         if replicates:
             attributes["replicates"] = replicates
+        if reading is not None:
+            attributes["reading"] = dict(reading)
         arrays = {}
         for name, dtype in dtypes.items():
             several = name in REPLICATE_STATES
