@@ -53,6 +53,7 @@ __all__ = [
     "multiplicities",
     "pair",
     "quotient",
+    "scaled",
     "similarity",
     "status",
     "where_effective",
@@ -228,6 +229,20 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
         ratio = quotient(alignment, square)
         across = _sum([part.across_square + (part.ratio - ratio) ** 2 * part.update_square for part in parts])
     return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
+
+
+def scaled(pair: Pair, factor: ArrayLike) -> Pair:
+    """Pair of y and a positive multiple of g: the same displacement, per another learning rate.
+
+    Parameters
+    ----------
+    pair : Pair
+    factor : array, broadcasts with the shape of the pair
+    """
+    factor = np.asarray(factor, dtype=np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        square, alignment = pair.update_square * factor**2, pair.alignment * factor
+    return Pair(square, alignment, *np.broadcast_arrays(pair.across_square, pair.size, square)[:2])
 
 
 def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:

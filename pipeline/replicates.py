@@ -142,7 +142,8 @@ def label(
         )
     norm = None if parameter_norm is None else np.asarray(parameter_norm, np.float64)
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
-    levels = _levels(gram, layout, replicates, np.broadcast_to(rate, (rows,)), norm, roundoff)
+    rate = np.broadcast_to(rate, (rows,))
+    levels = _levels(gram, layout, replicates, (rate, rate[:, None]), norm, roundoff)
     numbers = np.arange(rows) if steps is None else np.asarray(steps, np.int64)
     return _tree(levels, changes, layout, {STEP: numbers})
 
@@ -170,7 +171,8 @@ def label_run(
     -----
     A replicate is one update from theta_t, also where the log holds every k-th state only.
     """
-    rate = np.where(inputs.learning_rate > 0, inputs.learning_rate, np.nan)
+    own = inputs.learning_rate[:, None] if inputs.tensor_learning_rate is None else inputs.tensor_learning_rate
+    rate, own = (np.where(rates > 0, rates, np.nan) for rates in (inputs.learning_rate, own))
     parameter = inputs.vectors.index("parameter")
     norm = np.sqrt(inputs.gram[..., parameter, parameter])
     stored = inputs.dtypes[of_replicate(REPLICATE_PARAMETER, 0)]
@@ -178,7 +180,8 @@ def label_run(
     levels: dict[str, Columns] = {}
     for rows, gram in bands:
         _require_ledger(gram, inputs.layout, replicates)
-        for name, columns in _levels(gram, inputs.layout, replicates, rate[rows], norm[rows], roundoff).items():
+        rates = rate[rows], own[rows]
+        for name, columns in _levels(gram, inputs.layout, replicates, rates, norm[rows], roundoff).items():
             for variable, (dimensions, values) in columns.items():
                 whole = levels.setdefault(name, {}).setdefault(
                     variable, (dimensions, np.empty((len(rate), *values.shape[1:]), values.dtype))
@@ -204,9 +207,14 @@ def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
 
 
 def _levels(
-    gram: Array, layout: Layout, replicates: int, rate: Array, parameter_norm: Array | None, roundoff: Array
+    gram: Array,
+    layout: Layout,
+    replicates: int,
+    rates: tuple[Array, Array],
+    parameter_norm: Array | None,
+    roundoff: Array,
 ) -> dict[str, Columns]:
-    """Variables of the model and of the tensors."""
+    """Variables of the model and of the tensors, each with its learning rates."""
     sizes = np.array([tensor.size for tensor in layout.tensors])
     with np.errstate(all="ignore"):
         # The mean of the lengths is no longer than the root of their mean square.
@@ -216,8 +224,8 @@ def _levels(
             floor = geometry.displacement_floor(parameter_norm, length, roundoff)
         whole = np.sqrt(np.square(floor).sum(axis=1))
         return {
-            "model": _columns(gram.sum(axis=1), np.array(sizes.sum()), rate, replicates, whole, (STEP,)),
-            "tensor": _columns(gram, sizes, rate[:, None], replicates, floor, (STEP, TENSOR)),
+            "model": _columns(gram.sum(axis=1), np.array(sizes.sum()), rates[0], replicates, whole, (STEP,)),
+            "tensor": _columns(gram, sizes, rates[1], replicates, floor, (STEP, TENSOR)),
         }
 
 

@@ -48,6 +48,15 @@ __all__ = ["GAMMAS", "Inputs", "Optimizer", "by_run", "label", "read", "runs", "
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
 
+_RATES = {
+    True: "groups of the optimizer have several: each tensor has its own, and g of the tensor is per that",
+    False: "groups of the optimizer have several: that logged or given for the step, else the largest of the "
+    "tensors'; g of the model is the displacement per this one, so that y.g > 0 says that the update descends, and "
+    "the ratios of the others to it are a part of the rule. Angle and condition number do not depend on it; "
+    "update_norm, alignment, eigenvalues and bounds are per this one",
+}
+"""What ``learning_rate`` is of the tensors, and of the model."""
+
 LONGEST_WINDOW = 256
 """Windows up to this length, and to half the run, are tried where no longer one is asked for."""
 
@@ -87,7 +96,7 @@ class Inputs:
     loss, next_loss : float64 array, shape (rows,)
         Before and after the update, NaN where not logged.
     learning_rate : float64 array, shape (rows,)
-        NaN where neither logged nor given.
+        eta of the model, NaN where neither logged nor given.
     dtypes : mapping of str to str
         Stored dtypes of ``gradient``, and of ``hvp`` where it was logged.
     attempts : int64 array, shape (rows,), optional
@@ -103,6 +112,8 @@ class Inputs:
         extended by time: y has the element -dL/dt more, and g the element 1.
     optimizer : Optimizer, optional
         Where its state was stored.
+    tensor_learning_rate : float64 array, shape (rows, tensors), optional
+        eta of each tensor, where groups of the optimizer have several; that of the model where not given.
     """
 
     gram: Array
@@ -120,6 +131,7 @@ class Inputs:
     run: NDArray[np.int64] | None = None
     loss_time_derivative: Array | None = None
     optimizer: Optimizer | None = None
+    tensor_learning_rate: Array | None = None
 
     def whole(self, m: int) -> NDArray[np.bool_]:
         """Whether each row is the first of m updates, each from the state that the one before led to."""
@@ -167,9 +179,16 @@ _DESCENTS = {
 
 @dataclass(frozen=True)
 class _Level:
-    """Model or tensors: the pair of every row, what rounding can move it by, and the dimensions."""
+    """Model or tensors: of every row the pair, eta times its updates, what rounding can move it by; the dimensions.
+
+    Each tensor has its own eta where groups of the optimizer have several: eq. (2) holds for it with that. The
+    model has one. Its g is along the displacement, which alone decides whether the update descends, y.g > 0: how
+    the etas of the tensors differ is a part of the learning rule, as in the metric that an optimizer used. Stacked
+    g of etas of their own would be another vector, along which the loss may fall where it rises along the update.
+    """
 
     dimensions: tuple[str, ...]
+    rate: Array
     pair: Pair
     finite: NDArray[np.bool_]
     known: NDArray[np.bool_]
@@ -252,13 +271,16 @@ def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
 
     # A row that spans k updates has moved by k of them: the update g is their mean (eq. 2).
     rate = (inputs.learning_rate * inputs.spans)[:, None]
+    own = inputs.tensor_learning_rate
+    own_rate = rate if own is None else own * inputs.spans[:, None]
     change = (inputs.next_loss - inputs.loss)[:, None]
     sizes = np.array([tensor.size for tensor in layout.tensors])
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
     part = geometry.pair(gram, vectors, rate, sizes, half=half)
     whole = geometry.direct_sum([part[:, tensor] for tensor in range(len(layout.tensors))])
+    if own is not None:
+        part = geometry.pair(gram, vectors, own_rate, sizes, half=half)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
-    update_floor = displacement_floor / rate
     gradient_floor = unit_roundoff(inputs.dtypes["gradient"]) * norm("gradient")
     finite = np.isfinite(norm("displacement") + norm("gradient"))
     if half is not None and logged:
@@ -268,20 +290,22 @@ def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
         finite &= np.isfinite(norm(half))
     tensors = _Level(
         (STEP, TENSOR),
+        np.broadcast_to(own_rate, finite.shape),
         part,
         finite,
         np.full(finite.shape, logged),
-        update_floor,
+        displacement_floor / own_rate,
         gradient_floor,
         norm("gradient") if half is None else None,
         norm("parameter"),
     )
     model = _Level(
         (STEP,),
+        rate[:, 0],
         whole,
         np.asarray(finite.all(axis=1)),
         np.full(len(finite), logged),
-        _norm(update_floor, axis=1),
+        _norm(displacement_floor / rate, axis=1),
         _norm(gradient_floor, axis=1),
         _norm(norm("gradient"), axis=1) if half is None else None,
         _norm(norm("parameter"), axis=1),
@@ -291,18 +315,23 @@ def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
         return model, tensors
     # The share of a tensor in the change of the loss is told by the model's pair.
     tensors = replace(tensors, known=tensors.known & model.known[:, None])
+    # Per the learning rate of the tensor, as the tensor's own update is.
+    factor = np.where(own_rate == rate, 1.0, rate / own_rate)
     return (
-        _corrected(model, rate[:, 0], change[:, 0], model.pair, model.update_floor),
-        _corrected(tensors, rate, change, model.pair[:, None], model.update_floor[:, None]),
+        _corrected(model, change[:, 0], model.pair, model.update_floor),
+        _corrected(
+            tensors, change, geometry.scaled(model.pair[:, None], factor), model.update_floor[:, None] * factor
+        ),
     )
 
 
-def _corrected(level: _Level, rate: Array, change: Array, whole: Pair, whole_floor: Array) -> _Level:
+def _corrected(level: _Level, change: Array, whole: Pair, whole_floor: Array) -> _Level:
     """Level of the discrete gradient along the displacement, which needs the losses at both ends."""
-    floor = discrete_time.correction_floor(level.pair, rate, change, whole, (level.update_floor, whole_floor))
+    floors = level.update_floor, whole_floor
+    floor = discrete_time.correction_floor(level.pair, level.rate, change, whole, floors)
     return replace(
         level,
-        pair=discrete_time.corrected(level.pair, rate, change, whole),
+        pair=discrete_time.corrected(level.pair, level.rate, change, whole),
         known=level.known & np.isfinite(change),
         gradient_floor=level.gradient_floor + floor,
         gradient_norm=None,
@@ -359,7 +388,7 @@ def _dataset(
     full = (*leading, DESCENT, WINDOW)
     columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
         "loss": ((STEP,), inputs.loss),
-        "learning_rate": ((STEP,), inputs.learning_rate),
+        "learning_rate": _learning_rate(inputs, leading),
         "step_span": ((STEP,), inputs.spans),
         "parameter_norm": (leading, levels["gradient"].parameter_norm),
         "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs, m) for m in windows])),
@@ -396,7 +425,15 @@ def _dataset(
     dataset = xr.Dataset({name: columns[name] for name in VARIABLES if name in columns}, coordinates)
     if inputs.runs:
         dataset = by_run(dataset, inputs)
-    return _described(dataset.assign(_smallest_windows(inputs, levels, max(windows))))
+    described = _described(dataset.assign(_smallest_windows(inputs, levels, max(windows))))
+    if inputs.tensor_learning_rate is not None:
+        described["learning_rate"].attrs["comment"] = _RATES[TENSOR in leading]
+    return described
+
+
+def _learning_rate(inputs: Inputs, leading: tuple[str, ...]) -> tuple[tuple[str, ...], Array]:
+    own = inputs.tensor_learning_rate
+    return ((STEP,), inputs.learning_rate) if own is None or TENSOR not in leading else (leading, own)
 
 
 def _smallest_windows(inputs: Inputs, levels: Mapping[str, _Level], asked: int) -> dict[str, xr.Variable]:
@@ -419,12 +456,11 @@ def _smallest_window(
     count = rows.stop - rows.start
     longest = max(asked, min(LONGEST_WINDOW, count // 2))
     follows = inputs.follows()[rows][: count - 1]
-    rate = (inputs.learning_rate * inputs.spans)[rows]
     effective = [
         windowed.smallest_effective(
             windowed.Rows(
                 level.pair[rows],
-                rate[:, None] if TENSOR in level.dimensions else rate,
+                level.rate[rows],
                 level.update_floor[rows],
                 level.finite[rows],
                 level.known[rows],
@@ -486,13 +522,13 @@ def _metrics(
 ) -> dict[str, NDArray[Any]]:
     """Variables of one descent and one window, each of shape (rows, ...)."""
     per_tensor = TENSOR in level.dimensions
-    rate, pair = inputs.learning_rate * inputs.spans, level.pair
+    rate, pair = level.rate, level.pair
     window = geometry.window(pair, m)
     update_floor = _rolling_norm(level.update_floor, m)
     status = geometry.status(
         window,
         # The slowest rate stands for the window: it is NaN where one is missing, not positive where one is not.
-        learning_rate=_windows(rate[:, None] if per_tensor else rate, m).min(axis=-1),
+        learning_rate=_windows(rate, m).min(axis=-1),
         finite=_windows(level.finite, m).all(axis=-1),
         # An update no larger than its own rounding cannot be told from it.
         verifiable=_windows(level.known, m).all(axis=-1) & ~(update_floor >= window.update_norm),

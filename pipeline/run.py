@@ -259,9 +259,8 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDAr
         )
     run = states.scalar(RUN)
     rows = rows[np.lexsort((steps[rows], run[rows]))]
-    loss, learning_rate = states.scalar("loss"), states.scalar("learning_rate")[rows]
-    if options.learning_rate is not None:
-        learning_rate = np.where(np.isnan(learning_rate), options.learning_rate, learning_rate)
+    loss = states.scalar("loss")
+    learning_rate, of_tensors = _learning_rates(states, rows, options.learning_rate)
     return rows, results.Inputs(
         gram=gram if len(rows) == len(gram) else gram[rows],
         vectors=ledger.vectors,
@@ -278,7 +277,28 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDAr
         run=run[rows] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[rows],
         optimizer=_optimizer(states, rows) if states.tables else None,
+        tensor_learning_rate=of_tensors,
     )
+
+
+def _learning_rates(
+    states: Trajectory, rows: NDArray[np.int64], given: float | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Learning rate of each update, and of each tensor in it where groups of the optimizer have several.
+
+    Where only the groups have rates the model's is the largest, if all are known. Of a loss that changes with time
+    it is not taken: its unit of time is that of the learning rate.
+    """
+    rate, own = states.scalar("learning_rate")[rows], states.scalar("tensor_learning_rate")[rows]
+    missing = np.isnan(own)
+    differ = np.where(missing, np.inf, own).min(axis=1) < np.where(missing, -np.inf, own).max(axis=1)
+    if np.isnan(states.scalar("loss_time_derivative")).all():
+        rate = np.where(np.isnan(rate), own.max(axis=1), rate)
+    if given is not None:
+        rate = np.where(np.isnan(rate), given, rate)
+    if not differ.any():
+        return rate, None
+    return rate, np.where(differ[:, None] & ~missing, own, rate[:, None])
 
 
 def _optimizer(states: Trajectory, rows: NDArray[np.int64]) -> results.Optimizer:

@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp, mpf
+from processing import Serial
 from test_trainers import CONFIG, train
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
@@ -20,7 +21,7 @@ from pipeline import cli, run
 from pipeline.ingest import ingest
 from pipeline.preconditioner import adam_eigenvalues, condition_number
 from pipeline.run import Analysis
-from pipeline.schema import OPTIMIZER_NUMBERS, OPTIMIZER_STATES, InputError
+from pipeline.schema import OPTIMIZER_NUMBERS, OPTIMIZER_STATES, InputError, Status
 from pipeline.sources.base import LoggedStep, LoggedTensor, NotYet
 from pipeline.sources.optimizer import saved_optimizer
 from pipeline.store import Trajectory, storage_dtype
@@ -209,6 +210,39 @@ def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
         expected = max(d.max() for d in scaled) / min(d.min() for d in scaled)
         found = tree["model"]["preconditioner_condition_number"].sel(step=step)
         assert float(found) == pytest.approx(expected, rel=8 * 2.0**-52)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_groups_of_several_rates_give_each_tensor_its_own_and_the_model_the_largest(tmp_path, logged):
+    def save(step, model, optimizer, gradients, loss):
+        (tmp_path / "log").mkdir(exist_ok=True)
+        tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gradient": gradients}
+        rate = {"learning_rate": 0.5} if logged else {}
+        torch.save({**tree, "loss": loss.item(), **rate}, tmp_path / "log" / f"step-{step}.pt")
+
+    trained(two_groups, save)
+    run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
+    run.analyze_run(tmp_path / "out", Serial())
+    tree = run.results.read(tmp_path / "out" / "results.zarr")
+    assert (tree["model"]["learning_rate"] == (0.5 if logged else max(RATES))).all()
+    assert not (tree["model"]["status"] == Status.NO_LEARNING_RATE).any()
+    states = Trajectory(tmp_path / "out" / "trajectory.zarr")
+    _, arrays = stored(tmp_path / "out" / "trajectory.zarr")
+    for tensor in states.layout.tensors:
+        rate = RATES[len(tensor.shape) < 2]
+        of_tensor = tree["tensor"].to_dataset().sel(tensor=tensor.name)
+        assert (of_tensor["learning_rate"] == rate).all()
+        moved = np.linalg.norm(np.diff(arrays["parameter"][tensor.name].astype(np.float64), axis=0), axis=1)
+        # Of a norm of 9 elements at most, and its quotient: a dozen roundings.
+        assert of_tensor["update_norm"].sel(window=1).values == pytest.approx(moved / rate, rel=12 * 2.0**-52)
+
+
+def test_a_rate_that_sets_the_unit_of_time_is_not_taken_from_groups(tmp_path):
+    trained(two_groups, saver(tmp_path / "log", learning_rate=None, loss_time_derivative=0.5))
+    run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
+    run.analyze_run(tmp_path / "out", Serial())
+    model = run.results.read(tmp_path / "out" / "results.zarr")["model"]
+    assert (model["status"] == Status.NO_LEARNING_RATE).all()
 
 
 def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):

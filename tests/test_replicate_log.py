@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.compute import compute_ledger
 from pipeline.ingest import ingest
 from pipeline.inspection import inspect_source
 from pipeline.recorder import Recorder
-from pipeline.run import RunFolder, analyze_run, describe_run, ingest_run, report_run, verify_run
+from pipeline.run import RunFolder, _bands, _inputs, analyze_run, describe_run, ingest_run, report_run, verify_run
 from pipeline.schema import InputError, Layout, Status, of_replicate, replicate_vectors
 from pipeline.store import Ledger, Trajectory
 
@@ -668,6 +669,25 @@ def test_without_a_learning_rate_or_after_a_divergence_the_status_says_so(run, t
     assert np.isfinite([model["angle"][3], *tensors["angle"][3], *tensors["stochastic_alpha"][3, :2]]).all()
     assert not model["stochastic_definite"][:4].any()
     assert np.isfinite(model["loss_decrease"]).all()
+
+
+def test_replicates_of_each_tensor_are_per_its_own_learning_rate(out):
+    """Powers of two, so that other rates round to the same bits."""
+    states, ledger = Trajectory(RunFolder(out).trajectory), Ledger(RunFolder(out).ledger)
+    rows, inputs = _inputs(states, ledger, Serial())
+    tensors = len(inputs.layout.tensors)
+    own = 2.0 ** -(np.arange(len(rows) * tensors).reshape(len(rows), tensors) % 5)
+
+    def labelled(inputs):
+        losses = states.scalar("replicate_loss")[rows]
+        return replicates.label_run(inputs, _bands(ledger, rows), states.replicates, losses)
+
+    inputs = replace(inputs, learning_rate=own.max(axis=1))
+    tree = labelled(replace(inputs, tensor_learning_rate=own))
+    assert tree["model"].to_dataset().identical(labelled(inputs)["model"].to_dataset())
+    for position, tensor in enumerate(inputs.layout.names):
+        expected = labelled(replace(inputs, learning_rate=own[:, position]))["tensor"].to_dataset()
+        assert tree["tensor"].to_dataset().sel(tensor=tensor).identical(expected.sel(tensor=tensor))
 
 
 def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):

@@ -699,3 +699,67 @@ def test_a_gamma_that_is_no_weight_is_refused(gammas):
 def test_a_window_that_does_not_fit_the_run_is_refused(window):
     with pytest.raises(InputError, match="do not fit a run of 5 updates"):
         results.label(inputs_of(walk()), windows=[window])
+
+
+# Learning rates of groups of an optimizer ------------------------------------------------------------------------
+
+
+def with_hvp(states):
+    for state in states:
+        state |= {
+            key.replace("gradient", "hvp"): np.asarray(v) / 7 for key, v in state.items() if "gradient/" in key
+        }
+    return states
+
+
+@given(seed=st.integers(0, 1000), powers=st.lists(st.integers(-6, 0), min_size=15, max_size=15))
+@settings(max_examples=25)
+def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(seed, powers):
+    """Powers of two, so that other rates round to the same bits: what is not equal is another formula."""
+    inputs = inputs_of(with_hvp(walk(seed=seed)), numbers=[0, 1, 3, 4, 8, 9])
+    own = 2.0 ** np.reshape(powers, (5, 3))
+    inputs = replace(inputs, learning_rate=own.max(axis=1))
+    tree = results.label(replace(inputs, tensor_learning_rate=own), windows=[1, 3])
+    whole = results.label(inputs, windows=[1, 3])["model"].to_dataset()
+    model = tree["model"].to_dataset()
+    assert "largest of the tensors'" in model["learning_rate"].attrs.pop("comment")
+    assert model.identical(whole)
+    for position, tensor in enumerate(TENSORS):
+        of_tensor = replace(inputs, learning_rate=own[:, position])
+        expected = results.label(of_tensor, windows=[1, 3])["tensor"].to_dataset().sel(tensor=tensor)
+        found = tree["tensor"].to_dataset().sel(tensor=tensor)
+        assert found["learning_rate"].attrs.pop("comment").startswith("groups of the optimizer have several")
+        assert found.equals(expected)
+
+
+def test_learning_rates_that_are_all_equal_give_the_same_bits():
+    inputs = inputs_of(walk())
+    # No power of two: another order of the roundings would show.
+    rate = 0.1 * 0.9 ** np.arange(5)
+    plain = results.label(replace(inputs, learning_rate=rate), windows=[1, 2])
+    own = np.repeat(rate[:, None], 3, axis=1)
+    tree = results.label(replace(inputs, learning_rate=rate, tensor_learning_rate=own), windows=[1, 2])
+    for group in ("model", "tensor"):
+        found, expected = (one[group].to_dataset().drop_vars("learning_rate") for one in (tree, plain))
+        assert found.identical(expected)
+    assert tree["tensor"]["learning_rate"].dims == ("step", "tensor")
+
+
+def test_updates_per_learning_rates_of_their_own_would_descend_where_the_model_ascends():
+    """Why the model has one rate: y.g > 0 must say that the loss falls along what was added to the parameters."""
+    layout = {"fast": 1.0, "slow": 0.125}
+    before = {"parameter/fast": [0.0, 0.0], "parameter/slow": [0.0, 0.0]}
+    gradient = {"gradient/fast": [1.0, 0.0], "gradient/slow": [1.0, 0.0]}
+    moved = {"parameter/fast": [0.25, 1.0], "parameter/slow": [-0.125, 0.0]}
+    states = [{k: np.array(v) for k, v in (state | gradient).items()} for state in (before, moved)]
+    for state in states:
+        state |= {"learning_rate": 1.0, "loss": float(sum(state[f"parameter/{name}"][0] for name in layout))}
+    assert states[1]["loss"] > states[0]["loss"]
+    own = np.array([list(layout.values())])
+    tree = results.label(replace(inputs_of(states), tensor_learning_rate=own))
+    model, tensors = (
+        tree[group].to_dataset().isel(step=0, window=0).sel(descent="gradient") for group in ("model", "tensor")
+    )
+    assert float(tensors["alignment"].sum()) == 0.75  # of the stacked updates
+    assert float(model["alignment"]) == -0.125
+    assert model["status"] == Status.OBTUSE
