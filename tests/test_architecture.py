@@ -17,7 +17,7 @@ MODULES = {
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
-    {"pipeline.places"},
+    {"pipeline.places", "pipeline.sources.protocol_buffer"},
     {
         "pipeline.blocks",
         "pipeline.clusters",
@@ -29,6 +29,7 @@ FLOORS = [
         "pipeline.sources.base",
         "pipeline.sources.event_file",
         "pipeline.sources.record_files",
+        "pipeline.sources.wandb_file",
         "pipeline.store.disk",
         "pipeline.sources.pickle_data",
         "pipeline.experiments.digits",

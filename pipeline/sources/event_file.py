@@ -15,6 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from pipeline.places import files, open_to_read
+from pipeline.sources.protocol_buffer import BYTES, FIXED32, FIXED64, VARINT, fields
 
 __all__ = ["event_files", "read_events"]
 
@@ -22,9 +23,8 @@ _DATA_LIMIT = 1 << 26
 """Larger records are images or graphs: their checksum is compared, and they are not looked into."""
 _PIECE = 1 << 20
 _STEP, _SUMMARY, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 1, 1, 2, 8
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _TENSOR_DTYPE, _TENSOR_CONTENT = 1, 4
-_DTYPES = {1: ("<f4", 5, _FIXED32), 2: ("<f8", 6, _FIXED64)}
+_DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
 """Of a tensor: DT_FLOAT and DT_DOUBLE as numpy's dtype, and the field and wire type of their values."""
 
 
@@ -46,8 +46,8 @@ def _is_event_file(path: Path) -> bool:
 def _begun(path: Path) -> float:
     """Time of the first record, by which files of one folder are in order: names hold it in seconds only."""
     for record in _records(path, []):
-        for number, kind, value in _fields(record):
-            if number == 1 and kind == _FIXED64:
+        for number, kind, value in fields(record):
+            if number == 1 and kind == FIXED64:
                 return float(struct.unpack("<d", value)[0])
         break
     return 0.0
@@ -82,52 +82,19 @@ def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
             position += 12 + length + 4
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if position >= len(data) or shift > 63:
-            raise ValueError("a number in a record does not end")
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, position
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
-    """Fields of a protocol buffer: number, wire type, and value (an int, or bytes)."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        number, kind = key >> 3, key & 7
-        if kind == _VARINT:
-            value: Any
-            value, position = _varint(data, position)
-        elif kind in (_FIXED64, _FIXED32, _BYTES):
-            length = 8 if kind == _FIXED64 else 4
-            if kind == _BYTES:
-                length, position = _varint(data, position)
-            value, position = data[position : position + length], position + length
-            if len(value) < length:
-                raise ValueError("a field of a record ends early")
-        else:
-            raise ValueError(f"a field of a record has the wire type {kind}")
-        yield number, kind, value
-
-
 def read_events(path: Path, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
     """Read the scalars of an event file: ``step``, and the values of the tags."""
     for data in _records(path, notes):
         step, summaries = 0, []
-        for number, kind, value in _fields(data):
-            if (number, kind) == (_STEP, _VARINT):
+        for number, kind, value in fields(data):
+            if (number, kind) == (_STEP, VARINT):
                 step = value - (1 << 64) if value >> 63 else value
-            elif (number, kind) == (_SUMMARY, _BYTES):
+            elif (number, kind) == (_SUMMARY, BYTES):
                 summaries.append(value)
         values: dict[str, float] = {}
         for summary in summaries:
-            for number, kind, value in _fields(summary):
-                if (number, kind) == (_VALUE, _BYTES):
+            for number, kind, value in fields(summary):
+                if (number, kind) == (_VALUE, BYTES):
                     tag, scalar = _scalar(value)
                     if scalar is not None and wanted(tag):
                         values[tag] = scalar
@@ -138,28 +105,28 @@ def read_events(path: Path, wanted: Callable[[str], bool], notes: list[str]) -> 
 def _scalar(data: bytes) -> tuple[str, float | None]:
     """Tag and value of a summary; None where it is no scalar of floats."""
     tag, scalar = "", None
-    for number, kind, value in _fields(data):
-        if (number, kind) == (_TAG, _BYTES):
+    for number, kind, value in fields(data):
+        if (number, kind) == (_TAG, BYTES):
             tag = value.decode()
-        elif (number, kind) == (_SIMPLE, _FIXED32):
+        elif (number, kind) == (_SIMPLE, FIXED32):
             scalar = float(struct.unpack("<f", value)[0])
-        elif (number, kind) == (_TENSOR, _BYTES):
+        elif (number, kind) == (_TENSOR, BYTES):
             scalar = _tensor(value)
     return tag, scalar
 
 
 def _tensor(data: bytes) -> float | None:
     """Value of a tensor of one float."""
-    fields = list(_fields(data))
-    dtype = next((value for number, kind, value in fields if (number, kind) == (_TENSOR_DTYPE, _VARINT)), 0)
+    found = list(fields(data))
+    dtype = next((value for number, kind, value in found if (number, kind) == (_TENSOR_DTYPE, VARINT)), 0)
     if dtype not in _DTYPES:
         return None
     name, field, single = _DTYPES[dtype]
     # One value alone, many packed, or the bytes of all.
     content = [
         value
-        for number, kind, value in fields
-        if (number, kind) in ((field, single), (field, _BYTES), (_TENSOR_CONTENT, _BYTES))
+        for number, kind, value in found
+        if (number, kind) in ((field, single), (field, BYTES), (_TENSOR_CONTENT, BYTES))
     ]
     words = b"".join(content)
     return float(np.frombuffer(words, name)[0]) if len(words) == np.dtype(name).itemsize else None

@@ -30,6 +30,7 @@ from pipeline.sources.stacked_file import StackedFile
 from pipeline.sources.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number, not_latest_yet
 from pipeline.sources.sweep import Sweep
 from pipeline.sources.torch_archive import TorchFile
+from pipeline.sources.wandb_file import WANDB_START, read_wandb
 from pipeline.sources.zarr_group import ZarrGroup, holds_zarr
 
 __all__ = [
@@ -249,6 +250,7 @@ _CSV = ScalarKind("a CSV file", _named(False, b"", ".csv", ".tsv"), read_csv)
 _JSON_LINES = ScalarKind("a file of JSON lines", _named(False, b"{", ".jsonl", ".ndjson"), read_json_lines)
 _PARQUET = ScalarKind("a Parquet file", _named(True, b"PAR1", ".parquet"), read_parquet)
 _EVENTS = ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True)
+_WANDB = ScalarKind("a W&B run file", _named(False, WANDB_START, ".wandb"), read_wandb)
 _TRACKIO = ScalarKind(
     "a trackio database",
     lambda path: [path] if path.is_file() and holds_metrics(path) else [],
@@ -421,6 +423,13 @@ FORMATS: dict[str, Format] = {
             *_scalars(_EVENTS),
         ),
         Format(
+            "wandb",
+            "one file run-<id>.wandb of W&B, or the folder that it keeps for the run; wandb is not needed",
+            _GIVES_SCALARS,
+            _LACKS_TENSORS + "; runs that are on its server alone",
+            *_scalars(_WANDB),
+        ),
+        Format(
             "trackio",
             "trackio's SQLite database, with a table metrics",
             _GIVES_SCALARS + "; of several runs the one of --map run=NAME",
@@ -553,7 +562,12 @@ def _run_file(path: Path) -> Path | None:
 _OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
 """Formats with tensors that are read from an object store, without a file on this machine."""
 
-_SCALARS_OF_OBJECTS = {"csv": _CSV, "jsonl": _JSON_LINES, "parquet": _PARQUET, "tensorboard": _EVENTS}
+_SCALARS_OF_OBJECTS = {
+    "csv": _CSV,
+    "jsonl": _JSON_LINES,
+    "parquet": _PARQUET,
+    "tensorboard": _EVENTS,
+}
 """The same of scalars."""
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")

@@ -1,0 +1,56 @@
+"""The wire format of protocol buffers: fields by their numbers, whatever these mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["BYTES", "FIXED32", "FIXED64", "VARINT", "fields"]
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Wire types."""
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise ValueError("a number in a record does not end")
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, position
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
+    """Fields of a protocol buffer, in the order written.
+
+    Yields
+    ------
+    number, type : int
+    value : int or bytes
+        An unsigned number of 64 bits, or the bytes.
+
+    Raises
+    ------
+    ValueError
+        Where it is none, or ends early.
+    """
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        number, kind = key >> 3, key & 7
+        if kind == VARINT:
+            value: Any
+            value, position = _varint(data, position)
+        elif kind in (FIXED64, FIXED32, BYTES):
+            length = 8 if kind == FIXED64 else 4
+            if kind == BYTES:
+                length, position = _varint(data, position)
+            value, position = data[position : position + length], position + length
+            if len(value) < length:
+                raise ValueError("a field of a record ends early")
+        else:
+            raise ValueError(f"a field of a record has the wire type {kind}")
+        yield number, kind, value
