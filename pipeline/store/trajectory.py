@@ -22,7 +22,6 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import math
@@ -38,7 +37,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, Band
-from pipeline.places import Puts, is_url, place, ranges
+from pipeline.places import is_url, place, put, ranges
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,
@@ -57,10 +56,10 @@ from pipeline.schema import (
     of_replicate,
     replicate_of,
 )
+from pipeline.store.disk import Writes
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
-    Journal,
     add_array,
     chunk_path,
     damaged,
@@ -75,6 +74,7 @@ from pipeline.store.group import (
     resize,
     with_rows,
 )
+from pipeline.store.journal import Journal, sources_of
 from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
@@ -96,18 +96,6 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def checksum(words: NDArray[Any]) -> int:
     """CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Leave garbage alone for a moment."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Trajectory:
@@ -177,13 +165,14 @@ class Trajectory:
         self._array = cache(lambda name: open_array(self.path / name))
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
         self._unflushed: set[Path] = set()
-        self._checksums: dict[str, list[list[int]]] = {}
+        self._flushed: set[Path] = set()
+        self._checksums: dict[str, NDArray[np.uint32]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
         self._spans: NDArray[np.int64] | None = None
         # A request takes as long as many steps are read from a disk.
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
-        self._puts = Puts()
+        self._writes = Writes()
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self._read_ahead = 0
         self.rows = 0
@@ -395,8 +384,12 @@ class Trajectory:
         return chosen
 
     def records(self) -> list[dict[str, Any]]:
-        """Commit records, in order: rows, the sources of each, and checksums per array, row and column."""
+        """Commit records, in order; see `pipeline.store.journal.Journal.read`."""
         return [self.journal.read(name) for name in self.journal.names()]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return what identifies the source of each row."""
+        return [source for record in self.records() for source in sources_of(record)]
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -572,15 +565,15 @@ class Trajectory:
         self._require_recorded(name, column, start, out, path)
 
     def _require_recorded(self, name: str, column: int, start: int, out: NDArray[Any], path: Path) -> None:
-        recorded = self._recorded(name)
+        recorded = self.recorded_checksums(name)
         for row, words in enumerate(out, start):
-            if checksum(words) != recorded[row][column]:
+            if checksum(words) != recorded[row, column]:
                 raise damaged(path, f"row {row} has another checksum than recorded", _INGEST_AGAIN)
 
-    def _recorded(self, name: str) -> list[list[int]]:
-        """Checksums of the committed rows of an array, one for each column."""
+    def recorded_checksums(self, name: str) -> NDArray[np.uint32]:
+        """Checksums of the committed rows of an array, shape (rows, columns); see `checksum`."""
         if len(self._checksums.get(name, ())) < self.rows:
-            self._checksums[name] = [row for record in self.records() for row in record["checksums"][name]]
+            self._checksums[name] = np.concatenate([record["checksums"][name] for record in self.records()])
         return self._checksums[name]
 
     # Writing ------------------------------------------------------------------------------------------------
@@ -613,6 +606,11 @@ class Trajectory:
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
                 write = self._put if is_url(self.path) else self._place
                 write(path, low - index * steps, block[low - start : high - start])
+                if high == (index + 1) * steps and not is_url(self.path):
+                    # Nothing is added to it: it is flushed while the next chunks are read and written.
+                    self._flushed.add(path)
+                    self._writes.begin(flush, path)
+                    continue
             self._unflushed.add(path)
 
     def _put(self, path: Path, row: int, block: NDArray[Any]) -> None:
@@ -620,12 +618,12 @@ class Trajectory:
         chunk = np.zeros(self.chunk, block.dtype)
         chunk[row : row + len(block)] = block
         if row:
-            self._puts.wait()
+            self._writes.wait()
             (before,) = ranges(path, [(0, chunk[:row].nbytes)])
             if len(before) != chunk[:row].nbytes:
                 raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
             chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
-        self._puts.put(path, chunk.tobytes())
+        self._writes.begin(put, path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -677,7 +675,7 @@ class Trajectory:
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             self._unflushed.update(self._number_chunks(name, start, stop))
-        self._puts.wait()
+        self._writes.wait()
         if not is_url(self.path):
             self._flush()
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
@@ -686,18 +684,19 @@ class Trajectory:
             record["runs"] = list(known)[len(self.runs) :]
         self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
         self._unflushed.clear()
+        self._flushed.clear()
         self.rows, self._breaks = stop, None
         self.recover()
 
     def abandon(self) -> None:
         """Leave what was written and not committed: on return nothing of it is on its way any more."""
-        self._puts.abandon()
+        self._writes.abandon()
 
     def _flush(self) -> None:
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
-        for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
+        for folder in sorted({folder for path in self._unflushed | self._flushed for folder in path.parents}):
             if folder.is_relative_to(self.path):
                 flush(folder)
 
@@ -717,13 +716,15 @@ class Trajectory:
         return {name: checksum(np.asarray(with_rows(self._array(name), stop)[start:stop])) for name in self.numbers}
 
     def _migrate(self) -> None:
-        """Add what version 1 did not have, attempts and checksums of all that is there, and be of this version."""
-        none = np.zeros(self.rows, np.int64)
-        add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
-        self._numbered = (STEP, ATTEMPT)
+        """Write records anew, with what version 1 did not have (and attempts), and be of this version."""
+        if self._version < 2:
+            none = np.zeros(self.rows, np.int64)
+            add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
+            self._numbered = (STEP, ATTEMPT)
         for name in self.journal.names():
             record = self.journal.read(name)
-            record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
+            if self._version < 2:
+                record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
             self.journal.write(name, record)
         migrate_group(self.path, "trajectory", self.arrays)
         self._version = LAYOUT_VERSION
@@ -736,24 +737,21 @@ class Trajectory:
         """Digest of the states that each band of rows is computed from, the halo included."""
         replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
         names = [name for name in (*STATES, *replicates) if name in self.dtypes]
-        begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
+        begun = np.zeros(self.rows + 1, "<u4")
+        begun[np.flatnonzero(self.spans() == 0) + 1] = 1
         hashes = {band: hashlib.sha256() for band in bands}
         waiting = sorted(hashes, reverse=True)
         active: list[Band] = []
         # Record by record: those of a long run of a large model are not held together.
         for number in self.journal.names():
-            # It has lists for every row: the collector would go through all objects of the process many times.
-            with _uncollected():
-                record = self.journal.read(number)
+            record = self.journal.read(number)
             start, stop = record["start"], record["stop"]
-            tables = [record["checksums"][name] for name in names]
-            texts = [str([*row]) for row in zip(*tables, strict=True)]
-            for row in begun.intersection(range(start, stop)):
-                texts[row - start] += "|"
+            if start >= self.rows:  # committed since
+                break
+            words = np.column_stack([*(record["checksums"][name] for name in names), begun[start:stop]])
             while waiting and waiting[-1].start < stop:
                 active.append(waiting.pop())
             for band in active:
-                text = "".join(texts[max(band.start - start, 0) : band.stop + 1 - start])
-                hashes[band].update(text.encode())
+                hashes[band].update(words[max(band.start - start, 0) : band.stop + 1 - start].data)
             active = [band for band in active if band.stop + 1 > stop]
         return {band: found.hexdigest() for band, found in hashes.items()}
