@@ -28,6 +28,7 @@ FLOORS = [
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.sources.event_file",
+        "pipeline.sources.bergson_store",
         "pipeline.sources.record_files",
         "pipeline.sources.wandb_file",
         "pipeline.store.disk",

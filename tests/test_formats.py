@@ -891,15 +891,50 @@ def test_a_damaged_zarr_group_is_read_or_refused_and_nothing_else(tmp_path, file
     path.write_bytes(whole)
 
 
-def test_a_gradient_store_of_bergson_is_refused_with_what_it_lacks(tmp_path):
-    # As create_index in its data.py writes them.
-    store = tmp_path / "train" / "epoch_0"
+def write_bergson(store, rows=1, tokens=False, processor="projection_dim: null\n", config=""):
+    """As `create_index` of bergson 2.5.1 writes the data, and its `save` functions the settings."""
     store.mkdir(parents=True)
-    np.zeros((3, 8), np.float16).tofile(store / "gradients.bin")
-    (store / "info.json").write_text(
-        json.dumps({"num_items": 3, "num_grads": 3, "grad_sizes": {"a": 4, "b": 4}, "base_dtype": "float16"})
-    )
-    for folder in (tmp_path, store):
+    np.zeros((rows, 8), np.float32).tofile(store / "gradients.bin")
+    info = {"num_items": rows, "num_grads": rows, "grad_sizes": {"a": 4, "b": 4}, "base_dtype": "float32"}
+    (store / "info.json").write_text(json.dumps({"attribute_tokens": tokens, **info}, indent=2))
+    if processor is not None:
+        (store / "processor_config.yaml").write_text(processor)
+    (store / "config.yaml").write_text(config)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, ""),
+        ({"rows": 3}, "a row for each of 3 examples"),
+        ({"rows": 3, "tokens": True}, "a row for each token"),
+        ({"processor": None}, "does not say whether it is projected"),
+        ({"processor": "reshape_to_square: false\nprojection_dim: 16\n"}, "(projection_dim: 16)"),
+        (
+            {"config": "steps:\n- build:\n    preprocess_cfg:\n      unit_normalize: true\n"},
+            "scaled to length 1 (unit_normalize: true)",
+        ),
+        ({"config": "      optimizer_state: runs/a/optimizer.pt\n"}, "(optimizer_state: runs/a/optimizer.pt)"),
+        ({"config": "      hessian_path: runs/h\n"}, "(hessian_path: runs/h)"),
+    ],
+)
+def test_a_gradient_store_of_bergson_is_refused_with_what_it_lacks(tmp_path, options, why):
+    plain = "      optimizer_state: ''\n      hessian_path: null\n      unit_normalize: false\n"
+    store = write_bergson(tmp_path / "store", **{"config": plain, **options})
+    assert find_format(store) == "bergson"
+    refused = refusal(store)
+    assert "not read as a gradient of the loss" in refused.what
+    assert "neither their shapes nor whether they are transposed" in refused.why
+    assert refused.why.count(";") == bool(why)
+    assert why in refused.why
+    assert "--projection_dim 0 --aggregation mean" in refused.remedy
+    assert refused.where == str(store)
+
+
+def test_gradients_of_the_epochs_of_a_run_are_of_no_state(tmp_path):
+    store = write_bergson(tmp_path / "run" / "train" / "epoch_0")
+    for folder in (tmp_path / "run", tmp_path / "run" / "train", store):
         refused = refusal(folder)
-        assert "no gradient of the loss" in refused.what
-        assert "projected" in refused.why
+        assert "while the parameters changed" in refused.why
+        assert refused.where == str(store)

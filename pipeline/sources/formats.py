@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.places import files, is_url, names, network_errors, open_to_read, place
 from pipeline.schema import SCALARS, InputError
 from pipeline.sources.base import Container, LoggedStep, NotYet, Source
+from pipeline.sources.bergson_store import holds_bergson, refuse_bergson
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.event_file import event_files, read_events
@@ -120,28 +121,6 @@ def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
     if holds_zarr(path):
         return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
     return StepFolder(path, [_ZARR], mapping)
-
-
-def _holds_bergson(path: Path) -> bool:
-    folders = (path, *path.glob("epoch_*"), *path.glob("train/epoch_*")) if path.is_dir() else ()
-    return any((folder / "gradients.bin").is_file() and (folder / "info.json").is_file() for folder in folders)
-
-
-def _refuse_bergson(path: Path, mapping: Mapping[str, str]) -> Source:
-    if not _holds_bergson(path):
-        raise InputError(
-            "no step files, and no gradients.bin with its info.json, in this folder",
-            where=str(path),
-            remedy="give the folder that holds the step files; natgrad formats lists what can be read",
-        )
-    raise InputError(
-        "a gradient store of Bergson holds no gradient of the loss",
-        where=str(path),
-        why="it has a row for each example, of some of the tensors, by default projected at random to 16 x 16 and "
-        "scaled as the optimizer does, from which no gradient of the loss follows",
-        remedy="log the gradient of each step beside the parameters (pipeline.recorder, or a callback that saves "
-        "gradient.safetensors into the checkpoint)",
-    )
 
 
 def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
@@ -388,11 +367,11 @@ FORMATS: dict[str, Format] = {
         Format(
             "bergson",
             "gradients.bin and info.json of a gradient store of Bergson, also in train/epoch_<N>/",
-            "nothing: it is recognised, and refused with what it lacks",
-            "gradients of the loss: it holds those of single examples, of some of the tensors, by default "
-            "projected at random and scaled as the optimizer does",
-            _holds_bergson,
-            _refuse_bergson,
+            "nothing: it is recognised, and refused with what it lacks and how to have it",
+            "gradients of the loss: it has those of linear and convolutional weights without their shapes, of "
+            "single examples unless built with --aggregation mean, and projected or scaled where it was told so",
+            holds_bergson,
+            refuse_bergson,
         ),
         Format(
             "csv",
