@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -223,6 +224,42 @@ def test_beside_the_weights_of_the_forward_pass_the_master_weights_are_of_the_op
         np.testing.assert_array_equal(arrays["exp_avg"][name], masters["exp_avg"][name])
         rounded = torch.from_numpy(rows).bfloat16().view(torch.int16).numpy().view(np.uint16)
         np.testing.assert_array_equal(arrays["parameter"][name], rounded)
+
+
+def trainer_folder(folder, log):
+    """The Trainer's folder: models of its own, and DeepSpeed's checkpoints beside them."""
+    for step in range(len(STATES) + 1):
+        checkpoint = folder / f"checkpoint-{step}"
+        inner = checkpoint / f"global_step{step}"
+        shutil.copytree(log / inner.name, inner)
+        tree = torch.load(inner / "mp_rank_00_model_states.pt", weights_only=False)
+        model = {name: value for name, value in tree["module"].items() if name != "tied.weight"}
+        safetensors.torch.save_file(model, checkpoint / "model.safetensors")
+        safetensors.torch.save_file(tree["grad"], checkpoint / "gradient.safetensors")
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    return folder
+
+
+def test_the_trainer_s_model_and_deepspeed_s_optimizer_are_one_checkpoint(tmp_path, job, truth):
+    log = trainer_folder(tmp_path / "log", job / "stage 2, bf16, trained")
+    states, arrays = trajectory_of(tmp_path, log)
+    _, masters = trajectory_of(tmp_path / "masters", job / "stage 2, bf16, trained")
+    assert states.dtypes["parameter"] == "bfloat16"
+    for name, rows in arrays["exp_avg_sq"].items():
+        np.testing.assert_array_equal(arrays["master_parameter"][name], masters["parameter"][name])
+        for step in range(1, states.rows):
+            np.testing.assert_array_equal(rows[step], truth[step][name]["exp_avg_sq"].numpy().ravel())
+
+
+def test_a_model_is_read_without_an_optimizer_that_cannot_be(tmp_path, job, caplog):
+    log = trainer_folder(tmp_path / "log", job / "stage 2, trained")
+    for path in log.glob("checkpoint-*/global_step*/*rank_1_*optim_states.pt"):
+        path.unlink()
+    assert ingest([log], tmp_path / "store").steps == len(STATES) + 1
+    assert "global_step0/optimizer was not read" in caplog.text
+    assert "2 ranks wrote it, and 1" in caplog.text
+    with pytest.raises(InputError, match="no state of an optimizer"):
+        ingest([log], tmp_path / "other", include=["optimizer"])
 
 
 def moments(tree):

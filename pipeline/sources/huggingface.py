@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from pipeline.schema import InputError
 from pipeline.sources.base import Container, LoggedStep, StepContent
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.model_folder import ModelFolder, holds_model
 from pipeline.sources.names import MODEL, ROOT, NamedStep, Names, step_number
+from pipeline.sources.optimizer import optimizer_root
 from pipeline.sources.step_folder import Kind, StepFolder
 
 __all__ = ["TRAINER_KIND", "TrainerFolder"]
@@ -32,10 +36,49 @@ def _unfinished(path: Path) -> str:
 
 def _open(step: LoggedStep, names: Names) -> Container:
     # In stage 3 of ZeRO the weights may be in DeepSpeed's own checkpoint alone.
-    inner = [] if holds_model(step.path) else sorted(step.path.glob("global_step*"))
-    if len(inner) == 1 and deepspeed_number(inner[0]) is not None:
-        return DeepSpeedFolder(LoggedStep(step.number, inner[0]), names.inert)
-    return ModelFolder(step, names.inert)
+    inner = [path for path in sorted(step.path.glob("global_step*")) if deepspeed_number(path) is not None]
+    if len(inner) != 1:
+        return ModelFolder(step, names.inert)
+    within = LoggedStep(step.number, inner[0])
+    return _WithState(step, within, names) if holds_model(step.path) else DeepSpeedFolder(within, names.inert)
+
+
+class _WithState(Container):
+    """A model, and the state of its optimizer from the checkpoint of DeepSpeed that lies beside it."""
+
+    def __init__(self, step: LoggedStep, within: LoggedStep, names: Names) -> None:
+        super().__init__(step)
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            model = stack.enter_context(ModelFolder(step, names.inert))
+            self.tensors, self.numbers, self.texts = dict(model.tensors), dict(model.numbers), dict(model.texts)
+            self.ties, self.ordered, self._model = model.ties, model.ordered, model
+            self._state: dict[str, Container] = {}
+            if optimizer_root(model) is None:
+                try:
+                    # What cannot be put together is no reason to refuse the model.
+                    state = stack.enter_context(DeepSpeedFolder(within, names.inert, masters=True))
+                except InputError as error:
+                    self.unread[f"{within.path.name}/optimizer"] = error.what
+                else:
+                    self._take(state)
+            self._stack = stack.pop_all()
+
+    def _take(self, state: Container) -> None:
+        found = [key for key in state.tensors if key.startswith("optimizer/")]
+        self.tensors |= {key: state.tensors[key] for key in found}
+        self._state = dict.fromkeys(found, state)
+        self.numbers |= {key: number for key, number in state.numbers.items() if key.startswith("optimizer/")}
+        self.texts |= {key: text for key, text in state.texts.items() if key.startswith("optimizer/")}
+        self.unread |= state.unread
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""
+        self._state.get(key, self._model).read(key, start, out)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
 
 
 TRAINER_KIND = Kind(
