@@ -2,8 +2,10 @@
 
 import json
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +58,22 @@ def copy(file, tmp_path):
     return copied
 
 
-def ends_of_pieces(body):
-    """Where pieces end, by the layout that the file has."""
-    ends, position = [], len(WANDB_START)
+def pieces_of(body):
+    """Where each piece ends, its type and its data, by the layout of the file; what is no piece has type 0."""
+    found, position = [], len(WANDB_START)
     while position < len(body):
         room = (1 << 15) - position % (1 << 15)
-        position += room if room < 7 else 7 + int.from_bytes(body[position + 4 : position + 6], "little")
-        ends.append(position)
-    return ends
+        size, kind = (
+            (room, 0) if room < 7 else (7 + int.from_bytes(body[position + 4 : position + 6], "little"), None)
+        )
+        kind = body[position + 6] if kind is None else kind
+        found.append((position + size, kind, body[position + 7 : position + size]))
+        position += size
+    return found
+
+
+def ends_of_pieces(body):
+    return [end for end, _, _ in pieces_of(body)]
 
 
 def test_every_number_is_that_which_was_logged(file, tmp_path):
@@ -100,6 +110,8 @@ def test_a_file_that_is_cut_gives_the_records_before(copy):
     body = copy.read_bytes()
     whole, _ = read_all(read_wandb, copy)
     ends = ends_of_pieces(body)
+    ends_of_records = {len(WANDB_START), *(end for end, kind, _ in pieces_of(body) if kind in (1, 4))}
+    assert not ends_of_records.issuperset(ends)
     near = {end + by for end in ends for by in (-8, -1, 0, 1, 6, 7, 8)}
     for length in sorted({*near, *random.Random(0).sample(range(8, len(body)), 50)}):
         if not len(WANDB_START) <= length < len(body):
@@ -108,7 +120,42 @@ def test_a_file_that_is_cut_gives_the_records_before(copy):
         found, notes = read_all(read_wandb, copy)
         assert found == whole[: len(found)]
         assert len(notes) <= 1
-        assert length in ends or length == len(WANDB_START) or "is cut short and left out" in notes[0]
+        assert length in ends_of_records or "is cut short and left out" in notes[0]
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_what_is_too_short_for_a_piece_at_the_end_of_a_block_is_passed_over(file, tmp_path, room):
+    """Records of the real file, behind one that leaves so many bytes of the first block: chance seldom does."""
+    whole, _ = read_all(read_wandb, file)
+    records, parts = [], []
+    for _, kind, data in pieces_of(file.read_bytes()):
+        parts.append(data)
+        if kind in (1, 4):
+            records.append(b"".join(parts))
+            parts = []
+    # Field 200 of a record, which means nothing here, with as many bytes as are to be filled.
+    filler = (1 << 15) - len(WANDB_START) - 7 - room
+    filling = b"\xc2\x0c" + bytes([(filler - 5) & 0x7F | 0x80, (filler - 5) >> 7 & 0x7F | 0x80, (filler - 5) >> 14])
+    body = bytearray(WANDB_START)
+    for record in [filling + bytes(filler - 5), *records]:
+        begun = False
+        while True:
+            left = (1 << 15) - len(body) % (1 << 15)
+            body += bytes(left) if left < 7 else b""
+            left = (1 << 15) - len(body) % (1 << 15)
+            data, record = record[: left - 7], record[left - 7 :]
+            kind = (3 if record else 4) if begun else (2 if record else 1)
+            body += struct.pack("<IHB", zlib.crc32(bytes([kind]) + data), len(data), kind) + data
+            begun = True
+            if not record:
+                break
+    (tmp_path / "laid.wandb").write_bytes(body)
+    assert read_all(read_wandb, tmp_path / "laid.wandb") == (whole, [])
+    if 0 < room < 7:
+        body[(1 << 15) - 1] = 1
+        (tmp_path / "laid.wandb").write_bytes(body)
+        with pytest.raises(ValueError, match="where no piece has room"):
+            read_all(read_wandb, tmp_path / "laid.wandb")
 
 
 def test_a_changed_byte_is_an_error(copy, tmp_path):
