@@ -13,7 +13,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["INERT", "PICKLE_LIMIT", "Global", "Record", "Skipped", "UnknownName", "flatten", "load"]
+__all__ = [
+    "INERT",
+    "PICKLE_LIMIT",
+    "Attributes",
+    "Global",
+    "Record",
+    "Skipped",
+    "UnknownName",
+    "flatten",
+    "load",
+]
 
 PICKLE_LIMIT = 1 << 27
 """Largest pickle that is read, in bytes."""
@@ -44,6 +54,8 @@ INERT = frozenset(
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
         "pytorch_lightning.utilities.parsing.AttributeDict",
+        "pytorch_optimizer.optimizer.utils.graft.*",
+        "pytorch_optimizer.optimizer.utils.partition.*",
         "types.SimpleNamespace",
     }
 )
@@ -71,6 +83,16 @@ class Record:
     def build(self, state: Any) -> None:
         """Take the state that was pickled."""
         self.state = state
+
+
+class Attributes(dict[str, Any]):
+    """An object of a known class as the dict of its attributes, which is walked like any other."""
+
+    def build(self, state: Any) -> None:
+        """Take the state that was pickled."""
+        if not isinstance(state, dict):
+            raise ValueError(f"its pickle gives an object a {type(state).__name__} as attributes")
+        self.update(state)
 
 
 @dataclass(frozen=True)
@@ -288,7 +310,7 @@ class _Machine:
 
     def _build(self, _: None) -> None:
         state, target = self._stack.pop(), self._stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, Record | Attributes):
             target.build(state)
 
     def _binpersid(self, _: None) -> None:
