@@ -295,17 +295,20 @@ def _optimizer(
 ) -> results.Optimizer:
     """Return what the optimizer used in each update: its state is saved after it, the rate before.
 
-    The metric is that of the factors, where there are some, or else that of Adam's second moment. A tensor whose
+    The metric is that of the factors, where the rule has some, or else that of Adam's second moment. A tensor whose
     update was rescaled by what is not saved has no rate.
     """
     after = {name: states.scalar(name)[rows + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
     low, high = adam_eigenvalues(
         after["exp_avg_sq_min"], after["exp_avg_sq_max"], after["beta2"], after["epsilon"], after["updates"]
     )
-    factored = [after[name] for name in METRIC_EIGENVALUES[:2]]
+    used = [after[name] for name in METRIC_EIGENVALUES[:2]]
     following = [states.scalar(name)[rows] for name in METRIC_EIGENVALUES[2:]]
-    for ends in (factored, following):
-        low, high = (np.where(np.isnan(end), other, end) for end, other in zip(ends, (low, high), strict=True))
+    factored = (after["metric_factored"] == 1.0) | (states.scalar("metric_factored")[rows] == 1.0)
+    low, high = (
+        np.where(factored, np.where(np.isnan(end), next_end, end), adam)
+        for end, next_end, adam in zip(used, following, (low, high), strict=True)
+    )
     rate = states.scalar("tensor_learning_rate")[rows]
     rate = np.where(np.isnan(rate), learning_rate[:, None], rate)
     return results.Optimizer(low, high, np.where(after["metric_rescaled"] == 1.0, np.nan, rate))

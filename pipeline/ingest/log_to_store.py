@@ -272,7 +272,7 @@ def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
         for metric in {} if content.optimizer is None else content.optimizer.metrics.values():
             follows = isinstance(metric, FactoredMetric) and metric.follows
             found |= set(METRIC_EIGENVALUES[2:] if follows else METRIC_EIGENVALUES[:2])
-            found |= {"metric_rescaled"} if metric.rescaled else set()
+            found |= {"metric_factored", *(("metric_rescaled",) if metric.rescaled else ())}
     return found
 
 

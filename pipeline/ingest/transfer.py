@@ -243,8 +243,9 @@ class Writer:
             return np.asarray(self._eigenvalues[position, METRIC_EIGENVALUES.index(name)])
         state = self._contents[row.step].optimizer
         values = {} if state is None else state.numbers.get(name, {})
-        if name == "metric_rescaled" and state is not None:
-            values = {tensor: 1.0 for tensor, metric in state.metrics.items() if metric.rescaled}
+        if state is not None and name in ("metric_factored", "metric_rescaled"):
+            every = name == "metric_factored"
+            values = {tensor: 1.0 for tensor, metric in state.metrics.items() if every or metric.rescaled}
         return np.array([values.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
 
     def _source(self, row: NewRow) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ __all__ = ["ENTRY", "OPTIONS", "SAID", "Entry", "kfac_metrics", "rule_of", "shap
 
 ENTRY = (
     r"inv_precond_\d+|inv_pre_cond_\d+|(?:GG|Q)[/.]\d+|shampoo_beta|"
-    r"pre_conditioner[/.](?:rank|pre_conditioners(?:[/.]\d+)?)"
+    r"momentum|pre_conditioner[/.](?:rank|pre_conditioners(?:[/.]\d+)?)"
 )
 """Keys of an entry that say what its metric is, as a regular expression."""
 
@@ -133,7 +133,9 @@ def rule_of(entries: Iterable[Mapping[str, str]]) -> str | None:
 
 
 def shape_of(keys: Mapping[str, str], tensors: Mapping[str, LoggedTensor]) -> tuple[int, ...] | None:
-    """Shape of the tensor that an entry is of, by its factors of Shampoo; None where it has none."""
+    """Shape of the tensor that an entry is of, by its factors or momentum of Shampoo; None where it has neither."""
+    if (momentum := tensors.get(keys.get("momentum", ""))) is not None:
+        return momentum.shape
     for name in ("inv_precond_{}", "inv_pre_cond_{}"):
         if factors := Entry(keys, tensors, {}, {}, {})._numbered(name):
             return tuple(map(_size, factors))

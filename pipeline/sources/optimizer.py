@@ -161,8 +161,7 @@ def _matched(
                 keys.setdefault(_ARRAYS[what], {})[tensor] = key
             elif (what == "step" or key in container.numbers) and (count := container.number(key)) is not None:
                 counts[what] = count
-        # The updates that Adam counts correct the bias of its diagonal metric: SOAP's is no such metric.
-        if "step" in counts and rule != "SOAP":
+        if "step" in counts:
             numbers.setdefault("updates", {})[tensor] = counts["step"]
         for name, value in options.items():
             if name not in factors.OPTIONS:

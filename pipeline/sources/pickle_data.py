@@ -43,6 +43,8 @@ INERT = frozenset(
         "builtins.long",
         "builtins.set",
         "collections.Counter",
+        "curvlinops.kfac.FisherType",
+        "curvlinops.kfac.KFACType",
         "datetime.datetime",
         "datetime.timedelta",
         "lightning.fabric.utilities.data.AttributeDict",
