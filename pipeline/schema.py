@@ -130,9 +130,8 @@ OPTIMIZER_NUMBERS = (
     "metric_rescaled",
 )
 """Arrays (step, tensor) beside them: the options of each tensor's group, the updates that an entry has seen, the
-smallest and largest element of ``exp_avg_sq``, those of the metric's eigenvalues, 1 where the metric is one of
-factors, so that it is not Adam's, and 1 where the update was rescaled by a factor that is not saved. NaN where there
-is none."""
+smallest and largest element of ``exp_avg_sq`` and eigenvalue of the metric, 1 where the metric is not Adam's, and 1
+where the update was rescaled by what is not saved. NaN where there is none."""
 
 SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
 """Numbers of a step that a log may hold; arrays (step) of a trajectory, NaN where the log has none."""

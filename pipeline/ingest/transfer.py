@@ -190,11 +190,10 @@ class Writer:
             self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
         for note in itertools.islice(self._no_metric.values(), _NOTES_SHOWN):
             steps = f"in {len(note.steps)} steps, the first" if len(note.steps) > 1 else "in"
-            tensors = f"{len(note.tensors)} tensors, the first" if len(note.tensors) > 1 else "tensor"
-            self._warnings.append(
-                f"the metric of {tensors} {note.tensors[0]!r}, is not known: {note.why} ({steps} "
-                f"{note.steps[0].path.name})"
-            )
+            first, several = repr(note.tensors[0]), len(note.tensors) > 1
+            of = f"{len(note.tensors)} tensors, the first {first}," if several else f"tensor {first}"
+            place = f"{steps} {note.steps[0].path.name}"
+            self._warnings.append(f"the metric of {of} is not known: {note.why} ({place})")
         more = len(self._no_metric) - _NOTES_SHOWN
         if more > 0:
             self._warnings.append(f"metrics are not known for {more} more reasons")

@@ -25,7 +25,7 @@ __all__ = ["ENTRY", "OPTIONS", "SAID", "Entry", "kfac_metrics", "rule_of", "shap
 
 ENTRY = (
     r"inv_precond_\d+|inv_pre_cond_\d+|(?:GG|Q)[/.]\d+|shampoo_beta|"
-    r"momentum|pre_conditioner[/.](?:rank|pre_conditioners(?:[/.]\d+)?)"
+    r"momentum|max_exp_avg_sq|pre_conditioner[/.](?:rank|pre_conditioners(?:[/.]\d+)?)"
 )
 """Keys of an entry that say what its metric is, as a regular expression."""
 
@@ -70,6 +70,8 @@ class Entry:
 
     def metric(self, rule: str, shape: tuple[int, ...]) -> FactoredMetric | RotatedMetric:
         """Metric of a tensor of this shape under a rule of `rule_of`."""
+        if rule == "AMSGrad":
+            return FactoredMetric(rule, problem="its metric is made of max_exp_avg_sq, which is not stored")
         if rule == "SOAP":
             return self._soap()
         if rule == "ScalableShampoo":
@@ -129,6 +131,8 @@ def rule_of(entries: Iterable[Mapping[str, str]]) -> str | None:
         return "Shampoo"
     if any(name.startswith(("GG", "Q")) for name in names):
         return "SOAP" if "exp_avg_sq" in names else "PSGD"
+    if "max_exp_avg_sq" in names:
+        return "AMSGrad"
     return "SOAP" if "shampoo_beta" in names else None
 
 

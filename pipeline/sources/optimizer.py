@@ -108,10 +108,19 @@ def saved_optimizer(
         return saved
     saved = saved or SavedOptimizer((), OptimizerState())
     state = saved.state
-    # What K-FAC gives to a rule with a metric of its own moves the tensor by a product that is not symmetric.
-    twice = FactoredMetric("K-FAC", problem="the optimizer behind it has a metric of its own")
     own = {*state.metrics, *state.arrays.get("exp_avg_sq", ())}
-    metrics = {tensor: twice if tensor in own else metric for tensor, metric in metrics.items()}
+    rates = state.numbers.get("tensor_learning_rate", {})
+    for tensor in parameters:
+        problem = ""
+        if tensor not in metrics:
+            problem = "" if tensor in own else "it has no factors of it"
+        elif tensor in own:
+            # It is moved by a product of two matrices, which is not symmetric.
+            problem = "the optimizer behind it has a metric of its own"
+        elif len({rates.get(other) for other in metrics[tensor].tensors}) > 1:
+            problem = "weight and bias move at different rates"
+        if problem:
+            metrics[tensor] = FactoredMetric("K-FAC", problem=problem)
     state = OptimizerState(state.arrays, state.numbers, {**state.metrics, **metrics})
     return SavedOptimizer((*saved.roots, kfac_root), state, {**saved.keys, **_factor_keys(metrics)})
 
