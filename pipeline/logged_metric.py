@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 
 LARGEST_FACTOR = 4096
 """Rows of the largest factor whose eigenvalues are taken: with LAPACK's copies and the complex matrix of its skew
-part it takes some 64 bytes per element, 1 GiB."""
+part it may take 70 bytes an element, 1.1 GiB."""
 
 
 def extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[float, float]:

@@ -149,6 +149,15 @@ def results_of(log, out):
     return run.results.read(out / "results.zarr"), summary["warnings"]
 
 
+def assert_eigenvalues(out, row, name, singular, basis=1.0, tables=METRIC_EIGENVALUES[:2]):
+    """Compare the stored eigenvalues with those of the inverse of the matrix with these singular values."""
+    states = Trajectory(out / "trajectory.zarr")
+    place = states.layout.names.index(name)
+    rounding = 8 * len(singular) * UNIT * singular[0] / singular[-1] + basis**2 - 1
+    for table, value in zip(tables, 1 / singular[[0, -1]], strict=True):
+        assert states.scalar(table)[row, place] == pytest.approx(value, rel=rounding)
+
+
 def assert_condition(found, singular, basis=1.0):
     """Compare a condition number with that of the matrix with these singular values.
 
@@ -200,6 +209,7 @@ def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_
         spectra = {name: np.linalg.svd(matrix, compute_uv=False) for name, matrix in matrices.items()}
         for name, singular in spectra.items():
             assert_condition(of_tensors.sel(step=step, tensor=name), singular)
+            assert_eigenvalues(tmp_path / "out", step + 1, name, singular)
         whole = np.sort(np.concatenate([rate(name) * singular for name, singular in spectra.items()]))[::-1]
         if rule.startswith("psgd"):
             # It clips each tensor's update by its length, which is not saved.
@@ -234,6 +244,35 @@ def test_the_metric_read_from_a_log_takes_the_update_to_the_gradient(tmp_path, r
     assert checked >= 3 * len(SHAPES)
 
 
+@pytest.mark.parametrize(
+    ("rule", "inverse"),
+    [(torch_optimizer.Shampoo, "inv_precond"), (pytorch_optimizer.Shampoo, "inv_pre_cond")],
+)
+def test_in_single_precision_roots_are_nearly_symmetric_and_condition_is_that_of_their_singular_values(
+    tmp_path, rule, inverse
+):
+    def factors(step, model, optimizer):
+        states = {name: optimizer.state[p] for name, p in model.named_parameters()}
+        return {
+            name: [state[f"{inverse}_{axis}"].double().numpy() for axis in range(len(SHAPES[name]))]
+            for name, state in states.items()
+            if step
+        }
+
+    told = trained(lambda model: rule(groups(model)), saver(tmp_path / "log"), dtype=torch.float32, before=factors)
+    tree, warned = results_of(tmp_path / "log", tmp_path / "out")
+    assert not warned
+    worst = 0.0
+    for step, (_, _, after) in enumerate(told[1:]):
+        for name, matrices in after.items():
+            singular = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]
+            worst = max([worst, *(np.linalg.norm(m - m.T) / np.linalg.norm(m) for m in matrices)])
+            found = tree["tensor"]["preconditioner_condition_number"].sel(step=step, tensor=name)
+            kappa = np.prod([values[0] / values[-1] for values in singular])
+            assert float(found) == pytest.approx(kappa, rel=2 * max(len(matrices), 1) * ASYMMETRY**2)
+    assert worst > 2.0**-24
+
+
 # SOAP --------------------------------------------------------------------------------------------------------
 
 BETA2, EPSILON = 0.9, 1e-3
@@ -263,9 +302,11 @@ def rotated_maps(step, model, optimizer, *, correct_bias=True):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("writer", [saver, sharded])
-@pytest.mark.parametrize("options", [{}, {"correct_bias": False}, {"normalize_gradient": True}], ids=json.dumps)
-def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, writer, options):
+@pytest.mark.parametrize(
+    ("options", "writer"),
+    [({}, saver), ({}, sharded), ({"correct_bias": False}, saver), ({"normalize_gradient": True}, sharded)],
+)
+def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, options, writer):
     before = functools.partial(rotated_maps, correct_bias=options.get("correct_bias", True))
     told = trained(functools.partial(soap, **options), writer(tmp_path / "log"), before=before)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
@@ -283,6 +324,7 @@ def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, writer
                 assert np.linalg.norm(update + matrix @ gradients[name].ravel()) <= slipped + rounding
             singular = np.linalg.svd(matrix, compute_uv=False)
             assert_condition(of_tensors.sel(step=step, tensor=name), singular, condition)
+            assert_eigenvalues(tmp_path / "out", step + 1, name, singular, condition)
         if "normalize_gradient" in options:
             assert np.isnan(of_model.sel(step=step))
         elif matrices is not None:
@@ -355,22 +397,18 @@ def curvlinops():
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("writer", [torch.save, "dcp"])
-@pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(
-    "damping",
-    [{"damping": 0.03}, {"damping": (0.2, 0.03)}, {"damping": 0.03, "use_exact_damping": True}],
-    ids=["each", "two", "exact"],
+    ("writer", "joint", "damping"),
+    [
+        (torch.save, True, {"damping": 0.03}),
+        ("dcp", False, {"damping": (0.2, 0.03)}),
+        (torch.save, False, {"damping": 0.03, "use_exact_damping": True}),
+        ("dcp", True, {"damping": 0.03, "use_exact_damping": True}),
+        (torch.save, True, {"damping": 0.03, "use_heuristic_damping": True}),
+        (torch.save, True, {"damping": (0.2, 0.03)}),
+    ],
 )
 def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tmp_path, writer, joint, damping):
-    _train_with_kfac(tmp_path, writer, joint, damping)
-
-
-def test_heuristic_damping_is_divided_as_curvlinops_does(tmp_path):
-    _train_with_kfac(tmp_path, torch.save, True, {"damping": 0.03, "use_heuristic_damping": True})
-
-
-def _train_with_kfac(tmp_path, writer, joint, damping):
     kfac, log = curvlinops(), tmp_path / "log"
     log.mkdir()
     torch.manual_seed(0)
@@ -424,8 +462,9 @@ def _train_with_kfac(tmp_path, writer, joint, damping):
                 inside = np.concatenate([places[name] for name in names])
                 block = dense[np.ix_(inside, inside)]
                 for name in names:
-                    found = of_tensors.sel(step=step, tensor=name)
-                    assert_condition(found, np.linalg.svd(block, compute_uv=False))
+                    found, singular = of_tensors.sel(step=step, tensor=name), np.linalg.svd(block, compute_uv=False)
+                    assert_condition(found, singular)
+                    assert_eigenvalues(tmp_path / "out", step, name, singular, tables=METRIC_EIGENVALUES[2:])
                 # The operator that is read takes the descent of this gradient back to it.
                 metric = read_metric(log, names[0], step)
                 columns = [gradients[name].reshape(len(gradients[name]), -1) for name in names]
