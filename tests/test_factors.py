@@ -337,6 +337,30 @@ def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, option
         read_metric(tmp_path / "log", "out.weight", 1)
 
 
+def test_soap_of_its_authors_counts_its_updates_itself(tmp_path):
+    """In the layout of their code, which is in no package: ``step`` of each entry, none of the group."""
+
+    def save(step, model, optimizer, gradients, loss):
+        saver(tmp_path / "package")(step, model, optimizer, gradients, loss)
+        tree = torch.load(tmp_path / "package" / f"step-{step}.pt", weights_only=False)
+        for group in tree["optimizer"]["param_groups"]:
+            calls = group.pop("step", 0)
+            for entry in group["params"]:
+                if entry in tree["optimizer"]["state"]:
+                    tree["optimizer"]["state"][entry]["step"] = calls - 1
+        (tmp_path / "authors").mkdir(exist_ok=True)
+        torch.save(tree, tmp_path / "authors" / f"step-{step}.pt")
+
+    trained(soap, save)
+    stored = []
+    for log in ("package", "authors"):
+        results_of(tmp_path / log, tmp_path / f"{log} out")
+        states = Trajectory(tmp_path / f"{log} out" / "trajectory.zarr")
+        stored.append([states.scalar(table) for table in METRIC_EIGENVALUES[:2]])
+    assert np.isfinite(stored[0]).sum() == 2 * 3 * len(SHAPES)
+    np.testing.assert_array_equal(*stored)
+
+
 # ScalableShampoo ---------------------------------------------------------------------------------------------
 
 
@@ -381,9 +405,20 @@ def test_blocks_of_scalable_shampoo_are_those_that_it_parts_a_tensor_into(tmp_pa
             assert_condition(kappa.sel(step=step, tensor=name), np.linalg.svd(matrix, compute_uv=False))
         assert np.isnan(kappa.sel(step=step, tensor=["conv.bias", "out.bias", "scale"])).all()
     assert np.isnan(tree["model"]["preconditioner_condition_number"]).all()
+    with pytest.raises(InputError, match="is parted into 3 blocks"):
+        read_metric(log, "out.weight", 2)
     (log / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 'three'\n")
     with pytest.raises(InputError, match="holds other values than it may"):
         run.ingest_run(log, tmp_path / "wrong", include=["optimizer"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_objects_in_a_sharded_checkpoint_are_said_not_to_be_read(tmp_path):
+    trained(scalable, sharded(tmp_path / "log"))
+    (tmp_path / "log" / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 3\n")
+    tree, warned = results_of(tmp_path / "log", tmp_path / "out")
+    assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
+    assert any("of 5 tensors" in warning and "or the file has objects" in warning for warning in warned)
 
 
 # K-FAC -------------------------------------------------------------------------------------------------------

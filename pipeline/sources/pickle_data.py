@@ -87,14 +87,8 @@ class Record:
         self.state = state
 
 
-class Attributes(dict[str, Any]):
-    """An object of a known class as the dict of its attributes, which is walked like any other."""
-
-    def build(self, state: Any) -> None:
-        """Take the state that was pickled."""
-        if not isinstance(state, dict):
-            raise ValueError(f"its pickle gives an object a {type(state).__name__} as attributes")
-        self.update(state)
+class Attributes(Record):
+    """A record whose attributes are walked as the items of a dict are; see `flatten`."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +306,7 @@ class _Machine:
 
     def _build(self, _: None) -> None:
         state, target = self._stack.pop(), self._stack[-1]
-        if isinstance(target, Record | Attributes):
+        if isinstance(target, Record):
             target.build(state)
 
     def _binpersid(self, _: None) -> None:
@@ -342,7 +336,7 @@ def _key(key: Any) -> Any:
 
 
 def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Walk the leaves of nested dicts, lists and tuples, their levels joined by a slash.
+    """Walk the leaves of nested dicts, lists, tuples and `Attributes`, their levels joined by a slash.
 
     Raises
     ------
@@ -357,6 +351,7 @@ def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
         if visited > _LEAVES_LIMIT or depth > _DEPTH_LIMIT or characters > _NAMES_LIMIT:
             raise ValueError(_TOO_MUCH)
         items: list[tuple[str, Any]]
+        node = node.state if isinstance(node, Attributes) else node
         if isinstance(node, dict):
             items = [(str(key), value) for key, value in node.items()]
         elif isinstance(node, list | tuple):

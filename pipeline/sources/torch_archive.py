@@ -221,7 +221,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "builtins.bytes": lambda: b"",
     "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
-    "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes(),
+    "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
 }
 METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
 """Functions that metadata need: none makes a tensor."""
