@@ -41,6 +41,13 @@ def extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[f
     """
     if metric.problem:
         raise InputError(metric.problem)
+    try:
+        return _extremes(reader, tensor, metric)
+    except np.linalg.LinAlgError as error:
+        raise InputError(f"LAPACK finds no eigenvalues of a factor ({error})") from error
+
+
+def _extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[float, float]:
     index, found = 0, []
     for block in metric.blocks:
         damping = _damping(reader, tensor, metric, block, index)
@@ -49,7 +56,9 @@ def extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[f
             matrix = _loaded(reader, tensor, metric, factor, index)
             index += 1
             ends.append(factor_eigenvalues(matrix, exponent=metric.exponent, damping=term, root=metric.root))
-        found.append(kronecker_eigenvalues(ends, metric.shift))
+        # Of inverses each factor was found definite beyond its rounding.
+        rows = sum(factor.shape[0] for factor in block if len(factor.shape) == 2) if metric.exponent > 0 else 0
+        found.append(kronecker_eigenvalues(ends, metric.shift, rows=rows))
     return min(low for low, _ in found), max(high for _, high in found)
 
 
@@ -141,9 +150,10 @@ def _damping(
 
 def _loaded(reader: StepReader, tensor: str, metric: FactoredMetric, factor: Factor, index: int) -> Array:
     """Load a factor as float64, its symmetric part where it is no root."""
-    size = math.prod(factor.shape[:1])
-    if factor.dtype not in STORAGE_DTYPES:
-        raise InputError(f"a factor is {factor.dtype} of shape {factor.shape}")
+    size, dimensions = math.prod(factor.shape[:1]), len(factor.shape)
+    square = dimensions < 2 or (dimensions == 2 and factor.shape[0] == factor.shape[1])
+    if factor.dtype not in STORAGE_DTYPES or not square or not size:
+        raise InputError(f"a factor is {factor.dtype} of shape {list(factor.shape)}")
     if len(factor.shape) > 1 and size > LARGEST_FACTOR:
         raise InputError(f"a factor of {size} x {size} is too large: the limit is {LARGEST_FACTOR} rows")
     words: NDArray[Any] = np.empty(math.prod(factor.shape), storage_dtype(factor.dtype))

@@ -145,8 +145,9 @@ def factor_eigenvalues(
     low, high = float(values[0]) + damping, float(values[-1]) + damping
     if exponent < 0 and not low > floor:
         raise InputError(f"a factor is not positive definite: its eigenvalues are {low:.3g} to {high:.3g}")
-    ends = (low, high) if exponent == 1.0 else (low**exponent, high**exponent)
-    return min(ends), max(ends)
+    with np.errstate(over="ignore", divide="ignore"):
+        ends = np.array([low, high]) ** exponent
+    return float(ends.min()), float(ends.max())
 
 
 def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least: float) -> tuple[float, float]:
@@ -168,13 +169,17 @@ def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least
     section 6.3.
     """
     of_gradients, of_inputs = (float(np.trace(np.asarray(f, np.float64))) / len(np.asarray(f)) for f in factors)
-    if not (of_gradients > 0 and of_inputs >= 0):
-        raise InputError(f"no damping follows from mean eigenvalues {of_gradients:.3g} and {of_inputs:.3g}")
+    if not (of_gradients > 0 and of_inputs >= 0 and damping >= 0):
+        raise InputError(
+            f"no damping follows from {damping:.3g} and mean eigenvalues {of_gradients:.3g} and {of_inputs:.3g}"
+        )
     ratio = math.sqrt(of_inputs / of_gradients)
     return max(math.sqrt(damping) / ratio if ratio else math.inf, least), max(math.sqrt(damping) * ratio, least)
 
 
-def kronecker_eigenvalues(factors: Sequence[tuple[float, float]], shift: float = 0.0) -> tuple[float, float]:
+def kronecker_eigenvalues(
+    factors: Sequence[tuple[float, float]], shift: float = 0.0, *, rows: int = 0
+) -> tuple[float, float]:
     """Smallest and largest eigenvalue of a Kronecker product of factors, plus a shift.
 
     Parameters
@@ -182,6 +187,9 @@ def kronecker_eigenvalues(factors: Sequence[tuple[float, float]], shift: float =
     factors : sequence of (smallest, largest)
         Eigenvalues of each; without any the product is 1.
     shift : float
+    rows : int
+        Of all factors whose smallest eigenvalue is off by the rounding of their largest: the product must be
+        positive definite beyond it.
 
     Raises
     ------
@@ -196,7 +204,8 @@ def kronecker_eigenvalues(factors: Sequence[tuple[float, float]], shift: float =
     # Where a factor has negative eigenvalues the extremes are at other corners than (smallest, smallest).
     corners = [math.prod(corner) for corner in itertools.product(*factors)]
     low, high = min(corners) + shift, max(corners) + shift
-    if not 0 < low <= high < math.inf:
+    floor = 2.0 * rows * _UNIT * max(map(abs, corners))
+    if not all(floor < corner + shift < math.inf for corner in corners):
         raise InputError(f"the metric is not positive definite: its eigenvalues are {low:.3g} to {high:.3g}")
     return low, high
 

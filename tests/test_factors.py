@@ -24,6 +24,7 @@ from pipeline.logged_metric import read_metric
 from pipeline.metrics import Kronecker, canonical_form
 from pipeline.preconditioner import (
     ASYMMETRY,
+    balanced_damping,
     factor_eigenvalues,
     kronecker_eigenvalues,
     rotated_eigenvalues,
@@ -661,6 +662,47 @@ def test_what_is_no_metric_is_nan_with_a_reason(tmp_path, change, why):
     assert "step 2, Shampoo metric of tensor 'out.weight'" in refusal.value.where
 
 
+def _neither(tree):
+    tree["preconditioner"]["layers"]["0"]["G"] = torch.eye(4, dtype=torch.float64)
+
+
+def _negative(tree):
+    tree["preconditioner"]["layers"]["0"]["A"] -= torch.eye(5, dtype=torch.float64)
+
+
+def _integer(tree):
+    tree["preconditioner"]["layers"]["0"]["A"] = torch.eye(5, dtype=torch.int64)
+
+
+def _endless(tree):
+    tree["preconditioner"]["damping"] = float("inf")
+
+
+def _undamped(tree):
+    tree["preconditioner"]["damping"] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_neither, "do not fit its weight or bias of shape [3, 4]"),
+        (_negative, "the metric is not positive definite"),
+        (_integer, "a factor is int64"),
+        (_endless, "the metric is not positive definite"),
+        (_undamped, "the metric is not positive definite"),
+    ],
+)
+def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, change, why):
+    log, _ = kfac_pytorch(tmp_path, compute_method="eigen")
+    tree = torch.load(log / "step-2.pt")
+    change(tree)
+    torch.save(tree, log / "step-2.pt")
+    tree, warned = results_of(log, tmp_path / "out")
+    kappa = tree["tensor"]["preconditioner_condition_number"].sel(tensor="0.weight")
+    assert np.isnan(kappa).values.tolist() == [False, True, False]
+    assert any(why in warning and "of 2 tensors" in warning for warning in warned)
+
+
 def test_a_factor_that_is_too_large_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(logged_metric, "LARGEST_FACTOR", 11)
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
@@ -733,10 +775,18 @@ def test_a_kronecker_product_of_powers_is_that_of_the_dense_matrices(exponent):
 
 def test_a_product_with_negative_eigenvalues_is_refused_or_has_the_right_corners():
     assert kronecker_eigenvalues([(-1.0, 2.0), (1.0, 3.0)], shift=4.0) == (1.0, 10.0)
-    for ends in ([(-1.0, 2.0), (1.0, 3.0)], [(0.0, 1.0)], [(1.0, np.inf)], [(np.nan, np.nan)]):
+    for ends in ([(-1.0, 2.0), (1.0, 3.0)], [(0.0, 1.0)], [(1.0, np.inf), (0.0, 1.0)], [(np.nan, 1.0)]):
         with pytest.raises(InputError, match="not positive definite"):
             kronecker_eigenvalues(ends)
     assert kronecker_eigenvalues([]) == (1.0, 1.0)
+    assert factor_eigenvalues([1e-320, 1.0], exponent=-1.0) == (1.0, np.inf)
+    for exponent in (1.0, -1.0):
+        with pytest.raises(InputError, match="not finite"):
+            factor_eigenvalues([1.0, np.inf], exponent=exponent)
+    with pytest.raises(InputError, match="not positive definite"):
+        factor_eigenvalues(np.diag([1.0, 2.0**-53]), exponent=-1.0)
+    with pytest.raises(InputError, match="no damping follows"):
+        balanced_damping((np.eye(2), np.eye(2)), -1.0, 1e-8)
 
 
 def test_what_a_factor_may_lack_in_symmetry_is_measured_in_itself():

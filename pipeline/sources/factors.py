@@ -92,9 +92,10 @@ class Entry:
         options = self._options
         # Its authors count the updates in each entry; pytorch-optimizer calls, of which the first makes no update.
         updates = self._numbers.get("step", options.get("step", math.nan) - 1)
-        if not updates > 0 or "beta2" not in options or "epsilon" not in options or "correct_bias" not in options:
+        beta2, corrected = options.get("beta2", math.nan), options.get("correct_bias")
+        if not updates > 0 or not 0 <= beta2 < 1 or "epsilon" not in options or corrected is None:
             return RotatedMetric(problem="it has made no update yet, or its options are not saved")
-        bias = math.sqrt(1.0 - options["beta2"] ** updates) if options["correct_bias"] else 1.0
+        bias = math.sqrt(1.0 - beta2**updates) if corrected else 1.0
         normalized = options.get("normalize_gradient", 0.0) or options.get("normalize_grads", 0.0)
         return RotatedMetric(options["epsilon"], bias, bool(normalized))
 
@@ -115,8 +116,9 @@ class Entry:
             count, size, _ = stacked.shape
             matrix = LoggedTensor(stacked.shape[1:], stacked.dtype)
             factors = tuple(_factor(self._keys[name], matrix, size * size * index) for index in range(count))
-        rank = int(self._numbers.get("pre_conditioner/rank", 0))
-        if not factors or not rank or len(factors) % rank:
+        number = self._numbers.get("pre_conditioner/rank", 0.0)
+        rank = int(number) if 1 <= number <= len(factors) else 0
+        if not rank or len(factors) % rank:
             return FactoredMetric(rule, problem="no factors: its graft alone moves it, or the file has objects")
         blocks = tuple(factors[first : first + rank] for first in range(0, len(factors), rank))
         return FactoredMetric(rule, blocks, exponent=-1.0, rescaled=True)
@@ -220,11 +222,12 @@ def _blocks(
     if blank.problem or "G" not in factors:
         problem = blank.problem or "its factors are not saved"
         return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
-    shape = parameters[weight].shape if weight in parameters else ()
-    inputs = math.prod(shape[1:])
+    shape = parameters[there[0]].shape if there else ()
+    inputs = math.prod(shape[1:]) if weight in there else -1
     size = _size(factors["A"]) if "A" in factors else 0
-    if weight in there and (not shape or _size(factors["G"]) != shape[0] or size not in (inputs, inputs + 1)):
-        problem = f"the factors of layer {name!r} do not fit its weight of shape {list(shape)}"
+    fits = there and shape and _size(factors["G"]) == shape[0] and (inputs < 0 or size in (inputs, inputs + 1))
+    if not fits:
+        problem = f"the factors of layer {name!r} do not fit its weight or bias of shape {list(shape)}"
         return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
     product = (factors["G"], factors["A"]) if "A" in factors else (factors["G"],)
     if size == inputs + 1:
