@@ -203,7 +203,7 @@ def _matching_trajectory(
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
         source, sweep = str(first.path.parent.absolute()), bool(first.run)
-        tables = _tables(first, contents.values(), dtypes) if optimizer else ()
+        tables = _tables(first, list(contents.values()), dtypes) if optimizer else ()
         replicates = content.replicates
         return Trajectory.create(
             store,
@@ -249,13 +249,16 @@ def _matching_trajectory(
     return trajectory
 
 
-def _tables(first: LoggedStep, contents: Iterable[StepContent], dtypes: Mapping[str, str]) -> list[str]:
+def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[str, str]) -> list[str]:
     """Numbers of the optimizer that these steps have, and those that are made of its arrays."""
-    found = {name for content in contents if content.optimizer is not None for name in content.optimizer.numbers}
+    states = [content.optimizer for content in contents if content.optimizer is not None]
+    found = {name for state in states for name in state.numbers}
     if "exp_avg_sq" in dtypes:
         found |= set(EXTREMES)
     found |= _metric_tables(contents)
-    if not found:
+    # Before the first update there are options alone: from one such step it cannot be known what will be kept.
+    begun = len(contents) > 1 or any(state.arrays or state.metrics for state in states)
+    if not found or not begun:
         raise NotYet(
             "no state of an optimizer is in these steps",
             where=where(first),
