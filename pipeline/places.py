@@ -376,7 +376,7 @@ def widen(file: Any) -> None:
 
 # Errors ------------------------------------------------------------------------------------------------------
 
-_NETWORK = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "s3fs")
+_NETWORK = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
 """Libraries whose errors are those of an object store."""
 
 

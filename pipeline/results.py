@@ -22,6 +22,7 @@ from pipeline import discrete_time, geometry
 from pipeline import windows as windowed
 from pipeline.geometry import Pair
 from pipeline.preconditioner import condition_number
+from pipeline.repository import place_of_store
 from pipeline.schema import (
     ATTEMPT,
     DESCENT,
@@ -634,14 +635,21 @@ def write(tree: xr.DataTree, path: Path) -> None:
         replace_folder(aside, path, "zarr.json")
 
 
-def read(path: Path) -> xr.DataTree:
+def read(path: Path, version: str | None = None) -> xr.DataTree:
     """Open the results of a run.
+
+    Parameters
+    ----------
+    path : Path
+    version : str, optional
+        Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
 
     Raises
     ------
     InputError
         Where there are none.
     """
+    path = place_of_store(path, version)
     try:
         return xr.open_datatree(zarr_store(path), engine="zarr")
     except (OSError, KeyError, ValueError) as error:

@@ -20,7 +20,8 @@ from pipeline.ingest.description import (
 )
 from pipeline.ingest.new_rows import finished_steps, rows_to_write
 from pipeline.ingest.transfer import EXTREMES, Progress, Writer
-from pipeline.places import each, place
+from pipeline.places import each
+from pipeline.repository import place_of_store
 from pipeline.schema import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
@@ -132,9 +133,9 @@ def ingest(
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    log, store = open_sources(each(source), format, mapping, shift, sweep=sweep), place(store)
+    log, store = open_sources(each(source), format, mapping, shift, sweep=sweep), place_of_store(store)
     listed = log.steps()
-    with only_writer(store, "trajectory"), KeptOpen(log) as log:
+    with only_writer(store, "trajectory") as store, KeptOpen(log) as log:
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.rows:
             trajectory = None
@@ -167,6 +168,7 @@ def ingest(
                 remedy="run again later, or with --follow",
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
+        attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
         warnings += _missing_scalars(trajectory)
     # Who waits has been told the same at the pass before.
     for warning in warnings if steps or not wait else ():
@@ -176,7 +178,7 @@ def ingest(
         steps=len(numbers),
         first_step=int(numbers.min()),
         last_step=int(numbers.max()),
-        attempts=int(trajectory.scalar(ATTEMPT).max()) + 1,
+        attempts=attempts,
         tensors=len(trajectory.layout.tensors),
         elements=trajectory.layout.elements,
         dtypes=dict(trajectory.array_dtypes),
