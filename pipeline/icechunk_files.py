@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import struct
 import threading
@@ -510,6 +511,9 @@ class RepositoryPath(UPath):
         return f"{self.storage_options['repository'].partition('://')[0]}://{self.path}"
 
 
+# It writes warnings to standard output, where answers are; what concerns a user is raised.
+if "ICECHUNK_LOG" not in os.environ:
+    icechunk.set_logs_filter("off")
 register_implementation(RepositoryFiles.protocol, RepositoryFiles, clobber=True)
 register_path(RepositoryFiles.protocol, RepositoryPath, clobber=True)
 
@@ -535,11 +539,13 @@ async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exception
 
 @asynccontextmanager
 async def _missing_is_none() -> AsyncIterator[None]:
-    """Pass over that an array is not there: then nothing of it is."""
+    """Pass over that an array or an object is not there, which Icechunk tells in words."""
     try:
         yield
+    except KeyError:
+        pass
     except icechunk.IcechunkError as error:
-        if "node not found" not in str(error):
+        if not any(words in str(error) for words in ("node not found", "NoSuchKey", "object not found")):
             raise
 
 

@@ -32,7 +32,7 @@ KINDS = ("plain", "icechunk")
 """Ways of storing."""
 
 REPOSITORY = "stores.icechunk"
-"""Name of the repository in OUT, which holds the stores. Icechunk wants a place of its own, so locks are beside it."""
+"""Name of the repository in OUT, which holds the stores. It has a place of its own, so locks are beside it."""
 
 _STORES = ("trajectory.zarr", "ledger.zarr", "results.zarr")
 
