@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from prefect import State, Task, flow, get_run_logger, tags, task
+from prefect import State, Task, flow, get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -22,7 +22,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
@@ -31,6 +31,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType, TaskRun
+from prefect.context import TagsContext
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Crashed
 from pydantic import Field
@@ -305,8 +306,12 @@ def process_run(
         name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out", "store")
     }
     try:
-        with watch.only_processor(out), tags(f"run:{Path(out).name}"):
-            _end_the_dead(place(out))
+        # For each tag of a task the server is asked whether there is a place, and SQLite answers that only after
+        # seconds while another request writes: the flow has the tags, its tasks have none.
+        with watch.only_processor(out), TagsContext(current_tags=set()):
+            with get_client(sync_client=True) as client:
+                client.update_flow_run(flow_run.get_id(), tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
+                _end_the_dead(client, place(out))
             log, *others = each(source)
             with network_errors(log):
                 listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
@@ -340,20 +345,19 @@ def _require_undone(out: Path, listed: str, options: dict[str, Any]) -> None:
         )
 
 
-def _end_the_dead(out: Path) -> None:
+def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
     """Mark flows as crashed that are said to work on OUT, though none can: the lock is ours."""
     running = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
     )
     named = FlowFilter(name=FlowFilterName(any_=["process-run"]))
-    with get_client(sync_client=True) as client:
-        for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
-            ours = str(other.id) == flow_run.get_id()
-            if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
-                continue
-            message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
-            client.set_flow_run_state(other.id, Crashed(message=message), force=True)
-            get_run_logger().warning("%s: %s", other.name, message)
+    for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
+        ours = str(other.id) == flow_run.get_id()
+        if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
+            continue
+        message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
+        client.set_flow_run_state(other.id, Crashed(message=message), force=True)
+        get_run_logger().warning("%s: %s", other.name, message)
 
 
 def _tell_failure(out: Path, parts: dict[str, Any]) -> None:

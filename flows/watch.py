@@ -11,6 +11,7 @@ from typing import Any
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed
 
 from flows.runs import LOOKED, Count, Include, Map, Positive, Shift, process_run
@@ -125,7 +126,8 @@ def _process(found: watch.FoundRun, options: dict[str, Any]) -> dict[str, str]:
     if outcome is not None:
         return {"state": "unchanged", "what": "", "do": ""}
     try:
-        with tags(f"run:{found.name}"):
+        # It dies with this flow, whose heart beats; for the last tick of its own it would wait up to a second.
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             summary = process_run(found.source, found.out, **options)
     except Exception as error:
         parts = watch.error_parts(error)
