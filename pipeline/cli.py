@@ -414,11 +414,16 @@ def verify(out: Out, version: Version = None, as_json: Json = False, quiet: Quie
 
 
 @app.command()
-def versions(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
+def versions(
+    out: Out,
+    last: Annotated[int | None, typer.Option(min=1, help="Only the last so many. [default: all]")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """List the versions of OUT, the newest first, where it is an Icechunk repository (--store icechunk)."""
     from pipeline import repository
 
-    found = repository.versions(out)
+    found = repository.versions(out, last)
     if as_json:
         show({"versions": found}, as_json, quiet)
         return

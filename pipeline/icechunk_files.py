@@ -9,6 +9,7 @@ the shape of its array is refused too: here the array grows first.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -128,8 +129,11 @@ def newest_version(url: str) -> str:
     return "" if repository is None else repository.lookup_branch(BRANCH)
 
 
-def history(url: str) -> list[dict[str, Any]]:
-    """List the versions of a repository, the newest first: ``version``, ``time`` (UTC), ``message``, ``tags``."""
+def history(url: str, last: int | None = None) -> list[dict[str, Any]]:
+    """List versions of a repository, the newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
+
+    Each is an object to be read; where only the last are asked for, so are the others not.
+    """
     repository = _repository(url)
     if repository is None:
         return []
@@ -143,7 +147,7 @@ def history(url: str) -> list[dict[str, Any]]:
             "message": found.message,
             "tags": tags.get(found.id, []),
         }
-        for found in repository.ancestry(branch=BRANCH)
+        for found in itertools.islice(repository.ancestry(branch=BRANCH), last)
     ]
 
 
@@ -496,10 +500,22 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         for described in (False, True):
             chosen = [name for name in several if name.endswith(f"/{_DOCUMENT}") == described]
             _wait(_together(self._remove(store, name) for name in chosen))
+        stored = (_CHUNK.fullmatch(_stored(self._key(name))[0]) for name in several)
+        for array in {chunk["array"] for chunk in stored if chunk}:
+            _wait(self._forget(store, array))
 
     async def _remove(self, store: icechunk.IcechunkStore, path: str) -> None:
         async with _missing_is_none():
             await store.delete(_stored(self._key(path))[0])
+
+    async def _forget(self, store: icechunk.IcechunkStore, array: str) -> None:
+        """Remove an array of documents of which none is left."""
+        if not _DOCUMENTS.fullmatch(array.rpartition("/")[2]):
+            return
+        async with _missing_is_none():
+            async for _ in store.session.chunk_coordinates(f"/{array}"):
+                return
+            await store.delete(f"{array}/{_DOCUMENT}")
 
 
 class RepositoryPath(UPath):

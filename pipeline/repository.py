@@ -224,8 +224,14 @@ def publish(path: Path, message: str) -> None:
         path.fs.commit(message)  # type: ignore[attr-defined]
 
 
-def versions(out: str | Path) -> list[dict[str, Any]]:
+def versions(out: str | Path, last: int | None = None) -> list[dict[str, Any]]:
     """List the versions of OUT, the newest first: ``version``, ``time``, ``message``, ``tags``.
+
+    Parameters
+    ----------
+    out : str or Path
+    last : int, optional
+        Only the last so many: each is a request.
 
     Raises
     ------
@@ -237,4 +243,4 @@ def versions(out: str | Path) -> list[dict[str, Any]]:
         raise _plain(found)
     found = outside(found)
     with network_errors(found):
-        return cast(list[dict[str, Any]], _icechunk(found).history(_url(found)))
+        return cast(list[dict[str, Any]], _icechunk(found).history(_url(found), last))

@@ -187,6 +187,7 @@ def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch)
     out = "s3://bucket/both"
     assert f"{before}  " in said("versions", out)
     assert json.loads(said("versions", out, "--json"))["versions"] == versions(out)
+    assert said("versions", out, "--last", 2).count("\n") == 2
     assert json.loads(said("info", out, "--version", before, "--json"))["attempts"] == 1
     assert said("verify", out, "--version", before) == "all is as it was written\n"
     said("report", out)
@@ -211,10 +212,12 @@ def test_icechunk_and_what_reads_zarr_open_it(server, both, before):
         assert [json.loads(record) for record in records] == Trajectory(folder / "trajectory.zarr").records()
 
 
-def test_overwriting_begins_anew_and_keeps_what_was(url, tmp_path):
+def test_overwriting_begins_anew_and_keeps_what_was(server, url, tmp_path):
     states = logs.random_walk(9)
-    log = logs.write_log(tmp_path / "log", states[:6])
+    log = logs.write_log(tmp_path / "log", states[:4])
     run.ingest_run(log, url, store="icechunk")
+    logs.write_log(log, states[:6])
+    run.ingest_run(log, url)
     version = versions(url)[0]["version"]
     for number, state in enumerate(logs.random_walk(9, seed=1)):
         logs.write_step(log, number, state)
@@ -222,6 +225,8 @@ def test_overwriting_begins_anew_and_keeps_what_was(url, tmp_path):
         assert run.ingest_run(log, out, overwrite=True)["steps"] == 9
     assert content(url) == content(tmp_path / "out")
     assert Trajectory(url / "trajectory.zarr", version).rows == 6
+    store = opened(server, url).readonly_session("main").store
+    assert zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r").shape == (1,)
     # What is refused changes nothing, not even where it begins anew.
     (log / "step_3.safetensors").write_bytes(b"no")
     with pytest.raises(InputError):
@@ -356,15 +361,15 @@ def test_two_writers_of_a_trajectory(held, url):
 
 def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
     process, log = held
-    run.analyze_run(url, Serial())
+    stores = str(url / "trajectory.zarr"), str(url / "ledger.zarr")
+    assert compute.compute_ledger(*stores).rows == 3
     assert process.communicate("\n")[0] == "8 steps\n"
-    assert [row["message"].partition(" ")[0] for row in versions(url)][:3] == ["trajectory", "results", "ledger"]
-    run.analyze_run(url, Serial())
+    assert [row["message"].partition(" ")[0] for row in versions(url, 2)] == ["trajectory", "ledger"]
+    assert compute.compute_ledger(*stores).rows == 7
     run.ingest_run(log, tmp_path / "out")
-    run.analyze_run(tmp_path / "out", Serial())
-    names = ("ledger.zarr/gram/c/0/0/0/0", "results.zarr/model/angle/c/0/0/0")
-    here, there = content(tmp_path / "out"), content(url)
-    assert [there[name] for name in names] == [here[name] for name in names]
+    compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
+    there, here = (Ledger(out).read()[0] for out in (stores[1], tmp_path / "out" / "ledger.zarr"))
+    assert there.tobytes() == here.tobytes()
 
 
 @pytest.mark.parametrize(
