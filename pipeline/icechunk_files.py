@@ -20,7 +20,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import icechunk
 from fsspec import AbstractFileSystem, register_implementation
@@ -28,7 +29,7 @@ from fsspec.asyn import get_loop, sync
 from upath import UPath
 from upath.registry import register_implementation as register_path
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.core.buffer import cpu
 
 from pipeline.places import place
 from pipeline.schema import InputError, Unavailable
@@ -52,6 +53,9 @@ _FRAME = struct.Struct("<II")
 _MANIFEST_CHUNKS = 256
 """Chunks of an array along its first axis that a manifest lists. The last one is written anew with each commit: if
 there were one of the whole array, what a commit writes would grow with the run."""
+
+_AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
+"""What makes a value of the bytes that Icechunk returns: it is those, where a buffer of Zarr would be copied."""
 
 _AT_ONCE = 16
 """Requests of one call at the same time."""
@@ -386,14 +390,13 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     async def _get(self, store: _Store, path: str, start: int | None, end: int | None) -> bytes:
         key, before = _stored(self._key(path))
         window = None if before else _request(start, end)
-        found = None
+        found: bytes | None = None
         if store is not None:
             async with _missing_is_none():
-                found = await store.get(key, default_buffer_prototype(), window)
+                found = cast(bytes | None, await store.get(key, _AS_BYTES, window))
         if found is None:
             raise FileNotFoundError(path)
-        content = found.to_bytes()
-        return content[before:][start:end] if before else content
+        return found[before:][start:end] if before else found
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         """Size and type of a file or folder."""
@@ -494,28 +497,16 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         _wait(self._remove(self._writer.store(), path))
 
     def rm(self, path: str | Sequence[str], recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Remove files, those that describe arrays last."""
+        """Remove files, those that describe arrays and groups last: with a group goes all that is in it."""
         several = [path] if isinstance(path, str) else path
         store = self._writer.store()
         for described in (False, True):
             chosen = [name for name in several if name.endswith(f"/{_DOCUMENT}") == described]
             _wait(_together(self._remove(store, name) for name in chosen))
-        stored = (_CHUNK.fullmatch(_stored(self._key(name))[0]) for name in several)
-        for array in {chunk["array"] for chunk in stored if chunk}:
-            _wait(self._forget(store, array))
 
     async def _remove(self, store: icechunk.IcechunkStore, path: str) -> None:
         async with _missing_is_none():
             await store.delete(_stored(self._key(path))[0])
-
-    async def _forget(self, store: icechunk.IcechunkStore, array: str) -> None:
-        """Remove an array of documents of which none is left."""
-        if not _DOCUMENTS.fullmatch(array.rpartition("/")[2]):
-            return
-        async with _missing_is_none():
-            async for _ in store.session.chunk_coordinates(f"/{array}"):
-                return
-            await store.delete(f"{array}/{_DOCUMENT}")
 
 
 class RepositoryPath(UPath):
@@ -582,10 +573,10 @@ def _request(start: int | None, end: int | None) -> Any:
 
 async def _grow(store: icechunk.IcechunkStore, array: str, index: int) -> None:
     """Give an array so many rows that it has a chunk; one of documents is made."""
-    described = await store.get(f"{array}/{_DOCUMENT}", default_buffer_prototype())
+    described = cast(bytes | None, await store.get(f"{array}/{_DOCUMENT}", _AS_BYTES))
     name = array.rpartition("/")[2]
     if described is not None:
-        document = json.loads(described.to_bytes())
+        document = json.loads(described)
     elif _DOCUMENTS.fullmatch(name):
         document = _described(name)
     else:

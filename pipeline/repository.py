@@ -20,7 +20,6 @@ __all__ = [
     "is_repository",
     "newest",
     "outside",
-    "pinned",
     "place_of_run",
     "place_of_store",
     "publish",
@@ -166,7 +165,10 @@ def outside(path: Path) -> Path:
 
 
 def newest(path: Path) -> Path:
-    """Place as it is now, with what others have committed since; of one version that is asked for, that."""
+    """Place as it is now, with what others have committed since; of a version that was asked for, that.
+
+    A place, and what is opened there, in whatever process, is of one version.
+    """
     if not is_repository(path):
         return path
     options = path.storage_options  # type: ignore[attr-defined]
@@ -174,14 +176,6 @@ def newest(path: Path) -> Path:
         return path
     out, key = _parts(path)
     return _path(out, key, version=_icechunk(out).newest_version(_url(out)))
-
-
-def pinned(path: Path) -> Path:
-    """Place as it is here, whatever others commit: what the workers of a pass read."""
-    if not is_repository(path):
-        return path
-    out, key = _parts(path)
-    return _path(out, key, version=path.storage_options["version"], pinned=True)  # type: ignore[attr-defined]
 
 
 @contextmanager
