@@ -318,11 +318,9 @@ def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uint
     for block in blocks:
         if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
             raise ValueError(f"rows must be of one dtype, contiguous, and have {elements} elements")
-    addresses: list[int] = []
-    for block in blocks:
-        first = block.__array_interface__["data"][0]
-        addresses += [first + row * block.strides[0] for row in range(len(block))]
-    return np.array(addresses, np.uintp)
+    return np.concatenate(
+        [block.ctypes.data + np.arange(len(block)) * block.strides[0] for block in blocks]
+    ).astype(np.uintp)
 
 
 def products(

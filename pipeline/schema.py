@@ -60,11 +60,11 @@ __all__ = [
     "unit_roundoff",
 ]
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused.
 
-Version 1 had no attempts, and checksums of the states only. It is read, and becomes one of this version by what is
-written to it next.
+Version 1 had no attempts, and checksums of the states only; in version 2 the records were all numbers and names in
+lists. They are read, and become of this version by what is written to them next.
 """
 
 # Dimensions -------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ FLOORS = [
         "pipeline.experiments.moving_target",
         "pipeline.experiments.linear_system",
         "pipeline.store.group",
+        "pipeline.store.journal",
         "pipeline.store.mapped_file",
         "pipeline.discrete_time",
         "pipeline.discrete_gradients",

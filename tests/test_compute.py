@@ -475,7 +475,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipeline import blocks, compute, gram
-from pipeline.store import group
+from pipeline.store import journal
 
 vars(blocks).update({constants})
 owner, name, calls = {owner}, {name!r}, 0
@@ -498,7 +498,7 @@ compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]))
     ("owner", "name", "call"),
     [
         pytest.param("gram", "products", 2 * 4 * 3 + 1, id="in the third band, at its first tile"),
-        pytest.param("group.Journal", "write", 3, id="in the third band, between its data and its record"),
+        pytest.param("journal.Journal", "write", 3, id="in the third band, between its data and its record"),
     ],
 )
 def test_a_process_that_was_killed_in_its_third_band_leaves_two(tmp_path, owner, name, call):

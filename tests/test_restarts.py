@@ -12,7 +12,7 @@ from logs import TENSORS, random_walk, write_step
 
 from pipeline import blocks, results
 from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, report_run
-from pipeline.schema import InputError, Status
+from pipeline.schema import LAYOUT_VERSION, InputError, Status
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
 ELEMENTS = 17  # of `logs.TENSORS`
@@ -268,7 +268,7 @@ def test_a_store_of_the_version_before_is_read_and_goes_on_as_one_of_this(log, o
     store = RunFolder(out).trajectory
     shutil.rmtree(store / "attempt")
     document = (store / "zarr.json").read_text()
-    (store / "zarr.json").write_text(document.replace('"version": 2', '"version": 1'))
+    (store / "zarr.json").write_text(document.replace(f'"version": {LAYOUT_VERSION}', '"version": 1'))
     assert Trajectory(store).scalar("attempt").tolist() == [0] * 5
     analyze_run(out, SERIAL)
     ingest_run(log_steps(log, second, range(3, 8)), out)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 from logs import append_states, walk_arrays, write_trajectory
@@ -15,6 +16,7 @@ from pipeline.compute import compute_ledger
 from pipeline.run import verify_run
 from pipeline.schema import LAYOUT_VERSION, InputError
 from pipeline.store import Ledger, Trajectory, verify
+from pipeline.store.journal import Journal, sources_of
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
 MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
@@ -171,8 +173,33 @@ def states_of(run):
 # Older stores ------------------------------------------------------------------------------------------------
 
 
+def as_version_2(run):
+    """Undo what version 3 added: records that are text, and how the states of a band are told."""
+    for store in ("trajectory.zarr", "ledger.zarr"):
+        journal = Journal(run / store / "commits")
+        for name in journal.names():
+            record = journal.read(name)
+            sums = {key: found.tolist() for key, found in record["checksums"].items()}
+            if store == "ledger.zarr":
+                sums = {key: [number for (number,) in rows] for key, rows in sums.items()}
+                record |= {"digest": "of version 2", "checksums": sums}
+            else:
+                record |= {"checksums": sums, "sources": sources_of(record)}
+            del record["crc32c"]
+            body = json.dumps(record)[1:]
+            (journal.folder / f"{name}.json").write_text(f'{{"crc32c":"{crc32c(body.encode()):08x}",{body}')
+        path = run / store / "zarr.json"
+        document = json.loads(path.read_text())
+        group = document["attributes"]["natgrad"] | {"version": 2}
+        del group["crc32c"]
+        group["crc32c"] = f"{crc32c(json.dumps(group, sort_keys=True).encode()):08x}"
+        path.write_text(json.dumps(document | {"attributes": {"natgrad": group}}))
+    return run
+
+
 def as_version_1(run):
     """Undo what version 2 added: seals of records, checksums of scalars, bands and descriptions."""
+    as_version_2(run)
     for store in ("trajectory.zarr", "ledger.zarr"):
         for path in (run / store / "commits").glob("[0-9]*.json"):
             record = json.loads(path.read_text())
@@ -207,10 +234,25 @@ def test_a_store_of_version_1_is_read_and_verified_as_far_as_it_goes(out, tmp_pa
     assert (damage.array, damage.steps) == ("gradient", (0, 0))
 
 
-def test_a_store_of_version_1_that_is_written_to_becomes_as_one_of_this_version(out, tmp_path):
-    run = as_version_1(shutil.copytree(out, tmp_path / "run"))
+def test_a_store_of_version_2_is_read_and_verified(out, tmp_path):
+    run = as_version_2(shutil.copytree(out, tmp_path / "run"))
+    assert states_of(run) == states_of(out)
+    assert Trajectory(run / "trajectory.zarr").fingerprint() == Trajectory(out / "trajectory.zarr").fingerprint()
+    assert Trajectory(run / "trajectory.zarr").sources() == Trajectory(out / "trajectory.zarr").sources()
+    assert verify_run(run) == []
+    chunk = run / "ledger.zarr/gram/c/0/0/0/0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    (damage,) = verify_run(run)
+    assert (damage.array, damage.steps) == ("gram", (0, 0))
+
+
+@pytest.mark.parametrize("as_older", [as_version_1, as_version_2])
+def test_a_store_of_an_older_version_that_is_written_to_becomes_as_one_of_this_version(out, tmp_path, as_older):
+    run = as_older(shutil.copytree(out, tmp_path / "run"))
     Trajectory(run / "trajectory.zarr").recover()
-    assert compute_ledger(run / "trajectory.zarr", run / "ledger.zarr").computed_bands == 0
+    summary = compute_ledger(run / "trajectory.zarr", run / "ledger.zarr")
+    # What a band was computed from was told otherwise.
+    assert summary.computed_bands == summary.bands
     assert {version(run / store) for store in ("trajectory.zarr", "ledger.zarr")} == {LAYOUT_VERSION}
     content = {path.relative_to(out): json.loads(path.read_text()) for path in files(out) if path.suffix == ".json"}
     assert {
@@ -222,9 +264,9 @@ def test_a_store_of_version_1_that_is_written_to_becomes_as_one_of_this_version(
 def test_a_store_of_a_newer_version_is_refused_by_verify(out, tmp_path, store):
     run = shutil.copytree(out, tmp_path / "run")
     path = run / store / "zarr.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    path.write_text(path.read_text().replace(f'"version": {LAYOUT_VERSION}', f'"version": {LAYOUT_VERSION + 1}'))
     (damage,) = verify_run(run)
-    assert "layout version 3, this program knows 2" in damage.what
+    assert f"layout version {LAYOUT_VERSION + 1}, this program knows {LAYOUT_VERSION}" in damage.what
     assert damage.path == run / store
 
 

@@ -81,7 +81,7 @@ def files(out):
         str(path.relative_to(out)): path.read_bytes().hex()
         for store in ("trajectory.zarr", "ledger.zarr")
         for path in sorted((out / store).rglob("*"))
-        if path.is_file() and path.suffix != ".partial"
+        if path.is_file() and path.suffix not in (".partial", ".tmp")
     }
 
 
@@ -92,14 +92,14 @@ def look(out):
         return {"steps": [], "checksums": [], "bands": {}, "damages": []}
     states = Trajectory(folder.trajectory)
     rows = [
-        json.dumps([r["checksums"][name][i] for name in states.dtypes])
+        json.dumps([r["checksums"][name][i].tolist() for name in states.dtypes])
         for r in states.records()
         for i in range(r["stop"] - r["start"])
     ]
     bands = {}
     if folder.ledger.exists():
         book = Ledger(folder.ledger)
-        bands = {name: book.journal.read(name) for name in book.journal.names()}
+        bands = {name: (book.journal.folder / f"{name}.json").read_text() for name in book.journal.names()}
     return {
         "steps": states.scalar("step").tolist(),
         "checksums": rows,

@@ -38,8 +38,7 @@ def finished_steps(
     ingested: set[frozenset[Any]] = set()
     committed: set[tuple[str, int]] = set()
     if trajectory is not None:
-        sources = [source for record in trajectory.records() for source in record["sources"]]
-        ingested = {frozenset(source.items()) for source in sources}
+        ingested = {frozenset(source.items()) for source in trajectory.sources()}
         names = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
         committed = set(zip(names, trajectory.scalar(STEP).tolist(), strict=True))
     kept: list[LoggedStep] = []
@@ -110,8 +109,7 @@ class _Committed:
     """What a trajectory holds, and what each row of it was read from."""
 
     def __init__(self, trajectory: Trajectory) -> None:
-        self.trajectory, self.records = trajectory, trajectory.records()
-        self.sources = [source for record in self.records for source in record["sources"]]
+        self.trajectory, self.sources = trajectory, trajectory.sources()
         steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
         self._rows: dict[str, list[tuple[int, int, int]]] = {}
         names = trajectory.runs
@@ -131,10 +129,6 @@ class _Committed:
             rows[step] = row
             every.setdefault(step, []).append(row)
         return _View(newest, rows, every)
-
-    def record(self, row: int) -> Mapping[str, Any]:
-        """Record of the commit that a row is of."""
-        return next(record for record in self.records if record["start"] <= row < record["stop"])
 
 
 def _steps_to_come(
@@ -239,15 +233,13 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
             return f"{name} {before!r}, and now has {now!r}"
     if same_files:
         return ""
-    record = committed.record(row)
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
             for column in range(trajectory.columns):
                 buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))
                 first, last = trajectory.column(column)
                 fill_row(reader, content, name, dtype, trajectory.layout, first, last, buffer)
-                stored = record["checksums"][name][row - record["start"]][column]
-                if checksum(buffer[: last - first]) != stored:
+                if checksum(buffer[: last - first]) != trajectory.recorded_checksums(name)[row, column]:
                     return f"another {name}"
     return ""
 

@@ -206,8 +206,7 @@ class Writer:
 
     def _source(self, row: NewRow) -> Mapping[str, Any]:
         if row.repeats is not None:
-            records = self._trajectory.records()
-            return [source for record in records for source in record["sources"]][row.repeats]  # type: ignore[no-any-return]
+            return self._trajectory.sources()[row.repeats]
         return self._identities[row.step]
 
     def _require_unchanged(self, row: NewRow) -> None:

@@ -54,10 +54,10 @@ def flush_all(paths: Iterable[Path]) -> None:
             pass
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file aside, flush and rename it: under its name it is the old one or the new one, whole."""
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file aside, flush and rename it: under its name it is the old one or the new one, whole."""
     if is_url(path):
-        put(path, content)
+        put(path, bytes(content))
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""A Zarr v3 group in a folder, made at once and durably, and the journal of what in it is valid.
+"""A Zarr v3 group in a folder, made at once and durably.
 
 A new group is written as the specification has it, and its attributes are read as JSON: Zarr's own functions take
 milliseconds for an array, and a pass over a small run would wait longer for them than for its data. Everything else
@@ -22,14 +22,13 @@ import zarr
 from crc32c import crc32c
 from zarr.storage import FsspecStore
 
-from pipeline.places import delete, delete_folder, is_url, names, put, read, seen
-from pipeline.schema import LAYOUT_VERSION, InputError, Unavailable
+from pipeline.places import delete, delete_folder, is_url, put, read
+from pipeline.schema import LAYOUT_VERSION, InputError
 from pipeline.store.disk import flush, folder_aside, replace_file, replace_folder
 
 __all__ = [
     "SCALAR_CHUNK",
     "ArrayPlan",
-    "Journal",
     "add_array",
     "array_digest",
     "chunk_path",
@@ -53,118 +52,15 @@ __all__ = [
 SCALAR_CHUNK = 8192
 """Steps in a chunk of an array with one number a step."""
 
-_SEAL = '{"crc32c":"%08x",'
-_SEAL_BYTES = len(_SEAL % 0)
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
 _UNFINISHED = "unfinished"
 _NOT_OURS = "choose another folder; what is not a store of natgrad is not overwritten"
 
 
-def _seal(body: bytes) -> bytes:
-    return (_SEAL % crc32c(body)).encode()
-
-
 def _digest(document: Any) -> str:
     """Checksum of what a document says, in whatever order and spacing."""
     return f"{crc32c(json.dumps(document, sort_keys=True).encode()):08x}"
-
-
-class Journal:
-    """Records that make data visible: one small JSON file each, under the checksum of its bytes.
-
-    Parameters
-    ----------
-    folder : Path
-    sealed : bool
-        Whether a record without checksum is refused: the first version of the layout had none.
-    """
-
-    def __init__(self, folder: Path, sealed: bool = True) -> None:
-        self.folder, self._sealed = folder, sealed
-
-    def names(self) -> list[str]:
-        """Names of the records, in order."""
-        found = names(self.folder)
-        return [name.removesuffix(".json") for name in found if name[0].isdigit() and name.endswith(".json")]
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Read a record.
-
-        Raises
-        ------
-        InputError
-            Where it cannot be read.
-        """
-        path = self.folder / f"{name}.json"
-        try:
-            content = read(path)
-            if content[:_SEAL_BYTES] != _seal(content[_SEAL_BYTES:]) and (
-                self._sealed or content.startswith(b'{"crc32c"')
-            ):
-                raise ValueError("it has another checksum than its bytes")
-            record: dict[str, Any] = json.loads(content)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot read a commit record: {error}",
-                where=str(path),
-                why="records are renamed into place whole, so the file was changed or the disk failed",
-                remedy="ingest again with --overwrite",
-            ) from error
-        return record
-
-    def write(self, name: str, record: Mapping[str, Any], new: bool = False) -> None:
-        """Add a record, or replace it: on return it is on disk.
-
-        Parameters
-        ----------
-        name : str
-        record : mapping
-        new : bool
-            In an object store, do not replace one: that none is there proves that nobody else wrote meanwhile.
-
-        Raises
-        ------
-        Unavailable
-            Where there is another record of a new name.
-        """
-        body = json.dumps(record, separators=(",", ":")).encode()[1:]
-        path, content = self.folder / f"{name}.json", _seal(body) + body
-        if new and is_url(path):
-            self._add(path, content)
-            return
-        replace_file(path, content)
-        flush(self.folder)
-
-    def _add(self, path: Path, content: bytes) -> None:
-        try:
-            put(path, content, new=True)
-        except FileExistsError as error:
-            # A request whose answer was lost is sent again by the library, and then meets its own record.
-            found = seen(path)
-            if found is None or found[0] != content:
-                raise Unavailable(
-                    "another process has committed meanwhile",
-                    where=str(path),
-                    why="the lock of this one was removed while it was writing",
-                    remedy="see that one process writes, look with natgrad verify OUT, and run again",
-                ) from error
-
-    def clear(self) -> None:
-        """Remove what a writer that was killed left aside."""
-        if is_url(self.folder):
-            return
-        for aside in self.folder.glob(".*.tmp"):
-            aside.unlink(missing_ok=True)
-
-    def remove(self, name: str) -> None:
-        """Forget a record."""
-        path = self.folder / f"{name}.json"
-        if is_url(path):
-            delete(path)
-            return
-        path.unlink()
-        flush(self.folder)
 
 
 # Groups ------------------------------------------------------------------------------------------------------

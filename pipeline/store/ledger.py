@@ -25,10 +25,10 @@ from pipeline.schema import (
     InputError,
     Layout,
 )
+from pipeline.store.disk import replace_file
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
-    Journal,
     chunk_path,
     exists,
     flush,
@@ -40,6 +40,7 @@ from pipeline.store.group import (
     require_whole,
     resize,
 )
+from pipeline.store.journal import Journal
 
 __all__ = ["Ledger", "row_checksums"]
 
@@ -252,16 +253,26 @@ class Ledger:
         if replicate_gram is not None:
             arrays["replicate_gram"] = replicate_gram
         for name, values in arrays.items():
-            self._array(name)[band.start : band.stop] = values
-            if is_url(self.path):
-                continue
-            chunk = self.chunk_path(name, band.start)
-            flush(chunk)
-            for folder in chunk.relative_to(self.path).parents:
-                flush(self.path / folder)
+            self._write_chunk(self.chunk_path(name, band.start), values)
         record = {"start": band.start, "stop": band.stop, "digest": digest}
         record |= {"checksums": {name: row_checksums(values) for name, values in arrays.items()}}
         self.journal.write(f"{band.start:012d}", record)
+
+    def _write_chunk(self, path: Path, values: NDArray[np.float64]) -> None:
+        """Write a chunk whole: a reader sees the one before or this one. As it is plain, Zarr is not needed."""
+        missing = self.band_rows - len(values)
+        if missing:
+            values = np.pad(values, ((0, missing), *[(0, 0)] * (values.ndim - 1)), constant_values=np.nan)
+        content = np.ascontiguousarray(values, "<f8").data.cast("B")
+        if is_url(path):
+            replace_file(path, content)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(".*.tmp"):  # by a writer that was killed
+            left.unlink(missing_ok=True)
+        replace_file(path, content)
+        for folder in path.relative_to(self.path).parents:
+            flush(self.path / folder)
 
     def chunk_path(self, name: str, start: int) -> Path:
         """File of the band that begins at a row."""

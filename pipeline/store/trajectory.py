@@ -22,7 +22,6 @@ bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import math
@@ -61,7 +60,6 @@ from pipeline.schema import (
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
-    Journal,
     add_array,
     chunk_path,
     damaged,
@@ -76,6 +74,7 @@ from pipeline.store.group import (
     resize,
     with_rows,
 )
+from pipeline.store.journal import Journal, sources_of
 from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
@@ -97,18 +96,6 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def checksum(words: NDArray[Any]) -> int:
     """CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Leave garbage alone for a moment."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Trajectory:
@@ -181,7 +168,7 @@ class Trajectory:
         self._array = cache(lambda name: open_array(self.path / name))
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
         self._unflushed: set[Path] = set()
-        self._checksums: dict[str, list[list[int]]] = {}
+        self._checksums: dict[str, NDArray[np.uint32]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
         self._spans: NDArray[np.int64] | None = None
@@ -402,8 +389,12 @@ class Trajectory:
         return chosen
 
     def records(self) -> list[dict[str, Any]]:
-        """Commit records, in order: rows, the sources of each, and checksums per array, row and column."""
+        """Commit records, in order; see `pipeline.store.journal.Journal.read`."""
         return [self.journal.read(name) for name in self.journal.names()]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return what identifies the source of each row."""
+        return [source for record in self.records() for source in sources_of(record)]
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -579,15 +570,15 @@ class Trajectory:
         self._require_recorded(name, column, start, out, path)
 
     def _require_recorded(self, name: str, column: int, start: int, out: NDArray[Any], path: Path) -> None:
-        recorded = self._recorded(name)
+        recorded = self.recorded_checksums(name)
         for row, words in enumerate(out, start):
-            if checksum(words) != recorded[row][column]:
+            if checksum(words) != recorded[row, column]:
                 raise damaged(path, f"row {row} has another checksum than recorded", _INGEST_AGAIN)
 
-    def _recorded(self, name: str) -> list[list[int]]:
-        """Checksums of the committed rows of an array, one for each column."""
+    def recorded_checksums(self, name: str) -> NDArray[np.uint32]:
+        """Checksums of the committed rows of an array, shape (rows, columns); see `checksum`."""
         if len(self._checksums.get(name, ())) < self.rows:
-            self._checksums[name] = [row for record in self.records() for row in record["checksums"][name]]
+            self._checksums[name] = np.concatenate([record["checksums"][name] for record in self.records()])
         return self._checksums[name]
 
     # Writing ------------------------------------------------------------------------------------------------
@@ -733,13 +724,15 @@ class Trajectory:
         return {name: checksum(np.asarray(with_rows(self._array(name), stop)[start:stop])) for name in self.numbers}
 
     def _migrate(self) -> None:
-        """Add what version 1 did not have, attempts and checksums of all that is there, and be of this version."""
-        none = np.zeros(self.rows, np.int64)
-        add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
-        self._numbered = (STEP, ATTEMPT)
+        """Write records anew, with what version 1 did not have (and attempts), and be of this version."""
+        if self._version < 2:
+            none = np.zeros(self.rows, np.int64)
+            add_array(self.path, ATTEMPT, ArrayPlan((STEP,), (self.rows,), (SCALAR_CHUNK,), "int64", values=none))
+            self._numbered = (STEP, ATTEMPT)
         for name in self.journal.names():
             record = self.journal.read(name)
-            record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
+            if self._version < 2:
+                record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
             self.journal.write(name, record)
         migrate_group(self.path, "trajectory", self.arrays)
         self._version = LAYOUT_VERSION
@@ -752,24 +745,21 @@ class Trajectory:
         """Digest of the states that each band of rows is computed from, the halo included."""
         replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
         names = [name for name in (*STATES, *replicates) if name in self.dtypes]
-        begun = set((np.flatnonzero(self.spans() == 0) + 1).tolist())
+        begun = np.zeros(self.rows + 1, "<u4")
+        begun[np.flatnonzero(self.spans() == 0) + 1] = 1
         hashes = {band: hashlib.sha256() for band in bands}
         waiting = sorted(hashes, reverse=True)
         active: list[Band] = []
         # Record by record: those of a long run of a large model are not held together.
         for number in self.journal.names():
-            # It has lists for every row: the collector would go through all objects of the process many times.
-            with _uncollected():
-                record = self.journal.read(number)
+            record = self.journal.read(number)
             start, stop = record["start"], record["stop"]
-            tables = [record["checksums"][name] for name in names]
-            texts = [str([*row]) for row in zip(*tables, strict=True)]
-            for row in begun.intersection(range(start, stop)):
-                texts[row - start] += "|"
+            if start >= self.rows:  # committed since
+                break
+            words = np.column_stack([*(record["checksums"][name] for name in names), begun[start:stop]])
             while waiting and waiting[-1].start < stop:
                 active.append(waiting.pop())
             for band in active:
-                text = "".join(texts[max(band.start - start, 0) : band.stop + 1 - start])
-                hashes[band].update(text.encode())
+                hashes[band].update(words[max(band.start - start, 0) : band.stop + 1 - start].data)
             active = [band for band in active if band.stop + 1 > stop]
         return {band: found.hexdigest() for band, found in hashes.items()}

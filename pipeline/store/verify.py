@@ -169,9 +169,9 @@ def _column(
     states: Trajectory, name: str, column: int, records: Iterable[Mapping[str, Any]], numbers: NDArray[Any]
 ) -> Iterator[Damage]:
     recorded = {
-        record["start"] + index: row[column]
+        record["start"] + index: found
         for record in records
-        for index, row in enumerate(record["checksums"][name])
+        for index, found in enumerate(record["checksums"][name][:, column].tolist())
     }
     steps, (first, last) = states.chunk[0], states.column(column)
     pieces = states.layout.segments(first, last)
@@ -248,7 +248,7 @@ def _band(book: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Ite
         except InputError as error:
             yield Damage(place(error.where), error.what, name, _ends(numbers, start, stop))
             continue
-        for row, (now, then) in enumerate(zip(found, recorded, strict=True), start):
+        for row, (now, then) in enumerate(zip(found, recorded[:, 0].tolist(), strict=True), start):
             if now != then:
                 path = book.chunk_path(name, start)
                 yield Damage(path, "another checksum than recorded", name, _ends(numbers, row, row + 1))
