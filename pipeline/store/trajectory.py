@@ -735,6 +735,7 @@ class Trajectory:
                 record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
             self.journal.write(name, record)
         migrate_group(self.path, "trajectory", self.arrays)
+        publish(self.path, f"trajectory of {self.path.parent.name}: layout version {LAYOUT_VERSION}")
         self._version = LAYOUT_VERSION
 
     def fingerprint(self) -> str:
