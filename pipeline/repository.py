@@ -17,6 +17,7 @@ from pipeline.schema import InputError
 
 __all__ = [
     "KINDS",
+    "holds",
     "is_repository",
     "newest",
     "outside",
@@ -204,6 +205,20 @@ def written(path: Path) -> Iterator[Path]:
         yield _path(out, key, transaction=transaction)
     finally:
         files.end(transaction)
+
+
+def holds(path: Path, folder: Path) -> bool:
+    """Whether a place in a repository has the files of a folder, and no others: then there is nothing to commit."""
+    if not is_repository(path):
+        return False
+    url: Any = path
+    there = url.fs.find(url.path)
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    here = {f"{url.path}/{name}": file for name, file in files.items()}
+    if sorted(here) != there:
+        return False
+    found = url.fs.cat_ranges(there, [None] * len(there), [None] * len(there), on_error="raise")
+    return all(here[name].read_bytes() == content for name, content in zip(there, found, strict=True))
 
 
 def publish(path: Path, message: str) -> None:

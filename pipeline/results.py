@@ -22,7 +22,7 @@ from pipeline import discrete_time, geometry
 from pipeline import windows as windowed
 from pipeline.geometry import Pair
 from pipeline.preconditioner import condition_number
-from pipeline.repository import place_of_store
+from pipeline.repository import holds, place_of_store
 from pipeline.schema import (
     ATTEMPT,
     DESCENT,
@@ -632,7 +632,8 @@ def write(tree: xr.DataTree, path: Path) -> None:
             # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
-        replace_folder(aside, path, "zarr.json")
+        if not holds(path, aside):
+            replace_folder(aside, path, "zarr.json")
 
 
 def read(path: Path, version: str | None = None) -> xr.DataTree:

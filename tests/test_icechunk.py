@@ -213,6 +213,12 @@ def test_icechunk_and_what_reads_zarr_open_it(server, both, before):
         assert list(records) == [file.read_text() for file in files]
 
 
+def test_what_comes_to_the_same_is_no_version(both):
+    before = versions(both[1])
+    run.analyze_run(both[1], Serial())
+    assert versions(both[1]) == before
+
+
 def test_overwriting_begins_anew_and_keeps_what_was(server, url, tmp_path):
     states = logs.random_walk(9)
     log = logs.write_log(tmp_path / "log", states[:4])
