@@ -318,9 +318,9 @@ def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uint
     for block in blocks:
         if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
             raise ValueError(f"rows must be of one dtype, contiguous, and have {elements} elements")
-    return np.concatenate(
-        [block.ctypes.data + np.arange(len(block)) * block.strides[0] for block in blocks]
-    ).astype(np.uintp)
+    first = [block.__array_interface__["data"][0] for block in blocks]
+    rows = [start + np.arange(len(block)) * block.strides[0] for start, block in zip(first, blocks, strict=True)]
+    return np.concatenate(rows).astype(np.uintp)
 
 
 def products(

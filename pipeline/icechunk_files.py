@@ -329,17 +329,17 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         self, repository: str, version: str = "", transaction: str = "", pinned: bool = False, **options: Any
     ) -> None:
         super().__init__(repository=repository, version=version, transaction=transaction, pinned=pinned, **options)
-        self.repository, self.version, self._transaction = repository, version, transaction
+        self.repository, self.version, self._writing = repository, version, transaction
         self._root = repository.partition("://")[2].rpartition("/")[0]
 
     @property
     def _writer(self) -> _Transaction:
-        if self._transaction not in _transactions:
+        if self._writing not in _transactions:
             raise PermissionError(f"a version of {self.repository} is not changed")
-        return _transactions[self._transaction]
+        return _transactions[self._writing]
 
     def _store(self) -> _Store:
-        if self._transaction:
+        if self._writing:
             return self._writer.seen()
         if not self.version:
             return None

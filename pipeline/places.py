@@ -9,9 +9,7 @@ the library (s3fs, gcsfs): environment, files, or the role of the machine.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +19,6 @@ from urllib.parse import unquote
 from pipeline.schema import InputError, Unavailable
 
 __all__ = [
-    "Puts",
     "Status",
     "delete",
     "delete_folder",
@@ -196,53 +193,6 @@ def put(path: Path, content: bytes, *, new: bool = False, seen: str | None = Non
         if condition and "precondition" in repr(error.__cause__ or error).lower().replace("-", ""):
             raise FileExistsError(str(path)) from error
         raise
-
-
-class Puts:
-    """Objects that are put while others are made: a request takes long, and the network bears several.
-
-    Attributes
-    ----------
-    AT_ONCE : int
-        Objects under way at most, each held in memory.
-    """
-
-    AT_ONCE = 4
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._under_way: deque[Future[None]] = deque()
-
-    def put(self, path: Path, content: bytes) -> None:
-        """Put an object some time before `wait` returns.
-
-        Raises
-        ------
-        Exception
-            Where one before could not be put.
-        """
-        while len(self._under_way) >= self.AT_ONCE:
-            self._under_way.popleft().result()
-        self._pool = self._pool or ThreadPoolExecutor(self.AT_ONCE)
-        self._under_way.append(self._pool.submit(put, path, content))
-
-    def wait(self) -> None:
-        """Return when all objects are there.
-
-        Raises
-        ------
-        Exception
-            Where one could not be put.
-        """
-        while self._under_way:
-            self._under_way.popleft().result()
-
-    def abandon(self) -> None:
-        """Return when nothing is under way any more, whatever came of it."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool = None
-        self._under_way.clear()
 
 
 def seen(path: Path) -> tuple[bytes, str] | None:

@@ -7,15 +7,17 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.places import is_url, put, put_folder
 from pipeline.schema import InputError
 
-__all__ = ["disk_errors", "flush", "flush_all", "folder_aside", "replace_file", "replace_folder"]
+__all__ = ["Writes", "disk_errors", "flush", "flush_all", "folder_aside", "replace_file", "replace_folder"]
 
 _REFUSALS = {
     errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
@@ -34,6 +36,53 @@ _REFUSALS = {
 
 
 _FLUSHES = 8
+
+
+class Writes:
+    """What disk or network do while more is made: both are slower than memory, and bear several at a time.
+
+    Attributes
+    ----------
+    AT_ONCE : int
+        Under way at most, each perhaps with an object held in memory.
+    """
+
+    AT_ONCE = 4
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: deque[Future[None]] = deque()
+
+    def begin(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Have something written some time before `wait` returns.
+
+        Raises
+        ------
+        Exception
+            Where what began before failed.
+        """
+        while len(self._under_way) >= self.AT_ONCE:
+            self._under_way.popleft().result()
+        self._pool = self._pool or ThreadPoolExecutor(self.AT_ONCE)
+        self._under_way.append(self._pool.submit(write, *arguments))
+
+    def wait(self) -> None:
+        """Return when all is written.
+
+        Raises
+        ------
+        Exception
+            Where something was not.
+        """
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    def abandon(self) -> None:
+        """Return when nothing is under way any more, whatever came of it."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+        self._under_way.clear()
 
 
 def flush(path: Path) -> None:

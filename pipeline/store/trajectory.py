@@ -37,7 +37,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, Band
-from pipeline.places import Puts, is_url, place, ranges
+from pipeline.places import is_url, place, put, ranges
 from pipeline.repository import newest, place_of_store, publish
 from pipeline.schema import (
     ATTEMPT,
@@ -57,6 +57,7 @@ from pipeline.schema import (
     of_replicate,
     replicate_of,
 )
+from pipeline.store.disk import Writes
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
@@ -168,13 +169,14 @@ class Trajectory:
         self._array = cache(lambda name: open_array(self.path / name))
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
         self._unflushed: set[Path] = set()
+        self._flushed: set[Path] = set()
         self._checksums: dict[str, NDArray[np.uint32]] = {}
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
         self._spans: NDArray[np.int64] | None = None
         # A request takes as long as many steps are read from a disk.
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
-        self._puts = Puts()
+        self._writes = Writes()
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self._read_ahead = 0
         self.rows = 0
@@ -611,6 +613,11 @@ class Trajectory:
                 low, high = max(start, index * steps), min(stop, (index + 1) * steps)
                 write = self._put if is_url(self.path) else self._place
                 write(path, low - index * steps, block[low - start : high - start])
+                if high == (index + 1) * steps and not is_url(self.path):
+                    # Nothing is added to it: it is flushed while the next chunks are read and written.
+                    self._flushed.add(path)
+                    self._writes.begin(flush, path)
+                    continue
             self._unflushed.add(path)
 
     def _put(self, path: Path, row: int, block: NDArray[Any]) -> None:
@@ -618,12 +625,12 @@ class Trajectory:
         chunk = np.zeros(self.chunk, block.dtype)
         chunk[row : row + len(block)] = block
         if row:
-            self._puts.wait()
+            self._writes.wait()
             (before,) = ranges(path, [(0, chunk[:row].nbytes)])
             if len(before) != chunk[:row].nbytes:
                 raise damaged(path, f"it ends {chunk[:row].nbytes - len(before)} bytes early", _INGEST_AGAIN)
             chunk[:row] = np.frombuffer(before, block.dtype).reshape(row, self.chunk[1])
-        self._puts.put(path, chunk.tobytes())
+        self._writes.begin(put, path, chunk.tobytes())
 
     def _place(self, path: Path, row: int, block: NDArray[Any]) -> None:
         """Write rows into the file of a chunk; those before stay as they are, for readers that have them open."""
@@ -675,7 +682,7 @@ class Trajectory:
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             self._unflushed.update(self._number_chunks(name, start, stop))
-        self._puts.wait()
+        self._writes.wait()
         if not is_url(self.path):
             self._flush()
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
@@ -684,6 +691,7 @@ class Trajectory:
             record["runs"] = list(known)[len(self.runs) :]
         self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
         self._unflushed.clear()
+        self._flushed.clear()
         self.rows, self._breaks = stop, None
         self.recover()
         publish(self.path, self._message(steps, attempts or [0]))
@@ -698,13 +706,13 @@ class Trajectory:
 
     def abandon(self) -> None:
         """Leave what was written and not committed: on return nothing of it is on its way any more."""
-        self._puts.abandon()
+        self._writes.abandon()
 
     def _flush(self) -> None:
         for path in sorted(self._unflushed):
             flush(path)
         # A new chunk may have made folders up to the one of its array.
-        for folder in sorted({folder for path in self._unflushed for folder in path.parents}):
+        for folder in sorted({folder for path in self._unflushed | self._flushed for folder in path.parents}):
             if folder.is_relative_to(self.path):
                 flush(folder)
 
