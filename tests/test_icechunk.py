@@ -190,12 +190,9 @@ def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch)
     assert said("versions", out, "--last", 2).count("\n") == 2
     assert json.loads(said("info", out, "--version", before, "--json"))["attempts"] == 1
     assert said("verify", out, "--version", before) == "all is as it was written\n"
-    said("report", out)
     said("report", out, "--page", tmp_path / "then.html", "--version", before)
     run.report_run({"both": both[2]}, tmp_path / "kept.html")
-    then = (tmp_path / "then.html").read_text()
-    assert then == (tmp_path / "kept.html").read_text()
-    assert then != (both[1] / "report.html").read_text()
+    assert (tmp_path / "then.html").read_text() == (tmp_path / "kept.html").read_text()
 
 
 def test_icechunk_and_what_reads_zarr_open_it(server, both, before):
@@ -430,9 +427,9 @@ def test_documents_have_the_names_of_files(url):
 
 
 def test_what_a_commit_writes_does_not_grow_with_the_run(url, monkeypatch):
-    """A manifest lists a few chunks, though the array has many: those of 32 random float32 are kept in it."""
-    monkeypatch.setattr("pipeline.icechunk_files._MANIFEST_CHUNKS", 2)
-    commits, elements = 12, 32
+    """A manifest lists a few chunks, though the array has many: those of 64 random float32 are kept in it."""
+    monkeypatch.setattr("pipeline.icechunk_files._MANIFEST_CHUNKS", 1)
+    commits, elements = 6, 64
     store = written(url, rows=1, elements=elements, chunk=(1, elements))
     with only_writer(store, "trajectory") as path:
         for number in range(1, commits):
