@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,27 +15,28 @@ from test_deployments import flow_runs, natgrad, states
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
+def postgresql():
     """PostgreSQL on a port of its own; gives the address of a database."""
     programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    folder, port = Path(tmp_path_factory.mktemp("postgresql", numbered=True)), free_port()
-    user = {"user": "postgres"} if os.geteuid() == 0 else {}
-    if user:  # PostgreSQL does not run as root
-        for path in (folder, *folder.parents[:2]):
-            path.chmod(0o755)
-        shutil.chown(folder, "postgres")
+    port, user = free_port(), {"user": "postgres"} if os.geteuid() == 0 else {}
+    # Not in the folder of all tests: pytest closes that to other users whenever it is started.
+    with tempfile.TemporaryDirectory(prefix="natgrad-postgresql-") as made:
+        folder = Path(made)
+        if user:  # PostgreSQL does not run as root
+            shutil.chown(folder, "postgres")
 
-    def run(name, *arguments):
-        subprocess.run([programs / name, *map(str, arguments)], check=True, capture_output=True, cwd=folder, **user)
+        def run(name, *arguments):
+            command = [programs / name, *map(str, arguments)]
+            subprocess.run(command, check=True, capture_output=True, cwd=folder, **user)
 
-    run("initdb", "--pgdata", folder / "data", "--username", "prefect", "--auth", "trust")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    run("pg_ctl", "--pgdata", folder / "data", "--log", folder / "log", "--wait", "--options", options, "start")
-    try:
-        run("createdb", "--host", "127.0.0.1", "--port", port, "--username", "prefect", "prefect")
-        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
-    finally:
-        run("pg_ctl", "--pgdata", folder / "data", "--mode", "immediate", "stop")
+        run("initdb", "--pgdata", folder / "data", "--username", "prefect", "--auth", "trust")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+        run("pg_ctl", "--pgdata", folder / "data", "--log", folder / "log", "--wait", "--options", options, "start")
+        try:
+            run("createdb", "--host", "127.0.0.1", "--port", port, "--username", "prefect", "prefect")
+            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
+        finally:
+            run("pg_ctl", "--pgdata", folder / "data", "--mode", "immediate", "stop")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
