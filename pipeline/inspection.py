@@ -31,6 +31,7 @@ from pipeline.schema import (
 )
 from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import (
+    FactoredMetric,
     LoggedStep,
     LoggedTensor,
     OptimizerState,
@@ -127,7 +128,8 @@ def inspect_source(
     }
     if last.optimizer is not None:
         found["optimizer"] = last.optimizer.problem or (
-            f"{', '.join(last.optimizer.arrays) or 'options'} of {_tensors_of(last.optimizer)} tensors at step "
+            f"{', '.join((*last.optimizer.arrays, *_rules(last.optimizer))) or 'options'} of "
+            f"{_tensors_of(last.optimizer)} tensors at step "
             f"{listed[-1].number}: stored with --include optimizer"
         )
     found["changes"] = _changes(first, last)
@@ -168,7 +170,15 @@ def _changes(first: StepContent, last: StepContent) -> list[str]:
 
 
 def _tensors_of(optimizer: OptimizerState) -> int:
-    return len({tensor for of in (*optimizer.arrays.values(), *optimizer.numbers.values()) for tensor in of})
+    held = (*optimizer.arrays.values(), *optimizer.numbers.values(), optimizer.metrics)
+    return len({tensor for of in held for tensor in of})
+
+
+def _rules(optimizer: OptimizerState) -> list[str]:
+    """Rules whose metrics the log holds as factors, or in another basis."""
+    metrics = optimizer.metrics.values()
+    rules = dict.fromkeys(m.rule if isinstance(m, FactoredMetric) else "SOAP" for m in metrics)
+    return [f"the metric of {rule}" for rule in rules]
 
 
 def _told(tensor: LoggedTensor | None) -> str:

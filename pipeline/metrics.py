@@ -18,7 +18,8 @@ Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -470,38 +471,89 @@ def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tu
 
 
 class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
-    """Kronecker product of two symmetric matrices, as K-FAC has one for each layer.
+    """Kronecker product of powers of symmetric matrices: K-FAC's of a layer, Shampoo's of a tensor.
+
+    It is (F_0 + damping_0)^exponent (x) (F_1 + damping_1)^exponent (x) .. + shift.
 
     Parameters
     ----------
-    left, right : array, shape (m, m) and (n, n)
-        For weights W of shape (m, n), flattened row by row, it is vec(left W right): left is of the outputs
-        (gradients), right of the inputs (activations), both with their damping.
+    *factors : arrays, shape (n, n) or (n,)
+        Symmetric matrices, or diagonals of such: one for each dimension of the tensor, in their order. For weights
+        W of shape (m, n), flattened row by row, two are vec(left W right): left is of the outputs (gradients),
+        right of the inputs (activations).
+    exponent : float
+        -1 for a preconditioner's own factors, 1/4 for the statistics of Shampoo's matrices.
+    damping : float or sequence of float
+        Added to each factor, or to all.
+    shift : float
+        Added to the product, as K-FAC's exact damping is.
 
     Raises
     ------
     InputError
-        Where a factor is not symmetric.
+        Where a factor is not symmetric, or has no such power.
     """
 
-    def __init__(self, left: ArrayLike, right: ArrayLike) -> None:
-        self.left, self.right = (np.asarray(factor, dtype=np.float64) for factor in (left, right))
-        for factor in (self.left, self.right):
-            if factor.ndim != 2 or not np.array_equal(factor, factor.T):
-                raise InputError(f"a factor of shape {factor.shape} is not symmetric", remedy="give (F + F') / 2")
-        size = len(self.left) * len(self.right)
+    def __init__(
+        self,
+        *factors: ArrayLike,
+        exponent: float = 1.0,
+        damping: float | Sequence[float] = 0.0,
+        shift: float = 0.0,
+    ) -> None:
+        arrays = [np.asarray(factor, dtype=np.float64) for factor in factors]
+        added = [damping] * len(arrays) if isinstance(damping, int | float) else list(damping)
+        if len(added) != len(arrays):
+            raise InputError(f"{len(added)} dampings of {len(arrays)} factors", remedy="give one for each, or one")
+        self.shift, self.exponent = shift, exponent
+        self._sizes = [len(array) for array in arrays]
+        self._values, self._powers = [], []
+        for array, term in zip(arrays, added, strict=True):
+            values, power = _power(array, term, exponent)
+            self._values.append(values)
+            self._powers.append(power)
+        size = math.prod(self._sizes)
         super().__init__(np.float64, (size, size))
 
     def _matvec(self, x: Array) -> Array:
-        return (self.left @ x.reshape(len(self.left), len(self.right)) @ self.right).reshape(x.shape)
+        image = x.reshape(self._sizes)
+        for axis, power in enumerate(self._powers):
+            if power.ndim == 1:
+                image = image * power.reshape([-1 if axis == other else 1 for other in range(image.ndim)])
+            else:
+                image = np.moveaxis(np.tensordot(power, image, axes=(1, axis)), 0, axis)
+        return np.asarray(image.reshape(x.shape) + self.shift * x)
 
     def _adjoint(self) -> Kronecker:
         return self
 
     def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
         """All eigenvalues, descending, and how often each occurs: products of those of the factors."""
-        values = np.multiply.outer(np.linalg.eigvalsh(self.left), np.linalg.eigvalsh(self.right)).ravel()
-        return np.sort(values)[::-1], np.ones(len(values), int)
+        values = np.ones(1)
+        for of_factor in self._values:
+            values = np.multiply.outer(values, of_factor).ravel()
+        return np.sort(values + self.shift)[::-1], np.ones(len(values), int)
+
+
+def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array]:
+    """Eigenvalues of a power of a symmetric matrix or diagonal, and the power."""
+    if factor.ndim not in (1, 2) or (factor.ndim == 2 and not np.array_equal(factor, factor.T)):
+        raise InputError(f"a factor of shape {factor.shape} is not symmetric", remedy="give (F + F') / 2")
+    damped = np.asarray(factor + (damping if factor.ndim == 1 else damping * np.eye(len(factor))), dtype=np.float64)
+    if exponent == 1.0:
+        return np.asarray(damped if factor.ndim == 1 else np.linalg.eigvalsh(damped), dtype=np.float64), damped
+    values, vectors = (damped, np.eye(0)) if factor.ndim == 1 else np.linalg.eigh(damped)
+    if not values.min() > 0:
+        raise InputError(
+            f"a factor has no power {exponent:g}: its smallest eigenvalue is {values.min():.3g}",
+            where=f"shape {factor.shape}, damping {damping:g}",
+            remedy="give a positive definite factor, or a greater damping",
+        )
+    raised = np.asarray(values**exponent, dtype=np.float64)
+    if factor.ndim == 1:
+        return raised, raised
+    power = (vectors * raised) @ vectors.T
+    return raised, np.asarray((power + power.T) / 2.0)
 
 
 def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:

@@ -57,7 +57,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The diagonal metric that an adaptive optimizer used in each update.
+    """The metric that an adaptive optimizer used in each update.
 
     Attributes
     ----------

@@ -27,7 +27,16 @@ from pipeline.ingest import ingest
 from pipeline.places import each, network_errors, place
 from pipeline.preconditioner import adam_eigenvalues
 from pipeline.repository import newest, outside, place_of_run, publish
-from pipeline.schema import ATTEMPT, OPTIMIZER_NUMBERS, REPLICATE_LOSS, RUN, STEP, InputError, Status
+from pipeline.schema import (
+    ATTEMPT,
+    METRIC_EIGENVALUES,
+    OPTIMIZER_NUMBERS,
+    REPLICATE_LOSS,
+    RUN,
+    STEP,
+    InputError,
+    Status,
+)
 from pipeline.sources.base import NotYet
 from pipeline.store import Ledger, Trajectory, exists, only_writer
 from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
@@ -293,17 +302,32 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDAr
         runs=states.runs if states.sweep else (),
         run=run[rows] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[rows],
-        optimizer=_optimizer(states, rows) if states.tables else None,
+        optimizer=_optimizer(states, rows, learning_rate) if states.tables else None,
     )
 
 
-def _optimizer(states: Trajectory, rows: NDArray[np.int64]) -> results.Optimizer:
-    """Return what the optimizer used in each update: its state is saved after it, the rate before."""
+def _optimizer(
+    states: Trajectory, rows: NDArray[np.int64], learning_rate: NDArray[np.float64]
+) -> results.Optimizer:
+    """Return what the optimizer used in each update: its state is saved after it, the rate before.
+
+    The metric is that of the factors, where the rule has some, or else that of Adam's second moment. A tensor whose
+    update was rescaled by what is not saved has no rate.
+    """
     after = {name: states.scalar(name)[rows + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
     low, high = adam_eigenvalues(
         after["exp_avg_sq_min"], after["exp_avg_sq_max"], after["beta2"], after["epsilon"], after["updates"]
     )
-    return results.Optimizer(low, high, states.scalar("tensor_learning_rate")[rows])
+    used = [after[name] for name in METRIC_EIGENVALUES[:2]]
+    following = [states.scalar(name)[rows] for name in METRIC_EIGENVALUES[2:]]
+    factored = (after["metric_factored"] == 1.0) | (states.scalar("metric_factored")[rows] == 1.0)
+    low, high = (
+        np.where(factored, np.where(np.isnan(end), next_end, end), adam)
+        for end, next_end, adam in zip(used, following, (low, high), strict=True)
+    )
+    rate = states.scalar("tensor_learning_rate")[rows]
+    rate = np.where(np.isnan(rate), learning_rate[:, None], rate)
+    return results.Optimizer(low, high, np.where(after["metric_rescaled"] == 1.0, np.nan, rate))
 
 
 def follow(

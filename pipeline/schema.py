@@ -23,6 +23,7 @@ __all__ = [
     "GAMMA",
     "HVP",
     "LAYOUT_VERSION",
+    "METRIC_EIGENVALUES",
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
     "REPLICATE",
@@ -105,6 +106,15 @@ STATES = ("parameter", "gradient", HVP)
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master_parameter")
 """Arrays (step, element) of what an optimizer keeps; stored where asked for, NaN at steps that have none."""
 
+METRIC_EIGENVALUES = (
+    "metric_eigenvalue_min",
+    "metric_eigenvalue_max",
+    "next_metric_eigenvalue_min",
+    "next_metric_eigenvalue_max",
+)
+"""Eigenvalues of Kronecker-factored and rotated metrics (Shampoo, SOAP, PSGD, K-FAC): of the metric that was used
+in the update to this state; and where curvature is saved with the state it was taken at, in the update from it."""
+
 OPTIMIZER_NUMBERS = (
     "tensor_learning_rate",
     "beta1",
@@ -115,9 +125,13 @@ OPTIMIZER_NUMBERS = (
     "updates",
     "exp_avg_sq_min",
     "exp_avg_sq_max",
+    *METRIC_EIGENVALUES,
+    "metric_factored",
+    "metric_rescaled",
 )
-"""Arrays (step, tensor) beside them: the options of each tensor's group, the updates that an entry has seen, and
-the smallest and largest element of ``exp_avg_sq``. NaN where there is none."""
+"""Arrays (step, tensor) beside them: the options of each tensor's group, the updates that an entry has seen, the
+smallest and largest element of ``exp_avg_sq`` and eigenvalue of the metric, 1 where the metric is not Adam's, and 1
+where the update was rescaled by what is not saved. NaN where there is none."""
 
 SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
 """Numbers of a step that a log may hold; arrays (step) of a trajectory, NaN where the log has none."""
@@ -378,7 +392,8 @@ VARIABLES: dict[str, Variable] = {
     "preconditioner_condition_number": Variable(
         "condition number of the metric that the optimizer used",
         "1",
-        "kappa(diag(sqrt(v) + epsilon)) of Adam, beside kappa(M_opt) of eq. (9)",
+        "kappa(diag(sqrt(v) + epsilon)) of Adam, of the factors of Shampoo, PSGD and K-FAC, beside kappa(M_opt) of "
+        "eq. (9)",
     ),
     "similarity": Variable("similarity of update and steepest descent", "1", "1 / kappa(M_opt)"),
     "eigenvalue_max": Variable("largest eigenvalue of the optimal metric", _METRIC, "eq. (9)"),

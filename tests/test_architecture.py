@@ -35,6 +35,7 @@ FLOORS = [
         "pipeline.sources.pickle_data",
         "pipeline.experiments.digits",
     },
+    {"pipeline.sources.factors"},
     {
         "pipeline.sources.alignment",
         "pipeline.sources.optimizer",
@@ -90,6 +91,7 @@ FLOORS = [
         "pipeline.report",
         "pipeline.ingest.description",
     },
+    {"pipeline.logged_metric"},
     {"pipeline.ingest.transfer", "pipeline.inspection"},
     {"pipeline.ingest.new_rows"},
     {"pipeline.ingest.log_to_store"},

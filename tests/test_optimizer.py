@@ -238,6 +238,27 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path):
         ingest(log, plain, include=["optimizer"])
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_run_that_is_followed_from_before_its_first_update_waits_for_the_second_step(tmp_path, name):
+    trained(OPTIMIZERS[name], saver(tmp_path / "all"))
+    log, store = tmp_path / "log", tmp_path / "store"
+    log.mkdir()
+    new = []
+    for step in range(STEPS):
+        (tmp_path / "all" / f"step-{step}.pt").rename(log / f"step-{step}.pt")
+        if step:
+            new.append(ingest(log, store, include=["optimizer"]).new_steps)
+        else:
+            with pytest.raises(NotYet, match="no state of an optimizer"):
+                ingest(log, store, include=["optimizer"])
+            assert not store.exists()
+    assert new == [2, 1, 1, 1]
+    ingest(log, tmp_path / "whole", include=["optimizer"])
+    for array, tensors in stored(tmp_path / "whole")[1].items():
+        for tensor, rows in tensors.items():
+            np.testing.assert_array_equal(stored(store)[1][array][tensor], rows)
+
+
 def test_a_log_without_optimizer_and_a_word_that_is_none_are_refused(tmp_path):
     def save(step, model, optimizer, gradients, loss):
         (tmp_path / "log").mkdir(exist_ok=True)

@@ -614,6 +614,27 @@ def test_a_long_value_named_again_and_again_is_not_made_again(tmp_path):
     assert peak < 20 << 20  # a thousand copies would be a thousand MiB
 
 
+def test_objects_of_a_known_class_are_walked_and_not_copied():
+    def made():
+        return pickle_data.Attributes("m.C")
+
+    shared = pickle.dumps({f"key {n}": n for n in range(10_000)}, protocol=2)[2:-1]
+    body = b"\x80\x02(" + shared + b"cm\nC\n)\x81h\x00b" * 1000 + b"t."
+    tracemalloc.start()
+    tree = loaded(body, functions={"m.C": made})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000 + 400 * len(body)  # a thousand copies would be half a GiB
+    assert dict(pickle_data.flatten(tree[1]))["key 9999"] == 9999
+    with pytest.raises(ValueError, match="more than"):
+        list(pickle_data.flatten(tree))
+    itself = b"\x80\x02cm\nC\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."
+    with pytest.raises(ValueError, match="levels"):
+        list(pickle_data.flatten(loaded(itself, functions={"m.C": made})))
+    with pytest.raises(ValueError, match="malformed"):
+        loaded(b"\x80\x02cm\nC\nK\x01\x85\x81.", functions={"m.C": made})
+
+
 @pytest.mark.parametrize("key", [[1], {"a": 1}, 1 << 61, 1.5, (1.5,), ("a",) * 17])
 def test_keys_that_may_be_chosen_to_collide_are_refused(key):
     body = b"\x80\x04}" + pickle.dumps(key, protocol=4)[2:-1] + b"Ns."

@@ -24,6 +24,7 @@ from pipeline.places import each
 from pipeline.repository import place_of_store
 from pipeline.schema import (
     ATTEMPT,
+    METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
     REPLICATE_LOSS,
     SCALARS,
@@ -33,7 +34,7 @@ from pipeline.schema import (
     Layout,
 )
 from pipeline.sources.alignment import misalignment
-from pipeline.sources.base import KeptOpen, LoggedStep, NotYet, StepContent, identity, where
+from pipeline.sources.base import FactoredMetric, KeptOpen, LoggedStep, NotYet, StepContent, identity, where
 from pipeline.sources.formats import open_sources
 from pipeline.store import Trajectory, exists, only_writer
 
@@ -153,6 +154,7 @@ def ingest(
             told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
             warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
+            warnings += _metrics_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer)
             try:
                 Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
@@ -203,7 +205,7 @@ def _matching_trajectory(
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
         source, sweep = str(first.path.parent.absolute()), bool(first.run)
-        tables = _tables(first, contents.values(), dtypes) if optimizer else ()
+        tables = _tables(first, list(contents.values()), dtypes) if optimizer else ()
         replicates = content.replicates
         return Trajectory.create(
             store,
@@ -249,12 +251,16 @@ def _matching_trajectory(
     return trajectory
 
 
-def _tables(first: LoggedStep, contents: Iterable[StepContent], dtypes: Mapping[str, str]) -> list[str]:
+def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[str, str]) -> list[str]:
     """Numbers of the optimizer that these steps have, and those that are made of its arrays."""
-    found = {name for content in contents if content.optimizer is not None for name in content.optimizer.numbers}
+    states = [content.optimizer for content in contents if content.optimizer is not None]
+    found = {name for state in states for name in state.numbers}
     if "exp_avg_sq" in dtypes:
         found |= set(EXTREMES)
-    if not found:
+    found |= _metric_tables(contents)
+    # Before the first update there are options alone: from one such step it cannot be known what will be kept.
+    begun = len(contents) > 1 or any(state.arrays or state.metrics for state in states)
+    if not found or not begun:
         raise NotYet(
             "no state of an optimizer is in these steps",
             where=where(first),
@@ -262,6 +268,30 @@ def _tables(first: LoggedStep, contents: Iterable[StepContent], dtypes: Mapping[
             remedy="run again once a step has it, or leave --include optimizer out",
         )
     return [name for name in OPTIMIZER_NUMBERS if name in found]
+
+
+def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
+    """Tables that the metrics of an optimizer's factors go to."""
+    found: set[str] = set()
+    for content in contents:
+        for metric in {} if content.optimizer is None else content.optimizer.metrics.values():
+            follows = isinstance(metric, FactoredMetric) and metric.follows
+            found |= set(METRIC_EIGENVALUES[2:] if follows else METRIC_EIGENVALUES[:2])
+            found |= {"metric_factored", *(("metric_rescaled",) if metric.rescaled else ())}
+    return found
+
+
+def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
+    """Tell of metrics that the log began to hold after the trajectory was made without them."""
+    if trajectory is None or not trajectory.tables:
+        return
+    for step, content in contents.items():
+        if missing := sorted(_metric_tables([content]) - set(trajectory.tables)):
+            yield (
+                f"{', '.join(missing)} follow from the optimizer's state from step {step.number} on, and are not "
+                "stored, as the steps before have none: start anew with --overwrite to have them"
+            )
+            return
 
 
 def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,21 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest.description import scalar_of
-from pipeline.schema import Layout, replicate_of
-from pipeline.sources.base import LoggedStep, NotYet, Source, StepContent, StepReader, identity, where, widened
+from pipeline.logged_metric import extremes
+from pipeline.preconditioner import rotated_eigenvalues
+from pipeline.schema import METRIC_EIGENVALUES, InputError, Layout, replicate_of
+from pipeline.sources.base import (
+    LoggedStep,
+    NotYet,
+    OptimizerState,
+    RotatedMetric,
+    Source,
+    StepContent,
+    StepReader,
+    identity,
+    where,
+    widened,
+)
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 __all__ = ["EXTREMES", "NewRow", "Progress", "Writer", "fill_row"]
@@ -32,6 +46,7 @@ EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
 
 _OPEN_STEPS, _NOTES_SHOWN = 4, 5
 _BFLOAT16_NAN = 0x7FC0
+_NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -52,6 +67,15 @@ class NewRow:
     step: LoggedStep
     attempt: int
     repeats: int | None = None
+
+
+@dataclass
+class _NoMetric:
+    """Why a metric of the optimizer is not known, and of which tensors and steps."""
+
+    why: str
+    tensors: list[str] = field(default_factory=list)
+    steps: list[LoggedStep] = field(default_factory=list)
 
 
 def fill_row(
@@ -136,8 +160,10 @@ class Writer:
         self._log, self._trajectory, self._contents, self._identities = log, trajectory, contents, identities
         self._warnings = warnings
         self._not_finite: list[str] = []
+        self._no_metric: dict[str, _NoMetric] = {}
         # Smallest and largest element of each tensor, of the rows of one commit.
         self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
+        self._eigenvalues = np.empty((0, len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)))
         # What is read before any of it is written: of a chunk of many steps all arrays, so that a step is opened
         # once, and of one of a single step (a wide model) one after the other, so that replicates share a buffer.
         names = list(trajectory.dtypes)
@@ -162,6 +188,15 @@ class Writer:
             shown = "; ".join(self._not_finite[:_NOTES_SHOWN])
             more = len(self._not_finite) - _NOTES_SHOWN
             self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
+        for note in itertools.islice(self._no_metric.values(), _NOTES_SHOWN):
+            steps = f"in {len(note.steps)} steps, the first" if len(note.steps) > 1 else "in"
+            first, several = repr(note.tensors[0]), len(note.tensors) > 1
+            of = f"{len(note.tensors)} tensors, the first {first}," if several else f"tensor {first}"
+            place = f"{steps} {note.steps[0].path.name}"
+            self._warnings.append(f"the metric of {of} is not known: {note.why} ({place})")
+        more = len(self._no_metric) - _NOTES_SHOWN
+        if more > 0:
+            self._warnings.append(f"metrics are not known for {more} more reasons")
 
     def _commit(self, new: Sequence[NewRow]) -> None:
         trajectory = self._trajectory
@@ -169,6 +204,7 @@ class Writer:
             self._require_unchanged(row)
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
+        self._eigenvalues = np.full((len(new), len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)), np.nan)
         start, rows = trajectory.rows, trajectory.chunk[0]
         position = 0
         while position < len(new):
@@ -177,6 +213,8 @@ class Writer:
             position += count
         for row in new:
             self._require_unchanged(row)
+        for index, row in enumerate(new):
+            self._find_rotated(row, index)
         trajectory.commit(
             [row.step.number for row in new],
             {
@@ -200,8 +238,13 @@ class Writer:
             return np.asarray(self._trajectory.scalar(name)[row.repeats])
         if name in EXTREMES:
             return np.asarray(self._extremes[position, EXTREMES.index(name)])
+        if name in METRIC_EIGENVALUES:
+            return np.asarray(self._eigenvalues[position, METRIC_EIGENVALUES.index(name)])
         state = self._contents[row.step].optimizer
         values = {} if state is None else state.numbers.get(name, {})
+        if state is not None and name in ("metric_factored", "metric_rescaled"):
+            every = name == "metric_factored"
+            values = {tensor: 1.0 for tensor, metric in state.metrics.items() if every or metric.rescaled}
         return np.array([values.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
 
     def _source(self, row: NewRow) -> Mapping[str, Any]:
@@ -231,9 +274,12 @@ class Writer:
         with ExitStack() as stack:
             opened = _OpenSteps(self._log, stack)
             for column, names in itertools.product(range(self._trajectory.columns), self._together):
-                for row, name in itertools.product(range(count), names):
-                    sums = checksums[name][position + row]
-                    self._read_row(opened, new[position + row], position + row, name, column, row, sums)
+                for row in range(count):
+                    for name in names:
+                        sums = checksums[name][position + row]
+                        self._read_row(opened, new[position + row], position + row, name, column, row, sums)
+                    if column == 0 and names is self._together[0]:
+                        self._find_factored(opened, new[position + row], position + row)
                 for name in names:
                     self._trajectory.write(name, start, column, self._buffer(name)[:count])
 
@@ -269,6 +315,53 @@ class Writer:
             self._note_not_finite(new.step, name, dtype, first, last, out)
         if name == "exp_avg_sq":
             self._widen(position, dtype, first, last, out)
+
+    def _find_factored(self, opened: _OpenSteps, new: NewRow, position: int) -> None:
+        """Find the eigenvalues of the metrics that are saved as factors, of one tensor after the other."""
+        state = self._state(new)
+        # Tensors that share a block have one metric.
+        known: dict[Any, tuple[float, float]] = {}
+        for tensor, metric in state.metrics.items():
+            if isinstance(metric, RotatedMetric) or tensor not in self._trajectory.layout.names:
+                continue
+            try:
+                if metric not in known:
+                    ends = extremes(opened.get(new.step), tensor, metric)
+                    known |= {metric: ends} if metric.blocks else {}
+                    self._keep(tensor, position, ends, follows=metric.follows)
+                else:
+                    self._keep(tensor, position, known[metric], follows=metric.follows)
+            except InputError as error:
+                self._note_no_metric(new.step, tensor, f"{metric.rule}: {error.what}")
+
+    def _find_rotated(self, new: NewRow, position: int) -> None:
+        """Find the eigenvalues of the metrics of SOAP, once the extremes of ``exp_avg_sq`` are known."""
+        names = self._trajectory.layout.names
+        for tensor, metric in self._state(new).metrics.items():
+            if not isinstance(metric, RotatedMetric) or tensor not in names:
+                continue
+            smallest, largest = map(float, self._extremes[position, :, names.index(tensor)])
+            try:
+                if metric.problem:
+                    raise InputError(metric.problem)
+                ends = rotated_eigenvalues(smallest, largest, metric.epsilon, metric.bias)
+                self._keep(tensor, position, ends, follows=False)
+            except InputError as error:
+                self._note_no_metric(new.step, tensor, f"SOAP: {error.what}")
+
+    def _state(self, new: NewRow) -> OptimizerState:
+        state = None if new.repeats is not None else self._contents[new.step].optimizer
+        return state or OptimizerState()
+
+    def _keep(self, tensor: str, position: int, ends: tuple[float, float], *, follows: bool) -> None:
+        index, first = self._trajectory.layout.names.index(tensor), 2 * follows
+        self._eigenvalues[position, first : first + 2, index] = ends
+
+    def _note_no_metric(self, step: LoggedStep, tensor: str, why: str) -> None:
+        # The numbers in a reason differ from step to step: those of the first are told.
+        note = self._no_metric.setdefault(_NUMBER.sub("", why), _NoMetric(why))
+        note.tensors += [tensor] if tensor not in note.tensors else []
+        note.steps += [step] if step not in note.steps[-1:] else []
 
     def _widen(self, position: int, dtype: str, first: int, last: int, out: NDArray[Any]) -> None:
         """Take the elements ``first`` to ``last`` into the smallest and largest of their tensors."""

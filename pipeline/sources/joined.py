@@ -209,7 +209,7 @@ class _JoinedStep:
                     notes.append(f"{name} is that of the first source that has it; {part.source.location} differs")
             if content.optimizer is not None and optimizer is None:
                 optimizer = content.optimizer
-                owners.update(dict.fromkeys(optimizer.arrays, reader))
+                owners.update(dict.fromkeys(optimizer.readable, reader))
         self._owners = owners
         return StepContent(
             arrays,

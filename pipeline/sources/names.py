@@ -21,6 +21,7 @@ from pipeline.schema import (
     InputError,
 )
 from pipeline.sources.base import Container, LoggedTensor, StepContent, where
+from pipeline.sources.factors import SAID
 from pipeline.sources.optimizer import SavedOptimizer, optimizer_root, saved_optimizer
 
 __all__ = [
@@ -74,6 +75,8 @@ class Names:
         Classes whose pickled objects are skipped unread, beside those that are known.
     order : tuple of str
         Tensors in the order in which the optimizer was given them.
+    optimizer : mapping
+        What no file says of an optimizer: see `pipeline.sources.factors.SAID`.
 
     Examples
     --------
@@ -86,6 +89,7 @@ class Names:
     model: bool = False
     inert: tuple[str, ...] = field(default=())
     order: tuple[str, ...] = ()
+    optimizer: Mapping[str, str | int] = field(default_factory=dict)
 
     def mapped(self, mapping: Mapping[str, str], place: str = "--map") -> Names:
         """Return these names with some quantities under the keys given.
@@ -126,16 +130,32 @@ class Names:
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
-        if table or not isinstance(mapping, dict) or not isinstance(inert, list) or not isinstance(order, list):
+        optimizer = table.pop("optimizer", {})
+        lists = isinstance(inert, list) and isinstance(order, list)
+        if table or not isinstance(mapping, dict) or not lists or not _said(optimizer):
             raise InputError(
                 f"the mapping file holds {', '.join(table) or 'other values than it may'}",
                 where=str(path),
                 remedy='write a table [map] of QUANTITY = "KEY", and lists inert = ["module.Class"] and '
-                'order = ["tensor"]',
+                'order = ["tensor"]; [optimizer] may have compute_method = "eigen" or "inverse", and '
+                "start_preconditioning_step = N",
             )
         return replace(
-            self.mapped(mapping, str(path)), inert=(*self.inert, *map(str, inert)), order=tuple(map(str, order))
+            self.mapped(mapping, str(path)),
+            inert=(*self.inert, *map(str, inert)),
+            order=tuple(map(str, order)),
+            optimizer={**self.optimizer, **optimizer},
         )
+
+
+def _said(optimizer: Any) -> bool:
+    """Whether a table says what may be said of an optimizer, and nothing else."""
+    return (
+        isinstance(optimizer, dict)
+        and set(optimizer) <= set(SAID)
+        and optimizer.get("compute_method", "eigen") in ("eigen", "inverse")
+        and type(optimizer.get("start_preconditioning_step", 0)) is int
+    )
 
 
 NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLICATES)})
@@ -290,7 +310,8 @@ class NamedStep:
         used |= {key for names in found.values() for key in names.values()}
         optimizer = self._optimizer(found)
         if optimizer is not None:
-            used |= {key for key in tensors if key.startswith(f"{optimizer.root}/")}
+            starts = tuple(f"{root}/" for root in optimizer.roots)
+            used |= {key for key in tensors if key.startswith(starts)}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
             parameters[key]: parameters[kept]
@@ -315,7 +336,8 @@ class NamedStep:
         """State of the optimizer, which counts a tensor that lies in the memory of another one once."""
         tensors, ties = self._container.tensors, self._container.ties
         parameters = {name: tensors[key] for name, key in found.get("parameter", {}).items() if key not in ties}
-        return saved_optimizer(self._container, parameters, found.get("gradient", ()), self._names.order)
+        names = self._names
+        return saved_optimizer(self._container, parameters, found.get("gradient", ()), names.order, names.optimizer)
 
     def _missing(self, quantity: str) -> InputError:
         known = sorted({*self._container.tensors, *self._container.numbers})

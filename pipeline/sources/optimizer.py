@@ -12,7 +12,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.schema import STORAGE_DTYPES
-from pipeline.sources.base import Container, LoggedTensor, OptimizerState
+from pipeline.sources import factors
+from pipeline.sources.base import (
+    Container,
+    FactoredMetric,
+    LoggedTensor,
+    OptimizerState,
+    RotatedMetric,
+    factor_array,
+)
 
 __all__ = ["SavedOptimizer", "optimizer_root", "saved_optimizer"]
 
@@ -32,8 +40,8 @@ _NUMBERS = {
     "momentum": "momentum",
 }
 # Levels are joined by a slash, or by a dot where torch flattened the optimizer's dict.
-_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join(_ARRAYS)}|step)")
-_OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join(_NUMBERS)})")
+_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join(_ARRAYS)}|step|{factors.ENTRY})")
+_OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *factors.OPTIONS))})")
 _MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
 
 # What trainers do not decay: those of these names (Hugging Face), or those of one dimension (nanoGPT).
@@ -46,14 +54,14 @@ class SavedOptimizer:
 
     Attributes
     ----------
-    root : str
-        Key that it stands under.
+    roots : tuple of str
+        Keys that it stands under.
     state : OptimizerState
     keys : mapping
         Array to tensor to the key in the container.
     """
 
-    root: str
+    roots: tuple[str, ...]
     state: OptimizerState
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -72,8 +80,9 @@ def saved_optimizer(
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str] = (),
     order: Sequence[str] = (),
+    said: Mapping[str, str | int] | None = None,
 ) -> SavedOptimizer | None:
-    """Find the state of the optimizer in a step, by tensor.
+    """Find the state of the optimizer in a step, by tensor, and that of K-FAC before it.
 
     Parameters
     ----------
@@ -84,15 +93,56 @@ def saved_optimizer(
         Those that have a gradient, where that is known.
     order : sequence of str
         Names in the order in which the optimizer was given them, where the user says so.
+    said : mapping, optional
+        What the user says of `pipeline.sources.factors.SAID`.
 
     Returns
     -------
     SavedOptimizer or None
-        Where there is no optimizer. Of one that cannot be matched, ``state.problem`` says why.
+        Where there is neither. Of one that cannot be matched, ``state.problem`` says why.
     """
     root = optimizer_root(container)
-    if root is None:
-        return None
+    kfac_root, metrics = factors.kfac_metrics(container, parameters, said or {})
+    saved = None if root is None else _matched(container, root, parameters, trained, order, said or {})
+    if kfac_root is None or (saved is not None and saved.state.problem):
+        return saved
+    saved = saved or SavedOptimizer((), OptimizerState())
+    state = saved.state
+    own = {*state.metrics, *state.arrays.get("exp_avg_sq", ())}
+    rates = state.numbers.get("tensor_learning_rate", {})
+    for tensor in parameters:
+        problem = ""
+        if tensor not in metrics:
+            problem = "" if tensor in own else "it has no factors of it"
+        elif tensor in own:
+            # It is moved by a product of two matrices, which is not symmetric.
+            problem = "the optimizer behind it has a metric of its own"
+        elif len({rates.get(other) for other in metrics[tensor].tensors}) > 1:
+            problem = "weight and bias move at different rates"
+        if problem:
+            metrics[tensor] = FactoredMetric("K-FAC", problem=problem)
+    state = OptimizerState(state.arrays, state.numbers, {**state.metrics, **metrics})
+    return SavedOptimizer((*saved.roots, kfac_root), state, {**saved.keys, **_factor_keys(metrics)})
+
+
+def _factor_keys(metrics: Mapping[str, FactoredMetric | RotatedMetric]) -> dict[str, dict[str, str]]:
+    """Keys of the factors, by the arrays that they are read as."""
+    keys: dict[str, dict[str, str]] = {}
+    for tensor, metric in metrics.items():
+        if isinstance(metric, FactoredMetric):
+            for index, factor in enumerate(factor for block in metric.blocks for factor in block):
+                keys.setdefault(factor_array(index), {})[tensor] = factor.key
+    return keys
+
+
+def _matched(
+    container: Container,
+    root: str,
+    parameters: Mapping[str, LoggedTensor],
+    trained: Collection[str],
+    order: Sequence[str],
+    said: Mapping[str, str | int],
+) -> SavedOptimizer:
     start = f"{root}/"
     entries: dict[str, dict[str, str]] = {}
     for key in (*container.tensors, *container.numbers):
@@ -102,24 +152,34 @@ def saved_optimizer(
     groups = _groups(container, start)
     owners = _owners(container, entries, groups, parameters, trained, order)
     if isinstance(owners, str):
-        return SavedOptimizer(root, OptimizerState(problem=owners))
+        return SavedOptimizer((root,), OptimizerState(problem=owners))
     keys: dict[str, dict[str, str]] = {}
     numbers: dict[str, dict[str, float]] = {}
+    metrics: dict[str, FactoredMetric | RotatedMetric] = {}
+    rule = factors.rule_of(entries.values())
     for entry, tensor in owners.items():
-        for what, key in entries.get(entry, {}).items():
+        of_entry, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
+        counts: dict[str, float] = {}
+        for what, key in of_entry.items():
             if what in _ARRAYS:
                 logged = container.tensors.get(key)
                 if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
                     what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
                     problem = f"{key} is {what_is}, its parameter {tensor!r} has shape {parameters[tensor].shape}"
-                    return SavedOptimizer(root, OptimizerState(problem=problem))
+                    return SavedOptimizer((root,), OptimizerState(problem=problem))
                 keys.setdefault(_ARRAYS[what], {})[tensor] = key
-            elif (count := container.number(key)) is not None:
-                numbers.setdefault("updates", {})[tensor] = count
-        for name, value in _options_of(entry, tensor, groups).items():
-            numbers.setdefault(name, {})[tensor] = value
+            elif (what == "step" or key in container.numbers) and (count := container.number(key)) is not None:
+                counts[what] = count
+        if "step" in counts:
+            numbers.setdefault("updates", {})[tensor] = counts["step"]
+        for name, value in options.items():
+            if name not in factors.OPTIONS:
+                numbers.setdefault(name, {})[tensor] = value
+        if rule is not None and of_entry:
+            saved = factors.Entry(of_entry, container.tensors, counts, options, said)
+            metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
     arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
-    return SavedOptimizer(root, OptimizerState(arrays, numbers), keys)
+    return SavedOptimizer((root,), OptimizerState(arrays, numbers, metrics), keys | _factor_keys(metrics))
 
 
 @dataclass
@@ -145,11 +205,16 @@ def _groups(container: Container, start: str) -> dict[str, _Group]:
         elif option := _OPTION.fullmatch(inner):
             value = container.number(key)
             if value is not None:
-                groups.setdefault(option[1], _Group()).options[_NUMBERS[option[2]]] = value
+                groups.setdefault(option[1], _Group()).options[_NUMBERS.get(option[2], option[2])] = value
     for key, text in container.texts.items():
-        if key.startswith(start) and (member := _MEMBER.fullmatch(key.removeprefix(start))):
+        inner = key.removeprefix(start)
+        if not key.startswith(start):
+            continue
+        if member := _MEMBER.fullmatch(inner):
             group = groups.setdefault(member[1], _Group())
             (group.members if member[2] == "params" else group.names)[int(member[3])] = text
+        elif text in ("True", "False") and (option := _OPTION.fullmatch(inner)) and option[2] in factors.OPTIONS:
+            groups.setdefault(option[1], _Group()).options[option[2]] = float(text == "True")
     return groups
 
 
@@ -184,6 +249,8 @@ def _owners(
         for what, key in of.items():
             if what in _ARRAYS and key in container.tensors:
                 shapes[entry] = container.tensors[key].shape
+        if entry not in shapes and (shape := factors.shape_of(of, container.tensors)) is not None:
+            shapes[entry] = shape
 
     def fits(names: Sequence[str]) -> bool:
         return len(names) == len(flat) and all(

@@ -13,7 +13,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["INERT", "PICKLE_LIMIT", "Global", "Record", "Skipped", "UnknownName", "flatten", "load"]
+__all__ = [
+    "INERT",
+    "PICKLE_LIMIT",
+    "Attributes",
+    "Global",
+    "Record",
+    "Skipped",
+    "UnknownName",
+    "flatten",
+    "load",
+]
 
 PICKLE_LIMIT = 1 << 27
 """Largest pickle that is read, in bytes."""
@@ -33,6 +43,8 @@ INERT = frozenset(
         "builtins.long",
         "builtins.set",
         "collections.Counter",
+        "curvlinops.kfac.FisherType",
+        "curvlinops.kfac.KFACType",
         "datetime.datetime",
         "datetime.timedelta",
         "lightning.fabric.utilities.data.AttributeDict",
@@ -44,6 +56,8 @@ INERT = frozenset(
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
         "pytorch_lightning.utilities.parsing.AttributeDict",
+        "pytorch_optimizer.optimizer.utils.graft.*",
+        "pytorch_optimizer.optimizer.utils.partition.*",
         "types.SimpleNamespace",
     }
 )
@@ -71,6 +85,10 @@ class Record:
     def build(self, state: Any) -> None:
         """Take the state that was pickled."""
         self.state = state
+
+
+class Attributes(Record):
+    """A record whose attributes are walked as the items of a dict are; see `flatten`."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +336,7 @@ def _key(key: Any) -> Any:
 
 
 def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Walk the leaves of nested dicts, lists and tuples, their levels joined by a slash.
+    """Walk the leaves of nested dicts, lists, tuples and `Attributes`, their levels joined by a slash.
 
     Raises
     ------
@@ -333,6 +351,7 @@ def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
         if visited > _LEAVES_LIMIT or depth > _DEPTH_LIMIT or characters > _NAMES_LIMIT:
             raise ValueError(_TOO_MUCH)
         items: list[tuple[str, Any]]
+        node = node.state if isinstance(node, Attributes) else node
         if isinstance(node, dict):
             items = [(str(key), value) for key, value in node.items()]
         elif isinstance(node, list | tuple):

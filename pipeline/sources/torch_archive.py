@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.sources import pickle_data
 from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
-from pipeline.sources.pickle_data import Global, Record, Skipped
+from pipeline.sources.pickle_data import Attributes, Global, Record, Skipped
 
 __all__ = [
     "METADATA_FUNCTIONS",
@@ -36,6 +36,7 @@ _PIECE, _GAP = 1 << 16, 64
 _EXPANDED_LIMIT = 1 << 24
 _DIMENSIONS_LIMIT = 32
 _BYTES_LIMIT = 1 << 10
+_KFAC_OPTIONS = ("/use_exact_damping", "/use_heuristic_damping")
 _FORM = "a torch archive"
 
 TORCH_DTYPES: dict[str, tuple[str, int]] = {
@@ -220,6 +221,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "builtins.bytes": lambda: b"",
     "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
+    "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
 }
 METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
 """Functions that metadata need: none makes a tensor."""
@@ -415,11 +417,12 @@ def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
 
 
 def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Strings in the parameter groups of optimizers, by their keys."""
+    """Strings and truth values in the parameter groups of optimizers, by their keys, and how K-FAC is damped."""
     return {
-        key: leaf
+        key: str(leaf)
         for path, leaf in pickle_data.flatten(tree)
-        if isinstance(leaf, str) and "param_groups/" in (key := f"{prefix}{path}")
+        if isinstance(leaf, str | bool)
+        and ("param_groups/" in (key := f"{prefix}{path}") or key.rstrip("/").endswith(_KFAC_OPTIONS))
     }
 
 
