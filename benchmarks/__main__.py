@@ -12,7 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.options import STEP_BYTES, SWEEP_ELEMENTS, SWEEP_STEPS, TALL_ELEMENTS, WIDE_STATES, Scale
+from benchmarks.options import (
+    IN_MEMORY,
+    MEMORY_DISK,
+    STEP_BYTES,
+    SWEEP_ELEMENTS,
+    SWEEP_STEPS,
+    TALL_ELEMENTS,
+    WIDE_STATES,
+    Scale,
+)
 
 ROOT = Path(__file__).parent.parent
 SPARE_BYTES = 2e9
@@ -54,7 +63,10 @@ def main(
         "sweep": 6 * sweep * SWEEP_STEPS * SWEEP_ELEMENTS * STEP_BYTES,
     }
     left_out |= {name: why for name, bytes_ in needed.items() if (why := short_of(bytes_, report.parent))}
-    wanted_works = " and ".join([f"({only})"] * bool(only) + [f"not {name}" for name in left_out if name in needed])
+    if not Path(MEMORY_DISK).exists() or short_of(size * 1e9, Path(MEMORY_DISK)):
+        left_out[IN_MEMORY] = f"no {size:.1f} GB of a file system in memory, {MEMORY_DISK}"
+    works_left_out = [f"not {name}" for name in left_out if name in (*needed, IN_MEMORY)]
+    wanted_works = " and ".join([f"({only})"] * bool(only) + works_left_out)
     arguments = [
         str(ROOT / "benchmarks"),
         f"--rootdir={ROOT}",

@@ -9,6 +9,10 @@ STEP_BYTES = 8
 SWEEP_STEPS, SWEEP_ELEMENTS = 200, 5000
 TALL_ELEMENTS, WIDE_STATES = 1000, 64
 
+IN_MEMORY = "in_memory"
+MEMORY_DISK = "/dev/shm"
+"""A file system in memory: what is written there need not wait for a disk."""
+
 
 @dataclass(frozen=True)
 class Scale:

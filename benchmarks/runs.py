@@ -13,7 +13,17 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
-from benchmarks.options import HIDDEN, STEP_BYTES, SWEEP_ELEMENTS, SWEEP_STEPS, TALL_ELEMENTS, WIDE_STATES, Scale
+from benchmarks.options import (
+    HIDDEN,
+    IN_MEMORY,
+    MEMORY_DISK,
+    STEP_BYTES,
+    SWEEP_ELEMENTS,
+    SWEEP_STEPS,
+    TALL_ELEMENTS,
+    WIDE_STATES,
+    Scale,
+)
 from pipeline import compute
 from pipeline.blocks import chunk_shape
 from pipeline.ingest import ingest
@@ -45,12 +55,13 @@ class Files:
 
     @property
     def written(self) -> Path:
-        return self.folder / "written"
+        folder = Path(MEMORY_DISK) / "natgrad-benchmark" if self.folder.name == IN_MEMORY else self.folder
+        return folder / "written"
 
     def clear(self) -> None:
         """Remove what a work wrote, before the next round and outside its time."""
         shutil.rmtree(self.written, ignore_errors=True)
-        self.written.mkdir()
+        self.written.mkdir(parents=True)
 
     def logged(self) -> list[Path]:
         return sorted(path for path in self.log.rglob("*") if path.is_file())
@@ -250,7 +261,8 @@ class Runs:
 
     def clear(self) -> None:
         """Remove all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, Files(self.folder / IN_MEMORY).written.parent):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def need(self, names: Collection[str]) -> None:
         """Remove those that are not named."""
@@ -266,6 +278,10 @@ class Runs:
             if name in ("zstd", "lz4", "bfloat16"):
                 options = {"dtype": name} if name == "bfloat16" else {"codec": name}
                 stored_otherwise(files, self.scale, self.get("run"), **options)
+            elif name == IN_MEMORY:
+                run = self.get("run")
+                files.log.symlink_to(run.log)
+                files.trajectory.symlink_to(run.trajectory)
             elif name.startswith("size_"):
                 longer_run(files, self.scale, float(name.removeprefix("size_")))
             else:

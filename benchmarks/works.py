@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import dask
 import numpy as np
 import xarray as xr
 
+from benchmarks.options import IN_MEMORY
 from benchmarks.runs import Files
 from pipeline import clusters, compute, gram
 from pipeline.blocks import PIECE_ELEMENTS
@@ -375,6 +376,14 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 "bfloat16": _pass("metrics pass, bfloat16", "bfloat16"),
             },
             [("zstd", "pass"), ("lz4", "pass"), ("bfloat16", "pass")],
+        ),
+        # Both read the log from the page cache, and neither waits for a disk.
+        IN_MEMORY: Group(
+            {
+                "copy": replace(THROUGHPUT["copy"], title="copy of the log, to memory", run=IN_MEMORY),
+                "ingest": replace(THROUGHPUT["ingest"], title="ingest of the log, to memory", run=IN_MEMORY),
+            },
+            [("ingest", "copy")],
         ),
         "sweep": Group(
             {

@@ -39,6 +39,7 @@ from pydantic import Field
 from pipeline import run, watch
 from pipeline.ingest import INCLUDES
 from pipeline.places import each, is_url, network_errors, place
+from pipeline.repository import KINDS
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
 from pipeline.sources.names import OF_A_STATE, QUANTITIES
 
@@ -58,6 +59,7 @@ Sources = Path | Annotated[list[Path], Field(min_length=1)]
 Map = dict[Literal[*QUANTITIES, "run"], Key]
 Shift = dict[Literal[*OF_A_STATE], int]
 Include = list[Literal[*INCLUDES]]
+Store = Literal[*KINDS]
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -123,6 +125,7 @@ def _ingest(
     mapping: Map | None,
     shift: Shift | None,
     include: Include | None,
+    store: Store | None,
 ) -> dict[str, Any]:
     return run.ingest_run(
         source,
@@ -131,6 +134,7 @@ def _ingest(
         mapping=mapping,
         shift=shift,
         include=include or (),
+        store=store,
         allow_gaps=allow_gaps,
         progress=_Progress("steps-ingested", out),
     )
@@ -155,6 +159,7 @@ def ingest_run(
     mapping: Map | None = None,
     shift: Shift | None = None,
     include: Include | None = None,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """Read the new steps of a log into OUT's trajectory.
 
@@ -174,13 +179,15 @@ def ingest_run(
         Quantity to K: what is logged of it at step s belongs to the state s + K.
     include : list of str, optional
         What to store beside, of `pipeline.ingest.INCLUDES`.
+    store : str, optional
+        How a new OUT is stored: ``plain``, or ``icechunk`` in an object store.
 
     Returns
     -------
     dict
         What was read; see `pipeline.ingest.IngestSummary`.
     """
-    return _ingested(source, out, format, allow_gaps, mapping, shift, include)
+    return _ingested(source, out, format, allow_gaps, mapping, shift, include, store)
 
 
 def _ingested(
@@ -191,8 +198,9 @@ def _ingested(
     mapping: Map | None,
     shift: Shift | None,
     include: Include | None,
+    store: Store | None,
 ) -> dict[str, Any]:
-    summary = _ingest(source, out, format, allow_gaps, mapping, shift, include)
+    summary = _ingest(source, out, format, allow_gaps, mapping, shift, include, store)
     _table("ingested", out, summary)
     return summary
 
@@ -275,6 +283,7 @@ def process_run(
     mapping: Map | None = None,
     shift: Shift | None = None,
     include: Include | None = None,
+    store: Store | None = None,
 ) -> Any:
     """Ingest, analyze and report a run, and remember in OUT what came of it.
 
@@ -283,7 +292,7 @@ def process_run(
 
     Parameters
     ----------
-    source, out, format, allow_gaps, mapping, shift, include
+    source, out, format, allow_gaps, mapping, shift, include, store
         As those of `ingest_run`.
     learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
         As those of `analyze_run`.
@@ -293,7 +302,9 @@ def process_run(
     dict
         What both return, or ``skipped`` and why.
     """
-    options = {name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out")}
+    options = {
+        name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out", "store")
+    }
     try:
         # For each tag of a task the server is asked whether there is a place, and SQLite answers that only after
         # seconds while another request writes: the flow has the tags, its tasks have none.
@@ -306,7 +317,7 @@ def process_run(
                 listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
             _require_undone(Path(out), listed, options)
             try:
-                ingested = _ingested(source, out, format, allow_gaps, mapping, shift, include)
+                ingested = _ingested(source, out, format, allow_gaps, mapping, shift, include, store)
                 summary = ingested | _analyzed(
                     out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
                 )

@@ -198,6 +198,7 @@ def plan_pass(
     memory_limit: int | None = None,
     band_rows: int | None = None,
     whole_chunks: bool = False,
+    library_bytes: int = 0,
 ) -> PassPlan:
     """Plan the pass over a trajectory.
 
@@ -221,6 +222,8 @@ def plan_pass(
         Rows of a chunk of an existing ledger, which the plan must keep.
     whole_chunks : bool
         Chunks cannot be read in pieces, as some are compressed.
+    library_bytes : int
+        Memory of a library that not every worker loads.
 
     Raises
     ------
@@ -231,7 +234,7 @@ def plan_pass(
     -----
     Projected memory of a worker is the sum of
 
-    - the reserve of an idle worker process,
+    - the reserve of an idle worker process, and of what else it loads,
     - training state seen at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
@@ -259,7 +262,8 @@ def plan_pass(
     read_rows = min(band_rows, max(LEAST_READ_ROWS, READ_BYTES // max(row_bytes, 1) - 1))
     # Every boundary of a chunk column, and of a piece of one, can cut one tensor in two.
     segments = tensors + columns + math.ceil(width / PIECE_ELEMENTS) - 1
-    fixed = RESERVED_BYTES + min(band_rows, rows) * entry_bytes * (3 * segments + 2 * tensors)
+    reserved = RESERVED_BYTES + library_bytes
+    fixed = reserved + min(band_rows, rows) * entry_bytes * (3 * segments + 2 * tensors)
     projected = fixed + (read_rows + 1) * row_bytes
     if memory_limit is not None and projected > memory_limit:
         read_rows = (memory_limit - fixed) // max(row_bytes, 1) - 1
@@ -269,7 +273,7 @@ def plan_pass(
             raise InputError(
                 f"a worker would need {least} MiB, but memory_limit is {memory_limit / MEBIBYTE:.0f} MiB",
                 where=f"two states of one {part} ({2 * row_bytes / MEBIBYTE:.1f} MiB), the ledger of "
-                f"{band_rows} rows and {RESERVED_BYTES / MEBIBYTE:.0f} MiB of an idle worker",
+                f"{band_rows} rows and {reserved / MEBIBYTE:.0f} MiB of an idle worker",
                 remedy=f"raise --memory-limit to {least}MiB or more",
             )
         projected = fixed + (read_rows + 1) * row_bytes

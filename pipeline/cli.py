@@ -62,6 +62,20 @@ Include = Annotated[
     list[str] | None,
     typer.Option(metavar="WHAT", help="Store this too: optimizer, what it keeps between steps (may be repeated)."),
 ]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="How a new OUT is stored: plain, or icechunk (object stores only), which keeps every version. "
+        "[default: plain]",
+    ),
+]
+Version = Annotated[
+    str | None,
+    typer.Option(
+        help="Version of an Icechunk repository: id, tag or time (natgrad versions). [default: the newest]"
+    ),
+]
 Follow = Annotated[bool, typer.Option("--follow", help="Go on with what is logged later, until interrupted.")]
 Interval = Annotated[float, typer.Option(min=0.0, help="Seconds between looks at the log, with --follow.")]
 IdleTimeout = Annotated[
@@ -188,6 +202,7 @@ def _ingest(
     overwrite: bool,
     wait: bool,
     include: list[str] | None,
+    store: str | None,
 ) -> dict[str, Any]:
     from pipeline import run
 
@@ -203,6 +218,7 @@ def _ingest(
             overwrite=overwrite,
             wait=wait,
             include=include or (),
+            store=store,
             progress=progress,
         )
 
@@ -245,6 +261,7 @@ def process(
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
     include: Include = None,
+    store: Store = None,
     follow: Follow = False,
     interval: Interval = 10.0,
     idle_timeout: IdleTimeout = None,
@@ -269,7 +286,18 @@ def process(
 
     def once(first: bool) -> dict[str, Any]:
         answer = _ingest(
-            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow, include
+            face,
+            sources,
+            out,
+            mapping,
+            shifts,
+            format,
+            sweep,
+            allow_gaps,
+            overwrite and first,
+            follow,
+            include,
+            store,
         )
         if not first and not answer["new_steps"]:
             return answer
@@ -291,6 +319,7 @@ def ingest(
     allow_gaps: AllowGaps = False,
     overwrite: Overwrite = False,
     include: Include = None,
+    store: Store = None,
     follow: Follow = False,
     interval: Interval = 10.0,
     idle_timeout: IdleTimeout = None,
@@ -306,7 +335,18 @@ def ingest(
 
     def once(first: bool) -> dict[str, Any]:
         return _ingest(
-            face, sources, out, mapping, shifts, format, sweep, allow_gaps, overwrite and first, follow, include
+            face,
+            sources,
+            out,
+            mapping,
+            shifts,
+            format,
+            sweep,
+            allow_gaps,
+            overwrite and first,
+            follow,
+            include,
+            store,
         )
 
     face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
@@ -340,36 +380,55 @@ def analyze(
 def report(
     outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders of one or several runs.")],
     page: Annotated[Path | None, typer.Option(help="The page. [default: report.html in the first OUT]")] = None,
+    version: Version = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw Figure 3 of the paper from the results of one run, or of several on one page."""
     from pipeline import run
 
-    _Face(as_json, quiet).answer(run.report_run(outs, page))
+    _Face(as_json, quiet).answer(run.report_run(outs, page, version))
 
 
 @app.command()
-def info(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
+def info(out: Out, version: Version = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Say what OUT holds."""
     from pipeline import run
 
-    _Face(as_json, quiet).answer(run.describe_run(out))
+    _Face(as_json, quiet).answer(run.describe_run(out, version))
 
 
 @app.command()
-def verify(out: Out, as_json: Json = False, quiet: Quiet = False) -> None:
+def verify(out: Out, version: Version = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Compare all that OUT's stores hold with its checksums; exits with 1 where something was damaged."""
     from pipeline import run
 
     face = _Face(as_json, quiet)
-    damages = run.verify_run(out)
+    damages = run.verify_run(out, version)
     if as_json:
         face.answer({"damages": [damage.to_json() for damage in damages]})
     else:
         sys.stdout.write("".join(f"{damage}\n" for damage in damages) or "all is as it was written\n")
     if damages:
         raise typer.Exit(1)
+
+
+@app.command()
+def versions(
+    out: Out,
+    last: Annotated[int | None, typer.Option(min=1, help="Only the last so many. [default: all]")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the versions of OUT, the newest first, where it is an Icechunk repository (--store icechunk)."""
+    from pipeline import repository
+
+    found = repository.versions(out, last)
+    if as_json:
+        show({"versions": found}, as_json, quiet)
+        return
+    for row in found:
+        sys.stdout.write("  ".join((row["version"], row["time"], row["message"], *row["tags"])) + "\n")
 
 
 @app.command()

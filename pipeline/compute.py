@@ -2,7 +2,8 @@
 
 The serial executor is the reference: the same functions, one after the other. A task reads its tiles, and where
 a tile does not span the model, a second task on a worker adds the segments up in the order of the element axis.
-Workers write the ledger; what comes back to the client is the address of a finished band.
+Workers write the ledger; what comes back to the client is the address of a finished band. (For an Icechunk
+repository it is the band: there one process commits.)
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import gram
-from pipeline.blocks import RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
+from pipeline.blocks import MEBIBYTE, RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places import place
+from pipeline.repository import is_repository, place_of_store, publish
 from pipeline.schema import (
     HVP,
     REPLICATE_HVP,
@@ -60,6 +62,9 @@ _AHEAD = 3
 _CLUSTER_BYTES = 2_000_000_000
 """A pass over less than this takes less time than processes take to start: a second or more, of every core."""
 
+_ICECHUNK_BYTES = 32 * MEBIBYTE
+"""Memory of Icechunk in a worker, about: measured were 21 MiB, as it reads four ranges of 4 MiB."""
+
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
@@ -73,7 +78,10 @@ replicates, their gram (rows, segments, replicate vectors, replicate vectors).""
 
 @dataclass(frozen=True)
 class Job:
-    """What a task needs to know besides its tile: two paths, never an array."""
+    """What a task needs to know besides its tile: two paths, never an array.
+
+    A ledger in an Icechunk repository is committed by one process: there, bands are returned to it.
+    """
 
     trajectory: Path
     ledger: Path
@@ -107,8 +115,20 @@ class Job:
         )
 
 
-Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Band]]
-"""Runs bands (with the digest of their input) and yields each when its ledger is on disk."""
+class Computed(NamedTuple):
+    """A band that is still to be written, as by `pipeline.store.Ledger.write`."""
+
+    band: Band
+    gram: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    digest: str
+    replicate_gram: NDArray[np.float64] | None = None
+
+
+Finished = Band | Computed
+
+Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Finished]]
+"""Runs bands (with the digest of their input) and yields each when its ledger is on disk, or to be written here."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +176,7 @@ def compute_ledger(
         Where there are fewer than two states, or no elements, or the plan does not fit the memory limit, where
         another process writes this ledger, and where the disk refuses.
     """
-    ledger, states = place(ledger), Trajectory(trajectory)
+    ledger, states = place_of_store(ledger), Trajectory(trajectory)
     if states.rows < 2:
         raise InputError(
             f"{states.rows} logged step(s), but an update needs two",
@@ -183,23 +203,28 @@ def compute_ledger(
         "replicate_vectors": len(names_of_replicates),
         "memory_limit": memory_limit,
         "whole_chunks": not all(map(states.can_view, _logged(states))),
+        "library_bytes": _ICECHUNK_BYTES if is_repository(states.path) else 0,
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
     steps, spans = states.scalar(STEP)[:-1], states.spans()
     digests = states.digests(plan.bands())
-    job = Job.of(trajectory, ledger, plan)
-    with only_writer(ledger, "ledger"):
+    job = Job.of(states.path, ledger, plan)
+    with only_writer(ledger, "ledger") as ledger:
         book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
         # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
         book.discard_others(digests)
         missing = book.missing(digests)
         run = executor or serial
-        for done, band in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+        for done, found in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+            band = found.band if isinstance(found, Computed) else found
+            if isinstance(found, Computed):
+                book.write(*found)
             fields = {"run": job.run, "first_step": int(steps[band.start]), "last_step": int(steps[band.stop - 1])}
             _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
             if progress is not None:
                 progress(done, len(missing))
+        publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(digests)} chunks computed")
     return PassSummary(plan.rows, len(digests), len(missing), plan)
 
 
@@ -351,15 +376,19 @@ def _buffer(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[
     return held[name]
 
 
-def write_band(job: Job, band: Band, digest: str, parts: Iterable[Segments]) -> Band:
+def write_band(job: Job, band: Band, digest: str, parts: Iterable[Segments]) -> Finished:
     """Add up the segments of a band's tiles in the order of the element axis, and write its ledger."""
+    if is_repository(job.ledger):
+        tensors = len(_trajectory(job).layout.tensors)
+        products, ratio, *of_replicates = _added(tensors, _together(parts))
+        return Computed(band, products, ratio, digest, *of_replicates)
     ledger = Ledger(job.ledger)
     products, ratio, *of_replicates = _added(len(ledger.layout.tensors), _together(parts))
     ledger.write(band, products, ratio, digest, *of_replicates)
     return band
 
 
-def whole_band(job: Job, band: Band, digest: str) -> Band:
+def whole_band(job: Job, band: Band, digest: str) -> Finished:
     """Compute and write a band in one task."""
     return write_band(job, band, digest, [tile_segments(job, tile) for tile in band.tiles])
 
@@ -367,7 +396,7 @@ def whole_band(job: Job, band: Band, digest: str) -> Band:
 # Executors ---------------------------------------------------------------------------------------------------
 
 
-def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
     """Run band after band in this process: the reference of all executors."""
     for band, digest in bands:
         yield whole_band(job, band, digest)
@@ -376,11 +405,11 @@ def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
 def threads(workers: int) -> Executor:
     """Run tiles in threads of this process; reading and the kernel release the interpreter lock."""
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
         pool = ThreadPoolExecutor(workers)
         pending: deque[tuple[Band, str, list[Future[Segments]]]] = deque()
 
-        def finish_oldest() -> Band:
+        def finish_oldest() -> Finished:
             band, digest, parts = pending.popleft()
             return write_band(job, band, digest, [part.result() for part in parts])
 
@@ -412,7 +441,7 @@ def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
         Bytes of each process.
     """
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
         tasks = sum(len(band.tiles) for band, _ in bands)
         processes = min(workers, tasks)
         if processes < 2 or tasks * job.task_bytes < _CLUSTER_BYTES:
@@ -437,7 +466,7 @@ def named_cluster(name: str, workers: int) -> Executor:
         Worker processes to ask for.
     """
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
         if bands:
             with named_scheduler(name, workers) as address:
                 yield from existing_cluster(address)(job, bands)
@@ -460,7 +489,7 @@ def existing_cluster(address: str) -> Executor:
         that are finished are kept.
     """
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
         from distributed import CancelledError, Client, KilledWorker
         from distributed.comm.core import CommClosedError
 
@@ -502,7 +531,7 @@ def existing_cluster(address: str) -> Executor:
     return run
 
 
-def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Band]:
+def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
     from distributed import as_completed
 
     known = client.scheduler_info(n_workers=-1)

@@ -354,7 +354,7 @@ def widen(file: Any) -> None:
 
 # Errors ------------------------------------------------------------------------------------------------------
 
-_NETWORK = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "s3fs")
+_NETWORK = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
 """Libraries whose errors are those of an object store."""
 
 
@@ -395,9 +395,12 @@ def _refusal(error: Exception, where: str) -> InputError | None:
             why="another one was put in its place",
             remedy="run again: what is committed is kept",
         )
-    if isinstance(error, PermissionError) or any("Credential" in name for name in names):
+    # Icechunk tells in one text where it was, line by line, and why at the end.
+    said = str(error).strip().rpartition("-> ")[2] if library == "icechunk" else str(error)
+    denied = library == "icechunk" and any(word in said for word in ("AccessDenied", "Forbidden"))
+    if denied or isinstance(error, PermissionError) or any("Credential" in name for name in names):
         return InputError(
-            f"the object store denies access: {error}",
+            f"the object store denies access: {said}",
             where=where,
             why="no credentials were found, or they do not allow this",
             remedy="set the credentials of the library (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile; "
@@ -411,7 +414,7 @@ def _refusal(error: Exception, where: str) -> InputError | None:
             remedy="make the bucket, or give another URL",
         )
     return Unavailable(
-        f"the object store does not answer: {type(error).__name__}: {error}",
+        f"the object store does not answer: {type(error).__name__}: {said}",
         where=where,
         why="the network or the store failed, or the address of the store is wrong (AWS_ENDPOINT_URL)",
         remedy="run again: what is committed is kept",

@@ -22,6 +22,7 @@ from pipeline import discrete_time, geometry
 from pipeline import windows as windowed
 from pipeline.geometry import Pair
 from pipeline.preconditioner import condition_number
+from pipeline.repository import holds, place_of_store
 from pipeline.schema import (
     ATTEMPT,
     DESCENT,
@@ -667,17 +668,25 @@ def write(tree: xr.DataTree, path: Path) -> None:
             # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
-        replace_folder(aside, path, "zarr.json")
+        if not holds(path, aside):
+            replace_folder(aside, path, "zarr.json")
 
 
-def read(path: Path) -> xr.DataTree:
+def read(path: Path, version: str | None = None) -> xr.DataTree:
     """Open the results of a run.
+
+    Parameters
+    ----------
+    path : Path
+    version : str, optional
+        Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
 
     Raises
     ------
     InputError
         Where there are none.
     """
+    path = place_of_store(path, version)
     try:
         return xr.open_datatree(zarr_store(path), engine="zarr")
     except (OSError, KeyError, ValueError) as error:

@@ -26,6 +26,7 @@ from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.places import each, network_errors, place
 from pipeline.preconditioner import adam_eigenvalues
+from pipeline.repository import newest, outside, place_of_run, publish
 from pipeline.schema import (
     ATTEMPT,
     METRIC_EIGENVALUES,
@@ -71,6 +72,11 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, out: str | Path, *, store: str | None = None, version: str | None = None) -> RunFolder:
+        """Folder of a run, or its Icechunk repository; see `pipeline.repository.place_of_run`."""
+        return cls(place_of_run(out, store=store, version=version))
+
     @property
     def trajectory(self) -> Path:
         """Trajectory store."""
@@ -88,8 +94,8 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """Page to look at."""
-        return self.path / "report.html"
+        """Page to look at: a file that a browser opens, so it is never in a repository."""
+        return outside(self.path) / "report.html"
 
 
 @dataclass(frozen=True)
@@ -155,10 +161,18 @@ def ingest_run(
     overwrite: bool = False,
     wait: bool = False,
     include: Sequence[str] = (),
+    store: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Read the new steps of one run's log or logs into OUT's trajectory; see `pipeline.ingest.ingest`."""
-    folder = RunFolder(place(out))
+    """Read the new steps of one run's log or logs into OUT's trajectory; see `pipeline.ingest.ingest`.
+
+    Parameters
+    ----------
+    store : str, optional
+        How OUT is stored where nothing is there yet: ``plain``, or ``icechunk`` in an object store, which keeps
+        every commit as a version.
+    """
+    folder = RunFolder.of(out, store=store)
     sources = each(source)
     with network_errors(*sources, folder.path):
         summary = ingest(
@@ -185,7 +199,7 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
     InputError
         Where OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
     """
-    folder = RunFolder(place(out))
+    folder = RunFolder.of(out)
     with network_errors(folder.path):
         return _analyze(folder, options, progress)
 
@@ -203,6 +217,7 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
         memory_limit=options.memory_limit,
         progress=progress,
     )
+    folder = RunFolder(newest(folder.path))
     states = Trajectory(folder.trajectory)
     ledger = Ledger(folder.ledger)
     rows, inputs = _inputs(states, ledger, options)
@@ -224,8 +239,9 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
 
         losses = states.scalar(REPLICATE_LOSS)[rows]
         tree["replicates"] = replicates.label_run(inputs, _bands(ledger, rows), states.replicates, losses)
-    with only_writer(folder.results, "results"):
-        results.write(tree, folder.results)
+    with only_writer(folder.results, "results") as path:
+        results.write(tree, path)
+        publish(path, f"results of {folder.path.name}: {len(inputs.steps)} updates")
     return {
         "ledger": str(folder.ledger),
         "results": str(folder.results),
@@ -400,7 +416,9 @@ def _interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None) -> dict[str, Any]:
+def report_run(
+    outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None, version: str | None = None
+) -> dict[str, Any]:
     """Write the page of one run, or of several together.
 
     Parameters
@@ -409,33 +427,53 @@ def report_run(outs: Sequence[Path] | Mapping[str, Path], page: Path | None = No
         Folders OUT, named after themselves where no names are given.
     page : Path, optional
         ``report.html`` in the first OUT where not given.
+    version : str, optional
+        Of OUT, where it is an Icechunk repository: id, tag or time of the version to draw, on a page that is given.
+
+    Raises
+    ------
+    InputError
+        Where there are no results.
     """
     # Matplotlib takes a second to load, which only a page is worth.
     from pipeline import report
 
     given = outs.items() if isinstance(outs, Mapping) else ((place(out).absolute().name, out) for out in outs)
-    named = {name: place(out) for name, out in given}
-    with network_errors(*named.values()):
-        page = RunFolder(next(iter(named.values()))).report if page is None else place(page)
+    named = {name: RunFolder.of(out, version=version) for name, out in given}
+    if version is not None and page is None:
+        raise InputError(
+            "the page of an old version has no place",
+            where="--version",
+            why="report.html in OUT is that of the newest",
+            remedy="say where to write it: --page PAGE",
+        )
+    with network_errors(*(folder.path for folder in named.values())):
+        page = next(iter(named.values())).report if page is None else place(page)
         return {"report": str(report.write_report(_trees(named), page))}
 
 
-def _trees(named: Mapping[str, Path]) -> dict[str, Any]:
+def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
     """Results that a page shows, by name."""
     trees = {}
-    for name, out in named.items():
-        of_each = results.runs(results.read(RunFolder(out).results))
+    for name, folder in named.items():
+        of_each = results.runs(results.read(folder.results))
         for run in list(of_each)[:RUNS_SHOWN]:
             trees[f"{name}/{run}" if run else name] = of_each[run]
         if len(of_each) > RUNS_SHOWN:
-            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), out)
+            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.path)
     return trees
 
 
-def verify_run(out: Path) -> list[Damage]:
+def verify_run(out: Path, version: str | None = None) -> list[Damage]:
     """Compare every stored byte of OUT's trajectory and ledger with the checksums recorded when it was written.
 
     Memory does not grow with the run: chunks are read one after the other.
+
+    Parameters
+    ----------
+    out : Path
+    version : str, optional
+        Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
 
     Returns
     -------
@@ -447,7 +485,7 @@ def verify_run(out: Path) -> list[Damage]:
     InputError
         Where OUT holds no trajectory.
     """
-    folder = RunFolder(place(out))
+    folder = RunFolder.of(out, version=version)
     with network_errors(folder.path):
         if not exists(folder.trajectory):
             Trajectory(folder.trajectory)
@@ -462,15 +500,15 @@ def draw_run(out: Path) -> str:
     """Draw the angle over the steps of OUT (of a sweep, its first run): a picture as a ``data:`` address."""
     from pipeline import figures
 
-    out = place(out)
-    with network_errors(out), figures.drawing():
-        tree = next(iter(results.runs(results.read(RunFolder(out).results)).values()))
-        return figures.angle_curve(figures.RunResults.of(out.name, tree)).uri
+    folder = RunFolder.of(out)
+    with network_errors(folder.path), figures.drawing():
+        tree = next(iter(results.runs(results.read(folder.results)).values()))
+        return figures.angle_curve(figures.RunResults.of(folder.path.name, tree)).uri
 
 
-def describe_run(out: Path) -> dict[str, Any]:
-    """Say what OUT holds: steps, model, and how far the analysis is."""
-    folder = RunFolder(place(out))
+def describe_run(out: Path, version: str | None = None) -> dict[str, Any]:
+    """Say what OUT holds, or held at a version: steps, model, and how far the analysis is."""
+    folder = RunFolder.of(out, version=version)
     with network_errors(folder.path):
         return _describe(folder)
 

@@ -214,7 +214,7 @@ class Outcome:
             return False
         if self.error:
             return not self.error["heals"]
-        folder = RunFolder(place(out))
+        folder = RunFolder.of(out)
         return folder.results.exists() and folder.report.exists()
 
 

@@ -18,6 +18,8 @@ MODULES = {
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
     {"pipeline.places", "pipeline.sources.protocol_buffer"},
+    {"pipeline.icechunk_files"},
+    {"pipeline.repository"},
     {
         "pipeline.blocks",
         "pipeline.clusters",
@@ -108,7 +110,8 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 
 # Who may import which library; what is not listed may be imported anywhere.
 HOMES = {
-    "zarr": {"pipeline.store.group"},
+    "zarr": {"pipeline.store.group", "pipeline.icechunk_files"},
+    "icechunk": {"pipeline.icechunk_files"},
     "xarray": {"pipeline.results", "pipeline.replicates", "pipeline.figures.curves", "pipeline.report"},
     "dask": {"pipeline.clusters"},
     "distributed": {"pipeline.clusters", "pipeline.compute"},
@@ -125,8 +128,8 @@ HOMES = {
     "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
-    "upath": {"pipeline.places"},
-    "fsspec": {"pipeline.places"},
+    "upath": {"pipeline.places", "pipeline.icechunk_files"},
+    "fsspec": {"pipeline.places", "pipeline.icechunk_files"},
     "mlxtend": {"pipeline.experiments.digits"},
 }
 
@@ -201,5 +204,5 @@ def test_the_command_line_starts_without_heavy_libraries():
 
 
 def test_what_few_runs_need_is_loaded_for_those_alone():
-    few = {"distributed", "jinja2", "matplotlib", "prefect", "s3fs"}
+    few = {"distributed", "icechunk", "jinja2", "matplotlib", "prefect", "s3fs"}
     assert not loaded_after("import pipeline.run; assert 'scipy.sparse' not in sys.modules") & few

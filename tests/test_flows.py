@@ -17,6 +17,7 @@ from flows import runs
 from flows.watch import watch_runs
 from pipeline import run, watch
 from pipeline.places import place, put
+from pipeline.repository import versions
 from pipeline.schema import InputError
 from pipeline.sources import base
 from pipeline.store import Trajectory, only_writer
@@ -239,3 +240,14 @@ def test_a_flow_takes_urls(log, tmp_path, monkeypatch):
         assert "s3://bucket/out/report.html" in link
         with only_writer(place(out) / "processing", "run"):
             assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
+        out = "s3://bucket/versions"
+        assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
+        assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
+            "results",
+            "ledger",
+            "trajectory",
+        ]
+        outcome = watch.Outcome.of(out)
+        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+        assert "store" not in outcome.options
+        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

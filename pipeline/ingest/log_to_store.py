@@ -22,7 +22,8 @@ from pipeline.ingest.description import (
 from pipeline.ingest.new_rows import finished_steps, rows_to_write
 from pipeline.ingest.reading import agreed_reading, said_reading
 from pipeline.ingest.transfer import EXTREMES, Progress, Writer
-from pipeline.places import each, place
+from pipeline.places import each
+from pipeline.repository import place_of_store
 from pipeline.schema import (
     ATTEMPT,
     METRIC_EIGENVALUES,
@@ -136,13 +137,13 @@ def ingest(
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    sources, store = each(source), place(store)
+    sources, store = each(source), place_of_store(store)
     reading = said_reading(sources, mapping, shift)
     reading = reading if overwrite else agreed_reading(store, reading)
     mapping, shift = (reading.get(what, said) for what, said in (("map", mapping), ("shift", shift)))
     log = open_sources(sources, format, mapping, shift, sweep=sweep)
     listed = log.steps()
-    with only_writer(store, "trajectory"), KeptOpen(log) as log:
+    with only_writer(store, "trajectory") as store, KeptOpen(log) as log:
         if not overwrite:
             agreed_reading(store, reading)
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
@@ -178,6 +179,7 @@ def ingest(
                 remedy="run again later, or with --follow",
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
+        attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
         warnings += _missing_scalars(trajectory)
     # Who waits has been told the same at the pass before.
     for warning in warnings if steps or not wait else ():
@@ -187,7 +189,7 @@ def ingest(
         steps=len(numbers),
         first_step=int(numbers.min()),
         last_step=int(numbers.max()),
-        attempts=int(trajectory.scalar(ATTEMPT).max()) + 1,
+        attempts=attempts,
         tensors=len(trajectory.layout.tensors),
         elements=trajectory.layout.elements,
         dtypes=dict(trajectory.array_dtypes),

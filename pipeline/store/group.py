@@ -303,7 +303,8 @@ def zarr_store(folder: Path) -> Any:
     """Return what Zarr opens a folder by: its path, and of a URL a store."""
     if not is_url(folder):
         return folder
-    return FsspecStore.from_url(str(folder), storage_options=dict(folder.storage_options))  # type: ignore[attr-defined]
+    url: Any = folder
+    return FsspecStore.from_url(url.fs.unstrip_protocol(url.path), storage_options=dict(url.storage_options))
 
 
 def open_array(folder: Path) -> zarr.Array[Any]:

@@ -12,7 +12,8 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from pipeline.blocks import Band
-from pipeline.places import is_url, place
+from pipeline.places import is_url
+from pipeline.repository import place_of_store
 from pipeline.schema import (
     LAYOUT_VERSION,
     REPLICATE_VECTOR,
@@ -63,15 +64,21 @@ class Ledger:
         The records of finished bands.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, version: str | None = None) -> None:
         """Open a ledger.
+
+        Parameters
+        ----------
+        path : Path
+        version : str, optional
+            Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
 
         Raises
         ------
         InputError
-            Where there is none, or a newer version wrote it.
+            Where there is none, or a newer natgrad wrote it.
         """
-        self.path = place(path)
+        self.path = place_of_store(path, version)
         attributes = open_group(self.path, "ledger", "compute it first: natgrad analyze OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])

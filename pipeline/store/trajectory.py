@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, Band
 from pipeline.places import is_url, place, put, ranges
+from pipeline.repository import newest, place_of_store, publish
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,
@@ -134,15 +135,21 @@ class Trajectory:
     Readers may be many and never wait; there is one writer at a time (`pipeline.ingest` holds the lock).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, version: str | None = None) -> None:
         """Open a trajectory at the rows committed so far.
+
+        Parameters
+        ----------
+        path : Path
+        version : str, optional
+            Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
 
         Raises
         ------
         InputError
-            Where there is none, or a newer version wrote it.
+            Where there is none, or a newer natgrad wrote it.
         """
-        self.path = place(path)
+        self.path = place_of_store(path, version)
         attributes = open_group(self.path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.layout = Layout.from_json(attributes["layout"])
         self.chunk: tuple[int, int] = tuple(attributes["chunk"])
@@ -176,7 +183,7 @@ class Trajectory:
         self._mapped: dict[tuple[str, int, int], MappedFile] = {}
         self._read_ahead = 0
         self.rows = 0
-        self.refresh()
+        self._count_rows()
 
     @classmethod
     def create(
@@ -270,6 +277,14 @@ class Trajectory:
 
     def refresh(self) -> None:
         """See the rows committed since."""
+        path = newest(self.path)
+        if path != self.path:
+            self.path = path
+            self._array.cache_clear()
+            self.journal = Journal(path / "commits", sealed=self._version > 1)
+        self._count_rows()
+
+    def _count_rows(self) -> None:
         names = self.journal.names()
         self._breaks = None
         self.rows = int(self.journal.read(names[-1])["stop"]) if names else 0
@@ -687,6 +702,15 @@ class Trajectory:
         self._flushed.clear()
         self.rows, self._breaks = stop, None
         self.recover()
+        publish(self.path, self._message(steps, attempts or [0]))
+
+    def _message(self, steps: Sequence[int], attempts: Sequence[int]) -> str:
+        """Say what a commit added."""
+        told = []
+        for what, numbers in {"steps": steps, "attempt": attempts}.items():
+            low, high = min(numbers, default=0), max(numbers, default=0)
+            told.append(f"{what} {low}" + (f" to {high}" if high > low else ""))
+        return f"trajectory of {self.path.parent.name}: {', '.join(told)}"
 
     def abandon(self) -> None:
         """Leave what was written and not committed: on return nothing of it is on its way any more."""
@@ -727,6 +751,7 @@ class Trajectory:
                 record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
             self.journal.write(name, record)
         migrate_group(self.path, "trajectory", self.arrays)
+        publish(self.path, f"trajectory of {self.path.parent.name}: layout version {LAYOUT_VERSION}")
         self._version = LAYOUT_VERSION
 
     def fingerprint(self) -> str:

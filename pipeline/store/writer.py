@@ -26,6 +26,7 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from pipeline.places import delete, is_url, put, seen
+from pipeline.repository import outside, written
 from pipeline.schema import InputError, Unavailable
 from pipeline.store.disk import disk_errors
 
@@ -44,7 +45,7 @@ _LOCAL = {
 
 
 @contextmanager
-def only_writer(store: Path, kind: str) -> Iterator[None]:
+def only_writer(store: Path, kind: str) -> Iterator[Path]:
     """Keep other writers from a store; readers never ask.
 
     Parameters
@@ -54,6 +55,11 @@ def only_writer(store: Path, kind: str) -> Iterator[None]:
     kind : str
         For messages: ``trajectory``.
 
+    Yields
+    ------
+    Path
+        Where to write: the store, and of an Icechunk repository what is not visible before it is published.
+
     Raises
     ------
     InputError
@@ -61,8 +67,9 @@ def only_writer(store: Path, kind: str) -> Iterator[None]:
         and where the disk refuses what is written meanwhile.
     """
     if is_url(store):
-        with _only_writer_of_objects(store, kind):
-            yield
+        # First of all, as an old version is refused. It opens nothing before it is used, under the lock.
+        with written(store) as place, _only_writer_of_objects(outside(store), kind):
+            yield place
         return
     with disk_errors(store):
         new_folders = [folder for folder in (store.parent, *store.parent.parents) if not folder.exists()]
@@ -80,7 +87,7 @@ def only_writer(store: Path, kind: str) -> Iterator[None]:
                 _require_free(path, store, kind)
                 _sign(path)
                 held.callback(os.truncate, path, 0)
-            yield
+            yield store
 
 
 def _held(store: Path, kind: str, holder: str) -> Unavailable:
