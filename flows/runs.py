@@ -39,7 +39,7 @@ from pydantic import Field
 from pipeline import run, watch
 from pipeline.ingest import INCLUDES
 from pipeline.places import each, is_url, network_errors, place
-from pipeline.repository import KINDS
+from pipeline.places.repository import KINDS
 from pipeline.run import MEMORY_LIMIT, Analysis, RunFolder
 from pipeline.sources.names import OF_A_STATE, QUANTITIES
 

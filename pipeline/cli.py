@@ -421,7 +421,7 @@ def versions(
     quiet: Quiet = False,
 ) -> None:
     """List the versions of OUT, the newest first, where it is an Icechunk repository (--store icechunk)."""
-    from pipeline import repository
+    from pipeline.places import repository
 
     found = repository.versions(out, last)
     if as_json:

@@ -28,7 +28,7 @@ from pipeline import gram
 from pipeline.blocks import MEBIBYTE, RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places import place
-from pipeline.repository import is_repository, place_of_store, publish
+from pipeline.places.repository import is_repository, place_of_store, publish
 from pipeline.schema import (
     HVP,
     REPLICATE_HVP,

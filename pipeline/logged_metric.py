@@ -20,7 +20,7 @@ from pipeline.sources.formats import open_source
 from pipeline.store import storage_dtype
 
 if TYPE_CHECKING:
-    from pipeline.metrics import Kronecker
+    from pipeline.operators import Kronecker
 
 __all__ = ["LARGEST_FACTOR", "extremes", "read_metric"]
 
@@ -94,7 +94,7 @@ def read_metric(
         Where the step or the tensor is not there, or its metric is not known, no Kronecker product or not positive
         definite.
     """
-    from pipeline.metrics import Kronecker  # SciPy, which what ingests does not need
+    from pipeline.operators import Kronecker  # SciPy, which what ingests does not need
 
     log = open_source(Path(source), format, mapping)
     steps = list(log.steps())

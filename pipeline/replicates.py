@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline import discrete_time, geometry, results
+from pipeline import discrete_time, geometry, levels, results
 from pipeline.geometry import Pair
 from pipeline.metrics import jackknife
 from pipeline.schema import (
@@ -149,7 +149,7 @@ def label(
 
 
 def label_run(
-    inputs: results.Inputs,
+    inputs: levels.Inputs,
     bands: Iterable[tuple[NDArray[np.int64], Array]],
     replicates: int,
     replicate_loss: Array,

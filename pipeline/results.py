@@ -1,16 +1,14 @@
 """Ledger to labelled results: the only file that labels with xarray.
 
 `label` turns ledger arrays into a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``, in the
-names of `pipeline.schema`; the formulas are `pipeline.geometry`.
+names of `pipeline.schema`; the pairs are made in `pipeline.levels`, the formulas are `pipeline.geometry`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +19,28 @@ from numpy.typing import NDArray
 from pipeline import discrete_time, geometry
 from pipeline import windows as windowed
 from pipeline.geometry import Pair
+from pipeline.levels import Inputs, Level, model_and_tensors
+from pipeline.places.repository import holds, place_of_store
 from pipeline.preconditioner import condition_number
-from pipeline.repository import holds, place_of_store
 from pipeline.schema import (
     ATTEMPT,
     DESCENT,
     DESCENTS,
     DIMENSIONS,
     GAMMA,
-    HVP,
     RUN,
     STEP,
     TENSOR,
     VARIABLES,
     WINDOW,
     InputError,
-    Layout,
     ShiftedMetric,
     Status,
-    unit_roundoff,
 )
 from pipeline.store.disk import folder_aside, replace_folder
 from pipeline.store.group import zarr_store
 
-__all__ = ["GAMMAS", "Inputs", "Optimizer", "by_run", "label", "read", "runs", "write"]
+__all__ = ["GAMMAS", "by_run", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
@@ -62,141 +58,6 @@ LONGEST_WINDOW = 256
 """Windows up to this length, and to half the run, are tried where no longer one is asked for."""
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """The metric that an adaptive optimizer used in each update.
-
-    Attributes
-    ----------
-    smallest, largest : float64 array, shape (rows, tensors)
-        Its eigenvalues, NaN where not known.
-    learning_rate : float64 array, shape (rows, tensors)
-        Of the group of each tensor.
-    """
-
-    smallest: Array
-    largest: Array
-    learning_rate: Array
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What results are made of, all of it small: nothing scales with the number of elements.
-
-    Attributes
-    ----------
-    gram : float64 array, shape (rows, tensors, vectors, vectors)
-        The Gram ledger.
-    vectors : tuple of str
-        Its vectors.
-    layout : Layout
-    steps, spans : int64 array, shape (rows,)
-        Step before the update, and updates to the next logged state.
-    loss, next_loss : float64 array, shape (rows,)
-        Before and after the update, NaN where not logged.
-    learning_rate : float64 array, shape (rows,)
-        eta of the model, NaN where neither logged nor given.
-    dtypes : mapping of str to str
-        Stored dtypes of ``gradient``, and of ``hvp`` where it was logged.
-    attempts : int64 array, shape (rows,), optional
-        Restarts before each row was logged; none where not given.
-    hessian_min_eigenvalue : float64 array, shape (rows,), optional
-        Smallest eigenvalue of the Hessian, NaN where not logged.
-    runs : tuple of str, optional
-        Names of the runs of a sweep.
-    run : int64 array, shape (rows,), optional
-        Position of each row's run in them; rows of a run lie together, in order.
-    loss_time_derivative : float64 array, shape (rows,), optional
-        dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
-        extended by time: y has the element -dL/dt more, and g the element 1.
-    optimizer : Optimizer, optional
-        Where its state was stored.
-    tensor_learning_rate : float64 array, shape (rows, tensors), optional
-        eta of each tensor, where groups of the optimizer have several; that of the model where not given.
-    """
-
-    gram: Array
-    vectors: tuple[str, ...]
-    layout: Layout
-    steps: NDArray[np.int64]
-    spans: NDArray[np.int64]
-    loss: Array
-    next_loss: Array
-    learning_rate: Array
-    dtypes: Mapping[str, str]
-    attempts: NDArray[np.int64] | None = None
-    hessian_min_eigenvalue: Array | None = None
-    runs: tuple[str, ...] = ()
-    run: NDArray[np.int64] | None = None
-    loss_time_derivative: Array | None = None
-    optimizer: Optimizer | None = None
-    tensor_learning_rate: Array | None = None
-
-    def whole(self, m: int) -> NDArray[np.bool_]:
-        """Whether each row is the first of m updates, each from the state that the one before led to."""
-        if m == 1:
-            return np.ones(len(self.steps), bool)
-        return np.pad(_windows(self.follows(), m - 1).all(axis=-1), (0, m - 1))
-
-    def follows(self) -> NDArray[np.bool_]:
-        """Whether each row but the first starts from the state that the one before led to, shape (rows - 1,)."""
-        follows: NDArray[np.bool_] = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
-        if self.run is not None:
-            follows &= self.run[:-1] == self.run[1:]
-        return follows
-
-    def extended(self) -> NDArray[np.bool_]:
-        """Whether the model of each row is extended by time: its run logs how the loss changes with it."""
-        if self.loss_time_derivative is None:
-            return np.zeros(len(self.steps), bool)
-        runs = np.zeros(len(self.steps), np.int64) if self.run is None else self.run
-        return np.isin(runs, runs[~np.isnan(self.loss_time_derivative)])
-
-    def of_runs(self) -> list[slice]:
-        """Rows of each run of a sweep; all rows where it is one run."""
-        if self.run is None:
-            return [slice(0, len(self.steps))]
-        bounds = np.searchsorted(self.run, range(len(self.runs) + 1))
-        return [slice(int(first), int(stop)) for first, stop in itertools.pairwise(bounds)]
-
-
-@dataclass(frozen=True)
-class _Descent:
-    """How a negative gradient is made of the ledger: with half of which vector, and corrected or not (eq. 12)."""
-
-    half: str | None = None
-    corrected: bool = False
-
-
-_DESCENTS = {
-    "gradient": _Descent(),
-    "corrected": _Descent(corrected=True),
-    "trapezoid": _Descent(half="gradient_change", corrected=True),
-    "taylor": _Descent(half=HVP),
-}
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Model or tensors: of every row the pair, eta times its updates, what rounding can move it by; the dimensions.
-
-    Each tensor has its own eta where groups of the optimizer have several: eq. (2) holds for it with that. The
-    model has one. Its g is along the displacement, which alone decides whether the update descends, y.g > 0: how
-    the etas of the tensors differ is a part of the learning rule, as in the metric that an optimizer used. Stacked
-    g of etas of their own would be another vector, along which the loss may fall where it rises along the update.
-    """
-
-    dimensions: tuple[str, ...]
-    rate: Array
-    pair: Pair
-    finite: NDArray[np.bool_]
-    known: NDArray[np.bool_]
-    update_floor: Array
-    gradient_floor: Array
-    gradient_norm: Array | None
-    parameter_norm: Array
 
 
 def label(
@@ -238,7 +99,7 @@ def label(
         )
     # A run that diverged holds infinities; what follows from them is NaN, and the status says why.
     with np.errstate(all="ignore"):
-        levels = {name: _levels(inputs, _DESCENTS[name]) for name in DESCENTS}
+        levels = {name: model_and_tensors(inputs, name) for name in DESCENTS}
         groups = {
             "/model": _dataset(inputs, {name: model for name, (model, _) in levels.items()}, gammas, windows),
             "/tensor": _dataset(inputs, {name: tensors for name, (_, tensors) in levels.items()}, gammas, windows),
@@ -254,136 +115,11 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-# From the ledger to pairs of vectors -------------------------------------------------------------------------
-
-
-def _levels(inputs: Inputs, descent: _Descent) -> tuple[_Level, _Level]:
-    """Model and tensors, compared with one negative gradient."""
-    gram, vectors, layout = inputs.gram, inputs.vectors, inputs.layout
-    half, logged = descent.half, descent.half is None or descent.half in vectors
-    if not logged:
-        # NaN in its place, and not known: a vector that was not logged is no failure of the run.
-        gram = np.pad(gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
-        vectors = (*vectors, str(half))
-    index = {name: position for position, name in enumerate(vectors)}
-
-    def norm(vector: str) -> Array:
-        return np.sqrt(gram[..., index[vector], index[vector]])
-
-    # A row that spans k updates has moved by k of them: the update g is their mean (eq. 2).
-    rate = (inputs.learning_rate * inputs.spans)[:, None]
-    own = inputs.tensor_learning_rate
-    own_rate = rate if own is None else own * inputs.spans[:, None]
-    change = (inputs.next_loss - inputs.loss)[:, None]
-    sizes = np.array([tensor.size for tensor in layout.tensors])
-    roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
-    part = geometry.pair(gram, vectors, rate, sizes, half=half)
-    whole = geometry.direct_sum([part[:, tensor] for tensor in range(len(layout.tensors))])
-    if own is not None:
-        part = geometry.pair(gram, vectors, own_rate, sizes, half=half)
-    displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
-    gradient_floor = unit_roundoff(inputs.dtypes["gradient"]) * norm("gradient")
-    finite = np.isfinite(norm("displacement") + norm("gradient"))
-    if half is not None and logged:
-        # The other gradient is no longer than this one and their difference together.
-        stored = unit_roundoff(inputs.dtypes[half if half == HVP else "gradient"]) * norm(half) / 2.0
-        gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, part)
-        finite &= np.isfinite(norm(half))
-    tensors = _Level(
-        (STEP, TENSOR),
-        np.broadcast_to(own_rate, finite.shape),
-        part,
-        finite,
-        np.full(finite.shape, logged),
-        displacement_floor / own_rate,
-        gradient_floor,
-        norm("gradient") if half is None else None,
-        norm("parameter"),
-    )
-    model = _Level(
-        (STEP,),
-        rate[:, 0],
-        whole,
-        np.asarray(finite.all(axis=1)),
-        np.full(len(finite), logged),
-        _norm(displacement_floor / rate, axis=1),
-        _norm(gradient_floor, axis=1),
-        _norm(norm("gradient"), axis=1) if half is None else None,
-        _norm(norm("parameter"), axis=1),
-    )
-    model = _with_time(model, inputs, descent)
-    if not descent.corrected:
-        return model, tensors
-    # The share of a tensor in the change of the loss is told by the model's pair.
-    tensors = replace(tensors, known=tensors.known & model.known[:, None])
-    # Per the learning rate of the tensor, as the tensor's own update is.
-    factor = np.where(own_rate == rate, 1.0, rate / own_rate)
-    return (
-        _corrected(model, change[:, 0], model.pair, model.update_floor),
-        _corrected(
-            tensors, change, geometry.scaled(model.pair[:, None], factor), model.update_floor[:, None] * factor
-        ),
-    )
-
-
-def _corrected(level: _Level, change: Array, whole: Pair, whole_floor: Array) -> _Level:
-    """Level of the discrete gradient along the displacement, which needs the losses at both ends."""
-    floors = level.update_floor, whole_floor
-    floor = discrete_time.correction_floor(level.pair, level.rate, change, whole, floors)
-    return replace(
-        level,
-        pair=discrete_time.corrected(level.pair, level.rate, change, whole),
-        known=level.known & np.isfinite(change),
-        gradient_floor=level.gradient_floor + floor,
-        gradient_norm=None,
-    )
-
-
-def _with_time(model: _Level, inputs: Inputs, descent: _Descent) -> _Level:
-    """Model extended by time, in the runs that log how their loss changes with it."""
-    extended, slope = inputs.extended(), inputs.loss_time_derivative
-    if slope is None:
-        return model
-    columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
-    norm = model.gradient_norm
-    return replace(
-        model,
-        pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
-        # A Hessian-vector product of the parameters alone lacks what the gradient does in time.
-        known=model.known & ~(extended & (np.isnan(slope) | (descent.half == HVP))),
-        gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),
-    )
-
-
-def _norm(values: Array, axis: int) -> Array:
-    return np.asarray(np.sqrt(np.square(values).sum(axis=axis)))
-
-
-# Windows -----------------------------------------------------------------------------------------------------
-
-
-def _windows(values: NDArray[Any], m: int) -> NDArray[Any]:
-    """View of m consecutive rows on a last axis of its own."""
-    return np.lib.stride_tricks.sliding_window_view(values, m, axis=0)
-
-
-def _rolling_norm(values: Array, m: int) -> Array:
-    return np.asarray(np.sqrt(_windows(np.square(values), m).sum(axis=-1)))
-
-
-def _where_whole(values: NDArray[Any], whole: NDArray[np.bool_], fill: Any) -> NDArray[Any]:
-    """Fill the rows whose window is not whole: at the end of a run there are none, before a restart wrong ones."""
-    missing = len(whole) - len(values)
-    values = np.concatenate([values, np.full((missing, *values.shape[1:]), fill, values.dtype)])
-    values[~whole] = fill
-    return values
-
-
 # From pairs to variables -------------------------------------------------------------------------------------
 
 
 def _dataset(
-    inputs: Inputs, levels: Mapping[str, _Level], gammas: Sequence[float], windows: Sequence[int]
+    inputs: Inputs, levels: Mapping[str, Level], gammas: Sequence[float], windows: Sequence[int]
 ) -> xr.Dataset:
     leading = levels["gradient"].dimensions
     full = (*leading, DESCENT, WINDOW)
@@ -437,7 +173,7 @@ def _learning_rate(inputs: Inputs, leading: tuple[str, ...]) -> tuple[tuple[str,
     return ((STEP,), inputs.learning_rate) if own is None or TENSOR not in leading else (leading, own)
 
 
-def _smallest_windows(inputs: Inputs, levels: Mapping[str, _Level], asked: int) -> dict[str, xr.Variable]:
+def _smallest_windows(inputs: Inputs, levels: Mapping[str, Level], asked: int) -> dict[str, xr.Variable]:
     """Smallest windows of each run, and how many windows support them."""
     found = [_smallest_window(inputs, levels, rows, asked) for rows in inputs.of_runs()]
     leading = levels["gradient"].dimensions[1:]
@@ -452,7 +188,7 @@ def _smallest_windows(inputs: Inputs, levels: Mapping[str, _Level], asked: int) 
 
 
 def _smallest_window(
-    inputs: Inputs, levels: Mapping[str, _Level], rows: slice, asked: int
+    inputs: Inputs, levels: Mapping[str, Level], rows: slice, asked: int
 ) -> dict[str, NDArray[Any]]:
     count = rows.stop - rows.start
     longest = max(asked, min(LONGEST_WINDOW, count // 2))
@@ -506,11 +242,11 @@ def _stack(per_window: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def _loss_average(inputs: Inputs, m: int) -> Array:
-    return _where_whole(_windows(inputs.loss, m).mean(axis=-1), inputs.whole(m), np.nan)
+    return windowed.where_whole(windowed.consecutive(inputs.loss, m).mean(axis=-1), inputs.whole(m), np.nan)
 
 
 def _loss_decrease(inputs: Inputs, m: int) -> Array:
-    return _where_whole(_decrease(inputs, m), inputs.whole(m), np.nan)
+    return windowed.where_whole(_decrease(inputs, m), inputs.whole(m), np.nan)
 
 
 def _decrease(inputs: Inputs, m: int) -> Array:
@@ -519,24 +255,24 @@ def _decrease(inputs: Inputs, m: int) -> Array:
 
 
 def _metrics(
-    inputs: Inputs, level: _Level, descent: str, m: int, gammas: Sequence[float]
+    inputs: Inputs, level: Level, descent: str, m: int, gammas: Sequence[float]
 ) -> dict[str, NDArray[Any]]:
     """Variables of one descent and one window, each of shape (rows, ...)."""
     per_tensor = TENSOR in level.dimensions
     rate, pair = level.rate, level.pair
     window = geometry.window(pair, m)
-    update_floor = _rolling_norm(level.update_floor, m)
+    update_floor = windowed.rolling_norm(level.update_floor, m)
     status = geometry.status(
         window,
         # The slowest rate stands for the window: it is NaN where one is missing, not positive where one is not.
-        learning_rate=_windows(rate, m).min(axis=-1),
-        finite=_windows(level.finite, m).all(axis=-1),
+        learning_rate=windowed.consecutive(rate, m).min(axis=-1),
+        finite=windowed.consecutive(level.finite, m).all(axis=-1),
         # An update no larger than its own rounding cannot be told from it.
-        verifiable=_windows(level.known, m).all(axis=-1) & ~(update_floor >= window.update_norm),
+        verifiable=windowed.consecutive(level.known, m).all(axis=-1) & ~(update_floor >= window.update_norm),
     )
 
     angle = geometry.angle(window)
-    gradient_floor = _rolling_norm(level.gradient_floor, m) / m
+    gradient_floor = windowed.rolling_norm(level.gradient_floor, m) / m
     uncertainty = geometry.angle_uncertainty(window, update_floor, gradient_floor)
     has_angle = status <= Status.OBTUSE
     maximum, middle, minimum = geometry.eigenvalues(window)
@@ -559,7 +295,7 @@ def _metrics(
     values: dict[str, NDArray[Any]] = {
         "update_norm": window.update_norm,
         # The gradient's own is known without a learning rate too.
-        "gradient_norm": _rolling_norm(level.gradient_norm, m) / m
+        "gradient_norm": windowed.rolling_norm(level.gradient_norm, m) / m
         if level.gradient_norm is not None
         else window.gradient_norm,
         "alignment": window.alignment,
@@ -572,7 +308,7 @@ def _metrics(
         values[name] = np.where(mask, value, np.nan)
     if not per_tensor:
         # A tensor has no loss of its own to compare its share with, so this one belongs to the model.
-        share = _windows(rate * pair.alignment, m).sum(axis=-1)
+        share = windowed.consecutive(rate * pair.alignment, m).sum(axis=-1)
         decrease = _decrease(inputs, m)
         residual = (share - decrease) / np.abs(decrease)
         values["discrete_identity_residual"] = np.where(np.isfinite(residual), residual, np.nan)
@@ -580,9 +316,9 @@ def _metrics(
         for name, bound in _learning_rate_bounds(inputs, window, m).items():
             values[name] = np.where(effective & (descent != "gradient"), bound, np.nan)
     complete = inputs.whole(m)
-    filled = {name: _where_whole(value, complete, np.nan) for name, value in values.items()}
-    filled["effective"] = _where_whole(effective, complete, False)
-    filled["status"] = _where_whole(status, complete, np.int8(Status.UNVERIFIABLE))
+    filled = {name: windowed.where_whole(value, complete, np.nan) for name, value in values.items()}
+    filled["effective"] = windowed.where_whole(effective, complete, False)
+    filled["status"] = windowed.where_whole(status, complete, np.int8(Status.UNVERIFIABLE))
     return filled
 
 
@@ -593,9 +329,9 @@ def _learning_rate_bounds(inputs: Inputs, window: Pair, m: int) -> dict[str, Arr
     else:
         # The Hessian of the parameters extended by time is another one.
         of_parameters = np.where(inputs.extended(), np.nan, inputs.hessian_min_eigenvalue)
-        weakest = _windows(of_parameters, m).min(axis=-1) / m
+        weakest = windowed.consecutive(of_parameters, m).min(axis=-1) / m
     # g is the mean of as many updates as a row spans, and moves by that many learning rates.
-    spans = _windows(inputs.spans, m).max(axis=-1)
+    spans = windowed.consecutive(inputs.spans, m).max(axis=-1)
     supremum, optimal = discrete_time.learning_rate_bounds(window, weakest)
     return {"learning_rate_bound": supremum / spans, "learning_rate_bound_optimal": optimal / spans}
 
@@ -605,9 +341,8 @@ def _shifted_metric(
 ) -> NDArray[np.int8]:
     """Tell what M + eta H is for every row, descent and window, from the columns of the model."""
     bound, optimal = columns["learning_rate_bound"], columns["learning_rate_bound_optimal"]
-    largest = _stack(
-        [_where_whole(_windows(inputs.learning_rate, m).max(axis=-1), inputs.whole(m), np.nan) for m in windows]
-    )[:, None]
+    rates = ((m, windowed.consecutive(inputs.learning_rate, m).max(axis=-1)) for m in windows)
+    largest = _stack([windowed.where_whole(rate, inputs.whole(m), np.nan) for m, rate in rates])[:, None]
     # g' (Mbar + eta H) g is the y.g of the true gradient, with every discrete one.
     gradient = columns["alignment"][:, [DESCENTS.index("gradient")]]
     conditions = [

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import compute, results
+from pipeline import compute, levels, results
 from pipeline.blocks import MEBIBYTE
 from pipeline.ingest import ingest
 from pipeline.places import each, network_errors, place
+from pipeline.places.repository import newest, outside, place_of_run, publish
 from pipeline.preconditioner import adam_eigenvalues
-from pipeline.repository import newest, outside, place_of_run, publish
 from pipeline.schema import (
     ATTEMPT,
     METRIC_EIGENVALUES,
@@ -74,7 +74,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, out: str | Path, *, store: str | None = None, version: str | None = None) -> RunFolder:
-        """Folder of a run, or its Icechunk repository; see `pipeline.repository.place_of_run`."""
+        """Folder of a run, or its Icechunk repository; see `pipeline.places.repository.place_of_run`."""
         return cls(place_of_run(out, store=store, version=version))
 
     @property
@@ -262,7 +262,7 @@ def _bands(ledger: Ledger, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np
             yield positions, ledger.read_band("replicate_gram", start, stop)[rows[positions] - start]
 
 
-def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDArray[np.int64], results.Inputs]:
+def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDArray[np.int64], levels.Inputs]:
     """Rows of the ledger that are updates of the runs as they stand, each run in the order of its steps."""
     gram, _ = ledger.read()
     steps, spans = ledger.steps()
@@ -286,7 +286,7 @@ def _inputs(states: Trajectory, ledger: Ledger, options: Analysis) -> tuple[NDAr
     rows = rows[np.lexsort((steps[rows], run[rows]))]
     loss = states.scalar("loss")
     learning_rate, of_tensors = _learning_rates(states, rows, options.learning_rate)
-    return rows, results.Inputs(
+    return rows, levels.Inputs(
         gram=gram if len(rows) == len(gram) else gram[rows],
         vectors=ledger.vectors,
         layout=ledger.layout,
@@ -326,9 +326,7 @@ def _learning_rates(
     return rate, np.where(differ[:, None] & ~missing, own, rate[:, None])
 
 
-def _optimizer(
-    states: Trajectory, rows: NDArray[np.int64], learning_rate: NDArray[np.float64]
-) -> results.Optimizer:
+def _optimizer(states: Trajectory, rows: NDArray[np.int64], learning_rate: NDArray[np.float64]) -> levels.Optimizer:
     """Return what the optimizer used in each update: its state is saved after it, the rate before.
 
     The metric is that of the factors, where the rule has some, or else that of Adam's second moment. A tensor whose
@@ -347,7 +345,7 @@ def _optimizer(
     )
     rate = states.scalar("tensor_learning_rate")[rows]
     rate = np.where(np.isnan(rate), learning_rate[:, None], rate)
-    return results.Optimizer(low, high, np.where(after["metric_rescaled"] == 1.0, np.nan, rate))
+    return levels.Optimizer(low, high, np.where(after["metric_rescaled"] == 1.0, np.nan, rate))
 
 
 def follow(

@@ -18,7 +18,7 @@ from pipeline import geometry
 from pipeline.geometry import Pair
 from pipeline.schema import Status
 
-__all__ = ["Rows", "smallest_decreasing", "smallest_effective"]
+__all__ = ["Rows", "consecutive", "rolling_norm", "smallest_decreasing", "smallest_effective", "where_whole"]
 
 Array = NDArray[np.float64]
 Found = tuple[Array, NDArray[np.int64]]
@@ -140,3 +140,24 @@ def _longer(total: Rows, each: Rows, m: int) -> Rows:
 
 def _columns(rows: Rows, kept: NDArray[np.bool_]) -> Rows:
     return Rows(rows.pair[:, kept], *(getattr(rows, field.name)[:, kept] for field in fields(Rows)[1:]))
+
+
+# Rows of a window -------------------------------------------------------------------------------------------
+
+
+def consecutive(values: NDArray[Any], m: int) -> NDArray[Any]:
+    """View of m consecutive rows on a last axis of its own."""
+    return np.lib.stride_tricks.sliding_window_view(values, m, axis=0)
+
+
+def rolling_norm(values: Array, m: int) -> Array:
+    """Norm of m consecutive rows together."""
+    return np.asarray(np.sqrt(consecutive(np.square(values), m).sum(axis=-1)))
+
+
+def where_whole(values: NDArray[Any], whole: NDArray[np.bool_], fill: Any) -> NDArray[Any]:
+    """Fill the rows whose window is not whole: at the end of a run there are none, before a restart wrong ones."""
+    missing = len(whole) - len(values)
+    values = np.concatenate([values, np.full((missing, *values.shape[1:]), fill, values.dtype)])
+    values[~whole] = fill
+    return values

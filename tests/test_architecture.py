@@ -17,9 +17,9 @@ MODULES = {
 # The house, from the ground up. A module imports from floors below its own only.
 FLOORS = [
     {"pipeline", "pipeline.schema", "pipeline.sources", "pipeline.experiments"},
-    {"pipeline.places", "pipeline.sources.protocol_buffer"},
-    {"pipeline.icechunk_files"},
-    {"pipeline.repository"},
+    {"pipeline.places.objects", "pipeline.sources.protocol_buffer"},
+    {"pipeline.places", "pipeline.places.icechunk_files"},
+    {"pipeline.places.repository"},
     {
         "pipeline.blocks",
         "pipeline.clusters",
@@ -74,7 +74,7 @@ FLOORS = [
         "pipeline.sources.step_folder",
         "pipeline.store.trajectory",
         "pipeline.store.ledger",
-        "pipeline.results",
+        "pipeline.levels",
         "pipeline.metrics",
         "pipeline.experiments.demo",
         "pipeline.experiments.__main__",
@@ -84,12 +84,14 @@ FLOORS = [
         "pipeline.store",
         "pipeline.store.verify",
         "pipeline.figures",
-        "pipeline.replicates",
+        "pipeline.results",
+        "pipeline.operators",
     },
     {
         "pipeline.sources.formats",
         "pipeline.compute",
         "pipeline.paper",
+        "pipeline.replicates",
         "pipeline.report",
         "pipeline.ingest.description",
     },
@@ -110,8 +112,8 @@ STRANGERS = ["pipeline.blocks", "pipeline.gram", "pipeline.geometry"]
 
 # Who may import which library; what is not listed may be imported anywhere.
 HOMES = {
-    "zarr": {"pipeline.store.group", "pipeline.icechunk_files"},
-    "icechunk": {"pipeline.icechunk_files"},
+    "zarr": {"pipeline.store.group", "pipeline.places.icechunk_files"},
+    "icechunk": {"pipeline.places.icechunk_files"},
     "xarray": {"pipeline.results", "pipeline.replicates", "pipeline.figures.curves", "pipeline.report"},
     "dask": {"pipeline.clusters"},
     "distributed": {"pipeline.clusters", "pipeline.compute"},
@@ -120,7 +122,12 @@ HOMES = {
     "llvmlite": {"pipeline.gram"},
     "matplotlib": {"pipeline.figures.canvas", "pipeline.figures.curves", "pipeline.figures.paper"},
     "jinja2": {"pipeline.report"},
-    "scipy": {"pipeline.metrics", "pipeline.discrete_gradients", "pipeline.experiments.linear_system"},
+    "scipy": {
+        "pipeline.metrics",
+        "pipeline.operators",
+        "pipeline.discrete_gradients",
+        "pipeline.experiments.linear_system",
+    },
     "h5py": {"pipeline.sources.hdf5_file"},
     "tensorstore": {"pipeline.sources.zarr_group"},
     "pyarrow": {"pipeline.sources.record_files"},
@@ -128,8 +135,8 @@ HOMES = {
     "filelock": {"pipeline.store.writer", "pipeline.watch"},
     "psutil": {"pipeline.store.writer"},
     "torch": set(),
-    "upath": {"pipeline.places", "pipeline.icechunk_files"},
-    "fsspec": {"pipeline.places", "pipeline.icechunk_files"},
+    "upath": {"pipeline.places.objects", "pipeline.places.icechunk_files"},
+    "fsspec": {"pipeline.places.objects", "pipeline.places.icechunk_files"},
     "mlxtend": {"pipeline.experiments.digits"},
 }
 

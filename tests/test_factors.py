@@ -21,7 +21,7 @@ from test_optimizer import saver, sharded
 
 from pipeline import cli, logged_metric, run
 from pipeline.logged_metric import read_metric
-from pipeline.metrics import Kronecker, canonical_form
+from pipeline.operators import Kronecker, canonical_form
 from pipeline.preconditioner import (
     ASYMMETRY,
     balanced_damping,

@@ -17,7 +17,7 @@ from flows import runs
 from flows.watch import watch_runs
 from pipeline import run, watch
 from pipeline.places import place, put
-from pipeline.repository import versions
+from pipeline.places.repository import versions
 from pipeline.schema import InputError
 from pipeline.sources import base
 from pipeline.store import Trajectory, only_writer

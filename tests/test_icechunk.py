@@ -17,9 +17,9 @@ from processing import Serial
 from servers import S3Server
 
 from pipeline import blocks, cli, compute, results, run
-from pipeline.icechunk_files import RepositoryFiles
 from pipeline.places import delete, is_url, names, place, put
-from pipeline.repository import newest, outside, place_of_run, versions
+from pipeline.places.icechunk_files import RepositoryFiles
+from pipeline.places.repository import newest, outside, place_of_run, versions
 from pipeline.schema import InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, only_writer
 
@@ -278,7 +278,7 @@ def test_a_reader_sees_what_is_committed(url):
 KILLED = """
 import os, signal, sys
 from pipeline import run
-from pipeline.icechunk_files import RepositoryFiles
+from pipeline.places.icechunk_files import RepositoryFiles
 from pipeline.ingest import log_to_store, transfer
 
 transfer.COMMIT_BYTES = 1
@@ -428,7 +428,7 @@ def test_documents_have_the_names_of_files(url):
 
 def test_what_a_commit_writes_does_not_grow_with_the_run(url, monkeypatch):
     """A manifest lists a few chunks, though the array has many: those of 64 random float32 are kept in it."""
-    monkeypatch.setattr("pipeline.icechunk_files._MANIFEST_CHUNKS", 1)
+    monkeypatch.setattr("pipeline.places.icechunk_files._MANIFEST_CHUNKS", 1)
     commits, elements = 6, 64
     store = written(url, rows=1, elements=elements, chunk=(1, elements))
     with only_writer(store, "trajectory") as path:
@@ -490,8 +490,8 @@ def test_a_place_where_something_else_is(url, tmp_path):
 
 def test_the_library_is_an_extra(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "icechunk", None)
-    monkeypatch.delitem(sys.modules, "pipeline.icechunk_files")
-    monkeypatch.delattr("pipeline.icechunk_files")
+    monkeypatch.delitem(sys.modules, "pipeline.places.icechunk_files")
+    monkeypatch.delattr("pipeline.places.icechunk_files")
     for ask in (
         lambda: run.describe_run(both[1]),
         lambda: run.ingest_run("any", "s3://bucket/new", store="icechunk"),

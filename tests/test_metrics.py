@@ -20,17 +20,10 @@ from reference import (
 from scipy.optimize import rosen_hess, rosen_hess_prod
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 
-from pipeline import geometry, metrics
+from pipeline import geometry, metrics, operators
 from pipeline.gram import roundoff_bound
-from pipeline.metrics import (
-    Kronecker,
-    Metric,
-    canonical_form,
-    extreme_eigenvalues,
-    jackknife,
-    pair_of,
-    stochastic_metric,
-)
+from pipeline.metrics import Metric, jackknife, pair_of, stochastic_metric
+from pipeline.operators import Kronecker, canonical_form, extreme_eigenvalues
 from pipeline.schema import InputError, Status
 from pipeline.sources.formats import open_source
 
@@ -345,9 +338,9 @@ def test_the_smallest_eigenvalue_of_a_hessian_comes_from_its_products_with_vecto
 
 def test_a_lanczos_iteration_that_does_not_converge_is_refused(monkeypatch):
     def never(*arguments, **options):
-        raise metrics.ArpackError(-9999)
+        raise operators.ArpackError(-9999)
 
-    monkeypatch.setattr(metrics, "eigsh", never)
+    monkeypatch.setattr(operators, "eigsh", never)
     with pytest.raises(InputError, match="did not converge"):
         extreme_eigenvalues(aslinearoperator(np.eye(300)))
 
@@ -447,7 +440,7 @@ def test_a_stochastic_metric_that_is_not_definite_says_which_weight_would_do():
 
 
 def test_the_examples_of_the_docstrings_hold():
-    for module in (metrics, geometry):
+    for module in (metrics, operators, geometry):
         failed, tried = doctest.testmod(module)
         assert tried
         assert not failed

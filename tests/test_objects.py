@@ -22,8 +22,8 @@ from processing import Serial
 from servers import S3Server, forget_object_stores, free_port
 from zarr.codecs import ZstdCodec
 
-from pipeline import cli, compute, places, run, watch
-from pipeline.places import delete, is_url, network_errors, place, put, seen
+from pipeline import cli, compute, run, watch
+from pipeline.places import delete, is_url, network_errors, objects, place, put, seen
 from pipeline.schema import InputError, Unavailable
 from pipeline.sources.base import ObjectRegion
 from pipeline.store import Ledger, Trajectory, only_writer
@@ -265,14 +265,15 @@ def test_a_chunk_that_cannot_be_put_is_not_committed(url, tmp_path, monkeypatch)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import compute, places, run
+from pipeline import compute, run
 from pipeline.ingest import log_to_store, transfer
-from pipeline.store import disk, group, writer
+from pipeline.places import objects
+from pipeline.store import disk, group, journal, trajectory, writer
 
 log, out = Path(sys.argv[1]), sys.argv[2]
 transfer.COMMIT_BYTES = 1
 log_to_store.chunk_shape = lambda *_: (8, 17)
-whole = places.put
+whole = objects.put
 
 def put(*arguments, **condition):
     global left
@@ -281,7 +282,7 @@ def put(*arguments, **condition):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-for module in (places, disk, group, writer):
+for module in (objects, disk, group, journal, trajectory, writer):
     module.put = put
 # Each process dies after another request than the one before, and each goes on where that one was stopped.
 for count in map(int, sys.argv[3:]):
@@ -299,10 +300,10 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.ingest.transfer.COMMIT_BYTES", 1)
     monkeypatch.setattr("pipeline.ingest.log_to_store.chunk_shape", lambda *_: (8, 17))
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
-    counts = (3, 8, 1000)
+    counts = (3, 8, 13, 15, 1000)
     command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["-9"] * 2 + ["0"]
+    assert done.stdout.split() == ["-9"] * 4 + ["0"]
     run.ingest_run(log, tmp_path / "out")
     compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
     assert len(Trajectory(url / "trajectory.zarr").records()) == 3
@@ -327,8 +328,8 @@ def put_step(folder, number, state, container):
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 def test_a_log_is_read_where_it_is(url, tmp_path, container, monkeypatch):
     # Blocks so small that tensors begin and end within them.
-    monkeypatch.setattr("pipeline.places._HEADER_BYTES", 900)
-    monkeypatch.setattr("pipeline.places._BLOCK_BYTES", 1300)
+    monkeypatch.setattr("pipeline.places.objects._HEADER_BYTES", 900)
+    monkeypatch.setattr("pipeline.places.objects._BLOCK_BYTES", 1300)
     states = logs.random_walk(6)
     here = logs.write_log(tmp_path / "log", states[:4], container=container)
     there = put_log(url / "log", states[:4], container)
@@ -368,8 +369,8 @@ def test_what_another_process_puts_is_seen(url, tmp_path):
 
 def test_a_step_that_is_put_again_is_another(url, tmp_path, monkeypatch):
     # As long as before, and within the same second.
-    status = places._status
-    monkeypatch.setattr(places, "_status", lambda entry: status(entry)._replace(time=0))
+    status = objects._status
+    monkeypatch.setattr(objects, "_status", lambda entry: status(entry)._replace(time=0))
     states = logs.random_walk(5)
     log = put_log(url / "log", states[:4], "safetensors")
     run.ingest_run(log, tmp_path / "out")
@@ -464,7 +465,7 @@ def put_scalars(url, write, values):
     """Put what a writer writes in place of what is there, and return the SOURCE."""
     with tempfile.TemporaryDirectory() as here:
         name = write(Path(here), values)
-        for old in places.files(url):
+        for old in objects.files(url):
             delete(old)
         for file in Path(here).iterdir():
             put(url / file.name, file.read_bytes())
@@ -522,7 +523,7 @@ def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, 
     put(source, whole)
     assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 1
     events = put_scalars(url / "events", write_events, VALUES[:4])
-    (file,) = places.files(events)
+    (file,) = objects.files(events)
     put(file, file.read_bytes()[:-30] + bytes(30))
     with pytest.raises(InputError, match=r"the checksum of the .*record at byte") as refusal:
         run.ingest_run([log, events], tmp_path / "damaged")
@@ -532,7 +533,7 @@ def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, 
 def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(url, tmp_path, monkeypatch):
     log = put_without_scalars(url / "log", 3)
     source = put_scalars(url / "scalars", write_csv, VALUES[:3])
-    opened = places.open_object
+    opened = objects.open_object
 
     def put_again(path):
         file = opened(path)
@@ -540,7 +541,7 @@ def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(u
             put(path, path.read_bytes() + b"3,0,0\n")
         return file
 
-    monkeypatch.setattr(places, "open_object", put_again)
+    monkeypatch.setattr(objects, "open_object", put_again)
     with pytest.raises(Unavailable, match="the object changed while it was read"):
         run.ingest_run([log, source], tmp_path / "out")
 

@@ -17,7 +17,8 @@ from reference import exact, exact_metric, promised_relative_error, vectors_at
 
 from pipeline import discrete_time, geometry
 from pipeline.gram import roundoff_bound
-from pipeline.metrics import Metric, canonical_form, extreme_eigenvalues, pair_of, stochastic_metric
+from pipeline.metrics import Metric, pair_of, stochastic_metric
+from pipeline.operators import canonical_form, extreme_eigenvalues
 from pipeline.schema import REPLICATE_VARIABLES, VARIABLES, InputError
 
 ROOT = Path(__file__).parent.parent

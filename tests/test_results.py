@@ -14,7 +14,7 @@ from logs import random_walk
 from mpmath import mp, mpf
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
 
-from pipeline import geometry, gram, results
+from pipeline import geometry, gram, levels, results
 from pipeline.metrics import Metric
 from pipeline.schema import DESCENTS, VARIABLES, InputError, Layout, ShiftedMetric, Status
 
@@ -38,7 +38,7 @@ def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
     gram.products([parameter], [gradient], starts, products, np.empty(products.shape[:2]), hvp)
     steps = np.array(numbers or range(len(states)))
     logged = np.array([s["learning_rate"] for s in states[:-1]])
-    return results.Inputs(
+    return levels.Inputs(
         gram=products,
         vectors=vectors,
         layout=layout,
@@ -647,7 +647,7 @@ def test_metrics_exist_where_the_status_is_effective_and_nowhere_else(seed, tens
 def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     inputs = inputs_of(walk())
     extremes = np.ones((len(inputs.steps), len(TENSORS)))
-    inputs = replace(inputs, optimizer=results.Optimizer(extremes, extremes, extremes))
+    inputs = replace(inputs, optimizer=levels.Optimizer(extremes, extremes, extremes))
     tree = results.label(inputs, windows=[2], provenance={"source": "a log"})
     results.write(tree, tmp_path / "results.zarr")
     code = """

@@ -23,7 +23,7 @@ from pipeline.ingest.new_rows import finished_steps, rows_to_write
 from pipeline.ingest.reading import agreed_reading, said_reading
 from pipeline.ingest.transfer import EXTREMES, Progress, Writer
 from pipeline.places import each
-from pipeline.repository import place_of_store
+from pipeline.places.repository import place_of_store
 from pipeline.schema import (
     ATTEMPT,
     METRIC_EIGENVALUES,

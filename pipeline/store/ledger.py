@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import Band
 from pipeline.places import is_url
-from pipeline.repository import place_of_store
+from pipeline.places.repository import place_of_store
 from pipeline.schema import (
     LAYOUT_VERSION,
     REPLICATE_VECTOR,

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from pipeline.blocks import MEBIBYTE, Band
 from pipeline.places import is_url, place, put, ranges
-from pipeline.repository import newest, place_of_store, publish
+from pipeline.places.repository import newest, place_of_store, publish
 from pipeline.schema import (
     ATTEMPT,
     ELEMENT,

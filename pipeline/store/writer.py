@@ -26,7 +26,7 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from pipeline.places import delete, is_url, put, seen
-from pipeline.repository import outside, written
+from pipeline.places.repository import outside, written
 from pipeline.schema import InputError, Unavailable
 from pipeline.store.disk import disk_errors
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.places import is_url, names, network_errors, place
+from pipeline.places.objects import is_url, names, network_errors, place
 from pipeline.schema import InputError
 
 __all__ = [
@@ -134,7 +134,7 @@ def _plain(out: Path) -> InputError:
 def _icechunk(out: Path) -> Any:
     """Return the module that knows Icechunk, whose library is an extra."""
     try:
-        from pipeline import icechunk_files
+        from pipeline.places import icechunk_files
     except ImportError as error:
         raise InputError(
             f"the library for Icechunk is not installed: {error}",

@@ -31,7 +31,7 @@ from upath.registry import register_implementation as register_path
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu
 
-from pipeline.places import place
+from pipeline.places.objects import place
 from pipeline.schema import InputError, Unavailable
 
 __all__ = ["RepositoryFiles", "RepositoryPath", "begin", "end", "find_version", "history", "newest_version"]
