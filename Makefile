@@ -50,7 +50,7 @@ lint: install
 	$(BIN)/mypy
 
 # The lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. DeepSpeed needs ninja
-# and py-cpuinfo to compile kernels, which its checkpoints do not, and BackPACK (of curvlinops) torchvision for its examples.
+# and py-cpuinfo to compile kernels, which its checkpoints do not, BackPACK (of curvlinops) torchvision for its examples, and Bergson names torchvision, torchaudio and bitsandbytes, which it never imports.
 lock: install
-	printf "%s; sys_platform == 'none'\n" torch torchvision ninja py-cpuinfo | $(BIN)/uv pip compile --quiet --overrides /dev/stdin --python-version 3.11 --universal --no-emit-index-url --no-emit-package torch --no-header --generate-hashes \
+	printf "%s; sys_platform == 'none'\n" torch torchvision torchaudio bitsandbytes ninja py-cpuinfo | $(BIN)/uv pip compile --quiet --overrides /dev/stdin --python-version 3.11 --universal --no-emit-index-url --no-emit-package torch --no-header --generate-hashes \
 		--extra dev --extra writers pyproject.toml --output-file requirements.lock

@@ -137,6 +137,7 @@ def inspect_source(
     found["unused_keys"] = list(first.unused)
     if all(first.arrays.get(name) for name in STATES[:2]):
         whole = complete(listed[0], first)
+        found["notes"] += [note for note in whole.notes if note not in found["notes"]]
         with suppress(Unreadable):
             found["notes"] += [told] if (told := misalignment(log, listed, whole)) else []
         found |= _plan(log, listed, whole, memory_limit)

@@ -30,7 +30,6 @@ FLOORS = [
         "pipeline.recorder",
         "pipeline.sources.base",
         "pipeline.sources.event_file",
-        "pipeline.sources.bergson_store",
         "pipeline.sources.record_files",
         "pipeline.sources.wandb_file",
         "pipeline.store.disk",
@@ -80,6 +79,7 @@ FLOORS = [
         "pipeline.experiments.__main__",
     },
     {
+        "pipeline.sources.bergson_store",
         "pipeline.sources.huggingface",
         "pipeline.store",
         "pipeline.store.verify",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ __all__ = [
     "StepContent",
     "StepReader",
     "Unreadable",
+    "Unshaped",
     "boxes",
     "change_time",
     "changed_lately",
@@ -51,6 +52,10 @@ __all__ = [
 
 # RuntimeError: an archive member that says it is encrypted, or (NotImplementedError) packed in a way not known.
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
+
+
+_NAMED = 24
+"""Tensors that a note names."""
 
 
 # What a log holds --------------------------------------------------------------------------------------------
@@ -236,6 +241,8 @@ class StepContent:
         Where it was saved; its arrays are read as the others are.
     replicate_loss : tuple of float
         Losses of the states that the replicates lead to, where logged.
+    no_gradient : str
+        Why tensors have no gradient, where that is not that they are buffers or frozen; then they are named.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -246,6 +253,7 @@ class StepContent:
     untrained: bool = False
     optimizer: OptimizerState | None = None
     replicate_loss: tuple[float, ...] = ()
+    no_gradient: str = ""
 
     @property
     def replicates(self) -> int:
@@ -277,6 +285,21 @@ class StepReader(Protocol):
             First element.
         out : one-dimensional contiguous array
             Written; of the logged dtype, bfloat16 as its bits in uint16.
+        """
+        ...
+
+
+@runtime_checkable
+class Unshaped(Protocol):
+    """A step whose files have neither the names nor the shapes of its tensors: the parameters have."""
+
+    def shaped(self, parameters: Mapping[str, LoggedTensor]) -> StepContent:
+        """Describe the step by the names and shapes of parameters, by which it is read from then on.
+
+        Raises
+        ------
+        InputError
+            Where what it holds does not fit them.
         """
         ...
 
@@ -717,7 +740,12 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
         if len(left) < len(arrays["parameter"]):
             for tensor in left:
                 del arrays["parameter"][tensor]
-            if left:
+            if left and content.no_gradient:
+                shown = ", ".join(map(repr, left[:_NAMED])) + (", ..." if len(left) > _NAMED else "")
+                notes.append(
+                    f"{len(left)} tensors have no gradient and are left out: {shown}; {content.no_gradient}"
+                )
+            elif left:
                 notes.append(
                     f"{len(left)} tensors without gradient (buffers, frozen) are left out, {left[0]!r} the first"
                 )

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.places import files, is_url, names, network_errors, open_to_read, place
 from pipeline.schema import SCALARS, InputError
 from pipeline.sources.base import Container, LoggedStep, NotYet, Source
-from pipeline.sources.bergson_store import holds_bergson, refuse_bergson
+from pipeline.sources.bergson_store import BergsonFolder, holds_bergson
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.event_file import event_files, read_events
@@ -366,12 +366,15 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "bergson",
-            "gradients.bin and info.json of a gradient store of Bergson, also in train/epoch_<N>/",
-            "nothing: it is recognised, and refused with what it lacks and how to have it",
-            "gradients of the loss: it has those of linear and convolutional weights without their shapes, of "
-            "single examples unless built with --aggregation mean, and projected or scaled where it was told so",
+            "folder of gradient stores of Bergson checkpoint-<N>/ or step_<N>/ (gradients.bin, info.json), or one",
+            "gradients of linear weights (with --include_bias, of their biases), of stores that are not projected: "
+            "their one row (--aggregation mean), or the mean of one row an example; names and shapes are of the "
+            "parameters in a further SOURCE, and natgrad.toml says [bergson] layout; out of core",
+            "gradients of biases, norms, embeddings and heads, which are left out with a warning; stores that are "
+            "projected, scaled, per token, or of the epochs of a run (train/epoch_<N>/), which are refused",
             holds_bergson,
-            refuse_bergson,
+            BergsonFolder,
+            "checkpoint-N is the state after N updates; where config.yaml names another checkpoint it is refused",
         ),
         Format(
             "csv",

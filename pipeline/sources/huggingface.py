@@ -26,7 +26,11 @@ _STATE, _STATE_LIMIT = "trainer_state.json", 1 << 27
 
 
 def _number(path: Path) -> int | None:
-    return step_number(path.name) if path.name.startswith("checkpoint-") and path.is_dir() else None
+    if not path.name.startswith("checkpoint-") or not path.is_dir():
+        return None
+    # A gradient store of Bergson is called after the checkpoint that it was built of.
+    bergson = (path / "gradients.bin").is_file() and not (path / _STATE).is_file()
+    return None if bergson else step_number(path.name)
 
 
 def _unfinished(path: Path) -> str:

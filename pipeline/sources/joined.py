@@ -20,6 +20,7 @@ from pipeline.sources.base import (
     Source,
     StepContent,
     StepReader,
+    Unshaped,
     where,
 )
 from pipeline.sources.names import OF_A_STATE
@@ -191,7 +192,7 @@ class _JoinedStep:
         givers: dict[str, LoggedStep] = {}
         owners: dict[str, StepReader] = {}
         optimizer: OptimizerState | None = None
-        contents = [part.of(reader.content()) for (part, _), reader in zip(self._parts, self._readers, strict=True)]
+        contents = self._contents()
         notes = [note for content in contents for note in content.notes]
         for (part, own), reader, content in zip(self._parts, self._readers, contents, strict=True):
             for array, tensors in content.arrays.items():
@@ -220,7 +221,20 @@ class _JoinedStep:
             any(content.untrained for content in contents),
             optimizer,
             next((content.replicate_loss for content in contents if content.replicate_loss), ()),
+            next((content.no_gradient for content in contents if content.no_gradient), ""),
         )
+
+    def _contents(self) -> list[StepContent]:
+        """Describe the parts; those whose files have no shapes, by the parameters of the others."""
+        pairs = list(zip((part for part, _ in self._parts), self._readers, strict=True))
+        contents = [part.of(reader.content()) for part, reader in pairs]
+        parameters = next((c.arrays[STATES[0]] for c in contents if c.arrays.get(STATES[0])), None)
+        if parameters is None:
+            return contents
+        return [
+            part.of(reader.shaped(parameters)) if isinstance(reader, Unshaped) else content
+            for (part, reader), content in zip(pairs, contents, strict=True)
+        ]
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `pipeline.sources.base.StepReader`."""

@@ -105,6 +105,8 @@ class StepFolder:
         What to look for.
     mapping : mapping, optional
         Quantity to the key it stands under, before what the kinds and the mapping file of the folder say.
+    own_map_file : bool
+        The mapping file is not read, as it says other things of these kinds.
 
     Raises
     ------
@@ -117,10 +119,13 @@ class StepFolder:
         location: Path,
         kinds: Sequence[Kind] = tuple(NATIVE_KINDS.values()),
         mapping: Mapping[str, str] | None = None,
+        *,
+        own_map_file: bool = False,
     ) -> None:
         self.location = place(location)
+        names = (kind.names if own_map_file else kind.names.of_folder(self.location) for kind in kinds)
         self._kinds = tuple(
-            replace(kind, names=kind.names.of_folder(self.location).mapped(mapping or {})) for kind in kinds
+            replace(kind, names=of_kind.mapped(mapping or {})) for kind, of_kind in zip(kinds, names, strict=True)
         )
 
     def steps(self) -> list[LoggedStep]:
