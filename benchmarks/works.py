@@ -365,8 +365,16 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 "pass": _pass("metrics pass, for tall and wide"),
                 "tall": _pass("metrics pass, tall", "tall"),
                 "wide": _pass("metrics pass, wide", "wide"),
+                "pass_threads": _pass("for both, 2 threads", executor=compute.threads(THREADS)),
+                "tall_threads": _pass("tall, 2 threads", "tall", compute.threads(THREADS)),
+                "wide_threads": _pass("wide, 2 threads", "wide", compute.threads(THREADS)),
             },
-            [("tall", "pass"), ("wide", "pass")],
+            [
+                ("tall", "pass"),
+                ("wide", "pass"),
+                ("tall_threads", "pass_threads"),
+                ("wide_threads", "pass_threads"),
+            ],
         ),
         "storage": Group(
             {

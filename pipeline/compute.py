@@ -407,17 +407,25 @@ def threads(workers: int) -> Executor:
 
     def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
         pool = ThreadPoolExecutor(workers)
-        pending: deque[tuple[Band, str, list[Future[Segments]]]] = deque()
+        pending: deque[tuple[Band, str, list[Future[Any]]]] = deque()
+
+        def begin(band: Band, digest: str) -> list[Future[Any]]:
+            # What is one task is written by its thread: another one computes while it waits for the disk.
+            if len(band.tiles) == 1:
+                return [pool.submit(whole_band, job, band, digest)]
+            return [pool.submit(tile_segments, job, tile) for tile in band.tiles]
 
         def finish_oldest() -> Finished:
             band, digest, parts = pending.popleft()
-            return write_band(job, band, digest, [part.result() for part in parts])
+            found = [part.result() for part in parts]
+            finished: Finished = found[0] if len(band.tiles) == 1 else write_band(job, band, digest, found)
+            return finished
 
         try:
             for band, digest in bands:
                 while sum(len(parts) for _, _, parts in pending) >= workers * _AHEAD:
                     yield finish_oldest()
-                pending.append((band, digest, [pool.submit(tile_segments, job, tile) for tile in band.tiles]))
+                pending.append((band, digest, begin(band, digest)))
             while pending:
                 yield finish_oldest()
         finally:

@@ -41,7 +41,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     assert len(list(Path("logs/quadratic").iterdir())) == 20
 
 
-@pytest.mark.parametrize(("page", "examples"), [("errata.md", 20), ("paper.md", 8)])
+@pytest.mark.parametrize(("page", "examples"), [("errata.md", 20), ("paper.md", 9)])
 def test_every_example_of_the_mathematics_holds(page, examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
