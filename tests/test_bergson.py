@@ -152,6 +152,24 @@ def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path,
     assert sum("every result of the model" in note for note in said["notes"]) == 1
 
 
+def test_a_run_file_can_name_the_stores(run, tmp_path):
+    lines = [f'[[source]]\npath = "{folder.name}"' for folder in run]
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    read, _ = gradients_of([tmp_path], 2)
+    again, _ = gradients_of(run, 2)
+    assert read.keys() == LINEAR["gpt2"]
+    assert all((again[name] == value).all() for name, value in read.items())
+
+
+def test_stores_of_several_losses_are_told_apart(run, tmp_path):
+    edit(run[1] / "checkpoint-1", "config.yaml", "loss_reduction: sum", "loss_reduction: mean")
+    warnings = ingest(list(run), tmp_path / "out").warnings
+    for reduction, step in (("sum", 0), ("mean", 1)):
+        said = [warning for warning in warnings if f"loss_reduction: {reduction}" in warning]
+        assert len(said) == 1
+        assert said[0].endswith(f"(in step-{step})")
+
+
 def test_what_has_no_gradient_is_said_when_it_is_left_out(run, tmp_path):
     warnings = ingest(list(run), tmp_path / "out").warnings
     assert sum("'transformer.wte.weight'" in warning for warning in warnings) == 1

@@ -441,8 +441,8 @@ class BergsonStep:
             f"{name}: {value[:80]}" for name, value in said.items() if value and value not in _USUAL.get(name, ())
         ]
         return (
-            f"gradients of Bergson are of the mean over documents ({', '.join(told)}): a loss that is given too "
-            "must be the same, and 'sum' adds the losses of a document's tokens up, where trainers take their mean"
+            f"gradients of Bergson are of the mean over documents ({', '.join(told)}), and a loss that is given "
+            "too must be the same: with 'sum' it is a trainer's mean over all tokens times the tokens per document"
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
