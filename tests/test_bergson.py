@@ -235,29 +235,53 @@ def test_any_slice_is_that_of_the_whole_tensor(written, tmp_path, name, block, d
     assert (part == whole[start : start + part.size]).all()
 
 
-def test_a_transposed_tensor_is_read_in_bounded_memory(written, tmp_path):
-    rows, columns = 3 << 10, 2 << 10
+ROWS, COLUMNS = 3 << 10, 2 << 10
+
+
+@pytest.fixture
+def large(written, tmp_path):
+    """A store of one module of 6 MiB elements, and what lies in it."""
     store = shutil.copytree(written / "gpt2" / "stores" / "checkpoint-0", tmp_path / "stores" / "checkpoint-0")
     info = json.loads((store / "info.json").read_text())
-    (store / "info.json").write_text(json.dumps({**info, "grad_sizes": {"layer": rows * columns}}))
-    stored = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
+    (store / "info.json").write_text(json.dumps({**info, "grad_sizes": {"layer": ROWS * COLUMNS}}))
+    stored = np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS)
     stored.tofile(store / "gradients.bin")
     say(tmp_path / "stores", "conv1d")
-    models = tmp_path / "models"
-    models.mkdir()
-    np.savez(models / "step_0.npz", **{"parameter/layer.weight": np.zeros((columns, rows), np.float32)})
-    log = open_sources([models, tmp_path / "stores"])
+    return store, stored
+
+
+def read_traced(sources, tensor):
+    """Read a tensor of the large store, and the most bytes that it took beside it."""
+    log = open_sources(sources)
     step = log.steps()[0]
-    out = np.empty(rows * columns, np.float32)
+    out = np.empty(ROWS * COLUMNS, np.float32)
     with log.open(step) as reader:
         reader.content()
         tracemalloc.start()
-        reader.read("gradient", "layer.weight", 0, out)
+        reader.read("gradient", tensor, 0, out)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert (out.reshape(columns, rows) == stored.T).all()
-    # One block, and a mebibyte for all else; the tensor has six.
-    assert peak <= bergson_store._BLOCK * 4 + (1 << 20)
+    return out, peak
+
+
+def test_a_transposed_tensor_is_read_in_bounded_memory(large, tmp_path):
+    store, stored = large
+    models = parameters(tmp_path / "models", {"layer.weight": stored.T.shape})
+    out, peak = read_traced([models, store.parent], "layer.weight")
+    assert (out.reshape(COLUMNS, ROWS) == stored.T).all()
+    # One block of 2^20 elements, and a mebibyte for all else; the tensor has six such blocks.
+    assert peak <= (1 << 20) * 4 + (1 << 20)
+
+
+def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
+    store, stored = large
+    edit(store, "info.json", '"num_grads": 1', '"num_grads": 2')
+    edit(store, "config.yaml", "aggregation: mean", "aggregation: none")
+    np.concatenate([stored.ravel(), stored.ravel() + 2]).tofile(store / "gradients.bin")
+    out, peak = read_traced([store.parent], "layer")
+    assert (out == stored.ravel() + 1).all()
+    # One block as stored, and its sum and mean in float64.
+    assert peak <= (1 << 20) * (4 + 8 + 8) + (1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +436,12 @@ def test_a_store_of_another_checkpoint_than_its_name_says_is_refused(run):
     assert "built of step-1, its name says step 0" in refused(run).what
     edit(run[1] / "checkpoint-0", "config.yaml", "revision: null", "revision: step0")
     assert gradients_of(run, 0)[0].keys() == LINEAR["gpt2"]
+
+
+def test_a_store_of_another_size_than_it_says_is_refused(run):
+    with (run[1] / "checkpoint-0" / "gradients.bin").open("ab") as file:
+        file.write(bytes(4))
+    assert "gradients.bin has 1796 bytes, info.json says 1792" in refused(run).what
 
 
 def test_a_store_must_be_called_after_its_step(run):
