@@ -9,6 +9,7 @@ the parameters that a store is joined with, and the orientation from the user.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -295,7 +296,7 @@ class BergsonStep:
             self._sizes, self._rows, self._logged = _described(info)
         self._mean = self._settings["aggregation"] == {"none"}
         self._elements = sum(self._sizes.values())
-        starts = np.cumsum([0, *self._sizes.values()]).tolist()
+        starts = itertools.accumulate(self._sizes.values(), initial=0)
         self._offsets = dict(zip(self._sizes, starts, strict=False))
         # A mean is as exact as one that Bergson takes itself, in float32.
         self._dtype = self._logged if not self._mean or self._logged == "float64" else "float32"
