@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -22,11 +23,12 @@ from typing import Any
 import dask
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from benchmarks.options import IN_MEMORY
 from benchmarks.runs import Files
 from pipeline import clusters, compute, gram
-from pipeline.blocks import PIECE_ELEMENTS
+from pipeline.blocks import PIECE_ELEMENTS, READ_BYTES
 from pipeline.ingest import ingest
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
@@ -108,27 +110,31 @@ def check_bytes(files: Files, count: int) -> None:
 
 @contextmanager
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.Segments]]]:
-    """The chunks, mapped, and the kernel, piece by piece, and nothing else: no store, no plan, no ledger."""
+    """Chunks read into a reused buffer and the kernel, piece by piece: no store, plan or ledger."""
     states = Trajectory(files.trajectory)
     rows, steps, names = states.rows - 1, states.chunk[0], gram.vectors(False)
     assert steps == 1, "the bare loop reads chunks of one step: generate a larger model"
+    dtypes = {name: storage_dtype(states.dtypes[name]) for name in ("parameter", "gradient")}
     paths = {
         name: [
             [states.path / name / f"c/{row}/{column}" for row in range(rows + 1)]
             for column in range(states.columns)
         ]
-        for name in ("parameter", "gradient")
+        for name in dtypes
     }
+    at_once = max(1, READ_BYTES // (PIECE_ELEMENTS * sum(dtype.itemsize for dtype in dtypes.values())) - 1)
+    held = threading.local()
+
+    def buffers() -> dict[str, NDArray[Any]]:
+        if not hasattr(held, "buffers"):
+            shape = (at_once + 1, PIECE_ELEMENTS)
+            held.buffers = {name: np.empty(shape, dtype) for name, dtype in dtypes.items()}
+        return held.buffers
 
     def column(index: int) -> compute.Segments:
         first, last = states.column(index)
-        seen = {
-            name: [
-                np.memmap(path, storage_dtype(states.dtypes[name]), "r", shape=states.chunk)
-                for path in paths[name][index]
-            ]
-            for name in paths
-        }
+        read = buffers()
+        opened = {name: [os.open(path, os.O_RDONLY) for path in paths[name][index]] for name in dtypes}
         parts = []
         for low in range(first, last, PIECE_ELEMENTS):
             high = min(low + PIECE_ELEMENTS, last)
@@ -136,10 +142,19 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
             starts = np.array([start - low for _, start, _ in pieces] + [high - low])
             products = np.empty((rows, len(pieces), len(names), len(names)))
             ratio = np.empty((rows, len(pieces)))
-            part = slice(low - first, high - first)
-            parameter, gradient = ([chunk[:, part] for chunk in chunks] for chunks in seen.values())
-            gram.products(parameter, gradient, starts, products, ratio)
+            for done in range(0, rows, at_once):
+                more = min(at_once, rows - done)
+                for name, buffer in read.items():
+                    if done:
+                        buffer[0] = buffer[at_once]
+                    for row in range(bool(done), more + 1):
+                        part = buffer[row, : high - low]
+                        os.preadv(opened[name][done + row], (part.data,), (low - first) * part.itemsize)
+                seen = [[buffer[: more + 1, : high - low]] for buffer in read.values()]
+                gram.products(*seen, starts, products[done : done + more], ratio[done : done + more])
             parts.append(([tensor for tensor, _, _ in pieces], products, ratio))
+        for descriptor in itertools.chain.from_iterable(opened.values()):
+            os.close(descriptor)
         return add_up(parts, len(states.layout.tensors))
 
     def part(index: int) -> list[compute.Segments]:

@@ -46,14 +46,17 @@ LEDGER_BYTES = 16 * MEBIBYTE
 LEAST_ROWS = 32
 """Rows of a tile of a wide model, at least: the halo is one state in this many."""
 
-PIECE_ELEMENTS = 1 << 18
-"""Elements of a chunk that are seen at a time, so that all rows of a tile are; sums begin anew in each piece."""
+PIECE_ELEMENTS = 1 << 17
+"""Elements of a chunk that are read at a time; sums begin anew in each piece."""
 
-READ_BYTES = 72 * MEBIBYTE
-"""Bytes of training state that a worker sees at a time, about: two arrays of 33 states, a piece of float32 each."""
+READ_BYTES = 12 * MEBIBYTE
+"""Bytes of training state that a worker reads at a time, about: few enough to be computed from the cache."""
+
+WHOLE_BYTES = 72 * MEBIBYTE
+"""The same where chunks are read whole (they are compressed, or objects): few are then read for two times."""
 
 LEAST_READ_ROWS = 3
-"""Rows seen at a time, at least, where memory allows: the last state of one time is seen again in the next."""
+"""Rows read at a time, at least, where memory allows: the last state of one time is copied for the next."""
 
 RESERVED_BYTES = 320 * MEBIBYTE
 """Memory of a worker process before it computes anything: interpreter, libraries, compiled kernel."""
@@ -235,7 +238,7 @@ def plan_pass(
     Projected memory of a worker is the sum of
 
     - the reserve of an idle worker process, and of what else it loads,
-    - training state seen at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
+    - training state read at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
       rows x (3 segments + 2 tensors) x (vectors^2 + replicate_vectors^2 + 1) x 8, with rows those of a band of this
@@ -256,10 +259,10 @@ def plan_pass(
     tile_bytes = max(TILE_BYTES, rows * state_bytes // MOST_TILES)
     tile_columns = min(columns, max(1, round(tile_bytes / max(column_bytes, 1)))) if columns else 1
 
-    # Rows of one chunk lie one after the other: between the pieces of two of them are the pages of the others.
-    read_elements = width if whole_chunks or steps > 1 else min(width, PIECE_ELEMENTS)
+    read_elements = width if whole_chunks else min(width, PIECE_ELEMENTS)
+    read_bytes = WHOLE_BYTES if whole_chunks else READ_BYTES
     row_bytes = read_elements * sum(itemsizes)
-    read_rows = min(band_rows, max(LEAST_READ_ROWS, READ_BYTES // max(row_bytes, 1) - 1))
+    read_rows = min(band_rows, max(LEAST_READ_ROWS, read_bytes // max(row_bytes, 1) - 1))
     # Every boundary of a chunk column, and of a piece of one, can cut one tensor in two.
     segments = tensors + columns + math.ceil(width / PIECE_ELEMENTS) - 1
     reserved = RESERVED_BYTES + library_bytes

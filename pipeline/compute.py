@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ def compute_ledger(
         "vectors": len(names),
         "replicate_vectors": len(names_of_replicates),
         "memory_limit": memory_limit,
-        "whole_chunks": not all(map(states.can_view, _logged(states))),
+        "whole_chunks": not all(map(states.in_pieces, _logged(states))),
         "library_bytes": _ICECHUNK_BYTES if is_repository(states.path) else 0,
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
@@ -254,7 +254,7 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
     fields = {"run": job.run, "rows": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
     _log.debug("tile begins", extra=fields)
     states = _trajectory(job)
-    with states.mapped(tile.last):
+    with states.opened(tile.last):
         return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
 
@@ -299,36 +299,32 @@ def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
     for done in range(0, rows, job.read_rows):
         more = min(job.read_rows, rows - done)
         start = tile.start + done
-        with ExitStack() as stack:
-            seen = {}
-            for name in _logged(states):
-                # What replicates lead to is no state of the run: there is no halo.
-                halo = replicate_of(name)[1] is None
-                stop = start + more + halo
-                if states.can_view(name):
-                    seen[name] = stack.enter_context(states.view(name, start, stop, column, low, high))
-                else:
-                    seen[name] = _copied(job, states, name, start, stop, column, carried=halo and done > 0)
-            for first, last in states.stretches(start, start + more + 1):
-                stretch = {name: _rows(blocks, first - start, last - start) for name, blocks in seen.items()}
-                written = slice(first - tile.start, last - 1 - tile.start)
-                gram.products(
+        read = {}
+        for name in _logged(states):
+            # What replicates lead to is no state of the run: there is no halo.
+            halo = replicate_of(name)[1] is None
+            stop = start + more + halo
+            read[name] = _read(job, states, name, start, stop, column, (low, high), carried=halo and done > 0)
+        for first, last in states.stretches(start, start + more + 1):
+            stretch = {name: [rows_read[first - start : last - start]] for name, rows_read in read.items()}
+            written = slice(first - tile.start, last - 1 - tile.start)
+            gram.products(
+                stretch["parameter"],
+                stretch["gradient"],
+                starts,
+                products[written],
+                ratio[written],
+                stretch.get(HVP),
+            )
+            if of_replicates:
+                gram.replicate_products(
                     stretch["parameter"],
                     stretch["gradient"],
+                    [stretch[name] for name in states.replicates_of(REPLICATE_PARAMETER)],
                     starts,
-                    products[written],
-                    ratio[written],
-                    stretch.get(HVP),
+                    of_replicates[0][written],
+                    [stretch[name] for name in states.replicates_of(REPLICATE_HVP) if name in stretch],
                 )
-                if of_replicates:
-                    gram.replicate_products(
-                        stretch["parameter"],
-                        stretch["gradient"],
-                        [stretch[name] for name in states.replicates_of(REPLICATE_PARAMETER)],
-                        starts,
-                        of_replicates[0][written],
-                        [stretch[name] for name in states.replicates_of(REPLICATE_HVP) if name in stretch],
-                    )
     return np.array([index for index, _, _ in segments]), products, ratio, *of_replicates
 
 
@@ -338,25 +334,24 @@ def _logged(states: Trajectory) -> list[str]:
     return [name for name in (*STATES, *replicates) if name in states.dtypes]
 
 
-def _rows(blocks: list[NDArray[Any]], first: int, last: int) -> list[NDArray[Any]]:
-    """Rows ``first`` to ``last`` of blocks of rows, without a copy."""
-    chosen, begin = [], 0
-    for block in blocks:
-        part = block[max(first - begin, 0) : max(last - begin, 0)]
-        chosen += [part] if len(part) else []
-        begin += len(block)
-    return chosen
-
-
-def _copied(
-    job: Job, states: Trajectory, name: str, start: int, stop: int, column: int, *, carried: bool
-) -> list[NDArray[Any]]:
-    """Rows of a chunk column that cannot be seen, in a buffer of the worker, the first one carried over."""
-    buffer = _buffer(name, (job.read_rows + 1, states.chunk[1]), storage_dtype(states.dtypes[name]))
+def _read(
+    job: Job,
+    states: Trajectory,
+    name: str,
+    start: int,
+    stop: int,
+    column: int,
+    elements: tuple[int, int],
+    *,
+    carried: bool,
+) -> NDArray[Any]:
+    """Read rows of a part of a chunk column into a buffer of the worker, the first one carried over."""
+    first, last = elements
+    buffer = _buffer(name, (job.read_rows + 1, job.read_elements), storage_dtype(states.dtypes[name]))
     if carried:
         buffer[0] = buffer[job.read_rows]
-    states.read(name, start + carried, stop, column, buffer[carried : stop - start])
-    return [buffer[: stop - start]]
+    states.read(name, start + carried, stop, column, buffer[carried : stop - start], (first, last))
+    return buffer[: stop - start, : last - first]
 
 
 def _trajectory(job: Job) -> Trajectory:

@@ -54,7 +54,7 @@ FLOORS = [
         "pipeline.experiments.linear_system",
         "pipeline.store.group",
         "pipeline.store.journal",
-        "pipeline.store.mapped_file",
+        "pipeline.store.chunk_file",
         "pipeline.discrete_time",
         "pipeline.discrete_gradients",
         "pipeline.windows",

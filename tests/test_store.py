@@ -19,9 +19,9 @@ from pipeline.blocks import Band
 from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
 from pipeline.store import Ledger, Trajectory, checksum, storage_dtype
 from pipeline.store import trajectory as trajectory_module
+from pipeline.store.chunk_file import ChunkFile
 from pipeline.store.group import ArrayPlan
 from pipeline.store.journal import Journal
-from pipeline.store.mapped_file import MappedFile
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
 ELEMENTS = 13
@@ -326,15 +326,32 @@ def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bit
             assert out[:, : last - first].tobytes() == words(array)[start:stop, first:last].tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    rows=st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted),
+    column=st.integers(0, 2),
+    part=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted),
+)
+def test_any_part_of_a_chunk_column_is_read_by_itself(twins, dtype, rows, column, part):
+    start, stop = rows
+    trajectory, _, arrays = twins[dtype]
+    low, high = (min(trajectory.column(column)[0] + place, ELEMENTS) for place in part)
+    for name, array in arrays.items():
+        out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
+        trajectory.read(name, start, stop, column, out, (low, high))
+        assert out[:, : high - low].tobytes() == words(array)[start:stop, low:high].tobytes()
+        assert (out[:, high - low :] == 77).all()
+
+
 def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_are(path):
     arrays = walk_arrays(4, ELEMENTS)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
-    reader = Trajectory(path)
-    with reader.mapped(), reader.view("parameter", 0, 2, 0, 0, 5) as blocks:
-        before = np.concatenate(blocks)
+    reader, out = Trajectory(path), np.empty((2, 5), np.float32)
+    with reader.opened():
+        reader.read("parameter", 0, 1, 0, out[:1])
         append_states(path, {name: array[2:] for name, array in arrays.items()})
-        np.testing.assert_array_equal(np.concatenate(blocks), before)
-        np.testing.assert_array_equal(before, arrays["parameter"][:2, :5])
+        reader.read("parameter", 1, 2, 0, out[1:])
+    np.testing.assert_array_equal(out, arrays["parameter"][:2, :5])
 
 
 @pytest.mark.parametrize(("columns", "asked"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1})])
@@ -343,42 +360,36 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
 ):
     arrays = walk_arrays(6, ELEMENTS)
     write_trajectory(path, arrays, SHAPES, CHUNK)
-    reader, cached, found = Trajectory(path), True, set()
+    reader, cached, found, out = Trajectory(path), True, set(), np.empty((6, 5), np.float32)
 
     def advise(descriptor, offset, length, advice):
         assert (offset, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
         found.add(Path(f"/proc/self/fd/{descriptor}").readlink())
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(MappedFile, "_is_cached", lambda self, offset: cached)
-    with reader.mapped(columns), reader.view("parameter", 0, 6, 0, 0, 5):
-        assert not found
+    monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: cached)
+    with reader.opened(columns):
+        reader.read("parameter", 0, 6, 0, out)
+    assert not found
     cached = False
-    with reader.mapped(columns), reader.view("parameter", 0, 6, 0, 0, 5) as blocks:
-        np.testing.assert_array_equal(np.concatenate(blocks), arrays["parameter"][:, :5])
+    with reader.opened(columns):
+        reader.read("parameter", 0, 6, 0, out)
+    np.testing.assert_array_equal(out, arrays["parameter"][:, :5])
     assert found == {path / f"parameter/c/{row}/{column}" for row in (0, 1) for column in asked}
 
 
-def test_a_mapped_file_gives_its_pages_back_and_says_what_it_cannot_read(tmp_path):
-    file = tmp_path / "file"
-    file.write_bytes(np.arange(1 << 20, dtype="<i4").tobytes())
-
-    def resident():
-        return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) * 1024
-
-    mapped = MappedFile(file, (1 << 20,), np.dtype("<i4"))
-    before = resident()
-    mapped.load(0, 4 << 20)
-    assert mapped.words.sum(dtype=np.int64) == sum(range(1 << 20))
-    assert resident() - before > 3 << 20
-    mapped.release(0, 4 << 20)
-    assert resident() - before < 1 << 20
-    # What lies beyond the end of a file that became shorter is an error to load, and would be a signal to touch.
-    os.truncate(file, 1 << 20)
-    mapped.load(0, 1 << 20)
-    with pytest.raises(OSError, match="Bad address"):
-        mapped.load(0, 4 << 20)
-    mapped.close()
+def test_files_are_closed_again_and_one_that_became_shorter_is_refused(path):
+    write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
+    reader, out = Trajectory(path), np.empty((6, 5), np.float32)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with reader.opened(2):
+        reader.read("parameter", 0, 3, 0, out[:3])
+        assert len(list(Path("/proc/self/fd").iterdir())) > before
+        os.truncate(path / "parameter/c/0/0", 24)
+        with pytest.raises(InputError, match=r"it ends \d+ bytes early") as caught:
+            reader.read("parameter", 0, 3, 0, out[:3])
+    assert caught.value.where == str(path / "parameter/c/0/0")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):

@@ -27,7 +27,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from pipeline.schema import (
     of_replicate,
     replicate_of,
 )
+from pipeline.store.chunk_file import ChunkFile
 from pipeline.store.disk import Writes
 from pipeline.store.group import (
     SCALAR_CHUNK,
@@ -76,7 +77,6 @@ from pipeline.store.group import (
     with_rows,
 )
 from pipeline.store.journal import Journal, sources_of
-from pipeline.store.mapped_file import MappedFile
 
 __all__ = ["Trajectory", "checksum", "storage_dtype"]
 
@@ -180,8 +180,8 @@ class Trajectory:
         # A request takes as long as many steps are read from a disk.
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
         self._writes = Writes()
-        self._mapped: dict[tuple[str, int, int], MappedFile] = {}
-        self._read_ahead = 0
+        self._open: dict[tuple[str, int, int], ChunkFile] = {}
+        self._read_ahead, self._keeps_open = 0, False
         self.rows = 0
         self._count_rows()
 
@@ -417,95 +417,37 @@ class Trajectory:
         array, replicate = replicate_of(name)
         return chunk_path(self.path / array, index, *([] if replicate is None else [replicate]), column)
 
-    def can_view(self, name: str) -> bool:
-        """Whether chunks of an array can be seen where they lie: they are on this machine, and not compressed."""
+    def in_pieces(self, name: str) -> bool:
+        """Whether a part of a chunk can be read: it is on this machine, and not compressed."""
         return not self.is_compressed(name) and not is_url(self.path)
 
     @contextmanager
-    def mapped(self, columns: int = 0) -> Iterator[None]:
-        """Keep the chunks mapped that `view` has mapped: those of one task, seen piece by piece.
+    def opened(self, columns: int = 0) -> Iterator[None]:
+        """Keep the files of chunks open: those of one task, which are read piece by piece.
 
         Parameters
         ----------
         columns : int
             Where chunks come from the disk, those of the next column are read ahead, if it is before this one.
         """
-        self._read_ahead = columns
+        self._read_ahead, self._keeps_open = columns, True
         try:
             yield
         finally:
-            for file in self._mapped.values():
+            self._keeps_open = False
+            for file in self._open.values():
                 file.close()
-            self._mapped.clear()
+            self._open.clear()
 
-    @contextmanager
-    def view(
-        self, name: str, start: int, stop: int, column: int, first: int, last: int
-    ) -> Iterator[list[NDArray[Any]]]:
-        """See committed rows of a chunk column where they lie, in the page cache of the system: none is copied.
-
-        Parameters
-        ----------
-        name : str
-            One of `dtypes`, one that can be seen (`can_view`).
-        start, stop : int
-            Rows.
-        column : int
-            Chunk column.
-        first, last : int
-            Elements of the model, within the column.
-
-        Yields
-        ------
-        list of arrays, shape (some rows, last - first)
-            One block of rows for each chunk, in order, of `storage_dtype`; they end with the context.
-
-        Raises
-        ------
-        InputError
-            Where a row is not committed, or a chunk is missing, too short or cannot be read.
-        """
-        self._require_committed(name, start, stop)
-        steps, offset = self.chunk[0], self.column(column)[0]
-        word = storage_dtype(self.dtypes[name]).itemsize
-        row = word * self.chunk[1]
-        seen: list[tuple[MappedFile, int, int]] = []
-        blocks = []
-        for index in range(start // steps, -(-stop // steps)):
-            file = self._map_chunk(name, index, column)
-            low, high = max(start - index * steps, 0), min(stop - index * steps, steps)
-            begin, end = low * row + (first - offset) * word, (high - 1) * row + (last - offset) * word
-            if file.ask(begin, end) and column + 1 < self._read_ahead:
-                ahead = self._map_chunk(name, index, column + 1)
-                ahead.ask(0, ahead.words.nbytes)
-            seen.append((file, begin, end))
-            blocks.append(file.words[low:high, first - offset : last - offset])
-        for file, begin, end in seen:
-            try:
-                file.load(begin, end)
-            except OSError as error:
-                raise damaged(file.path, str(error), _INGEST_AGAIN) from error
-        try:
-            yield blocks
-        finally:
-            for file, begin, end in seen:
-                file.release(begin, end)
-
-    def _map_chunk(self, name: str, index: int, column: int) -> MappedFile:
-        if (name, index, column) in self._mapped:
-            return self._mapped[name, index, column]
-        path, dtype = self.chunk_path(name, index, column), storage_dtype(self.dtypes[name])
-        expected = math.prod(self.chunk) * dtype.itemsize
-        try:
-            size = path.stat().st_size
-            if size < expected:
-                raise damaged(path, f"it ends {expected - size} bytes early", _INGEST_AGAIN)
-            file = self._mapped[name, index, column] = MappedFile(path, self.chunk, dtype)
-        except OSError as error:
-            raise damaged(path, str(error), _INGEST_AGAIN) from error
-        return file
-
-    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
+    def read(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        column: int,
+        out: NDArray[Any],
+        elements: tuple[int, int] | None = None,
+    ) -> None:
         """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
 
         Parameters
@@ -516,27 +458,61 @@ class Trajectory:
             Rows.
         column : int
             Chunk column.
-        out : array, shape (stop - start, chunk elements), of `storage_dtype`
-            Written; elements beyond the model's last are left as they are.
+        out : array, shape (stop - start, elements), of `storage_dtype`
+            Written; elements beyond the last that is asked for are left as they are.
+        elements : (int, int), optional
+            First and stop element of the model, within the column and where it can be read `in_pieces`; the whole
+            column where not given.
 
         Raises
         ------
         InputError
-            Where a row is not committed, or a chunk is missing, too short or (where it cannot be seen) damaged.
+            Where a row is not committed, or a chunk is missing, too short or (where it is read whole) damaged.
         """
         self._require_committed(name, start, stop)
-        first, last = self.column(column)
+        first, last = elements or self.column(column)
         steps = self.chunk[0]
-        for index in range(start // steps, -(-stop // steps) if start < stop else 0):
-            low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-            part = out[low - start : high - start, : last - first]
-            if self.is_compressed(name):
-                self._decode(name, index, column, low, part)
-            elif is_url(self.path):
-                self._fetch(name, index, column, low, part)
-            else:
-                with self.mapped(), self.view(name, low, high, column, first, last) as blocks:
-                    np.concatenate(blocks, out=part)
+        with ExitStack() as stack:
+            if not self._keeps_open:
+                stack.enter_context(self.opened())
+            for index in range(start // steps, -(-stop // steps) if start < stop else 0):
+                low, high = max(start, index * steps), min(stop, (index + 1) * steps)
+                part = out[low - start : high - start, : last - first]
+                if self.is_compressed(name):
+                    self._decode(name, index, column, low, part)
+                elif is_url(self.path):
+                    self._fetch(name, index, column, low, part)
+                else:
+                    self._read_file(name, index, column, low, first, part)
+
+    def _read_file(self, name: str, index: int, column: int, start: int, first: int, out: NDArray[Any]) -> None:
+        """Read rows of a plain chunk on this machine, at once where they lie together."""
+        file = self._opened_chunk(name, index, column)
+        row = self.chunk[1] * out.itemsize
+        begin = (start - index * self.chunk[0]) * row + (first - self.column(column)[0]) * out.itemsize
+        together = out.flags.c_contiguous and out.shape[1] == self.chunk[1]
+        try:
+            for position, words in enumerate((out,) if together else out):
+                missing = file.read(begin + position * row, words.data.cast("B"))
+                if missing:
+                    raise damaged(file.path, f"it ends {missing} bytes early", _INGEST_AGAIN)
+        except OSError as error:
+            raise damaged(file.path, str(error), _INGEST_AGAIN) from error
+
+    def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
+        if (name, index, column) in self._open:
+            return self._open[name, index, column]
+        path = self.chunk_path(name, index, column)
+        try:
+            file = self._open[name, index, column] = ChunkFile(path)
+        except OSError as error:
+            raise damaged(path, str(error), _INGEST_AGAIN) from error
+        expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
+        if file.size < expected:
+            raise damaged(path, f"it ends {expected - file.size} bytes early", _INGEST_AGAIN)
+        if file.ask() and ahead and column + 1 < self._read_ahead:
+            self._opened_chunk(name, index, column + 1, ahead=False)
+        return file
 
     def _require_committed(self, name: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.rows:

@@ -1,0 +1,72 @@
+"""A file of plain bytes, read anywhere into a buffer that is used again; the system is asked to read ahead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["ChunkFile"]
+
+_BYTE = (bytearray(1),)
+
+
+class ChunkFile:
+    """A file that is open for reading.
+
+    Parameters
+    ----------
+    path : Path
+
+    Attributes
+    ----------
+    path : Path
+    size : int
+        Its bytes when it was opened.
+
+    Raises
+    ------
+    OSError
+        Where it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def ask(self) -> bool:
+        """Ask the system to read the file where its ends are not in the cache; whether it was asked."""
+        asked = not (self._is_cached(0) and self._is_cached(self.size - 1))
+        if asked:
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        return asked
+
+    def _is_cached(self, offset: int) -> bool:
+        try:
+            return os.preadv(self._descriptor, _BYTE, offset, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
+    def read(self, offset: int, out: memoryview) -> int:
+        """Read from a place on until a buffer of bytes is full.
+
+        Returns
+        -------
+        int
+            Bytes that the file ends too early.
+
+        Raises
+        ------
+        OSError
+            Where it cannot be read.
+        """
+        while out:
+            count = os.preadv(self._descriptor, (out,), offset)
+            if not count:
+                return len(out)
+            out, offset = out[count:], offset + count
+        return 0
