@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 __all__ = ["ChunkFile"]
 
@@ -51,8 +54,8 @@ class ChunkFile:
         except OSError:
             return False
 
-    def read(self, offset: int, out: memoryview) -> int:
-        """Read from a place on until a buffer of bytes is full.
+    def read(self, offset: int, out: NDArray[Any]) -> int:
+        """Read from a place on until an array, which is contiguous, is full.
 
         Returns
         -------
@@ -64,9 +67,15 @@ class ChunkFile:
         OSError
             Where it cannot be read.
         """
-        while out:
-            count = os.preadv(self._descriptor, (out,), offset)
+        count = os.preadv(self._descriptor, (out.data,), offset)
+        if count == out.nbytes:
+            return 0
+        # A read of many bytes, or one that was interrupted, may come in parts.
+        left = out.data.cast("B")[count:]
+        while left:
+            offset += count
+            count = os.preadv(self._descriptor, (left,), offset)
             if not count:
-                return len(out)
-            out, offset = out[count:], offset + count
+                return len(left)
+            left = left[count:]
         return 0

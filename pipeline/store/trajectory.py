@@ -27,7 +27,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -471,33 +471,33 @@ class Trajectory:
         """
         self._require_committed(name, start, stop)
         first, last = elements or self.column(column)
-        steps = self.chunk[0]
-        with ExitStack() as stack:
-            if not self._keeps_open:
-                stack.enter_context(self.opened())
-            for index in range(start // steps, -(-stop // steps) if start < stop else 0):
-                low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-                part = out[low - start : high - start, : last - first]
-                if self.is_compressed(name):
-                    self._decode(name, index, column, low, part)
-                elif is_url(self.path):
-                    self._fetch(name, index, column, low, part)
-                else:
-                    self._read_file(name, index, column, low, first, part)
+        out = out[:, : last - first]
+        if self.in_pieces(name):
+            with nullcontext() if self._keeps_open else self.opened():
+                self._read_files(name, start, stop, column, first, out)
+            return
+        steps, read = self.chunk[0], self._decode if self.is_compressed(name) else self._fetch
+        for index in range(start // steps, -(-stop // steps) if start < stop else 0):
+            low, high = max(start, index * steps), min(stop, (index + 1) * steps)
+            read(name, index, column, low, out[low - start : high - start])
 
-    def _read_file(self, name: str, index: int, column: int, start: int, first: int, out: NDArray[Any]) -> None:
-        """Read rows of a plain chunk on this machine, at once where they lie together."""
-        file = self._opened_chunk(name, index, column)
-        row = self.chunk[1] * out.itemsize
-        begin = (start - index * self.chunk[0]) * row + (first - self.column(column)[0]) * out.itemsize
+    def _read_files(self, name: str, start: int, stop: int, column: int, first: int, out: NDArray[Any]) -> None:
+        """Read rows of plain chunks on this machine, at once where they lie together."""
+        steps, row = self.chunk[0], self.chunk[1] * out.itemsize
+        offset = (first - self.column(column)[0]) * out.itemsize
         together = out.flags.c_contiguous and out.shape[1] == self.chunk[1]
-        try:
-            for position, words in enumerate((out,) if together else out):
-                missing = file.read(begin + position * row, words.data.cast("B"))
-                if missing:
-                    raise damaged(file.path, f"it ends {missing} bytes early", _INGEST_AGAIN)
-        except OSError as error:
-            raise damaged(file.path, str(error), _INGEST_AGAIN) from error
+        low = start
+        while low < stop:
+            index = low // steps
+            high = min(stop, (index + 1) * steps) if together else low + 1
+            file = self._open.get((name, index, column)) or self._opened_chunk(name, index, column)
+            try:
+                missing = file.read((low - index * steps) * row + offset, out[low - start : high - start])
+            except OSError as error:
+                raise damaged(file.path, str(error), _INGEST_AGAIN) from error
+            if missing:
+                raise damaged(file.path, f"it ends {missing} bytes early", _INGEST_AGAIN)
+            low = high
 
     def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
         if (name, index, column) in self._open:
