@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -247,9 +248,14 @@ class Writer:
             values = {tensor: 1.0 for tensor, metric in state.metrics.items() if every or metric.rescaled}
         return np.array([values.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
 
+    @cached_property
+    def _ingested(self) -> list[dict[str, Any]]:
+        """What the rows were read from that were there before: some are repeated."""
+        return self._trajectory.sources()
+
     def _source(self, row: NewRow) -> Mapping[str, Any]:
         if row.repeats is not None:
-            return self._trajectory.sources()[row.repeats]
+            return self._ingested[row.repeats]
         return self._identities[row.step]
 
     def _require_unchanged(self, row: NewRow) -> None:
