@@ -47,16 +47,15 @@ LEAST_ROWS = 32
 """Rows of a tile of a wide model, at least: the halo is one state in this many."""
 
 PIECE_ELEMENTS = 1 << 17
-"""Elements of a chunk that are read at a time; sums begin anew in each piece."""
-
-READ_BYTES = 12 * MEBIBYTE
-"""Bytes of training state that a worker reads at a time, about: few enough to be computed from the cache."""
+"""Elements of each array that are read at a time, of one row or of short ones together: two times that much stay in
+the cache of a core. Sums begin anew in each piece of a row."""
 
 WHOLE_BYTES = 72 * MEBIBYTE
-"""The same where chunks are read whole (they are compressed, or objects): few are then read for two times."""
+"""Bytes of training state read at a time where chunks are read whole (they are compressed, or objects), about: few
+are then read for two times."""
 
 LEAST_READ_ROWS = 3
-"""Rows read at a time, at least, where memory allows: the last state of one time is copied for the next."""
+"""Rows read at a time there, at least, where memory allows: the last state of one time is copied for the next."""
 
 RESERVED_BYTES = 320 * MEBIBYTE
 """Memory of a worker process before it computes anything: interpreter, libraries, compiled kernel."""
@@ -238,7 +237,8 @@ def plan_pass(
     Projected memory of a worker is the sum of
 
     - the reserve of an idle worker process, and of what else it loads,
-    - training state read at a time: (read_rows + 1) x read_elements x bytes of an element, for every array,
+    - training state read at a time: read_rows x read_elements x bytes of an element, for every array, twice, as
+      what was read before is still needed; where chunks are read whole (read_rows + 1) x read_elements,
     - three times the segment ledgers of a band (as the tiles gave them, joined, and those of another band
       that wait for their last tile), and twice the ledger of a band (tensors, and its encoded chunk):
       rows x (3 segments + 2 tensors) x (vectors^2 + replicate_vectors^2 + 1) x 8, with rows those of a band of this
@@ -260,16 +260,20 @@ def plan_pass(
     tile_columns = min(columns, max(1, round(tile_bytes / max(column_bytes, 1)))) if columns else 1
 
     read_elements = width if whole_chunks else min(width, PIECE_ELEMENTS)
-    read_bytes = WHOLE_BYTES if whole_chunks else READ_BYTES
     row_bytes = read_elements * sum(itemsizes)
-    read_rows = min(band_rows, max(LEAST_READ_ROWS, read_bytes // max(row_bytes, 1) - 1))
+    if whole_chunks:
+        read_rows = max(LEAST_READ_ROWS, WHOLE_BYTES // max(row_bytes, 1) - 1)
+    else:
+        read_rows = max(1, PIECE_ELEMENTS // read_elements)
+    read_rows = min(band_rows, read_rows)
     # Every boundary of a chunk column, and of a piece of one, can cut one tensor in two.
     segments = tensors + columns + math.ceil(width / PIECE_ELEMENTS) - 1
     reserved = RESERVED_BYTES + library_bytes
     fixed = reserved + min(band_rows, rows) * entry_bytes * (3 * segments + 2 * tensors)
-    projected = fixed + (read_rows + 1) * row_bytes
+    projected = fixed + _held_rows(read_rows, whole_chunks) * row_bytes
     if memory_limit is not None and projected > memory_limit:
-        read_rows = (memory_limit - fixed) // max(row_bytes, 1) - 1
+        room = (memory_limit - fixed) // max(row_bytes, 1)
+        read_rows = room - 1 if whole_chunks else room // 2
         if read_rows < 1:
             least = math.ceil((fixed + 2 * row_bytes) / MEBIBYTE)
             part = "chunk" if whole_chunks else "piece of a chunk"
@@ -279,7 +283,7 @@ def plan_pass(
                 f"{band_rows} rows and {reserved / MEBIBYTE:.0f} MiB of an idle worker",
                 remedy=f"raise --memory-limit to {least}MiB or more",
             )
-        projected = fixed + (read_rows + 1) * row_bytes
+        projected = fixed + _held_rows(read_rows, whole_chunks) * row_bytes
 
     halo = max(math.ceil(rows / band_rows) - 1, 0) * state_bytes
     return PassPlan(
@@ -293,3 +297,8 @@ def plan_pass(
         halo_bytes=halo,
         projected_bytes=projected,
     )
+
+
+def _held_rows(read_rows: int, whole_chunks: bool) -> int:
+    """Rows in the memory of a worker."""
+    return read_rows + 1 if whole_chunks else 2 * read_rows

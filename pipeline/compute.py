@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import gram
+from pipeline import gram, stream
 from pipeline.blocks import MEBIBYTE, RESERVED_BYTES, Band, PassPlan, Tile, pieces, plan_pass
 from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places import place
@@ -254,8 +254,7 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
     fields = {"run": job.run, "rows": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
     _log.debug("tile begins", extra=fields)
     states = _trajectory(job)
-    with states.opened(tile.last):
-        return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
+    return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
 
 def _together(parts: Iterable[Segments]) -> Segments:
@@ -276,15 +275,44 @@ def _added(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
 def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
     """Compute the segment ledgers of a chunk column, all rows of a piece after the other."""
     first, last = states.column(column)
-    parts = [
-        _piece_segments(job, states, tile, column, low, min(low + job.read_elements, last))
-        for low in range(first, last, job.read_elements)
-    ]
+    with states.opened(column, tile.last):
+        if all(map(states.in_pieces, _logged(states))) and not states.replicates:
+            parts = _streamed_segments(job, states, tile, column)
+        else:
+            lows = range(first, last, job.read_elements)
+            parts = _together(
+                _piece_segments(job, states, tile, column, low, min(low + job.read_elements, last)) for low in lows
+            )
     # Added up here, column by column, so that it does not matter which columns are in one tile.
-    indices, *products = _together(parts)
+    indices, *products = parts
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
     return tensors, *_added(len(tensors), (indices - first_tensor, *products))
+
+
+def _streamed_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
+    """Compute the segment ledgers of a chunk column from the files of its chunks, where those are plain."""
+    first, last = states.column(column)
+    segments = [states.layout.segments(*piece) for piece in pieces(first, last)]
+    indices = np.array([index for piece in segments for index, _, _ in piece])
+    boundaries = [np.array([*(start for _, start, _ in piece), piece[-1][2]]) - first for piece in segments]
+    names = _logged(states)
+    rows, count = tile.stop - tile.start, len(gram.vectors(HVP in names))
+    products, ratio = np.empty((rows, len(indices), count, count)), np.empty((rows, len(indices)))
+    dtypes = [storage_dtype(states.dtypes[name]) for name in names]
+    files = [states.located(name, tile.start, tile.stop + 1, column) for name in names]
+    size = stream.buffer_bytes(job.read_elements, job.read_rows, [dtype.itemsize for dtype in dtypes])
+    buffer = _buffer("stream", (1, size), np.dtype(np.uint8))[0]
+    leads = states.spans()[tile.start : tile.stop] != 0
+    shape = job.read_elements, job.read_rows
+    while failed := stream.products(files, dtypes, boundaries, *shape, leads, buffer, products, ratio):
+        _read_again(states, names[failed[0]], tile.start + failed[1], column)
+    return indices, products, ratio
+
+
+def _read_again(states: Trajectory, name: str, row: int, column: int) -> None:
+    """Read what the compiled code could not: this says why. A read that was only interrupted goes well now."""
+    states.read(name, row, row + 1, column, np.empty((1, states.chunk[1]), storage_dtype(states.dtypes[name])))
 
 
 def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
@@ -350,7 +378,13 @@ def _read(
     buffer = _buffer(name, (job.read_rows + 1, job.read_elements), storage_dtype(states.dtypes[name]))
     if carried:
         buffer[0] = buffer[job.read_rows]
-    states.read(name, start + carried, stop, column, buffer[carried : stop - start], (first, last))
+    out = buffer[carried : stop - start, : last - first]
+    if not states.in_pieces(name):
+        states.read(name, start + carried, stop, column, out)
+        return buffer[: stop - start, : last - first]
+    file = states.located(name, start + carried, stop, column)
+    while (failed := stream.read(file, first - states.column(column)[0], out)) is not None:
+        _read_again(states, name, start + carried + failed, column)
     return buffer[: stop - start, : last - first]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -307,10 +308,12 @@ class Layout:
             In order, not empty ones only; elements count from the start of the axis.
         """
         pieces = []
-        for index, tensor in enumerate(self.tensors):
-            low, high = max(start, tensor.offset), min(stop, tensor.stop)
-            if low < high:
-                pieces.append((index, low, high))
+        for index in range(bisect_right(self.tensors, start, key=lambda tensor: tensor.stop), len(self.tensors)):
+            tensor = self.tensors[index]
+            if tensor.offset >= stop:
+                break
+            if tensor.size:
+                pieces.append((index, max(start, tensor.offset), min(stop, tensor.stop)))
         return pieces
 
 

@@ -36,7 +36,7 @@ FLOORS = [
         "pipeline.sources.pickle_data",
         "pipeline.experiments.digits",
     },
-    {"pipeline.sources.factors"},
+    {"pipeline.sources.factors", "pipeline.stream"},
     {
         "pipeline.sources.alignment",
         "pipeline.sources.optimizer",
@@ -118,7 +118,7 @@ HOMES = {
     "dask": {"pipeline.clusters"},
     "distributed": {"pipeline.clusters", "pipeline.compute"},
     "prefect": {"flows.runs", "flows.demo", "flows.watch", "flows.deployments"},
-    "numba": {"pipeline.gram"},
+    "numba": {"pipeline.gram", "pipeline.stream"},
     "llvmlite": {"pipeline.gram"},
     "matplotlib": {"pipeline.figures.canvas", "pipeline.figures.curves", "pipeline.figures.paper"},
     "jinja2": {"pipeline.report"},

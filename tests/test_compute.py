@@ -32,7 +32,7 @@ RESIDUAL = VECTORS.index("residual")
 SMALL_BLOCKS = {
     "LEAST_TILE_BYTES": 1,
     "TILE_BYTES": 4000,
-    "READ_BYTES": 1000,
+    "PIECE_ELEMENTS": 80,
     "WHOLE_BYTES": 1000,
     "LEAST_READ_ROWS": 1,
     "LEAST_ROWS": 5,
@@ -128,23 +128,24 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
     assert_is_ledger_of(ledger, arrays)
 
 
-def halo_repeated(read, boundaries):
-    """`Trajectory.read` that gives the last row of a band in place of the halo."""
+def halo_repeated(located, boundaries):
+    """`Trajectory.located` that gives the last row of a band in place of the halo."""
 
-    def mutant(self, name, start, stop, column, out, elements):
-        read(self, name, start, stop, column, out, elements)
+    def mutant(self, name, start, stop, column):
+        descriptors, offsets = located(self, name, start, stop, column)
         if stop - 1 in boundaries:
-            read(self, name, stop - 2, stop - 1, column, out[-1:], elements)
+            descriptors[-1], offsets[-1] = descriptors[-2], offsets[-2]
+        return descriptors, offsets
 
     return mutant
 
 
-def shifted(read, array):
-    """`Trajectory.read` that gives one array one step late."""
+def shifted(located, array):
+    """`Trajectory.located` that gives one array one step late."""
 
-    def mutant(self, name, start, stop, *where):
+    def mutant(self, name, start, stop, column):
         late = name == array and start > 0
-        read(self, name, start - late, stop - late, *where)
+        return located(self, name, start - late, stop - late, column)
 
     return mutant
 
@@ -153,10 +154,10 @@ def shifted(read, array):
 @pytest.mark.parametrize(
     "mutant",
     [
-        pytest.param(lambda read: halo_repeated(read, {6, 12, 18, 19}), id="halo of every band"),
-        pytest.param(lambda read: halo_repeated(read, {12}), id="halo of one band"),
-        pytest.param(lambda read: shifted(read, "gradient"), id="gradient shifted"),
-        pytest.param(lambda read: shifted(read, "parameter"), id="parameter shifted"),
+        pytest.param(lambda located: halo_repeated(located, {6, 12, 18, 19}), id="halo of every band"),
+        pytest.param(lambda located: halo_repeated(located, {12}), id="halo of one band"),
+        pytest.param(lambda located: shifted(located, "gradient"), id="gradient shifted"),
+        pytest.param(lambda located: shifted(located, "parameter"), id="parameter shifted"),
     ],
 )
 def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_whole_vectors(
@@ -167,7 +168,7 @@ def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_whole_v
     assert {band.stop for band in summary.plan.bands()} == {6, 12, 18, 19}
     assert_is_ledger_of(ledger, arrays)
     Ledger.remove(ledger)
-    monkeypatch.setattr(Trajectory, "read", mutant(Trajectory.read))
+    monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
     compute_ledger(tmp_path / "trajectory.zarr", ledger)
     with pytest.raises(AssertionError, match="entry"):
         assert_is_ledger_of(ledger, arrays)
@@ -181,8 +182,7 @@ def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(blocks, "LEAST_TILE_BYTES", 1)
         monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // bands) * -(-4 // tiles))
         monkeypatch.setattr(blocks, "LEAST_ROWS", -(-19 // bands))
-        monkeypatch.setattr(blocks, "READ_BYTES", 40 * 8 * (read + 1))
-        monkeypatch.setattr(blocks, "LEAST_READ_ROWS", 1)
+        monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 40 * read)
         other, cut = ledger_of(tmp_path / f"{bands} {tiles}", arrays, (steps, 40))
         assert (cut.bands, -(-4 // cut.plan.tile_columns), cut.plan.read_rows) == (bands, tiles, read)
         assert bits(other) == bits(ledger)

@@ -1,5 +1,6 @@
 """The trajectory store and the Gram ledger: what is committed is whole, what is not is invisible."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from logs import DTYPES, append_states, walk_arrays, write_trajectory
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
+from pipeline import stream
 from pipeline.blocks import Band
 from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
 from pipeline.store import Ledger, Trajectory, checksum, storage_dtype
@@ -332,14 +334,17 @@ def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bit
     column=st.integers(0, 2),
     part=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted),
 )
-def test_any_part_of_a_chunk_column_is_read_by_itself(twins, dtype, rows, column, part):
+def test_any_part_of_a_chunk_column_is_where_it_is_located(twins, dtype, rows, column, part):
     start, stop = rows
     trajectory, _, arrays = twins[dtype]
-    low, high = (min(trajectory.column(column)[0] + place, ELEMENTS) for place in part)
+    first, last = trajectory.column(column)
+    low, high = (min(place, last - first) for place in part)
     for name, array in arrays.items():
         out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
-        trajectory.read(name, start, stop, column, out, (low, high))
-        assert out[:, : high - low].tobytes() == words(array)[start:stop, low:high].tobytes()
+        with trajectory.opened(column):
+            located = trajectory.located(name, start, stop, column)
+            assert stream.read(located, low, out[:, : high - low]) is None
+        assert out[:, : high - low].tobytes() == words(array)[start:stop, first + low : first + high].tobytes()
         assert (out[:, high - low :] == 77).all()
 
 
@@ -347,10 +352,10 @@ def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_
     arrays = walk_arrays(4, ELEMENTS)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     reader, out = Trajectory(path), np.empty((2, 5), np.float32)
-    with reader.opened():
-        reader.read("parameter", 0, 1, 0, out[:1])
+    with reader.opened(0):
+        located = reader.located("parameter", 0, 2, 0)
         append_states(path, {name: array[2:] for name, array in arrays.items()})
-        reader.read("parameter", 1, 2, 0, out[1:])
+        assert stream.read(located, 0, out) is None
     np.testing.assert_array_equal(out, arrays["parameter"][:2, :5])
 
 
@@ -360,7 +365,7 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
 ):
     arrays = walk_arrays(6, ELEMENTS)
     write_trajectory(path, arrays, SHAPES, CHUNK)
-    reader, cached, found, out = Trajectory(path), True, set(), np.empty((6, 5), np.float32)
+    reader, cached, found = Trajectory(path), True, set()
 
     def advise(descriptor, offset, length, advice):
         assert (offset, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
@@ -368,28 +373,48 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: cached)
-    with reader.opened(columns):
-        reader.read("parameter", 0, 6, 0, out)
+    with reader.opened(0, columns):
+        reader.located("parameter", 0, 6, 0)
     assert not found
     cached = False
-    with reader.opened(columns):
-        reader.read("parameter", 0, 6, 0, out)
-    np.testing.assert_array_equal(out, arrays["parameter"][:, :5])
+    with reader.opened(0, columns):
+        reader.located("parameter", 0, 6, 0)
     assert found == {path / f"parameter/c/{row}/{column}" for row in (0, 1) for column in asked}
 
 
-def test_files_are_closed_again_and_one_that_became_shorter_is_refused(path):
+def descriptors():
+    return {path.name for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+
+
+def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_the_next(path, monkeypatch):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
-    reader, out = Trajectory(path), np.empty((6, 5), np.float32)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with reader.opened(2):
-        reader.read("parameter", 0, 3, 0, out[:3])
-        assert len(list(Path("/proc/self/fd").iterdir())) > before
+    monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: False)
+    reader, before = Trajectory(path), len(descriptors())
+    with reader.opened(0, 2):
+        reader.located("parameter", 0, 6, 0)
+        assert len(descriptors()) == before + 4
+    assert len(descriptors()) == before + 2
+    with reader.opened(1, 2):
+        reader.located("parameter", 0, 6, 1)
+        assert len(descriptors()) == before + 2
+    assert len(descriptors()) == before
+    with contextlib.suppress(InputError), reader.opened(0, 2):
+        reader.located("parameter", 0, 6, 0)
+        reader.located("parameter", 0, 7, 0)
+    assert len(descriptors()) == before
+
+
+def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
+    write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
+    reader, out, before = Trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
+    with reader.opened(0):
+        located = reader.located("parameter", 0, 3, 0)
         os.truncate(path / "parameter/c/0/0", 24)
+        assert stream.read(located, 0, out[:3]) == 0
         with pytest.raises(InputError, match=r"it ends \d+ bytes early") as caught:
-            reader.read("parameter", 0, 3, 0, out[:3])
+            reader.read("parameter", 0, 6, 0, out)
     assert caught.value.where == str(path / "parameter/c/0/0")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(descriptors()) == before
 
 
 def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):

@@ -23,6 +23,7 @@ class ChunkFile:
     Attributes
     ----------
     path : Path
+    descriptor : int
     size : int
         Its bytes when it was opened.
 
@@ -34,23 +35,23 @@ class ChunkFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._descriptor).st_size
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def ask(self) -> bool:
         """Ask the system to read the file where its ends are not in the cache; whether it was asked."""
         asked = not (self._is_cached(0) and self._is_cached(self.size - 1))
         if asked:
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         return asked
 
     def _is_cached(self, offset: int) -> bool:
         try:
-            return os.preadv(self._descriptor, _BYTE, offset, os.RWF_NOWAIT) == 1
+            return os.preadv(self.descriptor, _BYTE, offset, os.RWF_NOWAIT) == 1
         except OSError:
             return False
 
@@ -67,14 +68,14 @@ class ChunkFile:
         OSError
             Where it cannot be read.
         """
-        count = os.preadv(self._descriptor, (out.data,), offset)
+        count = os.preadv(self.descriptor, (out.data,), offset)
         if count == out.nbytes:
             return 0
         # A read of many bytes, or one that was interrupted, may come in parts.
         left = out.data.cast("B")[count:]
         while left:
             offset += count
-            count = os.preadv(self._descriptor, (left,), offset)
+            count = os.preadv(self.descriptor, (left,), offset)
             if not count:
                 return len(left)
             left = left[count:]

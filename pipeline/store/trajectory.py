@@ -27,7 +27,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ class Trajectory:
         self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
         self._writes = Writes()
         self._open: dict[tuple[str, int, int], ChunkFile] = {}
-        self._read_ahead, self._keeps_open = 0, False
+        self._read_ahead = 0
         self.rows = 0
         self._count_rows()
 
@@ -422,32 +422,56 @@ class Trajectory:
         return not self.is_compressed(name) and not is_url(self.path)
 
     @contextmanager
-    def opened(self, columns: int = 0) -> Iterator[None]:
-        """Keep the files of chunks open: those of one task, which are read piece by piece.
+    def opened(self, column: int, columns: int = 0) -> Iterator[None]:
+        """Keep the files of the chunks of a column open, which are read piece by piece.
 
         Parameters
         ----------
+        column : int
         columns : int
             Where chunks come from the disk, those of the next column are read ahead, if it is before this one.
         """
-        self._read_ahead, self._keeps_open = columns, True
+        self._read_ahead = columns
+        kept: set[tuple[str, int, int]] = set()
         try:
             yield
+            kept = {key for key in self._open if key[2] > column}
         finally:
-            self._keeps_open = False
-            for file in self._open.values():
-                file.close()
-            self._open.clear()
+            for key in set(self._open) - kept:
+                self._open.pop(key).close()
 
-    def read(
-        self,
-        name: str,
-        start: int,
-        stop: int,
-        column: int,
-        out: NDArray[Any],
-        elements: tuple[int, int] | None = None,
-    ) -> None:
+    def located(self, name: str, start: int, stop: int, column: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Where committed rows of a chunk column lie, for a reader of files; while the column is `opened`.
+
+        Parameters
+        ----------
+        name : str
+            An array that is `in_pieces`.
+        start, stop : int
+            Rows.
+        column : int
+
+        Returns
+        -------
+        descriptors : int32 array, shape (rows,)
+            Of the open file of each row's chunk.
+        offsets : int64 array, shape (rows,)
+            First byte of each row there.
+
+        Raises
+        ------
+        InputError
+            Where a row is not committed, or a chunk is missing or too short.
+        """
+        self._require_committed(name, start, stop)
+        rows = np.arange(start, stop)
+        first = start // self.chunk[0]
+        files = [self._opened_chunk(name, index, column) for index in range(first, -(-stop // self.chunk[0]))]
+        descriptors = np.array([file.descriptor for file in files], np.int32)[rows // self.chunk[0] - first]
+        row = self.chunk[1] * storage_dtype(self.dtypes[name]).itemsize
+        return descriptors, rows % self.chunk[0] * row
+
+    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
         """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
 
         Parameters
@@ -458,11 +482,8 @@ class Trajectory:
             Rows.
         column : int
             Chunk column.
-        out : array, shape (stop - start, elements), of `storage_dtype`
-            Written; elements beyond the last that is asked for are left as they are.
-        elements : (int, int), optional
-            First and stop element of the model, within the column and where it can be read `in_pieces`; the whole
-            column where not given.
+        out : array, shape (stop - start, chunk elements), of `storage_dtype`
+            Written; elements beyond the model's last are left as they are.
 
         Raises
         ------
@@ -470,46 +491,42 @@ class Trajectory:
             Where a row is not committed, or a chunk is missing, too short or (where it is read whole) damaged.
         """
         self._require_committed(name, start, stop)
-        first, last = elements or self.column(column)
+        first, last = self.column(column)
         out = out[:, : last - first]
-        if self.in_pieces(name):
-            with nullcontext() if self._keeps_open else self.opened():
-                self._read_files(name, start, stop, column, first, out)
-            return
-        steps, read = self.chunk[0], self._decode if self.is_compressed(name) else self._fetch
+        steps = self.chunk[0]
+        read = self._decode if self.is_compressed(name) else self._fetch if is_url(self.path) else self._read_file
         for index in range(start // steps, -(-stop // steps) if start < stop else 0):
             low, high = max(start, index * steps), min(stop, (index + 1) * steps)
             read(name, index, column, low, out[low - start : high - start])
 
-    def _read_files(self, name: str, start: int, stop: int, column: int, first: int, out: NDArray[Any]) -> None:
-        """Read rows of plain chunks on this machine, at once where they lie together."""
-        steps, row = self.chunk[0], self.chunk[1] * out.itemsize
-        offset = (first - self.column(column)[0]) * out.itemsize
+    def _read_file(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
+        """Read rows of a plain chunk on this machine, at once where they lie together."""
+        row = self.chunk[1] * out.itemsize
         together = out.flags.c_contiguous and out.shape[1] == self.chunk[1]
-        low = start
-        while low < stop:
-            index = low // steps
-            high = min(stop, (index + 1) * steps) if together else low + 1
-            file = self._open.get((name, index, column)) or self._opened_chunk(name, index, column)
+        with closing(self._chunk_file(name, index, column)) as file:
             try:
-                missing = file.read((low - index * steps) * row + offset, out[low - start : high - start])
+                for position, words in enumerate([out] if together else out, start - index * self.chunk[0]):
+                    if missing := file.read(position * row, words):
+                        raise damaged(file.path, f"it ends {missing} bytes early", _INGEST_AGAIN)
             except OSError as error:
                 raise damaged(file.path, str(error), _INGEST_AGAIN) from error
-            if missing:
-                raise damaged(file.path, f"it ends {missing} bytes early", _INGEST_AGAIN)
-            low = high
 
-    def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
-        if (name, index, column) in self._open:
-            return self._open[name, index, column]
+    def _chunk_file(self, name: str, index: int, column: int) -> ChunkFile:
         path = self.chunk_path(name, index, column)
         try:
-            file = self._open[name, index, column] = ChunkFile(path)
+            file = ChunkFile(path)
         except OSError as error:
             raise damaged(path, str(error), _INGEST_AGAIN) from error
         expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
         if file.size < expected:
+            file.close()
             raise damaged(path, f"it ends {expected - file.size} bytes early", _INGEST_AGAIN)
+        return file
+
+    def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
+        if (name, index, column) in self._open:
+            return self._open[name, index, column]
+        file = self._open[name, index, column] = self._chunk_file(name, index, column)
         if file.ask() and ahead and column + 1 < self._read_ahead:
             self._opened_chunk(name, index, column + 1, ahead=False)
         return file

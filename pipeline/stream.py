@@ -1,0 +1,247 @@
+"""Rows of files through the kernel: each is read into a small buffer and computed from there, in one compiled loop.
+
+Two rows of a piece stay in the cache of a core, so memory is read once and nothing else crosses it; and where rows
+are short, many of them are read at once. Between a row and the next there is no Python, and no interpreter lock:
+threads do not wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from pipeline.gram import _RUN, _RUNS, _pointer, _products, _words
+
+__all__ = ["Located", "buffer_bytes", "products", "read"]
+
+Located = tuple[NDArray[np.int32], NDArray[np.int64]]
+"""Where rows lie: of each the descriptor of an open file, and its first byte there; two arrays of shape (rows,)."""
+
+# The system's call, not that of Python, which needs the interpreter lock before and after each.
+_pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
+
+
+@njit(cache=True, nogil=True)
+def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
+    """Read to an address; whether all came."""
+    while size > 0:
+        # A read of many bytes, or one that was interrupted, may come in parts.
+        count = _pread(descriptor, _pointer(address), np.uintp(size), offset)
+        if count <= 0:
+            return False
+        address += np.uintp(count)
+        offset += count
+        size -= count
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _read_rows(
+    descriptors: Any, offsets: Any, first: int, stop: int, shift: int, size: int, stride: int, address: Any
+) -> int:
+    """Read a part of rows to addresses ``stride`` bytes apart: whole ones that follow each other, at once.
+
+    Returns the first row that cannot be read, -1 where all can.
+    """
+    row = first
+    while row < stop:
+        last = row + 1
+        while (
+            size == stride
+            and last < stop
+            and descriptors[last] == descriptors[row]
+            and offsets[last] == offsets[row] + (last - row) * stride
+        ):
+            last += 1
+        together = (last - row) * size
+        if not _read_bytes(descriptors[row], address, together, offsets[row] + shift):
+            return row
+        address += np.uintp((last - row) * stride)
+        row = last
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _stream(
+    descriptors: Any,
+    offsets: Any,
+    like: Any,
+    lows: Any,
+    cuts: Any,
+    starts: Any,
+    stride: int,
+    batch: int,
+    leads: Any,
+    buffer: Any,
+    p: Any,
+    g: Any,
+    h: Any,
+    gram: Any,
+    ratio: Any,
+) -> Any:
+    """Return array and row of what cannot be read, (-1, -1) where all can."""
+    rows, arrays = gram.shape[0], descriptors.shape[0]
+    first_segment = 0
+    for piece in range(lows.size):
+        own = starts[cuts[piece] : cuts[piece + 1]]
+        width, last_segment = own[-1], first_segment + own.size - 1
+        for begin in range(0, rows + 1, batch):
+            end = min(begin + batch, rows + 1)
+            address = buffer
+            for a in range(arrays):
+                size = like[0].itemsize if a == 0 else like[1].itemsize if a == 1 else like[2].itemsize
+                # Batches take turns in the two halves: the last row of the one before is needed once more.
+                half = address + np.uintp(begin // batch % 2 * batch * stride * size)
+                # An hvp belongs to an update: of the last state there is none to be read.
+                stop = min(end, rows) if a == 2 else end
+                failed = _read_rows(
+                    descriptors[a], offsets[a], begin, stop, lows[piece] * size, width * size, stride * size, half
+                )
+                if failed >= 0:
+                    return a, failed
+                for row in range(end - begin):
+                    seen = half + np.uintp(row * stride * size)
+                    if a == 0:
+                        p[1 + row] = seen
+                    elif a == 1:
+                        g[1 + row] = seen
+                    elif h is not None:
+                        h[1 + row] = seen
+                address += np.uintp(2 * batch * stride * size)
+            first = max(begin - 1, 0)
+            while first < end - 1:
+                last = first + 1
+                if leads[first]:
+                    while last < end - 1 and leads[last]:
+                        last += 1
+                    at, after = first - begin + 1, last - begin + 1
+                    _products(
+                        p[at : after + 1],
+                        g[at : after + 1],
+                        None if h is None else h[at:after],
+                        like,
+                        own,
+                        _RUN,
+                        _RUNS,
+                        gram[first:last, first_segment:last_segment],
+                        ratio[first:last, first_segment:last_segment],
+                    )
+                else:
+                    gram[first, first_segment:last_segment] = np.nan
+                    ratio[first, first_segment:last_segment] = np.nan
+                first = last
+            p[0], g[0] = p[end - begin], g[end - begin]
+            if h is not None:
+                h[0] = h[end - begin]
+        first_segment = last_segment
+    return -1, -1
+
+
+def buffer_bytes(stride: int, batch: int, itemsizes: Sequence[int]) -> int:
+    """Bytes of the buffer of `products`."""
+    return 2 * batch * stride * sum(itemsizes)
+
+
+def products(
+    files: Sequence[Located],
+    dtypes: Sequence[np.dtype[Any]],
+    boundaries: Sequence[NDArray[np.int64]],
+    stride: int,
+    batch: int,
+    leads: NDArray[np.bool_],
+    buffer: NDArray[np.uint8],
+    gram: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+) -> tuple[int, int] | None:
+    """Inner products of neighbouring rows, as `pipeline.gram.products` gives them, of rows that are read here.
+
+    Parameters
+    ----------
+    files : sequence of `Located`
+        Rows of parameter and gradient, rows + 1 of each, and maybe of the Hessian-vector product.
+    dtypes : sequence of dtype
+        Of each.
+    boundaries : sequence of int64 arrays, shape (segments of the piece + 1,)
+        Of each piece of the rows, which is read by itself, the elements where its segments begin, and where the
+        last ends.
+    stride : int
+        Elements from a row in the buffer to the next: those of the longest piece, or of a row in its file where
+        that is one piece; then rows are read together.
+    batch : int
+        Rows read before they are computed.
+    leads : bool array, shape (rows,)
+        Whether an update leads from a row to the next. Where none does, products are NaN.
+    buffer : uint8 array, of `buffer_bytes`
+        Overwritten.
+    gram, ratio : float64 arrays, shape (rows, segments, vectors, vectors) and (rows, segments)
+        Written, the segments of all pieces one after the other.
+
+    Returns
+    -------
+    (int, int) or None
+        Array and row where reading ended: the file is too short, or the system reports an error. What is written
+        has no meaning then.
+
+    Raises
+    ------
+    ValueError
+        Where a piece is longer than ``stride``, or the buffer too small.
+    """
+    if max(int(piece[-1] - piece[0]) for piece in boundaries) > stride:
+        raise ValueError(f"a piece is longer than {stride} elements")
+    needed = buffer_bytes(stride, batch, [dtype.itemsize for dtype in dtypes])
+    if buffer.nbytes < needed:
+        raise ValueError(f"a buffer of {buffer.nbytes} bytes in place of {needed}")
+    words = [_words([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
+    like = tuple(np.empty(0, dtype) for dtype in (*words, words[0])[:3])
+    descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
+    p, g, h = (np.zeros(batch + 1, np.uintp) for _ in range(3))
+    lows = np.array([piece[0] for piece in boundaries])
+    cuts = np.cumsum([0, *map(len, boundaries)])
+    starts = np.concatenate([piece - piece[0] for piece in boundaries])
+    address = np.uintp(buffer.__array_interface__["data"][0])
+    found = _stream(
+        descriptors,
+        offsets,
+        like,
+        lows,
+        cuts,
+        starts,
+        stride,
+        batch,
+        leads,
+        address,
+        p,
+        g,
+        h if len(files) > 2 else None,
+        gram,
+        ratio,
+    )
+    return None if found[0] < 0 else (int(found[0]), int(found[1]))
+
+
+def read(file: Located, first: int, out: NDArray[Any]) -> int | None:
+    """Read a part of rows, from an element on.
+
+    Parameters
+    ----------
+    file : Located
+    first : int
+        Element of a row.
+    out : array, shape (rows, elements)
+        Written; elements of a row are contiguous.
+
+    Returns
+    -------
+    int or None
+        The row that cannot be read.
+    """
+    descriptors, offsets = file
+    size, stride = out.shape[1] * out.itemsize, out.strides[0]
+    address = np.uintp(out.__array_interface__["data"][0])
+    failed = _read_rows(descriptors, offsets, 0, len(out), first * out.itemsize, size, stride, address)
+    return None if failed < 0 else int(failed)
