@@ -15,7 +15,7 @@ from logs import append_states, walk_arrays, write_trajectory
 from reference import assert_gram_close, exact_gram, exact_vectors
 from zarr.codecs import BloscCodec
 
-from pipeline import blocks, clusters, compute
+from pipeline import blocks, clusters, compute, stream
 from pipeline.blocks import MEBIBYTE
 from pipeline.compute import compute_ledger
 from pipeline.schema import VECTORS, InputError
@@ -272,9 +272,12 @@ def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("chunk", [CHUNK, (3, 123)], ids=["bands of two tiles", "bands of one tile"])
-def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_same(tmp_path, cluster, chunk):
+def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_same(
+    tmp_path, cluster, monkeypatch, chunk
+):
     from distributed import Client
 
+    monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 1 << 17)  # as on the workers
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, _ = ledger_of(tmp_path, arrays, chunk)
 
@@ -293,6 +296,42 @@ def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_sa
     assert summary.computed_bands > 2  # both workers had one
     assert not psutil.pid_exists(doomed)
     assert bits(other) == bits(ledger)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("replicates", [0, 1], ids=["compiled", "row by row"])
+def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was_interrupted_goes_on(
+    tmp_path, monkeypatch, replicates
+):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    if replicates:
+        arrays["replicate_parameter/0"], arrays["replicate_parameter/1"] = arrays["parameter"], arrays["gradient"]
+    ledger, _ = ledger_of(tmp_path, arrays)
+    trajectory, other = tmp_path / "trajectory.zarr", tmp_path / "other.zarr"
+    name, interrupted = ("read" if replicates else "products"), []
+    reading = getattr(stream, name)
+
+    def interrupt(*args):
+        interrupted.append(None)
+        return ((1, 1) if name == "products" else 1) if len(interrupted) == 1 else reading(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, name, interrupt)
+        compute_ledger(trajectory, other)
+    assert len(interrupted) > 1
+    assert bits(other) == bits(ledger)
+    Ledger.remove(other)
+    located, chunk = Trajectory.located, trajectory / "gradient/c/3/1"
+
+    def cut_short(self, *args):
+        found = located(self, *args)
+        os.truncate(chunk, 100)
+        return found
+
+    monkeypatch.setattr(Trajectory, "located", cut_short)
+    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+        compute_ledger(trajectory, other)
+    assert caught.value.where == str(chunk)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -470,7 +509,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import blocks, compute, gram
+from pipeline import blocks, compute, stream
 from pipeline.store import journal
 
 vars(blocks).update({constants})
@@ -493,7 +532,7 @@ compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]))
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        pytest.param("gram", "products", 2 * 4 * 3 + 1, id="in the third band, at its first tile"),
+        pytest.param("stream", "products", 2 * 4 + 1, id="in the third band, at its first tile"),
         pytest.param("journal.Journal", "write", 3, id="in the third band, between its data and its record"),
     ],
 )
