@@ -38,7 +38,7 @@ MOST_TILES = 50_000
 LEAST_TILE_BYTES = 8 * MEBIBYTE
 """Bytes a task reads at least, where a small run is cut into tasks for several workers."""
 
-TILES_OF_SMALL_RUN = 8
+BANDS_OF_SMALL_RUN, TASKS_OF_SMALL_RUN = 8, 16
 
 LEDGER_BYTES = 16 * MEBIBYTE
 """Bytes of the ledger that a task writes, about (one row of it where one is larger)."""
@@ -250,13 +250,15 @@ def plan_pass(
     entry_bytes = (vectors * vectors + replicate_vectors * replicate_vectors + 1) * 8
 
     if band_rows is None:
-        target = min(TILE_BYTES, max(rows * state_bytes // TILES_OF_SMALL_RUN, LEAST_TILE_BYTES))
+        target = min(TILE_BYTES, max(rows * state_bytes // BANDS_OF_SMALL_RUN, LEAST_TILE_BYTES))
         wanted = max(math.ceil(target / max(state_bytes, 1)), min(LEAST_ROWS, rows), 1)
         wanted = min(wanted, max(1, LEDGER_BYTES // (tensors * entry_bytes)), _enough_steps(rows))
         # A band of whole chunks re-reads no chunk but the halo's; a chunk longer than the band is shared.
         band_rows = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
     column_bytes = band_rows * width * sum(itemsizes)
-    tile_bytes = max(TILE_BYTES, rows * state_bytes // MOST_TILES)
+    # Of a run that is not large, tasks are so many that workers end at nearly the same time.
+    small = max(rows * state_bytes // TASKS_OF_SMALL_RUN, LEAST_TILE_BYTES)
+    tile_bytes = max(min(TILE_BYTES, small), rows * state_bytes // MOST_TILES)
     tile_columns = min(columns, max(1, round(tile_bytes / max(column_bytes, 1)))) if columns else 1
 
     read_elements = width if whole_chunks else min(width, PIECE_ELEMENTS)

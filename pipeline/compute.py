@@ -426,9 +426,16 @@ def whole_band(job: Job, band: Band, digest: str) -> Finished:
 
 
 def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
-    """Run band after band in this process: the reference of all executors."""
-    for band, digest in bands:
-        yield whole_band(job, band, digest)
+    """Run band after band in this process, each written while the next is computed: the reference of executors."""
+    written: Future[Finished] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for band, digest in bands:
+            parts = [tile_segments(job, tile) for tile in band.tiles]
+            if written is not None:
+                yield written.result()
+            written = pool.submit(write_band, job, band, digest, parts)
+        if written is not None:
+            yield written.result()
 
 
 def threads(workers: int) -> Executor:

@@ -567,13 +567,13 @@ def add_segments(
         return gram, ratio
     rows, _, count, _ = gram.shape
     total, common = np.zeros((rows, tensors, count, count)), np.zeros((rows, tensors))
-    firsts, stops = (
-        np.searchsorted(indices, range(tensors)),
-        np.searchsorted(indices, range(tensors), "right"),
-    )
-    for tensor, (first, stop) in enumerate(zip(firsts, stops, strict=True)):
-        if first < stop:
-            total[:, tensor], common[:, tensor] = combine(gram[:, first:stop], ratio[:, first:stop])
+    counts = np.bincount(indices, minlength=tensors)
+    firsts = np.cumsum(counts) - counts
+    whole = counts == 1
+    total[:, whole], common[:, whole] = gram[:, firsts[whole]], ratio[:, firsts[whole]]
+    for tensor in np.flatnonzero(counts > 1):
+        parts = slice(firsts[tensor], firsts[tensor] + counts[tensor])
+        total[:, tensor], common[:, tensor] = combine(gram[:, parts], ratio[:, parts])
     return total, common
 
 

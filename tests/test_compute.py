@@ -32,6 +32,7 @@ RESIDUAL = VECTORS.index("residual")
 SMALL_BLOCKS = {
     "LEAST_TILE_BYTES": 1,
     "TILE_BYTES": 4000,
+    "TASKS_OF_SMALL_RUN": 1,
     "PIECE_ELEMENTS": 80,
     "WHOLE_BYTES": 1000,
     "LEAST_READ_ROWS": 1,
@@ -180,6 +181,7 @@ def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path, monkeypatch):
     assert (summary.bands, summary.plan.tile_columns) == (1, 4)
     for steps, bands, tiles, read in [(1, 19, 4, 1), (3, 3, 4, 3), (64, 10, 2, 2), (64, 2, 1, 10)]:
         monkeypatch.setattr(blocks, "LEAST_TILE_BYTES", 1)
+        monkeypatch.setattr(blocks, "TASKS_OF_SMALL_RUN", 1)
         monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // bands) * -(-4 // tiles))
         monkeypatch.setattr(blocks, "LEAST_ROWS", -(-19 // bands))
         monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 40 * read)
@@ -530,13 +532,16 @@ compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]))
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
-    ("owner", "name", "call"),
+    ("owner", "name", "call", "kept"),
     [
-        pytest.param("stream", "products", 2 * 4 + 1, id="in the third band, at its first tile"),
-        pytest.param("journal.Journal", "write", 3, id="in the third band, between its data and its record"),
+        # The second may be on its way to the disk still.
+        pytest.param("stream", "products", 2 * 4 + 1, {1, 2}, id="in the third band, at its first tile"),
+        pytest.param("journal.Journal", "write", 3, {2}, id="in the third band, between its data and its record"),
     ],
 )
-def test_a_process_that_was_killed_in_its_third_band_leaves_two(tmp_path, owner, name, call):
+def test_a_process_that_was_killed_in_its_third_band_leaves_those_that_were_written(
+    tmp_path, owner, name, call, kept
+):
     arrays = walk_arrays(ROWS, ELEMENTS)
     undisturbed, _ = ledger_of(tmp_path / "undisturbed", arrays)
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
@@ -544,10 +549,11 @@ def test_a_process_that_was_killed_in_its_third_band_leaves_two(tmp_path, owner,
     code = KILLED.format(constants=SMALL_BLOCKS, owner=owner, name=name, call=call)
     process = subprocess.run([sys.executable, "-c", code, trajectory, ledger], check=False)
     assert process.returncode == -signal.SIGKILL
-    with pytest.raises(InputError, match="updates 12 to 18 are missing"):
+    with pytest.raises(InputError, match=r"updates (6|12) to \d+ are missing"):
         Ledger(ledger).read()
     summary = compute_ledger(trajectory, ledger)
-    assert (summary.bands, summary.computed_bands) == (4, 2)
+    assert summary.bands == 4
+    assert summary.bands - summary.computed_bands in kept
     assert bits(ledger) == bits(undisturbed)
 
 

@@ -203,7 +203,7 @@ def test_a_run_with_one_state_since_its_restart_has_no_update_yet(log, out):
 
 
 def test_a_restart_costs_the_bands_of_its_rows_only(log, out, monkeypatch):
-    for name, value in {"LEAST_TILE_BYTES": 1, "TILES_OF_SMALL_RUN": 2, "LEAST_ROWS": 1}.items():
+    for name, value in {"LEAST_TILE_BYTES": 1, "BANDS_OF_SMALL_RUN": 2, "LEAST_ROWS": 1}.items():
         monkeypatch.setattr(blocks, name, value)
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 2 * ELEMENTS)
     ingest_run(log_steps(log, random_walk(9), range(9)), out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -18,11 +17,10 @@ class ChunkFile:
 
     Parameters
     ----------
-    path : Path
+    path : str
 
     Attributes
     ----------
-    path : Path
     descriptor : int
     size : int
         Its bytes when it was opened.
@@ -33,8 +31,7 @@ class ChunkFile:
         Where it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self.descriptor).st_size
 

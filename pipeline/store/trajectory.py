@@ -464,12 +464,11 @@ class Trajectory:
             Where a row is not committed, or a chunk is missing or too short.
         """
         self._require_committed(name, start, stop)
-        rows = np.arange(start, stop)
-        first = start // self.chunk[0]
-        files = [self._opened_chunk(name, index, column) for index in range(first, -(-stop // self.chunk[0]))]
-        descriptors = np.array([file.descriptor for file in files], np.int32)[rows // self.chunk[0] - first]
+        steps, rows = self.chunk[0], np.arange(start, stop)
+        first = start // steps
+        files = [self._opened_chunk(name, index, column).descriptor for index in range(first, -(-stop // steps))]
         row = self.chunk[1] * storage_dtype(self.dtypes[name]).itemsize
-        return descriptors, rows % self.chunk[0] * row
+        return np.array(files, np.int32)[rows // steps - first], rows % steps * row
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
         """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
@@ -507,20 +506,23 @@ class Trajectory:
             try:
                 for position, words in enumerate([out] if together else out, start - index * self.chunk[0]):
                     if missing := file.read(position * row, words):
-                        raise damaged(file.path, f"it ends {missing} bytes early", _INGEST_AGAIN)
+                        path = self.chunk_path(name, index, column)
+                        raise damaged(path, f"it ends {missing} bytes early", _INGEST_AGAIN)
             except OSError as error:
-                raise damaged(file.path, str(error), _INGEST_AGAIN) from error
+                raise damaged(self.chunk_path(name, index, column), str(error), _INGEST_AGAIN) from error
 
     def _chunk_file(self, name: str, index: int, column: int) -> ChunkFile:
-        path = self.chunk_path(name, index, column)
+        # A path of the library takes as long to make as the file to open.
+        array, replicate = replicate_of(name)
+        between = "" if replicate is None else f"{replicate}/"
         try:
-            file = ChunkFile(path)
+            file = ChunkFile(f"{self.path}/{array}/c/{index}/{between}{column}")
         except OSError as error:
-            raise damaged(path, str(error), _INGEST_AGAIN) from error
-        expected = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize
-        if file.size < expected:
+            raise damaged(self.chunk_path(name, index, column), str(error), _INGEST_AGAIN) from error
+        missing = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize - file.size
+        if missing > 0:
             file.close()
-            raise damaged(path, f"it ends {expected - file.size} bytes early", _INGEST_AGAIN)
+            raise damaged(self.chunk_path(name, index, column), f"it ends {missing} bytes early", _INGEST_AGAIN)
         return file
 
     def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
