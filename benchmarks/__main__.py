@@ -49,13 +49,14 @@ def main(
     report = ROOT / "bench" / "benchmark.json"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    fitting, left_out = [], {}
+    fitting, left_out, beyond = [], {}, {}
     for wanted in sorted(float(part) for part in sizes.split(",") if part):
         why = short_of(wanted * 1e9, report.parent)
         if why:
             left_out[f"{wanted:g} GB"] = why
         else:
             fitting.append(wanted)
+            beyond[f"{wanted:g} GB"] = beyond_memory(wanted * 1e9)
     needed = {
         "tall": tall * TALL_ELEMENTS * STEP_BYTES,
         "wide": wide * WIDE_STATES * STEP_BYTES,
@@ -63,6 +64,7 @@ def main(
         "sweep": 6 * sweep * SWEEP_STEPS * SWEEP_ELEMENTS * STEP_BYTES,
     }
     left_out |= {name: why for name, bytes_ in needed.items() if (why := short_of(bytes_, report.parent))}
+    beyond |= {name: beyond_memory(needed[name]) for name in ("tall", "wide") if name not in left_out}
     if not Path(MEMORY_DISK).exists() or short_of(size * 1e9, Path(MEMORY_DISK)):
         left_out[IN_MEMORY] = f"no {size:.1f} GB of a file system in memory, {MEMORY_DISK}"
     works_left_out = [f"not {name}" for name in left_out if name in (*needed, IN_MEMORY)]
@@ -96,19 +98,22 @@ def main(
     show(json.loads(report.read_text()), console)
     for name, why in left_out.items():
         console.print(f"left out: {name}, {why}")
+    for name, why in beyond.items():
+        if why:
+            console.print(f"{name}: {why}")
 
 
 def short_of(size: float, folder: Path) -> str:
-    """Say whether so many bytes are more than the disk, or than memory keeps of it; empty where they are not."""
-    disk, memory = shutil.disk_usage(folder).free, psutil.virtual_memory().available
-    if size + SPARE_BYTES > disk:
-        return f"{size / 1e9:.1f} GB do not fit on the disk, which has {disk / 1e9:.0f} GB free"
-    if size > memory:
-        return (
-            f"{size / 1e9:.1f} GB do not stay in memory, of which {memory / 1e9:.0f} GB are free: "
-            "the disk would be measured"
-        )
-    return ""
+    """Say whether so many bytes are more than the disk has free; empty where they are not."""
+    free = shutil.disk_usage(folder).free
+    fits = size + SPARE_BYTES <= free
+    return "" if fits else f"{size / 1e9:.1f} GB do not fit on the disk, which has {free / 1e9:.0f} GB free"
+
+
+def beyond_memory(size: float) -> str:
+    """Say whether memory cannot keep so many bytes: then the disk is the limit of whatever reads them."""
+    memory = psutil.virtual_memory().available
+    return f"{memory / 1e9:.0f} GB of memory cannot keep it: the disk is measured" if size > memory else ""
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -34,11 +34,11 @@ class Scale:
         Runs of the sweep.
     """
 
-    size: float = 1.0
-    states: int = 10
-    sizes: tuple[float, ...] = (1.0, 4.0)
-    tall: int = 100_000
-    wide: int = 2_000_000
+    size: float = 4.0
+    states: int = 40
+    sizes: tuple[float, ...] = (1.0, 4.0, 16.0, 32.0)
+    tall: int = 1_000_000
+    wide: int = 10_000_000
     sweep: int = 200
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from benchmarks.options import IN_MEMORY
 from benchmarks.runs import Files
-from pipeline import clusters, compute, gram
-from pipeline.blocks import PIECE_ELEMENTS, READ_BYTES
+from pipeline import clusters, compute, gram, stream
+from pipeline.blocks import PIECE_ELEMENTS, pieces
 from pipeline.ingest import ingest
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
@@ -110,52 +110,42 @@ def check_bytes(files: Files, count: int) -> None:
 
 @contextmanager
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.Segments]]]:
-    """Chunks read into a reused buffer and the kernel, piece by piece: no store, plan or ledger."""
+    """Files opened and the compiled loop over them, column by column: no store, plan or ledger."""
     states = Trajectory(files.trajectory)
-    rows, steps, names = states.rows - 1, states.chunk[0], gram.vectors(False)
-    assert steps == 1, "the bare loop reads chunks of one step: generate a larger model"
+    rows, steps, count = states.rows - 1, states.chunk[0], len(gram.vectors(False))
+    together = max(1, PIECE_ELEMENTS // states.chunk[1])
+    stride = min(PIECE_ELEMENTS, states.chunk[1])
     dtypes = {name: storage_dtype(states.dtypes[name]) for name in ("parameter", "gradient")}
-    paths = {
-        name: [
-            [states.path / name / f"c/{row}/{column}" for row in range(rows + 1)]
-            for column in range(states.columns)
-        ]
-        for name in dtypes
-    }
-    at_once = max(1, READ_BYTES // (PIECE_ELEMENTS * sum(dtype.itemsize for dtype in dtypes.values())) - 1)
+    sizes = [dtype.itemsize for dtype in dtypes.values()]
+    chunks = range(-(-states.rows // steps))
+    paths = [
+        [[f"{states.path}/{name}/c/{index}/{column}" for index in chunks] for name in dtypes]
+        for column in range(states.columns)
+    ]
     held = threading.local()
 
-    def buffers() -> dict[str, NDArray[Any]]:
-        if not hasattr(held, "buffers"):
-            shape = (at_once + 1, PIECE_ELEMENTS)
-            held.buffers = {name: np.empty(shape, dtype) for name, dtype in dtypes.items()}
-        return held.buffers
+    def buffer() -> NDArray[np.uint8]:
+        if not hasattr(held, "buffer"):
+            held.buffer = np.empty(stream.buffer_bytes(stride, together, sizes), np.uint8)
+        return held.buffer
 
-    def column(index: int) -> compute.Segments:
-        first, last = states.column(index)
-        read = buffers()
-        opened = {name: [os.open(path, os.O_RDONLY) for path in paths[name][index]] for name in dtypes}
-        parts = []
-        for low in range(first, last, PIECE_ELEMENTS):
-            high = min(low + PIECE_ELEMENTS, last)
-            pieces = states.layout.segments(low, high)
-            starts = np.array([start - low for _, start, _ in pieces] + [high - low])
-            products = np.empty((rows, len(pieces), len(names), len(names)))
-            ratio = np.empty((rows, len(pieces)))
-            for done in range(0, rows, at_once):
-                more = min(at_once, rows - done)
-                for name, buffer in read.items():
-                    if done:
-                        buffer[0] = buffer[at_once]
-                    for row in range(bool(done), more + 1):
-                        part = buffer[row, : high - low]
-                        os.preadv(opened[name][done + row], (part.data,), (low - first) * part.itemsize)
-                seen = [[buffer[: more + 1, : high - low]] for buffer in read.values()]
-                gram.products(*seen, starts, products[done : done + more], ratio[done : done + more])
-            parts.append(([tensor for tensor, _, _ in pieces], products, ratio))
-        for descriptor in itertools.chain.from_iterable(opened.values()):
+    def column(number: int) -> compute.Segments:
+        first, last = states.column(number)
+        opened = [[os.open(path, os.O_RDONLY) for path in of_array] for of_array in paths[number]]
+        located = [
+            (np.repeat(np.array(descriptors, np.int32), steps)[: rows + 1], np.arange(rows + 1) % steps * row)
+            for descriptors, row in zip(opened, [states.chunk[1] * size for size in sizes], strict=True)
+        ]
+        segments = [states.layout.segments(*piece) for piece in pieces(first, last)]
+        cut = [np.array([*(start for _, start, _ in piece), piece[-1][2]]) - first for piece in segments]
+        indices = np.array([index for piece in segments for index, _, _ in piece])
+        products, ratio = np.empty((rows, len(indices), count, count)), np.empty((rows, len(indices)))
+        leads, shape = np.ones(rows, bool), (stride, together)
+        failed = stream.products(located, list(dtypes.values()), cut, *shape, leads, buffer(), products, ratio)
+        assert failed is None
+        for descriptor in itertools.chain.from_iterable(opened):
             os.close(descriptor)
-        return add_up(parts, len(states.layout.tensors))
+        return add_up(indices, products, ratio, len(states.layout.tensors))
 
     def part(index: int) -> list[compute.Segments]:
         return [column(number) for number in range(index, states.columns, threads)]
@@ -167,21 +157,21 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
     yield run
 
 
-def add_up(parts: Sequence[Any], tensors: int) -> compute.Segments:
+def add_up(
+    indices: NDArray[np.int64], products: NDArray[np.float64], ratio: NDArray[np.float64], tensors: int
+) -> compute.Segments:
     """Ledger of the tensors of a column from those of its pieces."""
-    indices, products, ratios = zip(*parts, strict=True)
-    numbers = np.concatenate(indices)
-    held = np.unique(numbers)
-    total, ratio = gram.add_segments(
-        tensors, numbers, np.concatenate(products, axis=1), np.concatenate(ratios, axis=1)
-    )
-    return held, total[:, held], ratio[:, held]
+    held = np.unique(indices)
+    whole, ratio = gram.add_segments(len(held), np.searchsorted(held, indices), products, ratio)
+    return held, whole, ratio
 
 
 def check_segments(files: Files, segments: list[compute.Segments]) -> None:
     """The bits of the pass: it runs the same kernel on the same pieces."""
     reference = Ledger(files.reference)
-    _, *found = add_up(segments, len(reference.layout.tensors))
+    indices, *parts = zip(*segments, strict=True)
+    joined = (np.concatenate(arrays, axis=1) for arrays in parts)
+    found = gram.add_segments(len(reference.layout.tensors), np.concatenate(indices), *joined)
     for array, expected in zip(found, reference.read(), strict=True):
         np.testing.assert_array_equal(array, expected)
 
@@ -343,10 +333,14 @@ class Group:
     ratios: list[tuple[str, str]]
 
 
+def _loop(title: str, run: str) -> Work:
+    return Work(title, partial(bare_loop, threads=1), check_segments, run=run)
+
+
 def _size(size: float) -> Group:
     """Serial pass and bare loop on a run of so many gigabytes."""
     run = f"size_{size:g}"
-    loop = Work(f"bare loop, {size:g} GB", partial(bare_loop, threads=1), check_segments, run=run)
+    loop = _loop(f"bare loop, {size:g} GB", run)
     return Group({"loop": loop, "pass": _pass(f"metrics pass, {size:g} GB", run)}, [("pass", "loop")])
 
 
@@ -380,6 +374,8 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 "pass": _pass("metrics pass, for tall and wide"),
                 "tall": _pass("metrics pass, tall", "tall"),
                 "wide": _pass("metrics pass, wide", "wide"),
+                "tall_loop": _loop("bare loop, tall", "tall"),
+                "wide_loop": _loop("bare loop, wide", "wide"),
                 "pass_threads": _pass("for both, 2 threads", executor=compute.threads(THREADS)),
                 "tall_threads": _pass("tall, 2 threads", "tall", compute.threads(THREADS)),
                 "wide_threads": _pass("wide, 2 threads", "wide", compute.threads(THREADS)),
@@ -387,6 +383,8 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
             [
                 ("tall", "pass"),
                 ("wide", "pass"),
+                ("tall", "tall_loop"),
+                ("wide", "wide_loop"),
                 ("tall_threads", "pass_threads"),
                 ("wide_threads", "pass_threads"),
             ],
