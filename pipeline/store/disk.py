@@ -51,6 +51,9 @@ _FLUSHES = 8
 _ALONE_SECONDS = 0.01
 """As long as it takes to start those threads: a disk that is done by then needs none."""
 
+_PIECE_BYTES = 1 << 19
+"""Bytes of a file after which the disk begins to write them: it works while the next ones are copied."""
+
 
 class Writes:
     """What disk or network do while more is made: both are slower than memory, and bear several at a time.
@@ -113,11 +116,13 @@ def flush(path: Path) -> None:
 def flush_all(paths: Iterable[Path]) -> None:
     """Wait until files and folders are on disk, together: all are under way before the first is waited for.
 
-    The system then writes its journal once for all of them, in place of once for each.
+    The system then writes its journal once for many of them, in place of once for each.
     """
     waiting = deque(paths)
     for path in waiting:
-        _begin_to_write(path)
+        if not path.is_dir():
+            with path.open("rb", buffering=0) as file:
+                _begin_to_flush(file.fileno())
     end = time.monotonic() + _ALONE_SECONDS
     while waiting and time.monotonic() < end:
         flush(waiting.popleft())
@@ -127,18 +132,13 @@ def flush_all(paths: Iterable[Path]) -> None:
                 pass
 
 
-def _begin_to_write(path: Path) -> None:
-    """Have the system begin to write a file to disk, where it can be asked to (Linux); nothing is waited for."""
+def _begin_to_flush(descriptor: int) -> None:
+    """Have the system send a file to the disk, where it can be asked to (Linux); nothing is waited for."""
     system = ctypes.CDLL(None)
-    if not hasattr(system, "sync_file_range") or path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    if hasattr(system, "sync_file_range"):
         whole, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE
-        # Whatever it says, the flush that follows says it too.
+        # What fails here is told by the flush that follows.
         system.sync_file_range(descriptor, whole, whole, write)
-    finally:
-        os.close(descriptor)
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
@@ -161,7 +161,12 @@ def replace_files(contents: Mapping[Path, bytes | memoryview]) -> None:
                 continue
             aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             asides[aside] = path
-            aside.write_bytes(content)
+            with aside.open("wb", buffering=0) as file:
+                for begin in range(0, len(content), _PIECE_BYTES):
+                    left = memoryview(content)[begin : begin + _PIECE_BYTES]
+                    while left:
+                        left = left[file.write(left) :]
+                    _begin_to_flush(file.fileno())
         flush_all(asides)
         for aside, path in asides.items():
             aside.replace(path)

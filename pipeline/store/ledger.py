@@ -32,14 +32,13 @@ from pipeline.store.group import (
     ArrayPlan,
     chunk_path,
     exists,
-    flush,
     make_group,
     migrate_group,
     open_array,
     open_group,
     remove_group,
     require_whole,
-    resize,
+    resize_all,
     rows_on_disk,
 )
 from pipeline.store.journal import Journal
@@ -208,17 +207,18 @@ class Ledger:
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
         """Be of so many rows, and finish what a writer left that was stopped here."""
         self.journal.clear()
-        for name in self.by_step:
-            resize(self.path / name, len(steps))
+        resize_all([self.path / name for name in self.by_step], len(steps))
         self._array.cache_clear()
         self._rows.cache_clear()
+        written: list[Path] = []
         for name, numbers in {STEP: steps, "step_span": spans}.items():
             array = self._array(name)
             if not np.array_equal(array[:], numbers):
                 array[:] = numbers
-                for index in range(array.nchunks if not is_url(self.path) else 0):
-                    flush(chunk_path(self.path / name, index))
-                flush(self.path / name / "c")
+                written += [chunk_path(self.path / name, index) for index in range(array.nchunks)]
+                written.append(self.path / name / "c")
+        if not is_url(self.path):
+            flush_all(written)
         if self._version < LAYOUT_VERSION:
             self._migrate()
 
