@@ -245,6 +245,27 @@ def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path
     assert outcomes == {0, 1, 2, 3}
 
 
+SHORT = """
+import resource, sys
+from pathlib import Path
+from pipeline.store.disk import replace_files
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    replace_files({Path(sys.argv[1]): bytes(999), Path(sys.argv[2]): bytes(1001)})
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
+    # What fits is written, and only what is then left of it is refused.
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("File too large\n", "")
+    assert not list(tmp_path.iterdir())
+
+
 # Results -----------------------------------------------------------------------------------------------------
 
 

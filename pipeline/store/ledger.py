@@ -209,7 +209,6 @@ class Ledger:
         self.journal.clear()
         resize_all([self.path / name for name in self.by_step], len(steps))
         self._array.cache_clear()
-        self._rows.cache_clear()
         written: list[Path] = []
         for name, numbers in {STEP: steps, "step_span": spans}.items():
             array = self._array(name)
