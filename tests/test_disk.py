@@ -209,6 +209,16 @@ def test_all_files_are_on_their_way_before_the_first_is_waited_for(tmp_path, mon
     assert sorted(events[3:]) == [("fsync", path) for path in sorted([*files, folder, tmp_path])]
 
 
+def test_of_many_files_each_is_flushed(tmp_path, monkeypatch):
+    files = [tmp_path / str(number) for number in range(disk._ALONE_PATHS + 1)]
+    for file in files:
+        file.write_text("")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(Path(f"/proc/self/fd/{number}").readlink()))
+    flush_all(files)
+    assert sorted(flushed) == sorted(files)
+
+
 @pytest.mark.parametrize("seconds", [0, math.inf], ids=["in threads", "one by one"])
 @pytest.mark.parametrize("failing", range(4))
 def test_what_one_flush_of_several_says_is_told(tmp_path, monkeypatch, seconds, failing):
