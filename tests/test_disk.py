@@ -1,7 +1,9 @@
 """Disks that are full, read-only or limited: what is committed stays, the reason is told, and a rerun completes."""
 
+import contextlib
 import errno
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from pipeline.ingest import ingest, transfer
 from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, verify_run
 from pipeline.schema import InputError
 from pipeline.store import Trajectory, disk
-from pipeline.store.disk import replace_folder
+from pipeline.store.disk import flush_all, replace_files, replace_folder
 
 TENSORS = {"weight": (300, 100), "bias": (40,)}
 STEPS = 12
@@ -176,6 +178,102 @@ def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path
     ingest_run(log, out)
     ingest_run(log, tmp_path / "once")
     assert content(out) == content(tmp_path / "once")
+
+
+# Several files at once ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01, math.inf], ids=["in threads", "as it is", "one by one"])
+def test_all_files_are_on_their_way_before_the_first_is_waited_for(tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr(disk, "_ALONE_SECONDS", seconds)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files = [tmp_path / "a", folder / "b", folder / "c"]
+    for file in files:
+        file.write_text(file.name)
+    events = []
+
+    def watched(name):
+        function = getattr(os if name == "fsync" else disk, name)
+
+        def called(descriptor):
+            events.append((name, Path(f"/proc/self/fd/{descriptor}").readlink()))
+            return function(descriptor)
+
+        return called
+
+    monkeypatch.setattr(disk, "_begin_to_flush", watched("_begin_to_flush"))
+    monkeypatch.setattr(os, "fsync", watched("fsync"))
+    flush_all([*files, folder, tmp_path])
+    assert events[:3] == [("_begin_to_flush", file) for file in files]
+    assert sorted(events[3:]) == [("fsync", path) for path in sorted([*files, folder, tmp_path])]
+
+
+def test_of_many_files_each_is_flushed(tmp_path, monkeypatch):
+    files = [tmp_path / str(number) for number in range(disk._ALONE_PATHS + 1)]
+    for file in files:
+        file.write_text("")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(Path(f"/proc/self/fd/{number}").readlink()))
+    flush_all(files)
+    assert sorted(flushed) == sorted(files)
+
+
+@pytest.mark.parametrize("seconds", [0, math.inf], ids=["in threads", "one by one"])
+@pytest.mark.parametrize("failing", range(4))
+def test_what_one_flush_of_several_says_is_told(tmp_path, monkeypatch, seconds, failing):
+    monkeypatch.setattr(disk, "_ALONE_SECONDS", seconds)
+    files = [tmp_path / str(number) for number in range(4)]
+    for file in files:
+        file.write_text("")
+
+    def fsync(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == files[failing]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        flush_all(files)
+
+
+def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 7)
+    paths = [tmp_path / name for name in "abc"]
+    new = {path: path.name.encode() * 20 for path in paths}
+    outcomes = set()
+    for calls in range(8):
+        for path in paths:
+            path.write_bytes(b"old")
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            Failing(patch, calls, errno.ENOSPC)
+            replace_files(new)
+        replaced = [path.read_bytes() == new[path] for path in paths]
+        assert all(path.read_bytes() == b"old" for path, done in zip(paths, replaced, strict=True) if not done)
+        outcomes.add(sum(replaced))
+        assert sorted(tmp_path.iterdir()) == paths
+    # Flushes of all of them come before the first name.
+    assert outcomes == {0, 1, 2, 3}
+
+
+SHORT = """
+import resource, sys
+from pathlib import Path
+from pipeline.store.disk import replace_files
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    replace_files({Path(sys.argv[1]): bytes(999), Path(sys.argv[2]): bytes(1001)})
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
+    # What fits is written, and only what is then left of it is refused.
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("File too large\n", "")
+    assert not list(tmp_path.iterdir())
 
 
 # Results -----------------------------------------------------------------------------------------------------

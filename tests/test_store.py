@@ -721,6 +721,27 @@ def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
         aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.tmp")
         order = [events.index(event) for event in (("flush", aside), ("rename", chunk), ("flush", chunk.parent))]
         assert [*order, named] == sorted([*order, named])
+    # Every folder that a name was added to is flushed once, and that of the ledger, which has no new one, is not.
+    folders = {folder for chunk in chunks for folder in chunk.parents if ledger.path in folder.parents}
+    flushed = [target for kind, target in events if kind == "flush" and target.suffix != ".tmp"]
+    assert sorted(flushed) == sorted([*folders, record.parent])
+
+
+def test_no_file_of_a_band_waits_for_the_disk_before_all_are_written(ledger, monkeypatch):
+    written = []
+
+    def look(kind, target, before):
+        if kind == "flush" and target.suffix == ".tmp" and target.parent.name != "commits":
+            sizes = {path.relative_to(ledger.path).parts[0]: path.stat().st_size for path in asides(ledger.path)}
+            written.append(sizes)
+
+    def asides(folder):
+        return [path for path in folder.rglob(".*.tmp") if path.parent.name != "commits"]
+
+    with monkeypatch.context() as patch:
+        Watch(patch, look)
+        fill(ledger, [BANDS[0]])
+    assert written == [{"gram": 3 * 3 * 25 * 8, "residual_ratio": 3 * 3 * 8}] * 2
 
 
 def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkeypatch):
@@ -755,6 +776,37 @@ def test_a_grown_ledger_keeps_its_whole_bands(ledger):
     numbers, spans = grown.steps()
     assert numbers.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert spans.tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 1]
+
+
+def test_the_numbers_of_a_long_run_share_a_file_and_grow_beyond_it(tmp_path):
+    path = tmp_path / "ledger.zarr"
+    for rows, chunks in ((20_000, 1), (30_000, 2), (50_000, 3)):
+        steps = np.arange(rows + 1)
+        numbers, spans = prepare_ledger(path, steps, band_rows=10_000).steps()
+        np.testing.assert_array_equal(numbers, steps[:-1])
+        assert set(spans) == {1}
+        assert len(spans) == rows
+        for name in ("step", "step_span"):
+            assert sorted(file.name for file in (path / name / "c").iterdir()) == list(map(str, range(chunks)))
+
+
+@pytest.mark.parametrize(("tensors", "rows"), [(1, 1), (1, 5000), (2, 164), (2, 165), (300, 3), (327, 4), (328, 4)])
+def test_a_checksum_covers_64_kib_or_a_row_and_all_rows_are_covered_once(tmp_path, tensors, rows):
+    layout = Layout.from_shapes({f"t{number}": ((1,), "float32") for number in range(tensors)})
+    book = prepare_ledger(tmp_path / "ledger.zarr", np.arange(rows + 1), FIVE, rows, layout)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "gram": rng.standard_normal((rows, tensors, 5, 5)),
+        "residual_ratio": rng.standard_normal((rows, tensors)),
+    }
+    book.write(Band(0, rows, ()), *arrays.values(), "digest")
+    record = book.journal.read("0" * 12)
+    for name, values in arrays.items():
+        covered = record["checksum_rows"][name]
+        groups = [values[low : low + covered] for low in range(0, rows, covered)]
+        assert record["checksums"][name].tolist() == [[checksum(group)] for group in groups]
+        assert all(group.nbytes >= 65536 for group in groups[:-1])
+        assert covered == 1 or values[1:covered].nbytes < 65536  # no more rows than that takes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Any bit of a store that changes is found, and named by array, step and tensors, or is one that nobody reads."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from logs import append_states, walk_arrays, write_trajectory
 from zarr.codecs import BloscCodec
 
-from pipeline import cli
+from pipeline import blocks, cli
+from pipeline.blocks import Band
 from pipeline.compute import compute_ledger
 from pipeline.run import verify_run
-from pipeline.schema import LAYOUT_VERSION, InputError
-from pipeline.store import Ledger, Trajectory, verify
+from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
+from pipeline.store import Ledger, Trajectory, checksum, verify
 from pipeline.store.journal import Journal, sources_of
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
@@ -170,11 +172,53 @@ def states_of(run):
     return b"".join(buffer.tobytes() for buffer in buffers)
 
 
+def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
+    layout = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
+    rows, start = 1000, 7
+    steps = np.arange(start, start + 2 * rows)
+    path = tmp_path / "ledger.zarr"
+    book = Ledger.prepare(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
+    gram = np.random.default_rng(0).standard_normal((rows, 3, 5, 5))
+    for band in (Band(0, rows, ()), Band(rows, 2 * rows, ())):
+        book.write(band, gram, gram[:, :, 0, 0], "digest")
+    assert list(verify.verify_ledger(path)) == []
+    covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a band nine groups, and one of 10 rows
+    damages = {"gram": (0, covered - 1, covered, rows - 1), "residual_ratio": (rows - 1,)}
+    for name, damaged in damages.items():
+        chunk = book.chunk_path(name, rows)
+        content = bytearray(chunk.read_bytes())
+        for row in damaged:
+            content[row * len(content) // rows] ^= 1
+        chunk.write_bytes(content)
+    first = start + rows
+    groups = [(0, covered - 1), (covered, 2 * covered - 1), (9 * covered, rows - 1)]
+    found = [(damage.array, damage.steps) for damage in verify.verify_ledger(path)]
+    assert found == [
+        *(("gram", (first + low, first + high)) for low, high in groups),
+        ("residual_ratio", (first, first + rows - 1)),
+    ]
+
+
 # Older stores ------------------------------------------------------------------------------------------------
+
+
+def with_a_checksum_for_each_row(run):
+    """Undo what was added to version 3 before it was released: checksums of a ledger that cover several rows."""
+    book = Ledger(run / "ledger.zarr")
+    for name in book.journal.names():
+        record = book.journal.read(name)
+        del record["checksum_rows"]
+        record["checksums"] = {
+            array: [[checksum(row)] for row in book.read_band(array, record["start"], record["stop"])]
+            for array in record["checksums"]
+        }
+        book.journal.write(name, record)
+    return run
 
 
 def as_version_2(run):
     """Undo what version 3 added: records that are text, and how the states of a band are told."""
+    with_a_checksum_for_each_row(run)
     for store in ("trajectory.zarr", "ledger.zarr"):
         journal = Journal(run / store / "commits")
         for name in journal.names():
@@ -244,6 +288,38 @@ def test_a_store_of_version_2_is_read_and_verified(out, tmp_path):
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
     (damage,) = verify_run(run)
     assert (damage.array, damage.steps) == ("gram", (0, 0))
+
+
+def test_a_ledger_with_a_checksum_for_each_row_is_read_verified_and_grown(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 4)
+    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
+    run, arrays = tmp_path / "run", walk_arrays(19, 13, MIXED)
+    run.mkdir()
+    trajectory, ledger = run / "trajectory.zarr", run / "ledger.zarr"
+    write_trajectory(trajectory, {name: array[:ROWS] for name, array in arrays.items()}, SHAPES, CHUNK)
+    compute_ledger(trajectory, ledger)
+    now = [array.tobytes() for array in Ledger(ledger).read()]
+    with_a_checksum_for_each_row(run)
+    assert [array.tobytes() for array in Ledger(ledger).read()] == now
+    assert verify_run(run) == []
+    damage_and_mend(ledger / "gram/c/0/0/0/0", run, ("gram", (0, 0)))
+    record = ledger / "commits" / f"{0:012d}.json"
+    older = record.read_bytes()
+    append_states(trajectory, {name: array[ROWS:] for name, array in arrays.items()})
+    summary = compute_ledger(trajectory, ledger)
+    assert (summary.plan.band_rows, summary.bands, summary.computed_bands) == (4, 5, 4)
+    assert record.read_bytes() == older
+    assert verify_run(run) == []
+    damage_and_mend(ledger / "gram/c/0/0/0/0", run, ("gram", (0, 0)))
+    damage_and_mend(ledger / "gram/c/4/0/0/0", run, ("gram", (16, 17)))
+
+
+def damage_and_mend(chunk, run, expected):
+    content = chunk.read_bytes()
+    chunk.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    (damage,) = verify_run(run)
+    assert (damage.array, damage.steps) == expected
+    chunk.write_bytes(content)
 
 
 @pytest.mark.parametrize("as_older", [as_version_1, as_version_2])

@@ -24,7 +24,7 @@ from zarr.storage import FsspecStore, LocalStore, StorePath
 
 from pipeline.places import delete, delete_folder, is_url, put, read
 from pipeline.schema import LAYOUT_VERSION, InputError
-from pipeline.store.disk import flush, folder_aside, replace_file, replace_folder
+from pipeline.store.disk import flush, folder_aside, replace_file, replace_files, replace_folder
 
 __all__ = [
     "SCALAR_CHUNK",
@@ -44,6 +44,7 @@ __all__ = [
     "remove_group",
     "require_whole",
     "resize",
+    "resize_all",
     "rows_on_disk",
     "with_rows",
     "zarr_store",
@@ -342,10 +343,18 @@ def is_plain(folder: Path) -> bool:
 
 def resize(folder: Path, rows: int) -> None:
     """Set the rows of an array on disk."""
-    document = json.loads(read(folder / _DOCUMENT))
-    if document["shape"][0] != rows:
-        document["shape"][0] = rows
-        replace_file(folder / _DOCUMENT, json.dumps(document).encode())
+    resize_all([folder], rows)
+
+
+def resize_all(folders: Iterable[Path], rows: int) -> None:
+    """Set the rows of arrays on disk, and wait for the disk once."""
+    changed = {}
+    for folder in folders:
+        document = json.loads(read(folder / _DOCUMENT))
+        if document["shape"][0] != rows:
+            document["shape"][0] = rows
+            changed[folder / _DOCUMENT] = json.dumps(document).encode()
+    replace_files(changed)
 
 
 def rows_on_disk(folder: Path) -> int:

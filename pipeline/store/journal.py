@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,13 +36,13 @@ def _packed(checksums: ArrayLike) -> str:
     return base64.b64encode(np.asarray(checksums, "<u4").tobytes()).decode()
 
 
-def _unpacked(checksums: str | list[Any], rows: int) -> NDArray[np.uint32]:
-    """Checksums (rows, columns); before version 3 they were numbers in lists."""
+def _unpacked(checksums: str | list[Any], groups: int) -> NDArray[np.uint32]:
+    """Checksums (groups of rows, columns); before version 3 they were numbers in lists."""
     if isinstance(checksums, str):
         found = np.frombuffer(base64.b64decode(checksums, validate=True), "<u4")
     else:
         found = np.asarray(checksums, "<u4")
-    return found.reshape(rows, found.size // max(rows, 1))
+    return found.reshape(groups, found.size // max(groups, 1))
 
 
 def sources_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -76,7 +77,8 @@ class Journal:
         Returns
         -------
         dict
-            With ``start`` and ``stop``, its rows; ``checksums``, array to uint32 array (rows, chunk columns);
+            With ``start`` and ``stop``, its rows; ``checksums``, array to uint32 array (groups, chunk columns), of
+            groups of ``checksum_rows`` rows (array to number), of single rows where the record does not say;
             and what else was written. `sources_of` reads its sources.
 
         Raises
@@ -93,8 +95,11 @@ class Journal:
                 raise ValueError("it has another checksum than its bytes")
             record: dict[str, Any] = json.loads(content)
             if "checksums" in record:
-                rows = record["stop"] - record["start"]
-                record["checksums"] = {key: _unpacked(sums, rows) for key, sums in record["checksums"].items()}
+                rows, covered = record["stop"] - record["start"], record.get("checksum_rows", {})
+                record["checksums"] = {
+                    key: _unpacked(sums, math.ceil(rows / covered.get(key, 1)))
+                    for key, sums in record["checksums"].items()
+                }
         except (OSError, ValueError, LookupError) as error:
             raise InputError(
                 f"cannot read a commit record: {error}",

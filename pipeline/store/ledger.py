@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,26 +26,38 @@ from pipeline.schema import (
     InputError,
     Layout,
 )
-from pipeline.store.disk import replace_file
+from pipeline.store.disk import flush_all, replace_files
 from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
     chunk_path,
     exists,
-    flush,
     make_group,
     migrate_group,
     open_array,
     open_group,
     remove_group,
     require_whole,
-    resize,
+    resize_all,
+    rows_on_disk,
 )
 from pipeline.store.journal import Journal
 
-__all__ = ["Ledger", "row_checksums"]
+__all__ = ["Ledger", "checksums"]
 
 _ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
+
+_DIMENSIONS = {
+    "gram": (STEP, TENSOR, VECTOR, WITH_VECTOR),
+    "residual_ratio": (STEP, TENSOR),
+    "replicate_gram": (STEP, TENSOR, REPLICATE_VECTOR, WITH_REPLICATE_VECTOR),
+}
+
+_CHECKSUM_BYTES = 1 << 16
+"""Bytes that a checksum covers at least: for each row of a small model it would take longer than its products."""
+
+_NUMBERS_CHUNK = 1 << 20
+"""Rows in a chunk of an array with one number a row, at most."""
 
 
 class Ledger:
@@ -85,6 +98,7 @@ class Ledger:
         self.replicate_vectors: tuple[str, ...] = tuple(attributes.get("replicate_vectors", ()))
         self.band_rows: int = attributes["band_rows"]
         self._array = cache(lambda name: open_array(self.path / name))
+        self._rows = cache(lambda: rows_on_disk(self.path / "gram"))
         self._version: int = attributes["version"]
         self.journal = Journal(self.path / "commits", sealed=self._version > 1)
 
@@ -161,17 +175,19 @@ class Ledger:
             name: ArrayPlan((name,), (len(values),), (len(values),), "string", values=values)
             for name, values in _names(layout, vectors, replicate_vectors).items()
         }
+        # Of a file the disk takes longer than of its bytes, so the rows that there are share one.
+        chunk = min(max(SCALAR_CHUNK, rows), _NUMBERS_CHUNK)
         for name, numbers in {STEP: steps, "step_span": spans}.items():
-            arrays[name] = ArrayPlan((STEP,), (rows,), (SCALAR_CHUNK,), "int64", values=numbers)
+            arrays[name] = ArrayPlan((STEP,), (rows,), (chunk,), "int64", values=numbers)
         arrays["gram"] = ArrayPlan(
-            (STEP, TENSOR, VECTOR, WITH_VECTOR),
+            _DIMENSIONS["gram"],
             (rows, tensors, count, count),
             (band_rows, tensors, count, count),
             "float64",
             {"long_name": "inner products of the vectors of an update"},
         )
         arrays["residual_ratio"] = ArrayPlan(
-            (STEP, TENSOR),
+            _DIMENSIONS["residual_ratio"],
             (rows, tensors),
             (band_rows, tensors),
             "float64",
@@ -180,7 +196,7 @@ class Ledger:
         if replicate_vectors:
             count = len(replicate_vectors)
             arrays["replicate_gram"] = ArrayPlan(
-                (STEP, TENSOR, REPLICATE_VECTOR, WITH_REPLICATE_VECTOR),
+                _DIMENSIONS["replicate_gram"],
                 (rows, tensors, count, count),
                 (band_rows, tensors, count, count),
                 "float64",
@@ -191,16 +207,17 @@ class Ledger:
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
         """Be of so many rows, and finish what a writer left that was stopped here."""
         self.journal.clear()
-        for name in self.by_step:
-            resize(self.path / name, len(steps))
+        resize_all([self.path / name for name in self.by_step], len(steps))
         self._array.cache_clear()
+        written: list[Path] = []
         for name, numbers in {STEP: steps, "step_span": spans}.items():
             array = self._array(name)
             if not np.array_equal(array[:], numbers):
                 array[:] = numbers
-                for index in range(array.nchunks if not is_url(self.path) else 0):
-                    flush(chunk_path(self.path / name, index))
-                flush(self.path / name / "c")
+                written += [chunk_path(self.path / name, index) for index in range(array.nchunks)]
+                written.append(self.path / name / "c")
+        if not is_url(self.path):
+            flush_all(written)
         if self._version < LAYOUT_VERSION:
             self._migrate()
 
@@ -219,7 +236,7 @@ class Ledger:
     @property
     def rows(self) -> int:
         """Rows that the ledger has when it is complete."""
-        return int(self._array("gram").shape[0])
+        return self._rows()
 
     def write(
         self,
@@ -247,32 +264,35 @@ class Ledger:
         arrays = {"gram": gram, "residual_ratio": ratio}
         if replicate_gram is not None:
             arrays["replicate_gram"] = replicate_gram
-        for name, values in arrays.items():
-            self._write_chunk(self.chunk_path(name, band.start), values)
-        record = {"start": band.start, "stop": band.stop, "digest": digest}
-        record |= {"checksums": {name: row_checksums(values) for name, values in arrays.items()}}
+        covered = {name: _rows_of_a_checksum(values) for name, values in arrays.items()}
+        record: dict[str, Any] = {"start": band.start, "stop": band.stop, "digest": digest}
+        record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
+        record["checksum_rows"] = covered
+        self._write_chunks({self.chunk_path(name, band.start): values for name, values in arrays.items()})
         self.journal.write(f"{band.start:012d}", record)
 
-    def _write_chunk(self, path: Path, values: NDArray[np.float64]) -> None:
-        """Write a chunk whole: a reader sees the one before or this one. As it is plain, Zarr is not needed."""
+    def _write_chunks(self, chunks: Mapping[Path, NDArray[np.float64]]) -> None:
+        """Write chunks whole: a reader sees the one before or this one. As they are plain, Zarr is not needed."""
+        folders: dict[Path, None] = {}
+        for path in chunks if not is_url(self.path) else ():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(".*.tmp"):  # by a writer that was killed
+                left.unlink(missing_ok=True)
+            # Those that are there may be from a writer that was killed before it flushed them.
+            folders |= dict.fromkeys(folder for folder in path.parents if self.path in folder.parents)
+        replace_files({path: self._content(values) for path, values in chunks.items()})
+        flush_all(folders)
+
+    def _content(self, values: NDArray[np.float64]) -> memoryview:
         missing = self.band_rows - len(values)
         if missing:
             values = np.pad(values, ((0, missing), *[(0, 0)] * (values.ndim - 1)), constant_values=np.nan)
-        content = np.ascontiguousarray(values, "<f8").data.cast("B")
-        if is_url(path):
-            replace_file(path, content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(".*.tmp"):  # by a writer that was killed
-            left.unlink(missing_ok=True)
-        replace_file(path, content)
-        for folder in path.relative_to(self.path).parents:
-            flush(self.path / folder)
+        return np.ascontiguousarray(values, "<f8").data.cast("B")
 
     def chunk_path(self, name: str, start: int) -> Path:
         """File of the band that begins at a row."""
-        dimensions = self._array(name).ndim
-        return chunk_path(self.path / name, start // self.band_rows, *(0 for _ in range(dimensions - 1)))
+        beside = (0 for _ in _DIMENSIONS[name][1:])
+        return chunk_path(self.path / name, start // self.band_rows, *beside)
 
     def discard_others(self, digests: Mapping[Band, str]) -> None:
         """Forget every band but those computed from these states: what is forgotten reads as missing.
@@ -340,8 +360,13 @@ def _names(layout: Layout, vectors: Sequence[str], replicate_vectors: Sequence[s
     return names
 
 
-def row_checksums(values: NDArray[Any]) -> list[int]:
-    """Return the CRC-32C of each row."""
+def _rows_of_a_checksum(values: NDArray[Any]) -> int:
+    """Rows of an array of float64 that one checksum covers."""
+    return max(1, min(len(values), math.ceil(_CHECKSUM_BYTES * len(values) / max(8 * values.size, 1))))
+
+
+def checksums(values: NDArray[Any], rows: int) -> list[int]:
+    """Return the CRC-32C of each group of so many rows; the last group may have fewer."""
     words = np.ascontiguousarray(values, "<f8").data.cast("B")
-    size = len(words) // max(len(values), 1)
+    size = rows * (len(words) // max(len(values), 1))
     return [crc32c(words[begin : begin + size]) for begin in range(0, len(words), size or 1)]
