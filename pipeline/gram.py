@@ -122,7 +122,8 @@ def _to_part(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
     """Pointer to the elements of a row from the first on; `like` has elements of the same type.
 
     A slice of an array would do, but the compiled code counts the users of an array, at each call that gets one,
-    and that takes longer than the sums of a short segment.
+    and that takes longer than the sums of a short segment. For the same reason what is done once for each short
+    segment is inlined by force; more of it would take longer to compile than it saves.
     """
     pointer = types.CPointer(like.dtype)
 
@@ -135,7 +136,7 @@ def _to_part(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
 _part: Any = intrinsic(_to_part)
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER)
+@njit(cache=True, nogil=True, fastmath=_REORDER, forceinline=True)
 def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> None:
     pp = pd = pe = pr = dd = de = dr = ee = er = rr = 0.0
     for i in range(n):
@@ -190,10 +191,10 @@ def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
     return dg, dd
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int, run: int, runs: int) -> float:
     dg = dd = 0.0
-    # A sample costs a quarter of the sums of its elements, and more than a quarter of a segment is not worth it.
+    # To look at an element costs a third of summing its products: a quarter of the elements will do.
     runs = min(runs, n // (4 * run))
     if runs > 1:
         for k in range(runs):
@@ -202,7 +203,7 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int, run
             dg += more[0]
             dd += more[1]
     if dd == 0.0:
-        # Few elements, or a sparse update of which the sample saw nothing: look at all of it.
+        # Less than eight runs, or a sparse update of which the sample saw nothing: look at all of it.
         dg, dd = _sample(_part(p0, first, like[0]), _part(p1, first, like[0]), _part(g0, first, like[1]), n)
     ratio = dg / dd if dd > 0.0 else 0.0
     return ratio if np.isfinite(ratio) else 0.0
@@ -213,6 +214,7 @@ def _missing(c: float, sums: Any) -> Any:
     """Find what a ratio lacks: zero, unless the sums show that the sample misled."""
     dd, rd, rr = sums[4], sums[6], sums[9]
     if not np.isfinite(dd):
+        # The sample did not see it: such a displacement has no ratio.
         return -c
     gg = rr + 2.0 * c * rd + c * c * dd
     if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
