@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba import njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
@@ -50,9 +50,7 @@ _STRETCH = 16 * BLOCK
 and enough for the processor to see that a row is read on and on, and to read ahead."""
 
 _RUN, _RUNS = 64, 16
-"""The ratio c is taken from this many runs of this many elements, spread evenly over a segment."""
-
-_ROWS_OF_SHORT_SEGMENT = 16
+"""The ratio c is taken from runs of this many elements, at most this many, spread evenly over a segment."""
 
 _NEARLY_PARALLEL = 2.0**-40
 """Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
@@ -120,28 +118,28 @@ def _widen_compiled(word: Any) -> Any:
     return lambda word: np.float64(_from_float16(word))
 
 
-def _to_pointer(typing_context: Any, address: Any) -> Any:
-    """Pointer to an address, given as an integer."""
+def _to_part(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
+    """Pointer to the elements of a row from the first on; `like` has elements of the same type.
+
+    A slice of an array would do, but the compiled code counts the users of an array, at each call that gets one,
+    and that takes longer than the sums of a short segment. For the same reason what is done once for each short
+    segment is inlined by force; more of it would take longer to compile than it saves.
+    """
+    pointer = types.CPointer(like.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+        return builder.gep(builder.inttoptr(arguments[0], context.get_value_type(pointer)), [arguments[1]])
 
-    return types.voidptr(types.uintp), generate
-
-
-_pointer: Any = intrinsic(_to_pointer)
+    return pointer(types.uintp, types.intp, like), generate
 
 
-@njit(cache=True, nogil=True)
-def _part(address: Any, first: int, stop: int, like: Any) -> Any:
-    """Elements of a row, as a contiguous array: only over such a slice the loops below are vectorized."""
-    return carray(_pointer(address + np.uintp(first * like.itemsize)), stop - first, like.dtype)
+_part: Any = intrinsic(_to_part)
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER)
-def _block(p0: Any, p1: Any, g0: Any, g1: Any, c: float, out: Any) -> None:
+@njit(cache=True, nogil=True, fastmath=_REORDER, forceinline=True)
+def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> None:
     pp = pd = pe = pr = dd = de = dr = ee = er = rr = 0.0
-    for i in range(p0.size):
+    for i in range(n):
         p = _widen(p0[i])
         d = _widen(p1[i]) - p
         g = _widen(g0[i])
@@ -164,10 +162,10 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, c: float, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=_REORDER)
-def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, c: float, out: Any) -> None:
+def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, n: int, c: float, out: Any) -> None:
     # The block is still in the cache of the processor: memory is not read again.
     ph = dh = eh = rh = hh = 0.0
-    for i in range(p0.size):
+    for i in range(n):
         p = _widen(p0[i])
         d = _widen(p1[i]) - p
         g = _widen(g0[i])
@@ -180,37 +178,49 @@ def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, c: float, out: Any) 
     out[10], out[11], out[12], out[13], out[14] = ph, dh, eh, rh, hh
 
 
-# Where each sum of a block belongs in the Gram matrix.
-_FIRST = np.array([0, 0, 0, 0, 1, 1, 1, 3, 3, 4, 0, 1, 3, 4, 5])
-_SECOND = np.array([0, 1, 3, 4, 1, 3, 4, 3, 4, 4, 5, 5, 5, 5, 5])
 _SUMS, _SUMS_WITH_HVP = 10, 15
 
 
 @njit(cache=True, nogil=True, fastmath=_REORDER)
-def _add_ratio(p0: Any, p1: Any, g0: Any, out: Any) -> None:
+def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
     dg = dd = 0.0
-    for i in range(p0.size):
+    for i in range(n):
         d = _widen(p1[i]) - _widen(p0[i])
         dg += d * _widen(g0[i])
         dd += d * d
-    out[0] += dg
-    out[1] += dd
+    return dg, dd
 
 
-@njit(cache=True, nogil=True)
-def _sampled_ratio(p0: Any, p1: Any, g0: Any, run: int, runs: int, part: Any) -> float:
-    n = p0.size
-    part[:2] = 0.0
-    if n > run * runs:
+@njit(cache=True, nogil=True, forceinline=True)
+def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int, run: int, runs: int) -> float:
+    dg = dd = 0.0
+    # To look at an element costs a third of summing its products: a quarter of the elements will do.
+    runs = min(runs, n // (4 * run))
+    if runs > 1:
         for k in range(runs):
-            a = k * (n - run) // (runs - 1)
-            _add_ratio(p0[a : a + run], p1[a : a + run], g0[a : a + run], part)
-    if part[1] == 0.0:
-        # A short segment, or a sparse update of which the sample saw nothing: look at all of it.
-        part[:2] = 0.0
-        _add_ratio(p0, p1, g0, part)
-    ratio = part[0] / part[1] if part[1] > 0.0 else 0.0
+            a = first + k * (n - run) // (runs - 1)
+            more = _sample(_part(p0, a, like[0]), _part(p1, a, like[0]), _part(g0, a, like[1]), run)
+            dg += more[0]
+            dd += more[1]
+    if dd == 0.0:
+        # Less than eight runs, or a sparse update of which the sample saw nothing: look at all of it.
+        dg, dd = _sample(_part(p0, first, like[0]), _part(p1, first, like[0]), _part(g0, first, like[1]), n)
+    ratio = dg / dd if dd > 0.0 else 0.0
     return ratio if np.isfinite(ratio) else 0.0
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _missing(c: float, sums: Any) -> Any:
+    """Find what a ratio lacks: zero, unless the sums show that the sample misled."""
+    dd, rd, rr = sums[4], sums[6], sums[9]
+    if not np.isfinite(dd):
+        # The sample did not see it: such a displacement has no ratio.
+        return -c
+    gg = rr + 2.0 * c * rd + c * c * dd
+    if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
+        # Most of the residual lies along the displacement. Its own sums know better.
+        return rd / dd
+    return 0.0
 
 
 @njit(cache=True, nogil=True)
@@ -241,11 +251,11 @@ def _sum_blocks(
         for t in rows:
             for a in range(low, high, BLOCK):
                 b = min(a + BLOCK, high)
-                p0, p1 = _part(p[t], a, b, like[0]), _part(p[t + 1], a, b, like[0])
-                g0, g1 = _part(g[t], a, b, like[1]), _part(g[t + 1], a, b, like[1])
-                _block(p0, p1, g0, g1, ratio[t], part)
+                p0, p1 = _part(p[t], a, like[0]), _part(p[t + 1], a, like[0])
+                g0, g1 = _part(g[t], a, like[1]), _part(g[t + 1], a, like[1])
+                _block(p0, p1, g0, g1, b - a, ratio[t], part)
                 if h is not None:
-                    _hvp_block(p0, p1, g0, g1, _part(h[t], a, b, like[2]), ratio[t], part)
+                    _hvp_block(p0, p1, g0, g1, _part(h[t], a, like[2]), b - a, ratio[t], part)
                 for k in range(sums):
                     # The rounding error of a sum, exactly and without a branch that could be mispredicted (Knuth).
                     new = total[t, k] + part[k]
@@ -265,21 +275,35 @@ def _along(c: float, product: float) -> float:
     return c * product if c != 0.0 else 0.0
 
 
-@njit(cache=True, nogil=True)
-def _fill(c: float, total: Any, gram: Any) -> None:
-    """Fill in a Gram matrix: the sums, the products of the gradient g = r + c d, and the lower half."""
-    for k in range(total.size):
-        gram[_FIRST[k], _SECOND[k]] = total[k]
-    gram[0, 2] = gram[0, 4] + _along(c, gram[0, 1])
-    gram[1, 2] = gram[1, 4] + _along(c, gram[1, 1])
-    gram[2, 3] = gram[3, 4] + _along(c, gram[1, 3])
-    gram[2, 4] = gram[4, 4] + _along(c, gram[1, 4])
-    gram[2, 2] = gram[2, 4] + _along(c, gram[1, 2])
+@njit(cache=True, nogil=True, forceinline=True)
+def _fill(c: float, sums: Any, gram: Any) -> None:
+    """Fill in a Gram matrix: the sums, and the products of the gradient g = r + c d."""
+    pp, pd, pe, pr = sums[0], sums[1], sums[2], sums[3]
+    dd, de, dr, ee, er, rr = sums[4], sums[5], sums[6], sums[7], sums[8], sums[9]
+    pg, dg, ge, gr = pr + _along(c, pd), dr + _along(c, dd), er + _along(c, de), rr + _along(c, dr)
+    gram[0, 0] = pp
+    gram[0, 1] = gram[1, 0] = pd
+    gram[0, 2] = gram[2, 0] = pg
+    gram[0, 3] = gram[3, 0] = pe
+    gram[0, 4] = gram[4, 0] = pr
+    gram[1, 1] = dd
+    gram[1, 2] = gram[2, 1] = dg
+    gram[1, 3] = gram[3, 1] = de
+    gram[1, 4] = gram[4, 1] = dr
+    gram[2, 2] = gr + _along(c, dg)
+    gram[2, 3] = gram[3, 2] = ge
+    gram[2, 4] = gram[4, 2] = gr
+    gram[3, 3] = ee
+    gram[3, 4] = gram[4, 3] = er
+    gram[4, 4] = rr
     if gram.shape[0] == 6:
-        gram[2, 5] = gram[4, 5] + _along(c, gram[1, 5])
-    for i in range(gram.shape[0]):
-        for j in range(i):
-            gram[i, j] = gram[j, i]
+        ph, dh, eh, rh, hh = sums[10], sums[11], sums[12], sums[13], sums[14]
+        gram[0, 5] = gram[5, 0] = ph
+        gram[1, 5] = gram[5, 1] = dh
+        gram[2, 5] = gram[5, 2] = rh + _along(c, dh)
+        gram[3, 5] = gram[5, 3] = eh
+        gram[4, 5] = gram[5, 4] = rh
+        gram[5, 5] = hh
 
 
 @njit(cache=True, nogil=True)
@@ -287,24 +311,48 @@ def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: in
     rows, segments = gram.shape[0], gram.shape[1]
     sums = _SUMS_WITH_HVP if gram.shape[2] == 6 else _SUMS
     total, error, part = np.empty((rows, sums)), np.empty((rows, sums)), np.empty(sums)
-    for s in range(segments):
-        first, stop, c = starts[s], starts[s + 1], ratio[:, s]
-        # Of a short segment the sample is all of it: few rows at a time, for it to be in the cache still.
-        together = rows if stop - first > run * runs else _ROWS_OF_SHORT_SEGMENT
-        for begin in range(0, rows, together):
-            end = min(begin + together, rows)
-            for t in range(begin, end):
-                p0, p1 = _part(p[t], first, stop, like[0]), _part(p[t + 1], first, stop, like[0])
-                c[t] = _sampled_ratio(p0, p1, _part(g[t], first, stop, like[1]), run, runs, part)
-            _sum_blocks(p, g, h, like, range(begin, end), first, stop, c, total, error, part)
+    # Of `like` the types are wanted, and pointers carry them at no cost.
+    null = np.uintp(0)
+    words = _part(null, 0, like[0]), _part(null, 0, like[1]), _part(null, 0, like[2])
+    end = 0
+    for begin in range(segments):
+        if begin < end:
+            continue
+        # Segments of a block or less go through all rows together, as many as a stretch holds.
+        end = begin
+        while end < segments and starts[end + 1] <= min(starts[end] + BLOCK, starts[begin] + _STRETCH):
+            end += 1
         for t in range(rows):
-            dd, rd, rr = total[t, 4], total[t, 6], total[t, 9]
-            gg = rr + 2.0 * c[t] * rd + c[t] * c[t] * dd
-            if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
-                # The sample misled: most of the residual lies along the displacement. Its own sums know better.
-                c[t] += rd / dd
-                _sum_blocks(p, g, h, like, range(t, t + 1), first, stop, c, total, error, part)
-            _fill(c[t], total[t], gram[t, s])
+            for s in range(begin, end):
+                first, n = starts[s], starts[s + 1] - starts[s]
+                p0, p1 = _part(p[t], first, words[0]), _part(p[t + 1], first, words[0])
+                g0, g1 = _part(g[t], first, words[1]), _part(g[t + 1], first, words[1])
+                c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n, run, runs)
+                for attempt in range(2):
+                    # The sums of a block are all there is: no total and no error to carry along.
+                    _block(p0, p1, g0, g1, n, c, part)
+                    if h is not None:
+                        _hvp_block(p0, p1, g0, g1, _part(h[t], first, words[2]), n, c, part)
+                    missing = _missing(c, part)
+                    if missing == 0.0 or attempt == 1:
+                        break
+                    c += missing
+                ratio[t, s] = c
+                _fill(c, part, gram[t, s])
+        if end > begin:
+            continue
+        # A segment of several blocks.
+        end = begin + 1
+        first, stop, ratios = starts[begin], starts[end], ratio[:, begin]
+        for t in range(rows):
+            ratios[t] = _sampled_ratio(p[t], p[t + 1], g[t], words, first, stop - first, run, runs)
+        _sum_blocks(p, g, h, words, range(rows), first, stop, ratios, total, error, part)
+        for t in range(rows):
+            missing = _missing(ratios[t], total[t])
+            if missing != 0.0:
+                ratios[t] += missing
+                _sum_blocks(p, g, h, words, range(t, t + 1), first, stop, ratios, total, error, part)
+            _fill(ratios[t], total[t], gram[t, begin])
 
 
 def _words(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
@@ -428,18 +476,18 @@ def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, 
             for a in range(starts[s], starts[s + 1], size):
                 b = min(a + size, starts[s + 1])
                 n = b - a
-                p0, g0 = _part(p[t], a, b, like[0]), _part(g[t], a, b, like[1])
+                p0, g0 = _part(p[t], a, like[0]), _part(g[t], a, like[1])
                 for i in range(n):
                     values[0, i] = _widen(g0[i])
                 for r in range(replicates):
-                    q0 = _part(q[r, t], a, b, like[2])
+                    q0 = _part(q[r, t], a, like[2])
                     for i in range(n):
                         values[2 + r, i] = _widen(q0[i]) - _widen(p0[i])
                 _form_replicates(values[1, :n], values[2 : 2 + replicates, :n])
                 if bent:
                     first = 2 + replicates
                     for r in range(replicates):
-                        h0 = _part(h[r, t], a, b, like[3])
+                        h0 = _part(h[r, t], a, like[3])
                         for i in range(n):
                             values[first + 1 + r, i] = _widen(h0[i])
                     _form_replicates(values[first, :n], values[first + 1 :, :n])

@@ -38,22 +38,64 @@ def states(rows, elements, dtype, seed, scale=1.0):
     [*((d, d) for d in DTYPES), ("bfloat16", "float32"), ("float32", "float16")],
 )
 def test_every_entry_is_exact_to_rounding_from_every_storage_dtype(parameter_dtype, gradient_dtype, with_hvp):
-    parameter, _ = states(3, 1500, parameter_dtype, seed=1)
-    _, gradient = states(3, 1500, gradient_dtype, seed=2)
-    hvp = states(3, 1500, gradient_dtype, seed=3)[1] if with_hvp else None
-    out, ratio = products(parameter, gradient, cuts=(1, 700), hvp=hvp)
-    for row, (segment, (low, high)) in itertools.product(range(2), enumerate([(0, 1), (1, 700), (700, 1500)])):
+    # One element, a block of which a sample is taken, and more than a block.
+    parameter, _ = states(3, 1700, parameter_dtype, seed=1)
+    _, gradient = states(3, 1700, gradient_dtype, seed=2)
+    hvp = states(3, 1700, gradient_dtype, seed=3)[1] if with_hvp else None
+    out, ratio = products(parameter, gradient, cuts=(1, 600), hvp=hvp)
+    for row, (segment, (low, high)) in itertools.product(range(2), enumerate([(0, 1), (1, 600), (600, 1700)])):
         part = slice(low, high)
-        vectors = exact_vectors(
-            parameter[row, part],
-            parameter[row + 1, part],
-            gradient[row, part],
-            gradient[row + 1, part],
-            ratio[row, segment],
-            None if hvp is None else hvp[row, part],
-        )
-        # Forming d, e and r in float64 costs up to three roundings of u times their (larger) parts.
-        assert_gram_close(out[row, segment], exact_gram(vectors), high - low, slack=2.0)
+        rows = parameter[row, part], parameter[row + 1, part], gradient[row, part], gradient[row + 1, part]
+        assert_exact(out[row, segment], rows, ratio[row, segment], None if hvp is None else hvp[row, part])
+
+
+def assert_exact(actual, rows, ratio, hvp):
+    vectors = exact_vectors(*rows, ratio, hvp)
+    expected = exact_gram(vectors)
+    norms = np.sqrt(np.diagonal(expected))
+    # A residual is the difference of two vectors in float64, and costs roundings of these whatever is left of it.
+    norms[RESIDUAL] += norms[GRADIENT] + abs(ratio) * norms[DISPLACEMENT]
+    # Forming d, e and r in float64 costs up to three roundings of u times their (larger) parts.
+    bound = 2.0 * gram.roundoff_bound(len(vectors[0])) * np.outer(norms, norms)
+    error = abs(actual - expected)
+    assert (error <= bound).all(), f"{len(vectors[0])} elements: {error} beyond {bound}"
+    np.testing.assert_array_equal(actual, actual.T)
+
+
+# What the processor takes at a time, one less and one more.
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+
+
+@pytest.mark.parametrize("with_hvp", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_entry_of_segments_of_few_elements_is_exact_to_rounding(dtype, with_hvp):
+    assert_exact_segments(LENGTHS, dtype, with_hvp)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        ("float32", gram.BLOCK),
+        ("float64", gram.BLOCK - 1),
+        ("bfloat16", gram.BLOCK + 1),
+        ("float32", 511),
+        ("float64", 512),
+    ],
+)
+def test_every_entry_is_exact_to_rounding_where_a_sample_or_a_block_begins_or_ends(dtype, length):
+    # The short ones beside it begin a new group of short segments, before and after.
+    assert_exact_segments((3, length, 5), dtype, with_hvp=True)
+
+
+def assert_exact_segments(lengths, dtype, with_hvp):
+    parameter, gradient = states(2, sum(lengths), dtype, seed=len(lengths))
+    hvp = states(1, sum(lengths), dtype, seed=8)[1] if with_hvp else None
+    cuts = np.cumsum(lengths)
+    out, ratio = products(parameter, gradient, cuts=cuts[:-1], hvp=hvp)
+    for segment, (stop, length) in enumerate(zip(cuts, lengths, strict=True)):
+        part = slice(stop - length, stop)
+        rows = parameter[0, part], parameter[1, part], gradient[0, part], gradient[1, part]
+        assert_exact(out[0, segment], rows, ratio[0, segment], None if hvp is None else hvp[0, part])
 
 
 def test_an_entry_of_a_hundred_thousand_float64_elements_is_within_1e_14():
@@ -89,6 +131,23 @@ def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it():
         one, its_ratio = products(parameter[row : row + 2], gradient[row : row + 2], cuts=(17, 2000))
         np.testing.assert_array_equal(one[0], whole[row])
         np.testing.assert_array_equal(its_ratio[0], ratio[row])
+
+
+@pytest.mark.parametrize("with_hvp", [False, True])
+def test_the_bits_of_a_segment_do_not_depend_on_the_segments_beside_it(with_hvp):
+    # Blocks and less of more than a stretch in all, and longer ones between them.
+    lengths = [*LENGTHS, *[gram.BLOCK] * 9, gram.BLOCK + 1, 700, *[900] * 9, 0, 3000, 2]
+    cuts = np.cumsum(lengths)
+    parameter, gradient = states(4, cuts[-1], "float32", seed=13)
+    hvp = states(3, cuts[-1], "float32", seed=14)[1] if with_hvp else None
+    out, ratio = products(parameter, gradient, cuts=cuts[:-1], hvp=hvp)
+    for segment, (stop, length) in enumerate(zip(cuts, lengths, strict=True)):
+        part = slice(stop - length, stop)
+        alone, its_ratio = products(
+            parameter[:, part], gradient[:, part], hvp=None if hvp is None else hvp[:, part]
+        )
+        np.testing.assert_array_equal(alone[:, 0], out[:, segment])
+        np.testing.assert_array_equal(its_ratio[:, 0], ratio[:, segment])
 
 
 @given(cuts=st.lists(st.integers(1, 2999), unique=True, max_size=6).map(sorted), seed=st.integers(0, 99))
@@ -137,6 +196,22 @@ def test_an_update_that_moves_few_elements_has_a_ratio_all_the_same():
     assert ratio[0, 0] == -4.0
 
 
+@pytest.mark.parametrize("elements", [64, 600, gram.BLOCK, gram.BLOCK + 1])
+def test_a_sample_that_misled_is_put_right_wherever_it_missed_what_counts(elements):
+    # Row k moves element k most, by gradient / -3; the others, which any sample sees, by the gradient itself.
+    displacement = np.full((elements, elements), 1e-4)
+    np.fill_diagonal(displacement, 1.0)
+    gradient = np.where(np.eye(elements, dtype=bool), -3.0, 1e-4)
+    pairs = [
+        products(np.stack([np.zeros(elements), d]), np.stack([g, g]))
+        for d, g in zip(displacement, gradient, strict=True)
+    ]
+    for out, ratio in pairs:
+        # Of the best ratio, -3 but for 4e-8 n, the residual is what the small ones leave: (4e-4)**2 each.
+        assert abs(ratio[0, 0] + 3.0) <= 1e-7 * elements
+        assert out[0, 0, RESIDUAL, RESIDUAL] <= 1.7e-7 * elements
+
+
 def test_no_displacement_has_ratio_zero():
     parameter, gradient = np.ones((2, 10)), np.ones((2, 10))
     out, ratio = products(parameter, gradient)
@@ -160,6 +235,37 @@ def test_what_is_not_finite_spoils_its_own_rows_and_segments_only(bad):
     assert not np.isfinite(out[1, 1, 3, 3])
     assert not np.isfinite(out[2, 1, GRADIENT, GRADIENT])
     assert np.isfinite(ratio).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+@pytest.mark.parametrize("elements", [1, 9, 40, 600, gram.BLOCK, 5000])
+def test_a_displacement_that_is_not_finite_has_ratio_zero_wherever_it_lies(elements, bad):
+    # Its square of 1e200 is infinite, so it leaves no ratio either; but such a gradient is what it was.
+    for element in sorted({0, elements // 4, elements - 1}):
+        parameter, gradient = states(2, elements, "float64", seed=17)
+        clean, _ = products(parameter, gradient)
+        parameter[1, element] = bad
+        out, ratio = products(parameter, gradient)
+        assert ratio[0, 0] == 0.0
+        assert not np.isfinite(out[0, 0, DISPLACEMENT, DISPLACEMENT])
+        kept = out[0, 0, GRADIENT, GRADIENT] == out[0, 0, RESIDUAL, RESIDUAL]
+        assert kept if bad == 1e200 else np.isnan(out[0, 0, GRADIENT]).all()
+        keep = np.ix_([0, 3], [0, 3])
+        np.testing.assert_array_equal(out[0, 0][keep], clean[0, 0][keep])
+
+
+@pytest.mark.parametrize("elements", [1, 8, 600, gram.BLOCK, 5000])
+def test_a_gradient_that_is_not_finite_spoils_its_products_and_no_others(elements):
+    parameter, gradient = states(2, elements, "float32", seed=19)
+    hvp = states(1, elements, "float32", seed=20)[1]
+    clean, _ = products(parameter, gradient, hvp=hvp)
+    gradient[0, -1] = np.nan
+    out, ratio = products(parameter, gradient, hvp=hvp)
+    assert np.isfinite(ratio).all()
+    spoilt = [GRADIENT, VECTORS.index("gradient_change"), RESIDUAL]
+    assert np.isnan(out[0, 0, spoilt]).all()
+    keep = np.ix_(*[np.setdiff1d(np.arange(6), spoilt)] * 2)
+    np.testing.assert_array_equal(out[0, 0][keep], clean[0, 0][keep])
 
 
 def test_padding_beyond_the_last_segment_is_not_read():
