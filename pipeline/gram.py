@@ -118,7 +118,7 @@ def _widen_compiled(word: Any) -> Any:
     return lambda word: np.float64(_from_float16(word))
 
 
-def _to_part(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
+def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
     """Pointer to the elements of a row from the first on; `like` has elements of the same type.
 
     A slice of an array would do, but the compiled code counts the users of an array, at each call that gets one,
@@ -133,7 +133,7 @@ def _to_part(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
     return pointer(types.uintp, types.intp, like), generate
 
 
-_part: Any = intrinsic(_to_part)
+pointer: Any = intrinsic(_to_pointer)
 
 
 @njit(cache=True, nogil=True, fastmath=_REORDER, forceinline=True)
@@ -192,19 +192,19 @@ def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
 
 
 @njit(cache=True, nogil=True, forceinline=True)
-def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int, run: int, runs: int) -> float:
+def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> float:
     dg = dd = 0.0
     # To look at an element costs a third of summing its products: a quarter of the elements will do.
-    runs = min(runs, n // (4 * run))
+    run, runs = _RUN, min(_RUNS, n // (4 * _RUN))
     if runs > 1:
         for k in range(runs):
             a = first + k * (n - run) // (runs - 1)
-            more = _sample(_part(p0, a, like[0]), _part(p1, a, like[0]), _part(g0, a, like[1]), run)
+            more = _sample(pointer(p0, a, like[0]), pointer(p1, a, like[0]), pointer(g0, a, like[1]), run)
             dg += more[0]
             dd += more[1]
     if dd == 0.0:
         # Less than eight runs, or a sparse update of which the sample saw nothing: look at all of it.
-        dg, dd = _sample(_part(p0, first, like[0]), _part(p1, first, like[0]), _part(g0, first, like[1]), n)
+        dg, dd = _sample(pointer(p0, first, like[0]), pointer(p1, first, like[0]), pointer(g0, first, like[1]), n)
     ratio = dg / dd if dd > 0.0 else 0.0
     return ratio if np.isfinite(ratio) else 0.0
 
@@ -251,11 +251,11 @@ def _sum_blocks(
         for t in rows:
             for a in range(low, high, BLOCK):
                 b = min(a + BLOCK, high)
-                p0, p1 = _part(p[t], a, like[0]), _part(p[t + 1], a, like[0])
-                g0, g1 = _part(g[t], a, like[1]), _part(g[t + 1], a, like[1])
+                p0, p1 = pointer(p[t], a, like[0]), pointer(p[t + 1], a, like[0])
+                g0, g1 = pointer(g[t], a, like[1]), pointer(g[t + 1], a, like[1])
                 _block(p0, p1, g0, g1, b - a, ratio[t], part)
                 if h is not None:
-                    _hvp_block(p0, p1, g0, g1, _part(h[t], a, like[2]), b - a, ratio[t], part)
+                    _hvp_block(p0, p1, g0, g1, pointer(h[t], a, like[2]), b - a, ratio[t], part)
                 for k in range(sums):
                     # The rounding error of a sum, exactly and without a branch that could be mispredicted (Knuth).
                     new = total[t, k] + part[k]
@@ -307,13 +307,14 @@ def _fill(c: float, sums: Any, gram: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: int, gram: Any, ratio: Any) -> None:
+def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, ratio: Any) -> None:
+    """Compute `products` from compiled code: of rows at addresses, and of `like` the types of their elements."""
     rows, segments = gram.shape[0], gram.shape[1]
     sums = _SUMS_WITH_HVP if gram.shape[2] == 6 else _SUMS
     total, error, part = np.empty((rows, sums)), np.empty((rows, sums)), np.empty(sums)
     # Of `like` the types are wanted, and pointers carry them at no cost.
     null = np.uintp(0)
-    words = _part(null, 0, like[0]), _part(null, 0, like[1]), _part(null, 0, like[2])
+    words = pointer(null, 0, like[0]), pointer(null, 0, like[1]), pointer(null, 0, like[2])
     end = 0
     for begin in range(segments):
         if begin < end:
@@ -325,14 +326,14 @@ def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: in
         for t in range(rows):
             for s in range(begin, end):
                 first, n = starts[s], starts[s + 1] - starts[s]
-                p0, p1 = _part(p[t], first, words[0]), _part(p[t + 1], first, words[0])
-                g0, g1 = _part(g[t], first, words[1]), _part(g[t + 1], first, words[1])
-                c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n, run, runs)
+                p0, p1 = pointer(p[t], first, words[0]), pointer(p[t + 1], first, words[0])
+                g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
+                c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n)
                 for attempt in range(2):
                     # The sums of a block are all there is: no total and no error to carry along.
                     _block(p0, p1, g0, g1, n, c, part)
                     if h is not None:
-                        _hvp_block(p0, p1, g0, g1, _part(h[t], first, words[2]), n, c, part)
+                        _hvp_block(p0, p1, g0, g1, pointer(h[t], first, words[2]), n, c, part)
                     missing = _missing(c, part)
                     if missing == 0.0 or attempt == 1:
                         break
@@ -345,7 +346,7 @@ def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: in
         end = begin + 1
         first, stop, ratios = starts[begin], starts[end], ratio[:, begin]
         for t in range(rows):
-            ratios[t] = _sampled_ratio(p[t], p[t + 1], g[t], words, first, stop - first, run, runs)
+            ratios[t] = _sampled_ratio(p[t], p[t + 1], g[t], words, first, stop - first)
         _sum_blocks(p, g, h, words, range(rows), first, stop, ratios, total, error, part)
         for t in range(rows):
             missing = _missing(ratios[t], total[t])
@@ -355,7 +356,7 @@ def _products(p: Any, g: Any, h: Any, like: Any, starts: Any, run: int, runs: in
             _fill(ratios[t], total[t], gram[t, begin])
 
 
-def _words(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
     dtype = blocks[0].dtype
     words = np.int16 if dtype == np.float16 else np.uint16 if dtype.name == "bfloat16" else None
     return blocks if words is None else [block.view(words) for block in blocks]
@@ -411,13 +412,13 @@ def products(
     g = r + c d. As neither part is longer than g but for a small factor, they are as accurate as sums of their own.
     """
     rows = len(gram)
-    blocks = [_words(array) for array in (parameter, gradient, hvp or parameter)]
+    blocks = [words_of(array) for array in (parameter, gradient, hvp or parameter)]
     parameters, gradients, hvps = (_addresses(array, int(starts[-1])) for array in blocks)
     if min(len(parameters), len(gradients)) <= rows or len(hvps) < rows:
         raise ValueError(f"{rows} rows of products need {rows + 1} states")
     # The compiled code sees addresses, and an array of no elements for the type of each.
     like = tuple(np.empty(0, array[0].dtype) for array in blocks)
-    _products(parameters, gradients, None if hvp is None else hvps, like, starts, _RUN, _RUNS, gram, ratio)
+    row_products(parameters, gradients, None if hvp is None else hvps, like, starts, gram, ratio)
 
 
 # Replicates ---------------------------------------------------------------------------------------------------
@@ -476,18 +477,18 @@ def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, 
             for a in range(starts[s], starts[s + 1], size):
                 b = min(a + size, starts[s + 1])
                 n = b - a
-                p0, g0 = _part(p[t], a, like[0]), _part(g[t], a, like[1])
+                p0, g0 = pointer(p[t], a, like[0]), pointer(g[t], a, like[1])
                 for i in range(n):
                     values[0, i] = _widen(g0[i])
                 for r in range(replicates):
-                    q0 = _part(q[r, t], a, like[2])
+                    q0 = pointer(q[r, t], a, like[2])
                     for i in range(n):
                         values[2 + r, i] = _widen(q0[i]) - _widen(p0[i])
                 _form_replicates(values[1, :n], values[2 : 2 + replicates, :n])
                 if bent:
                     first = 2 + replicates
                     for r in range(replicates):
-                        h0 = _part(h[r, t], a, like[3])
+                        h0 = pointer(h[r, t], a, like[3])
                         for i in range(n):
                             values[first + 1 + r, i] = _widen(h0[i])
                     _form_replicates(values[first, :n], values[first + 1 :, :n])
@@ -539,7 +540,7 @@ def replicate_products(
     are formed in float64, some hundred elements at a time.
     """
     rows, elements = len(gram), int(starts[-1])
-    words = [_words(array) for array in (parameter, gradient, *replicates, *hvps)]
+    words = [words_of(array) for array in (parameter, gradient, *replicates, *hvps)]
     found = [_addresses(array, elements)[:rows] for array in words]
     if min(map(len, found)) < rows:
         raise ValueError(f"{rows} rows of products need as many of each replicate")

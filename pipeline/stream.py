@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-from pipeline.gram import _RUN, _RUNS, _pointer, _products, _words
+from pipeline.gram import pointer, row_products, words_of
 
 __all__ = ["Located", "buffer_bytes", "products", "read"]
 
@@ -22,7 +22,10 @@ Located = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Where rows lie: of each the descriptor of an open file, and its first byte there; two arrays of shape (rows,)."""
 
 # The system's call, not that of Python, which needs the interpreter lock before and after each.
-_pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
+_pread: Any = types.ExternalFunction(
+    "pread", types.intp(types.intc, types.CPointer(types.uint8), types.uintp, types.int64)
+)
+_BYTE = np.empty(0, np.uint8)
 
 
 @njit(cache=True, nogil=True)
@@ -30,7 +33,7 @@ def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
     """Read to an address; whether all came."""
     while size > 0:
         # A read of many bytes, or one that was interrupted, may come in parts.
-        count = _pread(descriptor, _pointer(address), np.uintp(size), offset)
+        count = _pread(descriptor, pointer(address, 0, _BYTE), np.uintp(size), offset)
         if count <= 0:
             return False
         address += np.uintp(count)
@@ -119,20 +122,15 @@ def _stream(
                     while last < end - 1 and leads[last]:
                         last += 1
                     at, after = first - begin + 1, last - begin + 1
-                    _products(
+                    row_products(
                         p[at : after + 1],
                         g[at : after + 1],
                         None if h is None else h[at:after],
                         like,
                         own,
-                        _RUN,
-                        _RUNS,
                         gram[first:last, first_segment:last_segment],
                         ratio[first:last, first_segment:last_segment],
                     )
-                else:
-                    gram[first, first_segment:last_segment] = np.nan
-                    ratio[first, first_segment:last_segment] = np.nan
                 first = last
             p[0], g[0] = p[end - begin], g[end - begin]
             if h is not None:
@@ -196,7 +194,7 @@ def products(
     needed = buffer_bytes(stride, batch, [dtype.itemsize for dtype in dtypes])
     if buffer.nbytes < needed:
         raise ValueError(f"a buffer of {buffer.nbytes} bytes in place of {needed}")
-    words = [_words([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
+    words = [words_of([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
     like = tuple(np.empty(0, dtype) for dtype in (*words, words[0])[:3])
     descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
     p, g, h = (np.zeros(batch + 1, np.uintp) for _ in range(3))
@@ -221,7 +219,10 @@ def products(
         gram,
         ratio,
     )
-    return None if found[0] < 0 else (int(found[0]), int(found[1]))
+    if found[0] >= 0:
+        return int(found[0]), int(found[1])
+    gram[~leads], ratio[~leads] = np.nan, np.nan
+    return None
 
 
 def read(file: Located, first: int, out: NDArray[Any]) -> int | None:
