@@ -46,10 +46,13 @@ _REFUSALS = {
 
 
 _FLUSHES = 8
-"""Flushes at a time, in threads. Those take some 10 ms to start, in which a fast disk is done with"""
+"""Flushes at a time, in threads, which take some 10 ms to start."""
+
 _ALONE_PATHS = 100
-"""files and folders; a slow one is not, after"""
+"""Files and folders, about, of which a fast disk has written all by then."""
+
 _ALONE_SECONDS = 0.01
+"""Time after which a disk is known not to be a fast one."""
 
 _PIECE_BYTES = 1 << 19
 """Bytes of a file after which the disk begins to write them: it works while the next ones are copied."""
