@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import itertools
-import math
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -183,57 +184,74 @@ def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path
 # Several files at once ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", [0, 0.01, math.inf], ids=["in threads", "as it is", "one by one"])
-def test_all_files_are_on_their_way_before_the_first_is_waited_for(tmp_path, monkeypatch, seconds):
-    monkeypatch.setattr(disk, "_ALONE_SECONDS", seconds)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    files = [tmp_path / "a", folder / "b", folder / "c"]
-    for file in files:
-        file.write_text(file.name)
-    events = []
-
-    def watched(name):
-        function = getattr(os if name == "fsync" else disk, name)
-
-        def called(descriptor):
-            events.append((name, Path(f"/proc/self/fd/{descriptor}").readlink()))
-            return function(descriptor)
-
-        return called
-
-    monkeypatch.setattr(disk, "_begin_to_flush", watched("_begin_to_flush"))
-    monkeypatch.setattr(os, "fsync", watched("fsync"))
-    flush_all([*files, folder, tmp_path])
-    assert events[:3] == [("_begin_to_flush", file) for file in files]
-    assert sorted(events[3:]) == [("fsync", path) for path in sorted([*files, folder, tmp_path])]
-
-
-def test_of_many_files_each_is_flushed(tmp_path, monkeypatch):
-    files = [tmp_path / str(number) for number in range(disk._ALONE_PATHS + 1)]
-    for file in files:
-        file.write_text("")
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_each_file_and_folder_is_flushed_once(tmp_path, monkeypatch, count):
+    paths = [tmp_path / str(number) for number in range(count)]
+    for path in paths[:-1]:
+        path.write_text("")
+    for path in paths[-1:]:
+        path.mkdir()
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda number: flushed.append(Path(f"/proc/self/fd/{number}").readlink()))
-    flush_all(files)
-    assert sorted(flushed) == sorted(files)
+    flush_all(paths)
+    assert sorted(flushed) == sorted(paths)
 
 
-@pytest.mark.parametrize("seconds", [0, math.inf], ids=["in threads", "one by one"])
 @pytest.mark.parametrize("failing", range(4))
-def test_what_one_flush_of_several_says_is_told(tmp_path, monkeypatch, seconds, failing):
-    monkeypatch.setattr(disk, "_ALONE_SECONDS", seconds)
-    files = [tmp_path / str(number) for number in range(4)]
+def test_what_one_flush_of_several_says_is_told_when_all_are_done(tmp_path, monkeypatch, failing):
+    files, done, failed = [tmp_path / str(number) for number in range(4)], [], threading.Event()
     for file in files:
         file.write_text("")
 
     def fsync(descriptor):
-        if Path(f"/proc/self/fd/{descriptor}").readlink() == files[failing]:
+        file = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if file == files[failing]:
+            failed.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        failed.wait()
+        time.sleep(0.05)  # long enough for who does not wait
+        done.append(file)
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         flush_all(files)
+    assert sorted(done) == [file for file in files if file != files[failing]]
+
+
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.store.disk import flush_all
+
+paths = [Path(sys.argv[1]), Path(sys.argv[1]).parent]
+flush_all(paths)
+if (process := os.fork()) == 0:
+    signal.alarm(20)  # where it would wait forever
+    flush_all(paths)
+    os._exit(0)
+flush_all(paths)
+assert os.waitpid(process, 0)[1] == 0
+"""
+
+
+def test_a_process_that_was_forked_waits_for_the_disk_with_threads_of_its_own(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, tmp_path / "file"]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+
+
+def test_the_disk_begins_with_a_piece_of_a_file_before_the_next_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 7)
+    begun, begin = [], disk._begin_to_flush
+
+    def watched(descriptor):
+        begun.append(os.fstat(descriptor).st_size)
+        begin(descriptor)
+
+    monkeypatch.setattr(disk, "_begin_to_flush", watched)
+    replace_files({tmp_path / "a": bytes(range(20)), tmp_path / "b": b"", tmp_path / "c": memoryview(b"1234567")})
+    assert begun == [7, 14, 20, 7]
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [bytes(range(20)), b"", b"1234567"]
 
 
 def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path, monkeypatch):

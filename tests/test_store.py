@@ -778,6 +778,21 @@ def test_a_grown_ledger_keeps_its_whole_bands(ledger):
     assert spans.tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 1]
 
 
+def test_the_numbers_of_new_updates_are_on_disk_before_a_band_can_be_recorded(ledger, monkeypatch):
+    flushed = {}
+
+    def look(kind, target, before):
+        if kind == "flush":
+            flushed[target] = target.read_bytes() if target.is_file() else sorted(target.iterdir())
+
+    with monkeypatch.context() as patch:
+        Watch(patch, look)
+        prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
+    for folder in (ledger.path / "step" / "c", ledger.path / "step_span" / "c"):
+        assert flushed[folder] == [folder / "0"]
+        assert flushed[folder / "0"] == (folder / "0").read_bytes()
+
+
 def test_the_numbers_of_a_long_run_share_a_file_and_grow_beyond_it(tmp_path):
     path = tmp_path / "ledger.zarr"
     for rows, chunks in ((20_000, 1), (30_000, 2), (50_000, 3)):

@@ -7,11 +7,11 @@ import errno
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,7 @@ _REFUSALS = {
 
 
 _FLUSHES = 8
-"""Flushes at a time, in threads. Those take some 10 ms to start, in which a fast disk is done with"""
-_ALONE_PATHS = 100
-"""files and folders; a slow one is not, after"""
-_ALONE_SECONDS = 0.01
+"""Flushes at a time, in threads."""
 
 _PIECE_BYTES = 1 << 19
 """Bytes of a file after which the disk begins to write them: it works while the next ones are copied."""
@@ -113,24 +110,25 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def flush_all(paths: Iterable[Path]) -> None:
-    """Wait until files and folders are on disk, together: the system's journal then takes many of them in one go.
+@cache
+def _flushing() -> ThreadPoolExecutor:
+    """Threads that wait for the disk. They stay: to start them takes longer than a fast disk takes."""
+    return ThreadPoolExecutor(_FLUSHES, "flush")
 
-    Few are under way before the first is waited for; of many, threads wait for some at a time.
-    """
-    waiting = deque(paths)
-    if len(waiting) <= _ALONE_PATHS:
-        for path in waiting:
-            if not path.is_dir():
-                with path.open("rb", buffering=0) as file:
-                    _begin_to_flush(file.fileno())
-        end = time.monotonic() + _ALONE_SECONDS
-        while waiting and time.monotonic() < end:
-            flush(waiting.popleft())
-    if waiting:
-        with ThreadPoolExecutor(_FLUSHES) as pool:
-            for _ in pool.map(flush, waiting):
-                pass
+
+os.register_at_fork(after_in_child=_flushing.cache_clear)  # where those threads are not
+
+
+def flush_all(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on disk, some at a time: the system writes its journal for them together."""
+    several = list(paths)
+    if len(several) == 1:
+        flush(several[0])
+        return
+    under_way = [_flushing().submit(flush, path) for path in several]
+    wait(under_way)
+    for flushed in under_way:
+        flushed.result()
 
 
 def _begin_to_flush(descriptor: int) -> None:
