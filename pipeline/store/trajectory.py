@@ -160,6 +160,9 @@ class Trajectory:
             for array, dtype in self.array_dtypes.items()
             for name in (self.replicates_of(array) if array in REPLICATE_STATES else (array,))
         }
+        self._chunk_bytes = {
+            name: math.prod(self.chunk) * storage_dtype(dtype).itemsize for name, dtype in self.dtypes.items()
+        }
         self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
         self.source: str = attributes["source"]
         self.sweep: bool = attributes.get("sweep", False)
@@ -177,8 +180,7 @@ class Trajectory:
         self._runs: tuple[str, ...] = ()
         self._breaks: NDArray[np.int64] | None = None
         self._spans: NDArray[np.int64] | None = None
-        # A request takes as long as many steps are read from a disk.
-        self._fetched: dict[tuple[str, int], NDArray[Any]] = {}
+        self._read: dict[tuple[str, int], NDArray[Any]] = {}
         self._writes = Writes()
         self._open: dict[tuple[str, int, int], ChunkFile] = {}
         self._read_ahead = 0
@@ -328,21 +330,22 @@ class Trajectory:
             if name in OPTIMIZER_NUMBERS or name == REPLICATE_LOSS:
                 shape = (self.rows, self.replicates if name == REPLICATE_LOSS else len(self.layout.tensors))
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
-        if (name, self.rows) in self._fetched:
-            return self._fetched[name, self.rows]
+        if (name, self.rows) in self._read:
+            return self._read[name, self.rows]
         array, paths = self._array(name), self._number_chunks(name, 0, self.rows)
         for path in paths:
             require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
         if is_url(self.path):
             values = np.asarray(with_rows(array, self.rows)[:])
-            values.flags.writeable = False
-            self._fetched = {key: held for key, held in self._fetched.items() if key[1] == self.rows}
-            self._fetched[name, self.rows] = values
-            return values
-        # They are plain. A long run has many of them, and Zarr takes longer for each than the disk.
-        words = array.dtype.newbyteorder("<")
-        chunks = [np.fromfile(path, words).reshape(array.chunks) for path in paths]
-        return np.concatenate([np.empty((0, *array.shape[1:]), words), *chunks])[: self.rows]
+        else:
+            # They are plain. A long run has many of them, and Zarr takes longer for each than the disk.
+            words = array.dtype.newbyteorder("<")
+            chunks = [np.fromfile(path, words).reshape(array.chunks) for path in paths]
+            values = np.concatenate([np.empty((0, *array.shape[1:]), words), *chunks])[: self.rows]
+        values.flags.writeable = False
+        self._read = {key: held for key, held in self._read.items() if key[1] == self.rows}
+        self._read[name, self.rows] = values
+        return values
 
     def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
         """Files of the chunks of rows of an array (step), (step, tensor) or (step, replicate)."""
@@ -366,8 +369,10 @@ class Trajectory:
         There are states on both sides of such a place, but no update leads from one to the other.
         """
         if self._spans is None or len(self._spans) != max(self.rows - 1, 0):
-            follows = (np.diff(self.scalar(ATTEMPT)) == 0) & (np.diff(self.scalar(RUN)) == 0)
-            self._spans = np.where(follows, np.diff(self.scalar(STEP)), 0)
+            self._spans = np.diff(self.scalar(STEP))
+            for name in (ATTEMPT, RUN):
+                if name in self.numbers:
+                    self._spans[np.diff(self.scalar(name)) != 0] = 0
         return self._spans
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -468,11 +473,12 @@ class Trajectory:
             Where a row is not committed, or a chunk is missing or too short.
         """
         self._require_committed(name, start, stop)
-        steps, rows = self.chunk[0], np.arange(start, stop)
-        first = start // steps
-        files = [self._opened_chunk(name, index, column).descriptor for index in range(first, -(-stop // steps))]
-        row = self.chunk[1] * storage_dtype(self.dtypes[name]).itemsize
-        return np.array(files, np.int32)[rows // steps - first], rows % steps * row
+        steps = self.chunk[0]
+        indices = range(start // steps, -(-stop // steps))
+        files = [self._opened_chunk(name, index, column).descriptor for index in indices]
+        rows = np.arange(steps, dtype=np.int64) * (self._chunk_bytes[name] // steps)
+        asked = slice(start - indices.start * steps, stop - indices.start * steps)
+        return np.repeat(np.array(files, np.int32), steps)[asked], np.tile(rows, len(files))[asked]
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
         """Read committed rows of a chunk column into a buffer, wherever and however they lie, with the same bits.
@@ -523,7 +529,7 @@ class Trajectory:
             file = ChunkFile(f"{self.path}/{array}/c/{index}/{between}{column}")
         except OSError as error:
             raise damaged(self.chunk_path(name, index, column), str(error), _INGEST_AGAIN) from error
-        missing = math.prod(self.chunk) * storage_dtype(self.dtypes[name]).itemsize - file.size
+        missing = self._chunk_bytes[name] - file.size
         if missing > 0:
             file.close()
             raise damaged(self.chunk_path(name, index, column), f"it ends {missing} bytes early", _INGEST_AGAIN)
