@@ -312,8 +312,9 @@ class Layout:
             tensor = self.tensors[index]
             if tensor.offset >= stop:
                 break
-            if tensor.size:
-                pieces.append((index, max(start, tensor.offset), min(stop, tensor.stop)))
+            low, high = max(start, tensor.offset), min(stop, tensor.stop)
+            if low < high:
+                pieces.append((index, low, high))
         return pieces
 
 
