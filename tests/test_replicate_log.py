@@ -565,7 +565,7 @@ def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
     copy = shutil.copytree(out, tmp_path / "run")
     assert verify_run(copy) == []
     places = {
-        # A chunk of one replicate is of all steps. Of the ledger rows of 64 KiB have one checksum: here all of them.
+        # A chunk of one replicate is of all steps. Of the ledger 64 KiB have one checksum: here that is all.
         "trajectory.zarr/replicate_hvp/c/0/2/0": (2 * SIZE * 4, "replicate_hvp/2", (2, 2)),
         "trajectory.zarr/replicate_loss/c/0/0": (3 * COUNT * 8, "replicate_loss", (0, STEPS - 1)),
         "ledger.zarr/replicate_gram/c/0/0/0/0": (4 * 3 * 11**2 * 8 + 9, "replicate_gram", (0, STEPS - 2)),
