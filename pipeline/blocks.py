@@ -29,8 +29,8 @@ CHUNK_ELEMENTS = 1 << 20
 MINIMUM_STEPS = 64
 """Steps for which a chunk of a small model or of a ledger is made large enough, however short the run so far."""
 
-TILE_BYTES = 128 * MEBIBYTE
-"""Bytes a task reads in a large run."""
+TILE_BYTES = 512 * MEBIBYTE
+"""Bytes a task reads in a large run: they take some forty milliseconds, and a scheduler two for each task."""
 
 MOST_TILES = 50_000
 """Tiles of a pass, about, however large the run: a scheduler keeps a record of each."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import zarr
 from crc32c import crc32c
+from numpy.typing import NDArray
 from zarr.storage import FsspecStore, LocalStore, StorePath
 
 from pipeline.places import delete, delete_folder, is_url, put, read
@@ -46,6 +47,7 @@ __all__ = [
     "resize",
     "resize_all",
     "rows_on_disk",
+    "whole_chunk",
     "with_rows",
     "zarr_store",
 ]
@@ -394,10 +396,24 @@ def damaged(path: Path, what: str, remedy: str) -> InputError:
 
 def require_whole(path: Path, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
     """Refuse an uncompressed chunk of another size: Zarr takes one that is missing for fill values."""
-    expected = math.prod(elements) * dtype.itemsize
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         size = 0
+    _require_size(path, size, elements, dtype, remedy)
+
+
+def whole_chunk(path: Path, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> NDArray[Any]:
+    """Read an uncompressed chunk of this machine; one that is missing or of another size is refused."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        content = b""
+    _require_size(path, len(content), elements, dtype, remedy)
+    return np.frombuffer(content, dtype.newbyteorder("<")).reshape(elements)
+
+
+def _require_size(path: Path, size: int, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
+    expected = math.prod(elements) * dtype.itemsize
     if size != expected:
         raise damaged(path, f"it has {size} bytes of {expected}", remedy)

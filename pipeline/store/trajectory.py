@@ -74,6 +74,7 @@ from pipeline.store.group import (
     remove_group,
     require_whole,
     resize,
+    whole_chunk,
     with_rows,
 )
 from pipeline.store.journal import Journal, sources_of
@@ -333,15 +334,15 @@ class Trajectory:
         if (name, self.rows) in self._read:
             return self._read[name, self.rows]
         array, paths = self._array(name), self._number_chunks(name, 0, self.rows)
-        for path in paths:
-            require_whole(path, array.chunks, array.dtype, _INGEST_AGAIN)
+        chunk = array.chunks, array.dtype, _INGEST_AGAIN
         if is_url(self.path):
+            for path in paths:
+                require_whole(path, *chunk)
             values = np.asarray(with_rows(array, self.rows)[:])
         else:
-            # They are plain. A long run has many of them, and Zarr takes longer for each than the disk.
-            words = array.dtype.newbyteorder("<")
-            chunks = [np.fromfile(path, words).reshape(array.chunks) for path in paths]
-            values = np.concatenate([np.empty((0, *array.shape[1:]), words), *chunks])[: self.rows]
+            # A long run has many of them, and Zarr takes longer for each than the disk.
+            parts = [np.empty((0, *array.shape[1:]), array.dtype), *(whole_chunk(path, *chunk) for path in paths)]
+            values = np.concatenate(parts)[: self.rows]
         values.flags.writeable = False
         self._read = {key: held for key, held in self._read.items() if key[1] == self.rows}
         self._read[name, self.rows] = values
