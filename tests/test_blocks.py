@@ -108,7 +108,7 @@ def test_the_halo_of_a_wide_model_is_one_state_in_thirty_two():
     plan = plan_pass(**shape, chunk=chunk_shape(321, 10_000_000))
     assert plan.band_rows == blocks.LEAST_ROWS == 32
     assert plan.halo_bytes == 9 * 10_000_000 * 8
-    assert plan.tile_columns == 1
+    assert plan.tile_columns == 2
 
 
 def test_a_billion_parameters_and_ten_thousand_steps_are_some_fifty_thousand_tiles():
