@@ -69,52 +69,73 @@ def _read_rows(
 
 
 @njit(cache=True, nogil=True)
+def _read_batch(
+    descriptors: Any,
+    offsets: Any,
+    itemsizes: Any,
+    begin: int,
+    end: int,
+    low: int,
+    width: int,
+    stride: int,
+    buffer: Any,
+    addresses: Any,
+) -> Any:
+    """Read a part of rows of every array to its buffer, and note where each lies, after the last one before.
+
+    Returns array and row of what cannot be read, (-1, -1) where all can.
+    """
+    batch = addresses.shape[1] - 1
+    for array in range(descriptors.shape[0]):
+        size = itemsizes[array]
+        # Batches take turns in the two halves of a buffer: the last row of the one before is needed once more.
+        address = buffer + np.uintp(begin // batch % 2 * batch * stride * size)
+        # An hvp belongs to an update: of the last state there is none to be read.
+        stop = min(end, descriptors.shape[1] - 1) if array == 2 else end
+        failed = _read_rows(
+            descriptors[array], offsets[array], begin, stop, low * size, width * size, stride * size, address
+        )
+        if failed >= 0:
+            return array, failed
+        addresses[array, 0] = addresses[array, batch]
+        for row in range(batch):
+            addresses[array, 1 + row] = address + np.uintp(row * stride * size)
+        buffer += np.uintp(2 * batch * stride * size)
+    return -1, -1
+
+
+@njit(cache=True, nogil=True)
 def _stream(
     descriptors: Any,
     offsets: Any,
+    itemsizes: Any,
     like: Any,
     lows: Any,
     cuts: Any,
     starts: Any,
     stride: int,
-    batch: int,
     leads: Any,
     buffer: Any,
+    addresses: Any,
     p: Any,
     g: Any,
     h: Any,
     gram: Any,
     ratio: Any,
 ) -> Any:
-    """Return array and row of what cannot be read, (-1, -1) where all can."""
-    rows, arrays = gram.shape[0], descriptors.shape[0]
-    first_segment = 0
+    """Return array and row of what cannot be read, (-1, -1) where all can; p, g and h are rows of ``addresses``."""
+    rows, batch = leads.size, addresses.shape[1] - 1
+    last_segment = 0
     for piece in range(lows.size):
         own = starts[cuts[piece] : cuts[piece + 1]]
-        width, last_segment = own[-1], first_segment + own.size - 1
+        first_segment, last_segment = last_segment, last_segment + own.size - 1
         for begin in range(0, rows + 1, batch):
             end = min(begin + batch, rows + 1)
-            address = buffer
-            for a in range(arrays):
-                size = like[0].itemsize if a == 0 else like[1].itemsize if a == 1 else like[2].itemsize
-                # Batches take turns in the two halves: the last row of the one before is needed once more.
-                half = address + np.uintp(begin // batch % 2 * batch * stride * size)
-                # An hvp belongs to an update: of the last state there is none to be read.
-                stop = min(end, rows) if a == 2 else end
-                failed = _read_rows(
-                    descriptors[a], offsets[a], begin, stop, lows[piece] * size, width * size, stride * size, half
-                )
-                if failed >= 0:
-                    return a, failed
-                for row in range(end - begin):
-                    seen = half + np.uintp(row * stride * size)
-                    if a == 0:
-                        p[1 + row] = seen
-                    elif a == 1:
-                        g[1 + row] = seen
-                    elif h is not None:
-                        h[1 + row] = seen
-                address += np.uintp(2 * batch * stride * size)
+            failed = _read_batch(
+                descriptors, offsets, itemsizes, begin, end, lows[piece], own[-1], stride, buffer, addresses
+            )
+            if failed[0] >= 0:
+                return failed
             first = max(begin - 1, 0)
             while first < end - 1:
                 last = first + 1
@@ -132,10 +153,6 @@ def _stream(
                         ratio[first:last, first_segment:last_segment],
                     )
                 first = last
-            p[0], g[0] = p[end - begin], g[end - begin]
-            if h is not None:
-                h[0] = h[end - begin]
-        first_segment = last_segment
     return -1, -1
 
 
@@ -197,22 +214,20 @@ def products(
     words = [words_of([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
     like = tuple(np.empty(0, dtype) for dtype in (*words, words[0])[:3])
     descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
-    p, g, h = (np.zeros(batch + 1, np.uintp) for _ in range(3))
-    lows = np.array([piece[0] for piece in boundaries])
-    cuts = np.cumsum([0, *map(len, boundaries)])
-    starts = np.concatenate([piece - piece[0] for piece in boundaries])
-    address = np.uintp(buffer.__array_interface__["data"][0])
+    addresses = np.zeros((3, batch + 1), np.uintp)
+    p, g, h = addresses
     found = _stream(
         descriptors,
         offsets,
+        np.array([dtype.itemsize for dtype in dtypes]),
         like,
-        lows,
-        cuts,
-        starts,
+        np.array([piece[0] for piece in boundaries]),
+        np.cumsum([0, *map(len, boundaries)]),
+        np.concatenate([piece - piece[0] for piece in boundaries]),
         stride,
-        batch,
         leads,
-        address,
+        np.uintp(buffer.__array_interface__["data"][0]),
+        addresses,
         p,
         g,
         h if len(files) > 2 else None,
