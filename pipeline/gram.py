@@ -136,7 +136,7 @@ def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any
 pointer: Any = intrinsic(_to_pointer)
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER, forceinline=True)
+@njit(cache=True, nogil=True, fastmath=_REORDER)
 def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> None:
     pp = pd = pe = pr = dd = de = dr = ee = er = rr = 0.0
     for i in range(n):
