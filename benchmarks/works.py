@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -217,7 +218,10 @@ def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
     _, ratio = Ledger(files.reference).read()
 
     def run() -> xr.DataArray:
-        data = xr.open_zarr(files.trajectory, consolidated=False, chunks={"step": STEPS_OF_A_BLOCK})
+        with warnings.catch_warnings():
+            # The blocks are cut across chunks of the numbers of a step, of which there are a few kilobytes.
+            warnings.filterwarnings("ignore", "The specified chunks separate the stored chunks", UserWarning)
+            data = xr.open_zarr(files.trajectory, consolidated=False, chunks={"step": STEPS_OF_A_BLOCK})
         state = data[["parameter", "gradient"]].astype("float64")
         before, change = state.isel(step=slice(None, -1)), state.diff("step", label="lower")
         tensors = []
