@@ -20,7 +20,7 @@ import psutil
 import typer
 from distributed import Client, LocalCluster
 
-from pipeline import compute
+from pipeline import compute, tiles
 from pipeline.blocks import MEBIBYTE, Band, Tile, chunk_shape, plan_pass
 
 VECTORS = 5
@@ -32,15 +32,15 @@ def segments_in(tile: Tile, tensors: int, columns: int) -> int:
     return (tile.last - tile.first) * max(1, round(tensors / columns)) + (tile.last - tile.first)
 
 
-def slept_tile(job: compute.Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> compute.Segments:
-    """In place of `pipeline.compute.tile_segments`: the time and the answer of a tile, but not its numbers."""
+def slept_tile(job: tiles.Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> tiles.Segments:
+    """In place of `pipeline.tiles.tile_segments`: the time and the answer of a tile, but not its numbers."""
     time.sleep(seconds)
     count, rows = segments_in(tile, tensors, columns), tile.stop - tile.start
     return np.arange(count), np.zeros((rows, count, VECTORS, VECTORS)), np.zeros((rows, count))
 
 
-def slept_band(job: compute.Job, band: Band, digest: str, parts: list[compute.Segments]) -> Band:
-    """In place of `pipeline.compute.write_band`: all segments arrive, and none is written."""
+def slept_band(job: tiles.Job, band: Band, digest: str, parts: list[tiles.Segments]) -> Band:
+    """In place of `pipeline.tiles.write_band`: all segments arrive, and none is written."""
     assert sum(len(indices) for indices, _, _ in parts) > 0
     return Band(band.start, band.stop, ())
 
@@ -72,7 +72,7 @@ def main(
     print(plan)
     print(f"{len(tiles)} tiles of {plan.read_bytes / len(tiles) / 1e6:.0f} MB, {len(bands)} bands")
     print(f"{wire / 1e9:.2f} GB of segment ledgers over the wire, {wire / plan.read_bytes:.1e} of what is read")
-    job = compute.Job.of(Path("trajectory"), Path("ledger"), plan)
+    job = tiles.Job.of(Path("trajectory"), Path("ledger"), plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
     process = psutil.Process()
     with (
@@ -92,7 +92,7 @@ def main(
     print(f"scheduler, client and {workers} workers in one process: {memory}")
 
 
-def finished(client: Client, job: compute.Job, bands: list[Band]) -> Iterator[Band]:
+def finished(client: Client, job: tiles.Job, bands: list[Band]) -> Iterator[Band]:
     """Run the bands as the pass does on an existing cluster."""
     return compute._run_on(client, job, [(band, "") for band in bands])
 

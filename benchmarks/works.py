@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks.options import IN_MEMORY
 from benchmarks.runs import Files
-from pipeline import clusters, compute, gram, stream
+from pipeline import clusters, compute, gram, stream, tiles
 from pipeline.blocks import PIECE_ELEMENTS, pieces
 from pipeline.ingest import ingest
 from pipeline.store import Ledger, Trajectory, storage_dtype
@@ -110,7 +110,7 @@ def check_bytes(files: Files, count: int) -> None:
 
 
 @contextmanager
-def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.Segments]]]:
+def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[tiles.Segments]]]:
     """Files opened and the compiled loop over them, column by column: no store, plan or ledger."""
     states = Trajectory(files.trajectory)
     rows, steps, count = states.rows - 1, states.chunk[0], len(gram.vectors(False))
@@ -130,7 +130,7 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
             held.buffer = np.empty(stream.buffer_bytes(stride, together, sizes), np.uint8)
         return held.buffer
 
-    def column(number: int) -> compute.Segments:
+    def column(number: int) -> tiles.Segments:
         first, last = states.column(number)
         opened = [[os.open(path, os.O_RDONLY) for path in of_array] for of_array in paths[number]]
         located = [
@@ -148,10 +148,10 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
             os.close(descriptor)
         return add_up(indices, products, ratio, len(states.layout.tensors))
 
-    def part(index: int) -> list[compute.Segments]:
+    def part(index: int) -> list[tiles.Segments]:
         return [column(number) for number in range(index, states.columns, threads)]
 
-    def run() -> list[compute.Segments]:
+    def run() -> list[tiles.Segments]:
         parts = in_threads(part, range(threads), threads)
         return [parts[number % threads][number // threads] for number in range(states.columns)]
 
@@ -160,14 +160,14 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[compute.
 
 def add_up(
     indices: NDArray[np.int64], products: NDArray[np.float64], ratio: NDArray[np.float64], tensors: int
-) -> compute.Segments:
+) -> tiles.Segments:
     """Ledger of the tensors of a column from those of its pieces."""
     held = np.unique(indices)
     whole, ratio = gram.add_segments(len(held), np.searchsorted(held, indices), products, ratio)
     return held, whole, ratio
 
 
-def check_segments(files: Files, segments: list[compute.Segments]) -> None:
+def check_segments(files: Files, segments: list[tiles.Segments]) -> None:
     """The bits of the pass: it runs the same kernel on the same pieces."""
     reference = Ledger(files.reference)
     indices, *parts = zip(*segments, strict=True)

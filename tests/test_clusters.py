@@ -205,7 +205,7 @@ def test_our_own_workers_have_one_thread_of_each_kind():
 
 @pytest.mark.usefixtures("small_blocks")
 def test_the_log_of_a_pass_has_run_steps_and_tile_as_fields(tmp_path, arrays, caplog):
-    with caplog.at_level("DEBUG", "pipeline.compute"):
+    with caplog.at_level("DEBUG", "pipeline"):
         run_pass(tmp_path / "run 7", arrays, compute.serial)
     records = [record.__dict__ for record in caplog.records]
     tiles = [(tuple(record["rows"]), tuple(record["columns"])) for record in records if "rows" in record]

@@ -15,7 +15,7 @@ from logs import append_states, walk_arrays, write_trajectory
 from reference import assert_gram_close, exact_gram, exact_vectors
 from zarr.codecs import BloscCodec
 
-from pipeline import blocks, clusters, compute, stream
+from pipeline import blocks, clusters, compute, stream, tiles
 from pipeline.blocks import MEBIBYTE
 from pipeline.compute import compute_ledger
 from pipeline.schema import VECTORS, InputError
@@ -179,14 +179,14 @@ def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path, monkeypatch):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, summary = ledger_of(tmp_path / "whole", arrays, (64, 40))
     assert (summary.bands, summary.plan.tile_columns) == (1, 4)
-    for steps, bands, tiles, read in [(1, 19, 4, 1), (3, 3, 4, 3), (64, 10, 2, 2), (64, 2, 1, 10)]:
+    for steps, bands, cuts, read in [(1, 19, 4, 1), (3, 3, 4, 3), (64, 10, 2, 2), (64, 2, 1, 10)]:
         monkeypatch.setattr(blocks, "LEAST_TILE_BYTES", 1)
         monkeypatch.setattr(blocks, "TASKS_OF_SMALL_RUN", 1)
-        monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // bands) * -(-4 // tiles))
+        monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // bands) * -(-4 // cuts))
         monkeypatch.setattr(blocks, "LEAST_ROWS", -(-19 // bands))
         monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 40 * read)
-        other, cut = ledger_of(tmp_path / f"{bands} {tiles}", arrays, (steps, 40))
-        assert (cut.bands, -(-4 // cut.plan.tile_columns), cut.plan.read_rows) == (bands, tiles, read)
+        other, cut = ledger_of(tmp_path / f"{bands} {cuts}", arrays, (steps, 40))
+        assert (cut.bands, -(-4 // cut.plan.tile_columns), cut.plan.read_rows) == (bands, cuts, read)
         assert bits(other) == bits(ledger)
 
 
@@ -284,7 +284,7 @@ def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_sa
     ledger, _ = ledger_of(tmp_path, arrays, chunk)
 
     def die_in_the_next_tile():
-        compute._column_segments = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        tiles._column_segments = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         return os.getpid()
 
     with Client(cluster, set_as_default=False) as client:
@@ -365,7 +365,7 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
         ledger, summary = ledger_of(folder, arrays, executor=lambda *_: iter(()))
         states = Trajectory(folder / "trajectory.zarr")
         digests = states.digests(summary.plan.bands())
-        job = compute.Job.of(states.path, ledger, summary.plan)
+        job = tiles.Job.of(states.path, ledger, summary.plan)
         jobs.append((job, list(digests.items())))
     with contextlib.closing(executor(*jobs[0])) as first:
         next(first)  # the others are held on the cluster until they are asked for
@@ -402,7 +402,7 @@ def test_threads_begin_no_band_after_the_one_that_failed(tmp_path, monkeypatch):
         begun.append(tile)
         raise InputError("no such luck")
 
-    monkeypatch.setattr(compute, "tile_segments", fail)
+    monkeypatch.setattr(tiles, "tile_segments", fail)
     monkeypatch.setattr(blocks, "LEAST_ROWS", 1)
     with pytest.raises(InputError, match="no such luck"):
         ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), (1, 40), executor=compute.threads(1))

@@ -45,6 +45,7 @@ from pipeline.schema import (
     LAYOUT_VERSION,
     OPTIMIZER_NUMBERS,
     REPLICATE,
+    REPLICATE_HVP,
     REPLICATE_LOSS,
     REPLICATE_STATES,
     RUN,
@@ -56,6 +57,7 @@ from pipeline.schema import (
     Layout,
     of_replicate,
     replicate_of,
+    replicate_vectors,
 )
 from pipeline.store.chunk_file import ChunkFile
 from pipeline.store.disk import Writes
@@ -301,6 +303,17 @@ class Trajectory:
     def arrays(self) -> tuple[str, ...]:
         """Names of all Zarr arrays."""
         return (*self.array_dtypes, *self.numbers)
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the arrays (step, element) that were logged of the run, and not of its optimizer."""
+        replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
+        return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
+
+    @property
+    def replicate_vectors(self) -> tuple[str, ...]:
+        """Vectors of the Gram matrix of the replicates; none where there are no replicates."""
+        return replicate_vectors(self.replicates, REPLICATE_HVP in self.array_dtypes)
 
     def replicates_of(self, array: str) -> tuple[str, ...]:
         """Names of the replicates of an array (step, replicate, element)."""
@@ -766,8 +779,6 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
-        replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
-        names = [name for name in (*STATES, *replicates) if name in self.dtypes]
         begun = np.zeros(self.rows + 1, "<u4")
         begun[np.flatnonzero(self.spans() == 0) + 1] = 1
         hashes = {band: hashlib.sha256() for band in bands}
@@ -779,7 +790,7 @@ class Trajectory:
             start, stop = record["start"], record["stop"]
             if start >= self.rows:  # committed since
                 break
-            words = np.column_stack([*(record["checksums"][name] for name in names), begun[start:stop]])
+            words = np.column_stack([*(record["checksums"][name] for name in self.logged), begun[start:stop]])
             while waiting and waiting[-1].start < stop:
                 active.append(waiting.pop())
             for band in active:
