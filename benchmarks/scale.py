@@ -65,12 +65,12 @@ def main(
         memory_limit=512 * MEBIBYTE,
     )
     bands = list(plan.bands())
-    tiles = list(itertools.chain.from_iterable(band.tiles for band in bands))
+    cut = list(itertools.chain.from_iterable(band.tiles for band in bands))
     wire = sum(
-        segments_in(tile, tensors, plan.columns) * (tile.stop - tile.start) * (VECTORS**2 + 1) * 8 for tile in tiles
+        segments_in(tile, tensors, plan.columns) * (tile.stop - tile.start) * (VECTORS**2 + 1) * 8 for tile in cut
     )
     print(plan)
-    print(f"{len(tiles)} tiles of {plan.read_bytes / len(tiles) / 1e6:.0f} MB, {len(bands)} bands")
+    print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(bands)} bands")
     print(f"{wire / 1e9:.2f} GB of segment ledgers over the wire, {wire / plan.read_bytes:.1e} of what is read")
     job = tiles.Job.of(Path("trajectory"), Path("ledger"), plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
@@ -86,7 +86,7 @@ def main(
         for _ in finished(client, job, bands):
             peak = max(peak, process.memory_info().rss)
         took = time.perf_counter() - begin
-    tasks = len(tiles) + len(bands)
+    tasks = len(cut) + len(bands)
     print(f"{tasks} tasks in {took:.0f} s: {tasks / took:.0f} a second")
     memory = f"{peak / MEBIBYTE:.0f} MiB, {before / MEBIBYTE:.0f} before"
     print(f"scheduler, client and {workers} workers in one process: {memory}")
