@@ -1,6 +1,10 @@
 """Training logs for tests, written by the libraries that users write them with."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +15,19 @@ from pipeline.store import Trajectory, checksum, storage_dtype
 
 TENSORS = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": ()}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+
+
+def run_writer(name, *arguments, **environment):
+    """Run a script beside this one, in which a library writes its own format, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", Path(__file__).with_name(name), *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0.1):

@@ -4,15 +4,13 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from logs import run_writer
 from processing import Serial
 from safetensors import safe_open
 from test_formats import refusal
@@ -26,7 +24,6 @@ from pipeline.sources.base import complete
 from pipeline.sources.formats import find_format, open_source, open_sources
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-WRITER = Path(__file__).with_name("write_bergson.py")
 LAYOUTS = {"gpt2": "conv1d", "neox": "linear"}
 LINEAR = {
     "gpt2": {
@@ -47,15 +44,9 @@ LINEAR = {
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bergson")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", WRITER, folder],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+    run_writer(
+        "write_bergson.py", folder, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", HF_HOME=str(folder / "cache")
     )
-    assert done.returncode == 0, done.stdout
     return folder
 
 

@@ -5,9 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logs import random_walk, write_log
+from logs import random_walk, run_writer, write_log
 from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
 from test_optimizer import stored
 
@@ -24,7 +21,6 @@ from pipeline.schema import InputError
 from pipeline.sources.formats import FORMATS, open_source
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-WRITER = Path(__file__).with_name("write_deepspeed.py")
 SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
 STATES = random_walk(5, SHAPES)
 # Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
@@ -43,15 +39,9 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
     more = [{"exact": exact, "groups": GROUPS} for exact in EXACT]
     torch.save([one | other for one, other in zip(trees_of(STATES), more, strict=True)], folder / "states")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", WRITER, folder / "rendezvous", folder / "states", folder / "log"],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+    run_writer(
+        "write_deepspeed.py", *(folder / name for name in ("rendezvous", "states", "log")), DS_ACCELERATOR="cpu"
     )
-    assert done.returncode == 0, done.stdout
     return folder / "log"
 
 

@@ -5,15 +5,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logs import random_walk, write_log
+from logs import random_walk, run_writer, write_log
 from memory import assert_out_of_core
 from test_formats import TENSORS, ledger_of, refusal
 
@@ -21,7 +18,6 @@ from pipeline.schema import InputError
 from pipeline.sources.formats import FORMATS, find_format, open_source
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-WRITER = Path(__file__).with_name("write_orbax.py")
 LAYOUTS = ["ocdbt", "plain", "zarr3", "parts", "standard"]
 DTYPES = ["float32", "bfloat16"]
 
@@ -37,15 +33,7 @@ def job(tmp_path_factory):
     paths = [folder / f"{dtype}.states" for dtype in DTYPES]
     for path in paths:
         path.write_bytes(pickle.dumps(states_of(path.stem)))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", WRITER, *paths],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    run_writer("write_orbax.py", *paths, JAX_PLATFORMS="cpu")
     return folder
 
 
