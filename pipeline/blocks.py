@@ -39,6 +39,7 @@ LEAST_TILE_BYTES = 8 * MEBIBYTE
 """Bytes a task reads at least, where a small run is cut into tasks for several workers."""
 
 BANDS_OF_SMALL_RUN, TASKS_OF_SMALL_RUN = 8, 16
+"""Bands of a run whose tasks would read less than that, and tasks, about."""
 
 LEDGER_BYTES = 16 * MEBIBYTE
 """Bytes of the ledger that a task writes, about (one row of it where one is larger)."""

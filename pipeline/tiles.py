@@ -145,7 +145,7 @@ def _streamed_segments(job: Job, states: Trajectory, tile: Tile, column: int) ->
     dtypes = [storage_dtype(states.dtypes[name]) for name in names]
     files = [states.located(name, tile.start, tile.stop + 1, column) for name in names]
     size = stream.buffer_bytes(job.read_elements, job.read_rows, [dtype.itemsize for dtype in dtypes])
-    buffer = _buffer("stream", (1, size), np.dtype(np.uint8))[0]
+    buffer = _buffer("stream", (size,), np.dtype(np.uint8))
     leads = states.spans()[tile.start : tile.stop] != 0
     shape = job.read_elements, job.read_rows
     while failed := stream.products(files, dtypes, boundaries, *shape, leads, buffer, products, ratio):
@@ -234,7 +234,7 @@ def _trajectory(job: Job) -> Trajectory:
     return states
 
 
-def _buffer(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return the buffer of this worker thread, as large as asked for."""
     held: dict[str, NDArray[Any]] = _held.__dict__.setdefault("buffers", {})
     if name not in held or (held[name].shape, held[name].dtype) != (shape, dtype):

@@ -779,6 +779,7 @@ class Trajectory:
 
     def digests(self, bands: Iterable[Band]) -> dict[Band, str]:
         """Digest of the states that each band of rows is computed from, the halo included."""
+        names = self.logged
         begun = np.zeros(self.rows + 1, "<u4")
         begun[np.flatnonzero(self.spans() == 0) + 1] = 1
         hashes = {band: hashlib.sha256() for band in bands}
@@ -790,7 +791,7 @@ class Trajectory:
             start, stop = record["start"], record["stop"]
             if start >= self.rows:  # committed since
                 break
-            words = np.column_stack([*(record["checksums"][name] for name in self.logged), begun[start:stop]])
+            words = np.column_stack([*(record["checksums"][name] for name in names), begun[start:stop]])
             while waiting and waiting[-1].start < stop:
                 active.append(waiting.pop())
             for band in active:
