@@ -94,7 +94,8 @@ def main(
 
 def finished(client: Client, job: tiles.Job, bands: list[Band]) -> Iterator[Band]:
     """Run the bands as the pass does on an existing cluster."""
-    return compute._run_on(client, job, [(band, "") for band in bands])
+    digests = dict.fromkeys(bands, "")
+    return compute._run_on(client, job, bands, lambda: digests)
 
 
 if __name__ == "__main__":

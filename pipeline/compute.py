@@ -11,12 +11,15 @@ import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import gram
 from pipeline.blocks import MEBIBYTE, RESERVED_BYTES, Band, PassPlan, plan_pass
@@ -24,7 +27,7 @@ from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places.repository import is_repository, place_of_store, publish
 from pipeline.schema import HVP, STEP, InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
-from pipeline.tiles import Computed, Finished, Job, tile_segments, whole_band, write_band
+from pipeline.tiles import Computed, Finished, Job, Segments, tile_segments, whole_band, write_band
 
 __all__ = [
     "Executor",
@@ -51,8 +54,11 @@ _ICECHUNK_BYTES = 32 * MEBIBYTE
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
-Executor = Callable[[Job, "list[tuple[Band, str]]"], Iterator[Finished]]
-"""Runs bands (with the digest of their input) and yields each when its ledger is on disk, or to be written here."""
+Digests = Callable[[], Mapping[Band, str]]
+"""Waits until the ledger is ready to be written, and gives the digest of the states of each band."""
+
+Executor = Callable[[Job, "list[Band]", Digests], Iterator[Finished]]
+"""Runs bands, and yields each when its ledger is on disk, or to be written here."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +137,24 @@ def compute_ledger(
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
-    steps, spans = states.scalar(STEP)[:-1], states.spans()
-    digests = states.digests(plan.bands())
-    job = Job.of(states.path, ledger, plan)
-    with only_writer(ledger, "ledger") as ledger:
-        book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
-        # Where the trajectory is another one by now, an interrupted pass must not leave rows of the old one valid.
-        book.discard_others(digests)
-        missing = book.missing(digests)
+    job, bands = Job.of(states.path, ledger, plan), list(plan.bands())
+    with only_writer(ledger, "ledger") as ledger, ThreadPoolExecutor(1) as beside:
+        new = not exists(ledger)
+
+        def begin() -> tuple[Ledger, dict[Band, str], NDArray[np.int64]]:
+            steps, spans = states.scalar(STEP)[:-1], states.spans()
+            book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
+            digests = states.digests(bands)
+            # Where the trajectory is another one by now, an interrupted pass leaves no rows of the old one valid.
+            book.discard_others(digests)
+            return book, digests, steps
+
+        # All bands of a new ledger are missing: their tiles need not wait until it is there.
+        begun = beside.submit(begin)
+        missing = bands if new else begun.result()[0].missing(begun.result()[1])
         run = executor or serial
-        for done, found in enumerate(run(job, [(band, digests[band]) for band in missing]), start=1):
+        for done, found in enumerate(run(job, missing, lambda: begun.result()[1]), start=1):
+            book, _, steps = begun.result()
             band = found.band if isinstance(found, Computed) else found
             if isinstance(found, Computed):
                 book.write(*found)
@@ -148,8 +162,9 @@ def compute_ledger(
             _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
             if progress is not None:
                 progress(done, len(missing))
-        publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(digests)} chunks computed")
-    return PassSummary(plan.rows, len(digests), len(missing), plan)
+        begun.result()
+        publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(bands)} chunks computed")
+    return PassSummary(plan.rows, len(bands), len(missing), plan)
 
 
 def _band_rows(
@@ -166,48 +181,48 @@ def _band_rows(
 # Executors ---------------------------------------------------------------------------------------------------
 
 
-def serial(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
+def serial(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
     """Run band after band in this process, each written while the next is computed: the reference of executors."""
     written: Future[Finished] | None = None
     with ThreadPoolExecutor(1) as pool:
-        for band, digest in bands:
+        for band in bands:
             parts = [tile_segments(job, tile) for tile in band.tiles]
             if written is not None:
                 yield written.result()
-            written = pool.submit(write_band, job, band, digest, parts)
+            written = pool.submit(write_band, job, band, digests()[band], parts)
         if written is not None:
             yield written.result()
 
 
 def threads(workers: int) -> Executor:
-    """Run tiles in threads of this process; reading and the kernel release the interpreter lock."""
+    """Run tiles in threads of this process, and as many that write; the kernel releases the interpreter lock."""
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
-        pool = ThreadPoolExecutor(workers)
-        pending: deque[tuple[Band, str, list[Future[Any]]]] = deque()
+    def run(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
+        pool, writers = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+        pending: deque[tuple[Band, list[Future[Segments]]]] = deque()
+        written: deque[Future[Finished]] = deque()
 
-        def begin(band: Band, digest: str) -> list[Future[Any]]:
-            # What is one task is written by its thread: another one computes while it waits for the disk.
-            if len(band.tiles) == 1:
-                return [pool.submit(whole_band, job, band, digest)]
-            return [pool.submit(tile_segments, job, tile) for tile in band.tiles]
-
-        def finish_oldest() -> Finished:
-            band, digest, parts = pending.popleft()
+        def write_oldest() -> None:
+            band, parts = pending.popleft()
             found = [part.result() for part in parts]
-            finished: Finished = found[0] if len(band.tiles) == 1 else write_band(job, band, digest, found)
-            return finished
+            written.append(writers.submit(write_band, job, band, digests()[band], found))
 
         try:
-            for band, digest in bands:
-                while sum(len(parts) for _, _, parts in pending) >= workers * _AHEAD:
-                    yield finish_oldest()
-                pending.append((band, digest, begin(band, digest)))
+            for band in bands:
+                pending.append((band, [pool.submit(tile_segments, job, tile) for tile in band.tiles]))
+                if len(pending) >= _bands_in_flight(2 * workers, bands):
+                    write_oldest()
+                # What waits for the disk is in memory: there is room for a band of each worker.
+                if len(written) > workers:
+                    yield written.popleft().result()
             while pending:
-                yield finish_oldest()
+                write_oldest()
+            while written:
+                yield written.popleft().result()
         finally:
             # Where a band failed, or no more are asked for, those not begun are left.
-            pool.shutdown(cancel_futures=True)
+            for each in (pool, writers):
+                each.shutdown(cancel_futures=True)
 
     return run
 
@@ -226,16 +241,16 @@ def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
         Bytes of each process.
     """
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
-        tasks = sum(len(band.tiles) for band, _ in bands)
+    def run(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
+        tasks = sum(len(band.tiles) for band in bands)
         processes = min(workers, tasks)
         if processes < 2 or tasks * job.task_bytes < _CLUSTER_BYTES:
             room = processes if memory_limit is None else (memory_limit - RESERVED_BYTES) // job.worker_bytes
             together = min(processes, room)
-            yield from (threads(together) if together > 1 else serial)(job, bands)
+            yield from (threads(together) if together > 1 else serial)(job, bands, digests)
             return
         with local_scheduler(processes, memory_limit) as address:
-            yield from existing_cluster(address)(job, bands)
+            yield from existing_cluster(address)(job, bands, digests)
 
     return run
 
@@ -251,10 +266,10 @@ def named_cluster(name: str, workers: int) -> Executor:
         Worker processes to ask for.
     """
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
+    def run(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
         if bands:
             with named_scheduler(name, workers) as address:
-                yield from existing_cluster(address)(job, bands)
+                yield from existing_cluster(address)(job, bands, digests)
 
     return run
 
@@ -274,7 +289,7 @@ def existing_cluster(address: str) -> Executor:
         that are finished are kept.
     """
 
-    def run(job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
+    def run(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
         from distributed import CancelledError, Client, KilledWorker
         from distributed.comm.core import CommClosedError
 
@@ -295,7 +310,7 @@ def existing_cluster(address: str) -> Executor:
 
         try:
             with closing(client):
-                for band in _run_on(client, job, bands):
+                for band in _run_on(client, job, bands, digests):
                     finished += 1
                     yield band
         except (CancelledError, CommClosedError) as error:
@@ -316,7 +331,12 @@ def existing_cluster(address: str) -> Executor:
     return run
 
 
-def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Finished]:
+def _bands_in_flight(tasks: int, bands: list[Band]) -> int:
+    """Bands of so many tasks: two at least, so that there are tiles to compute while a band is added up."""
+    return max(2, math.ceil(tasks / max((len(band.tiles) for band in bands), default=1)))
+
+
+def _run_on(client: Any, job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
     from distributed import as_completed
 
     known = client.scheduler_info(n_workers=-1)
@@ -325,24 +345,21 @@ def _run_on(client: Any, job: Job, bands: list[tuple[Band, str]]) -> Iterator[Fi
         _log.info("Dask dashboard: %s", client.dashboard_link)
     if not workers:
         _log.warning("the Dask scheduler has no worker yet: waiting for one")
-    # Two bands at least, so that there are tiles to compute while a band is added up.
-    tiles = max((len(band.tiles) for band, _ in bands), default=1)
-    ahead = max(2, math.ceil(_AHEAD * max(1, workers) / tiles))
-    waiting = iter(bands)
-    first = [_submit(client, job, *item) for item in itertools.islice(waiting, ahead)]
+    waiting, ahead = iter(bands), _bands_in_flight(_AHEAD * max(1, workers), bands)
+    first = [_submit(client, job, band, digests) for band in itertools.islice(waiting, ahead)]
     finishing = as_completed(first, loop=client.loop)
     del first  # a future that is held keeps its result on the cluster
     for future in finishing:
         yield future.result()
-        for band, digest in itertools.islice(waiting, 1):
-            finishing.add(_submit(client, job, band, digest))
+        for band in itertools.islice(waiting, 1):
+            finishing.add(_submit(client, job, band, digests))
 
 
-def _submit(client: Any, job: Job, band: Band, digest: str) -> Any:
+def _submit(client: Any, job: Job, band: Band, digests: Digests) -> Any:
     name = f"{job.name}-{band.start}"
     if len(band.tiles) == 1:
-        return client.submit(whole_band, job, band, digest, key=f"ledger-{name}", pure=False)
+        return client.submit(whole_band, job, band, digests()[band], key=f"ledger-{name}", pure=False)
     parts = [
         client.submit(tile_segments, job, tile, key=f"tile-{name}-{tile.first}", pure=False) for tile in band.tiles
     ]
-    return client.submit(write_band, job, band, digest, parts, key=f"ledger-{name}", pure=False)
+    return client.submit(write_band, job, band, digests()[band], parts, key=f"ledger-{name}", pure=False)

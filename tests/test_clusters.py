@@ -138,7 +138,7 @@ def _is_zombie(number):
 
 @pytest.mark.usefixtures("slurm")
 def test_nothing_to_do_asks_for_no_job(slurm):
-    assert list(compute.named_cluster("slurm", 2)(None, [])) == []
+    assert list(compute.named_cluster("slurm", 2)(None, [], dict)) == []
     assert (slurm / "jobs").read_text() == ""
 
 
@@ -284,7 +284,7 @@ def test_a_pass_over_tls_takes_the_certificates_of_dasks_configuration(tmp_path,
     address = f"tls://127.0.0.1:{port}"
     with scheduler(port, tmp_path, "--protocol", "tls", *options), worker(address, tmp_path, *options):
         with pytest.raises(Unavailable, match="does not answer"):
-            list(compute.existing_cluster(address)(None, []))
+            list(compute.existing_cluster(address)(None, [], dict))
         with dask.config.set({f"distributed.comm.tls.{key}": value for key, value in tls.items()}):
             assert run_pass(tmp_path, arrays, compute.existing_cluster(address)) == expected
             options = clusters._job_options("slurm")

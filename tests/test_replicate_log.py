@@ -296,8 +296,8 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
     assert summary.plan.columns > summary.plan.tile_columns
     # Half of it, in threads, and the rest by itself.
 
-    def half(job, bands):
-        yield from compute.threads(2)(job, bands[::2])
+    def half(job, bands, digests):
+        yield from compute.threads(2)(job, bands[::2], digests)
 
     compute_ledger(trajectory, tmp_path / "resumed.zarr", executor=half)
     with pytest.raises(InputError, match="not complete"):
