@@ -20,8 +20,8 @@ r and c d, which costs ten products in place of fifteen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
@@ -56,6 +56,21 @@ _NEARLY_PARALLEL = 2.0**-40
 """Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
 
 _DISPLACEMENT, _GRADIENT, _RESIDUAL = map(VECTORS.index, ("displacement", "gradient", "residual"))
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def entry(**options: Any) -> Callable[[_Function], _Function]:
+    """Compile what Python calls, and nothing by its address."""
+    compiler: Any = njit  # whose annotations leave out what wrappers to make, though it takes it
+    function: Callable[[_Function], _Function] = compiler(cache=True, nogil=True, no_cfunc_wrapper=True, **options)
+    return function
+
+
+def inner(**options: Any) -> Callable[[_Function], _Function]:
+    """Compile what compiled code alone calls: without a way in for Python that takes less time."""
+    return entry(no_cpython_wrapper=True, **options)
+
 
 # Sums may be reordered, which lets the compiler use vector registers; NaN and infinity stay what they are.
 _REORDER = {"reassoc", "contract", "nsz"}
@@ -136,7 +151,7 @@ def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any
 pointer: Any = intrinsic(_to_pointer)
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER)
+@inner(fastmath=_REORDER)
 def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> None:
     pp = pd = pe = pr = dd = de = dr = ee = er = rr = 0.0
     for i in range(n):
@@ -161,7 +176,7 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> No
     out[9] = rr
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER)
+@inner(fastmath=_REORDER)
 def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, n: int, c: float, out: Any) -> None:
     # The block is still in the cache of the processor: memory is not read again.
     ph = dh = eh = rh = hh = 0.0
@@ -181,7 +196,7 @@ def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, n: int, c: float, ou
 _SUMS, _SUMS_WITH_HVP = 10, 15
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER)
+@inner(fastmath=_REORDER)
 def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
     dg = dd = 0.0
     for i in range(n):
@@ -191,7 +206,7 @@ def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
     return dg, dd
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@inner(forceinline=True)
 def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> float:
     dg = dd = 0.0
     # To look at an element costs a third of summing its products: a quarter of the elements will do.
@@ -209,7 +224,7 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> 
     return ratio if np.isfinite(ratio) else 0.0
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@inner(forceinline=True)
 def _missing(c: float, sums: Any) -> Any:
     """Find what a ratio lacks: zero, unless the sums show that the sample misled."""
     dd, rd, rr = sums[4], sums[6], sums[9]
@@ -223,7 +238,7 @@ def _missing(c: float, sums: Any) -> Any:
     return 0.0
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def _sum_blocks(
     p: Any,
     g: Any,
@@ -269,13 +284,13 @@ def _sum_blocks(
                 total[t, k] += error[t, k]
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def _along(c: float, product: float) -> float:
     # Without a ratio the residual is the gradient, whatever the displacement is.
     return c * product if c != 0.0 else 0.0
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@inner(forceinline=True)
 def _fill(c: float, sums: Any, gram: Any) -> None:
     """Fill in a Gram matrix: the sums, and the products of the gradient g = r + c d."""
     pp, pd, pe, pr = sums[0], sums[1], sums[2], sums[3]
@@ -306,7 +321,7 @@ def _fill(c: float, sums: Any, gram: Any) -> None:
         gram[5, 5] = hh
 
 
-@njit(cache=True, nogil=True)
+@entry()
 def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, ratio: Any) -> None:
     """Compute `products` from compiled code: of rows at addresses, and of `like` the types of their elements."""
     rows, segments = gram.shape[0], gram.shape[1]
@@ -427,7 +442,7 @@ _REPLICATE_VALUES = 16 * BLOCK
 """Values of all vectors of the replicates that are formed at a time, about: few enough to stay in the cache."""
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def _form_replicates(mean: Any, deviations: Any) -> None:
     """Turn rows of replicates into their mean and the deviations from it."""
     mean[:] = 0.0
@@ -441,7 +456,7 @@ def _form_replicates(mean: Any, deviations: Any) -> None:
             deviations[r, i] -= mean[i]
 
 
-@njit(cache=True, nogil=True, fastmath=_REORDER)
+@inner(fastmath=_REORDER)
 def _dots(values: Any, j: int, n: int, out: Any) -> None:
     """Inner products of a row with itself and those below, four at a time: it is loaded once for four."""
     count, x = len(values), values[j, :n]
@@ -463,7 +478,7 @@ def _dots(values: Any, j: int, n: int, out: Any) -> None:
         out[k] = total
 
 
-@njit(cache=True, nogil=True)
+@entry()
 def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, gram: Any) -> None:
     rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
     replicates, bent = q.shape[0], h.shape[0] > 0

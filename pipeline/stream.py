@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from pipeline.gram import pointer, row_products, words_of
+from pipeline.gram import entry, inner, pointer, row_products, words_of
 
 __all__ = ["Located", "buffer_bytes", "products", "read"]
 
@@ -28,7 +28,7 @@ _pread: Any = types.ExternalFunction(
 _BYTE = np.empty(0, np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
     """Read to an address; whether all came."""
     while size > 0:
@@ -42,7 +42,7 @@ def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@entry()
 def _read_rows(
     descriptors: Any, offsets: Any, first: int, stop: int, shift: int, size: int, stride: int, address: Any
 ) -> int:
@@ -68,7 +68,7 @@ def _read_rows(
     return -1
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def _read_batch(
     descriptors: Any,
     offsets: Any,
@@ -104,7 +104,7 @@ def _read_batch(
     return -1, -1
 
 
-@njit(cache=True, nogil=True)
+@entry()
 def _stream(
     descriptors: Any,
     offsets: Any,
