@@ -14,10 +14,12 @@ from rich.table import Table
 
 from benchmarks.options import (
     IN_MEMORY,
+    LOGGED_SWEEP,
+    MANY_LOGS,
     MEMORY_DISK,
+    ONE_RUN,
+    RUN_BYTES,
     STEP_BYTES,
-    SWEEP_ELEMENTS,
-    SWEEP_STEPS,
     TALL_ELEMENTS,
     WIDE_STATES,
     Scale,
@@ -60,8 +62,10 @@ def main(
     needed = {
         "tall": tall * TALL_ELEMENTS * STEP_BYTES,
         "wide": wide * WIDE_STATES * STEP_BYTES,
-        # Two runs of these bytes, each with its log and what ingest writes again.
-        "sweep": 6 * sweep * SWEEP_STEPS * SWEEP_ELEMENTS * STEP_BYTES,
+        # A run of these states, and one by itself, each with its log while it is made.
+        "sweep": (max(2 * sweep, sweep + 2 * min(sweep, ONE_RUN))) * RUN_BYTES,
+        # Two runs, each with its log and what ingest writes again.
+        MANY_LOGS: 6 * min(sweep, LOGGED_SWEEP) * RUN_BYTES,
     }
     left_out |= {name: why for name, bytes_ in needed.items() if (why := short_of(bytes_, report.parent))}
     beyond |= {name: beyond_memory(needed[name]) for name in ("tall", "wide") if name not in left_out}

@@ -7,9 +7,16 @@ STEP_BYTES = 8
 """Bytes that an element takes in a logged state: float32 parameter and gradient."""
 
 SWEEP_STEPS, SWEEP_ELEMENTS = 200, 5000
+RUN_BYTES = SWEEP_STEPS * SWEEP_ELEMENTS * STEP_BYTES
+"""Bytes of training state of each run of a sweep."""
+
+ONE_RUN, LOGGED_SWEEP = 250, 200
+"""Runs whose states one run by itself has, and those of the sweep that is ingested, at most.
+Memory keeps the first beside a whole sweep, and the disk two logs and what is made of them."""
+
 TALL_ELEMENTS, WIDE_STATES = 1000, 64
 
-IN_MEMORY = "in_memory"
+MANY_LOGS, IN_MEMORY = "many_logs", "in_memory"
 MEMORY_DISK = "/dev/shm"
 """A file system in memory: what is written there need not wait for a disk."""
 
@@ -39,7 +46,7 @@ class Scale:
     sizes: tuple[float, ...] = (1.0, 4.0, 16.0, 32.0)
     tall: int = 1_000_000
     wide: int = 10_000_000
-    sweep: int = 200
+    sweep: int = 2000
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of the model: a row of square layers with biases, across the boundaries of chunks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from zarr.codecs import BloscCodec
 from benchmarks.options import (
     HIDDEN,
     IN_MEMORY,
+    LOGGED_SWEEP,
     MEMORY_DISK,
+    ONE_RUN,
     STEP_BYTES,
     SWEEP_ELEMENTS,
     SWEEP_STEPS,
@@ -175,6 +178,11 @@ def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
 
 # Runs ---------------------------------------------------------------------------------------------------------
 
+Maker = Callable[[Files, Scale], None]
+
+_OF_THE_RUN = ("zstd", "lz4", "bfloat16", IN_MEMORY)
+"""Made from the main run."""
+
 
 def logged_run(files: Files, scale: Scale) -> None:
     """Write the log of a run, a file a step, and ingest it."""
@@ -217,17 +225,23 @@ def stored_otherwise(files: Files, scale: Scale, run: Files, *, codec: str = "",
     write_states(files.trajectory, scale.shapes(), states, scale.states, dtype=dtype, codec=_CODECS.get(codec))
 
 
-def sweep(files: Files, scale: Scale) -> None:
+def sweep(files: Files, scale: Scale, runs: int | None = None) -> None:
     """Write the logs of many small runs, a file each, and ingest them as one."""
-    for run in range(scale.sweep):
+    for run in range(min(runs or scale.sweep, scale.sweep)):
         stacked_log(files.log / f"run_{run:05d}.npz", SWEEP_STEPS, run)
     ingest(files.log, files.trajectory, sweep=True)
 
 
-def one_run(files: Files, scale: Scale) -> None:
-    """Write the log of one run of as many states as a sweep has, in one file, and ingest it."""
-    stacked_log(files.log / "run.npz", SWEEP_STEPS * scale.sweep, 0)
+def one_run(files: Files, scale: Scale, runs: int) -> None:
+    """Write the log of one run of as many states as runs of a sweep have, in one file, and ingest it."""
+    stacked_log(files.log / "run.npz", SWEEP_STEPS * min(runs, scale.sweep), 0)
     ingest(files.log, files.trajectory)
+
+
+def without_log(make: Maker, files: Files, scale: Scale) -> None:
+    """Make a run, and remove its log."""
+    make(files, scale)
+    shutil.rmtree(files.log)
 
 
 def stacked_log(path: Path, steps: int, seed: int) -> None:
@@ -240,9 +254,6 @@ def stacked_log(path: Path, steps: int, seed: int) -> None:
         arrays[f"{name}/weight"] = values[:, :cut].reshape(steps, cut // 50, 50)
         arrays[f"{name}/bias"] = values[:, cut:]
     np.savez(path, **arrays)
-
-
-Maker = Callable[[Files, Scale], None]
 
 
 class Runs:
@@ -265,9 +276,10 @@ class Runs:
             shutil.rmtree(folder, ignore_errors=True)
 
     def need(self, names: Collection[str]) -> None:
-        """Remove those that are not named."""
+        """Remove those that are not named, nor needed to make these."""
+        kept = {*names, *(["run"] if set(names) & set(_OF_THE_RUN) else [])}
         for path in self.folder.glob("*"):
-            if path.name not in names:
+            if path.name not in kept:
                 shutil.rmtree(path)
 
     def get(self, name: str) -> Files:
@@ -295,6 +307,8 @@ _MAKERS: dict[str, Maker] = {
     "run": logged_run,
     "tall": tall_run,
     "wide": wide_run,
-    "sweep": sweep,
-    "one_run": one_run,
+    "sweep": partial(without_log, sweep),
+    "one_run": partial(without_log, partial(one_run, runs=ONE_RUN)),
+    "logged_sweep": partial(sweep, runs=LOGGED_SWEEP),
+    "logged_one_run": partial(one_run, runs=LOGGED_SWEEP),
 }

@@ -18,7 +18,7 @@ def test_fixed_cost(fixed_cost, pytestconfig):
 def test_throughput(benchmark, runs, memory, pytestconfig, group, name, turn):
     works = groups(pytestconfig.option.sizes)[group].works
     work = works[name]
-    runs.need({"run", *(each.run for each in works.values())})
+    runs.need({each.run for each in works.values()})
     files = runs.get(work.run)
     benchmark.group = f"{group}/{name}"
     facts = {"title": work.title, "turn": turn, "bytes": work.size(files), "runs": files.runs()}

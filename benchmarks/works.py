@@ -26,7 +26,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from benchmarks.options import IN_MEMORY
+from benchmarks.options import IN_MEMORY, MANY_LOGS
 from benchmarks.runs import Files
 from pipeline import clusters, compute, gram, stream, tiles
 from pipeline.blocks import PIECE_ELEMENTS, pieces
@@ -297,25 +297,38 @@ def _pass(title: str, run: str = "run", executor: compute.Executor = compute.ser
     return Work(title, partial(metrics_pass, executor=executor), check_ledger, run=run)
 
 
+def _loop(title: str, run: str = "run", threads: int = 1) -> Work:
+    return Work(title, partial(bare_loop, threads=threads), check_segments, run=run)
+
+
+def _pass_on_dask(workers: int) -> Work:
+    title = f"metrics pass, {workers} Dask process{'es' if workers > 1 else ''}"
+    return Work(title, partial(metrics_pass_on_dask, workers=workers), check_ledger)
+
+
 _READS = {
     "read": Work("bare reads, 1 thread", partial(bare_reads, threads=1), check_bytes),
     "read_threads": Work(f"bare reads, {THREADS} threads", partial(bare_reads, threads=THREADS), check_bytes),
 }
+_LOOPS = {
+    "loop": _loop("bare loop, 1 thread"),
+    "loop_threads": _loop(f"bare loop, {THREADS} threads", threads=THREADS),
+}
 _PASSES = {
     "pass": _pass("metrics pass, serial"),
     "pass_threads": _pass(f"metrics pass, {THREADS} threads", executor=compute.threads(THREADS)),
-    "pass_dask": Work(
-        f"metrics pass, {THREADS} Dask processes", partial(metrics_pass_on_dask, workers=THREADS), check_ledger
-    ),
+    "pass_dask": _pass_on_dask(THREADS),
 }
-_MORE_PASSES = {
-    "pass_dask_single": Work(
-        "metrics pass, 1 Dask process", partial(metrics_pass_on_dask, workers=1), check_ledger
-    ),
-    "pass_dask_four": Work(
-        "metrics pass, 4 Dask processes", partial(metrics_pass_on_dask, workers=4), check_ledger
-    ),
-}
+_BESIDE_THE_LOOP = {**_LOOPS, **_PASSES, "pass_dask_single": _pass_on_dask(1)}
+_RATIOS_TO_THE_LOOP = [
+    ("pass", "loop"),
+    ("pass_threads", "loop_threads"),
+    ("pass_dask", "loop_threads"),
+    ("pass_dask_single", "loop"),
+    ("pass_threads", "pass"),
+    ("pass_dask", "pass_dask_single"),
+    ("loop_threads", "loop"),
+]
 _COPY = Work("copy of the log", partial(copy_log, flush=False), check_copies, Files.logged)
 _INGEST = Work("ingest of the log", ingest_log, check_trajectory, Files.logged)
 
@@ -335,15 +348,13 @@ class Group:
     ratios: list[tuple[str, str]]
 
 
-def _loop(title: str, run: str = "run", threads: int = 1) -> Work:
-    return Work(title, partial(bare_loop, threads=threads), check_segments, run=run)
-
-
 def _size(size: float) -> Group:
-    """Serial pass and bare loop on a run of so many gigabytes."""
-    run = f"size_{size:g}"
-    loop = _loop(f"bare loop, {size:g} GB", run)
-    return Group({"loop": loop, "pass": _pass(f"metrics pass, {size:g} GB", run)}, [("pass", "loop")])
+    """Pass and bare loop on a run of so many gigabytes."""
+    works = {
+        name: replace(work, title=f"{work.title}, {size:g} GB", run=f"size_{size:g}")
+        for name, work in _BESIDE_THE_LOOP.items()
+    }
+    return Group(works, _RATIOS_TO_THE_LOOP)
 
 
 def groups(sizes: Sequence[float]) -> dict[str, Group]:
@@ -354,27 +365,16 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
     """
     return {
         "throughput": Group(
-            {
-                **_READS,
-                "loop": _loop("bare loop, 1 thread"),
-                "loop_threads": _loop(f"bare loop, {THREADS} threads", threads=THREADS),
-                **_PASSES,
-                **_MORE_PASSES,
-            },
+            {**_READS, **_BESIDE_THE_LOOP, "pass_dask_four": _pass_on_dask(4)},
             [
                 ("pass", "read"),
                 ("pass_threads", "read_threads"),
                 ("pass_dask", "read_threads"),
                 ("loop", "read"),
                 ("loop_threads", "read_threads"),
-                ("pass", "loop"),
-                ("pass_threads", "loop_threads"),
-                ("pass_dask", "loop_threads"),
-                ("pass_threads", "pass"),
-                ("pass_dask", "pass_dask_single"),
-                ("pass_dask_four", "pass_dask_single"),
                 ("read_threads", "read"),
-                ("loop_threads", "loop"),
+                *_RATIOS_TO_THE_LOOP,
+                ("pass_dask_four", "pass_dask_single"),
             ],
         ),
         "shapes": Group(
@@ -417,15 +417,24 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
         "sweep": Group(
             {
                 "sweep": _pass("metrics pass, sweep", "sweep"),
-                "one_run": _pass("metrics pass, one run of its bytes", "one_run"),
-                "ingest_sweep": Work(
-                    "ingest of the sweep", partial(ingest_log, sweep=True), check_trajectory, Files.logged, "sweep"
+                "one_run": _pass("metrics pass, one run of such states", "one_run"),
+            },
+            [("sweep", "one_run")],
+        ),
+        MANY_LOGS: Group(
+            {
+                "sweep": Work(
+                    "ingest of a sweep",
+                    partial(ingest_log, sweep=True),
+                    check_trajectory,
+                    Files.logged,
+                    "logged_sweep",
                 ),
-                "ingest_one_run": Work(
-                    "ingest of that one run", ingest_log, check_trajectory, Files.logged, "one_run"
+                "one_run": Work(
+                    "ingest of one run of its bytes", ingest_log, check_trajectory, Files.logged, "logged_one_run"
                 ),
             },
-            [("sweep", "one_run"), ("ingest_sweep", "ingest_one_run")],
+            [("sweep", "one_run")],
         ),
         "ingest": Group(
             {
