@@ -27,14 +27,14 @@ from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places.repository import is_repository, place_of_store, publish
 from pipeline.schema import HVP, STEP, InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
-from pipeline.tiles import Computed, Finished, Job, Segments, tile_segments, whole_band, write_band
+from pipeline.tiles import Computed, Finished, Job, Segments, is_streamed, tile_segments, whole_band, write_band
 
 __all__ = [
     "Executor",
     "PassSummary",
     "compute_ledger",
     "existing_cluster",
-    "local_cluster",
+    "local",
     "named_cluster",
     "serial",
     "threads",
@@ -47,6 +47,9 @@ _AHEAD = 3
 
 _CLUSTER_BYTES = 2_000_000_000
 """A pass over less than this takes less time than processes take to start: a second or more, of every core."""
+
+_MOST_THREADS = 8
+"""Of one process. Each needs the interpreter for a twentieth of its time (to open files), so these wait little."""
 
 _ICECHUNK_BYTES = 32 * MEBIBYTE
 """Memory of Icechunk in a worker, about: measured were 21 MiB, as it reads four ranges of 4 MiB."""
@@ -94,7 +97,7 @@ def compute_ledger(
     ----------
     trajectory, ledger : Path
     executor : callable, optional
-        `serial` (the default), `threads(n)`, `local_cluster(n)` or `existing_cluster(address)`.
+        `serial` (the default), `threads(n)`, `local(n)` or `existing_cluster(address)`.
     memory_limit : int, optional
         Bytes that a worker process may use.
     progress : callable, optional
@@ -137,7 +140,7 @@ def compute_ledger(
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
-    job, bands = Job.of(states.path, ledger, plan), list(plan.bands())
+    job, bands = Job.of(states.path, ledger, plan, is_streamed(states)), list(plan.bands())
     with only_writer(ledger, "ledger") as ledger, ThreadPoolExecutor(1) as beside:
         new = not exists(ledger)
 
@@ -227,29 +230,31 @@ def threads(workers: int) -> Executor:
     return run
 
 
-def local_cluster(workers: int, memory_limit: int | None = None) -> Executor:
-    """Run bands on a Dask cluster of processes on this machine, of one thread each.
+def local(workers: int, memory_limit: int | None = None) -> Executor:
+    """Run bands on this machine: in threads of this process, or on a Dask cluster of processes of one thread each.
 
-    What takes less time than starting them is computed in this process: a run of one task, and a short one in as
-    many threads as fit into the memory of one worker.
+    Processes take a second or more to start, of every core, and give the interpreter a lock each. So they are for
+    long passes that need it: where chunks are compressed or objects, where there are replicates, where workers are
+    many, and where they do not fit into the memory of one.
 
     Parameters
     ----------
     workers : int
-        Processes, at most.
+        Threads or processes, at most.
     memory_limit : int, optional
         Bytes of each process.
     """
 
     def run(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
         tasks = sum(len(band.tiles) for band in bands)
-        processes = min(workers, tasks)
-        if processes < 2 or tasks * job.task_bytes < _CLUSTER_BYTES:
-            room = processes if memory_limit is None else (memory_limit - RESERVED_BYTES) // job.worker_bytes
-            together = min(processes, room)
+        several = min(workers, tasks)
+        room = several if memory_limit is None else (memory_limit - RESERVED_BYTES) // job.worker_bytes
+        short = several < 2 or tasks * job.task_bytes < _CLUSTER_BYTES
+        if short or (job.streamed and several <= min(room, _MOST_THREADS)):
+            together = min(several, room)
             yield from (threads(together) if together > 1 else serial)(job, bands, digests)
             return
-        with local_scheduler(processes, memory_limit) as address:
+        with local_scheduler(several, memory_limit) as address:
             yield from existing_cluster(address)(job, bands, digests)
 
     return run

@@ -111,7 +111,7 @@ class Analysis:
     windows : tuple of int
         Windows of consecutive updates, eq. (3).
     workers : int, optional
-        Processes on this machine; as many as there are processors where not given.
+        Threads or processes on this machine; as many as there are processors where not given.
     scheduler : str, optional
         Address of an existing Dask scheduler, used in place of processes of our own.
     cluster : str, optional
@@ -146,7 +146,7 @@ class Analysis:
             raise InputError(f"{workers} workers cannot work", where="--workers", remedy="give 1 or more")
         if self.cluster is not None:
             return compute.named_cluster(self.cluster, workers)
-        return compute.local_cluster(workers, self.memory_limit)
+        return compute.local(workers, self.memory_limit)
 
 
 def ingest_run(

@@ -25,7 +25,7 @@ from pipeline.places.repository import is_repository
 from pipeline.schema import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, replicate_of
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
-__all__ = ["Computed", "Finished", "Job", "Segments", "tile_segments", "whole_band", "write_band"]
+__all__ = ["Computed", "Finished", "Job", "Segments", "is_streamed", "tile_segments", "whole_band", "write_band"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Job:
     """Memory of a worker beyond that of an idle process."""
     name: str
     """Of this job and no other, also on a scheduler that others share."""
+    streamed: bool = False
+    """Whether its tiles are read and computed by compiled code, which needs no interpreter lock."""
 
     @property
     def run(self) -> str:
@@ -61,7 +63,7 @@ class Job:
         return self.trajectory.parent.name
 
     @classmethod
-    def of(cls, trajectory: Path, ledger: Path, plan: PassPlan) -> Job:
+    def of(cls, trajectory: Path, ledger: Path, plan: PassPlan, streamed: bool = False) -> Job:
         """Job of a plan for a trajectory."""
         trajectory = place(trajectory).absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
@@ -73,6 +75,7 @@ class Job:
             math.ceil(plan.read_bytes / plan.tasks),
             plan.projected_bytes - RESERVED_BYTES,
             name,
+            streamed,
         )
 
 
@@ -87,6 +90,11 @@ class Computed(NamedTuple):
 
 
 Finished = Band | Computed
+
+
+def is_streamed(states: Trajectory) -> bool:
+    """Whether chunks are read and computed in one compiled loop: they are plain files, without replicates."""
+    return all(map(states.in_pieces, states.logged)) and not states.replicates
 
 
 def tile_segments(job: Job, tile: Tile) -> Segments:
@@ -119,7 +127,7 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
     """Compute the segment ledgers of a chunk column, all rows of a piece after the other."""
     first, last = states.column(column)
     with states.opened(column, tile.last):
-        if all(map(states.in_pieces, states.logged)) and not states.replicates:
+        if is_streamed(states):
             parts = _streamed_segments(job, states, tile, column)
         else:
             lows = range(first, last, job.read_elements)

@@ -409,41 +409,75 @@ def test_threads_begin_no_band_after_the_one_that_failed(tmp_path, monkeypatch):
     assert 1 <= len(begun) <= 2
 
 
-def test_a_short_pass_starts_no_processes_and_no_pass_starts_more_than_it_has_tasks(tmp_path, cluster, monkeypatch):
-    started, pools = [], []
+@pytest.fixture
+def started(cluster, monkeypatch):
+    """What `compute.local` starts: ("threads", how many) and ("processes", how many)."""
+    found, in_threads = [], compute.threads
 
     @contextlib.contextmanager
     def scheduler(workers, memory_limit):
-        started.append((workers, memory_limit))
+        found.append(("processes", workers))
         yield cluster
 
     def threads(workers):
-        pools.append(workers)
+        found.append(("threads", workers))
         return in_threads(workers)
 
-    in_threads = compute.threads
     monkeypatch.setattr(compute, "local_scheduler", scheduler)
     monkeypatch.setattr(compute, "threads", threads)
-    arrays = walk_arrays(ROWS, ELEMENTS)
-    executor = compute.local_cluster(8, 512 * MEBIBYTE)
-    ledger, summary = ledger_of(tmp_path / "one task", arrays, executor=executor)
-    assert (summary.plan.tasks, started, pools) == (1, [], [])
+    return found
+
+
+@pytest.fixture
+def four_tiles(monkeypatch):
+    """Tests have one band of four tiles."""
     monkeypatch.setattr(blocks, "TILE_BYTES", 1)
     monkeypatch.setattr(blocks, "LEAST_ROWS", 99)
-    other, summary = ledger_of(tmp_path / "one band of four tiles", arrays, executor=executor)
-    assert (summary.plan.tasks, started, pools) == (4, [], [4])
-    assert bits(other) == bits(ledger)
+
+
+def test_a_pass_of_one_task_starts_nothing(tmp_path, started):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    _, summary = ledger_of(tmp_path, arrays, executor=compute.local(8, 512 * MEBIBYTE))
+    assert (summary.plan.tasks, started) == (1, [])
+
+
+@pytest.mark.usefixtures("four_tiles")
+def test_threads_are_as_many_as_a_pass_has_tasks_and_memory_keeps(tmp_path, started):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, summary = ledger_of(tmp_path / "four", arrays, executor=compute.local(8, 512 * MEBIBYTE))
+    assert (summary.plan.tasks, started) == (4, [("threads", 4)])
     # Threads share the memory of one worker: of two there is room, and not of three.
     beyond_idle = summary.plan.projected_bytes - blocks.RESERVED_BYTES
-    executor = compute.local_cluster(8, blocks.RESERVED_BYTES + 3 * beyond_idle - 1)
-    other, _ = ledger_of(tmp_path / "two threads", arrays, executor=executor)
-    assert (started, pools) == ([], [4, 2])
+    executor = compute.local(8, blocks.RESERVED_BYTES + 3 * beyond_idle - 1)
+    other, _ = ledger_of(tmp_path / "two", arrays, executor=executor)
+    assert started[1:] == [("threads", 2)]
     assert bits(other) == bits(ledger)
-    monkeypatch.setattr(compute, "_CLUSTER_BYTES", summary.plan.read_bytes)
-    executor = compute.local_cluster(8, 512 * MEBIBYTE)
-    other, _ = ledger_of(tmp_path / "processes", arrays, executor=executor)
-    assert (started, pools) == ([(4, 512 * MEBIBYTE)], [4, 2])
-    assert bits(other) == bits(ledger)
+
+
+@pytest.mark.usefixtures("four_tiles")
+@pytest.mark.parametrize(
+    ("codec", "together", "most", "kind"),
+    [
+        (None, 4, 8, "threads"),
+        ("lz4", 4, 8, "processes"),  # Zarr needs the interpreter
+        (None, 3, 8, "processes"),  # four do not fit into the memory of one worker
+        (None, 4, 3, "processes"),
+    ],
+)
+def test_a_long_pass_is_for_processes_unless_threads_need_no_interpreter(
+    tmp_path, monkeypatch, started, codec, together, most, kind
+):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    codecs = dict.fromkeys(arrays, BloscCodec(cname=codec)) if codec else None
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK, codecs)
+    plan = compute_ledger(trajectory, tmp_path / "serial.zarr").plan
+    monkeypatch.setattr(compute, "_CLUSTER_BYTES", plan.read_bytes)
+    monkeypatch.setattr(compute, "_MOST_THREADS", most)
+    beyond_idle = plan.projected_bytes - blocks.RESERVED_BYTES
+    executor = compute.local(8, blocks.RESERVED_BYTES + together * beyond_idle)
+    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+    assert started == [(kind, 4)]
+    assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "serial.zarr")
 
 
 @pytest.mark.usefixtures("cluster")

@@ -246,7 +246,7 @@ def test_worker_processes_read_the_version_that_is_computed(url, tmp_path, monke
     monkeypatch.setattr(blocks, "TILE_BYTES", 1)
     store = written(url, rows=9, elements=64, chunk=(2, 16))
     ledgers = store.parent / "ledger.zarr", tmp_path / "ledger.zarr"
-    for ledger, executor in zip(ledgers, (compute.local_cluster(2), compute.serial), strict=True):
+    for ledger, executor in zip(ledgers, (compute.local(2), compute.serial), strict=True):
         summary = compute.compute_ledger(store, ledger, executor=executor)
         assert summary.plan.tasks > summary.computed_bands > 0
     one, other = (Ledger(newest(ledger)).read()[0] for ledger in ledgers)

@@ -132,7 +132,7 @@ def test_processes_read_and_write_a_url(url, tmp_path):
     compute.compute_ledger(*stores)
     expected = Ledger(stores[1]).read()[0]
     Ledger.remove(stores[1])
-    compute.compute_ledger(*stores, executor=compute.local_cluster(2))
+    compute.compute_ledger(*stores, executor=compute.local(2))
     assert Ledger(stores[1]).read()[0].tobytes() == expected.tobytes()
 
 
