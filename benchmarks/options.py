@@ -46,7 +46,7 @@ class Scale:
     sizes: tuple[float, ...] = (1.0, 4.0, 16.0, 32.0)
     tall: int = 1_000_000
     wide: int = 10_000_000
-    sweep: int = 2000
+    sweep: int = 500
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of the model: a row of square layers with biases, across the boundaries of chunks."""
