@@ -75,7 +75,7 @@ from pipeline.store.group import (
     open_group,
     remove_group,
     require_whole,
-    resize,
+    resize_all,
     whole_chunk,
     with_rows,
 )
@@ -751,8 +751,7 @@ class Trajectory:
         self.journal.clear()
         if self._version < LAYOUT_VERSION:
             self._migrate()
-        for name in self.arrays:
-            resize(self.path / name, self.rows)
+        resize_all([self.path / name for name in self.arrays], self.rows)
 
     def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
         """Checksums of rows of each array (step) as they are on disk, and not committed yet maybe."""
