@@ -294,6 +294,11 @@ class Trajectory(States):
             self._breaks = np.flatnonzero(self._spans == 0) + 1
         return self._spans
 
+    def _begun(self) -> NDArray[np.int64]:
+        """Rows to which no update leads from the row before."""
+        self.spans()
+        return self._breaks
+
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut rows where no update leads from one to the next; what has no update at all is left out.
 
@@ -302,8 +307,8 @@ class Trajectory(States):
         list of (first row, stop row)
             Of two rows at least.
         """
-        self.spans()
-        inside = self._breaks[np.searchsorted(self._breaks, start, "right") : np.searchsorted(self._breaks, stop)]
+        breaks = self._begun()
+        inside = breaks[np.searchsorted(breaks, start, "right") : np.searchsorted(breaks, stop)]
         edges = [start, *inside.tolist(), stop]
         return [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1]
 
@@ -319,7 +324,7 @@ class Trajectory(States):
         chosen = attempts <= (attempts.max(initial=0) if attempt is None else attempt)
         # A new attempt supersedes what its run has from its first step on.
         new = np.unique(runs, return_index=True)[1]
-        for begin in np.setdiff1d(np.flatnonzero(self.spans() == 0) + 1, new):
+        for begin in np.setdiff1d(self._begun(), new):
             if chosen[begin]:
                 older = (runs[:begin] == runs[begin]) & (attempts[:begin] < attempts[begin])
                 chosen[:begin] &= ~older | (steps[:begin] < steps[begin])
@@ -425,7 +430,7 @@ class Trajectory(States):
         """Digest of the states that each band of rows is computed from, the halo included."""
         names = self.logged
         begun = np.zeros(self.rows + 1, "<u4")
-        begun[np.flatnonzero(self.spans() == 0) + 1] = 1
+        begun[self._begun()] = 1
         hashes = {band: hashlib.sha256() for band in bands}
         waiting = sorted(hashes, reverse=True)
         active: list[Band] = []
