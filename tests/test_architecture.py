@@ -61,7 +61,7 @@ FLOORS = [
         "pipeline.store.writer",
         "pipeline.figures.curves",
     },
-    {"pipeline.sources.names", "pipeline.figures.paper"},
+    {"pipeline.sources.names", "pipeline.figures.paper", "pipeline.store.states"},
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.joined",

@@ -109,8 +109,8 @@ def test_the_commands_take_a_url(both, capsys, monkeypatch):
 @pytest.mark.parametrize("compressors", [None, [ZstdCodec()]], ids=["plain", "compressed"])
 def test_the_pass_gives_the_same_bits(url, tmp_path, compressors, monkeypatch):
     # Ranges of one row, two at a time, of chunks of which the last has padding.
-    monkeypatch.setattr("pipeline.store.trajectory._RANGE_BYTES", 4 * 40)
-    monkeypatch.setattr("pipeline.store.trajectory._RANGES", 2)
+    monkeypatch.setattr("pipeline.store.states._RANGE_BYTES", 4 * 40)
+    monkeypatch.setattr("pipeline.store.states._RANGES", 2)
     arrays = logs.walk_arrays(9, 100)
     compressed = {"parameter": compressors} if compressors else None
     books = []
@@ -268,7 +268,7 @@ from pathlib import Path
 from pipeline import compute, run
 from pipeline.ingest import log_to_store, transfer
 from pipeline.places import objects
-from pipeline.store import disk, group, journal, trajectory, writer
+from pipeline.store import disk, group, journal, states, writer
 
 log, out = Path(sys.argv[1]), sys.argv[2]
 transfer.COMMIT_BYTES = 1
@@ -282,7 +282,7 @@ def put(*arguments, **condition):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-for module in (objects, disk, group, journal, trajectory, writer):
+for module in (objects, disk, group, journal, states, writer):
     module.put = put
 # Each process dies after another request than the one before, and each goes on where that one was stopped.
 for count in map(int, sys.argv[3:]):

@@ -20,7 +20,6 @@ from pipeline import stream
 from pipeline.blocks import Band
 from pipeline.schema import LAYOUT_VERSION, VECTORS, InputError, Layout
 from pipeline.store import Ledger, Trajectory, checksum, storage_dtype
-from pipeline.store import trajectory as trajectory_module
 from pipeline.store.chunk_file import ChunkFile
 from pipeline.store.group import ArrayPlan
 from pipeline.store.journal import Journal
@@ -233,12 +232,20 @@ def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_fa
 def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeypatch, resizes):
     arrays = walk_arrays(5, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    replace, resize = Path.replace, stopping(Path.replace, resizes)
+
+    def replaced(aside, target):
+        return (resize if target.name == "zarr.json" else replace)(aside, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr(trajectory_module, "resize", stopping(trajectory_module.resize, resizes))
+        patch.setattr(Path, "replace", replaced)
+        patch.setattr(Path, "unlink", lambda aside, **options: None)  # one that is killed clears nothing up
         with pytest.raises(Stopped):
             append_states(path, {name: array[2:] for name, array in arrays.items()})
-    assert_holds(Trajectory(path), arrays)
-    Trajectory(path).recover()
+    left = Trajectory(path)
+    assert sorted(rows_on_disk(path).values()) == [2] * (7 - resizes) + [5] * resizes
+    assert_holds(left, arrays)
+    left.recover()
     assert_holds(Trajectory(path), arrays)
     with xr.open_zarr(path, consolidated=False) as dataset:
         assert dataset.sizes == {"step": 5, "element": ELEMENTS}

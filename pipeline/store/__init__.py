@@ -7,7 +7,8 @@ In an object store chunks are objects, and the record is one more, which is put 
 
 from pipeline.store.group import exists
 from pipeline.store.ledger import Ledger
-from pipeline.store.trajectory import Trajectory, checksum, storage_dtype
+from pipeline.store.states import checksum, storage_dtype
+from pipeline.store.trajectory import Trajectory
 from pipeline.store.writer import only_writer
 
 __all__ = ["Ledger", "Trajectory", "checksum", "exists", "only_writer", "storage_dtype"]

@@ -44,7 +44,6 @@ __all__ = [
     "open_group",
     "remove_group",
     "require_whole",
-    "resize",
     "resize_all",
     "rows_on_disk",
     "whole_chunk",
@@ -341,11 +340,6 @@ def is_plain(folder: Path) -> bool:
             why="the file was changed or the disk failed",
             remedy="ingest the run again with --overwrite",
         ) from error
-
-
-def resize(folder: Path, rows: int) -> None:
-    """Set the rows of an array on disk."""
-    resize_all([folder], rows)
 
 
 def resize_all(folders: Iterable[Path], rows: int) -> None:

@@ -20,7 +20,8 @@ from pipeline.places import place, read
 from pipeline.schema import REPLICATE_STATES, STEP, InputError
 from pipeline.store.group import ArrayPlan, array_digest, chunk_path, group_document, open_group, rows_on_disk
 from pipeline.store.ledger import Ledger, checksums
-from pipeline.store.trajectory import Trajectory, checksum, storage_dtype
+from pipeline.store.states import checksum, storage_dtype
+from pipeline.store.trajectory import Trajectory
 
 __all__ = ["Damage", "verify_ledger", "verify_trajectory"]
 
