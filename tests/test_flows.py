@@ -11,6 +11,7 @@ from logs import random_walk, write_log, write_step
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
+from prefect.flow_engine import run_flow
 from servers import S3Server
 
 from flows import runs
@@ -209,6 +210,14 @@ def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
     assert {"run:many-0", "natgrad"} <= set(flow_runs()["process-run many-0"].tags)
     tables = artifacts("watched")
     assert any("truncated" in table or "incomplete" in table for table in tables)
+
+
+def test_what_was_started_with_few_parameters_is_not_done_again_by_a_watcher(log, tmp_path):
+    # So a deployment starts it: what is not said has its default.
+    out = tmp_path / "out" / "log"
+    run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
+    answer = watch_runs(log.parent, out.parent, workers=1)
+    assert (answer["processed"], answer["unchanged"]) == (0, 1)
 
 
 def test_telemetry_is_off_unless_the_environment_says_otherwise():
