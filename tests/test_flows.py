@@ -12,7 +12,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow
-from servers import S3Server
 
 from flows import runs
 from flows.watch import watch_runs
@@ -234,29 +233,26 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
         assert done.stdout.strip() == expected
 
 
-def test_a_flow_takes_urls(log, tmp_path, monkeypatch):
-    with S3Server(tmp_path / "s3.log") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        place("s3://bucket/any").fs.mkdir("bucket")
-        out = "s3://bucket/out"
-        for file in sorted(log.iterdir()):
-            put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
-        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
-        outcome = watch.Outcome.of(out)
-        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
-        (link,) = artifacts("report-out")
-        assert "s3://bucket/out/report.html" in link
-        with only_writer(place(out) / "processing", "run"):
-            assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
-        out = "s3://bucket/versions"
-        assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
-        assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
-            "results",
-            "ledger",
-            "trajectory",
-        ]
-        outcome = watch.Outcome.of(out)
-        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
-        assert "store" not in outcome.options
-        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0
+@pytest.mark.usefixtures("s3_server")
+def test_a_flow_takes_urls(log):
+    out = "s3://bucket/out"
+    for file in sorted(log.iterdir()):
+        put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
+    outcome = watch.Outcome.of(out)
+    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    (link,) = artifacts("report-out")
+    assert "s3://bucket/out/report.html" in link
+    with only_writer(place(out) / "processing", "run"):
+        assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
+    out = "s3://bucket/versions"
+    assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
+    assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
+        "results",
+        "ledger",
+        "trajectory",
+    ]
+    outcome = watch.Outcome.of(out)
+    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    assert "store" not in outcome.options
+    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0
