@@ -1,7 +1,8 @@
 """The flows of a run: thin faces of `pipeline.run`.
 
 Each does its work in one task. A task can run twice (Prefect delivers at least once): ingest and analysis keep
-what is finished, so the second time costs little and changes nothing.
+what is finished, so the second time costs little and changes nothing. What a flow was asked for goes to them by
+name, as Prefect tells it, defaults included: the signatures of the flows are the one list of it.
 """
 
 from __future__ import annotations
@@ -117,27 +118,8 @@ _RETRY: dict[str, Any] = {
 
 
 @task(name="ingest", **_RETRY)
-def _ingest(
-    source: Sources,
-    out: Path,
-    format: str | None,
-    allow_gaps: bool,
-    mapping: Map | None,
-    shift: Shift | None,
-    include: Include | None,
-    store: Store | None,
-) -> dict[str, Any]:
-    return run.ingest_run(
-        source,
-        out,
-        format=format,
-        mapping=mapping,
-        shift=shift,
-        include=include or (),
-        store=store,
-        allow_gaps=allow_gaps,
-        progress=_Progress("steps-ingested", out),
-    )
+def _ingest(source: Sources, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return run.ingest_run(source, out, **options, progress=_Progress("steps-ingested", out))
 
 
 @task(name="analyze", **_RETRY)
@@ -187,20 +169,11 @@ def ingest_run(
     dict
         What was read; see `pipeline.ingest.IngestSummary`.
     """
-    return _ingested(source, out, format, allow_gaps, mapping, shift, include, store)
+    return _ingested(source, out, flow_run.get_parameters())
 
 
-def _ingested(
-    source: Sources,
-    out: Path,
-    format: str | None,
-    allow_gaps: bool,
-    mapping: Map | None,
-    shift: Shift | None,
-    include: Include | None,
-    store: Store | None,
-) -> dict[str, Any]:
-    summary = _ingest(source, out, format, allow_gaps, mapping, shift, include, store)
+def _ingested(source: Sources, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    summary = _ingest(source, out, run.given(options, run.READING))
     _table("ingested", out, summary)
     return summary
 
@@ -230,30 +203,11 @@ def analyze_run(
     dict
         Paths, and the numbers of the whole model.
     """
-    return _analyzed(out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit)
+    return _analyzed(out, flow_run.get_parameters())
 
 
-def _analyzed(
-    out: Path,
-    learning_rate: float | None,
-    gammas: list[float] | None,
-    windows: list[int] | None,
-    workers: int | None,
-    scheduler: str | None,
-    cluster: str | None,
-    memory_limit: int,
-) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"gammas": tuple(gammas)} if gammas else {}
-    chosen |= {"windows": tuple(windows)} if windows else {}
-    options = Analysis(
-        learning_rate=learning_rate,
-        workers=workers,
-        scheduler=scheduler,
-        cluster=cluster,
-        memory_limit=memory_limit,
-        **chosen,
-    )
-    summary = _analyze(out, options) | _report(out)
+def _analyzed(out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    summary = _analyze(out, Analysis.of(options)) | _report(out)
     _table("analyzed", out, summary)
     create_image_artifact(
         run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
@@ -317,10 +271,8 @@ def process_run(
                 listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
             _require_undone(Path(out), listed, options)
             try:
-                ingested = _ingested(source, out, format, allow_gaps, mapping, shift, include, store)
-                summary = ingested | _analyzed(
-                    out, learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
-                )
+                ingested = _ingested(source, out, {**options, "store": store})
+                summary = ingested | _analyzed(out, options)
             except Exception as error:
                 parts = watch.error_parts(error)
                 watch.Outcome(str(log), listed, options, error=parts, others=list(map(str, others))).remember(out)

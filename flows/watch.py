@@ -75,20 +75,8 @@ def watch_runs(
         )
     runs = watch.find_runs(root, out)
     watch.remember_root(root, out)
-    options: dict[str, Any] = {
-        "format": format,
-        "allow_gaps": allow_gaps,
-        "learning_rate": learning_rate,
-        "gammas": gammas,
-        "windows": windows,
-        "workers": workers,
-        "scheduler": scheduler,
-        "cluster": None,
-        "memory_limit": memory_limit,
-        "mapping": mapping,
-        "shift": shift,
-        "include": include,
-    }
+    asked = flow_run.get_parameters().items()
+    options = {name: value for name, value in asked if name not in ("root", "out", "at_once")} | {"cluster": None}
     with ExitStack() as stack:
         stack.enter_context(tags("natgrad"))
         if cluster is not None and not all(_stands(found, options) for found in runs):

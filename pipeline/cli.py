@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline import options
 from pipeline.schema import InputError
 
 __all__ = ["app", "main", "show"]
@@ -25,82 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Sources = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="SOURCE", help="Folder or URL of a training log; several of one run, or a run file that lists them."
-    ),
-]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder or URL of the run's stores, results and report.")]
-FormatName = Annotated[
-    str | None, typer.Option("--format", help="Log format (natgrad formats); found if left out.")
-]
-Map = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="QUANTITY=KEY",
-        help="Where a quantity (parameter, gradient, hvp, loss, learning_rate, step) is in the files; repeatable.",
-    ),
-]
-Shift = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--shift",
-        metavar="QUANTITY=K",
-        help="What is logged of a quantity at step s belongs to the state s+K: gradient=-1, loss=-1; repeatable.",
-    ),
-]
-Sweep = Annotated[bool, typer.Option("--sweep", help="SOURCE is a folder of many runs of one model.")]
-Attempt = Annotated[
-    int | None, typer.Option(help="A run that was restarted: as it stood at this attempt. [default: the newest]")
-]
-AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Take steps that are not evenly spaced.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew, dropping what OUT holds.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(metavar="WHAT", help="Store this too: optimizer, what it keeps between steps (may be repeated)."),
-]
-Store = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KIND",
-        help="How a new OUT is stored: plain, or icechunk (object stores only), which keeps every version. "
-        "[default: plain]",
-    ),
-]
-Version = Annotated[
-    str | None,
-    typer.Option(
-        help="Version of an Icechunk repository: id, tag or time (natgrad versions). [default: the newest]"
-    ),
-]
-Follow = Annotated[bool, typer.Option("--follow", help="Go on with what is logged later, until interrupted.")]
-Interval = Annotated[float, typer.Option(min=0.0, help="Seconds between looks at the log, with --follow.")]
-IdleTimeout = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Seconds without a new step after which --follow ends. [default: never]"),
-]
-LearningRate = Annotated[float | None, typer.Option(help="Learning rate where the log has none.")]
-Gamma = Annotated[
-    list[float] | None,
-    typer.Option(help="Weight of the metric family, eq. (22); repeat for several. [default: 0.01 0.1 1 10 100]"),
-]
-Window = Annotated[
-    list[int] | None, typer.Option(help="Window of m updates, eq. (3); repeat for several. [default: 1]")
-]
-Workers = Annotated[
-    int | None, typer.Option(help="Processes, here or of --cluster. [default: as many as processors here]")
-]
-Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="An existing Dask scheduler.")]
-Cluster = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Cluster to make: slurm, kubernetes, ...; see docs/cluster.md."),
-]
-MemoryLimit = Annotated[str, typer.Option(help="Memory of each worker process.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks; warnings and errors only.")]
 
 
 class _Face:
@@ -184,195 +109,119 @@ def _arguments(sources: list[Path], out: Path, pairs: list[str] | None) -> tuple
     return paths[:-1], paths[-1], parse_map([*(pairs or []), *map(str, more)])
 
 
-def _shift(pairs: list[str] | None) -> dict[str, int]:
-    from pipeline.sources.names import parse_shift
-
-    return parse_shift(pairs or [])
-
-
 def _ingest(
-    face: _Face,
-    sources: list[Path],
-    out: Path,
-    mapping: dict[str, str],
-    shift: dict[str, int],
-    format: str | None,
-    sweep: bool,
-    allow_gaps: bool,
-    overwrite: bool,
-    wait: bool,
-    include: list[str] | None,
-    store: str | None,
-) -> dict[str, Any]:
+    face: _Face, sources: list[Path], out: Path, said: dict[str, Any], then: Callable[[], dict[str, Any]] = dict
+) -> None:
+    """Ingest, and do what is done then, once or whenever the log has news; show what came of it."""
     from pipeline import run
 
-    with face.progress("ingest") as progress:
-        return run.ingest_run(
-            sources,
-            out,
-            format=format,
-            mapping=mapping,
-            shift=shift,
-            sweep=sweep,
-            allow_gaps=allow_gaps,
-            overwrite=overwrite,
-            wait=wait,
-            include=include or (),
-            store=store,
-            progress=progress,
-        )
+    def once(first: bool) -> dict[str, Any]:
+        with face.progress("ingest") as progress:
+            answer = run.ingest_run(
+                sources,
+                out,
+                **run.given(said, run.READING),
+                overwrite=said["overwrite"] and first,
+                wait=said["follow"],
+                progress=progress,
+            )
+        return answer | then() if first or answer["new_steps"] else answer
 
-
-def _options(
-    learning_rate: float | None,
-    gamma: list[float] | None,
-    window: list[int] | None,
-    workers: int | None,
-    scheduler: str | None,
-    cluster: str | None,
-    memory_limit: str,
-    attempt: int | None = None,
-) -> Any:
-    from pipeline.clusters import memory_bytes
-    from pipeline.run import Analysis
-
-    memory = memory_bytes(memory_limit)
-    chosen: dict[str, Any] = {"gammas": tuple(gamma)} if gamma else {}
-    chosen |= {"windows": tuple(window)} if window else {}
-    return Analysis(
-        learning_rate=learning_rate,
-        workers=workers,
-        scheduler=scheduler,
-        cluster=cluster,
-        memory_limit=memory,
-        attempt=attempt,
-        **chosen,
-    )
+    if said["follow"]:
+        face.answer(run.follow(once, interval=said["interval"], idle_timeout=said["idle_timeout"]))
+    else:
+        face.answer(once(True))
 
 
 @app.command()
 def process(
-    sources: Sources,
-    out: Out,
-    format: FormatName = None,
-    map_: Map = None,
-    shift: Shift = None,
-    sweep: Sweep = False,
-    allow_gaps: AllowGaps = False,
-    overwrite: Overwrite = False,
-    include: Include = None,
-    store: Store = None,
-    follow: Follow = False,
-    interval: Interval = 10.0,
-    idle_timeout: IdleTimeout = None,
-    learning_rate: LearningRate = None,
-    gamma: Gamma = None,
-    window: Window = None,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    cluster: Cluster = None,
-    memory_limit: MemoryLimit = "512MiB",
-    attempt: Attempt = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    context: typer.Context,
+    sources: options.Sources,
+    out: options.Out,
+    format: options.Format = None,
+    mapping: options.Mapping = None,
+    shift: options.Shift = None,
+    sweep: options.Sweep = False,
+    allow_gaps: options.AllowGaps = False,
+    overwrite: options.Overwrite = False,
+    include: options.Include = None,
+    store: options.Store = None,
+    follow: options.Follow = False,
+    interval: options.Interval = 10.0,
+    idle_timeout: options.IdleTimeout = None,
+    learning_rate: options.LearningRate = None,
+    gammas: options.Gammas = None,
+    windows: options.Windows = None,
+    workers: options.Workers = None,
+    scheduler: options.Scheduler = None,
+    cluster: options.Cluster = None,
+    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
+    attempt: options.Attempt = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Ingest, analyze and report a run in a row."""
     from pipeline import run
 
-    face = _Face(as_json, quiet)
-    sources, out, mapping = _arguments(sources, out, map_)
-    shifts = _shift(shift)
-    options = _options(learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, attempt)
+    face, said = _Face(as_json, quiet), options.said(context)
+    sources, out, said["mapping"] = _arguments(sources, out, mapping)
+    analysis = run.Analysis.of(said)
 
-    def once(first: bool) -> dict[str, Any]:
-        answer = _ingest(
-            face,
-            sources,
-            out,
-            mapping,
-            shifts,
-            format,
-            sweep,
-            allow_gaps,
-            overwrite and first,
-            follow,
-            include,
-            store,
-        )
-        if not first and not answer["new_steps"]:
-            return answer
+    def analyze_and_report() -> dict[str, Any]:
         with face.progress("analyze") as progress:
-            answer |= run.analyze_run(out, options, progress=progress)
+            answer = run.analyze_run(out, analysis, progress=progress)
         return answer | run.report_run([out])
 
-    face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
+    _ingest(face, sources, out, said, analyze_and_report)
 
 
 @app.command()
 def ingest(
-    sources: Sources,
-    out: Out,
-    format: FormatName = None,
-    map_: Map = None,
-    shift: Shift = None,
-    sweep: Sweep = False,
-    allow_gaps: AllowGaps = False,
-    overwrite: Overwrite = False,
-    include: Include = None,
-    store: Store = None,
-    follow: Follow = False,
-    interval: Interval = 10.0,
-    idle_timeout: IdleTimeout = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    context: typer.Context,
+    sources: options.Sources,
+    out: options.Out,
+    format: options.Format = None,
+    mapping: options.Mapping = None,
+    shift: options.Shift = None,
+    sweep: options.Sweep = False,
+    allow_gaps: options.AllowGaps = False,
+    overwrite: options.Overwrite = False,
+    include: options.Include = None,
+    store: options.Store = None,
+    follow: options.Follow = False,
+    interval: options.Interval = 10.0,
+    idle_timeout: options.IdleTimeout = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Read the new steps of a training log into OUT/trajectory.zarr."""
-    from pipeline import run
-
-    face = _Face(as_json, quiet)
-    sources, out, mapping = _arguments(sources, out, map_)
-    shifts = _shift(shift)
-
-    def once(first: bool) -> dict[str, Any]:
-        return _ingest(
-            face,
-            sources,
-            out,
-            mapping,
-            shifts,
-            format,
-            sweep,
-            allow_gaps,
-            overwrite and first,
-            follow,
-            include,
-            store,
-        )
-
-    face.answer(run.follow(once, interval=interval, idle_timeout=idle_timeout) if follow else once(True))
+    face, said = _Face(as_json, quiet), options.said(context)
+    sources, out, said["mapping"] = _arguments(sources, out, mapping)
+    _ingest(face, sources, out, said)
 
 
 @app.command()
 def analyze(
-    out: Out,
-    learning_rate: LearningRate = None,
-    gamma: Gamma = None,
-    window: Window = None,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    cluster: Cluster = None,
-    memory_limit: MemoryLimit = "512MiB",
-    attempt: Attempt = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    context: typer.Context,
+    out: options.Out,
+    learning_rate: options.LearningRate = None,
+    gammas: options.Gammas = None,
+    windows: options.Windows = None,
+    workers: options.Workers = None,
+    scheduler: options.Scheduler = None,
+    cluster: options.Cluster = None,
+    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
+    attempt: options.Attempt = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compute OUT/ledger.zarr, or what is missing of it, and OUT/results.zarr."""
     from pipeline import run
 
     face = _Face(as_json, quiet)
-    options = _options(learning_rate, gamma, window, workers, scheduler, cluster, memory_limit, attempt)
+    analysis = run.Analysis.of(options.said(context))
     with face.progress("analyze") as progress:
-        answer = run.analyze_run(out, options, progress=progress)
+        answer = run.analyze_run(out, analysis, progress=progress)
     face.answer(answer)
 
 
@@ -380,9 +229,9 @@ def analyze(
 def report(
     outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders of one or several runs.")],
     page: Annotated[Path | None, typer.Option(help="The page. [default: report.html in the first OUT]")] = None,
-    version: Version = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    version: options.Version = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Draw Figure 3 of the paper from the results of one run, or of several on one page."""
     from pipeline import run
@@ -391,7 +240,9 @@ def report(
 
 
 @app.command()
-def info(out: Out, version: Version = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def info(
+    out: options.Out, version: options.Version = None, as_json: options.Json = False, quiet: options.Quiet = False
+) -> None:
     """Say what OUT holds."""
     from pipeline import run
 
@@ -399,7 +250,9 @@ def info(out: Out, version: Version = None, as_json: Json = False, quiet: Quiet 
 
 
 @app.command()
-def verify(out: Out, version: Version = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    out: options.Out, version: options.Version = None, as_json: options.Json = False, quiet: options.Quiet = False
+) -> None:
     """Compare all that OUT's stores hold with its checksums; exits with 1 where something was damaged."""
     from pipeline import run
 
@@ -415,10 +268,10 @@ def verify(out: Out, version: Version = None, as_json: Json = False, quiet: Quie
 
 @app.command()
 def versions(
-    out: Out,
+    out: options.Out,
     last: Annotated[int | None, typer.Option(min=1, help="Only the last so many. [default: all]")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """List the versions of OUT, the newest first, where it is an Icechunk repository (--store icechunk)."""
     from pipeline.places import repository
@@ -434,8 +287,8 @@ def versions(
 @app.command()
 def status(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the OUT of many runs.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Say of every run below ROOT how far it is, how far behind its log, and what failed last."""
     from pipeline import watch
@@ -455,13 +308,14 @@ def status(
 
 @app.command()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for logs, runs and the report.")] = Path(
         "demo"
     ),
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "512MiB",
-    as_json: Json = False,
-    quiet: Quiet = False,
+    workers: options.Workers = None,
+    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Log the experiments of the paper, process the logs, and draw them on one page."""
     from pipeline import run
@@ -470,14 +324,14 @@ def demo(
 
     out = require_local(out, "OUT")
     face = _Face(as_json, quiet)
-    options = _options(None, None, [WINDOW], workers, None, None, memory_limit)
+    analysis = run.Analysis.of(options.said(context) | {"windows": [WINDOW]})
     runs = {}
     for name, log in write_demo_logs(out / "logs").items():
         runs[name] = out / "runs" / name
         with face.progress(f"{name}: ingest") as progress:
             run.ingest_run(log, runs[name], progress=progress)
         with face.progress(f"{name}: analyze") as progress:
-            run.analyze_run(runs[name], options, progress=progress)
+            run.analyze_run(runs[name], analysis, progress=progress)
         run.report_run([runs[name]])
     answer = {name: str(run.RunFolder(path).results) for name, path in runs.items()}
     face.answer(answer | run.report_run(runs, out / "report.html"))
@@ -485,33 +339,32 @@ def demo(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     sources: Annotated[
         list[Path],
         typer.Argument(metavar="SOURCE...", help="Folder of a log; several of one run, or a run file."),
     ],
-    format: FormatName = None,
-    map_: Map = None,
-    shift: Shift = None,
-    sweep: Sweep = False,
-    memory_limit: MemoryLimit = "512MiB",
-    as_json: Json = False,
+    format: options.Format = None,
+    mapping: options.Mapping = None,
+    shift: options.Shift = None,
+    sweep: options.Sweep = False,
+    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
+    as_json: options.Json = False,
 ) -> None:
     """Say what a log holds, what is missing for which result, and what processing it will take."""
-    from pipeline.clusters import memory_bytes
     from pipeline.inspection import inspect_source
     from pipeline.places import each, network_errors
-    from pipeline.sources.names import parse_map
 
-    face, memory = _Face(as_json, quiet=False), memory_bytes(memory_limit)
-    mapping, shifts = parse_map(map_ or []), _shift(shift)
+    face, said = _Face(as_json, quiet=False), options.said(context)
     logs = each(sources)
+    reading = {name: said[name] for name in ("format", "mapping", "shift", "sweep", "memory_limit")}
     with network_errors(*logs):
-        found = inspect_source(logs, format=format, mapping=mapping, shift=shifts, sweep=sweep, memory_limit=memory)
+        found = inspect_source(logs, **reading)
     face.answer(found)
 
 
 @app.command()
-def formats(as_json: Json = False, quiet: Quiet = False) -> None:
+def formats(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     """List the log formats that can be read, and what each can and cannot give."""
     from pipeline.sources.formats import FORMATS
 

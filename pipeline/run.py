@@ -11,9 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,6 +43,7 @@ from pipeline.store.verify import Damage, verify_ledger, verify_trajectory
 
 __all__ = [
     "MEMORY_LIMIT",
+    "READING",
     "RUNS_SHOWN",
     "Analysis",
     "RunFolder",
@@ -50,6 +51,7 @@ __all__ = [
     "describe_run",
     "draw_run",
     "follow",
+    "given",
     "ingest_run",
     "report_run",
     "verify_run",
@@ -57,6 +59,9 @@ __all__ = [
 
 MEMORY_LIMIT = 512 * MEBIBYTE
 """Bytes that a worker process may use, where nothing else is said."""
+
+READING = ("format", "mapping", "shift", "sweep", "allow_gaps", "include", "store")
+"""Options of `ingest_run` that say what a log is, and how a trajectory is made of it."""
 
 RUNS_SHOWN = 8
 """Runs of a sweep that a page shows."""
@@ -106,9 +111,9 @@ class Analysis:
     ----------
     learning_rate : float, optional
         Learning rate of the steps for which the log has none.
-    gammas : tuple of float
+    gammas : sequence of float
         Weights of the one-parameter family, eq. (22).
-    windows : tuple of int
+    windows : sequence of int
         Windows of consecutive updates, eq. (3).
     workers : int, optional
         Threads or processes on this machine; as many as there are processors where not given.
@@ -123,13 +128,18 @@ class Analysis:
     """
 
     learning_rate: float | None = None
-    gammas: tuple[float, ...] = results.GAMMAS
-    windows: tuple[int, ...] = (1,)
+    gammas: Sequence[float] = results.GAMMAS
+    windows: Sequence[int] = (1,)
     workers: int | None = None
     scheduler: str | None = None
     cluster: str | None = None
     memory_limit: int = MEMORY_LIMIT
     attempt: int | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Analysis:
+        """Analysis of the options of a face, of which the others are passed over; see `given`."""
+        return cls(**given(options, [field.name for field in fields(cls)]))
 
     def executor(self) -> compute.Executor:
         """Executor that these options ask for."""
@@ -147,6 +157,19 @@ class Analysis:
         if self.cluster is not None:
             return compute.named_cluster(self.cluster, workers)
         return compute.local(workers, self.memory_limit)
+
+
+def given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Options of some names that say something: what is None or empty is left to the default of what takes it.
+
+    Parameters
+    ----------
+    options : mapping
+        Those of a face, by name.
+    names : iterable of str
+        `READING`, for example.
+    """
+    return {name: options[name] for name in names if options.get(name) not in (None, [], {})}
 
 
 def ingest_run(

@@ -26,3 +26,31 @@ def no_handlers_of_prefect_left():
     for handler in logging.root.handlers[:]:
         if type(handler).__module__.startswith("prefect"):
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture
+def no_wait_for_the_disk(monkeypatch):
+    """No power is lost here; what is flushed, and when, is a matter of the store's tests."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def s3_server(tmp_path_factory):
+    """Start a server that speaks S3, with a bucket of the name "bucket", where the environment leads."""
+    from servers import S3Server
+
+    from pipeline.places import place
+
+    with S3Server(tmp_path_factory.mktemp("s3") / "log") as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        place("s3://bucket/any").fs.mkdir("bucket")
+        yield server
+
+
+@pytest.fixture
+def url(s3_server, request):
+    """A place of the test's own in the bucket."""
+    from pipeline.places import place
+
+    return place(f"s3://bucket/{request.node.name}")

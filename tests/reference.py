@@ -9,6 +9,9 @@ from mpmath import mp, mpf
 
 from pipeline import geometry
 from pipeline.gram import roundoff_bound, vectors
+from pipeline.schema import unit_roundoff
+
+U = unit_roundoff("float64")
 
 
 def exact(values):
@@ -52,6 +55,32 @@ def assert_gram_close(actual, expected, elements, slack=1.0):
     assert (error <= bound).all(), (
         f"entry {worst}: {actual[worst]!r} against {expected[worst]!r}, bound {bound[worst]}"
     )
+
+
+def worst_case(terms, unit=U):
+    """Largest relative error of ``terms`` roundings in a row (Higham, Accuracy and Stability, lemma 3.1)."""
+    return terms * unit / (1 - terms * unit)
+
+
+def derivatives(loss, weights):
+    """Derivatives of a loss by every element of matrices, each ``(name, row, column), derivative``.
+
+    Parameters
+    ----------
+    loss : callable
+        Of matrices as lists of rows of exact numbers, by name.
+    weights : mapping
+        The same.
+    """
+    step = mpf(10) ** -20  # the central difference is off by its square, far below any rounding of float64
+    for name, weight in weights.items():
+        for row, column in np.ndindex(len(weight), len(weight[0])):
+            beside = []
+            for sign in (1, -1):
+                moved = {other: [list(line) for line in lines] for other, lines in weights.items()}
+                moved[name][row][column] += sign * step
+                beside.append(loss(moved))
+            yield (name, row, column), (beside[0] - beside[1]) / (2 * step)
 
 
 def promised_angle_error():

@@ -25,10 +25,7 @@ SHAPES = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": ()}
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _no_wait_for_the_disk(monkeypatch):
-    """No power is lost here; what is flushed, and when, is a matter of the store's tests."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 def trained(optimizer, dtype="float32", steps=STEPS):

@@ -101,7 +101,7 @@ FLOORS = [
     {"pipeline.ingest.log_to_store"},
     {"pipeline.ingest"},
     {"pipeline.run"},
-    {"pipeline.watch"},
+    {"pipeline.watch", "pipeline.options"},
     {"pipeline.cli", "flows"},
     {"flows.runs"},
     {"flows.demo", "flows.watch"},

@@ -8,7 +8,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from damage import LENGTHS, changes, damage, reads_only
+from hypothesis import given
 from hypothesis import strategies as st
 from logs import run_writer
 from processing import Serial
@@ -23,7 +24,6 @@ from pipeline.sources import bergson_store
 from pipeline.sources.base import complete
 from pipeline.sources.formats import find_format, open_source, open_sources
 
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = {"gpt2": "conv1d", "neox": "linear"}
 LINEAR = {
     "gpt2": {
@@ -472,8 +472,8 @@ def read_or_refused(name, length, written, stores):
 
 @given(
     name=st.sampled_from(["info.json", "config.yaml", "processor_config.yaml", "gradients.bin", "normalizers.pth"]),
-    changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4),
-    length=st.none() | st.integers(0),
+    changes=changes(),
+    length=LENGTHS,
 )
 @reads_only
 def test_a_damaged_store_is_read_or_refused_and_nothing_else(written, tmp_path, name, changes, length):
@@ -483,10 +483,7 @@ def test_a_damaged_store_is_read_or_refused_and_nothing_else(written, tmp_path, 
         say(stores, "conv1d")
     path = stores / "checkpoint-0" / name
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    path.write_bytes(damaged if length is None else damaged[: length % len(damaged)])
+    path.write_bytes(damage(whole, changes, length))
     try:
         read_or_refused(name, length, written, stores)
     finally:

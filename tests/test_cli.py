@@ -18,7 +18,9 @@ import pytest
 import xarray as xr
 from logs import random_walk, write_log, write_step
 
-from pipeline import cli
+from pipeline import cli, options
+from pipeline.clusters import memory_bytes
+from pipeline.run import MEMORY_LIMIT
 from pipeline.store import Trajectory
 
 NATGRAD = Path(sys.executable).with_name("natgrad")
@@ -135,6 +137,10 @@ def test_help_and_formats():
     assert all(command in text for command in ("process", "ingest", "analyze", "report", "info", "demo", "formats"))
     assert "step_<N>.safetensors" in natgrad("formats").stdout
     assert set(answer("formats")) >= {"steps", "torch", "dcp", "huggingface", "lightning"}
+
+
+def test_commands_and_functions_give_a_worker_the_same_memory():
+    assert memory_bytes(options.MEMORY_LIMIT) == MEMORY_LIMIT
 
 
 # Bad input ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from damage import LENGTHS, Payload, changes, damage, reads_only
+from hypothesis import given
 from hypothesis import strategies as st
 from logs import random_walk, run_writer, write_log
 from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
@@ -20,7 +21,6 @@ from pipeline.ingest import ingest
 from pipeline.schema import InputError
 from pipeline.sources.formats import FORMATS, open_source
 
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
 STATES = random_walk(5, SHAPES)
 # Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
@@ -441,14 +441,6 @@ def test_models_in_parts_that_no_file_describes_are_refused_with_the_way_out(log
     assert "ds_to_universal" in refused.remedy
 
 
-class Payload:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "rank_1_*optim_states.pt"])
 def test_a_payload_never_runs_and_the_official_way_is_named(log, tmp_path, file):
     folder = log("stage 2")
@@ -464,8 +456,8 @@ def test_a_payload_never_runs_and_the_official_way_is_named(log, tmp_path, file)
 @given(
     stage=st.sampled_from(["stage 2", "stage 3"]),
     file=st.integers(0, 9),
-    changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4),
-    length=st.none() | st.integers(0),
+    changes=changes(),
+    length=LENGTHS,
 )
 @reads_only
 def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job, stage, file, changes, length):
@@ -475,10 +467,7 @@ def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job,
     names = sorted(path.name for path in (folder / "global_step0").iterdir())
     path = folder / "global_step0" / names[file % len(names)]
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    path.write_bytes(damaged if length is None else damaged[: length % len(damaged)])
+    path.write_bytes(damage(whole, changes, length))
     with contextlib.suppress(InputError):
         stored = open_source(folder)
         with stored.open(stored.steps()[0]) as reader:

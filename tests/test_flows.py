@@ -11,7 +11,7 @@ from logs import random_walk, write_log, write_step
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
-from servers import S3Server
+from prefect.flow_engine import run_flow
 
 from flows import runs
 from flows.watch import watch_runs
@@ -211,6 +211,14 @@ def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
     assert any("truncated" in table or "incomplete" in table for table in tables)
 
 
+def test_what_was_started_with_few_parameters_is_not_done_again_by_a_watcher(log, tmp_path):
+    # So a deployment starts it: what is not said has its default.
+    out = tmp_path / "out" / "log"
+    run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
+    answer = watch_runs(log.parent, out.parent, workers=1)
+    assert (answer["processed"], answer["unchanged"]) == (0, 1)
+
+
 def test_telemetry_is_off_unless_the_environment_says_otherwise():
     code = "import flows, os; print(os.environ['PREFECT_SERVER_ANALYTICS_ENABLED'], os.environ['DO_NOT_TRACK'])"
     clean = {
@@ -225,29 +233,26 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
         assert done.stdout.strip() == expected
 
 
-def test_a_flow_takes_urls(log, tmp_path, monkeypatch):
-    with S3Server(tmp_path / "s3.log") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        place("s3://bucket/any").fs.mkdir("bucket")
-        out = "s3://bucket/out"
-        for file in sorted(log.iterdir()):
-            put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
-        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
-        outcome = watch.Outcome.of(out)
-        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
-        (link,) = artifacts("report-out")
-        assert "s3://bucket/out/report.html" in link
-        with only_writer(place(out) / "processing", "run"):
-            assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
-        out = "s3://bucket/versions"
-        assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
-        assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
-            "results",
-            "ledger",
-            "trajectory",
-        ]
-        outcome = watch.Outcome.of(out)
-        assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
-        assert "store" not in outcome.options
-        assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0
+@pytest.mark.usefixtures("s3_server")
+def test_a_flow_takes_urls(log):
+    out = "s3://bucket/out"
+    for file in sorted(log.iterdir()):
+        put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
+    outcome = watch.Outcome.of(out)
+    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    (link,) = artifacts("report-out")
+    assert "s3://bucket/out/report.html" in link
+    with only_writer(place(out) / "processing", "run"):
+        assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
+    out = "s3://bucket/versions"
+    assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
+    assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
+        "results",
+        "ledger",
+        "trajectory",
+    ]
+    outcome = watch.Outcome.of(out)
+    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    assert "store" not in outcome.options
+    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import zarr
-from hypothesis import HealthCheck, given, settings
+from damage import LENGTHS, Payload, changes, damage, reads_only
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import random_walk, write_log
 from memory import peak_of
@@ -34,7 +35,6 @@ from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.npz_file import NpzStack
 from pipeline.store import Ledger, Trajectory
 
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}
 STEPS = 5
 WRITE_DCP = Path(__file__).with_name("write_dcp.py")
@@ -393,14 +393,6 @@ def test_chunks_that_overlap_are_refused(tmp_path):
         reader.read("parameter", "layers.10.weight", 0, np.zeros(80 * 30, np.float32))
 
 
-class Payload:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
 def test_a_payload_in_metadata_never_runs(tmp_path):
     folder, metadata = metadata_of(tmp_path)
     metadata.planner_data["x"] = Payload(tmp_path / "trace")
@@ -412,15 +404,14 @@ def test_a_payload_in_metadata_never_runs(tmp_path):
     assert (tmp_path / "trace").exists()  # the trap works
 
 
-@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=changes(6))
+@settings(reads_only, max_examples=200)
 def test_damaged_metadata_are_read_or_refused_and_nothing_else(tmp_path, dcp_log, changes):
     if not (tmp_path / "step-0").exists():
         shutil.copytree(dcp_log / "step-0", tmp_path / "step-0")
-    damaged = bytearray((dcp_log / "step-0" / ".metadata").read_bytes())
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    (tmp_path / "step-0" / ".metadata").write_bytes(damaged)
+    (tmp_path / "step-0" / ".metadata").write_bytes(
+        damage((dcp_log / "step-0" / ".metadata").read_bytes(), changes)
+    )
     with contextlib.suppress(InputError):
         log = open_source(tmp_path)
         with log.open(log.steps()[0]) as reader:
@@ -713,13 +704,10 @@ def test_chunks_that_unpack_to_more_than_memory_are_refused(tmp_path):
     assert "chunks" in refusal(tmp_path / "log").what
 
 
-@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4))
+@given(changes=changes())
 @reads_only
 def test_a_damaged_hdf5_file_is_read_or_refused_and_nothing_else(tmp_path, stacks, changes):
-    damaged = bytearray(stacks[0][0].read_bytes())
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    (tmp_path / "run.h5").write_bytes(damaged)
+    (tmp_path / "run.h5").write_bytes(damage(stacks[0][0].read_bytes(), changes))
     with contextlib.suppress(InputError):
         log = open_source(tmp_path / "run.h5")
         step = log.steps()[0]
@@ -864,8 +852,8 @@ def test_links_out_of_a_group_are_not_followed(tmp_path, zarr_log):
 
 @given(
     file=st.integers(0),
-    changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4),
-    length=st.none() | st.integers(0),
+    changes=changes(),
+    length=LENGTHS,
 )
 @reads_only
 def test_a_damaged_zarr_group_is_read_or_refused_and_nothing_else(tmp_path, file, changes, length):
@@ -875,10 +863,7 @@ def test_a_damaged_zarr_group_is_read_or_refused_and_nothing_else(tmp_path, file
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     path = paths[file % len(paths)]
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    path.write_bytes(damaged if length is None else damaged[: length % len(damaged)])
+    path.write_bytes(damage(whole, changes, length))
     with contextlib.suppress(InputError):
         log = open_source(folder)
         step = log.steps()[0]

@@ -14,7 +14,6 @@ import pytest
 import xarray as xr
 import zarr
 from processing import Serial
-from servers import S3Server
 
 from pipeline import blocks, cli, compute, results, run
 from pipeline.places import delete, is_url, names, place, put
@@ -22,21 +21,6 @@ from pipeline.places.icechunk_files import RepositoryFiles
 from pipeline.places.repository import newest, outside, place_of_run, versions
 from pipeline.schema import InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, only_writer
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with S3Server(tmp_path_factory.mktemp("s3") / "log") as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        place("s3://bucket/any").fs.mkdir("bucket")
-        yield server
-
-
-@pytest.fixture
-def url(server, request):
-    """A place of the test's own."""
-    return place(f"s3://bucket/{request.node.name}")
 
 
 def opened(server, out):
@@ -75,7 +59,7 @@ def written(url, rows=8, elements=200, chunk=(4, 200)):
 
 
 @pytest.fixture(scope="module")
-def both(server, tmp_path_factory):
+def both(s3_server, tmp_path_factory):
     """A run in a folder and in a repository: processed, gone on twice and restarted, with what was before that."""
     folder = tmp_path_factory.mktemp("both")
     first = logs.with_replicates(logs.random_walk(12))
@@ -147,8 +131,8 @@ def test_an_old_version_is_what_it_was(both, before):
     assert run.verify_run(both[1], before) == run.verify_run(both[1]) == []
 
 
-def test_a_version_has_an_id_a_tag_or_a_time(server, both, before):
-    repository = opened(server, both[1])
+def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
+    repository = opened(s3_server, both[1])
     repository.create_tag("paper", before)
     assert {"paper"} == {tag for row in versions(both[1]) if row["version"] == before for tag in row["tags"]}
     time = next(row.written_at for row in repository.ancestry(branch="main") if row.id == before)
@@ -195,8 +179,8 @@ def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch)
     assert (tmp_path / "then.html").read_text() == (tmp_path / "kept.html").read_text()
 
 
-def test_icechunk_and_what_reads_zarr_open_it(server, both, before):
-    repository = opened(server, both[1])
+def test_icechunk_and_what_reads_zarr_open_it(s3_server, both, before):
+    repository = opened(s3_server, both[1])
     for version, folder in (({"branch": "main"}, both[0]), ({"snapshot_id": before}, both[2])):
         store = repository.readonly_session(**version).store
         there = xr.open_zarr(store, group="results.zarr/model", consolidated=False)
@@ -216,7 +200,7 @@ def test_what_comes_to_the_same_is_no_version(both):
     assert versions(both[1]) == before
 
 
-def test_overwriting_begins_anew_and_keeps_what_was(server, url, tmp_path):
+def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
     states = logs.random_walk(9)
     log = logs.write_log(tmp_path / "log", states[:4])
     run.ingest_run(log, url, store="icechunk")
@@ -229,7 +213,7 @@ def test_overwriting_begins_anew_and_keeps_what_was(server, url, tmp_path):
         assert run.ingest_run(log, out, overwrite=True)["steps"] == 9
     assert content(url) == content(tmp_path / "out")
     assert Trajectory(url / "trajectory.zarr", version).rows == 6
-    store = opened(server, url).readonly_session("main").store
+    store = opened(s3_server, url).readonly_session("main").store
     assert zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r").shape == (1,)
     # What is refused changes nothing, not even where it begins anew.
     (log / "step_3.safetensors").write_bytes(b"no")

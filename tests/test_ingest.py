@@ -33,10 +33,7 @@ def shrink(monkeypatch, chunk_elements):
     monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
 
 
-@pytest.fixture(autouse=True)
-def _no_wait_for_the_disk(monkeypatch):
-    """No power is lost here; what is flushed, and when, is a matter of the store's tests."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ metadata of ``torch_dist`` as those that megatron-core 0.16 was seen to write.
 
 import argparse
 import io
-import os
 import pickle
 import random
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from damage import Payload
 from logs import random_walk, write_log
 from test_formats import TENSORS, arrays_of, ledger_of, refusal
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
@@ -202,14 +202,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, megatron):
     assert "no dictionaries" in refusal(tmp_path).what
     (tmp_path / "iter_0000000" / "mp_rank_00" / "model_optim_rng.pt").unlink()
     assert "model_optim_rng.pt" in refusal(tmp_path).what
-
-
-class Payload:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 def test_a_payload_among_the_arguments_never_runs(tmp_path, megatron):

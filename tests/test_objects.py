@@ -19,7 +19,7 @@ import pytest
 import tensorboard.summary
 import xarray as xr
 from processing import Serial
-from servers import S3Server, forget_object_stores, free_port
+from servers import forget_object_stores, free_port
 from zarr.codecs import ZstdCodec
 
 from pipeline import cli, compute, run, watch
@@ -30,21 +30,6 @@ from pipeline.store import Ledger, Trajectory, only_writer
 
 STEPS = 12
 """Of the log: two thirds of them are there at first."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with S3Server(tmp_path_factory.mktemp("s3") / "log") as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        place("s3://bucket/any").fs.mkdir("bucket")
-        yield server
-
-
-@pytest.fixture
-def url(server, request):
-    """A place of the test's own."""
-    return place(f"s3://bucket/{request.node.name}")
 
 
 def content(folder):
@@ -60,7 +45,7 @@ def content(folder):
 
 
 @pytest.fixture(scope="module")
-def both(server, tmp_path_factory):
+def both(s3_server, tmp_path_factory):
     """A run that was processed, went on and was processed again, in a folder and in an object store."""
     folder = tmp_path_factory.mktemp("both")
     states = logs.with_replicates(logs.random_walk(STEPS))
@@ -577,7 +562,7 @@ def test_folders_of_many_runs_are_of_this_machine(tmp_path):
             look()
 
 
-def test_a_bucket_that_is_not_there(server, tmp_path):
+def test_a_bucket_that_is_not_there(s3_server, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     with pytest.raises(InputError, match="not in the object store: The specified bucket does not exist") as refusal:
         run.ingest_run(log, "s3://nowhere/run")
@@ -586,7 +571,7 @@ def test_a_bucket_that_is_not_there(server, tmp_path):
 
 
 @pytest.fixture
-def newly_opened(server):
+def newly_opened(s3_server):
     """What opens object stores anew: by the environment of the test, and then by that of the others again."""
     forget_object_stores()
     yield type(place("s3://bucket/any").fs)

@@ -8,7 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from damage import LENGTHS, changes, damage, reads_only
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import random_walk, run_writer, write_log
 from memory import assert_out_of_core
@@ -17,7 +18,6 @@ from test_formats import TENSORS, ledger_of, refusal
 from pipeline.schema import InputError
 from pipeline.sources.formats import FORMATS, find_format, open_source
 
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = ["ocdbt", "plain", "zarr3", "parts", "standard"]
 DTYPES = ["float32", "bfloat16"]
 
@@ -80,7 +80,7 @@ def test_every_layout_gives_the_ledger_of_the_run(tmp_path, job, expected, layou
     a=st.integers(0),
     b=st.integers(0),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(reads_only, max_examples=40)
 def test_slices_equal_the_tensor(job, layout, tensor, a, b):
     expected = states_of("float32")[1][f"gradient/{tensor.replace('/', '.')}"].ravel()
     start, stop = sorted((a % (expected.size + 1), b % (expected.size + 1)))
@@ -188,8 +188,8 @@ def test_a_chunk_that_is_lost_is_no_zeros(log):
 @given(
     layout=st.sampled_from(LAYOUTS),
     file=st.integers(0),
-    changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4),
-    length=st.none() | st.integers(0),
+    changes=changes(),
+    length=LENGTHS,
 )
 @reads_only
 def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job, layout, file, changes, length):
@@ -200,10 +200,7 @@ def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job,
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     path = paths[file % len(paths)]
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    path.write_bytes(damaged if length is None else damaged[: length % len(damaged)])
+    path.write_bytes(damage(whole, changes, length))
     with contextlib.suppress(InputError):
         read_all(folder)
     path.write_bytes(whole)

@@ -66,10 +66,10 @@ def by_tensor(values):
     }
 
 
-def record(folder, run, container="safetensors", only=("parameter", "hvp", "loss")):
-    """Write a run by the recorder and return its folder."""
-    recorder = Recorder(folder, container)
-    for step in range(len(run["loss"])):
+def record(folder, run, steps=None, container="safetensors", only=("parameter", "hvp", "loss")):
+    """Write a run by the recorder, or some steps of it to a log that is there, and return the folder."""
+    recorder = Recorder(folder, container, resume=steps is not None)
+    for step in range(len(run["loss"])) if steps is None else steps:
         drawn = {"parameter": run["replicate_parameter"][step], "hvp": run["replicate_hvp"][step]}
         recorder.record(
             step,
@@ -585,13 +585,13 @@ def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
     whole = results.read(RunFolder(out).results)["replicates"]
     log = record(tmp_path / "log", {name: values[:4] for name, values in run.items()})
     ledger_alone(log, tmp_path / "run")
-    record_rest(log, run, range(4, STEPS))
+    record(log, run, range(4, STEPS))
     tree = process(log, tmp_path / "run")["replicates"]
     for group in ("model", "tensor"):
         assert tree[group].to_dataset().equals(whole[group].to_dataset())
     # Restarted before step 5: what another draw led to is another attempt, of the same steps.
     other = noisy_run(seed=9)
-    record_rest(log, other, range(5, STEPS))
+    record(log, other, range(5, STEPS))
     tree = process(log, tmp_path / "run")["replicates"]
     attempts = tree["model"]["attempt"].values
     assert (tree["model"]["step"].values.tolist(), attempts.tolist()) == ([0, 1, 2, 3, 5], [0, 0, 0, 0, 1])
@@ -600,24 +600,6 @@ def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
     )["model"]
     found = tree["model"]["replicate_alignment"].sel(step=5)
     np.testing.assert_allclose(found, expected["replicate_alignment"].sel(step=5), rtol=1e-10)
-
-
-def record_rest(log, run, steps):
-    """Record some steps of a run in the folder of another."""
-    recorder = Recorder(log, resume=True)
-    for step in steps:
-        recorder.record(
-            step,
-            parameter=by_tensor(run["parameter"][step]),
-            gradient=by_tensor(run["gradient"][step]),
-            loss=run["loss"][step],
-            learning_rate=RATE,
-            replicates={
-                "parameter": by_tensor(run["replicate_parameter"][step]),
-                "hvp": by_tensor(run["replicate_hvp"][step]),
-                "loss": run["replicate_loss"][step],
-            },
-        )
 
 
 def test_a_sweep_has_the_replicates_of_each_run(tmp_path, monkeypatch):
@@ -709,7 +691,7 @@ def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):
 def test_a_replicate_is_one_update_where_every_second_state_is_logged(run, out, tmp_path):
     whole = results.read(RunFolder(out).results)["replicates"]
     for step in range(0, STEPS, 2):
-        record_rest(tmp_path / "log", run, [step])
+        record(tmp_path / "log", run, [step])
     tree = process(tmp_path / "log", tmp_path / "out")
     assert (tree["model"]["step_span"] == 2).all()
     for group in ("model", "tensor"):

@@ -18,10 +18,7 @@ from pipeline.store import Ledger, Trajectory, storage_dtype
 ELEMENTS = 17  # of `logs.TENSORS`
 
 
-@pytest.fixture(autouse=True)
-def _no_wait_for_the_disk(monkeypatch):
-    """No power is lost here; what is flushed, and when, is a matter of the store's tests."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 @pytest.fixture(params=[8, 3 * ELEMENTS], ids=["wide", "deep"])

@@ -10,7 +10,8 @@ import struct
 import numpy as np
 import pandas
 import pytest
-from hypothesis import HealthCheck, given, settings
+from damage import changes, damage, reads_only
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 from logs import random_walk, write_log, write_step
@@ -33,13 +34,9 @@ from pipeline.store import Trajectory
 STEPS = 6
 SCALARS = ("loss", "learning_rate")
 LONG_AGO = 10**18
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def _no_wait_for_the_disk(monkeypatch):
-    """No power is lost here; what is flushed, and when, is a matter of the store's tests."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 def settled(path):
@@ -590,11 +587,8 @@ def test_a_database_whose_metrics_are_computed_is_refused(tmp_path, how):
         scalars_of(tmp_path / "project.db")
 
 
-changes = st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=6)
-
-
-@given(changes=changes, name=st.sampled_from(["parquet", "trackio"]))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(changes=changes(6), name=st.sampled_from(["parquet", "trackio"]))
+@settings(reads_only, max_examples=60)
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, changes, name):
     folder = tmp_path / name
     if not folder.exists():
@@ -604,9 +598,6 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, changes, n
         run_without_scalars(tmp_path / "log")
         (tmp_path / f"{name}.body").write_bytes(next(folder.iterdir()).read_bytes())
     (path,) = (entry for entry in folder.iterdir() if entry.suffix in (".parquet", ".db"))
-    damaged = bytearray((tmp_path / f"{name}.body").read_bytes())
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    path.write_bytes(damaged)
+    path.write_bytes(damage((tmp_path / f"{name}.body").read_bytes(), changes))
     with contextlib.suppress(InputError):
         open_sources([tmp_path / "log", path]).steps()

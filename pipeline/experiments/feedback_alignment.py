@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.experiments.digits import CLASSES, Digits, Training, load_digits, split_digits
+from pipeline.experiments.digits import CLASSES, Digits, Training, cross_entropy, load_digits, split_digits
 from pipeline.recorder import Recorder
 
 __all__ = ["HIDDEN", "IMAGES", "LEARNING_RATE", "STEPS", "log_feedback_alignment", "loss_and_descent"]
@@ -48,18 +48,12 @@ def loss_and_descent(
         Name to gradient, in the shapes and the dtype of the weights.
     """
     hidden = images @ weights["hidden.weight"].T
-    scores = hidden @ weights["output.weight"].T
-    # Shifting all scores of an image leaves the softmax as it is and keeps the exponentials from overflowing.
-    scores = scores - scores.max(axis=1, keepdims=True)
-    exponentials = np.exp(scores)
-    totals = exponentials.sum(axis=1)
-    each = np.arange(len(labels))
-    loss = np.mean(np.log(totals) - scores[each, labels], dtype=np.float64)
-    errors = exponentials / totals[:, None]
-    errors[each, labels] -= 1.0
-    errors /= len(labels)
-    gradient = {"hidden.weight": (errors @ backward.T).T @ images, "output.weight": errors.T @ hidden}
-    return float(loss), gradient
+    loss, errors = cross_entropy(hidden @ weights["output.weight"].T, labels)
+    gradient: dict[str, Floats] = {
+        "hidden.weight": (errors @ backward.T).T @ images,
+        "output.weight": errors.T @ hidden,
+    }
+    return loss, gradient
 
 
 def log_feedback_alignment(

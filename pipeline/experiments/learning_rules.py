@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.experiments.digits import CLASSES, Digits, Split, Training, load_digits, split_digits
+from pipeline.experiments.digits import CLASSES, Digits, Split, Training, cross_entropy, load_digits, split_digits
 from pipeline.recorder import Recorder
 from pipeline.schema import InputError
 
@@ -96,15 +96,8 @@ def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -
     for weight in hidden:
         activities.append(np.tanh(activities[-1] @ weight.T))
     scores = activities[-1] @ last.T
-    # Shifting all scores of an image leaves the softmax as it is and keeps the exponentials from overflowing.
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    exponentials = np.exp(shifted)
-    totals = exponentials.sum(axis=1)
-    each = np.arange(len(labels))
-    loss = np.mean(np.log(totals) - shifted[each, labels], dtype=np.float64)
-    errors = exponentials / totals[:, None]
-    errors[each, labels] -= 1.0
-    return Sweep(float(loss), activities, scores, errors / len(labels))
+    loss, errors = cross_entropy(scores, labels)
+    return Sweep(loss, activities, scores, errors)
 
 
 def carry_back(sweep: Sweep, backward: Sequence[Floats], *, direct: bool = False) -> dict[str, Floats]:
