@@ -38,8 +38,8 @@ from pipeline.sources.base import (
     Source,
     StepContent,
     Unreadable,
-    complete,
 )
+from pipeline.sources.completion import complete
 from pipeline.sources.formats import format_of, open_sources
 from pipeline.store import storage_dtype
 

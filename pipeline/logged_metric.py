@@ -158,7 +158,7 @@ def _loaded(reader: StepReader, tensor: str, metric: FactoredMetric, factor: Fac
         raise InputError(f"a factor of {size} x {size} is too large: the limit is {LARGEST_FACTOR} rows")
     words: NDArray[Any] = np.empty(math.prod(factor.shape), storage_dtype(factor.dtype))
     reader.read(factor_array(index), tensor, factor.start, words)
-    values = np.asarray(widened(words) if factor.dtype == "bfloat16" else words, np.float64)
+    values = np.asarray(widened(words, factor.dtype), np.float64)
     values = values.reshape(factor.shape if len(factor.shape) == 2 else size)
     if metric.root:
         return values

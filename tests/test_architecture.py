@@ -36,6 +36,7 @@ FLOORS = [
         "pipeline.sources.pickle_data",
         "pipeline.experiments.digits",
     },
+    {"pipeline.sources.changes", "pipeline.sources.completion", "pipeline.sources.container"},
     {"pipeline.sources.factors", "pipeline.stream"},
     {
         "pipeline.sources.alignment",

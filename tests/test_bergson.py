@@ -20,7 +20,7 @@ from pipeline.ingest import ingest
 from pipeline.inspection import inspect_source
 from pipeline.schema import InputError
 from pipeline.sources import bergson_store
-from pipeline.sources.base import complete
+from pipeline.sources.completion import complete
 from pipeline.sources.formats import find_format, open_source, open_sources
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from pipeline.schema import InputError
 from pipeline.sources import pickle_data
-from pipeline.sources.base import LoggedStep, LoggedTensor, complete
+from pipeline.sources.base import LoggedStep, LoggedTensor
+from pipeline.sources.completion import complete
 from pipeline.sources.formats import open_source
 from pipeline.sources.torch_archive import TORCH_DTYPES, TorchFile
 

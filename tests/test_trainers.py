@@ -18,7 +18,7 @@ from test_formats import ledger_of
 
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
-from pipeline.sources.base import complete
+from pipeline.sources.completion import complete
 from pipeline.sources.formats import FORMATS, open_source
 from pipeline.store import Trajectory
 

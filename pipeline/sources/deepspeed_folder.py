@@ -22,14 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import STORAGE_DTYPES, InputError
-from pipeline.sources.base import (
-    Container,
-    LoggedStep,
-    LoggedTensor,
-    Region,
-    refused,
-    where,
-)
+from pipeline.sources.base import LoggedStep, LoggedTensor, where
+from pipeline.sources.container import Container, Region, refused
 from pipeline.sources.names import step_number
 from pipeline.sources.pickle_data import UnknownName
 from pipeline.sources.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.places import files, is_url, names, network_errors, open_to_read, place
 from pipeline.schema import SCALARS, InputError
-from pipeline.sources.base import Container, LoggedStep, NotYet, Source
+from pipeline.sources.base import LoggedStep, NotYet, Source
 from pipeline.sources.bergson_store import BergsonFolder, holds_bergson
+from pipeline.sources.container import Container
 from pipeline.sources.dcp_folder import DcpFolder, dcp_state
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.event_file import event_files, read_events

@@ -13,7 +13,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, StepContent
+from pipeline.sources.base import LoggedStep, StepContent
+from pipeline.sources.container import Container
 from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
 from pipeline.sources.model_folder import ModelFolder, holds_model
 from pipeline.sources.names import MODEL, ROOT, NamedStep, Names, step_number

@@ -14,7 +14,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, refused, where
+from pipeline.sources.base import LoggedStep, where
+from pipeline.sources.container import Container, refused
 from pipeline.sources.names import step_number
 from pipeline.sources.pickle_data import Record
 from pipeline.sources.torch_archive import TorchFile

@@ -10,7 +10,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.sources.base import Container, LoggedStep, refused
+from pipeline.sources.base import LoggedStep
+from pipeline.sources.container import Container, refused
 from pipeline.sources.safetensors_file import SafetensorsFile
 from pipeline.sources.torch_archive import TorchFile
 

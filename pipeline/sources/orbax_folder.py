@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.sources.base import LoggedStep, refused
+from pipeline.sources.base import LoggedStep
+from pipeline.sources.container import refused
 from pipeline.sources.names import is_step, step_number
 from pipeline.sources.zarr_group import ZarrArrays, read_object
 
