@@ -21,7 +21,8 @@ from pipeline.inspection import inspect_source
 from pipeline.schema import InputError
 from pipeline.sources import bergson_store
 from pipeline.sources.completion import complete
-from pipeline.sources.formats import find_format, open_source, open_sources
+from pipeline.sources.formats import find_format
+from pipeline.sources.opening import open_source, open_sources
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = {"gpt2": "conv1d", "neox": "linear"}

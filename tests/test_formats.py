@@ -30,9 +30,10 @@ from pipeline.ingest import ingest
 from pipeline.schema import InputError
 from pipeline.sources.completion import complete
 from pipeline.sources.container import boxes
-from pipeline.sources.formats import FORMATS, find_format, open_source
+from pipeline.sources.formats import FORMATS, find_format
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.opening import open_source
 from pipeline.store import Ledger, Trajectory
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 
 from pipeline.schema import InputError
 from pipeline.sources.completion import complete
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.formats import FORMATS
+from pipeline.sources.opening import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 STATES = random_walk(3, TENSORS)

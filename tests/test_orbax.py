@@ -15,7 +15,8 @@ from memory import assert_out_of_core
 from test_formats import TENSORS, ledger_of, refusal
 
 from pipeline.schema import InputError
-from pipeline.sources.formats import FORMATS, find_format, open_source
+from pipeline.sources.formats import FORMATS, find_format
+from pipeline.sources.opening import open_source
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYOUTS = ["ocdbt", "plain", "zarr3", "parts", "standard"]

@@ -38,7 +38,7 @@ from pipeline.schema import (
 from pipeline.sources.alignment import misalignment
 from pipeline.sources.base import FactoredMetric, LoggedStep, NotYet, StepContent, where
 from pipeline.sources.changes import identity
-from pipeline.sources.formats import open_sources
+from pipeline.sources.opening import open_sources
 from pipeline.sources.stacked_file import KeptOpen
 from pipeline.store import Trajectory, exists, only_writer
 
