@@ -272,7 +272,7 @@ def _holds_scalars_alone(path: Path) -> bool:
 
 def _only_file(path: Path) -> Path:
     """Return the one file in a folder that is a log of its own, where the folder is no log itself."""
-    if not path.is_dir() or any(known.found(path) for known in FORMATS.values()):
+    if not path.is_dir() or find_format(path) is not None:
         return path
     files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
     # Tensors count before scalars that lie beside them.
