@@ -38,9 +38,9 @@ from pipeline.sources.base import (
     Source,
     StepContent,
     Unreadable,
-    complete,
 )
-from pipeline.sources.formats import format_of, open_sources
+from pipeline.sources.completion import complete
+from pipeline.sources.opening import format_of, open_sources
 from pipeline.store import storage_dtype
 
 __all__ = ["NEEDED_FOR", "inspect_source"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.preconditioner import balanced_damping, factor_eigenvalues, kronecker_eigenvalues, symmetric_factor
 from pipeline.schema import STORAGE_DTYPES, InputError, unit_roundoff
 from pipeline.sources.base import Factor, FactoredMetric, StepReader, factor_array, where, widened
-from pipeline.sources.formats import open_source
+from pipeline.sources.opening import open_source
 from pipeline.store import storage_dtype
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def read_metric(
     Parameters
     ----------
     source : path
-        Log, as of `pipeline.sources.formats.open_source`.
+        Log, as of `pipeline.sources.opening.open_source`.
     tensor : str
     step : int
         Step of the state before the update.
     format, mapping
-        As of `pipeline.sources.formats.open_source`.
+        As of `pipeline.sources.opening.open_source`.
 
     Returns
     -------
@@ -158,7 +158,7 @@ def _loaded(reader: StepReader, tensor: str, metric: FactoredMetric, factor: Fac
         raise InputError(f"a factor of {size} x {size} is too large: the limit is {LARGEST_FACTOR} rows")
     words: NDArray[Any] = np.empty(math.prod(factor.shape), storage_dtype(factor.dtype))
     reader.read(factor_array(index), tensor, factor.start, words)
-    values = np.asarray(widened(words) if factor.dtype == "bfloat16" else words, np.float64)
+    values = np.asarray(widened(words, factor.dtype), np.float64)
     values = values.reshape(factor.shape if len(factor.shape) == 2 else size)
     if metric.root:
         return values

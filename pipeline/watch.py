@@ -23,8 +23,9 @@ from pipeline.places import is_url, names, network_errors, place, put, read, req
 from pipeline.places import status as status_of
 from pipeline.run import RunFolder
 from pipeline.schema import InputError, Unavailable
-from pipeline.sources.base import changed_lately
-from pipeline.sources.formats import RUN_FILE, holds_run, open_sources
+from pipeline.sources.changes import changed_lately
+from pipeline.sources.opening import holds_run, open_sources
+from pipeline.sources.run_file import RUN_FILE
 from pipeline.store import Trajectory, only_writer
 
 __all__ = [

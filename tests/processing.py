@@ -3,7 +3,7 @@
 import numpy as np
 
 from pipeline import compute, results, run
-from pipeline.sources.formats import open_source
+from pipeline.sources.opening import open_source
 
 
 class Serial(run.Analysis):

@@ -17,8 +17,8 @@ from pipeline.ingest import ingest
 from pipeline.inspection import inspect_source
 from pipeline.schema import InputError
 from pipeline.sources.alignment import shift_of_gradients
-from pipeline.sources.formats import open_source
 from pipeline.sources.names import parse_shift
+from pipeline.sources.opening import open_source
 from pipeline.store import Trajectory, storage_dtype
 
 SHAPES = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": ()}

@@ -36,6 +36,7 @@ FLOORS = [
         "pipeline.sources.pickle_data",
         "pipeline.experiments.digits",
     },
+    {"pipeline.sources.changes", "pipeline.sources.completion", "pipeline.sources.container"},
     {"pipeline.sources.factors", "pipeline.stream"},
     {
         "pipeline.sources.alignment",
@@ -62,6 +63,7 @@ FLOORS = [
         "pipeline.figures.curves",
     },
     {"pipeline.sources.names", "pipeline.figures.paper", "pipeline.store.states"},
+    {"pipeline.sources.run_file", "pipeline.sources.step_folder"},
     {
         "pipeline.sources.dcp_folder",
         "pipeline.sources.joined",
@@ -70,7 +72,6 @@ FLOORS = [
         "pipeline.sources.orbax_folder",
         "pipeline.sources.stacked_file",
         "pipeline.sources.model_folder",
-        "pipeline.sources.step_folder",
         "pipeline.store.trajectory",
         "pipeline.store.ledger",
         "pipeline.levels",
@@ -95,6 +96,7 @@ FLOORS = [
         "pipeline.report",
         "pipeline.ingest.description",
     },
+    {"pipeline.sources.opening"},
     {"pipeline.logged_metric", "pipeline.compute"},
     {"pipeline.ingest.transfer", "pipeline.ingest.reading", "pipeline.inspection"},
     {"pipeline.ingest.new_rows"},

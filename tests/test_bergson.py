@@ -21,8 +21,9 @@ from pipeline.ingest import ingest
 from pipeline.inspection import inspect_source
 from pipeline.schema import InputError
 from pipeline.sources import bergson_store
-from pipeline.sources.base import complete
-from pipeline.sources.formats import find_format, open_source, open_sources
+from pipeline.sources.completion import complete
+from pipeline.sources.formats import find_format
+from pipeline.sources.opening import open_source, open_sources
 
 LAYOUTS = {"gpt2": "conv1d", "neox": "linear"}
 LINEAR = {

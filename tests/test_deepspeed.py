@@ -19,7 +19,8 @@ from test_optimizer import stored
 
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.formats import FORMATS
+from pipeline.sources.opening import open_source
 
 SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
 STATES = random_walk(5, SHAPES)

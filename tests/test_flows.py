@@ -19,7 +19,7 @@ from pipeline import run, watch
 from pipeline.places import place, put
 from pipeline.places.repository import versions
 from pipeline.schema import InputError
-from pipeline.sources import base
+from pipeline.sources import changes
 from pipeline.store import Trajectory, only_writer
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
@@ -161,7 +161,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path,
     assert look() == (1, 0, [0.5, 0.25, 0.125])
     assert look() == (0, 1, [0.5, 0.25, 0.125])
     # What the log of scalars did not have then is taken once nobody has written to it for long.
-    monkeypatch.setattr(base, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(changes, "SETTLED_SECONDS", -1.0)
     np.testing.assert_equal(look(), (1, 0, [0.5, 0.25, 0.125, np.nan]))
     assert look()[:2] == (0, 1)
 

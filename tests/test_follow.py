@@ -15,7 +15,7 @@ from pipeline import run
 from pipeline.ingest import ingest
 from pipeline.run import follow, ingest_run
 from pipeline.schema import InputError
-from pipeline.sources import base
+from pipeline.sources import changes
 from pipeline.sources.base import NotYet
 from pipeline.store import Trajectory
 
@@ -36,7 +36,7 @@ def truncate(path, part=0.7):
     return whole
 
 
-def age(path, seconds=2 * base.SETTLED_SECONDS):
+def age(path, seconds=2 * changes.SETTLED_SECONDS):
     for entry in (*path.rglob("*"), path):
         os.utime(entry, (time.time() - seconds,) * 2)
 

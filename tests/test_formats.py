@@ -29,10 +29,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from pipeline.compute import compute_ledger
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
-from pipeline.sources.base import boxes, complete
-from pipeline.sources.formats import FORMATS, find_format, open_source
+from pipeline.sources.completion import complete
+from pipeline.sources.container import boxes
+from pipeline.sources.formats import FORMATS, find_format
 from pipeline.sources.hdf5_file import Hdf5File
 from pipeline.sources.npz_file import NpzStack
+from pipeline.sources.opening import open_source
 from pipeline.store import Ledger, Trajectory
 
 TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}

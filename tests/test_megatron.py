@@ -21,8 +21,9 @@ from test_formats import TENSORS, arrays_of, ledger_of, refusal
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 
 from pipeline.schema import InputError
-from pipeline.sources.base import complete
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.completion import complete
+from pipeline.sources.formats import FORMATS
+from pipeline.sources.opening import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 STATES = random_walk(3, TENSORS)

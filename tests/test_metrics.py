@@ -25,7 +25,7 @@ from pipeline.gram import roundoff_bound
 from pipeline.metrics import Metric, jackknife, pair_of, stochastic_metric
 from pipeline.operators import Kronecker, canonical_form, extreme_eigenvalues
 from pipeline.schema import InputError, Status
-from pipeline.sources.formats import open_source
+from pipeline.sources.opening import open_source
 
 DATA = Path(__file__).parent.parent / "data"
 PERPENDICULAR = np.pi / 2

@@ -25,7 +25,7 @@ from zarr.codecs import ZstdCodec
 from pipeline import cli, compute, run, watch
 from pipeline.places import delete, is_url, network_errors, objects, place, put, seen
 from pipeline.schema import InputError, Unavailable
-from pipeline.sources.base import ObjectRegion
+from pipeline.sources.container import ObjectRegion
 from pipeline.store import Ledger, Trajectory, only_writer
 
 STEPS = 12

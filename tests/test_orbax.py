@@ -16,7 +16,8 @@ from memory import assert_out_of_core
 from test_formats import TENSORS, ledger_of, refusal
 
 from pipeline.schema import InputError
-from pipeline.sources.formats import FORMATS, find_format, open_source
+from pipeline.sources.formats import FORMATS, find_format
+from pipeline.sources.opening import open_source
 
 LAYOUTS = ["ocdbt", "plain", "zarr3", "parts", "standard"]
 DTYPES = ["float32", "bfloat16"]

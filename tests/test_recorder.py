@@ -12,7 +12,7 @@ from pipeline import recorder
 from pipeline.recorder import CONTAINERS, Recorder
 from pipeline.schema import SCALARS, InputError
 from pipeline.sources.base import LoggedTensor
-from pipeline.sources.formats import open_source
+from pipeline.sources.opening import open_source
 
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
 shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)

@@ -27,7 +27,8 @@ from pipeline.schema import InputError
 from pipeline.sources import event_file, record_files, scalar_log
 from pipeline.sources.base import NotYet
 from pipeline.sources.event_file import read_events
-from pipeline.sources.formats import FORMATS, format_of, open_source, open_sources
+from pipeline.sources.formats import FORMATS
+from pipeline.sources.opening import format_of, open_source, open_sources
 from pipeline.sources.record_files import read_csv, read_json_lines
 from pipeline.store import Trajectory
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
 
 from pipeline.schema import STATES, InputError
-from pipeline.sources.base import complete
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.completion import complete
+from pipeline.sources.formats import FORMATS
+from pipeline.sources.opening import open_source
 from pipeline.store import storage_dtype
 
 # A log is written once for all examples of a property, and only read.

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from pipeline.schema import InputError
 from pipeline.sources import pickle_data
-from pipeline.sources.base import LoggedStep, LoggedTensor, complete
-from pipeline.sources.formats import open_source
+from pipeline.sources.base import LoggedStep, LoggedTensor
+from pipeline.sources.completion import complete
+from pipeline.sources.opening import open_source
 from pipeline.sources.torch_archive import TORCH_DTYPES, TorchFile
 
 DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
@@ -155,7 +156,7 @@ def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_pa
 def test_torch_is_not_needed_to_read_what_it_wrote(tmp_path):
     path = saved(tmp_path, {"w": torch.ones(2)})
     code = (
-        "import sys; from pathlib import Path; from pipeline.sources.formats import open_source;"
+        "import sys; from pathlib import Path; from pipeline.sources.opening import open_source;"
         f"log = open_source(Path({str(path.parent)!r})); step = log.steps()[0];"
         "reader = log.open(step).__enter__();"
         "print(reader.content().arrays['parameter']['w'].shape, 'torch' in sys.modules)"

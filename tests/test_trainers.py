@@ -18,8 +18,9 @@ from test_formats import ledger_of
 
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
-from pipeline.sources.base import complete
-from pipeline.sources.formats import FORMATS, open_source
+from pipeline.sources.completion import complete
+from pipeline.sources.formats import FORMATS
+from pipeline.sources.opening import open_source
 from pipeline.store import Trajectory
 
 pytestmark = [

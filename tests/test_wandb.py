@@ -16,7 +16,7 @@ from test_scalar_logs import read_all, run_without_scalars, settled, stored
 
 from pipeline.ingest import ingest
 from pipeline.schema import InputError
-from pipeline.sources.formats import format_of
+from pipeline.sources.opening import format_of
 from pipeline.sources.wandb_file import WANDB_START, read_wandb
 
 STEPS = 6

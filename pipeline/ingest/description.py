@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from pipeline.schema import OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES, InputError, promote
-from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, complete, where
+from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepContent, where
+from pipeline.sources.completion import complete
 from pipeline.store import Trajectory
 
 __all__ = [

@@ -36,8 +36,10 @@ from pipeline.schema import (
     Layout,
 )
 from pipeline.sources.alignment import misalignment
-from pipeline.sources.base import FactoredMetric, KeptOpen, LoggedStep, NotYet, StepContent, identity, where
-from pipeline.sources.formats import open_sources
+from pipeline.sources.base import FactoredMetric, LoggedStep, NotYet, StepContent, where
+from pipeline.sources.changes import identity
+from pipeline.sources.opening import open_sources
+from pipeline.sources.stacked_file import KeptOpen
 from pipeline.store import Trajectory, exists, only_writer
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]

@@ -19,7 +19,8 @@ from pipeline.ingest.description import (
 )
 from pipeline.ingest.transfer import NewRow, fill_row
 from pipeline.schema import ATTEMPT, RUN, STEP, InputError
-from pipeline.sources.base import LoggedStep, NotYet, Source, Unreadable, changed_lately, identity, where
+from pipeline.sources.base import LoggedStep, NotYet, Source, Unreadable, where
+from pipeline.sources.changes import changed_lately, identity
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 __all__ = ["finished_steps", "rows_to_write"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.schema import SCALARS, InputError
-from pipeline.sources.formats import run_file_readings
+from pipeline.sources.run_file import run_file_readings
 from pipeline.store import Trajectory, exists
 
 __all__ = ["agreed_reading", "said_reading"]

@@ -29,10 +29,10 @@ from pipeline.sources.base import (
     Source,
     StepContent,
     StepReader,
-    identity,
     where,
     widened,
 )
+from pipeline.sources.changes import identity
 from pipeline.store import Trajectory, checksum, storage_dtype
 
 __all__ = ["EXTREMES", "NewRow", "Progress", "Writer", "fill_row"]
@@ -106,11 +106,11 @@ def fill_row(
             # A mixed model is stored in the smallest dtype that holds all of it exactly.
             words = np.empty(part.size, storage_dtype(logged))
             reader.read(array, tensor.name, start, words)
-            part[:] = widened(words) if logged == "bfloat16" else words
+            part[:] = widened(words, logged)
 
 
 def _extremes(words: NDArray[Any], dtype: str) -> tuple[float, float]:
-    values = widened(words) if dtype == "bfloat16" else words
+    values = widened(words, dtype)
     return float(values.min()), float(values.max())
 
 

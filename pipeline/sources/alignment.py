@@ -75,7 +75,7 @@ def _state(reader: StepReader, content: StepContent, name: str, size: int) -> ND
         words = np.empty(size, np.uint16 if dtype == "bfloat16" else dtype)
         reader.read(array, name, 0, words)
         with np.errstate(all="ignore"):  # a signalling NaN of a diverged run
-            row[:] = widened(words) if dtype == "bfloat16" else words
+            row[:] = widened(words, dtype)
     return values
 
 

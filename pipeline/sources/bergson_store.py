@@ -24,16 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import STORAGE_DTYPES, InputError
-from pipeline.sources.base import (
-    LoggedStep,
-    LoggedTensor,
-    Region,
-    StepContent,
-    boxes,
-    refused,
-    where,
-    widened,
-)
+from pipeline.sources.base import LoggedStep, LoggedTensor, StepContent, where, widened
+from pipeline.sources.container import Region, boxes, refused
 from pipeline.sources.names import MAP_FILE, is_step, step_number
 from pipeline.sources.step_folder import Kind, StepFolder
 
@@ -482,7 +474,7 @@ class BergsonStep:
         with np.errstate(all="ignore"):
             for row in range(self._rows):
                 self._region.fill((row * self._elements + start) * self._itemsize, words)
-                total += widened(words) if self._logged == "bfloat16" else words
+                total += widened(words, self._logged)
             out[:] = total / self._rows
 
 

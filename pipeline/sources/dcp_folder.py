@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.sources import pickle_data
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
-from pipeline.sources.names import is_step
+from pipeline.sources.base import LoggedStep, LoggedTensor
+from pipeline.sources.container import Container, Region, refused
+from pipeline.sources.names import CHECKPOINT, is_step, step_number
 from pipeline.sources.pickle_data import Record, Skipped
+from pipeline.sources.step_folder import Kind
 from pipeline.sources.torch_archive import (
     METADATA_FUNCTIONS,
     METADATA_VALUES,
@@ -32,9 +34,9 @@ from pipeline.sources.torch_archive import (
     group_texts,
 )
 
-__all__ = ["DcpFolder", "dcp_folders", "dcp_state"]
+__all__ = ["DCP_KIND", "DcpFolder"]
 
-METADATA = ".metadata"
+_METADATA = ".metadata"
 _EXTRAS = ("meta.pt", "common.pt")
 _FORM = "a torch.distributed.checkpoint folder"
 _PIECE = 1 << 16
@@ -88,19 +90,21 @@ class _Chunk:
     blob: _Blob
 
 
-def dcp_folders(path: Path) -> list[Path]:
+def _folders(path: Path) -> list[Path]:
     """Folders with committed metadata: a folder itself, or those directly in it, which are no steps of a run."""
     try:
-        if (path / METADATA).is_file():
+        if (path / _METADATA).is_file():
             return [path]
-        return sorted(inner for inner in path.iterdir() if (inner / METADATA).is_file() and not is_step(inner.name))
+        return sorted(
+            inner for inner in path.iterdir() if (inner / _METADATA).is_file() and not is_step(inner.name)
+        )
     except OSError:
         return []
 
 
-def dcp_state(path: Path) -> str:
+def _state(path: Path) -> str:
     """Whether a folder is a checkpoint: "", "unfinished" or "finished"."""
-    if dcp_folders(path):
+    if _folders(path):
         return "finished"
     try:
         written = any(path.glob("*.distcp")) or any(
@@ -109,6 +113,20 @@ def dcp_state(path: Path) -> str:
     except OSError:
         return ""
     return "unfinished" if written else ""
+
+
+def _number(path: Path) -> int | None:
+    number = step_number(path.name)
+    return number if number is not None and path.is_dir() and _state(path) else None
+
+
+DCP_KIND = Kind(
+    "step-<N>/.metadata",
+    _number,
+    lambda step, names: DcpFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: "" if _state(path) == "finished" else "it has no .metadata: it is still being written",
+)
 
 
 class DcpFolder(Container):
@@ -129,14 +147,14 @@ class DcpFolder(Container):
         self._files: OrderedDict[Path, tuple[int, dict[_Blob, TorchArchive]]] = OrderedDict()
         try:
             with refused(step, _FORM):
-                folders = dcp_folders(step.path)
+                folders = _folders(step.path)
                 if not folders:
-                    raise FileNotFoundError(f"no {METADATA} in {step.path.name}")
+                    raise FileNotFoundError(f"no {_METADATA} in {step.path.name}")
                 for folder in folders:
                     try:
                         self._describe(folder)
                     except (TypeError, AttributeError, LookupError) as error:
-                        raise ValueError(f"{METADATA} is malformed ({type(error).__name__}: {error})") from error
+                        raise ValueError(f"{_METADATA} is malformed ({type(error).__name__}: {error})") from error
                 for extra in _EXTRAS:
                     if (step.path / extra).is_file():
                         archive = self._archive(step.path, _Blob(extra, 0, (step.path / extra).stat().st_size))
@@ -148,14 +166,14 @@ class DcpFolder(Container):
     # Metadata
 
     def _describe(self, folder: Path) -> None:
-        path = folder / METADATA
+        path = folder / _METADATA
         if path.stat().st_size > pickle_data.PICKLE_LIMIT:
-            raise ValueError(f"{METADATA} has more than {pickle_data.PICKLE_LIMIT} bytes")
+            raise ValueError(f"{_METADATA} has more than {pickle_data.PICKLE_LIMIT} bytes")
         metadata = pickle_data.load(
             path.read_bytes(), functions=_FUNCTIONS, values=METADATA_VALUES, inert=self._inert
         )
         if not isinstance(metadata, Record) or not metadata.name.endswith(".Metadata"):
-            raise ValueError(f"{METADATA} is of something else")
+            raise ValueError(f"{_METADATA} is of something else")
         blobs = _blobs(metadata.get("storage_data"))
         paths = metadata.get("planner_data")
         paths = paths if isinstance(paths, dict) else {}
@@ -308,13 +326,13 @@ def _copy_box(
 
 def _dict(value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{METADATA} has a {type(value).__name__} in place of a dict")
+        raise ValueError(f"{_METADATA} has a {type(value).__name__} in place of a dict")
     return value
 
 
 def _integers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
-        raise ValueError(f"{METADATA} describes a tensor that cannot be")
+        raise ValueError(f"{_METADATA} describes a tensor that cannot be")
     return value
 
 
@@ -323,10 +341,10 @@ def _blobs(storage: Any) -> dict[tuple[str, Any], _Blob]:
     blobs = {}
     for index, info in _dict(storage).items():
         if not isinstance(index, Record) or not isinstance(info, Record):
-            raise ValueError(f"{METADATA} says where data are in a way that is not known")
+            raise ValueError(f"{_METADATA} says where data are in a way that is not known")
         file = info.get("relative_path")
         if not isinstance(file, str) or not file or Path(file).name != file or file == "..":
-            raise ValueError(f"{METADATA} leads to {str(file)[:80]!r}, which is outside of the folder")
+            raise ValueError(f"{_METADATA} leads to {str(file)[:80]!r}, which is outside of the folder")
         if info.get("transform_descriptors"):
             raise ValueError(f"{file} is packed by an extension: save the checkpoint without one")
         offset, length = _integers((info.get("offset"), info.get("length")))

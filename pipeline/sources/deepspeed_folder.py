@@ -13,7 +13,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import STORAGE_DTYPES, InputError
-from pipeline.sources.base import (
-    Container,
-    LoggedStep,
-    LoggedTensor,
-    Region,
-    refused,
-    where,
-)
-from pipeline.sources.names import step_number
+from pipeline.sources.base import LoggedStep, LoggedTensor, where
+from pipeline.sources.container import Container, Region, refused
+from pipeline.sources.names import CHECKPOINT, step_number
 from pipeline.sources.pickle_data import UnknownName
+from pipeline.sources.step_folder import Kind, not_latest_yet
 from pipeline.sources.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers
 
-__all__ = ["DeepSpeedFolder", "deepspeed_number"]
+__all__ = ["DEEPSPEED_KIND", "DeepSpeedFolder"]
 
 _FORM = "a DeepSpeed checkpoint"
 _CLASSES = ("deepspeed.*",)
@@ -55,8 +50,7 @@ _OFFICIAL = (
 _UNIVERSAL = "let DeepSpeed gather it (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
 
 
-def deepspeed_number(path: Path) -> int | None:
-    """Step of a checkpoint folder, None where it is none."""
+def _number(path: Path) -> int | None:
     number = step_number(path.name)
     if number is None or not path.is_dir():
         return None
@@ -64,6 +58,18 @@ def deepspeed_number(path: Path) -> int | None:
         return number if any(file.name.endswith(_MODEL_STATES) for file in path.iterdir()) else None
     except OSError:
         return None
+
+
+DEEPSPEED_KIND = Kind(
+    "global_step<N>/",
+    _number,
+    lambda step, names: DeepSpeedFolder(step, names.inert, masters=names.keys["parameter"][0] != "parameter"),
+    replace(
+        CHECKPOINT,
+        keys={**CHECKPOINT.keys, "parameter": ("parameter", "module"), "step": ("global_steps",)},
+    ),
+    lambda path: not_latest_yet(path, "latest"),
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 
-from pipeline.sources.base import Container, Factor, FactoredMetric, LoggedTensor, RotatedMetric
+from pipeline.sources.base import Factor, FactoredMetric, LoggedTensor, RotatedMetric
+from pipeline.sources.container import Container
 
 __all__ = ["ENTRY", "OPTIONS", "SAID", "Entry", "kfac_metrics", "rule_of", "shape_of"]
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, boxes, refused, where
+from pipeline.sources.base import LoggedStep, LoggedTensor, where
+from pipeline.sources.container import Container, boxes, refused
 
 __all__ = ["Hdf5File"]
 

@@ -13,8 +13,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, StepContent
-from pipeline.sources.deepspeed_folder import DeepSpeedFolder, deepspeed_number
+from pipeline.sources.base import LoggedStep, StepContent
+from pipeline.sources.container import Container
+from pipeline.sources.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
 from pipeline.sources.model_folder import ModelFolder, holds_model
 from pipeline.sources.names import MODEL, ROOT, NamedStep, Names, step_number
 from pipeline.sources.optimizer import optimizer_root
@@ -40,7 +41,7 @@ def _unfinished(path: Path) -> str:
 
 def _open(step: LoggedStep, names: Names) -> Container:
     # In stage 3 of ZeRO the weights may be in DeepSpeed's own checkpoint alone.
-    inner = [path for path in sorted(step.path.glob("global_step*")) if deepspeed_number(path) is not None]
+    inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
     if len(inner) != 1:
         return ModelFolder(step, names.inert)
     within = LoggedStep(step.number, inner[0])

@@ -14,14 +14,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, refused, where
-from pipeline.sources.names import step_number
+from pipeline.sources.base import LoggedStep, where
+from pipeline.sources.container import Container, refused
+from pipeline.sources.names import CHECKPOINT, step_number
 from pipeline.sources.pickle_data import Record
+from pipeline.sources.step_folder import Kind, not_latest_yet
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["MEGATRON_CLASSES", "MegatronFolder", "megatron_number"]
+__all__ = ["MEGATRON_KIND", "MegatronFolder"]
 
-MEGATRON_CLASSES = ("megatron.*", "transformer_engine.*", "_io.BytesIO")
+_CLASSES = ("megatron.*", "transformer_engine.*", "_io.BytesIO")
 """Classes that Megatron-LM pickles beside its tensors."""
 
 _FORM = "a Megatron-LM checkpoint"
@@ -40,8 +42,7 @@ _HEAD = ("word_embeddings_for_head/weight", "output_layer.weight")
 _EMBEDDING = re.compile(r"(?:.*[/.])?word_embeddings[/.]weight")
 
 
-def megatron_number(path: Path) -> int | None:
-    """Step of a checkpoint folder, None where it is none."""
+def _number(path: Path) -> int | None:
     number = step_number(path.name)
     if number is None or not path.is_dir():
         return None
@@ -49,6 +50,15 @@ def megatron_number(path: Path) -> int | None:
         return number if any(_RANK.fullmatch(entry.name) for entry in path.iterdir()) else None
     except OSError:
         return None
+
+
+MEGATRON_KIND = Kind(
+    "iter_<N>/mp_rank_<T>/model_optim_rng.pt",
+    _number,
+    lambda step, names: MegatronFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),
+)
 
 
 class MegatronFolder(Container):
@@ -66,7 +76,7 @@ class MegatronFolder(Container):
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._places: dict[str, tuple[TorchFile, str]] = {}
-        inert = (*MEGATRON_CLASSES, *inert)
+        inert = (*_CLASSES, *inert)
         with ExitStack() as stack:
             with refused(step, _FORM):
                 names = sorted(entry.name for entry in step.path.iterdir() if _RANK.fullmatch(entry.name))

@@ -10,11 +10,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.sources.base import Container, LoggedStep, refused
+from pipeline.sources.base import LoggedStep
+from pipeline.sources.container import Container, refused
+from pipeline.sources.names import MODEL, step_number
 from pipeline.sources.safetensors_file import SafetensorsFile
+from pipeline.sources.step_folder import NATIVE_KINDS, Kind
 from pipeline.sources.torch_archive import TorchFile
 
-__all__ = ["MODELS", "ModelFolder", "holds_model"]
+__all__ = ["MODELS", "MODEL_KIND", "ModelFolder", "holds_model"]
 
 MODELS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
 """Stems of files whose keys stand at the root; those of ``gradient.safetensors`` stand under ``gradient``."""
@@ -29,6 +32,20 @@ def holds_model(path: Path) -> bool:
     """Whether a folder has the weights of a model, in one file or in shards."""
     endings = [suffix + end for suffix in _SUFFIXES for end in ("", _INDEX)]
     return any((path / (stem + ending)).is_file() for stem in MODELS for ending in endings)
+
+
+def _number(path: Path) -> int | None:
+    number = step_number(path.name)
+    if number is None or not path.is_dir():
+        return None
+    files = list(path.glob("*.safetensors"))
+    # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+    if any(NATIVE_KINDS["safetensors"].number(file) is not None for file in files):
+        return None
+    return number if files or (path / "model.safetensors.index.json").exists() else None
+
+
+MODEL_KIND = Kind("step-<N>/model.safetensors", _number, lambda step, names: ModelFolder(step, names.inert), MODEL)
 
 
 class ModelFolder(Container):

@@ -20,7 +20,8 @@ from pipeline.schema import (
     STORAGE_DTYPES,
     InputError,
 )
-from pipeline.sources.base import Container, LoggedTensor, StepContent, where
+from pipeline.sources.base import LoggedTensor, StepContent, where
+from pipeline.sources.container import Container
 from pipeline.sources.factors import SAID
 from pipeline.sources.optimizer import SavedOptimizer, optimizer_root, saved_optimizer
 

@@ -12,7 +12,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from pipeline.places import is_url, open_object, widen
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
+from pipeline.sources.base import LoggedStep, LoggedTensor
+from pipeline.sources.container import Container, Region, refused
 
 __all__ = ["NpzFile", "NpzStack"]
 

@@ -13,14 +13,8 @@ from dataclasses import dataclass, field
 
 from pipeline.schema import STORAGE_DTYPES
 from pipeline.sources import factors
-from pipeline.sources.base import (
-    Container,
-    FactoredMetric,
-    LoggedTensor,
-    OptimizerState,
-    RotatedMetric,
-    factor_array,
-)
+from pipeline.sources.base import FactoredMetric, LoggedTensor, OptimizerState, RotatedMetric, factor_array
+from pipeline.sources.container import Container
 
 __all__ = ["SavedOptimizer", "optimizer_root", "saved_optimizer"]
 

@@ -6,14 +6,17 @@ in the key-value store OCDBT, whose files any number of processes wrote.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.sources.base import LoggedStep, refused
-from pipeline.sources.names import is_step, step_number
+from pipeline.sources.base import LoggedStep
+from pipeline.sources.container import refused
+from pipeline.sources.names import CHECKPOINT, ROOT, is_step, step_number
+from pipeline.sources.step_folder import Kind
 from pipeline.sources.zarr_group import ZarrArrays, read_object
 
-__all__ = ["OrbaxFolder", "orbax_number", "orbax_unfinished"]
+__all__ = ["ORBAX_KIND", "OrbaxFolder"]
 
 _FORM = "an Orbax checkpoint"
 _METADATA, _CHECKPOINT, _COMMIT = "_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"
@@ -23,7 +26,7 @@ _DEPTH_LIMIT = 16
 _NO_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
 
 
-def orbax_number(path: Path) -> int | None:
+def _number(path: Path) -> int | None:
     """Step of a checkpoint folder, also of one that is being written; None where it is none."""
     name, temporary, _ = path.name.partition(_TEMPORARY)
     number = step_number(name)
@@ -32,7 +35,7 @@ def orbax_number(path: Path) -> int | None:
     return number if temporary or (path / _CHECKPOINT).is_file() or _items(path) else None
 
 
-def orbax_unfinished(path: Path) -> str:
+def _unfinished(path: Path) -> str:
     """Why a checkpoint cannot be read yet: it is renamed, or has a file put into it, when it is whole."""
     if _TEMPORARY in path.name:
         return "its name says that it is being written"
@@ -56,6 +59,25 @@ def _items(path: Path) -> list[Path]:
         return [item for item in items if whole or not is_step(item.name)]
     except OSError:
         return []
+
+
+ORBAX_KIND = Kind(
+    "<N>/_CHECKPOINT_METADATA",
+    _number,
+    lambda step, names: OrbaxFolder(step),
+    replace(
+        CHECKPOINT,
+        keys={
+            **CHECKPOINT.keys,
+            "parameter": ("parameter", "parameters", "params", "model", "state/params", ROOT),
+            "gradient": (*CHECKPOINT.keys["gradient"], "state/grads"),
+            "loss": ("loss", "*/loss"),
+            "learning_rate": ("learning_rate", "lr", "*/learning_rate", "*/lr"),
+            "step": ("step", "*/step"),
+        },
+    ),
+    _unfinished,
+)
 
 
 class OrbaxFolder(ZarrArrays):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from pipeline.places import is_url
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, ObjectRegion, Region, refused
+from pipeline.sources.base import LoggedStep, LoggedTensor
+from pipeline.sources.container import Container, ObjectRegion, Region, refused
 
 __all__ = ["SafetensorsFile"]
 

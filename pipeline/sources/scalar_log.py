@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.places import network_errors, place
 from pipeline.schema import SCALARS, InputError
-from pipeline.sources.base import LoggedStep, NotYet, StepContent, Unreadable, change_time, changed_lately
+from pipeline.sources.base import LoggedStep, NotYet, StepContent, Unreadable
+from pipeline.sources.changes import change_time, changed_lately
 
 __all__ = ["RUN_KEY", "Kind", "ScalarLog"]
 

@@ -1,21 +1,23 @@
-"""A log that is one file: every array of the run with a leading step dimension."""
+"""A log that is one file: every array of the run with a leading step dimension; and how it is kept open."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, refused
+from pipeline.sources.base import LoggedStep, LoggedTensor, Source, StepReader
+from pipeline.sources.container import Container, refused
 from pipeline.sources.names import NATIVE, NamedStep
 
-__all__ = ["StackedFile"]
+__all__ = ["KeptOpen", "StackedFile"]
 
 _STEPS_LIMIT = 1 << 24
 
@@ -37,7 +39,7 @@ class StackedFile:
     Notes
     -----
     Steps that are open at one time share the open file, as long as its size and time stay what they were. Where one
-    step is opened before another is left (`pipeline.sources.base.KeptOpen`), the file is opened once for all.
+    step is opened before another is left (`KeptOpen`), the file is opened once for all.
     """
 
     def __init__(
@@ -150,3 +152,48 @@ class _Row(Container):
     def close(self) -> None:
         """Leave the file, which the last of its users closes."""
         self._shared.leave()
+
+
+class KeptOpen:
+    """A log whose step opened last stays open until another one is, or its context ends.
+
+    Steps that lie in one file then follow each other without the file being opened for each.
+
+    Parameters
+    ----------
+    log : Source
+    """
+
+    def __init__(self, log: Source) -> None:
+        self.location, self._log = log.location, log
+        self._kept = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept.close()
+
+    def steps(self) -> Sequence[LoggedStep]:
+        """List the steps; see `pipeline.sources.base.Source`."""
+        return self._log.steps()
+
+    @contextmanager
+    def open(self, step: LoggedStep) -> Iterator[StepReader]:
+        """Open a step; it is closed when it is left and another one has been opened."""
+        users = 2
+
+        def leave() -> None:
+            nonlocal users
+            users -= 1
+            if not users:
+                manager.__exit__(None, None, None)
+
+        manager = self._log.open(step)
+        reader = manager.__enter__()
+        self._kept.close()
+        self._kept.callback(leave)
+        try:
+            yield reader
+        finally:
+            leave()

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from pipeline.places import is_url, names, network_errors, place
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, NotYet, StepReader, changed_lately, identity, where
+from pipeline.sources.base import LoggedStep, NotYet, StepReader, vanished
+from pipeline.sources.changes import changed_lately, identity
+from pipeline.sources.container import Container
 from pipeline.sources.names import NATIVE, NamedStep, Names, step_number
 from pipeline.sources.npz_file import NpzFile
 from pipeline.sources.safetensors_file import SafetensorsFile
@@ -208,10 +210,5 @@ class StepFolder:
         """Open a step; see `pipeline.sources.base.Source`."""
         kind = self._kind(step.path)
         if kind is None:
-            raise InputError(
-                "the step cannot be found any more",
-                where=where(step),
-                why="the training run removed it while it was read (checkpoint rotation), or it was moved",
-                remedy="run again; what was committed is kept",
-            )
+            raise vanished("the step cannot be found any more", step)
         return NamedStep(kind.open(step, kind.names), kind.names)

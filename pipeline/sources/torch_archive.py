@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.sources import pickle_data
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, Region, refused
+from pipeline.sources.base import LoggedStep, LoggedTensor
+from pipeline.sources.container import Container, Region, refused
 from pipeline.sources.pickle_data import Attributes, Global, Record, Skipped
 
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.schema import InputError
-from pipeline.sources.base import Container, LoggedStep, LoggedTensor, boxes, refused, where
+from pipeline.sources.base import LoggedStep, LoggedTensor, where
+from pipeline.sources.container import Container, boxes, refused
 
 __all__ = ["ZarrArrays", "ZarrGroup", "holds_zarr", "read_object"]
 
