@@ -112,7 +112,10 @@ Windows = Annotated[
     typer.Option("--window", help="Window of m updates, eq. (3); repeat for several. [default: 1]"),
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes, here or of --cluster. [default: as many as processors here]")
+    int | None,
+    typer.Option(
+        help="Threads or processes here, or processes of --cluster. [default: as many as processors here]"
+    ),
 ]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="An existing Dask scheduler.")]
 Cluster = Annotated[
