@@ -610,6 +610,7 @@ def test_a_source_that_changes_is_seen_in_either(tmp_path):
         "[[source]]\npath = 'x'\nshift = 1",
         "[[source]]\npath = 'x'\nmap = 'y'",
         "[[source]]\npath = 'run.toml'",
+        "[[source]]\npath = '.'\nformat = ['npz']",
         "[[source]]\npath = 'nowhere'",
         "[[source]]\npath = '.'\nformat = 'nothing'",
         "[[source]]\npath = '.'\nmap = { weights = 'x' }",

@@ -96,6 +96,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
             raise refuse(
                 f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is no table'}"
             )
+        if not isinstance(entry.get("format", ""), str):
+            raise refuse(f"the format of source {entry['path']!r} is no name")
         if Path(entry["path"]).suffix == ".toml":
             raise refuse(f"source {entry['path']!r} is a run file itself")
     return entries
