@@ -18,9 +18,14 @@ __all__ = ["CLUSTERS", "ONE_THREAD", "local_scheduler", "memory_bytes", "named_s
 
 _log = logging.getLogger(__name__)
 
-_WORKER_CONFIG = {"distributed": {"worker": {"memory": {"target": False, "spill": False, "pause": False}}}}
+_WORKER_CONFIG = {
+    "distributed": {
+        "worker": {"memory": {"target": False, "spill": False, "pause": False}, "profile": {"enabled": False}}
+    }
+}
 """The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
-holds is buffers, and those cannot be spilled."""
+holds is buffers, and those cannot be spilled. Nobody can look at their profile, as there is no dashboard: to take it
+costs three percent."""
 
 ONE_THREAD = {
     name: "1"
