@@ -94,7 +94,7 @@ def main(
 
 def finished(client: Client, job: tiles.Job, bands: list[Band]) -> Iterator[Band]:
     """Run the bands as the pass does on an existing cluster."""
-    digests = dict.fromkeys(bands, "")
+    digests = dict.fromkeys((band.start for band in bands), "")
     return compute._run_on(client, job, bands, lambda: digests)
 
 

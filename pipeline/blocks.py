@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.schema import InputError
 
@@ -82,6 +82,10 @@ class Band:
     start: int
     stop: int
     tiles: tuple[Tile, ...]
+
+    def after(self, row: int) -> Band:
+        """Return the band without the work on its rows before one: their ledger is there."""
+        return replace(self, tiles=tuple(replace(tile, start=row) for tile in self.tiles))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ _WORKER_CONFIG = {
     }
 }
 """The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
-holds is buffers, and those cannot be spilled. Nobody can look at their profile, as there is no dashboard: to take it
-costs three percent."""
+holds is buffers, and those cannot be spilled. Their profile costs three percent, and without a dashboard nobody can
+look at it."""
 
 ONE_THREAD = {
     name: "1"

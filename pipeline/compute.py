@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +57,8 @@ _ICECHUNK_BYTES = 32 * MEBIBYTE
 _CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
-Digests = Callable[[], Mapping[Band, str]]
-"""Waits until the ledger is ready to be written, and gives the digest of the states of each band."""
+Digests = Callable[[], Mapping[int, str]]
+"""Waits until the ledger is ready to be written; gives the digest of the states of each band, by its first row."""
 
 Executor = Callable[[Job, "list[Band]", Digests], Iterator[Finished]]
 """Runs bands, and yields each when its ledger is on disk, or to be written here."""
@@ -74,12 +74,15 @@ class PassSummary:
         Updates in the ledger.
     bands, computed_bands : int
         Chunks of the ledger, and those computed now; the others were complete.
+    computed_rows : int
+        Updates computed now: of a chunk that was begun when the trajectory was shorter, the new ones.
     plan : PassPlan
     """
 
     rows: int
     bands: int
     computed_bands: int
+    computed_rows: int
     plan: PassPlan
 
 
@@ -144,20 +147,27 @@ def compute_ledger(
     with only_writer(ledger, "ledger") as ledger, ThreadPoolExecutor(1) as beside:
         new = not exists(ledger)
 
-        def begin() -> tuple[Ledger, dict[Band, str], NDArray[np.int64]]:
+        def begin() -> _Begun:
             steps, spans = states.scalar(STEP)[:-1], states.spans()
             book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
-            digests = states.digests(bands)
+            part = book.begun()
+            digests = states.digests([*bands, *([] if part is None else [part])])
             # Where the trajectory is another one by now, an interrupted pass leaves no rows of the old one valid.
             book.discard_others(digests)
-            return book, digests, steps
+            lacking = set(book.missing(digests))
+            missing = [
+                band if part is None or part in lacking or band.start != part.start else band.after(part.stop)
+                for band in bands
+                if band in lacking
+            ]
+            return _Begun(book, missing, {band.start: digests[band] for band in bands}, steps)
 
         # All bands of a new ledger are missing: their tiles need not wait until it is there.
         begun = beside.submit(begin)
-        missing = bands if new else begun.result()[0].missing(begun.result()[1])
+        missing = bands if new else begun.result().missing
         run = executor or serial
-        for done, found in enumerate(run(job, missing, lambda: begun.result()[1]), start=1):
-            book, _, steps = begun.result()
+        for done, found in enumerate(run(job, missing, lambda: begun.result().digests), start=1):
+            book, _, _, steps = begun.result()
             band = found.band if isinstance(found, Computed) else found
             if isinstance(found, Computed):
                 book.write(*found)
@@ -167,7 +177,17 @@ def compute_ledger(
                 progress(done, len(missing))
         begun.result()
         publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(bands)} chunks computed")
-    return PassSummary(plan.rows, len(bands), len(missing), plan)
+    rows = sum(band.stop - band.tiles[0].start for band in missing)
+    return PassSummary(plan.rows, len(bands), len(missing), rows, plan)
+
+
+class _Begun(NamedTuple):
+    """What a pass knows when its ledger is ready to be written."""
+
+    book: Ledger
+    missing: list[Band]
+    digests: dict[int, str]
+    steps: NDArray[np.int64]
 
 
 def _band_rows(
@@ -192,7 +212,7 @@ def serial(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
             parts = [tile_segments(job, tile) for tile in band.tiles]
             if written is not None:
                 yield written.result()
-            written = pool.submit(write_band, job, band, digests()[band], parts)
+            written = pool.submit(write_band, job, band, digests()[band.start], parts)
         if written is not None:
             yield written.result()
 
@@ -208,7 +228,7 @@ def threads(workers: int) -> Executor:
         def write_oldest() -> None:
             band, parts = pending.popleft()
             found = [part.result() for part in parts]
-            written.append(writers.submit(write_band, job, band, digests()[band], found))
+            written.append(writers.submit(write_band, job, band, digests()[band.start], found))
 
         try:
             for band in bands:
@@ -363,8 +383,8 @@ def _run_on(client: Any, job: Job, bands: list[Band], digests: Digests) -> Itera
 def _submit(client: Any, job: Job, band: Band, digests: Digests) -> Any:
     name = f"{job.name}-{band.start}"
     if len(band.tiles) == 1:
-        return client.submit(whole_band, job, band, digests()[band], key=f"ledger-{name}", pure=False)
+        return client.submit(whole_band, job, band, digests()[band.start], key=f"ledger-{name}", pure=False)
     parts = [
         client.submit(tile_segments, job, tile, key=f"tile-{name}-{tile.first}", pure=False) for tile in band.tiles
     ]
-    return client.submit(write_band, job, band, digests()[band], parts, key=f"ledger-{name}", pure=False)
+    return client.submit(write_band, job, band, digests()[band.start], parts, key=f"ledger-{name}", pure=False)

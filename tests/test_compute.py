@@ -366,7 +366,8 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
         states = Trajectory(folder / "trajectory.zarr")
         digests = states.digests(summary.plan.bands())
         job = tiles.Job.of(states.path, ledger, summary.plan)
-        jobs.append((job, list(digests), lambda digests=digests: digests))
+        by_start = {band.start: digest for band, digest in digests.items()}
+        jobs.append((job, list(digests), lambda by_start=by_start: by_start))
     with contextlib.closing(executor(*jobs[0])) as first:
         next(first)  # the others are held on the cluster until they are asked for
         assert len(list(executor(*jobs[1]))) == 4
@@ -606,8 +607,14 @@ def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_new_steps_cost_the_bands_they_touch_only(tmp_path):
-    arrays = walk_arrays(ROWS + 17, ELEMENTS)
+def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch):
+    arrays, computed = walk_arrays(ROWS + 17, ELEMENTS), set()
+
+    def tile_segments(job, tile):
+        computed.update(range(tile.start, tile.stop))
+        return tiles.tile_segments(job, tile)
+
+    monkeypatch.setattr(compute, "tile_segments", tile_segments)
     rows = {ROWS: (4, 4), ROWS + 5: (4, 1), ROWS + 13: (6, 2), ROWS + 17: (6, 1)}
     trajectory, ledger, done = tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", 0
     for stop, counts in rows.items():
@@ -616,13 +623,71 @@ def test_new_steps_cost_the_bands_they_touch_only(tmp_path):
             append_states(trajectory, new)
         else:
             write_trajectory(trajectory, new, SHAPES, CHUNK)
+        computed.clear()
         summary = compute_ledger(trajectory, ledger)
         assert (summary.bands, summary.computed_bands) == counts
         assert summary.rows == stop - 1
+        # The update from the state that was the last is new too.
+        assert computed == set(range(max(done - 1, 0), stop - 1))
+        assert summary.computed_rows == len(computed)
         done = stop
     assert summary.plan.band_rows == 6  # as of the first steps
     at_once, _ = ledger_of(tmp_path / "at once", arrays)
     assert bits(ledger) == bits(at_once)
+
+
+def grown_by_three(folder):
+    """A trajectory of three more states than its ledger has seen, whose last band has one row, and its arrays."""
+    arrays = walk_arrays(ROWS + 3, ELEMENTS)
+    ledger, summary = ledger_of(folder, {name: array[:ROWS] for name, array in arrays.items()})
+    assert summary.rows % summary.plan.band_rows == 1
+    append_states(folder / "trajectory.zarr", {name: array[ROWS:] for name, array in arrays.items()})
+    return ledger, arrays
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        pytest.param("stream", "products", id="before its data"),
+        pytest.param("journal.Journal", "write", id="between its data and its record"),
+    ],
+)
+def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp_path, owner, name):
+    ledger, arrays = grown_by_three(tmp_path)
+    code = KILLED.format(constants=SMALL_BLOCKS, owner=owner, name=name, call=1)
+    process = subprocess.run([sys.executable, "-c", code, tmp_path / "trajectory.zarr", ledger], check=False)
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(InputError, match="updates 18 to 22 are missing"):
+        Ledger(ledger).read()
+    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_rows == 3
+    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("array", ["gram", "residual_ratio"])
+def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
+    ledger, arrays = grown_by_three(tmp_path)
+    chunk = Ledger(ledger).chunk_path(array, 18)
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    assert (summary.computed_bands, summary.computed_rows) == (1, 4)
+    assert "another checksum than was recorded" in caplog.text
+    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("state", "computed"), [(17, (2, 9)), (18, (2, 10)), (19, (1, 4)), (20, (1, 3))])
+def test_a_band_of_other_states_is_not_gone_on_with(tmp_path, state, computed):
+    ledger, arrays = grown_by_three(tmp_path)
+    arrays["gradient"][state] *= 2
+    write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
+    summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    # State 18 is the last of one band and the first of the next, and state 19 was the last of all.
+    assert (summary.computed_bands, summary.computed_rows) == computed
+    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -31,6 +32,7 @@ from pipeline.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
     chunk_path,
+    damaged,
     exists,
     make_group,
     migrate_group,
@@ -44,6 +46,8 @@ from pipeline.store.group import (
 from pipeline.store.journal import Journal
 
 __all__ = ["Ledger", "checksums"]
+
+_log = logging.getLogger(__name__)
 
 _ANALYZE_ANEW = "remove the ledger and run natgrad analyze OUT again"
 
@@ -253,6 +257,7 @@ class Ledger:
         band : Band
             Its rows are one chunk (or the last rows of the ledger).
         gram : float64 array, shape (rows, tensors, vectors, vectors)
+            Of its rows, or of the last of them, where those before are `begun`.
         ratio : float64 array, shape (rows, tensors)
         digest : str
             Digest of the states it was computed from.
@@ -264,6 +269,11 @@ class Ledger:
         arrays = {"gram": gram, "residual_ratio": ratio}
         if replicate_gram is not None:
             arrays["replicate_gram"] = replicate_gram
+        if len(gram) < band.stop - band.start:
+            kept = self._recorded(self.journal.read(f"{band.start:012d}"))
+            arrays = {name: np.concatenate([kept[name], values]) for name, values in arrays.items()}
+        if any(len(values) != band.stop - band.start for values in arrays.values()):
+            raise ValueError(f"rows {band.start} to {band.stop} are not as many as are written")
         covered = {name: _rows_of_a_checksum(values) for name, values in arrays.items()}
         record: dict[str, Any] = {"start": band.start, "stop": band.stop, "digest": digest}
         record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
@@ -293,6 +303,33 @@ class Ledger:
         """File of the band that begins at a row."""
         beside = (0 for _ in _DIMENSIONS[name][1:])
         return chunk_path(self.path / name, start // self.band_rows, *beside)
+
+    def begun(self) -> Band | None:
+        """Rows of the band that was the last when the ledger was shorter: only the others of it are missing.
+
+        None where there is no such band, or where it is damaged.
+        """
+        for name in self.journal.names():
+            record = self.journal.read(name)
+            if record["stop"] % self.band_rows and record["stop"] < self.rows:
+                try:
+                    self._recorded(record)
+                except InputError as error:
+                    _log.warning("%s: it is computed again", error)
+                    return None
+                return Band(record["start"], record["stop"], ())
+        return None
+
+    def _recorded(self, record: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+        """Rows of a record, as they were written."""
+        found = {}
+        for name in self.products:
+            found[name] = self.read_band(name, record["start"], record["stop"])
+            rows = record.get("checksum_rows", {}).get(name, 1)
+            if checksums(found[name], rows) != record["checksums"][name][:, 0].tolist():
+                path = self.chunk_path(name, record["start"])
+                raise damaged(path, "it has another checksum than was recorded", _ANALYZE_ANEW)
+        return found
 
     def discard_others(self, digests: Mapping[Band, str]) -> None:
         """Forget every band but those computed from these states: what is forgotten reads as missing.
