@@ -45,7 +45,7 @@ LEDGER_BYTES = 16 * MEBIBYTE
 """Bytes of the ledger that a task writes, about (one row of it where one is larger)."""
 
 LEAST_ROWS = 32
-"""Rows of a tile of a wide model, at least: the halo is one state in this many."""
+"""Rows of a band, at least, however short the run so far: the halo is one state in this many."""
 
 PIECE_ELEMENTS = 1 << 17
 """Elements of each array that are read at a time, of one row or of short ones together: two times that much stay in
@@ -256,11 +256,11 @@ def plan_pass(
 
     if band_rows is None:
         target = min(TILE_BYTES, max(rows * state_bytes // BANDS_OF_SMALL_RUN, LEAST_TILE_BYTES))
-        wanted = max(math.ceil(target / max(state_bytes, 1)), min(LEAST_ROWS, rows), 1)
+        wanted = max(math.ceil(target / max(state_bytes, 1)), LEAST_ROWS)
         wanted = min(wanted, max(1, LEDGER_BYTES // (tensors * entry_bytes)), _enough_steps(rows))
         # A band of whole chunks re-reads no chunk but the halo's; a chunk longer than the band is shared.
         band_rows = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
-    column_bytes = band_rows * width * sum(itemsizes)
+    column_bytes = min(band_rows, rows) * width * sum(itemsizes)
     # Of a run that is not large, tasks are so many that workers end at nearly the same time.
     small = max(rows * state_bytes // TASKS_OF_SMALL_RUN, LEAST_TILE_BYTES)
     tile_bytes = max(min(TILE_BYTES, small), rows * state_bytes // MOST_TILES)

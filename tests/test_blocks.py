@@ -111,6 +111,13 @@ def test_the_halo_of_a_wide_model_is_one_state_in_thirty_two():
     assert plan.tile_columns == 2
 
 
+@pytest.mark.parametrize("states", [2, 3, 33, 34, 1000])
+def test_the_bands_of_a_wide_model_do_not_depend_on_how_long_its_run_was_at_first(states):
+    # They stay as they are when it grows.
+    plan = plan_pass(states=states, elements=10**9, chunk=(1, 1 << 20), itemsizes=[4, 4], tensors=500, vectors=5)
+    assert plan.band_rows == blocks.LEAST_ROWS
+
+
 def test_a_billion_parameters_and_ten_thousand_steps_are_some_fifty_thousand_tiles():
     elements = 1_000_000_000
     chunk = chunk_shape(10_000, elements)
