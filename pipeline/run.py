@@ -271,6 +271,7 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
         "updates": len(inputs.steps),
         "chunks": summary.bands,
         "computed_chunks": summary.computed_bands,
+        "computed_updates": summary.computed_rows,
         "projected_memory": summary.plan.projected_bytes,
         **_overview(tree),
     }

@@ -90,7 +90,7 @@ def test_process_does_all_and_says_where_it_is(run):
 def test_a_second_time_nothing_is_read_or_computed(run):
     log, out, _ = run
     said = answer("process", log, out, *WINDOWS)
-    assert (said["new_steps"], said["computed_chunks"]) == (0, 0)
+    assert (said["new_steps"], said["computed_chunks"], said["computed_updates"]) == (0, 0, 0)
 
 
 def test_info_says_what_a_folder_holds(run):
