@@ -165,6 +165,9 @@ def compute_ledger(
         # All bands of a new ledger are missing: their tiles need not wait until it is there.
         begun = beside.submit(begin)
         missing = bands if new else begun.result().missing
+        rows = sum(band.stop - band.tiles[0].start for band in missing)
+        if rows < plan.rows:
+            _log.info("%d of these updates are missing in the ledger", rows)
         run = executor or serial
         for done, found in enumerate(run(job, missing, lambda: begun.result().digests), start=1):
             book, _, _, steps = begun.result()
@@ -177,7 +180,6 @@ def compute_ledger(
                 progress(done, len(missing))
         begun.result()
         publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(bands)} chunks computed")
-    rows = sum(band.stop - band.tiles[0].start for band in missing)
     return PassSummary(plan.rows, len(bands), len(missing), rows, plan)
 
 

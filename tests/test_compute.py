@@ -607,7 +607,8 @@ def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch):
+def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "pipeline.compute")
     arrays, computed = walk_arrays(ROWS + 17, ELEMENTS), set()
 
     def tile_segments(job, tile):
@@ -630,6 +631,7 @@ def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch):
         # The update from the state that was the last is new too.
         assert computed == set(range(max(done - 1, 0), stop - 1))
         assert summary.computed_rows == len(computed)
+        assert (f"{len(computed)} of these updates are missing in the ledger" in caplog.text) == (done > 0)
         done = stop
     assert summary.plan.band_rows == 6  # as of the first steps
     at_once, _ = ledger_of(tmp_path / "at once", arrays)
