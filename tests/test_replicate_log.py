@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from logs import walk_arrays, write_trajectory
+from logs import append_states, walk_arrays, write_trajectory
 from mpmath import mp, mpf
 from processing import Serial, process
 from reference import exact, exact_dot
@@ -279,6 +279,22 @@ def bits(ledger):
         for start in range(0, book.rows, book.band_rows)
     ]
     return [array.tobytes() for array in (*book.read(), *book.steps(), np.concatenate(bands))]
+
+
+def test_a_run_that_grew_costs_its_new_rows_and_has_the_bits_of_one_pass(tmp_path, monkeypatch):
+    for name, value in SMALL_BLOCKS.items():
+        monkeypatch.setattr(blocks, name, value)
+    arrays = drawn_arrays()
+    whole = write_trajectory(tmp_path / "whole.zarr", arrays, CUT, (1, 40))
+    compute_ledger(whole, tmp_path / "at_once.zarr")
+    grown = write_trajectory(
+        tmp_path / "grown.zarr", {name: array[:13] for name, array in arrays.items()}, CUT, (1, 40)
+    )
+    band_rows = compute_ledger(grown, tmp_path / "ledger.zarr").plan.band_rows
+    assert 12 % band_rows  # so the last band was begun
+    append_states(grown, {name: array[13:] for name, array in arrays.items()})
+    assert compute_ledger(grown, tmp_path / "ledger.zarr").computed_rows == ROWS - 13
+    assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "at_once.zarr")
 
 
 @pytest.mark.parametrize(
