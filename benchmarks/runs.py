@@ -180,8 +180,8 @@ def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
 
 Maker = Callable[[Files, Scale], None]
 
-_OF_THE_RUN = ("zstd", "lz4", "bfloat16", IN_MEMORY)
-"""Made from the main run."""
+_STORED_OTHERWISE = ("zstd", "lz4", "bfloat16")
+"""Codecs and dtypes in which the main run is stored again."""
 
 
 def logged_run(files: Files, scale: Scale) -> None:
@@ -277,7 +277,7 @@ class Runs:
 
     def need(self, names: Collection[str]) -> None:
         """Remove those that are not named, nor needed to make these."""
-        kept = {*names, *(["run"] if set(names) & set(_OF_THE_RUN) else [])}
+        kept = {*names, *(["run"] if set(names) & {*_STORED_OTHERWISE, IN_MEMORY} else [])}
         for path in self.folder.glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path)
@@ -287,7 +287,7 @@ class Runs:
         files = Files(self.folder / name)
         if not files.written.exists():
             files.folder.mkdir(parents=True, exist_ok=True)
-            if name in ("zstd", "lz4", "bfloat16"):
+            if name in _STORED_OTHERWISE:
                 options = {"dtype": name} if name == "bfloat16" else {"codec": name}
                 stored_otherwise(files, self.scale, self.get("run"), **options)
             elif name == IN_MEMORY:

@@ -423,16 +423,13 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
         ),
         MANY_LOGS: Group(
             {
-                "sweep": Work(
-                    "ingest of a sweep",
-                    partial(ingest_log, sweep=True),
-                    check_trajectory,
-                    Files.logged,
-                    "logged_sweep",
+                "sweep": replace(
+                    _INGEST,
+                    title="ingest of a sweep",
+                    prepare=partial(ingest_log, sweep=True),
+                    run="logged_sweep",
                 ),
-                "one_run": Work(
-                    "ingest of one run of its bytes", ingest_log, check_trajectory, Files.logged, "logged_one_run"
-                ),
+                "one_run": replace(_INGEST, title="ingest of one run of its bytes", run="logged_one_run"),
             },
             [("sweep", "one_run")],
         ),

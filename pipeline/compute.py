@@ -27,7 +27,7 @@ from pipeline.clusters import local_scheduler, named_scheduler
 from pipeline.places.repository import is_repository, place_of_store, publish
 from pipeline.schema import HVP, STEP, InputError, Unavailable
 from pipeline.store import Ledger, Trajectory, exists, only_writer, storage_dtype
-from pipeline.tiles import Computed, Finished, Job, Segments, is_streamed, tile_segments, whole_band, write_band
+from pipeline.tiles import Computed, Finished, Job, Segments, tile_segments, whole_band, write_band
 
 __all__ = [
     "Executor",
@@ -127,7 +127,7 @@ def compute_ledger(
             why="all its tensors are empty",
             remedy="log at least one element",
         )
-    hvp = HVP in states.dtypes
+    hvp, in_pieces = HVP in states.dtypes, all(map(states.in_pieces, states.logged))
     names, names_of_replicates = gram.vectors(hvp), states.replicate_vectors
     arguments: dict[str, Any] = {
         "states": states.rows,
@@ -138,28 +138,26 @@ def compute_ledger(
         "vectors": len(names),
         "replicate_vectors": len(names_of_replicates),
         "memory_limit": memory_limit,
-        "whole_chunks": not all(map(states.in_pieces, states.logged)),
+        "whole_chunks": not in_pieces,
         "library_bytes": _ICECHUNK_BYTES if is_repository(states.path) else 0,
     }
     plan = plan_pass(**arguments, band_rows=_band_rows(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
-    job, bands = Job.of(states.path, ledger, plan, is_streamed(states)), list(plan.bands())
+    job = Job.of(states.path, ledger, plan, streamed=in_pieces and not states.replicates)
+    bands = list(plan.bands())
     with only_writer(ledger, "ledger") as ledger, ThreadPoolExecutor(1) as beside:
         new = not exists(ledger)
 
         def begin() -> _Begun:
             steps, spans = states.scalar(STEP)[:-1], states.spans()
             book = Ledger.prepare(ledger, states.layout, names, steps, spans, plan.band_rows, names_of_replicates)
-            part = book.begun()
-            digests = states.digests([*bands, *([] if part is None else [part])])
+            parts = book.begun()
+            digests = states.digests([*bands, *parts])
             # Where the trajectory is another one by now, an interrupted pass leaves no rows of the old one valid.
             book.discard_others(digests)
             lacking = set(book.missing(digests))
-            missing = [
-                band if part is None or part in lacking or band.start != part.start else band.after(part.stop)
-                for band in bands
-                if band in lacking
-            ]
+            reached = {part.start: part.stop for part in parts if part not in lacking}
+            missing = [band.after(reached.get(band.start, band.start)) for band in bands if band in lacking]
             return _Begun(book, missing, {band.start: digests[band] for band in bands}, steps)
 
         # All bands of a new ledger are missing: their tiles need not wait until it is there.
@@ -224,6 +222,7 @@ def threads(workers: int) -> Executor:
 
     def run(job: Job, bands: list[Band], digests: Digests) -> Iterator[Finished]:
         pool, writers = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+        ahead = _bands_in_flight(2 * workers, bands)
         pending: deque[tuple[Band, list[Future[Segments]]]] = deque()
         written: deque[Future[Finished]] = deque()
 
@@ -235,7 +234,7 @@ def threads(workers: int) -> Executor:
         try:
             for band in bands:
                 pending.append((band, [pool.submit(tile_segments, job, tile) for tile in band.tiles]))
-                if len(pending) >= _bands_in_flight(2 * workers, bands):
+                if len(pending) >= ahead:
                     write_oldest()
                 # What waits for the disk is in memory: there is room for a band of each worker.
                 if len(written) > workers:

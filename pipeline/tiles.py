@@ -25,7 +25,7 @@ from pipeline.places.repository import is_repository
 from pipeline.schema import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, replicate_of
 from pipeline.store import Ledger, Trajectory, storage_dtype
 
-__all__ = ["Computed", "Finished", "Job", "Segments", "is_streamed", "tile_segments", "whole_band", "write_band"]
+__all__ = ["Computed", "Finished", "Job", "Segments", "tile_segments", "whole_band", "write_band"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class Job:
     name: str
     """Of this job and no other, also on a scheduler that others share."""
     streamed: bool = False
-    """Whether its tiles are read and computed by compiled code, which needs no interpreter lock."""
+    """Whether chunks are read and computed in one compiled loop, without the interpreter lock: they are plain files
+    and have no replicates. Else Python hands rows to the kernel, with the same bits."""
 
     @property
     def run(self) -> str:
@@ -92,11 +93,6 @@ class Computed(NamedTuple):
 Finished = Band | Computed
 
 
-def is_streamed(states: Trajectory) -> bool:
-    """Whether chunks are read and computed in one compiled loop: they are plain files, without replicates."""
-    return all(map(states.in_pieces, states.logged)) and not states.replicates
-
-
 def tile_segments(job: Job, tile: Tile) -> Segments:
     """Compute the segment ledgers of a tile: of each tensor, or the part of it in the tile.
 
@@ -127,7 +123,7 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
     """Compute the segment ledgers of a chunk column, all rows of a piece after the other."""
     first, last = states.column(column)
     with states.opened(column, tile.last):
-        if is_streamed(states):
+        if job.streamed:
             parts = _streamed_segments(job, states, tile, column)
         else:
             lows = range(first, last, job.read_elements)

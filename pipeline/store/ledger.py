@@ -304,10 +304,10 @@ class Ledger:
         beside = (0 for _ in _DIMENSIONS[name][1:])
         return chunk_path(self.path / name, start // self.band_rows, *beside)
 
-    def begun(self) -> Band | None:
+    def begun(self) -> list[Band]:
         """Rows of the band that was the last when the ledger was shorter: only the others of it are missing.
 
-        None where there is no such band, or where it is damaged.
+        There may be no such band, or it is damaged.
         """
         for name in self.journal.names():
             record = self.journal.read(name)
@@ -316,20 +316,39 @@ class Ledger:
                     self._recorded(record)
                 except InputError as error:
                     _log.warning("%s: it is computed again", error)
-                    return None
-                return Band(record["start"], record["stop"], ())
-        return None
+                    return []
+                return [Band(record["start"], record["stop"], ())]
+        return []
 
     def _recorded(self, record: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
         """Rows of a record, as they were written."""
         found = {}
         for name in self.products:
-            found[name] = self.read_band(name, record["start"], record["stop"])
-            rows = record.get("checksum_rows", {}).get(name, 1)
-            if checksums(found[name], rows) != record["checksums"][name][:, 0].tolist():
+            found[name], changed = self.compared(record, name)
+            if changed:
                 path = self.chunk_path(name, record["start"])
                 raise damaged(path, "it has another checksum than was recorded", _ANALYZE_ANEW)
         return found
+
+    def compared(self, record: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
+        """Read one of `products` of a recorded band, and compare it with its checksums.
+
+        Returns
+        -------
+        values : float64 array
+        changed : list of (int, int)
+            First and stop row of the ledger of each group of rows that is not as it was written.
+
+        Raises
+        ------
+        InputError
+            See `read_band`.
+        """
+        start, stop, rows = record["start"], record["stop"], record.get("checksum_rows", {}).get(name, 1)
+        values = self.read_band(name, start, stop)
+        recorded = record["checksums"][name][:, 0].tolist()
+        pairs = zip(range(start, stop, rows), checksums(values, rows), recorded, strict=True)
+        return values, [(low, min(low + rows, stop)) for low, now, then in pairs if now != then]
 
     def discard_others(self, digests: Mapping[Band, str]) -> None:
         """Forget every band but those computed from these states: what is forgotten reads as missing.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.places import place, read
 from pipeline.schema import REPLICATE_STATES, STEP, InputError
 from pipeline.store.group import ArrayPlan, array_digest, chunk_path, group_document, open_group, rows_on_disk
-from pipeline.store.ledger import Ledger, checksums
+from pipeline.store.ledger import Ledger
 from pipeline.store.states import checksum, storage_dtype
 from pipeline.store.trajectory import Trajectory
 
@@ -243,15 +243,13 @@ def verify_ledger(path: Path, states: Trajectory | None = None) -> Iterator[Dama
 
 def _band(book: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Iterator[Damage]:
     start, stop = record["start"], record["stop"]
-    for name, recorded in record.get("checksums", {}).items():
-        rows = record.get("checksum_rows", {}).get(name, 1)
+    for name in record.get("checksums", {}):
         try:
-            found = checksums(book.read_band(name, start, stop), rows)
+            _, changed = book.compared(record, name)
         except InputError as error:
             yield Damage(place(error.where), error.what, name, _ends(numbers, start, stop))
             continue
-        for group, (now, then) in enumerate(zip(found, recorded[:, 0].tolist(), strict=True)):
-            if now != then:
-                low = start + group * rows
-                ends = _ends(numbers, low, min(low + rows, stop))
-                yield Damage(book.chunk_path(name, start), "another checksum than recorded", name, ends)
+        for rows in changed:
+            yield Damage(
+                book.chunk_path(name, start), "another checksum than recorded", name, _ends(numbers, *rows)
+            )
