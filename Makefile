@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/python -m flows.demo demo
+	$(BIN)/python -m natgrad_flows.demo demo
 
 # The report is tested in a real browser. Debian and Ubuntu get one here; elsewhere install Chrome or Chromium.
 browser:

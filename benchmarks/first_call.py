@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from pipeline import stream
+from natgrad.kernel import stream
 
 
 def seconds_of_a_call() -> float:

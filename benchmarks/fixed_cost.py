@@ -43,9 +43,10 @@ def phases(log: Path, out: Path) -> dict[str, float]:
 
     found["interpreter"] = time.time() - psutil.Process().create_time() - (time.perf_counter() - _BEGAN)
     with phase("import: command line"):
-        import flows.cli  # noqa: F401
+        pass
     with phase("import: stores, kernel, results"):
-        from pipeline import compute, run
+        from natgrad.app import run
+        from natgrad.compute import ledger_pass as compute
     with phase("ingest"):
         run.ingest_run(log, out)
     with phase("first call of the kernel"):
@@ -61,7 +62,7 @@ def phases(log: Path, out: Path) -> dict[str, float]:
     with phase("results"):
         run.analyze_run(out, options)
     with phase("import: drawing"):
-        from pipeline import report  # noqa: F401
+        from natgrad.reporting import page as report  # noqa: F401
     with phase("report"):
         run.report_run([out])
     return found
@@ -109,7 +110,7 @@ def fixed_cost_of(folder: Path) -> dict[str, Any]:
     """Measure the command on a tiny log, in new processes: the kernel compiled, and from the cache."""
     log = folder / "log"
     write_tiny_log(log)
-    natgrad = [sys.executable, "-c", "from flows.cli import main; main()", "process", str(log), "--quiet"]
+    natgrad = [sys.executable, "-c", "from natgrad_flows.cli import main; main()", "process", str(log), "--quiet"]
     compiled = os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled")}
     first = seconds_of([*natgrad, str(folder / "first")], compiled)
     totals, works, parts = [], [], []
@@ -131,7 +132,7 @@ def fixed_cost_of(folder: Path) -> dict[str, Any]:
             }
             for name in parts[0]
         },
-        "imports": imported("import flows.cli, pipeline.run, pipeline.report"),
+        "imports": imported("import natgrad_flows.cli, natgrad.app.run, natgrad.reporting.page"),
     }
 
 

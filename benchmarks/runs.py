@@ -27,11 +27,11 @@ from benchmarks.options import (
     WIDE_STATES,
     Scale,
 )
-from pipeline import compute
-from pipeline.blocks import chunk_shape
-from pipeline.ingest import ingest
-from pipeline.schema import Layout
-from pipeline.store import Trajectory, checksum, storage_dtype
+from natgrad.compute import ledger_pass as compute
+from natgrad.ingestion import ingest
+from natgrad.schema.blocks import chunk_shape
+from natgrad.schema.layout import Layout, storage_dtype
+from natgrad.store import Trajectory, checksum
 
 _COMMIT_BYTES = 1 << 26
 _POOL = 1 << 22
@@ -135,8 +135,8 @@ def write_states(
     trajectory = Trajectory.create(path, layout, dtypes, chunk, compressors=compressors)
     together = max(1, _COMMIT_BYTES // (chunk[0] * layout.elements * STEP_BYTES)) * chunk[0]
     words = {name: np.empty((together, layout.elements), storage_dtype(dtype)) for name in dtypes}
-    while trajectory.rows < count:
-        rows = min(together, count - trajectory.rows)
+    while trajectory.n_states < count:
+        rows = min(together, count - trajectory.n_states)
         for row in range(rows):
             state = next(states)
             for name, array in words.items():
@@ -146,7 +146,7 @@ def write_states(
 
 def commit(trajectory: Trajectory, words: Mapping[str, NDArray[Any]]) -> None:
     """Write rows behind those that are there, and make them visible."""
-    start, rows = trajectory.rows, len(words["parameter"])
+    start, rows = trajectory.n_states, len(words["parameter"])
     checksums: dict[str, list[list[int]]] = {name: [[] for _ in range(rows)] for name in words}
     for column in range(trajectory.columns):
         first, last = trajectory.column(column)
@@ -165,7 +165,7 @@ def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
     """States of a trajectory, one after the other."""
     trajectory = Trajectory(path)
     width = trajectory.chunk[1]
-    for row in range(trajectory.rows):
+    for row in range(trajectory.n_states):
         state = {}
         for name, dtype in trajectory.dtypes.items():
             blocks = np.zeros((trajectory.columns, width), storage_dtype(dtype))

@@ -20,8 +20,9 @@ import psutil
 import typer
 from distributed import Client, LocalCluster
 
-from pipeline import compute, tiles
-from pipeline.blocks import MEBIBYTE, Band, Tile, chunk_shape, plan_pass
+from natgrad.compute import ledger_pass as compute
+from natgrad.compute import tasks as tiles
+from natgrad.schema.blocks import MEBIBYTE, LedgerChunk, Tile, chunk_shape, plan_pass
 
 VECTORS = 5
 ITEMSIZES = (4, 4)
@@ -33,16 +34,16 @@ def segments_in(tile: Tile, tensors: int, columns: int) -> int:
 
 
 def slept_tile(job: tiles.Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> tiles.Segments:
-    """In place of `pipeline.tiles.tile_segments`: the time and the answer of a tile, but not its numbers."""
+    """In place of `natgrad.compute.tasks.tile_segments`: the time and the answer of a tile, but not its numbers."""
     time.sleep(seconds)
     count, rows = segments_in(tile, tensors, columns), tile.stop - tile.start
     return np.arange(count), np.zeros((rows, count, VECTORS, VECTORS)), np.zeros((rows, count))
 
 
-def slept_band(job: tiles.Job, band: Band, digest: str, parts: list[tiles.Segments]) -> Band:
-    """In place of `pipeline.tiles.write_band`: all segments arrive, and none is written."""
+def slept_band(job: tiles.Job, chunk: LedgerChunk, digest: str, parts: list[tiles.Segments]) -> LedgerChunk:
+    """In place of `natgrad.compute.tasks.write_chunk`: all segments arrive, and none is written."""
     assert sum(len(indices) for indices, _, _ in parts) > 0
-    return Band(band.start, band.stop, ())
+    return LedgerChunk(chunk.start, chunk.stop, ())
 
 
 def main(
@@ -64,13 +65,13 @@ def main(
         vectors=VECTORS,
         memory_limit=512 * MEBIBYTE,
     )
-    bands = list(plan.bands())
-    cut = list(itertools.chain.from_iterable(band.tiles for band in bands))
+    chunks = list(plan.chunks())
+    cut = list(itertools.chain.from_iterable(chunk.tiles for chunk in chunks))
     wire = sum(
         segments_in(tile, tensors, plan.columns) * (tile.stop - tile.start) * (VECTORS**2 + 1) * 8 for tile in cut
     )
     print(plan)
-    print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(bands)} bands")
+    print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(chunks)} ledger chunks")
     print(f"{wire / 1e9:.2f} GB of segment ledgers over the wire, {wire / plan.read_bytes:.1e} of what is read")
     job = tiles.Job.of(Path("trajectory"), Path("ledger"), plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
@@ -79,23 +80,23 @@ def main(
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
         mock.patch.object(compute, "tile_segments", tile_segments),
-        mock.patch.object(compute, "write_band", slept_band),
+        mock.patch.object(compute, "write_chunk", slept_band),
     ):
         before = peak = process.memory_info().rss
         begin = time.perf_counter()
-        for _ in finished(client, job, bands):
+        for _ in finished(client, job, chunks):
             peak = max(peak, process.memory_info().rss)
         took = time.perf_counter() - begin
-    tasks = len(cut) + len(bands)
+    tasks = len(cut) + len(chunks)
     print(f"{tasks} tasks in {took:.0f} s: {tasks / took:.0f} a second")
     memory = f"{peak / MEBIBYTE:.0f} MiB, {before / MEBIBYTE:.0f} before"
     print(f"scheduler, client and {workers} workers in one process: {memory}")
 
 
-def finished(client: Client, job: tiles.Job, bands: list[Band]) -> Iterator[Band]:
-    """Run the bands as the pass does on an existing cluster."""
-    digests = dict.fromkeys((band.start for band in bands), "")
-    return compute._run_on(client, job, bands, lambda: digests)
+def finished(client: Client, job: tiles.Job, chunks: list[LedgerChunk]) -> Iterator[LedgerChunk]:
+    """Run the ledger chunks as the pass does on an existing cluster."""
+    digests = dict.fromkeys((chunk.start for chunk in chunks), "")
+    return compute._run_on(client, job, chunks, lambda: digests)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from benchmarks.conftest import FIRST_CALL, FIXED_COST, processor_seconds
 from benchmarks.works import groups
-from pipeline.compute import PassSummary
+from natgrad.compute.ledger_pass import PassSummary
 
 
 def test_first_call_of_the_kernel(first_call, pytestconfig):

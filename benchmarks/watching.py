@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import run, watch
-from pipeline.recorder import Recorder
+from natgrad.app import run
+from natgrad.app import scan as watch
+from natgrad.recording.recorder import Recorder
 
 TURNS = 5
 RUNS_OF_A_LOOK = 5
@@ -98,8 +99,8 @@ def main(runs=1000):
     with tempfile.TemporaryDirectory() as folder, server(Path(folder) / "prefect"):
         from prefect import flow
 
-        from flows.runs import process_run
-        from flows.watch import watch_runs
+        from natgrad_flows.runs import process_run
+        from natgrad_flows.scan import watch_runs
 
         @flow
         def empty():

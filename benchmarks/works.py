@@ -28,10 +28,15 @@ from numpy.typing import NDArray
 
 from benchmarks.options import IN_MEMORY, MANY_LOGS
 from benchmarks.runs import Files
-from pipeline import clusters, compute, gram, stream, tiles
-from pipeline.blocks import PIECE_ELEMENTS, pieces
-from pipeline.ingest import ingest
-from pipeline.store import Ledger, Trajectory, storage_dtype
+from natgrad.compute import clusters
+from natgrad.compute import ledger_pass as compute
+from natgrad.compute import tasks as tiles
+from natgrad.ingestion import ingest
+from natgrad.kernel import ledger_sums, stream
+from natgrad.schema.blocks import READ_BLOCK_ELEMENTS, pieces
+from natgrad.schema.layout import storage_dtype
+from natgrad.schema.names import ledger_vectors
+from natgrad.store import Ledger, Trajectory
 
 THREADS = 2
 STEPS_OF_A_BLOCK = 16
@@ -113,12 +118,12 @@ def check_bytes(files: Files, count: int) -> None:
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[tiles.Segments]]]:
     """Files opened and the compiled loop over them, column by column: no store, plan or ledger."""
     states = Trajectory(files.trajectory)
-    rows, steps, count = states.rows - 1, states.chunk[0], len(gram.vectors(False))
-    together = max(1, PIECE_ELEMENTS // states.chunk[1])
-    stride = min(PIECE_ELEMENTS, states.chunk[1])
+    rows, steps, count = states.n_states - 1, states.chunk[0], len(ledger_vectors(False))
+    together = max(1, READ_BLOCK_ELEMENTS // states.chunk[1])
+    stride = min(READ_BLOCK_ELEMENTS, states.chunk[1])
     dtypes = {name: storage_dtype(states.dtypes[name]) for name in ("parameter", "gradient")}
     sizes = [dtype.itemsize for dtype in dtypes.values()]
-    chunks = range(-(-states.rows // steps))
+    chunks = range(-(-states.n_states // steps))
     paths = [
         [[f"{states.path}/{name}/c/{index}/{column}" for index in chunks] for name in dtypes]
         for column in range(states.columns)
@@ -163,7 +168,7 @@ def add_up(
 ) -> tiles.Segments:
     """Ledger of the tensors of a column from those of its pieces."""
     held = np.unique(indices)
-    whole, ratio = gram.add_segments(len(held), np.searchsorted(held, indices), products, ratio)
+    whole, ratio = ledger_sums.add_segments(len(held), np.searchsorted(held, indices), products, ratio)
     return held, whole, ratio
 
 
@@ -172,7 +177,7 @@ def check_segments(files: Files, segments: list[tiles.Segments]) -> None:
     reference = Ledger(files.reference)
     indices, *parts = zip(*segments, strict=True)
     joined = (np.concatenate(arrays, axis=1) for arrays in parts)
-    found = gram.add_segments(len(reference.layout.tensors), np.concatenate(indices), *joined)
+    found = ledger_sums.add_segments(len(reference.layout.tensors), np.concatenate(indices), *joined)
     for array, expected in zip(found, reference.read(), strict=True):
         np.testing.assert_array_equal(array, expected)
 
@@ -242,22 +247,23 @@ def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
 def check_products(files: Files, found: xr.DataArray) -> None:
     """The entries of the ledger, x.y within a multiple of |x||y|.
 
-    The multiple is `pipeline.gram.roundoff_bound` for our sums, which are compensated, and n u / (1 - n u) for
-    those of n terms here (Higham, Accuracy and Stability, section 3.1). Less does not hold for them: where products
-    of like size and sign are added one by one the rounding errors are not independent. Displacement and gradient
-    change are the same difference on both sides, rounded once. A residual is a difference rounded once or twice, so
-    its error goes with the norms of what it is the difference of: u (|g| + 2 |c d|) at most, less than n u of them.
+    The multiple is `natgrad.kernel.ledger_sums.roundoff_bound` for our sums, which are compensated, and
+    n u / (1 - n u) for those of n terms here (Higham, Accuracy and Stability, section 3.1). Less does not hold for
+    them: where products of like size and sign are added one by one the rounding errors are not independent.
+    Displacement and gradient change are the same difference on both sides, rounded once. A residual is a
+    difference rounded once or twice, so its error goes with the norms of what it is the difference of: u (|g| +
+    2 |c d|) at most, less than n u of them.
     """
     expected, ratio = Ledger(files.reference).read()
     sizes = np.array([tensor.size for tensor in Trajectory(files.trajectory).layout.tensors])
     norms = np.sqrt(np.einsum("...ii->...i", expected))
-    position = {name: index for index, name in enumerate(gram.vectors(False))}
+    position = {name: index for index, name in enumerate(ledger_vectors(False))}
     norms[..., position["residual"]] = (
         norms[..., position["gradient"]] + abs(ratio) * norms[..., position["displacement"]]
     )
     first, second = np.triu_indices(len(position))
     roundoff = sizes * 2.0**-53
-    multiple = np.array([gram.roundoff_bound(size) for size in sizes]) + roundoff / (1 - roundoff)
+    multiple = np.array([ledger_sums.roundoff_bound(size) for size in sizes]) + roundoff / (1 - roundoff)
     bounds = multiple[:, None] * norms[..., first] * norms[..., second]
     assert (abs(found.values - expected[..., first, second]) <= bounds).all()
 

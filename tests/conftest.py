@@ -37,9 +37,8 @@ def no_wait_for_the_disk(monkeypatch):
 @pytest.fixture(scope="module")
 def s3_server(tmp_path_factory):
     """Start a server that speaks S3, with a bucket of the name "bucket", where the environment leads."""
+    from natgrad.storage import place
     from servers import S3Server
-
-    from pipeline.places import place
 
     with S3Server(tmp_path_factory.mktemp("s3") / "log") as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
@@ -51,6 +50,6 @@ def s3_server(tmp_path_factory):
 @pytest.fixture
 def url(s3_server, request):
     """A place of the test's own in the bucket."""
-    from pipeline.places import place
+    from natgrad.storage import place
 
     return place(f"s3://bucket/{request.node.name}")

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from pipeline.schema import REPLICATE_PARAMETER, Layout, replicate_of
-from pipeline.store import Trajectory, checksum, storage_dtype
+from natgrad.schema.layout import Layout, storage_dtype
+from natgrad.schema.names import REPLICATE_PARAMETER, replicate_of
+from natgrad.store import Trajectory, checksum
 
 TENSORS = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": ()}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
@@ -111,7 +112,7 @@ def write_trajectory(path, arrays, shapes, chunk, compressors=None):
 def append_states(path, arrays):
     """Commit the rows of arrays to a trajectory store that is there, and return its path."""
     trajectory = Trajectory(path)
-    start, rows = trajectory.rows, len(arrays["parameter"])
+    start, rows = trajectory.n_states, len(arrays["parameter"])
     checksums = {name: [[] for _ in range(rows)] for name in arrays}
     for (name, array), column in itertools.product(arrays.items(), range(trajectory.columns)):
         first, last = trajectory.column(column)

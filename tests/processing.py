@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from pipeline import compute, results, run
-from pipeline.sources.opening import open_source
+from natgrad.app import run
+from natgrad.compute import ledger_pass as compute
+from natgrad.results import dataset as results
+from natgrad.sources.opening import open_source
 
 
 class Serial(run.Analysis):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from mpmath import mp, mpf
 
-from pipeline import geometry
-from pipeline.gram import roundoff_bound, vectors
-from pipeline.schema import unit_roundoff
+from natgrad.kernel.ledger_sums import roundoff_bound
+from natgrad.schema.layout import unit_roundoff
+from natgrad.schema.names import ledger_vectors
+from natgrad.theory import geometry
 
 U = unit_roundoff("float64")
 
@@ -120,10 +121,10 @@ def exact_metric(y, g, gamma=None, alpha=None, directions=(), weights=()):
 def pair_of(y, g, learning_rate=0.5):
     """Pair of a ledger of one row, computed by the definition and rounded once."""
     displacement = learning_rate * g  # exact: the rate is a power of two
-    # The kernel's ratio is the best one but for 1e-6 of |y| (pipeline.gram).
+    # The kernel's ratio is the best one but for 1e-6 of |y| (natgrad.kernel.gram).
     ratio = float(-(y @ g) / (g @ g) / learning_rate * (1 + 1e-6)) if g.any() else 0.0
     states = exact_vectors(np.zeros_like(g), displacement, -y, -y, ratio)
-    return geometry.pair(exact_gram(states), vectors(hvp=False), learning_rate, len(g))
+    return geometry.pair(exact_gram(states), ledger_vectors(hvp=False), learning_rate, len(g))
 
 
 def assert_same_pair(update_square, alignment, angle, y, g):

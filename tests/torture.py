@@ -20,18 +20,22 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from logs import random_walk, write_log
 
-from pipeline import blocks, gram
-from pipeline.ingest import transfer
-from pipeline.run import Analysis, RunFolder, analyze_run, ingest_run, verify_run
-from pipeline.schema import VECTORS, InputError
-from pipeline.store import Ledger, Trajectory
+from logs import random_walk, write_log
+from natgrad.app.folder import RunFolder
+from natgrad.app.run import Analysis, analyze_run, ingest_run
+from natgrad.app.verification import verify_run
+from natgrad.ingestion import transfer
+from natgrad.kernel import gram
+from natgrad.schema import blocks
+from natgrad.schema.errors import InputError
+from natgrad.schema.names import VECTORS
+from natgrad.store import Ledger, Trajectory
 
 STEPS = 24
 TENSORS = {"layer.weight": (20, 30), "layer.bias": (20,), "scale": ()}
-SMALL = {"CHUNK_ELEMENTS": 700, "TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_ROWS": 1}
-"""Several chunks, bands and tiles of everything, and a commit for each row of chunks."""
+SMALL = {"CHUNK_ELEMENTS": 700, "TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_UPDATES": 1}
+"""Several chunks, ledger chunks and tiles of everything, and a commit for each row of chunks."""
 
 
 def warm():
@@ -86,24 +90,24 @@ def files(out):
 
 
 def look(out):
-    """What a reader finds: committed steps, their checksums, bands, and damages."""
+    """What a reader finds: committed steps, their checksums, ledger chunks, and damages."""
     folder = RunFolder(out)
     if not folder.trajectory.exists():
-        return {"steps": [], "checksums": [], "bands": {}, "damages": []}
+        return {"steps": [], "checksums": [], "ledger chunks": {}, "damages": []}
     states = Trajectory(folder.trajectory)
     rows = [
         json.dumps([r["checksums"][name][i].tolist() for name in states.dtypes])
         for r in states.records()
         for i in range(r["stop"] - r["start"])
     ]
-    bands = {}
+    chunks = {}
     if folder.ledger.exists():
         book = Ledger(folder.ledger)
-        bands = {name: (book.journal.folder / f"{name}.json").read_text() for name in book.journal.names()}
+        chunks = {name: (book.journal.folder / f"{name}.json").read_text() for name in book.journal.names()}
     return {
         "steps": states.scalar("step").tolist(),
         "checksums": rows,
-        "bands": bands,
+        "ledger chunks": chunks,
         "damages": [str(damage) for damage in verify_run(out)],
     }
 
@@ -122,7 +126,7 @@ def torture(folder, kills, seed):
     )
     while counts["kills"] < kills:
         out = folder / f"run-{counts['runs']}"
-        before = {"steps": [], "bands": {}}
+        before = {"steps": [], "ledger chunks": {}}
         finished = False
         while not finished:
             process, read = fork(work, log, out)
@@ -137,11 +141,13 @@ def torture(folder, kills, seed):
             if status == signal.SIGKILL:
                 counts["in_ingest" if len(now["steps"]) < STEPS else "in_analysis"] += 1
             counts["lost"] += len(set(before["steps"]) - set(now["steps"])) + len(
-                set(before["bands"]) - set(now["bands"])
+                set(before["ledger chunks"]) - set(now["ledger chunks"])
             )
             counts["doubled"] += len(now["steps"]) - len(set(now["steps"]))
             counts["differing"] += sum(a != b for a, b in zip(now["checksums"], truth["checksums"], strict=False))
-            counts["differing"] += sum(record != truth["bands"][name] for name, record in now["bands"].items())
+            counts["differing"] += sum(
+                record != truth["ledger chunks"][name] for name, record in now["ledger chunks"].items()
+            )
             counts["damaged"] += len(now["damages"])
             before = now
         answer(work, log, out)

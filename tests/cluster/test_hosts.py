@@ -11,12 +11,12 @@ import threading
 import time
 
 import pytest
-from logs import walk_arrays, write_trajectory
-from servers import kill, process
-from test_compute import ELEMENTS, SHAPES, bits
+from test_ledger_pass import ELEMENTS, SHAPES, bits
 
-from pipeline import clusters
-from pipeline.compute import compute_ledger
+from logs import walk_arrays, write_trajectory
+from natgrad.compute import clusters
+from natgrad.compute.ledger_pass import compute_ledger
+from servers import kill, process
 
 ROWS, CHUNK = 120, (3, 40)
 
@@ -114,7 +114,8 @@ PASS = """
 import sys, time
 from pathlib import Path
 from distributed import Client
-from pipeline import blocks, compute
+from natgrad.schema import blocks
+from natgrad.compute import ledger_pass as compute
 for name, value in {SMALL}.items():
     setattr(blocks, name, value)
 with Client(sys.argv[1], timeout=120) as client:
@@ -133,7 +134,7 @@ compute.compute_ledger(
 
 def pass_on(hosts, address, store):
     """Begin a pass on the host ``client``; its standard output says how many chunks are done."""
-    from test_compute import SMALL_BLOCKS
+    from test_ledger_pass import SMALL_BLOCKS
 
     code = PASS.replace("{SMALL}", repr(SMALL_BLOCKS))
     return subprocess.Popen(
@@ -158,9 +159,9 @@ def store(tmp_path):
 @pytest.fixture
 def expected(tmp_path, store, monkeypatch):
     """Bits of the serial pass."""
-    from test_compute import SMALL_BLOCKS
+    from test_ledger_pass import SMALL_BLOCKS
 
-    from pipeline import blocks
+    from natgrad.schema import blocks
 
     for name, value in SMALL_BLOCKS.items():
         monkeypatch.setattr(blocks, name, value)

@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from test_deployments import flow_runs, natgrad, states
+
 from logs import random_walk, write_log, write_step
 from servers import NATGRAD, PrefectServer, free_port, kill, process, wait_for
-from test_deployments import flow_runs, natgrad, states
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,25 @@
+"""Prefect flows: one task per run or per batch of steps; they pass paths, never arrays.
+
+``natgrad_flows.runs``
+    `ingest_run`, `analyze_run`, `process_run`.
+``natgrad_flows.scan``
+    `watch_runs`: the runs below a folder that have news.
+``natgrad_flows.deployments``, ``natgrad_flows.cli``
+    The flows on a schedule; the command ``natgrad``.
+``natgrad_flows.demo``
+    The experiments of the paper, logged and processed.
+
+The flows run on Prefect's embedded server (SQLite) where ``PREFECT_API_URL`` is not set. Nothing is sent
+anywhere: the defaults below are set before Prefect is imported, and an environment that says otherwise wins.
+"""
+
+import os
+
+_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # A cold start took 18 s on a busy machine, and the default is 20.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)

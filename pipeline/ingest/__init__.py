@@ -1,8 +1,0 @@
-"""Logs to store: read a training log into a trajectory, every step exactly once.
-
-Memory does not grow with the run or the model: tensors are read slice by slice into one chunk per array.
-"""
-
-from pipeline.ingest.log_to_store import INCLUDES, IngestSummary, ingest
-
-__all__ = ["INCLUDES", "IngestSummary", "ingest"]

@@ -1,0 +1,1 @@
+"""The command line and the operations on one run or many runs."""

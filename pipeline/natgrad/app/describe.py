@@ -1,0 +1,53 @@
+"""Describe the contents of a run's folder OUT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from natgrad.app.folder import RunFolder
+from natgrad.results import dataset as results
+from natgrad.results.summary import overview
+from natgrad.schema.names import ATTEMPT, STEP
+from natgrad.storage import network_errors
+from natgrad.store import Trajectory
+
+__all__ = [
+    "describe_run",
+]
+
+
+def describe_run(out: Path, version: str | None = None) -> dict[str, Any]:
+    """Say what OUT holds, or held at a version: steps, model, and how far the analysis is."""
+    folder = RunFolder.of(out, version=version)
+    with network_errors(folder.path):
+        return _describe(folder)
+
+
+def _describe(folder: RunFolder) -> dict[str, Any]:
+    states = Trajectory(folder.trajectory)
+    steps = states.scalar(STEP)[states.current()]
+    description: dict[str, Any] = {
+        "trajectory": str(folder.trajectory),
+        "source": states.source,
+        "steps": len(steps),
+        "first_step": int(steps.min()) if states.n_states else None,
+        "last_step": int(steps.max()) if states.n_states else None,
+        "attempts": int(states.scalar(ATTEMPT).max(initial=0)) + 1,
+        **({"runs": len(states.runs)} if states.sweep else {}),
+        "elements": states.layout.elements,
+        "dtypes": states.array_dtypes,
+        **({"replicates": states.replicates} if states.replicates else {}),
+        **{what: said for what, said in (states.reading or {}).items() if said and what != "several"},
+        "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
+    }
+    if (folder.results / "zarr.json").exists():
+        tree = results.read(folder.results)
+        description |= {
+            "results": str(folder.results),
+            "updates": int((tree["model"].to_dataset()["step_span"] > 0).sum()),
+            **overview(tree),
+        }
+    if folder.report.exists():
+        description["report"] = str(folder.report)
+    return description

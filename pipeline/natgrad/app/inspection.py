@@ -1,0 +1,238 @@
+"""What a log holds, before it is processed: steps, tensors, sizes, what is missing and what that costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from natgrad.schema.blocks import MEBIBYTE, chunk_shape, plan_pass
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import STORAGE_DTYPES, promote, storage_dtype
+from natgrad.schema.names import (
+    HVP,
+    REPLICATE_HVP,
+    REPLICATE_LOSS,
+    REPLICATE_PARAMETER,
+    REPLICATE_STATES,
+    SCALARS,
+    STATES,
+    ledger_vectors,
+    replicate_vectors,
+)
+from natgrad.sources.alignment import misalignment
+from natgrad.sources.base import Source, StepContent
+from natgrad.sources.completion import complete
+from natgrad.sources.opening import format_of, open_sources
+from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState
+from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable
+from natgrad.storage import each
+
+__all__ = ["NEEDED_FOR", "inspect_source"]
+
+NEEDED_FOR: dict[str, tuple[str, str]] = {
+    "parameter": ("everything", "say where they are with --map parameter=KEY, or give the log that has them"),
+    "gradient": (
+        "everything but parameter_norm and update_norm",
+        "log them (natgrad.recording.recorder, or a hook of the trainer), and give that log as a further SOURCE",
+    ),
+    "learning_rate": ("every metric, as g is the update per learning rate", "give it with --learning-rate"),
+    "loss": (
+        "the descents 'corrected' and 'trapezoid', loss_average, loss_decrease, discrete_identity_residual",
+        "log it, or give a log of scalars as a further SOURCE",
+    ),
+    HVP: ("the descent 'taylor', eq. (16)", "log H (theta_{t+1} - theta_t) as hvp"),
+    "hessian_min_eigenvalue": ("learning_rate_bound, eq. (18)", "log it, for example by Lanczos"),
+    "loss_time_derivative": ("losses that change with time, section 2.1", "log dL/dt where yours does"),
+    REPLICATE_PARAMETER: ("stochastic rules, eqs. (19), (20)", "log the states of several draws of the update"),
+    REPLICATE_HVP: ("the metric of eq. (19)", "log H (theta_{t+1} - theta_t) of each of these draws"),
+    REPLICATE_LOSS: ("the mean loss_decrease of a stochastic rule", "log the loss of each of these states"),
+}
+"""Quantity of a log to the results that need it, and how to get it where it is missing."""
+
+_SAMPLE_BYTES = 64 * MEBIBYTE
+_PASS_RATE = 2e9
+"""Bytes per second of the metrics pass that are counted on; on two cores it was measured at 5e9 to 7e9."""
+
+
+def inspect_source(
+    sources: Sequence[Path],
+    *,
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
+    sweep: bool = False,
+    memory_limit: int | None = None,
+) -> dict[str, Any]:
+    """Say what was found in the logs of a run, and what processing them will take; nothing is written.
+
+    Parameters
+    ----------
+    sources, format, mapping, shift, sweep
+        As for `natgrad.ingestion.ingest`.
+    memory_limit : int, optional
+        Bytes that a worker process may use.
+
+    Returns
+    -------
+    dict
+        Plain values: formats, steps, tensors, dtypes, bytes; ``missing`` with what needs it and how to get it;
+        the bytes of the stores and the memory of a worker; and seconds, from a timed read of the first step.
+
+    Raises
+    ------
+    InputError
+        Where there is no log, or its first or last step cannot be described.
+    """
+    paths = each(sources)
+    log = open_sources(paths, format, mapping, shift, sweep=sweep)
+    listed = log.steps()
+    first, last = (_content(log, step) for step in (listed[0], listed[-1]))
+    runs = len({step.run for step in listed})
+    spans = [b.number - a.number for a, b in itertools.pairwise(listed) if a.run == b.run]
+    usual = max(set(spans), key=spans.count) if spans else 0
+    found: dict[str, Any] = {
+        "source": ", ".join(map(str, paths)),
+        "format": format or ", ".join(dict.fromkeys(map(format_of, _logs(listed) if sweep else paths))),
+        **({"runs": runs} if sweep else {}),
+        "steps": len(listed),
+        "first_step": min(step.number for step in listed),
+        "last_step": max(step.number for step in listed),
+        "step_span": usual,
+        "gaps": sum(span != usual for span in spans),
+    }
+    held = {name: f"{len(tensors)} tensors" for name, tensors in first.arrays.items() if tensors}
+    held |= {name: f"{first.replicates} replicates of {held[name]}" for name in held if name in REPLICATE_STATES}
+    held |= {REPLICATE_LOSS: f"{len(first.replicate_loss)} replicates"} if first.replicate_loss else {}
+    held |= {name: f"{value:g} at step {listed[0].number}" for name, value in first.scalars.items()}
+    found["holds"] = held
+    found["missing"] = {
+        name: f"needed for {use}; {remedy}"
+        for name, (use, remedy) in NEEDED_FOR.items()
+        if name not in held and (name not in (REPLICATE_HVP, REPLICATE_LOSS) or first.replicates)
+    }
+    if last.optimizer is not None:
+        found["optimizer"] = last.optimizer.problem or (
+            f"{', '.join((*last.optimizer.arrays, *_rules(last.optimizer))) or 'options'} of "
+            f"{_tensors_of(last.optimizer)} tensors at step "
+            f"{listed[-1].number}: stored with --include optimizer"
+        )
+    found["changes"] = _changes(first, last)
+    found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
+    found["unused_keys"] = list(first.unused)
+    if all(first.arrays.get(name) for name in STATES[:2]):
+        whole = complete(listed[0], first)
+        found["notes"] += [note for note in whole.notes if note not in found["notes"]]
+        with suppress(Unreadable):
+            found["notes"] += [told] if (told := misalignment(log, listed, whole)) else []
+        found |= _plan(log, listed, whole, memory_limit)
+    return found
+
+
+def _logs(listed: Sequence[LoggedStep]) -> list[Path]:
+    """Where the logs of a sweep are: the folder that each run's first step is in, or the file of all its steps."""
+    firsts = {step.run: step.path for step in reversed(listed)}
+    count = Counter(step.path for step in listed)
+    return [path if count[path] > 1 else path.parent for path in firsts.values()]
+
+
+def _content(log: Source, step: LoggedStep) -> StepContent:
+    with log.open(step) as reader:
+        return reader.content()
+
+
+def _changes(first: StepContent, last: StepContent) -> list[str]:
+    """Say what the last step holds otherwise than the first: such a log is refused."""
+    changes = []
+    for name in (*STATES, *REPLICATE_STATES):
+        before, after = first.arrays.get(name, {}), last.arrays.get(name, {})
+        for tensor in {**before, **after}:
+            if before.get(tensor) != after.get(tensor):
+                changes.append(f"{name} {tensor!r}: {_told(before.get(tensor))}, then {_told(after.get(tensor))}")
+    for name in (*SCALARS, REPLICATE_LOSS):
+        if (name in first.numbers) != (name in last.numbers):
+            changes.append(f"{name}: not at the {'first' if name in last.numbers else 'last'} step")
+    return changes
+
+
+def _tensors_of(optimizer: OptimizerState) -> int:
+    held = (*optimizer.arrays.values(), *optimizer.numbers.values(), optimizer.metrics)
+    return len({tensor for of in held for tensor in of})
+
+
+def _rules(optimizer: OptimizerState) -> list[str]:
+    """Rules whose metrics the log holds as factors, or in another basis."""
+    metrics = optimizer.metrics.values()
+    rules = dict.fromkeys(m.rule if isinstance(m, FactoredMetric) else "SOAP" for m in metrics)
+    return [f"the metric of {rule}" for rule in rules]
+
+
+def _told(tensor: LoggedTensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _plan(
+    log: Source, listed: Sequence[LoggedStep], content: StepContent, memory_limit: int | None
+) -> dict[str, Any]:
+    """Sizes and times of processing."""
+    arrays = content.arrays
+    dtypes = {name: promote([tensor.dtype for tensor in arrays[name].values()]) for name in arrays}
+    counts = {name: content.replicates if name in REPLICATE_STATES else 1 for name in dtypes}
+    itemsizes = [storage_dtype(dtype).itemsize for name, dtype in dtypes.items() for _ in range(counts[name])]
+    tensors = arrays["parameter"]
+    elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    count = len(ledger_vectors(HVP in dtypes))
+    of_replicates = len(replicate_vectors(content.replicates, REPLICATE_HVP in dtypes))
+    chunk = chunk_shape(len(listed), elements, content.replicates)
+    padded = -(-elements // chunk[1]) * chunk[1] * -(-len(listed) // chunk[0]) * chunk[0] if elements else 0
+    found: dict[str, Any] = {
+        "tensors": len(tensors),
+        "elements": elements,
+        "dtypes": dtypes,
+        "trajectory_bytes": padded * sum(itemsizes),
+        "ledger_bytes": (len(listed) - 1) * len(tensors) * (count * count + of_replicates * of_replicates + 1) * 8,
+    }
+    rate = _reading_rate(log, listed[0], content)
+    state_bytes = len(listed) * elements * sum(itemsizes)
+    if rate:
+        found["ingest_seconds"] = round(state_bytes / rate, 1)
+    found["pass_seconds"] = round(state_bytes / _PASS_RATE, 1)
+    if len(listed) > 1 and elements:
+        try:
+            plan = plan_pass(
+                states=len(listed),
+                elements=elements,
+                chunk=chunk,
+                itemsizes=itemsizes,
+                tensors=len(tensors),
+                vectors=count,
+                replicate_vectors=of_replicates,
+                memory_limit=memory_limit,
+            )
+        except InputError as error:
+            found["worker_memory"] = f"more than is given: {error.what}"
+        else:
+            found["worker_memory"] = plan.projected_bytes
+    return found
+
+
+def _reading_rate(log: Source, step: LoggedStep, content: StepContent) -> float | None:
+    """Bytes per second at which the first tensors of a step are read, None where they are too few to tell."""
+    done, begin = 0, time.perf_counter()
+    with log.open(step) as reader:
+        for array, tensors in content.arrays.items():
+            for name, tensor in tensors.items():
+                if tensor.dtype not in STORAGE_DTYPES or done >= _SAMPLE_BYTES:
+                    continue
+                dtype = storage_dtype(tensor.dtype)
+                size = min(math.prod(tensor.shape), _SAMPLE_BYTES // dtype.itemsize)
+                reader.read(array, name, 0, np.empty(size, dtype))
+                done += size * dtype.itemsize
+    return done / (time.perf_counter() - begin) if done else None

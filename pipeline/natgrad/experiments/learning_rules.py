@@ -1,0 +1,409 @@
+"""Learning rules compared: one network on real MNIST digits, trained by nine rules on one objective.
+
+Some rules descend by construction, some only happen to, and one does not. All start from the same weights and see
+the same images at every step; what is logged as the gradient is the gradient of that one objective by
+backpropagation, whatever the rule makes of it.
+
+References
+----------
+Oja, "Neural networks, principal components, and subspaces", International Journal of Neural Systems 1, 1989.
+Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", IEEE
+Transactions on Automatic Control 37, 1992.
+Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015.
+Lillicrap, Cownden, Tweed, Akerman, "Random synaptic feedback weights support error backpropagation for deep
+learning", Nature Communications 7, 13276, 2016.
+Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad.experiments.digits import CLASSES, Digits, Split, Training, cross_entropy, load_digits, split_digits
+from natgrad.recording.recorder import Recorder
+from natgrad.schema.errors import InputError
+
+__all__ = [
+    "DRAWS",
+    "HIDDEN",
+    "IMAGES",
+    "LAYERS",
+    "RULES",
+    "STEPS",
+    "Rule",
+    "Situation",
+    "Sweep",
+    "carry_back",
+    "log_learning_rules",
+    "oja",
+    "sweep_forward",
+]
+
+HIDDEN, IMAGES, STEPS = 16, 1000, 100
+"""Units of each hidden layer, images of the objective, and number of updates, where nothing else is said."""
+
+LAYERS = ("layer_1.weight", "layer_2.weight", "layer_3.weight")
+"""Tensors of the network, each (target, source): two layers of tanh units, and the scores of the classes."""
+
+DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
+"""What momentum and Adam keep of the past gradients, what Adam keeps of their squares, and its epsilon."""
+
+PERTURBATIONS, AMPLITUDE = 32, 1e-2
+"""Perturbations tried for one update, and the standard deviation of an element of each."""
+
+DRAWS = 8
+"""Draws that an update of weight perturbation is the mean of, each of as many perturbations; all are logged."""
+
+Floats = NDArray[np.floating[Any]]
+Weights = Mapping[str, Floats]
+
+
+# Network -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the network makes of a batch of images.
+
+    Attributes
+    ----------
+    loss : float
+        Mean softmax cross-entropy, in nats.
+    activities : sequence of (image, source) arrays
+        UpdateTable of each layer: the images, then the units of each hidden layer.
+    scores : (image, class) array
+        Outputs of the last layer.
+    errors : (image, class) array
+        Derivative of the loss by the scores.
+    """
+
+    loss: float
+    activities: Sequence[Floats]
+    scores: Floats
+    errors: Floats
+
+
+def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -> Sweep:
+    """Run images, shape (image, pixel), of classes, shape (image,), through the network."""
+    *hidden, last = weights.values()
+    activities = [inputs]
+    for weight in hidden:
+        activities.append(np.tanh(activities[-1] @ weight.T))
+    scores = activities[-1] @ last.T
+    loss, errors = cross_entropy(scores, labels)
+    return Sweep(loss, activities, scores, errors)
+
+
+def carry_back(sweep: Sweep, backward: Sequence[Floats], *, direct: bool = False) -> dict[str, Floats]:
+    """Gradient of every layer, where errors come back to the hidden layers through given weights.
+
+    It is the true one (backpropagation) where these are the weights of the layers above.
+
+    Parameters
+    ----------
+    sweep : Sweep
+    backward : sequence of arrays
+        For each hidden layer the weights that bring it the errors of the layer above, shape (unit above, unit).
+    direct : bool
+        The errors brought are those of the outputs, shape (class, unit), past all layers between.
+    """
+    errors = [sweep.errors]
+    for units, weight in zip(reversed(sweep.activities[1:]), reversed(backward), strict=True):
+        above = sweep.errors if direct else errors[0]
+        errors.insert(0, (above @ weight) * (1.0 - units**2))
+    return {name: error.T @ sources for name, error, sources in zip(LAYERS, errors, sweep.activities, strict=True)}
+
+
+# Rules -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Situation:
+    """What a rule may look at before an update, and what it keeps from one update to the next.
+
+    Attributes
+    ----------
+    updates : int
+        Number of updates done.
+    weights, gradient : mapping
+        Name to tensor: theta_t and the gradient of the objective there.
+    sweep : Sweep
+        Of the images of the objective.
+    labels : (image,) array of int
+        Their classes.
+    loss : callable
+        Objective of any weights.
+    feedback, direct_feedback : sequence of arrays
+        Fixed weights for `carry_back`, drawn as those of the layers are and independent of them.
+    random : numpy.random.Generator
+        Source of chance.
+    memory : dict
+        The rule's own, empty at first.
+    draws : list of mapping
+        Filled by a stochastic rule: the updates that it drew and gives the mean of.
+    """
+
+    updates: int
+    weights: Weights
+    gradient: Weights
+    sweep: Sweep
+    labels: NDArray[np.int64]
+    loss: Callable[[Weights], float]
+    feedback: Sequence[Floats]
+    direct_feedback: Sequence[Floats]
+    random: np.random.Generator
+    memory: dict[str, Weights] = field(default_factory=dict)
+    draws: list[Weights] = field(default_factory=list)
+
+    def remember(self, name: str, share: float, new: Weights) -> Weights:
+        """Keep a share of what is remembered, add the new, and return it."""
+        past = self.memory.get(name) or {layer: np.zeros_like(value) for layer, value in new.items()}
+        self.memory[name] = {layer: share * past[layer] + value for layer, value in new.items()}
+        return self.memory[name]
+
+
+def backpropagation(now: Situation) -> Weights:
+    """Steepest descent: g = y, so psi = 0 and kappa = 1."""
+    return {layer: -slope for layer, slope in now.gradient.items()}
+
+
+def momentum(now: Situation) -> Weights:
+    """Steepest descent with momentum: g is a decaying sum of all y so far, and only the first is y."""
+    return now.remember("velocity", DECAY, backpropagation(now))
+
+
+def adam(now: Situation) -> Weights:
+    """Adam: a running mean of y over the root of one of its squares, both without bias."""
+    mean = now.remember("mean", DECAY, {k: -(1.0 - DECAY) * slope for k, slope in now.gradient.items()})
+    square = now.remember(
+        "square", SQUARE_DECAY, {k: (1.0 - SQUARE_DECAY) * slope**2 for k, slope in now.gradient.items()}
+    )
+    of_mean, of_square = (1.0 - decay ** (now.updates + 1) for decay in (DECAY, SQUARE_DECAY))
+    return {k: mean[k] / of_mean / (np.sqrt(square[k] / of_square) + EPSILON) for k in mean}
+
+
+def sign_descent(now: Situation) -> Weights:
+    """Descent by signs alone: y.g = |y|_1 > 0, so cos psi = |y|_1 / (sqrt(n) |y|) with n elements of y not 0."""
+    return {layer: -np.sign(slope) for layer, slope in now.gradient.items()}
+
+
+def feedback_alignment(now: Situation) -> Weights:
+    """Errors come back layer by layer through fixed weights; the last layer needs none and descends."""
+    return {layer: -slope for layer, slope in carry_back(now.sweep, now.feedback).items()}
+
+
+def direct_feedback_alignment(now: Situation) -> Weights:
+    """Errors of the outputs come to every hidden layer through fixed weights of its own."""
+    return {layer: -slope for layer, slope in carry_back(now.sweep, now.direct_feedback, direct=True).items()}
+
+
+def weight_perturbation(now: Situation) -> Weights:
+    """Perturbations of all weights, each as far as it lowers the loss, in the mean (section 2.2, stochastic rules).
+
+    Of a perturbation v the slope s = y.v is measured on both sides of theta; s v has the mean y over all v. The
+    mean over n of them has y.g = (s_1^2 + .. + s_n^2) / n: it descends, at an angle with cos^2 psi of about
+    n / (n + D).
+    """
+    each = PERTURBATIONS // DRAWS
+    now.draws = [{layer: np.zeros_like(weight) for layer, weight in now.weights.items()} for _ in range(DRAWS)]
+    for index in range(PERTURBATIONS):
+        trial = {k: now.random.standard_normal(w.shape, w.dtype.type) for k, w in now.weights.items()}
+        ahead, behind = (
+            now.loss({k: w + sign * AMPLITUDE * trial[k] for k, w in now.weights.items()}) for sign in (1, -1)
+        )
+        slope = (behind - ahead) / (2.0 * AMPLITUDE)
+        for layer, total in now.draws[index // each].items():
+            total += slope / each * trial[layer]
+    return {layer: np.mean([draw[layer] for draw in now.draws], axis=0) for layer in now.weights}
+
+
+def oja(weight: Floats, sources: Floats, targets: Floats) -> Floats:
+    """Oja's subspace rule: what fires together wires together, less what keeps the weights finite.
+
+    Where the targets are W times the sources, it rests where the rows of W are orthonormal and span a principal
+    subspace of the sources.
+    """
+    update: Floats = (targets.T @ sources - (targets.T @ targets) @ weight) / len(sources)
+    return update
+
+
+def hebbian(now: Situation) -> Weights:
+    """`oja` in every layer; the right classes, less their mean, stand for the last units. No error is used."""
+    teacher = np.eye(CLASSES, dtype=now.sweep.scores.dtype)[now.labels]
+    units = [*now.sweep.activities[1:], teacher - teacher.mean(axis=0)]
+    layers = zip(now.weights.items(), now.sweep.activities, units, strict=True)
+    return {layer: oja(weight, sources, targets) for (layer, weight), sources, targets in layers}
+
+
+def partial_ascent(now: Situation) -> Weights:
+    """Control: every second element ascends, the others rest, so y.g < 0 and no metric exists at any step."""
+    update = {layer: slope.copy() for layer, slope in now.gradient.items()}
+    for slope in update.values():
+        slope.reshape(-1)[1::2] = 0.0
+    return update
+
+
+class Rule(NamedTuple):
+    """A rule: the update g that it makes of a situation, and its learning rate."""
+
+    update: Callable[[Situation], Weights]
+    learning_rate: float
+
+
+RULES: dict[str, Rule] = {
+    "backpropagation": Rule(backpropagation, 0.3),
+    "momentum": Rule(momentum, 0.03),
+    "adam": Rule(adam, 0.003),
+    "sign-descent": Rule(sign_descent, 0.001),
+    "feedback-alignment": Rule(feedback_alignment, 0.3),
+    "direct-feedback-alignment": Rule(direct_feedback_alignment, 0.3),
+    "weight-perturbation": Rule(weight_perturbation, 0.01),
+    "hebbian": Rule(hebbian, 0.1),
+    "partial-ascent": Rule(partial_ascent, 0.03),
+}
+"""Name to rule, with learning rates at which each does what it can."""
+
+
+# Training ----------------------------------------------------------------------------------------------------
+
+
+def log_learning_rules(
+    folder: Path,
+    *,
+    rules: Sequence[str] = tuple(RULES),
+    steps: int = STEPS,
+    hidden: int = HIDDEN,
+    images: int = IMAGES,
+    seed: int = 0,
+    container: str = "safetensors",
+    digits: Digits | None = None,
+) -> dict[str, Training]:
+    """Train one network by several rules and log every state, in float32, each rule in a folder of its own.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the logs, which are named after the rules.
+    rules : sequence of str
+        Names of `RULES`.
+    steps : int
+        Number of updates; one state more is logged, as the last update needs the state after it.
+    hidden : int
+        Units of each hidden layer.
+    images : int
+        Images of the objective, drawn at random; the accuracy is of all others.
+    seed : int
+        Seed of the images drawn, the weights, the feedback and the perturbations. A rule does the same
+        whichever others are trained.
+    container : {"safetensors", "npz"}
+        Container of a step.
+    digits : Digits, optional
+        Loaded by `load_digits` where not given.
+
+    Returns
+    -------
+    dict
+        Name of the rule to `Training`.
+
+    Raises
+    ------
+    InputError
+        Where an option is out of its range, a rule is not known, or there are no images to load.
+    """
+    if unknown := [name for name in rules if name not in RULES]:
+        raise InputError(f"rules {unknown} are not known", remedy=f"choose of {', '.join(RULES)}")
+    random = np.random.default_rng(seed)
+    options = (("steps", steps, np.inf), ("hidden units", hidden, np.inf))
+    split = split_digits(digits or load_digits(), images, random, options)
+    widths = (split.inputs.shape[1], hidden, hidden, CLASSES)
+
+    def draw(targets: int, sources: int) -> NDArray[np.float32]:
+        drawn: Floats = random.standard_normal((targets, sources)) / np.sqrt(sources)
+        return drawn.astype(np.float32)
+
+    weights = {layer: draw(widths[n + 1], widths[n]) for n, layer in enumerate(LAYERS)}
+    feedback = [draw(widths[n + 1], widths[n]) for n in range(1, len(LAYERS))]
+    direct_feedback = [draw(CLASSES, width) for width in widths[1:-1]]
+    return {
+        name: _train(
+            Recorder(Path(folder) / name, container),
+            RULES[name],
+            steps,
+            split,
+            weights,
+            feedback,
+            direct_feedback,
+            np.random.default_rng([seed, list(RULES).index(name)]),
+        )
+        for name in rules
+    }
+
+
+def _train(
+    recorder: Recorder,
+    rule: Rule,
+    steps: int,
+    split: Split,
+    weights: Weights,
+    feedback: Sequence[Floats],
+    direct_feedback: Sequence[Floats],
+    random: np.random.Generator,
+) -> Training:
+    def sweep(weights: Weights) -> Sweep:
+        return sweep_forward(weights, split.inputs, split.labels)
+
+    def accuracy() -> float:
+        scores = sweep_forward(weights, split.held_out_inputs, split.held_out_labels).scores
+        return float(np.mean(scores.argmax(axis=1) == split.held_out_labels))
+
+    memory: dict[str, Weights] = {}
+    accuracy_before, losses = accuracy(), []
+    for step in range(steps + 1):
+        swept = sweep(weights)
+        gradient = carry_back(swept, list(weights.values())[1:])
+        losses.append(swept.loss)
+        now = Situation(
+            step,
+            weights,
+            gradient,
+            swept,
+            split.labels,
+            lambda weights: sweep(weights).loss,
+            feedback,
+            direct_feedback,
+            random,
+            memory,
+        )
+        update = rule.update(now)
+        recorder.record(
+            step,
+            parameter=weights,
+            gradient=gradient,
+            loss=swept.loss,
+            learning_rate=rule.learning_rate,
+            replicates=_replicates(now, rule.learning_rate, sweep),
+        )
+        if step < steps:
+            weights = {layer: weight + rule.learning_rate * update[layer] for layer, weight in weights.items()}
+    return Training(tuple(losses), (accuracy_before, accuracy()))
+
+
+def _replicates(now: Situation, learning_rate: float, sweep: Callable[[Weights], Sweep]) -> dict[str, Any] | None:
+    """States that the draws of a stochastic rule lead to, their losses, and how the gradient changes on the way."""
+    if not now.draws:
+        return None
+    states = [{k: w + learning_rate * draw[k] for k, w in now.weights.items()} for draw in now.draws]
+    swept = [sweep(state) for state in states]
+    gradients = [carry_back(there, list(state.values())[1:]) for there, state in zip(swept, states, strict=True)]
+    return {
+        "parameter": {k: np.stack([state[k] for state in states]) for k in now.weights},
+        # The change is the mean Hessian along the displacement times it.
+        "hvp": {k: np.stack([there[k] - now.gradient[k] for there in gradients]) for k in now.weights},
+        "loss": [there.loss for there in swept],
+    }

@@ -1,0 +1,8 @@
+"""Logs to store: read a training log into a trajectory, every step exactly once.
+
+Memory does not grow with the run or the model: tensors are read slice by slice into one chunk per array.
+"""
+
+from natgrad.ingestion.log_to_store import INCLUDES, IngestSummary, ingest
+
+__all__ = ["INCLUDES", "IngestSummary", "ingest"]

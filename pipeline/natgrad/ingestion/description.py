@@ -1,0 +1,126 @@
+"""What the steps of a log hold, and whether they are of one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import promote
+from natgrad.schema.names import OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES
+from natgrad.sources.base import Source, StepContent
+from natgrad.sources.completion import complete
+from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.store import Trajectory
+
+__all__ = [
+    "describe_steps",
+    "optimizer_dtypes",
+    "parameters_of",
+    "scalar_of",
+    "stored_dtypes",
+    "tensor_told",
+    "with_optimizer",
+]
+
+
+def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
+    """Dtype that each array is stored in: the smallest that holds all of its tensors exactly."""
+    logged: dict[str, set[str]] = {}
+    # Equal descriptions are kept once.
+    for arrays in {id(content.arrays): content.arrays for content in contents}.values():
+        for name, tensors in arrays.items():
+            logged.setdefault(name, set()).update(tensor.dtype for tensor in tensors.values())
+    names = (*STATES, *REPLICATE_STATES, *OPTIMIZER_STATES)
+    return {name: promote(sorted(logged[name])) for name in names if logged.get(name)}
+
+
+def scalar_of(content: StepContent, name: str) -> float | Sequence[float]:
+    """Scalar of a step, or the losses of its replicates; NaN where it has none."""
+    missing: float | Sequence[float] = [math.nan] * content.replicates if name == REPLICATE_LOSS else math.nan
+    return content.numbers.get(name, missing)
+
+
+def optimizer_dtypes(trajectory: Trajectory) -> dict[str, str]:
+    """Dtypes of what the optimizer keeps, which not every step has."""
+    return {name: dtype for name, dtype in trajectory.array_dtypes.items() if name in OPTIMIZER_STATES}
+
+
+def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
+    """Whether what the optimizer keeps is stored: as a trajectory was begun, so it goes on."""
+    if trajectory is None:
+        return "optimizer" in include
+    stored = bool(trajectory.tables)
+    if "optimizer" in include and not stored:
+        raise InputError(
+            "the trajectory was made without the state of the optimizer",
+            where=str(trajectory.path),
+            remedy="start anew with --overwrite, or leave --include optimizer out",
+        )
+    return stored
+
+
+def parameters_of(trajectory: Trajectory) -> dict[str, LoggedTensor]:
+    """Tensors of a trajectory, as a log has them."""
+    return {tensor.name: LoggedTensor(tensor.shape, tensor.dtype) for tensor in trajectory.layout.tensors}
+
+
+def describe_steps(
+    log: Source, steps: Sequence[LoggedStep], warnings: list[str], optimizer: bool
+) -> dict[LoggedStep, StepContent]:
+    """Describe steps, all with the tensors of the first."""
+    contents: dict[LoggedStep, StepContent] = {}
+    unused: dict[str, LoggedStep] = {}
+    notes: dict[str, LoggedStep] = {}
+    first = steps[0]
+    for step in steps:
+        with log.open(step) as reader:
+            content = complete(step, reader.content(), optimizer=optimizer)
+        notes.update({note: step for note in content.notes if note not in notes})
+        unused.update({key: step for key in content.unused if key not in unused})
+        _require_like(step, content, first, contents.get(first, content))
+        # Equal descriptions are kept once: a long run of a large model has many.
+        same = contents.get(first)
+        arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
+        contents[step] = StepContent(
+            arrays, content.scalars, optimizer=content.optimizer, replicate_loss=content.replicate_loss
+        )
+    warnings += [f"{note} (in {step.path.name})" for note, step in notes.items()]
+    if unused:
+        key, step = next(iter(unused.items()))
+        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.path.name}) the first of them")
+    return contents
+
+
+def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
+    names = (*STATES, *REPLICATE_STATES)
+    for name in (name for name in names if name in model.arrays or name in content.arrays):
+        have, expect = content.arrays.get(name), model.arrays.get(name)
+        if have is None or expect is None:
+            lacking = step if have is None else first
+            raise InputError(
+                f"{name} is not logged at every step",
+                where=where(lacking, name),
+                remedy=f"log {name} at every step, or at none",
+            )
+        for tensor in {**expect, **have}:
+            if tensor not in have or tensor not in expect:
+                verb = "is gone" if tensor not in have else "is new"
+                what = f"tensor {tensor!r} {verb} at step {step.number}"
+            elif have[tensor].shape != expect[tensor].shape:
+                what = f"shape changes from {expect[tensor].shape} to {have[tensor].shape}"
+            elif have[tensor].dtype != expect[tensor].dtype:
+                what = f"dtype changes from {expect[tensor].dtype} to {have[tensor].dtype}"
+            else:
+                continue
+            raise InputError(
+                what,
+                where=where(step, name, tensor),
+                why=f"the run was restarted with another model; the first step here is {first.number}",
+                remedy="process the steps of each model as a run of its own",
+            )
+
+
+def tensor_told(tensor: LoggedTensor | None) -> str:
+    """Dtype and shape of a tensor, for messages."""
+    return "no tensor" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"

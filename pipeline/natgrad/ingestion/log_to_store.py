@@ -1,0 +1,333 @@
+"""Read a training log into a trajectory, every step exactly once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from natgrad.ingestion.description import (
+    describe_steps,
+    optimizer_dtypes,
+    parameters_of,
+    stored_dtypes,
+    tensor_told,
+    with_optimizer,
+)
+from natgrad.ingestion.new_updates import finished_steps, rows_to_write
+from natgrad.ingestion.read_options import agreed_reading, said_reading
+from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
+from natgrad.schema.blocks import chunk_shape
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import Layout
+from natgrad.schema.names import (
+    ATTEMPT,
+    METRIC_EIGENVALUES,
+    OPTIMIZER_NUMBERS,
+    REPLICATE_LOSS,
+    SCALARS,
+    STEP,
+    USUAL_SCALARS,
+)
+from natgrad.sources.alignment import misalignment
+from natgrad.sources.base import StepContent
+from natgrad.sources.changes import identity
+from natgrad.sources.checkpoints.stacked_file import KeptOpen
+from natgrad.sources.opening import open_sources
+from natgrad.sources.optimizers.state import FactoredMetric
+from natgrad.sources.steps import LoggedStep, NotYet, where
+from natgrad.storage import each
+from natgrad.storage.repository import place_of_store
+from natgrad.store import Trajectory, exists, only_writer
+
+__all__ = ["INCLUDES", "IngestSummary", "ingest"]
+
+_log = logging.getLogger("natgrad.ingestion")
+
+INCLUDES = ("optimizer",)
+"""What may be stored beside parameters, gradients and hvp."""
+
+
+@dataclass
+class IngestSummary:
+    """What an ingest did.
+
+    Attributes
+    ----------
+    new_steps, steps : int
+        Steps read now, and those of the run as it stands.
+    first_step, last_step : int
+        Of the run as it stands.
+    attempts : int
+        How often it was begun, restarts included.
+    tensors, elements : int
+        Size of the model.
+    dtypes : dict
+        Stored dtype of each array.
+    replicates : int
+        Replicates of a stochastic rule, 0 where none are logged.
+    warnings : list of str
+        What a user should know: values that are not finite, keys that were not used, missing scalars.
+    """
+
+    new_steps: int
+    steps: int
+    first_step: int
+    last_step: int
+    attempts: int
+    tensors: int
+    elements: int
+    dtypes: dict[str, str]
+    replicates: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def ingest(
+    source: Path | Sequence[Path],
+    store: Path,
+    *,
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
+    sweep: bool = False,
+    allow_gaps: bool = False,
+    overwrite: bool = False,
+    wait: bool = False,
+    include: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> IngestSummary:
+    """Read the steps of a training log that the trajectory does not have yet.
+
+    Parameters
+    ----------
+    source : Path or sequence of Path
+        The log, or the logs of one run that are joined by step.
+    store : Path
+        The trajectory; made where there is none.
+    format : str, optional
+        Log format; found by content where not given.
+    mapping : mapping, optional
+        Quantity to the key that it stands under in the log; see `natgrad.sources.names`.
+    shift : mapping, optional
+        Quantity to K: what is logged of it at step s belongs to the state s + K. As a trajectory was made with
+        ``mapping`` and ``shift``, so it goes on, whether they are said again or not.
+    sweep : bool
+        The source is a folder with the logs of many runs of one model, which become one trajectory.
+    allow_gaps : bool
+        Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
+    overwrite : bool
+        Start anew, dropping what the trajectory holds once the steps are described and compared.
+    wait : bool
+        Leave what follows a gap for a later pass, rather than refuse it.
+    include : sequence of str
+        What to store beside parameters, gradients and hvp, of `INCLUDES`. A trajectory that was made with it goes
+        on so, whether it is said again or not.
+    progress : callable, optional
+        Called with steps done and steps in all.
+
+    Raises
+    ------
+    InputError
+        Bad input. All steps are described and compared before the first byte is written; what a later error
+        interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
+        is written while it is read.
+    """
+    for what in include:
+        if what not in INCLUDES:
+            raise InputError(
+                f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
+            )
+    sources, store = each(source), place_of_store(store)
+    reading = said_reading(sources, mapping, shift)
+    reading = reading if overwrite else agreed_reading(store, reading)
+    mapping, shift = (reading.get(what, said) for what, said in (("map", mapping), ("shift", shift)))
+    log = open_sources(sources, format, mapping, shift, sweep=sweep)
+    listed = log.steps()
+    with only_writer(store, "trajectory") as store, KeptOpen(log) as log:
+        if not overwrite:
+            agreed_reading(store, reading)
+        trajectory = Trajectory(store) if exists(store) and not overwrite else None
+        if trajectory is not None and not trajectory.n_states:
+            trajectory = None
+        if trajectory is not None:
+            trajectory.recover()
+        optimizer = with_optimizer(trajectory, include)
+        warnings: list[str] = []
+        listed = finished_steps(log, listed, trajectory, warnings)
+        rows = rows_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
+        steps = [row.step for row in rows if row.repeats is None]
+        if steps:
+            # Taken before a step is opened: what is described and what is written must be the same file.
+            identities = {step: identity(step) for step in steps}
+            contents = describe_steps(log, steps, warnings, optimizer)
+            told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
+            warnings += [told] if told else []
+            warnings += _scalars_not_stored(trajectory, contents)
+            warnings += _metrics_not_stored(trajectory, contents)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, reading)
+            try:
+                Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
+            finally:
+                trajectory.abandon()
+                if not trajectory.n_states:
+                    Trajectory.remove(store)
+        elif trajectory is None:
+            raise NotYet(
+                "no step is finished yet",
+                where=str(log.location),
+                why="the training run is writing its first",
+                remedy="run again later, or with --follow",
+            )
+        numbers = trajectory.scalar(STEP)[trajectory.current()]
+        attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
+        warnings += _missing_scalars(trajectory)
+    # Who waits has been told the same at the pass before.
+    for warning in warnings if steps or not wait else ():
+        _log.warning("%s", warning)
+    return IngestSummary(
+        new_steps=len(steps),
+        steps=len(numbers),
+        first_step=int(numbers.min()),
+        last_step=int(numbers.max()),
+        attempts=attempts,
+        tensors=len(trajectory.layout.tensors),
+        elements=trajectory.layout.elements,
+        dtypes=dict(trajectory.array_dtypes),
+        replicates=trajectory.replicates,
+        warnings=warnings,
+    )
+
+
+def _matching_trajectory(
+    store: Path,
+    trajectory: Trajectory | None,
+    first: LoggedStep,
+    contents: Mapping[LoggedStep, StepContent],
+    optimizer: bool,
+    reading: Mapping[str, Any],
+) -> Trajectory:
+    """Return the trajectory to append to, or a new one laid out for these steps."""
+    content = contents[first]
+    dtypes = stored_dtypes(contents.values())
+    layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
+    if trajectory is None:
+        chunk = chunk_shape(len(contents), layout.elements, content.replicates)
+        logged_scalars = {name for content in contents.values() for name in content.numbers}
+        scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
+        source, sweep = str(first.path.parent.absolute()), bool(first.run)
+        tables = _tables(first, list(contents.values()), dtypes) if optimizer else ()
+        replicates = content.replicates
+        return Trajectory.create(
+            store,
+            layout,
+            dtypes,
+            chunk,
+            source,
+            scalars=scalars,
+            sweep=sweep,
+            tables=tables,
+            replicates=replicates,
+            reading=reading,
+        )
+    if trajectory.sweep != bool(first.run):
+        raise InputError(
+            f"the trajectory is of {'a sweep' if trajectory.sweep else 'one run'}, the log is not",
+            where=str(store),
+            remedy="choose another OUT, or say with --sweep that SOURCE is a folder of runs",
+        )
+    logged, stored = content.arrays["parameter"], parameters_of(trajectory)
+    for tensor in {**stored, **logged}:
+        if logged.get(tensor) != stored.get(tensor):
+            raise InputError(
+                "this step is of another model than the trajectory's: "
+                f"{tensor_told(logged.get(tensor))} in place of {tensor_told(stored.get(tensor))}",
+                where=where(first, "parameter", tensor),
+                why="the run was restarted with another model, or OUT holds another run",
+                remedy="choose another OUT, or start anew with --overwrite",
+            )
+    if content.replicates != trajectory.replicates:
+        raise InputError(
+            f"replicates change from {trajectory.replicates} to {content.replicates}",
+            where=where(first),
+            why="the run was restarted with another number of replicates, or OUT holds another run",
+            remedy="choose another OUT, or start anew with --overwrite",
+        )
+    if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
+        raise InputError(
+            f"dtypes change from {trajectory.array_dtypes} to {dtypes}",
+            where=where(first),
+            why="the run was restarted in another precision, or OUT holds another run",
+            remedy="choose another OUT, or start anew with --overwrite",
+        )
+    return trajectory
+
+
+def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[str, str]) -> list[str]:
+    """Numbers of the optimizer that these steps have, and those that are made of its arrays."""
+    states = [content.optimizer for content in contents if content.optimizer is not None]
+    found = {name for state in states for name in state.numbers}
+    if "exp_avg_sq" in dtypes:
+        found |= set(EXTREMES)
+    found |= _metric_tables(contents)
+    # Before the first update there are options alone: from one such step it cannot be known what will be kept.
+    begun = len(contents) > 1 or any(state.arrays or state.metrics for state in states)
+    if not found or not begun:
+        raise NotYet(
+            "no state of an optimizer is in these steps",
+            where=where(first),
+            why="the trainer does not save it, or has not made its first update yet",
+            remedy="run again once a step has it, or leave --include optimizer out",
+        )
+    return [name for name in OPTIMIZER_NUMBERS if name in found]
+
+
+def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
+    """Tables that the metrics of an optimizer's factors go to."""
+    found: set[str] = set()
+    for content in contents:
+        for metric in {} if content.optimizer is None else content.optimizer.metrics.values():
+            follows = isinstance(metric, FactoredMetric) and metric.follows
+            found |= set(METRIC_EIGENVALUES[2:] if follows else METRIC_EIGENVALUES[:2])
+            found |= {"metric_factored", *(("metric_rescaled",) if metric.rescaled else ())}
+    return found
+
+
+def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
+    """Tell of metrics that the log began to hold after the trajectory was made without them."""
+    if trajectory is None or not trajectory.tables:
+        return
+    for step, content in contents.items():
+        if missing := sorted(_metric_tables([content]) - set(trajectory.tables)):
+            yield (
+                f"{', '.join(missing)} follow from the optimizer's state from step {step.number} on, and are not "
+                "stored, as the steps before have none: start anew with --overwrite to have them"
+            )
+            return
+
+
+def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
+    """Tell of numbers that the log began to hold after the trajectory was made without them."""
+    found = {name: step for step, content in reversed(contents.items()) for name in content.numbers}
+    for name, step in found.items():
+        if trajectory is not None and name not in trajectory.scalars:
+            yield (
+                f"{name} is logged from step {step.number} on, and not stored, as the steps before have none: "
+                "start anew with --overwrite to have it"
+            )
+
+
+def _missing_scalars(trajectory: Trajectory) -> list[str]:
+    remedies = {
+        "loss": "results that need it are NaN with status unverifiable",
+        "learning_rate": "give it with --learning-rate; without it no metric exists",
+    }
+    missing = []
+    for name in USUAL_SCALARS:
+        absent = int(np.isnan(trajectory.scalar(name)).sum())
+        if absent:
+            missing.append(f"{name} is missing or NaN in {absent} of {trajectory.n_states} steps: {remedies[name]}")
+    return missing

@@ -1,0 +1,1 @@
+"""The numba kernel that turns neighbouring states into inner products."""

@@ -1,0 +1,543 @@
+"""The kernel: one pass over a tile of training state to the inner products of its vectors.
+
+For two neighbouring states of a segment (a tensor, or the part of one that lies in the tile) the vectors are
+formed element by element in float64 and every inner product is accumulated in the same loop, so each stored
+byte is read once and nothing as large as the tile is ever allocated::
+
+    parameter        p = theta_t                      gradient         g = grad L(theta_t)
+    displacement     d = theta_{t+1} - theta_t        gradient_change  e = grad L(theta_{t+1}) - g
+    residual         r = g - c d                      hvp              h = H d, where logged
+
+The residual keeps small angles: the part of g orthogonal to d is that of r, and with c near g.d / d.d the
+products r.r and r.d carry it without the cancellation that g.g, g.d and d.d suffer. c is found from a sample
+of the segment and kept beside the products. It need not be exact, but of an error of one part in n the angle
+keeps a floor of 1e-8 / n, so where the sums show that the sample misled the segment is summed once more.
+
+Sums run over blocks of `BLOCK` elements; the blocks' sums are added with their rounding errors carried along,
+so the error does not grow with the length of a segment. The gradient is summed as its two parts,
+r and c d, which costs ten products in place of fifteen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
+
+__all__ = [
+    "BLOCK",
+    "products",
+    "replicate_products",
+]
+
+BLOCK = 1024
+"""Elements summed in plain float64 before the sum is carried over to the compensated total."""
+
+_STRETCH = 16 * BLOCK
+"""Elements taken through all rows before the next ones: few enough for the next row to find its state in the cache,
+and enough for the processor to see that a row is read on and on, and to read ahead."""
+
+_RUN, _RUNS = 64, 16
+"""The ratio c is taken from runs of this many elements, at most this many, spread evenly over a segment."""
+
+_NEARLY_PARALLEL = 2.0**-40
+"""Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def entry(**options: Any) -> Callable[[_Function], _Function]:
+    """Compile what Python calls, and nothing by its address."""
+    compiler: Any = njit  # whose annotations leave out what wrappers to make, though it takes it
+    function: Callable[[_Function], _Function] = compiler(cache=True, nogil=True, no_cfunc_wrapper=True, **options)
+    return function
+
+
+def inner(**options: Any) -> Callable[[_Function], _Function]:
+    """Compile what compiled code alone calls: without a way in for Python that takes less time."""
+    return entry(no_cpython_wrapper=True, **options)
+
+
+# Sums may be reordered, which lets the compiler use vector registers; NaN and infinity stay what they are.
+_REORDER = {"reassoc", "contract", "nsz"}
+
+
+# Stored words to float64 --------------------------------------------------------------------------------------
+# bfloat16 arrives as uint16 and float16 as int16 (its bits), as the compiler has neither type.
+
+
+def _bfloat16(typing_context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # The upper half of a float32.
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+def _float16(typing_context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+_from_bfloat16: Any = intrinsic(_bfloat16)
+_from_float16: Any = intrinsic(_float16)
+
+
+def _widen(word: Any) -> Any:
+    """Value of a stored word in float64, exactly."""
+
+
+@overload(_widen, strict=False)
+def _widen_compiled(word: Any) -> Any:
+    if isinstance(word, types.Float):
+        return lambda word: np.float64(word)
+    if word == types.uint16:
+        return lambda word: np.float64(_from_bfloat16(word))
+    return lambda word: np.float64(_from_float16(word))
+
+
+def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
+    """Pointer to the elements of a row from the first on; `like` has elements of the same type.
+
+    A slice of an array would do, but the compiled code counts the users of an array, at each call that gets one,
+    and that takes longer than the sums of a short segment. For the same reason what is done once for each short
+    segment is inlined by force; more of it would take longer to compile than it saves.
+    """
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.gep(builder.inttoptr(arguments[0], context.get_value_type(pointer)), [arguments[1]])
+
+    return pointer(types.uintp, types.intp, like), generate
+
+
+pointer: Any = intrinsic(_to_pointer)
+
+
+@inner(fastmath=_REORDER)
+def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> None:
+    pp = pd = pe = pr = dd = de = dr = ee = er = rr = 0.0
+    for i in range(n):
+        p = _widen(p0[i])
+        d = _widen(p1[i]) - p
+        g = _widen(g0[i])
+        e = _widen(g1[i]) - g
+        r = g - c * d
+        pp += p * p
+        pd += p * d
+        pe += p * e
+        pr += p * r
+        dd += d * d
+        de += d * e
+        dr += d * r
+        ee += e * e
+        er += e * r
+        rr += r * r
+    out[0], out[1], out[2], out[3] = pp, pd, pe, pr
+    out[4], out[5], out[6] = dd, de, dr
+    out[7], out[8] = ee, er
+    out[9] = rr
+
+
+@inner(fastmath=_REORDER)
+def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, n: int, c: float, out: Any) -> None:
+    # The block is still in the cache of the processor: memory is not read again.
+    ph = dh = eh = rh = hh = 0.0
+    for i in range(n):
+        p = _widen(p0[i])
+        d = _widen(p1[i]) - p
+        g = _widen(g0[i])
+        h = _widen(h0[i])
+        ph += p * h
+        dh += d * h
+        eh += (_widen(g1[i]) - g) * h
+        rh += (g - c * d) * h
+        hh += h * h
+    out[10], out[11], out[12], out[13], out[14] = ph, dh, eh, rh, hh
+
+
+_SUMS, _SUMS_WITH_HVP = 10, 15
+
+
+@inner(fastmath=_REORDER)
+def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
+    dg = dd = 0.0
+    for i in range(n):
+        d = _widen(p1[i]) - _widen(p0[i])
+        dg += d * _widen(g0[i])
+        dd += d * d
+    return dg, dd
+
+
+@inner(forceinline=True)
+def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> float:
+    dg = dd = 0.0
+    # To look at an element costs a third of summing its products: a quarter of the elements will do.
+    run, runs = _RUN, min(_RUNS, n // (4 * _RUN))
+    if runs > 1:
+        for k in range(runs):
+            a = first + k * (n - run) // (runs - 1)
+            more = _sample(pointer(p0, a, like[0]), pointer(p1, a, like[0]), pointer(g0, a, like[1]), run)
+            dg += more[0]
+            dd += more[1]
+    if dd == 0.0:
+        # Less than eight runs, or a sparse update of which the sample saw nothing: look at all of it.
+        dg, dd = _sample(pointer(p0, first, like[0]), pointer(p1, first, like[0]), pointer(g0, first, like[1]), n)
+    ratio = dg / dd if dd > 0.0 else 0.0
+    return ratio if np.isfinite(ratio) else 0.0
+
+
+@inner(forceinline=True)
+def _missing(c: float, sums: Any) -> Any:
+    """Find what a ratio lacks: zero, unless the sums show that the sample misled."""
+    dd, rd, rr = sums[4], sums[6], sums[9]
+    if not np.isfinite(dd):
+        # The sample did not see it: such a displacement has no ratio.
+        return -c
+    gg = rr + 2.0 * c * rd + c * c * dd
+    if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
+        # Most of the residual lies along the displacement. Its own sums know better.
+        return rd / dd
+    return 0.0
+
+
+@inner()
+def _sum_blocks(
+    p: Any,
+    g: Any,
+    h: Any,
+    like: Any,
+    rows: Any,
+    first: int,
+    stop: int,
+    ratio: Any,
+    total: Any,
+    error: Any,
+    part: Any,
+) -> None:
+    """Sum the products of all vectors but the gradient over the blocks of a segment.
+
+    A stretch is taken through all rows before the next one, so the state after a row is still in the cache when
+    it is the state before the next.
+    """
+    sums = total.shape[1]
+    for t in rows:
+        total[t] = 0.0
+        error[t] = 0.0
+    for low in range(first, stop, _STRETCH):
+        high = min(low + _STRETCH, stop)
+        for t in rows:
+            for a in range(low, high, BLOCK):
+                b = min(a + BLOCK, high)
+                p0, p1 = pointer(p[t], a, like[0]), pointer(p[t + 1], a, like[0])
+                g0, g1 = pointer(g[t], a, like[1]), pointer(g[t + 1], a, like[1])
+                _block(p0, p1, g0, g1, b - a, ratio[t], part)
+                if h is not None:
+                    _hvp_block(p0, p1, g0, g1, pointer(h[t], a, like[2]), b - a, ratio[t], part)
+                for k in range(sums):
+                    # The rounding error of a sum, exactly and without a branch that could be mispredicted (Knuth).
+                    new = total[t, k] + part[k]
+                    added = new - total[t, k]
+                    error[t, k] += (total[t, k] - (new - added)) + (part[k] - added)
+                    total[t, k] = new
+    for t in rows:
+        for k in range(sums):
+            # An overflow leaves inf - inf in the error: the infinite total is the honest answer.
+            if np.isfinite(error[t, k]):
+                total[t, k] += error[t, k]
+
+
+@inner()
+def _along(c: float, product: float) -> float:
+    # Without a ratio the residual is the gradient, whatever the displacement is.
+    return c * product if c != 0.0 else 0.0
+
+
+@inner(forceinline=True)
+def _fill(c: float, sums: Any, gram: Any) -> None:
+    """Fill in a Gram matrix: the sums, and the products of the gradient g = r + c d."""
+    pp, pd, pe, pr = sums[0], sums[1], sums[2], sums[3]
+    dd, de, dr, ee, er, rr = sums[4], sums[5], sums[6], sums[7], sums[8], sums[9]
+    pg, dg, ge, gr = pr + _along(c, pd), dr + _along(c, dd), er + _along(c, de), rr + _along(c, dr)
+    gram[0, 0] = pp
+    gram[0, 1] = gram[1, 0] = pd
+    gram[0, 2] = gram[2, 0] = pg
+    gram[0, 3] = gram[3, 0] = pe
+    gram[0, 4] = gram[4, 0] = pr
+    gram[1, 1] = dd
+    gram[1, 2] = gram[2, 1] = dg
+    gram[1, 3] = gram[3, 1] = de
+    gram[1, 4] = gram[4, 1] = dr
+    gram[2, 2] = gr + _along(c, dg)
+    gram[2, 3] = gram[3, 2] = ge
+    gram[2, 4] = gram[4, 2] = gr
+    gram[3, 3] = ee
+    gram[3, 4] = gram[4, 3] = er
+    gram[4, 4] = rr
+    if gram.shape[0] == 6:
+        ph, dh, eh, rh, hh = sums[10], sums[11], sums[12], sums[13], sums[14]
+        gram[0, 5] = gram[5, 0] = ph
+        gram[1, 5] = gram[5, 1] = dh
+        gram[2, 5] = gram[5, 2] = rh + _along(c, dh)
+        gram[3, 5] = gram[5, 3] = eh
+        gram[4, 5] = gram[5, 4] = rh
+        gram[5, 5] = hh
+
+
+@entry()
+def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, ratio: Any) -> None:
+    """Compute `products` from compiled code: of rows at addresses, and of `like` the types of their elements."""
+    rows, segments = gram.shape[0], gram.shape[1]
+    sums = _SUMS_WITH_HVP if gram.shape[2] == 6 else _SUMS
+    total, error, part = np.empty((rows, sums)), np.empty((rows, sums)), np.empty(sums)
+    # Of `like` the types are wanted, and pointers carry them at no cost.
+    null = np.uintp(0)
+    words = pointer(null, 0, like[0]), pointer(null, 0, like[1]), pointer(null, 0, like[2])
+    end = 0
+    for begin in range(segments):
+        if begin < end:
+            continue
+        # Segments of a block or less go through all rows together, as many as a stretch holds.
+        end = begin
+        while end < segments and starts[end + 1] <= min(starts[end] + BLOCK, starts[begin] + _STRETCH):
+            end += 1
+        for t in range(rows):
+            for s in range(begin, end):
+                first, n = starts[s], starts[s + 1] - starts[s]
+                p0, p1 = pointer(p[t], first, words[0]), pointer(p[t + 1], first, words[0])
+                g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
+                c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n)
+                for attempt in range(2):
+                    # The sums of a block are all there is: no total and no error to carry along.
+                    _block(p0, p1, g0, g1, n, c, part)
+                    if h is not None:
+                        _hvp_block(p0, p1, g0, g1, pointer(h[t], first, words[2]), n, c, part)
+                    missing = _missing(c, part)
+                    if missing == 0.0 or attempt == 1:
+                        break
+                    c += missing
+                ratio[t, s] = c
+                _fill(c, part, gram[t, s])
+        if end > begin:
+            continue
+        # A segment of several blocks.
+        end = begin + 1
+        first, stop, ratios = starts[begin], starts[end], ratio[:, begin]
+        for t in range(rows):
+            ratios[t] = _sampled_ratio(p[t], p[t + 1], g[t], words, first, stop - first)
+        _sum_blocks(p, g, h, words, range(rows), first, stop, ratios, total, error, part)
+        for t in range(rows):
+            missing = _missing(ratios[t], total[t])
+            if missing != 0.0:
+                ratios[t] += missing
+                _sum_blocks(p, g, h, words, range(t, t + 1), first, stop, ratios, total, error, part)
+            _fill(ratios[t], total[t], gram[t, begin])
+
+
+def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    dtype = blocks[0].dtype
+    words = np.int16 if dtype == np.float16 else np.uint16 if dtype.name == "bfloat16" else None
+    return blocks if words is None else [block.view(words) for block in blocks]
+
+
+def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uintp]:
+    """Address of each row of the blocks, which the compiled code reads without a further look."""
+    for block in blocks:
+        if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
+            raise ValueError(f"rows must be of one dtype, contiguous, and have {elements} elements")
+    first = [block.__array_interface__["data"][0] for block in blocks]
+    rows = [start + np.arange(len(block)) * block.strides[0] for start, block in zip(first, blocks, strict=True)]
+    return np.concatenate(rows).astype(np.uintp)
+
+
+def products(
+    parameter: Sequence[NDArray[Any]],
+    gradient: Sequence[NDArray[Any]],
+    starts: NDArray[np.int64],
+    gram: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+    hvp: Sequence[NDArray[Any]] | None = None,
+) -> None:
+    """Inner products of the vectors of each pair of neighbouring states, per segment.
+
+    Parameters
+    ----------
+    parameter, gradient : sequence of arrays, shape (some rows, elements)
+        States of rows + 1 consecutive logged steps, in one block of rows or in several that lie anywhere: the
+        last row is the halo. float16, float32, float64, bfloat16, or bfloat16 as its bits in uint16; contiguous
+        along the elements.
+    starts : int64 array, shape (segments + 1,)
+        Segment s is the elements ``starts[s]`` to ``starts[s + 1]``; what lies beyond the last is padding.
+    gram : float64 array, shape (rows, segments, vectors, vectors)
+        Written: the inner products, in the order of `vectors`.
+    ratio : float64 array, shape (rows, segments)
+        Written: the ratio c of the residual, gradient per displacement.
+    hvp : sequence of arrays, shape (some rows, elements), optional
+        Hessian-vector products H (theta_{t+1} - theta_t) of at least ``rows`` rows, where logged.
+
+    Raises
+    ------
+    ValueError
+        Where there are too few rows or elements, or they are not contiguous.
+
+    Notes
+    -----
+    Releases the interpreter lock. The bits of a row depend on its two states and `starts` alone, not on how
+    many rows are computed together. A segment whose displacement is zero or not finite has ratio 0. Where the
+    displacement is not finite, no product with the gradient is a number.
+
+    Ten products are summed (fifteen with the Hessian-vector product); those of the gradient follow from
+    g = r + c d. As neither part is longer than g but for a small factor, they are as accurate as sums of their own.
+    """
+    rows = len(gram)
+    blocks = [words_of(array) for array in (parameter, gradient, hvp or parameter)]
+    parameters, gradients, hvps = (_addresses(array, int(starts[-1])) for array in blocks)
+    if min(len(parameters), len(gradients)) <= rows or len(hvps) < rows:
+        raise ValueError(f"{rows} rows of products need {rows + 1} states")
+    # The compiled code sees addresses, and an array of no elements for the type of each.
+    like = tuple(np.empty(0, array[0].dtype) for array in blocks)
+    row_products(parameters, gradients, None if hvp is None else hvps, like, starts, gram, ratio)
+
+
+# Replicates ---------------------------------------------------------------------------------------------------
+
+_REPLICATE_VALUES = 16 * BLOCK
+"""Values of all vectors of the replicates that are formed at a time, about: few enough to stay in the cache."""
+
+
+@inner()
+def _form_replicates(mean: Any, deviations: Any) -> None:
+    """Turn rows of replicates into their mean and the deviations from it."""
+    mean[:] = 0.0
+    for r in range(len(deviations)):
+        for i in range(mean.size):
+            mean[i] += deviations[r, i]
+    for i in range(mean.size):
+        mean[i] /= len(deviations)
+    for r in range(len(deviations)):
+        for i in range(mean.size):
+            deviations[r, i] -= mean[i]
+
+
+@inner(fastmath=_REORDER)
+def _dots(values: Any, j: int, n: int, out: Any) -> None:
+    """Inner products of a row with itself and those below, four at a time: it is loaded once for four."""
+    count, x = len(values), values[j, :n]
+    whole = j + (count - j) // 4 * 4
+    for k in range(j, whole, 4):
+        a, b, c, d = values[k, :n], values[k + 1, :n], values[k + 2, :n], values[k + 3, :n]
+        xa = xb = xc = xd = 0.0
+        for i in range(n):
+            xa += x[i] * a[i]
+            xb += x[i] * b[i]
+            xc += x[i] * c[i]
+            xd += x[i] * d[i]
+        out[k], out[k + 1], out[k + 2], out[k + 3] = xa, xb, xc, xd
+    for k in range(whole, count):
+        y = values[k, :n]
+        total = 0.0
+        for i in range(n):
+            total += x[i] * y[i]
+        out[k] = total
+
+
+@entry()
+def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, gram: Any) -> None:
+    rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
+    replicates, bent = q.shape[0], h.shape[0] > 0
+    size = max(_REPLICATE_VALUES // count // 64 * 64, 64)
+    values, error, part = np.empty((count, size)), np.empty((count, count)), np.empty(count)
+    for s in range(segments):
+        for t in range(rows):
+            total = gram[t, s]
+            total[:] = 0.0
+            error[:] = 0.0
+            for a in range(starts[s], starts[s + 1], size):
+                b = min(a + size, starts[s + 1])
+                n = b - a
+                p0, g0 = pointer(p[t], a, like[0]), pointer(g[t], a, like[1])
+                for i in range(n):
+                    values[0, i] = _widen(g0[i])
+                for r in range(replicates):
+                    q0 = pointer(q[r, t], a, like[2])
+                    for i in range(n):
+                        values[2 + r, i] = _widen(q0[i]) - _widen(p0[i])
+                _form_replicates(values[1, :n], values[2 : 2 + replicates, :n])
+                if bent:
+                    first = 2 + replicates
+                    for r in range(replicates):
+                        h0 = pointer(h[r, t], a, like[3])
+                        for i in range(n):
+                            values[first + 1 + r, i] = _widen(h0[i])
+                    _form_replicates(values[first, :n], values[first + 1 :, :n])
+                for j in range(count):
+                    _dots(values, j, n, part)
+                    for k in range(j, count):
+                        # As in the sums of the ledger: the rounding error of each is carried along (Knuth).
+                        new = total[j, k] + part[k]
+                        added = new - total[j, k]
+                        error[j, k] += (total[j, k] - (new - added)) + (part[k] - added)
+                        total[j, k] = new
+            for j in range(count):
+                for k in range(j, count):
+                    if np.isfinite(error[j, k]):
+                        total[j, k] += error[j, k]
+                    total[k, j] = total[j, k]
+
+
+def replicate_products(
+    parameter: Sequence[NDArray[Any]],
+    gradient: Sequence[NDArray[Any]],
+    replicates: Sequence[Sequence[NDArray[Any]]],
+    starts: NDArray[np.int64],
+    gram: NDArray[np.float64],
+    hvps: Sequence[Sequence[NDArray[Any]]] = (),
+) -> None:
+    """Inner products of the vectors of the replicates of each state, per segment.
+
+    Parameters
+    ----------
+    parameter, gradient : sequence of arrays, shape (some rows, elements)
+        States and their gradients, as for `products`; no halo is needed.
+    replicates : sequence, length R, of the same
+        States that each replicate of the update leads to.
+    starts : int64 array, shape (segments + 1,)
+    gram : float64 array, shape (rows, segments, vectors, vectors)
+        Written: the inner products, in the order of `natgrad.schema.names.replicate_vectors`.
+    hvps : sequence, length R, of the same, optional
+        Hessian times the displacement of each replicate, where logged.
+
+    Raises
+    ------
+    ValueError
+        Where there are too few rows or elements, or they are not contiguous.
+
+    Notes
+    -----
+    Releases the interpreter lock. The bits of a row depend on its states and `starts` alone. Means and deviations
+    are formed in float64, some hundred elements at a time.
+    """
+    rows, elements = len(gram), int(starts[-1])
+    words = [words_of(array) for array in (parameter, gradient, *replicates, *hvps)]
+    found = [_addresses(array, elements)[:rows] for array in words]
+    if min(map(len, found)) < rows:
+        raise ValueError(f"{rows} rows of products need as many of each replicate")
+    first_hvp = 2 + len(replicates)
+    dtypes = {index: words[index][0].dtype for index in (0, 1, 2, first_hvp if hvps else 2)}
+    for index, array in enumerate(words[2:], start=2):
+        if array[0].dtype != dtypes[2 if index < first_hvp else first_hvp]:
+            raise ValueError("replicates must be of one dtype")
+    like = tuple(np.empty(0, dtypes[index]) for index in (0, 1, 2, first_hvp if hvps else 2))
+    of_hvps = np.stack(found[first_hvp:]) if hvps else np.empty((0, rows), np.uintp)
+    _replicate_products(found[0], found[1], np.stack(found[2:first_hvp]), of_hvps, like, starts, gram)
+
+
+# Sums of ledgers ----------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The report page and the figures of the paper."""

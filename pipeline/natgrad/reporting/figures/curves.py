@@ -1,0 +1,295 @@
+"""Results of runs over their steps: loss, angle and condition number, of the model and its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from natgrad.reporting.figures.canvas import (
+    ALARM,
+    COLUMNS,
+    COMPARED_COLOURS,
+    COMPARED_DASHES,
+    EIGENVALUES,
+    INK,
+    MUTED,
+    SMALL_COLUMNS,
+    WIDTH,
+    Array,
+    Picture,
+    angle_limits,
+    curve,
+    draw_angle,
+    drawable,
+    extent,
+    legend_above,
+    log_limits,
+    mark,
+    number,
+    panel,
+    picture,
+    positive,
+    say,
+    step_axis,
+)
+from natgrad.schema.errors import InputError
+from natgrad.schema.names import DESCENT, DESCENTS, STEP, TENSOR, WINDOW
+from natgrad.schema.variables import Status
+
+__all__ = [
+    "COMPARED_RUNS",
+    "SHOWN_TENSORS",
+    "RunResults",
+    "angle_curve",
+    "comparison",
+    "condition_curve",
+    "small_panels",
+]
+
+SHOWN_TENSORS = 12
+"""Tensors that get curves of their own; of more, those with the largest gradient."""
+
+COMPARED_RUNS = 18
+"""Runs that are told apart in one panel, by colour and dashes."""
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Results of a run: of the model all, of the tensors what is asked for, of a stochastic rule the replicates."""
+
+    name: str
+    attributes: Mapping[str, Any]
+    model: xr.Dataset
+    tensors: xr.Dataset
+    replicates: xr.Dataset | None = None
+
+    @classmethod
+    def of(cls, name: str, tree: xr.DataTree) -> RunResults:
+        """Take the results of a run apart; refuse what are none (InputError)."""
+        try:
+            model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
+            needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status")
+            for dataset, names in ((model, (*needed, *EIGENVALUES, "update_norm", "loss")), (tensors, needed)):
+                for variable in names:
+                    dataset[variable]
+        except KeyError as error:
+            raise InputError(
+                f"results without {error}", where=f"run {name}", remedy="compute them again: natgrad analyze OUT"
+            ) from error
+        replicates = tree["replicates/model"].to_dataset() if "replicates" in tree.children else None
+        return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates)
+
+    def __getitem__(self, variable: str) -> NDArray[Any]:
+        """Values of the model, step by step, compared with the gradient."""
+        return np.asarray(_at(self.model[variable]).values)
+
+    @property
+    def steps(self) -> Array:
+        """Steps of the updates."""
+        return np.asarray(self.model[STEP].values, dtype=np.float64)
+
+    @property
+    def windows(self) -> list[int]:
+        """Windows m that the results hold."""
+        return [int(m) for m in self.model[WINDOW].values]
+
+    @property
+    def loss_average(self) -> Array | None:
+        """Average over the largest window, where there is one of several updates."""
+        if max(self.windows) == 1:
+            return None
+        return np.asarray(self.model["loss_average"].sel({WINDOW: max(self.windows)}).values)
+
+    def tensor(self, variable: str, name: str) -> Array:
+        """Values of a tensor, step by step, compared with the gradient."""
+        return np.asarray(_at(self.tensors[variable]).sel({TENSOR: name}).values)
+
+    def largest_tensors(self) -> list[str]:
+        """Names of the tensors with the largest gradient, root mean square over the run, largest first."""
+        names = [str(name) for name in self.tensors[TENSOR].values]
+        if len(names) <= SHOWN_TENSORS:
+            return names
+        norms = np.asarray(_at(self.tensors["gradient_norm"]).transpose(STEP, TENSOR).values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            size = np.where(np.isfinite(norms), norms, 0.0) ** 2
+            order = np.argsort(-size.sum(axis=0), kind="stable")
+        return [names[index] for index in order[:SHOWN_TENSORS]]
+
+
+def _at(variable: xr.DataArray) -> xr.DataArray:
+    chosen = {DESCENT: DESCENTS[0], WINDOW: 1}
+    return variable.sel({name: value for name, value in chosen.items() if name in variable.dims})
+
+
+# Angle and condition number ----------------------------------------------------------------------------------
+
+
+def angle_curve(run: RunResults) -> Picture:
+    """Angle of the model over the steps, with what rounding of the stored values can turn."""
+    figure, axes = panel("")
+    angle, uncertainty = run["angle"], run["angle_uncertainty"]
+    spread = extent(angle)
+    if spread is None:
+        say(axes, "no angle is defined")
+    lines = draw_angle(axes, run.steps, angle, uncertainty, COLUMNS)
+    angle_limits(axes, spread)
+    step_axis(axes, run.steps)
+    axes.set_ylabel("angle ψ (rad)")
+    legend_above(axes, lines if spread is not None else [])
+    said = f" from {number(spread[0])} to {number(spread[2])} rad" if spread else ", defined nowhere"
+    return picture(figure, f"Angle between update and negative gradient over the steps of {run.name}{said}.")
+
+
+def condition_curve(run: RunResults) -> Picture:
+    """Smallest condition number of the model over the steps."""
+    figure, axes = panel("")
+    values = positive(run["condition_number"])
+    spread = extent(values)
+    lines = []
+    if spread is None:
+        say(axes, "no effective update:\nno condition number")
+    else:
+        curve(axes, run.steps, values, color=INK)
+        log_limits(axes, spread[0], spread[2])
+        without = run["status"] != Status.EFFECTIVE
+        lines = [mark(axes, run.steps, without)] if without.any() else []
+    step_axis(axes, run.steps)
+    axes.set_ylabel("condition number κ (1)")
+    legend_above(axes, lines)
+    said = f" from {number(spread[0])} to {number(spread[2])}" if spread else ", defined nowhere"
+    return picture(figure, f"Condition number of the optimal metric over the steps of {run.name}{said}.")
+
+
+def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Picture:
+    """Angle or condition number of each tensor, on common axes."""
+    columns = min(2, len(names))
+    rows = math.ceil(len(names) / columns)
+    # Margins in inches, not a layout engine: it would measure every text of every panel, in twice the time.
+    height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
+    figure = Figure(figsize=(WIDTH, height))
+    left, right, lower, upper = 0.72 / WIDTH, 1 - 0.14 / WIDTH, 0.5 / height, 1 - 0.25 / height
+    figure.subplots_adjust(left=left, right=right, bottom=lower, top=upper, hspace=0.38, wspace=0.13)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    of_angle = variable == "angle"
+    values = {name: run.tensor(variable, name) for name in names}
+    if not of_angle:
+        values = {name: positive(value) for name, value in values.items()}
+    spread = extent(np.concatenate(list(values.values())))
+    labels = _tensor_labels(names, 26 if columns == 2 else 52)
+    for axes, name, label in zip(grid.flat, names, labels, strict=False):
+        title = axes.set_title(" ", loc="left", fontsize=8.5, pad=3)
+        title.set_parse_math(False)
+        title.set_text(label)
+        without = run.tensor("status", name) != Status.EFFECTIVE
+        if extent(values[name]) is None:
+            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+        if of_angle:
+            draw_angle(axes, run.steps, values[name], run.tensor("angle_uncertainty", name), SMALL_COLUMNS)
+        else:
+            curve(axes, run.steps, values[name], columns=SMALL_COLUMNS, color=INK)
+        if without.any() and not of_angle:
+            mark(axes, run.steps, without, columns=SMALL_COLUMNS)
+    first = grid[0, 0]
+    if of_angle:
+        angle_limits(first, spread)
+    elif spread is not None:
+        log_limits(first, spread[0], spread[2], most=4)
+    step_axis(first, run.steps, most=3)
+    first.set_xlabel("")
+    # The last row may be shorter: then the panel above the gap carries the numbers of the steps.
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+        grid[rows - 2, columns - 1].xaxis.set_tick_params(labelbottom=True)
+    middle = (left + right) / 2, (lower + upper) / 2
+    figure.supxlabel("step", x=middle[0], y=0.08 / height, fontsize=9)
+    label = "angle ψ (rad)" if of_angle else "condition number κ (1)"
+    figure.supylabel(label, x=0.08 / WIDTH, y=middle[1], fontsize=9)
+    what = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
+    return picture(figure, f"{what} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
+
+
+def comparison(runs: Sequence[RunResults]) -> Picture:
+    """Angle and condition number of several runs: rows are the model and the tensors of all, columns the two.
+
+    Parameters
+    ----------
+    runs : sequence of RunResults
+        `COMPARED_RUNS` at most; each has its colour, where there are more than nine with dashes.
+    """
+    shared = set.intersection(*({str(name) for name in run.tensors[TENSOR].values} for run in runs))
+    tensors = [name for name in runs[0].largest_tensors() if name in shared]
+    # The one tensor of a model is the model.
+    tensors = tensors if any(run.tensors.sizes[TENSOR] > 1 for run in runs) else []
+    legend_rows = math.ceil(len(runs) / 3)
+    height = 0.45 + 1.3 * (1 + len(tensors)) + 0.2 * legend_rows
+    figure = Figure(figsize=(2 * WIDTH, height), layout="constrained")
+    grid = figure.subplots(1 + len(tensors), 2, sharex=True, sharey="col", squeeze=False)
+    conditions, angles, handles = [], [], []
+    for index, run in enumerate(runs):
+        look: dict[str, Any] = {
+            "color": COMPARED_COLOURS[index % len(COMPARED_COLOURS)],
+            "linestyle": COMPARED_DASHES[index // len(COMPARED_COLOURS) % len(COMPARED_DASHES)],
+        }
+        handles.append(Line2D([], [], **look))
+        for row, name in zip(grid, (None, *tensors), strict=True):
+            angle, condition = (
+                run[variable] if name is None else run.tensor(variable, name)
+                for variable in ("angle", "condition_number")
+            )
+            angles.append(angle)
+            conditions.append(positive(condition))
+            for axes, values in zip(row, (angle, conditions[-1]), strict=True):
+                curve(axes, run.steps, values, columns=SMALL_COLUMNS, **look)
+    for row, label in zip(grid, ("whole model", *_tensor_labels(tensors, 52)), strict=True):
+        title = row[0].set_title(" ", loc="left", fontsize=8.5, pad=3)
+        title.set_parse_math(False)
+        title.set_text(label)
+        row[0].axhline(np.pi / 2, color=ALARM, linewidth=0.8, linestyle=(0, (4, 2)))
+        row[0].set_ylabel("angle ψ (rad)")
+        row[1].set_ylabel("κ (1)")
+    angle_spread, spread = extent(np.concatenate(angles)), extent(np.concatenate(conditions))
+    angle_limits(grid[0, 0], angle_spread)
+    if spread is not None:
+        log_limits(grid[0, 1], spread[0], spread[2], most=5)
+    step_axis(grid[0, 0], np.unique(np.concatenate([run.steps for run in runs])))
+    for axes in grid[:-1].flat:
+        axes.set_xlabel("")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    legend = figure.legend(handles, [str(i) for i in range(len(runs))], loc="outside lower center", ncols=3)
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set_parse_math(False)
+        text.set_text(drawable(run.name, 30))
+    names = ", ".join(run.name for run in runs)
+    of = f" and of the tensors {', '.join(tensors)}" if tensors else ""
+    return picture(figure, f"Angle and condition number of the model{of} over the steps, in the runs {names}.")
+
+
+def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
+    """Write number and name, and leave out of long names the parts that all have in common.
+
+    Examples
+    --------
+    >>> _tensor_labels(["encoder.layers.1.attention.weight", "encoder.layers.23.attention.weight"], 20)
+    ['1  …1…', '2  …23…']
+    """
+    parts = [name.split(".") for name in names]
+    start = end = 0
+    if len(names) > 1 and max(map(len, names)) > most - 4:
+        # One part of each name is always left, though it be the same.
+        spare = min(map(len, parts)) - 1
+        while start < spare and len({part[start] for part in parts}) == 1:
+            start += 1
+        while end < spare - start and len({part[-1 - end] for part in parts}) == 1:
+            end += 1
+    kept = [".".join(part[start : len(part) - end]) for part in parts]
+    shown = [f"{'…' if start else ''}{drawable(name, most - 6)}{'…' if end else ''}" for name in kept]
+    return [f"{number}  {name}" for number, name in enumerate(shown, start=1)]

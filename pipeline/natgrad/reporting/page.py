@@ -1,0 +1,321 @@
+"""The page to look at: Figure 3 of the paper from the results of one run or several, and what a reader must know.
+
+The page is one file of its own: figures are vector graphics inside it, there is no script, and nothing is
+fetched. It is made from results alone, so equal results give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from natgrad.reporting import figures
+from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
+from natgrad.schema.variables import ShiftedMetric, Status
+from natgrad.storage import is_url, place
+from natgrad.storage.disk import replace_file
+
+__all__ = ["STATUS_MEANING", "write_report"]
+
+STATUS_MEANING: dict[Status, str] = {
+    Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist and are drawn.",
+    Status.ORTHOGONAL: "y·g = 0: to first order the update leaves the loss alone; no metric exists.",
+    Status.OBTUSE: "y·g < 0: to first order the update raises the loss logged with its gradient; no metric exists.",
+    Status.ZERO_UPDATE: "The parameters did not change: there is no direction, hence no angle and no metric.",
+    Status.ZERO_GRADIENT: "The gradient is zero: there is no direction to descend, hence no angle and no metric.",
+    Status.NON_FINITE: "A parameter or a gradient is NaN or infinite, as in a run that diverged.",
+    Status.NO_LEARNING_RATE: "No positive learning rate was logged or given (natgrad analyze --learning-rate).",
+    Status.UNVERIFIABLE: "The update is no larger than the rounding of the stored parameters, so its direction "
+    "cannot be told; log the parameters in a wider type.",
+    Status.NOT_LOGGED: "Another run of the sweep has logged this step, this one has not.",
+}
+"""What each status says to a reader of the curves."""
+
+_AGAINST = {
+    "gradient": "against the gradient",
+    "corrected": "against the discrete gradient of eq. (12): the loss fell",
+    "trapezoid": "against the mean gradient of both ends, so corrected: the loss fell",
+    "taylor": "against the discrete gradient of eq. (16), where Hessian-vector products were logged",
+}
+
+
+def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
+    """Write the page of one run or of several together.
+
+    Panel A of Figure 3 holds the points of all runs, then each run has its spectrum and its loss (the paper's B
+    and C, D and E), its angles and condition numbers, and tables. Results without a finite value, or without a
+    step, give a page that says so.
+
+    Parameters
+    ----------
+    trees : mapping of str to DataTree
+        Results by name of the run, see `natgrad.results.dataset.label`.
+    page : Path
+        The HTML file, written aside and renamed, so a reader never meets half of it.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    InputError
+        Where a tree does not hold results.
+    """
+    page = place(page)
+    runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
+    with figures.drawing():
+        content = _content(runs) | _side_by_side(runs)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("natgrad.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": figures.number, "percent": _percent}
+    text = environment.get_template("report.html").render(content)
+    if not is_url(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    # A name of a file may hold bytes that are no text.
+    replace_file(page, text.encode("utf-8", errors="replace"))
+    return page
+
+
+# What the page says ------------------------------------------------------------------------------------------
+
+
+def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
+    letters = _letters()
+    next(letters)
+    parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
+    return {
+        "curves": figures.eigenvalue_curves(runs) if runs else None,
+        "runs": parts,
+        "against": _AGAINST,
+        "of_replicates": _OF_REPLICATES,
+    }
+
+
+def _side_by_side(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
+    compared = 1 < len(runs) <= figures.COMPARED_RUNS
+    return {
+        "comparison": figures.comparison(runs) if compared else None,
+        "compared_at_most": figures.COMPARED_RUNS,
+    }
+
+
+def _letters() -> Iterator[str]:
+    """Count A, B, .., Z, AA, AB, .."""
+    for index in count():
+        yield (chr(ord("A") + index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
+def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
+    """Everything about one run."""
+    status = run["status"]
+    letter_of_spectrum, letter_of_loss = next(letters), next(letters)
+    # The one tensor of a model is the model, which has been drawn.
+    shown = run.largest_tensors() if len(run.steps) and run.tensors.sizes[TENSOR] > 1 else []
+    return {
+        "anchor": anchor,
+        "name": run.name,
+        "updates": len(run.steps),
+        "facts": _facts(run),
+        "warnings": _warnings(run, status),
+        "statuses": [
+            {"name": member.name.lower(), "meaning": meaning, "count": int((status == member).sum())}
+            for member, meaning in STATUS_MEANING.items()
+        ],
+        "spreads": {name: figures.extent(run[name]) for name in _SPREADS if name in run.model},
+        "shares": _shares(run),
+        "replicates": None if run.replicates is None else _replicates(run.replicates),
+        "windows": sorted({1, max(run.windows)}),
+        "letters": (letter_of_spectrum, letter_of_loss),
+        "spectrum": figures.spectrum(run, letter_of_spectrum),
+        "loss": figures.loss_curve(run, letter_of_loss),
+        "angle": figures.angle_curve(run),
+        "condition": figures.condition_curve(run),
+        "tensors": [_tensor_row(run, name) for name in shown],
+        "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if shown else 0,
+        "tensor_angle": figures.small_panels(run, shown, "angle") if shown else None,
+        "tensor_condition": figures.small_panels(run, shown, "condition_number") if shown else None,
+        "thinned": figures.is_thinned(len(run.steps)),
+        "provenance": {
+            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+            for name, value in ((name, _plain(value)) for name, value in run.attributes.items())
+        },
+    }
+
+
+_SPREADS = ("angle", "angle_uncertainty", "condition_number", "preconditioner_condition_number")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _facts(run: figures.RunResults) -> dict[str, str]:
+    steps = run.steps
+    facts = {"Source": str(run.attributes.get("source") or "not recorded")}
+    if len(steps):
+        facts["Steps"] = f"{steps[0]:.0f} to {steps[-1]:.0f}, {len(steps)} updates"
+        if "step_span" in run.model:
+            spans = sorted({int(span) for span in run["step_span"]})
+            if spans != [1]:
+                facts["Steps between logged states"] = ", ".join(map(str, spans[:6])) + (
+                    ", …" if len(spans) > 6 else ""
+                )
+    else:
+        facts["Steps"] = "none"
+    facts["Tensors"] = str(run.tensors.sizes[TENSOR])
+    if "elements" in run.attributes:
+        facts["Elements"] = str(run.attributes["elements"])
+    rates = figures.extent(run["learning_rate"]) if "learning_rate" in run.model else None
+    if rates is None:
+        facts["Learning rate"] = "not known"
+    else:
+        low, _, high = (figures.number(rate) for rate in rates)
+        facts["Learning rate"] = low if low == high else f"{low} to {high}"
+    facts |= _window_facts(run)
+    bounded = run.model.get("shifted_metric")
+    if bounded is not None:
+        # Of the discrete gradient: the metric Mbar of eq. (17) is made of it.
+        flags = bounded.sel({DESCENT: "corrected", WINDOW: 1}).values
+        known = int((flags != ShiftedMetric.UNKNOWN).sum())
+        if known:
+            small = int(np.isin(flags, (ShiftedMetric.DEFINITE_OPTIMAL, ShiftedMetric.DEFINITE)).sum())
+            facts["Learning rate below the bound of eq. (17)"] = f"at {small} of {known} updates"
+    return facts
+
+
+def _window_facts(run: figures.RunResults) -> dict[str, str]:
+    """Say over how many updates the run always descends."""
+    facts = {}
+    for name, text in _WINDOW_FACTS.items():
+        if name not in run.model:
+            continue
+        found = run.model[[name, f"{name}_count"]]
+        if DESCENT in found.dims:
+            found = found.sel({DESCENT: DESCENTS[0]})
+        smallest, support = float(found[name]), int(found[f"{name}_count"])
+        updates = "1 update" if smallest == 1 else f"{smallest:.0f} updates"
+        facts[text] = f"{updates} ({support} such windows)" if support else "none"
+    return facts
+
+
+_WINDOW_FACTS = {
+    "effective_window": "Smallest window that is always effective",
+    "decreasing_window": "Smallest window over which the loss always falls",
+}
+
+
+def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
+    """Say why curves have holes."""
+    updates = len(status)
+    if not updates:
+        return ["There is no update: a run needs two logged states."]
+    found = []
+    for member, meaning in STATUS_MEANING.items():
+        missing = status == member
+        if member is not Status.EFFECTIVE and missing.any():
+            share = _percent(missing.mean())
+            found.append(
+                f"{missing.sum()} of {updates} updates ({share}) are {member.name.lower().replace('_', ' ')}, at "
+                f"{_places(run.steps, missing)}. {meaning}"
+            )
+    if found and not (status == Status.EFFECTIVE).any():
+        found.insert(0, "No update is effective: there is no metric to draw.")
+    if not np.isfinite(run["loss"]).any():
+        found.append("No finite loss was logged: there is no loss curve, and the discrete gradient is not defined.")
+    return found
+
+
+def _places(steps: NDArray[np.float64], mask: NDArray[np.bool_], most: int = 4) -> str:
+    """Name the steps of a mask, neighbours taken together."""
+    rows = np.flatnonzero(mask)
+    ranges = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    texts = [
+        f"{steps[part[0]]:.0f}" + (f"–{steps[part[-1]]:.0f}" if len(part) > 1 else "") for part in ranges[:most]
+    ]
+    more = len(ranges) - most
+    tail = f" and {more} more {'place' if more == 1 else 'places'}" if more > 0 else ""
+    return f"{'step' if len(rows) == 1 else 'steps'} {', '.join(texts)}{tail}"
+
+
+def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
+    """Share of effective updates by negative gradient, at window 1 and at the largest."""
+    shares: dict[str, list[dict[str, float]]] = {}
+    for descent in (str(name) for name in run.model[DESCENT].values):
+        shares[descent] = []
+        for m in sorted({1, max(run.windows)}):
+            # The last m - 1 rows have no whole window and say nothing.
+            whole = max(len(run.steps) - m + 1, 0)
+            status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:whole]
+            held = int((status == Status.EFFECTIVE).sum())
+            # Where no row can be judged what this gradient needs was not logged, and 0 % would be made up.
+            known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
+            shares[descent].append(
+                {"count": held, "of": whole, "share": held / whole if whole and known else math.nan}
+            )
+    return shares
+
+
+def _replicates(found: xr.Dataset) -> dict[str, Any]:
+    """Sum up what the replicates of a stochastic rule say of its mean update, over all steps."""
+    known = found["status"] <= Status.OBTUSE
+    drawn = found["replicate_alignment"].where(known)
+    return {
+        "count": found.sizes[REPLICATE],
+        "updates": int(known.sum()),
+        "effective": int(found["effective"].sum()),
+        "drawn": int(drawn.notnull().sum()),
+        "drawn_effective": int((drawn > 0).sum()),
+        "curvature": bool(found["stochastic_alpha"].notnull().any()),
+        "definite": int(found["stochastic_definite"].sum()),
+        "spreads": {name: figures.extent(found[name].values) for name in _OF_REPLICATES},
+    }
+
+
+_OF_REPLICATES = {
+    "angle": "Angle ψ of the mean update (rad)",
+    "angle_error": "Its standard error (rad)",
+    "replicate_angle": "Angle ψ of each draw (rad)",
+    "condition_number": "Condition number κ of the mean update",
+    "condition_number_error": "Its standard error",
+    "loss_decrease": "Mean decrease of the loss",
+    "loss_decrease_error": "Its standard error",
+    "learning_rate_bound": "Learning rate up to which eq. (19) is a metric",
+}
+"""Variable of the replicates to what a reader calls it."""
+
+
+def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "share": float((run.tensor("status", name) == Status.EFFECTIVE).mean()),
+        "angle": figures.extent(run.tensor("angle", name)),
+        "condition_number": figures.extent(run.tensor("condition_number", name)),
+        "gradient_norm": figures.extent(run.tensor("gradient_norm", name)),
+    }
+
+
+def _percent(share: float) -> str:
+    """Percent that are 0 or 100 only where the share is."""
+    if not math.isfinite(share):
+        return "–"
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"

@@ -1,0 +1,304 @@
+"""Figures 1 to 3 of the paper from runs of one's own, and the paper's numbers beside theirs.
+
+``python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]`` draws from the folders of three
+processed runs: one of two parameters and a quadratic loss (Figures 1 and 2), and one for each half of Figure 3.
+From further runs like the first, of the same state at other learning rates, it draws how the discrete gradient
+and its metric go to those of the gradient (section 2.2). Everything is read from the trajectory and the results;
+nothing is simulated.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad.reporting import figures
+from natgrad.reporting.figures import Picture, RunResults
+from natgrad.results import dataset as results
+from natgrad.schema.errors import InputError
+from natgrad.schema.variables import Status
+from natgrad.store import Trajectory
+from natgrad.theory import geometry
+from natgrad.theory.metric_operators import Metric
+
+__all__ = ["Plane", "comparisons", "write_figures"]
+
+Array = NDArray[np.float64]
+
+_POINTS = 721
+"""Points on a ball: one every half degree."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A run of two parameters, with the quadratic loss that its gradients determine.
+
+    Attributes
+    ----------
+    states, gradients : array, shape (steps, 2)
+    losses, learning_rates : array, shape (steps,)
+    """
+
+    states: Array
+    gradients: Array
+    losses: Array
+    learning_rates: Array
+
+    @classmethod
+    def read(cls, path: Path) -> Plane:
+        """Read a trajectory store.
+
+        Raises
+        ------
+        InputError
+            Where the run has not two parameters, in float64.
+        """
+        trajectory = Trajectory(path)
+        if trajectory.layout.elements != 2:
+            raise InputError(
+                f"a run of {trajectory.layout.elements} parameters is not drawn in a plane",
+                where=str(path),
+                remedy="log one: python -m natgrad.experiments linear-system FOLDER --dimension 2",
+            )
+        arrays = []
+        for name in ("parameter", "gradient"):
+            if trajectory.dtypes[name] != "float64":
+                raise InputError(
+                    f"{name} of dtype {trajectory.dtypes[name]}", where=str(path), remedy="log float64"
+                )
+            arrays.append(np.empty((trajectory.n_states, 2)))
+            trajectory.read(name, 0, trajectory.n_states, 0, arrays[-1])
+        scalars = (np.asarray(trajectory.scalar(name), np.float64) for name in ("loss", "learning_rate"))
+        return cls(*arrays, *scalars)
+
+    def hessian(self) -> Array:
+        """Hessian of the quadratic loss, shape (2, 2).
+
+        Raises
+        ------
+        InputError
+            Where no quadratic has these gradients.
+        """
+        known = np.column_stack([self.states, np.ones(len(self.states))])
+        solution, _, rank, _ = np.linalg.lstsq(known, self.gradients)
+        hessian = solution[:2].T
+        # The square root of the unit roundoff: rounding stays far below it, a loss of another shape does not.
+        off = max(np.abs(known @ solution - self.gradients).max(), np.abs(hessian - hessian.T).max())
+        if rank < 3 or not off <= 2.0**-26 * np.abs(self.gradients).max():
+            raise InputError(
+                "the gradients of the run are those of no quadratic loss",
+                why=f"the best one is off by {off:.3g}, from states of rank {rank}",
+                remedy="give a linear system of dimension 2",
+            )
+        return np.asarray((hessian + hessian.T) / 2.0)
+
+    def loss(self, points: Array) -> Array:
+        """Loss of any points of the plane, shape (..., 2) to (...), from the first state."""
+        away = points - self.states[0]
+        quadratic = np.einsum("...i,ij,...j->...", away, self.hessian(), away) / 2.0
+        return np.asarray(self.losses[0] + away @ self.gradients[0] + quadratic)
+
+    def update(self, step: int) -> tuple[Array, Array]:
+        """Negative gradient and update of a step."""
+        moved = self.states[step + 1] - self.states[step]
+        return -self.gradients[step], moved / self.learning_rates[step]
+
+    def distance(self) -> tuple[float, float]:
+        """How far the discrete gradient of the first update and its metric are from those of the gradient.
+
+        Returns
+        -------
+        turned, moved : float
+            |psi_bar - psi|, in radian, and |Mbar - M| / |M| of the metrics of smallest condition number. Of a
+            quadratic loss H does not depend on the point, so eq. (16) has the one ybar.
+        """
+        y, g = self.update(0)
+        discrete = y - self.learning_rates[0] * self.hessian() @ g / 2.0
+        metric, other = Metric(y, g), Metric(discrete, g)
+        moved = np.linalg.norm(other.to_dense() - metric.to_dense(), 2) / np.linalg.norm(metric.to_dense(), 2)
+        turned = abs(geometry.angle(other.pair) - geometry.angle(metric.pair))
+        return float(turned), float(moved)
+
+    def ball(self, step: int) -> Array:
+        """Ball of the optimal metric of a step, v' M v = 1, shape (points, 2)."""
+        turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
+        return Metric(*self.update(step)).inv_sqrt(np.stack([np.cos(turn), np.sin(turn)])).T
+
+
+def write_figures(
+    folder: Path, plane: Plane, linear: RunResults, network: RunResults, others: Sequence[Plane] = ()
+) -> list[Path]:
+    """Write Figures 1, 2, 3A to 3E as SVG, and ``numbers.md``: the paper's numbers beside those of the runs.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it is not there.
+    plane : Plane
+    linear, network : RunResults
+        Of panels B and C, and of D and E.
+    others : sequence of Plane
+        Runs like the first, from the same state at other learning rates, for ``limit.svg``; none where not given.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    InputError
+        Where an update of the plane is not effective, its loss is not quadratic, or the others do not start alike.
+    """
+    step = _shown_step(plane)
+    y, g = plane.update(step)
+    # Half of what a step of steepest descent along the stiffest direction would be.
+    size = float(np.linalg.norm(y) / np.linalg.norm(plane.hessian(), 2)) / 2.0
+    every = range(0, len(plane.states) - 1, max(1, (len(plane.states) - 1) // 24))
+    with figures.drawing():
+        pictures: dict[str, Picture] = {
+            "figure_1": figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), size),
+            "figure_2": figures.metric_field(
+                plane.loss, plane.states[list(every)], np.stack([plane.ball(index) for index in every])
+            ),
+            "figure_3a": figures.eigenvalue_curves([linear, network]),
+            "figure_3b": figures.spectrum(linear, "B"),
+            "figure_3c": figures.loss_curve(linear, "C"),
+            "figure_3d": figures.spectrum(network, "D"),
+            "figure_3e": figures.loss_curve(network, "E"),
+        }
+        if others:
+            pictures["limit"] = figures.limit_curve(*_limit([plane, *others]))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, picture in pictures.items():
+        written.append(folder / f"{name}.svg")
+        written[-1].write_bytes(base64.b64decode(picture.uri.partition(",")[2]))
+    rows = [("statement", "paper", "run"), ("---",) * 3, *comparisons(plane, linear, network)]
+    rows += _of_the_limit([plane, *others]) if others else []
+    written.append(folder / "numbers.md")
+    written[-1].write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+    return written
+
+
+def _shown_step(plane: Plane) -> int:
+    """Step whose angle is closest to half a right one: there the two balls differ most clearly."""
+    cosines = []
+    for step in range(len(plane.states) - 1):
+        y, g = plane.update(step)
+        cosines.append(y @ g / np.linalg.norm(y) / np.linalg.norm(g))
+    return int(np.argmin(np.abs(np.array(cosines) - np.sqrt(0.5))))
+
+
+def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[tuple[str, str, str]]:
+    """List the paper's statements with its numbers, and those of the runs.
+
+    The paper's are its printed formulas at the angle that was measured; they cancel near pi/2 (docs/errata.md, 14),
+    ours do not.
+
+    Returns
+    -------
+    list of (statement, paper, run)
+    """
+    rows = [*_of_figure_1(plane)]
+    for run, panels in ((linear, "3B"), (network, "3D")):
+        effective = run["status"] == Status.EFFECTIVE
+        rows.append((f"{panels}: updates that are effective", "all", f"{effective.sum()} of {len(effective)}"))
+        if not effective.any():
+            continue
+        angle, kappa = run["angle"][effective], run["condition_number"][effective]
+        length = (run["gradient_norm"] / run["update_norm"])[effective]
+        for label, row in (("least", int(angle.argmin())), ("greatest", int(angle.argmax()))):
+            sine, cosine = np.sin(angle[row]), np.cos(angle[row])
+            where = f"{panels}: at the {label} angle, ψ = {figures.number(float(angle[row]))} rad,"
+            rows.append((f"{where} κ = (1 + sin ψ)/(1 − sin ψ)", *_both((1 + sine) / (1 - sine), kappa[row])))
+            for name, sign in (("max", 1), ("min", -1)):
+                printed = length[row] * (1 / cosine + sign * sine / cosine)
+                measured = run[f"eigenvalue_{name}"][effective][row]
+                rows.append((f"{where} λ_{name} of eq. (9)", *_both(printed, measured)))
+        spread = f"{figures.number(float((1 / kappa).min()))} to {figures.number(float((1 / kappa).max()))}"
+        rows.append((f"{panels}: 1/κ", "in (0, 1]", spread))
+    rows.append(("3C: steps at which the loss rises", "none", _rises(linear["loss"])))
+    rows.append(("3E: steps at which the loss rises", "some", _rises(network["loss"])))
+    if network.loss_average is not None:
+        label = f"3E: steps at which its mean over {max(network.windows)} rises"
+        rows.append((label, "none", _rises(network.loss_average)))
+    return rows
+
+
+def _limit(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
+    """Learning rates, ascending, and the distances of their first updates."""
+    first = np.stack(planes[0].update(0))
+    for plane in planes[1:]:
+        # The square root of the unit roundoff: an update is rounded, and then divided by its learning rate.
+        if not np.linalg.norm(np.stack(plane.update(0)) - first) <= 2.0**-26 * np.linalg.norm(first):
+            raise InputError(
+                "the runs of the plane do not start with the same gradient and update",
+                why="they are of other systems, seeds, or methods than explicit Euler steps",
+                remedy="log them with nothing but the learning rate changed",
+            )
+    order = sorted(planes, key=lambda plane: float(plane.learning_rates[0]))
+    turned, moved = np.array([plane.distance() for plane in order]).T
+    return np.array([plane.learning_rates[0] for plane in order]), turned, moved
+
+
+def _of_the_limit(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
+    rates, turned, moved = _limit(planes)
+    ends = f"from η = {figures.number(float(rates[-1]))} to {figures.number(float(rates[0]))}"
+    return [
+        (f"2.2: {name} {ends}", "→ 0", f"{figures.number(float(values[-1]))} to {figures.number(float(values[0]))}")
+        for name, values in (("ψ̄ − ψ in rad", turned), ("M̄ − M, relative", moved))
+    ]
+
+
+def _of_figure_1(plane: Plane) -> list[tuple[str, str, str]]:
+    """Where the loss falls most on each ball, by looking at all points of it."""
+    step = _shown_step(plane)
+    (y, g), ball = plane.update(step), plane.ball(step)
+    turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=-1)
+    rows = []
+    for letter, curve, name, steepest in (("A", ball, "g", g), ("B", circle, "y", y)):
+        found = curve[np.argmax(curve @ y)]
+        cosine = found @ steepest / np.linalg.norm(found) / np.linalg.norm(steepest)
+        off = f"{np.degrees(np.arccos(min(cosine, 1.0))):.1f}°"
+        rows.append((f"1{letter}: steepest descent on the ball, from {name}", "0°", off))
+    return rows
+
+
+def _both(printed: float, measured: float) -> tuple[str, str]:
+    return figures.number(float(printed)), figures.number(float(measured))
+
+
+def _rises(losses: NDArray[np.float64]) -> str:
+    changes = np.diff(losses[np.isfinite(losses)])
+    return f"{(changes > 0).sum()} of {len(changes)}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw from the folders of three runs, and of further ones of the plane."""
+    if len(arguments) < 4:
+        sys.stderr.write("usage: python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]\n")
+        raise SystemExit(2)
+    plane, linear, network, folder, *others = map(Path, arguments)
+    try:
+        first, second = (
+            RunResults.of(path.name, results.read(path / "results.zarr")) for path in (linear, network)
+        )
+        planes = [Plane.read(path / "trajectory.zarr") for path in (plane, *others)]
+        written = write_figures(folder, planes[0], first, second, planes[1:])
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from error
+    sys.stdout.write("".join(f"{path}\n" for path in written))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

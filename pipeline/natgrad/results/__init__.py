@@ -1,0 +1,1 @@
+"""Labelled results, computed from the ledger."""

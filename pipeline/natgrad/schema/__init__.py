@@ -1,0 +1,1 @@
+"""Names, layout, errors and result variables that all other packages share."""

@@ -1,0 +1,163 @@
+"""The tensors of a model on one element axis, and the dtypes in which their elements are stored."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "STORAGE_DTYPES",
+    "Layout",
+    "Tensor",
+    "promote",
+    "storage_dtype",
+    "unit_roundoff",
+    "widened",
+]
+
+
+LAYOUT_VERSION = 3
+"""Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused.
+
+Version 1 had no attempts, and checksums of the states only; in version 2 the records were all numbers and names in
+lists. They are read, and become of this version by what is written to them next.
+"""
+
+STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+"""Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Largest relative error of rounding to a dtype, 2**-p for p bits of significand.
+
+    Examples
+    --------
+    >>> unit_roundoff("bfloat16")
+    0.00390625
+    """
+    return math.ldexp(1.0, -STORAGE_DTYPES[dtype])
+
+
+def promote(dtypes: Sequence[str]) -> str:
+    """Smallest storage dtype that holds every value of the given ones exactly.
+
+    Examples
+    --------
+    >>> promote(["float16", "bfloat16"])
+    'float32'
+    """
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    return "float64" if "float64" in distinct else "float32"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the model: where its elements lie on the element axis.
+
+    Attributes
+    ----------
+    name : str
+        Name as logged.
+    offset : int
+        First element on the element axis.
+    shape : tuple of int
+        Shape; its product is the number of elements (1 for a scalar).
+    dtype : str
+        Dtype in which the *parameter* was logged: it sets the rounding floor of the displacement.
+    group : str
+        Parameter group, empty where the log knows none.
+    """
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+    group: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        """One past the last element on the element axis."""
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout table of a model: its tensors, end to end on one element axis."""
+
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> Layout:
+        """Lay tensors end to end in the order given.
+
+        Parameters
+        ----------
+        shapes : mapping
+            Name to (shape, dtype).
+        """
+        tensors, offset = [], 0
+        for name, (shape, dtype) in shapes.items():
+            tensors.append(Tensor(name, offset, tuple(shape), dtype))
+            offset = tensors[-1].stop
+        return cls(tuple(tensors))
+
+    @classmethod
+    def from_json(cls, table: Sequence[Mapping[str, Any]]) -> Layout:
+        """Rebuild a layout from the attribute of a store."""
+        return cls(tuple(Tensor(**{**row, "shape": tuple(row["shape"])}) for row in table))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Rows of the layout table, for the attribute of a store."""
+        return [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in order."""
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the model, the paper's D."""
+        return self.tensors[-1].stop if self.tensors else 0
+
+    def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Pieces of tensors within a range of the element axis.
+
+        Returns
+        -------
+        list of (tensor index, first element, stop element)
+            In order, not empty ones only; elements count from the start of the axis.
+        """
+        pieces = []
+        for index in range(bisect_right(self.tensors, start, key=lambda tensor: tensor.stop), len(self.tensors)):
+            tensor = self.tensors[index]
+            if tensor.offset >= stop:
+                break
+            low, high = max(start, tensor.offset), min(stop, tensor.stop)
+            if low < high:
+                pieces.append((index, low, high))
+        return pieces
+
+
+def storage_dtype(dtype: str) -> np.dtype[Any]:
+    """Dtype of the words in which values are stored: bfloat16 as uint16, the others as they are."""
+    return np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<")
+
+
+def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Values of elements of a dtype, as `StepReader.read` gives them: of bfloat16 in float32, which is exact."""
+    return (words.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype == "bfloat16" else words

@@ -1,0 +1,178 @@
+"""Output folders of the Hugging Face Trainer: ``checkpoint-<N>/`` with a model, an optimizer and the log so far."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from natgrad.schema.errors import InputError
+from natgrad.sources.base import StepContent
+from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
+from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
+from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
+from natgrad.sources.container import Container
+from natgrad.sources.names import MODEL, ROOT, NamedStep, Names, step_number
+from natgrad.sources.optimizers.saved_state import optimizer_root
+from natgrad.sources.steps import LoggedStep
+
+__all__ = ["TRAINER_KIND", "TrainerFolder"]
+
+_STATE, _STATE_LIMIT = "trainer_state.json", 1 << 27
+
+
+def _number(path: Path) -> int | None:
+    if not path.name.startswith("checkpoint-") or not path.is_dir():
+        return None
+    # A gradient store of Bergson is called after the checkpoint that it was built of.
+    bergson = (path / "gradients.bin").is_file() and not (path / _STATE).is_file()
+    return None if bergson else step_number(path.name)
+
+
+def _unfinished(path: Path) -> str:
+    # The Trainer writes the state last.
+    return "" if (path / _STATE).is_file() else f"it has no {_STATE}: it is still being written, or removed"
+
+
+def _open(step: LoggedStep, names: Names) -> Container:
+    # In stage 3 of ZeRO the weights may be in DeepSpeed's own checkpoint alone.
+    inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
+    if len(inner) != 1:
+        return ModelFolder(step, names.inert)
+    within = LoggedStep(step.number, inner[0])
+    return _WithState(step, within, names) if holds_model(step.path) else DeepSpeedFolder(within, names.inert)
+
+
+class _WithState(Container):
+    """A model, and the state of its optimizer from the checkpoint of DeepSpeed that lies beside it."""
+
+    def __init__(self, step: LoggedStep, within: LoggedStep, names: Names) -> None:
+        super().__init__(step)
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            model = stack.enter_context(ModelFolder(step, names.inert))
+            self.tensors, self.numbers, self.texts = dict(model.tensors), dict(model.numbers), dict(model.texts)
+            self.ties, self.ordered, self._model = model.ties, model.ordered, model
+            self._state: dict[str, Container] = {}
+            if optimizer_root(model) is None:
+                try:
+                    # What cannot be put together is no reason to refuse the model.
+                    state = stack.enter_context(DeepSpeedFolder(within, names.inert, masters=True))
+                except InputError as error:
+                    self.unread[f"{within.path.name}/optimizer"] = error.what
+                else:
+                    self._take(state)
+            self._stack = stack.pop_all()
+
+    def _take(self, state: Container) -> None:
+        found = [key for key in state.tensors if key.startswith("optimizer/")]
+        self.tensors |= {key: state.tensors[key] for key in found}
+        self._state = dict.fromkeys(found, state)
+        self.numbers |= {key: number for key, number in state.numbers.items() if key.startswith("optimizer/")}
+        self.texts |= {key: text for key, text in state.texts.items() if key.startswith("optimizer/")}
+        self.unread |= state.unread
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        self._state.get(key, self._model).read(key, start, out)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
+TRAINER_KIND = Kind(
+    "checkpoint-<N>/",
+    _number,
+    _open,
+    replace(MODEL, keys={**MODEL.keys, "parameter": ("parameter", ROOT)}),
+    _unfinished,
+)
+
+
+class TrainerFolder(StepFolder):
+    """A Trainer's output folder.
+
+    ``checkpoint-N`` is the state after N updates. Loss and learning rate of the update that follows are those that
+    the log has at step N + 1, in the newest checkpoint. The Trainer logs the mean loss since its last entry: that
+    of one update (``logging_steps=1``) is taken, with a note where it is rounded; a mean over more is not.
+    """
+
+    def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
+        super().__init__(location, [TRAINER_KIND], mapping)
+        self._history: dict[int, dict[str, Any]] = {}
+
+    def steps(self) -> list[LoggedStep]:
+        """List the steps; see `natgrad.sources.base.Source`. The newest ``trainer_state.json`` is read too."""
+        steps = super().steps()
+        self._history = _history(steps[-1])
+        return steps
+
+    def open(self, step: LoggedStep) -> _TrainerStep:
+        """Open a step; see `natgrad.sources.base.Source`."""
+        reader = super().open(step)
+        assert isinstance(reader, NamedStep)
+        return _TrainerStep(reader, step, self._history)
+
+
+def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
+    """Entries of the training log by step; of those that a restart repeats, the last."""
+    path = step.path / _STATE
+    try:
+        if path.stat().st_size > _STATE_LIMIT:
+            raise ValueError(f"it has more than {_STATE_LIMIT} bytes")
+        entries = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        return {int(entry["step"]): dict(entry) for entry in entries if "loss" in entry}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"cannot read the Trainer's state: {error}",
+            where=str(path),
+            why="it is still being written, was removed by checkpoint rotation, or is damaged",
+            remedy="run again",
+        ) from error
+
+
+class _TrainerStep:
+    """Reader of one checkpoint, with what the log says of the update that follows."""
+
+    def __init__(self, reader: NamedStep, step: LoggedStep, history: Mapping[int, Mapping[str, Any]]) -> None:
+        self._reader, self._step, self._history = reader, step, history
+        self.read = reader.read
+
+    def __enter__(self) -> _TrainerStep:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reader.__exit__(*exception)
+
+    def content(self) -> StepContent:
+        """Describe the step; see `natgrad.sources.base.StepReader`."""
+        content = self._reader.content()
+        number = self._step.number
+        scalars, notes = dict(content.scalars), list(content.notes)
+        entry = self._history.get(number + 1, {})
+        covers = number + 1 - max((step for step in self._history if step <= number), default=0)
+        if "learning_rate" in entry:
+            scalars["learning_rate"] = _number_of(entry["learning_rate"])
+        if "loss" in entry and covers == 1:
+            scalars["loss"] = _number_of(entry["loss"])
+            if _rounded(self._history):
+                notes.append("losses are rounded to 4 decimals by the Trainer: differences of losses are not exact")
+        elif self._history:
+            notes.append("there are steps whose loss the Trainer did not log alone (logging_steps is not 1)")
+        return replace(content, scalars=scalars, notes=tuple(notes))
+
+
+def _number_of(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _rounded(history: Mapping[int, Mapping[str, Any]]) -> bool:
+    losses = [_number_of(entry["loss"]) for entry in history.values()]
+    return all(loss == round(loss, 4) for loss in losses if math.isfinite(loss))

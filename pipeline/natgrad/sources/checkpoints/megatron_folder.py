@@ -1,0 +1,160 @@
+"""A checkpoint folder of Megatron-LM in its format ``torch``: ``mp_rank_<T>[_<P>]/model_optim_rng.pt``.
+
+Its format ``torch_dist`` is one of ``torch.distributed.checkpoint`` (`natgrad.sources.checkpoints.dcp_folder`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from natgrad.schema.errors import InputError
+from natgrad.sources.checkpoints.pickle_data import Record
+from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
+from natgrad.sources.checkpoints.torch_archive import TorchFile
+from natgrad.sources.container import Container, refused
+from natgrad.sources.names import CHECKPOINT, step_number
+from natgrad.sources.steps import LoggedStep, where
+
+__all__ = ["MEGATRON_KIND", "MegatronFolder"]
+
+_CLASSES = ("megatron.*", "transformer_engine.*", "_io.BytesIO")
+"""Classes that Megatron-LM pickles beside its tensors."""
+
+_FORM = "a Megatron-LM checkpoint"
+_FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,9})(?:_(\d{3,9}))?(?:_(\d{3,9}))?")
+_SIZES = {
+    "its tensors are split over {} tensor parallel ranks": ("tensor_model_parallel_size", "model_parallel_size"),
+    "its experts are split over {} ranks": ("expert_model_parallel_size",),
+}
+_OFFICIAL = (
+    "convert it with Megatron-LM: run the training command with --ckpt-convert-format torch_dist "
+    "--ckpt-convert-save DIR, or tools/checkpoint/convert.py with --target-tensor-parallel-size 1; or train with "
+    "--ckpt-format torch_dist"
+)
+_HEAD = ("word_embeddings_for_head/weight", "output_layer.weight")
+_EMBEDDING = re.compile(r"(?:.*[/.])?word_embeddings[/.]weight")
+
+
+def _number(path: Path) -> int | None:
+    number = step_number(path.name)
+    if number is None or not path.is_dir():
+        return None
+    try:
+        return number if any(_RANK.fullmatch(entry.name) for entry in path.iterdir()) else None
+    except OSError:
+        return None
+
+
+MEGATRON_KIND = Kind(
+    "iter_<N>/mp_rank_<T>/model_optim_rng.pt",
+    _number,
+    lambda step, names: MegatronFolder(step, names.inert),
+    CHECKPOINT,
+    lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),
+)
+
+
+class MegatronFolder(Container):
+    """One checkpoint: the files of the stages of a pipeline, or one.
+
+    Stages number their layers anew, so where there are several the names of their tensors begin with ``stage<P>.``;
+    those of the chunks of a virtual pipeline begin with ``model<V>.``.
+
+    Raises
+    ------
+    InputError
+        Where a file is missing or damaged, or tensors are split over ranks.
+    """
+
+    def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
+        super().__init__(step)
+        self._places: dict[str, tuple[TorchFile, str]] = {}
+        inert = (*_CLASSES, *inert)
+        with ExitStack() as stack:
+            with refused(step, _FORM):
+                names = sorted(entry.name for entry in step.path.iterdir() if _RANK.fullmatch(entry.name))
+                if any(int(_parts(name)[0]) for name in names):
+                    raise self._split(f"its tensors are split over {len(names)} ranks")
+                files = [
+                    stack.enter_context(TorchFile(LoggedStep(step.number, step.path / name / _FILE), inert))
+                    for name in names
+                ]
+                trees = [file.tree for file in files]
+                if not all(isinstance(tree, dict) for tree in trees):
+                    raise ValueError("its files hold no dictionaries")
+                stages = self._stages(trees[0].get("args"))
+                if len(files) != stages or [_stage(name) for name in names] != list(range(stages)):
+                    raise ValueError(f"{stages} stages wrote it, and {', '.join(names)} are there")
+                for stage, file in enumerate(files):
+                    self._add(file, f"stage{stage}." if stages > 1 else "")
+                if stages > 1:
+                    self._tie_head(trees[0]["args"], stages)
+                self.numbers = dict(files[0].numbers)
+            self._stack = stack.pop_all()
+
+    def _stages(self, arguments: Any) -> int:
+        """Return the number of stages, of the arguments of the run, which say too whether tensors are split."""
+        if not isinstance(arguments, Record):
+            return 1
+        for why, names in _SIZES.items():
+            for name in names:
+                size = arguments.get(name)
+                if isinstance(size, int) and size > 1:
+                    raise self._split(why.format(size))
+        stages = arguments.get("pipeline_model_parallel_size")
+        return stages if isinstance(stages, int) and stages > 0 else 1
+
+    def _split(self, why: str) -> InputError:
+        return InputError(
+            f"this checkpoint cannot be put together: {why}, and no file says along which axis",
+            where=where(self.step),
+            remedy=_OFFICIAL,
+        )
+
+    def _add(self, file: TorchFile, stage: str) -> None:
+        keys = {}
+        for key, logged in file.tensors.items():
+            array, slash, name = key.partition("/")
+            chunk = re.fullmatch(r"model(\d+)", array)
+            array, name = ("model", f"{array}.{name}") if chunk else (array, name)
+            keys[key] = f"{array}{slash}{stage}{name}" if slash else f"{stage}{array}"
+            if keys[key] in self.tensors:
+                raise ValueError(f"{keys[key]!r} is there twice")
+            self.tensors[keys[key]] = logged
+            self._places[keys[key]] = file, key
+        self.ties |= {keys[key]: keys[kept] for key, kept in file.ties.items()}
+
+    def _tie_head(self, arguments: Record, stages: int) -> None:
+        """Tie the embedding that the last stage holds once more to that of the first, where the run ties both."""
+        if arguments.get("untie_embeddings_and_output_weights"):
+            return
+        first = [key for key in self.tensors if key.startswith("model/stage0.") and _EMBEDDING.fullmatch(key)]
+        last = [key for key in self.tensors if key.startswith(f"model/stage{stages - 1}.") and key.endswith(_HEAD)]
+        if len(first) == len(last) == 1 and self.tensors[first[0]] == self.tensors[last[0]]:
+            self.ties[last[0]] = first[0]
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        file, inner = self._places[key]
+        file.read(inner, start, out)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
+def _parts(name: str) -> tuple[str, str | None, str | None]:
+    match = _RANK.fullmatch(name)
+    assert match is not None
+    return match[1], match[2], match[3]
+
+
+def _stage(name: str) -> int:
+    return int(_parts(name)[1] or 0)

@@ -1,0 +1,149 @@
+"""A step that is a folder of files: safetensors or torch archives, single or in shards that an index lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
+from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind
+from natgrad.sources.checkpoints.torch_archive import TorchFile
+from natgrad.sources.container import Container, refused
+from natgrad.sources.names import MODEL, step_number
+from natgrad.sources.steps import LoggedStep
+
+__all__ = ["MODELS", "MODEL_KIND", "ModelFolder", "holds_model"]
+
+MODELS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
+"""Stems of files whose keys stand at the root; those of ``gradient.safetensors`` stand under ``gradient``."""
+
+_INDEX = ".index.json"
+_INDEX_LIMIT = 1 << 27
+_SUFFIXES = (".safetensors", ".bin")
+_FORM = "a checkpoint folder"
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a folder has the weights of a model, in one file or in shards."""
+    endings = [suffix + end for suffix in _SUFFIXES for end in ("", _INDEX)]
+    return any((path / (stem + ending)).is_file() for stem in MODELS for ending in endings)
+
+
+def _number(path: Path) -> int | None:
+    number = step_number(path.name)
+    if number is None or not path.is_dir():
+        return None
+    files = list(path.glob("*.safetensors"))
+    # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+    if any(NATIVE_KINDS["safetensors"].number(file) is not None for file in files):
+        return None
+    return number if files or (path / "model.safetensors.index.json").exists() else None
+
+
+MODEL_KIND = Kind("step-<N>/model.safetensors", _number, lambda step, names: ModelFolder(step, names.inert), MODEL)
+
+
+class ModelFolder(Container):
+    """The files of one step.
+
+    Read are every ``<name>.safetensors`` and ``<name>.safetensors.index.json`` with its shards, or, where a model
+    has none, ``<model>.bin`` and its index; and ``optimizer.pt``. Other files are left alone.
+
+    Raises
+    ------
+    InputError
+        Where a file is missing, damaged or lies outside of the folder.
+    """
+
+    def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
+        super().__init__(step)
+        self._inert = tuple(inert)
+        self._places: dict[str, tuple[Container, str]] = {}
+        with ExitStack() as stack:
+            with refused(step, _FORM):
+                names = sorted(path.name for path in step.path.iterdir() if path.is_file())
+                files = self._files(names)
+                self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
+                for name, (prefix, wanted) in files.items():
+                    self._add(stack.enter_context(self._open(step.path / name)), name, prefix, wanted)
+            self._stack = stack.pop_all()
+
+    def _files(self, names: list[str]) -> dict[str, tuple[str, set[str] | None]]:
+        """Files to read: the prefix of their keys, and the keys that an index says they hold."""
+        files: dict[str, tuple[str, set[str] | None]] = {}
+        shards: set[str] = set()
+        stems: set[str] = set()
+        for suffix in _SUFFIXES:
+            for name in names:
+                stem = name.removesuffix(suffix + _INDEX)
+                if stem != name and stem not in stems and (suffix != ".bin" or stem in MODELS):
+                    stems.add(stem)
+                    for shard, wanted in self._index(name).items():
+                        files[shard] = (_prefix(stem), wanted)
+                        shards.add(shard)
+            for name in names:
+                stem = name.removesuffix(suffix)
+                if stem != name and name not in shards and stem not in stems:
+                    if suffix == ".bin" and (stem not in MODELS or stems & set(MODELS)):
+                        continue
+                    stems.add(stem)
+                    files[name] = (_prefix(stem), None)
+        if "optimizer.pt" in names:
+            files["optimizer.pt"] = ("optimizer/", None)
+        if not files:
+            raise ValueError("it holds no model.safetensors, no shards with an index, and no pytorch_model.bin")
+        return files
+
+    def _index(self, name: str) -> dict[str, set[str]]:
+        path = self.step.path / name
+        if path.stat().st_size > _INDEX_LIMIT:
+            raise ValueError(f"{name} has more than {_INDEX_LIMIT} bytes")
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            pairs = [(str(key), str(shard)) for key, shard in weight_map.items()]
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{name} is no index of shards") from error
+        shards: dict[str, set[str]] = {}
+        for key, shard in pairs:
+            if not shard or Path(shard).name != shard or shard == "..":
+                raise ValueError(f"{name} sends {key!r} to {shard!r}, which is outside of the folder")
+            shards.setdefault(shard, set()).add(key)
+        return shards
+
+    def _open(self, path: Path) -> Container:
+        opener: Callable[..., Container] = SafetensorsFile if path.suffix == ".safetensors" else TorchFile
+        if opener is SafetensorsFile:
+            return SafetensorsFile(self.step, path)
+        return TorchFile(LoggedStep(self.step.number, path), self._inert)
+
+    def _add(self, container: Container, name: str, prefix: str, wanted: set[str] | None) -> None:
+        if wanted is not None and wanted != container.tensors.keys():
+            key = sorted(wanted ^ container.tensors.keys())[0]
+            verb = "lacks" if key in wanted else "holds"
+            raise ValueError(f"{name} {verb} {key!r}, against what the index says")
+        for key, logged in container.tensors.items():
+            if prefix + key in self.tensors:
+                raise ValueError(f"two files hold {prefix + key!r}")
+            self.tensors[prefix + key] = logged
+            self._places[prefix + key] = container, key
+        self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
+        self.texts |= {prefix + key: text for key, text in container.texts.items()}
+        self.ties |= {prefix + key: prefix + kept for key, kept in container.ties.items()}
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        container, inner = self._places[key]
+        container.read(inner, start, out)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
+def _prefix(stem: str) -> str:
+    return "" if stem in MODELS else f"{stem}/"

@@ -1,0 +1,150 @@
+"""A checkpoint of Orbax (an extra of the package: ``pip install natgrad-pipeline[orbax]``).
+
+``_METADATA`` of an item lists the leaves of a tree of arrays. Each is a Zarr array: in a folder of its own, or all
+in the key-value store OCDBT, whose files any number of processes wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from natgrad.sources.checkpoints.step_folder import Kind
+from natgrad.sources.checkpoints.zarr_group import ZarrArrays, read_object
+from natgrad.sources.container import refused
+from natgrad.sources.names import CHECKPOINT, ROOT, is_step, step_number
+from natgrad.sources.steps import LoggedStep
+
+__all__ = ["ORBAX_KIND", "OrbaxFolder"]
+
+_FORM = "an Orbax checkpoint"
+_METADATA, _CHECKPOINT, _COMMIT = "_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_DEPTH_LIMIT = 16
+# Leaves that are no arrays.
+_NO_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
+
+
+def _number(path: Path) -> int | None:
+    """Step of a checkpoint folder, also of one that is being written; None where it is none."""
+    name, temporary, _ = path.name.partition(_TEMPORARY)
+    number = step_number(name)
+    if number is None or not path.is_dir():
+        return None
+    return number if temporary or (path / _CHECKPOINT).is_file() or _items(path) else None
+
+
+def _unfinished(path: Path) -> str:
+    """Why a checkpoint cannot be read yet: it is renamed, or has a file put into it, when it is whole."""
+    if _TEMPORARY in path.name:
+        return "its name says that it is being written"
+    if (path / _COMMIT).is_file() or not (path / _CHECKPOINT).is_file():
+        return ""
+    try:
+        written = read_object(path / _CHECKPOINT).get("commit_timestamp_nsecs", 0)
+    except (OSError, ValueError):
+        written = None
+    return "" if written is not None else f"{_CHECKPOINT} has no time of its commit: it is being written"
+
+
+def _items(path: Path) -> list[Path]:
+    """Folders of the trees of a checkpoint: those in it, or itself."""
+    try:
+        if (path / _METADATA).is_file():
+            return [path]
+        items = sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
+        # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+        whole = (path / _CHECKPOINT).is_file()
+        return [item for item in items if whole or not is_step(item.name)]
+    except OSError:
+        return []
+
+
+ORBAX_KIND = Kind(
+    "<N>/_CHECKPOINT_METADATA",
+    _number,
+    lambda step, names: OrbaxFolder(step),
+    replace(
+        CHECKPOINT,
+        keys={
+            **CHECKPOINT.keys,
+            "parameter": ("parameter", "parameters", "params", "model", "state/params", ROOT),
+            "gradient": (*CHECKPOINT.keys["gradient"], "state/grads"),
+            "loss": ("loss", "*/loss"),
+            "learning_rate": ("learning_rate", "lr", "*/learning_rate", "*/lr"),
+            "step": ("step", "*/step"),
+        },
+    ),
+    _unfinished,
+)
+
+
+class OrbaxFolder(ZarrArrays):
+    """One checkpoint: its trees of arrays, and the numbers of its JSON items.
+
+    Levels of a tree are joined by a slash. Where there are several trees, the name of the item stands before.
+
+    Raises
+    ------
+    InputError
+        Where metadata are damaged or lead out of the folder, an array is not there or in chunks that are too large
+        to unpack, or TensorStore is not installed.
+    """
+
+    def __init__(self, step: LoggedStep) -> None:
+        super().__init__(step, _FORM)
+        with refused(step, _FORM):
+            try:
+                self._describe()
+            except (TypeError, AttributeError, LookupError) as error:
+                raise ValueError(f"its metadata are malformed ({type(error).__name__}: {error})") from error
+
+    def _describe(self) -> None:
+        items = _items(self.step.path)
+        if not items:
+            raise ValueError(f"it holds no item with {_METADATA}")
+        specs: dict[str, dict[str, Any]] = {}
+        for item in items:
+            self._add_tree(item, f"{item.name}/" if len(items) > 1 else "", specs)
+        for path in sorted(self.step.path.glob("*/metadata")) + sorted(self.step.path.glob("*/metrics")):
+            if path.is_file() and path.parent not in items:
+                self._add_numbers(path)
+        self.open_arrays(specs)
+
+    def _add_tree(self, item: Path, prefix: str, specs: dict[str, dict[str, Any]]) -> None:
+        tree = read_object(item / _METADATA)
+        driver = "zarr3" if tree.get("use_zarr3") else "zarr"
+        packed = (item / "manifest.ocdbt").is_file()
+        for entry in tree["tree_metadata"].values():
+            value = entry["value_metadata"]
+            if value.get("skip_deserialize") or value.get("value_type") in _NO_ARRAYS:
+                continue
+            levels = [str(level["key"]) for level in entry["key_metadata"]]
+            if not levels or len(levels) > _DEPTH_LIMIT:
+                raise ValueError(f"{_METADATA} has a leaf of {len(levels)} levels")
+            key, name = prefix + "/".join(levels), ".".join(levels)
+            if key in specs:
+                raise ValueError(f"{key!r} is there twice")
+            if any(part in ("", ".", "..") for part in name.split("/")):
+                raise ValueError(f"{_METADATA} leads to {name[:80]!r}, which is outside of the folder")
+            if packed:
+                base = {"driver": "file", "path": f"{item.absolute()}/"}
+                store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            else:
+                store = {"driver": "file", "path": f"{item.absolute()}/{name}/"}
+            # Where chunks of zeros are stored too, one that is not there was lost.
+            lost = bool(tree.get("store_array_data_equal_to_fill_value"))
+            specs[key] = {"driver": driver, "kvstore": store, "fill_missing_data_reads": not lost}
+
+    def _add_numbers(self, path: Path) -> None:
+        try:
+            found = read_object(path)
+        except ValueError as error:
+            self.unread[path.parent.name] = str(error)
+            return
+        self.numbers |= {
+            f"{path.parent.name}/{key}": float(value)
+            for key, value in found.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }

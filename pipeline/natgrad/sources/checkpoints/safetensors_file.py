@@ -1,0 +1,113 @@
+"""A safetensors file.
+
+The library validates the file (header, no overlap, nothing missing); tensors are then read by offset, as its
+NumPy interface neither reads bfloat16 nor fills a given buffer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from natgrad.sources.container import Container, ObjectRegion, Region, refused
+from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.storage import is_url
+
+__all__ = ["SafetensorsFile"]
+
+_FORM = "a safetensors file"
+_LONGEST_HEADER = 100_000_008
+"""The library takes no longer one."""
+_DTYPES = {"BF16": "bfloat16", "BOOL": "bool"}
+_DTYPES |= {f"F{bits}": f"float{bits}" for bits in (64, 32, 16)}
+_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (64, 32, 16, 8)}
+_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)}
+
+
+class SafetensorsFile(Container):
+    """One safetensors file.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    path : Path, optional
+        The file, where it is not the step's.
+
+    Raises
+    ------
+    InputError
+        Where the file cannot be read, or is not a whole safetensors file.
+    """
+
+    def __init__(self, step: LoggedStep, path: Path | None = None) -> None:
+        super().__init__(step)
+        path = step.path if path is None else path
+        self._descriptor: int | None = None
+        self._region: Region | ObjectRegion
+        with refused(step, _FORM):
+            if is_url(path):
+                self._region = ObjectRegion(path)
+                head = _head(self._region)
+                _require_whole(head, self._region.length)
+                self._region.widen()
+            else:
+                _require_valid(path)
+                self._descriptor = os.open(path, os.O_RDONLY)
+                self._region = Region(self._descriptor)
+                head = _head(self._region)
+            header: dict[str, Any] = json.loads(head[8:])
+        header.pop("__metadata__", None)
+        self._data = len(head)
+        self._offsets = {key: entry["data_offsets"][0] for key, entry in header.items()}
+        self.tensors = {
+            key: LoggedTensor(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"]))
+            for key, entry in header.items()
+        }
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        with refused(self.step, _FORM, key):
+            self._region.fill(self._data + self._offsets[key] + start * out.itemsize, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is None:
+            self._region.close()
+        else:
+            os.close(self._descriptor)
+
+
+def _head(region: Region | ObjectRegion) -> bytes:
+    """Read the header, and its length before it."""
+    length = np.empty(8, np.uint8)
+    region.fill(0, length)
+    size = 8 + int(length.view("<u8")[0])
+    if size > min(region.length, _LONGEST_HEADER):
+        raise ValueError(f"the header claims {size} bytes, the file has {region.length}")
+    head = np.empty(size, np.uint8)
+    region.fill(0, head)
+    return head.tobytes()
+
+
+def _require_valid(path: Path) -> None:
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _require_whole(head: bytes, size: int) -> None:
+    """Have the library validate the header of a file that is elsewhere: by a file of that size and no data."""
+    with tempfile.NamedTemporaryFile(prefix="natgrad-") as hollow:
+        hollow.write(head)
+        hollow.truncate(size)
+        hollow.flush()
+        _require_valid(Path(hollow.name))

@@ -1,0 +1,215 @@
+"""A log that is one folder with a file or folder per step."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from natgrad.schema.errors import InputError
+from natgrad.sources.base import StepReader
+from natgrad.sources.changes import changed_lately, identity
+from natgrad.sources.checkpoints.npz_file import NpzFile
+from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
+from natgrad.sources.container import Container
+from natgrad.sources.names import NATIVE, NamedStep, Names, step_number
+from natgrad.sources.steps import LoggedStep, NotYet, vanished
+from natgrad.storage import is_url, names, network_errors, place
+
+__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number", "not_latest_yet"]
+
+_log = logging.getLogger(__name__)
+_TRACKER_LIMIT = 1 << 12
+_NATIVE = re.compile(r"step_(\d{1,18})")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of steps in a folder.
+
+    Attributes
+    ----------
+    layout : str
+        For messages: ``step_<N>.npz``.
+    number : callable
+        Path to the step that its name says, None where it is none of this kind.
+    open : callable
+        Step and names to a `Container`.
+    unfinished : callable
+        Path to why it cannot be read yet, empty where it can.
+    names : Names
+        What its keys mean.
+    """
+
+    layout: str
+    number: Callable[[Path], int | None]
+    open: Callable[[LoggedStep, Names], Container]
+    names: Names = NATIVE
+    unfinished: Callable[[Path], str] = lambda path: ""
+
+
+def not_latest_yet(path: Path, tracker: str) -> str:
+    """Say why a step cannot be read yet where a file beside it names the last step that is complete.
+
+    Parameters
+    ----------
+    path : Path
+        The step.
+    tracker : str
+        Name of the file.
+
+    Returns
+    -------
+    str
+        Empty where the step can be read, or nothing has changed in it lately: not every run writes such a file.
+    """
+    try:
+        with (path.parent / tracker).open(encoding="utf-8", errors="replace") as file:
+            name = file.read(_TRACKER_LIMIT).strip()
+    except OSError:
+        return ""
+    last, number = step_number(name), step_number(path.name)
+    if last is None or number is None or number <= last:
+        return ""
+    late = changed_lately(identity(LoggedStep(number, path))["time"])
+    return f"{tracker} still names {name[:80]}: it is being written" if late else ""
+
+
+def native_number(suffix: str) -> Callable[[Path], int | None]:
+    """Return what finds the number in ``step_<N>`` of files with a suffix."""
+
+    def number(path: Path) -> int | None:
+        match = _NATIVE.fullmatch(path.stem) if path.suffix == suffix else None
+        return int(match[1]) if match else None
+
+    return number
+
+
+NATIVE_KINDS = {
+    "safetensors": Kind(
+        "step_<N>.safetensors", native_number(".safetensors"), lambda step, names: SafetensorsFile(step)
+    ),
+    "npz": Kind("step_<N>.npz", native_number(".npz"), lambda step, names: NpzFile(step)),
+}
+"""The native format: ``step_<N>.safetensors`` and ``step_<N>.npz``."""
+
+
+class StepFolder:
+    """A run logged in one folder.
+
+    Parameters
+    ----------
+    location : Path
+        The folder.
+    kinds : sequence of Kind
+        What to look for.
+    mapping : mapping, optional
+        Quantity to the key it stands under, before what the kinds and the mapping file of the folder say.
+    own_map_file : bool
+        The mapping file is not read, as it says other things of these kinds.
+
+    Raises
+    ------
+    InputError
+        Where the mapping, or the mapping file, cannot be understood.
+    """
+
+    def __init__(
+        self,
+        location: Path,
+        kinds: Sequence[Kind] = tuple(NATIVE_KINDS.values()),
+        mapping: Mapping[str, str] | None = None,
+        *,
+        own_map_file: bool = False,
+    ) -> None:
+        self.location = place(location)
+        names = (kind.names if own_map_file else kind.names.of_folder(self.location) for kind in kinds)
+        self._kinds = tuple(
+            replace(kind, names=of_kind.mapped(mapping or {})) for kind, of_kind in zip(kinds, names, strict=True)
+        )
+
+    def steps(self) -> list[LoggedStep]:
+        """List the steps; see `natgrad.sources.base.Source`.
+
+        Files are opened only where the user says that they hold their step number themselves.
+        """
+        found: dict[int, LoggedStep] = {}
+        for path in self._paths():
+            number = self._number(path)
+            if number is None:
+                continue
+            step = LoggedStep(number, path)
+            if step.number in found:
+                raise InputError(
+                    f"step {step.number} is there twice: {found[step.number].path.name} and {path.name}",
+                    where=f"{path}, step {step.number}",
+                    why="the run was logged into one folder twice, in two formats or with padded numbers",
+                    remedy="keep one of the files, or say with --map step=KEY where the files hold their step",
+                )
+            found[step.number] = step
+        if not found:
+            names = ", ".join(kind.layout for kind in self._kinds)
+            raise NotYet(
+                f"no step files ({names}) in this folder",
+                where=str(self.location),
+                why="it is empty, or the log is of another format",
+                remedy="give the folder that holds the step files; natgrad formats lists what can be read",
+            )
+        return sorted(found.values())
+
+    def _paths(self) -> list[Path]:
+        if is_url(self.location):
+            with network_errors(self.location):
+                return [self.location / name for name in names(self.location)]
+        try:
+            return sorted(self.location.iterdir())
+        except OSError as error:
+            raise InputError(
+                f"cannot list the log folder: {error.strerror}",
+                where=str(self.location),
+                remedy="give the folder that holds the step files",
+            ) from error
+
+    def _number(self, path: Path) -> int | None:
+        kind = self._kind(path)
+        if kind is None or path.name.startswith("."):
+            return None
+        reason = kind.unfinished(path)
+        if reason:
+            self._require_writer(path, reason)
+            _log.warning("%s is left for the next pass: %s", path, reason)
+            return None
+        if "step" not in kind.names.given:
+            return kind.number(path)
+        with NamedStep(kind.open(LoggedStep(-1, path), kind.names), kind.names) as reader:
+            number = reader.number("step")
+        if number is None or number != int(number) or number < 0:
+            raise InputError(
+                f"{kind.names.keys['step'][0]!r} is {number}, not the number of a step",
+                where=str(path),
+                remedy="say with --map step=KEY where the files hold their step",
+            )
+        return int(number)
+
+    def _require_writer(self, path: Path, reason: str) -> None:
+        """Refuse an unfinished step that nobody finishes."""
+        if not changed_lately(identity(LoggedStep(-1, path))["time"]):
+            raise InputError(
+                f"a step was never finished: {reason}",
+                where=str(path),
+                why="the run was stopped while it wrote it, or while it removed it (checkpoint rotation)",
+                remedy="remove it, or have it written again",
+            )
+
+    def _kind(self, path: Path) -> Kind | None:
+        return next((kind for kind in self._kinds if kind.number(path) is not None), None)
+
+    def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
+        """Open a step; see `natgrad.sources.base.Source`."""
+        kind = self._kind(step.path)
+        if kind is None:
+            raise vanished("the step cannot be found any more", step)
+        return NamedStep(kind.open(step, kind.names), kind.names)

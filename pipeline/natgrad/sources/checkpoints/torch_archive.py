@@ -1,0 +1,434 @@
+"""The archive that ``torch.save`` writes, read without torch and without running its pickle.
+
+It is a zip of uncompressed members: ``data.pkl``, a pickle that describes the tensors, and one member per storage
+with the bytes. Slices of tensors are read from the storages by offset, in any strides.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad.sources.checkpoints import pickle_data
+from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
+from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.steps import LoggedStep, LoggedTensor
+
+__all__ = [
+    "METADATA_FUNCTIONS",
+    "METADATA_VALUES",
+    "TORCH_DTYPES",
+    "TorchArchive",
+    "TorchFile",
+    "TorchTensor",
+    "flat_numbers",
+    "group_texts",
+]
+
+# Elements of a strided tensor that are gathered at once, and unwanted elements that are read on the way.
+_PIECE, _GAP = 1 << 16, 64
+_EXPANDED_LIMIT = 1 << 24
+_DIMENSIONS_LIMIT = 32
+_BYTES_LIMIT = 1 << 10
+_KFAC_OPTIONS = ("/use_exact_damping", "/use_heuristic_damping")
+_FORM = "a torch archive"
+
+TORCH_DTYPES: dict[str, tuple[str, int]] = {
+    "float64": ("float64", 8),
+    "float32": ("float32", 4),
+    "float16": ("float16", 2),
+    "bfloat16": ("bfloat16", 2),
+    "int64": ("int64", 8),
+    "int32": ("int32", 4),
+    "int16": ("int16", 2),
+    "int8": ("int8", 1),
+    "uint8": ("uint8", 1),
+    "uint16": ("uint16", 2),
+    "uint32": ("uint32", 4),
+    "uint64": ("uint64", 8),
+    "bool": ("bool", 1),
+    "complex32": ("complex32", 4),
+    "complex64": ("complex64", 8),
+    "complex128": ("complex128", 16),
+    "float8_e4m3fn": ("float8_e4m3fn", 1),
+    "float8_e4m3fnuz": ("float8_e4m3fnuz", 1),
+    "float8_e5m2": ("float8_e5m2", 1),
+    "float8_e5m2fnuz": ("float8_e5m2fnuz", 1),
+    "float8_e8m0fnu": ("float8_e8m0fnu", 1),
+}
+"""Dtypes of torch: name of ours, and bytes of an element."""
+
+_STORAGES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}
+
+
+@dataclass(frozen=True)
+class _Dtype:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: str
+    size: int
+
+
+@dataclass(frozen=True)
+class TorchTensor:
+    """A tensor as pickled: where its elements lie in a storage.
+
+    Attributes
+    ----------
+    storage : str
+        Member of the archive.
+    dtype : str
+    offset : int
+        First element in the storage.
+    shape, stride : tuple of int
+        In elements.
+    """
+
+    storage: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie in C order without gaps."""
+        expected = 1
+        for length, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if length != 1 and step != expected:
+                return False
+            expected *= length
+        return True
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str) -> TorchTensor:
+    if len(shape) != len(stride) or len(shape) > _DIMENSIONS_LIMIT:
+        raise ValueError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
+        raise ValueError("its pickle describes a tensor that cannot be")
+    itemsize = TORCH_DTYPES[dtype][1]
+    elements = math.prod(shape)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if elements else offset - 1
+    if (last + 1) * itemsize > storage.size:
+        raise ValueError(f"a tensor of shape {shape[:8]} claims more than the {storage.size} bytes of its storage")
+    if elements * itemsize > max(storage.size, _EXPANDED_LIMIT):
+        raise ValueError(f"a tensor of {elements} elements lies in {storage.size} bytes: it is expanded")
+    return TorchTensor(storage.key, dtype, offset, tuple(shape), tuple(stride))
+
+
+def _rebuild(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = False, hooks: Any = None, metadata: Any = None
+) -> TorchTensor:
+    if metadata:
+        raise ValueError(f"a tensor with {sorted(map(str, metadata))} set must be resolved before it is saved")
+    return _tensor(storage, offset, shape, stride, storage.dtype)
+
+
+def _rebuild_of_dtype(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: _Dtype,
+    metadata: Any = None,
+) -> TorchTensor:
+    if metadata:
+        raise ValueError(f"a tensor with {sorted(map(str, metadata))} set must be resolved before it is saved")
+    return _tensor(storage, offset, shape, stride, dtype.name)
+
+
+def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor:
+    """Rebuild a tensor that has attributes of Python; these are left out."""
+    if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
+        raise ValueError("its pickle rebuilds a tensor in a way that is not known")
+    if kind not in _PLAIN.values():
+        raise ValueError(f"its pickle holds a tensor of the class {kind}")
+    tensor: TorchTensor = _FUNCTIONS[function.name](*arguments)
+    return tensor
+
+
+# What follows must not let a few bytes of a pickle make many: a long value can be named again and again.
+
+
+def _size(shape: Any = ()) -> tuple[Any, ...]:
+    if len(shape) > _DIMENSIONS_LIMIT:
+        raise ValueError(f"a shape of {len(shape)} dimensions")
+    return tuple(shape)
+
+
+def _encode(text: str, coding: str) -> bytes | Skipped:
+    return text.encode("latin1") if coding == "latin1" and len(text) <= _BYTES_LIMIT else Skipped("bytes")
+
+
+def _numpy_scalar(dtype: Any, words: Any) -> Any:
+    if not isinstance(dtype, Record) or not isinstance(words, bytes):
+        return Skipped("numpy scalar")
+    code = str(dtype.get("code"))
+    if code not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
+        return Skipped("numpy scalar")
+    order = dtype.state.get("order", "<")
+    return np.frombuffer(words, np.dtype(code).newbyteorder(order), count=1)[0].item()
+
+
+class _NumpyDtype(Record):
+    """A pickled numpy dtype: its code, and the byte order that comes as its state."""
+
+    def build(self, state: Any) -> None:
+        """Take the byte order out of the state."""
+        self.state["order"] = ">" if state[1] == ">" else "<"
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild,
+    "torch._utils._rebuild_tensor_v3": _rebuild_of_dtype,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
+    "torch.Size": _size,
+    "torch.device": lambda *_: Skipped("torch.device"),
+    "torch.serialization._get_layout": lambda *_: Skipped("torch.layout"),
+    "collections.OrderedDict": lambda: {},
+    "collections.defaultdict": lambda *_: {},
+    "numpy.dtype": lambda code, *_: _NumpyDtype("numpy.dtype", {"code": code}),
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "_codecs.encode": _encode,
+    "builtins.bytes": lambda: b"",
+    "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
+    "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
+}
+METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
+"""Functions that metadata need: none makes a tensor."""
+
+METADATA_VALUES: dict[str, Any] = {f"torch.{name}": _Dtype(name) for name in TORCH_DTYPES}
+"""Dtypes of torch by their pickled names."""
+
+_PLAIN = {name: Skipped(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
+_VALUES = {**METADATA_VALUES, **_PLAIN}
+_VALUES |= {f"torch.{name}Storage": _Dtype(dtype) for name, dtype in _STORAGES.items()}
+_VALUES |= {"torch.storage.UntypedStorage": _Dtype("uint8"), "torch.UntypedStorage": _Dtype("uint8")}
+
+
+class TorchArchive:
+    """A torch archive in a region of a file.
+
+    Parameters
+    ----------
+    region : Region
+    inert : collection of str
+        Classes whose objects are skipped; see `natgrad.sources.checkpoints.pickle_data.INERT`.
+
+    Attributes
+    ----------
+    tree
+        What was saved: nested dicts, lists and tuples of numbers, strings, `TorchTensor`, and `Skipped`.
+
+    Raises
+    ------
+    ValueError, zipfile.BadZipFile, OSError
+        Where it is no such archive, or claims what it does not hold.
+    """
+
+    def __init__(self, region: Region, inert: Collection[str] = ()) -> None:
+        self._region = region
+        self._starts: dict[str, int] = {}
+        start = np.zeros(min(10, region.length), np.uint8)
+        region.fill(0, start)
+        if start.tobytes()[:1] == b"\x80":
+            raise ValueError("it is a bare pickle, as torch wrote before 1.6: save it again with a newer torch")
+        with zipfile.ZipFile(region) as archive:
+            members = archive.infolist()
+        pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"it holds {len(pickles)} members data.pkl, a torch archive has one")
+        root = pickles[0].removesuffix("data.pkl")
+        self._members = {member.filename.removeprefix(root): member for member in members}
+        if len(self._members) != len(members):
+            raise ValueError("two of its members have one name")
+        order = self._bytes("byteorder", 16) if "byteorder" in self._members else b"little"
+        if order != b"little":
+            raise ValueError(f"its bytes are in the order {order!r}: save it again on a little-endian machine")
+        self.tree = pickle_data.load(
+            self._bytes("data.pkl", pickle_data.PICKLE_LIMIT),
+            functions=_FUNCTIONS,
+            values=_VALUES,
+            persistent=self._storage,
+            inert=inert,
+        )
+
+    def _start(self, name: str) -> int:
+        """Offset of the bytes of a member, which is checked to be whole and not packed."""
+        if name not in self._starts:
+            member = self._members[name]
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                raise ValueError(f"its member {name} is packed, which torch does not do")
+            header = np.zeros(30, np.uint8)
+            self._region.fill(member.header_offset, header)
+            raw = header.tobytes()
+            if raw[:4] != b"PK\x03\x04":
+                raise ValueError(f"its member {name} is not where the table says")
+            start = member.header_offset + 30 + int.from_bytes(raw[26:28], "little")
+            start += int.from_bytes(raw[28:30], "little")
+            if start + member.file_size > self._region.length or member.file_size != member.compress_size:
+                raise ValueError(f"its member {name} claims {member.file_size} bytes and is cut short")
+            self._starts[name] = start
+        return self._starts[name]
+
+    def _bytes(self, name: str, limit: int) -> bytes:
+        size = self._members[name].file_size
+        start = self._start(name)
+        if size > limit:
+            raise ValueError(f"its member {name} has {size} bytes, the limit is {limit}")
+        words = np.zeros(size, np.uint8)
+        self._region.fill(start, words)
+        return words.tobytes()
+
+    def _storage(self, identifier: Any) -> _Storage:
+        kind, dtype, key, _, elements = identifier
+        name = f"data/{key}"
+        if kind != "storage" or not isinstance(dtype, _Dtype) or name not in self._members:
+            raise ValueError(f"its pickle refers to a storage {key!r} that is not there")
+        claimed, size = elements * TORCH_DTYPES[dtype.name][1], self._members[name].file_size
+        if claimed > size:
+            raise ValueError(f"storage {key!r} claims {claimed} bytes and has {size}")
+        return _Storage(name, dtype.name, claimed)
+
+    def position(self, tensor: TorchTensor) -> int:
+        """Offset in the region of the first element of a tensor, in bytes."""
+        return self._start(tensor.storage) + tensor.offset * TORCH_DTYPES[tensor.dtype][1]
+
+    def read(self, tensor: TorchTensor, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor, flattened in C order, into a buffer.
+
+        Raises
+        ------
+        ValueError, EOFError, OSError
+            Where the archive does not hold them.
+        """
+        if tensor.contiguous:
+            self._region.fill(self.position(tensor) + start * out.itemsize, out)
+            return
+        base = self._start(tensor.storage)
+        for first in range(0, out.size, _PIECE):
+            part = out[first : first + _PIECE]
+            index = np.unravel_index(np.arange(start + first, start + first + part.size), tensor.shape)
+            places = sum((i * s for i, s in zip(index, tensor.stride, strict=True)), np.int64(tensor.offset))
+            self._gather(base, np.asarray(places), part)
+
+    def _gather(self, base: int, places: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Read single elements, those near each other at once."""
+        order = np.argsort(places, kind="stable")
+        ascending = places[order]
+        cuts = np.flatnonzero(np.diff(ascending) > _GAP) + 1
+        for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
+            run = ascending[low:high]
+            words = np.empty(int(run[-1] - run[0]) + 1, out.dtype)
+            self._region.fill(base + int(run[0]) * out.itemsize, words)
+            out[order[low:high]] = words[run - run[0]]
+
+
+class TorchFile(Container):
+    """One file of ``torch.save``.
+
+    Raises
+    ------
+    InputError
+        Where it is no torch archive, or its pickle names anything but tensors and plain containers.
+    """
+
+    ordered = True
+
+    def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
+        super().__init__(step)
+        self._tensors: dict[str, TorchTensor] = {}
+        self._descriptor = -1
+        with refused(step, _FORM):
+            self._descriptor = os.open(step.path, os.O_RDONLY)
+            try:
+                self._archive = TorchArchive(Region(self._descriptor), inert)
+                self._describe()
+            except BaseException:
+                self.close()
+                raise
+
+    def _describe(self) -> None:
+        places: dict[TorchTensor, str] = {}
+        for key, leaf in pickle_data.flatten(self._archive.tree):
+            if isinstance(leaf, TorchTensor):
+                if key in self._tensors:
+                    raise ValueError(f"two tensors have the key {key!r}")
+                self._tensors[key] = leaf
+                self.tensors[key] = LoggedTensor(leaf.shape, leaf.dtype)
+                if math.prod(leaf.shape) and places.setdefault(leaf, key) != key:
+                    self.ties[key] = places[leaf]
+        self.numbers |= flat_numbers(self._archive.tree)
+        self.texts |= group_texts(self._archive.tree)
+
+    @property
+    def tree(self) -> Any:
+        """What was saved; see `TorchArchive`."""
+        return self._archive.tree
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        with refused(self.step, _FORM, key):
+            self._archive.read(self._tensors[key], start, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
+    """Plain numbers of nested containers by their keys, but for the keys that are known."""
+    return {
+        key: _float(leaf)
+        for key, leaf in pickle_data.flatten(tree)
+        if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
+    }
+
+
+def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Strings and truth values in the parameter groups of optimizers, by their keys, and how K-FAC is damped."""
+    return {
+        key: str(leaf)
+        for path, leaf in pickle_data.flatten(tree)
+        if isinstance(leaf, str | bool)
+        and ("param_groups/" in (key := f"{prefix}{path}") or key.rstrip("/").endswith(_KFAC_OPTIONS))
+    }
+
+
+def _float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf

@@ -1,0 +1,224 @@
+"""Zarr arrays in folders or key-value stores, read with TensorStore (an extra of the package).
+
+It is TensorStore, because Zarr's own library gives the fill value for a chunk that was lost; and it reads into the
+buffer, in bfloat16, and from the key-value store of Orbax too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from natgrad.schema.errors import InputError
+from natgrad.sources.container import Container, boxes, refused
+from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+
+__all__ = ["ZarrArrays", "ZarrGroup", "holds_zarr", "read_object"]
+
+_FORM = "a Zarr group"
+_JSON_LIMIT = 1 << 27
+_CHUNK_LIMIT, _ARRAY_LIMIT = 1 << 29, 1 << 48
+_ARRAYS_LIMIT = 1 << 16
+_SECOND, _THIRD = ".zarray", "zarr.json"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises
+    ------
+    ValueError, OSError
+        Where it does not.
+    """
+    if path.stat().st_size > _JSON_LIMIT:
+        raise ValueError(f"{path.name} has more than {_JSON_LIMIT} bytes")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
+
+
+@contextmanager
+def _short() -> Iterator[None]:
+    # TensorStore repeats the specification of the array behind what went wrong.
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).partition(" [")[0]) from error
+
+
+class ZarrArrays(Container):
+    """Arrays by their keys; what they are is added by `open_arrays`.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    form : str
+        For messages: "a Zarr group".
+    stacked : bool
+        The first dimension is that of steps, and one is read of it.
+
+    Raises
+    ------
+    InputError
+        Where TensorStore is not installed.
+    """
+
+    def __init__(self, step: LoggedStep, form: str, *, stacked: bool = False) -> None:
+        super().__init__(step)
+        try:
+            import tensorstore
+        except ImportError as error:
+            raise InputError(
+                f"reading {form} needs tensorstore", where=where(step), remedy="pip install natgrad-pipeline[orbax]"
+            ) from error
+        self._tensorstore, self._form, self._stacked = tensorstore, form, stacked
+        self._specs: dict[str, Mapping[str, Any]] = {}
+        self._caches: dict[str, int] = {}
+        self._open: tuple[str, Any] = ("", None)
+
+    def open_arrays(self, specs: Mapping[str, Mapping[str, Any]], *, all_of_them: bool = True) -> None:
+        """Describe arrays.
+
+        Parameters
+        ----------
+        specs : mapping
+            Key to the specification of TensorStore.
+        all_of_them : bool
+            One that cannot be opened is an error; else it is listed as unread.
+
+        Raises
+        ------
+        ValueError
+            Where one is not there, or in chunks that are too large to unpack.
+        """
+        pending = {key: self._tensorstore.open(spec, open=True, read=True) for key, spec in specs.items()}
+        self._specs |= specs
+        for key, future in pending.items():
+            try:
+                with _short():
+                    store = future.result()
+            except ValueError as error:
+                if all_of_them:
+                    raise
+                self.unread[key] = str(error)
+                continue
+            self._add(key, store)
+
+    def _add(self, key: str, store: Any) -> None:
+        shape, itemsize = tuple(store.shape), store.dtype.numpy_dtype.itemsize
+        if math.prod(shape) * itemsize > _ARRAY_LIMIT:
+            raise ValueError(f"{key!r} claims to be of shape {shape}")
+        chunk = tuple(store.chunk_layout.read_chunk.shape or ())
+        if math.prod(chunk) * itemsize > _CHUNK_LIMIT:
+            raise ValueError(
+                f"{key!r} lies in chunks of {chunk}, more than {_CHUNK_LIMIT} bytes each: save it in smaller ones"
+            )
+        self.tensors[key] = LoggedTensor(shape, store.dtype.name)
+        row = _row(shape, chunk) if not self._stacked else chunk[0] * _row(shape[1:], chunk[1:]) if shape else 1
+        self._caches[key] = row * itemsize if row * itemsize <= _CHUNK_LIMIT else 0
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        with refused(self.step, self._form, key), _short():
+            store = self._store(key)
+            words = out.view(store.dtype.numpy_dtype)
+            done = 0
+            for box in boxes(tuple(store.shape), start, start + out.size):
+                shape = tuple(part.stop - part.start for part in box)
+                size = math.prod(shape)
+                target = self._tensorstore.array(words[done : done + size].reshape(shape))
+                target.write(store[box]).result()
+                done += size
+
+    def _store(self, key: str) -> Any:
+        opened, store = self._open
+        if opened != key:
+            context = self._tensorstore.Context({"cache_pool": {"total_bytes_limit": self._caches[key]}})
+            store = self._tensorstore.open(self._specs[key], open=True, read=True, context=context).result()
+            self._open = key, store
+        return store
+
+    def close(self) -> None:
+        """Let go of what was unpacked."""
+        self._open = "", None
+
+
+def _row(shape: Sequence[int], chunk: Sequence[int]) -> int:
+    """Elements of a row of chunks, which is unpacked once for all slices that it is cut into.
+
+    Examples
+    --------
+    >>> [_row((40, 30), (10, 10)), _row((40, 30), (1, 10)), _row((), ())]
+    [300, 10, 1]
+    """
+    first = next((axis for axis, length in enumerate(chunk) if length > 1), len(chunk))
+    return math.prod(chunk[: first + 1]) * math.prod(shape[first + 1 :])
+
+
+def holds_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr group, of version 2 or 3."""
+    return path.suffix == ".zarr" and any((path / name).is_file() for name in (".zgroup", _THIRD))
+
+
+class ZarrGroup(ZarrArrays):
+    """A Zarr group: its arrays by their paths.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    stacked : bool
+        See `ZarrArrays`.
+
+    uint16 with the attribute ``ml_dtype`` of ``bfloat16`` is taken as that. Links to folders are not followed.
+
+    Raises
+    ------
+    InputError
+        Where metadata are damaged, an array is in chunks that are too large to unpack, or TensorStore is not
+        installed.
+    """
+
+    def __init__(self, step: LoggedStep, *, stacked: bool = False) -> None:
+        super().__init__(step, _FORM, stacked=stacked)
+        with refused(step, _FORM):
+            self.open_arrays(self._found(), all_of_them=False)
+            for key, logged in self.tensors.items():
+                if logged.dtype == "uint16" and self._attributes(key).get("ml_dtype") == "bfloat16":
+                    self.tensors[key] = LoggedTensor(logged.shape, "bfloat16")
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        specs: dict[str, dict[str, Any]] = {}
+        root = self.step.path
+        for folder, folders, files in os.walk(root):
+            path = Path(folder)
+            second = _SECOND in files
+            if second or (_THIRD in files and read_object(path / _THIRD).get("node_type") == "array"):
+                # What lies below is its chunks.
+                folders.clear()
+                store = {"driver": "file", "path": f"{path.absolute()}/"}
+                specs[path.relative_to(root).as_posix()] = {
+                    "driver": "zarr" if second else "zarr3",
+                    "kvstore": store,
+                    "fill_missing_data_reads": False,
+                }
+            if len(specs) > _ARRAYS_LIMIT:
+                raise ValueError(f"it holds more than {_ARRAYS_LIMIT} arrays")
+        return specs
+
+    def _attributes(self, key: str) -> dict[str, Any]:
+        folder = self.step.path / key
+        if (folder / ".zattrs").is_file():
+            return read_object(folder / ".zattrs")
+        found = read_object(folder / _THIRD).get("attributes") if (folder / _THIRD).is_file() else None
+        return found if isinstance(found, dict) else {}

@@ -1,0 +1,342 @@
+"""The formats that can be read: how each is found and opened, and what it can and cannot give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from natgrad.sources.base import Source
+from natgrad.sources.checkpoints.bergson_store import BergsonFolder, holds_bergson
+from natgrad.sources.checkpoints.dcp_folder import DCP_KIND
+from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND
+from natgrad.sources.checkpoints.hdf5_file import Hdf5File
+from natgrad.sources.checkpoints.huggingface import TRAINER_KIND, TrainerFolder
+from natgrad.sources.checkpoints.megatron_folder import MEGATRON_KIND
+from natgrad.sources.checkpoints.model_folder import MODEL_KIND
+from natgrad.sources.checkpoints.npz_file import NpzStack
+from natgrad.sources.checkpoints.orbax_folder import ORBAX_KIND
+from natgrad.sources.checkpoints.stacked_file import StackedFile
+from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
+from natgrad.sources.checkpoints.torch_archive import TorchFile
+from natgrad.sources.checkpoints.zarr_group import ZarrGroup, holds_zarr
+from natgrad.sources.container import Container
+from natgrad.sources.names import CHECKPOINT, Names, step_number
+from natgrad.sources.scalars.event_file import event_files, read_events
+from natgrad.sources.scalars.record_files import holds_metrics, read_csv, read_json_lines, read_parquet, read_sqlite
+from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
+from natgrad.sources.scalars.scalar_log import ScalarLog
+from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import files, open_to_read
+
+__all__ = ["FORMATS", "Format", "find_format"]
+
+Opener = Callable[[Path, Mapping[str, str]], Source]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A log format: how it is found, and what it can and cannot give.
+
+    Attributes
+    ----------
+    name : str
+        As given with ``--format``.
+    layout : str
+        Files it is found by.
+    gives, lacks : str
+        What can and cannot be read from it.
+    found : callable
+        Whether a path is a log of this format.
+    open : callable
+        Path and mapping to `Source`.
+    alignment : str
+        Which state, before or after an update, what is logged at a step belongs to.
+    scalars : ScalarKind, optional
+        Of a format that holds scalars and no tensors; it is opened by this.
+    """
+
+    name: str
+    layout: str
+    gives: str
+    lacks: str
+    found: Callable[[Path], bool]
+    open: Opener
+    alignment: str = "all of step N is of the state after N updates, before the next; else give --shift"
+    scalars: ScalarKind | None = None
+
+
+def _holds(*kinds: Kind) -> Callable[[Path], bool]:
+    def found(path: Path) -> bool:
+        try:
+            return any(kind.number(entry) is not None for entry in path.iterdir() for kind in kinds)
+        except OSError:
+            return False
+
+    return found
+
+
+def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
+    return _holds(*kinds), lambda path, mapping: StepFolder(path, kinds, mapping)
+
+
+def _folder_or_file(
+    kind: Kind, suffix: str, open_file: Callable[[LoggedStep], Container]
+) -> tuple[Callable[[Path], bool], Opener]:
+    """Find and open a folder of steps, or one file of all."""
+    in_folder = _holds(kind)
+
+    def found(path: Path) -> bool:
+        return (path.is_file() and path.suffix == suffix) or in_folder(path)
+
+    def opener(path: Path, mapping: Mapping[str, str]) -> Source:
+        if path.is_file():
+            return StackedFile(path, open_file, mapping)
+        return StepFolder(path, [kind], mapping)
+
+    return found, opener
+
+
+def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
+    if holds_zarr(path):
+        return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
+    return StepFolder(path, [_ZARR], mapping)
+
+
+def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
+    return lambda path: step_number(path.stem) if path.suffix in suffixes else None
+
+
+def _of_torch(step: LoggedStep, names: Names) -> TorchFile:
+    return TorchFile(step, names.inert)
+
+
+def _ckpt_file(path: Path) -> int | None:
+    return step_number(path.stem) if path.suffix == ".ckpt" and path.is_file() else None
+
+
+_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _of_torch, CHECKPOINT)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
+_LIGHTNING_SHARDS = replace(
+    DCP_KIND,
+    layout="<name>step=<N>.ckpt/",
+    number=lambda path: DCP_KIND.number(path) if path.suffix == ".ckpt" else None,
+)
+
+_ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGroup(step))
+_HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
+
+
+def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Path], list[Path]]:
+    """Files of a log of scalars, told by suffix and first bytes: the path, or those of a folder by their names."""
+
+    def is_one(path: Path) -> bool:
+        if path.suffix not in suffixes:
+            return False
+        if not start:
+            return True
+        with open_to_read(path) as file:
+            return file.read(len(start)) == start
+
+    def found(path: Path) -> list[Path]:
+        entries = files(path)
+        return [entry for entry in entries if is_one(entry)] if folder or entries == [path] else []
+
+    return found
+
+
+_ALIGNMENT_OF_SCALARS = (
+    "as its logger counts: step N must be that of the state after N updates, where the loss was; else give --shift"
+)
+_GIVES_SCALARS = "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under usual keys or --map's"
+_LACKS_TENSORS = "tensors: give their log as a further SOURCE"
+
+
+def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
+    """Format of a log of scalars; what cannot be looked into is none."""
+
+    def found(path: Path) -> bool:
+        try:
+            return bool(kind.files(path))
+        except (OSError, ValueError):
+            return False
+
+    return Format(
+        name,
+        layout,
+        _GIVES_SCALARS + gives,
+        _LACKS_TENSORS + lacks,
+        found,
+        lambda path, mapping: ScalarLog(path, kind, mapping),
+        _ALIGNMENT_OF_SCALARS,
+        kind,
+    )
+
+
+_NATIVE = (
+    "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate, and of the draws of a "
+    "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
+)
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format(
+            "steps",
+            "folder of step_<N>.safetensors and step_<N>.npz",
+            _NATIVE,
+            "nothing",
+            *_folder(*NATIVE_KINDS.values()),
+        ),
+        Format(
+            "huggingface",
+            "Trainer output folder: checkpoint-<N>/ with model.safetensors or pytorch_model.bin, single or sharded",
+            "parameters, learning_rate; loss where logging_steps=1 (a mean over the update's batches, rounded to 4 "
+            "decimals before transformers 5); gradients where a gradient.safetensors lies there; optimizer's state "
+            "(--include optimizer, with the order of the model in natgrad.toml); out of core",
+            "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
+            _holds(TRAINER_KIND),
+            TrainerFolder,
+            "checkpoint-N is the state after N updates; its loss and the rate of the next update are those of the "
+            "log at step N + 1",
+        ),
+        Format(
+            "lightning",
+            "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
+            "parameters, learning_rate, optimizer's state (--include optimizer), and what a callback adds under "
+            "gradient, hvp or loss; out of core",
+            "gradients as Lightning writes it; last.ckpt, which repeats another",
+            *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
+            "step=N is the state after N updates, with the rate of the next one; gradient and loss that "
+            "on_train_batch_end adds are of the state before: --shift gradient=-1 --shift loss=-1",
+        ),
+        Format(
+            "dcp",
+            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any "
+            "ranks; also torch_dist of Megatron-LM",
+            "what --map says of the nested dicts that were saved, chunk by chunk in one process; optimizer's state "
+            "(--include optimizer); out of core",
+            "gradients where they were not saved; objects of classes: no pickle is executed",
+            *_folder(DCP_KIND),
+        ),
+        Format(
+            "deepspeed",
+            "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, of any ranks",
+            "parameters (the float32 master weights of all ranks, else the module), learning_rate, and what "
+            "client_state adds under gradient, hvp or loss; optimizer's state (--include optimizer); out of core",
+            "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, "
+            "whose files do not say how tensors are split",
+            *_folder(DEEPSPEED_KIND),
+        ),
+        Format(
+            "megatron",
+            "folder of checkpoints iter_<N>/mp_rank_<T>[_<P>]/model_optim_rng.pt of Megatron-LM",
+            "parameters of all stages of a pipeline, learning_rate, and what is added under gradient; out of core",
+            "gradients as Megatron-LM writes it; tensor and expert parallel models, whose files do not say how "
+            "tensors are split (convert them to torch_dist, which is dcp)",
+            *_folder(MEGATRON_KIND),
+        ),
+        Format(
+            "orbax",
+            "folder of checkpoints <N>/ or <prefix>_<N>/ of Orbax, in OCDBT or not; needs the extra orbax",
+            "what --map says of the trees that were saved: params, grads, loss, learning_rate; by chunks",
+            "gradients and learning rates where they were not saved; chunks of more than 512 MiB (chunk_byte_size)",
+            *_folder(ORBAX_KIND),
+        ),
+        Format(
+            "safetensors",
+            "folder of step_<N>.safetensors, or of folders step-<N>/ with model.safetensors, single or sharded",
+            _NATIVE + "; float64, float32, float16, bfloat16; of a folder, <array>.safetensors",
+            "scalars of a folder that has them in no file",
+            *_folder(NATIVE_KINDS["safetensors"], MODEL_KIND),
+        ),
+        Format(
+            "torch",
+            "folder of <name>-<N>.pt, .pth, .bin or .ckpt (torch.save)",
+            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step; the state of "
+            "the optimizer (--include optimizer); out of core",
+            "objects of classes: no pickle is executed; the format of torch before 1.6",
+            *_folder(_TORCH),
+        ),
+        Format(
+            "npz",
+            "folder of step_<N>.npz (numpy.savez), or one .npz file of arrays (step, ...)",
+            _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded whole",
+            "bfloat16; one file must not be compressed",
+            *_folder_or_file(NATIVE_KINDS["npz"], ".npz", NpzStack),
+        ),
+        Format(
+            "hdf5",
+            "folder of step_<N>.h5, or one .h5 file of datasets (step, ...); needs the extra hdf5",
+            _NATIVE + "; bfloat16 as uint16 with the attribute ml_dtype",
+            "data in other files (external, virtual)",
+            *_folder_or_file(_HDF5, ".h5", Hdf5File),
+        ),
+        Format(
+            "zarr",
+            "one .zarr group of arrays (step, ...), or a folder of step_<N>.zarr, of version 2 or 3; needs the "
+            "extra orbax",
+            _NATIVE + " by chunks; bfloat16, also as uint16 with the attribute ml_dtype",
+            "chunks that are not there, which may be lost (write_empty_chunks); chunks of more than 512 MiB",
+            lambda path: holds_zarr(path) or _holds(_ZARR)(path),
+            _open_zarr,
+        ),
+        Format(
+            "bergson",
+            "folder of gradient stores of Bergson checkpoint-<N>/ or step_<N>/ (gradients.bin, info.json), or one",
+            "gradients of linear weights (with --include_bias, of their biases), of stores that are not projected: "
+            "their one row (--aggregation mean), or the mean of one row an example; names and shapes are of the "
+            "parameters in a further SOURCE, and natgrad.toml says [bergson] layout; out of core",
+            "gradients of biases, norms, embeddings and heads, which are left out with a warning; stores that are "
+            "projected, scaled, per token, or of the epochs of a run (train/epoch_<N>/), which are refused",
+            holds_bergson,
+            BergsonFolder,
+            "checkpoint-N is the state after N updates; where config.yaml names another checkpoint it is refused",
+        ),
+        _of_scalars(
+            "csv",
+            "one file with a header, values parted by commas, semicolons or tabs: Lightning's metrics.csv, pandas'",
+            ScalarKind("a CSV file", _named(False, b"", ".csv", ".tsv"), read_csv),
+        ),
+        _of_scalars(
+            "jsonl",
+            "one file .jsonl or .ndjson with a JSON object in each line, nested or flat",
+            ScalarKind("a file of JSON lines", _named(False, b"{", ".jsonl", ".ndjson"), read_json_lines),
+        ),
+        _of_scalars(
+            "parquet",
+            "one file .parquet, or a folder of them: W&B's history, trackio's, pandas'; needs the extra parquet",
+            ScalarKind("a Parquet file", _named(True, b"PAR1", ".parquet"), read_parquet),
+        ),
+        _of_scalars(
+            "tensorboard",
+            "an event file (tfevents), or a folder of them; checksums are compared, every point is read",
+            ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True),
+            gives="; single precision as nearly all writers store it",
+            lacks="; event files in folders below",
+        ),
+        _of_scalars(
+            "wandb",
+            "one file run-<id>.wandb of W&B, or the folder that it keeps for the run; wandb is not needed",
+            ScalarKind("a W&B run file", _named(False, WANDB_START, ".wandb"), read_wandb),
+            lacks="; runs that are on its server alone",
+        ),
+        _of_scalars(
+            "trackio",
+            "trackio's SQLite database, with a table metrics",
+            ScalarKind(
+                "a trackio database",
+                lambda path: [path] if path.is_file() and holds_metrics(path) else [],
+                read_sqlite,
+                step="step",
+            ),
+            gives="; of several runs the one of --map run=NAME",
+        ),
+    )
+}
+
+
+def find_format(path: Path) -> str | None:
+    """Name of the format that a path holds a log of, by its content; None where it holds none."""
+    return next((name for name, known in FORMATS.items() if known.found(path)), None)

@@ -1,0 +1,1 @@
+"""The saved state of optimizers: which tensor each entry belongs to, and which metric it defines."""

@@ -1,0 +1,252 @@
+"""Which metric a rule with factors uses for a tensor: what is saved, and what its writer's code makes of it.
+
+========================================  ==================================================================
+Shampoo (torch-optimizer,                 the update is ``inv_precond_0 G inv_precond_1`` (of pytorch-optimizer
+pytorch-optimizer)                        ``inv_pre_cond``): M is the product of the inverses of what acted,
+                                          S^(1/k) and S^(1/2k) of the statistics of k dimensions
+ScalableShampoo (pytorch-optimizer)       the same with ``pre_conditioners``, on each block of a tensor
+PSGD Kron (pytorch-optimizer)             the update is Q'Q of the momentum: M is the product of (Q'Q)^-1
+SOAP (pytorch-optimizer, and its authors')  Adam in the basis Q: ``exp_avg_sq`` lies in it, ``exp_avg`` does not
+K-FAC (kfac-pytorch, curvlinops)          G (x) A with damping: of each factor, or of their product
+========================================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import takewhile
+
+from natgrad.sources.container import Container
+from natgrad.sources.optimizers.state import Factor, FactoredMetric, RotatedMetric
+from natgrad.sources.steps import LoggedTensor
+
+__all__ = ["ENTRY", "OPTIONS", "SAID", "Entry", "kfac_metrics", "rule_of", "shape_of"]
+
+ENTRY = (
+    r"inv_precond_\d+|inv_pre_cond_\d+|(?:GG|Q)[/.]\d+|shampoo_beta|"
+    r"momentum|max_exp_avg_sq|pre_conditioner[/.](?:rank|pre_conditioners(?:[/.]\d+)?)"
+)
+"""Keys of an entry that say what its metric is, as a regular expression."""
+
+OPTIONS = ("step", "correct_bias", "normalize_gradient", "normalize_grads")
+"""Options of a group that say it too."""
+
+SAID = ("compute_method", "start_preconditioning_step")
+"""What no file says and a user may: how kfac-pytorch inverts, and from which step on ScalableShampoo does."""
+
+_KFAC_ROOTS = "preconditioner|preconditioner_state_dict|kfac|kfac_state_dict"
+_LAYER = re.compile(rf"({_KFAC_ROOTS})/layers/(.+)/([AG])")
+_COVARIANCE = re.compile(rf"((?:{_KFAC_ROOTS})(?:/A)?)/(input|gradient)_covariances/(.+)")
+
+
+class Entry:
+    """An entry of a saved optimizer.
+
+    Parameters
+    ----------
+    keys : mapping
+        Name within the entry to the key in the container.
+    tensors : mapping
+        Of the container.
+    numbers : mapping
+        Name within the entry to value.
+    options : mapping
+        Of its group: those of `OPTIONS` and ``beta2``, ``epsilon``; truth values are 0 and 1.
+    said : mapping
+        What the user says of `SAID`.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, str],
+        tensors: Mapping[str, LoggedTensor],
+        numbers: Mapping[str, float],
+        options: Mapping[str, float],
+        said: Mapping[str, str | int],
+    ) -> None:
+        self._keys, self._tensors, self._numbers = keys, tensors, numbers
+        self._options, self._said = options, said
+
+    def metric(self, rule: str, shape: tuple[int, ...]) -> FactoredMetric | RotatedMetric:
+        """Metric of a tensor of this shape under a rule of `rule_of`."""
+        if rule == "AMSGrad":
+            return FactoredMetric(rule, problem="its metric is made of max_exp_avg_sq, which is not stored")
+        if rule == "SOAP":
+            return self._soap()
+        if rule == "ScalableShampoo":
+            return self._scalable_shampoo()
+        names = {"Shampoo": ("inv_precond_{}", "inv_pre_cond_{}"), "PSGD": ("Q/{}", "Q.{}")}[rule]
+        factors = next((found for name in names if (found := self._numbered(name))), ())
+        if tuple(_size(factor) for factor in factors) != (shape if rule == "Shampoo" else shape or (1,)):
+            sizes = [list(factor.shape) for factor in factors]
+            return FactoredMetric(rule, problem=f"the factors have the shapes {sizes}, the tensor {list(shape)}")
+        root = rule == "PSGD"
+        return FactoredMetric(rule, (factors,), exponent=-1.0, root=root, rescaled=root)
+
+    def _numbered(self, name: str) -> tuple[Factor, ...]:
+        keys = (self._keys.get(name.format(index), "") for index in range(len(self._keys)))
+        return tuple(_factor(key, self._tensors[key]) for key in takewhile(self._tensors.__contains__, keys))
+
+    def _soap(self) -> RotatedMetric:
+        options = self._options
+        # Its authors count the updates in each entry; pytorch-optimizer calls, of which the first makes no update.
+        updates = self._numbers.get("step", options.get("step", math.nan) - 1)
+        beta2, corrected = options.get("beta2", math.nan), options.get("correct_bias")
+        if not updates > 0 or not 0 <= beta2 < 1 or "epsilon" not in options or corrected is None:
+            return RotatedMetric(problem="it has made no update yet, or its options are not saved")
+        bias = math.sqrt(1.0 - beta2**updates) if corrected else 1.0
+        normalized = options.get("normalize_gradient", 0.0) or options.get("normalize_grads", 0.0)
+        return RotatedMetric(options["epsilon"], bias, bool(normalized))
+
+    def _scalable_shampoo(self) -> FactoredMetric:
+        rule, start = "ScalableShampoo", self._said.get("start_preconditioning_step")
+        if start is None:
+            return FactoredMetric(
+                rule,
+                problem="its state does not say from which step on it preconditions: write "
+                "start_preconditioning_step = N under [optimizer] in natgrad.toml",
+            )
+        if not self._options.get("step", math.nan) >= int(start):
+            return FactoredMetric(rule, problem=f"it preconditions from step {start} on")
+        name = "pre_conditioner/pre_conditioners"
+        factors = self._numbered(name + "/{}")
+        stacked = self._tensors.get(self._keys.get(name, ""))
+        if stacked is not None and len(stacked.shape) == 3:
+            count, size, _ = stacked.shape
+            matrix = LoggedTensor(stacked.shape[1:], stacked.dtype)
+            factors = tuple(_factor(self._keys[name], matrix, size * size * index) for index in range(count))
+        number = self._numbers.get("pre_conditioner/rank", 0.0)
+        rank = int(number) if 1 <= number <= len(factors) else 0
+        if not rank or len(factors) % rank:
+            return FactoredMetric(rule, problem="no factors: its graft alone moves it, or the file has objects")
+        blocks = tuple(factors[first : first + rank] for first in range(0, len(factors), rank))
+        return FactoredMetric(rule, blocks, exponent=-1.0, rescaled=True)
+
+
+def rule_of(entries: Iterable[Mapping[str, str]]) -> str | None:
+    """Rule with factors that an optimizer is, by the keys within all of its entries; None where it is none."""
+    names = {name for entry in entries for name in entry}
+    if "pre_conditioner/rank" in names:
+        return "ScalableShampoo"
+    if any(name.startswith("inv_pre") for name in names):
+        return "Shampoo"
+    if any(name.startswith(("GG", "Q")) for name in names):
+        return "SOAP" if "exp_avg_sq" in names else "PSGD"
+    if "max_exp_avg_sq" in names:
+        return "AMSGrad"
+    return "SOAP" if "shampoo_beta" in names else None
+
+
+def shape_of(keys: Mapping[str, str], tensors: Mapping[str, LoggedTensor]) -> tuple[int, ...] | None:
+    """Shape of the tensor that an entry is of, by its factors or momentum of Shampoo; None where it has neither."""
+    if (momentum := tensors.get(keys.get("momentum", ""))) is not None:
+        return momentum.shape
+    for name in ("inv_precond_{}", "inv_pre_cond_{}"):
+        if factors := Entry(keys, tensors, {}, {}, {})._numbered(name):
+            return tuple(map(_size, factors))
+    return None
+
+
+def kfac_metrics(
+    container: Container, parameters: Mapping[str, LoggedTensor], said: Mapping[str, str | int]
+) -> tuple[str | None, dict[str, FactoredMetric]]:
+    """Metrics of K-FAC that a file holds, by tensor, and the key that they stand under."""
+    layers: dict[str, dict[str, Factor]] = {}
+    roots: set[str] = set()
+    curvature: dict[str, dict[str, Factor]] = {}
+    for key, tensor in container.tensors.items():
+        if match := _LAYER.fullmatch(key):
+            roots.add(match[1])
+            layers.setdefault(match[2], {})[match[3]] = _factor(key, tensor)
+        elif match := _COVARIANCE.fullmatch(key):
+            roots.add(match[1])
+            curvature.setdefault(match[3], {})["A" if match[2] == "input" else "G"] = _factor(key, tensor)
+    if len(roots) != 1:
+        return None, {}
+    (root,) = roots
+    found: dict[str, FactoredMetric] = {}
+    for name, factors in (layers or curvature).items():
+        blank = _kfac_pytorch(container, root, said) if layers else _curvlinops(container, root)
+        found |= _blocks(name, factors, parameters, blank)
+    return root.split("/")[0], found
+
+
+def _kfac_pytorch(container: Container, root: str, said: Mapping[str, str | int]) -> FactoredMetric:
+    """Damping of kfac-pytorch; what it saved after ``step()`` is what the update to this state was made with."""
+    numbers, rule = container.numbers, "K-FAC"
+    steps, every = numbers.get(f"{root}/steps", math.nan), numbers.get(f"{root}/inv_update_steps", math.nan)
+    damping, method = numbers.get(f"{root}/damping"), said.get("compute_method")
+    if method is None:
+        problem = (
+            'its state does not say how it inverts: write compute_method = "eigen" (the default of kfac-pytorch) '
+            'or "inverse" under [optimizer] in natgrad.toml'
+        )
+    elif damping is None or not every >= 1:
+        problem = "its damping, or how often it inverts, is a function, and not saved"
+    elif not steps >= 1:
+        problem = "it has made no update yet"
+    elif (steps - 1) % every:
+        problem = f"it inverts at every {every:g}th step, and what it then used is not saved"
+    elif method == "eigen":
+        return FactoredMetric(rule, shift=damping)
+    else:
+        return FactoredMetric(rule, damping=(damping, damping))
+    return FactoredMetric(rule, problem=problem)
+
+
+def _curvlinops(container: Container, root: str) -> FactoredMetric:
+    """Damping of a ``KFACInverseLinearOperator``, whose factors are taken at the state that they are saved with."""
+    numbers, rule = container.numbers, "K-FAC"
+    above = root.removesuffix("/A")
+    damping = numbers.get(f"{above}/damping")
+    both = (numbers.get(f"{above}/damping/0", damping), numbers.get(f"{above}/damping/1", damping))
+    options = {name: container.texts.get(f"{above}/use_{name}_damping") for name in ("exact", "heuristic")}
+    if above == root or None in both or None in options.values():
+        return FactoredMetric(rule, problem="its damping is not saved: save a KFACInverseLinearOperator")
+    of_input, of_gradient = (float(number or 0.0) for number in both)
+    if options["exact"] == "True":
+        return FactoredMetric(rule, shift=of_input, follows=True)
+    if options["heuristic"] == "True":
+        least = numbers.get(f"{above}/min_damping", math.nan)
+        return FactoredMetric(rule, damping=(of_input, least), balanced=True, follows=True)
+    return FactoredMetric(rule, damping=(of_gradient, of_input), follows=True)
+
+
+def _blocks(
+    name: str, factors: Mapping[str, Factor], parameters: Mapping[str, LoggedTensor], blank: FactoredMetric
+) -> dict[str, FactoredMetric]:
+    """Metrics of the weight and the bias of a layer: one that they share, or one for each."""
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    there = [tensor for tensor in (weight, bias) if tensor in parameters]
+    if blank.problem or "G" not in factors:
+        problem = blank.problem or "its factors are not saved"
+        return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
+    shape = parameters[there[0]].shape if there else ()
+    inputs = math.prod(shape[1:]) if weight in there else -1
+    size = _size(factors["A"]) if "A" in factors else 0
+    fits = there and shape and _size(factors["G"]) == shape[0] and (inputs < 0 or size in (inputs, inputs + 1))
+    if not fits:
+        problem = f"the factors of layer {name!r} do not fit its weight or bias of shape {list(shape)}"
+        return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
+    product = (factors["G"], factors["A"]) if "A" in factors else (factors["G"],)
+    if size == inputs + 1:
+        return {tensor: replace(blank, blocks=(product,), tensors=tuple(there)) for tensor in there}
+    found = {weight: replace(blank, blocks=(product,))} if weight in there else {}
+    if bias in there:
+        found[bias] = replace(blank, blocks=((factors["G"],),), damping=blank.damping[:1])
+        if blank.balanced:
+            found[bias] = FactoredMetric(blank.rule, problem="heuristic damping of a bias of its own is not read")
+    return found
+
+
+def _factor(key: str, tensor: LoggedTensor, start: int = 0) -> Factor:
+    return Factor(key, tensor.shape, tensor.dtype, start)
+
+
+def _size(factor: Factor) -> int:
+    """Dimension that a factor acts on; 0 where it is no square matrix or diagonal of floats."""
+    square = len(factor.shape) < 2 or (len(factor.shape) == 2 and factor.shape[0] == factor.shape[1])
+    return math.prod(factor.shape[:1]) if square else 0

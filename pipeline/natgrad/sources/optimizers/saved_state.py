@@ -1,0 +1,297 @@
+"""Which tensor each entry of a saved optimizer belongs to.
+
+Torch numbers the parameters of an optimizer, group after group, and saves no names unless it was given some: so
+the numbers are matched by order, where that is known, or by shape, where that decides, and always checked by shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from natgrad.schema.layout import STORAGE_DTYPES
+from natgrad.sources.container import Container
+from natgrad.sources.optimizers import factors
+from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, factor_array
+from natgrad.sources.steps import LoggedTensor
+
+__all__ = ["SavedOptimizer", "optimizer_root", "saved_optimizer"]
+
+_ROOTS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/0")
+_ARRAYS = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "momentum_buffer": "momentum_buffer",
+    "master_param": "master_parameter",
+}
+_NUMBERS = {
+    "lr": "tensor_learning_rate",
+    "betas/0": "beta1",
+    "betas/1": "beta2",
+    "eps": "epsilon",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+}
+# Levels are joined by a slash, or by a dot where torch flattened the optimizer's dict.
+_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join(_ARRAYS)}|step|{factors.ENTRY})")
+_OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *factors.OPTIONS))})")
+_MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
+
+# What trainers do not decay: those of these names (Hugging Face), or those of one dimension (nanoGPT).
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """State of an optimizer, by tensor.
+
+    Attributes
+    ----------
+    roots : tuple of str
+        Keys that it stands under.
+    state : OptimizerState
+    keys : mapping
+        Array to tensor to the key in the container.
+    """
+
+    roots: tuple[str, ...]
+    state: OptimizerState
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def optimizer_root(container: Container) -> str | None:
+    """Key that the state of the optimizer stands under, None where none was saved."""
+    for root in _ROOTS:
+        starts = tuple(f"{root}/{part}{separator}" for part in ("state", "param_groups") for separator in "/.")
+        if any(key.startswith(starts) for keys in (container.numbers, container.tensors) for key in keys):
+            return root
+    return None
+
+
+def saved_optimizer(
+    container: Container,
+    parameters: Mapping[str, LoggedTensor],
+    trained: Collection[str] = (),
+    order: Sequence[str] = (),
+    said: Mapping[str, str | int] | None = None,
+) -> SavedOptimizer | None:
+    """Find the state of the optimizer in a step, by tensor, and that of K-FAC before it.
+
+    Parameters
+    ----------
+    container : Container
+    parameters : mapping
+        Tensors of the model, in the order of the file.
+    trained : collection of str
+        Those that have a gradient, where that is known.
+    order : sequence of str
+        Names in the order in which the optimizer was given them, where the user says so.
+    said : mapping, optional
+        What the user says of `natgrad.sources.optimizers.factors.SAID`.
+
+    Returns
+    -------
+    SavedOptimizer or None
+        Where there is neither. Of one that cannot be matched, ``state.problem`` says why.
+    """
+    root = optimizer_root(container)
+    kfac_root, metrics = factors.kfac_metrics(container, parameters, said or {})
+    saved = None if root is None else _matched(container, root, parameters, trained, order, said or {})
+    if kfac_root is None or (saved is not None and saved.state.problem):
+        return saved
+    saved = saved or SavedOptimizer((), OptimizerState())
+    state = saved.state
+    own = {*state.metrics, *state.arrays.get("exp_avg_sq", ())}
+    rates = state.numbers.get("tensor_learning_rate", {})
+    for tensor in parameters:
+        problem = ""
+        if tensor not in metrics:
+            problem = "" if tensor in own else "it has no factors of it"
+        elif tensor in own:
+            # It is moved by a product of two matrices, which is not symmetric.
+            problem = "the optimizer behind it has a metric of its own"
+        elif len({rates.get(other) for other in metrics[tensor].tensors}) > 1:
+            problem = "weight and bias move at different rates"
+        if problem:
+            metrics[tensor] = FactoredMetric("K-FAC", problem=problem)
+    state = OptimizerState(state.arrays, state.numbers, {**state.metrics, **metrics})
+    return SavedOptimizer((*saved.roots, kfac_root), state, {**saved.keys, **_factor_keys(metrics)})
+
+
+def _factor_keys(metrics: Mapping[str, FactoredMetric | RotatedMetric]) -> dict[str, dict[str, str]]:
+    """Keys of the factors, by the arrays that they are read as."""
+    keys: dict[str, dict[str, str]] = {}
+    for tensor, metric in metrics.items():
+        if isinstance(metric, FactoredMetric):
+            for index, factor in enumerate(factor for block in metric.blocks for factor in block):
+                keys.setdefault(factor_array(index), {})[tensor] = factor.key
+    return keys
+
+
+def _matched(
+    container: Container,
+    root: str,
+    parameters: Mapping[str, LoggedTensor],
+    trained: Collection[str],
+    order: Sequence[str],
+    said: Mapping[str, str | int],
+) -> SavedOptimizer:
+    start = f"{root}/"
+    entries: dict[str, dict[str, str]] = {}
+    for key in (*container.tensors, *container.numbers):
+        match = _ENTRY.fullmatch(key.removeprefix(start)) if key.startswith(start) else None
+        if match:
+            entries.setdefault(match[1], {})[match[2]] = key
+    groups = _groups(container, start)
+    owners = _owners(container, entries, groups, parameters, trained, order)
+    if isinstance(owners, str):
+        return SavedOptimizer((root,), OptimizerState(problem=owners))
+    keys: dict[str, dict[str, str]] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    metrics: dict[str, FactoredMetric | RotatedMetric] = {}
+    rule = factors.rule_of(entries.values())
+    for entry, tensor in owners.items():
+        of_entry, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
+        counts: dict[str, float] = {}
+        for what, key in of_entry.items():
+            if what in _ARRAYS:
+                logged = container.tensors.get(key)
+                if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
+                    what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
+                    problem = f"{key} is {what_is}, its parameter {tensor!r} has shape {parameters[tensor].shape}"
+                    return SavedOptimizer((root,), OptimizerState(problem=problem))
+                keys.setdefault(_ARRAYS[what], {})[tensor] = key
+            elif (what == "step" or key in container.numbers) and (count := container.number(key)) is not None:
+                counts[what] = count
+        if "step" in counts:
+            numbers.setdefault("updates", {})[tensor] = counts["step"]
+        for name, value in options.items():
+            if name not in factors.OPTIONS:
+                numbers.setdefault(name, {})[tensor] = value
+        if rule is not None and of_entry:
+            saved = factors.Entry(of_entry, container.tensors, counts, options, said)
+            metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
+    arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
+    return SavedOptimizer((root,), OptimizerState(arrays, numbers, metrics), keys | _factor_keys(metrics))
+
+
+@dataclass
+class _Group:
+    """A group of parameters: its members by number or name, in order, and its options."""
+
+    members: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)
+
+    def ordered(self) -> list[str]:
+        return [self.members[index] for index in sorted(self.members)]
+
+
+def _groups(container: Container, start: str) -> dict[str, _Group]:
+    groups: dict[str, _Group] = {}
+    for key in (*container.numbers, *container.tensors):
+        inner = key.removeprefix(start)
+        if not key.startswith(start) or not inner.startswith("param_groups"):
+            continue
+        if (member := _MEMBER.fullmatch(inner)) and key in container.numbers:
+            groups.setdefault(member[1], _Group()).members[int(member[3])] = str(int(container.numbers[key]))
+        elif option := _OPTION.fullmatch(inner):
+            value = container.number(key)
+            if value is not None:
+                groups.setdefault(option[1], _Group()).options[_NUMBERS.get(option[2], option[2])] = value
+    for key, text in container.texts.items():
+        inner = key.removeprefix(start)
+        if not key.startswith(start):
+            continue
+        if member := _MEMBER.fullmatch(inner):
+            group = groups.setdefault(member[1], _Group())
+            (group.members if member[2] == "params" else group.names)[int(member[3])] = text
+        elif text in ("True", "False") and (option := _OPTION.fullmatch(inner)) and option[2] in factors.OPTIONS:
+            groups.setdefault(option[1], _Group()).options[option[2]] = float(text == "True")
+    return groups
+
+
+def _options_of(entry: str, tensor: str, groups: Mapping[str, _Group]) -> Mapping[str, float]:
+    """Options of an entry: of the group it is a member of, of one named after it, or of the only one."""
+    for name, group in groups.items():
+        if entry in group.members.values() or name in (entry, tensor):
+            return group.options
+    (only, *others) = groups.values() if groups else [_Group()]
+    return {} if others or only.members else only.options
+
+
+def _owners(
+    container: Container,
+    entries: Mapping[str, Mapping[str, str]],
+    groups: Mapping[str, _Group],
+    parameters: Mapping[str, LoggedTensor],
+    trained: Collection[str],
+    order: Sequence[str],
+) -> dict[str, str] | str:
+    """Entry to the tensor it belongs to, or why that cannot be told."""
+    members = [group.ordered() for group in groups.values()]
+    flat = [entry for group in members for entry in group] or list(entries)
+    if all(entry in parameters for entry in flat):
+        return {entry: entry for entry in flat}
+    if all(set(group.names) == set(group.members) for group in groups.values()):
+        named = {group.members[index]: name for group in groups.values() for index, name in group.names.items()}
+        unknown = [name for name in named.values() if name not in parameters]
+        return f"the optimizer names {unknown[0]!r}, the model has no such tensor" if unknown else named
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry, of in entries.items():
+        for what, key in of.items():
+            if what in _ARRAYS and key in container.tensors:
+                shapes[entry] = container.tensors[key].shape
+        if entry not in shapes and (shape := factors.shape_of(of, container.tensors)) is not None:
+            shapes[entry] = shape
+
+    def fits(names: Sequence[str]) -> bool:
+        return len(names) == len(flat) and all(
+            shapes.get(entry, parameters[name].shape) == parameters[name].shape
+            for entry, name in zip(flat, names, strict=True)
+        )
+
+    unknown = [name for name in order if name not in parameters]
+    if unknown:
+        return f"the order names {unknown[0]!r}, the model has no such tensor"
+    names = list(order) or [name for name in parameters if (not trained or name in trained)]
+    if order or container.ordered:
+        ways = _arrangements(names, parameters, list(map(len, members)))
+        # The user may give the order of the model, or that of the optimizer.
+        fitting = {tuple(way) for way in [*ways, *([names] if order else [])] if fits(way)}
+        if len(fitting) == 1:
+            return dict(zip(flat, fitting.pop(), strict=True))
+        if order:
+            why = "in two ways" if fitting else "in none"
+            return (
+                f"the order of {len(order)} tensors fits the {len(flat)} parameters and {len(members)} groups {why}"
+            )
+    by_shape = {parameters[name].shape: name for name in names}
+    counts = Counter(parameters[name].shape for name in names)
+    if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):
+        return {entry: by_shape[shapes[entry]] for entry in flat}
+    return (
+        f"it is not known which of {len(names)} tensors the {len(flat)} parameters of the optimizer are: it was "
+        "saved without names, and neither the order of the file nor the shapes decide"
+    )
+
+
+def _arrangements(
+    names: Sequence[str], parameters: Mapping[str, LoggedTensor], sizes: Sequence[int]
+) -> list[list[str]]:
+    """Orders that trainers give the tensors of a model in: as they come, or those that are decayed first."""
+    if len(sizes) < 2:
+        return [list(names)]
+    ways = []
+    if len(sizes) == 2:
+        for decayed in (
+            [not _NOT_DECAYED.search(name) for name in names],
+            [len(parameters[name].shape) > 1 for name in names],
+            [not _NOT_DECAYED.search(name) and len(parameters[name].shape) > 1 for name in names],
+        ):
+            first = [name for name, is_so in zip(names, decayed, strict=True) if is_so]
+            if len(first) == sizes[0]:
+                ways.append([*first, *(name for name, is_so in zip(names, decayed, strict=True) if not is_so)])
+    return ways

@@ -1,0 +1,1 @@
+"""Readers of scalar logs: CSV, JSON lines, Parquet, SQLite, TensorBoard and W&B."""

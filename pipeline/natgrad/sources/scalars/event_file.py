@@ -1,0 +1,132 @@
+"""TensorBoard's event files: records with checksums, each a protocol buffer. Every point is read.
+
+A record is its length (8 bytes), the masked CRC-32C of the length, the data, and their masked CRC-32C.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED32, FIXED64, VARINT, fields
+from natgrad.storage import files, open_to_read
+
+__all__ = ["event_files", "read_events"]
+
+_DATA_LIMIT = 1 << 26
+"""Larger records are images or graphs: their checksum is compared, and they are not looked into."""
+_PIECE = 1 << 20
+_STEP, _SUMMARY, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 1, 1, 2, 8
+_TENSOR_DTYPE, _TENSOR_CONTENT = 1, 4
+_DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
+"""Of a tensor: DT_FLOAT and DT_DOUBLE as numpy's dtype, and the field and wire type of their values."""
+
+
+def event_files(path: Path) -> list[Path]:
+    """Event files that a path is, or that are in it, in the order in which they were begun."""
+    found = files(path)
+    if found == [path]:
+        return found if _is_event_file(path) else []
+    named = [file for file in found if "tfevents" in file.name]
+    return [file for _, file in sorted((_begun(file), file) for file in named)]
+
+
+def _is_event_file(path: Path) -> bool:
+    with open_to_read(path) as file:
+        start = file.read(12)
+    return len(start) == 12 and _masked(crc32c(start[:8])) == int.from_bytes(start[8:], "little")
+
+
+def _begun(path: Path) -> float:
+    """Time of the first record, by which files of one folder are in order: names hold it in seconds only."""
+    for record in _records(path, []):
+        for number, kind, value in fields(record):
+            if number == 1 and kind == FIXED64:
+                return float(struct.unpack("<d", value)[0])
+        break
+    return 0.0
+
+
+def _masked(crc: int) -> int:
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
+    """Give the data of the records; a last one that is cut short is left out, with a note."""
+    with open_to_read(path) as file:
+        size, position = file.seek(0, os.SEEK_END), file.seek(0)
+        while position < size:
+            head = file.read(12)
+            length = int.from_bytes(head[:8], "little")
+            if len(head) == 12 and _masked(crc32c(head[:8])) != int.from_bytes(head[8:], "little"):
+                raise ValueError(f"the checksum of the length of the record at byte {position} does not match")
+            if len(head) < 12 or position + 12 + length + 4 > size:
+                notes.append(f"the last record of {path.name} is cut short and left out: it is still being written")
+                return
+            crc, data, rest = 0, b"", length
+            while rest:
+                piece = file.read(min(rest, _PIECE))
+                if not piece:
+                    raise EOFError("the file was cut while it was read")
+                crc, rest = crc32c(piece, crc), rest - len(piece)
+                data += piece if length <= _DATA_LIMIT else b""
+            if _masked(crc) != int.from_bytes(file.read(4), "little"):
+                raise ValueError(f"the checksum of the record at byte {position} does not match")
+            yield data
+            position += 12 + length + 4
+
+
+def read_events(path: Path, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Read the scalars of an event file: ``step``, and the values of the tags."""
+    for data in _records(path, notes):
+        step, summaries = 0, []
+        for number, kind, value in fields(data):
+            if (number, kind) == (_STEP, VARINT):
+                step = value - (1 << 64) if value >> 63 else value
+            elif (number, kind) == (_SUMMARY, BYTES):
+                summaries.append(value)
+        values: dict[str, float] = {}
+        for summary in summaries:
+            for number, kind, value in fields(summary):
+                if (number, kind) == (_VALUE, BYTES):
+                    tag, scalar = _scalar(value)
+                    if scalar is not None and wanted(tag):
+                        values[tag] = scalar
+        if values:
+            yield {**values, "step": step}
+
+
+def _scalar(data: bytes) -> tuple[str, float | None]:
+    """Tag and value of a summary; None where it is no scalar of floats."""
+    tag, scalar = "", None
+    for number, kind, value in fields(data):
+        if (number, kind) == (_TAG, BYTES):
+            tag = value.decode()
+        elif (number, kind) == (_SIMPLE, FIXED32):
+            scalar = float(struct.unpack("<f", value)[0])
+        elif (number, kind) == (_TENSOR, BYTES):
+            scalar = _tensor(value)
+    return tag, scalar
+
+
+def _tensor(data: bytes) -> float | None:
+    """Value of a tensor of one float."""
+    found = list(fields(data))
+    dtype = next((value for number, kind, value in found if (number, kind) == (_TENSOR_DTYPE, VARINT)), 0)
+    if dtype not in _DTYPES:
+        return None
+    name, field, single = _DTYPES[dtype]
+    # One value alone, many packed, or the bytes of all.
+    content = [
+        value
+        for number, kind, value in found
+        if (number, kind) in ((field, single), (field, BYTES), (_TENSOR_CONTENT, BYTES))
+    ]
+    words = b"".join(content)
+    return float(np.frombuffer(words, name)[0]) if len(words) == np.dtype(name).itemsize else None

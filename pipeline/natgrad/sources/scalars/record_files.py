@@ -1,0 +1,166 @@
+"""Files of records, as loggers of scalars write them: CSV, lines of JSON, Parquet, SQLite.
+
+A last record that is cut short is still being written: it is left out, with a note.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from natgrad.schema.errors import InputError
+from natgrad.storage import open_to_read
+
+__all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
+
+_LINE_LIMIT = 1 << 24
+_BATCH = 1 << 16
+_COLUMN_LIMIT = 1 << 30
+_SQLITE = b"SQLite format 3\0"
+
+Records = Iterator[Mapping[str, Any]]
+Wanted = Callable[[str], bool]
+
+
+def _whole_lines(path: Path, notes: list[str]) -> Iterator[str]:
+    """Lines of a text file that have an end."""
+    with TextIOWrapper(open_to_read(path), encoding="utf-8-sig", newline="") as file:
+        while line := file.readline(_LINE_LIMIT):
+            if not line.endswith(("\n", "\r")):
+                if len(line) >= _LINE_LIMIT:
+                    raise ValueError(f"it has a line of more than {_LINE_LIMIT} characters")
+                notes.append(
+                    f"the last line of {path.name} has no end and is left out: it is being written, or was cut"
+                )
+                return
+            yield line
+
+
+def read_csv(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+    """Read a file with a header and values parted by commas, semicolons or tabs; empty ones are missing."""
+    lines = _whole_lines(path, notes)
+    first = next(lines, "")
+    delimiter = max(",;\t", key=first.count)
+    header = next(csv.reader([first], delimiter=delimiter), [])
+    places = [(place, name.strip()) for place, name in enumerate(header) if wanted(name.strip())]
+    if len({name for _, name in places}) != len(places):
+        raise ValueError(f"two of its columns have one name: {', '.join(name for _, name in places)}")
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num + 1}: {error}") from error
+        if row is None:
+            return
+        # A restarted run may write its header again.
+        if not row or row == header:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, the header {len(header)}")
+        yield {name: row[place] for place, name in places}
+
+
+def read_json_lines(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+    """Read a file with an object in each line; levels of nested objects are joined by a slash."""
+    for number, line in enumerate(_whole_lines(path, notes), 1):
+        if line.strip():
+            yield _json_object(line, wanted, f"line {number}")
+
+
+def _json_object(text: str, wanted: Wanted, place: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} is no JSON object")
+    return {key: value for key, value in _flat(values) if wanted(key)}
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    stack = [("", values)]
+    while stack:
+        prefix, level = stack.pop()
+        for key, value in level.items():
+            if isinstance(value, dict):
+                stack.append((f"{prefix}{key}/", value))
+            else:
+                yield prefix + key, value
+
+
+def read_parquet(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+    """Read the columns of numbers and text of a Parquet file with pyarrow (the extra ``parquet``)."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            "reading Parquet needs pyarrow", where=str(path), remedy="pip install natgrad-pipeline[parquet]"
+        ) from error
+    with open_to_read(path) as stream, closing(parquet.ParquetFile(stream)) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+        names = [name for name in schema.names if wanted(name)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two of its columns have one name: {', '.join(names)}")
+        for group in range(metadata.num_row_groups):
+            columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+            for column in columns:
+                if column.path_in_schema in names and column.total_uncompressed_size > _COLUMN_LIMIT:
+                    raise ValueError(f"column {column.path_in_schema} unpacks to more than {_COLUMN_LIMIT} bytes")
+        for batch in file.iter_batches(_BATCH, columns=names) if names else ():
+            yield from batch.to_pylist()
+
+
+def holds_metrics(path: Path) -> bool:
+    """Whether a file is an SQLite database with a table of metrics, as trackio writes it."""
+    with path.open("rb") as file:
+        if file.read(len(_SQLITE)) != _SQLITE:
+            return False
+    try:
+        with closing(_connect(path)) as database:
+            return _columns(database) >= {"run_name", "step", "metrics"}
+    except sqlite3.Error:
+        return False
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)
+    # Nothing that a schema names is run: views and functions in it are not trusted.
+    database.execute("PRAGMA trusted_schema=OFF")
+    database.execute("PRAGMA cell_size_check=ON")
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LINE_LIMIT)
+    return database
+
+
+def _columns(database: sqlite3.Connection) -> set[str]:
+    """Columns of the table of metrics; none where it is a view or virtual, or computes some."""
+    (tables,) = database.execute(
+        "SELECT count(*) FROM sqlite_master WHERE name='metrics' AND type='table' AND rootpage > 0"
+    ).fetchone()
+    columns = database.execute("PRAGMA table_xinfo(metrics)").fetchall()
+    if not tables or any(column[6] for column in columns):
+        return set()
+    return {column[1] for column in columns}
+
+
+def read_sqlite(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+    """Read trackio's database: a table ``metrics`` with a JSON object of metrics in each row."""
+    try:
+        with closing(_connect(path)) as database:
+            if not _columns(database) >= {"run_name", "step", "metrics"}:
+                raise ValueError("it has no table metrics with run_name, step and metrics")
+            rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY rowid")
+            for number, (run, step, metrics) in enumerate(rows, 1):
+                if isinstance(metrics, bytes):
+                    metrics = metrics.decode()
+                values = _json_object(str(metrics), wanted, f"row {number}")
+                yield {"run_name": run, **values, "step": step}
+    except sqlite3.Error as error:
+        raise ValueError(f"{error} (SQLite)") from error

@@ -1,0 +1,133 @@
+"""W&B's own file of a run, ``run-<id>.wandb``: records in the blocks of a LevelDB log, each a protocol buffer.
+
+The file begins with seven bytes of its own and is parted into blocks of 32 KiB. A record lies in one piece, or in
+several where it crosses blocks; a piece is the CRC-32 of its type and data (4 bytes), the length of the data (2),
+the type (1) and the data. What is too short for a piece at the end of a block is zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT, fields
+from natgrad.storage import open_to_read
+
+__all__ = ["WANDB_START", "read_wandb"]
+
+WANDB_START = b":W&B\xe1\xbe\x00"
+"""First bytes of a file: its mark, and the version of its layout."""
+
+_BLOCK, _HEAD = 1 << 15, 7
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_RECORD_LIMIT = 1 << 26
+"""Longer records are not looked into: their checksums are compared."""
+
+_HISTORY, _ITEM, _STEP, _NUMBER = 2, 1, 2, 1
+_KEY, _NESTED_KEY, _INTEGER, _FLOAT, _JSON = 1, 2, 5, 6, (8, 16)
+
+
+def _fragments(path: Path, notes: list[str]) -> Iterator[tuple[int, int, bytes]]:
+    """Give place, type and data of the pieces; a last one that is cut short is left out, with a note."""
+    with open_to_read(path) as file:
+        size, position = file.seek(0, os.SEEK_END), file.seek(len(WANDB_START))
+        while position < size:
+            room = _BLOCK - position % _BLOCK
+            if room < _HEAD:
+                if any(file.read(room)):
+                    raise ValueError(f"there is something at byte {position}, where no piece has room")
+                position += room
+                continue
+            head = file.read(_HEAD)
+            if len(head) < _HEAD:
+                break
+            if not any(head):
+                # Zeros to the end of the file are room that its writer has not filled yet.
+                while rest := file.read(_BLOCK):
+                    if any(rest):
+                        raise ValueError(f"there are zeros at byte {position}, in place of a piece")
+                break
+            crc, count, kind = struct.unpack("<IHB", head)
+            if count > room - _HEAD:
+                raise ValueError(f"the piece at byte {position} passes the end of its block")
+            data = file.read(count)
+            if len(data) < count:
+                break
+            if zlib.crc32(data, zlib.crc32(head[-1:])) != crc:
+                raise ValueError(f"the checksum of the piece at byte {position} does not match")
+            yield position, kind, data
+            position += _HEAD + count
+        else:
+            return
+        notes.append(f"the last record of {path.name} is cut short and left out: it is still being written")
+
+
+def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
+    """Give the data of the records; of those that are too long, none."""
+    parts: list[bytes] = []
+    begun, told = False, len(notes)
+    for position, kind, data in _fragments(path, notes):
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or begun != (kind in (_MIDDLE, _LAST)):
+            raise ValueError(f"the piece at byte {position} is of type {kind}, which cannot stand there")
+        if not begun:
+            parts, length = [], 0
+        length += len(data)
+        parts = [*parts, data] if length <= _RECORD_LIMIT else []
+        begun = kind in (_FIRST, _MIDDLE)
+        if not begun:
+            yield b"".join(parts)
+    if begun and len(notes) == told:
+        notes.append(f"the last record of {path.name} is cut short and left out: it is still being written")
+
+
+def read_wandb(path: Path, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Read the history of a run: what was logged at each ``_step``; levels of nested keys are joined by a slash."""
+    with open_to_read(path) as file:
+        if file.read(len(WANDB_START)) != WANDB_START:
+            raise ValueError("it does not begin as a W&B run file of the layout that is known")
+    for record in _records(path, notes):
+        for number, kind, value in fields(record):
+            if (number, kind) == (_HISTORY, BYTES):
+                yield _history(value, wanted)
+
+
+def _history(data: bytes, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    values: dict[str, Any] = {"_step": 0}
+    for number, kind, value in fields(data):
+        if (number, kind) == (_ITEM, BYTES):
+            key, logged = _item(value)
+            if wanted(key) or key == "_step":
+                values[key] = logged()
+        elif (number, kind) == (_STEP, BYTES):
+            values["_step"] = next((n for field, of, n in fields(value) if (field, of) == (_NUMBER, VARINT)), 0)
+    return values
+
+
+def _item(data: bytes) -> tuple[str, Callable[[], Any]]:
+    """Key of an item, and what reads its value; None where that is no number or text."""
+    keys: list[str] = []
+    read: Callable[[], Any] = lambda: None  # noqa: E731
+    for number, kind, value in fields(data):
+        if number in (_KEY, _NESTED_KEY) and kind == BYTES:
+            keys.append(value.decode())
+        elif number in _JSON and kind == BYTES:
+            read = partial(_of_json, value)
+        elif (number, kind) == (_FLOAT, FIXED64):
+            read = partial(lambda words: struct.unpack("<d", words)[0], value)
+        elif (number, kind) == (_INTEGER, VARINT):
+            # Zigzag: the sign is the last bit.
+            read = partial(lambda word: (word >> 1) ^ -(word & 1), value)
+    return "/".join(keys), read
+
+
+def _of_json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("a value is nested too deeply") from error

@@ -1,0 +1,587 @@
+"""The stores of OUT in an Icechunk repository, seen as files: what is read and written is a session of it.
+
+Icechunk keeps arrays and groups of Zarr, and refuses every other key. So the documents that a store has beside
+them, its commit records, are kept as arrays: ``commits/00000007.json`` is chunk 7 of the array
+``commits/documents-8.json`` (digits of its number, then what follows it), a chunk for each document. A chunk beyond
+the shape of its array is refused too: here the array grows first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import struct
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+
+import icechunk
+from fsspec import AbstractFileSystem, register_implementation
+from fsspec.asyn import get_loop, sync
+from upath import UPath
+from upath.registry import register_implementation as register_path
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import cpu
+
+from natgrad.schema.errors import InputError, Unavailable
+from natgrad.storage.objects import place
+
+__all__ = ["RepositoryFiles", "RepositoryPath", "begin", "end", "find_version", "history", "newest_version"]
+
+_T = TypeVar("_T")
+
+_Store = icechunk.IcechunkStore | None
+"""What keys are read from; None where there is no repository."""
+
+BRANCH = "main"
+
+_CHUNK = re.compile(r"(?P<array>.+)/c(?P<index>(/\d+)*)")
+_DOCUMENTS = re.compile(r"documents-(?P<digits>\d+)(?P<rest>.*)")
+_DOCUMENT = "zarr.json"
+
+_FRAME = struct.Struct("<II")
+"""What stands before a document (by the codecs ``vlen-utf8`` and ``vlen-bytes``): one value, of so many bytes."""
+
+_MANIFEST_CHUNKS = 256
+"""Chunks of an array along its first axis that a manifest lists. The last one is written anew with each commit: if
+there were one of the whole array, what a commit writes would grow with the run."""
+
+_AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
+"""What makes a value of the bytes that Icechunk returns: it is those, where a buffer of Zarr would be copied."""
+
+_AT_ONCE = 16
+"""Requests of one call at the same time."""
+
+_SESSIONS = 8
+"""Versions that are held open for reading."""
+
+
+# Repositories ------------------------------------------------------------------------------------------------
+
+_guard = threading.Lock()
+_repositories: dict[str, icechunk.Repository] = {}
+_readers: OrderedDict[tuple[str, str], icechunk.IcechunkStore] = OrderedDict()
+_transactions: dict[str, _Transaction] = {}
+
+
+def _storage(url: str) -> icechunk.Storage:
+    """Return where a repository is. Credentials are found by Icechunk as by s3fs: environment, files, or role."""
+    system = place(url).fs  # type: ignore[attr-defined]
+    scheme, _, path = url.partition("://")
+    bucket, _, prefix = path.partition("/")
+    if scheme == "gs":
+        return icechunk.gcs_storage(bucket=bucket, prefix=prefix, from_env=True)
+    system.connect()
+    endpoint, region = system.s3.meta.endpoint_url, system.s3.meta.region_name
+    if ".amazonaws.com" in endpoint:
+        # Amazon answers in the region of the bucket alone.
+        headers = system.call_s3("head_bucket", Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
+        return icechunk.s3_storage(
+            bucket=bucket, prefix=prefix, region=headers.get("x-amz-bucket-region", region), from_env=True
+        )
+    return icechunk.s3_storage(
+        bucket=bucket,
+        prefix=prefix,
+        region=region,
+        endpoint_url=endpoint,
+        allow_http=endpoint.startswith("http:"),
+        force_path_style=True,
+        from_env=True,
+    )
+
+
+def _repository(url: str) -> icechunk.Repository | None:
+    """Open a repository, once for this process; None where there is none."""
+    storage = _storage(url)
+    with _guard:
+        if str(storage) not in _repositories:
+            if not icechunk.Repository.exists(storage):
+                return None
+            _repositories[str(storage)] = icechunk.Repository.open(storage)
+        return _repositories[str(storage)]
+
+
+def _made(url: str) -> icechunk.Repository:
+    """Make a repository."""
+    axes: dict[Any, int] = {icechunk.ManifestSplitDimCondition.Axis(0): _MANIFEST_CHUNKS}
+    split = icechunk.ManifestSplittingConfig.from_dict({icechunk.ManifestSplitCondition.AnyArray(): axes})
+    config = icechunk.RepositoryConfig(manifest=icechunk.ManifestConfig(splitting=split))
+    try:
+        return icechunk.Repository.create(_storage(url), config)
+    except icechunk.IcechunkError as error:
+        if "clean prefixes" not in str(error):
+            raise
+        raise InputError(
+            f"no repository can be made here: {_told(error)}",
+            where=url,
+            why="a process ended while it made one, or these are objects of something else",
+            remedy="remove what is below this URL, or choose another OUT",
+        ) from error
+
+
+def newest_version(url: str) -> str:
+    """Return the id of the version that is the newest now; empty where there is no repository."""
+    repository = _repository(url)
+    return "" if repository is None else repository.lookup_branch(BRANCH)
+
+
+def history(url: str, last: int | None = None) -> list[dict[str, Any]]:
+    """List versions of a repository, the newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
+
+    Each is an object to be read; where only the last are asked for, so are the others not.
+    """
+    repository = _repository(url)
+    if repository is None:
+        return []
+    tags: dict[str, list[str]] = {}
+    for tag in sorted(repository.list_tags()):
+        tags.setdefault(repository.lookup_tag(tag), []).append(tag)
+    return [
+        {
+            "version": found.id,
+            "time": found.written_at.astimezone(UTC).isoformat(timespec="seconds"),
+            "message": found.message,
+            "tags": tags.get(found.id, []),
+        }
+        for found in itertools.islice(repository.ancestry(branch=BRANCH), last)
+    ]
+
+
+def find_version(url: str, version: str) -> str:
+    """Return the id of a version.
+
+    Parameters
+    ----------
+    url : str
+    version : str
+        An id, a tag, or a time (ISO 8601, UTC where it does not say): the newest version then.
+
+    Raises
+    ------
+    InputError
+        Where there is none.
+    """
+    repository = _repository(url)
+    try:
+        if repository is None:
+            raise LookupError("there is no repository")
+        if version in repository.list_tags():
+            return repository.lookup_tag(version)
+        try:
+            time = datetime.fromisoformat(version)
+        except ValueError:
+            return repository.lookup_snapshot(version).id
+        time = time if time.tzinfo else time.replace(tzinfo=UTC)
+        return repository.readonly_session(BRANCH, as_of=time).snapshot_id
+    except (icechunk.IcechunkError, LookupError) as error:
+        raise InputError(
+            f"there is no version {version!r}: {_told(error)}",
+            where=url,
+            why="it is no id, no tag and no time of one, or it has expired",
+            remedy="choose one that natgrad versions OUT lists, a tag, or a time (ISO 8601, UTC)",
+        ) from error
+
+
+def _told(error: BaseException) -> str:
+    """First line of what Icechunk says."""
+    return str(error).strip().partition("\n")[0].strip(" x\u2716\u00d7")
+
+
+class _Transaction:
+    """What one writer writes: nobody sees it before it is committed.
+
+    Attributes
+    ----------
+    growing : asyncio.Lock
+        Held while the shape of an array is read and changed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session: icechunk.Session | None = None
+        self._opening = threading.Lock()
+        self.growing = asyncio.Lock()
+
+    def seen(self) -> _Store:
+        """Return what is read; None where there is no repository yet."""
+        return None if self._session is None and _repository(self._url) is None else self.store()
+
+    def store(self) -> icechunk.IcechunkStore:
+        """Return what is written; a repository is made where there is none."""
+        with self._opening:
+            if self._session is None:
+                repository = _repository(self._url) or _made(self._url)
+                self._session = repository.writable_session(BRANCH)
+            return self._session.store
+
+    def commit(self, message: str) -> None:
+        """Make a version of what was written, if anything was.
+
+        Others may have committed meanwhile: what they wrote are other arrays (a ledger beside a trajectory), or
+        the commit is refused.
+
+        Raises
+        ------
+        Unavailable
+            Where they wrote the same.
+        """
+        if self._session is None or not self._session.has_uncommitted_changes:
+            return
+        try:
+            self._session.commit(message, rebase_with=icechunk.ConflictDetector())
+        except (icechunk.ConflictError, icechunk.RebaseFailedError) as error:
+            raise Unavailable(
+                f"another process has committed meanwhile: {_told(error)}",
+                where=self._url,
+                why="the lock of this one was removed while it was writing",
+                remedy="see that one process writes, and run again: what is committed is kept",
+            ) from error
+        self._session = None
+
+
+def begin(url: str) -> str:
+    """Begin to write to a repository, which is made with the first byte; returns the name of the transaction."""
+    name = uuid.uuid4().hex
+    _transactions[name] = _Transaction(url)
+    return name
+
+
+def end(name: str) -> None:
+    """End a transaction: what was not committed is dropped."""
+    del _transactions[name]
+
+
+# Keys --------------------------------------------------------------------------------------------------------
+
+
+def _stored(key: str) -> tuple[str, int]:
+    """Return the key that a file is kept under, and how many bytes stand before its content."""
+    folder, _, name = key.rpartition("/")
+    if name == _DOCUMENT or _CHUNK.fullmatch(key):
+        return key, 0
+    digits = re.match(r"\d*", name)[0]  # type: ignore[index]
+    return f"{folder}/documents-{len(digits)}{name[len(digits) :]}/c/{int(digits or 0)}", _FRAME.size
+
+
+def _seen(key: str) -> str | None:
+    """Return the file that a key keeps; None of one that describes documents."""
+    folder, _, name = key.rpartition("/")
+    chunk = _CHUNK.fullmatch(key)
+    array = chunk["array"] if chunk else folder
+    above, _, last = array.rpartition("/")
+    documents = _DOCUMENTS.fullmatch(last)
+    if not documents:
+        return key
+    return f"{above}/{_named(documents, int(name))}" if chunk else None
+
+
+def _named(documents: re.Match[str], index: int) -> str:
+    digits = int(documents["digits"])
+    return (f"{index:0{digits}d}" if digits else "") + documents["rest"]
+
+
+def _described(name: str) -> dict[str, Any]:
+    """Metadata of an array of documents, one a chunk: text, or bytes."""
+    text = name.endswith(".json")
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [0],
+        "data_type": "string" if text else "variable_length_bytes",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "",
+        "codecs": [{"name": "vlen-utf8" if text else "vlen-bytes"}],
+        "attributes": {},
+    }
+
+
+# Files -------------------------------------------------------------------------------------------------------
+
+
+class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
+    """Files of a version of a repository, or of a transaction: they are seen beside it, in OUT.
+
+    Parameters
+    ----------
+    repository : str
+        URL.
+    version : str
+        Id; empty where there is no repository yet, and where it is a transaction.
+    transaction : str, optional
+        Name of one of this process.
+    pinned : bool
+        Whether this version is meant, whatever comes after it.
+    """
+
+    protocol = "icechunk"
+    cachable = False
+
+    def __init__(
+        self, repository: str, version: str = "", transaction: str = "", pinned: bool = False, **options: Any
+    ) -> None:
+        super().__init__(repository=repository, version=version, transaction=transaction, pinned=pinned, **options)
+        self.repository, self.version, self._writing = repository, version, transaction
+        self._root = repository.partition("://")[2].rpartition("/")[0]
+
+    @property
+    def _writer(self) -> _Transaction:
+        if self._writing not in _transactions:
+            raise PermissionError(f"a version of {self.repository} is not changed")
+        return _transactions[self._writing]
+
+    def _store(self) -> _Store:
+        if self._writing:
+            return self._writer.seen()
+        if not self.version:
+            return None
+        key = self.repository, self.version
+        with _guard:
+            found = _readers.get(key)
+        if found is None:
+            repository = _repository(self.repository)
+            if repository is None:
+                return None
+            found = repository.readonly_session(snapshot_id=self.version).store
+            with _guard:
+                _readers[key] = found
+                while len(_readers) > _SESSIONS:
+                    _readers.popitem(last=False)
+        return found
+
+    def _key(self, path: str) -> str:
+        return str(self._strip_protocol(path)).removeprefix(self._root).strip("/")
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def commit(self, message: str) -> None:
+        """Make a version of what the transaction wrote; see `_Transaction.commit`."""
+        self._writer.commit(message)
+
+    # Reading
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        """Content of a file, or a range of it."""
+        return _wait(self._get(self._store(), path, start, end))
+
+    def cat_ranges(
+        self,
+        paths: Sequence[str],
+        starts: Any,
+        ends: Any,
+        max_gap: int | None = None,
+        on_error: str = "return",
+        **options: Any,
+    ) -> list[Any]:
+        """Ranges of files, at the same time."""
+        store = self._store()
+        several = [self._get(store, *each) for each in zip(paths, starts, ends, strict=True)]
+        return _wait(_together(several, return_exceptions=on_error == "return"))
+
+    async def _get(self, store: _Store, path: str, start: int | None, end: int | None) -> bytes:
+        key, before = _stored(self._key(path))
+        window = None if before else _request(start, end)
+        found: bytes | None = None
+        if store is not None:
+            async with _missing_is_none():
+                found = cast(bytes | None, await store.get(key, _AS_BYTES, window))
+        if found is None:
+            raise FileNotFoundError(path)
+        return found[before:][start:end] if before else found
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        """Size and type of a file or folder."""
+        return _wait(self._info(self._store(), path))
+
+    async def _info(self, store: _Store, path: str) -> dict[str, Any]:
+        key = self._key(path)
+        if store is not None:
+            stored, before = _stored(key) if key else ("", 0)
+            async with _missing_is_none():
+                if key and await store.exists(stored):
+                    size = await store.getsize(stored) - before
+                    return {"name": self._path(key), "size": size, "type": "file"}
+            async with _missing_is_none():
+                async for _ in store.list_dir(key):
+                    return {"name": self._path(key), "size": 0, "type": "directory"}
+        raise FileNotFoundError(path)
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        """List a folder."""
+        found = _wait(self._ls(self._store(), path))
+        return found if detail else [entry["name"] for entry in found]
+
+    async def _ls(self, store: _Store, path: str) -> list[dict[str, Any]]:
+        key = self._key(path)
+        files: list[str] = []
+        folders: list[str] = []
+        if store is not None:
+            async for name in store.list_dir(key):
+                below = f"{key}/{name}" if key else name
+                documents = _DOCUMENTS.fullmatch(name)
+                if documents:
+                    async for (index,) in store.session.chunk_coordinates(f"/{below}"):
+                        files.append(_named(documents, index))
+                elif name == _DOCUMENT or (_CHUNK.fullmatch(below) and name != "c" and await store.exists(below)):
+                    files.append(name)
+                else:
+                    folders.append(name)
+        if not files and not folders:
+            raise FileNotFoundError(path)
+        entries = [await self._info(store, f"{path}/{name}") for name in sorted(files)]
+        return entries + [
+            {"name": self._path(f"{key}/{name}".strip("/")), "size": 0, "type": "directory"}
+            for name in sorted(folders)
+        ]
+
+    def find(
+        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
+    ) -> Any:
+        """All files below a folder."""
+        found = _wait(self._find(self._store(), path))
+        return {name: self.info(name) for name in found} if detail else found
+
+    async def _find(self, store: _Store, path: str) -> list[str]:
+        key = self._key(path)
+        if store is None:
+            return []
+        try:
+            below = store.list_prefix(key)
+        except icechunk.IcechunkError as error:
+            if "bad key prefix" not in str(error):
+                raise
+            below = store.list()  # it is no array and no group, but may be a folder of chunks
+        files = {_seen(stored) async for stored in below}
+        return sorted(
+            self._path(file)
+            for file in files
+            if file is not None and f"/{file}/".startswith(f"/{key}/".replace("//", "/"))
+        )
+
+    # Writing
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        """Write a file; with mode ``create``, where there is none (FileExistsError)."""
+        _wait(self._set(self._writer.store(), path, value, new=mode == "create"))
+
+    def pipe(self, path: str | Mapping[str, bytes], value: bytes | None = None, **options: Any) -> None:
+        """Write a file, or several at the same time: first those that describe arrays."""
+        several = {path: value or b""} if isinstance(path, str) else path
+        store = self._writer.store()
+        for described in (True, False):
+            chosen = {key: held for key, held in several.items() if key.endswith(f"/{_DOCUMENT}") == described}
+            _wait(_together(self._set(store, key, held) for key, held in chosen.items()))
+
+    async def _set(self, store: icechunk.IcechunkStore, path: str, value: bytes, new: bool = False) -> None:
+        stored, before = _stored(self._key(path))
+        chunk = _CHUNK.fullmatch(stored)
+        if chunk:
+            async with self._writer.growing:
+                if new and before and await _has(store, stored):
+                    raise FileExistsError(path)
+                await _grow(store, chunk["array"], int(chunk["index"].partition("/")[2].partition("/")[0] or 0))
+        content = _FRAME.pack(1, len(value)) + bytes(value) if before else bytes(value)
+        await store.set(stored, cpu.Buffer.from_bytes(content))
+
+    def rm_file(self, path: str) -> None:
+        """Remove a file."""
+        _wait(self._remove(self._writer.store(), path))
+
+    def rm(self, path: str | Sequence[str], recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Remove files, those that describe arrays and groups last: with a group goes all that is in it."""
+        several = [path] if isinstance(path, str) else path
+        store = self._writer.store()
+        for described in (False, True):
+            chosen = [name for name in several if name.endswith(f"/{_DOCUMENT}") == described]
+            _wait(_together(self._remove(store, name) for name in chosen))
+
+    async def _remove(self, store: icechunk.IcechunkStore, path: str) -> None:
+        async with _missing_is_none():
+            await store.delete(_stored(self._key(path))[0])
+
+
+class RepositoryPath(UPath):
+    """Path in a repository: to a reader its URL in the object store, though no object is there."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"{self.storage_options['repository'].partition('://')[0]}://{self.path}"
+
+
+# It writes warnings to standard output, where answers are; what concerns a user is raised.
+if "ICECHUNK_LOG" not in os.environ:
+    icechunk.set_logs_filter("off")
+register_implementation(RepositoryFiles.protocol, RepositoryFiles, clobber=True)
+register_path(RepositoryFiles.protocol, RepositoryPath, clobber=True)
+
+
+def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine on the loop of fsspec, whatever thread asks."""
+
+    async def run() -> _T:
+        return await coroutine
+
+    return sync(get_loop(), run)  # type: ignore[no-any-return]
+
+
+async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exceptions: bool = False) -> list[Any]:
+    room = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(one: Coroutine[Any, Any, _T]) -> _T:
+        async with room:
+            return await one
+
+    return await asyncio.gather(*map(run, several), return_exceptions=return_exceptions)
+
+
+@asynccontextmanager
+async def _missing_is_none() -> AsyncIterator[None]:
+    """Pass over that an array or an object is not there, which Icechunk tells in words."""
+    try:
+        yield
+    except KeyError:
+        pass
+    except icechunk.IcechunkError as error:
+        if not any(words in str(error) for words in ("node not found", "NoSuchKey", "object not found")):
+            raise
+
+
+async def _has(store: icechunk.IcechunkStore, key: str) -> bool:
+    has = False
+    async with _missing_is_none():
+        has = await store.exists(key)
+    return has
+
+
+def _request(start: int | None, end: int | None) -> Any:
+    if end is not None:
+        return RangeByteRequest(start or 0, end)
+    if start is None:
+        return None
+    return OffsetByteRequest(start) if start >= 0 else SuffixByteRequest(-start)
+
+
+async def _grow(store: icechunk.IcechunkStore, array: str, index: int) -> None:
+    """Give an array so many rows that it has a chunk; one of documents is made."""
+    described = cast(bytes | None, await store.get(f"{array}/{_DOCUMENT}", _AS_BYTES))
+    name = array.rpartition("/")[2]
+    if described is not None:
+        document = json.loads(described)
+    elif _DOCUMENTS.fullmatch(name):
+        document = _described(name)
+    else:
+        return  # Icechunk says what is missing
+    rows = document["chunk_grid"]["configuration"]["chunk_shape"][:1]
+    if rows and document["shape"][0] <= index * rows[0]:
+        document["shape"][0] = (index + 1) * rows[0]
+        await store.set(f"{array}/{_DOCUMENT}", cpu.Buffer.from_bytes(json.dumps(document).encode()))

@@ -1,0 +1,1 @@
+"""The mathematics of the paper, on inner products and on vectors."""

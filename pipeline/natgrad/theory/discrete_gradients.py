@@ -1,0 +1,314 @@
+"""Discrete gradients of an objective that can be evaluated, for models of few parameters (section 2.2).
+
+The ledger knows a loss at the states of a run only, and there `natgrad.theory.discrete_time` is what can be had.
+With the objective as a function there are the discrete gradients of the literature, each a vector with
+``(theta1 - theta0).result = L(theta1) - L(theta0)`` that goes to the gradient as theta1 -> theta0 (eq. 12)::
+
+    gonzalez      gradient at the midpoint, corrected along the displacement
+    mean_value    mean of the gradient along the segment
+    itoh_abe      difference quotients, one coordinate after the other
+    taylor        grad L(theta0) + hvp / 2 with the hvp at the point of eq. (11), the paper's (eq. 16)
+
+``Metric(-result, (theta1 - theta0) / eta)`` of `natgrad.theory.metric_operators` is then the metric of
+eqs. (14), (15), wherever the loss decreased. No two of the four agree in general; all agree along the displacement.
+
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's.
+McLachlan, Quispel, Robidoux, Geometric integration using discrete gradients, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.integrate import quad_vec
+from scipy.optimize import brentq
+from scipy.special import roots_jacobi
+
+from natgrad.schema.errors import InputError
+
+__all__ = ["gonzalez", "identity_residual", "itoh_abe", "mean_value", "taylor", "taylor_points"]
+
+Array = NDArray[np.float64]
+Objective = Callable[[Array], float]
+Gradient = Callable[[Array], ArrayLike]
+
+_UNIT = 2.0**-53
+_ROOT = 2.0**-26
+"""Square root of the unit roundoff: rounding stays far below it, what is wrong does not."""
+_MOST_POINTS = 64
+"""Points between theta0 and theta1 at which eq. (11) is looked at before it is given up."""
+
+
+def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike) -> Array:
+    """Gradient at the midpoint, corrected along the displacement so that eq. (12) holds (Gonzalez 1996).
+
+    Parameters
+    ----------
+    objective : callable
+        Loss of a state, shape (D,) to a number.
+    gradient : callable
+        Its gradient, shape (D,) to shape (D,).
+    theta0, theta1 : array, shape (D,)
+
+    Returns
+    -------
+    array, shape (D,)
+        The gradient where the two are equal. The correction is off by the rounding of the losses over
+        |theta1 - theta0|.
+
+    Raises
+    ------
+    InputError
+        Where the states are no vectors of one length, or a loss or gradient is not finite.
+    """
+    start, end, step = _segment(theta0, theta1)
+    middle = _gradient(gradient, start + step / 2.0)
+    if not step.any():
+        return middle
+    change = _loss(objective, end) - _loss(objective, start)
+    return middle + (change - middle @ step) / (step @ step) * step
+
+
+def mean_value(
+    objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike, *, tolerance: float = 1e-12
+) -> Array:
+    """Mean of the gradient along the segment from theta0 to theta1, by adaptive Gauss-Kronrod quadrature.
+
+    Parameters
+    ----------
+    objective, gradient, theta0, theta1
+        As for `gonzalez`; the objective is not evaluated.
+    tolerance : float
+        Of the norm of the error, relative to the longest gradient met, by the quadrature's own estimate.
+
+    Returns
+    -------
+    array, shape (D,)
+
+    Raises
+    ------
+    InputError
+        As for `gonzalez`, and where the quadrature does not get there.
+
+    Notes
+    -----
+    The only one of the four that commutes with linear changes of the parameters.
+    """
+    start, _, step = _segment(theta0, theta1)
+    first = _gradient(gradient, start)
+    if not step.any():
+        return first
+    largest = 0.0
+
+    def between(share: float) -> Array:
+        nonlocal largest
+        value = _gradient(gradient, start + share * step)
+        largest = max(largest, float(np.linalg.norm(value)))
+        return value
+
+    floor = tolerance * float(np.linalg.norm(first))
+    mean, error = quad_vec(between, 0.0, 1.0, epsabs=floor, epsrel=tolerance, norm="2")
+    if not error <= tolerance * largest:
+        raise InputError(
+            f"the mean gradient is known to {error:.3g} only, of {np.linalg.norm(mean):.3g}",
+            why="the gradient jumps between the two states, or is noisy",
+            remedy="give a greater tolerance, or take another discrete gradient",
+        )
+    return np.asarray(mean)
+
+
+def itoh_abe(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike) -> Array:
+    """Difference quotients of the loss, moving one coordinate after the other (Itoh and Abe 1988).
+
+    Parameters
+    ----------
+    objective, gradient, theta0, theta1
+        As for `gonzalez`; the loss is evaluated D + 1 times, the gradient only where a coordinate does not move.
+
+    Returns
+    -------
+    array, shape (D,)
+        It depends on the order of the coordinates. A safe_divide is off by the rounding of the losses over the
+        length of its coordinate's move.
+
+    Raises
+    ------
+    InputError
+        As for `gonzalez`.
+    """
+    start, end, step = _segment(theta0, theta1)
+    state, loss = start.copy(), _loss(objective, start)
+    quotients = np.empty(len(start))
+    for index in range(len(start)):
+        state[index] = end[index]
+        if step[index] == 0.0:
+            quotients[index] = _gradient(gradient, state)[index]
+            continue
+        after = _loss(objective, state)
+        quotients[index] = (after - loss) / step[index]
+        loss = after
+    return quotients
+
+
+def taylor(
+    objective: Objective,
+    gradient: Gradient,
+    hvp: Callable[[Array, Array], ArrayLike],
+    theta0: ArrayLike,
+    theta1: ArrayLike,
+) -> Array:
+    """Discrete gradient of eq. (16), grad L(theta0) + hvp(theta0 + lambda p, p) / 2 with lambda of eq. (11).
+
+    Parameters
+    ----------
+    objective, gradient, theta0, theta1
+        As for `gonzalez`.
+    hvp : callable
+        Product of the Hessian at a state with a vector, two of shape (D,) to shape (D,).
+
+    Returns
+    -------
+    array, shape (D,)
+        With the smallest lambda that was found.
+
+    Raises
+    ------
+    InputError
+        As for `taylor_points`.
+
+    Notes
+    -----
+    It is no discrete gradient by the paper's Definition 1: of several lambda one must be chosen, and no choice need
+    be continuous. Eq. (12) holds all the same.
+    """
+    start, end, step = _segment(theta0, theta1)
+    first = _gradient(gradient, start)
+    if not step.any():
+        return first
+    share = taylor_points(objective, gradient, hvp, start, end)[0]
+    return first + _gradient(lambda state: hvp(state, step), start + share * step) / 2.0
+
+
+def taylor_points(
+    objective: Objective,
+    gradient: Gradient,
+    hvp: Callable[[Array, Array], ArrayLike],
+    theta0: ArrayLike,
+    theta1: ArrayLike,
+) -> Array:
+    """Find lambda of Taylor's theorem (eq. 11): where p' H(theta0 + lambda p) p / 2 is what L(theta1) still lacks.
+
+    Parameters
+    ----------
+    objective, gradient, hvp, theta0, theta1
+        As for `taylor`.
+
+    Returns
+    -------
+    array, shape (lambdas,)
+        Ascending, within (0, 1): one from each interval of the points looked at in which the sign changes. There
+        may be more. Of a quadratic loss, or of a step on which its curvature is constant to rounding, any lambda
+        will do: then it is 1/2 alone.
+
+    Raises
+    ------
+    InputError
+        As for `gonzalez`, and where none is found: the loss is not twice continuously differentiable, the gradient
+        or the products are not of this loss, or the curvature changes on a scale below 1/64 of the step.
+
+    Notes
+    -----
+    What L(theta1) lacks is half the mean of p' H p over the segment with the weight 2 (1 - lambda), the remainder
+    in integral form. Taken so, by Gauss-Jacobi rules, it does not drown in the rounding of the losses where the
+    step is small, and lambda is bracketed by the points of the rule: a mean lies between the least and the greatest
+    value. The losses then say whether gradient and products are theirs.
+    """
+    start, end, step = _segment(theta0, theta1)
+    first, length = _gradient(gradient, start), float(np.linalg.norm(step))
+    before, after = _loss(objective, start), _loss(objective, end)
+    size, count, mean, last = 0.0, 2, np.nan, np.nan
+
+    def curvature(share: float) -> float:
+        nonlocal size
+        product = _gradient(lambda state: hvp(state, step), start + share * step)
+        size = max(size, length * float(np.linalg.norm(product)))
+        return float(step @ product)
+
+    # The error of a Gauss rule is about squared when its points are doubled, so this one leaves rounding.
+    while not abs(mean - last) <= _ROOT * size and count <= _MOST_POINTS:
+        nodes, weights = roots_jacobi(count, 1.0, 0.0)
+        nodes, values = (1.0 + nodes) / 2.0, np.array([curvature((1.0 + node) / 2.0) for node in nodes])
+        last, mean, count = mean, float(weights @ values / weights.sum()), 2 * count
+    missed = (after - before) - first @ step - mean / 2.0
+    scale = abs(before) + abs(after) + float(np.linalg.norm(first)) * length + size
+    if not (abs(mean - last) <= _ROOT * size and abs(missed) <= _ROOT * scale):
+        raise InputError(
+            "no lambda of eq. (11) was found",
+            where=f"the loss changes by {after - before:.6g}, of which {missed:.3g} is not explained",
+            why="the gradient or the products are not those of the loss, or its curvature jumps",
+            remedy="compare the gradient with differences of the loss; or take another discrete gradient",
+        )
+    if np.abs(values - mean).max() <= 8.0 * (len(start) + 2) * _UNIT * size:
+        return np.array([0.5])
+    changes = np.flatnonzero(np.signbit(values[:-1] - mean) != np.signbit(values[1:] - mean))
+    brackets = [(nodes[left], nodes[left + 1]) for left in changes]
+    return np.array(
+        [brentq(lambda share: curvature(share) - mean, *bracket, xtol=4 * _UNIT) for bracket in brackets]
+    )
+
+
+def identity_residual(objective: Objective, discrete: ArrayLike, theta0: ArrayLike, theta1: ArrayLike) -> float:
+    """Relative failure of eq. (12), (p.discrete - dL) / |dL|; that of a run is `discrete_identity_residual`.
+
+    Parameters
+    ----------
+    objective, theta0, theta1
+        As for `gonzalez`.
+    discrete : array, shape (D,)
+        Discrete gradient of any make.
+
+    Returns
+    -------
+    float
+        NaN where the loss did not change.
+
+    Raises
+    ------
+    InputError
+        As for `gonzalez`.
+    """
+    start, end, step = _segment(theta0, theta1)
+    change = _loss(objective, end) - _loss(objective, start)
+    return float((np.asarray(discrete) @ step - change) / abs(change)) if change else np.nan
+
+
+def _segment(theta0: ArrayLike, theta1: ArrayLike) -> tuple[Array, Array, Array]:
+    """Start, end and displacement of an update."""
+    start, end = np.asarray(theta0, dtype=np.float64), np.asarray(theta1, dtype=np.float64)
+    if start.ndim != 1 or start.shape != end.shape or not start.size:
+        raise InputError(f"states of shapes {start.shape} and {end.shape}", remedy="give two vectors of one length")
+    if not (np.isfinite(start).all() and np.isfinite(end).all()):
+        raise InputError("a state is not finite", remedy="give finite states")
+    return start, end, end - start
+
+
+def _loss(objective: Objective, state: Array) -> float:
+    loss = float(objective(state))
+    if not np.isfinite(loss):
+        raise InputError(f"the loss is {loss}", where=f"at {state}", remedy="give states at which it is finite")
+    return loss
+
+
+def _gradient(gradient: Gradient, state: Array) -> Array:
+    value = np.asarray(gradient(state), dtype=np.float64)
+    if value.shape != state.shape or not np.isfinite(value).all():
+        raise InputError(
+            f"a gradient or product of shape {value.shape} is no finite vector of {len(state)} elements",
+            where=f"at {state}",
+            remedy="give functions of a state that return vectors of its length",
+        )
+    return value

@@ -1,0 +1,563 @@
+"""The paper, as algebra on a few numbers per update.
+
+For an update g and a negative gradient y the paper asks for the symmetric positive definite matrices M with
+M g = y. Whether one exists, and how well conditioned it can be, depends on the *pair* (y, g) alone: on their
+lengths and on the angle psi between them::
+
+                    y                          along  = y.g / |g|           (signed)
+                  / |                          across = |y - (y.g / g.g) g|
+          |y|   /   | across
+              /     |                          psi = atan2(across, along)
+            / psi   |
+           +--------+------> g
+             along
+
+A pair is kept as g.g, y.g and across^2, each of any leading shape. The component of y across g comes from the
+ledger's residual and not from a difference of large numbers, so psi is exact near 0 and pi as well, where an
+arccos knows nothing below 1e-8 rad. Everything here is a formula in these numbers; what is undefined is NaN.
+
+Only NumPy is needed, and nothing here grows with the number of parameters.
+
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's. Where
+the paper slips the docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from natgrad.schema.variables import Status
+
+__all__ = [
+    "Pair",
+    "across_floor",
+    "angle",
+    "angle_uncertainty",
+    "condition_number",
+    "cosine",
+    "direct_sum",
+    "displacement_floor",
+    "eigenvalue_bounds",
+    "eigenvalues",
+    "family_asymptotes",
+    "family_condition_number",
+    "family_eigenvalues",
+    "family_log_determinant",
+    "multiplicities",
+    "pair",
+    "safe_divide",
+    "scaled",
+    "similarity",
+    "status",
+    "where_effective",
+    "window",
+    "with_time",
+]
+
+Array = NDArray[np.float64]
+
+LEDGER_ERROR = 1e-14
+"""Promised error of an inner product x.y of the ledger, relative to |x| |y|."""
+
+
+def safe_divide(numerator: Array, denominator: Array) -> Array:
+    """Quotient, 0 where the denominator is 0: no component along a vector that is none."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(denominator == 0, 0.0, numerator / denominator)
+
+
+# Pairs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Negative gradient y and update g, up to a rotation of the parameter space.
+
+    Attributes
+    ----------
+    update_square : float64 array
+        g.g
+    alignment : float64 array
+        y.g, the rate at which the update descends (section 2.1).
+    across_square : float64 array
+        Squared norm of the component of y across g.
+    size : int64 array
+        Dimension D of the parameter space. All four are of one shape.
+    """
+
+    update_square: Array
+    alignment: Array
+    across_square: Array
+    size: NDArray[np.int64]
+
+    def __getitem__(self, index: Any) -> Pair:
+        """Pair of some of the rows, or of another shape, by NumPy's indexing."""
+        return Pair(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @property
+    def update_norm(self) -> Array:
+        """Norm of the update, |g|."""
+        return np.sqrt(self.update_square)
+
+    @property
+    def along(self) -> Array:
+        """Component of y along g, signed; 0 where there is no update."""
+        return safe_divide(self.alignment, self.update_norm)
+
+    @property
+    def across(self) -> Array:
+        """Norm of the component of y across g."""
+        return np.sqrt(self.across_square)
+
+    @property
+    def gradient_norm(self) -> Array:
+        """Norm of the negative gradient, |y|."""
+        return np.hypot(self.along, self.across)
+
+    @property
+    def ratio(self) -> Array:
+        """Component of y along g in units of g, y.g / g.g; 0 where there is no update."""
+        return safe_divide(self.alignment, self.update_square)
+
+
+def pair(
+    gram: ArrayLike,
+    vectors: Sequence[str],
+    learning_rate: ArrayLike,
+    size: ArrayLike,
+    *,
+    half: str | None = None,
+) -> Pair:
+    """Pair of each update of a Gram ledger.
+
+    Parameters
+    ----------
+    gram : array, shape (..., vectors, vectors)
+        Inner products, see `natgrad.kernel.gram`.
+    vectors : sequence of str
+        Names of the vectors: ``displacement``, ``gradient`` and ``residual`` are needed.
+    learning_rate : array, broadcasts to shape (...)
+        eta of eq. (2), times the number of updates where a row spans several: g is then their mean. Where it is
+        not positive g is NaN.
+    size : int array, broadcasts to shape (...)
+        Dimension D.
+    half : str, optional
+        Vector of which one half is added to the gradient: ``gradient_change`` gives the mean of the gradients at
+        both ends, ``hvp`` eq. (16). `across_floor` is what the ledger knows of its part across g.
+
+    Notes
+    -----
+    The residual is r = gradient - c displacement with any c: its component across the displacement is that of
+    the gradient, and with c near the best ratio r.r - (r.d)^2 / d.d does not cancel.
+    """
+    gram = np.asarray(gram, dtype=np.float64)
+    index = {name: position for position, name in enumerate(vectors)}
+
+    def product(one: str, other: str) -> Array:
+        return np.asarray(gram[..., index[one], index[other]])
+
+    shape = gram.shape[:-2]
+    rate = np.broadcast_to(np.asarray(learning_rate, dtype=np.float64), shape)
+    rate = np.where(rate > 0, rate, np.nan)
+    dimension = np.broadcast_to(np.asarray(size, dtype=np.int64), shape)
+    displacement_square = product("displacement", "displacement")
+    with np.errstate(invalid="ignore", over="ignore"):
+        descent = -product("gradient", "displacement")
+        residual_square, residual_along = product("residual", "residual"), product("residual", "displacement")
+        if half is not None:
+            descent = descent - product(half, "displacement") / 2.0
+            residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
+            residual_along = residual_along + product(half, "displacement") / 2.0
+        across = residual_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
+        # On a line there is no across: what is left there is rounding. (0 x NaN stays NaN.) Adding zero makes a
+        # negative zero positive: of that the angle of -g would be -pi.
+        across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0)) + 0.0
+        return Pair(displacement_square / rate**2, descent / rate, across, dimension)
+
+
+def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
+    """Largest error of the component of y across g that a ledger leaves, where half a vector v was added.
+
+    The residual r is nearly across g, so nothing cancels in its products. v is not: of a v nearly along g the part
+    across g is a difference of entries, each off by 1e-14 of |v|^2, which makes ``4e-14 (|r| + |v| / 2)^2`` in
+    across^2. The root is off by e = 2e-7 (|r| + |v| / 2) at most, and by e^2 / across where that is less.
+
+    With rho = (|r| + |v| / 2) / |y| the angle is so as good as the gradient's, 1e-13, where sin psi >= 0.4 rho^2,
+    and to 2e-7 rho below. Of a small learning rate rho is small as well. More is not to be had from this ledger.
+
+    Parameters
+    ----------
+    gram, vectors, half
+        As for `pair`.
+    pair : Pair
+        What `pair` made of them.
+
+    Returns
+    -------
+    array, shape (...)
+    """
+    gram = np.asarray(gram, dtype=np.float64)
+    index = {name: position for position, name in enumerate(vectors)}
+    residual, added = (np.sqrt(gram[..., index[name], index[name]]) for name in ("residual", half))
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        error = 2.0 * np.sqrt(LEDGER_ERROR) * (residual + added / 2.0)
+        floor = np.minimum(error, error**2 / pair.across)
+        return np.asarray(np.where(pair.size == 1, 0.0 * error, np.where(pair.across > 0, floor, error)))
+
+
+def direct_sum(parts: Sequence[Pair]) -> Pair:
+    """Pair of stacked vectors, for example the model from its tensors.
+
+    With r_k = y_k.g_k / g_k.g_k and r the same of the sum, the component of y across g has the square
+    ``sum across_k^2 + (r_k - r)^2 g_k.g_k``: terms of one sign, so nothing cancels.
+
+    Parameters
+    ----------
+    parts : sequence of Pair, of one shape
+        Added in their order.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        square = _sum([part.update_square for part in parts])
+        alignment = _sum([part.alignment for part in parts])
+        ratio = safe_divide(alignment, square)
+        across = _sum([part.across_square + (part.ratio - ratio) ** 2 * part.update_square for part in parts])
+    return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
+
+
+def scaled(pair: Pair, factor: ArrayLike) -> Pair:
+    """Pair of y and a positive multiple of g: the same displacement, per another learning rate.
+
+    Parameters
+    ----------
+    pair : Pair
+    factor : array, broadcasts with the shape of the pair
+    """
+    factor = np.asarray(factor, dtype=np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        square, alignment = pair.update_square * factor**2, pair.alignment * factor
+    return Pair(square, alignment, *np.broadcast_arrays(pair.across_square, pair.size, square)[:2])
+
+
+def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:
+    """Pair of the parameters extended by time, v = (theta, t), for a loss that changes with it (section 2.1).
+
+    y has one element more, -dL/dt at a theta that rests, and g the element 1. So y.g is the rate at which the loss
+    falls along the update, and not only the part of it that the update has brought about.
+
+    Parameters
+    ----------
+    pair : Pair
+        Of the whole model.
+    loss_time_derivative : array, of the shape of the pair
+        dL/dt, in a unit of time in which an update takes the learning rate eta.
+
+    Notes
+    -----
+    The paper prints (dL/dv)' theta' for (dL/dv)' v', which has the element of time.
+    """
+    slope = np.asarray(loss_time_derivative, dtype=np.float64)
+    one = np.ones_like(slope)
+    return direct_sum([pair, Pair(one, -slope, 0.0 * slope, np.ones(slope.shape, np.int64))])
+
+
+def _sum(terms: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    total = np.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def window(pair: Pair, m: int) -> Pair:
+    """Pair of each window of m consecutive rows, for the averaged loss (eq. 3 and below).
+
+    The state of a window is (theta_t, .., theta_{t+m-1}), its loss the mean of theirs, so y has the blocks
+    y_i / m and g the blocks g_i. This is *not* the mean gradient at theta_t, which does not descend L_avg in
+    general, though the paper argues "without loss of generality".
+
+    Parameters
+    ----------
+    pair : Pair, shape (rows, ...)
+    m : int
+        1 or more.
+
+    Returns
+    -------
+    Pair, shape (rows - m + 1, ...)
+    """
+    rows = pair.alignment.shape[0] - m + 1
+    whole = direct_sum([pair[start : start + rows] for start in range(m)])
+    return Pair(whole.update_square, whole.alignment / m, whole.across_square / m**2, whole.size)
+
+
+# The angle ---------------------------------------------------------------------------------------------------
+
+
+def angle(pair: Pair) -> Array:
+    """Angle psi between y and g, in radian, from 0 to pi; NaN where either is zero.
+
+    The paper's psi lies in (-pi/2, pi/2), but its sign means nothing; beyond pi/2 the update is not effective.
+    """
+    defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
+    return np.where(defined, np.arctan2(pair.across, pair.along), np.nan)
+
+
+def cosine(pair: Pair) -> Array:
+    """Cosine of psi; NaN where either vector is zero."""
+    defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
+    return np.where(defined, safe_divide(pair.along, pair.gradient_norm), np.nan)
+
+
+def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, roundoff: ArrayLike) -> Array:
+    """Largest norm of the rounding error of a displacement, from the dtype in which parameters are stored.
+
+    Both states are rounded to within u |theta_i| element by element, so their difference d is off by no more
+    than u (|theta_t| + |theta_{t+1}|) <= u (2 |theta_t| + |d|).
+
+    Parameters
+    ----------
+    parameter_norm, displacement_norm : array
+        |theta_t| and |d|.
+    roundoff : array
+        Unit roundoff u, see `natgrad.schema.layout.unit_roundoff`.
+    """
+    return np.asarray(np.asarray(roundoff) * (2.0 * np.asarray(parameter_norm) + np.asarray(displacement_norm)))
+
+
+def angle_uncertainty(pair: Pair, update_floor: ArrayLike, gradient_floor: ArrayLike) -> Array:
+    """Largest change of psi by errors of y and g of given norms, in radian.
+
+    An error of norm e turns a vector v by asin(e / |v|) at most, and by anything up to pi where e >= |v|.
+
+    Parameters
+    ----------
+    pair : Pair
+    update_floor, gradient_floor : array
+        Norms of the errors of g and y.
+    """
+    turned = _largest_turn(update_floor, pair.update_norm) + _largest_turn(gradient_floor, pair.gradient_norm)
+    return np.minimum(turned, np.pi)
+
+
+def _largest_turn(error: ArrayLike, norm: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.asarray(error) / norm
+        return np.where(share >= 1, np.pi, np.arcsin(np.minimum(share, 1.0)))
+
+
+# The optimal metric ------------------------------------------------------------------------------------------
+
+
+def where_effective(pair: Pair, value: Array) -> Array:
+    """Keep the value where a metric exists, y.g > 0."""
+    return np.where(pair.alignment > 0, value, np.nan)
+
+
+def condition_number(pair: Pair) -> Array:
+    """Smallest condition number of any metric M with M g = y; NaN where y.g <= 0.
+
+    kappa = ((1 + |sin psi|) / |cos psi|)^2, the paper's (1 + |sin psi|) / (1 - |sin psi|) (below eq. 9, Prop. 1)
+    in a form that does not cancel near pi/2.
+    """
+    return where_effective(pair, safe_divide(pair.gradient_norm + pair.across, pair.along) ** 2)
+
+
+def similarity(pair: Pair) -> Array:
+    """Similarity of update and steepest descent, 1 / kappa in (0, 1]; NaN where y.g <= 0."""
+    return where_effective(pair, safe_divide(pair.along, pair.gradient_norm + pair.across) ** 2)
+
+
+def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
+    """Eigenvalues of the metric of smallest condition number, eq. (9); NaN where y.g <= 0.
+
+    Returns
+    -------
+    maximum, middle, minimum
+        Of multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN where D <= 2; where D = 1 the
+        other two are the one eigenvalue y / g.
+
+    Notes
+    -----
+    It is the metric of the family (22) with gamma = 1. The paper's 1 / cos psi - |tan psi| cancels near pi/2;
+    here it is cos psi / (1 + |sin psi|).
+    """
+    maximum, middle, minimum = family_eigenvalues(pair, [1.0])
+    return maximum[..., 0], middle[..., 0], minimum[..., 0]
+
+
+def multiplicities(size: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Multiplicities of the largest, middle and smallest eigenvalue of a metric of the family (22).
+
+    Lemma 1 has 1, D - 2, 1, which is not meant for D = 1: there M = y / g has one eigenvalue, the largest.
+
+    Examples
+    --------
+    >>> [[int(n) for n in multiplicities(size)] for size in (1, 2, 8)]
+    [[1, 0, 0], [1, 0, 1], [1, 6, 1]]
+    """
+    dimension = np.asarray(size, dtype=np.int64)
+    return np.ones_like(dimension), np.maximum(dimension - 2, 0), np.minimum(dimension - 1, 1)
+
+
+def eigenvalue_bounds(pair: Pair) -> tuple[Array, Array]:
+    """Bounds that the spectrum of *every* metric M with M g = y obeys; NaN where y.g <= 0.
+
+    Returns
+    -------
+    infimum : array
+        Of the largest eigenvalue, |y| / (|g| cos psi) (Prop. 3).
+    supremum : array
+        Of the smallest eigenvalue, |y| cos psi / |g| (Prop. 2).
+
+    Notes
+    -----
+    The paper has strict inequalities; they are equalities where y is parallel to g, and where D = 1.
+    """
+    infimum = safe_divide(pair.gradient_norm**2, pair.alignment)
+    return where_effective(pair, infimum), where_effective(pair, pair.ratio)
+
+
+# The one-parameter family ------------------------------------------------------------------------------------
+
+
+def _family_sum(pair: Pair, gamma: Array) -> Array:
+    """1 + gamma + sqrt((1 + gamma)^2 - 4 gamma cos^2 psi), gamma on a last axis of its own.
+
+    The root is that of (1 - gamma)^2 + 4 gamma sin^2 psi, which does not cancel.
+    """
+    sine = safe_divide(pair.across, pair.gradient_norm)[..., None]
+    return 1.0 + gamma + np.hypot(1.0 - gamma, 2.0 * np.sqrt(gamma) * sine)
+
+
+def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Array]:
+    """Eigenvalues of the metrics of the one-parameter family (eq. 22, Lemma 1); NaN where y.g <= 0.
+
+    Parameters
+    ----------
+    pair : Pair, shape (...)
+    gamma : array, shape (gammas,)
+        Positive; 1 is the metric of smallest condition number.
+
+    Returns
+    -------
+    maximum, middle, minimum : arrays, shape (..., gammas)
+        Of multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN where D <= 2; where D = 1 the
+        other two are the one eigenvalue y / g, whatever gamma.
+    """
+    weight = np.asarray(gamma, dtype=np.float64)
+    total = _family_sum(pair, weight)
+    column = pair[..., None]
+    scale = safe_divide(column.gradient_norm**2, column.alignment)
+    on_line = column.size == 1
+    maximum = np.where(on_line, column.ratio, 0.5 * scale * total)
+    middle = np.where(column.size > 2, weight * scale, np.nan)
+    # The product of the two is gamma (|y| / |g|)^2.
+    minimum = np.where(on_line, column.ratio, 2.0 * weight * column.ratio / total)
+    return where_effective(column, maximum), where_effective(column, middle), where_effective(column, minimum)
+
+
+def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
+    """Condition number over the one-parameter family (appendix A); NaN where y.g <= 0.
+
+    Smallest at gamma = 1, where it is `condition_number`.
+
+    Parameters
+    ----------
+    pair : Pair, shape (...)
+    gamma : array, shape (gammas,)
+
+    Returns
+    -------
+    array, shape (..., gammas)
+    """
+    weight = np.asarray(gamma, dtype=np.float64)
+    column = pair[..., None]
+    root = safe_divide(_family_sum(pair, weight) * column.gradient_norm, 2.0 * np.sqrt(weight) * column.along)
+    return where_effective(column, np.where(column.size == 1, 1.0, root**2))
+
+
+def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
+    """Asymptotes of the largest and smallest eigenvalue of the family, which they approach but never cross.
+
+    The largest lies above ``max(1, gamma)`` times the infimum of Prop. 3, the smallest below ``min(1, gamma)``
+    times the supremum of Prop. 2. Both touch these lines as gamma -> 0 and as gamma -> infinity, where the
+    condition number is so ``max(gamma, 1 / gamma) / cos^2 psi``, and are farthest from them, each by a factor of
+    1 + |sin psi|, at gamma = 1: the optimum.
+
+    Parameters
+    ----------
+    pair : Pair, shape (...)
+    gamma : array, shape (gammas,)
+
+    Returns
+    -------
+    maximum, minimum : arrays, shape (..., gammas)
+        NaN where y.g <= 0.
+    """
+    weight = np.asarray(gamma, dtype=np.float64)
+    infimum, supremum = eigenvalue_bounds(pair[..., None])
+    on_line = pair[..., None].size == 1
+    maximum = np.where(on_line, infimum, np.maximum(1.0, weight) * infimum)
+    return maximum, np.where(on_line, supremum, np.minimum(1.0, weight) * supremum)
+
+
+def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
+    """Logarithm of the determinant over the one-parameter family; NaN where y.g <= 0.
+
+    A metric is y.g / g.g along g and, by block elimination, alpha = gamma |y|^2 / y.g on all that is across:
+    ``log(y.g / g.g) + (D - 1) log(alpha)``.
+
+    Parameters
+    ----------
+    pair : Pair, shape (...)
+    gamma : array, shape (gammas,)
+
+    Returns
+    -------
+    array, shape (..., gammas)
+    """
+    column = pair[..., None]
+    infimum, supremum = eigenvalue_bounds(column)
+    weight = np.asarray(gamma, dtype=np.float64)
+    return np.asarray(np.log(supremum) + (column.size - 1) * np.log(weight * infimum))
+
+
+# Where it is defined -----------------------------------------------------------------------------------------
+
+
+def status(
+    pair: Pair, learning_rate: ArrayLike, finite: ArrayLike = True, verifiable: ArrayLike = True
+) -> NDArray[np.int8]:
+    """Say why a metric exists or not, as values of `natgrad.schema.variables.Status`.
+
+    Parameters
+    ----------
+    pair : Pair
+    learning_rate : array
+        eta; not positive or NaN where it is not known.
+    finite : bool array
+        False where the parameters or gradients are not finite.
+    verifiable : bool array
+        False where the data cannot carry the statement: an update below its own rounding, a discrete gradient
+        without a loss.
+    """
+    known = np.asarray(learning_rate, dtype=np.float64) > 0
+    computed = np.isfinite(pair.update_square) & np.isfinite(pair.alignment) & np.isfinite(pair.across_square)
+    conditions = [
+        (~np.asarray(finite, dtype=bool), Status.NON_FINITE),
+        (~known, Status.NO_LEARNING_RATE),
+        (pair.gradient_norm == 0, Status.ZERO_GRADIENT),
+        (pair.update_square == 0, Status.ZERO_UPDATE),
+        (~np.asarray(verifiable, dtype=bool), Status.UNVERIFIABLE),
+        (~computed, Status.NON_FINITE),  # an overflow
+        (pair.alignment > 0, Status.EFFECTIVE),
+        (pair.alignment == 0, Status.ORTHOGONAL),
+    ]
+    where = [np.broadcast_to(condition, pair.alignment.shape) for condition, _ in conditions]
+    return np.select(where, [np.int8(value) for _, value in conditions], np.int8(Status.OBTUSE))

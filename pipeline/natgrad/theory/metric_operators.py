@@ -1,0 +1,459 @@
+"""Metrics of real vectors: the matrices M with M g = y as SciPy operators.
+
+`natgrad.theory.geometry` knows a metric by its numbers; here it acts on vectors. Every metric is, by one step of
+block elimination along g, the paper's canonical form (eqs. 6, 8, 14)::
+
+    M = y y' / y.g + B,    B g = 0,  B positive definite on what is across g,
+
+so M is a small block on span(g, y, u_1, .., u_k) and a scalar beside it. M v, M^-1 v and M^(1/2) v cost O(D k) time
+and memory, and no D x D array is formed unless it is asked for.
+
+For many steps at once the numbers of the metrics (spectra, condition numbers, determinants, bounds) are
+`geometry`'s, of `pair_of` the stacked vectors; operators are one per step.
+
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator
+
+from natgrad.schema.errors import InputError
+from natgrad.schema.variables import Status
+from natgrad.theory import discrete_time, geometry
+from natgrad.theory.geometry import Pair
+
+__all__ = ["Metric", "effective_pair", "eigenvalue_rounding", "jackknife", "pair_of", "stochastic_metric"]
+
+Array = NDArray[np.float64]
+
+_UNIT = 2.0**-53
+
+
+# Vectors -----------------------------------------------------------------------------------------------------
+
+
+def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
+    """Pair of negative gradients and updates given as vectors, one for each leading index.
+
+    Parameters
+    ----------
+    y, g : array, shape (..., D)
+        In float64, or converted to it.
+
+    Returns
+    -------
+    Pair, shape (...)
+        NaN where a squared length leaves the range of normal float64: its status is then ``non_finite``.
+
+    Raises
+    ------
+    InputError
+        Where the shapes differ or there are no elements.
+    """
+    y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
+    if y.shape != g.shape or not y.ndim or not y.shape[-1]:
+        raise InputError(
+            f"y of shape {y.shape} and g of shape {g.shape} are no pair",
+            remedy="give two arrays of one shape, elements on the last axis",
+        )
+    size = np.full(y.shape[:-1], y.shape[-1])
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        across, square, alignment = _across(y, g), np.vecdot(g, g), np.vecdot(y, g)
+        across_square = np.vecdot(across, across)
+        inexact = _inexact(y, np.vecdot(y, y)) | _inexact(g, square)
+        square, alignment = np.where(inexact, np.nan, square), np.where(inexact, np.nan, alignment)
+    return Pair(square, alignment, across_square, size)
+
+
+def _across(y: Array, g: Array) -> Array:
+    """Component of y across g. Subtracted twice, it is so to the rounding of itself, not of y."""
+    if y.shape[-1] == 1:
+        return 0.0 * y
+    for _ in range(2):
+        y = y - Pair(np.vecdot(g, g), np.vecdot(y, g), np.zeros(()), np.zeros((), int)).ratio[..., None] * g
+    return y
+
+
+def _inexact(vector: Array, square: Array) -> NDArray[np.bool_]:
+    """Where the terms of a squared length are lost below or above the range of float64."""
+    return (square < np.finfo(np.float64).tiny / _UNIT) & vector.any(axis=-1) | ~np.isfinite(square)
+
+
+def effective_pair(y: Array, g: Array) -> Pair:
+    """Numbers of an effective update; one that has no metric is refused (InputError)."""
+    pair = pair_of(y, g)
+    status = Status(int(geometry.status(pair, 1.0)))
+    if status is not Status.EFFECTIVE:
+        raise InputError(
+            f"no metric maps g to y: the update is {status.name.lower()}",
+            where=f"|g|^2 = {pair.update_square:.4g}, y.g = {pair.alignment:.4g}, D = {pair.size}",
+            why="a symmetric positive definite M with M g = y exists exactly where y.g > 0",
+            remedy="give the negative gradient, and vectors that are finite, not zero, and of ordinary scale",
+        )
+    return pair
+
+
+# The metric --------------------------------------------------------------------------------------------------
+
+
+class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
+    """Metric M with M g = y: ``y y' / y.g + alpha (I - g g' / g.g) + sum_i w_i u_i u_i'`` (eqs. 6, 8, 14, 22).
+
+    Parameters
+    ----------
+    y, g : array, shape (D,)
+        Negative (discrete) gradient and update, y.g > 0.
+    gamma, alpha : float, optional
+        Weight across g, of which one may be given: alpha itself (eq. 8), or gamma = alpha y.g / y.y (eq. 22).
+        Without either, and without directions, gamma is 1: the metric of smallest condition number. With
+        directions alone alpha is 0: eq. (6), whose directions must span all that is across g.
+    directions : array, shape (D, k), optional
+        Columns u_i orthogonal to g.
+    weights : array, shape (k,), optional
+        w_i; they may be negative where M stays positive definite. 1 where not given.
+
+    Attributes
+    ----------
+    pair : Pair
+    alpha : float
+
+    Raises
+    ------
+    InputError
+        Where no metric maps g to y (`geometry.status` says why), a direction is not orthogonal to g to rounding,
+        or M would not be positive definite.
+
+    Notes
+    -----
+    A `scipy.sparse.linalg.LinearOperator`: ``metric @ x``, ``metric + eta * H``, and what else takes one. x is a
+    vector (D,) or has vectors as its columns (D, n).
+
+    Examples
+    --------
+    >>> y, g = np.array([3.0, 1.0, 0.0]), np.array([1.0, 0.0, 1.0])
+    >>> metric = Metric(y, g)
+    >>> np.allclose(metric @ g, y), np.allclose(metric.solve(y), g)
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        y: ArrayLike,
+        g: ArrayLike,
+        *,
+        gamma: float | None = None,
+        alpha: float | None = None,
+        directions: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> None:
+        y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
+        if y.ndim != 1:
+            raise InputError(f"a metric is of two vectors, not of shape {y.shape}", remedy="make one for each step")
+        if gamma is not None and alpha is not None:
+            raise InputError(f"gamma = {gamma} and alpha = {alpha} both say the weight", remedy="give one of them")
+        self.pair = effective_pair(y, g)
+        optimum = float(geometry.eigenvalue_bounds(self.pair)[0])
+        if alpha is None:
+            alpha = optimum * gamma if gamma is not None else (optimum if directions is None else 0.0)
+        self.alpha = float(alpha)
+        self._gamma = self.alpha / optimum if directions is None else None
+        super().__init__(np.float64, (len(g), len(g)))
+        unit, across = g / self.pair.update_norm, _across(y, g)
+        basis, added = _diagonalized(unit, directions, weights)
+        basis, added = _completed(unit, basis, added, across)
+        # In this basis M is L diag(pivot, weights) L', where L is the identity with the slope below its first 1.
+        self._basis = np.column_stack([unit, basis])
+        self._pivot, self._weights = float(self.pair.ratio), self.alpha + added
+        self._slope = basis.T @ across / self.pair.along
+        self._refuse_indefinite()
+
+    def _refuse_indefinite(self) -> None:
+        size, spanned = self._basis.shape
+        least = min([*self._weights, *([self.alpha] if spanned < size else [])], default=np.inf)
+        if not least > 0 or not np.isfinite(self.alpha):
+            raise InputError(
+                f"the metric would not be positive definite: its smallest weight across g is {least:.4g}",
+                where=f"alpha = {self.alpha:.4g}, D = {size}",
+                why="alpha is not positive, a weight is too negative, or the directions span too little",
+                remedy="give a greater alpha, or directions that span all that is across g",
+            )
+
+    def _matvec(self, x: Array) -> Array:
+        return self._act(x, self._forward, self.alpha)
+
+    _matmat = _matvec
+
+    def _adjoint(self) -> Metric:
+        return self
+
+    _transpose = _adjoint
+
+    def solve(self, x: ArrayLike) -> Array:
+        """M^-1 x; the update is ``theta + eta * metric.solve(y)`` (eqs. 4, 15, 18, 20)."""
+        return self._act(x, self._backward, self._beside_inverse)
+
+    @property
+    def inverse(self) -> LinearOperator:
+        """M^-1 as an operator, for example as the preconditioner of `scipy.sparse.linalg.cg`."""
+        act = self.solve
+        return LinearOperator(self.shape, matvec=act, rmatvec=act, matmat=act, rmatmat=act, dtype=np.float64)
+
+    def sqrt(self, x: ArrayLike) -> Array:
+        """M^(1/2) x with the symmetric root: it maps the unit ball of M to that of Euclid (Figure 1)."""
+        root = _root(self._factor)
+        return self._act(x, lambda c: root @ c, np.sqrt(self.alpha))
+
+    def inv_sqrt(self, x: ArrayLike) -> Array:
+        """M^(-1/2) x, which maps the Euclidean unit ball to that of M, v' M v = 1 (Figure 1)."""
+        inverse = np.eye(self._basis.shape[1])
+        inverse[1:, 0] = -self._slope
+        root = _root((inverse / np.sqrt([[self._pivot], *self._weights[:, None]])).T)
+        return self._act(x, lambda c: root @ c, np.sqrt(self._beside_inverse))
+
+    def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
+        """Eigenvalues, descending, and how often each occurs; in the one-parameter family those of Lemma 1.
+
+        Returns
+        -------
+        values, multiplicities : arrays
+            The multiplicities add up to D.
+        """
+        if self._gamma is not None:
+            values = np.concatenate(geometry.family_eigenvalues(self.pair, [self._gamma]))
+            counts = np.stack(geometry.multiplicities(self.shape[0]))
+        else:
+            block = np.linalg.svd(self._factor, compute_uv=False) ** 2
+            beside = self.shape[0] - len(block)
+            values, counts = np.append(block, self.alpha), np.append(np.ones(len(block), int), beside)
+        values, counts = values[counts > 0], counts[counts > 0]
+        order = np.argsort(-values, kind="stable")
+        return values[order], counts[order]
+
+    def condition_number(self) -> float:
+        """Largest over smallest eigenvalue; `geometry.condition_number` of the pair is the least possible."""
+        if self._gamma is not None:
+            return float(geometry.family_condition_number(self.pair, [self._gamma])[0])
+        values, _ = self.eigenvalues()
+        return float(values[0] / values[-1])
+
+    def logdet(self) -> float:
+        """Logarithm of the determinant."""
+        beside = self.shape[0] - len(self._weights) - 1
+        logarithms = np.log([self._pivot, *self._weights])
+        return float(logarithms.sum() + (beside * np.log(self.alpha) if beside else 0.0))
+
+    def to_dense(self) -> Array:
+        """D x D array, symmetric to the last bit."""
+        block = self._factor @ self._factor.T - self.alpha * np.eye(self._basis.shape[1])
+        dense = self.alpha * np.eye(self.shape[0]) + self._basis @ block @ self._basis.T
+        return np.asarray((dense + dense.T) / 2.0)
+
+    # Inside the basis M is its block, beside it a scalar -----------------------------------------------------
+
+    def _act(self, x: ArrayLike, block: Callable[[Array], Array], beside: float) -> Array:
+        x = np.asarray(x, dtype=np.float64)
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
+            raise InputError(
+                f"a metric of D = {self.shape[0]} does not act on shape {x.shape}",
+                remedy="give a vector of D elements, or vectors as the columns of an array",
+            )
+        inside = self._basis.T @ x
+        return np.asarray(beside * (x - self._basis @ inside) + self._basis @ block(inside))
+
+    def _forward(self, c: Array) -> Array:
+        first = self._pivot * (c[0] + self._slope @ c[1:])
+        return np.concatenate([first[None], np.multiply.outer(self._slope, first) + (self._weights * c[1:].T).T])
+
+    def _backward(self, c: Array) -> Array:
+        rest = ((c[1:] - np.multiply.outer(self._slope, c[0])).T / self._weights).T
+        return np.concatenate([(c[0] / self._pivot - self._slope @ rest)[None], rest])
+
+    @property
+    def _factor(self) -> Array:
+        lower = np.eye(self._basis.shape[1])
+        lower[1:, 0] = self._slope
+        return np.asarray(lower * np.sqrt([self._pivot, *self._weights]))
+
+    @property
+    def _beside_inverse(self) -> float:
+        # Without alpha the directions span everything, and nothing is beside them.
+        return 1.0 / self.alpha if self.alpha else 0.0
+
+
+def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike | None) -> tuple[Array, Array]:
+    """Orthonormal basis in which sum_i w_i u_i u_i' is diagonal, shape (D, rank), and its diagonal."""
+    size = len(unit)
+    columns = np.zeros((size, 0)) if directions is None else np.asarray(directions, dtype=np.float64)
+    if columns.ndim != 2 or len(columns) != size or not np.isfinite(columns).all():
+        raise InputError(f"directions of shape {columns.shape}", remedy=f"give finite columns, shape ({size}, k)")
+    if weights is not None and np.shape(weights) != columns.shape[1:]:
+        raise InputError(
+            f"{np.shape(weights)} weights of {columns.shape[1]} directions", remedy="give one for each"
+        )
+    along, lengths = unit @ columns, np.linalg.norm(columns, axis=0)
+    # An inner product of D terms, and the two roundings of whoever made the columns orthogonal.
+    slipped = np.abs(along) > 2 * (size + 2) * _UNIT * lengths
+    if slipped.any():
+        worst = int(np.argmax(np.abs(along) / np.where(lengths > 0, lengths, 1.0)))
+        raise InputError(
+            f"direction {worst} is not orthogonal to g: its cosine is {along[worst] / lengths[worst]:.3g}",
+            why="M would not map g to y",
+            remedy="subtract from each direction its part along g",
+        )
+    signed = np.ones(columns.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
+    # The weights go into the columns, so that a short direction of great weight is not lost beside a long one.
+    columns = columns * np.sqrt(np.abs(signed))
+    # Reflected so that g is the first axis, which is left out: the weakest directions stay across g as well.
+    rows, lengths, mixing = np.linalg.svd(_reflected(unit, columns)[1:], full_matrices=False)
+    kept = lengths > 2 * max(columns.shape) * _UNIT * lengths.max(initial=0.0)
+    rows, lengths, mixing = rows[:, kept], lengths[kept], mixing[kept]
+    basis = _reflected(unit, np.vstack([np.zeros(len(lengths)), rows]))
+    if (signed >= 0).all():
+        return basis, lengths**2
+    scaled = lengths[:, None] * mixing
+    added, turn = np.linalg.eigh((scaled * np.sign(signed)) @ scaled.T)
+    return basis @ turn, added
+
+
+def _reflected(unit: Array, x: Array) -> Array:
+    """Householder reflection that exchanges a unit vector with the first axis, up to sign."""
+    normal = unit.copy()
+    normal[0] += np.copysign(1.0, unit[0])
+    return x - np.outer(normal, (2.0 / (normal @ normal)) * (normal @ x))
+
+
+def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[Array, Array]:
+    """Add the direction of y across g to the basis, where it is not in it, with nothing on the diagonal."""
+    rest = across - basis @ (basis.T @ across)
+    length = np.linalg.norm(rest)
+    if basis.shape[1] == len(unit) - 1 or length <= 2 * len(unit) * _UNIT * np.linalg.norm(across):
+        return basis, added
+    rest = rest / length
+    rest = rest - basis @ (basis.T @ rest) - unit * (unit @ rest)
+    length = np.linalg.norm(rest)
+    # What nearly vanishes now was rounding alone: y is parallel to g.
+    return (np.column_stack([basis, rest / length]), np.append(added, 0.0)) if length > 0.5 else (basis, added)
+
+
+def _root(factor: Array) -> Array:
+    """Symmetric square root of F F', for a triangular factor F."""
+    if len(factor) != 2:
+        vectors, lengths, _ = np.linalg.svd(factor)
+        return np.asarray((vectors * lengths) @ vectors.T)
+    # For two dimensions in terms of one sign, so that it holds to rounding however ill-conditioned F is.
+    square, volume = factor @ factor.T, abs(factor[0, 0] * factor[1, 1])
+    return np.asarray((square + volume * np.eye(2)) / np.sqrt(np.trace(square) + 2.0 * volume))
+
+
+# Stochastic rules --------------------------------------------------------------------------------------------
+
+
+def stochastic_metric(
+    y: ArrayLike, g: ArrayLike, curvature: ArrayLike, learning_rate: float, *, alpha: float | None = None
+) -> Metric:
+    """Metric of a stochastic rule, Mbar + eta <Hg> <Hg>' / <Hg>.<g> (eq. 19): it maps <g> to y.
+
+    Parameters
+    ----------
+    y : array, shape (D,)
+        Negative gradient -grad L(theta_t), equal to <ybar> + eta <Hg>.
+    g : array, shape (D,)
+        Mean update <g>.
+    curvature : array, shape (D,)
+        Mean <Hg> of Hessian/2 times update; not <H><g>.
+    learning_rate : float
+        eta.
+    alpha : float, optional
+        Weight across <g>; that of the best conditioned Mbar where not given.
+
+    Raises
+    ------
+    InputError
+        Where eq. (19) is not defined or not positive definite, with the alpha that would do
+        (`discrete_time.stochastic_weight`), or no metric maps <g> to y. `Metric` of y and <g> then still exists
+        wherever y.<g> > 0.
+
+    Notes
+    -----
+    The paper's eq. (20) lacks a minus: <g> = -M^-1 grad L, here ``metric.solve(y)``.
+    """
+    y, g, curvature = (np.asarray(vector, dtype=np.float64) for vector in (y, g, curvature))
+    pair, mean = effective_pair(y, g), pair_of(curvature, g)
+    product = np.vecdot(_across(y, g), _across(curvature, g))
+    needed = float(discrete_time.stochastic_weight(pair, mean, product, learning_rate))
+    discrete = y - learning_rate * curvature
+    remaining = float(pair.alignment - learning_rate * mean.alignment)
+    if alpha is None and remaining > 0:
+        alpha = float(discrete @ discrete) / remaining
+    if alpha is None or not alpha > needed:
+        raise InputError(
+            f"the metric (19) is not positive definite with alpha = {alpha}",
+            where=f"<Hg>.<g> = {mean.alignment:.4g}, <ybar>.<g> = {remaining:.4g}, eta = {learning_rate:.4g}",
+            why="where <Hg>.<g> is negative the term of the curvature is subtracted; where it is 0 there is none",
+            remedy=f"give an alpha above {needed:.4g}" if needed < np.inf else "take Metric(y, g): it exists",
+        )
+    # What is added to y y' / y.<g> has the one direction that does not depend on eta.
+    parts = mean.alignment * y, pair.alignment * curvature
+    direction = _across(parts[0] - parts[1], g)
+    if np.linalg.norm(direction) <= eigenvalue_rounding(len(g)) * sum(map(np.linalg.norm, parts)):
+        direction = np.zeros_like(g)
+    weight = learning_rate / (remaining * mean.alignment * pair.alignment)
+    return Metric(y, g, alpha=alpha, directions=direction[:, None], weights=[float(weight)])
+
+
+def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tuple[Array, Array]:
+    """Value and standard error of a function of means over replicates.
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes the mean of each of the replicates' arrays, gives numbers of any shape: an angle, for example.
+    *replicates : arrays, shape (R, ...)
+        Replicates first, R the same in all.
+
+    Returns
+    -------
+    value, error : arrays
+        Of the means; and by leaving out one replicate after the other. The error is NaN for R = 1.
+
+    Raises
+    ------
+    InputError
+        Where the arrays have not the same replicates, or none.
+
+    References
+    ----------
+    Efron, The Jackknife, the Bootstrap and Other Resampling Plans, eq. (3.3).
+
+    Examples
+    --------
+    >>> value, error = jackknife(lambda mean: mean, [1.0, 2.0, 6.0])
+    >>> float(value), round(float(error), 6)
+    (3.0, 1.527525)
+    """
+    arrays = [np.asarray(array, dtype=np.float64) for array in replicates]
+    counts = {len(array) if array.ndim else 0 for array in arrays}
+    if len(counts) != 1 or 0 in counts:
+        raise InputError(
+            f"replicates of shapes {[array.shape for array in arrays]}", remedy="give arrays of the same R >= 1"
+        )
+    value = np.asarray(statistic(*(array.mean(axis=0) for array in arrays)), dtype=np.float64)
+    (count,) = counts
+    if count == 1:
+        return value, np.full_like(value, np.nan)
+    # Each mean is summed anew: taking a replicate out of the whole mean would cancel where the others agree.
+    others = [~np.eye(count, dtype=bool)[left_out] for left_out in range(count)]
+    values = np.stack([statistic(*(array[kept].mean(axis=0) for array in arrays)) for kept in others])
+    return value, np.asarray(np.sqrt((count - 1) * values.var(axis=0)))
+
+
+def eigenvalue_rounding(size: int) -> float:
+    """Backward error of a symmetric eigenvalue, as of a product with D terms a row: D units in the last place."""
+    return 2.0 * size * _UNIT

@@ -1,0 +1,252 @@
+"""Condition of the metric that an adaptive optimizer uses, beside the smallest that its update needs (eq. 9).
+
+Adam moves by -eta m / (sqrt(v) + epsilon): the metric diag(sqrt(v) + epsilon) takes its update to the momentum m.
+Where m is not the gradient it is no metric of eq. (6) for the gradient; what it costs in conditioning is this all
+the same. Shampoo, PSGD and K-FAC have Kronecker products of factors in its place, SOAP a diagonal in another basis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from natgrad.schema.errors import InputError
+
+__all__ = [
+    "adam_eigenvalues",
+    "balanced_damping",
+    "condition_number",
+    "factor_eigenvalues",
+    "kronecker_eigenvalues",
+    "rotated_eigenvalues",
+    "symmetric_factor",
+]
+
+Array = NDArray[np.float64]
+
+_UNIT = 2.0**-53
+ASYMMETRY = 0.1
+"""Largest part of a preconditioner that may be not symmetric, measured in itself. The eigenvalues of the symmetric
+part are off by the square of it, as a skew matrix moves no singular value to the first order."""
+
+
+def adam_eigenvalues(
+    smallest: ArrayLike, largest: ArrayLike, beta2: ArrayLike, epsilon: ArrayLike, updates: ArrayLike
+) -> tuple[Array, Array]:
+    """Smallest and largest eigenvalue of the metric that Adam, with its correction of the bias, used in an update.
+
+    Parameters
+    ----------
+    smallest, largest : array
+        Elements of ``exp_avg_sq`` after the update, in squared loss per squared parameter.
+    beta2, epsilon : array
+    updates : array
+        Updates that ``exp_avg_sq`` has seen, this one included.
+
+    Returns
+    -------
+    tuple of arrays
+        In loss per parameter; NaN where one is not known, no update was made or an element is negative.
+    """
+    beta2, updates = np.asarray(beta2, np.float64), np.asarray(updates, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        bias = np.where(updates > 0, 1.0 - beta2**updates, np.nan)
+        low, high = (np.sqrt(np.asarray(v, np.float64) / bias) + epsilon for v in (smallest, largest))
+    return np.asarray(low), np.asarray(high)
+
+
+def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> Array:
+    """Return the symmetric part of a factor, of one that is symmetric as far as its writer's arithmetic goes.
+
+    Parameters
+    ----------
+    factor : array, shape (n, n) or (n,)
+        A matrix, or the diagonal of one.
+    roundoff : float
+        Unit roundoff of the dtype that it was made in.
+    definite : bool
+        It is a root of an inverse, which acts on the gradient as it is. The singular value decomposition that it
+        comes from gives two bases for the smallest singular values of the statistics, where it is largest; so what
+        is not symmetric is measured in itself, as |S^(-1/2) K S^(-1/2)| for F = S + K, and may be `ASYMMETRY`. Else
+        |F - F'| may be the rounding of n terms.
+
+    Raises
+    ------
+    InputError
+        Where it is not finite, not symmetric, or, if it must be, not positive definite.
+    """
+    factor = np.asarray(factor, np.float64)
+    if not np.isfinite(factor).all():
+        raise InputError("a factor is not finite")
+    if factor.ndim == 1:
+        if definite and not factor.min() > 0:
+            raise InputError(f"a factor is not positive definite: its smallest element is {factor.min():.3g}")
+        return factor
+    symmetric: Array = np.asarray((factor + factor.T) / 2.0)
+    skew = factor - symmetric
+    size, norm = len(factor), float(np.linalg.norm(symmetric))
+    if not definite:
+        if np.linalg.norm(skew) > size * roundoff * norm:
+            raise InputError(f"a factor is not symmetric: {np.linalg.norm(skew) / norm:.3g} of it is not")
+        return symmetric
+    values = np.linalg.eigvalsh(symmetric)
+    if not values[0] > 2.0 * size * _UNIT * norm:
+        why = "is zero: it was not computed yet" if not factor.any() else "is not positive definite"
+        raise InputError(f"a factor {why}; its eigenvalues are {values[0]:.3g} to {values[-1]:.3g}")
+    # Two bounds of the norm, each dearer and sharper, and then the norm.
+    part = float(np.linalg.norm(skew) / values[0])
+    if part > ASYMMETRY:
+        values, vectors = np.linalg.eigh(symmetric)
+        scaled = vectors / np.sqrt(values)
+        skew = scaled.T @ skew @ scaled
+        part = float(np.linalg.norm(skew))
+    if part > ASYMMETRY:
+        part = float(np.abs(np.linalg.eigvalsh(1j * skew)).max())
+    if part > ASYMMETRY:
+        raise InputError(f"a factor is not symmetric: {part:.3g} of it is not, measured in itself")
+    return symmetric
+
+
+def factor_eigenvalues(
+    factor: ArrayLike, *, exponent: float = 1.0, damping: float = 0.0, root: bool = False
+) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of (F + damping)^exponent, or of (Q'Q + damping)^exponent for a root Q.
+
+    Parameters
+    ----------
+    factor : array, shape (n, n) or (n,)
+        A symmetric matrix F, or any Q; or the diagonal of one.
+    exponent, damping : float
+    root : bool
+
+    Raises
+    ------
+    InputError
+        Where it is not positive definite and the exponent is negative, or not finite.
+
+    Notes
+    -----
+    By LAPACK in float64: an eigenvalue of F is off by at most some n 2^-53 of the largest.
+    """
+    factor = np.asarray(factor, np.float64)
+    if not np.isfinite(factor).all():
+        raise InputError("a factor is not finite")
+    if root:
+        values = np.sort(np.abs(factor)) if factor.ndim == 1 else np.linalg.svd(factor, compute_uv=False)[::-1]
+        floor, values = values[-1] * 2.0 * len(values) * _UNIT, values**2
+        floor = floor**2
+    else:
+        values = np.sort(factor) if factor.ndim == 1 else np.linalg.eigvalsh(factor)
+        floor = 0.0 if factor.ndim == 1 else 2.0 * len(values) * _UNIT * np.abs(values).max()
+    low, high = float(values[0]) + damping, float(values[-1]) + damping
+    if exponent < 0 and not low > floor:
+        raise InputError(f"a factor is not positive definite: its eigenvalues are {low:.3g} to {high:.3g}")
+    with np.errstate(over="ignore", divide="ignore"):
+        ends = np.array([low, high]) ** exponent
+    return float(ends.min()), float(ends.max())
+
+
+def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least: float) -> tuple[float, float]:
+    """Damping of the two factors of K-FAC by their mean eigenvalues.
+
+    Parameters
+    ----------
+    factors : pair of arrays, shape (m, m) and (n, n)
+        Of the gradients and of the inputs.
+    damping : float
+        Of their product.
+    least : float
+        Least damping of either.
+
+    Notes
+    -----
+    With pi^2 the ratio of the mean eigenvalue of the second to that of the first, sqrt(damping) is divided and
+    multiplied by pi: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature,
+    section 6.3.
+    """
+    of_gradients, of_inputs = (float(np.trace(np.asarray(f, np.float64))) / len(np.asarray(f)) for f in factors)
+    if not (of_gradients > 0 and of_inputs >= 0 and damping >= 0):
+        raise InputError(
+            f"no damping follows from {damping:.3g} and mean eigenvalues {of_gradients:.3g} and {of_inputs:.3g}"
+        )
+    ratio = math.sqrt(of_inputs / of_gradients)
+    return max(math.sqrt(damping) / ratio if ratio else math.inf, least), max(math.sqrt(damping) * ratio, least)
+
+
+def kronecker_eigenvalues(
+    factors: Sequence[tuple[float, float]], shift: float = 0.0, *, rows: int = 0
+) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of a Kronecker product of factors, plus a shift.
+
+    Parameters
+    ----------
+    factors : sequence of (smallest, largest)
+        Eigenvalues of each; without any the product is 1.
+    shift : float
+    rows : int
+        Of all factors whose smallest eigenvalue is off by the rounding of their largest: the product must be
+        positive definite beyond it.
+
+    Raises
+    ------
+    InputError
+        Where it is not positive definite, or not finite.
+
+    Examples
+    --------
+    >>> kronecker_eigenvalues([(1.0, 4.0), (0.5, 2.0)], shift=1.0)
+    (1.5, 9.0)
+    """
+    # Where a factor has negative eigenvalues the extremes are at other corners than (smallest, smallest).
+    corners = [math.prod(corner) for corner in itertools.product(*factors)]
+    low, high = min(corners) + shift, max(corners) + shift
+    floor = 2.0 * rows * _UNIT * max(map(abs, corners))
+    if not all(floor < corner + shift < math.inf for corner in corners):
+        raise InputError(f"the metric is not positive definite: its eigenvalues are {low:.3g} to {high:.3g}")
+    return low, high
+
+
+def rotated_eigenvalues(smallest: float, largest: float, epsilon: float, bias: float) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of the metric of SOAP, Q diag(sqrt(v) + epsilon) Q' / bias.
+
+    Parameters
+    ----------
+    smallest, largest : float
+        Elements of v, which is ``exp_avg_sq`` in the basis of Q; a new basis only puts them in another order.
+    epsilon, bias : float
+
+    Raises
+    ------
+    InputError
+        Where one is not known or negative.
+    """
+    if not 0 <= smallest <= largest < math.inf or not bias > 0 or not math.sqrt(smallest) + epsilon > 0:
+        raise InputError(f"exp_avg_sq is {smallest:.3g} to {largest:.3g}, epsilon {epsilon:.3g}")
+    return (math.sqrt(smallest) + epsilon) / bias, (math.sqrt(largest) + epsilon) / bias
+
+
+def condition_number(smallest: ArrayLike, largest: ArrayLike, learning_rate: ArrayLike) -> tuple[Array, Array]:
+    """Condition number of a diagonal metric, of each tensor and of the model.
+
+    Parameters
+    ----------
+    smallest, largest : array, shape (rows, tensors)
+        Eigenvalues of each tensor's block.
+    learning_rate : array, shape (rows, tensors)
+        Of each tensor: one that moves ten times as fast has a tenth of the metric.
+
+    Returns
+    -------
+    tensors : array, shape (rows, tensors)
+    model : array, shape (rows,)
+        NaN where it is not known of one tensor.
+    """
+    low, high = np.asarray(smallest, np.float64), np.asarray(largest, np.float64)
+    rate = np.asarray(learning_rate, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate = np.where(rate > 0, rate, np.nan)
+        return np.asarray(high / low), np.asarray((high / rate).max(axis=-1) / (low / rate).min(axis=-1))

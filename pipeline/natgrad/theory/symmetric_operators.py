@@ -1,0 +1,321 @@
+"""Any symmetric matrix as an operator: its extreme eigenvalues, and whether it is a metric of an update.
+
+A preconditioner is given as an array, its diagonal, or an operator such as a `Kronecker` product; `canonical_form`
+decomposes it as the paper has it (eq. 7), with the residuals that prove it.
+
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import diags_array
+from scipy.sparse.linalg import ArpackError, LinearOperator, aslinearoperator, eigsh
+
+from natgrad.schema.errors import InputError
+from natgrad.theory import geometry
+from natgrad.theory.geometry import Pair
+from natgrad.theory.metric_operators import effective_pair, eigenvalue_rounding
+
+__all__ = ["CanonicalForm", "Kronecker", "canonical_form", "extreme_eigenvalues"]
+
+Array = NDArray[np.float64]
+
+_SMALL = 256
+"""Dimension up to which eigenvalues of an operator are those of its matrix, and not of a Krylov space."""
+
+
+class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
+    """Kronecker product of powers of symmetric matrices: K-FAC's of a layer, Shampoo's of a tensor.
+
+    It is (F_0 + damping_0)^exponent (x) (F_1 + damping_1)^exponent (x) .. + shift.
+
+    Parameters
+    ----------
+    *factors : arrays, shape (n, n) or (n,)
+        Symmetric matrices, or diagonals of such: one for each dimension of the tensor, in their order. For weights
+        W of shape (m, n), flattened row by row, two are vec(left W right): left is of the outputs (gradients),
+        right of the inputs (activations).
+    exponent : float
+        -1 for a preconditioner's own factors, 1/4 for the statistics of Shampoo's matrices.
+    damping : float or sequence of float
+        Added to each factor, or to all.
+    shift : float
+        Added to the product, as K-FAC's exact damping is.
+
+    Raises
+    ------
+    InputError
+        Where a factor is not symmetric, or has no such power.
+    """
+
+    def __init__(
+        self,
+        *factors: ArrayLike,
+        exponent: float = 1.0,
+        damping: float | Sequence[float] = 0.0,
+        shift: float = 0.0,
+    ) -> None:
+        arrays = [np.asarray(factor, dtype=np.float64) for factor in factors]
+        added = [damping] * len(arrays) if isinstance(damping, int | float) else list(damping)
+        if len(added) != len(arrays):
+            raise InputError(f"{len(added)} dampings of {len(arrays)} factors", remedy="give one for each, or one")
+        self.shift, self.exponent = shift, exponent
+        self._sizes = [len(array) for array in arrays]
+        self._values, self._powers = [], []
+        for array, term in zip(arrays, added, strict=True):
+            values, power = _power(array, term, exponent)
+            self._values.append(values)
+            self._powers.append(power)
+        size = math.prod(self._sizes)
+        super().__init__(np.float64, (size, size))
+
+    def _matvec(self, x: Array) -> Array:
+        image = x.reshape(self._sizes)
+        for axis, power in enumerate(self._powers):
+            if power.ndim == 1:
+                image = image * power.reshape([-1 if axis == other else 1 for other in range(image.ndim)])
+            else:
+                image = np.moveaxis(np.tensordot(power, image, axes=(1, axis)), 0, axis)
+        return np.asarray(image.reshape(x.shape) + self.shift * x)
+
+    def _adjoint(self) -> Kronecker:
+        return self
+
+    def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
+        """All eigenvalues, descending, and how often each occurs: products of those of the factors."""
+        values = np.ones(1)
+        for of_factor in self._values:
+            values = np.multiply.outer(values, of_factor).ravel()
+        return np.sort(values + self.shift)[::-1], np.ones(len(values), int)
+
+
+def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array]:
+    """Eigenvalues of a power of a symmetric matrix or diagonal, and the power."""
+    if factor.ndim not in (1, 2) or (factor.ndim == 2 and not np.array_equal(factor, factor.T)):
+        raise InputError(f"a factor of shape {factor.shape} is not symmetric", remedy="give (F + F') / 2")
+    damped = np.asarray(factor + (damping if factor.ndim == 1 else damping * np.eye(len(factor))), dtype=np.float64)
+    if exponent == 1.0:
+        return np.asarray(damped if factor.ndim == 1 else np.linalg.eigvalsh(damped), dtype=np.float64), damped
+    values, vectors = (damped, np.eye(0)) if factor.ndim == 1 else np.linalg.eigh(damped)
+    if not values.min() > 0:
+        raise InputError(
+            f"a factor has no power {exponent:g}: its smallest eigenvalue is {values.min():.3g}",
+            where=f"shape {factor.shape}, damping {damping:g}",
+            remedy="give a positive definite factor, or a greater damping",
+        )
+    raised = np.asarray(values**exponent, dtype=np.float64)
+    if factor.ndim == 1:
+        return raised, raised
+    power = (vectors * raised) @ vectors.T
+    return raised, np.asarray((power + power.T) / 2.0)
+
+
+def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of a symmetric matrix.
+
+    Of a Hessian that is given by its products with vectors the smallest is what
+    `discrete_time.learning_rate_bounds` asks for; of ``metric + eta * H`` it says whether eq. (17) is definite.
+
+    Parameters
+    ----------
+    matrix : array, operator or sparse array
+        The diagonal of a diagonal matrix, shape (D,); a matrix, shape (D, D), taken as symmetric; `Metric`,
+        `Kronecker`, or whatever `scipy.sparse.linalg.aslinearoperator` takes. For a function ``hvp`` give
+        ``LinearOperator((D, D), matvec=hvp, dtype=float)``.
+
+    Raises
+    ------
+    InputError
+        Where the Lanczos iteration does not converge.
+
+    Notes
+    -----
+    Above D = 256 an operator's eigenvalues are Ritz values (`scipy.sparse.linalg.eigsh`): the smallest lies above
+    the true one by its residual. Equal operators give equal numbers.
+    """
+    if hasattr(matrix, "eigenvalues"):
+        values, _ = matrix.eigenvalues()
+        return float(values[-1]), float(values[0])
+    operator = _operator(matrix)
+    if _is_diagonal(matrix):
+        return float(np.min(matrix)), float(np.max(matrix))
+    size = operator.shape[0]
+    if _is_array(matrix) or size <= _SMALL:
+        dense = np.asarray(operator @ np.eye(size), dtype=np.float64)
+        values = np.linalg.eigvalsh((dense + dense.T) / 2.0)
+        return float(values[0]), float(values[-1])
+    start = np.random.default_rng(0).standard_normal(size)
+    try:
+        smallest, largest = (
+            float(eigsh(operator, 1, which=which, v0=start, return_eigenvectors=False)[0]) for which in ("SA", "LA")
+        )
+    except ArpackError as error:
+        raise InputError(
+            "the extreme eigenvalues did not converge",
+            where=f"operator of D = {size}",
+            why="its smallest eigenvalues lie close together beside its largest",
+            remedy="give it as an array or as a diagonal, or a shifted operator",
+        ) from error
+    return smallest, largest
+
+
+@dataclass(frozen=True)
+class CanonicalForm:
+    """A matrix taken apart into y y' / y.g and the rest B, with what proves it a metric or not.
+
+    Attributes
+    ----------
+    rest : LinearOperator
+        B = M - y y' / y.g.
+    g : array, shape (D,)
+    pair : Pair
+        Of y and g.
+    mapping_residual : float
+        |M g - y| / (|M| |g|), which is that of B g = 0 as well (eq. 7).
+    symmetry_residual : float
+        |M - M'| / |M|; of an operator |u' M v - v' M u| / |M| for two random unit vectors.
+    eigenvalue_min, eigenvalue_max : float
+        Of M.
+    floor : float
+        What the smallest eigenvalue may be off by.
+    """
+
+    rest: LinearOperator
+    g: Array
+    pair: Pair
+    mapping_residual: float
+    symmetry_residual: float
+    eigenvalue_min: float
+    eigenvalue_max: float
+    floor: float
+
+    @property
+    def valid(self) -> bool:
+        """The matrix is a metric that maps g to y: symmetric, positive definite beyond rounding, M g = y."""
+        rounding = eigenvalue_rounding(len(self.g))
+        exact = self.mapping_residual <= rounding and self.symmetry_residual <= rounding
+        return exact and self.eigenvalue_min > self.floor
+
+    @property
+    def condition_number(self) -> float:
+        """Of M; NaN where it is not positive definite beyond rounding."""
+        return self.eigenvalue_max / self.eigenvalue_min if self.eigenvalue_min > self.floor else np.nan
+
+    @property
+    def smallest_condition_number(self) -> float:
+        """Least condition number of any metric of the same y and g (Prop. 1)."""
+        return float(geometry.condition_number(self.pair))
+
+    def rest_eigenvalue_min(self) -> float:
+        """Smallest eigenvalue of B across g, positive for a metric; NaN for D = 1, where there is nothing across.
+
+        The paper proves that it is positive where that of M is; this computes it, by Lanczos for a large D.
+        """
+        if len(self.g) == 1:
+            return np.nan
+        unit = self.g / self.pair.update_norm
+
+        def across(x: Array) -> Array:
+            # B across g, and on g, where B is 0, what is out of the way of its smallest eigenvalue.
+            along = unit * (unit @ x.ravel())
+            mapped = self.rest @ (x.ravel() - along)
+            return np.asarray(mapped - unit * (unit @ mapped) + self.eigenvalue_max * along)
+
+        return extreme_eigenvalues(LinearOperator(self.rest.shape, matvec=across, dtype=np.float64))[0]
+
+
+def canonical_form(matrix: Any, g: ArrayLike, y: ArrayLike | None = None) -> CanonicalForm:
+    """Take any symmetric matrix with M g = y apart into the paper's only form (section 2.1).
+
+    For a preconditioner, ``sqrt(v) + eps`` of Adam or a `Kronecker` of K-FAC, it says what condition number is in
+    use beside the least that would explain the update: how much conditioning is paid beyond need.
+
+    Parameters
+    ----------
+    matrix : array, operator or sparse array
+        As for `extreme_eigenvalues`.
+    g : array, shape (D,)
+        Update.
+    y : array, shape (D,), optional
+        Negative gradient; M g where not given, the y that the matrix explains. With the gradient itself
+        ``mapping_residual`` says how far the preconditioner is from explaining the update: that of a rule with
+        momentum maps g to the momentum.
+
+    Raises
+    ------
+    InputError
+        Where no metric maps g to y, the shapes differ, or the eigenvalues of an operator do not converge.
+
+    Examples
+    --------
+    >>> second_moment, gradient = np.array([4.0, 1.0, 0.25]), np.array([1.0, -2.0, 0.5])
+    >>> preconditioner = np.sqrt(second_moment)
+    >>> form = canonical_form(preconditioner, g=-gradient / preconditioner, y=-gradient)
+    >>> form.valid, form.condition_number, round(form.smallest_condition_number, 3)
+    (True, 4.0, 1.877)
+    """
+    g = np.asarray(g, dtype=np.float64)
+    operator = _operator(matrix)
+    if g.ndim != 1 or operator.shape != (len(g), len(g)):
+        raise InputError(
+            f"a matrix of shape {operator.shape} does not act on g of shape {g.shape}",
+            remedy="give a square matrix, or a diagonal, of as many rows as g has elements",
+        )
+    image = np.asarray(operator @ g, dtype=np.float64)
+    y = image if y is None else np.asarray(y, dtype=np.float64)
+    pair = effective_pair(y, g)
+    smallest, largest = extreme_eigenvalues(matrix)
+    norm = np.float64(max(abs(smallest), abs(largest)))
+    closed = hasattr(matrix, "eigenvalues") or _is_diagonal(matrix)
+
+    def rest(x: Array) -> Array:
+        return np.asarray(operator @ x.ravel() - y * (y @ x.ravel() / pair.alignment))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return CanonicalForm(
+            rest=LinearOperator(operator.shape, matvec=rest, rmatvec=rest, dtype=np.float64),
+            g=g,
+            pair=pair,
+            mapping_residual=float(np.linalg.norm(image - y) / (norm * pair.update_norm)),
+            symmetry_residual=float(_asymmetry(matrix, operator) / norm),
+            eigenvalue_min=smallest,
+            eigenvalue_max=largest,
+            floor=0.0 if closed else float(eigenvalue_rounding(len(g)) * norm),
+        )
+
+
+def _is_array(matrix: Any) -> bool:
+    return isinstance(matrix, np.ndarray | list | tuple)
+
+
+def _is_diagonal(matrix: Any) -> bool:
+    return _is_array(matrix) and np.ndim(matrix) == 1
+
+
+def _operator(matrix: Any) -> LinearOperator:
+    if not _is_array(matrix):
+        return aslinearoperator(matrix)
+    array = np.asarray(matrix, dtype=np.float64)
+    if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
+        raise InputError(f"no matrix: shape {array.shape}", remedy="give a finite square matrix or its diagonal")
+    return aslinearoperator(diags_array(array) if array.ndim == 1 else array)
+
+
+def _asymmetry(matrix: Any, operator: LinearOperator) -> float:
+    if _is_diagonal(matrix):
+        return 0.0
+    if _is_array(matrix):
+        dense = np.asarray(matrix, dtype=np.float64)
+        return float(np.linalg.norm(dense - dense.T, 2))
+    one, other = np.random.default_rng(0).standard_normal((2, operator.shape[0]))
+    product = abs(one @ (operator @ other) - other @ (operator @ one))
+    return float(product / np.linalg.norm(one) / np.linalg.norm(other))

@@ -1,0 +1,351 @@
+"""The command line as a user calls it: exit codes, one JSON object, nothing else on standard output.
+
+What only a process shows (a terminal, real exit codes) is tried in processes; the rest calls the same entry
+point in this one.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from logs import random_walk, write_log, write_step
+from natgrad.app import cli, options
+from natgrad.app.run import MEMORY_LIMIT
+from natgrad.compute.clusters import memory_bytes
+from natgrad.store import Trajectory
+
+NATGRAD = Path(sys.executable).with_name("natgrad")
+
+
+WINDOWS = ("--window", "1", "--window", "3")
+
+Done = namedtuple("Done", "returncode stdout stderr")
+
+
+def natgrad_process(*arguments):
+    """Run the installed command in a process of its own."""
+    done = subprocess.run([NATGRAD, *map(str, arguments)], capture_output=True, text=True, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def natgrad(*arguments):
+    """Run the command's entry point in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["natgrad", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def answer(*arguments, run=natgrad):
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A log and the folder that `natgrad process` made of it."""
+    folder = tmp_path_factory.mktemp("run")
+    log = write_log(folder / "log", random_walk(12))
+    return (
+        log,
+        folder / "out",
+        answer("process", log, folder / "out", *WINDOWS, run=natgrad_process),
+    )
+
+
+def test_process_does_all_and_says_where_it_is(run):
+    log, out, said = run
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
+        "trajectory.zarr",
+        "ledger.zarr",
+        "results.zarr",
+        "report.html",
+    }
+    assert said["source"] == str(log)
+    assert (said["new_steps"], said["updates"], said["warnings"]) == (12, 11, [])
+    assert [said[name] for name in ("trajectory", "ledger", "results", "report")] == [
+        str(out / name) for name in ("trajectory.zarr", "ledger.zarr", "results.zarr", "report.html")
+    ]
+    model = xr.open_datatree(out / "results.zarr")["model"].to_dataset()
+    assert model.sizes["step"] == 11
+    assert model["window"].values.tolist() == [1, 3]
+    angle = model["angle"].sel(window=1, descent="gradient")
+    assert said["angle"] == [float(f(angle.dropna("step"))) for f in (np.min, np.median, np.max)]
+
+
+def test_a_second_time_nothing_is_read_or_computed(run):
+    log, out, _ = run
+    said = answer("process", log, out, *WINDOWS)
+    assert (said["new_steps"], said["computed_chunks"], said["computed_updates"]) == (0, 0, 0)
+
+
+def test_info_says_what_a_folder_holds(run):
+    _, out, _ = run
+    said = answer("info", out)
+    assert (said["steps"], said["first_step"], said["last_step"], said["elements"]) == (12, 0, 11, 17)
+    assert said["tensors"] == {"layer.bias": [4], "layer.weight": [4, 3], "scale": []}
+    assert said["report"] == str(out / "report.html")
+    assert "angle" in natgrad("info", out).stdout
+
+
+def test_the_commands_one_by_one_give_the_same_results(run, tmp_path):
+    log, out, _ = run
+    for arguments in (["ingest", log, tmp_path], ["analyze", tmp_path, "--window", "3"], ["report", tmp_path]):
+        assert natgrad(*arguments).returncode == 0
+    one, other = (xr.open_datatree(folder / "results.zarr") for folder in (out, tmp_path))
+    xr.testing.assert_equal(one, other)
+    assert one.attrs["fingerprint"] == other.attrs["fingerprint"]
+
+
+def test_a_learning_rate_is_taken_where_the_log_has_none(tmp_path):
+    states = random_walk(4)
+    for state in states:
+        del state["learning_rate"]
+    log = write_log(tmp_path / "log", states)
+    without = natgrad("process", log, tmp_path / "without")
+    assert without.returncode == 0
+    assert "--learning-rate" in without.stderr
+    assert answer("info", tmp_path / "without")["status"] == {"no_learning_rate": 3}
+    given = answer("process", log, tmp_path / "given", "--learning-rate", "0.1")
+    assert "no_learning_rate" not in given["status"]
+
+
+def test_remarks_go_to_standard_error_and_quiet_leaves_warnings_only(run, tmp_path):
+    log, _, _ = run
+    loud, quiet = natgrad("process", log, tmp_path / "a"), natgrad("process", log, tmp_path / "b", "--quiet")
+    assert "projected peak memory per worker" in loud.stderr
+    assert "updates in 1 task" not in loud.stdout
+    assert quiet.stderr == ""
+
+
+def test_help_and_formats():
+    text = natgrad_process("--help").stdout
+    assert all(command in text for command in ("process", "ingest", "analyze", "report", "info", "demo", "formats"))
+    assert "step_<N>.safetensors" in natgrad("formats").stdout
+    assert set(answer("formats")) >= {"steps", "torch", "dcp", "huggingface", "lightning"}
+
+
+def test_commands_and_functions_give_a_worker_the_same_memory():
+    assert memory_bytes(options.MEMORY_LIMIT) == MEMORY_LIMIT
+
+
+# Bad input ---------------------------------------------------------------------------------------------------
+
+
+def bad_logs(folder, case):
+    """Write a log with one thing wrong; return what the message must name."""
+    states = random_walk(6)
+    log = folder / "log"
+    if case == "empty folder":
+        log.mkdir()
+        return [str(log), "no step files"]
+    if case == "no folder":
+        return [str(log), "no such file or folder"]
+    if case == "truncated":
+        write_log(log, states)
+        path = log / "step_3.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+        return [str(path), "step 3", "truncated"]
+    if case == "shape change":
+        states[4]["parameter/layer.bias"] = states[4]["gradient/layer.bias"] = np.zeros(5, np.float32)
+        write_log(log, states)
+        return ["step_4.safetensors", "step 4", "'layer.bias'", "(4,) to (5,)"]
+    if case == "missing step":
+        write_log(log, states, [0, 1, 2, 4, 5, 6])
+        return ["step 3 is missing", "--allow-gaps"]
+    if case == "doubled step":
+        write_log(log, states)
+        write_step(log, 2, states[2], "npz")
+        return ["step 2", "twice", "step_2.npz", "step_2.safetensors"]
+    if case == "other names":
+        states[1]["gradient/weight"] = states[1].pop("gradient/layer.weight")
+        write_log(log, states)
+        return ["step_1.safetensors", "step 1", "'layer.weight'"]
+    write_log(log, states)
+    path = log / "step_5.safetensors"
+    path.unlink()
+    path.mkdir()
+    return [str(path), "step 5"]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """Results of a good run in a new folder."""
+    folder = tmp_path_factory.mktemp("clean")
+    answer("ingest", write_log(folder / "log", random_walk(6)), folder / "out")
+    answer("analyze", folder / "out")
+    return xr.open_datatree(folder / "out" / "results.zarr")
+
+
+CASES = [
+    "empty folder",
+    "no folder",
+    "truncated",
+    "shape change",
+    "missing step",
+    "doubled step",
+    "other names",
+    "unreadable",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_told_with_code_2_and_leaves_nothing_to_trip_over(tmp_path, clean, case):
+    named = bad_logs(tmp_path, case)
+    call = natgrad_process if case == "truncated" else natgrad
+    done = call("process", tmp_path / "log", tmp_path / "out", "--json")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in named:
+        assert part in done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert set(error) == {"what", "where", "why", "do"}
+    assert error["what"]
+    answer("ingest", write_log(tmp_path / "good", random_walk(6)), tmp_path / "out")
+    answer("analyze", tmp_path / "out")
+    results = xr.open_datatree(tmp_path / "out" / "results.zarr")
+    xr.testing.assert_equal(results, clean)
+    assert results.attrs["fingerprint"] == clean.attrs["fingerprint"]
+
+
+def test_a_nan_gradient_is_data_and_warned_of(tmp_path):
+    states = random_walk(6)
+    states[2]["gradient/layer.bias"] = np.array([0, np.nan, 0, 0], np.float32)
+    done = natgrad("process", write_log(tmp_path / "log", states), tmp_path / "out", "--json")
+    assert done.returncode == 0
+    warning = " ".join(json.loads(done.stdout)["warnings"])
+    for part in ("step_2.safetensors", "step 2", "'layer.bias'"):
+        assert part in warning
+    assert json.loads(done.stdout)["status"]["non_finite"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gamma", "-1"], "gamma must be positive"),
+        (["--window", "0"], "do not fit a run"),
+        (["--window", "99"], "do not fit a run"),
+        (["--learning-rate", "-1"], "not positive"),
+        (["--workers", "0"], "0 workers"),
+        (["--memory-limit", "plenty"], "'plenty' is not an amount of memory"),
+        (["--memory-limit", "1MiB"], "raise --memory-limit"),
+        (["--scheduler", "tcp://127.0.0.1:9"], "does not answer"),
+        (["--format", "tape"], "'tape' is not known"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_bad_options_are_told_with_code_2(run, tmp_path, options, message):
+    log, _, _ = run
+    done = natgrad("process", log, tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["analyze", "report", "info"])
+def test_a_folder_without_a_run_is_refused(tmp_path, command):
+    done = natgrad(command, tmp_path)
+    assert done.returncode == 2
+    assert "natgrad" in done.stderr.split("do:")[1]
+
+
+def test_a_foreign_folder_is_not_overwritten(run, tmp_path):
+    log, _, _ = run
+    (tmp_path / "trajectory.zarr").mkdir()
+    (tmp_path / "trajectory.zarr" / "thesis.txt").write_text("irreplaceable")
+    assert natgrad("process", log, tmp_path, "--overwrite").returncode == 2
+    assert (tmp_path / "trajectory.zarr" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_what_is_not_bad_input_has_code_1(run, tmp_path):
+    log, _, _ = run
+    (tmp_path / "out").write_text("a file where a folder must be")
+    assert natgrad_process("process", log, tmp_path / "out").returncode == 1
+
+
+def test_progress_is_drawn_on_a_terminal(run, tmp_path):
+    log, _, _ = run
+    main, worker = os.openpty()
+    with subprocess.Popen([NATGRAD, "process", log, tmp_path], stdout=subprocess.PIPE, stderr=worker) as process:
+        os.close(worker)
+        drawn = b""
+        while True:
+            try:
+                drawn += os.read(main, 4096)
+            except OSError:  # the terminal ends with the process
+                break
+        process.communicate()
+    os.close(main)
+    assert process.returncode == 0
+    assert b"ingest" in drawn
+    assert b"12/12" in drawn
+
+
+def test_a_mapping_and_several_sources_reach_the_ingest(tmp_path):
+    states = random_walk(3)
+    for step, state in enumerate(states):
+        native = {f"theta/{key.partition('/')[2]}": state[key] for key in state if key.startswith("parameter/")}
+        write_step(tmp_path / "states", step, native | {"l": state["loss"]})
+        write_step(tmp_path / "gradients", step, {key: state[key] for key in state if key.startswith("gradient/")})
+    pairs = ("--map", "parameter=theta", "loss=l", "gradient=theta")
+    assert answer("ingest", tmp_path / "states", tmp_path / "one", *pairs)["new_steps"] == 3
+    (tmp_path / "run.toml").write_text(
+        '[[source]]\npath = "states"\nmap = { parameter = "theta", loss = "l" }\n[[source]]\npath = "gradients"\n'
+    )
+    assert answer("ingest", tmp_path / "run.toml", tmp_path / "two")["new_steps"] == 3
+    refused = natgrad("ingest", tmp_path / "states", tmp_path / "gradients", tmp_path / "three", *pairs)
+    assert refused.returncode == 2
+    assert "list the sources in a run file" in refused.stderr
+    refused = natgrad("ingest", tmp_path / "states", "--map", "parameter=theta", "loss=l")
+    assert refused.returncode == 2
+    assert "SOURCE and OUT" in refused.stderr
+    refused = natgrad("ingest", tmp_path / "states", tmp_path / "four", "--map", "theta")
+    assert "no pair" in refused.stderr
+
+
+def test_commands_take_shifts(tmp_path):
+    # Gradient and loss of a state are logged one step after it.
+    states = random_walk(6)
+    logged = [
+        {key: (before if key[0] in "gl" else here)[key] for key in here}
+        for before, here in zip([states[0], *states], states, strict=False)
+    ]
+    log = write_log(tmp_path / "log", logged)
+    shifts = ("--shift", "gradient=-1", "--shift", "loss=-1")
+    found = answer("inspect", log, *shifts)
+    assert (found["steps"], found["first_step"], found["last_step"]) == (5, 0, 4)
+    assert answer("ingest", log, tmp_path / "out", *shifts)["steps"] == 5
+    losses = Trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
+    assert losses.tolist() == [state["loss"] for state in states[:5]]
+    done = natgrad("ingest", log, tmp_path / "out", "--shift", "gradient=next")
+    assert done.returncode == 2
+    assert "gradient=next does not say" in done.stderr
+
+
+def test_of_several_sources_each_takes_the_part_of_a_map_that_is_meant_for_it(tmp_path):
+    states = [{key.replace("gradient/", "g/"): v for key, v in state.items()} for state in random_walk(6)]
+    log = write_log(tmp_path / "log", [{k: v for k, v in state.items() if k != "loss"} for state in states])
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("count,nll\n" + "".join(f"{step},{step / 8}\n" for step in range(6)))
+    os.utime(metrics, (1, 1))
+    found = answer("ingest", log, metrics, tmp_path / "out", "--map", "gradient=g", "loss=nll", "step=count")
+    assert found["steps"] == 6
+    losses = Trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
+    assert losses.tolist() == [step / 8 for step in range(6)]
+    done = natgrad("inspect", log, log, "--map", "gradient=g")
+    assert done.returncode == 2
+    assert "do not say which SOURCE" in done.stderr

@@ -1,0 +1,234 @@
+"""Logs that are being written: what is not whole is left for later, and is an error when nobody writes any more."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from logs import random_walk, write_log, write_step
+from natgrad.app import run
+from natgrad.app.follow import follow
+from natgrad.app.run import ingest_run
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.sources import changes
+from natgrad.sources.steps import NotYet
+from natgrad.store import Trajectory
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "out" / "trajectory.zarr"
+
+
+def truncate(path, part=0.7):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    return whole
+
+
+def age(path, seconds=2 * changes.SETTLED_SECONDS):
+    for entry in (*path.rglob("*"), path):
+        os.utime(entry, (time.time() - seconds,) * 2)
+
+
+def steps(store):
+    return Trajectory(store).scalar("step").tolist()
+
+
+# Files of a step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", ["safetensors", "npz"])
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("first", [True, False], ids=["first ingest", "later"])
+def test_a_last_step_that_is_still_being_written_is_left_for_the_next_pass(log, store, container, part, first):
+    states = random_walk(5)
+    if not first:
+        ingest(write_log(log, states[:2], container=container), store)
+    write_log(log, states, container=container)
+    path = log / f"step_4.{container}"
+    whole = truncate(path, part)
+    summary = ingest(log, store)
+    assert steps(store) == [0, 1, 2, 3]
+    (warning,) = summary.warnings
+    assert warning.startswith(
+        f"{path}, step 4 is left for the next pass, as it is still being written: cannot read"
+    )
+    path.write_bytes(whole)
+    assert ingest(log, store).new_steps == 1
+    assert steps(store) == [0, 1, 2, 3, 4]
+
+
+def test_several_last_steps_may_be_in_writing_at_a_time(log, store):
+    write_log(log, random_walk(6))
+    for number in (4, 5):
+        truncate(log / f"step_{number}.safetensors")
+    assert len(ingest(log, store).warnings) == 2
+    assert steps(store) == [0, 1, 2, 3]
+
+
+def test_a_last_step_that_stays_truncated_is_an_error_that_names_it(log, store):
+    write_log(log, random_walk(5))
+    path = log / "step_4.safetensors"
+    truncate(path)
+    ingest(log, store)
+    age(log)
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot read a safetensors file") as caught:
+            ingest(log, store)
+        assert caught.value.where.startswith(f"{path}, step 4")
+    assert steps(store) == [0, 1, 2, 3]
+
+
+def test_a_truncated_step_in_the_middle_is_an_error_at_once(log, store):
+    write_log(log, random_walk(5))
+    truncate(log / "step_2.safetensors")
+    for allow_gaps in (False, True):
+        with pytest.raises(InputError, match="cannot read a safetensors file"):
+            ingest(log, store, allow_gaps=allow_gaps)
+    assert not store.exists()
+
+
+def test_a_first_step_that_is_still_being_written_is_not_there_yet(log, store):
+    write_log(log, random_walk(1))
+    truncate(log / "step_0.safetensors")
+    with pytest.raises(NotYet, match="cannot read a safetensors file"):
+        ingest(log, store)
+    write_log(log, random_walk(2))
+    for number in range(2):
+        truncate(log / f"step_{number}.safetensors")
+    with pytest.raises(NotYet, match="no step is finished yet"):
+        ingest(log, store)
+    assert not store.parent.exists()
+
+
+def test_a_step_that_a_restarted_run_writes_over_is_left_until_it_is_whole(log, store):
+    states, again = random_walk(6), random_walk(6, seed=1)
+    ingest(write_log(log, states), store)
+    path = write_step(log, 4, again[4])
+    whole = truncate(path)
+    assert ingest(log, store).new_steps == 0
+    path.write_bytes(whole)
+    write_step(log, 5, again[5])
+    assert ingest(log, store).attempts == 2
+    assert Trajectory(store).scalar("attempt").tolist() == [0] * 6 + [1, 1]
+
+
+def test_a_file_of_another_name_until_it_is_whole_is_no_step(log, store):
+    write_log(log, random_walk(3))
+    (log / "step_3.safetensors.tmp").write_bytes(b"begun")
+    (log / ".step_3.safetensors").write_bytes(b"begun")
+    assert ingest(log, store).warnings == []
+    assert steps(store) == [0, 1, 2]
+
+
+# Follow ------------------------------------------------------------------------------------------------------
+
+
+def test_following_ends_when_nothing_new_came_for_so_long(log, tmp_path):
+    states = random_walk(6)
+    write_log(log, states[:2])
+    writer = threading.Timer(0.3, lambda: write_log(log, states))
+    writer.start()
+    answer = follow(lambda first: ingest_run(log, tmp_path / "out", wait=True), interval=0.05, idle_timeout=1.5)
+    writer.join()
+    assert (answer["new_steps"], answer["steps"]) == (6, 6)
+
+
+def test_following_waits_for_a_gap_to_close(log, store):
+    states = random_walk(7)
+    write_log(log, [*states[:3], *states[4:]], numbers=[0, 1, 2, 4, 5, 6])
+    with pytest.raises(InputError, match="step 3 is missing"):
+        ingest(log, store)
+    for _ in range(2):
+        ingest(log, store, wait=True)
+        assert steps(store) == [0, 1, 2]
+    write_step(log, 3, states[3])
+    ingest(log, store, wait=True)
+    assert steps(store) == list(range(7))
+
+
+def test_following_does_not_wait_where_waiting_does_not_help(log, store):
+    write_log(log, random_walk(7), numbers=[0, 10, 20, 25, 30, 40, 50])
+    with pytest.raises(InputError, match="steps are uneven"):
+        ingest(log, store, wait=True)
+
+
+def test_following_waits_for_the_first_step(log, tmp_path):
+    log.mkdir()
+    writer = threading.Timer(0.3, lambda: write_log(log, random_walk(2)))
+    writer.start()
+    answer = follow(lambda first: ingest_run(log, tmp_path / "out", wait=True), interval=0.05, idle_timeout=1.5)
+    writer.join()
+    assert answer["steps"] == 2
+
+
+def test_following_nothing_says_so_in_the_end(log, tmp_path):
+    log.mkdir()
+    with pytest.raises(NotYet, match="no step files"):
+        follow(lambda first: ingest_run(log, tmp_path / "out", wait=True), interval=0.01, idle_timeout=0.05)
+
+
+def test_only_the_first_pass_starts_anew(monkeypatch):
+    asked = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def once(first):
+        asked.append(first)
+        if len(asked) == 1:
+            raise NotYet("nothing there")
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return {"new_steps": 1}
+
+    assert follow(once) == {"new_steps": 3}
+    assert asked == [True, True, False, False, False]
+
+
+def test_an_error_ends_following(monkeypatch):
+    def once(first):
+        raise InputError("of another model")
+
+    with pytest.raises(InputError, match="of another model"):
+        follow(once)
+
+
+def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
+    states = random_walk(5)
+    write_log(log, states[:3])
+    out = tmp_path / "out"
+    words = ["process", log, out, "--follow", "--interval", "0.5", "--workers", "1", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from natgrad.app.cli import main; main()", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_until(lambda: (out / "report.html").exists())
+        write_log(log, states)
+        first = (out / "report.html").stat().st_mtime_ns
+        wait_until(lambda: (out / "report.html").stat().st_mtime_ns > first)
+        process.send_signal(signal.SIGINT)
+        told, complaints = process.communicate(timeout=60)
+    assert process.returncode == 0, complaints
+    assert '"new_steps": 5' in told
+    assert steps(out / "trajectory.zarr") == list(range(5))
+    np.testing.assert_array_equal(run.results.read(out / "results.zarr")["model"]["step"], range(4))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -1,0 +1,95 @@
+"""What a log is said to hold, and what processing it is said to take, against what it holds and took."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from logs import TENSORS, random_walk, write_log, write_step
+from natgrad.app.folder import RunFolder
+from natgrad.app.inspection import NEEDED_FOR, inspect_source
+from natgrad.app.run import Analysis, analyze_run, ingest_run
+from natgrad.schema.errors import InputError
+from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, SCALARS, STATES
+
+
+def chunk_bytes(store, *arrays):
+    return sum(path.stat().st_size for name in arrays for path in (store / name / "c").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, dtype):
+    log = write_log(tmp_path / "log", random_walk(70, dtype=dtype))
+    found = inspect_source([log])
+    summary = ingest_run(log, tmp_path / "out")
+    analyzed = analyze_run(tmp_path / "out", Analysis(workers=1))
+    assert found["format"] == "steps"
+    for name in ("source", "steps", "first_step", "last_step", "tensors", "elements", "dtypes"):
+        assert found[name] == summary[name], name
+    assert found["holds"]["parameter"] == f"{len(TENSORS)} tensors"
+    assert set(found["missing"]) == {"hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
+    assert (found["gaps"], found["changes"], found["notes"], found["unused_keys"]) == (0, [], [], [])
+    assert found["trajectory_bytes"] == chunk_bytes(RunFolder(tmp_path / "out").trajectory, "parameter", "gradient")
+    assert found["worker_memory"] == analyzed["projected_memory"]
+    ledger = RunFolder(tmp_path / "out").ledger
+    rows = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
+    per_row = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # rows of a chunk of this run
+    assert found["ledger_bytes"] == rows * per_row
+
+
+def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path):
+    states = random_walk(4)
+    for state in states:
+        for key in [key for key in state if not key.startswith("parameter/")]:
+            del state[key]
+    states[3]["loss"] = np.float64(1)
+    states[3]["parameter/more"] = np.ones(2)
+    states[1]["accuracy"] = np.float64(1)
+    log = write_log(tmp_path / "log", states, numbers=[0, 10, 20, 40])
+    found = inspect_source([log])
+    assert set(found["missing"]) == {"gradient", "loss", "learning_rate", "hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
+    assert "further SOURCE" in found["missing"]["gradient"]
+    assert found["changes"] == [
+        "parameter 'more': none, then float64 [2]",
+        "loss: not at the first step",
+    ]
+    assert (found["step_span"], found["gaps"]) == (10, 1)
+    assert "worker_memory" not in found
+    assert set(NEEDED_FOR) == {*STATES, *SCALARS, *REPLICATE_STATES, REPLICATE_LOSS}
+
+
+def test_a_sweep_is_counted_by_runs(tmp_path):
+    for name, length in {"a": 3, "b": 5}.items():
+        write_log(tmp_path / "sweep" / name, random_walk(length))
+    found = inspect_source([tmp_path / "sweep"], sweep=True)
+    assert (found["runs"], found["steps"], found["gaps"], found["format"]) == (2, 8, 0, "steps")
+    stacked = {key: np.stack([state[key] for state in random_walk(4)]) for key in random_walk(1)[0]}
+    for name in "ab":
+        (tmp_path / "stacked" / name).mkdir(parents=True)
+        np.savez(tmp_path / "stacked" / name / "run.npz", **stacked)
+    found = inspect_source([tmp_path / "stacked"], sweep=True)
+    assert (found["runs"], found["steps"], found["gaps"], found["format"]) == (2, 8, 0, "npz")
+
+
+def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_path):
+    log = write_log(tmp_path / "log", random_walk(3))
+    assert inspect_source([log], memory_limit=1)["worker_memory"].startswith(
+        "more than is given: a worker would need"
+    )
+    with pytest.raises(InputError, match="no such file or folder"):
+        inspect_source([tmp_path / "no"])
+    write_step(log, 2, {"parameter/theta": np.ones(2)}).write_bytes(b"broken")
+    with pytest.raises(InputError, match="cannot read a safetensors file"):
+        inspect_source([log])
+
+
+def test_the_command_says_it_line_by_line(tmp_path):
+    log = write_log(tmp_path / "log", random_walk(3))
+    natgrad = Path(sys.executable).with_name("natgrad")
+    shown = subprocess.run([natgrad, "inspect", log], check=True, capture_output=True, text=True).stdout
+    lines = [line.split(maxsplit=1) for line in shown.splitlines()]
+    assert ["steps", "3"] in lines
+    assert ["hvp", f"needed for {NEEDED_FOR['hvp'][0]}; {NEEDED_FOR['hvp'][1]}"] in lines

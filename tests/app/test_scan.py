@@ -1,0 +1,256 @@
+"""Many runs below one folder: which there are, what changed, and what is said of them. No Prefect here."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from logs import random_walk, write_log, write_step
+from natgrad.app import cli, run
+from natgrad.app import scan as watch
+from natgrad.schema.errors import InputError, Unavailable
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "logs"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def found(root, out):
+    return {one.name: (one.source, one.out) for one in watch.find_runs(root, out)}
+
+
+# Which runs there are ----------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_by_what_folders_hold_at_any_depth(root, out):
+    write_log(root / "a", random_walk(2))
+    write_log(root / "group" / "deeper" / "b", random_walk(2), container="npz")
+    (root / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    (root / "checkpoints" / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    (root / "notes").mkdir()
+    (root / "notes" / "readme.txt").write_text("no run")
+    assert found(root, out) == {name: (root / name, out / name) for name in ("a", "checkpoints", "group/deeper/b")}
+
+
+def test_runs_with_a_number_in_their_names_are_not_the_steps_of_one(root, out):
+    for number in range(3):
+        write_log(root / f"seed-{number}", random_walk(2, seed=number))
+    assert set(found(root, out)) == {"seed-0", "seed-1", "seed-2"}
+
+
+def test_a_folder_with_one_file_of_all_steps_is_a_run_where_no_run_is_below_it(root, out):
+    states = random_walk(3)
+    for folder in ("alone", "above"):
+        (root / folder).mkdir(parents=True)
+        np.savez(
+            root / folder / "run.npz", **{key: np.stack([state[key] for state in states]) for key in states[0]}
+        )
+    write_log(root / "above" / "below", states)
+    assert set(found(root, out)) == {"alone", "above/below"}
+    run.ingest_run(root / "alone", out / "alone")
+
+
+def test_a_root_that_is_a_run_itself_is_the_only_one(root, out):
+    write_log(root, random_walk(2))
+    assert found(root, out) == {".": (root, out)}
+
+
+def test_what_is_made_of_runs_is_not_taken_for_runs(root):
+    write_log(root / "a", random_walk(3))
+    out = root / "made"
+    run.ingest_run(root / "a", out / "a")
+    assert set(found(root, out)) == {"a"}
+    # Nor is a store that someone else put among the logs.
+    (out / "a").rename(root / "elsewhere")
+    assert set(found(root, out)) == {"a"}
+
+
+def test_links_are_entered_once_and_hidden_folders_never(root, out):
+    write_log(root / "a", random_walk(2))
+    write_log(root / ".trash" / "b", random_walk(2))
+    elsewhere = write_log(root.parent / "elsewhere" / "c", random_walk(2))
+    (root / "linked").symlink_to(elsewhere)
+    (root / "group").mkdir()
+    (root / "group" / "circle").symlink_to(root)
+    assert set(found(root, out)) == {"a", "linked"}
+
+
+def test_a_run_that_was_met_is_one_even_when_its_log_is_cleared_away(root, out):
+    log = write_log(root / "a", random_walk(1))
+    watch.Outcome(str(log), "", {}).remember(out / "a")
+    next(log.iterdir()).unlink()
+    assert set(found(root, out)) == {"a"}
+
+
+def test_a_root_that_is_not_there_is_refused(root, out):
+    with pytest.raises(InputError, match="no such folder"):
+        watch.find_runs(root, out)
+
+
+# What changed ------------------------------------------------------------------------------------------------
+
+
+def appended(log):
+    write_step(log, 3, random_walk(4)[3])
+
+
+def rewritten_with_its_old_time(log):
+    path = log / "step_1.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def renamed(log):
+    (log / "step_2.safetensors").rename(log / "step_7.safetensors")
+
+
+def cleared(log):
+    (log / "step_0.safetensors").unlink()
+
+
+def deeper(log):
+    (log / "part" / "file").write_text("more")
+
+
+@pytest.mark.parametrize("change", [appended, rewritten_with_its_old_time, renamed, cleared, deeper])
+def test_the_identity_of_a_log_tells_every_change(root, change):
+    log = write_log(root, random_walk(3))
+    (log / "part").mkdir()
+    (log / "part" / "file").write_text("some")
+    before = watch.listing(log)
+    assert watch.listing(log) == before
+    change(log)
+    assert watch.listing(log) != before
+
+
+def outcome(log, out, options, **kept):
+    watch.Outcome(str(log), watch.listing(log), options, **kept).remember(out)
+    return watch.Outcome.of(out)
+
+
+@pytest.fixture
+def processed(root, out):
+    """A processed run, and the options of it."""
+    log = write_log(root / "a", random_walk(3))
+    run.ingest_run(log, out / "a")
+    run.analyze_run(out / "a", run.Analysis(workers=1))
+    run.report_run([out / "a"])
+    return log, {"windows": [1], "workers": 1, "scheduler": None, "cluster": None}
+
+
+def test_what_is_done_stands_until_log_options_version_or_results_change(processed, out, monkeypatch):
+    (log, options), out = processed, out / "a"
+    done = outcome(log, out, options, summary={"updates": 2})
+    assert done.stands(watch.listing(log), options, out)
+    assert done.stands(watch.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
+    assert not done.stands(watch.listing(log), options | {"windows": [1, 2]}, out)
+    assert not done.stands("another", options, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "__version__", "99")
+        assert not done.stands(watch.listing(log), options, out)
+    run.RunFolder(out).report.unlink()
+    assert not done.stands(watch.listing(log), options, out)
+
+
+def test_bad_input_stands_and_what_can_heal_does_not(root, out):
+    log = write_log(root / "a", random_walk(3))
+    for error, stands in (
+        (InputError("truncated"), True),
+        (Unavailable("the scheduler was lost"), False),
+        (OSError("no space left"), False),
+    ):
+        failed = outcome(log, out, {}, error=watch.error_parts(error))
+        assert failed.stands(watch.listing(log), {}, out) == stands
+
+
+def test_an_outcome_that_cannot_be_read_is_none(out):
+    assert watch.Outcome.of(out) is None
+    out.mkdir()
+    (out / ".outcome.json").write_text('{"listing": "half a')
+    assert watch.Outcome.of(out) is None
+    (out / ".outcome.json").write_text('{"of": "another version"}')
+    assert watch.Outcome.of(out) is None
+
+
+# One at a time -----------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from natgrad.app.scan import only_processor
+with only_processor(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(watch.Held, match="another process") as refusal, watch.only_processor(out):
+            raise AssertionError
+        assert str(out) in str(refusal.value)
+        assert watch.error_parts(refusal.value)["heals"]
+        holder.kill()
+    with watch.only_processor(out):
+        pass
+
+
+# Status ------------------------------------------------------------------------------------------------------
+
+
+def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, capsys):
+    log, options = processed
+    outcome(log, out / "a", options, summary={"updates": 2})
+    write_log(root / "new", random_walk(4))
+    error = InputError("truncated", remedy="write it again")
+    outcome(write_log(root / "bad", random_walk(2)), out / "bad", {}, error=watch.error_parts(error))
+    by_hand = write_log(root / "by hand", random_walk(5))
+    run.ingest_run(by_hand, out / "by hand")
+    watch.remember_root(root, out)
+
+    def rows():
+        return {row["run"]: row for row in watch.status(out)}
+
+    keys = ("state", "steps", "last_step", "lag", "error", "do")
+    assert {name: tuple(row[key] for key in keys) for name, row in rows().items()} == {
+        "a": ("done", 3, 2, 0, None, None),
+        "bad": ("failed", 0, None, 2, "truncated", "write it again"),
+        "by hand": ("done", 5, 4, 0, None, None),
+        "new": ("waiting", 0, None, 4, None, None),
+    }
+    appended(log)
+    assert (rows()["a"]["state"], rows()["a"]["lag"]) == ("behind", 1)
+    with watch.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
+        while not watch._is_held(out / "new"):
+            time.sleep(0.05)
+        assert rows()["new"]["state"] == "working"
+        holder.kill()
+    cli.status(out)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "state", "last", "step", "lag", "processed", "last", "error"]
+    assert [line.split()[0] for line in lines[1:]] == ["a", "bad", "by", "new"]
+
+
+def test_status_of_a_log_that_is_gone_has_no_lag(root, out):
+    log = write_log(root / "a", random_walk(3))
+    run.ingest_run(log, out / "a")
+    for path in log.iterdir():
+        path.unlink()
+    (row,) = watch.status(out)
+    assert (row["last_step"], row["lag"]) == (2, None)
+
+
+def test_status_of_a_folder_without_runs_is_refused(out):
+    out.mkdir()
+    with pytest.raises(InputError, match="no run"):
+        watch.status(out)

@@ -1,0 +1,295 @@
+"""Dask clusters by name and by address: what jobs ask for, and a pass whose workers and scheduler die.
+
+Slurm is a stub: its `sbatch` starts the job script, which starts real workers.
+"""
+
+import contextlib
+import gc
+import os
+import signal
+import stat
+import sys
+import types
+
+import dask
+import dask_jobqueue  # noqa: F401  (what it has in Dask's configuration must be there before ours)
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+from distributed.security import Security
+from test_ledger_pass import CHUNK, ELEMENTS, ROWS, SHAPES, SMALL_BLOCKS, bits
+
+from logs import walk_arrays, write_trajectory
+from natgrad.app.run import Analysis
+from natgrad.compute import clusters
+from natgrad.compute import ledger_pass as compute
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.schema import blocks
+from natgrad.schema.errors import InputError, Unavailable
+from natgrad.store import Ledger
+from servers import free_port, kill, process, wait_for
+
+SBATCH = """#!/bin/sh
+# Slurm as far as a job of Dask can tell: the job runs in a session of its own, and its number is printed.
+cp "$1" "$STUB/script"
+cp "$1" "$STUB/script-$$"  # as Slurm does: Dask removes its own
+setsid sh "$STUB/script-$$" > /dev/null 2>&1 &
+echo $! >> "$STUB/jobs"
+echo "Submitted batch job $!"
+"""
+
+SCANCEL = """#!/bin/sh
+for job in "$@"; do kill -- -"$job"; done
+"""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for name, value in SMALL_BLOCKS.items():
+        monkeypatch.setattr(blocks, name, value)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A stub of Slurm, with Dask's configuration of it."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "jobs").touch()
+    for name, text in {"sbatch": SBATCH, "scancel": SCANCEL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("STUB", str(folder))
+    job = {
+        "cores": 1,
+        "processes": 1,
+        "memory": "1GB",
+        "queue": "long",
+        "walltime": "02:00:00",
+        "interface": "lo",
+        "scheduler-options": {"interface": "lo", "dashboard_address": "127.0.0.1:0"},
+        "job-script-prologue": ["export OF_THE_SITE=1"],
+    }
+    said = {f"jobqueue.slurm.{key}": value for key, value in job.items()}
+    with dask.config.set({**said, "distributed.deploy.lost-worker-timeout": "1s"}):
+        yield folder
+    for number in (folder / "jobs").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(number), signal.SIGKILL)
+
+
+@pytest.fixture
+def arrays():
+    return walk_arrays(ROWS, ELEMENTS)
+
+
+@pytest.fixture
+def expected(tmp_path, arrays):
+    """Bits of the serial pass."""
+    trajectory = write_trajectory(tmp_path / "serial.zarr", arrays, SHAPES, CHUNK)
+    compute_ledger(trajectory, tmp_path / "serial" / "ledger.zarr")
+    return bits(tmp_path / "serial" / "ledger.zarr")
+
+
+def run_pass(tmp_path, arrays, executor, **options):
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
+    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor, **options)
+    return bits(tmp_path / "ledger.zarr")
+
+
+# Slurm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pass_on_slurm_asks_for_what_is_configured_replaces_a_dead_job_and_has_the_same_bits(
+    slurm, tmp_path, arrays, expected, processes
+):
+    jobs = []
+
+    def kill_the_first_job(done, total):
+        jobs.append((slurm / "jobs").read_text().split())
+        if done == 1:
+            os.killpg(int(jobs[0][0]), signal.SIGKILL)
+            wait_for(lambda: len((slurm / "jobs").read_text().split()) > 1)
+
+    with dask.config.set({"jobqueue.slurm.processes": processes, "jobqueue.slurm.cores": processes}):
+        got = run_pass(tmp_path, arrays, compute.named_cluster("slurm", processes), progress=kill_the_first_job)
+    assert got == expected
+    script = (slurm / "script").read_text()
+    for line in (
+        "#SBATCH -p long",
+        "#SBATCH -t 02:00:00",
+        "#SBATCH --mem=954M",
+        f"#SBATCH --cpus-per-task={processes}",
+        "export OF_THE_SITE=1",
+        *(f"export {name}={value}" for name, value in clusters.ONE_THREAD.items()),
+    ):
+        assert line in script.splitlines()
+    assert "--nthreads 1" in script
+    # With the pass the cluster ends.
+    for number in map(int, (slurm / "jobs").read_text().split()):
+        wait_for(lambda number=number: not psutil.pid_exists(number) or _is_zombie(number))
+
+
+def _is_zombie(number):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+@pytest.mark.usefixtures("slurm")
+def test_nothing_to_do_asks_for_no_job(slurm):
+    assert list(compute.named_cluster("slurm", 2)(None, [], dict)) == []
+    assert (slurm / "jobs").read_text() == ""
+
+
+# What Dask began to make and could not is told when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["slurm", "pbs", "lsf", "sge", "oar", "htcondor"])
+def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
+    with (
+        dask.config.set({f"jobqueue.{name}.cores": None, f"jobqueue.{name}.memory": None}),
+        pytest.raises(InputError, match="cannot be made") as refusal,
+        clusters.named_scheduler(name, 1),
+    ):
+        raise AssertionError
+    assert f"jobqueue.{name}" in str(refusal.value)
+    del refusal
+    gc.collect()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("form", ["mapping", "list"])
+def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
+    tmp_path, arrays, expected, monkeypatch, form
+):
+    """Dask's operator is a stub: its pods are processes of this machine."""
+    asked, scaled = [], []
+
+    class KubeCluster(LocalCluster):
+        def __init__(self, *, env):
+            asked.append(env)
+            super().__init__(n_workers=0, threads_per_worker=1, dashboard_address="127.0.0.1:0")
+
+        def scale(self, n):
+            scaled.append(n)
+            super().scale(n)
+
+    operator = types.SimpleNamespace(KubeCluster=KubeCluster)
+    monkeypatch.setitem(sys.modules, "dask_kubernetes", types.SimpleNamespace(operator=operator))
+    monkeypatch.setitem(sys.modules, "dask_kubernetes.operator", operator)
+    site = {"OF_THE_SITE": "1"} if form == "mapping" else [{"name": "OF_THE_SITE", "value": "1"}]
+    with dask.config.set({"kubernetes.env": site}):
+        assert run_pass(tmp_path, arrays, compute.named_cluster("kubernetes", 2)) == expected
+    assert scaled[0] == 2
+    (env,) = asked
+    got = env if form == "mapping" else {variable["name"]: variable["value"] for variable in env}
+    assert got == {**clusters.ONE_THREAD, "OF_THE_SITE": "1"}
+
+
+def test_what_is_no_cluster_or_not_installed_or_given_twice_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="'mainframe' is not known"), clusters.named_scheduler("mainframe", 1):
+        raise AssertionError
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(InputError, match=r"natgrad-pipeline\[batch\]"), clusters.named_scheduler("slurm", 1):
+        raise AssertionError
+    with pytest.raises(InputError, match="a scheduler and a cluster"):
+        Analysis(scheduler="tcp://host:8786", cluster="slurm").executor()
+
+
+def test_our_own_workers_have_one_thread_of_each_kind():
+    with clusters.local_scheduler(1) as address, Client(address, set_as_default=False) as client:
+        names = list(clusters.ONE_THREAD)
+        (seen,) = client.run(lambda: {name: os.environ.get(name) for name in names}).values()
+    assert seen == clusters.ONE_THREAD
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_log_of_a_pass_has_run_steps_and_tile_as_fields(tmp_path, arrays, caplog):
+    with caplog.at_level("DEBUG", "natgrad"):
+        run_pass(tmp_path / "run 7", arrays, compute.serial)
+    records = [record.__dict__ for record in caplog.records]
+    tiles = [(tuple(record["rows"]), tuple(record["columns"])) for record in records if "rows" in record]
+    steps = [(record["first_step"], record["last_step"]) for record in records if "last_step" in record]
+    assert {record["run"] for record in records if "rows" in record or "last_step" in record} == {"run 7"}
+    assert sorted(steps) == steps
+    assert steps[0][0] == 0
+    assert steps[-1][1] == ROWS - 2
+    assert len(set(tiles)) == len(tiles) >= len(steps) > 1
+    assert {rows for rows, _ in tiles} == {(first, last + 1) for first, last in steps}
+
+
+# A cluster that is there -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scheduler(port, folder, *options):
+    command = (sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--no-dashboard")
+    with process(*command, "--port", port, *options, log=folder / "scheduler.log") as running:
+        yield running
+
+
+@contextlib.contextmanager
+def worker(address, folder, *options):
+    command = (sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard")
+    with process(*command, *options, environment=clusters.ONE_THREAD, log=folder / "worker.log") as running:
+        yield running
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_lost_scheduler_ends_the_pass_with_how_to_go_on_and_it_goes_on(tmp_path, arrays, expected):
+    port = free_port()
+    executor = compute.existing_cluster(f"tcp://127.0.0.1:{port}")
+    with scheduler(port, tmp_path) as running, worker(f"tcp://127.0.0.1:{port}", tmp_path):
+        with pytest.raises(Unavailable, match="the Dask scheduler was lost") as lost:
+            run_pass(tmp_path, arrays, executor, progress=lambda done, total: done == 1 and kill(running))
+        assert f"natgrad analyze {tmp_path}" in lost.value.remedy
+        assert "chunks are done and kept" in lost.value.remedy
+        kept = Ledger(tmp_path / "ledger.zarr")
+        assert (
+            1 <= len(list((kept.path / "commits").glob("[0-9]*.json"))) < -(-(ROWS - 1) // kept.updates_per_chunk)
+        )
+    with scheduler(port, tmp_path), worker(f"tcp://127.0.0.1:{port}", tmp_path):
+        compute_ledger(tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", executor=executor)
+    assert bits(tmp_path / "ledger.zarr") == expected
+
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_task_whose_workers_die_again_and_again_is_told_with_how_to_go_on(tmp_path, arrays, monkeypatch):
+    monkeypatch.setattr(compute, "tile_segments", die)
+    with clusters.local_scheduler(2) as address, pytest.raises(Unavailable, match="died 4 times") as dead:
+        run_pass(tmp_path, arrays, compute.existing_cluster(address))
+    assert f"natgrad analyze {tmp_path}" in dead.value.remedy
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_pass_over_tls_takes_the_certificates_of_dasks_configuration(tmp_path, arrays, expected):
+    port = free_port()
+    temporary = Security.temporary()
+    files = {
+        "ca-file": temporary.tls_ca_file,
+        "cert": temporary.tls_scheduler_cert,
+        "key": temporary.tls_scheduler_key,
+    }
+    options = []
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        options += [f"--tls-{name}", tmp_path / name]
+    tls = {"ca-file": str(tmp_path / "ca-file")} | {
+        f"{role}.{key}": str(tmp_path / key)
+        for role in ("client", "worker", "scheduler")
+        for key in ("cert", "key")
+    }
+    address = f"tls://127.0.0.1:{port}"
+    with scheduler(port, tmp_path, "--protocol", "tls", *options), worker(address, tmp_path, *options):
+        with pytest.raises(Unavailable, match="does not answer"):
+            list(compute.existing_cluster(address)(None, [], dict))
+        with dask.config.set({f"distributed.comm.tls.{key}": value for key, value in tls.items()}):
+            assert run_pass(tmp_path, arrays, compute.existing_cluster(address)) == expected
+            options = clusters._job_options("slurm")
+    assert options["protocol"] == "tls://"

@@ -1,0 +1,838 @@
+"""The pass against whole vectors in exact arithmetic, on every executor, through kills, resumes and bad disks."""
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import pytest
+from zarr.codecs import BloscCodec
+
+from logs import append_states, walk_arrays, write_trajectory
+from natgrad.compute import clusters
+from natgrad.compute import ledger_pass as compute
+from natgrad.compute import tasks as tiles
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.kernel import stream
+from natgrad.schema import blocks
+from natgrad.schema.blocks import MEBIBYTE
+from natgrad.schema.errors import InputError
+from natgrad.schema.names import VECTORS
+from natgrad.store import Ledger, Trajectory
+from reference import assert_gram_close, exact_gram, exact_vectors
+
+SHAPES = {"first": (37,), "second": (5, 9), "none": (0,), "third": (40,), "scalar": ()}
+ELEMENTS = 37 + 45 + 0 + 40 + 1
+ROWS = 20
+CHUNK = (3, 40)
+"""Four chunk columns; the boundaries cut the second and the third tensor in two, and the last column is a part."""
+
+RESIDUAL = VECTORS.index("residual")
+
+SMALL_BLOCKS = {
+    "LEAST_TILE_BYTES": 1,
+    "TILE_BYTES": 4000,
+    "TASKS_OF_SMALL_RUN": 1,
+    "READ_BLOCK_ELEMENTS": 80,
+    "COMPLETE_CHUNK_BYTES": 1000,
+    "LEAST_READ_ROWS": 1,
+    "LEAST_UPDATES": 5,
+}
+"""Constants of `natgrad.schema.blocks` that cut twenty states of a hundred elements as it cuts a large run."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for name, value in SMALL_BLOCKS.items():
+        monkeypatch.setattr(blocks, name, value)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with clusters.local_scheduler(2) as address:
+        yield address
+
+
+@pytest.fixture(params=["serial", "threads", "cluster"])
+def executor(request):
+    if request.param == "cluster":
+        return compute.existing_cluster(request.getfixturevalue("cluster"))
+    return {"serial": compute.serial, "threads": compute.threads(2)}[request.param]
+
+
+def bits(ledger):
+    """Everything that a ledger holds."""
+    return [array.tobytes() for array in (*Ledger(ledger).read(), *Ledger(ledger).steps())]
+
+
+def ledger_of(folder, arrays, chunk=CHUNK, shapes=SHAPES, **options):
+    """Ledger of arrays, and the summary of the pass."""
+    trajectory = write_trajectory(folder / "trajectory.zarr", arrays, shapes, chunk)
+    return folder / "ledger.zarr", compute_ledger(trajectory, folder / "ledger.zarr", **options)
+
+
+def tensor_slices():
+    stops = np.cumsum([int(np.prod(shape)) for shape in SHAPES.values()])
+    return [slice(stop - int(np.prod(shape)), stop) for stop, shape in zip(stops, SHAPES.values(), strict=True)]
+
+
+def assert_is_ledger_of(ledger, arrays):
+    """Compare with the definition: whole vectors of every row and tensor, in exact arithmetic."""
+    gram, ratio = Ledger(ledger).read()
+    assert gram.shape[:2] == (len(arrays["parameter"]) - 1, len(SHAPES))
+    for row, (tensor, part) in itertools.product(range(len(gram)), enumerate(tensor_slices())):
+        parameter, gradient = (arrays[name][row : row + 2, part] for name in ("parameter", "gradient"))
+        hvp = arrays["hvp"][row, part] if "hvp" in arrays else None
+        vectors = exact_vectors(*parameter, *gradient, ratio[row, tensor], hvp)
+        # Forming d, e and r, and bringing the residuals of two parts to one ratio: up to four roundings.
+        assert_gram_close(gram[row, tensor], exact_gram(vectors), part.stop - part.start, slack=4.0)
+
+
+# The numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("chunk", [CHUNK, (64, 40), (7, 123), (1, 1000)])
+def test_the_ledger_is_that_of_whole_vectors_wherever_they_are_cut(tmp_path, chunk):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, summary = ledger_of(tmp_path, arrays, chunk)
+    plan = summary.plan
+    assert summary.chunks > 1
+    assert plan.updates_per_chunk > plan.read_rows
+    assert plan.columns == -(-ELEMENTS // chunk[1])
+    assert_is_ledger_of(ledger, arrays)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_small_run_of_these_tests_has_several_of_everything(tmp_path):
+    _, summary = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
+    plan, chunks = summary.plan, list(summary.plan.chunks())
+    assert (len(chunks), plan.columns, {len(chunk.tiles) for chunk in chunks}) == (
+        4,
+        4,
+        {2},
+    )
+    assert plan.updates_per_chunk == 2 * CHUNK[0] == 3 * plan.read_rows
+    assert chunks[-1].stop - chunks[-1].start == 1  # the last ledger chunk is not a whole one
+    assert summary.computed_chunks == summary.chunks == 4
+    assert summary.n_updates == ROWS - 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("hvp", [None, "float32"])
+@pytest.mark.parametrize(
+    ("parameter", "gradient"),
+    [*((d, d) for d in ("float16", "bfloat16", "float32", "float64")), ("bfloat16", "float32")],
+)
+def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradient, hvp):
+    dtypes = {"parameter": parameter, "gradient": gradient} | ({"hvp": hvp} if hvp else {})
+    arrays = walk_arrays(8, ELEMENTS, dtypes)
+    ledger, summary = ledger_of(tmp_path, arrays)
+    assert summary.chunks > 1
+    assert Ledger(ledger).vectors == VECTORS[: None if hvp else -1]
+    assert_is_ledger_of(ledger, arrays)
+
+
+def halo_repeated(located, boundaries):
+    """`Trajectory.located` that gives the last row of a ledger chunk in place of the halo."""
+
+    def mutant(self, name, start, stop, column):
+        descriptors, offsets = located(self, name, start, stop, column)
+        if stop - 1 in boundaries:
+            descriptors[-1], offsets[-1] = descriptors[-2], offsets[-2]
+        return descriptors, offsets
+
+    return mutant
+
+
+def shifted(located, array):
+    """`Trajectory.located` that gives one array one step late."""
+
+    def mutant(self, name, start, stop, column):
+        late = name == array and start > 0
+        return located(self, name, start - late, stop - late, column)
+
+    return mutant
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(lambda located: halo_repeated(located, {6, 12, 18, 19}), id="halo of every ledger chunk"),
+        pytest.param(lambda located: halo_repeated(located, {12}), id="halo of one ledger chunk"),
+        pytest.param(lambda located: shifted(located, "gradient"), id="gradient shifted"),
+        pytest.param(lambda located: shifted(located, "parameter"), id="parameter shifted"),
+    ],
+)
+def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_whole_vectors(
+    tmp_path, monkeypatch, mutant
+):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, summary = ledger_of(tmp_path, arrays)
+    assert {chunk.stop for chunk in summary.plan.chunks()} == {6, 12, 18, 19}
+    assert_is_ledger_of(ledger, arrays)
+    Ledger.remove(ledger)
+    monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
+    compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    with pytest.raises(AssertionError, match="entry"):
+        assert_is_ledger_of(ledger, arrays)
+
+
+def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path, monkeypatch):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, summary = ledger_of(tmp_path / "whole", arrays, (64, 40))
+    assert (summary.chunks, summary.plan.tile_columns) == (1, 4)
+    for steps, chunks, cuts, read in [(1, 19, 4, 1), (3, 3, 4, 3), (64, 10, 2, 2), (64, 2, 1, 10)]:
+        monkeypatch.setattr(blocks, "LEAST_TILE_BYTES", 1)
+        monkeypatch.setattr(blocks, "TASKS_OF_SMALL_RUN", 1)
+        monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // chunks) * -(-4 // cuts))
+        monkeypatch.setattr(blocks, "LEAST_UPDATES", -(-19 // chunks))
+        monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 40 * read)
+        other, cut = ledger_of(tmp_path / f"{chunks} {cuts}", arrays, (steps, 40))
+        assert (cut.chunks, -(-4 // cut.plan.tile_columns), cut.plan.read_rows) == (
+            chunks,
+            cuts,
+            read,
+        )
+        assert bits(other) == bits(ledger)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_chunk_seen_in_pieces_gives_the_products_of_whole_vectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 7)
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, summary = ledger_of(tmp_path, arrays, (1, 40))
+    assert summary.plan.read_elements == 7
+    assert_is_ledger_of(ledger, arrays)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("compressed", [("parameter", "gradient"), ("gradient",)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_compressed_trajectory_has_the_same_bits(tmp_path, monkeypatch, compressed, steps):
+    monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 7)
+    dtypes = {"parameter": "bfloat16", "gradient": "float32"}
+    arrays = walk_arrays(ROWS, ELEMENTS, dtypes)
+    ledger, _ = ledger_of(tmp_path, arrays, (steps, 40))
+    codecs = {name: BloscCodec(cname="zstd") for name in compressed}
+    write_trajectory(tmp_path / "compressed.zarr", arrays, SHAPES, (steps, 40), codecs)
+    summary = compute_ledger(tmp_path / "compressed.zarr", tmp_path / "other.zarr")
+    assert summary.plan.read_elements == 40
+    assert bits(tmp_path / "other.zarr") == bits(ledger)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_two_tilings_agree_to_rounding(tmp_path):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    (gram, ratio), (other, its_ratio) = (
+        Ledger(ledger_of(tmp_path / str(chunk[1]), arrays, chunk)[0]).read() for chunk in (CHUNK, (7, 29))
+    )
+    assert (gram != other).any()
+    # The residual of another ratio is r' = r + (c - c') d.
+    change = np.broadcast_to(np.eye(gram.shape[-1]), gram.shape).copy()
+    change[..., RESIDUAL, VECTORS.index("displacement")] = ratio - its_ratio
+    moved = change @ gram @ np.swapaxes(change, -1, -2)
+    for tensor, part in enumerate(tensor_slices()):
+        elements = part.stop - part.start
+        keep = np.ix_(range(len(gram)), [tensor], range(RESIDUAL), range(RESIDUAL))
+        assert_gram_close(gram[keep], other[keep], elements)
+        assert_gram_close(moved[:, tensor], other[:, tensor], elements, slack=4.0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_nan_spoils_its_own_tensor_and_rows_only(tmp_path):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    clean, _ = Ledger(ledger_of(tmp_path / "clean", arrays)[0]).read()
+    arrays["gradient"][6, 41] = (
+        np.nan
+    )  # in the second tensor's second part, in the state at the end of a ledger chunk
+    gram, ratio = Ledger(ledger_of(tmp_path / "nan", arrays)[0]).read()
+    spoiled = np.zeros_like(gram, dtype=bool)
+    change, gradient = VECTORS.index("gradient_change"), VECTORS.index("gradient")
+    # Row 5 meets it as its next gradient, row 6 as its gradient and so in all that is formed of it.
+    for row, vector in [(5, change), (6, change), (6, gradient), (6, RESIDUAL)]:
+        spoiled[row, 1, vector, :] = spoiled[row, 1, :, vector] = True
+    np.testing.assert_array_equal(np.isnan(gram), spoiled)
+    np.testing.assert_array_equal(gram[~spoiled], clean[~spoiled])
+    assert np.isfinite(ratio).all()
+
+
+# Executors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("hvp", [False, True])
+def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp):
+    dtypes = {"parameter": "bfloat16", "gradient": "float32"} | ({"hvp": "float32"} if hvp else {})
+    arrays = walk_arrays(ROWS, ELEMENTS, dtypes)
+    ledger, reference = ledger_of(tmp_path, arrays)
+    executors = [compute.threads(1), compute.threads(2), compute.existing_cluster(cluster)]
+    for number, executor in enumerate(executors):
+        other = tmp_path / f"{number}.zarr"
+        reports = []
+        summary = compute_ledger(
+            tmp_path / "trajectory.zarr",
+            other,
+            executor=executor,
+            progress=lambda done, total, reports=reports: reports.append((done, total)),
+        )
+        assert summary == reference  # workers are no part of the plan
+        assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+        assert bits(other) == bits(ledger)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "chunk", [CHUNK, (3, 123)], ids=["ledger chunks of two tiles", "ledger chunks of one tile"]
+)
+def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_same(
+    tmp_path, cluster, monkeypatch, chunk
+):
+    from distributed import Client
+
+    monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 1 << 17)  # as on the workers
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, _ = ledger_of(tmp_path, arrays, chunk)
+
+    def die_in_the_next_tile():
+        tiles._column_segments = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    with Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+        worker = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+        doomed = client.run(die_in_the_next_tile, workers=[worker])[worker]
+        assert psutil.pid_exists(doomed)
+    other = tmp_path / "other.zarr"
+    executor = compute.existing_cluster(cluster)
+    summary = compute_ledger(tmp_path / "trajectory.zarr", other, executor=executor)
+    assert summary.computed_chunks > 2  # both workers had one
+    assert not psutil.pid_exists(doomed)
+    assert bits(other) == bits(ledger)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("replicates", [0, 1], ids=["compiled", "row by row"])
+def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was_interrupted_goes_on(
+    tmp_path, monkeypatch, replicates
+):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    if replicates:
+        arrays["replicate_parameter/0"], arrays["replicate_parameter/1"] = arrays["parameter"], arrays["gradient"]
+    ledger, _ = ledger_of(tmp_path, arrays)
+    trajectory, other = tmp_path / "trajectory.zarr", tmp_path / "other.zarr"
+    name, interrupted = ("read" if replicates else "products"), []
+    reading = getattr(stream, name)
+
+    def interrupt(*args):
+        interrupted.append(None)
+        return ((1, 1) if name == "products" else 1) if len(interrupted) == 1 else reading(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, name, interrupt)
+        compute_ledger(trajectory, other)
+    assert len(interrupted) > 1
+    assert bits(other) == bits(ledger)
+    Ledger.remove(other)
+    located, chunk = Trajectory.located, trajectory / "gradient/c/3/1"
+
+    def cut_short(self, *args):
+        found = located(self, *args)
+        os.truncate(chunk, 100)
+        return found
+
+    monkeypatch.setattr(Trajectory, "located", cut_short)
+    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+        compute_ledger(trajectory, other)
+    assert caught.value.where == str(chunk)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go_on(tmp_path, executor):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, _ = ledger_of(tmp_path / "whole", arrays)
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
+    chunk = trajectory / "gradient/c/3/1"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:100])
+    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+        compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+    assert caught.value.where == str(chunk)
+    assert caught.value.remedy
+    with pytest.raises(InputError, match="not complete"):
+        Ledger(tmp_path / "ledger.zarr").read()
+    chunk.write_bytes(whole)
+    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+    assert bits(tmp_path / "ledger.zarr") == bits(ledger)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, cluster):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    executor = compute.existing_cluster(cluster)
+    jobs = []
+    for user in ("ada", "emmy"):
+        folder = tmp_path / user / "run"
+        ledger, summary = ledger_of(folder, arrays, executor=lambda *_: iter(()))
+        states = Trajectory(folder / "trajectory.zarr")
+        digests = states.digests(summary.plan.chunks())
+        job = tiles.Job.of(states.path, ledger, summary.plan)
+        by_start = {chunk.start: digest for chunk, digest in digests.items()}
+        jobs.append((job, list(digests), lambda by_start=by_start: by_start))
+    with contextlib.closing(executor(*jobs[0])) as first:
+        next(first)  # the others are held on the cluster until they are asked for
+        assert len(list(executor(*jobs[1]))) == 4
+    assert len(Ledger(jobs[1][0].ledger).read()[0]) == ROWS - 1
+
+
+@pytest.mark.parametrize(("width", "ahead"), [(123, 6), (62, 3), (16, 2)])
+def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, monkeypatch, width, ahead):
+    # Three tasks for each of the two workers, and two ledger chunks where one has more tiles than that.
+    for name, value in {"TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_UPDATES": 1}.items():
+        monkeypatch.setattr(blocks, name, value)
+    submitted = []
+    submit = compute._submit
+    monkeypatch.setattr(compute, "_submit", lambda *args: submitted.append(args) or submit(*args))
+    in_flight = []
+    ledger, summary = ledger_of(
+        tmp_path,
+        walk_arrays(ROWS, ELEMENTS),
+        (1, width),
+        executor=compute.existing_cluster(cluster),
+        progress=lambda done, _: in_flight.append(len(submitted) - done + 1),
+    )
+    assert summary.chunks == len(submitted) == ROWS - 1
+    assert in_flight == [*[ahead] * (summary.chunks - ahead + 1), *range(ahead - 1, 0, -1)]
+    assert Ledger(ledger).n_updates == ROWS - 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_threads_begin_no_band_after_the_one_that_failed(tmp_path, monkeypatch):
+    begun = []
+
+    def fail(job, tile):
+        begun.append(tile)
+        raise InputError("no such luck")
+
+    monkeypatch.setattr(compute, "tile_segments", fail)
+    monkeypatch.setattr(blocks, "LEAST_UPDATES", 1)
+    with pytest.raises(InputError, match="no such luck"):
+        ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), (1, 40), executor=compute.threads(1))
+    assert 1 <= len(begun) <= 2
+
+
+@pytest.fixture
+def started(cluster, monkeypatch):
+    """What `compute.local` starts: ("threads", how many) and ("processes", how many)."""
+    found, in_threads = [], compute.threads
+
+    @contextlib.contextmanager
+    def scheduler(workers, memory_limit):
+        found.append(("processes", workers))
+        yield cluster
+
+    def threads(workers):
+        found.append(("threads", workers))
+        return in_threads(workers)
+
+    monkeypatch.setattr(compute, "local_scheduler", scheduler)
+    monkeypatch.setattr(compute, "threads", threads)
+    return found
+
+
+@pytest.fixture
+def four_tiles(monkeypatch):
+    """Tests have one ledger chunk of four tiles."""
+    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
+    monkeypatch.setattr(blocks, "LEAST_UPDATES", 99)
+
+
+def test_a_pass_of_one_task_starts_nothing(tmp_path, started):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    _, summary = ledger_of(tmp_path, arrays, executor=compute.local(8, 512 * MEBIBYTE))
+    assert (summary.plan.tasks, started) == (1, [])
+
+
+@pytest.mark.usefixtures("four_tiles")
+def test_threads_are_as_many_as_a_pass_has_tasks_and_memory_keeps(tmp_path, started):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, summary = ledger_of(tmp_path / "four", arrays, executor=compute.local(8, 512 * MEBIBYTE))
+    assert (summary.plan.tasks, started) == (4, [("threads", 4)])
+    # Threads share the memory of one worker: of two there is room, and not of three.
+    beyond_idle = summary.plan.projected_bytes - blocks.RESERVED_BYTES
+    executor = compute.local(8, blocks.RESERVED_BYTES + 3 * beyond_idle - 1)
+    other, _ = ledger_of(tmp_path / "two", arrays, executor=executor)
+    assert started[1:] == [("threads", 2)]
+    assert bits(other) == bits(ledger)
+
+
+@pytest.mark.usefixtures("four_tiles")
+@pytest.mark.parametrize(
+    ("codec", "together", "most", "kind"),
+    [
+        (None, 4, 8, "threads"),
+        ("lz4", 4, 8, "processes"),  # Zarr needs the interpreter
+        (None, 3, 8, "processes"),  # four do not fit into the memory of one worker
+        (None, 4, 3, "processes"),
+    ],
+)
+def test_a_long_pass_is_for_processes_unless_threads_need_no_interpreter(
+    tmp_path, monkeypatch, started, codec, together, most, kind
+):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    codecs = dict.fromkeys(arrays, BloscCodec(cname=codec)) if codec else None
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK, codecs)
+    plan = compute_ledger(trajectory, tmp_path / "serial.zarr").plan
+    monkeypatch.setattr(compute, "_CLUSTER_BYTES", plan.read_bytes)
+    monkeypatch.setattr(compute, "_MOST_THREADS", most)
+    beyond_idle = plan.projected_bytes - blocks.RESERVED_BYTES
+    executor = compute.local(8, blocks.RESERVED_BYTES + together * beyond_idle)
+    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+    assert started == [(kind, 4)]
+    assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "serial.zarr")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_second_cluster_on_one_machine_is_no_reason_for_a_warning():
+    with clusters.local_scheduler(0) as address:
+        assert address.startswith("tcp://127.0.0.1:")
+
+
+def test_our_own_workers_are_bounded_by_the_plan_and_not_paused_below_it(cluster):
+    from distributed import Client
+
+    with Client(cluster, set_as_default=False) as client:
+        settings = client.run(lambda: __import__("dask").config.get("distributed.worker.memory"))
+        threads = client.nthreads()
+    assert len(settings) == 2
+    assert set(threads.values()) == {1}
+    for setting in settings.values():
+        assert (setting["target"], setting["spill"], setting["pause"]) == (False, False, False)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:{port}", "tls://127.0.0.1:{port}", "http://127.0.0.1", "host"]
+)
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch, address):
+    monkeypatch.setattr(compute, "_CONNECT_SECONDS", 0.2)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        address = address.format(port=bound.getsockname()[1])
+        with pytest.raises(InputError, match=r"the Dask scheduler does not answer: \w") as caught:
+            ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), executor=compute.existing_cluster(address))
+    assert caught.value.where == address
+    assert "--scheduler" in caught.value.remedy
+
+
+# Resuming ------------------------------------------------------------------------------------------------------
+
+
+def stopped_after(chunks):
+    """Serial executor that stops early, as a user or a machine would."""
+
+    def run(job, tasks, digests):
+        yield from itertools.islice(compute.serial(job, tasks, digests), chunks)
+        raise KeyboardInterrupt
+
+    return run
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    undisturbed, _ = ledger_of(tmp_path / "undisturbed", arrays)
+    with pytest.raises(KeyboardInterrupt):
+        ledger_of(tmp_path, arrays, executor=stopped_after(finished))
+    ledger, trajectory = tmp_path / "ledger.zarr", tmp_path / "trajectory.zarr"
+    with pytest.raises(InputError, match="not complete"):
+        Ledger(ledger).read()
+    summary = compute_ledger(trajectory, ledger)
+    assert (summary.chunks, summary.computed_chunks) == (4, 4 - finished)
+    assert bits(ledger) == bits(undisturbed)
+    assert compute_ledger(trajectory, ledger).computed_chunks == 0
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from natgrad.schema import blocks
+from natgrad.compute import ledger_pass as compute
+from natgrad.kernel import stream
+from natgrad.store import journal
+
+vars(blocks).update({constants})
+owner, name, calls = {owner}, {name!r}, 0
+original = getattr(owner, name)
+
+def killed(*args):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+
+setattr(owner, name, killed)
+compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "kept"),
+    [
+        # The second may be on its way to the disk still.
+        pytest.param("stream", "products", 2 * 4 + 1, {1, 2}, id="in the third ledger chunk, at its first tile"),
+        pytest.param(
+            "journal.Journal", "write", 3, {2}, id="in the third ledger chunk, between its data and its record"
+        ),
+    ],
+)
+def test_a_process_that_was_killed_in_its_third_band_leaves_those_that_were_written(
+    tmp_path, owner, name, call, kept
+):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    undisturbed, _ = ledger_of(tmp_path / "undisturbed", arrays)
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
+    ledger = tmp_path / "ledger.zarr"
+    code = KILLED.format(constants=SMALL_BLOCKS, owner=owner, name=name, call=call)
+    process = subprocess.run([sys.executable, "-c", code, trajectory, ledger], check=False)
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(InputError, match=r"updates (6|12) to \d+ are missing"):
+        Ledger(ledger).read()
+    summary = compute_ledger(trajectory, ledger)
+    assert summary.chunks == 4
+    assert summary.chunks - summary.computed_chunks in kept
+    assert bits(ledger) == bits(undisturbed)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp_path):
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", walk_arrays(ROWS, ELEMENTS), SHAPES, CHUNK)
+    ledger = tmp_path / "ledger.zarr"
+
+    def disturbed(*arguments):
+        with pytest.raises(InputError, match=f"another process is writing this ledger: process {os.getpid()} on "):
+            compute_ledger(trajectory, ledger)
+        yield from compute.serial(*arguments)
+
+    assert compute_ledger(trajectory, ledger, executor=disturbed).computed_chunks == 4
+    assert compute_ledger(trajectory, ledger).computed_chunks == 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "natgrad.compute.ledger_pass")
+    arrays, computed = walk_arrays(ROWS + 17, ELEMENTS), set()
+
+    def tile_segments(job, tile):
+        computed.update(range(tile.start, tile.stop))
+        return tiles.tile_segments(job, tile)
+
+    monkeypatch.setattr(compute, "tile_segments", tile_segments)
+    rows = {ROWS: (4, 4), ROWS + 5: (4, 1), ROWS + 13: (6, 2), ROWS + 17: (6, 1)}
+    trajectory, ledger, done = tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", 0
+    for stop, counts in rows.items():
+        new = {name: array[done:stop] for name, array in arrays.items()}
+        if done:
+            append_states(trajectory, new)
+        else:
+            write_trajectory(trajectory, new, SHAPES, CHUNK)
+        computed.clear()
+        summary = compute_ledger(trajectory, ledger)
+        assert (summary.chunks, summary.computed_chunks) == counts
+        assert summary.n_updates == stop - 1
+        # The update from the state that was the last is new too.
+        assert computed == set(range(max(done - 1, 0), stop - 1))
+        assert summary.computed_updates == len(computed)
+        assert (f"{len(computed)} of these updates are missing in the ledger" in caplog.text) == (done > 0)
+        done = stop
+    assert summary.plan.updates_per_chunk == 6  # as of the first steps
+    at_once, _ = ledger_of(tmp_path / "at once", arrays)
+    assert bits(ledger) == bits(at_once)
+
+
+def grown_by_three(folder):
+    """A trajectory with three more states than its ledger, whose last chunk has one row, and its arrays."""
+    arrays = walk_arrays(ROWS + 3, ELEMENTS)
+    ledger, summary = ledger_of(folder, {name: array[:ROWS] for name, array in arrays.items()})
+    assert summary.n_updates % summary.plan.updates_per_chunk == 1
+    append_states(folder / "trajectory.zarr", {name: array[ROWS:] for name, array in arrays.items()})
+    return ledger, arrays
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        pytest.param("stream", "products", id="before its data"),
+        pytest.param("journal.Journal", "write", id="between its data and its record"),
+    ],
+)
+def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp_path, owner, name):
+    ledger, arrays = grown_by_three(tmp_path)
+    code = KILLED.format(constants=SMALL_BLOCKS, owner=owner, name=name, call=1)
+    process = subprocess.run([sys.executable, "-c", code, tmp_path / "trajectory.zarr", ledger], check=False)
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(InputError, match="updates 18 to 22 are missing"):
+        Ledger(ledger).read()
+    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_updates == 3
+    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("array", ["gram", "residual_ratio"])
+def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
+    ledger, arrays = grown_by_three(tmp_path)
+    chunk = Ledger(ledger).chunk_path(array, 18)
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    assert (summary.computed_chunks, summary.computed_updates) == (1, 4)
+    assert "another checksum than was recorded" in caplog.text
+    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("state", "computed"), [(17, (2, 9)), (18, (2, 10)), (19, (1, 4)), (20, (1, 3))])
+def test_a_band_of_other_states_is_not_gone_on_with(tmp_path, state, computed):
+    ledger, arrays = grown_by_three(tmp_path)
+    arrays["gradient"][state] *= 2
+    write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
+    summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    # State 18 is the last of one ledger chunk and the first of the next, and state 19 was the last of all.
+    assert (summary.computed_chunks, summary.computed_updates) == computed
+    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_ledger_of_a_trajectory_that_was_replaced_is_not_read_for_that_of_the_new_one(tmp_path):
+    ledger, _ = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
+    arrays = walk_arrays(ROWS, ELEMENTS, seed=1)
+    arrays["parameter"][:7] = walk_arrays(ROWS, ELEMENTS)["parameter"][:7]
+    arrays["gradient"][:7] = walk_arrays(ROWS, ELEMENTS)["gradient"][:7]  # the first ledger chunk is as it was
+    with pytest.raises(KeyboardInterrupt):
+        ledger_of(tmp_path, arrays, executor=stopped_after(1))
+    with pytest.raises(InputError, match="updates 12 to 18 are missing"):
+        Ledger(ledger).read()
+    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_chunks == 2
+    assert_is_ledger_of(ledger, arrays)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_trajectory_that_shrank_and_grew_again_has_no_rows_of_nothing(tmp_path):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    ledger, _ = ledger_of(tmp_path, arrays)
+    before = bits(ledger)
+    start, rest = ({name: array[part] for name, array in arrays.items()} for part in (slice(8), slice(8, None)))
+    _, summary = ledger_of(tmp_path, start)
+    assert (summary.chunks, summary.computed_chunks) == (2, 1)
+    append_states(tmp_path / "trajectory.zarr", rest)
+    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_chunks == 3
+    assert bits(ledger) == before
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("shapes", "dtypes"),
+    [
+        ({"other": (ELEMENTS,)}, ("float32", "float32")),
+        (SHAPES, ("float64", "float32")),
+        (SHAPES, ("float32", "float32", "float32")),
+    ],
+    ids=["other tensors", "another dtype", "with hvp"],
+)
+def test_a_trajectory_of_another_kind_gets_a_new_ledger(tmp_path, shapes, dtypes):
+    ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
+    arrays = walk_arrays(ROWS, ELEMENTS, dict(zip(("parameter", "gradient", "hvp"), dtypes, strict=False)))
+    ledger, summary = ledger_of(tmp_path, arrays, shapes=shapes)
+    assert summary.computed_chunks == summary.chunks
+    anew, _ = ledger_of(tmp_path / "anew", arrays, shapes=shapes)
+    assert bits(ledger) == bits(anew)
+    assert Ledger(ledger).layout == Ledger(anew).layout
+    assert Ledger(ledger).vectors == Ledger(anew).vectors
+
+
+# What is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_less_than_two_states_make_no_update(tmp_path, rows):
+    arrays = walk_arrays(rows, ELEMENTS)
+    with pytest.raises(InputError, match=f"{rows} logged step.* an update needs two") as caught:
+        ledger_of(tmp_path, arrays)
+    assert caught.value.where == str(tmp_path / "trajectory.zarr")
+    assert not (tmp_path / "ledger.zarr").exists()
+
+
+def test_a_model_without_elements_is_refused(tmp_path):
+    with pytest.raises(InputError, match="without elements"):
+        ledger_of(tmp_path, walk_arrays(2, 0), chunk=(64, 1), shapes={"none": (0,)})
+
+
+def test_a_pass_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="memory_limit is 64 MiB"):
+        ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), memory_limit=64 * MEBIBYTE)
+    assert not (tmp_path / "ledger.zarr").exists()
+
+
+def test_an_amount_of_memory_is_read_as_dask_writes_it():
+    amounts = {"512MiB": 512 << 20, "2GB": 2 * 10**9, "1.5 GiB": 3 << 29, "4096": 4096}
+    assert {amount: clusters.memory_bytes(amount) for amount in amounts} == amounts
+
+
+@pytest.mark.parametrize("amount", ["", "MiB", "much", "5 apples", "0", "-1GB", "nan", "inf", "1e400", "0.1"])
+def test_what_is_no_amount_of_memory_is_refused(amount):
+    with pytest.raises(InputError, match="is not an amount of memory") as caught:
+        clusters.memory_bytes(amount)
+    assert repr(amount) in caught.value.what
+    assert caught.value.where == "--memory-limit"
+
+
+# Memory --------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys
+from pathlib import Path
+from natgrad.compute import ledger_pass as compute
+
+def peak():
+    # Not getrusage: its peak counts the process that this one was forked from.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+idle = peak()
+summary = compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), memory_limit=int(sys.argv[3]))
+print(idle, peak(), summary.plan.projected_bytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "shapes", "limit"),
+    [
+        pytest.param(15, {"weight": (1000, 2000), "bias": (97_152,)}, 340 * MEBIBYTE, id="wide"),
+        pytest.param(7200, {f"block.{i}": (1024,) for i in range(4)}, 330 * MEBIBYTE, id="tall"),
+    ],
+)
+def test_a_real_pass_takes_no_more_memory_than_it_projects(tmp_path, rows, shapes, limit):
+    elements = sum(int(np.prod(shape)) for shape in shapes.values())
+    block = np.random.default_rng(0).standard_normal((rows, 1 << 10), dtype=np.float32)
+    state = np.tile(block, -(-elements // (1 << 10)))[:, :elements]
+    chunk = blocks.chunk_shape(rows, elements)
+    trajectory = write_trajectory(
+        tmp_path / "trajectory.zarr", {"parameter": state, "gradient": state}, shapes, chunk
+    )
+    arguments = [sys.executable, "-c", MEASURED, trajectory, tmp_path / "ledger.zarr", str(limit)]
+    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    idle, peak, projected = map(int, output.split())
+    assert projected <= limit
+    assert idle + 2 * state.nbytes > limit  # a pass that holds the run would not do
+    assert peak <= projected

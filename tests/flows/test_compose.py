@@ -1,0 +1,50 @@
+"""compose.yaml as far as no Docker engine is needed: its commands are understood, and what it names is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from natgrad.compute.clusters import ONE_THREAD
+from natgrad_flows.cli import app
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+def test_every_service_depends_on_services_and_mounts_volumes_that_are_there():
+    assert set(COMPOSE["services"]) == {"database", "server", "scheduler", "worker", "watcher"}
+    for service in COMPOSE["services"].values():
+        assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])
+        for volume in service.get("volumes", ()):
+            # With a default a variable has a colon of its own.
+            source = re.sub(r"\$\{.*?\}", "/host", volume).partition(":")[0]
+            assert source.startswith("/") or source in COMPOSE["volumes"]
+
+
+def test_a_service_is_waited_for_only_where_it_says_when_it_is_healthy():
+    for service in COMPOSE["services"].values():
+        wanted = service.get("depends_on", ())
+        for name in wanted:
+            if isinstance(wanted, dict) and wanted[name]["condition"] == "service_healthy":
+                assert "healthcheck" in COMPOSE["services"][name]
+
+
+def test_the_watchers_command_is_understood():
+    program, name, *arguments = COMPOSE["services"]["watcher"]["command"].split()
+    command = typer.main.get_command(app).commands[name]
+    context = command.make_context(program, arguments)
+    assert context.params["every"] == 600
+    assert (
+        context.params["scheduler"] == f"tcp://scheduler:{COMPOSE['services']['scheduler']['command'].split()[-1]}"
+    )
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "docs/cluster.md"])
+def test_workers_started_by_hand_have_one_thread_of_each_kind(name):
+    text = (ROOT / name).read_text()
+    for variable in ONE_THREAD:
+        assert re.search(rf'\b{variable}(=1|: "1")', text), variable
+    assert "--nthreads 1" in text

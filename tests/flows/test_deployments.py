@@ -1,0 +1,157 @@
+"""Flows of many runs on a real Prefect server: a process of its own with SQLite."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from logs import random_walk, write_log, write_step
+from natgrad.app import scan as watch
+from servers import NATGRAD, PrefectServer, process, wait_for
+
+# A server is ready after some ten seconds, or minutes where a machine is busy.
+pytestmark = pytest.mark.timeout(1200)
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
+
+
+def flow_runs(server):
+    address = server.environment["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
+        return client.read_flow_runs()
+
+
+def states(out):
+    """State and last step of every run below OUT."""
+    try:
+        return {row["run"]: (row["state"], row["last_step"]) for row in watch.status(out)}
+    except watch.InputError:
+        return {}
+
+
+def natgrad(server, *arguments):
+    return subprocess.run(
+        [NATGRAD, *map(str, arguments)],
+        env={**os.environ, **server.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two good runs and a bad one."""
+    write_log(tmp_path / "logs" / "first", random_walk(STEPS)[:2])
+    write_log(tmp_path / "logs" / "group" / "second", random_walk(2, seed=1))
+    bad = write_step(tmp_path / "logs" / "bad", 0, random_walk(1)[0])
+    bad.write_bytes(bad.read_bytes()[:-5])
+    # Nobody has written to it for an hour: it is not still being written.
+    os.utime(bad, (time.time() - 3600,) * 2)
+    return tmp_path / "logs"
+
+
+def test_a_schedule_fires_and_takes_what_is_new_while_a_bad_run_fails_alone(server, root, tmp_path):
+    out = tmp_path / "out"
+    serve = (NATGRAD, "serve", root, out, "--every", "8", "--workers", "1", "--name", "scheduled")
+    with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
+        done = {"first": ("done", 1), "group/second": ("done", 1), "bad": ("failed", None)}
+        wait_for(lambda: states(out) == done)
+        for number, state in enumerate(random_walk(STEPS)[2:], start=2):
+            write_step(root / "first", number, state)
+        wait_for(lambda: states(out) == done | {"first": ("done", STEPS - 1)})
+    assert watch.Outcome.of(out / "group" / "second").summary["new_steps"] == 2
+    failed = [run for run in flow_runs(server) if run.name == "process-run bad"]
+    assert len(failed) == 1
+    for part in ("step_0.safetensors, step 0", "truncated", "write the step again"):
+        assert part in failed[0].state.message
+    told = json.loads(natgrad(server, "status", out, "--json").stdout)["runs"]
+    assert [row["run"] for row in told if row["error"]] == ["bad"]
+
+
+def test_two_watchers_at_once_process_every_run_once(server, tmp_path):
+    runs = 4
+    for number in range(runs):
+        write_log(tmp_path / "logs" / f"twice-{number}", random_walk(3, seed=number))
+    command = (NATGRAD, "watch", tmp_path / "logs", tmp_path / "out", "--workers", "1", "--json")
+    started = [
+        subprocess.Popen(
+            [*map(str, command)],
+            env={**os.environ, **server.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    told = [one.communicate() for one in started]
+    assert [one.returncode for one in started] == [0, 0], told
+    answers = [json.loads(answer) for answer, _ in told]
+    assert sum(answer["processed"] for answer in answers) == runs
+    assert sum(answer["unchanged"] + answer["skipped"] for answer in answers) == runs
+    ended = [(run.state.name, run.state.message) for run in flow_runs(server) if "process-run twice-" in run.name]
+    assert [name for name, _ in ended].count("Completed") == runs
+    for name, message in ended:
+        assert name == "Completed" or (name, "another process" in message) == ("Skipped", True)
+    assert states(tmp_path / "out") == {f"twice-{number}": ("done", 2) for number in range(runs)}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from natgrad_flows import runs
+from natgrad.app import run
+
+def killed(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+run.analyze_run = killed
+runs.process_run(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
+"""
+
+
+def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
+    log, out = write_log(tmp_path / "logs" / "killed", random_walk(5)), tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, log, out / "killed"]
+    dead = subprocess.run(
+        [*map(str, command)], env={**os.environ, **server.environment}, capture_output=True, check=False
+    )
+    assert dead.returncode == -9, dead.stderr.decode()
+    (left,) = [run for run in flow_runs(server) if run.name == "process-run killed"]
+    assert left.state.is_running()
+    answer = json.loads(natgrad(server, "watch", log.parent, out, "--workers", "1", "--json").stdout)
+    assert answer["processed"] == 1
+    ended = {run.id: run.state for run in flow_runs(server) if run.name == "process-run killed"}
+    assert ended.pop(left.id).is_crashed()
+    assert [state.name for state in ended.values()] == ["Completed"]
+    # What the dead one had ingested was not read again.
+    assert watch.Outcome.of(out / "killed").summary["new_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["serve", "ROOT", "OUT"], "no schedule is given"),
+        (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are given"),
+        (["serve", "ROOT", "OUT", "--cron", "now and then"], "cannot be scheduled"),
+        (["serve", "ROOT", "OUT", "--every", "9", "--window", "0"], "windows"),
+        (["watch", "ROOT", "OUT", "--gamma", "-1"], "gammas"),
+        (["deploy", "ROOT", "OUT", "--every", "9", "--pool", "none"], "no work pool 'none'"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused_before_anything_is(server, arguments, what):
+    done = natgrad(server, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert what in done.stderr
+    assert "Traceback" not in done.stderr

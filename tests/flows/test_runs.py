@@ -1,0 +1,260 @@
+"""The flows on Prefect's embedded server, one for the whole file."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.exceptions import ParameterTypeError
+from prefect.flow_engine import run_flow
+
+from logs import random_walk, write_log, write_step
+from natgrad.app import run
+from natgrad.app import scan as watch
+from natgrad.schema.errors import InputError
+from natgrad.sources import changes
+from natgrad.storage import place, put
+from natgrad.storage.repository import versions
+from natgrad.store import Trajectory, only_writer
+from natgrad_flows import runs
+from natgrad_flows.scan import watch_runs
+
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
+
+
+def task_runs():
+    with get_client(sync_client=True) as client:
+        return {task_run.name: task_run for task_run in client.read_task_runs()}
+
+
+@pytest.fixture
+def log(tmp_path):
+    return write_log(tmp_path / "log", random_walk(8))
+
+
+def artifacts(key):
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    return [artifact.data for artifact in found]
+
+
+def flow_runs():
+    with get_client(sync_client=True) as client:
+        return {flow_run.name: flow_run for flow_run in client.read_flow_runs()}
+
+
+def test_the_flow_gives_what_the_command_line_gives(log, tmp_path):
+    summary = runs.process_run(log, tmp_path / "by-flow", windows=[1, 2], workers=1)
+    run.ingest_run(log, tmp_path / "by-hand")
+    run.analyze_run(tmp_path / "by-hand", run.Analysis(windows=(1, 2), workers=1))
+    one, other = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("by-flow", "by-hand"))
+    xr.testing.assert_identical(one, other)
+    assert summary["updates"] == 7
+    assert (tmp_path / "by-flow" / "report.html").exists()
+
+
+def test_run_names_and_artifacts_say_which_run_it_was(log, tmp_path):
+    out = tmp_path / "Run 7"
+    runs.process_run(log, out, workers=1)
+    assert {"ingest Run 7", "analyze Run 7", "report Run 7"} <= set(task_runs())
+    assert flow_runs()["process-run Run 7"].tags == ["run:Run 7"]
+    # A request for each tag: the server's places for it.
+    assert not task_runs()["ingest Run 7"].tags
+    (table,) = artifacts("analyzed-run-7")
+    assert "effective 7" in table or "'effective': 7" in table
+    (picture,) = artifacts("angle-run-7")
+    assert picture.startswith("data:image/svg+xml;base64,")
+    assert picture == run.draw_run(out)
+    (link,) = artifacts("report-run-7")
+    assert (out / "report.html").absolute().as_uri() in link
+
+
+def test_bad_input_fails_at_once_with_its_message(tmp_path):
+    with pytest.raises(InputError, match="no step files"):
+        runs.process_run(_empty(tmp_path / "nothing"), tmp_path / "bad", workers=1)
+    failed = flow_runs()["process-run bad"]
+    assert failed.state.is_failed()
+    assert "no step files" in failed.state.message
+    assert task_runs()["ingest bad"].run_count == 1
+    (told,) = artifacts("failed-bad")
+    assert "**bad**: no step files" in told
+    assert "- do: give the folder" in told
+
+
+def _empty(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_a_second_flow_takes_what_is_new(log, tmp_path):
+    runs.process_run(log, tmp_path / "grows", workers=1)
+    for number, state in enumerate(random_walk(11)[8:], start=8):
+        write_step(log, number, state)
+    summary = runs.process_run(log, tmp_path / "grows", workers=1)
+    assert (summary["new_steps"], summary["updates"]) == (3, 10)
+
+
+def test_what_can_heal_is_tried_again(log, tmp_path, monkeypatch):
+    calls, ingest = [], run.ingest_run
+
+    def unlucky(source, out, **options):
+        calls.append(out)
+        if len(calls) == 1:
+            raise OSError("the file system is busy")
+        return ingest(source, out, **options)
+
+    monkeypatch.setattr(run, "ingest_run", unlucky)
+    task = runs._ingest.with_options(retry_delay_seconds=0)
+    monkeypatch.setattr(runs, "_ingest", task)
+    assert runs.ingest_run(log, tmp_path / "heals")["new_steps"] == 8
+    assert len(calls) == 2
+
+
+def test_what_takes_longer_shows_its_progress(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PROGRESS_SECONDS", 0)
+    runs.process_run(log, tmp_path / "long", workers=1)
+    assert artifacts("steps-ingested-long") == [100]
+    assert artifacts("chunks-computed-long") == [100]
+
+
+def test_a_run_that_another_process_works_on_is_skipped_in_a_word(log, tmp_path):
+    with watch.only_processor(tmp_path / "held"):
+        answer = runs.process_run(log, tmp_path / "held", workers=1)
+    assert answer == {"skipped": "another process is working on this run"}
+    skipped = flow_runs()["process-run held"].state
+    assert (skipped.name, skipped.type.value) == ("Skipped", "COMPLETED")
+    assert str(tmp_path / "held") in skipped.message
+
+
+def test_a_flow_takes_several_sources_as_the_command_line_does(log, tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("step,nll\n" + "".join(f"{step + 1},{step / 8}\n" for step in range(8)))
+    os.utime(metrics, (1, 1))
+    options = {"mapping": {"loss": "nll"}, "shift": {"loss": -1}}
+    runs.process_run([metrics, log], tmp_path / "joined", workers=1, **options)
+    run.ingest_run([metrics, log], tmp_path / "by-hand", **options)
+    one, other = (Trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
+    assert one.fingerprint() == other.fingerprint()
+    assert one.scalar("loss").tolist() == [step / 8 for step in range(8)]
+    (row,) = [row for row in watch.status(tmp_path) if row["run"] == "joined"]
+    assert (row["last_step"], row["lag"]) == (7, 0)
+
+
+def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path, monkeypatch):
+    folder = tmp_path / "logs" / "mixed"
+    write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
+    (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n2,0.125\n")
+    (folder / "run.toml").write_text('[[source]]\npath = "."\n[[source]]\npath = "metrics.csv"\n')
+    # A logger's file alone is no run.
+    (tmp_path / "logs" / "scalars").mkdir()
+    (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
+
+    def look():
+        answer = watch_runs(tmp_path / "logs", tmp_path / "out", workers=1)
+        assert not answer["failed"]
+        states = Trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
+        return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
+
+    assert look() == (1, 0, [0.5, 0.25, 0.125])
+    assert look() == (0, 1, [0.5, 0.25, 0.125])
+    # What the log of scalars did not have then is taken once nobody has written to it for long.
+    monkeypatch.setattr(changes, "SETTLED_SECONDS", -1.0)
+    np.testing.assert_equal(look(), (1, 0, [0.5, 0.25, 0.125, np.nan]))
+    assert look()[:2] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"windows": [0]},
+        {"workers": 0},
+        {"gammas": [-1.0]},
+        {"learning_rate": 0},
+        {"mapping": {"gradients": "g"}},
+        {"mapping": {"gradient": ""}},
+        {"shift": {"gradient": 0.5}},
+        {"shift": {"step": 1}},
+    ],
+)
+def test_parameters_are_validated_before_a_run_starts(log, tmp_path, parameters):
+    with pytest.raises(ParameterTypeError):
+        runs.process_run(log, tmp_path / "never", **parameters)
+    assert not (tmp_path / "never").exists()
+
+
+def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
+    logs, out = tmp_path / "logs", tmp_path / "out"
+    for number in range(3):
+        write_log(logs / f"many-{number}", random_walk(4, seed=number))
+    _empty(logs / "no-run")
+    bad = logs / "many-1" / "step_2.safetensors"
+    bytes_before = bad.read_bytes()
+    bad.write_bytes(bytes_before[:-3])
+
+    def look():
+        answer = watch_runs(logs, out, workers=1, at_once=2)
+        return [answer[what] for what in ("processed", "unchanged", "failed")], answer["failures"]
+
+    numbers, failures = look()
+    assert numbers == [2, 0, 1]
+    assert set(failures) == {"many-1"}
+    assert look() == ([0, 2, 1], failures)
+    bad.write_bytes(bytes_before)
+    write_step(logs / "many-0", 4, random_walk(5)[4])
+    assert look() == ([2, 1, 0], {})
+    assert watch.Outcome.of(out / "many-0").summary["new_steps"] == 1
+    assert {"run:many-0", "natgrad"} <= set(flow_runs()["process-run many-0"].tags)
+    tables = artifacts("watched")
+    assert any("truncated" in table or "incomplete" in table for table in tables)
+
+
+def test_what_was_started_with_few_parameters_is_not_done_again_by_a_watcher(log, tmp_path):
+    # So a deployment starts it: what is not said has its default.
+    out = tmp_path / "out" / "log"
+    run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
+    answer = watch_runs(log.parent, out.parent, workers=1)
+    assert (answer["processed"], answer["unchanged"]) == (0, 1)
+
+
+def test_telemetry_is_off_unless_the_environment_says_otherwise():
+    names = "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"
+    code = f"import natgrad_flows, os; print(*map(os.environ.get, {names}))"
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK")
+    }
+    for chosen, expected in (({}, "false 1"), ({"DO_NOT_TRACK": "0"}, "false 0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=clean | chosen, check=True
+        )
+        assert done.stdout.strip() == expected
+
+
+@pytest.mark.usefixtures("s3_server")
+def test_a_flow_takes_urls(log):
+    out = "s3://bucket/out"
+    for file in sorted(log.iterdir()):
+        put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
+    outcome = watch.Outcome.of(out)
+    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    (link,) = artifacts("report-out")
+    assert "s3://bucket/out/report.html" in link
+    with only_writer(place(out) / "processing", "run"):
+        assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
+    out = "s3://bucket/versions"
+    assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
+    assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
+        "results",
+        "ledger",
+        "trajectory",
+    ]
+    outcome = watch.Outcome.of(out)
+    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    assert "store" not in outcome.options
+    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

@@ -1,0 +1,350 @@
+"""Runs that were restarted, and many runs in one trajectory: no update leads from one to another."""
+
+import itertools
+import os
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logs import TENSORS, random_walk, write_step
+from natgrad.app.folder import RunFolder
+from natgrad.app.run import Analysis, analyze_run, ingest_run, report_run
+from natgrad.results import dataset as results
+from natgrad.schema import blocks
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LAYOUT_VERSION, storage_dtype
+from natgrad.schema.variables import Status
+from natgrad.store import Ledger, Trajectory
+
+ELEMENTS = 17  # of `logs.TENSORS`
+
+
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
+
+
+@pytest.fixture(params=[8, 3 * ELEMENTS], ids=["wide", "deep"])
+def _chunks(request, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", request.param)
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+SERIAL = Analysis(workers=1)
+_clock = itertools.count(10**9)
+
+
+def log_steps(folder, states, numbers):
+    """Log steps, each file a second later than the one before, whatever the clock of the file system resolves."""
+    for number in numbers:
+        path = write_step(folder, number, states[number])
+        os.utime(path, ns=(10**9 * next(_clock),) * 2)
+    return folder
+
+
+def held(out):
+    """Rows of a trajectory: step, attempt and the parameters."""
+    trajectory = Trajectory(RunFolder(out).trajectory)
+    parts = []
+    for column in range(trajectory.columns):
+        first, last = trajectory.column(column)
+        rows = np.zeros((trajectory.n_states, trajectory.chunk[1]), storage_dtype(trajectory.dtypes["parameter"]))
+        trajectory.read("parameter", 0, trajectory.n_states, column, rows)
+        parts.append(rows[:, : last - first])
+    numbers = (trajectory.scalar(name).tolist() for name in ("step", "attempt"))
+    return list(zip(*numbers, np.concatenate(parts, axis=1), strict=True))
+
+
+def flat(state):
+    return np.concatenate([np.ravel(state[f"parameter/{name}"]) for name in sorted(TENSORS)])
+
+
+def variables(out, group="model"):
+    """Variables of results by name, with the steps as the leading axis."""
+    dataset = results.read(RunFolder(out).results)[group].to_dataset()
+    return {name: dataset[name].values for name in (*dataset.data_vars, "step")}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in found:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def alone(folder, states, numbers, **options):
+    """Results of steps that are a run of their own."""
+    log_steps(folder / "log", states, numbers)
+    ingest_run(folder / "log", folder / "out")
+    analyze_run(folder / "out", Analysis(workers=1, **options))
+    return folder / "out"
+
+
+# A run that was restarted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["overwritten", "second folder"])
+def test_a_run_that_was_restarted_goes_on_as_another_attempt(tmp_path, log, out, elsewhere):
+    first, second = random_walk(10), random_walk(13, seed=1)
+    ingest_run(log_steps(log, first, range(10)), out)
+    folder = tmp_path / "restarted" if elsewhere else log
+    (warning,) = ingest_run(log_steps(folder, second, range(6, 13)), out)["warnings"]
+    assert warning == (
+        "the run was restarted before step 6: from there on it is attempt 1; "
+        "4 steps of attempt 0 are kept (--attempt 0)"
+    )
+    rows = held(out)
+    assert [row[:2] for row in rows] == [*((n, 0) for n in range(10)), *((n, 1) for n in range(6, 13))]
+    for (step, attempt, parameter), state in zip(rows, [*first, *second[6:]], strict=True):
+        np.testing.assert_array_equal(parameter, flat(state), err_msg=f"{step} {attempt}")
+    # The run as it stands is the first attempt up to the restart, then the second; as it stood, the first.
+    analyze_run(out, SERIAL)
+    before = variables(alone(tmp_path / "a", first, range(6)))
+    after = variables(alone(tmp_path / "b", second, range(6, 13)))
+    # But for the smallest windows, which are of the run as a whole.
+    of_steps = [name for name in before if not name.startswith(("effective_window", "decreasing_window"))]
+    found = variables(out)
+    assert_same(
+        {name: found[name] for name in of_steps},
+        {name: np.concatenate([before[name], after[name]]) for name in of_steps},
+    )
+    dataset = results.read(RunFolder(out).results)["model"]
+    assert dataset["attempt"].values.tolist() == [0] * 5 + [1] * 6
+    analyze_run(out, Analysis(workers=1, attempt=0))
+    assert_same(variables(out), variables(alone(tmp_path / "c", first, range(10))))
+    with pytest.raises(InputError, match="there is no attempt 2, the last is 1"):
+        analyze_run(out, Analysis(workers=1, attempt=2))
+    assert ingest_run(folder, out)["new_steps"] == 0
+
+
+def test_no_window_reaches_across_a_restart(tmp_path, log, out):
+    ingest_run(log_steps(log, random_walk(6), range(6)), out)
+    ingest_run(log_steps(log, random_walk(9, seed=1), range(4, 9)), out)
+    analyze_run(out, Analysis(workers=1, windows=(1, 2, 3)))
+    model = results.read(RunFolder(out).results)["model"].to_dataset()
+    assert model["step"].values.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    for m, cut in {1: [], 2: [2, 7], 3: [1, 2, 6, 7]}.items():
+        at = model.sel(window=m, descent="gradient")
+        unverifiable = at["status"] == Status.UNVERIFIABLE
+        assert model["step"].values[unverifiable.values].tolist() == cut
+        for name in ("angle", "update_norm", "loss_average", "loss_decrease"):
+            assert (np.isnan(at[name]) == unverifiable).all(), name
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(log, out):
+    first, second = random_walk(10), random_walk(12, seed=1)
+    ingest_run(log_steps(log, first, range(10)), out)
+    log_steps(log, second, [5])
+    # One file alone may as well be one that somebody changed.
+    with pytest.raises(InputError, match=r"(?s)step 5 is ingested already, with .*run again once a restarted run"):
+        ingest_run(log, out)
+    log_steps(log, second, [6, 7])
+    assert ingest_run(log, out)["new_steps"] == 3
+    assert [row[:2] for row in held(out)[10:]] == [(5, 1), (6, 1), (7, 1)]
+    assert ingest_run(log, out)["new_steps"] == 0  # 8 and 9 are those of the attempt before
+    assert ingest_run(log_steps(log, second, range(8, 12)), out)["last_step"] == 11
+    assert [row[:2] for row in held(out)[10:]] == [(n, 1) for n in range(5, 12)]
+    for (step, _, parameter), state in zip(held(out), [*first, *second[5:]], strict=True):
+        np.testing.assert_array_equal(parameter, flat(state), err_msg=str(step))
+
+
+def test_steps_that_a_restart_logged_with_the_same_content_are_the_same_steps(log, out):
+    states = random_walk(8)
+    ingest_run(log_steps(log, states, range(6)), out)
+    summary = ingest_run(log_steps(log, states, range(3, 8)), out)
+    assert (summary["new_steps"], summary["attempts"], summary["warnings"]) == (2, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "step"), [([4], 4), ([4, 6], 4), ([4, 5], 4)], ids=["one", "two", "older than what follows"]
+)
+def test_a_change_in_the_middle_is_refused_by_name_and_nothing_is_written(log, out, changed, step):
+    ingest_run(log_steps(log, random_walk(9), range(9)), out)
+    before = held(out)
+    log_steps(log, random_walk(9, seed=1), changed)
+    if changed == [4, 5]:
+        for number in (4, 5):
+            os.utime(log / f"step_{number}.safetensors", ns=(number, number))
+    with pytest.raises(InputError, match=f"step {step} is ingested already, with .*") as caught:
+        ingest_run(log, out)
+    assert f"step_{step}" in caught.value.where
+    assert [row[:2] for row in held(out)] == [row[:2] for row in before]
+
+
+def test_another_run_is_refused_and_one_begun_anew_in_its_place_is_an_attempt(tmp_path, log, out):
+    ingest_run(log_steps(log, random_walk(4), range(4)), out)
+    other = log_steps(tmp_path / "other", random_walk(5, seed=1), range(5))
+    with pytest.raises(InputError, match="step 0 is ingested already, with "):
+        ingest_run(other, out)
+    log_steps(log, random_walk(4, seed=2), range(3))
+    (log / "step_3.safetensors").unlink()
+    assert ingest_run(log, out)["attempts"] == 2
+    assert [row[:2] for row in held(out)] == [*((n, 0) for n in range(4)), *((n, 1) for n in range(3))]
+    analyze_run(out, SERIAL)
+    assert variables(out)["step"].tolist() == [0, 1]
+
+
+def test_a_run_with_one_state_since_its_restart_has_no_update_yet(log, out):
+    ingest_run(log_steps(log, random_walk(3), range(3)), out)
+    shutil.rmtree(log)
+    ingest_run(log_steps(log, random_walk(1, seed=1), [0]), out)
+    with pytest.raises(InputError, match=r"(?s)no two logged states follow each other.*restarted"):
+        analyze_run(out, SERIAL)
+
+
+def test_a_restart_costs_the_bands_of_its_rows_only(log, out, monkeypatch):
+    for name, value in {"LEAST_TILE_BYTES": 1, "CHUNKS_OF_SMALL_RUN": 2, "LEAST_UPDATES": 1}.items():
+        monkeypatch.setattr(blocks, name, value)
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 2 * ELEMENTS)
+    ingest_run(log_steps(log, random_walk(9), range(9)), out)
+    assert analyze_run(out, SERIAL)["computed_chunks"] == 2
+    ingest_run(log_steps(log, random_walk(9, seed=1), range(7, 9)), out)
+    summary = analyze_run(out, SERIAL)
+    assert (summary["chunks"], summary["computed_chunks"]) == (3, 1)
+    gram, ratio = Ledger(RunFolder(out).ledger).read()
+    assert np.isnan(gram[8]).all()
+    assert np.isnan(ratio[8]).all()
+    assert not np.isnan(np.delete(gram, 8, axis=0)).any()
+
+
+@settings(max_examples=15)
+@given(
+    restarts=st.lists(st.tuples(st.integers(0, 9), st.integers(2, 6)), max_size=3),
+    looks=st.integers(0, 2**16 - 1),
+    chunk=st.sampled_from([(1, 8), (3, 17), (64, 17)]),
+)
+def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readable(
+    tmp_path_factory, restarts, looks, chunk
+):
+    folder = tmp_path_factory.mktemp("history")
+    log, out = folder / "log", folder / "out"
+    looked = itertools.chain((bool(looks >> bit & 1) for bit in range(16)), itertools.repeat(False))
+    states, last = random_walk(30), -1
+    history = [(0, 6), *restarts]
+    model: dict[int, tuple[int, int]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "chunk_shape", lambda *_: chunk)
+        patch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: chunk)
+        for attempt, (begin, count) in enumerate(history):
+            begin = min(begin, last + 1)
+            states = [*states[:begin], *random_walk(30, seed=attempt)[begin:]]
+            if attempt and begin <= last:
+                # As a run that starts again from a checkpoint clears what it had logged since.
+                for number in range(begin, last + 1):
+                    (log / f"step_{number}.safetensors").unlink()
+            for number in range(begin, begin + count):
+                log_steps(log, states, [number])
+                # A look at a run that has one new state, or none: nothing is lost, and nothing taken twice.
+                if next(looked) and number > begin:
+                    ingest_run(log, out)
+            ingest_run(log, out)
+            last = begin + count - 1
+            model = {n: kept for n, kept in model.items() if n < begin}
+            model |= {n: (attempt, n) for n in range(begin, last + 1)}
+    trajectory = Trajectory(RunFolder(out).trajectory)
+    rows = np.flatnonzero(trajectory.current())
+    everything = held(out)
+    assert [everything[row][0] for row in rows] == sorted(model)
+    for row in rows:
+        np.testing.assert_array_equal(everything[row][2], flat(states[everything[row][0]]))
+    spans = trajectory.spans()
+    for row, (step, attempt, _) in enumerate(everything[1:]):
+        assert spans[row] == ((step - everything[row][0]) if attempt == everything[row][1] else 0)
+
+
+def test_a_store_of_the_version_before_is_read_and_goes_on_as_one_of_this(log, out):
+    states, second = random_walk(8), random_walk(8, seed=1)
+    ingest_run(log_steps(log, states, range(5)), out)
+    store = RunFolder(out).trajectory
+    shutil.rmtree(store / "attempt")
+    document = (store / "zarr.json").read_text()
+    (store / "zarr.json").write_text(document.replace(f'"version": {LAYOUT_VERSION}', '"version": 1'))
+    assert Trajectory(store).scalar("attempt").tolist() == [0] * 5
+    analyze_run(out, SERIAL)
+    ingest_run(log_steps(log, second, range(3, 8)), out)
+    assert (store / "zarr.json").read_text() == document
+    assert [row[:2] for row in held(out)] == [*((n, 0) for n in range(5)), *((n, 1) for n in range(3, 8))]
+
+
+# Many runs -----------------------------------------------------------------------------------------------------
+
+
+def write_sweep(folder, lengths, begin=0):
+    """Log runs of some lengths, or what they have logged since the steps in ``begin``."""
+    for index, length in enumerate(lengths):
+        log_steps(folder / f"run_{index}", random_walk(length, seed=index), range(begin, length))
+    return folder
+
+
+def test_a_sweep_is_the_results_of_its_runs_on_an_axis_of_their_own(tmp_path, out):
+    lengths = [5, 9, 2, 7]
+    ingest_run(write_sweep(tmp_path / "sweep", lengths), out, sweep=True)
+    analyze_run(out, Analysis(workers=1, windows=(1, 3)))
+    tree = results.read(RunFolder(out).results)
+    assert tree["model"].sizes == {"run": 4, "step": 8, "descent": 4, "window": 2, "gamma": 5}
+    assert tree["tensor"].sizes["tensor"] == len(TENSORS)
+    trees = results.runs(tree)
+    assert list(trees) == [f"run_{index}" for index in range(4)]
+    for index, length in enumerate(lengths):
+        windows = (1, 3) if length > 3 else (1,)
+        single = alone(tmp_path / f"alone_{index}", random_walk(length, seed=index), range(length), windows=windows)
+        for group in ("model", "tensor"):
+            expected = variables(single, group)
+            found = trees[f"run_{index}"][group].to_dataset().sel(window=list(windows))
+            assert_same({name: found[name].values for name in (*found.data_vars, "step")}, expected)
+        absent = tree["model"]["status"].sel(run=f"run_{index}").isel(step=slice(length - 1, None))
+        assert (absent == Status.NOT_LOGGED).all()
+    report_run([out])
+
+
+def test_runs_that_go_on_after_others_lose_no_update(tmp_path, out):
+    sweep = tmp_path / "sweep"
+    ingest_run(write_sweep(sweep, [3, 4]), out, sweep=True)
+    assert ingest_run(sweep, out, sweep=True)["new_steps"] == 0
+    write_sweep(sweep, [6, 5], begin=3)
+    log_steps(sweep / "run_2", random_walk(3, seed=2), range(3))
+    (sweep / "notes.txt").write_text("of the sweep")
+    assert ingest_run(sweep, out, sweep=True)["new_steps"] == 7
+    analyze_run(out, SERIAL)
+    at_once = tmp_path / "at_once"
+    ingest_run(write_sweep(tmp_path / "again", [6, 5, 3]), at_once, sweep=True)
+    analyze_run(at_once, SERIAL)
+    for group in ("model", "tensor"):
+        assert_same(variables(out, group), variables(at_once, group))
+    with pytest.raises(InputError, match="the trajectory is of a sweep, the log is not"):
+        ingest_run(sweep / "run_0", out)
+
+
+def test_a_run_of_a_sweep_that_was_restarted_is_another_attempt_of_it_alone(tmp_path, out):
+    sweep = tmp_path / "sweep"
+    ingest_run(write_sweep(sweep, [4, 4]), out, sweep=True)
+    log_steps(sweep / "run_0", random_walk(5, seed=7), range(2, 5))
+    (warning,) = ingest_run(sweep, out, sweep=True)["warnings"]
+    assert warning.startswith("run run_0 was restarted before step 2")
+    analyze_run(out, SERIAL)
+    model = results.read(RunFolder(out).results)["model"]
+    status = model["status"].sel(window=1, descent="gradient") != Status.NOT_LOGGED
+    assert status.sel(run="run_0").values.tolist() == [True, False, True, True]
+    assert status.sel(run="run_1").values.tolist() == [True, True, True, False]
+    assert model["attempt"].sel(run="run_0").values.tolist() == [0, 0, 1, 1]
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, out):
+    (tmp_path / "sweep").mkdir()
+    for path, message in [
+        (tmp_path / "sweep", "no run is in this folder"),
+        (tmp_path / "no", "a sweep is one folder"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            ingest_run(path, out, sweep=True)

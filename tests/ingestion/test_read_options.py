@@ -1,0 +1,186 @@
+"""How a log is read is kept with its trajectory: what was said once holds, and nothing else is taken."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from logs import random_walk, write_log, write_step
+from natgrad.app import run
+from natgrad.app.describe import describe_run
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.store import Trajectory
+
+STEPS = 8
+LONG_AGO = 10**9
+"""Of logs of scalars: nothing more comes."""
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "trajectory.zarr"
+
+
+def held(out):
+    states = Trajectory(out)
+    # As text: a number that is missing is NaN, which equals nothing.
+    numbers = [str(states.scalar(name).tolist()) for name in ("step", "attempt", "loss", "learning_rate")]
+    return states.fingerprint(), *numbers
+
+
+def renamed(states):
+    """States whose quantities lie under other keys, and other values under the usual ones."""
+    return [
+        {f"net/{key}" if "/" in key else f"my_{key}": value for key, value in state.items()}
+        | {key: -value for key, value in state.items()}
+        for state in states
+    ]
+
+
+MAPPING = {"parameter": "net/parameter", "gradient": "net/gradient", "loss": "my_loss"}
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "told"),
+    [
+        ({}, {"shift": {"gradient": -1}}, "made without --shift of gradient, and --shift gradient=-1 is given now"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": -2}}, "made with --shift loss=-1, and --shift loss=-2 is"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": 0}}, "made with --shift loss=-1, and --shift loss=0 is"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": -1, "hvp": 1}}, "made without --shift of hvp"),
+        ({}, {"mapping": {"loss": "my_loss"}}, "made without --map of loss, and --map loss=my_loss is given now"),
+        ({"mapping": MAPPING}, {"mapping": {"loss": "loss"}}, "made with --map loss=my_loss, and --map loss=loss"),
+    ],
+)
+def test_another_reading_is_refused_and_changes_nothing(tmp_path, out, made, given, told):
+    log = write_log(tmp_path / "log", renamed(random_walk(STEPS - 2)))
+    ingest(log, out, **made)
+    before = held(out)
+    for step, state in enumerate(renamed(random_walk(STEPS))):
+        write_step(log, step, state)
+    with pytest.raises(InputError, match="not read on in another way") as refusal:
+        ingest(log, out, **given)
+    assert told in refusal.value.what
+    assert "--overwrite" in refusal.value.remedy
+    assert refusal.value.where == str(out)
+    assert held(out) == before
+    ingest(log, out, overwrite=True, **given)
+    ingest(log, tmp_path / "other.zarr", **given)
+    assert held(out) == held(tmp_path / "other.zarr") != before
+
+
+@pytest.mark.parametrize("said", ["nothing", "a part", "all"])
+def test_a_run_goes_on_as_it_was_begun(tmp_path, out, said):
+    options = {"mapping": MAPPING, "shift": {"loss": 1, "gradient": -1}}
+    log = write_log(tmp_path / "log", renamed(random_walk(STEPS - 2)))
+    ingest(log, out, **options)
+    for step, state in list(enumerate(renamed(random_walk(STEPS))))[-2:]:
+        write_step(log, step, state)
+    part = {"mapping": {"loss": "my_loss"}, "shift": {"gradient": -1}}
+    assert ingest(log, out, **{"nothing": {}, "a part": part, "all": options}[said]).new_steps == 2
+    ingest(log, tmp_path / "whole.zarr", **options)
+    assert held(out) == held(tmp_path / "whole.zarr")
+    assert ingest(log, out).new_steps == 0
+
+
+def test_what_was_said_is_known(tmp_path):
+    log = write_log(tmp_path / "log", random_walk(STEPS))
+    run.ingest_run(log, tmp_path / "plain")
+    assert not {"map", "shift"} & set(describe_run(tmp_path / "plain"))
+    run.ingest_run(log, tmp_path / "said", shift={"loss": -1}, mapping={"loss": "loss"})
+    described = describe_run(tmp_path / "said")
+    assert (described["map"], described["shift"]) == ({"loss": "loss"}, {"loss": -1})
+
+
+def test_a_scalar_that_lies_in_the_file_of_a_later_step_comes_later(tmp_path, out):
+    log = write_log(tmp_path / "log", random_walk(STEPS - 2))
+    ingest(log, out, shift={"loss": -1})
+    write_log(tmp_path / "log", random_walk(STEPS)[-2:], range(STEPS - 2, STEPS))
+    summary = ingest(log, out)
+    assert (summary.new_steps, summary.attempts) == (2, 1)
+    assert any("1 steps were ingested without scalars that the log has now" in told for told in summary.warnings)
+    write_step(log, 7, random_walk(STEPS, seed=1)[7])  # but another state, whose loss had not come, is another
+    assert ingest(log, out).attempts == 2
+
+
+def test_a_store_that_does_not_say_how_it_was_made_is_read_as_before(tmp_path, out, monkeypatch):
+    log = write_log(tmp_path / "log", random_walk(STEPS - 2))
+    create = Trajectory.create
+    with monkeypatch.context() as patch:
+        patch.setattr(Trajectory, "create", lambda *words, reading, **options: create(*words, **options))
+        ingest(log, out, shift={"loss": -1})
+    assert Trajectory(out).reading is None
+    write_log(tmp_path / "log", random_walk(STEPS)[-2:], range(STEPS - 2, STEPS))
+    assert ingest(log, out, shift={"loss": -1}).new_steps == 2
+    ingest(log, tmp_path / "whole.zarr", shift={"loss": -1})
+    # The loss of what was the last step had not been logged when it was ingested.
+    assert np.isnan(Trajectory(out).scalar("loss")).tolist() == [step in (5, 7) for step in range(STEPS)]
+    assert held(out)[:3] == held(tmp_path / "whole.zarr")[:3]
+    # Without the option the same losses are taken for those of other steps, and nothing can say why.
+    with pytest.raises(InputError, match="step 0 is ingested already, with loss"):
+        ingest(log, out)
+
+
+# Run files and several sources ---------------------------------------------------------------------------------
+
+
+def write_scalars(folder, states, key="nll"):
+    path = folder / "metrics.jsonl"
+    rows = [{"step": step, key: float(state["loss"]), "lr": 0.1} for step, state in enumerate(states)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    return path
+
+
+def write_tensors(folder, states):
+    return write_log(folder, [{k: v for k, v in state.items() if "/" in k} for state in states])
+
+
+def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
+    states = random_walk(STEPS)
+    write_tensors(tmp_path / "log", states)
+    write_scalars(tmp_path, states)
+    file = tmp_path / "run.toml"
+
+    def write(shift, more=""):
+        scalars = f'[[source]]\npath = "metrics.jsonl"\nmap = {{ loss = "nll" }}\nshift = {{ loss = {shift} }}\n'
+        file.write_text(f'[[source]]\npath = "log"\n{scalars}{more}')
+
+    write(0)
+    ingest(file, out)
+    write(-1)
+    with pytest.raises(InputError, match=r"for 'metrics.jsonl' its run file said .*and now") as refusal:
+        ingest(file, out)
+    assert "'shift': {'loss': -1}" in refusal.value.what
+    write(0, '[[source]]\npath = "more.jsonl"\n')
+    write_scalars(tmp_path, states, "loss").rename(tmp_path / "more.jsonl")
+    write_scalars(tmp_path, states)
+    assert ingest(file, out).new_steps == 0
+
+
+def test_keys_of_a_log_of_scalars_are_not_looked_for_in_tensors(tmp_path, out):
+    """The folder of a restarted run is given alone, and goes on with what was said of its own kind."""
+    states = random_walk(STEPS)
+    log = write_tensors(tmp_path / "log", [{f"net/{k}": v for k, v in state.items()} for state in states[:5]])
+    scalars = write_scalars(tmp_path, states[:5])
+    tensors = {"parameter": "net/parameter", "gradient": "net/gradient"}
+    ingest([log, scalars], out, mapping={**tensors, "loss": "nll"})
+    again = write_log(
+        tmp_path / "again",
+        [{f"net/{k}": v for k, v in state.items()} for state in random_walk(STEPS, seed=1)[3:]],
+        range(3, STEPS),
+    )
+    assert ingest(again, out).attempts == 2
+
+
+def test_keys_of_scalars_of_one_source_are_not_given_to_another(tmp_path, out):
+    states = [{**state, "my_loss": state["loss"]} for state in random_walk(STEPS)]
+    log = write_log(tmp_path / "log", states)
+    ingest(log, out, mapping={"loss": "my_loss"})
+    scalars = write_scalars(tmp_path, states)
+    with pytest.raises(InputError, match="loss=my_loss of its one SOURCE, and now there are several"):
+        ingest([log, scalars], out)
+    plain = tmp_path / "plain.zarr"
+    ingest(log, plain)
+    assert ingest([log, scalars], plain, mapping={"loss": "nll"}).new_steps == 0

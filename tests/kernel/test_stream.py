@@ -1,0 +1,169 @@
+"""Rows read and computed in one compiled loop: the bits of rows in memory, and no number of what cannot be read."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logs import DTYPES, walk_arrays
+from natgrad.kernel import gram, stream
+
+ELEMENTS, STATES = 3000, 7
+LONG_PIECE = 2100  # longer than what the ratio is sampled of, and than two blocks
+
+
+def words(array):
+    """Stored words of values."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+@pytest.fixture(scope="module")
+def logged():
+    """Stored words of each array in each dtype."""
+    found = {}
+    for dtype in DTYPES:
+        arrays = walk_arrays(STATES, ELEMENTS, dict.fromkeys(("parameter", "gradient", "hvp"), dtype))
+        found[dtype] = [np.ascontiguousarray(words(array)) for array in arrays.values()]
+    return found
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Write rows to files, so many in each, some bytes after its start, and open them."""
+    opened = []
+
+    def write(rows, together, padding=0):
+        descriptors, offsets = [], []
+        for first in range(0, len(rows), together):
+            path = tmp_path / f"{len(opened)}"
+            path.write_bytes(b"\xff" * padding + rows[first : first + together].tobytes())
+            opened.append(os.open(path, os.O_RDONLY))
+            for row in range(len(rows[first : first + together])):
+                descriptors.append(opened[-1])
+                offsets.append(padding + row * rows[0].nbytes)
+        return np.array(descriptors, np.int32), np.array(offsets, np.int64)
+
+    yield write
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+def cut(*boundaries):
+    return [np.array(piece, np.int64) for piece in boundaries]
+
+
+CUTS = {
+    "one piece": (cut([0, 7, 1500, ELEMENTS]), ELEMENTS),
+    "one piece, not to the end": (cut([0, 7, 1500, ELEMENTS - 8]), ELEMENTS),
+    "three pieces": (cut([0, 900], [900, 901, LONG_PIECE], [LONG_PIECE, ELEMENTS]), 1200),
+}
+
+
+def computed(files, dtypes, boundaries, stride, batch, leads):
+    segments, count = sum(map(len, boundaries)) - len(boundaries), 5 + (len(files) > 2)
+    found = np.full((len(leads), segments, count, count), 7.0), np.full((len(leads), segments), 7.0)
+    buffer = np.empty(stream.buffer_bytes(stride, batch, [dtype.itemsize for dtype in dtypes]), np.uint8)
+    return stream.products(files, dtypes, boundaries, stride, batch, leads, buffer, *found), *found
+
+
+def in_memory(arrays, boundaries, leads):
+    """Products of pairs of rows one by one, piece by piece; NaN where there is no update."""
+    parts = []
+    for piece in boundaries:
+        held = [array[:, piece[0] : piece[-1]] for array in arrays]
+        count = 5 + (len(arrays) > 2)
+        found = (
+            np.full((len(leads), len(piece) - 1, count, count), np.nan),
+            np.full((len(leads), len(piece) - 1), np.nan),
+        )
+        for row in np.flatnonzero(leads):
+            pair = [[array[row : row + 2]] for array in held]
+            here = slice(row, row + 1)
+            gram.products(pair[0], pair[1], piece - piece[0], found[0][here], found[1][here], *pair[2:])
+        parts.append(found)
+    return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("cutting", CUTS)
+@pytest.mark.parametrize(
+    ("dtypes", "together", "batch"),
+    [
+        (("float32", "float32"), 1, 1),
+        (("float32", "float32"), 3, 2),
+        (("float32", "float32", "float32"), 7, 8),
+        (("bfloat16", "float32"), 2, 3),
+        (("float16", "bfloat16", "float64"), 3, 1),
+        (("float64", "float64"), 7, 4),
+    ],
+)
+def test_what_is_read_has_the_bits_of_what_is_in_memory(logged, put, cutting, dtypes, together, batch):
+    arrays = [logged[dtype][position] for position, dtype in enumerate(dtypes)]
+    boundaries, stride = CUTS[cutting]
+    # An hvp belongs to an update: that of the last state is not asked for, and need not be there.
+    files = [
+        put(array[: STATES - (position == 2)], together, 5 * position) for position, array in enumerate(arrays)
+    ]
+    files = [
+        tuple(np.concatenate([part, np.full(STATES - len(part), -1, part.dtype)]) for part in file)
+        for file in files
+    ]
+    leads = np.array([True, True, False, True, True, True])
+    failed, *found = computed(files, [array.dtype for array in arrays], boundaries, stride, batch, leads)
+    assert failed is None
+    expected = in_memory(arrays, boundaries, leads)
+    assert np.isfinite(expected[0][leads]).all()
+    for one, other in zip(found, expected, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@given(leads=st.lists(st.booleans(), min_size=STATES - 1, max_size=STATES - 1), batch=st.integers(1, STATES + 1))
+def test_wherever_no_update_leads_and_however_many_rows_are_read_the_others_are_as_they_were(
+    logged, tmp_path_factory, leads, batch
+):
+    arrays, leads = logged["float32"][:2], np.array(leads)
+    path = tmp_path_factory.mktemp("rows") / "both"
+    path.write_bytes(b"".join(array.tobytes() for array in arrays))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        row = arrays[0][0].nbytes
+        files = [
+            (np.full(STATES, descriptor, np.int32), np.arange(STATES) * row + position * STATES * row)
+            for position in range(2)
+        ]
+        failed, *found = computed(files, [np.dtype("<f4")] * 2, cut([0, 10, ELEMENTS]), ELEMENTS, batch, leads)
+    finally:
+        os.close(descriptor)
+    assert failed is None
+    for one, other in zip(found, in_memory(arrays, cut([0, 10, ELEMENTS]), leads), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("array", [0, 1, 2])
+def test_the_row_that_cannot_be_read_is_named(logged, put, tmp_path, array, batch):
+    arrays = logged["float32"]
+    files = [put(rows, 1) for rows in arrays]
+    leads, dtypes = np.ones(STATES - 1, bool), [np.dtype("<f4")] * 3
+    os.truncate(tmp_path / str(array * STATES + 4), arrays[0][0].nbytes - 1)
+    boundaries, stride = CUTS["three pieces"]
+    # The byte that is missing is of the last piece.
+    failed, *_ = computed(files, dtypes, boundaries, stride, batch, leads)
+    assert failed == (array, 4)
+    failed, *_ = computed(files, dtypes, boundaries[:2], stride, batch, leads)
+    assert failed is None
+    files[array][0][2] = -1  # no file is open under this number
+    failed, *_ = computed(files, dtypes, boundaries[:2], stride, batch, leads)
+    assert failed == (array, 2)
+
+
+def test_a_buffer_that_would_be_overrun_is_refused(logged, put):
+    files = [put(rows, 1) for rows in logged["float32"][:2]]
+    leads, dtypes = np.ones(STATES - 1, bool), [np.dtype("<f4")] * 2
+    with pytest.raises(ValueError, match="longer than 2999"):
+        computed(files, dtypes, cut([0, ELEMENTS]), ELEMENTS - 1, 1, leads)
+    products = np.empty((STATES - 1, 1, 5, 5)), np.empty((STATES - 1, 1))
+    short = np.empty(stream.buffer_bytes(ELEMENTS, 2, [4, 4]) - 1, np.uint8)
+    with pytest.raises(ValueError, match="a buffer of 95999 bytes in place of 96000"):
+        stream.products(files, dtypes, cut([0, ELEMENTS]), ELEMENTS, 2, leads, short, *products)

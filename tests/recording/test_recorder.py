@@ -1,0 +1,208 @@
+"""The recorder: what it writes is what the pipeline reads, whole or not at all."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logs import DTYPES
+from natgrad.recording import recorder
+from natgrad.recording.recorder import CONTAINERS, Recorder
+from natgrad.schema.errors import InputError
+from natgrad.schema.names import SCALARS
+from natgrad.sources.opening import open_source
+from natgrad.sources.steps import LoggedTensor
+
+names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
+shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)
+
+
+def words(array):
+    """Array as the reader gives it: flat, bfloat16 as its bits."""
+    flat = array.ravel()
+    return flat.view(np.uint16) if flat.dtype == ml_dtypes.bfloat16 else flat
+
+
+def read(folder):
+    """Number of each step to its content and its arrays, through the reader of the pipeline."""
+    steps = {}
+    source = open_source(folder)
+    for step in source.steps():
+        with source.open(step) as reader:
+            content = reader.content()
+            arrays = {}
+            for array, tensors in content.arrays.items():
+                for tensor, logged in tensors.items():
+                    dtype = np.uint16 if logged.dtype == "bfloat16" else logged.dtype
+                    arrays[array, tensor] = np.empty(int(np.prod(logged.shape)), dtype)
+                    reader.read(array, tensor, 0, arrays[array, tensor])
+        steps[step.number] = content, arrays
+    return steps
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@given(shapes=shapes, step=st.integers(0, 10**12), seed=st.integers(0, 9), with_hvp=st.booleans())
+def test_what_is_recorded_is_read_back_to_the_last_bit(tmp_path_factory, container, shapes, step, seed, with_hvp):
+    folder = tmp_path_factory.mktemp("run")
+    random = np.random.default_rng(seed)
+    dtypes = [dtype for dtype in DTYPES if container == "safetensors" or dtype != "bfloat16"]
+    states = {
+        state: {
+            name: random.standard_normal(shape).astype(DTYPES[dtype])
+            for (name, shape), dtype in zip(shapes.items(), random.choice(dtypes, len(shapes)), strict=True)
+        }
+        for state in ("parameter", "gradient", *["hvp"] * with_hvp)
+    }
+    loss, rate = random.standard_normal(2)
+    path = Recorder(folder, container).record(step, loss=loss, learning_rate=rate, **states)
+    assert path == folder / f"step_{step}.{container}"
+    ((number, (content, arrays)),) = read(folder).items()
+    assert number == step
+    assert content.scalars == {"loss": loss, "learning_rate": rate}
+    assert content.unused == ()
+    expected = {(state, name): array for state, tensors in states.items() for name, array in tensors.items()}
+    assert arrays.keys() == expected.keys()
+    for (state, name), array in expected.items():
+        assert content.arrays[state][name] == LoggedTensor(array.shape, array.dtype.name)
+        np.testing.assert_array_equal(arrays[state, name], words(array))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_transposed_or_strided_tensor_is_recorded_by_its_values(tmp_path, container):
+    whole = np.arange(24.0).reshape(4, 6)
+    parameter = {"transposed": whole.T, "strided": whole[::2, ::3], "swapped": whole.astype(">f8")}
+    Recorder(tmp_path, container).record(0, parameter=parameter, gradient=parameter)
+    _, arrays = read(tmp_path)[0]
+    for name, array in parameter.items():
+        np.testing.assert_array_equal(arrays["parameter", name], array.ravel())
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_keys_that_were_not_given_are_not_written(tmp_path, container):
+    Recorder(tmp_path, container).record(0, parameter={"theta": [1.0]}, gradient={"theta": [np.nan]})
+    content, arrays = read(tmp_path)[0]
+    assert content.scalars == {}
+    assert set(content.arrays) == {"parameter", "gradient"}
+    assert np.isnan(arrays["gradient", "theta"]).all()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_step_that_is_being_written_is_not_seen(tmp_path, container, monkeypatch):
+    writer, unable = recorder._WRITERS[container]
+    seen = []
+
+    def write_and_look(file, arrays):
+        writer(file, arrays)
+        file.flush()
+        seen.append(([path.name for path in tmp_path.iterdir()], [step.number for step in source.steps()]))
+
+    one = Recorder(tmp_path, container)
+    one.record(3, parameter={"theta": [1.0]}, gradient={"theta": [1.0]})
+    source = open_source(tmp_path)
+    monkeypatch.setitem(recorder._WRITERS, container, (write_and_look, unable))
+    one.record(4, parameter={"theta": [1.0]}, gradient={"theta": [1.0]})
+    ((files, numbers),) = seen
+    assert len(files) == 2  # the step before, and the one aside
+    assert numbers == [3]
+    assert [step.number for step in source.steps()] == [3, 4]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_write_that_fails_leaves_the_step_before_it_and_nothing_else(tmp_path, container, monkeypatch):
+    one = Recorder(tmp_path, container)
+    path = one.record(0, parameter={"theta": [1.0]}, gradient={"theta": [1.0]})
+    before = path.read_bytes()
+
+    def half(file, arrays):
+        file.write(before[:50])
+        raise OSError("no space left")
+
+    monkeypatch.setitem(recorder._WRITERS, container, (half, frozenset()))
+    for step in (0, 1):
+        with pytest.raises(OSError, match="no space left"):
+            one.record(step, parameter={"theta": [2.0]}, gradient={"theta": [2.0]})
+    assert [path] == list(tmp_path.iterdir())
+    assert path.read_bytes() == before
+
+
+def test_the_loss_is_a_0_d_float64_also_from_an_array_of_one_number(tmp_path):
+    one = Recorder(tmp_path)
+    tensors = {"parameter": {"theta": [1.0]}, "gradient": {"theta": [1.0]}}
+    path = one.record(0, loss=np.float32([0.1]), learning_rate=1, **tensors)
+    arrays = safetensors.numpy.load_file(path)
+    assert arrays["loss"].shape == arrays["learning_rate"].shape == ()
+    assert arrays["loss"].dtype == arrays["learning_rate"].dtype == np.float64
+    assert arrays["loss"] == np.float32(0.1)
+    with pytest.raises(InputError, match=r"loss has shape \(2,\)"):
+        one.record(1, loss=[0.1, 0.2], **tensors)
+
+
+def test_every_number_that_a_store_knows_can_be_recorded_and_no_other(tmp_path):
+    tensors = {"parameter": {"theta": [1.0]}, "gradient": {"theta": [1.0]}}
+    numbers = {name: float(index) for index, name in enumerate(SCALARS)}
+    Recorder(tmp_path).record(0, **tensors, **numbers)
+    source = open_source(tmp_path)
+    with source.open(source.steps()[0]) as reader:
+        assert reader.content().scalars == numbers
+    with pytest.raises(InputError, match=r"(?s)accuracy is no number of a step.*loss_time_derivative"):
+        Recorder(tmp_path, resume=True).record(0, **tensors, accuracy=0.5)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_resumed_one_replaces_its_steps(tmp_path):
+    tensors = {"gradient": {"theta": [1.0]}}
+    for step in range(3):
+        if step == 0:
+            first = Recorder(tmp_path)
+        first.record(step, parameter={"theta": [0.0]}, **tensors)
+    with pytest.raises(InputError, match="already holds steps"):
+        Recorder(tmp_path)
+    with pytest.raises(InputError, match="already holds steps"):
+        Recorder(tmp_path, "npz", resume=True)
+    Recorder(tmp_path, resume=True).record(2, parameter={"theta": [5.0]}, **tensors)
+    assert [arrays["parameter", "theta"][0] for _, arrays in read(tmp_path).values()] == [0.0, 0.0, 5.0]
+
+
+def test_files_that_are_no_steps_do_not_keep_a_run_from_its_folder(tmp_path):
+    (tmp_path / "step_notes.txt").write_text("notes")
+    (tmp_path / ".step_7.npz.1.partial").write_bytes(b"left by a killed writer")
+    Recorder(tmp_path).record(0, parameter={"theta": [0.0]}, gradient={"theta": [1.0]})
+    assert list(read(tmp_path)) == [0]
+
+
+GOOD = {"layer": np.ones((2, 3))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": -1}, "step -1 is negative"),
+        ({"parameter": {}, "gradient": {}}, "no parameters"),
+        ({"gradient": {}}, "gradient and parameter differ"),
+        ({"gradient": {"other": np.ones((2, 3))}}, "(?s)gradient and parameter differ.*layer.*other"),
+        ({"gradient": {"layer": np.ones((3, 2))}}, r"(?s)\(3, 2\).*\(2, 3\)"),
+        ({"hvp": {"layer": np.ones(6)}}, "hvp and parameter differ"),
+        ({"parameter": {"layer": np.ones((2, 3), int)}}, "parameter 'layer' of dtype int64"),
+        ({"parameter": {"layer": np.ones((2, 3), complex)}}, "complex128"),
+        ({"gradient": {"layer": np.ones((2, 3), object)}}, "gradient 'layer' of dtype object"),
+        ({"parameter": {"": np.ones(1)}, "gradient": {"": np.ones(1)}}, "give it a name"),
+    ],
+)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_cannot_be_read_back_is_refused_and_not_written(tmp_path, container, arguments, message):
+    arguments = {"step": 0, "parameter": GOOD, "gradient": GOOD} | arguments
+    with pytest.raises(InputError, match=message):
+        Recorder(tmp_path, container).record(arguments.pop("step"), **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_in_npz_is_refused_with_the_dtypes_it_can_hold(tmp_path):
+    tensors = {"theta": np.ones(2, ml_dtypes.bfloat16)}
+    with pytest.raises(InputError, match=r"(?s)bfloat16 cannot be recorded in npz.*float16, float32, float64"):
+        Recorder(tmp_path, "npz").record(0, parameter=tensors, gradient=tensors)
+
+
+def test_an_unknown_container_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"(?s)'pt' is not known.*safetensors, npz"):
+        Recorder(tmp_path, "pt")

@@ -1,0 +1,98 @@
+"""Several runs side by side: what is drawn against their results."""
+
+import numpy as np
+import pytest
+
+from logs import random_walk, write_log
+from natgrad.reporting import figures
+from natgrad.reporting import page as report
+from natgrad.reporting.figures import RunResults, curves
+from processing import process
+
+TENSORS = {"one": (4, 3), "two": (5,)}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """Results of two runs of two tensors, and of one that has but one of them; the second climbs."""
+    folder = tmp_path_factory.mktemp("compared")
+    logs = {
+        "first": random_walk(12, TENSORS, "float64"),
+        "climbing": random_walk(20, TENSORS, "float64", seed=1),
+        "smaller": random_walk(12, {"two": (5,)}, "float64", seed=2),
+    }
+    for state in logs["climbing"]:
+        for key in state:
+            if key.startswith("gradient/"):
+                state[key] = -state[key]
+    return {name: process(write_log(folder / name, log), folder / f"{name}-out") for name, log in logs.items()}
+
+
+@pytest.fixture
+def compared(trees, monkeypatch):
+    """A function from names of runs to matplotlib's figure of them, with the runs."""
+    monkeypatch.setattr(curves, "picture", lambda figure, alt: figure)
+
+    def draw(*names):
+        runs = [RunResults.of(name, trees[name]) for name in names]
+        with figures.drawing():
+            return figures.comparison(runs), runs
+
+    return draw
+
+
+def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_number(compared):
+    figure, runs = compared("first", "climbing")
+    assert len(figure.axes) == 2 * (1 + len(TENSORS))
+    colours = set()
+    for row, name in enumerate((None, *TENSORS)):
+        for column, variable in enumerate(("angle", "condition_number")):
+            axes = figure.axes[2 * row + column]
+            drawn = [line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
+            assert len(drawn) == len(runs)
+            for run, line in zip(runs, drawn, strict=True):
+                expected = run[variable] if name is None else run.tensor(variable, name)
+                np.testing.assert_array_equal(line.get_xdata(), run.steps)
+                np.testing.assert_array_equal(line.get_ydata(), expected)
+                colours.add((run.name, line.get_color()))
+        assert figure.axes[2 * row].get_title(loc="left").endswith(name or "whole model")
+    assert len(colours) == len({colour for _, colour in colours}) == len(runs)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "climbing"]
+    # The obtuse half is in sight where a run is there.
+    assert runs[1]["angle"].max() > np.pi / 2
+    assert figure.axes[0].get_ylim()[1] > np.pi
+
+
+def test_of_runs_of_different_models_the_tensors_that_all_have_are_drawn(compared):
+    figure, _ = compared("first", "smaller")
+    titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
+    assert titles == ["whole model", "1  two"]
+
+
+def test_the_one_tensor_of_a_model_is_not_drawn_twice(compared):
+    figure, _ = compared("smaller", "smaller")
+    assert len(figure.axes) == 2
+
+
+def test_as_many_runs_as_are_compared_are_told_apart(compared):
+    figure, runs = compared(*figures.COMPARED_RUNS * ["smaller"])
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
+    assert len(looks) == len(runs) == figures.COMPARED_RUNS
+
+
+def test_runs_without_any_condition_number_are_drawn(compared):
+    figure, runs = compared("climbing", "climbing")
+    assert np.isnan(runs[0].tensor("condition_number", "one")).any()
+    assert len(figure.axes) == 6
+
+
+def test_a_page_compares_several_runs_and_says_where_there_are_too_many(trees, tmp_path, monkeypatch):
+    def says(*names):
+        page = report.write_report({name: trees[name] for name in names}, tmp_path / "page.html").read_text("utf-8")
+        return page.count('id="comparison"'), page.count(f"Curves of {figures.COMPARED_RUNS} runs at most")
+
+    assert says("first") == (0, 0)
+    assert says("first", "smaller") == (1, 0)
+    monkeypatch.setattr(figures, "COMPARED_RUNS", 1)
+    assert says("first") == (0, 0)
+    assert says("first", "smaller") == (0, 1)

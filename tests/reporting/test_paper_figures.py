@@ -1,0 +1,195 @@
+"""Figures 1 to 3: what is drawn and written against the systems that made the runs."""
+
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from logs import random_walk, write_log
+from natgrad.app import run
+from natgrad.experiments.linear_system import log_linear_system
+from natgrad.reporting import figures, paper
+from natgrad.reporting.figures import RunResults
+from natgrad.reporting.paper import Plane
+from natgrad.results import dataset as results
+from natgrad.schema.errors import InputError
+from natgrad.theory.metric_operators import Metric
+
+FIGURES = {f"figure_{name}.svg" for name in ("1", "2", "3a", "3b", "3c", "3d", "3e")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three processed runs and the system of the first: of a plane, linear, and one that is no descent."""
+    top = tmp_path_factory.mktemp("paper")
+    system = log_linear_system(top / "logs" / "plane", dimension=2, steps=30)
+    log_linear_system(top / "logs" / "linear", seed=1, steps=60)
+    write_log(top / "logs" / "network", random_walk(30))
+    for name in ("plane", "linear", "network"):
+        run.ingest_run(top / "logs" / name, top / name)
+        run.analyze_run(top / name, run.Analysis(windows=(1, 4), workers=1))
+    return system, top
+
+
+@pytest.fixture(scope="module")
+def plane(folders):
+    return Plane.read(folders[1] / "plane" / "trajectory.zarr")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Runs of the plane from one state, each at half the learning rate of the one before."""
+    top = tmp_path_factory.mktemp("sweep")
+    planes = []
+    for halvings in range(8):
+        name = f"rate_{halvings}"
+        log_linear_system(top / "logs" / name, dimension=2, steps=3, learning_rate=0.05 / 2**halvings)
+        run.ingest_run(top / "logs" / name, top / name)
+        planes.append(top / name)
+    return planes
+
+
+@pytest.fixture(scope="module")
+def runs(folders):
+    return [RunResults.of(name, results.read(folders[1] / name / "results.zarr")) for name in ("linear", "network")]
+
+
+def test_the_loss_of_the_plane_is_that_of_the_system(folders, plane):
+    system, _ = folders
+    # Thirty states determine six numbers; a few roundings of each reach them.
+    assert plane.hessian() == pytest.approx(2 * system.lyapunov, rel=1e-12)
+    points = np.random.default_rng(0).standard_normal((5, 4, 2))
+    losses = plane.loss(points)
+    assert losses.shape == (5, 4)
+    for point, loss in zip(points.reshape(-1, 2), losses.ravel(), strict=True):
+        assert loss == pytest.approx(system.loss(point), rel=1e-10)
+
+
+def test_the_command_writes_every_figure_and_the_numbers(folders, capsys):
+    _, top = folders
+    paper.main([str(top / name) for name in ("plane", "linear", "network", "figures")])
+    assert {path.name for path in (top / "figures").iterdir()} == FIGURES | {"numbers.md"}
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    for name in FIGURES:
+        assert ElementTree.parse(top / "figures" / name).getroot().tag.endswith("svg")
+    first = (top / "figures" / "figure_1.svg").read_bytes()
+    paper.main([str(top / name) for name in ("plane", "linear", "network", "figures")])
+    assert (top / "figures" / "figure_1.svg").read_bytes() == first
+
+
+def test_the_numbers_stand_beside_those_of_the_printed_formulas(folders, plane, runs):
+    rows = {statement: (printed, ours) for statement, printed, ours in paper.comparisons(plane, *runs)}
+    for letter in "AB":
+        # Points lie half a degree apart in the circle; the ball stretches that by its condition number's root.
+        stretch = np.sqrt(Metric(*plane.update(paper._shown_step(plane))).condition_number())
+        assert float(rows.pop(next(key for key in rows if key.startswith(f"1{letter}")))[1][:-1]) <= 0.5 * stretch
+    compared = {key: row for key, row in rows.items() if "ψ =" in key and key.startswith("3B")}
+    assert len(compared) == 6
+    for printed, ours in compared.values():
+        assert printed == ours
+    assert rows["3B: updates that are effective"] == ("all", "60 of 60")
+    assert rows["3C: steps at which the loss rises"] == ("none", "0 of 59")
+    status = runs[1]["status"]
+    assert rows["3D: updates that are effective"][1] == f"{(status == 0).sum()} of {len(status)}"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Matplotlib's figures in place of pictures."""
+    monkeypatch.setattr(figures.paper, "picture", lambda figure, alt: figure)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_in_figure_1_the_ball_is_that_of_the_metric(plane):
+    step = paper._shown_step(plane)
+    y, g = plane.update(step)
+    figure = figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), 0.1)
+    matrices = Metric(y, g).to_dense(), np.eye(2)
+    areas = []
+    for axes, matrix in zip(figure.axes, matrices, strict=True):
+        curve = axes.lines[0].get_xydata() - plane.states[step]
+        lengths = np.einsum("ni,ij,nj->n", curve, matrix, curve)
+        assert lengths == pytest.approx(np.full(len(lengths), lengths[0]), rel=1e-9)
+        areas.append(np.pi * lengths[0] / np.sqrt(np.linalg.det(matrix)))
+        tips = [note.xy - plane.states[step] for note in axes.texts if note.get_text() == ""]
+        for tip, vector in zip(tips, (y, g), strict=True):
+            assert tip @ vector == pytest.approx(np.linalg.norm(tip) * np.linalg.norm(vector))
+    # The axes of a ball are found among its points, half a degree apart.
+    assert areas[0] == pytest.approx(areas[1], rel=1e-3)
+    assert areas[1] == pytest.approx(np.pi * 0.1**2)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_in_figure_2_every_ball_lies_around_its_state(plane):
+    states, balls = plane.states[:5], np.stack([plane.ball(step) for step in range(5)])
+    (axes,) = figures.metric_field(plane.loss, states, balls).axes
+    trajectory, *curves = axes.lines
+    assert np.array_equal(trajectory.get_xydata(), states)
+    assert len(curves) == 5
+    sizes = []
+    for curve, state, ball in zip(curves, states, balls, strict=True):
+        around = curve.get_xydata() - state
+        sizes.append(np.linalg.norm(around) / np.linalg.norm(ball))
+        assert around == pytest.approx(sizes[0] * ball, abs=1e-12)
+    assert sizes == pytest.approx([sizes[0]] * 5)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_proportion_to_the_learning_rate(sweep):
+    planes = [Plane.read(folder / "trajectory.zarr") for folder in sweep]
+    rates, turned, moved = paper._limit(planes)
+    assert rates == pytest.approx(0.05 / 2.0 ** np.arange(7, -1, -1))
+    y, g = planes[0].update(0)
+    bent = planes[0].hessian() @ g / 2.0
+    # In a plane y - eta H g turns by exactly this; ten digits are left of updates divided by their learning rate.
+    exact = np.arctan2(rates * (y[0] * bent[1] - y[1] * bent[0]), y @ y - rates * (y @ bent))
+    assert turned == pytest.approx(np.abs(exact), rel=1e-9)
+    # Half the learning rate halves both, but for terms of second order: eta against where ybar.g vanishes.
+    second = rates[1:] * np.linalg.norm(bent) * np.linalg.norm(g) / (y @ g)
+    assert second[0] < 0.02
+    for values in (turned, moved):
+        assert (np.abs(values[1:] / values[:-1] / 2.0 - 1.0) <= second).all()
+    (axes,) = figures.limit_curve(rates, turned, moved).axes
+    for line, values in zip(
+        axes.lines, (turned, moved, max(turned[-1], moved[-1]) * rates / rates[-1]), strict=True
+    ):
+        assert line.get_xydata() == pytest.approx(np.column_stack([rates, values]))
+
+
+def test_what_the_results_call_the_trapezoid_is_the_limit_of_the_figure(sweep):
+    for folder in sweep[::3]:
+        run.analyze_run(folder, run.Analysis(workers=1))
+        angle = results.read(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
+        turned, _ = Plane.read(folder / "trajectory.zarr").distance()
+        # The loss is of D terms and its change cancels; the step divides it.
+        off = abs(float(angle.sel(descent="trapezoid") - angle.sel(descent="gradient")))
+        assert off == pytest.approx(turned, rel=1e-7)
+
+
+def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_path):
+    plane, other = (Plane.read(path / "trajectory.zarr") for path in sweep[:2])
+    with pytest.raises(InputError, match="do not start with the same gradient and update"):
+        paper.write_figures(tmp_path, plane, *runs, [replace(other, states=2 * other.states)])
+    paper.main([str(folders[1] / name) for name in ("plane", "linear", "network")] + [str(tmp_path), str(sweep[3])])
+    assert (tmp_path / "limit.svg").exists()
+    numbers = (tmp_path / "numbers.md").read_text()
+    assert "2.2: ψ̄ − ψ in rad from η = 0.05 to 0.00625 | → 0 |" in numbers
+
+
+def test_what_cannot_be_drawn_is_refused(folders, plane, runs, tmp_path, capsys):
+    _, top = folders
+    with pytest.raises(InputError, match="a run of 8 parameters is not drawn in a plane"):
+        Plane.read(top / "linear" / "trajectory.zarr")
+    with pytest.raises(InputError, match="those of no quadratic loss"):
+        replace(plane, gradients=plane.gradients**3).hessian()
+    with pytest.raises(InputError, match="those of no quadratic loss"):
+        replace(plane, states=plane.states[:2], gradients=plane.gradients[:2]).hessian()
+    with pytest.raises(InputError, match="no metric maps g to y: the update is obtuse"):
+        paper.write_figures(tmp_path, replace(plane, gradients=-plane.gradients), *runs)
+    assert not list(tmp_path.iterdir())
+    for arguments in ([], [str(top / name) for name in ("linear", "linear", "network", "figures")]):
+        with pytest.raises(SystemExit) as stopped:
+            paper.main(arguments)
+        assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err

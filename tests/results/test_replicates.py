@@ -1,0 +1,182 @@
+"""Replicates of stochastic rules: what the ledger says against real vectors, one mean at a time."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natgrad.kernel.ledger_sums import roundoff_bound
+from natgrad.results import replicates
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import Layout
+from natgrad.schema.variables import REPLICATE_VARIABLES, Status
+from natgrad.theory import geometry
+from natgrad.theory.metric_operators import jackknife, pair_of, stochastic_metric
+
+SHAPES = {"wide": ((2, 2), "float64"), "plane": ((2,), "float64"), "line": ((1,), "float64")}
+LAYOUT = Layout.from_shapes(SHAPES)
+PARTS = [slice(tensor.offset, tensor.stop) for tensor in LAYOUT.tensors]
+
+
+def drawn(seed, rows=3, count=5, spread=1.0, size=7):
+    """Gradients, displacements and hvps of a noisy rule on a quadratic loss, and the losses' changes."""
+    rng = np.random.default_rng(seed)
+    hessian = rng.standard_normal((size, size))
+    hessian = hessian + hessian.T
+    gradient = rng.standard_normal((rows, size))
+    displacement = 0.1 * (spread * rng.standard_normal((rows, count, size)) - gradient[:, None])
+    hvp = displacement @ hessian
+    change = (displacement @ gradient[..., None])[..., 0] + np.vecdot(displacement, hvp) / 2
+    return gradient, displacement, hvp, change
+
+
+def by_tensor(gradient, displacement, hvp=None):
+    cut = [
+        replicates.ledger(*(x[..., part] for x in (gradient, displacement, hvp) if x is not None)) for part in PARTS
+    ]
+    return np.stack(cut, axis=1)
+
+
+def lost(y, vectors):
+    """Relative rounding of products of a mean: those of the replicates are larger as the mean is shorter."""
+    spread = np.linalg.norm(vectors, axis=-1).mean() / np.linalg.norm(vectors.mean(axis=0))
+    return 8 * roundoff_bound(len(y)) * spread**2
+
+
+def angle_tolerance(y, updates):
+    """Of an angle by plain products: what is across g has the error of |y|^2 in its square."""
+    sine = np.sin(float(geometry.angle(pair_of(y, updates.mean(axis=0)))))
+    relative = lost(y, updates)
+    return min(np.sqrt(relative), relative / sine if sine else np.inf)
+
+
+@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.1, 1.0, 5.0]))
+@settings(max_examples=30)
+def test_everything_is_that_of_the_mean_vectors(seed, spread):
+    gradient, displacement, hvp, change = drawn(seed, spread=spread)
+    rate = np.array([0.1, 0.2, 0.4])
+    tree = replicates.label(
+        by_tensor(gradient, displacement, hvp), LAYOUT, replicates=5, learning_rate=rate, loss_change=change
+    )
+    for name, part in {None: slice(None), **dict(zip(SHAPES, PARTS, strict=True))}.items():
+        dataset = (tree["model"] if name is None else tree["tensor"].sel(tensor=name)).to_dataset()
+        for row in range(3):
+            at, y = dataset.isel(step=row), -gradient[row, part]
+            updates, bent = displacement[row][:, part] / rate[row], hvp[row][:, part] / (2 * rate[row])
+            mean, curvature = updates.mean(axis=0), bent.mean(axis=0)
+            pair = pair_of(y, mean)
+            tolerance = angle_tolerance(y, updates)
+            assert float(at["angle"]) == pytest.approx(float(geometry.angle(pair)), abs=tolerance)
+            scale = np.linalg.norm(y) * np.linalg.norm(mean)
+            assert float(at["alignment"]) == pytest.approx(y @ mean, abs=lost(y, updates) * scale)
+            assert int(at["status"]) == (Status.EFFECTIVE if y @ mean > 0 else Status.OBTUSE)
+            for index, update in enumerate(updates):
+                expected = float(geometry.angle(pair_of(y, update)))
+                tolerance = angle_tolerance(y, update[None])
+                assert float(at["replicate_angle"][index]) == pytest.approx(expected, abs=tolerance)
+            _, error = jackknife(lambda mean, y=y: geometry.angle(pair_of(y, mean)), updates)
+            worst = max(angle_tolerance(y, np.delete(updates, index, axis=0)) for index in range(5))
+            # The root of four times a mean square of five differences of angles.
+            assert float(at["angle_error"]) == pytest.approx(float(error), abs=4 * worst)
+            # The definiteness of eq. (19) against the operator, which refuses what is not definite.
+            try:
+                metric = stochastic_metric(y, mean, curvature, rate[row])
+            except InputError:
+                assert not at["stochastic_definite"]
+                continue
+            assert at["stochastic_definite"]
+            discrete = y - rate[row] * curvature
+            parts = np.linalg.norm(y) + rate[row] * np.linalg.norm(bent, axis=-1).mean()
+            cosine = float(geometry.cosine(pair_of(discrete, mean)))
+            tolerance = lost(y, updates) * (parts / np.linalg.norm(discrete)) ** 2 / cosine
+            assert float(at["stochastic_alpha"]) == pytest.approx(metric.alpha, rel=4 * tolerance)
+        if name is None:
+            decrease, error = jackknife(lambda mean: -mean, change.T)
+            assert dataset["loss_decrease"].values == pytest.approx(decrease)
+            assert dataset["loss_decrease_error"].values == pytest.approx(error)
+
+
+def test_up_to_the_bound_of_the_learning_rate_eq_19_is_definite_and_beyond_it_is_not():
+    seen = 0
+    for seed in range(40):
+        gradient, displacement, hvp, _ = drawn(seed, rows=1)
+        gram = by_tensor(gradient, displacement, hvp)
+        at = replicates.label(gram, LAYOUT, replicates=5, learning_rate=0.1)["model"].to_dataset().isel(step=0)
+        bound, alpha = float(at["learning_rate_bound"]), float(at["stochastic_alpha"])
+        y, mean, curvature = -gradient[0], displacement[0].mean(axis=0) / 0.1, hvp[0].mean(axis=0) / 0.2
+        if not (np.isfinite(bound) and curvature @ mean < 0):
+            continue
+        seen += 1
+        for share, definite in ((0.99, True), (1.01, False)):
+            eta = share * bound
+            discrete = y - eta * curvature
+            flat = np.eye(7) - np.outer(mean, mean) / (mean @ mean)
+            matrix = np.outer(discrete, discrete) / (discrete @ mean) + alpha * flat
+            matrix += eta * np.outer(curvature, curvature) / (curvature @ mean)
+            assert (np.linalg.eigvalsh(matrix)[0] > 0) == definite
+    assert seen >= 5
+
+
+def test_a_rule_may_descend_on_average_where_its_mean_update_does_not():
+    # Erratum 3: two replicates that jump either way along a concave direction, and a little uphill together.
+    hessian, theta, rate = np.diag([1.0, -4.0]), np.array([1.0, 0.0]), 0.1
+    displacement = rate * np.array([[0.2, 3.0], [0.2, -3.0]])
+    gradient, hvp = hessian @ theta, displacement @ hessian
+    change = [(theta + p) @ hessian @ (theta + p) / 2 - theta @ hessian @ theta / 2 for p in displacement]
+    layout = Layout.from_shapes({"theta": ((2,), "float64")})
+    gram = replicates.ledger(gradient, displacement, hvp)[None, None]
+    tree = replicates.label(gram, layout, replicates=2, learning_rate=rate, loss_change=[change])
+    model = tree["model"].to_dataset().isel(step=0)
+    assert float(model["loss_decrease"]) == pytest.approx(0.1598)
+    assert int(model["status"]) == Status.OBTUSE
+    assert not model["stochastic_definite"]
+    assert np.isnan(model["condition_number"])
+
+
+def test_tensors_add_up_and_every_variable_is_described():
+    gradient, displacement, hvp, change = drawn(1)
+    gram = by_tensor(gradient, displacement, hvp)
+    np.testing.assert_allclose(gram.sum(axis=1), replicates.ledger(gradient, displacement, hvp), atol=1e-12)
+    tree = replicates.label(gram, LAYOUT, replicates=5, learning_rate=0.1, steps=[3, 4, 9], loss_change=change)
+    assert set(tree["model"].data_vars) == set(REPLICATE_VARIABLES)
+    assert tree["tensor"]["tensor"].values.tolist() == list(SHAPES)
+    assert tree["model"]["step"].values.tolist() == [3, 4, 9]
+    assert tree["tensor"]["replicate_angle"].dims == ("step", "tensor", "replicate")
+    for group in ("model", "tensor"):
+        for variable in tree[group].data_vars.values():
+            assert all(variable.attrs[key] for key in ("long_name", "units", "equation"))
+
+
+def test_without_hvps_only_the_metric_19_is_not_known():
+    gradient, displacement, hvp, _ = drawn(2)
+    without = replicates.label(by_tensor(gradient, displacement), LAYOUT, replicates=5, learning_rate=0.1)
+    with_hvp = replicates.label(by_tensor(gradient, displacement, hvp), LAYOUT, replicates=5, learning_rate=0.1)
+    for group in ("model", "tensor"):
+        for name in ("stochastic_weight", "stochastic_alpha", "learning_rate_bound"):
+            assert np.isnan(without[group][name]).all()
+        assert not without[group]["stochastic_definite"].any()
+        for name in ("angle", "alignment", "condition_number", "angle_error", "replicate_angle"):
+            xr.testing.assert_allclose(without[group][name], with_hvp[group][name])
+
+
+def test_of_one_replicate_no_error_is_told():
+    gradient, displacement, hvp, _ = drawn(3, count=1)
+    tree = replicates.label(by_tensor(gradient, displacement, hvp), LAYOUT, replicates=1, learning_rate=0.1)
+    assert np.isnan(tree["model"]["angle_error"]).all()
+    assert np.isfinite(tree["model"]["angle"]).all()
+
+
+def test_what_does_not_fit_is_refused():
+    gradient, displacement, hvp, change = drawn(4)
+    with pytest.raises(InputError, match="beside replicates of shapes"):
+        replicates.ledger(gradient, displacement[..., :3])
+    with pytest.raises(InputError, match="beside replicates of shapes"):
+        replicates.ledger(gradient, displacement, hvp[:, :2])
+    gram = by_tensor(gradient, displacement, hvp)
+    with pytest.raises(InputError, match="is none of 4 replicates and 3 tensors"):
+        replicates.label(gram, LAYOUT, replicates=4, learning_rate=0.1)
+    with pytest.raises(InputError, match="a learning rate is not positive"):
+        replicates.label(gram, LAYOUT, replicates=5, learning_rate=[0.1, 0.0, 0.1])
+    with pytest.raises(InputError, match="give one per step and replicate, 3 x 5"):
+        replicates.label(gram, LAYOUT, replicates=5, learning_rate=0.1, loss_change=change[:2])

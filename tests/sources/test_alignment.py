@@ -1,0 +1,214 @@
+"""Which state a logged quantity belongs to: shifts that the user gives, and those that the updates tell of."""
+
+import itertools
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from logs import DTYPES, random_walk, write_log
+from natgrad.app.inspection import inspect_source
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import storage_dtype
+from natgrad.sources.alignment import shift_of_gradients
+from natgrad.sources.names import parse_shift
+from natgrad.sources.opening import open_source
+from natgrad.store import Trajectory
+
+SHAPES = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": ()}
+STEPS = 6
+
+
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
+
+
+def trained(optimizer, dtype="float32", steps=STEPS):
+    """States of torch training on |A theta|^2 / 2, tensor by tensor, logged before the update."""
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    theta = {name: torch.randn(shape).to(kind).requires_grad_() for name, shape in SHAPES.items()}
+    factor = {name: torch.rand(shape).to(kind) + 0.5 for name, shape in SHAPES.items()}
+    updates = optimizer(theta.values())
+    states = []
+    for _ in range(steps):
+        updates.zero_grad()
+        loss = sum(((factor[name] * value) ** 2).sum() for name, value in theta.items()) / 2
+        loss.backward()
+        state = {"loss": np.float64(loss.item()), "learning_rate": np.float64(updates.param_groups[0]["lr"])}
+        for name, value in theta.items():
+            for array, tensor in (("parameter", value.detach()), ("gradient", value.grad)):
+                state[f"{array}/{name}"] = tensor.to(torch.float64).numpy().astype(DTYPES[dtype])
+        states.append(state)
+        updates.step()
+    return states
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def moved(states, by, quantities):
+    """States as a log has them that keeps some quantities ``by`` steps later than those that they belong to."""
+    result = []
+    for step, state in enumerate(states):
+        if 0 <= step - by < len(states):
+            other = states[step - by]
+            result.append({key: (other if key.partition("/")[0] in quantities else state)[key] for key in state})
+    return result, range(by, len(states)) if by > 0 else range(len(states) + by)
+
+
+def write_moved(folder, states, by, quantities=("gradient", "loss")):
+    logged, numbers = moved(states, by, quantities)
+    return write_log(folder, logged, list(numbers))
+
+
+def held(path):
+    """Rows of a trajectory by step: the bits of its arrays, and its scalars."""
+    states = Trajectory(path)
+    rows = {}
+    for row, step in enumerate(states.scalar("step").tolist()):
+        bits = []
+        for name, dtype in states.dtypes.items():
+            out = np.zeros((1, states.chunk[1]), storage_dtype(dtype))
+            states.read(name, row, row + 1, 0, out)
+            bits.append(out.tobytes())
+        rows[step] = (bits, *(float(states.scalar(name)[row]) for name in ("loss", "learning_rate")))
+    return rows
+
+
+@pytest.mark.parametrize("by", [1, -1, 2])
+def test_a_log_that_is_shifted_back_is_the_run(tmp_path, by, caplog):
+    states = trained(sgd)
+    ingest(write_log(tmp_path / "log", states), tmp_path / "aligned.zarr")
+    source = write_moved(tmp_path / "moved", states, by)
+    ingest(source, tmp_path / "shifted.zarr", shift={"gradient": -by, "loss": -by})
+    expected, found = held(tmp_path / "aligned.zarr"), held(tmp_path / "shifted.zarr")
+    # Of those logged, the states whose gradient lies in another step that is logged.
+    logged = range(by, STEPS) if by > 0 else range(STEPS + by)
+    assert list(found) == [step for step in logged if step + by in logged]
+    assert all(found[step] == expected[step] for step in found)
+    assert "steps of" in caplog.text
+    assert "are left out" in caplog.text
+
+
+def test_a_shift_of_scalars_drops_no_state(tmp_path):
+    states = trained(sgd)
+    source = write_moved(tmp_path / "log", states, 1, ("loss",))
+    ingest(source, tmp_path / "trajectory.zarr", shift={"loss": -1})
+    found = held(tmp_path / "trajectory.zarr")
+    assert list(found) == list(range(1, STEPS))
+    assert [found[step][1] for step in range(1, STEPS - 1)] == [
+        states[step]["loss"] for step in range(1, STEPS - 1)
+    ]
+    assert np.isnan(found[STEPS - 1][1])
+
+
+def test_each_source_of_a_run_file_has_its_shift(tmp_path):
+    states = trained(sgd)
+    write_log(tmp_path / "log", [{k: v for k, v in state.items() if k != "loss"} for state in states])
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step + 1, "loss": float(s["loss"]), "lr": 7.0}) + "\n"
+            for step, s in enumerate(states)
+        )
+    )
+    os.utime(tmp_path / "metrics.jsonl", (1, 1))
+    (tmp_path / "run.toml").write_text(
+        '[[source]]\npath = "log"\n[[source]]\npath = "metrics.jsonl"\nshift = { loss = -1 }\n'
+    )
+    log = open_source(tmp_path / "run.toml")
+    for step, state in zip(log.steps(), states, strict=True):
+        with log.open(step) as reader:
+            assert reader.content().scalars == {"loss": state["loss"], "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("shift = { gradient = 0.5 }", "gradient=0.5 does not say"),
+        ("shift = { gradients = -1 }", "gradients=-1 does not say"),
+        ('shift = { gradient = "-1" }', "gradient=-1 does not say"),
+        ("shift = 3", "map or shift that is no table"),
+        ("shift = { gradient = true }", "gradient=True does not say"),
+    ],
+)
+def test_a_shift_that_cannot_be_is_refused(tmp_path, text, what):
+    write_log(tmp_path / "log", random_walk(2))
+    (tmp_path / "run.toml").write_text(f'[[source]]\npath = "log"\n{text}\n')
+    with pytest.raises(InputError, match=re.escape(what)) as caught:
+        open_source(tmp_path / "run.toml")
+    assert "run.toml" in caught.value.where
+    with pytest.raises(InputError, match="do not say which source of a run file"):
+        open_source(tmp_path / "run.toml", shift={"gradient": -1})
+
+
+def test_pairs_of_a_command_line_are_numbers_of_steps():
+    assert parse_shift(["gradient=-1", "loss=+2", "hvp=0"]) == {"gradient": -1, "loss": 2, "hvp": 0}
+    for pairs in (
+        ["gradient"],
+        ["gradient="],
+        ["gradient=x"],
+        ["step=1"],
+        ["loss=1", "loss=1"],
+        ["loss=" + "9" * 99],
+    ):
+        with pytest.raises(InputError):
+            parse_shift(pairs)
+
+
+# What the updates tell -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("by", [1, -1])
+def test_gradients_of_another_step_are_told_with_the_option_that_mends_it(tmp_path, dtype, by):
+    source = write_moved(tmp_path / "log", trained(sgd, dtype), by)
+    summary = ingest(source, tmp_path / "trajectory.zarr")
+    (told,) = [warning for warning in summary.warnings if "--shift" in warning]
+    assert f"--shift gradient={-by}, and loss={-by}" in told
+    assert told in inspect_source([source])["notes"]
+    mended = ingest(source, tmp_path / "mended.zarr", shift={"gradient": -by, "loss": -by})
+    assert not [warning for warning in mended.warnings if "--shift" in warning]
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "decay": lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_is_told_of_gradients_that_are_where_they_belong(tmp_path, optimizer):
+    states = trained(OPTIMIZERS[optimizer])
+    summary = ingest(write_log(tmp_path / "log", states), tmp_path / "trajectory.zarr")
+    assert not [warning for warning in summary.warnings if "--shift" in warning]
+
+
+def test_nothing_is_told_where_the_precision_does_not_suffice(tmp_path):
+    # The gradient of a step and of the next one differ by less than an update is rounded.
+    source = write_moved(tmp_path / "log", trained(sgd, "bfloat16"), 1)
+    summary = ingest(source, tmp_path / "trajectory.zarr")
+    assert not [warning for warning in summary.warnings if "--shift" in warning]
+
+
+state = arrays(np.float64, (2, 3), elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1e-9]))
+
+
+@given(st.lists(state, min_size=4, max_size=4))
+def test_what_chance_explains_is_not_told(states):
+    # Three elements lie within b / d of a line by chance in one of (d / b)**2 cases; 1e12 are asked for.
+    pairs = list(itertools.pairwise(states))
+    lengths = [np.linalg.norm(after[0] - before[0]) for before, after in pairs]
+    bounds = [2.0**-8 * np.linalg.norm(abs(before[0]) + abs(after[0])) for before, after in pairs]
+    cases = np.prod([(d / b) ** 2 for d, b in zip(lengths, bounds, strict=True) if d > b])
+    assume(cases < 1e12)
+    assert shift_of_gradients([{"w": values} for values in states], {"w": [2.0**-8] * 2}) == 0

@@ -1,0 +1,486 @@
+"""Checkpoints that DeepSpeed's engine wrote, in every stage of ZeRO, read without it."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
+from test_optimizer import stored
+
+from damage import LENGTHS, Payload, changes, damage, reads_only
+from logs import random_walk, run_writer, write_log
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.sources.formats import FORMATS
+from natgrad.sources.opening import open_source
+
+SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
+STATES = random_walk(5, SHAPES)
+# Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
+GROUPS = [
+    {"lr": rate, "weight_decay": decay, "betas": (0.5, 0.75), "eps": 2.0**-10}
+    for rate, decay in ((0.125, 0.25), (0.03125, 0.0))
+]
+DIGITS = np.random.default_rng(0)
+EXACT = [{t: torch.from_numpy(DIGITS.integers(-8, 9, s) / 8).float() for t, s in SHAPES.items()} for _ in STATES]
+STAGES = ["stage 0", "stage 1, bf16", "stage 2", "stage 2, bf16", "stage 3", "stage 3, bf16"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Folder of the logs of one run in all stages, each by two processes, some by three."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    more = [{"exact": exact, "groups": GROUPS} for exact in EXACT]
+    torch.save([one | other for one, other in zip(trees_of(STATES), more, strict=True)], folder / "states")
+    run_writer(
+        "write_deepspeed.py", *(folder / name for name in ("rendezvous", "states", "log")), DS_ACCELERATOR="cpu"
+    )
+    return folder / "log"
+
+
+@pytest.fixture
+def log(job, tmp_path):
+    """A log of the first step, to be changed."""
+
+    def copy(stage):
+        shutil.copytree(job / stage / "global_step0", tmp_path / "log" / "global_step0")
+        return tmp_path / "log"
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """The gradients of the run, as a further source."""
+    states = [{key: value for key, value in state.items() if key.startswith("gradient")} for state in STATES]
+    return write_log(tmp_path_factory.mktemp("gradients"), states)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    return ledger_of(folder, [write_log(folder / "log", STATES)])
+
+
+def read(log, tensor, start=0, stop=None, step=0):
+    size = int(np.prod(SHAPES[tensor])) if stop is None else stop
+    out = np.zeros(size - start, np.float32)
+    with log.open(log.steps()[step]) as reader:
+        reader.read("parameter", tensor, start, out)
+    return out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_gives_the_ledger_of_the_run(tmp_path, job, gradients, expected, stage):
+    assert next(name for name, format in FORMATS.items() if format.found(job / stage)) == "deepspeed"
+    assert ledger_of(tmp_path, [job / stage, gradients]) == expected
+
+
+def test_gradients_of_the_client_state_need_no_further_source(tmp_path, job, expected):
+    shutil.copytree(job / "stage 3", tmp_path / "log")
+    for step, state in enumerate(STATES):
+        path = tmp_path / "log" / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        tree = torch.load(path, weights_only=False)
+        torch.save(tree | {"grad": arrays_of(state, "gradient")}, path)
+    assert ledger_of(tmp_path, [tmp_path / "log"]) == expected
+
+
+@given(stage=st.sampled_from(STAGES), tensor=st.sampled_from(list(SHAPES)), a=st.integers(0), b=st.integers(0))
+@reads_only
+def test_slices_across_the_shares_of_ranks_equal_the_tensor(job, stage, tensor, a, b):
+    expected = STATES[2][f"parameter/{tensor}"].ravel()
+    start, stop = sorted((a % (expected.size + 1), b % (expected.size + 1)))
+    np.testing.assert_array_equal(read(open_source(job / stage), tensor, start, stop, step=2), expected[start:stop])
+
+
+def test_the_weights_of_the_forward_pass_are_there_too(job):
+    stored = open_source(job / "stage 2, bf16", mapping={"parameter": "module"})
+    with stored.open(stored.steps()[0]) as reader:
+        content = reader.content()
+    assert content.arrays["parameter"]["layers.9.bias"].dtype == "bfloat16"
+    assert "running_mean" in content.arrays["parameter"]
+    assert content.ties == {"tied.weight": "layers.9.weight"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_scalars_and_tied_weights_are_those_of_the_engine(job, stage):
+    stored = open_source(job / stage)
+    with stored.open(stored.steps()[3]) as reader:
+        content = reader.content()
+    assert content.scalars == {"loss": float(STATES[3]["loss"]), "learning_rate": 0.1}
+    assert content.ties == {"tied.weight": "layers.9.weight"}
+
+
+def test_a_checkpoint_that_is_not_the_latest_yet_is_left_out_aloud(tmp_path, job, caplog):
+    shutil.copytree(job / "stage 2", tmp_path / "log")
+    (tmp_path / "log" / "latest").write_text("global_step3")
+    os.utime(tmp_path / "log" / "global_step4" / "mp_rank_00_model_states.pt")
+    assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
+    assert "still names global_step3" in caplog.text
+
+
+def test_a_checkpoint_that_is_old_needs_no_latest(tmp_path, job):
+    shutil.copytree(job / "stage 2", tmp_path / "log")
+    (tmp_path / "log" / "latest").write_text("global_step3")
+    for path in (tmp_path / "log" / "global_step4").iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3, 4]
+
+
+def test_the_trainer_s_checkpoints_may_hold_the_weights_in_deepspeed_s_alone(tmp_path, job, gradients, expected):
+    for step, state in enumerate(STATES):
+        checkpoint = tmp_path / "log" / f"checkpoint-{step}"
+        shutil.copytree(job / "stage 3" / f"global_step{step}", checkpoint / f"global_step{step}")
+        entry = {"step": step + 1, "loss": float(state["loss"]), "learning_rate": 0.1}
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": [entry]}))
+    assert ledger_of(tmp_path, [tmp_path / "log", gradients]) == expected
+
+
+# What the optimizer keeps -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """State of torch's own optimizer by tensor, before each update and after the last."""
+    parameters = {name: torch.nn.Parameter(value) for name, value in arrays_of(STATES[0], "parameter").items()}
+    groups = [{"params": [p], **GROUPS[p.ndim != 2]} for p in parameters.values()]
+    optimizer = torch.optim.AdamW(groups)
+    states = [{}]
+    for exact in EXACT:
+        for name, parameter in parameters.items():
+            parameter.grad = exact[name]
+        optimizer.step()
+        states.append(
+            {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in parameters.items()}
+        )
+    return states
+
+
+def trajectory_of(folder, log, **options):
+    ingest([log], folder / "store", include=["optimizer"], **options)
+    return stored(folder / "store")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimizer_of_every_stage_is_torch_s_own(tmp_path, job, truth, stage):
+    states, arrays = trajectory_of(tmp_path, job / f"{stage}, trained")
+    assert states.n_states == len(truth)
+    assert "master_parameter" not in arrays  # the parameters are these
+    for step, expected in enumerate(truth):
+        for tensor in states.layout.tensors:
+            name, index = tensor.name, states.layout.tensors.index(tensor)
+            for array in ("exp_avg", "exp_avg_sq"):
+                found = arrays[array][name][step]
+                if step:
+                    np.testing.assert_array_equal(found, expected[name][array].numpy().ravel())
+                else:
+                    assert np.isnan(found).all()
+            updates = states.scalar("updates")[step, index]
+            assert updates == step if step else np.isnan(updates)
+            found = {
+                "lr": states.scalar("tensor_learning_rate")[step, index],
+                "weight_decay": states.scalar("weight_decay")[step, index],
+                "betas": (states.scalar("beta1")[step, index], states.scalar("beta2")[step, index]),
+                "eps": states.scalar("epsilon")[step, index],
+            }
+            assert found == GROUPS[len(tensor.shape) != 2]
+
+
+@pytest.mark.parametrize("stage", ["stage 2", "stage 3"])
+def test_the_optimizer_is_torch_s_own_for_three_ranks_too(tmp_path, job, truth, stage):
+    """Ranks end within tensors, and the last has padding."""
+    states, arrays = trajectory_of(tmp_path, job / f"{stage}, three")
+    for array in ("exp_avg", "exp_avg_sq"):
+        for name, rows in arrays[array].items():
+            for step in range(1, states.n_states):
+                np.testing.assert_array_equal(rows[step], truth[step][name][array].numpy().ravel())
+
+
+@pytest.mark.parametrize("stage", ["stage 1, bf16", "stage 2, bf16"])
+def test_beside_the_weights_of_the_forward_pass_the_master_weights_are_of_the_optimizer(tmp_path, job, stage):
+    log = job / f"{stage}, trained"
+    _, masters = trajectory_of(tmp_path / "masters", log)
+    states, arrays = trajectory_of(tmp_path / "module", log, mapping={"parameter": "module"})
+    assert states.dtypes["parameter"] == "bfloat16"
+    for name, rows in masters["parameter"].items():
+        np.testing.assert_array_equal(arrays["master_parameter"][name], rows)
+        np.testing.assert_array_equal(arrays["exp_avg"][name], masters["exp_avg"][name])
+        rounded = torch.from_numpy(rows).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        np.testing.assert_array_equal(arrays["parameter"][name], rounded)
+
+
+def trainer_folder(folder, log):
+    """The Trainer's folder: models of its own, and DeepSpeed's checkpoints beside them."""
+    for step in range(len(STATES) + 1):
+        checkpoint = folder / f"checkpoint-{step}"
+        inner = checkpoint / f"global_step{step}"
+        shutil.copytree(log / inner.name, inner)
+        tree = torch.load(inner / "mp_rank_00_model_states.pt", weights_only=False)
+        model = {name: value for name, value in tree["module"].items() if name != "tied.weight"}
+        safetensors.torch.save_file(model, checkpoint / "model.safetensors")
+        safetensors.torch.save_file(tree["grad"], checkpoint / "gradient.safetensors")
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    return folder
+
+
+def test_the_trainer_s_model_and_deepspeed_s_optimizer_are_one_checkpoint(tmp_path, job, truth):
+    log = trainer_folder(tmp_path / "log", job / "stage 2, bf16, trained")
+    states, arrays = trajectory_of(tmp_path, log)
+    _, masters = trajectory_of(tmp_path / "masters", job / "stage 2, bf16, trained")
+    assert states.dtypes["parameter"] == "bfloat16"
+    for name, rows in arrays["exp_avg_sq"].items():
+        np.testing.assert_array_equal(arrays["master_parameter"][name], masters["parameter"][name])
+        for step in range(1, states.n_states):
+            np.testing.assert_array_equal(rows[step], truth[step][name]["exp_avg_sq"].numpy().ravel())
+
+
+def test_a_model_is_read_without_an_optimizer_that_cannot_be(tmp_path, job, caplog):
+    log = trainer_folder(tmp_path / "log", job / "stage 2, trained")
+    for path in log.glob("checkpoint-*/global_step*/*rank_1_*optim_states.pt"):
+        path.unlink()
+    assert ingest([log], tmp_path / "store").steps == len(STATES) + 1
+    assert "global_step0/optimizer was not read" in caplog.text
+    assert "2 ranks wrote it, and 1" in caplog.text
+    with pytest.raises(InputError, match="no state of an optimizer"):
+        ingest([log], tmp_path / "other", include=["optimizer"])
+
+
+def moments(tree):
+    state = tree["optimizer_state_dict"]
+    return state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+
+
+def other_numbers(tree):
+    state = moments(tree)["state"]
+    state[7] = state.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda tree: moments(tree)["state"][0].pop("exp_avg"), "group 0 of a rank has none that fits its weights"),
+        (
+            lambda tree: moments(tree)["state"][1].update(exp_avg=torch.zeros(5)),
+            "group 1 of a rank has none that fits its weights",
+        ),
+        (
+            lambda tree: [s.update(exp_avg=s["exp_avg"].bfloat16()) for s in moments(tree)["state"].values()],
+            "it is of several dtypes",
+        ),
+        (other_numbers, "group 0 of a rank has none that fits its weights"),
+    ],
+)
+def test_moments_that_do_not_fit_the_weights_are_named_and_left_out(tmp_path, job, caplog, change, what):
+    shutil.copytree(job / "stage 2, trained", tmp_path / "log")
+    for path in (tmp_path / "log").glob("global_step[1-9]/*rank_1_*optim_states.pt"):
+        rewritten(path, change)
+    _, arrays = trajectory_of(tmp_path, tmp_path / "log")
+    assert "exp_avg" not in arrays
+    assert f"optimizer/exp_avg was not read: {what}" in caplog.text
+
+
+def test_moments_of_an_elastic_checkpoint_have_no_padding_and_no_options(tmp_path, job, truth):
+    """`base_optimizer_state` is then a list of the states of the groups (DeepSpeed's `elastic_checkpoint`)."""
+    shutil.copytree(job / "stage 2, trained", tmp_path / "log")
+    for path in (tmp_path / "log").glob("global_step*/*optim_states.pt"):
+
+        def elastic(tree):
+            state = state_of(tree)
+            padding = state["group_paddings"] if "rank_1" in path.name else [0, 0]  # noqa: B023
+            lean = [
+                {k: v[: len(v) - gap] if v.ndim else v for k, v in of.items()}
+                for of, gap in zip(state["base_optimizer_state"]["state"].values(), padding, strict=False)
+            ]
+            state["base_optimizer_state"] = lean
+
+        rewritten(path, elastic)
+    states, arrays = trajectory_of(tmp_path, tmp_path / "log")
+    for name, rows in arrays["exp_avg_sq"].items():
+        for step in range(1, states.n_states):
+            np.testing.assert_array_equal(rows[step], truth[step][name]["exp_avg_sq"].numpy().ravel())
+    assert (states.scalar("updates")[1:] == np.arange(1, states.n_states)[:, None]).all()
+
+
+# What does not fit together ----------------------------------------------------------------------------------
+
+
+def only(folder, pattern):
+    (path,) = folder.glob(f"global_step0/*{pattern}")
+    return path
+
+
+def rewritten(path, change):
+    tree = torch.load(path, weights_only=False)
+    change(tree)
+    torch.save(tree, path)
+
+
+@pytest.mark.parametrize("stage", ["stage 2", "stage 3", "stage 2, bf16"])
+def test_a_rank_that_is_missing_or_too_many_is_refused(log, stage):
+    folder = log(stage)
+    lost = only(folder, "rank_1_mp_rank_00_optim_states.pt")
+    stale = lost.with_name(re.sub("rank_1", "rank_2", lost.name, count=1))
+    shutil.copy(lost, stale)
+    assert "2 ranks wrote it, and 3" in refusal(folder).what
+    stale.unlink()
+    lost.unlink()
+    assert "2 ranks wrote it, and 1" in refusal(folder).what
+
+
+def state_of(tree):
+    return tree["optimizer_state_dict"]
+
+
+def cut(tree):
+    flat = state_of(tree)["single_partition_of_fp32_groups"]
+    flat[0] = flat[0][:-9].clone()
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "change", "what"),
+    [
+        ("stage 2", "rank_1_*optim_states.pt", cut, "the shapes of group 0 have 1235 elements, its ranks 1226"),
+        (
+            "stage 2",
+            "rank_1_*optim_states.pt",
+            lambda tree: state_of(tree)["single_partition_of_fp32_groups"].pop(),
+            "param_shapes has 2 groups",
+        ),
+        (
+            "stage 2",
+            "rank_1_*optim_states.pt",
+            lambda tree: state_of(tree).update(partition_count=[2, 1]),
+            "different numbers of ranks",
+        ),
+        (
+            "stage 2",
+            "rank_1_*optim_states.pt",
+            lambda tree: state_of(tree).update(fp32_flat_groups=[torch.zeros(3)]),
+            "different stages or dtypes",
+        ),
+        (
+            "stage 3",
+            "rank_1_*optim_states.pt",
+            lambda tree: state_of(tree)["fp32_flat_groups"].append(torch.zeros(9)),
+            "rank 1 has",
+        ),
+        (
+            "stage 3",
+            "rank_1_*optim_states.pt",
+            lambda tree: state_of(tree).update(fp32_flat_groups=[]),
+            "of dtypes none",
+        ),
+        (
+            "stage 3",
+            "rank_1_*optim_states.pt",
+            lambda tree: state_of(tree).update(fp32_flat_groups=[None]),
+            "not flat tensors",
+        ),
+        ("stage 3", "rank_0_*optim_states.pt", lambda tree: tree.clear(), "malformed"),
+        (
+            "stage 2",
+            "mp_rank_00_model_states.pt",
+            lambda tree: tree["param_shapes"][0].update({"layers.9.weight": torch.Size((1 << 59, 2))}),
+            "its ranks 1235",
+        ),
+        (
+            "stage 2",
+            "mp_rank_00_model_states.pt",
+            lambda tree: tree["param_shapes"][0].update({"layers.9.weight": (-1, -35)}),
+            "no number of elements",
+        ),
+        (
+            "stage 2",
+            "mp_rank_00_model_states.pt",
+            lambda tree: tree["param_shapes"][0].update({"layers.9.weight": None}),
+            "no shape for 'layers.9.weight'",
+        ),
+        ("stage 2", "mp_rank_00_model_states.pt", lambda tree: tree.pop("param_shapes"), "malformed"),
+        (
+            "stage 2",
+            "rank_0_*optim_states.pt",
+            lambda tree: state_of(tree).update(param_alignment_paddings=[[0, 1 << 60], [0, 0]]),
+            "no number of elements",
+        ),
+        (
+            "stage 2",
+            "rank_0_*optim_states.pt",
+            lambda tree: state_of(tree).update(param_alignment_paddings=[[0, 4], [0, 0]]),
+            "have 1239 elements",
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_together_are_refused(log, stage, file, change, what):
+    folder = log(stage)
+    rewritten(only(folder, file), change)
+    assert what in refusal(folder).what
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("mp_rank_01_model_states.pt", "model parallel"),
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "model parallel"),
+        ("layer_02-model_00-model_states.pt", "stages of a pipeline"),
+        ("layer_0_expert_3_mp_rank_00_model_states.pt", "experts"),
+        ("expp_rank_1_mp_rank_00_optim_states.pt", "experts"),
+    ],
+)
+def test_models_in_parts_that_no_file_describes_are_refused_with_the_way_out(log, name, why):
+    folder = log("stage 2")
+    (folder / "global_step0" / name).touch()
+    refused = refusal(folder)
+    assert why in refused.what
+    assert "ds_to_universal" in refused.remedy
+
+
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "rank_1_*optim_states.pt"])
+def test_a_payload_never_runs_and_the_official_way_is_named(log, tmp_path, file):
+    folder = log("stage 2")
+    rewritten(only(folder, file), lambda tree: tree.update(more=Payload(tmp_path / "trace")))
+    refused = refusal(folder)
+    assert "posix.mkdir" in refused.what
+    assert "zero_to_fp32.py" in refused.remedy
+    assert not (tmp_path / "trace").exists()
+    torch.load(only(folder, file), weights_only=False)
+    assert (tmp_path / "trace").exists()  # the trap works
+
+
+@given(
+    stage=st.sampled_from(["stage 2", "stage 3"]),
+    file=st.integers(0, 9),
+    changes=changes(),
+    length=LENGTHS,
+)
+@reads_only
+def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job, stage, file, changes, length):
+    folder = tmp_path / stage
+    if not folder.exists():
+        shutil.copytree(job / stage / "global_step0", folder / "global_step0")
+    names = sorted(path.name for path in (folder / "global_step0").iterdir())
+    path = folder / "global_step0" / names[file % len(names)]
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole, changes, length))
+    with contextlib.suppress(InputError):
+        stored = open_source(folder)
+        with stored.open(stored.steps()[0]) as reader:
+            for name, logged in reader.content().arrays["parameter"].items():
+                reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
+    path.write_bytes(whole)
+
+
+def test_what_was_removed_while_it_was_read_is_refused(log):
+    folder = log("stage 3")
+    stored = open_source(folder)
+    with stored.open(stored.steps()[0]) as reader:
+        only(folder, "rank_1_*optim_states.pt").unlink()
+        with pytest.raises(InputError, match="removed it while it was read"):
+            reader.read("parameter", "layers.10.weight", 0, np.zeros(1200, np.float32))

@@ -1,0 +1,424 @@
+"""What optimizers keep, from the files of those who save them to the condition number of the metric in use."""
+
+import contextlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from mpmath import mp, mpf
+from test_trainers import CONFIG, train
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+from natgrad.app import cli, run
+from natgrad.app.run import Analysis
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import storage_dtype
+from natgrad.schema.names import OPTIMIZER_NUMBERS, OPTIMIZER_STATES
+from natgrad.schema.variables import Status
+from natgrad.sources.optimizers.saved_state import saved_optimizer
+from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet
+from natgrad.store import Trajectory
+from natgrad.store.verify import verify_trajectory
+from natgrad.theory.preconditioners import adam_eigenvalues, condition_number
+from processing import Serial
+
+STEPS = 5
+RATES = (0.1, 0.02)
+
+
+class Net(torch.nn.Module):
+    """Tensors of equal shapes, in another order than that of their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = torch.nn.Linear(3, 3)
+        self.first = torch.nn.Linear(3, 3)
+        self.norm = torch.nn.LayerNorm(3)
+
+    def forward(self, x):
+        return self.norm(self.second(torch.tanh(self.first(x))))
+
+
+def two_groups(model, **options):
+    """Groups as Hugging Face's Trainer and nanoGPT make them: what is decayed first."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1, "lr": RATES[0]},
+        {"params": others, "weight_decay": 0.0, "lr": RATES[1]},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6, **options)
+
+
+def trained(optimizer_of, save, steps=STEPS):
+    """Train a network, and save at each step with its gradients; return the optimizer's state by name, per step."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = optimizer_of(model)
+    x, target = torch.randn(8, 3), torch.randn(8, 3)
+    truth = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = ((model(x) - target) ** 2).mean()
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        save(step, model, optimizer, gradients, loss)
+        truth.append(
+            {
+                name: {key: value.clone().numpy() for key, value in optimizer.state[p].items()}
+                for name, p in model.named_parameters()
+            }
+        )
+        optimizer.step()
+    return truth
+
+
+def saver(folder, **more):
+    def save(step, model, optimizer, gradients, loss):
+        folder.mkdir(exist_ok=True)
+        tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gradient": gradients}
+        torch.save({**tree, "loss": loss.item(), "learning_rate": 0.1, **more}, folder / f"step-{step}.pt")
+
+    return save
+
+
+def sharded(folder):
+    def save(step, model, optimizer, gradients, loss):
+        tree = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+            "gradient": gradients,
+            "loss": torch.tensor(loss.item()),
+            "learning_rate": torch.tensor(0.1),
+        }
+        dcp.save(tree, checkpoint_id=folder / f"step-{step}", no_dist=True)
+
+    return save
+
+
+def stored(store):
+    """Arrays of a trajectory by tensor: shape (rows, elements of the tensor); bfloat16 as its bits in uint16."""
+    states = Trajectory(store)
+    whole = {}
+    for name, dtype in states.dtypes.items():
+        dtype = storage_dtype(dtype)
+        rows = np.zeros((states.n_states, states.layout.elements), dtype)
+        for column in range(states.columns):
+            first, last = states.column(column)
+            buffer = np.zeros((states.n_states, states.chunk[1]), dtype)
+            states.read(name, 0, states.n_states, column, buffer)
+            rows[:, first:last] = buffer[:, : last - first]
+        whole[name] = {tensor.name: rows[:, tensor.offset : tensor.stop] for tensor in states.layout.tensors}
+    return states, whole
+
+
+OPTIMIZERS = {
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.8, 0.95), eps=1e-6),
+    "adamw of two groups": two_groups,
+    "named": lambda model: torch.optim.Adam(
+        list(model.named_parameters())[::-1], lr=0.1, betas=(0.8, 0.95), eps=1e-6
+    ),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("writer", [saver, sharded])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_was_saved_is_stored_under_the_name_of_its_tensor(tmp_path, writer, name):
+    truth = trained(OPTIMIZERS[name], writer(tmp_path / "log"))
+    ingest(tmp_path / "log", tmp_path / "store", include=["optimizer"])
+    states, arrays = stored(tmp_path / "store")
+    assert set(arrays) >= ({"momentum_buffer"} if name == "sgd" else {"exp_avg", "exp_avg_sq"})
+    for array in set(arrays) & set(OPTIMIZER_STATES):
+        for tensor, rows in arrays[array].items():
+            for step, row in enumerate(rows):
+                expected = truth[step].get(tensor, {}).get(array)
+                if expected is None:  # before the first update there is none
+                    assert step == 0
+                    assert np.isnan(row).all()
+                else:
+                    np.testing.assert_array_equal(row, expected.ravel())
+    assert list(verify_trajectory(tmp_path / "store")) == []
+    numbers = {number: states.scalar(number) for number in OPTIMIZER_NUMBERS}
+    if name == "sgd":
+        assert (numbers["momentum"] == 0.9).all()
+        return
+    assert (numbers["beta1"] == 0.8).all()
+    assert (numbers["beta2"] == 0.95).all()
+    assert (numbers["epsilon"] == 1e-6).all()
+    for index, tensor in enumerate(states.layout.tensors):
+        decayed = name == "adamw of two groups" and len(tensor.shape) > 1
+        rate = RATES[not decayed] if name == "adamw of two groups" else 0.1
+        assert (numbers["tensor_learning_rate"][:, index] == rate).all()
+        assert (numbers["weight_decay"][:, index] == (0.1 if decayed else 0.0)).all()
+        np.testing.assert_array_equal(numbers["updates"][1:, index], range(1, STEPS))
+        values = arrays["exp_avg_sq"][tensor.name].astype(np.float64)
+        np.testing.assert_array_equal(numbers["exp_avg_sq_min"][:, index], values.min(axis=1))
+        np.testing.assert_array_equal(numbers["exp_avg_sq_max"][:, index], values.max(axis=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning")
+def test_the_trainers_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
+    folder, states = train(tmp_path / "out", states=saved_moments)
+    model = transformers.GPT2LMHeadModel(CONFIG)
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(InputError, match="neither the order of the file nor the shapes decide"):
+        ingest(folder, tmp_path / "store", include=["optimizer"])
+    (folder / "natgrad.toml").write_text(f"order = {json.dumps(names)}\n")
+    ingest(folder, tmp_path / "store", include=["optimizer"])
+    stored_states, arrays = stored(tmp_path / "store")
+    assert set(arrays["exp_avg_sq"]) == set(names)
+    for row, step in enumerate(stored_states.scalar("step")):
+        for name in names:
+            for array in ("exp_avg", "exp_avg_sq"):
+                np.testing.assert_array_equal(arrays[array][name][row], states[step][array][name].ravel())
+
+
+def saved_moments(model, optimizer):
+    """Moments that the Trainer's optimizer has of each tensor."""
+    return {
+        array: {name: optimizer.state[p][array].numpy().copy() for name, p in model.named_parameters()}
+        for array in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
+    truth = trained(two_groups, saver(tmp_path / "log"))
+    out = tmp_path / "out"
+    run.ingest_run(tmp_path / "log", out, include=["optimizer"])
+    run.analyze_run(out, Analysis(workers=1))
+    tree = run.results.read(out / "results.zarr")
+    kappa = tree["tensor"]["preconditioner_condition_number"]
+    for step in range(STEPS - 1):
+        # The metric of the update from a step is what the optimizer has after it.
+        metric = {
+            tensor: np.sqrt(state["exp_avg_sq"].astype(np.float64) / (1 - 0.95 ** int(state["step"]))) + 1e-6
+            for tensor, state in truth[step + 1].items()
+        }
+        for tensor, diagonal in metric.items():
+            expected = diagonal.max() / diagonal.min()
+            # A safe_divide of two sums, each of a root of a safe_divide: eight roundings.
+            assert float(kappa.sel(step=step, tensor=tensor)) == pytest.approx(expected, rel=8 * 2.0**-52)
+        scaled = [d / RATES[d.ndim < 2] for d in metric.values()]
+        expected = max(d.max() for d in scaled) / min(d.min() for d in scaled)
+        found = tree["model"]["preconditioner_condition_number"].sel(step=step)
+        assert float(found) == pytest.approx(expected, rel=8 * 2.0**-52)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_groups_of_several_rates_give_each_tensor_its_own_and_the_model_the_largest(tmp_path, logged):
+    def save(step, model, optimizer, gradients, loss):
+        (tmp_path / "log").mkdir(exist_ok=True)
+        tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gradient": gradients}
+        rate = {"learning_rate": 0.5} if logged else {}
+        torch.save({**tree, "loss": loss.item(), **rate}, tmp_path / "log" / f"step-{step}.pt")
+
+    trained(two_groups, save)
+    run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
+    run.analyze_run(tmp_path / "out", Serial())
+    tree = run.results.read(tmp_path / "out" / "results.zarr")
+    assert (tree["model"]["learning_rate"] == (0.5 if logged else max(RATES))).all()
+    assert not (tree["model"]["status"] == Status.NO_LEARNING_RATE).any()
+    states = Trajectory(tmp_path / "out" / "trajectory.zarr")
+    _, arrays = stored(tmp_path / "out" / "trajectory.zarr")
+    for tensor in states.layout.tensors:
+        rate = RATES[len(tensor.shape) < 2]
+        of_tensor = tree["tensor"].to_dataset().sel(tensor=tensor.name)
+        assert (of_tensor["learning_rate"] == rate).all()
+        moved = np.linalg.norm(np.diff(arrays["parameter"][tensor.name].astype(np.float64), axis=0), axis=1)
+        # Of a norm of 9 elements at most, and its safe_divide: a dozen roundings.
+        assert of_tensor["update_norm"].sel(window=1).values == pytest.approx(moved / rate, rel=12 * 2.0**-52)
+
+
+def test_a_rate_that_sets_the_unit_of_time_is_not_taken_from_groups(tmp_path):
+    trained(two_groups, saver(tmp_path / "log", learning_rate=None, loss_time_derivative=0.5))
+    run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
+    run.analyze_run(tmp_path / "out", Serial())
+    model = run.results.read(tmp_path / "out" / "results.zarr")["model"]
+    assert (model["status"] == Status.NO_LEARNING_RATE).all()
+
+
+def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):
+    trained(two_groups, saver(tmp_path / "log"))
+    grams = []
+    for name, include in (("with", ["optimizer"]), ("without", [])):
+        run.ingest_run(tmp_path / "log", tmp_path / name, include=include)
+        run.analyze_run(tmp_path / name, Analysis(workers=1))
+        grams.append(run.Ledger(tmp_path / name / "ledger.zarr").read()[0])
+    np.testing.assert_array_equal(*grams)
+    assert "preconditioner_condition_number" not in run.results.read(tmp_path / "without" / "results.zarr")["model"]
+
+
+def test_a_run_goes_on_as_it_was_begun(tmp_path):
+    log, store = tmp_path / "log", tmp_path / "store"
+    trained(OPTIMIZERS["adam"], saver(log), steps=3)
+    ingest(log, store, include=["optimizer"])
+    trained(OPTIMIZERS["adam"], saver(log), steps=STEPS)  # the same again, and two steps more
+    assert ingest(log, store).new_steps == 2
+    whole = tmp_path / "whole"
+    ingest(log, whole, include=["optimizer"])
+    for array, tensors in stored(whole)[1].items():
+        for tensor, rows in tensors.items():
+            np.testing.assert_array_equal(stored(store)[1][array][tensor], rows)
+    plain = tmp_path / "plain"
+    ingest(log, plain)
+    with pytest.raises(InputError, match="made without the state of the optimizer"):
+        ingest(log, plain, include=["optimizer"])
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_run_that_is_followed_from_before_its_first_update_waits_for_the_second_step(tmp_path, name):
+    trained(OPTIMIZERS[name], saver(tmp_path / "all"))
+    log, store = tmp_path / "log", tmp_path / "store"
+    log.mkdir()
+    new = []
+    for step in range(STEPS):
+        (tmp_path / "all" / f"step-{step}.pt").rename(log / f"step-{step}.pt")
+        if step:
+            new.append(ingest(log, store, include=["optimizer"]).new_steps)
+        else:
+            with pytest.raises(NotYet, match="no state of an optimizer"):
+                ingest(log, store, include=["optimizer"])
+            assert not store.exists()
+    assert new == [2, 1, 1, 1]
+    ingest(log, tmp_path / "whole", include=["optimizer"])
+    for array, tensors in stored(tmp_path / "whole")[1].items():
+        for tensor, rows in tensors.items():
+            np.testing.assert_array_equal(stored(store)[1][array][tensor], rows)
+
+
+def test_a_log_without_optimizer_and_a_word_that_is_none_are_refused(tmp_path):
+    def save(step, model, optimizer, gradients, loss):
+        (tmp_path / "log").mkdir(exist_ok=True)
+        tree = {"model": model.state_dict(), "gradient": gradients, "loss": loss.item(), "lr": 0.1}
+        torch.save(tree, tmp_path / "log" / f"step-{step}.pt")
+
+    trained(OPTIMIZERS["adam"], save, steps=2)
+    with pytest.raises(NotYet, match="no state of an optimizer"):
+        ingest(tmp_path / "log", tmp_path / "store", include=["optimizer"])
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(InputError, match="cannot be included"):
+        ingest(tmp_path / "log", tmp_path / "store", include=["scheduler"])
+
+
+# Which tensor is whose ---------------------------------------------------------------------------------------
+
+
+class Opened:
+    """A container of an optimizer over tensors of given shapes, numbered in one group."""
+
+    ordered = False
+
+    def __init__(self, shapes):
+        self.step = LoggedStep(0, "file")
+        self.tensors = {f"optimizer/state/{i}/exp_avg": LoggedTensor(s, "float32") for i, s in enumerate(shapes)}
+        self.numbers = {f"optimizer/param_groups/0/params/{i}": float(i) for i in range(len(shapes))}
+        self.numbers |= {"optimizer/param_groups/0/lr": 0.1}
+        self.texts = {}
+
+    def number(self, key):
+        return self.numbers[key]
+
+
+SHAPES = st.lists(st.sampled_from([(1,), (2,), (3,), (2, 2), (3, 2), (5,)]), min_size=1, max_size=6)
+
+
+@given(shapes=SHAPES, data=st.data())
+def test_without_an_order_shapes_decide_or_nothing_is_said(shapes, data):
+    names = data.draw(st.permutations(range(len(shapes))))
+    parameters = {f"t{index}": LoggedTensor(shapes[index], "float32") for index in names}
+    found = saved_optimizer(Opened(shapes), parameters)
+    if len(set(shapes)) == len(shapes):
+        assert found.keys["exp_avg"] == {f"t{i}": f"optimizer/state/{i}/exp_avg" for i in range(len(shapes))}
+        assert set(found.state.numbers["tensor_learning_rate"]) == set(parameters)
+    else:
+        assert "neither the order of the file nor the shapes decide" in found.state.problem
+        assert not found.keys
+        assert not found.state.arrays
+
+
+@given(shapes=SHAPES, data=st.data())
+def test_an_order_that_the_user_gives_is_checked_by_shape(shapes, data):
+    parameters = {f"t{index}": LoggedTensor(shape, "float32") for index, shape in enumerate(shapes)}
+    order = data.draw(st.permutations(list(parameters)))
+    found = saved_optimizer(Opened(shapes), parameters, order=order)
+    if all(parameters[name].shape == shape for name, shape in zip(order, shapes, strict=True)):
+        assert found.keys["exp_avg"] == {name: f"optimizer/state/{i}/exp_avg" for i, name in enumerate(order)}
+    else:
+        assert "groups in none" in found.state.problem
+
+
+def test_an_order_that_is_not_known_is_asked_for_and_taken(tmp_path):
+    log = tmp_path / "log"
+
+    def save(step, model, optimizer, gradients, loss):
+        # Files of this kind do not keep the order of their tensors.
+        folder = log / f"step-{step}"
+        folder.mkdir(parents=True)
+        safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+        safetensors.torch.save_file(gradients, folder / "gradient.safetensors")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+    truth = trained(OPTIMIZERS["adam"], save)
+    with pytest.raises(InputError, match="neither the order of the file nor the shapes decide") as refusal:
+        ingest(log, tmp_path / "store", include=["optimizer"])
+    assert "order = [" in refusal.value.remedy
+    assert "step 0" in refusal.value.where
+    order = [name for name, _ in Net().named_parameters()]
+    (log / "natgrad.toml").write_text(f"order = {json.dumps(order)}\n")
+    ingest(log, tmp_path / "store", include=["optimizer"])
+    for tensor, rows in stored(tmp_path / "store")[1]["exp_avg"].items():
+        for step in range(1, STEPS):
+            np.testing.assert_array_equal(rows[step], truth[step][tensor]["exp_avg"].ravel())
+    (log / "natgrad.toml").write_text(f"order = {json.dumps(order[::-1])}\n")
+    with pytest.raises(InputError, match="fits the 6 parameters and 1 groups in none"):
+        ingest(log, tmp_path / "other", include=["optimizer"])
+
+
+# The algebra -------------------------------------------------------------------------------------------------
+
+POSITIVE = st.floats(1e-30, 1e30)
+
+
+@given(POSITIVE, POSITIVE, st.floats(0.5, 0.9999), st.floats(1e-12, 1e-2), st.integers(1, 10**6))
+def test_eigenvalues_of_adams_metric_against_exact_arithmetic(one, other, beta2, epsilon, updates):
+    smallest, largest = sorted((one, other))
+    low, high = adam_eigenvalues(smallest, largest, beta2, epsilon, updates)
+    with mp.workdps(50):
+        bias = 1 - mpf(beta2) ** updates
+        for found, v in ((low, smallest), (high, largest)):
+            expected = mp.sqrt(mpf(v) / bias) + mpf(epsilon)
+            # Power, difference, safe_divide, root and sum round once each; near beta2 = 1 the difference keeps
+            # 1 / (1 - beta2) = 1e4 times the rounding of the power at one update.
+            assert float(abs(mpf(float(found)) - expected) / expected) <= (1e4 + 4) * 2.0**-52
+    assert low <= high
+
+
+def test_where_something_is_not_known_there_is_no_number():
+    known = {"smallest": 1.0, "largest": 4.0, "beta2": 0.9, "epsilon": 1e-8, "updates": 3.0}
+    for name in known:
+        assert np.isnan(adam_eigenvalues(**{**known, name: np.nan})).any()
+    assert np.isnan(adam_eigenvalues(**{**known, "updates": 0.0})).all()
+    assert np.isnan(adam_eigenvalues(**{**known, "smallest": -1.0})[0])
+    tensors, model = condition_number([[1.0, 2.0]], [[2.0, 8.0]], [[0.1, np.nan]])
+    assert tensors.tolist() == [[2.0, 4.0]]
+    assert np.isnan(model).all()
+
+
+def test_inspect_says_what_the_optimizer_has(tmp_path, capsys, monkeypatch):
+    trained(OPTIMIZERS["adam"], saver(tmp_path / "log"), steps=2)
+    monkeypatch.setattr(sys, "argv", ["natgrad", "inspect", str(tmp_path / "log"), "--json"])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["optimizer"] == "exp_avg, exp_avg_sq of 6 tensors at step 1: stored with --include optimizer"

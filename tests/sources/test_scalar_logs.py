@@ -1,0 +1,604 @@
+"""Logs of scalars beside those of the tensors, written by the loggers that users have."""
+
+import contextlib
+import csv
+import json
+import os
+import sqlite3
+import struct
+
+import numpy as np
+import pandas
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+
+from damage import changes, damage, reads_only
+from logs import random_walk, write_log, write_step
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.sources.formats import FORMATS
+from natgrad.sources.opening import format_of, open_source, open_sources
+from natgrad.sources.scalars import event_file, record_files, scalar_log
+from natgrad.sources.scalars.event_file import read_events
+from natgrad.sources.scalars.record_files import read_csv, read_json_lines
+from natgrad.sources.steps import NotYet
+from natgrad.store import Trajectory
+
+STEPS = 6
+SCALARS = ("loss", "learning_rate")
+LONG_AGO = 10**18
+
+
+pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
+
+
+def settled(path):
+    """A log that nobody has written to for long."""
+    for file in [path, *path.rglob("*")]:
+        os.utime(file, ns=(LONG_AGO, LONG_AGO))
+    return path
+
+
+def run_without_scalars(folder, steps=STEPS):
+    states = random_walk(steps)
+    return write_log(folder, [{k: v for k, v in state.items() if k not in SCALARS} for state in states])
+
+
+def values_of(steps=STEPS):
+    """Losses and rates that only float64 holds, one step of the rate left out: loggers have sparse rows."""
+    return [(step, np.pi / (step + 1), None if step == 3 else 0.1 * 0.9**step) for step in range(steps)]
+
+
+def stored(path):
+    states = Trajectory(path)
+    return [
+        (int(step), *(None if np.isnan(value) else float(value) for value in values))
+        for step, *values in zip(*(states.scalar(name) for name in ("step", *SCALARS)), strict=True)
+    ]
+
+
+# Writers: folder and (step, loss, rate) to SOURCE --------------------------------------------------------------
+
+
+def write_lightning_csv(folder, values):
+    logger = CSVLogger(folder, name="run", flush_logs_every_n_steps=2)
+    for step, loss, rate in values:
+        logger.log_metrics({"train_loss": loss}, step)
+        logger.log_metrics({"val_loss": 7.0}, step)
+        # A key that comes later has the file written anew, with another header.
+        if rate is not None:
+            logger.log_metrics({"lr-SGD": rate, "lr-SGD-momentum": 0.9}, step)
+    logger.save()
+    return folder / "run" / "version_0"
+
+
+def frame_of(values, **names):
+    table = pandas.DataFrame(values, columns=["step", *SCALARS])
+    return table.rename(columns=names).assign(accuracy=0.5, note="text")
+
+
+def write_pandas_csv(folder, values):
+    frame_of(values, loss="Train Loss", learning_rate="lr").to_csv(folder / "scalars.csv", sep=";", index=False)
+    return folder / "scalars.csv"
+
+
+def write_json_lines(folder, values):
+    rows = [{"iteration": s, "loss": a, "lr": b, "note": "text"} for s, a, b in values]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "log.jsonl"
+
+
+def write_nested_json_lines(folder, values):
+    rows = [{"global_step": s, "train": {"loss": a, "lr": b}, "val": {"loss": [1, 2]}} for s, a, b in values]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "log.jsonl"
+
+
+def write_parquet(folder, values):
+    """As W&B exports a history, in two files."""
+    table = frame_of(values, step="_step", loss="train/loss", learning_rate="train/learning_rate")
+    for number, part in enumerate((table[:4], table[4:])):
+        part.to_parquet(folder / f"{number:04}.parquet")
+    return folder
+
+
+def write_trackio(folder, values):
+    """The schema and the bytes that trackio 0.43 writes; the package itself brings a web server."""
+    with contextlib.closing(sqlite3.connect(folder / "project.db")) as database, database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute(
+            "CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT, timestamp TEXT NOT NULL, "
+            "run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL, log_id TEXT, "
+            "space_id TEXT)"
+        )
+        database.executemany(
+            "INSERT INTO metrics (timestamp, run_name, step, metrics) VALUES ('', 'first', ?, ?)",
+            [(s, json.dumps({"loss": a} | ({} if b is None else {"lr": b})).encode()) for s, a, b in values],
+        )
+    return folder / "project.db"
+
+
+WRITERS = {
+    "lightning": (write_lightning_csv, "csv"),
+    "pandas, csv": (write_pandas_csv, "csv"),
+    "lines of json": (write_json_lines, "jsonl"),
+    "nested lines of json": (write_nested_json_lines, "jsonl"),
+    "parquet": (write_parquet, "parquet"),
+    "trackio": (write_trackio, "trackio"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_logger_gives_the_numbers_that_were_logged(tmp_path, writer):
+    write, name = WRITERS[writer]
+    (tmp_path / "scalars").mkdir()
+    source = write(tmp_path / "scalars", values_of())
+    settled(tmp_path / "scalars")
+    assert format_of(source) == name
+    assert FORMATS[name].scalars
+    log = run_without_scalars(tmp_path / "log")
+    summary = ingest([log, source], tmp_path / "trajectory.zarr")
+    assert summary.steps == STEPS
+    assert stored(tmp_path / "trajectory.zarr") == values_of()
+    (told,) = [warning for warning in summary.warnings if "missing" in warning]
+    assert told.startswith("learning_rate is missing or NaN in 1 of 6 steps")
+
+
+@pytest.mark.parametrize("new_style", [False, True])
+def test_tensorboard_gives_every_point_in_single_precision(tmp_path, new_style):
+    values = [(step, float(np.float32(a)), float(np.float32(0.1))) for step, a, _ in values_of()]
+    with SummaryWriter(tmp_path / "events") as writer:
+        for step, loss, rate in values:
+            writer.add_scalar("Loss/train", loss, step, new_style=new_style)
+            writer.add_scalar("lr-SGD", rate, step, new_style=new_style)
+            writer.add_histogram("weights", np.arange(9.0), step)
+    settled(tmp_path / "events")
+    assert format_of(tmp_path / "events") == "tensorboard"
+    summary = ingest([run_without_scalars(tmp_path / "log"), tmp_path / "events"], tmp_path / "trajectory.zarr")
+    assert stored(tmp_path / "trajectory.zarr") == values
+    assert any("single precision" in warning for warning in summary.warnings)
+    assert any("loss is what the log calls Loss/train" in warning for warning in summary.warnings)
+
+
+# Restarts --------------------------------------------------------------------------------------------------
+
+
+def scalars_of(source, **options):
+    log = open_sources([run_without_scalars(source.parent / "tensors"), source], **options)
+    found, notes = {}, {}
+    for step in log.steps():
+        with log.open(step) as reader:
+            content = reader.content()
+            found[step.number] = dict(content.scalars)
+            notes |= dict.fromkeys(content.notes)
+    return found, list(notes)
+
+
+def test_of_a_restarted_run_the_later_record_of_a_step_counts(tmp_path):
+    rows = [(0, 5.0), (1, 4.0), (2, 3.0), (3, 2.0), (1, 40.0), (2, 30.0)]
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "loss"))
+        writer.writerows(rows[:4])
+        writer.writerow(("step", "loss"))  # by the process that went on
+        writer.writerows(rows[4:])
+    settled(tmp_path / "metrics.csv")
+    found, notes = scalars_of(tmp_path / "metrics.csv")
+    assert {step: scalars.get("loss") for step, scalars in found.items()} == {
+        0: 5.0, 1: 40.0, 2: 30.0, 3: 2.0, 4: None, 5: None
+    }  # fmt: skip
+    (note,) = notes
+    assert "falls back once, from 3 to 1 first" in note
+
+
+def test_event_files_of_a_restarted_run_are_read_in_the_order_in_which_they_were_begun(tmp_path):
+    # Names would put the second before the first.
+    for suffix, steps, loss in ((".second", range(5), 1.0), (".first", range(2, 4), 2.0)):
+        with SummaryWriter(tmp_path / "events", filename_suffix=suffix) as writer:
+            for step in steps:
+                writer.add_scalar("loss", loss, step)
+    for path in (tmp_path / "events").iterdir():
+        path.rename(path.with_name("tfevents" + path.suffix))
+    settled(tmp_path / "events")
+    found, notes = scalars_of(tmp_path / "events")
+    assert [found[step].get("loss") for step in range(STEPS)] == [1.0, 1.0, 2.0, 2.0, 1.0, None]
+    assert any("falls back once, from 4 to 2" in note for note in notes)
+
+
+# What keys mean ----------------------------------------------------------------------------------------------
+
+
+def lines(tmp_path, *rows):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return settled(path)
+
+
+def test_rates_of_groups_count_where_they_are_one(tmp_path):
+    path = lines(
+        tmp_path,
+        {"step": 0, "lr-Adam/pg1": 0.1, "lr-Adam/pg2": 0.1},
+        {"step": 1, "lr-Adam/pg1": 0.1, "lr-Adam/pg2": 0.2},
+    )
+    found, notes = scalars_of(path)
+    assert found[0] == {"learning_rate": 0.1}
+    assert found[1] == {}
+    assert any("at 1 steps none is taken" in note for note in notes)
+
+
+def test_the_trainers_step_counts_before_that_of_the_log(tmp_path):
+    path = lines(tmp_path, {"_step": 7, "trainer/global_step": 2, "loss": 1.5}, {"_step": 8, "loss": 9.0})
+    found, notes = scalars_of(path)
+    assert {step: scalars for step, scalars in found.items() if scalars} == {2: {"loss": 1.5}}
+    assert any("1 records of loss have no step" in note for note in notes)
+
+
+def test_a_run_file_says_what_the_keys_of_a_log_are(tmp_path):
+    run_without_scalars(tmp_path / "log")
+    lines(tmp_path, {"n": 0, "a": {"x": 1.0}, "b": {"x": 1.0}, "loss": 3.0}).rename(tmp_path / "scalars.txt")
+    (tmp_path / "run.toml").write_text(
+        '[[source]]\npath = "log"\n[[source]]\npath = "scalars.txt"\nformat = "jsonl"\n'
+        'map = { loss = "*/x", step = "n", hessian_min_eigenvalue = "loss" }\n'
+    )
+    log = open_source(tmp_path / "run.toml")
+    with log.open(log.steps()[0]) as reader:
+        assert reader.content().scalars == {"loss": 1.0, "hessian_min_eigenvalue": 3.0}
+
+
+def test_of_several_runs_in_one_log_one_is_named(tmp_path):
+    path = write_trackio(tmp_path, [(0, 1.0, 0.1)])
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(
+            "INSERT INTO metrics (timestamp, run_name, step, metrics) VALUES ('', 'b', 0, '{\"loss\": 2}')"
+        )
+    settled(tmp_path)
+    with pytest.raises(InputError, match="holds the runs first, b"):
+        scalars_of(path)
+    (tmp_path / "run.toml").write_text(
+        f'[[source]]\npath = "tensors"\n[[source]]\npath = "{path.name}"\nmap = {{ run = "b" }}\n'
+    )
+    log = open_source(tmp_path / "run.toml")
+    with log.open(log.steps()[0]) as reader:
+        assert reader.content().scalars == {"loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([{"step": 0, "accuracy": 1.0}], "no scalar is in this log"),
+        ([{"loss": 1.0}], "no step is in this log"),
+        ([{"step": 0.5, "loss": 1.0}], "0.5, not the number of a step"),
+        ([{"step": -1, "loss": 1.0}], "-1, not the number of a step"),
+        ([{"step": 0, "loss": "low"}], "'low' is no number"),
+        ([{"step": 0, "loss": True}], "'True' is no number"),
+        ([{"step": 0, "loss": "1_0"}], "'1_0' is no number"),
+        ([{"step": 0, "loss": 10**400}], "is no number"),
+        ([{"step": "train", "loss": 1.0}], "'train' is no number"),
+    ],
+)
+def test_what_is_no_scalar_of_a_step_is_refused(tmp_path, rows, what):
+    with pytest.raises(InputError, match=what) as caught:
+        scalars_of(lines(tmp_path, *rows))
+    assert caught.value.remedy
+    assert "log.jsonl" in caught.value.where
+
+
+def test_not_a_number_is_what_was_logged(tmp_path):
+    path = lines(tmp_path, {"step": 0, "loss": float("nan")}, {"step": 1, "loss": "Infinity"})
+    found, _ = scalars_of(path)
+    assert np.isnan(found[0]["loss"])
+    assert found[1]["loss"] == np.inf
+
+
+def test_scalars_alone_are_refused(tmp_path):
+    path = lines(tmp_path, {"step": 0, "loss": 1.0})
+    for sources in ([path], [tmp_path], [path, path]):
+        with pytest.raises(InputError, match="holds no tensors") as caught:
+            open_sources(sources)
+        assert "further SOURCE" in caught.value.remedy
+
+
+def test_tensors_are_waited_for_in_a_folder_whose_scalars_grow(tmp_path):
+    lines(tmp_path, {"step": 0, "loss": 1.0}).touch()
+    with pytest.raises(NotYet, match="no step files in this folder yet"):
+        open_source(tmp_path)
+
+
+def test_scalars_of_no_step_of_the_run_are_told(tmp_path, caplog):
+    scalars_of(lines(tmp_path, {"step": 100, "loss": 1.0}))
+    assert "has scalars of no step of the run: its steps are 100" in caplog.text
+
+
+# While training goes on --------------------------------------------------------------------------------------
+
+
+def append(path, *rows):
+    with path.open("a") as file:
+        file.writelines(f"{step},{loss!r}\n" for step, loss in rows)
+
+
+@pytest.fixture
+def growing(tmp_path):
+    run_without_scalars(tmp_path / "log", 4)
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
+    append(tmp_path / "metrics.csv", (0, 5.0), (1, 4.0), (2, 3.0))
+    return tmp_path
+
+
+def ingest_again(folder, *sources):
+    return ingest([folder / "log", *sources], folder / "trajectory.zarr")
+
+
+def test_steps_that_a_growing_log_does_not_have_yet_are_left_for_the_next_pass(growing, caplog):
+    metrics = growing / "metrics.csv"
+    assert ingest_again(growing, metrics).steps == 3
+    assert "1 steps are left for the next pass" in caplog.text
+    append(metrics, (3, 2.0))
+    summary = ingest_again(growing, metrics)
+    assert (summary.new_steps, summary.steps, summary.attempts) == (1, 4, 1)
+    assert [loss for _, loss, _ in stored(growing / "trajectory.zarr")] == [5.0, 4.0, 3.0, 2.0]
+
+
+def test_a_log_that_has_not_begun_is_waited_for(growing):
+    (growing / "metrics.csv").write_text("step,loss\n")
+    with pytest.raises(NotYet):
+        ingest_again(growing, growing / "metrics.csv")
+
+
+def test_scalars_that_come_after_their_step_begin_no_attempt(growing):
+    metrics = settled(growing / "metrics.csv")
+    ingest_again(growing, metrics)
+    before = stored(growing / "trajectory.zarr")
+    append(metrics, (3, 2.0))
+    summary = ingest_again(growing, metrics)
+    assert (summary.new_steps, summary.attempts) == (0, 1)
+    assert any("were ingested without" in warning and "--overwrite" in warning for warning in summary.warnings)
+    assert stored(growing / "trajectory.zarr") == before
+    # Nor does a log that is left out the next time.
+    assert ingest_again(growing).attempts == 1
+    assert stored(growing / "trajectory.zarr") == before
+
+
+def test_a_scalar_that_changed_in_the_middle_is_refused(growing):
+    metrics = settled(growing / "metrics.csv")
+    ingest_again(growing, metrics)
+    metrics.write_text(metrics.read_text().replace("1,4.0", "1,4.5"))
+    with pytest.raises(InputError, match=r"step 1 is ingested already, with loss 4.0, and now has 4.5"):
+        ingest_again(growing, settled(metrics))
+
+
+def test_a_restart_of_both_logs_is_one_attempt(growing):
+    metrics = settled(growing / "metrics.csv")
+    ingest_again(growing, metrics)
+    for step, state in enumerate(random_walk(4, seed=1)):
+        if step >= 2:
+            write_step(growing / "log", step, {k: v for k, v in state.items() if k not in SCALARS})
+    append(metrics, (2, 9.0), (3, 8.0))
+    summary = ingest_again(growing, metrics)
+    assert (summary.new_steps, summary.attempts) == (2, 2)
+    losses = [loss for _, loss, _ in stored(growing / "trajectory.zarr")]
+    assert losses == [5.0, 4.0, 3.0, None, 9.0, 8.0]
+
+
+# Cut, damaged, hostile ---------------------------------------------------------------------------------------
+
+
+def read_all(decode, path):
+    notes = []
+    return [dict(record) for record in decode(path, lambda key: True, notes)], notes
+
+
+@pytest.mark.parametrize(("decode", "text"), [
+    (read_csv, "step,loss\r\n0,0.125\r\n1,0.0625\r\n"),
+    (read_json_lines, '{"step": 0, "loss": 0.125}\n{"step": 1, "loss": 0.0625}\n'),
+])  # fmt: skip
+def test_a_text_cut_anywhere_gives_no_number_that_was_not_written(tmp_path, decode, text):
+    (tmp_path / "log").write_text(text, newline="")
+    whole, notes = read_all(decode, tmp_path / "log")
+    assert not notes
+    for length in range(len(text)):
+        (tmp_path / "log").write_text(text[:length], newline="")
+        found, notes = read_all(decode, tmp_path / "log")
+        assert found == whole[: len(found)]
+        assert notes or not length or text[length - 1] in "\r\n"
+
+
+@pytest.fixture
+def events(tmp_path):
+    with SummaryWriter(tmp_path / "events") as writer:
+        for step in range(3):
+            writer.add_scalar("loss", 1.0 / (step + 1), step)
+    (path,) = (tmp_path / "events").iterdir()
+    return path
+
+
+def test_events_cut_anywhere_give_the_records_before(events):
+    body = events.read_bytes()
+    whole, notes = read_all(read_events, events)
+    assert [record["step"] for record in whole] == [0, 1, 2]
+    assert not notes
+    for length in range(len(body)):
+        events.write_bytes(body[:length])
+        found, notes = read_all(read_events, events)
+        assert found == whole[: len(found)]
+        assert len(notes) <= 1
+    assert "is cut short" in notes[0]
+
+
+def test_a_changed_byte_of_an_event_file_is_an_error(events):
+    body = events.read_bytes()
+    for position in range(len(body)):
+        damaged = bytearray(body)
+        damaged[position] ^= 4
+        events.write_bytes(damaged)
+        with pytest.raises(ValueError, match="checksum"):
+            read_all(read_events, events)
+    with pytest.raises(InputError, match="checksum"):
+        scalars_of(settled(events.parent))
+
+
+numbers = st.floats(width=32) | st.floats(-1e30, 1e30)
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 2**62), st.text(max_size=9), numbers, st.sampled_from("sfdbc"))))
+@reads_only
+def test_events_are_read_as_tensorboard_writes_them(tmp_path, rows):
+    expected = []
+    with (tmp_path / "tfevents").open("wb") as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=1.5, file_version="brain.Event:2").SerializeToString())
+        for step, tag, number, form in rows:
+            if form == "s":
+                value = Summary.Value(tag=tag, simple_value=np.float32(number))
+            else:
+                fields = {
+                    "f": {"dtype": 1, "float_val": [np.float32(number)]},
+                    "b": {"dtype": 1, "tensor_content": np.float32(number).tobytes()},
+                    "d": {"dtype": 2, "double_val": [number]},
+                    "c": {"dtype": 2, "tensor_content": struct.pack("<d", number)},
+                }[form]
+                value = Summary.Value(tag=tag, tensor=TensorProto(tensor_shape=TensorShapeProto(), **fields))
+            writer.write(Event(wall_time=2.0, step=step, summary=Summary(value=[value])).SerializeToString())
+            exact = number if form in "dc" else float(np.float32(number))
+            expected.append({tag: exact, "step": step})
+    found, notes = read_all(read_events, tmp_path / "tfevents")
+    np.testing.assert_equal(found, expected)
+    assert not notes
+
+
+keys = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00\r\n"), min_size=1, max_size=5)
+
+
+@given(
+    names=st.lists(keys.map(lambda key: key.strip() or "x"), min_size=1, max_size=4, unique=True),
+    rows=st.lists(st.lists(st.floats(allow_nan=False), min_size=4, max_size=4)),
+    delimiter=st.sampled_from(",;\t"),
+)
+@reads_only
+def test_csv_is_read_as_it_was_written(tmp_path, names, rows, delimiter):
+    names = [
+        "step",
+        *(f"n{name.translate(dict.fromkeys(map(ord, ',;' + chr(9))))}{i}" for i, name in enumerate(names)),
+    ]
+    with (tmp_path / "log.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(names)
+        writer.writerows([step, *row[: len(names) - 1]] for step, row in enumerate(rows))
+    found, notes = read_all(read_csv, tmp_path / "log.csv")
+    expected = [dict(zip(names, [step, *row], strict=False)) for step, row in enumerate(rows)]
+    assert [{key: float(value) for key, value in record.items()} for record in found] == expected
+    assert not notes
+
+
+trees = st.dictionaries(keys.filter(lambda key: "/" not in key), st.floats(allow_nan=False) | st.none(), max_size=3)
+
+
+@given(rows=st.lists(st.dictionaries(keys.filter(lambda key: "/" not in key), trees, max_size=3)))
+@reads_only
+def test_lines_of_json_are_read_as_they_were_written(tmp_path, rows):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found, notes = read_all(read_json_lines, tmp_path / "log.jsonl")
+    assert found == [{f"{a}/{b}": value for a, tree in row.items() for b, value in tree.items()} for row in rows]
+    assert not notes
+
+
+HOSTILE = [
+    ("jsonl", b"[1]\n"),
+    ("jsonl", b'{"step": 0, "loss": \n'),
+    ("jsonl", b'{"a":' * 100_000 + b"\n"),
+    ("jsonl", b"{\xff\n"),
+    ("jsonl", b'{"a": ' + b"9" * 9999 + b"}\n"),
+    ("csv", b"step,loss\n0,1,2\n"),
+    ("csv", b"step,loss\n0\n"),
+    ("csv", b"step,loss,loss\n0,1,2\n"),
+    ("csv", b'step,loss\n0,"1\n'),
+    ("csv", b"step,loss\n0,\x00\n"),
+    ("csv", b"\xff\xfe\n"),
+    ("parquet", b"PAR1"),
+    ("parquet", b"PAR1" + b"\xff" * 200 + b"PAR1"),
+    ("parquet", b"PAR1" + bytes(50) + (1 << 31).to_bytes(4, "little") + b"PAR1"),
+    ("tensorboard", bytes(12)),
+    ("tensorboard", b"x" * 40),
+    ("trackio", b"SQLite format 3\0" + b"\xff" * 500),
+]
+
+
+@pytest.mark.parametrize(("format", "body"), HOSTILE)
+def test_what_is_no_log_is_refused(tmp_path, format, body):
+    name = f"log.{format}"
+    (tmp_path / name).write_bytes(body)
+    run_without_scalars(tmp_path / "log", 2)
+    (tmp_path / "run.toml").write_text(
+        f'[[source]]\npath = "log"\n[[source]]\npath = "{name}"\nformat = "{format}"\n'
+    )
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "run.toml").steps()
+    assert name in caught.value.where
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("writer", "module", "limit", "what"),
+    [
+        ("parquet", record_files, "_COLUMN_LIMIT", "unpacks to more than 40 bytes"),
+        ("lines of json", record_files, "_LINE_LIMIT", "a line of more than 40 characters"),
+        ("lightning", scalar_log, "_RECORDS_LIMIT", "more than 40 records"),
+    ],
+)
+def test_what_grows_without_bound_is_refused(tmp_path, monkeypatch, writer, module, limit, what):
+    (tmp_path / "scalars").mkdir()
+    source = WRITERS[writer][0](tmp_path / "scalars", values_of(50))
+    settled(tmp_path / "scalars")
+    open_sources([run_without_scalars(tmp_path / "log", 2), source]).steps()
+    monkeypatch.setattr(module, limit, 40)
+    with pytest.raises(InputError, match=what):
+        open_sources([tmp_path / "log", source]).steps()
+
+
+def test_of_what_is_too_large_for_a_scalar_the_checksum_is_compared(events, monkeypatch):
+    monkeypatch.setattr(event_file, "_DATA_LIMIT", 10)
+    assert read_all(read_events, events) == ([], [])
+    body = events.read_bytes()
+    events.write_bytes(body[:-9] + bytes([body[-9] ^ 1]) + body[-8:])
+    with pytest.raises(ValueError, match="checksum"):
+        read_all(read_events, events)
+
+
+COMPUTED = {
+    "view": "CREATE VIEW metrics AS WITH RECURSIVE n(step) AS (SELECT 0 UNION ALL SELECT step + 1 FROM n LIMIT 9) "
+    "SELECT 'run' AS run_name, step, '{\"loss\": 1}' AS metrics FROM n",
+    "virtual": "CREATE VIRTUAL TABLE metrics USING rtree(run_name, step, metrics)",
+    "generated": "CREATE TABLE metrics (run_name, step, metrics AS ('{\"loss\": ' || step || '}'))",
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_database_whose_metrics_are_computed_is_refused(tmp_path, how):
+    with contextlib.closing(sqlite3.connect(tmp_path / "project.db")) as database, database:
+        database.execute(COMPUTED[how])
+    with pytest.raises(InputError, match=r"this is a file|no table metrics"):
+        scalars_of(tmp_path / "project.db")
+
+
+@given(changes=changes(6), name=st.sampled_from(["parquet", "trackio"]))
+@settings(reads_only, max_examples=60)
+def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, changes, name):
+    folder = tmp_path / name
+    if not folder.exists():
+        folder.mkdir()
+        (write_parquet if name == "parquet" else write_trackio)(folder, values_of())
+        (folder / "0001.parquet").unlink(missing_ok=True)
+        run_without_scalars(tmp_path / "log")
+        (tmp_path / f"{name}.body").write_bytes(next(folder.iterdir()).read_bytes())
+    (path,) = (entry for entry in folder.iterdir() if entry.suffix in (".parquet", ".db"))
+    path.write_bytes(damage((tmp_path / f"{name}.body").read_bytes(), changes))
+    with contextlib.suppress(InputError):
+        open_sources([tmp_path / "log", path]).steps()

@@ -1,0 +1,629 @@
+"""Archives written by torch, read without it; pickles as data, also those that mean harm."""
+
+import argparse
+import collections
+import contextlib
+import fractions
+import itertools
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from damage import Payload, changes, damage, reads_only
+from natgrad.schema.errors import InputError
+from natgrad.sources.checkpoints import pickle_data
+from natgrad.sources.checkpoints.torch_archive import TORCH_DTYPES, TorchFile
+from natgrad.sources.completion import complete
+from natgrad.sources.opening import open_source
+from natgrad.sources.steps import LoggedStep, LoggedTensor
+
+DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
+WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
+
+
+def opened(path):
+    return TorchFile(LoggedStep(7, Path(path)))
+
+
+def saved(tmp_path, tree):
+    path = tmp_path / "step_7.pt"
+    torch.save(tree, path)
+    return path
+
+
+def words_of(tensor):
+    """Bits of a tensor in C order, by torch itself."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def read(file, key, itemsize, start=0, stop=None):
+    size = int(np.prod(file.tensors[key].shape)) if stop is None else stop
+    out = np.zeros(size - start, WORDS[itemsize])
+    file.read(key, start, out)
+    return out
+
+
+# What is there -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize <= 8])
+def test_every_dtype_of_torch_comes_back_bit_by_bit(tmp_path, dtype):
+    bits = torch.arange(48, dtype=torch.uint8).repeat(2)[: 12 * dtype.itemsize] % 2
+    tensor = bits.view(dtype).reshape(3, 4)
+    with opened(saved(tmp_path, {"model": {"w": tensor}})) as file:
+        assert file.tensors["model/w"] == LoggedTensor((3, 4), str(dtype).removeprefix("torch."))
+        assert read(file, "model/w", dtype.itemsize).tobytes() == words_of(tensor)
+
+
+def views(base):
+    """Tensors that do not lie in C order, or not at the start of their storage."""
+    return {
+        "whole": base,
+        "transposed": base.t(),
+        "every second column": base[:, ::2],
+        "a column": base[:, 3],
+        "rows from the middle": base[7:],
+        "of one row, with odd strides": base[5:6, ::3],
+        "of three dimensions": base[:, :60].reshape(-1, 6, 10).permute(2, 0, 1),
+        "channels last": base[:, :60].reshape(-1, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        "expanded": base[0].expand(3, -1),
+        "scalar": base[2, 2],
+        "empty": base[:0],
+    }
+
+
+@pytest.fixture(scope="module")
+def archive_of_views(tmp_path_factory):
+    tensors = views(torch.arange(300 * 61, dtype=torch.float32).reshape(300, 61))
+    return saved(tmp_path_factory.mktemp("log"), tensors), tensors
+
+
+@given(name=st.sampled_from(list(views(torch.zeros(300, 61)))), a=st.integers(0), b=st.integers(0))
+def test_slices_of_tensors_in_any_strides_equal_those_of_torch(archive_of_views, name, a, b):
+    path, tensors = archive_of_views
+    flat = tensors[name].contiguous().flatten().numpy()
+    start, stop = sorted((a % (flat.size + 1), b % (flat.size + 1)))
+    with opened(path) as file:
+        assert file.tensors[name].shape == tuple(tensors[name].shape)
+        np.testing.assert_array_equal(read(file, name, 4, start, stop).view(np.float32), flat[start:stop])
+
+
+def test_what_trainers_put_beside_their_tensors_does_not_stand_in_the_way(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    tree = {
+        "model": model.state_dict(),
+        "grad": {name: p.grad for name, p in model.named_parameters()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "loss": np.float64(2.5),
+        "best": np.float32(1.5),
+        "step": 7,
+        "args": argparse.Namespace(lr=0.01, path=Path("/data")),
+        "rng": [torch.get_rng_state(), np.random.get_state()],  # noqa: NPY002
+        "counts": collections.defaultdict(int, {"seen": 3}),
+        "names": {"b", "a"},
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "large": 2**90,
+        "bytes": b"\x00\xff",
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "shape": torch.Size([2, 3]),
+        "nothing": None,
+    }
+    with opened(saved(tmp_path, tree)) as file:
+        for name, tensor in itertools.chain(model.state_dict().items(), [("p", tree["parameter"])]):
+            key = "parameter" if name == "p" else f"model/{name}"
+            assert read(file, key, tensor.element_size()).tobytes() == words_of(tensor)
+        assert {key: file.numbers[key] for key in ("loss", "best", "step", "counts/seen", "large")} == {
+            "loss": 2.5,
+            "best": 1.5,
+            "step": 7.0,
+            "counts/seen": 3.0,
+            "large": 2.0**90,
+        }
+        assert file.numbers["optimizer/param_groups/0/lr"] == 0.01
+
+
+class Units(torch.Tensor):
+    """A tensor of a class of the user's own."""
+
+
+def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_path):
+    tensor = torch.nn.Parameter(torch.arange(3.0))
+    plain = torch.arange(3.0)
+    tensor.rank = plain.rank = 7
+    with opened(saved(tmp_path, {"w": tensor, "v": plain})) as file:
+        assert read(file, "w", 4).tobytes() == read(file, "v", 4).tobytes() == words_of(plain)
+    with pytest.raises(InputError, match=r"names .*Units"):
+        opened(saved(tmp_path, {"w": torch.ones(3).as_subclass(Units)}))
+
+
+def test_torch_is_not_needed_to_read_what_it_wrote(tmp_path):
+    path = saved(tmp_path, {"w": torch.ones(2)})
+    code = (
+        "import sys; from pathlib import Path; from natgrad.sources.opening import open_source;"
+        f"log = open_source(Path({str(path.parent)!r})); step = log.steps()[0];"
+        "reader = log.open(step).__enter__();"
+        "print(reader.content().arrays['parameter']['w'].shape, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["(2,)", "False"]
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    def peak(columns, key):
+        (tmp_path / str(columns)).mkdir(exist_ok=True)
+        base = torch.zeros(1000, columns)
+        path = saved(tmp_path / str(columns), {"plain": base, "strided": base.t()})
+        out = np.zeros(20_000, np.float32)
+        with opened(path) as file:
+            file.read(key, 0, out[:1])
+            tracemalloc.start()
+            for start in (0, base.numel() // 2, base.numel() - out.size):
+                file.read(key, start, out)
+            top = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        return top
+
+    for key in ("plain", "strided"):
+        small, large = peak(100, key), peak(3_200, key)
+        # 32 times the tensor; the rest is what Python keeps of a call.
+        assert large < small + 16_000, key
+
+
+# What the keys mean ------------------------------------------------------------------------------------------
+
+
+def write_checkpoints(folder, trees, name="checkpoint_{}.pt", numbers=None):
+    folder.mkdir(exist_ok=True)
+    for number, tree in zip(numbers or range(len(trees)), trees, strict=True):
+        torch.save(tree, folder / name.format(number))
+    return folder
+
+
+def content_of(folder, number=None, **options):
+    log = open_source(folder, **options)
+    steps = {step.number: step for step in log.steps()}
+    step = steps[max(steps) if number is None else number]
+    with log.open(step) as reader:
+        return complete(step, reader.content())
+
+
+def tree(step=0, **more):
+    w = torch.full((2,), float(step))
+    return {"model": {"w": w, "b": w + 1}, "grad": {"w": w + 2, "b": w + 3}, "loss": 1.0, "step": step, **more}
+
+
+def test_usual_names_are_found_without_a_mapping(tmp_path):
+    folder = write_checkpoints(tmp_path, [tree(0, lr=0.1), tree(1, lr=0.2)])
+    content = content_of(folder)
+    assert {array: list(tensors) for array, tensors in content.arrays.items()} == {
+        "parameter": ["b", "w"],
+        "gradient": ["b", "w"],
+    }
+    assert content.scalars == {"loss": 1.0, "learning_rate": 0.2}
+
+
+MAPPING = {"parameter": "net/online", "gradient": "g", "loss": "metrics/train", "learning_rate": "o/*/eta"}
+
+
+def odd_tree(step, **more):
+    usual = tree(step)
+    return {
+        "net": {"online": usual["model"], "target": usual["grad"]},
+        "g": usual["grad"],
+        "metrics": {"train": torch.tensor(0.5, dtype=torch.bfloat16)},
+        "o": [{"eta": 0.25}, {"eta": 0.25}],
+        "n": torch.tensor(step),
+        **more,
+    }
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_mapping_names_what_is_where(tmp_path, in_file):
+    folder = write_checkpoints(tmp_path, [odd_tree(0), odd_tree(1)])
+    if in_file:
+        lines = [f'{quantity} = "{key}"' for quantity, key in MAPPING.items()]
+        (folder / "natgrad.toml").write_text("\n".join(["[map]", *lines]))
+    content = content_of(folder, mapping=None if in_file else MAPPING)
+    assert list(content.arrays["parameter"]) == ["b", "w"]
+    assert content.scalars == {"loss": 0.5, "learning_rate": 0.25}
+    assert set(content.unused) == {"net/target/w", "net/target/b", "n"}
+
+
+def test_rates_that_differ_between_groups_are_none(tmp_path):
+    folder = write_checkpoints(tmp_path, [odd_tree(0, o=[{"eta": 0.25}, {"eta": 0.5}])])
+    content = content_of(folder, mapping=MAPPING)
+    assert "learning_rate" not in content.scalars
+    assert "learning_rate is [0.25, 0.5] at o/0/eta, o/1/eta" in content.notes[0]
+
+
+def test_the_step_can_come_from_within(tmp_path):
+    folder = write_checkpoints(tmp_path, [tree(30), tree(10)], name="epoch_{}.pt", numbers=[2, 1])
+    with pytest.raises(InputError, match="no step files"):
+        open_source(folder, "torch").steps()
+    folder = write_checkpoints(tmp_path / "other", [tree(30), tree(10)], name="model_{}.pt", numbers=[2, 1])
+    with pytest.raises(InputError, match="the file says step 30, its name step 2"):
+        content_of(folder)
+    assert [step.number for step in open_source(folder, mapping={"step": "step"}).steps()] == [10, 30]
+    assert content_of(folder, 30, mapping={"step": "step"}).scalars == {"loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "what"),
+    [
+        ({"parameter": "weights"}, "no parameter under the key 'weights'"),
+        ({"loss": "model"}, "no loss under the key 'model'"),
+        ({"gradients": "grad"}, "gradients=grad does not say"),
+        ({"step": "loss/x"}, "'loss/x' is None"),
+    ],
+)
+def test_a_mapping_that_leads_nowhere_is_refused(tmp_path, mapping, what):
+    folder = write_checkpoints(tmp_path, [tree(0)])
+    with pytest.raises(InputError, match=what) as caught:
+        content_of(folder, mapping=mapping)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("text", ["[map", "[maps]\nx = 1", 'map = "x"', "[map]\nparameter = 3", "[map]\nx = 'y'"])
+def test_a_mapping_file_that_is_none_is_refused(tmp_path, text):
+    folder = write_checkpoints(tmp_path, [tree(0)])
+    (folder / "natgrad.toml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        open_source(folder)
+    assert "natgrad.toml" in caught.value.where
+
+
+def test_a_package_that_the_user_calls_harmless_is_skipped_and_no_other(tmp_path):
+    folder = write_checkpoints(tmp_path, [tree(0, rate=fractions.Fraction(1, 3))])
+    (tmp_path / "natgrad.toml").write_text('inert = ["fractions.*"]')
+    assert content_of(folder).arrays["parameter"].keys() == {"w", "b"}
+    (tmp_path / "natgrad.toml").write_text('inert = ["fraction.*"]')
+    with pytest.raises(InputError, match=r"fractions\.Fraction"):
+        content_of(folder)
+
+
+def test_classes_that_the_user_calls_harmless_are_skipped(tmp_path):
+    folder = write_checkpoints(tmp_path, [tree(0, extra=fractions.Fraction(1, 2))])
+    with pytest.raises(InputError, match=r"fractions\.Fraction"):
+        content_of(folder)
+    (folder / "natgrad.toml").write_text('inert = ["fractions.Fraction"]')
+    assert content_of(folder).scalars == {"loss": 1.0}
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(3, 2)
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.head = torch.nn.Linear(2, 3, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("named", ["embedding.weight", "head.weight"])
+def test_tied_weights_count_once_and_buffers_not_at_all(tmp_path, named):
+    model = Tied()
+    gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    gradient[named] = gradient.pop("embedding.weight")
+    folder = write_checkpoints(tmp_path, [{"model": model.state_dict(), "grad": gradient}])
+    content = content_of(folder)
+    assert list(content.arrays["parameter"]) == sorted([named, "norm.weight", "norm.bias"])
+    assert "head.weight" in content.notes[0]
+    assert "embedding.weight" in content.notes[0]
+    assert content.notes[1].startswith("2 tensors without gradient")
+    assert "model/norm.num_batches_tracked" in content.unused
+
+
+def test_dots_in_names_part_levels_only_where_the_user_says_so(tmp_path):
+    model = {"model.embed.weight": torch.ones(3), "lm_head.weight": torch.ones(2)}
+    more = {f"grads/{name}": tensor for name, tensor in model.items()}
+    folder = write_checkpoints(tmp_path, [model | more])
+    assert list(content_of(folder).arrays["parameter"]) == ["lm_head.weight", "model.embed.weight"]
+    content = content_of(folder, mapping={"parameter": "model", "gradient": "grads/model"})
+    assert list(content.arrays["parameter"]) == ["embed.weight"]
+
+
+def test_a_plain_state_dict_is_parameters_and_says_that_gradients_lack(tmp_path):
+    folder = write_checkpoints(tmp_path, [tree(0)["model"]])
+    with pytest.raises(InputError, match="no gradients in this step") as caught:
+        content_of(folder)
+    assert "SOURCE" in caught.value.remedy
+
+
+# What is refused ---------------------------------------------------------------------------------------------
+
+
+def refusal(path):
+    with pytest.raises(InputError) as caught:
+        opened(path)
+    assert str(path) in caught.value.where
+    assert caught.value.remedy
+    return caught.value
+
+
+@pytest.mark.parametrize("place", ["value", "key", "state", "argument"])
+def test_a_payload_never_runs_and_is_named(tmp_path, place):
+    trace = tmp_path / "trace"
+    payload = Payload(trace)
+    state = argparse.Namespace(x=payload)
+    trees = {
+        "value": {"w": torch.ones(2), "x": payload},
+        "key": {payload: 1},
+        "state": {"w": torch.ones(2), "x": state},
+        "argument": {"x": [torch.ones(2), (payload,)]},
+    }
+    path = saved(tmp_path, trees[place])
+    assert "posix.mkdir" in refusal(path).what
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # the trap works
+
+
+def repacked(path, change, compression=zipfile.ZIP_STORED):
+    """Write an archive again with its members changed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    root = next(name for name in members if name.endswith("data.pkl")).removesuffix("data.pkl")
+    change(members, root)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_packed_member_is_no_bomb(tmp_path):
+    path = saved(tmp_path, {"w": torch.zeros(1 << 22)})
+    repacked(path, lambda members, root: None, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1 << 20
+    assert "packed" in refusal(path).what
+
+
+def forged(tmp_path, size, shape, stride, offset=0):
+    """An archive of one storage of 8 bytes, and a tensor that claims what is given."""
+    path = saved(tmp_path, {"w": torch.ones(2)})
+
+    def change(members, root):
+        members[root + "data.pkl"] = (
+            b"\x80\x02}X\x01\x00\x00\x00w"
+            b"ctorch._utils\n_rebuild_tensor_v2\n("
+            b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+            + number(size)
+            + b"tQ"
+            + number(offset)
+            + b"("
+            + b"".join(map(number, shape))
+            + b"t("
+            + b"".join(map(number, stride))
+            + b"t\x89}tRs."
+        )
+
+    return repacked(path, change)
+
+
+def number(value):
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def test_the_forgery_is_read_where_it_claims_what_is_there(tmp_path):
+    with opened(forged(tmp_path, 2, (2,), (1,))) as file:
+        np.testing.assert_array_equal(read(file, "w", 4).view(np.float32), [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "stride", "offset"),
+    [
+        (1 << 60, (2,), (1,), 0),  # the storage
+        (2, (1 << 60,), (1,), 0),  # the tensor
+        (2, (1 << 60,), (0,), 0),  # nothing but copies
+        (2, (1 << 30, 1 << 30), (0, 0), 0),
+        (2, (2,), (2,), 0),  # beyond the end
+        (2, (2,), (1,), 1),
+        (2, (2,), (1,), -1),
+        (2, (-2,), (1,), 0),
+        (2, (2,), (-1,), 1),
+        (2, (2, 1), (1,), 0),
+        (2, (1,) * 1000, (1,) * 1000, 0),
+        (-2, (2,), (1,), 0),
+        (2, (2.0,), (1,), 0),
+        (2, (True,), (1,), 0),
+    ],
+)
+def test_a_tensor_that_claims_what_is_not_there_is_refused(tmp_path, size, shape, stride, offset):
+    refusal(forged(tmp_path, size, shape, stride, offset))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda m, root: m.pop(root + "data/0"), "storage '0' that is not there"),
+        (lambda m, root: m.update({root + "data/0": b""}), "claims 8 bytes and has 0"),
+        (lambda m, root: m.update({root + "byteorder": b"big"}), "little-endian"),
+        (lambda m, root: m.update({"other/data.pkl": b"."}), "2 members data.pkl"),
+        (lambda m, root: m.pop(root + "data.pkl"), "0 members data.pkl"),
+        (lambda m, root: m.update({root + "data.pkl": b""}), "exhausted before"),
+    ],
+)
+def test_an_archive_that_does_not_fit_together_is_refused(tmp_path, change, what):
+    path = repacked(saved(tmp_path, {"w": torch.ones(2)}), change)
+    assert what in refusal(path).what
+
+
+def test_what_torch_wrote_before_its_archives_is_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "step_7.pt"
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert "save it again" in refusal(path).what
+
+
+def test_a_file_that_goes_away_is_refused(tmp_path):
+    path = saved(tmp_path, {"w": torch.ones(2)})
+    path.unlink()
+    assert "rotation" in refusal(path).why
+
+
+@pytest.fixture(scope="module")
+def whole_archive(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("log"), tree(7, opt=[{"lr": 0.1}])).read_bytes()
+
+
+@given(length=st.integers(0))
+@reads_only
+def test_an_archive_cut_at_any_byte_is_refused(tmp_path, whole_archive, length):
+    path = tmp_path / "step_7.pt"
+    path.write_bytes(whole_archive[: length % len(whole_archive)])
+    refusal(path)
+
+
+@given(changes=changes(8))
+@settings(reads_only, max_examples=300)
+def test_a_damaged_archive_is_read_or_refused_and_nothing_else(tmp_path, whole_archive, changes):
+    path = tmp_path / "step_7.pt"
+    path.write_bytes(damage(whole_archive, changes))
+    try:
+        with opened(path) as file:
+            for key, logged in file.tensors.items():
+                if logged.dtype == "float32" and np.prod(logged.shape) < 100:
+                    read(file, key, 4)
+    except InputError:
+        pass
+
+
+# Pickles as data ---------------------------------------------------------------------------------------------
+
+
+def loaded(data, **tables):
+    return pickle_data.load(data, functions=tables.get("functions", {}), values=tables.get("values", {}))
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(-9, 9), inner)
+    ),
+)
+
+
+@given(value=plain, protocol=st.sampled_from([2, 3, 4, 5]))
+def test_plain_values_come_back_as_pickle_gives_them(value, protocol):
+    data = pickle.dumps(value, protocol=protocol)
+    expected = pickle.loads(data)
+    assert repr(loaded(data, functions={"_codecs.encode": str.encode, "builtins.bytes": bytes})) == repr(expected)
+
+
+@given(data=st.binary(max_size=400))
+def test_any_bytes_are_a_value_or_a_value_error(data):
+    for body in (data, b"\x80\x02" + data + b"."):
+        with contextlib.suppress(ValueError):
+            loaded(body)
+
+
+OPCODES = [opcode.code.encode("latin1") for opcode in pickletools.opcodes]
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(OPCODES)
+        | st.binary(max_size=4)
+        | st.sampled_from([b"cos\nsystem\n", b"X\x02\x00\x00\x00ab"]),
+        max_size=60,
+    )
+)
+@settings(max_examples=400)
+def test_any_row_of_opcodes_is_a_value_or_a_value_error(parts):
+    with contextlib.suppress(ValueError):
+        loaded(b"".join(parts) + b".")
+
+
+def nested(levels):
+    """A list of two times the same list of two times the same ...: 2**levels leaves in a few bytes."""
+    body = b"\x80\x02]q\x00K\x01a"
+    for level in range(levels):
+        body += b"]q" + bytes([level + 1]) + b"(h" + bytes([level]) + b"h" + bytes([level]) + b"e"
+    return body + b"."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x80\x02Nr\xff\xff\xff\xffNr\xff\xff\xff\x7f.",  # memo numbers for which pickle makes room
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x0fab.",  # 2**60 bytes
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0fab.",  # 2**60 characters
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.",  # a frame of 2**64 bytes
+        b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    ],
+)
+def test_a_pickle_takes_no_more_memory_than_its_bytes_are_worth(body):
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):
+        loaded(body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000 + 400 * len(body)
+
+
+@pytest.mark.parametrize("body", [nested(60), b"\x80\x02]q\x00h\x00a.", b"\x80\x02" + b"]" * 99 + b"a" * 98 + b"."])
+def test_a_tree_without_end_is_refused(body):
+    with pytest.raises(ValueError, match="levels"):
+        list(pickle_data.flatten(loaded(body)))
+
+
+def test_long_keys_that_multiply_are_refused():
+    tree = {"k" * 100_000: {str(n): 1 for n in range(10_000)}}
+    with pytest.raises(ValueError, match="long keys"):
+        list(pickle_data.flatten(tree))
+
+
+def test_a_long_value_named_again_and_again_is_not_made_again(tmp_path):
+    text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x00"
+    encode = b"c_codecs\nencode\nq\x01" + b"(h\x01h\x00X\x06\x00\x00\x00latin1\x86R" * 1
+    body = b"\x80\x02](" + text + b"0" + encode + b"h\x01h\x00X\x06\x00\x00\x00latin1\x86R" * 1000 + b"e."
+    path = repacked(saved(tmp_path, {"w": torch.ones(2)}), lambda m, root: m.update({root + "data.pkl": body}))
+    tracemalloc.start()
+    with contextlib.suppress(InputError):
+        opened(path).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20  # a thousand copies would be a thousand MiB
+
+
+def test_objects_of_a_known_class_are_walked_and_not_copied():
+    def made():
+        return pickle_data.Attributes("m.C")
+
+    shared = pickle.dumps({f"key {n}": n for n in range(10_000)}, protocol=2)[2:-1]
+    body = b"\x80\x02(" + shared + b"cm\nC\n)\x81h\x00b" * 1000 + b"t."
+    tracemalloc.start()
+    tree = loaded(body, functions={"m.C": made})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000 + 400 * len(body)  # a thousand copies would be half a GiB
+    assert dict(pickle_data.flatten(tree[1]))["key 9999"] == 9999
+    with pytest.raises(ValueError, match="more than"):
+        list(pickle_data.flatten(tree))
+    itself = b"\x80\x02cm\nC\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."
+    with pytest.raises(ValueError, match="levels"):
+        list(pickle_data.flatten(loaded(itself, functions={"m.C": made})))
+    with pytest.raises(ValueError, match="malformed"):
+        loaded(b"\x80\x02cm\nC\nK\x01\x85\x81.", functions={"m.C": made})
+
+
+@pytest.mark.parametrize("key", [[1], {"a": 1}, 1 << 61, 1.5, (1.5,), ("a",) * 17])
+def test_keys_that_may_be_chosen_to_collide_are_refused(key):
+    body = b"\x80\x04}" + pickle.dumps(key, protocol=4)[2:-1] + b"Ns."
+    with pytest.raises(ValueError, match=r"key|malformed|sets items"):
+        loaded(body)

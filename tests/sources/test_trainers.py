@@ -1,0 +1,348 @@
+"""Output of the trainers that people use, as they write it: Hugging Face's Trainer and Lightning."""
+
+import json
+import os
+import shutil
+
+import lightning
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from test_formats import ledger_of
+
+from logs import write_log
+from natgrad.ingestion import ingest
+from natgrad.schema.errors import InputError
+from natgrad.sources.completion import complete
+from natgrad.sources.formats import FORMATS
+from natgrad.sources.opening import open_source
+from natgrad.store import Trajectory
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
+
+UPDATES = 4
+
+
+def found(folder):
+    return next(name for name, format in FORMATS.items() if format.found(folder))
+
+
+def contents_of(folder, **options):
+    log = open_source(folder, **options)
+    contents = {}
+    for step in log.steps():
+        with log.open(step) as reader:
+            contents[step.number] = complete(step, reader.content())
+    return contents
+
+
+# Hugging Face ------------------------------------------------------------------------------------------------
+
+
+class SavesGradients(transformers.TrainerCallback):
+    """Saves the gradient at the state of each checkpoint, of one fixed batch, and keeps both."""
+
+    def __init__(self, batch, states=None):
+        self.batch, self.states, self._states = batch, {}, states
+
+    def on_save(self, args, state, control, model, optimizer=None, **more):
+        names, tensors = zip(*model.named_parameters(), strict=True)
+        model.eval()
+        gradients = torch.autograd.grad(model(**self.batch).loss, tensors)
+        model.train()
+        gradients = dict(zip(names, gradients, strict=True))
+        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        safetensors.torch.save_file(gradients, f"{folder}/gradient.safetensors")
+        self.states[state.global_step] = {
+            f"parameter/{name}": tensor.detach().numpy().copy() for name, tensor in model.named_parameters()
+        } | {f"gradient/{name}": tensor.numpy() for name, tensor in gradients.items()}
+        if self._states is not None:
+            self.states[state.global_step] = self._states(model, optimizer)
+
+
+CONFIG = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+
+
+def train(folder, states=None, **options):
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(CONFIG)
+    rows = torch.randint(0, 17, (16, 8))
+    callback = SavesGradients({"input_ids": rows[:4], "labels": rows[:4]}, states)
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=UPDATES,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"logging_steps": 1, **options},
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    return folder, callback.states
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("trainer") / "out")
+
+
+def states_with_scalars(folder, states):
+    """States in the native keys, with loss and rate of the update that follows, as the Trainer logged them."""
+    history = json.loads((folder / f"checkpoint-{UPDATES}" / "trainer_state.json").read_text())["log_history"]
+    logged = {entry["step"]: entry for entry in history if "loss" in entry}
+    last = torch.load(folder / f"checkpoint-{UPDATES}" / "optimizer.pt", weights_only=True)["param_groups"]
+    for step, state in states.items():
+        if step + 1 in logged:
+            scalars = {name: np.float64(logged[step + 1][name]) for name in ("loss", "learning_rate")}
+        else:
+            scalars = {"learning_rate": np.float64(last[0]["lr"])}
+        yield state | scalars
+
+
+def test_a_trainers_folder_is_the_run_that_was_trained(tmp_path, trained):
+    folder, states = trained
+    assert found(folder) == "huggingface"
+    native = write_log(tmp_path / "log", list(states_with_scalars(folder, states)), numbers=list(states))
+    assert ledger_of(tmp_path / "hf", [folder]) == ledger_of(tmp_path / "native", [native])
+
+
+def test_the_rate_logged_at_a_step_is_that_of_the_update_to_it(trained):
+    folder, _ = trained
+    for step, content in contents_of(folder).items():
+        optimizer = torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        assert content.scalars["learning_rate"] == optimizer["param_groups"][0]["lr"]
+
+
+def test_older_folders_with_a_bin_of_tied_weights_give_the_same(tmp_path, trained):
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / "out")
+    for checkpoint in (tmp_path / "out").iterdir():
+        model = transformers.GPT2LMHeadModel.from_pretrained(checkpoint)
+        torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")
+        assert "lm_head.weight" in model.state_dict()
+        (checkpoint / "model.safetensors").unlink()
+    contents = contents_of(tmp_path / "out")
+    assert any("'lm_head.weight' lies in the memory" in note for note in contents[1].notes)
+    assert ledger_of(tmp_path / "bin", [tmp_path / "out"]) == ledger_of(tmp_path / "hf", [folder])
+
+
+def test_losses_that_an_older_trainer_rounded_are_marked(tmp_path, trained):
+    folder, _ = trained
+    assert not any("rounded" in note for content in contents_of(folder).values() for note in content.notes)
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / f"checkpoint-{UPDATES}" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for entry in state["log_history"]:
+        entry["loss"] = round(entry["loss"], 4)
+    path.write_text(json.dumps(state))
+    assert any("rounded to 4 decimals" in note for note in contents_of(tmp_path / "out")[1].notes)
+
+
+def test_a_mean_loss_over_several_updates_is_not_the_loss_of_a_step(tmp_path):
+    folder, _ = train(tmp_path / "out", logging_steps=2)
+    contents = contents_of(folder)
+    assert all("loss" not in content.scalars for content in contents.values())
+    assert any("logging_steps is not 1" in note for note in contents[1].notes)
+    assert all("learning_rate" in content.scalars for content in contents.values())
+
+
+def test_rotation_takes_old_checkpoints_away_and_the_run_goes_on(tmp_path, trained):
+    folder, store = tmp_path / "out", tmp_path / "trajectory.zarr"
+    shutil.copytree(trained[0], folder)
+    (folder / "checkpoint-4").rename(tmp_path / "later")
+    assert ingest(folder, store).new_steps == 3
+    shutil.rmtree(folder / "checkpoint-1")
+    (tmp_path / "later").rename(folder / "checkpoint-4")
+    assert ingest(folder, store).new_steps == 1
+    assert Trajectory(store).scalar("step").tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("gone", ["all", "model.safetensors", "checkpoint"])
+def test_a_checkpoint_that_goes_while_it_is_read_is_refused_as_such(tmp_path, trained, gone):
+    shutil.copytree(trained[0], tmp_path / "out")
+    log = open_source(tmp_path / "out")
+    step = log.steps()[0]
+    if gone == "checkpoint":
+        shutil.rmtree(step.path)
+    else:
+        for path in step.path.glob("*" if gone == "all" else gone):
+            path.unlink()
+    with pytest.raises(InputError) as caught, log.open(step) as reader:
+        complete(step, reader.content())
+    assert "checkpoint-1" in caught.value.where
+
+
+def test_a_checkpoint_still_being_written_is_left_out_aloud(tmp_path, trained, caplog):
+    shutil.copytree(trained[0], tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
+    assert [step.number for step in open_source(tmp_path / "out").steps()] == [1, 2, 3]
+    assert "checkpoint-4 is left for the next pass" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"log_history": 1}', '{"log_history": [{"loss": 1}]}', "[" * 99999]
+)
+def test_a_trainers_state_that_is_none_is_refused(tmp_path, trained, text):
+    shutil.copytree(trained[0], tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint-4" / "trainer_state.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "out").steps()
+    assert caught.value.where == str(path)
+
+
+# Lightning ---------------------------------------------------------------------------------------------------
+
+
+class Module(lightning.LightningModule):
+    """Adds the gradient at the state that is saved to each checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+        self.states, self.momenta = {}, {}
+        self.save_hyperparameters({"width": 2, "nested": {"a": [1, 2]}})
+
+    def loss(self, batch):
+        return self.layer(batch).square().mean()
+
+    def training_step(self, batch, index):
+        return self.loss(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.125, momentum=0.5)
+
+    def on_save_checkpoint(self, checkpoint):
+        with torch.enable_grad():
+            loss = self.loss(torch.ones(4, 3))
+            gradients = torch.autograd.grad(loss, list(self.parameters()))
+        names = [name for name, _ in self.named_parameters()]
+        checkpoint["gradient"] = dict(zip(names, gradients, strict=True))
+        checkpoint["loss"] = loss.item()
+        kept = self.trainer.optimizers[0].state
+        self.momenta[checkpoint["global_step"]] = {
+            name: kept[p]["momentum_buffer"].numpy().copy() for name, p in self.named_parameters()
+        }
+        state = {f"parameter/{name}": p.detach().numpy().copy() for name, p in self.named_parameters()}
+        state |= {f"gradient/{name}": g.numpy() for name, g in checkpoint["gradient"].items()}
+        self.states[checkpoint["global_step"]] = state | {
+            "loss": np.float64(loss.item()),
+            "learning_rate": np.float64(0.125),
+        }
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lightning")
+    torch.manual_seed(0)
+    module = Module()
+    data = torch.utils.data.TensorDataset(torch.randn(16, 3))
+    lightning.Trainer(
+        max_steps=UPDATES,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[ModelCheckpoint(dirpath=folder / "out", every_n_train_steps=1, save_top_k=-1, save_last=True)],
+    ).fit(module, torch.utils.data.DataLoader(data, batch_size=2))
+    return folder / "out", module.states, module.momenta
+
+
+def test_lightnings_checkpoints_are_the_run_that_was_fitted(tmp_path, fitted):
+    folder, states, momenta = fitted
+    assert found(folder) == "lightning"
+    assert (folder / "last.ckpt").exists()
+    numbers = sorted(states)
+    native = write_log(tmp_path / "log", [states[number] for number in numbers], numbers=numbers)
+    assert ledger_of(tmp_path / "lightning", [folder]) == ledger_of(tmp_path / "native", [native])
+    ingest(folder, tmp_path / "store", include=["optimizer"])
+    store = Trajectory(tmp_path / "store")
+    rows = np.zeros((store.n_states, store.chunk[1]), np.float32)
+    store.read("momentum_buffer", 0, store.n_states, 0, rows)
+    for row, number in zip(rows, store.scalar("step"), strict=True):
+        for tensor in store.layout.tensors:
+            np.testing.assert_array_equal(row[tensor.offset : tensor.stop], momenta[number][tensor.name].ravel())
+
+
+def test_lightnings_sharded_folders_are_the_same_run(tmp_path, fitted):
+    """Its strategies that shard need a GPU: this writes as they do, with ``meta.pt`` of all but the tensors."""
+    folder, *_ = fitted
+    for path in folder.glob("epoch*.ckpt"):
+        checkpoint = torch.load(path, weights_only=False)
+        state = {
+            "model": checkpoint.pop("state_dict"),
+            "gradient": checkpoint.pop("gradient"),
+            "optimizer_0": checkpoint["optimizer_states"][0]["state"],
+        }
+        dcp.save(state, checkpoint_id=tmp_path / "out" / path.name, no_dist=True)
+        torch.save(checkpoint, tmp_path / "out" / path.name / "meta.pt")
+    assert found(tmp_path / "out") == "lightning"
+    assert ledger_of(tmp_path / "sharded", [tmp_path / "out"]) == ledger_of(tmp_path / "single", [folder])
+
+
+class LateGradients(lightning.LightningModule):
+    """Leaves the gradient of the update just made in each checkpoint, and logs loss and rate to a logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+        self.states = []
+
+    def training_step(self, batch, index):
+        loss = self.layer(batch[0]).square().mean()
+        self.log("train_loss", loss)
+        self.states.append({"loss": np.float64(loss.item())})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        for name, value in self.named_parameters():
+            self.states[-1][f"parameter/{name}"] = value.detach().numpy().copy()
+            self.states[-1][f"gradient/{name}"] = value.grad.numpy().copy()
+        self.states[-1]["learning_rate"] = np.float64(optimizer.param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["gradient"] = {name: p.grad.clone() for name, p in self.named_parameters()}
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.125)
+        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+def test_gradients_of_the_state_before_and_the_scalars_of_a_logger_are_shifted_to_the_run(tmp_path):
+    torch.manual_seed(0)
+    module = LateGradients()
+    data = torch.utils.data.TensorDataset(torch.randn(16, 3))
+    lightning.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path, name="logger"),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            ModelCheckpoint(dirpath=tmp_path / "out", every_n_train_steps=1, save_top_k=-1),
+            LearningRateMonitor("step"),
+        ],
+    ).fit(module, torch.utils.data.DataLoader(data, batch_size=2))
+    metrics = tmp_path / "logger" / "version_0" / "metrics.csv"
+    os.utime(metrics, (1, 1))
+    summary = ingest([tmp_path / "out", metrics], tmp_path / "unshifted.zarr")
+    assert any("give --shift gradient=-1" in warning for warning in summary.warnings)
+    # There is no checkpoint of state 0; the gradient of state 6 was never computed.
+    native = write_log(tmp_path / "native", module.states[1:], numbers=range(1, 6))
+    expected = ledger_of(tmp_path / "expected", [native])
+    assert ledger_of(tmp_path / "found", [tmp_path / "out", metrics], shift={"gradient": -1}) == expected

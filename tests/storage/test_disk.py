@@ -1,0 +1,344 @@
+"""Disks that are full, read-only or limited: what is committed stays, the reason is told, and a rerun completes."""
+
+import contextlib
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from logs import random_walk, write_log
+from natgrad.app.folder import RunFolder
+from natgrad.app.run import Analysis, analyze_run, ingest_run
+from natgrad.app.verification import verify_run
+from natgrad.ingestion import ingest, transfer
+from natgrad.schema import blocks
+from natgrad.schema.errors import InputError
+from natgrad.storage import disk
+from natgrad.storage.disk import flush_all, replace_files, replace_folder
+from natgrad.store import Trajectory
+
+TENSORS = {"weight": (300, 100), "bias": (40,)}
+STEPS = 12
+ONE_WORKER = Analysis(workers=1)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return write_log(tmp_path_factory.mktemp("disk") / "log", random_walk(STEPS, TENSORS))
+
+
+def content(out):
+    """Files of a run's stores, but for what says when and with what they were made."""
+    return {
+        path.relative_to(out): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and "results.zarr" not in path.parts and path.suffix != ".lock"
+    }
+
+
+# A small disk of its own: a tmpfs in a mount namespace, which is gone with the process. It is filled until the
+# command under test has no room left for its next step, and made larger for the rerun.
+ON_A_SMALL_DISK = """
+import sys
+from pathlib import Path
+from subprocess import run
+
+disk, log, size = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+
+from natgrad.schema import blocks
+from natgrad.ingestion import transfer
+from natgrad.app.run import Analysis, analyze_run, ingest_run
+from natgrad.app.verification import verify_run
+from natgrad.schema.errors import InputError
+from natgrad.store import Trajectory
+
+blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = 70_000, 1
+out = disk / "out"
+
+def process():
+    ingest_run(log, out)
+    analyze_run(out, Analysis(workers=1))
+
+try:
+    process()
+    print("no error")
+except InputError as error:
+    print(error.what, error.where.startswith(str(disk)), "run again" in error.remedy, sep="|")
+rows = Trajectory(out / "trajectory.zarr").n_states if (out / "trajectory.zarr").exists() else 0
+print(rows, verify_run(out) if rows else [], sep="|")
+run(["mount", "-o", "remount,{}".format(sys.argv[4]), disk], check=True)
+try:
+    process()
+    print("no error")
+except InputError as error:
+    print(error.what)
+run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
+process()
+run(["cp", "-r", out, sys.argv[5]], check=True)
+"""
+
+
+def on_a_small_disk(tmp_path, log, size, remount="size=64m"):
+    """Run and rerun a command on a small disk; return what it said, and the stores in the end."""
+    (tmp_path / "disk").mkdir()
+    copy = tmp_path / "copy"
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", ON_A_SMALL_DISK, tmp_path / "disk", log, size, remount, copy],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), content(copy)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(log, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
+        patch.setattr(transfer, "COMMIT_BYTES", 1)
+        ingest_run(log, out)
+        analyze_run(out, ONE_WORKER)
+    return content(out)
+
+
+# A state is 240 kB, and with what belongs to it a run is 3.1 MB: the first steps, and all but the last, fit.
+@pytest.mark.parametrize("size", ["600k", "1500k", "2900k"])
+def test_a_full_disk_is_told_and_what_was_committed_is_kept_and_a_rerun_completes(tmp_path, log, undisturbed, size):
+    (told, kept, again), stores = on_a_small_disk(tmp_path, log, size)
+    assert told == "no space is left: No space left on device|True|True"
+    rows, _, damages = kept.partition("|")
+    assert 0 <= int(rows) < STEPS
+    assert damages == "[]"
+    assert again == "no error"
+    assert stores == undisturbed
+
+
+def test_a_read_only_disk_is_told_and_what_was_committed_is_kept(tmp_path, log, undisturbed):
+    (told, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
+    assert (told, kept) == ("no error", f"{STEPS}|[]")
+    assert again.startswith("the disk is read-only")
+    assert stores == undisturbed
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from natgrad.app.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+main()
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_told_by_the_command(tmp_path, log):
+    command = [sys.executable, "-c", LIMITED, "50000", "ingest", log, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "natgrad: a file becomes too large: File too large" in done.stderr
+    assert "ulimit -f" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ingest(log, tmp_path / "out" / "trajectory.zarr").new_steps == STEPS
+
+
+class Failing:
+    """Let system calls that write fail from some call on, as a quota does."""
+
+    def __init__(self, monkeypatch, calls, code):
+        self._count, self._calls, self._code = itertools.count(), calls, code
+        for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "mkdir"), (Path, "replace"), (os, "truncate")):
+            monkeypatch.setattr(owner, name, self._failing(getattr(owner, name)))
+
+    def _failing(self, function):
+        def failing(*arguments, **options):
+            if next(self._count) >= self._calls:
+                raise OSError(self._code, os.strerror(self._code), "file")
+            return function(*arguments, **options)
+
+        return failing
+
+
+@pytest.mark.parametrize("calls", range(0, 120, 13))
+def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path, log, monkeypatch, calls):
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
+    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Failing(patch, calls, errno.EDQUOT)
+        with pytest.raises(InputError, match="the quota is exceeded"):
+            ingest_run(log, out)
+    store = RunFolder(out).trajectory
+    before = Trajectory(store).scalar("step").tolist() if store.exists() else []
+    assert before == list(range(len(before)))
+    assert not before or verify_run(out) == []
+    ingest_run(log, out)
+    ingest_run(log, tmp_path / "once")
+    assert content(out) == content(tmp_path / "once")
+
+
+# Several files at once ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_each_file_and_folder_is_flushed_once(tmp_path, monkeypatch, count):
+    paths = [tmp_path / str(number) for number in range(count)]
+    for path in paths[:-1]:
+        path.write_text("")
+    for path in paths[-1:]:
+        path.mkdir()
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(Path(f"/proc/self/fd/{number}").readlink()))
+    flush_all(paths)
+    assert sorted(flushed) == sorted(paths)
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_what_one_flush_of_several_says_is_told_when_all_are_done(tmp_path, monkeypatch, failing):
+    files, done, failed = [tmp_path / str(number) for number in range(4)], [], threading.Event()
+    for file in files:
+        file.write_text("")
+
+    def fsync(descriptor):
+        file = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if file == files[failing]:
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        failed.wait()
+        time.sleep(0.05)  # long enough for who does not wait
+        done.append(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        flush_all(files)
+    assert sorted(done) == [file for file in files if file != files[failing]]
+
+
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from natgrad.storage.disk import flush_all
+
+paths = [Path(sys.argv[1]), Path(sys.argv[1]).parent]
+flush_all(paths)
+if (process := os.fork()) == 0:
+    signal.alarm(20)  # where it would wait forever
+    flush_all(paths)
+    os._exit(0)
+flush_all(paths)
+assert os.waitpid(process, 0)[1] == 0
+"""
+
+
+def test_a_process_that_was_forked_waits_for_the_disk_with_threads_of_its_own(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, tmp_path / "file"]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+
+
+def test_the_disk_begins_with_a_piece_of_a_file_before_the_next_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 7)
+    begun, begin = [], disk._begin_to_flush
+
+    def watched(descriptor):
+        begun.append(os.fstat(descriptor).st_size)
+        begin(descriptor)
+
+    monkeypatch.setattr(disk, "_begin_to_flush", watched)
+    replace_files({tmp_path / "a": bytes(range(20)), tmp_path / "b": b"", tmp_path / "c": memoryview(b"1234567")})
+    assert begun == [7, 14, 20, 7]
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [bytes(range(20)), b"", b"1234567"]
+
+
+def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 7)
+    paths = [tmp_path / name for name in "abc"]
+    new = {path: path.name.encode() * 20 for path in paths}
+    outcomes = set()
+    for calls in range(8):
+        for path in paths:
+            path.write_bytes(b"old")
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            Failing(patch, calls, errno.ENOSPC)
+            replace_files(new)
+        replaced = [path.read_bytes() == new[path] for path in paths]
+        assert all(path.read_bytes() == b"old" for path, done in zip(paths, replaced, strict=True) if not done)
+        outcomes.add(sum(replaced))
+        assert sorted(tmp_path.iterdir()) == paths
+    # Flushes of all of them come before the first name.
+    assert outcomes == {0, 1, 2, 3}
+
+
+SHORT = """
+import resource, sys
+from pathlib import Path
+from natgrad.storage.disk import replace_files
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    replace_files({Path(sys.argv[1]): bytes(999), Path(sys.argv[2]): bytes(1001)})
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
+    # What fits is written, and only what is then left of it is refused.
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("File too large\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+# Results -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("possible", [True, False], ids=["exchanged", "renamed"])
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, possible):
+    if not possible:
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    path, aside = tmp_path / "results", tmp_path / ".results.new"
+    for number in range(3):
+        aside.mkdir()
+        (aside / str(number)).write_text("")
+        replace_folder(aside, path, str(number))
+        assert [entry.name for entry in tmp_path.rglob("*")] == ["results", str(number)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from natgrad.storage.disk import replace_folder
+
+def kill(event, arguments):
+    global left
+    if event in ("os.rename", "os.rmdir", "os.remove", "open", "shutil.rmtree"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+left = int(sys.argv[2])
+sys.addaudithook(kill)
+replace_folder(Path(sys.argv[1]) / "new", Path(sys.argv[1]) / "results", "which")
+"""
+
+
+def test_there_are_results_at_any_moment_of_their_replacement(tmp_path):
+    outcomes = set()
+    for left in range(12):
+        folder = tmp_path / str(left)
+        for name in ("new", "results"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "which").write_text(name)
+        done = subprocess.run([sys.executable, "-c", KILLED, folder, str(left)])
+        found = (folder / "results" / "which").read_text()
+        outcomes.add((done.returncode, found))
+    assert outcomes == {(-signal.SIGKILL, "results"), (-signal.SIGKILL, "new"), (0, "new")}

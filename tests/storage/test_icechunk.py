@@ -1,0 +1,498 @@
+"""OUT as an Icechunk repository (--store icechunk), on a real server that speaks S3, and its versions."""
+
+import datetime
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import icechunk
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import logs
+from natgrad.app import cli, run
+from natgrad.app.describe import describe_run
+from natgrad.app.verification import verify_run
+from natgrad.compute import ledger_pass as compute
+from natgrad.results import dataset as results
+from natgrad.schema import blocks
+from natgrad.schema.errors import InputError, Unavailable
+from natgrad.storage import delete, is_url, names, place, put
+from natgrad.storage.icechunk_files import RepositoryFiles
+from natgrad.storage.repository import newest, outside, place_of_run, versions
+from natgrad.store import Ledger, Trajectory, only_writer
+from processing import Serial
+
+
+def opened(server, out):
+    """The repository of OUT, opened by Icechunk as its user would."""
+    storage = icechunk.s3_storage(
+        bucket="bucket",
+        prefix=f"{out.path.partition('/')[2]}/stores.icechunk",
+        endpoint_url=server.environment["AWS_ENDPOINT_URL"],
+        allow_http=True,
+        force_path_style=True,
+        from_env=True,
+    )
+    return icechunk.Repository.open(storage)
+
+
+def content(out):
+    """Path below OUT to bytes, of all in its stores."""
+    folder = place_of_run(out)
+    if is_url(folder):
+        return {
+            name.removeprefix(f"{folder.path}/"): folder.fs.cat_file(name) for name in folder.fs.find(folder.path)
+        }
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.endswith((".lock", ".html"))}
+
+
+def written(url, rows=8, elements=200, chunk=(4, 200)):
+    """A trajectory in a new repository, and its place there."""
+    store = place_of_run(url, store="icechunk") / "trajectory.zarr"
+    with only_writer(store, "trajectory") as path:
+        logs.write_trajectory(path, logs.walk_arrays(rows, elements), {"a": (elements,)}, chunk)
+    return newest(store)
+
+
+# The same bytes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(s3_server, tmp_path_factory):
+    """A run in a folder and in a repository: processed, gone on twice and restarted, with what was before that."""
+    folder = tmp_path_factory.mktemp("both")
+    first = logs.with_replicates(logs.random_walk(12))
+    log = logs.write_log(folder / "log", first[:6])
+    outs = folder / "out", place("s3://bucket/both")
+    kinds = {outs[0]: None, outs[1]: "icechunk"}
+    for out in outs:
+        run.ingest_run(log, out, store=kinds[out])
+        compute.compute_ledger(str(out / "trajectory.zarr"), str(out / "ledger.zarr"))
+    for numbers in (range(6, 8), range(8, 12)):
+        for number in numbers:
+            logs.write_step(log, number, first[number])
+        for out in outs:
+            run.ingest_run(log, out, store=kinds[out])
+    for out in outs:
+        run.analyze_run(out, Serial())
+    shutil.copytree(outs[0], folder / "before")
+    restarted = logs.with_replicates(logs.random_walk(12, seed=1))
+    shutil.rmtree(log)
+    logs.write_log(log, restarted[5:10], range(5, 10))
+    for out in outs:
+        assert run.ingest_run(log, out)["attempts"] == 2
+        run.analyze_run(out, Serial())
+    return *outs, folder / "before"
+
+
+@pytest.fixture
+def before(both):
+    """The version before the restart."""
+    (found,) = (row for row in versions(both[1]) if row["message"] == "results of both: 11 updates")
+    return found["version"]
+
+
+def test_every_byte_is_that_of_a_folder(both):
+    here, there = map(content, both[:2])
+    assert len(here) > 100
+    assert there == here
+
+
+def test_every_commit_is_a_version_that_says_what_it_brought(both):
+    assert [row["message"] for row in versions(both[1])] == [
+        "results of both: 8 updates",
+        "ledger of both: 1 of 1 chunks computed",
+        "trajectory of both: steps 5 to 9, attempt 1",
+        "results of both: 11 updates",
+        "ledger of both: 1 of 1 chunks computed",
+        "trajectory of both: steps 8 to 11, attempt 0",
+        "trajectory of both: steps 6 to 7, attempt 0",
+        "ledger of both: 1 of 1 chunks computed",
+        "trajectory of both: steps 0 to 5, attempt 0",
+        "Repository initialized",
+    ]
+    times = [datetime.datetime.fromisoformat(row["time"]) for row in versions(both[1])]
+    assert times == sorted(times, reverse=True)
+    assert times[0].tzinfo is not None
+
+
+def test_an_old_version_is_what_it_was(both, before):
+    then = Trajectory("s3://bucket/both/trajectory.zarr", before)
+    kept = Trajectory(both[2] / "trajectory.zarr")
+    assert (then.n_states, then.fingerprint()) == (12, kept.fingerprint())
+    assert Trajectory("s3://bucket/both/trajectory.zarr").n_states == 17
+    books = Ledger("s3://bucket/both/ledger.zarr", before).read(), Ledger(both[2] / "ledger.zarr").read()
+    for one, other in zip(*books, strict=True):
+        assert one.tobytes() == other.tobytes()
+    tree = results.read("s3://bucket/both/results.zarr", before)
+    xr.testing.assert_identical(tree.load(), results.read(both[2] / "results.zarr").load())
+    assert describe_run(both[1], before)["attempts"] == 1
+    assert verify_run(both[1], before) == verify_run(both[1]) == []
+
+
+def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
+    repository = opened(s3_server, both[1])
+    repository.create_tag("paper", before)
+    assert {"paper"} == {tag for row in versions(both[1]) if row["version"] == before for tag in row["tags"]}
+    time = next(row.written_at for row in repository.ancestry(branch="main") if row.id == before)
+    naive = time.astimezone(datetime.UTC).replace(tzinfo=None)
+    for version in ("paper", time.isoformat(), naive.isoformat()):
+        assert Trajectory("s3://bucket/both/trajectory.zarr", version).n_states == 12
+    for version in ("draft", "1970-01-01", before[:-1] + "*"):
+        with pytest.raises(InputError, match="there is no version") as refusal:
+            results.read("s3://bucket/both/results.zarr", version)
+        assert "natgrad versions OUT" in refusal.value.remedy
+
+
+def test_an_old_version_is_only_read(both, before):
+    path = place_of_run(both[1], version=before)
+    for work in (
+        lambda: run.ingest_run("any", path),
+        lambda: compute.compute_ledger(path / "trajectory.zarr", path / "ledger.zarr"),
+        lambda: run.analyze_run(path, Serial()),
+    ):
+        with pytest.raises(InputError, match=r"a version is only read|no such file or folder"):
+            work()
+    with pytest.raises(InputError, match="the page of an old version has no place"):
+        run.report_run([both[1]], version=before)
+    with pytest.raises(PermissionError, match="is not changed"):
+        put(path / "trajectory.zarr" / "zarr.json", b"{}")
+    assert not [name for name in names(both[1]) if name.endswith(".lock")]
+
+
+def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
+
+    def said(*words):
+        cli.app([*map(str, words)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    out = "s3://bucket/both"
+    assert f"{before}  " in said("versions", out)
+    assert json.loads(said("versions", out, "--json"))["versions"] == versions(out)
+    assert said("versions", out, "--last", 2).count("\n") == 2
+    assert json.loads(said("info", out, "--version", before, "--json"))["attempts"] == 1
+    assert said("verify", out, "--version", before) == "all is as it was written\n"
+    said("report", out, "--page", tmp_path / "then.html", "--version", before)
+    run.report_run({"both": both[2]}, tmp_path / "kept.html")
+    assert (tmp_path / "then.html").read_text() == (tmp_path / "kept.html").read_text()
+
+
+def test_icechunk_and_what_reads_zarr_open_it(s3_server, both, before):
+    repository = opened(s3_server, both[1])
+    for version, folder in (({"branch": "main"}, both[0]), ({"snapshot_id": before}, both[2])):
+        store = repository.readonly_session(**version).store
+        there = xr.open_zarr(store, group="results.zarr/model", consolidated=False)
+        here = xr.open_datatree(folder / "results.zarr", engine="zarr")["model"].to_dataset()
+        assert there["angle"].identical(here["angle"])
+        states = zarr.open_group(store, path="trajectory.zarr", mode="r")
+        kept = zarr.open_group(folder / "trajectory.zarr", mode="r")
+        assert np.array_equal(states["parameter"][:], kept["parameter"][:])
+        records = zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r")[:]
+        files = sorted((folder / "trajectory.zarr" / "commits").glob("[0-9]*.json"))
+        assert list(records) == [file.read_text() for file in files]
+
+
+def test_what_comes_to_the_same_is_no_version(both):
+    before = versions(both[1])
+    run.analyze_run(both[1], Serial())
+    assert versions(both[1]) == before
+
+
+def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
+    states = logs.random_walk(9)
+    log = logs.write_log(tmp_path / "log", states[:4])
+    run.ingest_run(log, url, store="icechunk")
+    logs.write_log(log, states[:6])
+    run.ingest_run(log, url)
+    version = versions(url)[0]["version"]
+    for number, state in enumerate(logs.random_walk(9, seed=1)):
+        logs.write_step(log, number, state)
+    for out in (url, tmp_path / "out"):
+        assert run.ingest_run(log, out, overwrite=True)["steps"] == 9
+    assert content(url) == content(tmp_path / "out")
+    assert Trajectory(url / "trajectory.zarr", version).n_states == 6
+    store = opened(s3_server, url).readonly_session("main").store
+    assert zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r").shape == (1,)
+    # What is refused changes nothing, not even where it begins anew.
+    (log / "step_3.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError):
+        run.ingest_run(log, url, overwrite=True)
+    assert content(url) == content(tmp_path / "out")
+
+
+# Workers -----------------------------------------------------------------------------------------------------
+
+
+def test_worker_processes_read_the_version_that_is_computed(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(compute, "_CLUSTER_BYTES", 0)
+    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
+    store = written(url, rows=9, elements=64, chunk=(2, 16))
+    ledgers = store.parent / "ledger.zarr", tmp_path / "ledger.zarr"
+    for ledger, executor in zip(ledgers, (compute.local(2), compute.serial), strict=True):
+        summary = compute.compute_ledger(store, ledger, executor=executor)
+        assert summary.plan.tasks > summary.computed_chunks > 0
+    one, other = (Ledger(newest(ledger)).read()[0] for ledger in ledgers)
+    assert one.tobytes() == other.tobytes()
+    assert versions(url)[0]["message"].startswith("ledger of ")
+
+
+def test_a_reader_sees_what_is_committed(url):
+    store = written(url, rows=2)
+    reader = Trajectory(store)
+    with only_writer(store, "trajectory") as path:
+        writer = Trajectory(path)
+        assert writer.n_states == 2
+        writer.journal.write("00000001", {"stop": 99}, new=True)
+        assert Trajectory(path).n_states == 99
+        reader.refresh()
+        assert (reader.n_states, Trajectory(newest(store)).n_states) == (2, 2)
+    with only_writer(store, "trajectory") as path:
+        assert Trajectory(path).n_states == 2
+        logs.append_states(path, logs.walk_arrays(3, 200, seed=1))
+    assert (reader.n_states, Trajectory(store).n_states) == (2, 2)
+    reader.refresh()
+    assert reader.n_states == 5
+    assert len(reader.scalar("step")) == 5
+
+
+# Processes that end, and several -----------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from natgrad.app import run
+from natgrad.storage.icechunk_files import RepositoryFiles
+from natgrad.ingestion import log_to_store, transfer
+
+transfer.COMMIT_BYTES = 1
+log_to_store.chunk_shape = lambda *_: (8, 17)
+whole, left = RepositoryFiles.pipe_file, int(sys.argv[3])
+
+def pipe_file(files, path, value, **options):
+    global left
+    whole(files, path, value, **options)
+    left -= "/commits/" in path
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RepositoryFiles.pipe_file = pipe_file
+run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk")
+"""
+
+
+def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
+    """Killed when the second record is written, and before it is committed."""
+    log = logs.write_log(tmp_path / "log", logs.random_walk(20))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(log), str(url), "2"], check=False)
+    assert done.returncode == -9
+    assert Trajectory(str(url / "trajectory.zarr")).n_states == 8
+    assert [row["message"].rpartition(": ")[2] for row in versions(url)][:1] == ["steps 0 to 7, attempt 0"]
+    assert verify_run(url) == []
+    monkeypatch.setattr("natgrad.ingestion.transfer.COMMIT_BYTES", 1)
+    monkeypatch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: (8, 17))
+    for out in (url, tmp_path / "out"):
+        run.ingest_run(log, out)
+    assert len(Trajectory(str(url / "trajectory.zarr")).records()) == 3
+    assert content(url) == content(tmp_path / "out")
+
+
+HELD = """
+import sys
+from natgrad.app import run
+from natgrad.store import trajectory
+
+whole = trajectory.publish
+
+def publish(path, message):
+    print("written", flush=True)
+    sys.stdin.readline()
+    whole(path, message)
+
+trajectory.publish = publish
+try:
+    print(run.ingest_run(sys.argv[1], sys.argv[2])["steps"], "steps")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture
+def held(url, tmp_path):
+    """A process that has written four more steps of a run and waits before it commits them."""
+    log = logs.write_log(tmp_path / "log", logs.random_walk(8)[:4])
+    run.ingest_run(log, url, store="icechunk")
+    logs.write_log(log, logs.random_walk(8))
+    command = [sys.executable, "-c", HELD, str(log), str(url)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "written\n"
+            yield process, log
+        finally:
+            process.kill()
+
+
+def test_two_writers_of_a_trajectory(held, url):
+    process, log = held
+    assert describe_run(url)["steps"] == 4
+    with pytest.raises(Unavailable, match=f"another process is writing this trajectory: process {process.pid} on"):
+        run.ingest_run(log, url)
+    # Whoever removes the lock by hand: Icechunk refuses the second commit of the same rows.
+    delete(url / ".trajectory.zarr.lock")
+    assert run.ingest_run(log, url)["new_steps"] == 4
+    answer = process.communicate("\n")[0]
+    assert answer.startswith("Unavailable another process has committed meanwhile")
+    assert describe_run(url)["steps"] == 8
+    assert verify_run(url) == []
+    assert run.ingest_run(log, url)["new_steps"] == 0
+
+
+def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
+    process, log = held
+    stores = str(url / "trajectory.zarr"), str(url / "ledger.zarr")
+    assert compute.compute_ledger(*stores).n_updates == 3
+    assert process.communicate("\n")[0] == "8 steps\n"
+    assert [row["message"].partition(" ")[0] for row in versions(url, 2)] == ["trajectory", "ledger"]
+    assert compute.compute_ledger(*stores).n_updates == 7
+    run.ingest_run(log, tmp_path / "out")
+    compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
+    there, here = (Ledger(out).read()[0] for out in (stores[1], tmp_path / "out" / "ledger.zarr"))
+    assert there.tobytes() == here.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("changed", "another checksum than recorded"), ("missing", "it is missing"), ("short", "bytes early")],
+)
+def test_a_damaged_object_is_found(url, damage, said):
+    store = written(url)
+    chunk = (store / "gradient" / "c" / "1" / "0").read_bytes()
+    folder = url / "stores.icechunk" / "chunks"
+    (found,) = (folder / name for name in names(folder) if (folder / name).read_bytes() == chunk)
+    if damage == "missing":
+        delete(found)
+    else:
+        put(found, chunk[:-8] if damage == "short" else chunk[:40] + bytes([chunk[40] ^ 1]) + chunk[41:])
+    (told,) = verify_run(url)
+    assert said in told.what
+    assert (told.array, told.path.name) == ("gradient", "0")
+    with pytest.raises(InputError, match="a chunk cannot be read"):
+        compute.compute_ledger(store, store.parent / "ledger.zarr")
+
+
+# Keys --------------------------------------------------------------------------------------------------------
+
+
+def test_documents_have_the_names_of_files(url):
+    """Whatever a store has beside its arrays, Icechunk keeps as arrays."""
+    store = written(url, rows=1)
+    documents = {"00000007.json": b"{}", "00000007.sums": bytes(range(256)), "12.json": b"[]", "notes.txt": b""}
+    with only_writer(store, "trajectory") as path:
+        folder = path / "commits"
+        there = set(names(folder))
+        for name, held in documents.items():
+            put(folder / name, held, new=True)
+            with pytest.raises(FileExistsError):
+                put(folder / name, b"other", new=True)
+        put(folder / "12.json", documents["12.json"] * 2)
+        documents["12.json"] *= 2
+        assert set(names(folder)) == there | set(documents)
+        path.fs.commit("documents")
+        for look in (folder, newest(store) / "commits"):
+            assert {name: (look / name).read_bytes() for name in documents} == documents
+            assert [(look / name).stat().st_size for name in documents] == [2, 256, 4, 0]
+            assert look.fs.cat_file((look / "00000007.sums").path, 250, 254) == bytes(range(250, 254))
+            assert set(names(look)) == there | set(documents)
+        delete(folder / "12.json")
+        assert "12.json" not in names(folder)
+        assert not (folder / "12.json").exists()
+        with pytest.raises(FileNotFoundError):
+            (folder / "00000008.json").read_bytes()
+
+
+def test_what_a_commit_writes_does_not_grow_with_the_run(url, monkeypatch):
+    """A manifest lists a few chunks, though the array has many: those of 64 random float32 are kept in it."""
+    monkeypatch.setattr("natgrad.storage.icechunk_files._MANIFEST_CHUNKS", 1)
+    commits, elements = 6, 64
+    store = written(url, rows=1, elements=elements, chunk=(1, elements))
+    with only_writer(store, "trajectory") as path:
+        for number in range(1, commits):
+            logs.append_states(path, logs.walk_arrays(1, elements, seed=number))
+    folder = url / "stores.icechunk" / "manifests"
+    largest = max((folder / name).stat().st_size for name in names(folder))
+    assert largest < commits * elements * 4
+    assert len(Trajectory(newest(store)).records()) == commits
+    assert verify_run(url) == []
+
+
+# Refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_no_repository(tmp_path):
+    with pytest.raises(InputError, match="a folder cannot be an Icechunk repository") as refusal:
+        run.ingest_run("any", tmp_path / "out", store="icechunk")
+    assert "804 and 1494" in refusal.value.why
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="'zip' is no way of storing") as refusal:
+        run.ingest_run("any", tmp_path / "out", store="zip")
+    assert "plain, icechunk" in refusal.value.remedy
+
+
+def test_what_is_stored_otherwise_is_refused(url, tmp_path):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(3))
+    run.ingest_run(log, url / "plain", store="plain")
+    run.ingest_run(log, url / "versions", store="icechunk")
+    with pytest.raises(InputError, match="this is a plain store"):
+        run.ingest_run(log, url / "plain", store="icechunk")
+    with pytest.raises(InputError, match="this is an Icechunk repository"):
+        run.ingest_run(log, url / "versions", store="plain")
+    assert run.ingest_run(log, url / "versions", store="icechunk")["new_steps"] == 0
+    for out in (url / "plain", tmp_path / "out"):
+        for ask in (versions, lambda out: verify_run(out, "paper")):
+            with pytest.raises(InputError, match="a plain store has no versions") as refusal:
+                ask(out)
+            assert "--store icechunk" in refusal.value.remedy
+            assert "attempts" in refusal.value.why
+
+
+def test_what_is_refused_makes_no_repository(url, tmp_path):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(3))
+    (log / "step_1.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError):
+        run.ingest_run(log, url, store="icechunk")
+    assert names(url) == []
+
+
+def test_a_place_where_something_else_is(url, tmp_path):
+    """As what a process leaves that is killed while it makes a repository."""
+    log = logs.write_log(tmp_path / "log", logs.random_walk(3))
+    put(url / "stores.icechunk" / "snapshots" / "any", b"any")
+    with pytest.raises(InputError, match="no repository can be made here") as refusal:
+        run.ingest_run(log, url)
+    assert refusal.value.where == str(url / "stores.icechunk")
+
+
+def test_the_library_is_an_extra(both, monkeypatch):
+    monkeypatch.setitem(sys.modules, "icechunk", None)
+    monkeypatch.delitem(sys.modules, "natgrad.storage.icechunk_files")
+    monkeypatch.delattr("natgrad.storage.icechunk_files")
+    for ask in (
+        lambda: describe_run(both[1]),
+        lambda: run.ingest_run("any", "s3://bucket/new", store="icechunk"),
+    ):
+        with pytest.raises(InputError, match="the library for Icechunk is not installed") as refusal:
+            ask()
+        assert refusal.value.remedy == "pip install 'natgrad-pipeline[icechunk]'"
+
+
+def test_places_of_a_repository_are_told_as_urls(both):
+    folder = place_of_run(both[1])
+    assert str(folder / "ledger.zarr") == "s3://bucket/both/ledger.zarr"
+    assert str(outside(folder / "a")) == str(both[1] / "a")
+    assert isinstance(folder.fs, RepositoryFiles)
+    assert not isinstance(outside(folder).fs, RepositoryFiles)

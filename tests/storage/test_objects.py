@@ -1,0 +1,618 @@
+"""OUT and SOURCE in an object store: a real server that speaks S3, on this machine."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pandas
+import psutil
+import pytest
+import tensorboard.summary
+import xarray as xr
+from zarr.codecs import ZstdCodec
+
+import logs
+from natgrad.app import cli, run
+from natgrad.app import scan as watch
+from natgrad.app.describe import describe_run
+from natgrad.app.verification import verify_run
+from natgrad.compute import ledger_pass as compute
+from natgrad.schema.errors import InputError, Unavailable
+from natgrad.sources.container import ObjectRegion
+from natgrad.storage import delete, is_url, network_errors, objects, place, put, seen
+from natgrad.store import Ledger, Trajectory, only_writer
+from processing import Serial
+from servers import forget_object_stores, free_port
+
+STEPS = 12
+"""Of the log: two thirds of them are there at first."""
+
+
+def content(folder):
+    """Path below a place to bytes, of all in it but locks, and pages, which tell their names."""
+    if is_url(folder):
+        found = folder.fs.cat(folder.fs.find(folder.path))
+        files = {name.removeprefix(f"{folder.path}/"): held for name, held in found.items()}
+    else:
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+    return {name: held for name, held in files.items() if not name.endswith((".lock", ".html"))}
+
+
+@pytest.fixture(scope="module")
+def both(s3_server, tmp_path_factory):
+    """A run that was processed, went on and was processed again, in a folder and in an object store."""
+    folder = tmp_path_factory.mktemp("both")
+    states = logs.with_replicates(logs.random_walk(STEPS))
+    log = logs.write_log(folder / "log", states[: STEPS * 2 // 3])
+    outs = folder / "out", place("s3://bucket/both")
+    for out in outs:
+        run.ingest_run(log, out)
+        compute.compute_ledger(out / "trajectory.zarr", out / "ledger.zarr")
+    for number in range(STEPS * 2 // 3, STEPS):
+        logs.write_step(log, number, states[number])
+    for out in outs:
+        assert run.ingest_run(log, out)["new_steps"] == STEPS // 3
+        run.analyze_run(out, Serial())
+    return outs
+
+
+def test_every_byte_is_that_of_a_folder(both):
+    here, there = map(content, both)
+    assert len(here) > 100
+    assert there == here
+
+
+def test_what_reads_zarr_reads_the_results(both):
+    here, there = (xr.open_datatree(str(out / "results.zarr"), engine="zarr")["model"] for out in both)
+    assert there["angle"].identical(here["angle"])
+
+
+def test_nothing_is_left_locked(both):
+    assert not [path for path in both[1].iterdir() if path.name.endswith(".lock")]
+
+
+def test_the_commands_take_a_url(both, capsys, monkeypatch):
+    # Its handler of the log would write to what is captured, later on too.
+    monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
+    for command, said in {
+        "info": "s3://bucket/both/trajectory.zarr",
+        "verify": "all is as it was written",
+    }.items():
+        cli.app([command, "s3://bucket/both"], standalone_mode=False)
+        assert said in capsys.readouterr().out
+
+
+# Reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressors", [None, [ZstdCodec()]], ids=["plain", "compressed"])
+def test_the_pass_gives_the_same_bits(url, tmp_path, compressors, monkeypatch):
+    # Ranges of one row, two at a time, of chunks of which the last has padding.
+    monkeypatch.setattr("natgrad.store.states._RANGE_BYTES", 4 * 40)
+    monkeypatch.setattr("natgrad.store.states._RANGES", 2)
+    arrays = logs.walk_arrays(9, 100)
+    compressed = {"parameter": compressors} if compressors else None
+    books = []
+    for out in (tmp_path, url):
+        logs.write_trajectory(out / "t.zarr", arrays, {"a": (30,), "b": (7, 10)}, (4, 40), compressed)
+        compute.compute_ledger(out / "t.zarr", out / "l.zarr", executor=compute.threads(2))
+        books.append(Ledger(out / "l.zarr").read())
+    for here, there in zip(*books, strict=True):
+        assert here.tobytes() == there.tobytes()
+    states = Trajectory(url / "t.zarr")
+    out = np.zeros((6, 20), np.float32)
+    states.read("parameter", 2, 8, 2, out)
+    assert np.array_equal(out, arrays["parameter"][2:8, 80:])
+
+
+def test_processes_read_and_write_a_url(url, tmp_path):
+    logs.write_trajectory(url / "trajectory.zarr", logs.walk_arrays(40, 64), {"a": (64,)}, (8, 64))
+    stores = url / "trajectory.zarr", url / "ledger.zarr"
+    compute.compute_ledger(*stores)
+    expected = Ledger(stores[1]).read()[0]
+    Ledger.remove(stores[1])
+    compute.compute_ledger(*stores, executor=compute.local(2))
+    assert Ledger(stores[1]).read()[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("damage", ["changed", "short", "missing"])
+def test_a_damaged_object_is_named(url, damage):
+    store = logs.write_trajectory(url / "t.zarr", logs.walk_arrays(4, 8), {"a": (8,)}, (4, 8))
+    chunk = store / "gradient" / "c" / "0" / "0"
+    whole = chunk.read_bytes()
+    if damage == "missing":
+        delete(chunk)
+    else:
+        put(chunk, whole[:-8] if damage == "short" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="a chunk cannot be read") as refusal:
+        compute.compute_ledger(store, url / "l.zarr")
+    assert refusal.value.where == str(chunk)
+
+
+# Writing -----------------------------------------------------------------------------------------------------
+
+
+def test_one_process_writes(url):
+    store = url / "t.zarr"
+    with (
+        only_writer(store, "trajectory"),
+        pytest.raises(Unavailable, match=f"another process is writing this trajectory: process {os.getpid()} on"),
+        only_writer(store, "trajectory"),
+    ):
+        raise AssertionError("two writers")
+    with only_writer(store, "trajectory"):
+        assert seen(url / ".t.zarr.lock") is not None
+    assert seen(url / ".t.zarr.lock") is None
+
+
+def left_lock(url, **changes):
+    """A lock that was not given back, by this process if nothing else is said."""
+    signed = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "user": "somebody",
+        "since": "2026-11-26T10:00:00+00:00",
+        "begun": psutil.Process().create_time(),
+        **changes,
+    }
+    put(url / ".t.zarr.lock", json.dumps(signed).encode())
+
+
+def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over(url):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    # Its number is nobody's; or it is another's by now, that began at another time.
+    for changes in ({"process": int(dead.stdout)}, {"begun": 1.0}):
+        left_lock(url, **changes)
+        with only_writer(url / "t.zarr", "trajectory"):
+            assert json.loads(seen(url / ".t.zarr.lock")[0])["user"] != "somebody"
+    left_lock(url)
+    with pytest.raises(Unavailable, match="of user somebody"), only_writer(url / "t.zarr", "trajectory"):
+        raise AssertionError("the process lives")
+
+
+def test_a_lock_of_another_machine_is_not_guessed(url):
+    left_lock(url, host="elsewhere", begun=1.0)
+    with (
+        pytest.raises(Unavailable, match="on elsewhere of user somebody, since 2026-11-26T10:00:00") as refusal,
+        only_writer(url / "t.zarr", "trajectory"),
+    ):
+        raise AssertionError("it may live")
+    assert str(url / ".t.zarr.lock") in refusal.value.remedy
+
+
+def test_who_takes_over_second_is_refused(url, monkeypatch):
+    left_lock(url, begun=1.0)
+    real = psutil.Process
+
+    def slow(*number):
+        # Another process takes the lock over while this one looks whether its holder is dead.
+        if number:
+            put(url / ".t.zarr.lock", b"another")
+        return real(*number)
+
+    monkeypatch.setattr(psutil, "Process", slow)
+    with pytest.raises(Unavailable, match="just now"), only_writer(url / "t.zarr", "trajectory"):
+        raise AssertionError("two writers")
+    assert seen(url / ".t.zarr.lock")[0] == b"another"
+
+
+def test_a_store_without_conditions_is_refused(url, monkeypatch):
+    whole = url.fs.pipe_file
+    monkeypatch.setattr(url.fs, "pipe_file", lambda path, value, mode="overwrite": whole(path, value))
+    with (
+        pytest.raises(InputError, match="does not keep the condition that an object is new"),
+        only_writer(url / "t.zarr", "trajectory"),
+    ):
+        raise AssertionError("two writers could not be told")
+
+
+def test_a_commit_beside_another_is_refused(url):
+    """Whoever removes a lock by hand: the second record of a number is not taken for the first."""
+    store = logs.write_trajectory(url / "t.zarr", logs.walk_arrays(2, 8), {"a": (8,)}, (4, 8))
+    late = Trajectory(store)
+    logs.append_states(store, logs.walk_arrays(1, 8, seed=1))
+    names = late.journal.names()
+    late.journal.names = lambda: names[:1]
+    numbers = {"loss": [0.0], "learning_rate": [0.1]}
+    with pytest.raises(Unavailable, match="another process has committed meanwhile"):
+        late.commit([2], numbers, [{}], {"parameter": [[0]], "gradient": [[0]]})
+    record = Trajectory(store).records()[1]
+    late.journal.write("00000001", {key: value for key, value in record.items() if key != "crc32c"}, new=True)
+
+
+def test_a_chunk_that_cannot_be_put_is_not_committed(url, tmp_path, monkeypatch):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(4))
+    run.ingest_run(log, url)
+    for number, state in enumerate(logs.random_walk(6)[4:], start=4):
+        logs.write_step(log, number, state)
+    whole = url.fs.pipe_file
+
+    def refuse(path, value, **condition):
+        if "/gradient/c/" in path:
+            raise PermissionError("Access Denied")
+        return whole(path, value, **condition)
+
+    monkeypatch.setattr(url.fs, "pipe_file", refuse)
+    with pytest.raises(InputError, match="denies access"):
+        run.ingest_run(log, url)
+    monkeypatch.undo()
+    assert describe_run(url)["steps"] == 4
+    assert verify_run(url) == []
+    assert run.ingest_run(log, url)["new_steps"] == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from natgrad.compute import ledger_pass as compute
+from natgrad.app import run
+from natgrad.ingestion import log_to_store, transfer
+from natgrad.storage import disk, objects
+from natgrad.store import group, journal, states, writer
+
+log, out = Path(sys.argv[1]), sys.argv[2]
+transfer.COMMIT_BYTES = 1
+log_to_store.chunk_shape = lambda *_: (8, 17)
+whole = objects.put
+
+def put(*arguments, **condition):
+    global left
+    whole(*arguments, **condition)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for module in (objects, disk, group, journal, states, writer):
+    module.put = put
+# Each process dies after another request than the one before, and each goes on where that one was stopped.
+for count in map(int, sys.argv[3:]):
+    child = os.fork()
+    if not child:
+        left = count
+        run.ingest_run(log, out)
+        compute.compute_ledger(out + "/trajectory.zarr", out + "/ledger.zarr")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("natgrad.ingestion.transfer.COMMIT_BYTES", 1)
+    monkeypatch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: (8, 17))
+    log = logs.write_log(tmp_path / "log", logs.random_walk(20))
+    counts = (3, 8, 13, 15, 1000)
+    command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["-9"] * 4 + ["0"]
+    run.ingest_run(log, tmp_path / "out")
+    compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
+    assert len(Trajectory(url / "trajectory.zarr").records()) == 3
+    assert content(url) == content(tmp_path / "out")
+
+
+# Logs --------------------------------------------------------------------------------------------------------
+
+
+def put_log(folder, states, container):
+    for number, state in enumerate(states):
+        put_step(folder, number, state, container)
+    return folder
+
+
+def put_step(folder, number, state, container):
+    with tempfile.TemporaryDirectory() as here:
+        file = logs.write_step(Path(here), number, state, container)
+        put(folder / file.name, file.read_bytes())
+
+
+@pytest.mark.parametrize("container", ["safetensors", "npz"])
+def test_a_log_is_read_where_it_is(url, tmp_path, container, monkeypatch):
+    # Blocks so small that tensors begin and end within them.
+    monkeypatch.setattr("natgrad.storage.objects._HEADER_BYTES", 900)
+    monkeypatch.setattr("natgrad.storage.objects._BLOCK_BYTES", 1300)
+    states = logs.random_walk(6)
+    here = logs.write_log(tmp_path / "log", states[:4], container=container)
+    there = put_log(url / "log", states[:4], container)
+    for log, out in ((here, tmp_path / "here"), (there, tmp_path / "there")):
+        assert run.ingest_run(log, out)["new_steps"] == 4
+    assert run.ingest_run(str(there), tmp_path / "there")["new_steps"] == 0
+    logs.write_step(here, 4, states[4], container)
+    put_step(there, 4, states[4], container)
+    digests = []
+    for log, out in ((here, tmp_path / "here"), (there, tmp_path / "there")):
+        assert run.ingest_run(log, out)["new_steps"] == 1
+        digests.append(Trajectory(out / "trajectory.zarr").fingerprint())
+    assert digests[0] == digests[1]
+    assert Trajectory(tmp_path / "there" / "trajectory.zarr").source == str(there)
+
+
+def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
+    log = put_log(url / "log", logs.random_walk(5), "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    monkeypatch.setattr(url.fs, "info", lambda *_, **__: pytest.fail("an object is looked at"))
+    monkeypatch.setattr(url.fs, "open", lambda *_, **__: pytest.fail("an object is opened"))
+    monkeypatch.setattr(type(url), "is_file", lambda path: False)
+    monkeypatch.setattr("natgrad.ingestion.new_updates.changed_lately", lambda time: False)
+    assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 0
+
+
+def test_what_another_process_puts_is_seen(url, tmp_path):
+    states = logs.random_walk(4)
+    log = put_log(url / "log", states[:3], "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    step = logs.write_step(tmp_path, 3, states[3])
+    with contextlib.closing(boto3.client("s3")) as another:
+        key = f"{log.path.removeprefix('bucket/')}/{step.name}"
+        another.put_object(Bucket="bucket", Key=key, Body=step.read_bytes())
+    assert run.ingest_run(log, tmp_path / "out")["new_steps"] == 1
+
+
+def test_a_step_that_is_put_again_is_another(url, tmp_path, monkeypatch):
+    # As long as before, and within the same second.
+    status = objects._status
+    monkeypatch.setattr(objects, "_status", lambda entry: status(entry)._replace(time=0))
+    states = logs.random_walk(5)
+    log = put_log(url / "log", states[:4], "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    put_step(log, 1, states[4], "safetensors")
+    with pytest.raises(InputError, match="step 1 is ingested already, with loss"):
+        run.ingest_run(log, tmp_path / "out")
+
+
+def test_an_open_object_is_one_object(url):
+    step = put_log(url, logs.random_walk(1), "safetensors") / "step_0.safetensors"
+    region, out = ObjectRegion(step), np.empty(8, np.uint8)
+    put_step(url, 0, logs.random_walk(1, seed=1)[0], "safetensors")
+    with pytest.raises(Unavailable, match="the object changed while it was read"), network_errors(step):
+        region.fill(0, out)
+    region.close()
+
+
+def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch):
+    """A step that is put again after it has been described, and before it is opened to be read."""
+    states = logs.random_walk(5)
+    log = put_log(url / "log", states[:4], "safetensors")
+    whole = Trajectory.create
+
+    def slow(*arguments, **options):
+        put_step(log, 1, states[4], "safetensors")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(Trajectory, "create", slow)
+    with pytest.raises(Unavailable, match="changed while it was read") as refusal:
+        run.ingest_run(log, tmp_path / "out")
+    assert refusal.value.where.startswith(str(log / "step_1.safetensors"))
+    assert not (tmp_path / "out" / "trajectory.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("container", "said"), [("safetensors", "header.*not fully covered"), ("npz", "not a zip")]
+)
+def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, said):
+    log = put_log(url / "log", logs.random_walk(3), container)
+    step = log / f"step_1.{container}"
+    put(step, step.read_bytes()[:-40])
+    with pytest.raises(InputError, match=f"cannot read an? {container} file: .*{said}") as refusal:
+        run.ingest_run(log, tmp_path / "out")
+    assert refusal.value.where.startswith(f"{step}, step 1")
+
+
+def test_logs_of_a_sweep_and_a_run_file(url, tmp_path):
+    states = logs.random_walk(3)
+    for name in ("a", "b"):
+        put_log(url / "sweep" / name, states, "npz")
+    assert run.ingest_run(url / "sweep", tmp_path / "sweep", sweep=True)["new_steps"] == 6
+    file = tmp_path / "run.toml"
+    file.write_text(f'[[source]]\npath = "{url}/sweep/a"\n')
+    assert run.ingest_run(file, tmp_path / "file")["new_steps"] == 3
+
+
+# Logs of scalars ---------------------------------------------------------------------------------------------
+
+VALUES = [(step, np.pi / (step + 1), 0.5**step) for step in range(8)]
+
+
+def frame(values):
+    return pandas.DataFrame(values, columns=["step", "loss", "lr"])
+
+
+def write_csv(folder, values):
+    frame(values).to_csv(folder / "metrics.csv", index=False)
+    return "metrics.csv"
+
+
+def write_json_lines(folder, values):
+    rows = [{"step": step, "train": {"loss": loss, "lr": rate}} for step, loss, rate in values]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "log.jsonl"
+
+
+def write_parquet(folder, values):
+    frame(values[:3]).to_parquet(folder / "0.parquet")
+    frame(values[3:]).to_parquet(folder / "1.parquet")
+    return ""
+
+
+def write_events(folder, values):
+    with contextlib.closing(tensorboard.summary.Writer(str(folder))) as writer:
+        for step, loss, rate in values:
+            writer.add_scalar("loss", np.float64(loss), step)
+            writer.add_scalar("lr", np.float64(rate), step)
+    return ""
+
+
+def put_scalars(url, write, values):
+    """Put what a writer writes in place of what is there, and return the SOURCE."""
+    with tempfile.TemporaryDirectory() as here:
+        name = write(Path(here), values)
+        for old in objects.files(url):
+            delete(old)
+        for file in Path(here).iterdir():
+            put(url / file.name, file.read_bytes())
+    return url / name if name else url
+
+
+def put_without_scalars(url, steps):
+    states = logs.random_walk(steps)
+    return put_log(url, [{k: v for k, v in s.items() if "/" in k} for s in states], "npz")
+
+
+def scalars_of(out):
+    states = Trajectory(out / "trajectory.zarr")
+    return list(zip(*(states.scalar(name).tolist() for name in ("step", "loss", "learning_rate")), strict=True))
+
+
+@pytest.mark.parametrize("write", [write_csv, write_json_lines, write_parquet, write_events])
+def test_scalars_beside_tensors_grow_with_them(url, tmp_path, write):
+    log = put_without_scalars(url / "log", 5)
+    source = put_scalars(url / "scalars", write, VALUES[:4])
+    # The log was put just now, so what it lacks may come.
+    assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 4
+    put_without_scalars(url / "log", 8)
+    assert put_scalars(url / "scalars", write, VALUES) == source
+    assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 4
+    expected = VALUES
+    if write is write_events:  # in single precision, as TensorBoard stores numbers
+        expected = [(step, *np.float32(values).tolist()) for step, *values in VALUES]
+    assert scalars_of(tmp_path / "out") == expected
+
+
+def test_scalars_are_found_in_their_folder_and_by_the_format_that_is_named(url, tmp_path):
+    log = put_without_scalars(url / "log", 3)
+    put_scalars(url / "scalars", write_csv, VALUES[:3])
+    put(url / "scalars" / "hparams.yaml", b"any: 1")
+    run.ingest_run([log, url / "scalars"], tmp_path / "found", mapping={"loss": "lr"})
+    assert scalars_of(tmp_path / "found") == [(step, rate, rate) for step, _, rate in VALUES[:3]]
+    put(url / "odd", (url / "scalars" / "metrics.csv").read_bytes())
+    file = tmp_path / "run.toml"
+    file.write_text(f'[[source]]\npath = "{log}"\n\n[[source]]\npath = "{url}/odd"\nformat = "csv"\n')
+    run.ingest_run(file, tmp_path / "named")
+    assert scalars_of(tmp_path / "named") == VALUES[:3]
+    with pytest.raises(InputError, match="a log of scalars holds no tensors"):
+        run.ingest_run(url / "scalars" / "metrics.csv", tmp_path / "alone")
+
+
+def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, tmp_path):
+    log = put_without_scalars(url / "log", 4)
+    source = put_scalars(url / "scalars", write_csv, VALUES[:4])
+    whole = source.read_bytes()
+    put(source, whole[:-4])
+    summary = run.ingest_run([log, source], tmp_path / "out")
+    assert summary["new_steps"] == 3
+    assert any("the last line of metrics.csv has no end" in warning for warning in summary["warnings"])
+    put(source, whole)
+    assert run.ingest_run([log, source], tmp_path / "out")["new_steps"] == 1
+    events = put_scalars(url / "events", write_events, VALUES[:4])
+    (file,) = objects.files(events)
+    put(file, file.read_bytes()[:-30] + bytes(30))
+    with pytest.raises(InputError, match=r"the checksum of the .*record at byte") as refusal:
+        run.ingest_run([log, events], tmp_path / "damaged")
+    assert refusal.value.where == str(file)
+
+
+def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(url, tmp_path, monkeypatch):
+    log = put_without_scalars(url / "log", 3)
+    source = put_scalars(url / "scalars", write_csv, VALUES[:3])
+    opened = objects.open_object
+
+    def put_again(path):
+        file = opened(path)
+        if path == source:
+            put(path, path.read_bytes() + b"3,0,0\n")
+        return file
+
+    monkeypatch.setattr(objects, "open_object", put_again)
+    with pytest.raises(Unavailable, match="the object changed while it was read"):
+        run.ingest_run([log, source], tmp_path / "out")
+
+
+def test_what_needs_files_is_refused(url, tmp_path):
+    put(url / "log" / "model-1.pt", b"any")
+    for format in (None, "torch"):
+        with pytest.raises(InputError, match="copy the log to a folder first"):
+            run.ingest_run(url / "log", tmp_path / "out", format=format)
+    with pytest.raises(InputError, match="no such object or folder"):
+        run.ingest_run(url / "nothing", tmp_path / "out")
+
+
+# Errors ------------------------------------------------------------------------------------------------------
+
+
+def test_paths_and_urls(tmp_path):
+    assert place(tmp_path) == place(str(tmp_path)) == tmp_path
+    assert place("file:///a%20b/c") == place(Path("file:/a%20b/c")) == Path("/a b/c")
+    # What pathlib makes of a URL, as the command line and Prefect do before we see it.
+    assert str(place(Path("s3://bucket/run"))) == str(place("s3://bucket/run/")) == "s3://bucket/run"
+    with pytest.raises(InputError, match="URLs of ftp:// cannot be used"):
+        place("ftp://host/run")
+
+
+def test_folders_of_many_runs_are_of_this_machine(tmp_path):
+    for look in (
+        lambda: watch.find_runs("s3://bucket/logs", tmp_path),
+        lambda: watch.find_runs(tmp_path, "s3://bucket/runs"),
+        lambda: watch.status("s3://bucket/runs"),
+    ):
+        with pytest.raises(InputError, match="must be a folder of this machine"):
+            look()
+
+
+def test_a_bucket_that_is_not_there(s3_server, tmp_path):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(3))
+    with pytest.raises(InputError, match="not in the object store: The specified bucket does not exist") as refusal:
+        run.ingest_run(log, "s3://nowhere/run")
+    assert not isinstance(refusal.value, Unavailable)
+    assert "make the bucket" in refusal.value.remedy
+
+
+@pytest.fixture
+def newly_opened(s3_server):
+    """What opens object stores anew: by the environment of the test, and then by that of the others again."""
+    forget_object_stores()
+    yield type(place("s3://bucket/any").fs)
+    forget_object_stores()
+
+
+def test_a_store_that_does_not_answer_may_later(newly_opened, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(newly_opened, "retries", 1)
+    with pytest.raises(Unavailable, match="the object store does not answer: EndpointConnectionError") as refusal:
+        describe_run("s3://bucket/run")
+    assert refusal.value.where == "s3://bucket/run"
+    assert watch.error_parts(refusal.value)["heals"]
+
+
+def test_who_has_no_credentials_is_told_so(newly_opened, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    log = logs.write_log(tmp_path / "log", logs.random_walk(3))
+    with pytest.raises(InputError, match="denies access: Unable to locate credentials") as refusal:
+        run.ingest_run(log, "s3://bucket/run")
+    assert not watch.error_parts(refusal.value)["heals"]
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(InputError, match="the library for s3:// is not installed") as refusal:
+        place("s3://bucket/run")
+    assert refusal.value.remedy == "pip install 'natgrad-pipeline[s3]'"
+
+
+@pytest.mark.parametrize("command", [describe_run, verify_run, run.analyze_run])
+def test_an_object_store_without_a_run(url, command):
+    with pytest.raises(InputError, match="no trajectory here"):
+        command(url)

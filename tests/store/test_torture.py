@@ -1,0 +1,43 @@
+"""Processes that are killed, race and look on at random moments; `make torture` does so at length."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Counts of a short run, in a process of its own: it forks, and this one has threads."""
+    command = [
+        sys.executable,
+        Path(__file__).parents[1] / "torture.py",
+        "--kills",
+        "10",
+        "--races",
+        "3",
+        "--seed",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_is_lost_doubled_or_different_when_processes_are_killed(counted):
+    assert counted["kills"] == 10
+    assert {counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes")} == {0}
+
+
+def test_of_two_writers_one_at_least_is_done_and_the_other_done_after_it_or_refused(counted):
+    assert set(counted["races"]) <= {"done", "refused"}
+    assert sum(counted["races"].values()) == 6
+    assert counted["races"]["done"] >= 3
+    assert counted["race_other_bytes"] == 0
+
+
+def test_a_reader_that_looks_on_never_sees_a_torn_step(counted):
+    assert counted["reader"]["torn"] == 0
+    assert counted["reader"]["looks"] >= len(counted["reader"]["seen"]) > 1

@@ -1,0 +1,880 @@
+"""The trajectory store and the Gram ledger: what is committed is whole, what is not is invisible."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+
+from logs import DTYPES, append_states, walk_arrays, write_trajectory
+from natgrad.kernel import stream
+from natgrad.schema.blocks import LedgerChunk
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LAYOUT_VERSION, Layout, storage_dtype
+from natgrad.schema.names import VECTORS
+from natgrad.storage.chunk_file import ChunkFile
+from natgrad.store import Ledger, Trajectory, checksum
+from natgrad.store.group import ArrayPlan
+from natgrad.store.journal import Journal
+
+SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
+ELEMENTS = 13
+CHUNK = (4, 5)  # the last of three columns holds three elements and two of padding
+MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_wait_for_the_disk():
+    """No power is lost here; that data is flushed, and when, is watched where it matters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def random_bits(rows, elements, dtypes, seed=0):
+    """Any bits at all: NaNs of every payload, infinities, subnormals."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.frombuffer(rng.bytes(rows * elements * np.dtype(DTYPES[dtype]).itemsize), storage_dtype(dtype))
+        .reshape(rows, elements)
+        .view(DTYPES[dtype])
+        for name, dtype in dtypes.items()
+    }
+
+
+def read(trajectory, name, start=0, stop=None):
+    """Committed rows of an array, whole, as words."""
+    stop = trajectory.n_states if stop is None else stop
+    parts = []
+    for column in range(trajectory.columns):
+        out = np.zeros((stop - start, trajectory.chunk[1]), storage_dtype(trajectory.dtypes[name]))
+        trajectory.read(name, start, stop, column, out)
+        first, last = trajectory.column(column)
+        parts.append(out[:, : last - first])
+    return np.concatenate(parts, axis=1)
+
+
+def words(array):
+    return array.view(storage_dtype(array.dtype.name))
+
+
+def assert_holds(trajectory, arrays, rows=None):
+    """A trajectory has these rows, bit for bit, and no others."""
+    rows = len(arrays["parameter"]) if rows is None else rows
+    assert trajectory.n_states == rows
+    for name, array in arrays.items():
+        assert read(trajectory, name).tobytes() == words(array)[:rows].tobytes(), name
+    assert trajectory.scalar("step").tolist() == list(range(rows))
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_on_disk(path):
+    """Rows of each array by its shape, which is no evidence of data."""
+    return {name: array.shape[0] for name, array in zarr.open_group(path, mode="r").arrays()}
+
+
+class Stopped(Exception):
+    """In place of a process that is killed."""
+
+
+def stopping(function, calls):
+    """Let a function be called so many times, then stop in its place."""
+    left = iter(range(calls))
+
+    def stopped(*arguments, **options):
+        if next(left, None) is None:
+            raise Stopped
+        return function(*arguments, **options)
+
+    return stopped
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "trajectory.zarr"
+
+
+class Watch:
+    """Calls a function around every rename and write in place, and before every flush, in whatever thread."""
+
+    def __init__(self, monkeypatch, look):
+        replace, fsync, pwrite = Path.replace, os.fsync, os.pwrite
+
+        def watched_pwrite(descriptor, *arguments):
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            look("write", path, before=True)
+            count = pwrite(descriptor, *arguments)
+            look("write", path, before=False)
+            return count
+
+        def watched_replace(aside, target):
+            look("rename", Path(target), before=True)
+            moved = replace(aside, target)
+            look("rename", Path(target), before=False)
+            return moved
+
+        def watched_fsync(descriptor):
+            look("flush", Path(f"/proc/self/fd/{descriptor}").readlink(), before=True)
+            fsync(descriptor)
+
+        monkeypatch.setattr(Path, "replace", watched_replace)
+        monkeypatch.setattr(os, "fsync", watched_fsync)
+        monkeypatch.setattr(os, "pwrite", watched_pwrite)
+
+
+# The commit rule ---------------------------------------------------------------------------------------------
+
+
+def write_only(trajectory, arrays):
+    """Write rows after the committed ones, and do not commit them."""
+    for name, array in arrays.items():
+        for column in range(trajectory.columns):
+            first, last = trajectory.column(column)
+            block = np.zeros((len(array), trajectory.chunk[1]), storage_dtype(trajectory.dtypes[name]))
+            block[:, : last - first] = words(array)[:, first:last]
+            trajectory.write(name, trajectory.n_states, column, block)
+
+
+def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_once(path):
+    arrays = walk_arrays(6, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+    writer = Trajectory(path)
+    write_only(writer, {name: array[3:] for name, array in arrays.items()})
+    reader = Trajectory(path)
+    assert_holds(reader, arrays, rows=3)
+    assert sum(record["stop"] - record["start"] for record in reader.records()) == 3
+    assert rows_on_disk(path) == dict.fromkeys([*MIXED, "step", "attempt", "loss", "learning_rate"], 3)
+    with pytest.raises(InputError, match="not committed"):
+        read(reader, "parameter", 2, 4)
+    append_states(path, {name: array[3:] for name, array in arrays.items()})
+    assert_holds(reader, arrays, rows=3)  # a reader keeps to what it saw
+    reader.refresh()
+    assert_holds(reader, arrays)
+
+
+def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, monkeypatch):
+    arrays = walk_arrays(9, ELEMENTS, MIXED)
+    # Three rows leave a chunk half full, so the second commit rewrites a chunk with rows that readers trust.
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+    seen = []
+
+    def look(kind, target, before):
+        reader = Trajectory(path)
+        assert_holds(reader, arrays, rows=reader.n_states)
+        assert max(rows_on_disk(path).values()) <= reader.n_states
+        seen.append(reader.n_states)
+
+    with monkeypatch.context() as patch:
+        Watch(patch, look)
+        append_states(path, {name: array[3:] for name, array in arrays.items()})
+    assert sorted(set(seen)) == [3, 9]
+    assert seen == sorted(seen)
+    assert_holds(Trajectory(path), arrays)
+
+
+def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(path, monkeypatch):
+    arrays = walk_arrays(6, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+    events = []
+    with monkeypatch.context() as patch:
+        Watch(patch, lambda kind, target, before: events.append((kind, target)) if before else None)
+        append_states(path, {name: array[3:] for name, array in arrays.items()})
+    record = path / "commits" / "00000001.json"
+    named = events.index(("rename", record))
+    written = {target for kind, target in events if kind != "flush" and "c" in target.relative_to(path).parts}
+    assert len(written) == 2 * 3 * len(MIXED) + 4  # rows of chunks x columns x arrays, and the numbers of steps
+    flushed = {target for kind, target in events[:named] if kind == "flush"}
+    assert written <= flushed
+    assert {path / name / "c" for name in MIXED} <= flushed  # where the names of new chunks are kept
+    assert {target.parent for target in written} <= flushed
+    for target in written:
+        last = max(i for i, event in enumerate(events) if event in (("rename", target), ("write", target)))
+        assert ("flush", target) in events[last:named]
+    asides = [target for kind, target in events[:named] if kind == "flush" and target.parent == record.parent]
+    assert asides
+    assert ("flush", record.parent) in events[named:]
+
+
+attempts = st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("chunk", [(1, 8), (4, 5), (64, 13)])
+@settings(max_examples=6)  # each makes a store
+@given(attempts=attempts, seed=st.integers(0, 9))
+def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_factory, chunk, attempts, seed):
+    path = tmp_path_factory.mktemp("store") / "trajectory.zarr"
+    dtypes = {"parameter": "float32", "gradient": "bfloat16"}
+    committed = write = random_bits(1, ELEMENTS, dtypes, seed)
+    write_trajectory(path, write, SHAPES, chunk)
+    for attempt, (rows, whole) in enumerate(attempts):
+        write = random_bits(rows, ELEMENTS, dtypes, seed + 10 * (attempt + 1))
+        if whole:
+            append_states(path, write)
+            committed = {name: np.concatenate([array, write[name]]) for name, array in committed.items()}
+        else:
+            write_only(Trajectory(path), write)
+        assert_holds(Trajectory(path), committed)
+    for name, array in committed.items():
+        assert zarr.open_array(path / name, mode="r")[:].tobytes() == words(array).tobytes()
+
+
+@pytest.mark.parametrize("resizes", [0, 2, 5])
+def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeypatch, resizes):
+    arrays = walk_arrays(5, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    replace, resize = Path.replace, stopping(Path.replace, resizes)
+
+    def replaced(aside, target):
+        return (resize if target.name == "zarr.json" else replace)(aside, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replaced)
+        patch.setattr(Path, "unlink", lambda aside, **options: None)  # one that is killed clears nothing up
+        with pytest.raises(Stopped):
+            append_states(path, {name: array[2:] for name, array in arrays.items()})
+    left = Trajectory(path)
+    assert sorted(rows_on_disk(path).values()) == [2] * (7 - resizes) + [5] * resizes
+    assert_holds(left, arrays)
+    left.recover()
+    assert_holds(Trajectory(path), arrays)
+    with xr.open_zarr(path, consolidated=False) as dataset:
+        assert dataset.sizes == {"step": 5, "element": ELEMENTS}
+
+
+def test_a_committed_row_is_not_written_again(path):
+    arrays = walk_arrays(2, ELEMENTS)
+    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    block = np.zeros((1, CHUNK[1]), np.float32)
+    for row in (0, 1):
+        with pytest.raises(ValueError, match=f"row {row} of gradient is committed"):
+            trajectory.write("gradient", row, 0, block)
+    assert_holds(Trajectory(path), arrays)
+
+
+def test_a_damaged_record_is_refused_by_name(path):
+    arrays = walk_arrays(2, ELEMENTS)
+    write_trajectory(path, arrays, SHAPES, CHUNK)
+    record = path / "commits" / "00000000.json"
+    record.write_text(record.read_text()[:-9])
+    with pytest.raises(InputError) as caught:
+        Trajectory(path)
+    assert caught.value.where == str(record)
+
+
+# What is read ------------------------------------------------------------------------------------------------
+
+
+def test_the_checksum_is_the_one_of_castagnoli():
+    assert checksum(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
+
+
+def test_checksums_of_every_row_and_column_are_recorded(path):
+    arrays = random_bits(6, ELEMENTS, MIXED)
+    write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    append_states(path, {name: array[2:] for name, array in arrays.items()})
+    trajectory = Trajectory(path)
+    assert [(record["start"], record["stop"]) for record in trajectory.records()] == [(0, 2), (2, 6)]
+    for name in MIXED:
+        recorded = [row for record in trajectory.records() for row in record["checksums"][name].tolist()]
+        stored = read(trajectory, name)
+        assert recorded == [
+            [checksum(np.ascontiguousarray(row[low:high])) for low, high in ((0, 5), (5, 10), (10, 13))]
+            for row in stored
+        ]
+
+
+CODECS = {
+    "blosc": BloscCodec(cname="zstd"),
+    "zstd": ZstdCodec(),
+    "gzip": GzipCodec(),
+    "checksummed": Crc32cCodec(),
+}
+
+
+def write_compressed(path, arrays, codec):
+    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in SHAPES.items()})
+    Trajectory.create(path, layout, dtypes, CHUNK, compressors=dict.fromkeys(dtypes, CODECS[codec]))
+    return append_states(path, arrays)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """The same bits in an uncompressed store and in a compressed one, for each dtype."""
+    folder, twins = tmp_path_factory.mktemp("twins"), {}
+    for dtype in DTYPES:
+        arrays = random_bits(11, ELEMENTS, {"parameter": dtype, "gradient": dtype})
+        raw = write_trajectory(folder / f"{dtype}.zarr", arrays, SHAPES, CHUNK)
+        packed = write_compressed(folder / f"{dtype}-packed.zarr", arrays, "blosc")
+        assert not zarr.open_array(raw / "parameter", mode="r").compressors
+        assert zarr.open_array(packed / "parameter", mode="r").compressors
+        twins[dtype] = Trajectory(raw), Trajectory(packed), arrays
+    return twins
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted), column=st.integers(0, 2))
+def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bits(twins, dtype, rows, column):
+    start, stop = rows
+    raw, packed, arrays = twins[dtype]
+    first, last = raw.column(column)
+    for name, array in arrays.items():
+        for trajectory in (raw, packed):
+            out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
+            trajectory.read(name, start, stop, column, out)
+            assert out[:, : last - first].tobytes() == words(array)[start:stop, first:last].tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    rows=st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted),
+    column=st.integers(0, 2),
+    part=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted),
+)
+def test_any_part_of_a_chunk_column_is_where_it_is_located(twins, dtype, rows, column, part):
+    start, stop = rows
+    trajectory, _, arrays = twins[dtype]
+    first, last = trajectory.column(column)
+    low, high = (min(place, last - first) for place in part)
+    for name, array in arrays.items():
+        out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
+        with trajectory.opened(column):
+            located = trajectory.located(name, start, stop, column)
+            assert stream.read(located, low, out[:, : high - low]) is None
+        assert out[:, : high - low].tobytes() == words(array)[start:stop, first + low : first + high].tobytes()
+        assert (out[:, high - low :] == 77).all()
+
+
+def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_are(path):
+    arrays = walk_arrays(4, ELEMENTS)
+    write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    reader, out = Trajectory(path), np.empty((2, 5), np.float32)
+    with reader.opened(0):
+        located = reader.located("parameter", 0, 2, 0)
+        append_states(path, {name: array[2:] for name, array in arrays.items()})
+        assert stream.read(located, 0, out) is None
+    np.testing.assert_array_equal(out, arrays["parameter"][:2, :5])
+
+
+@pytest.mark.parametrize(("columns", "asked"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1})])
+def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahead(
+    path, monkeypatch, columns, asked
+):
+    arrays = walk_arrays(6, ELEMENTS)
+    write_trajectory(path, arrays, SHAPES, CHUNK)
+    reader, cached, found = Trajectory(path), True, set()
+
+    def advise(descriptor, offset, length, advice):
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
+        found.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: cached)
+    with reader.opened(0, columns):
+        reader.located("parameter", 0, 6, 0)
+    assert not found
+    cached = False
+    with reader.opened(0, columns):
+        reader.located("parameter", 0, 6, 0)
+    assert found == {path / f"parameter/c/{row}/{column}" for row in (0, 1) for column in asked}
+
+
+def descriptors():
+    return {path.name for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+
+
+def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_the_next(path, monkeypatch):
+    write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
+    monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: False)
+    reader, before = Trajectory(path), len(descriptors())
+    with reader.opened(0, 2):
+        reader.located("parameter", 0, 6, 0)
+        assert len(descriptors()) == before + 4
+    assert len(descriptors()) == before + 2
+    with reader.opened(1, 2):
+        reader.located("parameter", 0, 6, 1)
+        assert len(descriptors()) == before + 2
+    assert len(descriptors()) == before
+    with contextlib.suppress(InputError), reader.opened(0, 2):
+        reader.located("parameter", 0, 6, 0)
+        reader.located("parameter", 0, 7, 0)
+    assert len(descriptors()) == before
+
+
+def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
+    write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
+    reader, out, before = Trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
+    with reader.opened(0):
+        located = reader.located("parameter", 0, 3, 0)
+        os.truncate(path / "parameter/c/0/0", 24)
+        assert stream.read(located, 0, out[:3]) == 0
+        with pytest.raises(InputError, match=r"it ends \d+ bytes early") as caught:
+            reader.read("parameter", 0, 6, 0, out)
+    assert caught.value.where == str(path / "parameter/c/0/0")
+    assert len(descriptors()) == before
+
+
+def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):
+    write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
+    document = path / "gradient/zarr.json"
+    document.write_text(document.read_text()[:-9])
+    with pytest.raises(InputError, match="metadata of an array") as caught:
+        Trajectory(path)
+    assert caught.value.where == str(document)
+
+
+def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
+    write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
+    chunk = path / "parameter/c/0/0"
+    chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(InputError, match="a chunk cannot be read") as caught:
+        read(Trajectory(path), "parameter")
+    assert caught.value.where == str(chunk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_of_fill_values_is_data_like_any_other(path, dtype):
+    # Zarr leaves such chunks out unless told otherwise, also after the store was opened again.
+    arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
+    arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
+    assert_holds(Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
+    append_states(path, arrays)
+    assert_holds(Trajectory(path), {name: np.concatenate([array, array]) for name, array in arrays.items()})
+
+
+def test_scalars_that_the_log_lacks_are_nan_and_stored(path):
+    arrays = walk_arrays(3, ELEMENTS)
+    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    write_only(trajectory, arrays)
+    nothing = {"loss": [math.nan] * 3, "learning_rate": [math.nan] * 3}
+    trajectory.commit([3, 4, 5], nothing, [{}] * 3, {name: [[0] * 3] * 3 for name in arrays})
+    np.testing.assert_array_equal(Trajectory(path).scalar("loss"), [0, 0, 0, *nothing["loss"]])
+
+
+def test_plain_xarray_shows_the_dimensions_and_the_values(path):
+    arrays = walk_arrays(6, ELEMENTS, MIXED)
+    write_trajectory(path, arrays, SHAPES, CHUNK)
+    with xr.open_zarr(path, consolidated=False) as dataset:
+        assert dataset.sizes == {"step": 6, "element": ELEMENTS}
+        assert dataset["step"].values.tolist() == list(range(6))
+        np.testing.assert_array_equal(dataset["learning_rate"].values, 0.1)
+        for name in ("parameter", "hvp"):
+            assert dataset[name].dims == ("step", "element")
+            np.testing.assert_array_equal(dataset[name].values, arrays[name])
+        stored = dataset["gradient"]
+        assert (stored.dtype, stored.attrs["ml_dtype"]) == (np.uint16, "bfloat16")
+        np.testing.assert_array_equal(stored.values.view(DTYPES["bfloat16"]), arrays["gradient"])
+
+
+def test_the_columns_cover_the_elements_once(path):
+    trajectory = Trajectory(write_trajectory(path, walk_arrays(1, ELEMENTS), SHAPES, CHUNK))
+    assert [trajectory.column(index) for index in range(trajectory.columns)] == [(0, 5), (5, 10), (10, 13)]
+    assert trajectory.layout.names == tuple(SHAPES)
+
+
+@pytest.mark.parametrize("codec", [None, *CODECS])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_chunk_is_refused_by_name(path, codec, damage):
+    arrays = walk_arrays(6, ELEMENTS)
+    if codec is None:
+        write_trajectory(path, arrays, SHAPES, CHUNK)
+    else:
+        write_compressed(path, arrays, codec)
+    chunk = path / "gradient" / "c" / "1" / "2"
+    spoil(chunk, damage)
+    trajectory = Trajectory(path)
+    for column in (0, 1):
+        trajectory.read("gradient", 0, 6, column, np.empty((6, CHUNK[1]), np.float32))
+    trajectory.read("gradient", 0, 4, 2, np.empty((4, CHUNK[1]), np.float32))
+    with pytest.raises(InputError) as caught:
+        trajectory.read("gradient", 3, 6, 2, np.empty((3, CHUNK[1]), np.float32))
+    assert caught.value.where == str(chunk)
+    assert "--overwrite" in caught.value.remedy
+
+
+def spoil(chunk, damage):
+    if damage == "missing":
+        chunk.unlink()
+    else:
+        whole = chunk.read_bytes()
+        chunk.write_bytes(whole[: len(whole) // 3])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("name", ["step", "attempt", "loss", "learning_rate"])
+def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
+    write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
+    spoil(path / name / "c" / "0", damage)
+    with pytest.raises(InputError) as caught:
+        Trajectory(path).scalar(name)
+    assert caught.value.where == str(path / name / "c" / "0")
+
+
+@pytest.mark.parametrize("row", range(7))
+def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path, row):
+    arrays = walk_arrays(7, ELEMENTS)
+    chunks = [LedgerChunk(0, 2, ()), LedgerChunk(2, 4, ()), LedgerChunk(4, 6, ())]
+    before = Trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
+    arrays["gradient"][row, 12] *= 2
+    after = Trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
+    old, new = before.digests(chunks), after.digests(chunks)
+    in_two = write_trajectory(
+        tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK
+    )
+    append_states(in_two, {name: array[2:] for name, array in arrays.items()})
+    assert Trajectory(in_two).digests(chunks) == new
+    # Rows of a ledger chunk, and the halo: the state after its last.
+    assert [chunk for chunk in chunks if old[chunk] != new[chunk]] == [
+        b for b in chunks if b.start <= row <= b.stop
+    ]
+    assert before.fingerprint() != after.fingerprint()
+
+
+def test_the_fingerprint_does_not_depend_on_the_commits(tmp_path):
+    arrays = walk_arrays(6, ELEMENTS)
+    one = Trajectory(write_trajectory(tmp_path / "one.zarr", arrays, SHAPES, CHUNK))
+    write_trajectory(tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
+    append_states(tmp_path / "two.zarr", {name: array[2:] for name, array in arrays.items()})
+    assert Trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
+
+
+# Whose folder it is ------------------------------------------------------------------------------------------
+
+STEPS = np.array([0, 1, 2, 3, 4, 6, 7, 8])
+LAYOUT = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
+FIVE = VECTORS[:5]
+
+
+def create_trajectory(path):
+    return Trajectory.create(path, LAYOUT, {"parameter": "float32", "gradient": "float32"}, CHUNK)
+
+
+def prepare_ledger(path, steps=STEPS, vectors=FIVE, updates_per_chunk=3, layout=LAYOUT):
+    return Ledger.prepare(path, layout, vectors, steps[:-1], np.diff(steps), updates_per_chunk)
+
+
+KINDS = {"trajectory": (create_trajectory, Trajectory), "ledger": (prepare_ledger, Ledger)}
+
+
+def foreign_folder(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+
+
+def foreign_file(path):
+    path.write_text("years of work")
+
+
+def foreign_zarr(path):
+    zarr.create_group(path, attributes={"title": "years of work"})
+
+
+def foreign_array(path):
+    zarr.create_array(path, shape=(3,), dtype="float64")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [foreign_folder, foreign_file, foreign_zarr, foreign_array])
+def test_what_is_not_ours_is_neither_opened_nor_removed(tmp_path, kind, make):
+    create, cls = KINDS[kind]
+    path = tmp_path / "precious"
+    make(path)
+    before = files(tmp_path)
+    for action in (cls, cls.remove, create):
+        with pytest.raises(InputError, match=f"no {kind} here") as caught:
+            action(path)
+        assert caught.value.where == str(path)
+    kept = {name: content for name, content in files(tmp_path).items() if name.parts[0] == "precious"}
+    assert kept == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_the_other_kind_is_neither_opened_nor_removed(tmp_path, kind):
+    other = {"trajectory": "ledger", "ledger": "trajectory"}[kind]
+    KINDS[other][0](tmp_path / "store")
+    for action in (*reversed(KINDS[kind]), KINDS[kind][1].remove):
+        with pytest.raises(InputError, match=f"this is a {other}, not a {kind}"):
+            action(tmp_path / "store")
+    KINDS[other][1](tmp_path / "store")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_of_a_newer_version_is_refused_and_kept(tmp_path, kind):
+    create, cls = KINDS[kind]
+    path = tmp_path / "store"
+    create(path)
+    metadata = json.loads((path / "zarr.json").read_text())
+    assert metadata["attributes"]["natgrad"]["version"] == LAYOUT_VERSION
+    metadata["attributes"]["natgrad"]["version"] += 1
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    before = files(path)
+    for action in (cls, cls.remove, create):
+        with pytest.raises(InputError, match=f"layout version {LAYOUT_VERSION + 1}") as caught:
+            action(path)
+        assert "upgrade" in caught.value.remedy
+    assert files(path) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_there_is_refused_and_nothing_is_made(tmp_path, kind):
+    with pytest.raises(InputError, match=f"no {kind} here"):
+        KINDS[kind][1](tmp_path / "nowhere")
+    KINDS[kind][1].remove(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arrays", [0, 3])
+def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch, kind, arrays):
+    create, cls = KINDS[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayPlan, "make", stopping(ArrayPlan.make, arrays))
+        with pytest.raises(Stopped):
+            create(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    create(tmp_path / "store")
+    cls(tmp_path / "store")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatch, kind):
+    create, cls = KINDS[kind]
+    create(tmp_path / "store")
+
+    def stop(folder, ignore_errors=False):
+        if folder.exists():
+            (folder / "zarr.json").unlink()
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(Stopped):
+            cls.remove(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    create(tmp_path / "store")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+def test_an_empty_trajectory_is_made_in_place_of_another(path):
+    write_trajectory(path, walk_arrays(3, ELEMENTS, MIXED), SHAPES, CHUNK)
+    trajectory = create_trajectory(path)
+    assert (trajectory.n_states, set(trajectory.dtypes)) == (0, {"parameter", "gradient"})
+    assert trajectory.scalar("step").tolist() == []
+    assert not (path / "hvp").exists()
+
+
+# The ledger --------------------------------------------------------------------------------------------------
+
+BANDS = [
+    LedgerChunk(0, 3, ()),
+    LedgerChunk(3, 6, ()),
+    LedgerChunk(6, 7, ()),
+]  # of the seven updates between the eight steps
+DIGESTS = {chunk: f"digest {chunk.start}" for chunk in BANDS}
+
+
+def products(chunk, seed=0):
+    rng = np.random.default_rng([seed, chunk.start])
+    rows = chunk.stop - chunk.start
+    return rng.standard_normal((rows, len(SHAPES), 5, 5)), rng.standard_normal((rows, len(SHAPES)))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return prepare_ledger(tmp_path / "ledger.zarr")
+
+
+def fill(ledger, chunks=BANDS):
+    for chunk in chunks:
+        ledger.write(chunk, *products(chunk), DIGESTS[chunk])
+
+
+def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledger):
+    for chunk in (BANDS[2], BANDS[0]):
+        Ledger(ledger.path).write(chunk, *products(chunk), DIGESTS[chunk])
+    assert ledger.missing(DIGESTS) == [BANDS[1]]
+    with pytest.raises(InputError, match="updates 3 to 6 are missing") as caught:
+        ledger.read()
+    assert caught.value.where == str(ledger.path)
+    fill(ledger, [BANDS[1]])
+    assert Ledger(ledger.path).missing(DIGESTS) == []
+    for read_back, written in zip(Ledger(ledger.path).read(), zip(*map(products, BANDS), strict=True), strict=True):
+        np.testing.assert_array_equal(read_back, np.concatenate(written))
+
+
+@pytest.mark.parametrize("rows", [(0, 2), (1, 3), (1, 4), (0, 6), (0, 7), (3, 7), (6, 9), (6, 6)])
+def test_a_band_that_is_not_one_whole_chunk_is_refused(ledger, rows):
+    chunk = LedgerChunk(*rows, ())
+    with pytest.raises(ValueError, match="are not a chunk of 3 rows"):
+        ledger.write(chunk, *products(chunk), "digest")
+    assert ledger.missing(DIGESTS) == BANDS
+
+
+def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
+    chunks = [ledger.path / "gram" / "c" / "1" / "0" / "0" / "0", ledger.path / "residual_ratio" / "c" / "1" / "0"]
+    events = []
+    with monkeypatch.context() as patch:
+        Watch(patch, lambda kind, target, before: events.append((kind, target)) if before else None)
+        fill(ledger, [BANDS[1]])
+    (record,) = (ledger.path / "commits").glob("[0-9]*.json")
+    named = events.index(("rename", record))
+    for chunk in chunks:
+        aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.tmp")
+        order = [events.index(event) for event in (("flush", aside), ("rename", chunk), ("flush", chunk.parent))]
+        assert [*order, named] == sorted([*order, named])
+    # Every folder that a name was added to is flushed once, and that of the ledger, which has no new one, is not.
+    folders = {folder for chunk in chunks for folder in chunk.parents if ledger.path in folder.parents}
+    flushed = [target for kind, target in events if kind == "flush" and target.suffix != ".tmp"]
+    assert sorted(flushed) == sorted([*folders, record.parent])
+
+
+def test_no_file_of_a_band_waits_for_the_disk_before_all_are_written(ledger, monkeypatch):
+    written = []
+
+    def look(kind, target, before):
+        if kind == "flush" and target.suffix == ".tmp" and target.parent.name != "commits":
+            sizes = {path.relative_to(ledger.path).parts[0]: path.stat().st_size for path in asides(ledger.path)}
+            written.append(sizes)
+
+    def asides(folder):
+        return [path for path in folder.rglob(".*.tmp") if path.parent.name != "commits"]
+
+    with monkeypatch.context() as patch:
+        Watch(patch, look)
+        fill(ledger, [BANDS[0]])
+    assert written == [{"gram": 3 * 3 * 25 * 8, "residual_ratio": 3 * 3 * 8}] * 2
+
+
+def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkeypatch):
+    fill(ledger, BANDS[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", stopping(Journal.write, 0))
+        with pytest.raises(Stopped):
+            fill(ledger, [BANDS[2]])
+    assert Ledger(ledger.path).missing(DIGESTS) == [BANDS[2]]
+    with pytest.raises(InputError, match="updates 6 to 7 are missing"):
+        Ledger(ledger.path).read()
+
+
+def test_a_band_of_other_states_is_missing(ledger):
+    fill(ledger)
+    assert ledger.missing(DIGESTS | {BANDS[1]: "other"}) == [BANDS[1]]
+
+
+def test_a_band_of_a_diverged_run_is_data_like_any_other(ledger):
+    for chunk in BANDS:
+        ledger.write(
+            chunk,
+            *(np.full_like(values, np.nan) for values in products(chunk)),
+            DIGESTS[chunk],
+        )
+    assert all(np.isnan(values).all() and len(values) == 7 for values in ledger.read())
+
+
+def test_a_grown_ledger_keeps_its_whole_bands(ledger):
+    fill(ledger)
+    grown = prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
+    chunks = {
+        LedgerChunk(0, 3, ()): "digest 0",
+        LedgerChunk(3, 6, ()): "digest 3",
+        LedgerChunk(6, 9, ()): "digest 6",
+    }
+    assert grown.missing(chunks) == [LedgerChunk(6, 9, ())]
+    with pytest.raises(InputError, match="updates 6 to 9 are missing"):
+        grown.read()
+    numbers, spans = grown.steps()
+    assert numbers.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert spans.tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 1]
+
+
+def test_the_numbers_of_new_updates_are_on_disk_before_a_band_can_be_recorded(ledger, monkeypatch):
+    flushed = {}
+
+    def look(kind, target, before):
+        if kind == "flush":
+            flushed[target] = target.read_bytes() if target.is_file() else sorted(target.iterdir())
+
+    with monkeypatch.context() as patch:
+        Watch(patch, look)
+        prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
+    for folder in (ledger.path / "step" / "c", ledger.path / "step_span" / "c"):
+        assert flushed[folder] == [folder / "0"]
+        assert flushed[folder / "0"] == (folder / "0").read_bytes()
+
+
+def test_the_numbers_of_a_long_run_share_a_file_and_grow_beyond_it(tmp_path):
+    path = tmp_path / "ledger.zarr"
+    for rows, chunks in ((20_000, 1), (30_000, 2), (50_000, 3)):
+        steps = np.arange(rows + 1)
+        numbers, spans = prepare_ledger(path, steps, updates_per_chunk=10_000).steps()
+        np.testing.assert_array_equal(numbers, steps[:-1])
+        assert set(spans) == {1}
+        assert len(spans) == rows
+        for name in ("step", "step_span"):
+            assert sorted(file.name for file in (path / name / "c").iterdir()) == list(map(str, range(chunks)))
+
+
+@pytest.mark.parametrize(("tensors", "rows"), [(1, 1), (1, 5000), (2, 164), (2, 165), (300, 3), (327, 4), (328, 4)])
+def test_a_checksum_covers_64_kib_or_a_row_and_all_rows_are_covered_once(tmp_path, tensors, rows):
+    layout = Layout.from_shapes({f"t{number}": ((1,), "float32") for number in range(tensors)})
+    book = prepare_ledger(tmp_path / "ledger.zarr", np.arange(rows + 1), FIVE, rows, layout)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "gram": rng.standard_normal((rows, tensors, 5, 5)),
+        "residual_ratio": rng.standard_normal((rows, tensors)),
+    }
+    book.write(LedgerChunk(0, rows, ()), *arrays.values(), "digest")
+    record = book.journal.read("0" * 12)
+    for name, values in arrays.items():
+        covered = record["checksum_rows"][name]
+        groups = [values[low : low + covered] for low in range(0, rows, covered)]
+        assert record["checksums"][name].tolist() == [[checksum(group)] for group in groups]
+        assert all(group.nbytes >= 65536 for group in groups[:-1])
+        assert covered == 1 or values[1:covered].nbytes < 65536  # no more rows than that takes
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"vectors": VECTORS}, {"updates_per_chunk": 4}, {"layout": Layout.from_shapes({"a": ((13,), "float32")})}],
+)
+def test_a_ledger_of_other_tensors_vectors_or_bands_is_replaced(ledger, other):
+    fill(ledger)
+    replaced = prepare_ledger(ledger.path, **other)
+    assert len(replaced.missing(DIGESTS)) == len(BANDS)
+    for name, value in other.items():
+        assert getattr(replaced, name) == value
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("chunk", ["gram/c/1/0/0/0", "residual_ratio/c/2/0"])
+def test_a_damaged_chunk_of_the_ledger_is_refused_by_name(ledger, chunk, damage):
+    fill(ledger)
+    spoil(ledger.path / chunk, damage)
+    with pytest.raises(InputError) as caught:
+        Ledger(ledger.path).read()
+    assert caught.value.where == str(ledger.path / chunk)
+
+
+def test_plain_xarray_shows_the_names_of_the_ledger(ledger):
+    fill(ledger)
+    with xr.open_zarr(ledger.path, consolidated=False) as dataset:
+        assert dataset["gram"].dims == ("step", "tensor", "vector", "with_vector")
+        assert dataset["step"].values.tolist() == STEPS[:-1].tolist()
+        assert dataset["step_span"].values.tolist() == [1, 1, 1, 1, 2, 1, 1]
+        assert dataset["tensor"].values.tolist() == list(SHAPES)
+        entry = dataset["gram"].sel(step=6, tensor="b", vector="gradient", with_vector="displacement")
+        assert float(entry) == products(BANDS[1])[0][2, 1, 2, 1]

@@ -1,0 +1,397 @@
+"""Any bit of a store that changes is found, and named by array, step and tensors, or is one that nobody reads."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from crc32c import crc32c
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec
+
+from logs import append_states, walk_arrays, write_trajectory
+from natgrad.app import cli
+from natgrad.app.verification import verify_run
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.schema import blocks
+from natgrad.schema.blocks import LedgerChunk
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LAYOUT_VERSION, Layout
+from natgrad.schema.names import VECTORS
+from natgrad.store import Ledger, Trajectory, checksum, verify
+from natgrad.store.journal import Journal, sources_of
+
+SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
+MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
+CHUNK, ROWS = (4, 5), 6  # the last chunks have two rows, and of the last column three elements
+ITEMSIZE = {"parameter": 4, "gradient": 2, "hvp": 8}
+
+
+def make_run(out, compressors=None):
+    """Stores of a run in two commits, with a ledger of several ledger chunks."""
+    arrays = walk_arrays(ROWS, 13, MIXED)
+    path = out / "trajectory.zarr"
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK, compressors)
+    append_states(path, {name: array[3:] for name, array in arrays.items()})
+    compute_ledger(path, out / "ledger.zarr")
+    return out
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+
+
+def is_read_by_nobody(path, before, after):
+    """Whether a change of a file leaves everything that a reader is given as it was."""
+    parts = path.parts[path.parts.index(next(part for part in path.parts if part.endswith(".zarr"))) :]
+    if path.suffix == ".json":
+        if parts[1] == "commits" and path.name != "zarr.json":
+            return False
+        try:
+            then, now = json.loads(before), json.loads(after)
+        except ValueError:
+            return False
+        # A shape may lag behind by a commit: nobody believes it.
+        return now == then or (
+            parts[0] == "trajectory.zarr" and now == {**then, "shape": [3, *then.get("shape", [])[1:]]}
+        )
+    (where,) = [offset for offset, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    name, index = parts[1], [int(part) for part in parts[3:]]
+    if parts[0] == "trajectory.zarr" and name in ITEMSIZE:
+        row, element = divmod(where // ITEMSIZE[name], CHUNK[1])
+        return index[0] * CHUNK[0] + row >= ROWS or index[1] * CHUNK[1] + element >= 13
+    if name in ("tensor", "vector", "with_vector"):
+        return False
+    rows = ROWS if parts[0] == "trajectory.zarr" else ROWS - 1
+    width = {"gram": 3 * 36, "residual_ratio": 3}.get(name, 1)
+    return where // (8 * width) >= rows
+
+
+@given(data=st.data())
+def test_any_flipped_bit_is_found_or_read_by_nobody(out, data):
+    path = data.draw(st.sampled_from(files(out)), "file")
+    before = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
+    after = bytearray(before)
+    after[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(after)
+    try:
+        damages = verify_run(out)
+    finally:
+        path.write_bytes(before)
+    assert bool(damages) != is_read_by_nobody(path, before, bytes(after))
+    for damage in damages:
+        assert path.is_relative_to(damage.path) or damage.array in path.parts
+
+
+def test_what_a_writer_commits_meanwhile_is_no_damage(tmp_path, monkeypatch):
+    arrays = walk_arrays(ROWS, 13, MIXED)
+    path = tmp_path / "trajectory.zarr"
+    write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
+
+    def open_and_be_overtaken(path):
+        states = Trajectory(path)
+        for row in range(3, ROWS):
+            append_states(path, {name: array[row : row + 1] for name, array in arrays.items()})
+        return states
+
+    monkeypatch.setattr(verify, "Trajectory", open_and_be_overtaken)
+    assert list(verify.verify_trajectory(path)) == []
+
+
+def test_a_damaged_state_is_named_by_array_step_and_tensors(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    for name, index, row, element in (("gradient", "0/1", 2, 3), ("hvp", "1/2", 1, 0), ("hvp", "1/2", 0, 1)):
+        path = run / "trajectory.zarr" / name / "c" / index
+        content = bytearray(path.read_bytes())
+        content[(row * CHUNK[1] + element) * ITEMSIZE[name]] ^= 4
+        path.write_bytes(content)
+    found = [(damage.array, damage.steps, damage.tensors) for damage in verify_run(run)]
+    assert found == [
+        ("gradient", (2, 2), ("a", "b")),
+        ("hvp", (4, 4), ("c", "c")),
+        ("hvp", (5, 5), ("c", "c")),
+    ]
+    assert str(verify_run(run)[0]).startswith("gradient, step 2, tensors a to b: another checksum than recorded")
+
+
+def test_a_missing_and_a_short_chunk_are_among_all_damages(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    (run / "trajectory.zarr/parameter/c/0/0").unlink()
+    chunk = run / "trajectory.zarr/hvp/c/1/1"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    (run / "trajectory.zarr/loss/c/0").unlink()
+    (run / "ledger.zarr/gram/c/0/0/0/0").unlink()
+    damages = verify_run(run)
+    assert {(damage.array, damage.steps) for damage in damages} == {
+        ("parameter", (0, 3)),
+        ("hvp", (4, 5)),
+        ("loss", ()),
+        ("gram", (0, 4)),
+    }
+
+
+def test_a_record_that_is_gone_is_missed(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    (run / "trajectory.zarr/commits/00000000.json").unlink()
+    assert any("rows 0 to 3 have no record" in damage.what for damage in verify_run(run))
+
+
+@given(data=st.data())
+def test_a_flipped_bit_of_a_compressed_chunk_is_found_or_decodes_to_the_same(packed, data):
+    path = data.draw(st.sampled_from(files(packed / "trajectory.zarr/parameter/c")), "file")
+    before = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
+    whole = states_of(packed)
+    after = bytearray(before)
+    after[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(after)
+    try:
+        damages = verify_run(packed)
+        if not damages:
+            assert states_of(packed) == whole
+    finally:
+        path.write_bytes(before)
+    assert all(damage.path == path for damage in damages)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("packed"), {"parameter": BloscCodec(cname="lz4")})
+
+
+def states_of(run):
+    trajectory = Trajectory(run / "trajectory.zarr")
+    buffers = [np.zeros((ROWS, CHUNK[1]), np.float32) for _ in range(trajectory.columns)]
+    for column, buffer in enumerate(buffers):
+        trajectory.read("parameter", 0, ROWS, column, buffer)
+    return b"".join(buffer.tobytes() for buffer in buffers)
+
+
+def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
+    layout = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
+    rows, start = 1000, 7
+    steps = np.arange(start, start + 2 * rows)
+    path = tmp_path / "ledger.zarr"
+    book = Ledger.prepare(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
+    gram = np.random.default_rng(0).standard_normal((rows, 3, 5, 5))
+    for chunk in (LedgerChunk(0, rows, ()), LedgerChunk(rows, 2 * rows, ())):
+        book.write(chunk, gram, gram[:, :, 0, 0], "digest")
+    assert list(verify.verify_ledger(path)) == []
+    covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a ledger chunk nine groups, and one of 10 rows
+    damages = {"gram": (0, covered - 1, covered, rows - 1), "residual_ratio": (rows - 1,)}
+    for name, damaged in damages.items():
+        chunk = book.chunk_path(name, rows)
+        content = bytearray(chunk.read_bytes())
+        for row in damaged:
+            content[row * len(content) // rows] ^= 1
+        chunk.write_bytes(content)
+    first = start + rows
+    groups = [(0, covered - 1), (covered, 2 * covered - 1), (9 * covered, rows - 1)]
+    found = [(damage.array, damage.steps) for damage in verify.verify_ledger(path)]
+    assert found == [
+        *(("gram", (first + low, first + high)) for low, high in groups),
+        ("residual_ratio", (first, first + rows - 1)),
+    ]
+
+
+# Older stores ------------------------------------------------------------------------------------------------
+
+
+def with_a_checksum_for_each_row(run):
+    """Undo what was added to version 3 before it was released: checksums of a ledger that cover several rows."""
+    book = Ledger(run / "ledger.zarr")
+    for name in book.journal.names():
+        record = book.journal.read(name)
+        del record["checksum_rows"]
+        record["checksums"] = {
+            array: [[checksum(row)] for row in book.read_chunk(array, record["start"], record["stop"])]
+            for array in record["checksums"]
+        }
+        book.journal.write(name, record)
+    return run
+
+
+def as_version_2(run):
+    """Undo what version 3 added: records that are text, and how the states of a ledger chunk are told."""
+    with_a_checksum_for_each_row(run)
+    for store in ("trajectory.zarr", "ledger.zarr"):
+        journal = Journal(run / store / "commits")
+        for name in journal.names():
+            record = journal.read(name)
+            sums = {key: found.tolist() for key, found in record["checksums"].items()}
+            if store == "ledger.zarr":
+                sums = {key: [number for (number,) in rows] for key, rows in sums.items()}
+                record |= {"digest": "of version 2", "checksums": sums}
+            else:
+                record |= {"checksums": sums, "sources": sources_of(record)}
+            del record["crc32c"]
+            body = json.dumps(record)[1:]
+            (journal.folder / f"{name}.json").write_text(f'{{"crc32c":"{crc32c(body.encode()):08x}",{body}')
+        path = run / store / "zarr.json"
+        document = json.loads(path.read_text())
+        group = document["attributes"]["natgrad"] | {"version": 2}
+        del group["crc32c"]
+        group["crc32c"] = f"{crc32c(json.dumps(group, sort_keys=True).encode()):08x}"
+        path.write_text(json.dumps(document | {"attributes": {"natgrad": group}}))
+    return run
+
+
+def as_version_1(run):
+    """Undo what version 2 added: seals of records, checksums of scalars, ledger chunks and descriptions."""
+    as_version_2(run)
+    for store in ("trajectory.zarr", "ledger.zarr"):
+        for path in (run / store / "commits").glob("[0-9]*.json"):
+            record = json.loads(path.read_text())
+            del record["crc32c"]
+            record.pop("scalars", None)
+            if store == "trajectory.zarr":
+                shutil.rmtree(run / store / "attempt", ignore_errors=True)
+            if store == "ledger.zarr":
+                del record["checksums"]
+            path.write_text(json.dumps(record))
+        path = run / store / "zarr.json"
+        document = json.loads(path.read_text())
+        group = document["attributes"]["natgrad"]
+        del group["crc32c"], group["arrays"]
+        group["version"] = 1
+        path.write_text(json.dumps(document))
+    return run
+
+
+def version(store):
+    return json.loads((store / "zarr.json").read_text())["attributes"]["natgrad"]["version"]
+
+
+def test_a_store_of_version_1_is_read_and_verified_as_far_as_it_goes(out, tmp_path):
+    run = as_version_1(shutil.copytree(out, tmp_path / "run"))
+    assert states_of(run) == states_of(out)
+    np.testing.assert_array_equal(Ledger(run / "ledger.zarr").read()[0], Ledger(out / "ledger.zarr").read()[0])
+    assert verify_run(run) == []
+    chunk = run / "trajectory.zarr/gradient/c/0/0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    (damage,) = verify_run(run)
+    assert (damage.array, damage.steps) == ("gradient", (0, 0))
+
+
+def test_a_store_of_version_2_is_read_and_verified(out, tmp_path):
+    run = as_version_2(shutil.copytree(out, tmp_path / "run"))
+    assert states_of(run) == states_of(out)
+    assert Trajectory(run / "trajectory.zarr").fingerprint() == Trajectory(out / "trajectory.zarr").fingerprint()
+    assert Trajectory(run / "trajectory.zarr").sources() == Trajectory(out / "trajectory.zarr").sources()
+    assert verify_run(run) == []
+    chunk = run / "ledger.zarr/gram/c/0/0/0/0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    (damage,) = verify_run(run)
+    assert (damage.array, damage.steps) == ("gram", (0, 0))
+
+
+def test_a_ledger_with_a_checksum_for_each_row_is_read_verified_and_grown(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST_UPDATES", 4)
+    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
+    run, arrays = tmp_path / "run", walk_arrays(19, 13, MIXED)
+    run.mkdir()
+    trajectory, ledger = run / "trajectory.zarr", run / "ledger.zarr"
+    write_trajectory(trajectory, {name: array[:ROWS] for name, array in arrays.items()}, SHAPES, CHUNK)
+    compute_ledger(trajectory, ledger)
+    now = [array.tobytes() for array in Ledger(ledger).read()]
+    with_a_checksum_for_each_row(run)
+    assert [array.tobytes() for array in Ledger(ledger).read()] == now
+    assert verify_run(run) == []
+    damage_and_mend(ledger / "gram/c/0/0/0/0", run, ("gram", (0, 0)))
+    record = ledger / "commits" / f"{0:012d}.json"
+    older = record.read_bytes()
+    append_states(trajectory, {name: array[ROWS:] for name, array in arrays.items()})
+    summary = compute_ledger(trajectory, ledger)
+    assert (summary.plan.updates_per_chunk, summary.chunks, summary.computed_chunks) == (4, 5, 4)
+    assert record.read_bytes() == older
+    assert verify_run(run) == []
+    damage_and_mend(ledger / "gram/c/0/0/0/0", run, ("gram", (0, 0)))
+    damage_and_mend(ledger / "gram/c/4/0/0/0", run, ("gram", (16, 17)))
+
+
+def damage_and_mend(chunk, run, expected):
+    content = chunk.read_bytes()
+    chunk.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    (damage,) = verify_run(run)
+    assert (damage.array, damage.steps) == expected
+    chunk.write_bytes(content)
+
+
+@pytest.mark.parametrize("as_older", [as_version_1, as_version_2])
+def test_a_store_of_an_older_version_that_is_written_to_becomes_as_one_of_this_version(out, tmp_path, as_older):
+    run = as_older(shutil.copytree(out, tmp_path / "run"))
+    Trajectory(run / "trajectory.zarr").recover()
+    summary = compute_ledger(run / "trajectory.zarr", run / "ledger.zarr")
+    # What a ledger chunk was computed from was told otherwise.
+    assert summary.computed_chunks == summary.chunks
+    assert {version(run / store) for store in ("trajectory.zarr", "ledger.zarr")} == {LAYOUT_VERSION}
+    content = {path.relative_to(out): json.loads(path.read_text()) for path in files(out) if path.suffix == ".json"}
+    assert {
+        path.relative_to(run): json.loads(path.read_text()) for path in files(run) if path.suffix == ".json"
+    } == content
+
+
+@pytest.mark.parametrize("store", ["trajectory.zarr", "ledger.zarr"])
+def test_a_store_of_a_newer_version_is_refused_by_verify(out, tmp_path, store):
+    run = shutil.copytree(out, tmp_path / "run")
+    path = run / store / "zarr.json"
+    path.write_text(path.read_text().replace(f'"version": {LAYOUT_VERSION}', f'"version": {LAYOUT_VERSION + 1}'))
+    (damage,) = verify_run(run)
+    assert f"layout version {LAYOUT_VERSION + 1}, this program knows {LAYOUT_VERSION}" in damage.what
+    assert damage.path == run / store
+
+
+# The command -------------------------------------------------------------------------------------------------
+
+
+def natgrad(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["natgrad", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_command_lists_all_damages_and_fails_where_there_are_any(out, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(out, tmp_path / "run")
+    assert natgrad(monkeypatch, "verify", run) == 0
+    assert capsys.readouterr().out == "all is as it was written\n"
+    for path in ("trajectory.zarr/parameter/c/0/0", "ledger.zarr/gram/c/0/0/0/0"):
+        (run / path).unlink()
+    assert natgrad(monkeypatch, "verify", run) == 1
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "parameter, steps 0 to 3, tensor a",
+        "gram, steps 0 to 4",
+    ]
+    assert natgrad(monkeypatch, "verify", run, "--json") == 1
+    first, _ = json.loads(capsys.readouterr().out)["damages"]
+    assert (first["array"], first["steps"], first["tensors"]) == ("parameter", [0, 3], ["a", "a"])
+    assert first["path"].endswith("trajectory.zarr/parameter/c/0/0")
+
+
+def test_a_folder_without_stores_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no trajectory here"):
+        verify_run(tmp_path)
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
+    """A chunk at a time: no read asks for more rows than a chunk has."""
+    make_run(tmp_path)
+    asked, read = [], Trajectory.read
+    monkeypatch.setattr(
+        Trajectory,
+        "read",
+        lambda self, name, start, stop, *rest: asked.append(stop - start) or read(self, name, start, stop, *rest),
+    )
+    verify_run(tmp_path)
+    assert max(asked) == CHUNK[0]
+    assert len(asked) == 2 * 3 * len(MIXED)

@@ -1,0 +1,163 @@
+"""One writer at a time: who holds the lock is told, and what a dead process left is taken over or not guessed."""
+
+import errno
+import getpass
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import filelock
+import pytest
+
+from natgrad.schema.errors import InputError
+from natgrad.storage import disk
+from natgrad.storage.disk import disk_errors
+from natgrad.store import only_writer, writer
+
+HOLD = """
+import errno, os, sys
+from pathlib import Path
+import filelock._unix
+from natgrad.store import only_writer
+
+def no_flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+if sys.argv[2] == "softlock":
+    filelock._unix.fcntl.flock = no_flock
+with only_writer(Path(sys.argv[1]), "trajectory"):
+    print("holding", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "trajectory.zarr"
+
+
+@pytest.fixture(params=["lock", "softlock"])
+def kind(request, monkeypatch):
+    """Locks of the system, and those of a file system that has none."""
+    if request.param == "softlock":
+        flock = os.strerror(errno.ENOLCK)
+
+        def no_flock(*_):
+            raise OSError(errno.ENOLCK, flock)
+
+        monkeypatch.setattr(filelock._unix.fcntl, "flock", no_flock)
+    return request.param
+
+
+def holder(store, kind):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "holding\n"
+    return process
+
+
+def lock_file(store, kind="lock"):
+    return store.with_name(f".{store.name}.{kind}")
+
+
+def enter(store):
+    with only_writer(store, "trajectory"):
+        pass
+
+
+def test_a_second_writer_is_told_who_the_first_is_and_since_when(store, kind):
+    with holder(store, kind) as first:
+        with pytest.raises(InputError, match="another process is writing this trajectory") as caught:
+            enter(store)
+        first.communicate("done\n")
+    words = caught.value.what.split()
+    assert words[words.index("process", 2) + 1] == str(first.pid)
+    assert words[words.index("on") + 1].rstrip(",") == socket.gethostname()
+    since = datetime.fromisoformat(words[-1])
+    assert timedelta(seconds=-1) < datetime.now(UTC) - since < timedelta(minutes=1)
+    if kind == "lock":
+        assert f"of user {getpass.getuser()}" in caught.value.what
+    assert caught.value.where == str(store)
+    enter(store)
+    assert not lock_file(store, kind).exists() or not lock_file(store, kind).read_text()
+
+
+def test_the_lock_of_a_dead_process_of_this_host_is_taken_over(store, kind):
+    with holder(store, kind) as first:
+        first.send_signal(signal.SIGKILL)
+    assert str(first.pid) in lock_file(store, kind).read_text()
+    enter(store)
+
+
+def left_by_another_host(store):
+    name = {"process": 1234, "host": "node17", "user": "ada", "since": "2026-11-25T19:00:00+00:00"}
+    lock_file(store).write_text(json.dumps(name))
+
+
+def test_a_free_lock_that_another_host_left_is_not_guessed_on_a_shared_file_system(store, monkeypatch):
+    left_by_another_host(store)
+    monkeypatch.setattr(writer, "_file_system", lambda path: "nfs4")
+    for _ in range(2):
+        with pytest.raises(InputError, match="process 1234 on node17 of user ada, since 2026-11-25") as caught:
+            enter(store)
+    assert "nfs4" in caught.value.why
+    assert str(lock_file(store)) in caught.value.remedy
+    lock_file(store).unlink()
+    enter(store)
+
+
+def test_a_free_lock_is_proof_on_a_disk_of_this_machine_whatever_it_was_called(store, monkeypatch):
+    left_by_another_host(store)
+    monkeypatch.setattr(writer, "_file_system", lambda path: "ext4")
+    enter(store)
+
+
+def test_a_free_lock_of_this_host_is_proof_everywhere(store, monkeypatch):
+    with holder(store, "lock") as first:
+        first.kill()
+    monkeypatch.setattr(writer, "_file_system", lambda path: "nfs4")
+    enter(store)
+
+
+@pytest.mark.parametrize("kind", ["softlock"], indirect=True)
+def test_a_file_for_a_lock_that_another_host_left_is_not_guessed(store, kind):
+    lock_file(store, kind).write_text("1234\nnode17\n")
+    with pytest.raises(InputError, match="process 1234 on node17, since"):
+        enter(store)
+
+
+def test_the_file_system_of_a_path_is_that_of_its_nearest_mount(tmp_path):
+    found = subprocess.run(
+        ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", tmp_path], capture_output=True, text=True
+    )
+    assert writer._file_system(tmp_path / "file") == found.stdout.strip()
+
+
+def test_a_writer_that_fails_gives_the_lock_back(store):
+    with pytest.raises(KeyboardInterrupt), only_writer(store, "trajectory"):
+        raise KeyboardInterrupt
+    with holder(store, "lock") as next_one:
+        next_one.communicate("done\n")
+    assert next_one.returncode == 0
+
+
+@pytest.mark.parametrize("code", disk._REFUSALS)
+def test_what_the_disk_refuses_is_told_with_the_file_and_what_to_do(store, code):
+    with pytest.raises(InputError, match=os.strerror(code)) as caught, disk_errors(store):
+        raise OSError(code, os.strerror(code), str(store / "file"))
+    assert caught.value.where == str(store / "file")
+    assert caught.value.why
+    assert "what is committed is kept" in caught.value.remedy
+
+
+def test_what_is_not_of_the_disk_passes(store):
+    with pytest.raises(ConnectionResetError), disk_errors(store):
+        raise ConnectionResetError(errno.ECONNRESET, "of a scheduler")
+    with pytest.raises(OSError, match="of a scheduler"), disk_errors(store):
+        raise OSError("of a scheduler")
