@@ -62,7 +62,8 @@ def test_every_known_slip_of_the_paper_has_a_counter_example():
 
 
 def test_the_documents_link_to_what_is_there():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"):
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
+    for page in (*pages, *(ROOT / "docs").glob("*.md")):
         text = page.read_text()
         for part in text.split("](")[1:]:
             target = part.partition(")")[0]
