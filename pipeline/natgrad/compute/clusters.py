@@ -14,7 +14,7 @@ from typing import Any
 
 from natgrad.schema.errors import InputError
 
-__all__ = ["CLUSTERS", "ONE_THREAD", "local_scheduler", "memory_bytes", "named_scheduler"]
+__all__ = ["CLUSTERS", "ONE_THREAD", "job_options", "local_scheduler", "memory_bytes", "named_scheduler"]
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
         ) from error
     section = "kubernetes" if name == "kubernetes" else f"jobqueue.{name}"
     try:
-        made = make(**_pod_options() if name == "kubernetes" else _job_options(name))
+        made = make(**_pod_options() if name == "kubernetes" else job_options(name))
     except Exception as error:  # batch systems and Kubernetes share no class of errors
         raise InputError(
             f"the cluster cannot be made: {error}",
@@ -174,7 +174,7 @@ def _replace_lost_jobs(cluster: Any, workers: int) -> None:
     cluster.scheduler.add_plugin(Replacing())
 
 
-def _job_options(name: str) -> dict[str, Any]:
+def job_options(name: str) -> dict[str, Any]:
     """Options of jobs besides those of the configuration: threads pinned, and TLS where certificates are given."""
     import dask.config
     from distributed.security import Security
