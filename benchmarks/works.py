@@ -129,12 +129,12 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments
         [[f"{states.path}/{name}/c/{index}/{column}" for index in chunks] for name in dtypes]
         for column in range(states.columns)
     ]
-    held = threading.local()
+    kept = threading.local()
 
     def buffer() -> NDArray[np.uint8]:
-        if not hasattr(held, "buffer"):
-            held.buffer = np.empty(stream.buffer_bytes(stride, together, sizes), np.uint8)
-        return held.buffer
+        if not hasattr(kept, "buffer"):
+            kept.buffer = np.empty(stream.buffer_bytes(stride, together, sizes), np.uint8)
+        return kept.buffer
 
     def column(number: int) -> Segments:
         first, last = states.column(number)
@@ -168,9 +168,9 @@ def add_up(
     indices: NDArray[np.int64], products: NDArray[np.float64], ratio: NDArray[np.float64], tensors: int
 ) -> Segments:
     """Ledger of the tensors of a column from those of its read blocks."""
-    held = np.unique(indices)
-    whole, ratio = ledger_sums.add_segments(len(held), np.searchsorted(held, indices), products, ratio)
-    return held, whole, ratio
+    present = np.unique(indices)
+    gram, ratio = ledger_sums.add_segments(len(present), np.searchsorted(present, indices), products, ratio)
+    return present, gram, ratio
 
 
 def check_segments(files: Files, segments: list[Segments]) -> None:

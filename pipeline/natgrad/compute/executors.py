@@ -158,14 +158,14 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
             raise Unavailable(
                 f"the Dask scheduler does not answer: {error}",
                 where=address,
-                why="it is not running, the address is wrong, or it wants TLS",
-                remedy="start one (dask scheduler) and give its address, or leave --scheduler out",
+                why="it is not running, the address is wrong, or it requires TLS",
+                remedy="start one (dask scheduler) and give its address, or omit --scheduler",
             ) from error
         finished = 0
 
         def resuming() -> str:
             done = f"{finished} of {len(items)} chunks are done and kept"
-            return f"go on with: natgrad analyze {job.ledger.parent} ({done})"
+            return f"continue with: natgrad analyze {job.ledger.parent} ({done})"
 
         try:
             with closing(client):
@@ -177,7 +177,7 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
                 f"the Dask scheduler was lost: {error}",
                 where=address,
                 why="it ended, or the network to it was cut",
-                remedy=f"see that it runs, and {resuming()}",
+                remedy=f"check that it is running, and {resuming()}",
             ) from error
         except KilledWorker as error:
             raise Unavailable(
