@@ -268,9 +268,9 @@ def plan_pass(
     tile_columns = min(columns, max(1, round(tile_bytes / max(column_bytes, 1)))) if columns else 1
 
     read_elements = width if complete_chunks else min(width, limits.read_block_elements)
-    row_bytes = read_elements * sum(itemsizes)
+    block_bytes = read_elements * sum(itemsizes)
     if complete_chunks:
-        read_states = max(limits.least_read_states, limits.complete_chunk_bytes // max(row_bytes, 1) - 1)
+        read_states = max(limits.least_read_states, limits.complete_chunk_bytes // max(block_bytes, 1) - 1)
     else:
         read_states = max(1, limits.read_block_elements // read_elements)
     read_states = min(updates_per_chunk, read_states)
@@ -278,20 +278,20 @@ def plan_pass(
     segments = tensors + columns + math.ceil(width / limits.read_block_elements) - 1
     reserved = limits.reserved_bytes + library_bytes
     fixed = reserved + min(updates_per_chunk, updates) * entry_bytes * (3 * segments + 2 * tensors)
-    projected = fixed + _buffered_states(read_states, complete_chunks) * row_bytes
+    projected = fixed + _buffered_states(read_states, complete_chunks) * block_bytes
     if memory_limit is not None and projected > memory_limit:
-        room = (memory_limit - fixed) // max(row_bytes, 1)
+        room = (memory_limit - fixed) // max(block_bytes, 1)
         read_states = room - 1 if complete_chunks else room // 2
         if read_states < 1:
-            least = math.ceil((fixed + 2 * row_bytes) / MEBIBYTE)
+            least = math.ceil((fixed + 2 * block_bytes) / MEBIBYTE)
             unit = "chunk" if complete_chunks else "read block"
             raise InputError(
                 f"a worker would need {least} MiB, but memory_limit is {memory_limit / MEBIBYTE:.0f} MiB",
-                where=f"two states of one {unit} ({2 * row_bytes / MEBIBYTE:.1f} MiB), the ledger of "
+                where=f"two states of one {unit} ({2 * block_bytes / MEBIBYTE:.1f} MiB), the ledger of "
                 f"{updates_per_chunk} updates and {reserved / MEBIBYTE:.0f} MiB of an idle worker",
                 remedy=f"raise --memory-limit to {least}MiB or more",
             )
-        projected = fixed + _buffered_states(read_states, complete_chunks) * row_bytes
+        projected = fixed + _buffered_states(read_states, complete_chunks) * block_bytes
 
     halo = max(math.ceil(updates / updates_per_chunk) - 1, 0) * state_bytes
     return PassPlan(
