@@ -1,4 +1,4 @@
-"""What ``natgrad process`` costs on a run of next to nothing, in a process of its own, and where the time goes.
+"""Measure the fixed cost of ``natgrad process`` on a tiny run, in a process of its own, and where the time goes.
 
     python -m benchmarks.fixed_cost LOG OUT
 
@@ -43,7 +43,7 @@ def phases(log: Path, out: Path) -> dict[str, float]:
 
     found["interpreter"] = time.time() - psutil.Process().create_time() - (time.perf_counter() - _BEGAN)
     with phase("import: command line"):
-        pass
+        import natgrad_flows.cli  # noqa: F401
     with phase("import: stores, kernel, results"):
         from natgrad.app import run
         from natgrad.compute import ledger_pass as compute
@@ -86,20 +86,20 @@ def write_tiny_log(folder: Path) -> None:
 
 
 def seconds_of(command: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """Seconds of a command by the clock and of the processors, and what it said on standard output."""
+    """Return the seconds of a command by the clock and of the processors, and its standard output."""
     begin, before = time.perf_counter(), os.times()
-    said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.perf_counter() - begin, used, said
+    return time.perf_counter() - begin, used, output
 
 
 def imported(code: str) -> list[tuple[str, float]]:
     """Packages by the seconds that importing their own modules takes, those that take longest."""
     command = [sys.executable, "-X", "importtime", "-c", code]
-    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
+    timings = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
     seconds: Counter[str] = Counter()
-    for line in told.splitlines():
+    for line in timings.splitlines():
         own, _, name = (part.strip() for part in line.removeprefix("import time:").split("|"))
         if own.isdigit():
             seconds[name.partition(".")[0]] += int(own) / 1e6

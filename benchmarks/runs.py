@@ -27,10 +27,9 @@ from benchmarks.options import (
     WIDE_STATES,
     Scale,
 )
-from natgrad.compute import ledger_pass as compute
+from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.ingestion import ingest
-from natgrad.schema.blocks import chunk_shape
-from natgrad.schema.layout import Layout, storage_dtype
+from natgrad.schema.layout import Layout, chunk_shape, storage_dtype
 from natgrad.store import Trajectory, checksum
 
 _COMMIT_BYTES = 1 << 26
@@ -298,7 +297,7 @@ class Runs:
                 longer_run(files, self.scale, float(name.removeprefix("size_")))
             else:
                 _MAKERS[name](files, self.scale)
-            compute.compute_ledger(files.trajectory, files.reference)
+            compute_ledger(files.trajectory, files.reference)
             files.clear()
         return files
 

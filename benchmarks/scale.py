@@ -1,15 +1,14 @@
-"""A pass too large for this machine: the real plan on the real scheduler, with the kernel replaced by a sleep.
+"""Simulate a pass too large for this machine: the real plan on the real scheduler, with a sleep as the kernel.
 
     python -m benchmarks.scale [--parameters 1e9] [--steps 1e4] [--tensors 500] [--workers 4] [--seconds 0]
 
-It prints what `docs/scale.md` tells: tasks, bytes over the wire, what the scheduler sustains and takes.
+It prints the numbers of `docs/scale.md`: tasks, bytes over the wire, pace and memory of the scheduler.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +17,12 @@ from unittest import mock
 import numpy as np
 import psutil
 import typer
-from distributed import Client, LocalCluster
+from distributed import LocalCluster
 
-from natgrad.compute import ledger_pass as compute
-from natgrad.compute import tasks as tiles
-from natgrad.schema.blocks import MEBIBYTE, LedgerChunk, Tile, chunk_shape, plan_pass
+from natgrad.compute import executors
+from natgrad.compute.plan import Tile, plan_pass
+from natgrad.compute.tasks import Job, Segments
+from natgrad.schema.layout import MEBIBYTE, LedgerChunk, chunk_shape
 
 VECTORS = 5
 ITEMSIZES = (4, 4)
@@ -33,17 +33,17 @@ def segments_in(tile: Tile, tensors: int, columns: int) -> int:
     return (tile.last - tile.first) * max(1, round(tensors / columns)) + (tile.last - tile.first)
 
 
-def slept_tile(job: tiles.Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> tiles.Segments:
-    """In place of `natgrad.compute.tasks.tile_segments`: the time and the answer of a tile, but not its numbers."""
+def slept_tile(job: Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> Segments:
+    """Replace `natgrad.compute.tasks.tile_segments`: take the time of a tile and return zeros of its shape."""
     time.sleep(seconds)
     count, rows = segments_in(tile, tensors, columns), tile.stop - tile.start
     return np.arange(count), np.zeros((rows, count, VECTORS, VECTORS)), np.zeros((rows, count))
 
 
-def slept_band(job: tiles.Job, chunk: LedgerChunk, digest: str, parts: list[tiles.Segments]) -> LedgerChunk:
-    """In place of `natgrad.compute.tasks.write_chunk`: all segments arrive, and none is written."""
+def unwritten_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: list[Segments]) -> LedgerChunk:
+    """Replace `natgrad.compute.tasks.write_chunk`: all segments arrive, and none is written."""
     assert sum(len(indices) for indices, _, _ in parts) > 0
-    return LedgerChunk(chunk.start, chunk.stop, ())
+    return chunk
 
 
 def main(
@@ -65,38 +65,32 @@ def main(
         vectors=VECTORS,
         memory_limit=512 * MEBIBYTE,
     )
-    chunks = list(plan.chunks())
-    cut = list(itertools.chain.from_iterable(chunk.tiles for chunk in chunks))
+    items = list(plan.work_items())
+    cut = list(itertools.chain.from_iterable(item.tiles for item in items))
     wire = sum(
         segments_in(tile, tensors, plan.columns) * (tile.stop - tile.start) * (VECTORS**2 + 1) * 8 for tile in cut
     )
     print(plan)
-    print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(chunks)} ledger chunks")
+    print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(items)} ledger chunks")
     print(f"{wire / 1e9:.2f} GB of segment ledgers over the wire, {wire / plan.read_bytes:.1e} of what is read")
-    job = tiles.Job.of(Path("trajectory"), Path("ledger"), plan)
+    job = Job.of(Path("trajectory"), Path("ledger"), plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
+    digests = dict.fromkeys((item.chunk.start for item in items), "")
     process = psutil.Process()
     with (
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-        mock.patch.object(compute, "tile_segments", tile_segments),
-        mock.patch.object(compute, "write_chunk", slept_band),
+        mock.patch.object(executors, "tile_segments", tile_segments),
+        mock.patch.object(executors, "write_chunk", unwritten_chunk),
     ):
         before = peak = process.memory_info().rss
         begin = time.perf_counter()
-        for _ in finished(client, job, chunks):
+        for _ in executors.existing_cluster(cluster.scheduler_address)(job, items, lambda: digests):
             peak = max(peak, process.memory_info().rss)
         took = time.perf_counter() - begin
-    tasks = len(cut) + len(chunks)
+    tasks = len(cut) + len(items)
     print(f"{tasks} tasks in {took:.0f} s: {tasks / took:.0f} a second")
     memory = f"{peak / MEBIBYTE:.0f} MiB, {before / MEBIBYTE:.0f} before"
     print(f"scheduler, client and {workers} workers in one process: {memory}")
-
-
-def finished(client: Client, job: tiles.Job, chunks: list[LedgerChunk]) -> Iterator[LedgerChunk]:
-    """Run the ledger chunks as the pass does on an existing cluster."""
-    digests = dict.fromkeys((chunk.start for chunk in chunks), "")
-    return compute._run_on(client, job, chunks, lambda: digests)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 
 from benchmarks.options import IN_MEMORY, MANY_LOGS
 from benchmarks.runs import Files
-from natgrad.compute import clusters
-from natgrad.compute import ledger_pass as compute
-from natgrad.compute import tasks as tiles
+from natgrad.compute import clusters, executors
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.plan import PlanLimits, read_blocks
+from natgrad.compute.tasks import Segments
 from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums, stream
-from natgrad.schema.blocks import READ_BLOCK_ELEMENTS, pieces
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ledger_vectors
 from natgrad.store import Ledger, Trajectory
@@ -115,12 +115,13 @@ def check_bytes(files: Files, count: int) -> None:
 
 
 @contextmanager
-def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[tiles.Segments]]]:
+def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments]]]:
     """Files opened and the compiled loop over them, column by column: no store, plan or ledger."""
     states = Trajectory(files.trajectory)
     rows, steps, count = states.n_states - 1, states.chunk[0], len(ledger_vectors(False))
-    together = max(1, READ_BLOCK_ELEMENTS // states.chunk[1])
-    stride = min(READ_BLOCK_ELEMENTS, states.chunk[1])
+    block_elements = PlanLimits().read_block_elements
+    together = max(1, block_elements // states.chunk[1])
+    stride = min(block_elements, states.chunk[1])
     dtypes = {name: storage_dtype(states.dtypes[name]) for name in ("parameter", "gradient")}
     sizes = [dtype.itemsize for dtype in dtypes.values()]
     chunks = range(-(-states.n_states // steps))
@@ -128,23 +129,23 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[tiles.Se
         [[f"{states.path}/{name}/c/{index}/{column}" for index in chunks] for name in dtypes]
         for column in range(states.columns)
     ]
-    held = threading.local()
+    kept = threading.local()
 
     def buffer() -> NDArray[np.uint8]:
-        if not hasattr(held, "buffer"):
-            held.buffer = np.empty(stream.buffer_bytes(stride, together, sizes), np.uint8)
-        return held.buffer
+        if not hasattr(kept, "buffer"):
+            kept.buffer = np.empty(stream.buffer_bytes(stride, together, sizes), np.uint8)
+        return kept.buffer
 
-    def column(number: int) -> tiles.Segments:
+    def column(number: int) -> Segments:
         first, last = states.column(number)
         opened = [[os.open(path, os.O_RDONLY) for path in of_array] for of_array in paths[number]]
         located = [
             (np.repeat(np.array(descriptors, np.int32), steps)[: rows + 1], np.arange(rows + 1) % steps * row)
             for descriptors, row in zip(opened, [states.chunk[1] * size for size in sizes], strict=True)
         ]
-        segments = [states.layout.segments(*piece) for piece in pieces(first, last)]
-        cut = [np.array([*(start for _, start, _ in piece), piece[-1][2]]) - first for piece in segments]
-        indices = np.array([index for piece in segments for index, _, _ in piece])
+        segments = [states.layout.segments(*block) for block in read_blocks(first, last, block_elements)]
+        cut = [np.array([*(start for _, start, _ in block), block[-1][2]]) - first for block in segments]
+        indices = np.array([index for block in segments for index, _, _ in block])
         products, ratio = np.empty((rows, len(indices), count, count)), np.empty((rows, len(indices)))
         leads, shape = np.ones(rows, bool), (stride, together)
         failed = stream.products(located, list(dtypes.values()), cut, *shape, leads, buffer(), products, ratio)
@@ -153,10 +154,10 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[tiles.Se
             os.close(descriptor)
         return add_up(indices, products, ratio, len(states.layout.tensors))
 
-    def part(index: int) -> list[tiles.Segments]:
+    def part(index: int) -> list[Segments]:
         return [column(number) for number in range(index, states.columns, threads)]
 
-    def run() -> list[tiles.Segments]:
+    def run() -> list[Segments]:
         parts = in_threads(part, range(threads), threads)
         return [parts[number % threads][number // threads] for number in range(states.columns)]
 
@@ -165,15 +166,15 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[tiles.Se
 
 def add_up(
     indices: NDArray[np.int64], products: NDArray[np.float64], ratio: NDArray[np.float64], tensors: int
-) -> tiles.Segments:
-    """Ledger of the tensors of a column from those of its pieces."""
-    held = np.unique(indices)
-    whole, ratio = ledger_sums.add_segments(len(held), np.searchsorted(held, indices), products, ratio)
-    return held, whole, ratio
+) -> Segments:
+    """Ledger of the tensors of a column from those of its read blocks."""
+    present = np.unique(indices)
+    gram, ratio = ledger_sums.add_segments(len(present), np.searchsorted(present, indices), products, ratio)
+    return present, gram, ratio
 
 
-def check_segments(files: Files, segments: list[tiles.Segments]) -> None:
-    """The bits of the pass: it runs the same kernel on the same pieces."""
+def check_segments(files: Files, segments: list[Segments]) -> None:
+    """The bits of the pass: it runs the same kernel on the same read blocks."""
     reference = Ledger(files.reference)
     indices, *parts = zip(*segments, strict=True)
     joined = (np.concatenate(arrays, axis=1) for arrays in parts)
@@ -186,8 +187,8 @@ def check_segments(files: Files, segments: list[tiles.Segments]) -> None:
 
 
 @contextmanager
-def metrics_pass(files: Files, executor: compute.Executor) -> Iterator[Callable[[], Any]]:
-    yield partial(compute.compute_ledger, files.trajectory, files.written / "ledger.zarr", executor=executor)
+def metrics_pass(files: Files, executor: executors.Executor) -> Iterator[Callable[[], Any]]:
+    yield partial(compute_ledger, files.trajectory, files.written / "ledger.zarr", executor=executor)
 
 
 @contextmanager
@@ -196,7 +197,7 @@ def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], An
     with (
         dask.config.set(temporary_directory=files.folder),
         clusters.local_scheduler(workers) as address,
-        metrics_pass(files, compute.existing_cluster(address)) as run,
+        metrics_pass(files, executors.existing_cluster(address)) as run,
     ):
         yield run
 
@@ -299,7 +300,7 @@ def check_copies(files: Files, _: Any) -> None:
         assert (files.written / path.name).read_bytes() == path.read_bytes()
 
 
-def _pass(title: str, run: str = "run", executor: compute.Executor = compute.serial) -> Work:
+def _pass(title: str, run: str = "run", executor: executors.Executor = executors.serial) -> Work:
     return Work(title, partial(metrics_pass, executor=executor), check_ledger, run=run)
 
 
@@ -322,7 +323,7 @@ _LOOPS = {
 }
 _PASSES = {
     "pass": _pass("metrics pass, serial"),
-    "pass_threads": _pass(f"metrics pass, {THREADS} threads", executor=compute.threads(THREADS)),
+    "pass_threads": _pass(f"metrics pass, {THREADS} threads", executor=executors.threads(THREADS)),
     "pass_dask": _pass_on_dask(THREADS),
 }
 _BESIDE_THE_LOOP = {**_LOOPS, **_PASSES, "pass_dask_single": _pass_on_dask(1)}
@@ -390,9 +391,9 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 "wide": _pass("metrics pass, wide", "wide"),
                 "tall_loop": _loop("bare loop, tall", "tall"),
                 "wide_loop": _loop("bare loop, wide", "wide"),
-                "pass_threads": _pass("for both, 2 threads", executor=compute.threads(THREADS)),
-                "tall_threads": _pass("tall, 2 threads", "tall", compute.threads(THREADS)),
-                "wide_threads": _pass("wide, 2 threads", "wide", compute.threads(THREADS)),
+                "pass_threads": _pass("for both, 2 threads", executor=executors.threads(THREADS)),
+                "tall_threads": _pass("tall, 2 threads", "tall", executors.threads(THREADS)),
+                "wide_threads": _pass("wide, 2 threads", "wide", executors.threads(THREADS)),
             },
             [
                 ("tall", "pass"),

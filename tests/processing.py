@@ -3,7 +3,7 @@
 import numpy as np
 
 from natgrad.app import run
-from natgrad.compute import ledger_pass as compute
+from natgrad.compute import executors
 from natgrad.results import dataset as results
 from natgrad.sources.opening import open_source
 
@@ -12,7 +12,7 @@ class Serial(run.Analysis):
     """Options of an analysis that needs no workers."""
 
     def executor(self):
-        return compute.serial
+        return executors.serial
 
 
 def process(log, out, windows=(1,)):

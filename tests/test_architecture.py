@@ -1,6 +1,7 @@
-"""The import rule: a table of packages, imports point down, and each library is imported in one place."""
+"""The import rule, the libraries that each package may use, and the names that tests may use."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,146 @@ def test_the_command_line_starts_without_heavy_libraries():
 def test_a_library_that_few_runs_need_is_loaded_for_those_alone():
     few = {"distributed", "icechunk", "jinja2", "matplotlib", "prefect", "s3fs"}
     assert not loaded_after("import natgrad.app.run; assert 'scipy.sparse' not in sys.modules") & few
+
+
+def test_inspect_does_not_load_the_compiler():
+    words = ["natgrad", "inspect", str(ROOT / "data" / "linear_system"), "--json"]
+    code = f"""
+import sys
+from natgrad_flows.cli import main
+sys.argv = {words!r}
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert '"elements"' in done.stdout
+    loaded = set(done.stderr.split())
+    assert "natgrad" in loaded
+    assert not loaded & {"numba", "llvmlite"}
+
+
+# Names that tests may use --------------------------------------------------------------------------------------
+
+PRIVATE_NAMES_IN_TESTS = {
+    "tests/app/test_scan.py",
+    "tests/flows/test_runs.py",
+    "tests/recording/test_recorder.py",
+    "tests/reporting/test_comparison.py",
+    "tests/reporting/test_page.py",
+    "tests/reporting/test_paper_figures.py",
+    "tests/sources/test_bergson.py",
+    "tests/sources/test_scalar_logs.py",
+    "tests/storage/test_disk.py",
+    "tests/storage/test_icechunk.py",
+    "tests/storage/test_objects.py",
+    "tests/store/test_trajectory.py",
+    "tests/store/test_writer.py",
+}
+"""Test files that still use private names, or replace constants, of the package. No new file may be added."""
+
+
+def is_hidden(name):
+    """Return whether a name is private or a constant's: tests neither use the first nor replace the second."""
+    return is_private(name) or re.fullmatch("[A-Z][A-Z0-9_]+", name) is not None
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+class Uses(ast.NodeVisitor):
+    """Private names of the package that a program uses, and constants of its modules that it replaces."""
+
+    def __init__(self):
+        self.imported = {}
+        self.found = set()
+
+    def visit_Import(self, node):
+        for alias in node.names:
+            if alias.name.partition(".")[0] in ("natgrad", "natgrad_flows"):
+                top = alias.name.partition(".")[0]
+                self.imported |= {alias.asname: alias.name} if alias.asname else {top: top}
+
+    def visit_ImportFrom(self, node):
+        if (node.module or "").partition(".")[0] in ("natgrad", "natgrad_flows"):
+            for alias in node.names:
+                self.imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                if is_private(alias.name):
+                    self.found.add(f"{node.module}.{alias.name}")
+
+    def name_of(self, node):
+        """Return the full name of what was imported from the package, None for everything else."""
+        if isinstance(node, ast.Name):
+            return self.imported.get(node.id)
+        if isinstance(node, ast.Attribute) and (owner := self.name_of(node.value)) is not None:
+            return f"{owner}.{node.attr}"
+        return None
+
+    def visit_Attribute(self, node):
+        name = self.name_of(node)
+        replaces = isinstance(node.ctx, ast.Store | ast.Del) and is_hidden(node.attr)
+        if name is not None and (is_private(node.attr) or replaces):
+            self.found.add(name)
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        words = [argument.value if isinstance(argument, ast.Constant) else None for argument in node.args]
+        first = self.name_of(node.args[0]) if node.args else None
+        if first is not None and len(words) > 1 and isinstance(words[1], str) and is_hidden(words[1]):
+            self.found.add(f"{first}.{words[1]}")  # setattr, patch.object
+        if first in MODULES and isinstance(node.func, ast.Name) and node.func.id == "vars":
+            self.found.add(f"vars({first})")
+        if words and isinstance(words[0], str) and re.fullmatch(r"natgrad(_flows)?(\.\w+)+", words[0]):
+            self.found |= {words[0]} if is_hidden(words[0].rpartition(".")[2]) else set()
+        self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        # Programs that tests run in processes of their own.
+        if isinstance(node.value, str) and "import" in node.value and "natgrad" in node.value:
+            self.found |= uses(node.value) or set()
+
+
+def uses(program):
+    """Return what `Uses` finds in a program, None where the text is none."""
+    for text in (program, re.sub(r"\{[^{}\n]*\}", "x", program)):  # as it is, or with fields to be filled in
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:
+            continue
+        visitor = Uses()
+        visitor.visit(tree)
+        return visitor.found
+    return None
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("from natgrad.store import group\ngroup.open_group()", set()),
+        ("from natgrad.store import group\ngroup._open()", {"natgrad.store.group._open"}),
+        ("from natgrad.store import _open", {"natgrad.store._open"}),
+        ("import natgrad.store\nnatgrad.store._open()", {"natgrad.store._open"}),
+        ("import natgrad.store as s\ns.LIMIT = 3", {"natgrad.store.LIMIT"}),
+        ("import natgrad.store as s\nprint(s.LIMIT)", set()),
+        ("import os\nos._exit(0)", set()),
+        ("from natgrad import store\npatch.setattr(store, 'LIMIT', 3)", {"natgrad.store.LIMIT"}),
+        ("from natgrad import store\npatch.setattr(store, 'open', 3)", set()),
+        ("patch.setattr('natgrad.store._LIMIT', 3)", {"natgrad.store._LIMIT"}),
+        ("from natgrad.store import group\nvars(group).update(x=3)", {"vars(natgrad.store.group)"}),
+        ('CODE = """\nfrom natgrad.store import group\ngroup._x = {value!r}\n"""', {"natgrad.store.group._x"}),
+    ],
+)
+def test_uses_of_private_names_are_found(program, found):
+    assert uses(program) == found
+
+
+def test_tests_use_public_names_alone():
+    files = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").rglob("*.py"))
+    this = Path(__file__)
+    found = {str(path.relative_to(ROOT)): uses(path.read_text()) for path in files if path != this}
+    assert {path: names for path, names in found.items() if names and path not in PRIVATE_NAMES_IN_TESTS} == {}
+    # A file that is clean by now leaves the list.
+    assert {path for path in PRIVATE_NAMES_IN_TESTS if not found.get(path)} == set()

@@ -25,23 +25,22 @@ from logs import random_walk, write_log
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
-from natgrad.ingestion import transfer
+from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import gram
-from natgrad.schema import blocks
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import VECTORS
 from natgrad.store import Ledger, Trajectory
 
 STEPS = 24
 TENSORS = {"layer.weight": (20, 30), "layer.bias": (20,), "scale": ()}
-SMALL = {"CHUNK_ELEMENTS": 700, "TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_UPDATES": 1}
+INGEST = IngestLimits(chunk_elements=700, commit_bytes=1)
+PLAN = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
 """Several chunks, ledger chunks and tiles of everything, and a commit for each row of chunks."""
 
 
 def warm():
     """Compile, so that the time of a process is that of its work; no thread is started."""
-    vars(blocks).update(SMALL)
-    transfer.COMMIT_BYTES = 1
     os.fsync = lambda descriptor: None  # no power is lost here
     state = np.ones((2, 3), np.float32)
     products = np.empty((1, 1, len(VECTORS[:5]), len(VECTORS[:5])))
@@ -49,8 +48,8 @@ def warm():
 
 
 def work(log, out):
-    ingest_run(log, out)
-    analyze_run(out, Analysis(workers=1))
+    ingest_run(log, out, limits=INGEST)
+    analyze_run(out, Analysis(workers=1), limits=PLAN)
 
 
 def fork(task, *arguments):
@@ -161,7 +160,7 @@ def torture(folder, kills, seed):
 
 def try_to_work(log, out):
     try:
-        ingest_run(log, out)
+        ingest_run(log, out, limits=INGEST)
     except InputError as error:
         return "refused" if "another process is writing" in error.what else str(error)
     return "done"

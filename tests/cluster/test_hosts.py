@@ -11,11 +11,10 @@ import threading
 import time
 
 import pytest
-from test_ledger_pass import ELEMENTS, SHAPES, bits
+from test_ledger_pass import ELEMENTS, SHAPES, SMALL, bits, compute_small
 
 from logs import walk_arrays, write_trajectory
 from natgrad.compute import clusters
-from natgrad.compute.ledger_pass import compute_ledger
 from servers import kill, process
 
 ROWS, CHUNK = 120, (3, 40)
@@ -114,10 +113,9 @@ PASS = """
 import sys, time
 from pathlib import Path
 from distributed import Client
-from natgrad.schema import blocks
-from natgrad.compute import ledger_pass as compute
-for name, value in {SMALL}.items():
-    setattr(blocks, name, value)
+from natgrad.compute.executors import existing_cluster
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.plan import PlanLimits
 with Client(sys.argv[1], timeout=120) as client:
     client.wait_for_workers(2, timeout=120)
 
@@ -126,17 +124,19 @@ def slowly(done, total):
     time.sleep(0.2)
 
 store = Path(sys.argv[2])
-compute.compute_ledger(
-    store, store.with_name("ledger.zarr"), executor=compute.existing_cluster(sys.argv[1]), progress=slowly
+compute_ledger(
+    store,
+    store.with_name("ledger.zarr"),
+    executor=existing_cluster(sys.argv[1]),
+    limits={LIMITS},
+    progress=slowly,
 )
 """
 
 
 def pass_on(hosts, address, store):
     """Begin a pass on the host ``client``; its standard output says how many chunks are done."""
-    from test_ledger_pass import SMALL_BLOCKS
-
-    code = PASS.replace("{SMALL}", repr(SMALL_BLOCKS))
+    code = PASS.replace("{LIMITS}", repr(SMALL))
     return subprocess.Popen(
         ["ip", "netns", "exec", hosts.space("client"), sys.executable, "-c", code, address, str(store)],
         stdout=subprocess.PIPE,
@@ -157,15 +157,9 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def expected(tmp_path, store, monkeypatch):
+def expected(tmp_path, store):
     """Bits of the serial pass."""
-    from test_ledger_pass import SMALL_BLOCKS
-
-    from natgrad.schema import blocks
-
-    for name, value in SMALL_BLOCKS.items():
-        monkeypatch.setattr(blocks, name, value)
-    compute_ledger(store, tmp_path / "serial" / "ledger.zarr")
+    compute_small(store, tmp_path / "serial" / "ledger.zarr")
     return bits(tmp_path / "serial" / "ledger.zarr")
 
 

@@ -17,14 +17,11 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 from distributed.security import Security
-from test_ledger_pass import CHUNK, ELEMENTS, ROWS, SHAPES, SMALL_BLOCKS, bits
+from test_ledger_pass import CHUNK, ELEMENTS, ROWS, SHAPES, bits, compute_small
 
 from logs import walk_arrays, write_trajectory
 from natgrad.app.run import Analysis
-from natgrad.compute import clusters
-from natgrad.compute import ledger_pass as compute
-from natgrad.compute.ledger_pass import compute_ledger
-from natgrad.schema import blocks
+from natgrad.compute import clusters, executors
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.store import Ledger
 from servers import free_port, kill, process, wait_for
@@ -41,12 +38,6 @@ echo "Submitted batch job $!"
 SCANCEL = """#!/bin/sh
 for job in "$@"; do kill -- -"$job"; done
 """
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    for name, value in SMALL_BLOCKS.items():
-        monkeypatch.setattr(blocks, name, value)
 
 
 @pytest.fixture
@@ -87,20 +78,19 @@ def arrays():
 def expected(tmp_path, arrays):
     """Bits of the serial pass."""
     trajectory = write_trajectory(tmp_path / "serial.zarr", arrays, SHAPES, CHUNK)
-    compute_ledger(trajectory, tmp_path / "serial" / "ledger.zarr")
+    compute_small(trajectory, tmp_path / "serial" / "ledger.zarr")
     return bits(tmp_path / "serial" / "ledger.zarr")
 
 
 def run_pass(tmp_path, arrays, executor, **options):
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
-    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor, **options)
+    compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor, **options)
     return bits(tmp_path / "ledger.zarr")
 
 
 # Slurm -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_pass_on_slurm_asks_for_what_is_configured_replaces_a_dead_job_and_has_the_same_bits(
     slurm, tmp_path, arrays, expected, processes
@@ -114,7 +104,7 @@ def test_a_pass_on_slurm_asks_for_what_is_configured_replaces_a_dead_job_and_has
             wait_for(lambda: len((slurm / "jobs").read_text().split()) > 1)
 
     with dask.config.set({"jobqueue.slurm.processes": processes, "jobqueue.slurm.cores": processes}):
-        got = run_pass(tmp_path, arrays, compute.named_cluster("slurm", processes), progress=kill_the_first_job)
+        got = run_pass(tmp_path, arrays, executors.named_cluster("slurm", processes), progress=kill_the_first_job)
     assert got == expected
     script = (slurm / "script").read_text()
     for line in (
@@ -140,7 +130,7 @@ def _is_zombie(number):
 
 @pytest.mark.usefixtures("slurm")
 def test_nothing_to_do_asks_for_no_job(slurm):
-    assert list(compute.named_cluster("slurm", 2)(None, [], dict)) == []
+    assert list(executors.named_cluster("slurm", 2)(None, [], dict)) == []
     assert (slurm / "jobs").read_text() == ""
 
 
@@ -159,7 +149,6 @@ def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
     gc.collect()
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("form", ["mapping", "list"])
 def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
     tmp_path, arrays, expected, monkeypatch, form
@@ -181,7 +170,7 @@ def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
     monkeypatch.setitem(sys.modules, "dask_kubernetes.operator", operator)
     site = {"OF_THE_SITE": "1"} if form == "mapping" else [{"name": "OF_THE_SITE", "value": "1"}]
     with dask.config.set({"kubernetes.env": site}):
-        assert run_pass(tmp_path, arrays, compute.named_cluster("kubernetes", 2)) == expected
+        assert run_pass(tmp_path, arrays, executors.named_cluster("kubernetes", 2)) == expected
     assert scaled[0] == 2
     (env,) = asked
     got = env if form == "mapping" else {variable["name"]: variable["value"] for variable in env}
@@ -205,19 +194,18 @@ def test_our_own_workers_have_one_thread_of_each_kind():
     assert seen == clusters.ONE_THREAD
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_the_log_of_a_pass_has_run_steps_and_tile_as_fields(tmp_path, arrays, caplog):
     with caplog.at_level("DEBUG", "natgrad"):
-        run_pass(tmp_path / "run 7", arrays, compute.serial)
+        run_pass(tmp_path / "run 7", arrays, executors.serial)
     records = [record.__dict__ for record in caplog.records]
-    tiles = [(tuple(record["rows"]), tuple(record["columns"])) for record in records if "rows" in record]
+    tiles = [(tuple(record["updates"]), tuple(record["columns"])) for record in records if "updates" in record]
     steps = [(record["first_step"], record["last_step"]) for record in records if "last_step" in record]
-    assert {record["run"] for record in records if "rows" in record or "last_step" in record} == {"run 7"}
+    assert {record["run"] for record in records if "updates" in record or "last_step" in record} == {"run 7"}
     assert sorted(steps) == steps
     assert steps[0][0] == 0
     assert steps[-1][1] == ROWS - 2
     assert len(set(tiles)) == len(tiles) >= len(steps) > 1
-    assert {rows for rows, _ in tiles} == {(first, last + 1) for first, last in steps}
+    assert {updates for updates, _ in tiles} == {(first, last + 1) for first, last in steps}
 
 
 # A cluster that is there -------------------------------------------------------------------------------------
@@ -237,10 +225,9 @@ def worker(address, folder, *options):
         yield running
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_lost_scheduler_ends_the_pass_with_how_to_go_on_and_it_goes_on(tmp_path, arrays, expected):
     port = free_port()
-    executor = compute.existing_cluster(f"tcp://127.0.0.1:{port}")
+    executor = executors.existing_cluster(f"tcp://127.0.0.1:{port}")
     with scheduler(port, tmp_path) as running, worker(f"tcp://127.0.0.1:{port}", tmp_path):
         with pytest.raises(Unavailable, match="the Dask scheduler was lost") as lost:
             run_pass(tmp_path, arrays, executor, progress=lambda done, total: done == 1 and kill(running))
@@ -251,7 +238,7 @@ def test_a_lost_scheduler_ends_the_pass_with_how_to_go_on_and_it_goes_on(tmp_pat
             1 <= len(list((kept.path / "commits").glob("[0-9]*.json"))) < -(-(ROWS - 1) // kept.updates_per_chunk)
         )
     with scheduler(port, tmp_path), worker(f"tcp://127.0.0.1:{port}", tmp_path):
-        compute_ledger(tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", executor=executor)
+        compute_small(tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", executor=executor)
     assert bits(tmp_path / "ledger.zarr") == expected
 
 
@@ -259,15 +246,13 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_task_whose_workers_die_again_and_again_is_told_with_how_to_go_on(tmp_path, arrays, monkeypatch):
-    monkeypatch.setattr(compute, "tile_segments", die)
+    monkeypatch.setattr(executors, "tile_segments", die)
     with clusters.local_scheduler(2) as address, pytest.raises(Unavailable, match="died 4 times") as dead:
-        run_pass(tmp_path, arrays, compute.existing_cluster(address))
+        run_pass(tmp_path, arrays, executors.existing_cluster(address))
     assert f"natgrad analyze {tmp_path}" in dead.value.remedy
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_pass_over_tls_takes_the_certificates_of_dasks_configuration(tmp_path, arrays, expected):
     port = free_port()
     temporary = Security.temporary()
@@ -288,8 +273,8 @@ def test_a_pass_over_tls_takes_the_certificates_of_dasks_configuration(tmp_path,
     address = f"tls://127.0.0.1:{port}"
     with scheduler(port, tmp_path, "--protocol", "tls", *options), worker(address, tmp_path, *options):
         with pytest.raises(Unavailable, match="does not answer"):
-            list(compute.existing_cluster(address)(None, [], dict))
+            list(executors.existing_cluster(address)(None, [], dict))
         with dask.config.set({f"distributed.comm.tls.{key}": value for key, value in tls.items()}):
-            assert run_pass(tmp_path, arrays, compute.existing_cluster(address)) == expected
-            options = clusters._job_options("slurm")
+            assert run_pass(tmp_path, arrays, executors.existing_cluster(address)) == expected
+            options = clusters.job_options("slurm")
     assert options["protocol"] == "tls://"

@@ -1,6 +1,8 @@
 """The pass against whole vectors in exact arithmetic, on every executor, through kills, resumes and bad disks."""
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -14,14 +16,12 @@ import pytest
 from zarr.codecs import BloscCodec
 
 from logs import append_states, walk_arrays, write_trajectory
-from natgrad.compute import clusters
-from natgrad.compute import ledger_pass as compute
-from natgrad.compute import tasks as tiles
+from natgrad.compute import clusters, executors, tasks
 from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
-from natgrad.schema import blocks
-from natgrad.schema.blocks import MEBIBYTE
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import MEBIBYTE, chunk_shape
 from natgrad.schema.names import VECTORS
 from natgrad.store import Ledger, Trajectory
 from reference import assert_gram_close, exact_gram, exact_vectors
@@ -34,22 +34,20 @@ CHUNK = (3, 40)
 
 RESIDUAL = VECTORS.index("residual")
 
-SMALL_BLOCKS = {
-    "LEAST_TILE_BYTES": 1,
-    "TILE_BYTES": 4000,
-    "TASKS_OF_SMALL_RUN": 1,
-    "READ_BLOCK_ELEMENTS": 80,
-    "COMPLETE_CHUNK_BYTES": 1000,
-    "LEAST_READ_ROWS": 1,
-    "LEAST_UPDATES": 5,
-}
-"""Constants of `natgrad.schema.blocks` that cut twenty states of a hundred elements as it cuts a large run."""
+SMALL = PlanLimits(
+    least_tile_bytes=1,
+    tile_bytes=4000,
+    tasks_of_small_run=1,
+    read_block_elements=80,
+    complete_chunk_bytes=1000,
+    least_read_states=1,
+    least_updates=5,
+)
+"""Limits that cut twenty states of a hundred elements as the defaults cut a large run."""
 
+SHORT_BLOCKS = dataclasses.replace(SMALL, read_block_elements=7)
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    for name, value in SMALL_BLOCKS.items():
-        monkeypatch.setattr(blocks, name, value)
+compute_small = functools.partial(compute_ledger, limits=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +59,8 @@ def cluster():
 @pytest.fixture(params=["serial", "threads", "cluster"])
 def executor(request):
     if request.param == "cluster":
-        return compute.existing_cluster(request.getfixturevalue("cluster"))
-    return {"serial": compute.serial, "threads": compute.threads(2)}[request.param]
+        return executors.existing_cluster(request.getfixturevalue("cluster"))
+    return {"serial": executors.serial, "threads": executors.threads(2)}[request.param]
 
 
 def bits(ledger):
@@ -70,10 +68,10 @@ def bits(ledger):
     return [array.tobytes() for array in (*Ledger(ledger).read(), *Ledger(ledger).steps())]
 
 
-def ledger_of(folder, arrays, chunk=CHUNK, shapes=SHAPES, **options):
+def ledger_of(folder, arrays, chunk=CHUNK, shapes=SHAPES, limits=SMALL, **options):
     """Ledger of arrays, and the summary of the pass."""
     trajectory = write_trajectory(folder / "trajectory.zarr", arrays, shapes, chunk)
-    return folder / "ledger.zarr", compute_ledger(trajectory, folder / "ledger.zarr", **options)
+    return folder / "ledger.zarr", compute_ledger(trajectory, folder / "ledger.zarr", limits=limits, **options)
 
 
 def tensor_slices():
@@ -96,34 +94,27 @@ def assert_is_ledger_of(ledger, arrays):
 # The numbers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("chunk", [CHUNK, (64, 40), (7, 123), (1, 1000)])
-def test_the_ledger_is_that_of_whole_vectors_wherever_they_are_cut(tmp_path, chunk):
+def test_the_ledger_is_that_of_complete_vectors_wherever_they_are_cut(tmp_path, chunk):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, summary = ledger_of(tmp_path, arrays, chunk)
     plan = summary.plan
     assert summary.chunks > 1
-    assert plan.updates_per_chunk > plan.read_rows
+    assert plan.updates_per_chunk > plan.read_states
     assert plan.columns == -(-ELEMENTS // chunk[1])
     assert_is_ledger_of(ledger, arrays)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_the_small_run_of_these_tests_has_several_of_everything(tmp_path):
     _, summary = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
-    plan, chunks = summary.plan, list(summary.plan.chunks())
-    assert (len(chunks), plan.columns, {len(chunk.tiles) for chunk in chunks}) == (
-        4,
-        4,
-        {2},
-    )
-    assert plan.updates_per_chunk == 2 * CHUNK[0] == 3 * plan.read_rows
-    assert chunks[-1].stop - chunks[-1].start == 1  # the last ledger chunk is not a whole one
+    plan, items = summary.plan, list(summary.plan.work_items())
+    assert (len(items), plan.columns, {len(item.tiles) for item in items}) == (4, 4, {2})
+    assert plan.updates_per_chunk == 2 * CHUNK[0] == 3 * plan.read_states
+    assert items[-1].n_updates == 1  # the last ledger chunk is not a complete one
     assert summary.computed_chunks == summary.chunks == 4
     assert summary.n_updates == ROWS - 1
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hvp", [None, "float32"])
 @pytest.mark.parametrize(
     ("parameter", "gradient"),
@@ -160,7 +151,6 @@ def shifted(located, array):
     return mutant
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -170,64 +160,58 @@ def shifted(located, array):
         pytest.param(lambda located: shifted(located, "parameter"), id="parameter shifted"),
     ],
 )
-def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_whole_vectors(
+def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_complete_vectors(
     tmp_path, monkeypatch, mutant
 ):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, summary = ledger_of(tmp_path, arrays)
-    assert {chunk.stop for chunk in summary.plan.chunks()} == {6, 12, 18, 19}
+    assert {item.chunk.stop for item in summary.plan.work_items()} == {6, 12, 18, 19}
     assert_is_ledger_of(ledger, arrays)
     Ledger.remove(ledger)
     monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
-    compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    compute_small(tmp_path / "trajectory.zarr", ledger)
     with pytest.raises(AssertionError, match="entry"):
         assert_is_ledger_of(ledger, arrays)
 
 
-def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path, monkeypatch):
+def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
-    ledger, summary = ledger_of(tmp_path / "whole", arrays, (64, 40))
+    ledger, summary = ledger_of(tmp_path / "one chunk", arrays, (64, 40), limits=PlanLimits())
     assert (summary.chunks, summary.plan.tile_columns) == (1, 4)
     for steps, chunks, cuts, read in [(1, 19, 4, 1), (3, 3, 4, 3), (64, 10, 2, 2), (64, 2, 1, 10)]:
-        monkeypatch.setattr(blocks, "LEAST_TILE_BYTES", 1)
-        monkeypatch.setattr(blocks, "TASKS_OF_SMALL_RUN", 1)
-        monkeypatch.setattr(blocks, "TILE_BYTES", 40 * 8 * -(-19 // chunks) * -(-4 // cuts))
-        monkeypatch.setattr(blocks, "LEAST_UPDATES", -(-19 // chunks))
-        monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 40 * read)
-        other, cut = ledger_of(tmp_path / f"{chunks} {cuts}", arrays, (steps, 40))
-        assert (cut.chunks, -(-4 // cut.plan.tile_columns), cut.plan.read_rows) == (
-            chunks,
-            cuts,
-            read,
+        limits = PlanLimits(
+            least_tile_bytes=1,
+            tasks_of_small_run=1,
+            tile_bytes=40 * 8 * -(-19 // chunks) * -(-4 // cuts),
+            least_updates=-(-19 // chunks),
+            read_block_elements=40 * read,
         )
+        other, cut = ledger_of(tmp_path / f"{chunks} {cuts}", arrays, (steps, 40), limits=limits)
+        plan = cut.plan
+        assert (cut.chunks, -(-4 // plan.tile_columns), plan.read_states) == (chunks, cuts, read)
         assert bits(other) == bits(ledger)
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_a_chunk_seen_in_pieces_gives_the_products_of_whole_vectors(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 7)
+def test_a_chunk_that_is_read_in_blocks_gives_the_products_of_complete_vectors(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
-    ledger, summary = ledger_of(tmp_path, arrays, (1, 40))
+    ledger, summary = ledger_of(tmp_path, arrays, (1, 40), limits=SHORT_BLOCKS)
     assert summary.plan.read_elements == 7
     assert_is_ledger_of(ledger, arrays)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("compressed", [("parameter", "gradient"), ("gradient",)])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_compressed_trajectory_has_the_same_bits(tmp_path, monkeypatch, compressed, steps):
-    monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 7)
+def test_a_compressed_trajectory_has_the_same_bits(tmp_path, compressed, steps):
     dtypes = {"parameter": "bfloat16", "gradient": "float32"}
     arrays = walk_arrays(ROWS, ELEMENTS, dtypes)
-    ledger, _ = ledger_of(tmp_path, arrays, (steps, 40))
+    ledger, _ = ledger_of(tmp_path, arrays, (steps, 40), limits=SHORT_BLOCKS)
     codecs = {name: BloscCodec(cname="zstd") for name in compressed}
     write_trajectory(tmp_path / "compressed.zarr", arrays, SHAPES, (steps, 40), codecs)
-    summary = compute_ledger(tmp_path / "compressed.zarr", tmp_path / "other.zarr")
+    summary = compute_ledger(tmp_path / "compressed.zarr", tmp_path / "other.zarr", limits=SHORT_BLOCKS)
     assert summary.plan.read_elements == 40
     assert bits(tmp_path / "other.zarr") == bits(ledger)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_two_tilings_agree_to_rounding(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     (gram, ratio), (other, its_ratio) = (
@@ -245,7 +229,6 @@ def test_two_tilings_agree_to_rounding(tmp_path):
         assert_gram_close(moved[:, tensor], other[:, tensor], elements, slack=4.0)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_nan_spoils_its_own_tensor_and_rows_only(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     clean, _ = Ledger(ledger_of(tmp_path / "clean", arrays)[0]).read()
@@ -266,20 +249,22 @@ def test_a_nan_spoils_its_own_tensor_and_rows_only(tmp_path):
 # Executors -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hvp", [False, True])
-def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp):
+@pytest.mark.parametrize("limits", [SMALL, SHORT_BLOCKS], ids=["columns", "short blocks"])
+def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp, limits):
+    # The bits depend on the length of read blocks, so worker processes must get the limits of the pass.
     dtypes = {"parameter": "bfloat16", "gradient": "float32"} | ({"hvp": "float32"} if hvp else {})
     arrays = walk_arrays(ROWS, ELEMENTS, dtypes)
-    ledger, reference = ledger_of(tmp_path, arrays)
-    executors = [compute.threads(1), compute.threads(2), compute.existing_cluster(cluster)]
-    for number, executor in enumerate(executors):
+    ledger, reference = ledger_of(tmp_path, arrays, limits=limits)
+    several = [executors.threads(1), executors.threads(2), executors.existing_cluster(cluster)]
+    for number, executor in enumerate(several):
         other = tmp_path / f"{number}.zarr"
         reports = []
         summary = compute_ledger(
             tmp_path / "trajectory.zarr",
             other,
             executor=executor,
+            limits=limits,
             progress=lambda done, total, reports=reports: reports.append((done, total)),
         )
         assert summary == reference  # workers are no part of the plan
@@ -287,37 +272,36 @@ def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp):
         assert bits(other) == bits(ledger)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "chunk", [CHUNK, (3, 123)], ids=["ledger chunks of two tiles", "ledger chunks of one tile"]
 )
-def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_same(
-    tmp_path, cluster, monkeypatch, chunk
-):
+def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_same(tmp_path, cluster, chunk):
     from distributed import Client
 
-    monkeypatch.setattr(blocks, "READ_BLOCK_ELEMENTS", 1 << 17)  # as on the workers
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, _ = ledger_of(tmp_path, arrays, chunk)
-
-    def die_in_the_next_tile():
-        tiles._column_segments = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        return os.getpid()
-
     with Client(cluster, set_as_default=False) as client:
         client.wait_for_workers(2, timeout=60)
         worker = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
-        doomed = client.run(die_in_the_next_tile, workers=[worker])[worker]
-        assert psutil.pid_exists(doomed)
-    other = tmp_path / "other.zarr"
-    executor = compute.existing_cluster(cluster)
-    summary = compute_ledger(tmp_path / "trajectory.zarr", other, executor=executor)
-    assert summary.computed_chunks > 2  # both workers had one
+        doomed = client.run(os.getpid, workers=[worker])[worker]
+        # A stopped process takes tasks and finishes none, so it is killed with tasks of its own.
+        os.kill(doomed, signal.SIGSTOP)
+        assigned = []
+
+        def kill_at_first(done, total):
+            if done == 1:
+                assigned.extend(client.processing([worker])[worker])
+                os.kill(doomed, signal.SIGKILL)
+
+        other = tmp_path / "other.zarr"
+        executor = executors.existing_cluster(cluster)
+        summary = compute_small(tmp_path / "trajectory.zarr", other, executor=executor, progress=kill_at_first)
+    assert assigned
+    assert summary.computed_chunks > 2
     assert not psutil.pid_exists(doomed)
     assert bits(other) == bits(ledger)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("replicates", [0, 1], ids=["compiled", "row by row"])
 def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was_interrupted_goes_on(
     tmp_path, monkeypatch, replicates
@@ -336,7 +320,7 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, name, interrupt)
-        compute_ledger(trajectory, other)
+        compute_small(trajectory, other)
     assert len(interrupted) > 1
     assert bits(other) == bits(ledger)
     Ledger.remove(other)
@@ -349,11 +333,10 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
 
     monkeypatch.setattr(Trajectory, "located", cut_short)
     with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
-        compute_ledger(trajectory, other)
+        compute_small(trajectory, other)
     assert caught.value.where == str(chunk)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go_on(tmp_path, executor):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, _ = ledger_of(tmp_path / "whole", arrays)
@@ -362,29 +345,29 @@ def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:100])
     with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
-        compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+        compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
     assert caught.value.where == str(chunk)
     assert caught.value.remedy
     with pytest.raises(InputError, match="not complete"):
         Ledger(tmp_path / "ledger.zarr").read()
     chunk.write_bytes(whole)
-    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+    compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
     assert bits(tmp_path / "ledger.zarr") == bits(ledger)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, cluster):
     arrays = walk_arrays(ROWS, ELEMENTS)
-    executor = compute.existing_cluster(cluster)
+    executor = executors.existing_cluster(cluster)
     jobs = []
     for user in ("ada", "emmy"):
         folder = tmp_path / user / "run"
         ledger, summary = ledger_of(folder, arrays, executor=lambda *_: iter(()))
         states = Trajectory(folder / "trajectory.zarr")
-        digests = states.digests(summary.plan.chunks())
-        job = tiles.Job.of(states.path, ledger, summary.plan)
+        items = list(summary.plan.work_items())
+        digests = states.digests(item.chunk for item in items)
+        job = tasks.Job.of(states.path, ledger, summary.plan, SMALL)
         by_start = {chunk.start: digest for chunk, digest in digests.items()}
-        jobs.append((job, list(digests), lambda by_start=by_start: by_start))
+        jobs.append((job, items, lambda by_start=by_start: by_start))
     with contextlib.closing(executor(*jobs[0])) as first:
         next(first)  # the others are held on the cluster until they are asked for
         assert len(list(executor(*jobs[1]))) == 4
@@ -392,19 +375,20 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
 
 
 @pytest.mark.parametrize(("width", "ahead"), [(123, 6), (62, 3), (16, 2)])
-def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, monkeypatch, width, ahead):
+def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, width, ahead):
     # Three tasks for each of the two workers, and two ledger chunks where one has more tiles than that.
-    for name, value in {"TILE_BYTES": 1, "LEAST_TILE_BYTES": 1, "LEAST_UPDATES": 1}.items():
-        monkeypatch.setattr(blocks, name, value)
-    submitted = []
-    submit = compute._submit
-    monkeypatch.setattr(compute, "_submit", lambda *args: submitted.append(args) or submit(*args))
-    in_flight = []
+    submitted, in_flight = [], []
+
+    def counted(job, items, digests):
+        # An executor asks for the digests whenever it schedules a ledger chunk.
+        return executors.existing_cluster(cluster)(job, items, lambda: submitted.append(None) or digests())
+
     ledger, summary = ledger_of(
         tmp_path,
         walk_arrays(ROWS, ELEMENTS),
         (1, width),
-        executor=compute.existing_cluster(cluster),
+        limits=PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1),
+        executor=counted,
         progress=lambda done, _: in_flight.append(len(submitted) - done + 1),
     )
     assert summary.chunks == len(submitted) == ROWS - 1
@@ -412,25 +396,23 @@ def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, monkeypatch
     assert Ledger(ledger).n_updates == ROWS - 1
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_threads_begin_no_band_after_the_one_that_failed(tmp_path, monkeypatch):
-    begun = []
-
-    def fail(job, tile):
-        begun.append(tile)
-        raise InputError("no such luck")
-
-    monkeypatch.setattr(compute, "tile_segments", fail)
-    monkeypatch.setattr(blocks, "LEAST_UPDATES", 1)
-    with pytest.raises(InputError, match="no such luck"):
-        ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), (1, 40), executor=compute.threads(1))
-    assert 1 <= len(begun) <= 2
+def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplog):
+    arrays = walk_arrays(ROWS, ELEMENTS)
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, (1, 40))
+    for chunk in (trajectory / "gradient/c/0").iterdir():
+        os.truncate(chunk, 100)
+    limits = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
+    with caplog.at_level("DEBUG", "natgrad.compute"), pytest.raises(InputError, match="bytes early"):
+        compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executors.threads(1), limits=limits)
+    started = {tuple(record.updates) for record in caplog.records if record.message == "tile begins"}
+    # Two of nineteen ledger chunks are in flight.
+    assert (0, 1) in started <= {(0, 1), (1, 2)}
 
 
 @pytest.fixture
 def started(cluster, monkeypatch):
-    """What `compute.local` starts: ("threads", how many) and ("processes", how many)."""
-    found, in_threads = [], compute.threads
+    """What `executors.local` starts: ("threads", how many) and ("processes", how many)."""
+    found, in_threads = [], executors.threads
 
     @contextlib.contextmanager
     def scheduler(workers, memory_limit):
@@ -441,38 +423,35 @@ def started(cluster, monkeypatch):
         found.append(("threads", workers))
         return in_threads(workers)
 
-    monkeypatch.setattr(compute, "local_scheduler", scheduler)
-    monkeypatch.setattr(compute, "threads", threads)
+    monkeypatch.setattr(executors, "local_scheduler", scheduler)
+    monkeypatch.setattr(executors, "threads", threads)
     return found
 
 
-@pytest.fixture
-def four_tiles(monkeypatch):
-    """Tests have one ledger chunk of four tiles."""
-    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
-    monkeypatch.setattr(blocks, "LEAST_UPDATES", 99)
+FOUR_TILES = PlanLimits(tile_bytes=1, least_updates=99)
+"""Limits that make one ledger chunk of four tiles."""
 
 
 def test_a_pass_of_one_task_starts_nothing(tmp_path, started):
     arrays = walk_arrays(ROWS, ELEMENTS)
-    _, summary = ledger_of(tmp_path, arrays, executor=compute.local(8, 512 * MEBIBYTE))
+    executor = executors.local(8, 512 * MEBIBYTE)
+    _, summary = ledger_of(tmp_path, arrays, limits=PlanLimits(), executor=executor)
     assert (summary.plan.tasks, started) == (1, [])
 
 
-@pytest.mark.usefixtures("four_tiles")
 def test_threads_are_as_many_as_a_pass_has_tasks_and_memory_keeps(tmp_path, started):
     arrays = walk_arrays(ROWS, ELEMENTS)
-    ledger, summary = ledger_of(tmp_path / "four", arrays, executor=compute.local(8, 512 * MEBIBYTE))
+    executor = executors.local(8, 512 * MEBIBYTE)
+    ledger, summary = ledger_of(tmp_path / "four", arrays, limits=FOUR_TILES, executor=executor)
     assert (summary.plan.tasks, started) == (4, [("threads", 4)])
     # Threads share the memory of one worker: of two there is room, and not of three.
-    beyond_idle = summary.plan.projected_bytes - blocks.RESERVED_BYTES
-    executor = compute.local(8, blocks.RESERVED_BYTES + 3 * beyond_idle - 1)
-    other, _ = ledger_of(tmp_path / "two", arrays, executor=executor)
+    beyond_idle = summary.plan.projected_bytes - FOUR_TILES.reserved_bytes
+    executor = executors.local(8, FOUR_TILES.reserved_bytes + 3 * beyond_idle - 1)
+    other, _ = ledger_of(tmp_path / "two", arrays, limits=FOUR_TILES, executor=executor)
     assert started[1:] == [("threads", 2)]
     assert bits(other) == bits(ledger)
 
 
-@pytest.mark.usefixtures("four_tiles")
 @pytest.mark.parametrize(
     ("codec", "together", "most", "kind"),
     [
@@ -483,17 +462,16 @@ def test_threads_are_as_many_as_a_pass_has_tasks_and_memory_keeps(tmp_path, star
     ],
 )
 def test_a_long_pass_is_for_processes_unless_threads_need_no_interpreter(
-    tmp_path, monkeypatch, started, codec, together, most, kind
+    tmp_path, started, codec, together, most, kind
 ):
     arrays = walk_arrays(ROWS, ELEMENTS)
     codecs = dict.fromkeys(arrays, BloscCodec(cname=codec)) if codec else None
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK, codecs)
-    plan = compute_ledger(trajectory, tmp_path / "serial.zarr").plan
-    monkeypatch.setattr(compute, "_CLUSTER_BYTES", plan.read_bytes)
-    monkeypatch.setattr(compute, "_MOST_THREADS", most)
-    beyond_idle = plan.projected_bytes - blocks.RESERVED_BYTES
-    executor = compute.local(8, blocks.RESERVED_BYTES + together * beyond_idle)
-    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor)
+    plan = compute_ledger(trajectory, tmp_path / "serial.zarr", limits=FOUR_TILES).plan
+    limits = dataclasses.replace(FOUR_TILES, least_cluster_bytes=plan.read_bytes, most_threads=most)
+    beyond_idle = plan.projected_bytes - limits.reserved_bytes
+    executor = executors.local(8, limits.reserved_bytes + together * beyond_idle)
+    compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executor, limits=limits)
     assert started == [(kind, 4)]
     assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "serial.zarr")
 
@@ -516,17 +494,16 @@ def test_our_own_workers_are_bounded_by_the_plan_and_not_paused_below_it(cluster
         assert (setting["target"], setting["spill"], setting["pause"]) == (False, False, False)
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "address", ["tcp://127.0.0.1:{port}", "tls://127.0.0.1:{port}", "http://127.0.0.1", "host"]
 )
-def test_a_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch, address):
-    monkeypatch.setattr(compute, "_CONNECT_SECONDS", 0.2)
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path, address):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # taken, and nobody listens
         address = address.format(port=bound.getsockname()[1])
+        executor = executors.existing_cluster(address, connect_seconds=0.2)
         with pytest.raises(InputError, match=r"the Dask scheduler does not answer: \w") as caught:
-            ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), executor=compute.existing_cluster(address))
+            ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), executor=executor)
     assert caught.value.where == address
     assert "--scheduler" in caught.value.remedy
 
@@ -538,13 +515,12 @@ def stopped_after(chunks):
     """Serial executor that stops early, as a user or a machine would."""
 
     def run(job, tasks, digests):
-        yield from itertools.islice(compute.serial(job, tasks, digests), chunks)
+        yield from itertools.islice(executors.serial(job, tasks, digests), chunks)
         raise KeyboardInterrupt
 
     return run
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("finished", [0, 1, 3])
 def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
     arrays = walk_arrays(ROWS, ELEMENTS)
@@ -554,21 +530,20 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
     ledger, trajectory = tmp_path / "ledger.zarr", tmp_path / "trajectory.zarr"
     with pytest.raises(InputError, match="not complete"):
         Ledger(ledger).read()
-    summary = compute_ledger(trajectory, ledger)
+    summary = compute_small(trajectory, ledger)
     assert (summary.chunks, summary.computed_chunks) == (4, 4 - finished)
     assert bits(ledger) == bits(undisturbed)
-    assert compute_ledger(trajectory, ledger).computed_chunks == 0
+    assert compute_small(trajectory, ledger).computed_chunks == 0
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from natgrad.schema import blocks
-from natgrad.compute import ledger_pass as compute
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
 from natgrad.store import journal
 
-vars(blocks).update({constants})
 owner, name, calls = {owner}, {name!r}, 0
 original = getattr(owner, name)
 
@@ -580,11 +555,10 @@ def killed(*args):
     return original(*args)
 
 setattr(owner, name, killed)
-compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]))
+compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), limits={limits})
 """
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("owner", "name", "call", "kept"),
     [
@@ -602,41 +576,33 @@ def test_a_process_that_was_killed_in_its_third_band_leaves_those_that_were_writ
     undisturbed, _ = ledger_of(tmp_path / "undisturbed", arrays)
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
     ledger = tmp_path / "ledger.zarr"
-    code = KILLED.format(constants=SMALL_BLOCKS, owner=owner, name=name, call=call)
+    code = KILLED.format(limits=SMALL, owner=owner, name=name, call=call)
     process = subprocess.run([sys.executable, "-c", code, trajectory, ledger], check=False)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match=r"updates (6|12) to \d+ are missing"):
         Ledger(ledger).read()
-    summary = compute_ledger(trajectory, ledger)
+    summary = compute_small(trajectory, ledger)
     assert summary.chunks == 4
     assert summary.chunks - summary.computed_chunks in kept
     assert bits(ledger) == bits(undisturbed)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp_path):
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", walk_arrays(ROWS, ELEMENTS), SHAPES, CHUNK)
     ledger = tmp_path / "ledger.zarr"
 
     def disturbed(*arguments):
         with pytest.raises(InputError, match=f"another process is writing this ledger: process {os.getpid()} on "):
-            compute_ledger(trajectory, ledger)
-        yield from compute.serial(*arguments)
+            compute_small(trajectory, ledger)
+        yield from executors.serial(*arguments)
 
-    assert compute_ledger(trajectory, ledger, executor=disturbed).computed_chunks == 4
-    assert compute_ledger(trajectory, ledger).computed_chunks == 0
+    assert compute_small(trajectory, ledger, executor=disturbed).computed_chunks == 4
+    assert compute_small(trajectory, ledger).computed_chunks == 0
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO", "natgrad.compute.ledger_pass")
-    arrays, computed = walk_arrays(ROWS + 17, ELEMENTS), set()
-
-    def tile_segments(job, tile):
-        computed.update(range(tile.start, tile.stop))
-        return tiles.tile_segments(job, tile)
-
-    monkeypatch.setattr(compute, "tile_segments", tile_segments)
+def test_new_steps_cost_their_own_updates_only(tmp_path, caplog):
+    caplog.set_level("DEBUG", "natgrad.compute")
+    arrays = walk_arrays(ROWS + 17, ELEMENTS)
     rows = {ROWS: (4, 4), ROWS + 5: (4, 1), ROWS + 13: (6, 2), ROWS + 17: (6, 1)}
     trajectory, ledger, done = tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", 0
     for stop, counts in rows.items():
@@ -645,8 +611,10 @@ def test_new_steps_cost_their_own_rows_only(tmp_path, monkeypatch, caplog):
             append_states(trajectory, new)
         else:
             write_trajectory(trajectory, new, SHAPES, CHUNK)
-        computed.clear()
-        summary = compute_ledger(trajectory, ledger)
+        caplog.clear()
+        summary = compute_small(trajectory, ledger)
+        tiles = [record.updates for record in caplog.records if record.message == "tile begins"]
+        computed = {update for first, last in tiles for update in range(first, last)}
         assert (summary.chunks, summary.computed_chunks) == counts
         assert summary.n_updates == stop - 1
         # The update from the state that was the last is new too.
@@ -668,7 +636,6 @@ def grown_by_three(folder):
     return ledger, arrays
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -678,16 +645,15 @@ def grown_by_three(folder):
 )
 def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp_path, owner, name):
     ledger, arrays = grown_by_three(tmp_path)
-    code = KILLED.format(constants=SMALL_BLOCKS, owner=owner, name=name, call=1)
+    code = KILLED.format(limits=SMALL, owner=owner, name=name, call=1)
     process = subprocess.run([sys.executable, "-c", code, tmp_path / "trajectory.zarr", ledger], check=False)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match="updates 18 to 22 are missing"):
         Ledger(ledger).read()
-    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_updates == 3
+    assert compute_small(tmp_path / "trajectory.zarr", ledger).computed_updates == 3
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
 def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
     ledger, arrays = grown_by_three(tmp_path)
@@ -695,25 +661,23 @@ def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, ar
     content = bytearray(chunk.read_bytes())
     content[3] ^= 1
     chunk.write_bytes(content)
-    summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    summary = compute_small(tmp_path / "trajectory.zarr", ledger)
     assert (summary.computed_chunks, summary.computed_updates) == (1, 4)
     assert "another checksum than was recorded" in caplog.text
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("state", "computed"), [(17, (2, 9)), (18, (2, 10)), (19, (1, 4)), (20, (1, 3))])
 def test_a_band_of_other_states_is_not_gone_on_with(tmp_path, state, computed):
     ledger, arrays = grown_by_three(tmp_path)
     arrays["gradient"][state] *= 2
     write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
-    summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
+    summary = compute_small(tmp_path / "trajectory.zarr", ledger)
     # State 18 is the last of one ledger chunk and the first of the next, and state 19 was the last of all.
     assert (summary.computed_chunks, summary.computed_updates) == computed
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_the_ledger_of_a_trajectory_that_was_replaced_is_not_read_for_that_of_the_new_one(tmp_path):
     ledger, _ = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
     arrays = walk_arrays(ROWS, ELEMENTS, seed=1)
@@ -723,11 +687,10 @@ def test_the_ledger_of_a_trajectory_that_was_replaced_is_not_read_for_that_of_th
         ledger_of(tmp_path, arrays, executor=stopped_after(1))
     with pytest.raises(InputError, match="updates 12 to 18 are missing"):
         Ledger(ledger).read()
-    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_chunks == 2
+    assert compute_small(tmp_path / "trajectory.zarr", ledger).computed_chunks == 2
     assert_is_ledger_of(ledger, arrays)
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_trajectory_that_shrank_and_grew_again_has_no_rows_of_nothing(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, _ = ledger_of(tmp_path, arrays)
@@ -736,11 +699,10 @@ def test_a_trajectory_that_shrank_and_grew_again_has_no_rows_of_nothing(tmp_path
     _, summary = ledger_of(tmp_path, start)
     assert (summary.chunks, summary.computed_chunks) == (2, 1)
     append_states(tmp_path / "trajectory.zarr", rest)
-    assert compute_ledger(tmp_path / "trajectory.zarr", ledger).computed_chunks == 3
+    assert compute_small(tmp_path / "trajectory.zarr", ledger).computed_chunks == 3
     assert bits(ledger) == before
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("shapes", "dtypes"),
     [
@@ -802,7 +764,7 @@ def test_what_is_no_amount_of_memory_is_refused(amount):
 MEASURED = """
 import sys
 from pathlib import Path
-from natgrad.compute import ledger_pass as compute
+from natgrad.compute.ledger_pass import compute_ledger
 
 def peak():
     # Not getrusage: its peak counts the process that this one was forked from.
@@ -810,7 +772,7 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 idle = peak()
-summary = compute.compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), memory_limit=int(sys.argv[3]))
+summary = compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), memory_limit=int(sys.argv[3]))
 print(idle, peak(), summary.plan.projected_bytes)
 """
 
@@ -826,7 +788,7 @@ def test_a_real_pass_takes_no_more_memory_than_it_projects(tmp_path, rows, shape
     elements = sum(int(np.prod(shape)) for shape in shapes.values())
     block = np.random.default_rng(0).standard_normal((rows, 1 << 10), dtype=np.float32)
     state = np.tile(block, -(-elements // (1 << 10)))[:, :elements]
-    chunk = blocks.chunk_shape(rows, elements)
+    chunk = chunk_shape(rows, elements)
     trajectory = write_trajectory(
         tmp_path / "trajectory.zarr", {"parameter": state, "gradient": state}, shapes, chunk
     )

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.schema import blocks
-from natgrad.schema.blocks import MEBIBYTE, RESERVED_BYTES, chunk_shape, plan_pass
+from natgrad.compute.plan import PlanLimits, plan_pass, read_blocks
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import MEBIBYTE, IngestLimits, chunk_shape
+
+LIMITS, INGEST = PlanLimits(), IngestLimits()
 
 
 @st.composite
@@ -33,95 +35,103 @@ def trajectories(draw):
 
 
 @given(states=st.integers(1, 1_000_000), elements=st.integers(1, 1 << 34))
-def test_chunks_are_whole_steps_of_about_a_million_elements_with_little_padding(states, elements):
+def test_chunks_are_complete_steps_of_about_a_million_elements_with_little_padding(states, elements):
     steps, width = chunk_shape(states, elements)
     columns = math.ceil(elements / width)
     assert steps >= 1
     assert width >= 1
-    assert steps * width <= blocks.CHUNK_ELEMENTS
+    assert steps * width <= INGEST.chunk_elements
     # As few columns as can be, and of padding less than one element in each.
-    assert columns == math.ceil(elements / blocks.CHUNK_ELEMENTS)
+    assert columns == math.ceil(elements / INGEST.chunk_elements)
     assert columns * width - elements < columns
     # Few more steps than the run has; and as many as fit, where it has more.
-    assert steps <= max(blocks.MINIMUM_STEPS, 2 * (states - 1))
-    assert steps >= min(states, blocks.CHUNK_ELEMENTS // width)
+    assert steps <= max(INGEST.minimum_steps, 2 * (states - 1))
+    assert steps >= min(states, INGEST.chunk_elements // width)
 
 
 def test_a_model_without_elements_still_has_a_chunk_shape():
-    assert chunk_shape(10, 0) == (blocks.MINIMUM_STEPS, 1)
+    assert chunk_shape(10, 0) == (INGEST.minimum_steps, 1)
 
 
 @given(trajectories())
-def test_bands_cover_every_row_once_and_their_tiles_every_column_once(shape):
+def test_ledger_chunks_cover_every_update_once_and_their_tiles_every_column_once(shape):
     plan = plan_pass(**shape)
-    chunks = list(plan.chunks())
-    assert [0, *(chunk.stop for chunk in chunks)] == [
-        *(chunk.start for chunk in chunks),
-        shape["states"] - 1,
-    ]
+    items = list(plan.work_items())
+    chunks = [item.chunk for item in items]
+    assert [0, *(chunk.stop for chunk in chunks)] == [*(chunk.start for chunk in chunks), shape["states"] - 1]
     columns = math.ceil(shape["elements"] / shape["chunk"][1])
-    for chunk in chunks:
-        assert 0 < chunk.stop - chunk.start <= plan.updates_per_chunk
-        assert {(tile.start, tile.stop) for tile in chunk.tiles} == {(chunk.start, chunk.stop)}
-        assert [0, *(tile.last for tile in chunk.tiles)] == [
-            *(tile.first for tile in chunk.tiles),
-            columns,
-        ]
-        assert all(tile.first < tile.last for tile in chunk.tiles)
+    for item in items:
+        assert 0 < item.n_updates <= plan.updates_per_chunk
+        assert {(tile.start, tile.stop) for tile in item.tiles} == {(item.chunk.start, item.chunk.stop)}
+        assert [0, *(tile.last for tile in item.tiles)] == [*(tile.first for tile in item.tiles), columns]
+        assert all(tile.first < tile.last for tile in item.tiles)
+
+
+@given(trajectories(), st.data())
+def test_the_work_after_an_update_is_the_rest_of_every_tile(shape, data):
+    item = data.draw(st.sampled_from(list(plan_pass(**shape).work_items())))
+    update = data.draw(st.integers(item.chunk.start, item.chunk.stop - 1))
+    rest = item.after(update)
+    assert rest.chunk == item.chunk
+    assert rest.n_updates == item.chunk.stop - update
+    assert [(tile.stop, tile.first, tile.last) for tile in rest.tiles] == [
+        (tile.stop, tile.first, tile.last) for tile in item.tiles
+    ]
+    assert {tile.start for tile in rest.tiles} == {update}
 
 
 @given(trajectories())
-def test_a_band_is_whole_chunks_or_less_than_one(shape):
+def test_a_ledger_chunk_is_complete_chunks_of_states_or_less_than_one(shape):
     plan, steps = plan_pass(**shape), shape["chunk"][0]
     assert plan.updates_per_chunk < steps or plan.updates_per_chunk % steps == 0
-    assert 1 <= plan.read_rows <= plan.updates_per_chunk
+    assert 1 <= plan.read_states <= plan.updates_per_chunk
 
 
-@given(st.integers(0, 1 << 40), st.integers(1, 3_000_000))
-def test_pieces_cover_the_elements_of_a_column_once(first, elements):
-    cut = list(blocks.pieces(first, first + elements))
+@given(st.integers(0, 1 << 40), st.integers(1, 3_000_000), st.integers(1000, 1 << 20))
+def test_read_blocks_cover_the_elements_of_a_column_once(first, elements, size):
+    cut = list(read_blocks(first, first + elements, size))
     assert [first, *(stop for _, stop in cut)] == [*(start for start, _ in cut), first + elements]
-    assert all(stop - start == blocks.READ_BLOCK_ELEMENTS for start, stop in cut[:-1])
-    assert 0 < cut[-1][1] - cut[-1][0] <= blocks.READ_BLOCK_ELEMENTS
+    assert all(stop - start == size for start, stop in cut[:-1])
+    assert 0 < cut[-1][1] - cut[-1][0] <= size
 
 
 @pytest.mark.parametrize(
     ("chunk", "complete_chunks", "read"),
     [
-        pytest.param((1, 833_334), False, (1, 1 << 17), id="in pieces"),
-        pytest.param((2, 833_334), False, (1, 1 << 17), id="in pieces where several steps share a chunk"),
-        pytest.param((41, 25_000), False, (5, 25_000), id="several rows that are shorter than a piece"),
-        pytest.param((1, 833_334), True, (10, 833_334), id="whole where compressed"),
-        pytest.param((1, 2_500_000), True, (3, 2_500_000), id="the least number of rows"),
+        pytest.param((1, 833_334), False, (1, 1 << 17), id="in read blocks"),
+        pytest.param((2, 833_334), False, (1, 1 << 17), id="in read blocks where several steps share a chunk"),
+        pytest.param((41, 25_000), False, (5, 25_000), id="several states that are shorter than a read block"),
+        pytest.param((1, 833_334), True, (10, 833_334), id="complete where compressed"),
+        pytest.param((1, 2_500_000), True, (3, 2_500_000), id="the least number of states"),
     ],
 )
 def test_what_is_read_at_a_time(chunk, complete_chunks, read):
     shape = {"states": 400, "elements": 2_500_000, "itemsizes": (4, 4), "tensors": 6, "vectors": 5}
     plan = plan_pass(**shape, chunk=chunk, complete_chunks=complete_chunks)
-    assert (plan.read_rows, plan.read_elements) == read
+    assert (plan.read_states, plan.read_elements) == read
 
 
 @given(trajectories())
-def test_the_bytes_to_read_are_those_of_every_band_and_its_halo(shape):
+def test_the_bytes_to_read_are_those_of_every_ledger_chunk_and_its_halo(shape):
     plan = plan_pass(**shape)
     state_bytes = shape["elements"] * sum(shape["itemsizes"])
-    assert plan.read_bytes == sum(chunk.stop - chunk.start + 1 for chunk in plan.chunks()) * state_bytes
+    assert plan.read_bytes == sum(item.n_updates + 1 for item in plan.work_items()) * state_bytes
     assert plan.halo_bytes == plan.read_bytes - shape["states"] * state_bytes
 
 
 def test_the_halo_of_a_wide_model_is_one_state_in_thirty_two():
     shape = {"states": 321, "elements": 10_000_000, "itemsizes": (4, 4), "tensors": 50, "vectors": 5}
     plan = plan_pass(**shape, chunk=chunk_shape(321, 10_000_000))
-    assert plan.updates_per_chunk == blocks.LEAST_UPDATES == 32
+    assert plan.updates_per_chunk == LIMITS.least_updates == 32
     assert plan.halo_bytes == 9 * 10_000_000 * 8
     assert plan.tile_columns == 2
 
 
 @pytest.mark.parametrize("states", [2, 3, 33, 34, 1000])
-def test_the_bands_of_a_wide_model_do_not_depend_on_how_long_its_run_was_at_first(states):
+def test_the_ledger_chunks_of_a_wide_model_do_not_depend_on_how_long_its_run_was_at_first(states):
     # They stay as they are when it grows.
     plan = plan_pass(states=states, elements=10**9, chunk=(1, 1 << 20), itemsizes=[4, 4], tensors=500, vectors=5)
-    assert plan.updates_per_chunk == blocks.LEAST_UPDATES
+    assert plan.updates_per_chunk == LIMITS.least_updates
 
 
 def test_a_billion_parameters_and_ten_thousand_steps_are_some_fifty_thousand_tiles():
@@ -136,27 +146,27 @@ def test_a_billion_parameters_and_ten_thousand_steps_are_some_fifty_thousand_til
         vectors=5,
         memory_limit=512 * MEBIBYTE,
     )
-    tiles = sum(len(chunk.tiles) for chunk in plan.chunks())
-    assert 0.5 * blocks.MOST_TILES < tiles < 1.5 * blocks.MOST_TILES
+    tiles = sum(len(item.tiles) for item in plan.work_items())
+    assert 0.5 * LIMITS.most_tiles < tiles < 1.5 * LIMITS.most_tiles
 
 
-def test_the_ledger_of_a_short_run_has_no_room_for_a_hundred_thousand_rows():
+def test_the_ledger_of_a_short_run_has_no_room_for_a_hundred_thousand_updates():
     plan = plan_pass(states=3, elements=10, chunk=(64, 10), itemsizes=(4, 4), tensors=1, vectors=5)
-    assert plan.updates_per_chunk == blocks.MINIMUM_STEPS
+    assert plan.updates_per_chunk == LIMITS.minimum_updates
 
 
 def test_the_projected_memory_of_a_worked_example_is_its_documented_sum():
     # 400 states of 2.5 million elements in float32, six tensors: three chunk columns of 833,334 elements.
     plan = plan_pass(states=400, elements=2_500_000, chunk=(1, 833_334), itemsizes=(4, 4), tensors=6, vectors=5)
     assert plan.updates_per_chunk == 32
-    assert (plan.read_rows, plan.read_elements) == (1, 131_072)
+    assert (plan.read_states, plan.read_elements) == (1, 131_072)
     seen = 2 * 131_072 * 4 + 2 * 131_072 * 4  # parameter, gradient: a row and the one before
     entry = (5 * 5 + 1) * 8  # the products and the ratio of one row of one segment
     segments = 6 + 3 + 6  # each boundary of a column may cut a tensor in two, and each of its seven pieces
-    assert plan.projected_bytes == RESERVED_BYTES + seen + 32 * entry * (3 * segments + 2 * 6)
+    assert plan.projected_bytes == LIMITS.reserved_bytes + seen + 32 * entry * (3 * segments + 2 * 6)
 
 
-def test_a_run_shorter_than_a_band_takes_the_memory_of_its_rows():
+def test_a_run_shorter_than_a_ledger_chunk_takes_the_memory_of_its_updates():
     shape = {
         "elements": 100,
         "chunk": (64, 100),
@@ -182,10 +192,10 @@ def test_an_accepted_limit_is_kept_and_a_refused_plan_names_the_least_that_is_ac
             plan_pass(**shape, memory_limit=(least - 1) * MEBIBYTE)
     else:
         assert plan.projected_bytes <= limit
-    assert plan.read_rows >= 1
+    assert plan.read_states >= 1
 
 
-@given(trajectories(), st.integers(RESERVED_BYTES, 1 << 30))
+@given(trajectories(), st.integers(LIMITS.reserved_bytes, 1 << 30))
 def test_a_limit_changes_how_much_is_read_at_a_time_and_nothing_else(shape, limit):
     free = plan_pass(**shape)
     try:
@@ -193,16 +203,16 @@ def test_a_limit_changes_how_much_is_read_at_a_time_and_nothing_else(shape, limi
     except InputError:
         assert free.projected_bytes > limit
         return
-    changed = {"read_rows": free.read_rows, "projected_bytes": free.projected_bytes}
+    changed = {"read_states": free.read_states, "projected_bytes": free.projected_bytes}
     assert dataclasses.replace(tight, **changed) == free
-    assert tight.read_rows <= free.read_rows
+    assert tight.read_states <= free.read_states
 
 
 @given(trajectories(), st.integers(1, 200))
-def test_the_bands_of_a_ledger_that_is_there_are_kept(shape, updates_per_chunk):
+def test_the_chunks_of_an_existing_ledger_are_kept(shape, updates_per_chunk):
     plan = plan_pass(**shape, updates_per_chunk=updates_per_chunk)
     assert plan.updates_per_chunk == updates_per_chunk
-    for before, after in itertools.pairwise(plan.chunks()):
+    for before, after in itertools.pairwise(item.chunk for item in plan.work_items()):
         assert before.stop - before.start == updates_per_chunk
         assert after.start == before.stop
 
@@ -210,7 +220,7 @@ def test_the_bands_of_a_ledger_that_is_there_are_kept(shape, updates_per_chunk):
 @pytest.mark.parametrize("states", [0, 1])
 def test_a_run_without_an_update_has_nothing_to_read(states):
     plan = plan_pass(states=states, elements=10, chunk=(64, 10), itemsizes=(4, 4), tensors=1, vectors=5)
-    assert (plan.n_updates, plan.read_bytes, plan.halo_bytes, list(plan.chunks())) == (0, 0, 0, [])
+    assert (plan.n_updates, plan.read_bytes, plan.halo_bytes, list(plan.work_items())) == (0, 0, 0, [])
 
 
 def test_a_plan_says_what_it_reads_and_what_it_takes():
@@ -220,3 +230,8 @@ def test_a_plan_says_what_it_reads_and_what_it_takes():
     assert str(plan) == (
         "8 updates in 2 tasks, 0.1 MB to read (10.0% of it twice), projected peak memory per worker 320 MiB"
     )
+
+
+def test_the_shape_of_chunks_can_be_chosen():
+    assert chunk_shape(201, 25_408, limits=IngestLimits(chunk=(8, 17))) == (8, 17)
+    assert chunk_shape(201, 25_408, limits=IngestLimits(chunk_elements=10_000)) == (1, 8470)

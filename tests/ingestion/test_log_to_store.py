@@ -1,5 +1,6 @@
 """Logs into a trajectory: every step exactly once, or a refusal that leaves nothing to trip over."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -11,10 +12,9 @@ import numpy as np
 import pytest
 
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
-from natgrad.ingestion import ingest, transfer
-from natgrad.schema import blocks
+from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import storage_dtype
+from natgrad.schema.layout import IngestLimits, storage_dtype
 from natgrad.sources.checkpoints.step_folder import StepFolder
 from natgrad.store import Trajectory
 
@@ -23,15 +23,15 @@ WIDE = 8  # elements of a chunk: three columns of one step, the last with an ele
 DEEP = 3 * ELEMENTS  # elements of a chunk: one column of three steps
 
 
-@pytest.fixture(params=[WIDE, DEEP], ids=["wide", "deep"])
-def _chunks(request, monkeypatch):
-    """Chunks and commits so small that a short run has several."""
-    shrink(monkeypatch, request.param)
+def small(chunk_elements):
+    """Limits with which a short run has several chunks and commits."""
+    return IngestLimits(chunk_elements=chunk_elements, commit_bytes=1)
 
 
-def shrink(monkeypatch, chunk_elements):
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
+@pytest.fixture(name="ingest", params=[WIDE, DEEP], ids=["wide", "deep"])
+def small_ingest(request):
+    """`ingest` with small limits."""
+    return functools.partial(ingest, limits=small(request.param))
 
 
 pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
@@ -111,12 +111,11 @@ def random_bits(steps, dtype, tensors=TENSORS, seed=0):
 # What lands --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize(
     ("dtype", "container"),
     [case for case in itertools.product(DTYPES, ["safetensors", "npz"]) if case != ("bfloat16", "npz")],
 )
-def test_every_dtype_lands_bit_for_bit(log, store, dtype, container):
+def test_every_dtype_lands_bit_for_bit(ingest, log, store, dtype, container):
     states = random_bits(5, dtype)
     summary = ingest(write_log(log, states, container=container), store)
     assert_holds(store, states)
@@ -126,9 +125,8 @@ def test_every_dtype_lands_bit_for_bit(log, store, dtype, container):
     assert len(Trajectory(store).records()) > 1
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)))
-def test_a_model_of_mixed_dtypes_is_stored_exactly(log, store, dtypes):
+def test_a_model_of_mixed_dtypes_is_stored_exactly(ingest, log, store, dtypes):
     with np.errstate(over="ignore", under="ignore"):
         states = random_walk(4)
         for state, (index, name) in itertools.product(states, enumerate(TENSORS)):
@@ -146,10 +144,10 @@ def test_a_model_of_mixed_dtypes_is_stored_exactly(log, store, dtypes):
                 assert np.asarray(stored(store, row, key), np.float64).tobytes() == wide.tobytes(), key
 
 
-def test_progress_ends_at_the_number_of_new_steps(log, store, monkeypatch):
-    shrink(monkeypatch, DEEP)
+def test_progress_ends_at_the_number_of_new_steps(log, store):
     calls = []
-    ingest(write_log(log, random_walk(7)), store, progress=lambda done, total: calls.append((done, total)))
+    write_log(log, random_walk(7))
+    ingest(log, store, limits=small(DEEP), progress=lambda done, total: calls.append((done, total)))
     assert calls == [(3, 7), (6, 7), (7, 7)]
 
 
@@ -169,9 +167,8 @@ def opened(monkeypatch):
     return numbers
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("first", [1, 2, 3, 5])
-def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(tmp_path, log, store, opened, first):
+def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(ingest, tmp_path, log, store, opened, first):
     states = random_walk(8)
     write_log(log, states[:first])
     ingest(log, store)
@@ -206,8 +203,7 @@ def test_steps_that_the_run_cleared_away_stay_ingested(log, store):
     assert_holds(store, states)
 
 
-@pytest.mark.usefixtures("_chunks")
-def test_a_touched_file_of_the_same_content_is_accepted(log, store, opened):
+def test_a_touched_file_of_the_same_content_is_accepted(ingest, log, store, opened):
     states = random_walk(5)
     ingest(write_log(log, states[:4]), store)
     before = content(store)
@@ -236,9 +232,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_step_that_changed_after_it_was_ingested_is_refused(log, store, what):
+def test_a_step_that_changed_after_it_was_ingested_is_refused(ingest, log, store, what):
     states = random_walk(5)
     ingest(write_log(log, states), store)
     before = content(store)
@@ -430,12 +425,11 @@ def damage_one_byte(path):
 DAMAGES = [("safetensors", damage_truncated), ("npz", damage_truncated), ("npz", damage_one_byte)]
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize(("container", "damage"), DAMAGES)
 @pytest.mark.parametrize("bad", [0, 4, 6])
 @pytest.mark.parametrize("out_is_there", [False, True])
 def test_a_damaged_file_leaves_nothing_that_a_good_run_trips_over(
-    tmp_path, log, store, container, damage, bad, out_is_there
+    ingest, tmp_path, log, store, container, damage, bad, out_is_there
 ):
     states = random_walk(7)
     write_log(log, states, container=container)
@@ -481,8 +475,7 @@ def log_again(path):
         (Path.unlink, "the step cannot be found any more"),
     ],
 )
-def test_a_file_that_changes_between_description_and_reading_is_refused(log, store, monkeypatch, interfere, what):
-    shrink(monkeypatch, DEEP)
+def test_a_file_that_changes_between_description_and_reading_is_refused(log, store, interfere, what):
     states = random_walk(7)
     write_log(log, states)
 
@@ -491,7 +484,7 @@ def test_a_file_that_changes_between_description_and_reading_is_refused(log, sto
             interfere(log / "step_5.safetensors")
 
     with pytest.raises(InputError, match=what) as caught:
-        ingest(log, store, progress=disturb)
+        ingest(log, store, limits=small(DEEP), progress=disturb)
     assert caught.value.where == f"{log / 'step_5.safetensors'}, step 5"
     assert_holds(store, states[:3])
     write_step(log, 5, states[5])
@@ -502,10 +495,9 @@ def test_a_file_that_changes_between_description_and_reading_is_refused(log, sto
 # What is warned of -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_is_ingested_and_warned_of_by_name(log, store, caplog, dtype, value):
+def test_a_gradient_that_is_not_finite_is_ingested_and_warned_of_by_name(ingest, log, store, caplog, dtype, value):
     states = random_walk(5, dtype=dtype)
     states[2]["gradient/layer.weight"][3, 1] = value
     states[4]["parameter/scale"] = np.asarray(value, DTYPES[dtype])
@@ -623,12 +615,11 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work_and_readers_are_n
 KILLED_INGESTS = """
 import os, signal, sys, time
 from pathlib import Path
-from natgrad.schema import blocks
-from natgrad.ingestion import log_to_store as ingest
-from natgrad.ingestion import transfer
+from natgrad.ingestion import ingest
+from natgrad.schema.layout import IngestLimits
 
 os.fsync = lambda descriptor: None
-blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = int(sys.argv[3]), 1
+limits = IngestLimits(chunk_elements=int(sys.argv[3]), commit_bytes=1)
 log, folder = Path(sys.argv[1]), Path(sys.argv[2])
 
 def run(name, last_change=None, delay=None):
@@ -648,7 +639,7 @@ def run(name, last_change=None, delay=None):
 
         sys.addaudithook(watch)
         os.write(ready, b"!")
-        ingest.ingest(log, folder / name / "trajectory.zarr")
+        ingest(log, folder / name / "trajectory.zarr", limits=limits)
         (folder / (name + ".changes")).write_text(str(changes))
         os._exit(0)
     os.read(started, 1)

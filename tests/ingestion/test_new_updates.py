@@ -1,5 +1,6 @@
 """Runs that were restarted, and many runs in one trajectory: no update leads from one to another."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from logs import TENSORS, random_walk, write_step
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run, report_run
+from natgrad.compute.plan import PlanLimits
 from natgrad.results import dataset as results
-from natgrad.schema import blocks
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import LAYOUT_VERSION, storage_dtype
+from natgrad.schema.layout import LAYOUT_VERSION, IngestLimits, storage_dtype
 from natgrad.schema.variables import Status
 from natgrad.store import Ledger, Trajectory
 
@@ -25,9 +26,10 @@ ELEMENTS = 17  # of `logs.TENSORS`
 pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
-@pytest.fixture(params=[8, 3 * ELEMENTS], ids=["wide", "deep"])
-def _chunks(request, monkeypatch):
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", request.param)
+@pytest.fixture(name="ingest_run", params=[8, 3 * ELEMENTS], ids=["wide", "deep"])
+def small_ingest_run(request):
+    """`ingest_run` with chunks so small that a short run has several."""
+    return functools.partial(ingest_run, limits=IngestLimits(chunk_elements=request.param))
 
 
 @pytest.fixture
@@ -81,10 +83,10 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
-def alone(folder, states, numbers, **options):
+def alone(folder, states, numbers, ingest=ingest_run, **options):
     """Results of steps that are a run of their own."""
     log_steps(folder / "log", states, numbers)
-    ingest_run(folder / "log", folder / "out")
+    ingest(folder / "log", folder / "out")
     analyze_run(folder / "out", Analysis(workers=1, **options))
     return folder / "out"
 
@@ -92,9 +94,8 @@ def alone(folder, states, numbers, **options):
 # A run that was restarted --------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["overwritten", "second folder"])
-def test_a_run_that_was_restarted_goes_on_as_another_attempt(tmp_path, log, out, elsewhere):
+def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_path, log, out, elsewhere):
     first, second = random_walk(10), random_walk(13, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     folder = tmp_path / "restarted" if elsewhere else log
@@ -109,8 +110,8 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(tmp_path, log, out,
         np.testing.assert_array_equal(parameter, flat(state), err_msg=f"{step} {attempt}")
     # The run as it stands is the first attempt up to the restart, then the second; as it stood, the first.
     analyze_run(out, SERIAL)
-    before = variables(alone(tmp_path / "a", first, range(6)))
-    after = variables(alone(tmp_path / "b", second, range(6, 13)))
+    before = variables(alone(tmp_path / "a", first, range(6), ingest=ingest_run))
+    after = variables(alone(tmp_path / "b", second, range(6, 13), ingest=ingest_run))
     # But for the smallest windows, which are of the run as a whole.
     of_steps = [name for name in before if not name.startswith(("effective_window", "decreasing_window"))]
     found = variables(out)
@@ -121,7 +122,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(tmp_path, log, out,
     dataset = results.read(RunFolder(out).results)["model"]
     assert dataset["attempt"].values.tolist() == [0] * 5 + [1] * 6
     analyze_run(out, Analysis(workers=1, attempt=0))
-    assert_same(variables(out), variables(alone(tmp_path / "c", first, range(10))))
+    assert_same(variables(out), variables(alone(tmp_path / "c", first, range(10), ingest=ingest_run)))
     with pytest.raises(InputError, match="there is no attempt 2, the last is 1"):
         analyze_run(out, Analysis(workers=1, attempt=2))
     assert ingest_run(folder, out)["new_steps"] == 0
@@ -141,8 +142,7 @@ def test_no_window_reaches_across_a_restart(tmp_path, log, out):
             assert (np.isnan(at[name]) == unverifiable).all(), name
 
 
-@pytest.mark.usefixtures("_chunks")
-def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(log, out):
+def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(ingest_run, log, out):
     first, second = random_walk(10), random_walk(12, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     log_steps(log, second, [5])
@@ -203,14 +203,13 @@ def test_a_run_with_one_state_since_its_restart_has_no_update_yet(log, out):
         analyze_run(out, SERIAL)
 
 
-def test_a_restart_costs_the_bands_of_its_rows_only(log, out, monkeypatch):
-    for name, value in {"LEAST_TILE_BYTES": 1, "CHUNKS_OF_SMALL_RUN": 2, "LEAST_UPDATES": 1}.items():
-        monkeypatch.setattr(blocks, name, value)
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 2 * ELEMENTS)
-    ingest_run(log_steps(log, random_walk(9), range(9)), out)
-    assert analyze_run(out, SERIAL)["computed_chunks"] == 2
-    ingest_run(log_steps(log, random_walk(9, seed=1), range(7, 9)), out)
-    summary = analyze_run(out, SERIAL)
+def test_a_restart_costs_the_ledger_chunks_of_its_updates_only(log, out):
+    chunks = IngestLimits(chunk_elements=2 * ELEMENTS)
+    limits = PlanLimits(least_tile_bytes=1, chunks_of_small_run=2, least_updates=1)
+    ingest_run(log_steps(log, random_walk(9), range(9)), out, limits=chunks)
+    assert analyze_run(out, SERIAL, limits=limits)["computed_chunks"] == 2
+    ingest_run(log_steps(log, random_walk(9, seed=1), range(7, 9)), out, limits=chunks)
+    summary = analyze_run(out, SERIAL, limits=limits)
     assert (summary["chunks"], summary["computed_chunks"]) == (3, 1)
     gram, ratio = Ledger(RunFolder(out).ledger).read()
     assert np.isnan(gram[8]).all()
@@ -233,25 +232,23 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
     states, last = random_walk(30), -1
     history = [(0, 6), *restarts]
     model: dict[int, tuple[int, int]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "chunk_shape", lambda *_: chunk)
-        patch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: chunk)
-        for attempt, (begin, count) in enumerate(history):
-            begin = min(begin, last + 1)
-            states = [*states[:begin], *random_walk(30, seed=attempt)[begin:]]
-            if attempt and begin <= last:
-                # As a run that starts again from a checkpoint clears what it had logged since.
-                for number in range(begin, last + 1):
-                    (log / f"step_{number}.safetensors").unlink()
-            for number in range(begin, begin + count):
-                log_steps(log, states, [number])
-                # A look at a run that has one new state, or none: nothing is lost, and nothing taken twice.
-                if next(looked) and number > begin:
-                    ingest_run(log, out)
-            ingest_run(log, out)
-            last = begin + count - 1
-            model = {n: kept for n, kept in model.items() if n < begin}
-            model |= {n: (attempt, n) for n in range(begin, last + 1)}
+    limits = IngestLimits(chunk=chunk)
+    for attempt, (begin, count) in enumerate(history):
+        begin = min(begin, last + 1)
+        states = [*states[:begin], *random_walk(30, seed=attempt)[begin:]]
+        if attempt and begin <= last:
+            # As a run that starts again from a checkpoint clears what it had logged since.
+            for number in range(begin, last + 1):
+                (log / f"step_{number}.safetensors").unlink()
+        for number in range(begin, begin + count):
+            log_steps(log, states, [number])
+            # A look at a run that has one new state, or none: nothing is lost, and nothing taken twice.
+            if next(looked) and number > begin:
+                ingest_run(log, out, limits=limits)
+        ingest_run(log, out, limits=limits)
+        last = begin + count - 1
+        model = {n: kept for n, kept in model.items() if n < begin}
+        model |= {n: (attempt, n) for n in range(begin, last + 1)}
     trajectory = Trajectory(RunFolder(out).trajectory)
     rows = np.flatnonzero(trajectory.current())
     everything = held(out)

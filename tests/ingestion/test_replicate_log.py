@@ -20,17 +20,17 @@ from natgrad.app.folder import RunFolder
 from natgrad.app.inspection import inspect_source
 from natgrad.app.run import analyze_run, ingest_run, report_run
 from natgrad.app.verification import verify_run
-from natgrad.compute import ledger_pass as compute
+from natgrad.compute import executors
 from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.plan import PlanLimits, plan_pass
 from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums
 from natgrad.recording.recorder import Recorder
 from natgrad.results import dataset as results
 from natgrad.results import replicates
 from natgrad.results.inputs import replicate_products, update_table
-from natgrad.schema import blocks
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import Layout
+from natgrad.schema.layout import IngestLimits, Layout
 from natgrad.schema.names import of_replicate, replicate_vectors
 from natgrad.schema.variables import Status
 from natgrad.store import Ledger, Trajectory
@@ -266,10 +266,14 @@ def test_equation_19_from_a_log_is_that_of_exact_arithmetic(tmp_path):
 
 CUT = {"first": (37,), "second": (5, 9), "none": (0,), "third": (40,), "scalar": ()}
 ELEMENTS, ROWS = 123, 20
-SMALL_BLOCKS = {
-    **{"LEAST_TILE_BYTES": 1, "TILE_BYTES": 8000, "LEAST_UPDATES": 5, "READ_BLOCK_ELEMENTS": 7},
-    **{"COMPLETE_CHUNK_BYTES": 1000, "LEAST_READ_ROWS": 1},
-}
+SMALL = PlanLimits(
+    least_tile_bytes=1,
+    tile_bytes=8000,
+    least_updates=5,
+    read_block_elements=7,
+    complete_chunk_bytes=1000,
+    least_read_states=1,
+)
 
 
 def drawn_arrays(dtype="float32", hvp=True):
@@ -292,48 +296,43 @@ def bits(ledger):
     return [array.tobytes() for array in (*book.read(), *book.steps(), np.concatenate(chunks))]
 
 
-def test_a_run_that_grew_costs_its_new_rows_and_has_the_bits_of_one_pass(tmp_path, monkeypatch):
-    for name, value in SMALL_BLOCKS.items():
-        monkeypatch.setattr(blocks, name, value)
+def test_a_run_that_grew_costs_its_new_rows_and_has_the_bits_of_one_pass(tmp_path):
     arrays = drawn_arrays()
     whole = write_trajectory(tmp_path / "whole.zarr", arrays, CUT, (1, 40))
-    compute_ledger(whole, tmp_path / "at_once.zarr")
+    compute_ledger(whole, tmp_path / "at_once.zarr", limits=SMALL)
     grown = write_trajectory(
         tmp_path / "grown.zarr", {name: array[:13] for name, array in arrays.items()}, CUT, (1, 40)
     )
-    updates_per_chunk = compute_ledger(grown, tmp_path / "ledger.zarr").plan.updates_per_chunk
+    updates_per_chunk = compute_ledger(grown, tmp_path / "ledger.zarr", limits=SMALL).plan.updates_per_chunk
     assert 12 % updates_per_chunk  # so the last ledger chunk was begun
     append_states(grown, {name: array[13:] for name, array in arrays.items()})
-    assert compute_ledger(grown, tmp_path / "ledger.zarr").computed_updates == ROWS - 13
+    assert compute_ledger(grown, tmp_path / "ledger.zarr", limits=SMALL).computed_updates == ROWS - 13
     assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "at_once.zarr")
 
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "hvp"), [("float32", 1, True), ("bfloat16", 3, True), ("float16", 64, False)]
 )
-def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_time(
-    tmp_path, monkeypatch, dtype, steps, hvp
-):
-    for name, value in SMALL_BLOCKS.items():
-        monkeypatch.setattr(blocks, name, value)
+def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_time(tmp_path, dtype, steps, hvp):
     arrays = drawn_arrays(dtype, hvp)
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, CUT, (steps, 40))
-    summary = compute_ledger(trajectory, tmp_path / "serial.zarr")
+    summary = compute_ledger(trajectory, tmp_path / "serial.zarr", limits=SMALL)
     assert summary.chunks > 2
     assert summary.plan.columns > summary.plan.tile_columns
     # Half of it, in threads, and the rest by itself.
 
-    def half(job, chunks, digests):
-        yield from compute.threads(2)(job, chunks[::2], digests)
+    def half(job, items, digests):
+        yield from executors.threads(2)(job, items[::2], digests)
 
-    compute_ledger(trajectory, tmp_path / "resumed.zarr", executor=half)
+    compute_ledger(trajectory, tmp_path / "resumed.zarr", executor=half, limits=SMALL)
     with pytest.raises(InputError, match="not complete"):
         Ledger(tmp_path / "resumed.zarr").read()
-    assert compute_ledger(trajectory, tmp_path / "resumed.zarr").computed_chunks == summary.chunks // 2
-    compute_ledger(trajectory, tmp_path / "threads.zarr", executor=compute.threads(2))
+    resumed = compute_ledger(trajectory, tmp_path / "resumed.zarr", limits=SMALL)
+    assert resumed.computed_chunks == summary.chunks // 2
+    compute_ledger(trajectory, tmp_path / "threads.zarr", executor=executors.threads(2), limits=SMALL)
     codecs = {name: BloscCodec(cname="zstd") for name in ("gradient", "replicate_parameter")}
     write_trajectory(tmp_path / "compressed.zarr", arrays, CUT, (steps, 40), codecs)
-    compute_ledger(tmp_path / "compressed.zarr", tmp_path / "unpacked.zarr")
+    compute_ledger(tmp_path / "compressed.zarr", tmp_path / "unpacked.zarr", limits=SMALL)
     for name in ("resumed", "threads", "unpacked"):
         assert bits(tmp_path / f"{name}.zarr") == bits(tmp_path / "serial.zarr"), name
     # And they are those of the vectors: each row and tensor, wherever it is cut.
@@ -547,11 +546,10 @@ def test_the_recorder_writes_no_replicates_that_do_not_fit(tmp_path, replicates,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 16)
+def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path):
     steps = steps_of(run)
     log = write_npz(tmp_path / "log", steps)
-    ingest(log, tmp_path / "trajectory.zarr")
+    ingest(log, tmp_path / "trajectory.zarr", limits=IngestLimits(chunk_elements=16))
     states = Trajectory(tmp_path / "trajectory.zarr")
     assert (states.chunk, states.columns) == ((1, 14), 3)
     for name in ("parameter", *states.replicates_of("replicate_hvp")):
@@ -630,15 +628,15 @@ def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
     np.testing.assert_allclose(found, expected["replicate_alignment"].sel(step=5), rtol=1e-10)
 
 
-def test_a_sweep_has_the_replicates_of_each_run(tmp_path, monkeypatch):
-    # Two rows of three tensors a ledger chunk: results are made a ledger chunk at a time.
-    monkeypatch.setattr(blocks, "LEDGER_BYTES", 2 * 3 * (5**2 + 11**2 + 1) * 8)
+def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
+    # Two updates of three tensors a ledger chunk: results are made a ledger chunk at a time.
+    limits = PlanLimits(ledger_bytes=2 * 3 * (5**2 + 11**2 + 1) * 8)
     lengths = {"a": 3, "b": 5}
     runs = {name: noisy_run(seed=length, steps=length) for name, length in lengths.items()}
     for name, run in runs.items():
         record(tmp_path / "sweep" / name, run)
     ingest_run(tmp_path / "sweep", tmp_path / "out", sweep=True)
-    assert analyze_run(tmp_path / "out", Serial())["chunks"] == 4
+    assert analyze_run(tmp_path / "out", Serial(), limits=limits)["chunks"] == 4
     tree = results.read(RunFolder(tmp_path / "out").results)
     assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
     for name, of_run in results.runs(tree).items():
@@ -794,10 +792,11 @@ def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
 def test_the_memory_of_a_pass_is_that_of_all_replicates():
     sizes = {"states": 100, "elements": 1 << 22, "chunk": (1, 1 << 20), "tensors": 3, "vectors": 5}
     count = len(replicate_vectors(8, hvp=True))
-    with_replicates = blocks.plan_pass(**sizes, itemsizes=[4] * 18, replicate_vectors=count)
-    without = blocks.plan_pass(**sizes, itemsizes=[4] * 2)
-    assert (with_replicates.read_rows, without.read_rows) == (1, 1)
+    limits = PlanLimits()
+    with_replicates = plan_pass(**sizes, itemsizes=[4] * 18, replicate_vectors=count)
+    without = plan_pass(**sizes, itemsizes=[4] * 2)
+    assert (with_replicates.read_states, without.read_states) == (1, 1)
     segments = 3 + 4 + 8 - 1
     ledger = with_replicates.updates_per_chunk * (5 * 5 + count**2 + 1) * 8 * (3 * segments + 2 * 3)
-    state = 2 * blocks.READ_BLOCK_ELEMENTS * 4 * 18
-    assert with_replicates.projected_bytes == blocks.RESERVED_BYTES + ledger + state
+    state = 2 * limits.read_block_elements * 4 * 18
+    assert with_replicates.projected_bytes == limits.reserved_bytes + ledger + state

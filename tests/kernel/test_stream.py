@@ -11,7 +11,7 @@ from logs import DTYPES, walk_arrays
 from natgrad.kernel import gram, stream
 
 ELEMENTS, STATES = 3000, 7
-LONG_PIECE = 2100  # longer than what the ratio is sampled of, and than two blocks
+LONG_BLOCK = 2100  # longer than what the ratio is sampled of, and than two blocks of sums
 
 
 def words(array):
@@ -51,13 +51,13 @@ def put(tmp_path):
 
 
 def cut(*boundaries):
-    return [np.array(piece, np.int64) for piece in boundaries]
+    return [np.array(block, np.int64) for block in boundaries]
 
 
 CUTS = {
-    "one piece": (cut([0, 7, 1500, ELEMENTS]), ELEMENTS),
-    "one piece, not to the end": (cut([0, 7, 1500, ELEMENTS - 8]), ELEMENTS),
-    "three pieces": (cut([0, 900], [900, 901, LONG_PIECE], [LONG_PIECE, ELEMENTS]), 1200),
+    "one read block": (cut([0, 7, 1500, ELEMENTS]), ELEMENTS),
+    "one read block, not to the end": (cut([0, 7, 1500, ELEMENTS - 8]), ELEMENTS),
+    "three read blocks": (cut([0, 900], [900, 901, LONG_BLOCK], [LONG_BLOCK, ELEMENTS]), 1200),
 }
 
 
@@ -69,19 +69,19 @@ def computed(files, dtypes, boundaries, stride, batch, leads):
 
 
 def in_memory(arrays, boundaries, leads):
-    """Products of pairs of rows one by one, piece by piece; NaN where there is no update."""
+    """Products of pairs of states one by one, block by block; NaN where there is no update."""
     parts = []
-    for piece in boundaries:
-        held = [array[:, piece[0] : piece[-1]] for array in arrays]
+    for block in boundaries:
+        held = [array[:, block[0] : block[-1]] for array in arrays]
         count = 5 + (len(arrays) > 2)
         found = (
-            np.full((len(leads), len(piece) - 1, count, count), np.nan),
-            np.full((len(leads), len(piece) - 1), np.nan),
+            np.full((len(leads), len(block) - 1, count, count), np.nan),
+            np.full((len(leads), len(block) - 1), np.nan),
         )
         for row in np.flatnonzero(leads):
             pair = [[array[row : row + 2]] for array in held]
             here = slice(row, row + 1)
-            gram.products(pair[0], pair[1], piece - piece[0], found[0][here], found[1][here], *pair[2:])
+            gram.products(pair[0], pair[1], block - block[0], found[0][here], found[1][here], *pair[2:])
         parts.append(found)
     return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
 
@@ -119,7 +119,7 @@ def test_what_is_read_has_the_bits_of_what_is_in_memory(logged, put, cutting, dt
 
 
 @given(leads=st.lists(st.booleans(), min_size=STATES - 1, max_size=STATES - 1), batch=st.integers(1, STATES + 1))
-def test_wherever_no_update_leads_and_however_many_rows_are_read_the_others_are_as_they_were(
+def test_wherever_no_update_leads_and_however_many_states_are_read_the_others_are_as_they_were(
     logged, tmp_path_factory, leads, batch
 ):
     arrays, leads = logged["float32"][:2], np.array(leads)
@@ -142,13 +142,13 @@ def test_wherever_no_update_leads_and_however_many_rows_are_read_the_others_are_
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("array", [0, 1, 2])
-def test_the_row_that_cannot_be_read_is_named(logged, put, tmp_path, array, batch):
+def test_the_state_that_cannot_be_read_is_named(logged, put, tmp_path, array, batch):
     arrays = logged["float32"]
     files = [put(rows, 1) for rows in arrays]
     leads, dtypes = np.ones(STATES - 1, bool), [np.dtype("<f4")] * 3
     os.truncate(tmp_path / str(array * STATES + 4), arrays[0][0].nbytes - 1)
-    boundaries, stride = CUTS["three pieces"]
-    # The byte that is missing is of the last piece.
+    boundaries, stride = CUTS["three read blocks"]
+    # The byte that is missing is of the last read block.
     failed, *_ = computed(files, dtypes, boundaries, stride, batch, leads)
     assert failed == (array, 4)
     failed, *_ = computed(files, dtypes, boundaries[:2], stride, batch, leads)
@@ -165,5 +165,5 @@ def test_a_buffer_that_would_be_overrun_is_refused(logged, put):
         computed(files, dtypes, cut([0, ELEMENTS]), ELEMENTS - 1, 1, leads)
     products = np.empty((STATES - 1, 1, 5, 5)), np.empty((STATES - 1, 1))
     short = np.empty(stream.buffer_bytes(ELEMENTS, 2, [4, 4]) - 1, np.uint8)
-    with pytest.raises(ValueError, match="a buffer of 95999 bytes in place of 96000"):
+    with pytest.raises(ValueError, match="the buffer has 95999 bytes, but 96000 are needed"):
         stream.products(files, dtypes, cut([0, ELEMENTS]), ELEMENTS, 2, leads, short, *products)

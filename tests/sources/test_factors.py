@@ -22,8 +22,8 @@ from test_optimizer import saver, sharded
 from natgrad.app import cli, run
 from natgrad.app.run import Analysis
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import METRIC_EIGENVALUES
-from natgrad.sources.optimizers import logged_metric
 from natgrad.sources.optimizers.logged_metric import read_metric
 from natgrad.store import Trajectory
 from natgrad.store.verify import verify_trajectory
@@ -146,8 +146,8 @@ def maps(rule, model, optimizer):
     return {name: np.column_stack(found[: int(np.prod(SHAPES[name]))]) for name, found in columns.items()}
 
 
-def results_of(log, out):
-    summary = run.ingest_run(log, out, include=["optimizer"])
+def results_of(log, out, **options):
+    summary = run.ingest_run(log, out, include=["optimizer"], **options)
     run.analyze_run(out, Analysis(workers=1))
     return run.results.read(out / "results.zarr"), summary["warnings"]
 
@@ -705,10 +705,9 @@ def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, cha
     assert any(why in warning and "of 2 tensors" in warning for warning in warned)
 
 
-def test_a_factor_that_is_too_large_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(logged_metric, "LARGEST_FACTOR", 11)
+def test_a_factor_that_is_too_large_is_named(tmp_path):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
-    tree, warned = results_of(tmp_path / "log", tmp_path / "out")
+    tree, warned = results_of(tmp_path / "log", tmp_path / "out", limits=IngestLimits(largest_factor=11))
     kappa = tree["tensor"]["preconditioner_condition_number"]
     assert np.isnan(kappa.sel(tensor="out.weight")).all()
     assert np.isfinite(kappa.sel(tensor=[name for name in SHAPES if name != "out.weight"])).all()

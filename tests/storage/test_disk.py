@@ -17,9 +17,9 @@ from logs import random_walk, write_log
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
-from natgrad.ingestion import ingest, transfer
-from natgrad.schema import blocks
+from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import IngestLimits
 from natgrad.storage import disk
 from natgrad.storage.disk import flush_all, replace_files, replace_folder
 from natgrad.store import Trajectory
@@ -27,6 +27,7 @@ from natgrad.store import Trajectory
 TENSORS = {"weight": (300, 100), "bias": (40,)}
 STEPS = 12
 ONE_WORKER = Analysis(workers=1)
+SMALL = IngestLimits(chunk_elements=70_000, commit_bytes=1)
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +54,16 @@ from subprocess import run
 disk, log, size = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
 
-from natgrad.schema import blocks
-from natgrad.ingestion import transfer
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import IngestLimits
 from natgrad.store import Trajectory
 
-blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = 70_000, 1
 out = disk / "out"
 
 def process():
-    ingest_run(log, out)
+    ingest_run(log, out, limits=IngestLimits(chunk_elements=70_000, commit_bytes=1))
     analyze_run(out, Analysis(workers=1))
 
 try:
@@ -104,11 +103,8 @@ def on_a_small_disk(tmp_path, log, size, remount="size=64m"):
 @pytest.fixture(scope="module")
 def undisturbed(log, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
-        patch.setattr(transfer, "COMMIT_BYTES", 1)
-        ingest_run(log, out)
-        analyze_run(out, ONE_WORKER)
+    ingest_run(log, out, limits=SMALL)
+    analyze_run(out, ONE_WORKER)
     return content(out)
 
 
@@ -169,19 +165,17 @@ class Failing:
 
 @pytest.mark.parametrize("calls", range(0, 120, 13))
 def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path, log, monkeypatch, calls):
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 70_000)
-    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         Failing(patch, calls, errno.EDQUOT)
         with pytest.raises(InputError, match="the quota is exceeded"):
-            ingest_run(log, out)
+            ingest_run(log, out, limits=SMALL)
     store = RunFolder(out).trajectory
     before = Trajectory(store).scalar("step").tolist() if store.exists() else []
     assert before == list(range(len(before)))
     assert not before or verify_run(out) == []
-    ingest_run(log, out)
-    ingest_run(log, tmp_path / "once")
+    ingest_run(log, out, limits=SMALL)
+    ingest_run(log, tmp_path / "once", limits=SMALL)
     assert content(out) == content(tmp_path / "once")
 
 

@@ -17,10 +17,12 @@ import logs
 from natgrad.app import cli, run
 from natgrad.app.describe import describe_run
 from natgrad.app.verification import verify_run
+from natgrad.compute import executors
 from natgrad.compute import ledger_pass as compute
+from natgrad.compute.plan import PlanLimits
 from natgrad.results import dataset as results
-from natgrad.schema import blocks
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.layout import IngestLimits
 from natgrad.storage import delete, is_url, names, place, put
 from natgrad.storage.icechunk_files import RepositoryFiles
 from natgrad.storage.repository import newest, outside, place_of_run, versions
@@ -230,13 +232,12 @@ def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
 # Workers -----------------------------------------------------------------------------------------------------
 
 
-def test_worker_processes_read_the_version_that_is_computed(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(compute, "_CLUSTER_BYTES", 0)
-    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
+def test_worker_processes_read_the_version_that_is_computed(url, tmp_path):
+    limits = PlanLimits(tile_bytes=1, least_cluster_bytes=0)
     store = written(url, rows=9, elements=64, chunk=(2, 16))
     ledgers = store.parent / "ledger.zarr", tmp_path / "ledger.zarr"
-    for ledger, executor in zip(ledgers, (compute.local(2), compute.serial), strict=True):
-        summary = compute.compute_ledger(store, ledger, executor=executor)
+    for ledger, executor in zip(ledgers, (executors.local(2), executors.serial), strict=True):
+        summary = compute.compute_ledger(store, ledger, executor=executor, limits=limits)
         assert summary.plan.tasks > summary.computed_chunks > 0
     one, other = (Ledger(newest(ledger)).read()[0] for ledger in ledgers)
     assert one.tobytes() == other.tobytes()
@@ -268,10 +269,8 @@ KILLED = """
 import os, signal, sys
 from natgrad.app import run
 from natgrad.storage.icechunk_files import RepositoryFiles
-from natgrad.ingestion import log_to_store, transfer
+from natgrad.schema.layout import IngestLimits
 
-transfer.COMMIT_BYTES = 1
-log_to_store.chunk_shape = lambda *_: (8, 17)
 whole, left = RepositoryFiles.pipe_file, int(sys.argv[3])
 
 def pipe_file(files, path, value, **options):
@@ -282,11 +281,12 @@ def pipe_file(files, path, value, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
 RepositoryFiles.pipe_file = pipe_file
-run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk")
+limits = IngestLimits(chunk=(8, 17), commit_bytes=1)
+run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk", limits=limits)
 """
 
 
-def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_goes_on(url, tmp_path):
     """Killed when the second record is written, and before it is committed."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     done = subprocess.run([sys.executable, "-c", KILLED, str(log), str(url), "2"], check=False)
@@ -294,10 +294,8 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
     assert Trajectory(str(url / "trajectory.zarr")).n_states == 8
     assert [row["message"].rpartition(": ")[2] for row in versions(url)][:1] == ["steps 0 to 7, attempt 0"]
     assert verify_run(url) == []
-    monkeypatch.setattr("natgrad.ingestion.transfer.COMMIT_BYTES", 1)
-    monkeypatch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: (8, 17))
     for out in (url, tmp_path / "out"):
-        run.ingest_run(log, out)
+        run.ingest_run(log, out, limits=IngestLimits(chunk=(8, 17), commit_bytes=1))
     assert len(Trajectory(str(url / "trajectory.zarr")).records()) == 3
     assert content(url) == content(tmp_path / "out")
 

@@ -24,8 +24,10 @@ from natgrad.app import cli, run
 from natgrad.app import scan as watch
 from natgrad.app.describe import describe_run
 from natgrad.app.verification import verify_run
+from natgrad.compute import executors
 from natgrad.compute import ledger_pass as compute
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.layout import IngestLimits
 from natgrad.sources.container import ObjectRegion
 from natgrad.storage import delete, is_url, network_errors, objects, place, put, seen
 from natgrad.store import Ledger, Trajectory, only_writer
@@ -105,7 +107,7 @@ def test_the_pass_gives_the_same_bits(url, tmp_path, compressors, monkeypatch):
     books = []
     for out in (tmp_path, url):
         logs.write_trajectory(out / "t.zarr", arrays, {"a": (30,), "b": (7, 10)}, (4, 40), compressed)
-        compute.compute_ledger(out / "t.zarr", out / "l.zarr", executor=compute.threads(2))
+        compute.compute_ledger(out / "t.zarr", out / "l.zarr", executor=executors.threads(2))
         books.append(Ledger(out / "l.zarr").read())
     for here, there in zip(*books, strict=True):
         assert here.tobytes() == there.tobytes()
@@ -121,7 +123,7 @@ def test_processes_read_and_write_a_url(url, tmp_path):
     compute.compute_ledger(*stores)
     expected = Ledger(stores[1]).read()[0]
     Ledger.remove(stores[1])
-    compute.compute_ledger(*stores, executor=compute.local(2))
+    compute.compute_ledger(*stores, executor=executors.local(2))
     assert Ledger(stores[1]).read()[0].tobytes() == expected.tobytes()
 
 
@@ -256,13 +258,11 @@ import os, signal, sys
 from pathlib import Path
 from natgrad.compute import ledger_pass as compute
 from natgrad.app import run
-from natgrad.ingestion import log_to_store, transfer
+from natgrad.schema.layout import IngestLimits
 from natgrad.storage import disk, objects
 from natgrad.store import group, journal, states, writer
 
 log, out = Path(sys.argv[1]), sys.argv[2]
-transfer.COMMIT_BYTES = 1
-log_to_store.chunk_shape = lambda *_: (8, 17)
 whole = objects.put
 
 def put(*arguments, **condition):
@@ -279,22 +279,20 @@ for count in map(int, sys.argv[3:]):
     child = os.fork()
     if not child:
         left = count
-        run.ingest_run(log, out)
+        run.ingest_run(log, out, limits=IngestLimits(chunk=(8, 17), commit_bytes=1))
         compute.compute_ledger(out + "/trajectory.zarr", out + "/ledger.zarr")
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("natgrad.ingestion.transfer.COMMIT_BYTES", 1)
-    monkeypatch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: (8, 17))
+def test_a_run_that_is_killed_goes_on(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     counts = (3, 8, 13, 15, 1000)
     command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["-9"] * 4 + ["0"]
-    run.ingest_run(log, tmp_path / "out")
+    run.ingest_run(log, tmp_path / "out", limits=IngestLimits(chunk=(8, 17), commit_bytes=1))
     compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
     assert len(Trajectory(url / "trajectory.zarr").records()) == 3
     assert content(url) == content(tmp_path / "out")

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from logs import write_step
-from natgrad.ingestion import ingest, transfer
-from natgrad.schema import blocks
+from natgrad.ingestion import ingest
+from natgrad.schema.layout import IngestLimits
 from natgrad.store import Trajectory
 from natgrad.store.verify import verify_trajectory
 
 SHAPE = (3, 5)
-CHUNK_ELEMENTS = 30  # of two steps
+LIMITS = IngestLimits(chunk_elements=30, commit_bytes=1)  # two steps per chunk
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
@@ -49,9 +49,7 @@ sys.addaudithook(reaper.hear)  # for good, so it listens only while a process is
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks_and_writes_that_are_counted(monkeypatch):
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", CHUNK_ELEMENTS)
-    monkeypatch.setattr(transfer, "COMMIT_BYTES", 1)
+def _writes_that_are_counted(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     pwrite = os.pwrite
 
@@ -121,10 +119,10 @@ class Run(RuleBasedStateMachine):
     @rule()
     def ingest(self):
         new = self.to_come()
-        assert ingest(self.log, self.store).new_steps == len(new)
+        assert ingest(self.log, self.store, limits=LIMITS).new_steps == len(new)
         self.rows += new
         assert Trajectory(self.store).n_states == len(self.rows)
-        assert ingest(self.log, self.store).new_steps == 0
+        assert ingest(self.log, self.store, limits=LIMITS).new_steps == 0
 
     @precondition(lambda self: self.logged)
     @rule(changes=st.integers(0, 50))
@@ -132,7 +130,7 @@ class Run(RuleBasedStateMachine):
         whole = self.rows + self.to_come()
         reaper.left = changes
         try:
-            ingest(self.log, self.store)
+            ingest(self.log, self.store, limits=LIMITS)
         except Killed:
             pass
         finally:

@@ -17,9 +17,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from logs import DTYPES, append_states, walk_arrays, write_trajectory
 from natgrad.kernel import stream
-from natgrad.schema.blocks import LedgerChunk
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import LAYOUT_VERSION, Layout, storage_dtype
+from natgrad.schema.layout import LAYOUT_VERSION, Layout, LedgerChunk, storage_dtype
 from natgrad.schema.names import VECTORS
 from natgrad.storage.chunk_file import ChunkFile
 from natgrad.store import Ledger, Trajectory, checksum
@@ -526,7 +525,7 @@ def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
 @pytest.mark.parametrize("row", range(7))
 def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path, row):
     arrays = walk_arrays(7, ELEMENTS)
-    chunks = [LedgerChunk(0, 2, ()), LedgerChunk(2, 4, ()), LedgerChunk(4, 6, ())]
+    chunks = [LedgerChunk(0, 2), LedgerChunk(2, 4), LedgerChunk(4, 6)]
     before = Trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
     arrays["gradient"][row, 12] *= 2
     after = Trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
@@ -680,9 +679,9 @@ def test_an_empty_trajectory_is_made_in_place_of_another(path):
 # The ledger --------------------------------------------------------------------------------------------------
 
 BANDS = [
-    LedgerChunk(0, 3, ()),
-    LedgerChunk(3, 6, ()),
-    LedgerChunk(6, 7, ()),
+    LedgerChunk(0, 3),
+    LedgerChunk(3, 6),
+    LedgerChunk(6, 7),
 ]  # of the seven updates between the eight steps
 DIGESTS = {chunk: f"digest {chunk.start}" for chunk in BANDS}
 
@@ -718,7 +717,7 @@ def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledge
 
 @pytest.mark.parametrize("rows", [(0, 2), (1, 3), (1, 4), (0, 6), (0, 7), (3, 7), (6, 9), (6, 6)])
 def test_a_band_that_is_not_one_whole_chunk_is_refused(ledger, rows):
-    chunk = LedgerChunk(*rows, ())
+    chunk = LedgerChunk(*rows)
     with pytest.raises(ValueError, match="are not a chunk of 3 rows"):
         ledger.write(chunk, *products(chunk), "digest")
     assert ledger.missing(DIGESTS) == BANDS
@@ -789,11 +788,11 @@ def test_a_grown_ledger_keeps_its_whole_bands(ledger):
     fill(ledger)
     grown = prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
     chunks = {
-        LedgerChunk(0, 3, ()): "digest 0",
-        LedgerChunk(3, 6, ()): "digest 3",
-        LedgerChunk(6, 9, ()): "digest 6",
+        LedgerChunk(0, 3): "digest 0",
+        LedgerChunk(3, 6): "digest 3",
+        LedgerChunk(6, 9): "digest 6",
     }
-    assert grown.missing(chunks) == [LedgerChunk(6, 9, ())]
+    assert grown.missing(chunks) == [LedgerChunk(6, 9)]
     with pytest.raises(InputError, match="updates 6 to 9 are missing"):
         grown.read()
     numbers, spans = grown.steps()
@@ -837,7 +836,7 @@ def test_a_checksum_covers_64_kib_or_a_row_and_all_rows_are_covered_once(tmp_pat
         "gram": rng.standard_normal((rows, tensors, 5, 5)),
         "residual_ratio": rng.standard_normal((rows, tensors)),
     }
-    book.write(LedgerChunk(0, rows, ()), *arrays.values(), "digest")
+    book.write(LedgerChunk(0, rows), *arrays.values(), "digest")
     record = book.journal.read("0" * 12)
     for name, values in arrays.items():
         covered = record["checksum_rows"][name]

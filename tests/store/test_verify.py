@@ -15,10 +15,9 @@ from logs import append_states, walk_arrays, write_trajectory
 from natgrad.app import cli
 from natgrad.app.verification import verify_run
 from natgrad.compute.ledger_pass import compute_ledger
-from natgrad.schema import blocks
-from natgrad.schema.blocks import LedgerChunk
+from natgrad.compute.plan import PlanLimits
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import LAYOUT_VERSION, Layout
+from natgrad.schema.layout import LAYOUT_VERSION, Layout, LedgerChunk
 from natgrad.schema.names import VECTORS
 from natgrad.store import Ledger, Trajectory, checksum, verify
 from natgrad.store.journal import Journal, sources_of
@@ -182,7 +181,7 @@ def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
     path = tmp_path / "ledger.zarr"
     book = Ledger.prepare(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
     gram = np.random.default_rng(0).standard_normal((rows, 3, 5, 5))
-    for chunk in (LedgerChunk(0, rows, ()), LedgerChunk(rows, 2 * rows, ())):
+    for chunk in (LedgerChunk(0, rows), LedgerChunk(rows, 2 * rows)):
         book.write(chunk, gram, gram[:, :, 0, 0], "digest")
     assert list(verify.verify_ledger(path)) == []
     covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a ledger chunk nine groups, and one of 10 rows
@@ -293,14 +292,13 @@ def test_a_store_of_version_2_is_read_and_verified(out, tmp_path):
     assert (damage.array, damage.steps) == ("gram", (0, 0))
 
 
-def test_a_ledger_with_a_checksum_for_each_row_is_read_verified_and_grown(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "LEAST_UPDATES", 4)
-    monkeypatch.setattr(blocks, "TILE_BYTES", 1)
+def test_a_ledger_with_a_checksum_for_each_row_is_read_verified_and_grown(tmp_path):
+    limits = PlanLimits(tile_bytes=1, least_updates=4)
     run, arrays = tmp_path / "run", walk_arrays(19, 13, MIXED)
     run.mkdir()
     trajectory, ledger = run / "trajectory.zarr", run / "ledger.zarr"
     write_trajectory(trajectory, {name: array[:ROWS] for name, array in arrays.items()}, SHAPES, CHUNK)
-    compute_ledger(trajectory, ledger)
+    compute_ledger(trajectory, ledger, limits=limits)
     now = [array.tobytes() for array in Ledger(ledger).read()]
     with_a_checksum_for_each_row(run)
     assert [array.tobytes() for array in Ledger(ledger).read()] == now
@@ -309,7 +307,7 @@ def test_a_ledger_with_a_checksum_for_each_row_is_read_verified_and_grown(tmp_pa
     record = ledger / "commits" / f"{0:012d}.json"
     older = record.read_bytes()
     append_states(trajectory, {name: array[ROWS:] for name, array in arrays.items()})
-    summary = compute_ledger(trajectory, ledger)
+    summary = compute_ledger(trajectory, ledger, limits=limits)
     assert (summary.plan.updates_per_chunk, summary.chunks, summary.computed_chunks) == (4, 5, 4)
     assert record.read_bytes() == older
     assert verify_run(run) == []

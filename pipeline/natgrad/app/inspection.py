@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from natgrad.schema.blocks import MEBIBYTE, chunk_shape, plan_pass
+from natgrad.compute.plan import plan_pass
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import STORAGE_DTYPES, promote, storage_dtype
+from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, chunk_shape, promote, storage_dtype
 from natgrad.schema.names import (
     HVP,
     REPLICATE_HVP,

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from natgrad.app.folder import RunFolder
-from natgrad.compute import ledger_pass as compute
+from natgrad.compute import executors
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.plan import PlanLimits
 from natgrad.ingestion import ingest
 from natgrad.results import dataset as results
 from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.summary import overview
-from natgrad.schema.blocks import MEBIBYTE
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import MEBIBYTE, IngestLimits
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.storage import each, network_errors, place
 from natgrad.storage.repository import newest, publish
@@ -92,7 +94,7 @@ class Analysis:
         """Analysis of the options of a face, of which the others are passed over; see `given`."""
         return cls(**given(options, [field.name for field in fields(cls)]))
 
-    def executor(self) -> compute.Executor:
+    def executor(self) -> executors.Executor:
         """Executor that these options ask for."""
         if self.scheduler is not None:
             if self.cluster is not None:
@@ -101,13 +103,13 @@ class Analysis:
                     where="--scheduler, --cluster",
                     remedy="give --scheduler for a cluster that is there, or --cluster for one to be made",
                 )
-            return compute.existing_cluster(self.scheduler)
+            return executors.existing_cluster(self.scheduler)
         workers = len(os.sched_getaffinity(0)) if self.workers is None else self.workers
         if workers < 1:
             raise InputError(f"{workers} workers cannot work", where="--workers", remedy="give 1 or more")
         if self.cluster is not None:
-            return compute.named_cluster(self.cluster, workers)
-        return compute.local(workers, self.memory_limit)
+            return executors.named_cluster(self.cluster, workers)
+        return executors.local(workers, self.memory_limit)
 
 
 def given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -136,6 +138,7 @@ def ingest_run(
     wait: bool = False,
     include: Sequence[str] = (),
     store: str | None = None,
+    limits: IngestLimits = IngestLimits(),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read the new steps of one run's log or logs into OUT's trajectory; see `natgrad.ingestion.ingest`.
@@ -145,6 +148,7 @@ def ingest_run(
     store : str, optional
         How OUT is stored where nothing is there yet: ``plain``, or ``icechunk`` in an object store, which keeps
         every commit as a version.
+    limits : IngestLimits, optional
     """
     folder = RunFolder.of(out, store=store)
     sources = each(source)
@@ -160,12 +164,19 @@ def ingest_run(
             overwrite=overwrite,
             wait=wait,
             include=include,
+            limits=limits,
             progress=progress,
         )
     return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
 
 
-def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress | None = None) -> dict[str, Any]:
+def analyze_run(
+    out: Path,
+    options: Analysis = Analysis(),
+    *,
+    limits: PlanLimits = PlanLimits(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Compute what is missing of OUT's ledger, and OUT's results from it.
 
     Raises
@@ -175,20 +186,21 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
     """
     folder = RunFolder.of(out)
     with network_errors(folder.path):
-        return _analyze(folder, options, progress)
+        return _analyze(folder, options, limits, progress)
 
 
-def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) -> dict[str, Any]:
+def _analyze(folder: RunFolder, options: Analysis, limits: PlanLimits, progress: Progress | None) -> dict[str, Any]:
     rate = options.learning_rate
     if rate is not None and not (np.isfinite(rate) and rate > 0):
         raise InputError(
             f"learning rate {rate} is not positive", where="--learning-rate", remedy="give one above 0"
         )
-    summary = compute.compute_ledger(
+    summary = compute_ledger(
         folder.trajectory,
         folder.ledger,
         executor=options.executor(),
         memory_limit=options.memory_limit,
+        limits=limits,
         progress=progress,
     )
     folder = RunFolder(newest(folder.path))

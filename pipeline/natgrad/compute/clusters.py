@@ -1,6 +1,6 @@
-"""Dask clusters: on this machine, of a batch system, of Kubernetes. All give the address of a scheduler.
+"""Start Dask clusters: on this machine, on a batch system, on Kubernetes. All yield the address of a scheduler.
 
-What a job or a pod asks for is said in Dask's own configuration (``~/.config/dask/*.yaml``), as is TLS; see
+The resources of a job or a pod, and TLS, are set in Dask's own configuration (``~/.config/dask/*.yaml``); see
 ``docs/cluster.md``.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from natgrad.schema.errors import InputError
 
-__all__ = ["CLUSTERS", "ONE_THREAD", "local_scheduler", "memory_bytes", "named_scheduler"]
+__all__ = ["CLUSTERS", "ONE_THREAD", "job_options", "local_scheduler", "memory_bytes", "named_scheduler"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ _WORKER_CONFIG = {
         "worker": {"memory": {"target": False, "spill": False, "pause": False}, "profile": {"enabled": False}}
     }
 }
-"""The plan bounds the memory of our own workers. One that paused below its limit would not go on again, as what it
-holds is buffers, and those cannot be spilled. Their profile costs three percent, and without a dashboard nobody can
-look at it."""
+"""Configuration of our own workers. The plan bounds their memory. A worker that paused below its limit would not
+resume, because its memory is buffers, and those cannot be spilled. The profile costs three percent, and without a
+dashboard nobody can see it."""
 
 ONE_THREAD = {
     name: "1"
@@ -38,7 +38,7 @@ ONE_THREAD = {
         "ZARR_THREADING__MAX_WORKERS",
     )
 }
-"""Environment of a worker: it is a core's worth of work, so BLAS, the kernel and the codecs get one thread each."""
+"""Environment of a worker. It does the work of one core, so BLAS, the kernel and the codecs get one thread each."""
 
 CLUSTERS = {
     "slurm": ("dask_jobqueue", "SLURMCluster"),
@@ -49,12 +49,12 @@ CLUSTERS = {
     "htcondor": ("dask_jobqueue", "HTCondorCluster"),
     "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
 }
-"""Names of clusters to the module and class that makes them."""
+"""Name of a cluster to the module and class that makes it."""
 
 
 @contextmanager
 def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[str]:
-    """Dask cluster of processes on this machine, of one thread each; gives the address of its scheduler.
+    """Start single-thread Dask worker processes on this machine; yield the address of their scheduler.
 
     Parameters
     ----------
@@ -65,8 +65,8 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
     import dask.config
     from distributed import LocalCluster
 
-    # Starts and stops of workers are no news, but where Prefect has set up logging they would be told: by the
-    # scheduler in this process, and by the workers, which set up logging before they are told anything else.
+    # Where Prefect has set up logging, each start and stop of a worker would be logged: by the scheduler in this
+    # process, and by the workers, which set up logging before they get any other configuration.
     logging.getLogger("distributed").setLevel(logging.WARNING)
     environment = ONE_THREAD | {"DASK_LOGGING__DISTRIBUTED": "warning"}
     with (
@@ -79,7 +79,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
             processes=True,
             memory_limit=memory_limit or "auto",
             config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
-            # Without a dashboard Dask serves its health page all the same, and warns where another has its port.
+            # Dask serves its health page even without a dashboard, and warns if another process has the port.
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             silence_logs=logging.ERROR,
         ) as cluster,
@@ -89,19 +89,19 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
 
 @contextmanager
 def named_scheduler(name: str, workers: int) -> Iterator[str]:
-    """Cluster of a batch system or of Kubernetes, which ends with the context; gives the address of its scheduler.
+    """Start a cluster on a batch system or on Kubernetes until the context ends; yield its scheduler's address.
 
     Parameters
     ----------
     name : str
         One of `CLUSTERS`.
     workers : int
-        Worker processes to ask for; the pass begins with the first that comes.
+        Worker processes to request. The pass starts with the first one that connects.
 
     Raises
     ------
     InputError
-        Where the name is not known, its package is not installed, or the cluster cannot be made.
+        If the name is not known, its package is not installed, or the cluster cannot be started.
     """
     if name not in CLUSTERS:
         raise InputError(
@@ -119,31 +119,31 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
         ) from error
     section = "kubernetes" if name == "kubernetes" else f"jobqueue.{name}"
     try:
-        made = make(**_pod_options() if name == "kubernetes" else _job_options(name))
+        made = make(**_pod_options() if name == "kubernetes" else job_options(name))
     except Exception as error:  # batch systems and Kubernetes share no class of errors
         raise InputError(
             f"the cluster cannot be made: {error}",
             where=f"--cluster {name}",
-            why=f"Dask's configuration has no whole section {section}, or {name} cannot be reached from here",
+            why=f"the section {section} of Dask's configuration is incomplete, or {name} cannot be reached",
             remedy=f"see docs/cluster.md for the section {section}",
         ) from error
     with made as cluster:
-        if name != "kubernetes":  # whose operator replaces pods by itself
+        if name != "kubernetes":  # its operator replaces pods by itself
             _replace_lost_jobs(cluster, workers)
         cluster.scale(workers)
         yield cluster.scheduler_address
 
 
 def _replace_lost_jobs(cluster: Any, workers: int) -> None:
-    """Ask for another job where the workers of one came and went: its time was up, it failed, or its host did.
+    """Request another job when the workers of one are lost: it ran out of time, or it or its host failed.
 
-    Dask forgets a job of one process that it lost, and asks for no other; a job of several it does not forget.
+    Dask forgets a lost job of one process and requests no other. It does not forget a lost job of several.
     """
     import dask.config
     from dask.utils import parse_timedelta
     from distributed.diagnostics.plugin import SchedulerPlugin
 
-    # A nanny starts its worker again, under the same name. Dask's own look is at the end of this time.
+    # A nanny restarts its worker under the same name. Dask itself checks at the end of this time.
     grace = parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout")) + 1.0
 
     def is_of(worker: str, job: Any) -> bool:
@@ -174,8 +174,14 @@ def _replace_lost_jobs(cluster: Any, workers: int) -> None:
     cluster.scheduler.add_plugin(Replacing())
 
 
-def _job_options(name: str) -> dict[str, Any]:
-    """Options of jobs besides those of the configuration: threads pinned, and TLS where certificates are given."""
+def job_options(name: str) -> dict[str, Any]:
+    """Return the options of jobs besides those of the configuration: one thread each, and TLS if it is configured.
+
+    Parameters
+    ----------
+    name : str
+        A batch system, one of `CLUSTERS`.
+    """
     import dask.config
     from distributed.security import Security
 
@@ -199,17 +205,17 @@ def _pod_options() -> dict[str, Any]:
 
 
 def memory_bytes(amount: str) -> int:
-    """Bytes of an amount of memory as Dask writes it, for example ``512MiB`` or ``2GB``.
+    """Return the bytes of an amount of memory in Dask's notation, for example ``512MiB`` or ``2GB``.
 
     Raises
     ------
     InputError
-        Where it is none.
+        If the text is not an amount of memory.
     """
     from dask.utils import parse_bytes
 
     try:
-        # Without a number Dask reads "MiB" as one MiB, and nothing at all as one byte.
+        # Dask parses "MiB" without a number as one MiB, and the empty string as one byte.
         parsed = int(parse_bytes(amount)) if any(map(str.isdigit, amount)) else 0
         if parsed < 1:
             raise ValueError("it is less than a byte")
@@ -218,6 +224,6 @@ def memory_bytes(amount: str) -> int:
             f"{amount!r} is not an amount of memory",
             where="--memory-limit",
             why=str(error),
-            remedy="say 512MiB or 2GB",
+            remedy="write for example 512MiB or 2GB",
         ) from error
     return parsed

@@ -1,7 +1,7 @@
-"""What a task of the pass does: the products of a tile, and of a ledger chunk of tiles its chunk of the ledger.
+"""Tasks of the pass: compute the inner products of a tile, and write a ledger chunk from those of its tiles.
 
-A task reads its tiles, and where a tile does not span the model, a second task on a worker adds the segments up in
-the order of the element axis. Tasks get paths and addresses, and what they return is small.
+A task reads its tiles. Where a tile does not span the model, a second task on a worker adds the segments up in the
+order of the element axis. Tasks get paths and addresses, and what they return is small.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.compute.plan import PassPlan, PlanLimits, Tile, WorkItem, read_blocks
 from natgrad.kernel import gram, ledger_sums, stream
-from natgrad.schema.blocks import RESERVED_BYTES, LedgerChunk, PassPlan, Tile, pieces
-from natgrad.schema.layout import storage_dtype
+from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, ledger_vectors, replicate_of
 from natgrad.storage import place
 from natgrad.storage.repository import is_repository
@@ -30,59 +30,73 @@ __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_seg
 
 _log = logging.getLogger(__name__)
 
-_held = threading.local()
-"""What a worker thread keeps from task to task: its buffers, and the trajectory of its job."""
+_thread_cache = threading.local()
+"""Buffers of a worker thread and the trajectory of its job, which it keeps from task to task."""
 
 Segments = tuple[NDArray[Any], ...]
-"""Tensor of each segment, gram (rows, segments, vectors, vectors), ratio (rows, segments); and where there are
-replicates, their gram (rows, segments, replicate vectors, replicate vectors)."""
+"""Tensor of each segment, gram (updates, segments, vectors, vectors), ratio (updates, segments); and of replicates,
+if any, their gram (updates, segments, replicate vectors, replicate vectors)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a task needs to know besides its tile: two paths, never an array.
+    """One pass, as its tasks need to know it: two paths, the plan and its limits, never an array.
 
-    A ledger in an Icechunk repository is committed by one process: there, ledger chunks are returned to it.
+    It travels with every task, so that a worker process needs nothing but its own installation. A ledger in an
+    Icechunk repository is committed by one process: there, tasks return their ledger chunks to that process.
+
+    Attributes
+    ----------
+    trajectory, ledger : Path
+    name : str
+        Unique to this job, also on a scheduler that several users share.
+    plan : PassPlan
+    limits : PlanLimits
+    compiled : bool
+        Read and compute chunks in one compiled loop that does not need the interpreter lock. This requires plain
+        files and no replicates. Otherwise Python hands states to the kernel, with the same bits.
     """
 
     trajectory: Path
     ledger: Path
-    read_rows: int
-    read_elements: int
-    task_bytes: int
-    """Bytes that a task reads, about."""
-    worker_bytes: int
-    """Memory of a worker beyond that of an idle process."""
     name: str
-    """Of this job and no other, also on a scheduler that others share."""
-    streamed: bool = False
-    """Whether chunks are read and computed in one compiled loop, without the interpreter lock: they are plain files
-    and have no replicates. Else Python hands rows to the kernel, with the same bits."""
+    plan: PassPlan
+    limits: PlanLimits
+    compiled: bool
 
     @property
     def run(self) -> str:
         """Name of the run, for the log."""
         return self.trajectory.parent.name
 
+    @property
+    def task_bytes(self) -> int:
+        """Bytes that a task reads, about."""
+        return math.ceil(self.plan.read_bytes / self.plan.tasks)
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory of a worker beyond that of an idle process."""
+        return self.plan.projected_bytes - self.limits.reserved_bytes
+
     @classmethod
-    def of(cls, trajectory: Path, ledger: Path, plan: PassPlan, streamed: bool = False) -> Job:
-        """Job of a plan for a trajectory."""
+    def of(
+        cls,
+        trajectory: Path,
+        ledger: Path,
+        plan: PassPlan,
+        limits: PlanLimits = PlanLimits(),
+        *,
+        compiled: bool = False,
+    ) -> Job:
+        """Return the job of a plan, under a new name."""
         trajectory = place(trajectory).absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
-        return cls(
-            trajectory,
-            place(ledger).absolute(),
-            plan.read_rows,
-            plan.read_elements,
-            math.ceil(plan.read_bytes / plan.tasks),
-            plan.projected_bytes - RESERVED_BYTES,
-            name,
-            streamed,
-        )
+        return cls(trajectory, place(ledger).absolute(), name, plan, limits, compiled)
 
 
 class Computed(NamedTuple):
-    """A ledger chunk that is still to be written, as by `natgrad.store.Ledger.write`."""
+    """A ledger chunk that the client must write, with the arguments of `natgrad.store.Ledger.write`."""
 
     chunk: LedgerChunk
     gram: NDArray[np.float64]
@@ -95,17 +109,18 @@ Finished = LedgerChunk | Computed
 
 
 def tile_segments(job: Job, tile: Tile) -> Segments:
-    """Compute the segment ledgers of a tile: of each tensor, or the part of it in the tile.
+    """Compute the segment ledgers of a tile: of each tensor, or of the part of a tensor in the tile.
 
-    Each state is read once; only the tile's own last state, the halo, is read by another task too.
+    Each state is read once. Only the last state of the tile, the halo, is read by another task too.
     """
-    fields = {"run": job.run, "rows": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
+    fields = {"run": job.run, "updates": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
     _log.debug("tile begins", extra=fields)
     states = _trajectory(job)
-    return _together([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
+    return _joined([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
 
-def _together(parts: Iterable[Segments]) -> Segments:
+def _joined(parts: Iterable[Segments]) -> Segments:
+    """Join the segments of neighbouring parts of the element axis."""
     parts = list(parts)
     if len(parts) == 1:
         return parts[0]
@@ -113,95 +128,103 @@ def _together(parts: Iterable[Segments]) -> Segments:
     return np.concatenate(indices), *(np.concatenate(arrays, axis=1) for arrays in products)
 
 
-def _added(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
+def _summed(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
     """Sum segments to tensors, in the order of the element axis."""
-    indices, products, ratio, *of_replicates = parts
-    whole = ledger_sums.add_segments(tensors, indices, products, ratio)
-    return *whole, *(ledger_sums.add_products(tensors, indices, array) for array in of_replicates)
+    indices, products, ratio, *replicate_products = parts
+    ledger = ledger_sums.add_segments(tensors, indices, products, ratio)
+    return *ledger, *(ledger_sums.add_products(tensors, indices, array) for array in replicate_products)
 
 
 def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
-    """Compute the segment ledgers of a chunk column, all rows of a piece after the other."""
+    """Compute the segment ledgers of a chunk column, all updates of a read block before the next block."""
     first, last = states.column(column)
     with states.opened(column, tile.last):
-        if job.streamed:
-            parts = _streamed_segments(job, states, tile, column)
+        if job.compiled:
+            parts = _compiled_segments(job, states, tile, column)
         else:
-            lows = range(first, last, job.read_elements)
-            parts = _together(
-                _piece_segments(job, states, tile, column, low, min(low + job.read_elements, last)) for low in lows
+            step = job.plan.read_elements
+            parts = _joined(
+                _block_segments(job, states, tile, column, low, min(low + step, last))
+                for low in range(first, last, step)
             )
     # Added up here, column by column, so that it does not matter which columns are in one tile.
     indices, *products = parts
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
-    return tensors, *_added(len(tensors), (indices - first_tensor, *products))
+    return tensors, *_summed(len(tensors), (indices - first_tensor, *products))
 
 
-def _streamed_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
-    """Compute the segment ledgers of a chunk column from the files of its chunks, where those are plain."""
+def _compiled_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
+    """Compute the segment ledgers of a chunk column in the compiled loop, from the files of its chunks."""
     first, last = states.column(column)
-    segments = [states.layout.segments(*piece) for piece in pieces(first, last)]
-    indices = np.array([index for piece in segments for index, _, _ in piece])
-    boundaries = [np.array([*(start for _, start, _ in piece), piece[-1][2]]) - first for piece in segments]
+    blocks = read_blocks(first, last, job.limits.read_block_elements)
+    segments = [states.layout.segments(*block) for block in blocks]
+    indices = np.array([index for block in segments for index, _, _ in block])
+    boundaries = [np.array([*(start for _, start, _ in block), block[-1][2]]) - first for block in segments]
     names = states.logged
-    rows, count = tile.stop - tile.start, len(ledger_vectors(HVP in names))
-    products, ratio = np.empty((rows, len(indices), count, count)), np.empty((rows, len(indices)))
+    updates, count = tile.stop - tile.start, len(ledger_vectors(HVP in names))
+    products, ratio = np.empty((updates, len(indices), count, count)), np.empty((updates, len(indices)))
     dtypes = [storage_dtype(states.dtypes[name]) for name in names]
     files = [states.located(name, tile.start, tile.stop + 1, column) for name in names]
-    size = stream.buffer_bytes(job.read_elements, job.read_rows, [dtype.itemsize for dtype in dtypes])
+    shape = job.plan.read_elements, job.plan.read_states
+    size = stream.buffer_bytes(*shape, [dtype.itemsize for dtype in dtypes])
     buffer = _buffer("stream", (size,), np.dtype(np.uint8))
     leads = states.spans()[tile.start : tile.stop] != 0
-    shape = job.read_elements, job.read_rows
     while failed := stream.products(files, dtypes, boundaries, *shape, leads, buffer, products, ratio):
         _read_again(states, names[failed[0]], tile.start + failed[1], column)
     return indices, products, ratio
 
 
-def _read_again(states: Trajectory, name: str, row: int, column: int) -> None:
-    """Read what the compiled code could not: this says why. A read that was only interrupted goes well now."""
-    states.read(name, row, row + 1, column, np.empty((1, states.chunk[1]), storage_dtype(states.dtypes[name])))
+def _read_again(states: Trajectory, name: str, state: int, column: int) -> None:
+    """Read a state that the compiled code could not read, to raise the reason.
+
+    Where the read had only been interrupted, it succeeds now, and the pass goes on.
+    """
+    buffer = np.empty((1, states.chunk[1]), storage_dtype(states.dtypes[name]))
+    states.read(name, state, state + 1, column, buffer)
 
 
-def _piece_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
-    """Compute the segment ledgers of what is read at a time, the elements ``low`` to ``high`` of the model."""
-    segments = [part for piece in pieces(low, high) for part in states.layout.segments(*piece)]
+def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
+    """Compute the segment ledgers of the elements ``low`` to ``high`` of the model, which are read at a time."""
+    blocks = read_blocks(low, high, job.limits.read_block_elements)
+    segments = [part for block in blocks for part in states.layout.segments(*block)]
     starts = np.array([start - low for _, start, _ in segments] + [high - low], dtype=np.int64)
-    rows, count = tile.stop - tile.start, len(ledger_vectors(HVP in states.dtypes))
-    # From a state to one of another run or attempt no update leads: such a row stays NaN.
-    products, ratio = np.full((rows, len(segments), count, count), np.nan), np.full((rows, len(segments)), np.nan)
+    updates, count = tile.stop - tile.start, len(ledger_vectors(HVP in states.dtypes))
+    # No update leads from a state to one of another run or attempt: its products stay NaN.
+    products = np.full((updates, len(segments), count, count), np.nan)
+    ratio = np.full((updates, len(segments)), np.nan)
     count = len(states.replicate_vectors)
-    of_replicates = [np.full((rows, len(segments), count, count), np.nan)] if count else []
-    for done in range(0, rows, job.read_rows):
-        more = min(job.read_rows, rows - done)
+    replicate_products = [np.full((updates, len(segments), count, count), np.nan)] if count else []
+    for done in range(0, updates, job.plan.read_states):
+        more = min(job.plan.read_states, updates - done)
         start = tile.start + done
         read = {}
         for name in states.logged:
-            # What replicates lead to is no state of the run: there is no halo.
+            # The states that replicates lead to are no states of the run: there is no halo.
             halo = replicate_of(name)[1] is None
             stop = start + more + halo
             read[name] = _read(job, states, name, start, stop, column, (low, high), carried=halo and done > 0)
         for first, last in states.contiguous_ranges(start, start + more + 1):
-            stretch = {name: [rows_read[first - start : last - start]] for name, rows_read in read.items()}
+            contiguous = {name: [block[first - start : last - start]] for name, block in read.items()}
             written = slice(first - tile.start, last - 1 - tile.start)
             gram.products(
-                stretch["parameter"],
-                stretch["gradient"],
+                contiguous["parameter"],
+                contiguous["gradient"],
                 starts,
                 products[written],
                 ratio[written],
-                stretch.get(HVP),
+                contiguous.get(HVP),
             )
-            if of_replicates:
+            if replicate_products:
                 gram.replicate_products(
-                    stretch["parameter"],
-                    stretch["gradient"],
-                    [stretch[name] for name in states.replicates_of(REPLICATE_PARAMETER)],
+                    contiguous["parameter"],
+                    contiguous["gradient"],
+                    [contiguous[name] for name in states.replicates_of(REPLICATE_PARAMETER)],
                     starts,
-                    of_replicates[0][written],
-                    [stretch[name] for name in states.replicates_of(REPLICATE_HVP) if name in stretch],
+                    replicate_products[0][written],
+                    [contiguous[name] for name in states.replicates_of(REPLICATE_HVP) if name in contiguous],
                 )
-    return np.array([index for index, _, _ in segments]), products, ratio, *of_replicates
+    return np.array([index for index, _, _ in segments]), products, ratio, *replicate_products
 
 
 def _read(
@@ -215,11 +238,12 @@ def _read(
     *,
     carried: bool,
 ) -> NDArray[Any]:
-    """Read rows of a part of a chunk column into a buffer of the worker, the first one carried over."""
+    """Read states of a part of a chunk column into a buffer of the worker, the first one carried over."""
     first, last = elements
-    buffer = _buffer(name, (job.read_rows + 1, job.read_elements), storage_dtype(states.dtypes[name]))
+    most = job.plan.read_states
+    buffer = _buffer(name, (most + 1, job.plan.read_elements), storage_dtype(states.dtypes[name]))
     if carried:
-        buffer[0] = buffer[job.read_rows]
+        buffer[0] = buffer[most]
     out = buffer[carried : stop - start, : last - first]
     if not states.reads_parts(name):
         states.read(name, start + carried, stop, column, out)
@@ -232,33 +256,33 @@ def _read(
 
 def _trajectory(job: Job) -> Trajectory:
     """Return the trajectory of a job, which a worker thread opens once for all tasks of the job."""
-    held: dict[str, Any] = _held.__dict__
-    if held.get("job") != job:
-        held["job"], held["trajectory"] = job, Trajectory(job.trajectory)
-    states: Trajectory = held["trajectory"]
+    kept: dict[str, Any] = _thread_cache.__dict__
+    if kept.get("job") != job:
+        kept["job"], kept["trajectory"] = job, Trajectory(job.trajectory)
+    states: Trajectory = kept["trajectory"]
     return states
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the buffer of this worker thread, as large as asked for."""
-    held: dict[str, NDArray[Any]] = _held.__dict__.setdefault("buffers", {})
-    if name not in held or (held[name].shape, held[name].dtype) != (shape, dtype):
-        held[name] = np.empty(shape, dtype)
-    return held[name]
+    """Return the buffer of this worker thread, made anew where its shape or dtype changes."""
+    kept: dict[str, NDArray[Any]] = _thread_cache.__dict__.setdefault("buffers", {})
+    if name not in kept or (kept[name].shape, kept[name].dtype) != (shape, dtype):
+        kept[name] = np.empty(shape, dtype)
+    return kept[name]
 
 
 def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segments]) -> Finished:
     """Add up the segments of a ledger chunk's tiles in the order of the element axis, and write its ledger."""
     if is_repository(job.ledger):
         tensors = len(_trajectory(job).layout.tensors)
-        products, ratio, *of_replicates = _added(tensors, _together(parts))
-        return Computed(chunk, products, ratio, digest, *of_replicates)
+        products, ratio, *replicate_products = _summed(tensors, _joined(parts))
+        return Computed(chunk, products, ratio, digest, *replicate_products)
     ledger = Ledger(job.ledger)
-    products, ratio, *of_replicates = _added(len(ledger.layout.tensors), _together(parts))
-    ledger.write(chunk, products, ratio, digest, *of_replicates)
+    products, ratio, *replicate_products = _summed(len(ledger.layout.tensors), _joined(parts))
+    ledger.write(chunk, products, ratio, digest, *replicate_products)
     return chunk
 
 
-def compute_chunk(job: Job, chunk: LedgerChunk, digest: str) -> Finished:
+def compute_chunk(job: Job, item: WorkItem, digest: str) -> Finished:
     """Compute and write a ledger chunk in one task."""
-    return write_chunk(job, chunk, digest, [tile_segments(job, tile) for tile in chunk.tiles])
+    return write_chunk(job, item.chunk, digest, [tile_segments(job, tile) for tile in item.tiles])

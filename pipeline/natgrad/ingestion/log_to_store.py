@@ -21,9 +21,8 @@ from natgrad.ingestion.description import (
 from natgrad.ingestion.new_updates import finished_steps, rows_to_write
 from natgrad.ingestion.read_options import agreed_reading, said_reading
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
-from natgrad.schema.blocks import chunk_shape
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import Layout
+from natgrad.schema.layout import IngestLimits, Layout, chunk_shape
 from natgrad.schema.names import (
     ATTEMPT,
     METRIC_EIGENVALUES,
@@ -98,6 +97,7 @@ def ingest(
     overwrite: bool = False,
     wait: bool = False,
     include: Sequence[str] = (),
+    limits: IngestLimits = IngestLimits(),
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read the steps of a training log that the trajectory does not have yet.
@@ -126,6 +126,8 @@ def ingest(
     include : sequence of str
         What to store beside parameters, gradients and hvp, of `INCLUDES`. A trajectory that was made with it goes
         on so, whether it is said again or not.
+    limits : IngestLimits, optional
+        How a new trajectory is cut into chunks, and how much is copied at a time.
     progress : callable, optional
         Called with steps done and steps in all.
 
@@ -168,9 +170,9 @@ def ingest(
             warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
-            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, reading)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, reading, limits)
             try:
-                Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
+                Writer(log, trajectory, contents, identities, warnings, limits).write(rows, progress)
             finally:
                 trajectory.abandon()
                 if not trajectory.n_states:
@@ -209,13 +211,14 @@ def _matching_trajectory(
     contents: Mapping[LoggedStep, StepContent],
     optimizer: bool,
     reading: Mapping[str, Any],
+    limits: IngestLimits,
 ) -> Trajectory:
     """Return the trajectory to append to, or a new one laid out for these steps."""
     content = contents[first]
     dtypes = stored_dtypes(contents.values())
     layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
     if trajectory is None:
-        chunk = chunk_shape(len(contents), layout.elements, content.replicates)
+        chunk = chunk_shape(len(contents), layout.elements, content.replicates, limits)
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
         source, sweep = str(first.path.parent.absolute()), bool(first.run)

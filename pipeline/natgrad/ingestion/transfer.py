@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.ingestion.description import scalar_of
-from natgrad.schema.blocks import MEBIBYTE
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import Layout, storage_dtype, widened
+from natgrad.schema.layout import IngestLimits, Layout, storage_dtype, widened
 from natgrad.schema.names import METRIC_EIGENVALUES, replicate_of
 from natgrad.sources.base import Source, StepContent, StepReader
 from natgrad.sources.changes import identity
@@ -32,9 +31,6 @@ from natgrad.theory.preconditioners import rotated_eigenvalues
 __all__ = ["EXTREMES", "NewRow", "Progress", "Writer", "fill_row"]
 
 _log = logging.getLogger("natgrad.ingestion")
-
-COMMIT_BYTES = 256 * MEBIBYTE
-"""Training state that one commit makes visible, about (one row of chunks at least)."""
 
 EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
 """Arrays (step, tensor) that are found while a step is copied."""
@@ -151,9 +147,10 @@ class Writer:
         contents: dict[LoggedStep, StepContent],
         identities: Mapping[LoggedStep, Mapping[str, Any]],
         warnings: list[str],
+        limits: IngestLimits,
     ) -> None:
         self._log, self._trajectory, self._contents, self._identities = log, trajectory, contents, identities
-        self._warnings = warnings
+        self._warnings, self._limits = warnings, limits
         self._not_finite: list[str] = []
         self._no_metric: dict[str, _NoMetric] = {}
         # Smallest and largest element of each tensor, of the rows of one commit.
@@ -170,7 +167,7 @@ class Writer:
         rows = self._trajectory.chunk[0]
         sizes = [storage_dtype(dtype).itemsize for dtype in self._trajectory.dtypes.values()]
         row_bytes = sum(sizes) * self._trajectory.layout.elements
-        per_commit = max(1, COMMIT_BYTES // max(1, rows * row_bytes)) * rows
+        per_commit = max(1, self._limits.commit_bytes // max(1, rows * row_bytes)) * rows
         done = 0
         while done < len(new):
             # The first commit fills up a chunk that an earlier ingest left half full.
@@ -326,7 +323,7 @@ class Writer:
                 continue
             try:
                 if metric not in known:
-                    ends = extremes(opened.get(new.step), tensor, metric)
+                    ends = extremes(opened.get(new.step), tensor, metric, self._limits.largest_factor)
                     known |= {metric: ends} if metric.blocks else {}
                     self._keep(tensor, position, ends, follows=metric.follows)
                 else:

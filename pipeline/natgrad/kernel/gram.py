@@ -1,4 +1,4 @@
-"""The kernel: one pass over a tile of training state to the inner products of its vectors.
+"""Compute the inner products of the vectors of neighbouring states, in one pass over a tile of training state.
 
 For two neighbouring states of a segment (a tensor, or the part of one that lies in the tile) the vectors are
 formed element by element in float64 and every inner product is accumulated in the same loop, so each stored
@@ -10,12 +10,17 @@ byte is read once and nothing as large as the tile is ever allocated::
 
 The residual keeps small angles: the part of g orthogonal to d is that of r, and with c near g.d / d.d the
 products r.r and r.d carry it without the cancellation that g.g, g.d and d.d suffer. c is found from a sample
-of the segment and kept beside the products. It need not be exact, but of an error of one part in n the angle
-keeps a floor of 1e-8 / n, so where the sums show that the sample misled the segment is summed once more.
+of the segment and kept beside the products. It need not be exact, but if it is off by one part in n, the angle
+has a floor of 1e-8 / n. If the sums show that the sample misled, the segment is therefore summed once more.
 
 Sums run over blocks of `BLOCK` elements; the blocks' sums are added with their rounding errors carried along,
 so the error does not grow with the length of a segment. The gradient is summed as its two parts,
 r and c d, which costs ten products in place of fifteen.
+
+Why numba: NumPy would write each of the differences and products to memory and read it again, several passes in
+place of one, and the pass is limited by memory bandwidth. A compiled extension would need a build for every
+platform. The intrinsics are there because numba has neither bfloat16 nor float16, and because passing array slices
+to a function of compiled code costs more than summing a short segment (reference counts).
 """
 
 from __future__ import annotations
@@ -31,19 +36,24 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BLOCK",
+    "entry",
+    "inner",
+    "pointer",
     "products",
     "replicate_products",
+    "row_products",
+    "words_of",
 ]
 
 BLOCK = 1024
 """Elements summed in plain float64 before the sum is carried over to the compensated total."""
 
-_STRETCH = 16 * BLOCK
-"""Elements taken through all rows before the next ones: few enough for the next row to find its state in the cache,
-and enough for the processor to see that a row is read on and on, and to read ahead."""
+_CACHE_BLOCK = 16 * BLOCK
+"""Elements that are taken through all updates before the next ones. They are few enough that the next update finds
+its first state in the cache, and many enough that the processor detects sequential reads and reads ahead."""
 
-_RUN, _RUNS = 64, 16
-"""The ratio c is taken from runs of this many elements, at most this many, spread evenly over a segment."""
+_SAMPLE, _SAMPLES = 64, 16
+"""The ratio c is estimated from at most 16 samples of 64 elements, spread evenly over a segment."""
 
 _NEARLY_PARALLEL = 2.0**-40
 """Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
@@ -52,14 +62,26 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def entry(**options: Any) -> Callable[[_Function], _Function]:
-    """Compile what Python calls, and nothing by its address."""
-    compiler: Any = njit  # whose annotations leave out what wrappers to make, though it takes it
+    """Compile a function that Python calls. No wrapper for calls by address is made.
+
+    Parameters
+    ----------
+    **options
+        Further options of `numba.njit`.
+    """
+    compiler: Any = njit  # its annotations lack the options for wrappers
     function: Callable[[_Function], _Function] = compiler(cache=True, nogil=True, no_cfunc_wrapper=True, **options)
     return function
 
 
 def inner(**options: Any) -> Callable[[_Function], _Function]:
-    """Compile what compiled code alone calls: without a way in for Python that takes less time."""
+    """Compile a function that only compiled code calls. Without a wrapper for Python it compiles faster.
+
+    Parameters
+    ----------
+    **options
+        Further options of `numba.njit`.
+    """
     return entry(no_cpython_wrapper=True, **options)
 
 
@@ -92,7 +114,7 @@ _from_float16: Any = intrinsic(_float16)
 
 
 def _widen(word: Any) -> Any:
-    """Value of a stored word in float64, exactly."""
+    """Return the value of a stored word in float64, exactly."""
 
 
 @overload(_widen, strict=False)
@@ -105,12 +127,7 @@ def _widen_compiled(word: Any) -> Any:
 
 
 def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
-    """Pointer to the elements of a row from the first on; `like` has elements of the same type.
-
-    A slice of an array would do, but the compiled code counts the users of an array, at each call that gets one,
-    and that takes longer than the sums of a short segment. For the same reason what is done once for each short
-    segment is inlined by force; more of it would take longer to compile than it saves.
-    """
+    """Make the code of `pointer`."""
     pointer = types.CPointer(like.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -120,6 +137,13 @@ def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any
 
 
 pointer: Any = intrinsic(_to_pointer)
+"""Return a pointer to the elements of a state from the first on: ``pointer(address, first, like)``.
+
+It is for compiled code; ``like`` is an array or pointer with elements of the same type. A slice of an array would
+do, but compiled code counts the references to an array at each call that gets one, and that takes longer than the
+sums of a short segment. For the same reason the steps that run once for each short segment are inlined by force;
+inlining more would take longer to compile than it saves.
+"""
 
 
 @inner(fastmath=_REORDER)
@@ -149,7 +173,7 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> No
 
 @inner(fastmath=_REORDER)
 def _hvp_block(p0: Any, p1: Any, g0: Any, g1: Any, h0: Any, n: int, c: float, out: Any) -> None:
-    # The block is still in the cache of the processor: memory is not read again.
+    # The block is still in the cache of the processor, so memory is not read again.
     ph = dh = eh = rh = hh = 0.0
     for i in range(n):
         p = _widen(p0[i])
@@ -180,16 +204,16 @@ def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
 @inner(forceinline=True)
 def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> float:
     dg = dd = 0.0
-    # To look at an element costs a third of summing its products: a quarter of the elements will do.
-    run, runs = _RUN, min(_RUNS, n // (4 * _RUN))
-    if runs > 1:
-        for k in range(runs):
-            a = first + k * (n - run) // (runs - 1)
-            more = _sample(pointer(p0, a, like[0]), pointer(p1, a, like[0]), pointer(g0, a, like[1]), run)
+    # Sampling an element costs a third of summing its products, so at most a quarter of the elements are sampled.
+    size, samples = _SAMPLE, min(_SAMPLES, n // (4 * _SAMPLE))
+    if samples > 1:
+        for k in range(samples):
+            a = first + k * (n - size) // (samples - 1)
+            more = _sample(pointer(p0, a, like[0]), pointer(p1, a, like[0]), pointer(g0, a, like[1]), size)
             dg += more[0]
             dd += more[1]
     if dd == 0.0:
-        # Less than eight runs, or a sparse update of which the sample saw nothing: look at all of it.
+        # Fewer than two samples, or a sparse update that they missed: take all elements.
         dg, dd = _sample(pointer(p0, first, like[0]), pointer(p1, first, like[0]), pointer(g0, first, like[1]), n)
     ratio = dg / dd if dd > 0.0 else 0.0
     return ratio if np.isfinite(ratio) else 0.0
@@ -197,14 +221,14 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> 
 
 @inner(forceinline=True)
 def _missing(c: float, sums: Any) -> Any:
-    """Find what a ratio lacks: zero, unless the sums show that the sample misled."""
+    """Return the correction of a ratio: zero, unless the sums show that the sample misled."""
     dd, rd, rr = sums[4], sums[6], sums[9]
     if not np.isfinite(dd):
-        # The sample did not see it: such a displacement has no ratio.
+        # The sample missed it: a displacement that is not finite has no ratio.
         return -c
     gg = rr + 2.0 * c * rd + c * c * dd
     if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
-        # Most of the residual lies along the displacement. Its own sums know better.
+        # Most of the residual lies along the displacement, so its own sums give a better ratio.
         return rd / dd
     return 0.0
 
@@ -225,15 +249,15 @@ def _sum_blocks(
 ) -> None:
     """Sum the products of all vectors but the gradient over the blocks of a segment.
 
-    A stretch is taken through all rows before the next one, so the state after a row is still in the cache when
-    it is the state before the next.
+    A cache block is taken through all updates before the next one. The state after an update is then still in the
+    cache when it is the state before the next update.
     """
     sums = total.shape[1]
     for t in rows:
         total[t] = 0.0
         error[t] = 0.0
-    for low in range(first, stop, _STRETCH):
-        high = min(low + _STRETCH, stop)
+    for low in range(first, stop, _CACHE_BLOCK):
+        high = min(low + _CACHE_BLOCK, stop)
         for t in rows:
             for a in range(low, high, BLOCK):
                 b = min(a + BLOCK, high)
@@ -250,14 +274,14 @@ def _sum_blocks(
                     total[t, k] = new
     for t in rows:
         for k in range(sums):
-            # An overflow leaves inf - inf in the error: the infinite total is the honest answer.
+            # An overflow leaves inf - inf in the error: the infinite total is then the right result.
             if np.isfinite(error[t, k]):
                 total[t, k] += error[t, k]
 
 
 @inner()
 def _along(c: float, product: float) -> float:
-    # Without a ratio the residual is the gradient, whatever the displacement is.
+    # Without a ratio the residual is the gradient, even if the displacement is not finite.
     return c * product if c != 0.0 else 0.0
 
 
@@ -294,20 +318,30 @@ def _fill(c: float, sums: Any, gram: Any) -> None:
 
 @entry()
 def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, ratio: Any) -> None:
-    """Compute `products` from compiled code: of rows at addresses, and of `like` the types of their elements."""
+    """Compute `products` from compiled code.
+
+    Parameters
+    ----------
+    p, g, h : uintp arrays
+        Address of each state of the parameter, the gradient and, unless None, the Hessian-vector product.
+    like : tuple of three arrays
+        Arrays with elements of the same types; only the types are used.
+    starts, gram, ratio : arrays
+        As for `products`.
+    """
     rows, segments = gram.shape[0], gram.shape[1]
     sums = _SUMS_WITH_HVP if gram.shape[2] == 6 else _SUMS
     total, error, part = np.empty((rows, sums)), np.empty((rows, sums)), np.empty(sums)
-    # Of `like` the types are wanted, and pointers carry them at no cost.
+    # Only the types of `like` are needed, and pointers carry them at no cost.
     null = np.uintp(0)
     words = pointer(null, 0, like[0]), pointer(null, 0, like[1]), pointer(null, 0, like[2])
     end = 0
     for begin in range(segments):
         if begin < end:
             continue
-        # Segments of a block or less go through all rows together, as many as a stretch holds.
+        # Segments of a block or less go through all updates together, as many as a cache block holds.
         end = begin
-        while end < segments and starts[end + 1] <= min(starts[end] + BLOCK, starts[begin] + _STRETCH):
+        while end < segments and starts[end + 1] <= min(starts[end] + BLOCK, starts[begin] + _CACHE_BLOCK):
             end += 1
         for t in range(rows):
             for s in range(begin, end):
@@ -316,7 +350,7 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
                 g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
                 c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n)
                 for attempt in range(2):
-                    # The sums of a block are all there is: no total and no error to carry along.
+                    # There is one block only, so there is no rounding error to carry along.
                     _block(p0, p1, g0, g1, n, c, part)
                     if h is not None:
                         _hvp_block(p0, p1, g0, g1, pointer(h[t], first, words[2]), n, c, part)
@@ -343,16 +377,17 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
 
 
 def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    """Return views of blocks in a dtype that the compiler has: float16 as int16, bfloat16 as uint16."""
     dtype = blocks[0].dtype
     words = np.int16 if dtype == np.float16 else np.uint16 if dtype.name == "bfloat16" else None
     return blocks if words is None else [block.view(words) for block in blocks]
 
 
 def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uintp]:
-    """Address of each row of the blocks, which the compiled code reads without a further look."""
+    """Return the address of each state of the blocks. The compiled code reads them without further checks."""
     for block in blocks:
         if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
-            raise ValueError(f"rows must be of one dtype, contiguous, and have {elements} elements")
+            raise ValueError(f"states must be of one dtype, contiguous, and have {elements} elements")
     first = [block.__array_interface__["data"][0] for block in blocks]
     rows = [start + np.arange(len(block)) * block.strides[0] for start, block in zip(first, blocks, strict=True)]
     return np.concatenate(rows).astype(np.uintp)
@@ -366,43 +401,43 @@ def products(
     ratio: NDArray[np.float64],
     hvp: Sequence[NDArray[Any]] | None = None,
 ) -> None:
-    """Inner products of the vectors of each pair of neighbouring states, per segment.
+    """Compute the inner products of the vectors of each pair of neighbouring states, per segment.
 
     Parameters
     ----------
-    parameter, gradient : sequence of arrays, shape (some rows, elements)
-        States of rows + 1 consecutive logged steps, in one block of rows or in several that lie anywhere: the
-        last row is the halo. float16, float32, float64, bfloat16, or bfloat16 as its bits in uint16; contiguous
+    parameter, gradient : sequence of arrays, shape (some states, elements)
+        States of updates + 1 consecutive logged steps, in one block of states or in several that lie anywhere: the
+        last state is the halo. float16, float32, float64, bfloat16, or bfloat16 as its bits in uint16; contiguous
         along the elements.
     starts : int64 array, shape (segments + 1,)
-        Segment s is the elements ``starts[s]`` to ``starts[s + 1]``; what lies beyond the last is padding.
-    gram : float64 array, shape (rows, segments, vectors, vectors)
-        Written: the inner products, in the order of `vectors`.
-    ratio : float64 array, shape (rows, segments)
+        Segment s is the elements ``starts[s]`` to ``starts[s + 1]``; elements beyond the last are padding.
+    gram : float64 array, shape (updates, segments, vectors, vectors)
+        Written: the inner products, in the order of `natgrad.schema.names.VECTORS`.
+    ratio : float64 array, shape (updates, segments)
         Written: the ratio c of the residual, gradient per displacement.
-    hvp : sequence of arrays, shape (some rows, elements), optional
-        Hessian-vector products H (theta_{t+1} - theta_t) of at least ``rows`` rows, where logged.
+    hvp : sequence of arrays, shape (some updates, elements), optional
+        Hessian-vector products H (theta_{t+1} - theta_t) of at least as many updates, where logged.
 
     Raises
     ------
     ValueError
-        Where there are too few rows or elements, or they are not contiguous.
+        If there are too few states or elements, or they are not contiguous.
 
     Notes
     -----
-    Releases the interpreter lock. The bits of a row depend on its two states and `starts` alone, not on how
-    many rows are computed together. A segment whose displacement is zero or not finite has ratio 0. Where the
-    displacement is not finite, no product with the gradient is a number.
+    Releases the interpreter lock. The bits of an update depend on its two states and `starts` alone, not on how
+    many updates are computed together. A segment whose displacement is zero or not finite has ratio 0. If the
+    displacement is not finite, every product with the gradient is NaN or infinite.
 
     Ten products are summed (fifteen with the Hessian-vector product); those of the gradient follow from
-    g = r + c d. As neither part is longer than g but for a small factor, they are as accurate as sums of their own.
+    g = r + c d. Neither part is longer than g but for a small factor, so they are as accurate as sums of their own.
     """
     rows = len(gram)
     blocks = [words_of(array) for array in (parameter, gradient, hvp or parameter)]
     parameters, gradients, hvps = (_addresses(array, int(starts[-1])) for array in blocks)
     if min(len(parameters), len(gradients)) <= rows or len(hvps) < rows:
-        raise ValueError(f"{rows} rows of products need {rows + 1} states")
-    # The compiled code sees addresses, and an array of no elements for the type of each.
+        raise ValueError(f"{rows} updates need {rows + 1} states")
+    # The compiled code gets addresses, and an empty array for the type of each.
     like = tuple(np.empty(0, array[0].dtype) for array in blocks)
     row_products(parameters, gradients, None if hvp is None else hvps, like, starts, gram, ratio)
 
@@ -410,12 +445,12 @@ def products(
 # Replicates ---------------------------------------------------------------------------------------------------
 
 _REPLICATE_VALUES = 16 * BLOCK
-"""Values of all vectors of the replicates that are formed at a time, about: few enough to stay in the cache."""
+"""Values of all vectors of the replicates that are formed at a time, about. They stay in the cache."""
 
 
 @inner()
 def _form_replicates(mean: Any, deviations: Any) -> None:
-    """Turn rows of replicates into their mean and the deviations from it."""
+    """Replace replicates by their mean and the deviations from it."""
     mean[:] = 0.0
     for r in range(len(deviations)):
         for i in range(mean.size):
@@ -429,10 +464,10 @@ def _form_replicates(mean: Any, deviations: Any) -> None:
 
 @inner(fastmath=_REORDER)
 def _dots(values: Any, j: int, n: int, out: Any) -> None:
-    """Inner products of a row with itself and those below, four at a time: it is loaded once for four."""
+    """Compute the products of vector j with itself and those after it, four at a time to load it less often."""
     count, x = len(values), values[j, :n]
-    whole = j + (count - j) // 4 * 4
-    for k in range(j, whole, 4):
+    fours = j + (count - j) // 4 * 4
+    for k in range(j, fours, 4):
         a, b, c, d = values[k, :n], values[k + 1, :n], values[k + 2, :n], values[k + 3, :n]
         xa = xb = xc = xd = 0.0
         for i in range(n):
@@ -441,7 +476,7 @@ def _dots(values: Any, j: int, n: int, out: Any) -> None:
             xc += x[i] * c[i]
             xd += x[i] * d[i]
         out[k], out[k + 1], out[k + 2], out[k + 3] = xa, xb, xc, xd
-    for k in range(whole, count):
+    for k in range(fours, count):
         y = values[k, :n]
         total = 0.0
         for i in range(n):
@@ -452,7 +487,7 @@ def _dots(values: Any, j: int, n: int, out: Any) -> None:
 @entry()
 def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, gram: Any) -> None:
     rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
-    replicates, bent = q.shape[0], h.shape[0] > 0
+    replicates, with_hvp = q.shape[0], h.shape[0] > 0
     size = max(_REPLICATE_VALUES // count // 64 * 64, 64)
     values, error, part = np.empty((count, size)), np.empty((count, count)), np.empty(count)
     for s in range(segments):
@@ -471,7 +506,7 @@ def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, 
                     for i in range(n):
                         values[2 + r, i] = _widen(q0[i]) - _widen(p0[i])
                 _form_replicates(values[1, :n], values[2 : 2 + replicates, :n])
-                if bent:
+                if with_hvp:
                     first = 2 + replicates
                     for r in range(replicates):
                         h0 = pointer(h[r, t], a, like[3])
@@ -481,7 +516,7 @@ def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, 
                 for j in range(count):
                     _dots(values, j, n, part)
                     for k in range(j, count):
-                        # As in the sums of the ledger: the rounding error of each is carried along (Knuth).
+                        # As in the sums of the ledger, the rounding error of each is carried along (Knuth).
                         new = total[j, k] + part[k]
                         added = new - total[j, k]
                         error[j, k] += (total[j, k] - (new - added)) + (part[k] - added)
@@ -501,16 +536,16 @@ def replicate_products(
     gram: NDArray[np.float64],
     hvps: Sequence[Sequence[NDArray[Any]]] = (),
 ) -> None:
-    """Inner products of the vectors of the replicates of each state, per segment.
+    """Compute the inner products of the vectors of the replicates of each state, per segment.
 
     Parameters
     ----------
-    parameter, gradient : sequence of arrays, shape (some rows, elements)
+    parameter, gradient : sequence of arrays, shape (some states, elements)
         States and their gradients, as for `products`; no halo is needed.
     replicates : sequence, length R, of the same
         States that each replicate of the update leads to.
     starts : int64 array, shape (segments + 1,)
-    gram : float64 array, shape (rows, segments, vectors, vectors)
+    gram : float64 array, shape (updates, segments, vectors, vectors)
         Written: the inner products, in the order of `natgrad.schema.names.replicate_vectors`.
     hvps : sequence, length R, of the same, optional
         Hessian times the displacement of each replicate, where logged.
@@ -518,26 +553,23 @@ def replicate_products(
     Raises
     ------
     ValueError
-        Where there are too few rows or elements, or they are not contiguous.
+        If there are too few states or elements, or they are not contiguous.
 
     Notes
     -----
-    Releases the interpreter lock. The bits of a row depend on its states and `starts` alone. Means and deviations
-    are formed in float64, some hundred elements at a time.
+    Releases the interpreter lock. The bits of an update depend on its states and `starts` alone. Means and
+    deviations are formed in float64, some hundred elements at a time.
     """
     rows, elements = len(gram), int(starts[-1])
     words = [words_of(array) for array in (parameter, gradient, *replicates, *hvps)]
     found = [_addresses(array, elements)[:rows] for array in words]
     if min(map(len, found)) < rows:
-        raise ValueError(f"{rows} rows of products need as many of each replicate")
+        raise ValueError(f"{rows} updates need as many states of each replicate")
     first_hvp = 2 + len(replicates)
     dtypes = {index: words[index][0].dtype for index in (0, 1, 2, first_hvp if hvps else 2)}
     for index, array in enumerate(words[2:], start=2):
         if array[0].dtype != dtypes[2 if index < first_hvp else first_hvp]:
             raise ValueError("replicates must be of one dtype")
     like = tuple(np.empty(0, dtypes[index]) for index in (0, 1, 2, first_hvp if hvps else 2))
-    of_hvps = np.stack(found[first_hvp:]) if hvps else np.empty((0, rows), np.uintp)
-    _replicate_products(found[0], found[1], np.stack(found[2:first_hvp]), of_hvps, like, starts, gram)
-
-
-# Sums of ledgers ----------------------------------------------------------------------------------------------
+    hvp_addresses = np.stack(found[first_hvp:]) if hvps else np.empty((0, rows), np.uintp)
+    _replicate_products(found[0], found[1], np.stack(found[2:first_hvp]), hvp_addresses, like, starts, gram)

@@ -1,4 +1,4 @@
-"""Sums of ledgers: segments to tensors, with NumPy alone, and the bound of their rounding error."""
+"""Sum ledgers of segments to ledgers of tensors, with NumPy alone, and bound their rounding error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DISPLACEMENT, _GRADIENT, _RESIDUAL = map(VECTORS.index, ("displacement", "gradi
 
 
 def roundoff_bound(elements: int) -> float:
-    """Bound of the rounding error of an inner product x.y, as a multiple of |x||y|.
+    """Return the bound of the rounding error of an inner product x.y, as a multiple of |x||y|.
 
     Sums of ``n`` float64 products in any order differ from each other and from the exact value by at most
     ``4 sqrt(n) u`` with u = 2**-53 (rounding errors of a long sum behave as independent; the
@@ -35,9 +35,9 @@ def roundoff_bound(elements: int) -> float:
 def combine(
     gram: NDArray[np.float64], ratio: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ledger of segments taken together, for example the parts of one tensor.
+    """Return the ledger of several segments as one, for example of the parts of one tensor.
 
-    Inner products of stacked vectors are sums; only the residuals must first be brought to one ratio, by
+    Inner products of stacked vectors are sums. The residuals must first be brought to one ratio, by
     r' = r + (c - c') d with c' = sum(g.d) / sum(d.d), the ratio that makes the joint residual smallest.
 
     Parameters
@@ -69,9 +69,9 @@ def combine(
 def add_segments(
     tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64], ratio: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ledger per tensor from the ledgers of its segments, in the order of the element axis.
+    """Return the ledger of each tensor from the ledgers of its segments, in the order of the element axis.
 
-    Where every tensor is one segment the ledgers are returned, not copied.
+    If every tensor is one segment, the ledgers are returned, not copied.
 
     Parameters
     ----------
@@ -79,22 +79,22 @@ def add_segments(
         Number of tensors; one without a segment (no elements) has products 0.
     indices : int64 array, shape (segments,)
         Tensor of each segment, not decreasing.
-    gram : float64 array, shape (rows, segments, vectors, vectors)
-    ratio : float64 array, shape (rows, segments)
+    gram : float64 array, shape (updates, segments, vectors, vectors)
+    ratio : float64 array, shape (updates, segments)
 
     Returns
     -------
-    gram : float64 array, shape (rows, tensors, vectors, vectors)
-    ratio : float64 array, shape (rows, tensors)
+    gram : float64 array, shape (updates, tensors, vectors, vectors)
+    ratio : float64 array, shape (updates, tensors)
     """
     if np.array_equal(indices, np.arange(tensors)):
         return gram, ratio
-    rows, _, count, _ = gram.shape
-    total, common = np.zeros((rows, tensors, count, count)), np.zeros((rows, tensors))
+    updates, _, count, _ = gram.shape
+    total, common = np.zeros((updates, tensors, count, count)), np.zeros((updates, tensors))
     counts = np.bincount(indices, minlength=tensors)
     firsts = np.cumsum(counts) - counts
-    whole = counts == 1
-    total[:, whole], common[:, whole] = gram[:, firsts[whole]], ratio[:, firsts[whole]]
+    single = counts == 1
+    total[:, single], common[:, single] = gram[:, firsts[single]], ratio[:, firsts[single]]
     for tensor in np.flatnonzero(counts > 1):
         parts = slice(firsts[tensor], firsts[tensor] + counts[tensor])
         total[:, tensor], common[:, tensor] = combine(gram[:, parts], ratio[:, parts])
@@ -102,17 +102,17 @@ def add_segments(
 
 
 def add_products(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Inner products per tensor from those of its segments, in the order of the element axis.
+    """Return the inner products of each tensor from those of its segments, in the order of the element axis.
 
     Parameters
     ----------
     tensors, indices
         As for `add_segments`.
-    gram : float64 array, shape (rows, segments, vectors, vectors)
+    gram : float64 array, shape (updates, segments, vectors, vectors)
 
     Returns
     -------
-    array, shape (rows, tensors, vectors, vectors)
+    array, shape (updates, tensors, vectors, vectors)
     """
     total = np.zeros((len(gram), tensors, *gram.shape[2:]))
     for segment, tensor in enumerate(indices):

@@ -1,8 +1,10 @@
-"""Rows of files through the kernel: each is read into a small buffer and computed from there, in one compiled loop.
+"""Read states from files into a small buffer and compute their inner products from there, in one compiled loop.
 
-Two rows of a piece stay in the cache of a core, so memory is read once and nothing else crosses it; and where rows
-are short, many of them are read at once. Between a row and the next there is no Python, and no interpreter lock:
-threads do not wait for each other.
+Two states of a read block stay in the cache of a core, so memory is read once and nothing else crosses it. Short
+states are read many at once.
+
+Why a compiled loop: between one state and the next there is neither Python nor the interpreter lock. Threads do not
+wait for each other, and short states do not pay for calls from Python.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from natgrad.kernel.gram import entry, inner, pointer, row_products, words_of
 __all__ = ["Located", "buffer_bytes", "products", "read"]
 
 Located = tuple[NDArray[np.int32], NDArray[np.int64]]
-"""Where rows lie: of each the descriptor of an open file, and its first byte there; two arrays of shape (rows,)."""
+"""Location of states: the descriptor of an open file and the first byte there; two arrays of shape (states,)."""
 
-# The system's call, not that of Python, which needs the interpreter lock before and after each.
+# The function of the C library. Python's function takes the interpreter lock before and after each call.
 _pread: Any = types.ExternalFunction(
     "pread", types.intp(types.intc, types.CPointer(types.uint8), types.uintp, types.int64)
 )
@@ -30,9 +32,9 @@ _BYTE = np.empty(0, np.uint8)
 
 @inner()
 def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
-    """Read to an address; whether all came."""
+    """Read exactly size bytes to memory at address. Return False on a short read."""
     while size > 0:
-        # A read of many bytes, or one that was interrupted, may come in parts.
+        # A read of many bytes, or an interrupted one, may return in parts.
         count = _pread(descriptor, pointer(address, 0, _BYTE), np.uintp(size), offset)
         if count <= 0:
             return False
@@ -43,28 +45,28 @@ def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
 
 
 @entry()
-def _read_rows(
+def _read_states(
     descriptors: Any, offsets: Any, first: int, stop: int, shift: int, size: int, stride: int, address: Any
 ) -> int:
-    """Read a part of rows to addresses ``stride`` bytes apart: whole ones that follow each other, at once.
+    """Read a part of states to addresses ``stride`` bytes apart: complete ones that follow each other, at once.
 
-    Returns the first row that cannot be read, -1 where all can.
+    Returns the first state that cannot be read, -1 if all can.
     """
-    row = first
-    while row < stop:
-        last = row + 1
+    state = first
+    while state < stop:
+        last = state + 1
         while (
             size == stride
             and last < stop
-            and descriptors[last] == descriptors[row]
-            and offsets[last] == offsets[row] + (last - row) * stride
+            and descriptors[last] == descriptors[state]
+            and offsets[last] == offsets[state] + (last - state) * stride
         ):
             last += 1
-        together = (last - row) * size
-        if not _read_bytes(descriptors[row], address, together, offsets[row] + shift):
-            return row
-        address += np.uintp((last - row) * stride)
-        row = last
+        together = (last - state) * size
+        if not _read_bytes(descriptors[state], address, together, offsets[state] + shift):
+            return state
+        address += np.uintp((last - state) * stride)
+        state = last
     return -1
 
 
@@ -81,25 +83,25 @@ def _read_batch(
     buffer: Any,
     addresses: Any,
 ) -> Any:
-    """Read a part of rows of every array to its buffer, and note where each lies, after the last one before.
+    """Read a part of states of every array to its buffer; note their addresses after that of the last one before.
 
-    Returns array and row of what cannot be read, (-1, -1) where all can.
+    Returns array and state of the first failure, (-1, -1) if all can be read.
     """
     batch = addresses.shape[1] - 1
     for array in range(descriptors.shape[0]):
         size = itemsizes[array]
-        # Batches take turns in the two halves of a buffer: the last row of the one before is needed once more.
+        # Batches alternate between the halves of a buffer, because the last state before is needed once more.
         address = buffer + np.uintp(begin // batch % 2 * batch * stride * size)
-        # An hvp belongs to an update: of the last state there is none to be read.
+        # A Hessian-vector product belongs to an update: the last state has none.
         stop = min(end, descriptors.shape[1] - 1) if array == 2 else end
-        failed = _read_rows(
+        failed = _read_states(
             descriptors[array], offsets[array], begin, stop, low * size, width * size, stride * size, address
         )
         if failed >= 0:
             return array, failed
         addresses[array, 0] = addresses[array, batch]
-        for row in range(batch):
-            addresses[array, 1 + row] = address + np.uintp(row * stride * size)
+        for state in range(batch):
+            addresses[array, 1 + state] = address + np.uintp(state * stride * size)
         buffer += np.uintp(2 * batch * stride * size)
     return -1, -1
 
@@ -123,16 +125,16 @@ def _stream(
     gram: Any,
     ratio: Any,
 ) -> Any:
-    """Return array and row of what cannot be read, (-1, -1) where all can; p, g and h are rows of ``addresses``."""
-    rows, batch = leads.size, addresses.shape[1] - 1
+    """Return array and state of the first failure, else (-1, -1); p, g and h are the rows of ``addresses``."""
+    updates, batch = leads.size, addresses.shape[1] - 1
     last_segment = 0
-    for piece in range(lows.size):
-        own = starts[cuts[piece] : cuts[piece + 1]]
+    for block in range(lows.size):
+        own = starts[cuts[block] : cuts[block + 1]]
         first_segment, last_segment = last_segment, last_segment + own.size - 1
-        for begin in range(0, rows + 1, batch):
-            end = min(begin + batch, rows + 1)
+        for begin in range(0, updates + 1, batch):
+            end = min(begin + batch, updates + 1)
             failed = _read_batch(
-                descriptors, offsets, itemsizes, begin, end, lows[piece], own[-1], stride, buffer, addresses
+                descriptors, offsets, itemsizes, begin, end, lows[block], own[-1], stride, buffer, addresses
             )
             if failed[0] >= 0:
                 return failed
@@ -157,7 +159,7 @@ def _stream(
 
 
 def buffer_bytes(stride: int, batch: int, itemsizes: Sequence[int]) -> int:
-    """Bytes of the buffer of `products`."""
+    """Return the bytes of the buffer of `products`."""
     return 2 * batch * stride * sum(itemsizes)
 
 
@@ -172,45 +174,44 @@ def products(
     gram: NDArray[np.float64],
     ratio: NDArray[np.float64],
 ) -> tuple[int, int] | None:
-    """Read rows and compute the inner products of neighbouring ones, as `natgrad.kernel.gram.products` does.
+    """Read states and compute the inner products of neighbouring ones, as `natgrad.kernel.gram.products` does.
 
     Parameters
     ----------
     files : sequence of `Located`
-        Rows of parameter and gradient, rows + 1 of each, and maybe of the Hessian-vector product.
+        States of parameter and gradient, updates + 1 of each, and of the Hessian-vector product if it is logged.
     dtypes : sequence of dtype
-        Of each.
-    boundaries : sequence of int64 arrays, shape (segments of the piece + 1,)
-        Of each piece of the rows, which is read by itself, the elements where its segments begin, and where the
-        last ends.
+        Dtype of each.
+    boundaries : sequence of int64 arrays, shape (segments of the read block + 1,)
+        For each read block of the states: the elements where its segments begin, and where the last one ends.
     stride : int
-        Elements from a row in the buffer to the next: those of the longest piece, or of a row in its file where
-        that is one piece; then rows are read together.
+        Elements from one state in the buffer to the next: those of the longest read block. If a state in its file
+        is one read block of this length, states are read together.
     batch : int
-        Rows read before they are computed.
-    leads : bool array, shape (rows,)
-        Whether an update leads from a row to the next. Where none does, products are NaN.
+        States read before they are computed.
+    leads : bool array, shape (updates,)
+        True if an update leads from a state to the next. Otherwise its products are NaN.
     buffer : uint8 array, of `buffer_bytes`
         Overwritten.
-    gram, ratio : float64 arrays, shape (rows, segments, vectors, vectors) and (rows, segments)
-        Written, the segments of all pieces one after the other.
+    gram, ratio : float64 arrays, shape (updates, segments, vectors, vectors) and (updates, segments)
+        Written, the segments of all read blocks one after the other.
 
     Returns
     -------
     (int, int) or None
-        Array and row where reading ended: the file is too short, or the system reports an error. What is written
-        has no meaning then.
+        Array and state where reading failed: the file is too short, or the system reports an error. The outputs are
+        then undefined.
 
     Raises
     ------
     ValueError
-        Where a piece is longer than ``stride``, or the buffer too small.
+        If a read block is longer than ``stride``, or the buffer too small.
     """
-    if max(int(piece[-1] - piece[0]) for piece in boundaries) > stride:
-        raise ValueError(f"a piece is longer than {stride} elements")
+    if max(int(block[-1] - block[0]) for block in boundaries) > stride:
+        raise ValueError(f"a read block is longer than {stride} elements")
     needed = buffer_bytes(stride, batch, [dtype.itemsize for dtype in dtypes])
     if buffer.nbytes < needed:
-        raise ValueError(f"a buffer of {buffer.nbytes} bytes in place of {needed}")
+        raise ValueError(f"the buffer has {buffer.nbytes} bytes, but {needed} are needed")
     words = [words_of([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
     like = tuple(np.empty(0, dtype) for dtype in (*words, words[0])[:3])
     descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
@@ -221,9 +222,9 @@ def products(
         offsets,
         np.array([dtype.itemsize for dtype in dtypes]),
         like,
-        np.array([piece[0] for piece in boundaries]),
+        np.array([block[0] for block in boundaries]),
         np.cumsum([0, *map(len, boundaries)]),
-        np.concatenate([piece - piece[0] for piece in boundaries]),
+        np.concatenate([block - block[0] for block in boundaries]),
         stride,
         leads,
         np.uintp(buffer.__array_interface__["data"][0]),
@@ -241,23 +242,23 @@ def products(
 
 
 def read(file: Located, first: int, out: NDArray[Any]) -> int | None:
-    """Read a part of rows, from an element on.
+    """Read a part of states, from an element on.
 
     Parameters
     ----------
     file : Located
     first : int
-        Element of a row.
-    out : array, shape (rows, elements)
-        Written; elements of a row are contiguous.
+        First element to read of each state.
+    out : array, shape (states, elements)
+        Written; elements of a state are contiguous.
 
     Returns
     -------
     int or None
-        The row that cannot be read.
+        The first state that cannot be read.
     """
     descriptors, offsets = file
     size, stride = out.shape[1] * out.itemsize, out.strides[0]
     address = np.uintp(out.__array_interface__["data"][0])
-    failed = _read_rows(descriptors, offsets, 0, len(out), first * out.itemsize, size, stride, address)
+    failed = _read_states(descriptors, offsets, 0, len(out), first * out.itemsize, size, stride, address)
     return None if failed < 0 else int(failed)

@@ -1,4 +1,4 @@
-"""The tensors of a model on one element axis, and the dtypes in which their elements are stored."""
+"""The tensors of a model on one element axis, the dtypes of their elements, and the shapes of stored chunks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from numpy.typing import NDArray
 
 __all__ = [
     "LAYOUT_VERSION",
+    "MEBIBYTE",
     "STORAGE_DTYPES",
+    "IngestLimits",
     "Layout",
+    "LedgerChunk",
     "Tensor",
+    "chunk_shape",
     "promote",
+    "room_to_grow",
     "storage_dtype",
     "unit_roundoff",
     "widened",
 ]
 
+MEBIBYTE = 1 << 20
 
 LAYOUT_VERSION = 3
 """Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused.
@@ -161,3 +167,98 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Values of elements of a dtype, as `StepReader.read` gives them: of bfloat16 in float32, which is exact."""
     return (words.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype == "bfloat16" else words
+
+
+# Chunks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IngestLimits:
+    """Limits of an ingest: how a new trajectory is cut into chunks, and how much is copied at a time.
+
+    Attributes
+    ----------
+    chunk_elements : int
+        Most elements in a chunk of the trajectory. The default makes 4 MiB of float32.
+    minimum_steps : int
+        Steps for which a chunk of a small model has room, even if the run is shorter.
+    chunk : (int, int), optional
+        Steps and elements of a chunk, in place of the shape that `chunk_shape` computes.
+    commit_bytes : int
+        Training state that one commit makes visible, about. A commit holds at least one row of chunks.
+    largest_factor : int
+        Rows of the largest optimizer factor whose eigenvalues are computed. LAPACK's copies and the complex matrix
+        of the skew part take up to 70 bytes per element, which is 1.1 GiB for the default.
+    """
+
+    chunk_elements: int = 1 << 20
+    minimum_steps: int = 64
+    chunk: tuple[int, int] | None = None
+    commit_bytes: int = 256 * MEBIBYTE
+    largest_factor: int = 4096
+
+
+@dataclass(frozen=True, order=True)
+class LedgerChunk:
+    """Updates ``start`` to ``stop`` (half open), whose inner products are one chunk of the ledger."""
+
+    start: int
+    stop: int
+
+
+def chunk_shape(
+    states: int, elements: int, replicates: int = 0, limits: IngestLimits = IngestLimits()
+) -> tuple[int, int]:
+    """Return the shape of the chunks of a trajectory: complete steps of about a million elements.
+
+    Parameters
+    ----------
+    states : int
+        Logged states so far.
+    elements : int
+        Elements of the model.
+    replicates : int
+        Replicates that are logged with each state. A step of a chunk holds that many more states.
+    limits : IngestLimits, optional
+
+    Returns
+    -------
+    (steps, elements) of a chunk
+        Columns have nearly one width, so that the last one contains little padding. Small models share a chunk
+        between many steps, but not many more than the run has.
+
+    Examples
+    --------
+    >>> chunk_shape(1000, 2_500_000)
+    (1, 833334)
+    >>> chunk_shape(201, 25_408)
+    (41, 25408)
+    >>> chunk_shape(401, 8)
+    (512, 8)
+    >>> chunk_shape(201, 25_408, replicates=8)
+    (5, 25408)
+    """
+    if limits.chunk is not None:
+        return limits.chunk
+    columns = max(1, math.ceil(elements / limits.chunk_elements))
+    width = max(1, math.ceil(elements / columns))
+    most = limits.chunk_elements // width // max(1, replicates)
+    return max(1, min(most, room_to_grow(states, limits.minimum_steps))), width
+
+
+def room_to_grow(count: int, minimum: int) -> int:
+    """Return the size of a chunk that holds a complete run and as much again as it may grow by.
+
+    Parameters
+    ----------
+    count : int
+        States or updates of the run so far.
+    minimum : int
+        Size for a run that is shorter than this.
+
+    Examples
+    --------
+    >>> room_to_grow(10, 64), room_to_grow(64, 64), room_to_grow(65, 64)
+    (64, 64, 128)
+    """
+    return 1 << max(minimum - 1, count - 1).bit_length()

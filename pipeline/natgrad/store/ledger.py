@@ -13,9 +13,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from natgrad.schema.blocks import LedgerChunk
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import LAYOUT_VERSION, Layout
+from natgrad.schema.layout import LAYOUT_VERSION, Layout, LedgerChunk
 from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_REPLICATE_VECTOR, WITH_VECTOR
 from natgrad.storage import is_url
 from natgrad.storage.disk import flush_all, replace_files
@@ -246,7 +245,7 @@ class Ledger:
 
         Parameters
         ----------
-        ledger chunk : LedgerChunk
+        chunk : LedgerChunk
             Its rows are one chunk (or the last rows of the ledger).
         gram : float64 array, shape (rows, tensors, vectors, vectors)
             Of its rows, or of the last of them, where those before are `begun`.
@@ -311,7 +310,7 @@ class Ledger:
                 except InputError as error:
                     _log.warning("%s: it is computed again", error)
                     return []
-                return [LedgerChunk(record["start"], record["stop"], ())]
+                return [LedgerChunk(record["start"], record["stop"])]
         return []
 
     def _recorded(self, record: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:

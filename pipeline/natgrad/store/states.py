@@ -20,9 +20,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from natgrad.schema.blocks import MEBIBYTE
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import Layout, storage_dtype
+from natgrad.schema.layout import MEBIBYTE, Layout, storage_dtype
 from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STEP, of_replicate, replicate_of
 from natgrad.storage import is_url, put, ranges
 from natgrad.storage.chunk_file import ChunkFile

@@ -29,8 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.schema.blocks import LedgerChunk
-from natgrad.schema.layout import LAYOUT_VERSION, Layout
+from natgrad.schema.layout import LAYOUT_VERSION, Layout, LedgerChunk
 from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
@@ -428,7 +427,8 @@ class Trajectory(States):
 
     def fingerprint(self) -> str:
         """Digest of every committed state."""
-        return self.digests([LedgerChunk(0, self.n_states, ())])[LedgerChunk(0, self.n_states, ())]
+        every = LedgerChunk(0, self.n_states)
+        return self.digests([every])[every]
 
     def digests(self, chunks: Iterable[LedgerChunk]) -> dict[LedgerChunk, str]:
         """Digest of the states that each ledger chunk of rows is computed from, the halo included."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import STORAGE_DTYPES, storage_dtype, unit_roundoff, widened
+from natgrad.schema.layout import STORAGE_DTYPES, IngestLimits, storage_dtype, unit_roundoff, widened
 from natgrad.sources.base import StepReader
 from natgrad.sources.opening import open_source
 from natgrad.sources.optimizers.state import Factor, FactoredMetric, factor_array
@@ -29,17 +29,23 @@ from natgrad.theory.preconditioners import (
 if TYPE_CHECKING:
     from natgrad.theory.symmetric_operators import Kronecker
 
-__all__ = ["LARGEST_FACTOR", "extremes", "read_metric"]
+__all__ = ["extremes", "read_metric"]
 
 Array = NDArray[np.float64]
 
-LARGEST_FACTOR = 4096
-"""Rows of the largest factor whose eigenvalues are taken: with LAPACK's copies and the complex matrix of its skew
-part it may take 70 bytes an element, 1.1 GiB."""
 
+def extremes(
+    reader: StepReader, tensor: str, metric: FactoredMetric, largest_factor: int = IngestLimits.largest_factor
+) -> tuple[float, float]:
+    """Return the smallest and largest eigenvalue of the metric of a tensor in an open step.
 
-def extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of the metric of a tensor in an open step.
+    Parameters
+    ----------
+    reader : StepReader
+    tensor : str
+    metric : FactoredMetric
+    largest_factor : int, optional
+        Most rows of a factor, see `natgrad.schema.layout.IngestLimits`.
 
     Raises
     ------
@@ -49,18 +55,18 @@ def extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[f
     if metric.problem:
         raise InputError(metric.problem)
     try:
-        return _extremes(reader, tensor, metric)
+        return _extremes(reader, tensor, metric, largest_factor)
     except np.linalg.LinAlgError as error:
         raise InputError(f"LAPACK finds no eigenvalues of a factor ({error})") from error
 
 
-def _extremes(reader: StepReader, tensor: str, metric: FactoredMetric) -> tuple[float, float]:
+def _extremes(reader: StepReader, tensor: str, metric: FactoredMetric, largest: int) -> tuple[float, float]:
     index, found = 0, []
     for block in metric.blocks:
-        damping = _damping(reader, tensor, metric, block, index)
+        damping = _damping(reader, tensor, metric, block, index, largest)
         ends = []
         for factor, term in zip(block, damping, strict=True):
-            matrix = _loaded(reader, tensor, metric, factor, index)
+            matrix = _loaded(reader, tensor, metric, factor, index, largest)
             index += 1
             ends.append(factor_eigenvalues(matrix, exponent=metric.exponent, damping=term, root=metric.root))
         # Of inverses each factor was found definite beyond its rounding.
@@ -133,8 +139,9 @@ def _operator(reader: StepReader, tensor: str, metric: FactoredMetric, kind: typ
     if metric.problem or len(metric.blocks) != 1:
         raise InputError(metric.problem or f"the tensor is parted into {len(metric.blocks)} blocks")
     (block,) = metric.blocks
-    damping = _damping(reader, tensor, metric, block, 0)
-    factors = [_loaded(reader, tensor, metric, factor, index) for index, factor in enumerate(block)]
+    largest = IngestLimits.largest_factor
+    damping = _damping(reader, tensor, metric, block, 0, largest)
+    factors = [_loaded(reader, tensor, metric, factor, index, largest) for index, factor in enumerate(block)]
     if metric.root:
         factors = [factor**2 if factor.ndim == 1 else _gram(factor) for factor in factors]
     return kind(*factors, exponent=metric.exponent, damping=damping, shift=metric.shift)
@@ -146,23 +153,27 @@ def _gram(root: Array) -> Array:
 
 
 def _damping(
-    reader: StepReader, tensor: str, metric: FactoredMetric, block: tuple[Factor, ...], first: int
+    reader: StepReader, tensor: str, metric: FactoredMetric, block: tuple[Factor, ...], first: int, largest: int
 ) -> list[float]:
     """Damping of each factor of a product."""
     if not metric.balanced:
         return list(metric.damping) or [0.0] * len(block)
-    left, right = (_loaded(reader, tensor, metric, factor, first + index) for index, factor in enumerate(block))
+    left, right = (
+        _loaded(reader, tensor, metric, factor, first + index, largest) for index, factor in enumerate(block)
+    )
     return list(balanced_damping((left, right), *metric.damping))
 
 
-def _loaded(reader: StepReader, tensor: str, metric: FactoredMetric, factor: Factor, index: int) -> Array:
+def _loaded(
+    reader: StepReader, tensor: str, metric: FactoredMetric, factor: Factor, index: int, largest: int
+) -> Array:
     """Load a factor as float64, its symmetric part where it is no root."""
     size, dimensions = math.prod(factor.shape[:1]), len(factor.shape)
     square = dimensions < 2 or (dimensions == 2 and factor.shape[0] == factor.shape[1])
     if factor.dtype not in STORAGE_DTYPES or not square or not size:
         raise InputError(f"a factor is {factor.dtype} of shape {list(factor.shape)}")
-    if len(factor.shape) > 1 and size > LARGEST_FACTOR:
-        raise InputError(f"a factor of {size} x {size} is too large: the limit is {LARGEST_FACTOR} rows")
+    if len(factor.shape) > 1 and size > largest:
+        raise InputError(f"a factor of {size} x {size} is too large: the limit is {largest} rows")
     words: NDArray[Any] = np.empty(math.prod(factor.shape), storage_dtype(factor.dtype))
     reader.read(factor_array(index), tensor, factor.start, words)
     values = np.asarray(widened(words, factor.dtype), np.float64)

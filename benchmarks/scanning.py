@@ -1,6 +1,6 @@
-"""What flows cost beside the work: a run as a flow and by hand, and a look at 1,000 runs of which none changed.
+"""Measure what flows cost beside the work: a run as a flow and by hand, and a scan of 1,000 unchanged runs.
 
-Run as ``python -m benchmarks.watching [RUNS]``. A Prefect server with SQLite is started for it, and is up before
+Run as ``python -m benchmarks.scanning [RUNS]``. A Prefect server with SQLite is started for it, and is up before
 anything is timed. The numbers are medians of a few turns on the machine as it is: others may use it too.
 """
 
@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from natgrad.app import run
-from natgrad.app import scan as watch
+from natgrad.app import run, scan
 from natgrad.recording.recorder import Recorder
 
 TURNS = 5
-RUNS_OF_A_LOOK = 5
+RUNS_OF_A_SCAN = 5
 STEPS = 20
 
 
@@ -108,7 +107,7 @@ def main(runs=1000):
 
         base = Path(folder)
         log = write_log(base / "log", 0)
-        # The first of each loads libraries and compiles, which is not what is asked.
+        # The first of each loads libraries and compiles, which is not measured here.
         by_hand(log, base / "warm-by-hand")
         process_run(log, base / "warm-flow", workers=1)
         bare = [seconds(empty) for _ in range(TURNS)]
@@ -119,31 +118,31 @@ def main(runs=1000):
             for turn in range(TURNS)
         ]
         print("a run as a flow, beyond the work:", spread(extra))
-        for number in range(RUNS_OF_A_LOOK):
+        for number in range(RUNS_OF_A_SCAN):
             write_log(base / "few" / f"run-{number}", number)
         beyond = []
         for turn in range(TURNS):
-            look = seconds(watch_runs, base / "few", base / f"looked-{turn}", workers=1)
+            scanned = seconds(watch_runs, base / "few", base / f"scanned-{turn}", workers=1)
             hand = sum(
                 seconds(by_hand, base / "few" / f"run-{number}", base / f"few-{turn}" / str(number))
-                for number in range(RUNS_OF_A_LOOK)
+                for number in range(RUNS_OF_A_SCAN)
             )
-            beyond.append((look - hand) / RUNS_OF_A_LOOK)
-        print(f"each of {RUNS_OF_A_LOOK} runs of a look, beyond the work:", spread(beyond))
+            beyond.append((scanned - hand) / RUNS_OF_A_SCAN)
+        print(f"each of {RUNS_OF_A_SCAN} runs of a scan, beyond the work:", spread(beyond))
         for number in range(runs):
             write_log(base / "logs" / f"group-{number % 10}" / f"run-{number}", number)
-        # One is processed; that the others were is written down, as it is what a look reads.
+        # One is processed. Of the others only the recorded outcome is written, because a scan reads nothing else.
         watch_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
         done = json.loads((base / "one" / ".outcome.json").read_text())
-        for found in watch.find_runs(base / "logs", base / "out"):
+        for found in scan.find_runs(base / "logs", base / "out"):
             for path in (run.RunFolder(found.out).results, run.RunFolder(found.out).report):
                 path.mkdir(parents=True)
             options = {**done["options"], "cluster": None}
-            watch.Outcome(str(found.source), watch.listing(found.source), options).remember(found.out)
-        looks = []
+            scan.Outcome(str(found.source), scan.listing(found.source), options).remember(found.out)
+        scans = []
         for _ in range(TURNS):
-            looks.append(seconds(lambda: _all_unchanged(watch_runs(base / "logs", base / "out", workers=1), runs)))
-        print(f"a look at {runs} unchanged runs:", spread(looks))
+            scans.append(seconds(lambda: _all_unchanged(watch_runs(base / "logs", base / "out", workers=1), runs)))
+        print(f"a scan of {runs} unchanged runs:", spread(scans))
 
 
 def _all_unchanged(answer, runs):
