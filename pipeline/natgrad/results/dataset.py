@@ -104,7 +104,8 @@ def label(
 def versions() -> dict[str, str]:
     """Return the versions of this package and of those that the numbers depend on."""
     packages = ("numpy", "numba", "xarray", "zarr", "dask")
-    return {"natgrad-pipeline": __version__, **{package: importlib.metadata.version(package) for package in packages}}
+    others = {package: importlib.metadata.version(package) for package in packages}
+    return {"natgrad-pipeline": __version__} | others
 
 
 # From pairs to variables -------------------------------------------------------------------------------------
