@@ -30,10 +30,10 @@ def pip(*arguments):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             output.append(line)
-            collected += line.startswith("Collecting ")
-            if line.startswith("Installing collected packages: "):
-                say(f"  {collected} packages fetched; unpacking {line.count(',') + 1}")
-            elif time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+            collected += line.startswith(("Collecting ", "Processing "))
+            if line.startswith("Installing collected packages: ") and collected:
+                say(f"  unpacking {line.count(',') + 1} packages")
+            elif collected and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
                 say(f"  {collected} packages fetched")
                 shown = time.monotonic()
     with LOG.open("a") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from natgrad_flows.runs import process_run
 
 __all__ = ["demo"]
 
+_log = logging.getLogger("natgrad_flows.demo")  # its __name__ is __main__ where it is run
+
 
 @flow(name="demo")
 def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
@@ -29,9 +32,11 @@ def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
         Dask worker processes.
     """
     runs = {}
+    _log.info("starting %d Dask workers", workers)
     with local_scheduler(workers, run.MEMORY_LIMIT) as scheduler:
         for name, log in write_demo_logs(out / "logs").items():
             runs[name] = out / "runs" / name
+            _log.info("processing %s in a Prefect flow", name)
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
     results = {name: str(RunFolder(path).results) for name, path in runs.items()}
     return {"results": results, **run.report_run(runs, out / "report.html")}
@@ -42,6 +47,9 @@ def main(
     workers: Annotated[int, typer.Option(help="Dask worker processes.")] = 2,
 ) -> None:
     """Run the demonstration and print where its results are."""
+    for logger in (_log, logging.getLogger("natgrad.experiments")):
+        logger.setLevel(logging.INFO)  # Prefect has set up the handlers
+    _log.info("starting Prefect")
     answer = demo(out, workers)
     for name, path in answer["results"].items():
         typer.echo(f"results of {name}: {path}")

