@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from natgrad.app.run import Analysis
 from natgrad.compute.processors import usable_processors
 
 
@@ -36,7 +36,18 @@ def test_newer_versions_of_python_count_themselves(monkeypatch):
     assert usable_processors() == 5
 
 
-def test_an_analysis_needs_no_call_that_macos_lacks(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    with Analysis().executor() as execute:
-        assert execute is not None
+COMMAND = """
+import os, sys
+for name in ("sched_getaffinity", "sched_setaffinity", "process_cpu_count"):
+    if hasattr(os, name):
+        delattr(os, name)
+sys.argv = ["natgrad", "process", *sys.argv[1:]]
+from natgrad_flows.cli import main
+main()
+"""
+
+
+def test_the_command_line_needs_no_affinity(tmp_path):
+    log = Path(__file__).parents[2] / "data" / "linear_system"
+    subprocess.run([sys.executable, "-c", COMMAND, log, tmp_path / "out"], check=True, capture_output=True)
+    assert (tmp_path / "out" / "report.html").exists()
