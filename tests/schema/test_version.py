@@ -66,14 +66,17 @@ def test_a_shallow_clone_without_tags_has_a_version_that_names_its_commit(reposi
     assert git_version(tmp_path / "shallow") == f"0.1.dev1+g{last[:7]}"
 
 
-def test_without_a_repository_or_git_the_version_is_the_fallback(repository, tmp_path, monkeypatch):
+def test_without_a_repository_the_version_is_the_fallback_and_without_git_the_commit_follows(
+    repository, tmp_path, monkeypatch
+):
     unpacked = repository / "archive"
     unpacked.mkdir()
     # The repository around an unpacked archive is not that of its code.
     assert git_version(unpacked) == FALLBACK_VERSION
     assert git_version(None) == FALLBACK_VERSION
+    last = git(repository, "rev-parse", "HEAD")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert git_version(repository) == FALLBACK_VERSION
+    assert git_version(repository) == f"{FALLBACK_VERSION}+g{last[:7]}"
 
 
 def test_a_hook_of_another_repository_does_not_change_the_version(repository, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 hatchling runs `git_version` at build time (``[tool.hatch.version]`` in pyproject.toml) and writes the answer into
 ``_version.py`` beside this file. Importing this module reads that file and never runs git. A tag ``v1.2.3`` gives
 1.2.3, and the fifth commit after it 1.2.4.dev5+g<commit>. Without a tag the base is 0.1, so the 300th commit gives
-0.1.dev300+g<commit>. Without a repository, or without git, the version is `FALLBACK_VERSION`.
+0.1.dev300+g<commit>. Without a repository the version is `FALLBACK_VERSION`; without the program git, as in a small
+container image, the commit follows it.
 
 An editable install keeps the ``_version.py`` of its installation while the code moves on. Therefore the commit is
 compared with HEAD, by reading files of ``.git``. If HEAD has moved, the version names both commits:
@@ -65,7 +66,9 @@ def git_version(repository: Path | None = _REPOSITORY) -> str:
         return f"{base}.dev{found['commits']}+{found['commit']}{dirty}"
     commits = _git(repository, "rev-list", "--count", "HEAD")
     commit = _git(repository, "describe", "--always", "--exclude", "*", "--abbrev=7", "--dirty=.dirty")
-    return f"0.1.dev{commits}+g{commit}" if commits and commit else FALLBACK_VERSION
+    if commits and commit:
+        return f"0.1.dev{commits}+g{commit}"
+    return installed_version(FALLBACK_VERSION, repository)
 
 
 def _git(repository: Path, *arguments: str) -> str:
