@@ -8,7 +8,7 @@ export PREFECT_LOGGING_LEVEL ?= WARNING
 .PHONY: install browser demo test torture cluster-test bench lint lock
 
 demo: .venv/demo-installed
-	@$(BIN)/python -m natgrad_flows.demo demo
+	@$(BIN)/python -m natgrad_flows demo
 
 # What only the tests need follows in the same environment: both lock files have the same pins.
 install: .venv/installed

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from prefect import flow
 
 from natgrad.app import run
@@ -17,7 +16,7 @@ from natgrad_flows.runs import process_run
 
 __all__ = ["demo"]
 
-_log = logging.getLogger("natgrad_flows.demo")  # its __name__ is __main__ where it is run
+_log = logging.getLogger(__name__)
 
 
 @flow(name="demo")
@@ -40,21 +39,3 @@ def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
     results = {name: str(RunFolder(path).results) for name, path in runs.items()}
     return {"results": results, **run.report_run(runs, out / "report.html")}
-
-
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder for logs, runs and the page.")] = Path("demo"),
-    workers: Annotated[int, typer.Option(help="Dask worker processes.")] = 2,
-) -> None:
-    """Run the demonstration and print where its results are."""
-    for logger in (_log, logging.getLogger("natgrad.experiments")):
-        logger.setLevel(logging.INFO)  # Prefect has set up the handlers
-    _log.info("starting Prefect")
-    answer = demo(out, workers)
-    for name, path in answer["results"].items():
-        typer.echo(f"results of {name}: {path}")
-    typer.echo(f"report: {answer['report']}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
