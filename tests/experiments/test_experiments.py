@@ -197,7 +197,7 @@ def test_the_log_holds_the_system_step_by_step(tmp_path, method, container):
         ({"learning_rate": -0.1}, "make no trajectory"),
         ({"learning_rate": np.inf}, "make no trajectory"),
         ({"learning_rate": 3.0}, "(?s)Euler steps of learning rate 3.0 grow.*smaller learning rate"),
-        ({"container": "pt"}, "container 'pt' is not known"),
+        ({"container": "pt"}, "unknown container 'pt'"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):

