@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import venv
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -51,29 +50,31 @@ def required(*names):
     return list(found.values())
 
 
-@dataclass(frozen=True)
 class Environment:
-    """A virtual environment with a wheel in it."""
+    """A virtual environment with a wheel in it.
 
-    folder: Path
+    Parameters
+    ----------
+    folder : Path
+    """
 
-    @property
-    def python(self):
-        return self.folder / "bin" / "python"
+    def __init__(self, folder):
+        self.bin = folder / "bin"
+        unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # they lead to the code of the work tree
+        self.environment = {name: value for name, value in os.environ.items() if name not in unset}
 
-    def run(self, *command, cwd, check=True, **variables):
-        """Run a program of the environment by name, without what leads to the code of the work tree."""
-        unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-        environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
-        program, *arguments = map(str, command)
-        return subprocess.run(
-            [str(self.folder / "bin" / program), *arguments],
-            cwd=cwd,
-            env=environment,
-            check=check,
+    def run(self, program, *arguments, environment=None, **options):
+        """Run a program of the environment and return what it printed; fail with that if it failed."""
+        done = subprocess.run(
+            [self.bin / program, *map(str, arguments)],
+            env=self.environment | (environment or {}),
             capture_output=True,
             text=True,
+            check=False,
+            **options,
         )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
 
 
 def make_environment(folder, wheel, distributions):
