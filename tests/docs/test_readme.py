@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ def run_shell(example):
         if program == "make":
             # The two commands that set everything up: this test is part of one of them.
             assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
+        elif program == "pip":
+            # tests/packaging installs the wheel of this name, and runs the demonstration after it.
+            assert arguments == ["install", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]]
         else:
             assert program == "natgrad"
             subprocess.run([Path(sys.executable).with_name(program), *arguments], check=True, capture_output=True)
@@ -31,7 +35,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").symlink_to(ROOT / "data")
     parsers = [PythonCodeBlockParser(), CodeBlockParser(language="sh", evaluator=run_shell)]
     examples = list(Sybil(parsers).parse(ROOT / "README.md"))
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         example.evaluate()
     printed = capsys.readouterr().out
@@ -66,5 +70,5 @@ def test_the_documents_link_to_what_is_there():
     for page in (*pages, *(ROOT / "docs").glob("*.md")):
         text = page.read_text()
         for part in text.split("](")[1:]:
-            target = part.partition(")")[0]
+            target = part.partition(")")[0].partition("#")[0]
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

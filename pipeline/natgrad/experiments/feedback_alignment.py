@@ -15,7 +15,7 @@ from natgrad.recording.recorder import Recorder
 __all__ = ["HIDDEN", "IMAGES", "LEARNING_RATE", "STEPS", "log_feedback_alignment", "loss_and_descent"]
 
 HIDDEN, IMAGES, LEARNING_RATE, STEPS = 32, 1000, 0.3, 200
-"""Hidden units, images of the objective, learning rate, and number of updates, where nothing else is said."""
+"""Hidden units, images of the objective, learning rate, and number of updates, by default."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.floating[Any]]
 def loss_and_descent(
     weights: Mapping[str, Floats], backward: Floats, images: Floats, labels: NDArray[np.int64]
 ) -> tuple[float, dict[str, Floats]]:
-    """Loss of the linear network, and the gradient that it gets where errors come back through given weights.
+    """Return the loss of the linear network, and the gradient when errors propagate back through other weights.
 
     The loss is the mean softmax cross-entropy: with it the network learns the digits several times faster than
     with squared errors. The gradient is the true one (backpropagation) where ``backward`` is the transpose of
@@ -36,7 +36,7 @@ def loss_and_descent(
     backward : (hidden, class) array
         Weights that carry the errors of the outputs back to the hidden units.
     images : (image, pixel) array
-        UpdateTable.
+        Inputs.
     labels : (image,) array of int
         Classes.
 
@@ -86,7 +86,7 @@ def log_feedback_alignment(
     images : int
         Images of the objective, drawn at random; the accuracy is of all others.
     mini_batch : int, optional
-        Images of an update, drawn anew for each; the whole objective where not given.
+        Images per update, drawn for each update. The default is the complete objective.
     learning_rate : float
         Learning rate eta.
     seed : int
@@ -94,7 +94,7 @@ def log_feedback_alignment(
     container : {"safetensors", "npz"}
         Container of a step.
     digits : Digits, optional
-        Loaded by `load_digits` where not given.
+        The default is `load_digits`.
 
     Raises
     ------

@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 DIMENSION, STEPS = 8, 200
-"""Elements of theta, and number of updates, where nothing else is said."""
+"""Elements of theta, and number of updates, by default."""
 
 CONVEXITY, SMOOTHNESS = 1e-3, 1.0
 """Strong convexity mu, and Lipschitz constant L of the gradient, of the objectives drawn."""

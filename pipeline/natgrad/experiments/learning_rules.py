@@ -46,13 +46,13 @@ __all__ = [
 ]
 
 HIDDEN, IMAGES, STEPS = 16, 1000, 100
-"""Units of each hidden layer, images of the objective, and number of updates, where nothing else is said."""
+"""Units of each hidden layer, images of the objective, and number of updates, by default."""
 
 LAYERS = ("layer_1.weight", "layer_2.weight", "layer_3.weight")
 """Tensors of the network, each (target, source): two layers of tanh units, and the scores of the classes."""
 
 DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
-"""What momentum and Adam keep of the past gradients, what Adam keeps of their squares, and its epsilon."""
+"""Decay of past gradients in momentum and Adam, decay of their squares in Adam, and its epsilon."""
 
 PERTURBATIONS, AMPLITUDE = 32, 1e-2
 """Perturbations tried for one update, and the standard deviation of an element of each."""
@@ -69,14 +69,14 @@ Weights = Mapping[str, Floats]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the network makes of a batch of images.
+    """Activations, scores and loss of the network for a batch of images.
 
     Attributes
     ----------
     loss : float
         Mean softmax cross-entropy, in nats.
     activities : sequence of (image, source) arrays
-        UpdateTable of each layer: the images, then the units of each hidden layer.
+        Inputs of each layer: the images, then the units of each hidden layer.
     scores : (image, class) array
         Outputs of the last layer.
     errors : (image, class) array
@@ -101,7 +101,7 @@ def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -
 
 
 def carry_back(sweep: Sweep, backward: Sequence[Floats], *, direct: bool = False) -> dict[str, Floats]:
-    """Gradient of every layer, where errors come back to the hidden layers through given weights.
+    """Return the gradient of every layer when errors propagate back through other weights.
 
     It is the true one (backpropagation) where these are the weights of the layers above.
 
@@ -125,7 +125,7 @@ def carry_back(sweep: Sweep, backward: Sequence[Floats], *, direct: bool = False
 
 @dataclass
 class Situation:
-    """What a rule may look at before an update, and what it keeps from one update to the next.
+    """Inputs of a rule before an update, and the state that it keeps between updates.
 
     Attributes
     ----------
@@ -250,7 +250,7 @@ def partial_ascent(now: Situation) -> Weights:
 
 
 class Rule(NamedTuple):
-    """A rule: the update g that it makes of a situation, and its learning rate."""
+    """A learning rule: a function from a situation to the update g, and its learning rate."""
 
     update: Callable[[Situation], Weights]
     learning_rate: float
@@ -304,7 +304,7 @@ def log_learning_rules(
     container : {"safetensors", "npz"}
         Container of a step.
     digits : Digits, optional
-        Loaded by `load_digits` where not given.
+        The default is `load_digits`.
 
     Returns
     -------

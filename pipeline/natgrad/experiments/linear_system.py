@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 METHODS = ("euler", "exponential")
-"""How the trajectory follows the flow: by explicit Euler steps, or exactly, by the matrix exponential."""
+"""Methods to follow the flow: explicit Euler steps, or the exact matrix exponential."""
 
 DIMENSION, LEARNING_RATE, STEPS = 8, 0.05, 300
-"""Elements of theta, time per step, and number of updates, where nothing else is said."""
+"""Elements of theta, time per step, and number of updates, by default."""
 
 Floats = NDArray[np.float64]
 

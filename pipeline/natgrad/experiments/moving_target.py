@@ -29,7 +29,7 @@ RULES = ("gradient", "tracking")
 """Rules that follow the target."""
 
 FREQUENCY, LEARNING_RATE, STEPS = 1.0, 0.05, 200
-"""Radian per unit of time of the target, time per step, and number of updates, where nothing else is said."""
+"""Radian per unit of time of the target, time per step, and number of updates, by default."""
 
 Floats = NDArray[np.float64]
 

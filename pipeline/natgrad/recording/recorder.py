@@ -1,4 +1,4 @@
-"""Recorder of a training run in the native format, for a trainer that has its tensors as NumPy arrays."""
+"""Record a training run in the native format, from a training loop that has its tensors as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _write_npz(file: IO[bytes], arrays: dict[str, Any]) -> None:
     np.savez(file, **arrays)
 
 
-# Container to its writer and the dtypes of STORAGE_DTYPES that it cannot hold.
+# Container to its writer and the dtypes of STORAGE_DTYPES that it cannot store.
 _WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays], None], frozenset[str]]] = {
     "safetensors": (_write_safetensors, frozenset()),
     "npz": (_write_npz, frozenset({"bfloat16"})),
@@ -39,24 +39,24 @@ CONTAINERS = tuple(_WRITERS)
 
 
 class Recorder:
-    """Writer of one run: a folder with one file ``step_<N>.<container>`` per step.
+    """Write one run into a folder, with one file ``step_<N>.<container>`` per step.
 
-    A step is written aside and then renamed, so a reader sees the whole file or none, also while the run goes on.
+    A step is written under a temporary name and then renamed, so a reader sees a complete file or none.
 
     Parameters
     ----------
-    folder : Path
-        Folder of the run; made where it does not exist.
+    folder : str or Path
+        Folder of the run. It is created if it does not exist.
     container : {"safetensors", "npz"}
-        Container of a step.
+        File format of a step.
     resume : bool
-        Continue a run that the folder already holds, replacing the steps that are recorded again.
+        Continue the run in the folder. Steps that are recorded again are replaced.
 
     Raises
     ------
     InputError
-        Where the container is not known, or the folder already holds steps and the run is not resumed in the
-        container that it was begun in.
+        If the container is unknown, or if the folder already contains steps and the run is not resumed in the
+        container with which it started.
 
     Examples
     --------
@@ -77,19 +77,17 @@ class Recorder:
     'step_2.safetensors'
     """
 
-    def __init__(self, folder: Path, container: str = "safetensors", *, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, container: str = "safetensors", *, resume: bool = False) -> None:
         if container not in _WRITERS:
-            raise InputError(
-                f"container {container!r} is not known", remedy=f"choose one of {', '.join(CONTAINERS)}"
-            )
+            raise InputError(f"unknown container {container!r}", remedy=f"choose one of {', '.join(CONTAINERS)}")
         self.folder, self.container = Path(folder), container
         present = {path.suffix.removeprefix(".") for path in self.folder.glob("step_*")} & set(CONTAINERS)
         if present - {container} or (present and not resume):
             raise InputError(
-                f"the folder already holds steps ({', '.join(sorted(present))})",
+                f"the folder already contains steps ({', '.join(sorted(present))})",
                 where=str(self.folder),
-                why="another run was logged there: two runs in one folder would be read as one",
-                remedy="give an empty folder, or resume the run (resume=True) in the container it was begun in",
+                why="another run was logged there, and two runs in one folder would be read as one",
+                remedy="use an empty folder, or resume the run (resume=True) in the container of its first steps",
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -110,37 +108,37 @@ class Recorder:
         Parameters
         ----------
         step : int
-            Number of updates done before this state.
+            Number of updates before this state.
         parameter : mapping
-            Name of each tensor to its value theta_t, in any shape and one of the dtypes of `STORAGE_DTYPES`
-            (bfloat16 in safetensors only); stored as it is.
+            Name of each tensor to its value theta_t, in any shape and one of the dtypes of
+            `natgrad.schema.layout.STORAGE_DTYPES` (bfloat16 in safetensors only). Stored without conversion.
         gradient : mapping
             The same names to the gradient of the loss at theta_t, in the shapes of the parameters.
         loss : float, optional
-            Loss L(theta_t), the one that the gradient is of.
+            Loss L(theta_t) to which the gradient belongs.
         learning_rate : float, optional
             Learning rate eta of the update that follows, eq. (2).
         hvp : mapping, optional
             The same names to the Hessian times the displacement, H (theta_{t+1} - theta_t), eq. (16).
         replicates : mapping, optional
-            R draws of the update of a stochastic rule from theta_t, R the same in all: ``parameter``, the same
-            names to the states that they lead to, of shape (R, ...); and, optional, ``hvp``, the same names to the
-            Hessian times the displacement of each, of shape (R, ...), eq. (19), and ``loss``, the losses of these
-            states, of shape (R,). A run has them at every step, the last one included, or at none.
+            R draws of the update of a stochastic rule from theta_t. ``parameter`` maps the same names to the
+            states after each draw, of shape (R, ...). Optionally, ``hvp`` maps the same names to the Hessian times
+            the displacement of each draw, of shape (R, ...), eq. (19), and ``loss`` has the losses of these states,
+            of shape (R,). Record them at every step, including the last one, or at none.
         **scalars : float
-            Further numbers of `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that
+            Further scalars of `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that
             changes with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
 
         Returns
         -------
         Path
-            The file written.
+            File of the step.
 
         Raises
         ------
         InputError
-            Where the step is negative, there is no tensor, names, shapes or numbers of replicates differ, a dtype
-            cannot be stored, or a scalar is not known.
+            If the step is negative, there is no tensor, names, shapes or numbers of replicates differ, a dtype
+            cannot be stored, or a scalar is unknown.
         """
         if step < 0:
             raise InputError(f"step {step} is negative", where=str(self.folder), remedy="count updates from 0")
@@ -167,7 +165,7 @@ class Recorder:
         for name, value in {"loss": loss, "learning_rate": learning_rate, **scalars}.items():
             if name not in SCALARS:
                 known = ", ".join(SCALARS)
-                raise InputError(f"{name} is no number of a step", where=str(path), remedy=f"record {known}")
+                raise InputError(f"unknown scalar {name!r}", where=str(path), remedy=f"choose from {known}")
             if value is not None:
                 arrays[name] = self._scalar(path, name, value)
         self._write(path, arrays)
@@ -176,7 +174,7 @@ class Recorder:
     def _arrays(self, path: Path, state: str, tensors: Mapping[str, ArrayLike]) -> Arrays:
         arrays = {}
         for name, value in tensors.items():
-            # safetensors takes the memory of an array as it lies, so it must lie in C order.
+            # safetensors writes the memory of an array as it is, so it must be in C order.
             array = np.asarray(value, order="C")
             dtype = array.dtype.name
             if not name or dtype not in STORAGE_DTYPES or dtype in _WRITERS[self.container][1]:
@@ -184,7 +182,7 @@ class Recorder:
                 raise InputError(
                     f"{state} {name!r} of dtype {dtype} cannot be recorded in {self.container}",
                     where=f"{path}, {state} of tensor {name!r}",
-                    remedy=f"give it a name and one of the dtypes {', '.join(possible)}",
+                    remedy=f"use a name that is not empty and one of the dtypes {', '.join(possible)}",
                 )
             arrays[f"{state}/{name}"] = array
         return arrays
@@ -195,9 +193,9 @@ class Recorder:
         names = {"parameter": REPLICATE_PARAMETER, "hvp": REPLICATE_HVP}
         if not {"parameter"} <= set(replicates) <= {*names, "loss"}:
             raise InputError(
-                f"replicates of {', '.join(replicates) or 'nothing'}",
+                f"invalid replicates: {', '.join(replicates) or 'none'}",
                 where=str(path),
-                remedy="give those of the parameter, and of hvp and loss where you have them",
+                remedy="record replicates of parameter, and optionally of hvp and loss",
             )
         arrays: Arrays = {}
         losses = [np.asarray(replicates["loss"], dtype=np.float64)] if "loss" in replicates else []
@@ -208,13 +206,16 @@ class Recorder:
             logged = {name: arrays[f"{names[kind]}/{name}"].shape[1:] for name in replicates[kind]}
             if logged != shapes or len(counts) != 1 or counts & {(), (0,)}:
                 raise InputError(
-                    f"replicates of the {kind} are {sorted(counts)} of {logged}, of parameters {dict(shapes)}",
+                    f"replicates of the {kind} have numbers {sorted(counts)} and shapes {logged}, "
+                    f"but the parameters have shapes {dict(shapes)}",
                     where=f"{path}, {names[kind]}",
-                    remedy="record as many of each tensor, replicates first, and as many losses",
+                    remedy="record the same number of replicates, on the first axis, for every tensor and the loss",
                 )
         if losses and losses[0].ndim != 1:
             raise InputError(
-                f"losses of replicates have shape {losses[0].shape}", where=str(path), remedy="record one for each"
+                f"the losses of replicates have shape {losses[0].shape}",
+                where=str(path),
+                remedy="record one loss for each replicate, in one dimension",
             )
         return {**arrays, **({REPLICATE_LOSS: losses[0]} if losses else {})}
 
@@ -222,13 +223,15 @@ class Recorder:
         array = np.asarray(value, dtype=np.float64)
         if array.size != 1:
             raise InputError(
-                f"{name} has shape {array.shape}, it must be one number", where=str(path), remedy="record a float"
+                f"{name} has shape {array.shape}, but it must be one number",
+                where=str(path),
+                remedy="record a float",
             )
         return array.reshape(())
 
     def _write(self, path: Path, arrays: Arrays) -> None:
-        # Hidden and with a suffix of its own: no reader of step_<N>.* takes it for a step. The process number
-        # keeps two writers of one folder from writing into the same file.
+        # A hidden file with another suffix is not read as a step. With the process number in its name, two writers
+        # of one folder do not write into the same file.
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with aside.open("wb") as file:

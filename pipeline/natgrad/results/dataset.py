@@ -22,6 +22,7 @@ from natgrad.results.pairs import Level, model_and_tensors
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, VARIABLES, ShiftedMetric, Status
+from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.storage.disk import folder_aside, replace_folder
 from natgrad.storage.repository import holds, place_of_store
 from natgrad.store.group import zarr_store
@@ -95,14 +96,16 @@ def label(
             "/tensor": _dataset(inputs, {name: tensors for name, (_, tensors) in levels.items()}, gammas, windows),
         }
     tree = xr.DataTree.from_dict(groups)
-    tree.attrs = {"Conventions": "CF-1.11", **(provenance or {}), "versions": versions()}
+    tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
+    tree.attrs |= {"versions": versions(), "results_version": RESULTS_VERSION}
     return tree
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that the numbers depend on."""
-    packages = ("natgrad-pipeline", "numpy", "numba", "xarray", "zarr", "dask")
-    return {package: importlib.metadata.version(package) for package in packages}
+    """Return the versions of this package and of those that the numbers depend on."""
+    packages = ("numpy", "numba", "xarray", "zarr", "dask")
+    others = {package: importlib.metadata.version(package) for package in packages}
+    return {"natgrad-pipeline": __version__} | others
 
 
 # From pairs to variables -------------------------------------------------------------------------------------

@@ -1,0 +1,34 @@
+"""Command line of the demonstration: ``python -m natgrad_flows``.
+
+Every process of a Dask cluster imports the module with which the program was started, unless that is the
+``__main__`` of a package. If the program were `natgrad_flows.demo`, each process would import Prefect, which takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for logs, runs and the page.")] = Path("demo"),
+    workers: Annotated[int, typer.Option(help="Dask worker processes.")] = 2,
+) -> None:
+    """Run the demonstration and print where its results are."""
+    from natgrad_flows.demo import demo
+
+    for name in ("natgrad_flows", "natgrad.experiments"):
+        logging.getLogger(name).setLevel(logging.INFO)  # Prefect has set up the handlers
+    logging.getLogger(__package__).info("starting Prefect")
+    answer = demo(out, workers)
+    for name, path in answer["results"].items():
+        typer.echo(f"results of {name}: {path}")
+    typer.echo(f"report: {answer['report']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,91 @@
+"""Environments as users have them: a wheel, installed without network beside links to chosen packages."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+
+def copy_sources(folder):
+    """Copy what a build reads, so that builds do not write into the work tree. The copy has no repository."""
+    ignored = shutil.ignore_patterns("__pycache__", "_version.py")
+    for name in ("pipeline", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build(source, kind, out):
+    """Build a wheel or sdist with the installed hatchling, and return its path."""
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out], cwd=source, check=True)
+    (path,) = out.iterdir()
+    return path
+
+
+def required(*names):
+    """Return the installed distributions with these names and all that they require on this platform."""
+    found, queue = {}, [(name, "") for name in names]
+    seen = set(queue)
+    while queue:
+        name, extra = queue.pop()
+        try:
+            found[name] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # a lock leaves it out on purpose: tests/packaging/test_locks.py
+        for requirement in map(Requirement, found[name].requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                canonical = canonicalize_name(requirement.name)
+                new = {(canonical, ""), *((canonical, wanted) for wanted in requirement.extras)} - seen
+                seen |= new
+                queue += new
+    return list(found.values())
+
+
+class Environment:
+    """A virtual environment with a wheel in it.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    def __init__(self, folder):
+        self.bin = folder / "bin"
+        unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # they lead to the code of the work tree
+        self.environment = {name: value for name, value in os.environ.items() if name not in unset}
+
+    def run(self, program, *arguments, environment=None, **options):
+        """Run a program of the environment and return what it printed; fail with that if it failed."""
+        done = subprocess.run(
+            [self.bin / program, *map(str, arguments)],
+            env=self.environment | (environment or {}),
+            capture_output=True,
+            text=True,
+            check=False,
+            **options,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+
+def make_environment(folder, wheel, distributions):
+    """Make a virtual environment in which only a wheel and links to some distributions can be imported."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    install = ["-m", "pip", "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for distribution in distributions:
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            link = site / top
+            if not link.exists():  # packages of one namespace share a folder
+                link.symlink_to(distribution.locate_file(top))
+    return Environment(folder)

@@ -1,0 +1,124 @@
+"""The lock files agree with each other and with pyproject.toml, and leave out only what the Makefile names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+@dataclass(frozen=True)
+class Pin:
+    name: str
+    version: str
+    marker: Marker | None
+    hashes: frozenset[str]
+
+    @property
+    def is_for_this_platform(self):
+        return self.marker is None or self.marker.evaluate()
+
+
+def pins(lock):
+    """Pins of a lock file."""
+    entries = re.split(
+        r"\n(?=\S)", re.sub(r"\n?^ *#.*$", "", (ROOT / lock).read_text(), flags=re.MULTILINE).strip()
+    )
+    found = []
+    for entry in entries:
+        line, *hashes = re.split(r"\s*\\\s+--hash=", entry)
+        requirement = Requirement(line)
+        ((operator, version),) = ((part.operator, part.version) for part in requirement.specifier)
+        assert operator == "=="
+        assert hashes
+        found.append(Pin(canonicalize_name(requirement.name), version, requirement.marker, frozenset(hashes)))
+    return found
+
+
+def left_out(variable):
+    """Packages that a variable of the Makefile lists."""
+    return set(re.search(rf"^{variable} := (.*)$", MAKEFILE, re.MULTILINE)[1].split())
+
+
+LOCKS = {"requirements.lock": left_out("LEFT_OUT"), "requirements-demo.lock": left_out("LEFT_OUT_OF_DEMO")}
+EXTRAS = {"requirements.lock": ("dev", "writers"), "requirements-demo.lock": ("build", "experiments")}
+
+
+def test_the_lock_of_the_demo_is_a_part_of_the_other_one():
+    complete = {(pin.name, pin.version): pin.hashes for pin in pins("requirements.lock")}
+    for pin in pins("requirements-demo.lock"):
+        assert complete[pin.name, pin.version] == pin.hashes
+
+
+def test_the_demo_installs_at_most_150_packages():
+    # pip and setuptools are in the environment from the start, and the project itself is installed last.
+    names = {pin.name for pin in pins("requirements-demo.lock") if pin.is_for_this_platform}
+    assert len(names | {"pip", "setuptools", "natgrad-pipeline"}) <= 150
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_names_no_index_and_no_address(lock):
+    assert not re.search(
+        r"://|^\s*-{1,2}(i|f|index|extra-index|find-links)", (ROOT / lock).read_text(), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_holds_what_is_declared_and_what_the_build_needs(lock):
+    declared = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"]]
+    queue = list(EXTRAS[lock])
+    while queue:
+        for line in PROJECT["project"]["optional-dependencies"][queue.pop()]:
+            requirement = Requirement(line)
+            if requirement.name == "natgrad-pipeline":
+                queue += requirement.extras
+            else:
+                declared.append(line)
+    found = {pin.name: pin.version for pin in pins(lock) if pin.is_for_this_platform}
+    for requirement in map(Requirement, declared):
+        name = canonicalize_name(requirement.name)
+        assert name in LOCKS[lock] or requirement.specifier.contains(found[name]), requirement
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_leaves_out_only_what_the_makefile_names(lock):
+    # Set-up tells pip not to report missing requirements, because these are missing on purpose.
+    names = {pin.name for pin in pins(lock) if pin.is_for_this_platform}
+    assert not names & LOCKS[lock]
+    missing = {}
+    for name in names:
+        for requirement in map(Requirement, metadata.distribution(name).requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                needed = canonicalize_name(requirement.name)
+                if needed not in names | LOCKS[lock] | {"setuptools"}:
+                    missing[needed] = name
+    assert not missing
+
+
+def test_set_up_ends_with_the_errors_of_pip_and_names_its_log(tmp_path):
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "set_up.py", tmp_path / "tools")
+    (tmp_path / "some.lock").write_text(f"no-such-package==1.0 --hash=sha256:{'0' * 64}\n")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "tools" / "set_up.py", "some.lock"],
+        env=os.environ | {"PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Installing the packages of some.lock" in done.stdout
+    assert "ERROR: No matching distribution found for no-such-package==1.0" in done.stderr
+    assert "no-such-package" in (tmp_path / ".venv" / "pip.log").read_text()
