@@ -15,7 +15,6 @@ Another package adds variables through the entry-point group ``natgrad.variables
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -43,8 +42,6 @@ __all__ = [
     "Updates",
     "registered_variables",
 ]
-
-_log = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
@@ -145,7 +142,8 @@ class Updates:
     @cached_property
     def has_angle(self) -> NDArray[np.bool_]:
         """True if the angle is defined."""
-        return self.status <= Status.OBTUSE
+        has_angle: NDArray[np.bool_] = self.status <= Status.OBTUSE
+        return has_angle
 
     @cached_property
     def effective(self) -> NDArray[np.bool_]:
@@ -335,17 +333,8 @@ class UpdateVariable(Variable):
 
 
 def registered_variables() -> list[Extension[UpdateVariable]]:
-    """Return the variables of other packages, and warn about those whose name is in use."""
-    found: dict[str, Extension[UpdateVariable]] = {}
-    for extension in registered(VARIABLES_GROUP, UpdateVariable):
-        name = extension.value.name
-        if name in VARIABLES or name in found:
-            _log.warning(
-                "variable %s of %s is skipped, because another variable has this name", name, extension.distribution
-            )
-        else:
-            found[name] = extension
-    return list(found.values())
+    """Return the variables that other packages register; those that cannot be used are skipped with a warning."""
+    return list(registered(VARIABLES_GROUP, UpdateVariable, VARIABLES).values())
 
 
 # Functions of several lines ----------------------------------------------------------------------------------

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Extension", "registered"]
+__all__ = ["Extension", "Named", "registered"]
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+
+class Named(Protocol):
+    """An object with a name of its own."""
+
+    @property
+    def name(self) -> str:
+        """Name, unique among the objects of its kind."""
+        ...
+
+
+T = TypeVar("T", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -30,39 +40,53 @@ class Extension(Generic[T]):
     version: str
 
 
-def registered(group: str, kind: type[T]) -> Iterator[Extension[T]]:
-    """Yield the objects that installed distributions register under an entry-point group.
+def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Extension[T]]:
+    """Load the objects that installed distributions register under an entry-point group.
 
-    An entry point that cannot be loaded, or that is not an instance of ``kind``, is skipped with a warning: a
-    broken extension must not stop those who do not need it.
+    An entry point is skipped with a warning if it cannot be loaded, is not an instance of ``kind``, or has a name that
+    is taken: a broken extension must not stop users who do not need it.
 
     Parameters
     ----------
     group : str
         Entry-point group, for example ``natgrad.formats``.
     kind : type
-        Class that every object of the group is an instance of.
+        Class of all objects of the group.
+    taken : container of str
+        Names of the objects of this package.
+
+    Returns
+    -------
+    dict
+        Extensions by the name of the object, in the order of the entry points' names.
     """
     # Imported here: the command line starts without it.
     from importlib.metadata import entry_points
 
-    for entry_point in sorted(entry_points(group=group), key=lambda found: found.name):
-        distribution = entry_point.dist.name if entry_point.dist is not None else "an unknown distribution"
+    found: dict[str, Extension[T]] = {}
+    for entry_point in sorted(entry_points(group=group), key=lambda entry_point: entry_point.name):
+        distribution = entry_point.dist
+        owner = "an unknown distribution" if distribution is None else distribution.name
+        reason = ""
         try:
             value = entry_point.load()
-        except Exception as error:  # the code of others may raise anything
-            reason = f"{type(error).__name__}: {error}"
+        except Exception as error:  # code of others may raise anything
+            reason = f"it cannot be loaded ({type(error).__name__}: {error})"
         else:
-            if isinstance(value, kind):
-                version = entry_point.dist.version if entry_point.dist is not None else ""
-                yield Extension(value, distribution, version)
-                continue
-            reason = f"it is {value!r}, not a {kind.__module__}.{kind.__qualname__}"
-        _log.warning(
-            "entry point %s of group %s in %s is skipped, because it cannot be used: %s. Update or uninstall %s.",
-            entry_point.name,
-            group,
-            distribution,
-            reason,
-            distribution,
-        )
+            if not isinstance(value, kind):
+                reason = f"it is not an instance of {kind.__module__}.{kind.__qualname__}, but {value!r}"
+            elif value.name in taken or value.name in found:
+                reason = f"the name {value.name!r} is taken"
+            else:
+                version = "" if distribution is None else distribution.version
+                found[value.name] = Extension(value, owner, version)
+        if reason:
+            _log.warning(
+                "entry point %r of %s (group %s) is skipped: %s. Update or uninstall %s.",
+                entry_point.name,
+                owner,
+                group,
+                reason,
+                owner,
+            )
+    return found
