@@ -48,6 +48,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 # The lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. DeepSpeed needs ninja
 # and py-cpuinfo to compile kernels, which its checkpoints do not, BackPACK (of curvlinops) torchvision for its examples, and Bergson names torchvision, torchaudio and bitsandbytes, which it never imports.

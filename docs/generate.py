@@ -7,7 +7,6 @@ With ``--check`` nothing is written; the program fails if a page is not up to da
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -177,11 +176,11 @@ def generated(page: str) -> str:
     text = (DOCS / page).read_text(encoding="utf-8")
     for name, write in PARTS[page].items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        text, count = re.subn(
-            f"{begin}.*{end}", lambda _, part=f"{begin}\n\n{write()}\n\n{end}": part, text, flags=re.DOTALL
-        )
-        if count != 1:
+        before, found, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found and found_end):
             raise ValueError(f"{page} does not have the markers {begin} and {end}")
+        text = f"{before}{begin}\n\n{write()}\n\n{end}{after}"
     return text
 
 

@@ -43,8 +43,8 @@ class Extension(Generic[T]):
 def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Extension[T]]:
     """Load the objects that installed distributions register under an entry-point group.
 
-    An entry point is skipped with a warning if it cannot be loaded, is not an instance of ``kind``, or has a name that
-    is taken: a broken extension must not stop users who do not need it.
+    An entry point is skipped with a warning if it cannot be loaded, is not an instance of ``kind``, or has a name
+    that is taken: a broken extension must not stop users who do not need it.
 
     Parameters
     ----------
