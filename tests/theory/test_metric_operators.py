@@ -269,7 +269,7 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.0, "alpha": 1.0}, "both say the weight"),
+        ({"gamma": 1.0, "alpha": 1.0}, "are both the weight"),
         ({"alpha": 0.0}, "would not be positive definite: its smallest weight across g is 0"),
         ({"alpha": -1.0}, "would not be positive definite"),
         ({"gamma": np.nan}, "would not be positive definite"),
@@ -290,7 +290,7 @@ def test_options_that_make_no_metric_are_refused(options, message):
 
 def test_shapes_that_do_not_fit_are_refused():
     for y, g in ((Y, G[:3]), (np.zeros(0), np.zeros(0)), (np.float64(1), np.float64(1))):
-        with pytest.raises(InputError, match="are no pair"):
+        with pytest.raises(InputError, match="are not a pair"):
             pair_of(y, g)
     with pytest.raises(InputError, match="make one for each step"):
         Metric(np.stack([Y, Y]), np.stack([G, G]))
@@ -298,7 +298,7 @@ def test_shapes_that_do_not_fit_are_refused():
         Metric(Y, G).solve(Y[:2])
     with pytest.raises(InputError, match="does not act on g"):
         canonical_form(np.eye(3), G)
-    with pytest.raises(InputError, match="no matrix"):
+    with pytest.raises(InputError, match="not a matrix"):
         extreme_eigenvalues(np.full((2, 2), np.nan))
     with pytest.raises(InputError, match="is not symmetric"):
         Kronecker(np.array([[1.0, 2.0], [0.0, 1.0]]), np.eye(2))

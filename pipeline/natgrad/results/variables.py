@@ -148,7 +148,8 @@ class Updates:
     @cached_property
     def effective(self) -> NDArray[np.bool_]:
         """True if metrics exist."""
-        return self.status == Status.EFFECTIVE
+        effective: NDArray[np.bool_] = self.status == Status.EFFECTIVE
+        return effective
 
     @cached_property
     def loss_decrease(self) -> Array:
