@@ -23,8 +23,8 @@ from natgrad.app import cli, run
 from natgrad.app.run import Analysis
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import METRIC_EIGENVALUES
-from natgrad.sources.optimizers import logged_metric
-from natgrad.sources.optimizers.logged_metric import read_metric
+from natgrad.sources.optimizers.logged_metric import LARGEST_FACTOR, extremes, read_metric
+from natgrad.sources.optimizers.state import Factor, FactoredMetric
 from natgrad.store import Trajectory
 from natgrad.store.verify import verify_trajectory
 from natgrad.theory.preconditioners import (
@@ -705,14 +705,21 @@ def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, cha
     assert any(why in warning and "of 2 tensors" in warning for warning in warned)
 
 
-def test_a_factor_that_is_too_large_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(logged_metric, "LARGEST_FACTOR", 11)
-    trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
-    tree, warned = results_of(tmp_path / "log", tmp_path / "out")
-    kappa = tree["tensor"]["preconditioner_condition_number"]
-    assert np.isnan(kappa.sel(tensor="out.weight")).all()
-    assert np.isfinite(kappa.sel(tensor=[name for name in SHAPES if name != "out.weight"])).all()
-    assert any("'out.weight'" in w and "12 x 12 is too large" in w and "in 2 steps" in w for w in warned)
+class NoReader:
+    """A step of which nothing may be read."""
+
+    def read(self, array, tensor, start, out):
+        raise AssertionError(f"{array} of {tensor} was read")
+
+
+def test_a_factor_that_is_too_large_is_refused_before_it_is_read():
+    rows = LARGEST_FACTOR + 1
+    large = Factor("inv_precond_0", (rows, rows), "float32")
+    with pytest.raises(InputError, match=f"a factor of {rows} x {rows} is too large"):
+        extremes(NoReader(), "out.weight", FactoredMetric("Shampoo", ((large,),), exponent=-1.0))
+    diagonal = Factor("inv_precond_0", (rows,), "float32")
+    with pytest.raises(AssertionError, match=r"of out\.weight was read"):
+        extremes(NoReader(), "out.weight", FactoredMetric("Shampoo", ((diagonal,),), exponent=-1.0))
 
 
 def test_metrics_that_come_after_the_store_was_made_are_told_of(tmp_path):
