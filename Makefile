@@ -51,6 +51,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 # requirements.lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. Left
 # out on purpose: DeepSpeed needs ninja and py-cpuinfo to compile kernels, which its checkpoints do not. BackPACK (of curvlinops)

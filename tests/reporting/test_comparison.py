@@ -6,7 +6,7 @@ import pytest
 from logs import random_walk, write_log
 from natgrad.reporting import figures
 from natgrad.reporting import page as report
-from natgrad.reporting.figures import RunResults, curves
+from natgrad.reporting.figures import RunResults
 from processing import process
 
 TENSORS = {"one": (4, 3), "two": (5,)}
@@ -29,14 +29,13 @@ def trees(tmp_path_factory):
 
 
 @pytest.fixture
-def compared(trees, monkeypatch):
+def compared(trees):
     """A function from names of runs to matplotlib's figure of them, with the runs."""
-    monkeypatch.setattr(curves, "picture", lambda figure, alt: figure)
 
     def draw(*names):
         runs = [RunResults.of(name, trees[name]) for name in names]
         with figures.drawing():
-            return figures.comparison(runs), runs
+            return figures.comparison(runs).figure, runs
 
     return draw
 
@@ -86,13 +85,13 @@ def test_runs_without_any_condition_number_are_drawn(compared):
     assert len(figure.axes) == 6
 
 
-def test_a_page_compares_several_runs_and_says_where_there_are_too_many(trees, tmp_path, monkeypatch):
-    def says(*names):
-        page = report.write_report({name: trees[name] for name in names}, tmp_path / "page.html").read_text("utf-8")
-        return page.count('id="comparison"'), page.count(f"Curves of {figures.COMPARED_RUNS} runs at most")
+def test_a_page_compares_several_runs_and_says_where_there_are_too_many(trees, tmp_path):
+    def says(*names, most=figures.COMPARED_RUNS):
+        chosen = {name: trees[name] for name in names}
+        page = report.write_report(chosen, tmp_path / "page.html", compared_runs=most).read_text("utf-8")
+        return page.count('id="comparison"'), page.count(f"Curves of {most} runs at most")
 
     assert says("first") == (0, 0)
     assert says("first", "smaller") == (1, 0)
-    monkeypatch.setattr(figures, "COMPARED_RUNS", 1)
-    assert says("first") == (0, 0)
-    assert says("first", "smaller") == (0, 1)
+    assert says("first", most=1) == (0, 0)
+    assert says("first", "smaller", most=1) == (0, 1)

@@ -16,7 +16,7 @@ from logs import random_walk, write_log
 from natgrad.app import run
 from natgrad.reporting import figures
 from natgrad.reporting import page as report
-from natgrad.reporting.figures import canvas, curves, paper
+from natgrad.reporting.figures import canvas, paper
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
 
@@ -255,7 +255,7 @@ def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned
     (numbers,) = [numbers for row, numbers in page.numbers.items() if row and "preconditioner" in row]
     assert numbers == [float(kappa.min()), float(kappa.median()), float(kappa.max())]
     told = page.cells[None]
-    for name, text in report._WINDOW_FACTS.items():
+    for name, text in report.WINDOW_FACTS.items():
         found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
         smallest = told[told.index(text) + 1]
         assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} update")
@@ -265,15 +265,14 @@ def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned
 
 
 @pytest.fixture
-def drawn(tree, monkeypatch):
-    """A function from the name of a panel to its axes, before they become a picture."""
-    for module in (curves, paper):
-        monkeypatch.setattr(module, "picture", lambda figure, alt: figure)
+def drawn(tree):
+    """A function from the name of a panel to its axes."""
     one = figures.RunResults.of("run", tree)
 
     def axes(panel):
-        figure = figures.eigenvalue_curves([one]) if panel == "A" else getattr(figures, panel)(one, "B")
-        return figure.axes[0]
+        with figures.drawing():
+            picture = figures.eigenvalue_curves([one]) if panel == "A" else getattr(figures, panel)(one, "B")
+        return picture.figure.axes[0]
 
     return axes
 
@@ -367,7 +366,7 @@ def test_a_page_of_a_hundred_thousand_steps_is_hardly_larger_than_one_of_a_thous
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(np.nan), min_size=1, max_size=300).map(np.array), st.integers(1, 40))
 def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
-    x, y = canvas._thin(np.arange(len(values), dtype=float), values, columns)
+    x, y = canvas.thinned(np.arange(len(values), dtype=float), values, columns)
     rows = x.astype(int)
     assert (np.diff(rows) > 0).all()
     assert np.array_equal(values[rows], y, equal_nan=True)
@@ -384,7 +383,7 @@ def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
     st.lists(st.floats(0, np.pi / 2), min_size=1, max_size=200).map(np.array), st.floats(0, 1), st.integers(1, 48)
 )
 def test_points_of_panel_a_are_few_and_hold_the_smallest_and_the_largest_angle(angle, shift, columns):
-    chosen = angle[paper._spread_out(angle, shift, columns)]
+    chosen = angle[paper.spread_points(angle, shift, columns)]
     assert chosen.min() == angle.min()
     assert chosen.max() == angle.max()
     # A shifted grid touches at most two more columns, and the two ends may come on top.

@@ -12,7 +12,7 @@ from natgrad.experiments.linear_system import log_linear_system
 from natgrad.reporting import figures, paper
 from natgrad.reporting.figures import RunResults
 from natgrad.reporting.paper import Plane
-from natgrad.results import dataset as results
+from natgrad.results import dataset
 from natgrad.schema.errors import InputError
 from natgrad.theory.metric_operators import Metric
 
@@ -52,7 +52,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folders):
-    return [RunResults.of(name, results.read(folders[1] / name / "results.zarr")) for name in ("linear", "network")]
+    return [RunResults.of(name, dataset.read(folders[1] / name / "results.zarr")) for name in ("linear", "network")]
 
 
 def test_the_loss_of_the_plane_is_that_of_the_system(folders, plane):
@@ -82,7 +82,7 @@ def test_the_numbers_stand_beside_those_of_the_printed_formulas(folders, plane, 
     rows = {statement: (printed, ours) for statement, printed, ours in paper.comparisons(plane, *runs)}
     for letter in "AB":
         # Points lie half a degree apart in the circle; the ball stretches that by its condition number's root.
-        stretch = np.sqrt(Metric(*plane.update(paper._shown_step(plane))).condition_number())
+        stretch = np.sqrt(Metric(*plane.update(paper.shown_step(plane))).condition_number())
         assert float(rows.pop(next(key for key in rows if key.startswith(f"1{letter}")))[1][:-1]) <= 0.5 * stretch
     compared = {key: row for key, row in rows.items() if "ψ =" in key and key.startswith("3B")}
     assert len(compared) == 6
@@ -94,17 +94,10 @@ def test_the_numbers_stand_beside_those_of_the_printed_formulas(folders, plane, 
     assert rows["3D: updates that are effective"][1] == f"{(status == 0).sum()} of {len(status)}"
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Matplotlib's figures in place of pictures."""
-    monkeypatch.setattr(figures.paper, "picture", lambda figure, alt: figure)
-
-
-@pytest.mark.usefixtures("drawn")
 def test_in_figure_1_the_ball_is_that_of_the_metric(plane):
-    step = paper._shown_step(plane)
+    step = paper.shown_step(plane)
     y, g = plane.update(step)
-    figure = figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), 0.1)
+    figure = figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), 0.1).figure
     matrices = Metric(y, g).to_dense(), np.eye(2)
     areas = []
     for axes, matrix in zip(figure.axes, matrices, strict=True):
@@ -120,10 +113,9 @@ def test_in_figure_1_the_ball_is_that_of_the_metric(plane):
     assert areas[1] == pytest.approx(np.pi * 0.1**2)
 
 
-@pytest.mark.usefixtures("drawn")
 def test_in_figure_2_every_ball_lies_around_its_state(plane):
     states, balls = plane.states[:5], np.stack([plane.ball(step) for step in range(5)])
-    (axes,) = figures.metric_field(plane.loss, states, balls).axes
+    (axes,) = figures.metric_field(plane.loss, states, balls).figure.axes
     trajectory, *curves = axes.lines
     assert np.array_equal(trajectory.get_xydata(), states)
     assert len(curves) == 5
@@ -135,10 +127,9 @@ def test_in_figure_2_every_ball_lies_around_its_state(plane):
     assert sizes == pytest.approx([sizes[0]] * 5)
 
 
-@pytest.mark.usefixtures("drawn")
 def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_proportion_to_the_learning_rate(sweep):
     planes = [Plane.read(folder / "trajectory.zarr") for folder in sweep]
-    rates, turned, moved = paper._limit(planes)
+    rates, turned, moved = paper.limit_distances(planes)
     assert rates == pytest.approx(0.05 / 2.0 ** np.arange(7, -1, -1))
     y, g = planes[0].update(0)
     bent = planes[0].hessian() @ g / 2.0
@@ -150,7 +141,7 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
     assert second[0] < 0.02
     for values in (turned, moved):
         assert (np.abs(values[1:] / values[:-1] / 2.0 - 1.0) <= second).all()
-    (axes,) = figures.limit_curve(rates, turned, moved).axes
+    (axes,) = figures.limit_curve(rates, turned, moved).figure.axes
     for line, values in zip(
         axes.lines, (turned, moved, max(turned[-1], moved[-1]) * rates / rates[-1]), strict=True
     ):
@@ -160,7 +151,7 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
 def test_what_the_results_call_the_trapezoid_is_the_limit_of_the_figure(sweep):
     for folder in sweep[::3]:
         run.analyze_run(folder, run.Analysis(workers=1))
-        angle = results.read(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
+        angle = dataset.read(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
         turned, _ = Plane.read(folder / "trajectory.zarr").distance()
         # The loss is of D terms and its change cancels; the step divides it.
         off = abs(float(angle.sel(descent="trapezoid") - angle.sel(descent="gradient")))
@@ -179,11 +170,11 @@ def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_pat
 
 def test_what_cannot_be_drawn_is_refused(folders, plane, runs, tmp_path, capsys):
     _, top = folders
-    with pytest.raises(InputError, match="a run of 8 parameters is not drawn in a plane"):
+    with pytest.raises(InputError, match="a run of 8 parameters cannot be drawn in a plane"):
         Plane.read(top / "linear" / "trajectory.zarr")
-    with pytest.raises(InputError, match="those of no quadratic loss"):
+    with pytest.raises(InputError, match="no quadratic loss has the gradients"):
         replace(plane, gradients=plane.gradients**3).hessian()
-    with pytest.raises(InputError, match="those of no quadratic loss"):
+    with pytest.raises(InputError, match="no quadratic loss has the gradients"):
         replace(plane, states=plane.states[:2], gradients=plane.gradients[:2]).hessian()
     with pytest.raises(InputError, match="no metric maps g to y: the update is obtuse"):
         paper.write_figures(tmp_path, replace(plane, gradients=-plane.gradients), *runs)

@@ -14,12 +14,13 @@ from mpmath import mp, mpf
 
 from logs import random_walk
 from natgrad.kernel import gram
-from natgrad.results import dataset as results
+from natgrad.results import dataset
 from natgrad.results.inputs import Optimizer, UpdateTable
+from natgrad.results.variables import VARIABLES
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
 from natgrad.schema.names import DESCENTS, ledger_vectors
-from natgrad.schema.variables import VARIABLES, ShiftedMetric, Status
+from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
@@ -28,8 +29,8 @@ from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
 
 
-def inputs_of(states, numbers=None, learning_rate=None, dtype="float64"):
-    """UpdateTable of `results.label` from a log, by the kernel on whole vectors."""
+def table_of(states, numbers=None, learning_rate=None, dtype="float64"):
+    """UpdateTable of `dataset.label` from a log, by the kernel on whole vectors."""
     shapes = {k.partition("/")[2]: (np.shape(v), dtype) for k, v in states[0].items() if k.startswith("parameter/")}
     layout = Layout.from_shapes(shapes)
     parameter, gradient = (
@@ -76,7 +77,7 @@ def update_of(states, row, tensor=None, span=1, learning_rate=0.25):
 @pytest.mark.parametrize("tensor", [None, *TENSORS])
 def test_every_row_is_the_pair_of_its_update(tensor):
     states = walk()
-    tree = results.label(inputs_of(states))
+    tree = dataset.label(table_of(states))
     group = tree["model"] if tensor is None else tree["tensor"].sel(tensor=tensor)
     for row in range(5):
         at = group.to_dataset().isel(step=row).sel(descent="gradient", window=1)
@@ -103,7 +104,7 @@ def test_every_row_is_the_pair_of_its_update(tensor):
 
 def test_the_last_state_has_no_row_and_spans_are_told():
     states = walk(4)
-    tree = results.label(inputs_of(states, numbers=[0, 10, 20, 50]))
+    tree = dataset.label(table_of(states, numbers=[0, 10, 20, 50]))
     model = tree["model"].to_dataset().sel(window=1, descent="gradient")
     assert model["step"].values.tolist() == [0, 10, 20]
     assert model["step_span"].values.tolist() == [10, 10, 30]
@@ -117,7 +118,7 @@ def test_the_last_state_has_no_row_and_spans_are_told():
 def test_a_window_is_the_extended_state_of_the_averaged_loss(m):
     states = walk(6)
     loss = np.array([s["loss"] for s in states])
-    model = results.label(inputs_of(states), windows=[m])["model"].to_dataset().sel(window=m, descent="gradient")
+    model = dataset.label(table_of(states), windows=[m])["model"].to_dataset().sel(window=m, descent="gradient")
     for row in range(6 - m):
         ys, gs = zip(*(update_of(states, i) for i in range(row, row + m)), strict=True)
         at = model.isel(step=row)
@@ -136,7 +137,7 @@ def test_a_window_is_natural_gradient_descent_of_the_averaged_loss_in_the_extend
     states = random_walk(5, {"w": (2,)}, "float64", learning_rate=0.25)
     thetas = np.stack([s["parameter/w"] for s in states])
     for m in (1, 2, 3):
-        model = results.label(inputs_of(states), windows=[m])["model"].to_dataset()
+        model = dataset.label(table_of(states), windows=[m])["model"].to_dataset()
         effective = 0
         for row in range(5 - m):
             at = model.isel(step=row).sel(descent="gradient", window=m)
@@ -171,7 +172,7 @@ def test_a_window_is_natural_gradient_descent_of_the_averaged_loss_in_the_extend
 
 def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     states = walk()
-    tree = results.label(inputs_of(states), windows=[1, 3])
+    tree = dataset.label(table_of(states), windows=[1, 3])
     corrected = tree["model"].to_dataset().sel(descent="corrected")
     loss = np.array([s["loss"] for s in states])
     np.testing.assert_allclose(0.25 * corrected["alignment"].sel(window=1), loss[:-1] - loss[1:], rtol=2.0**-48)
@@ -192,18 +193,18 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
 def test_the_family_of_the_results_is_least_at_gamma_one():
     states, _ = quadratic_walk()
     grid = np.geomspace(1e-4, 1e4, 17)
-    dataset = results.label(inputs_of(states), gammas=grid)["tensor"].to_dataset()
-    conditions = dataset["family_condition_number"].where(dataset["effective"], drop=True)
+    tensors = dataset.label(table_of(states), gammas=grid)["tensor"].to_dataset()
+    conditions = tensors["family_condition_number"].where(tensors["effective"], drop=True)
     best = conditions.idxmin("gamma").values
     effective = np.isfinite(best)
     # A scalar has one condition number, 1, whatever gamma.
-    several = np.broadcast_to((dataset["tensor"] != "line").values[:, None, None], best.shape[1:])
+    several = np.broadcast_to((tensors["tensor"] != "line").values[:, None, None], best.shape[1:])
     assert effective[:, several].any()
     assert (best[:, several][effective[:, several]] == grid[8]).all()
     at_one = conditions.isel(gamma=8)
-    np.testing.assert_allclose(at_one, dataset["condition_number"].where(dataset["effective"]), rtol=1e-12)
+    np.testing.assert_allclose(at_one, tensors["condition_number"].where(tensors["effective"]), rtol=1e-12)
     # There alpha is the infimum of Prop. 3, which is the eigenvalue of multiplicity D - 2.
-    wide = dataset.sel(tensor="wide")
+    wide = tensors.sel(tensor="wide")
     np.testing.assert_allclose(wide["eigenvalue_mid"], wide["eigenvalue_max_infimum"], rtol=2.0**-50)
 
 
@@ -219,7 +220,7 @@ def dense_metric(y, g, gamma=1.0):
 def test_the_shifted_metric_is_what_the_dense_matrices_of_the_extended_state_are(seed, rate, m):
     states, hessian = quadratic_walk(4, seed, rate=rate, noise=2.0)
     least = np.full(3, np.linalg.eigvalsh(hessian)[0])
-    tree = results.label(replace(inputs_of(states), hessian_min_eigenvalue=least), windows=[m])
+    tree = dataset.label(replace(table_of(states), hessian_min_eigenvalue=least), windows=[m])
     model = tree["model"].to_dataset().sel(window=m)
     assert "shifted_metric" not in tree["tensor"]
     blocks = np.kron(np.eye(m), hessian / 2 / m)
@@ -254,7 +255,7 @@ def test_a_bound_is_of_discrete_gradients_and_of_what_was_logged():
     states, hessian = quadratic_walk()
     least = np.full(5, np.linalg.eigvalsh(hessian)[0])
     least[2] = np.nan
-    model = results.label(replace(inputs_of(states), hessian_min_eigenvalue=least))["model"].to_dataset()
+    model = dataset.label(replace(table_of(states), hessian_min_eigenvalue=least))["model"].to_dataset()
     bound = model["learning_rate_bound"].sel(window=1)
     assert np.isnan(bound.sel(descent="gradient")).all()
     assert np.isnan(bound.isel(step=2)).all()
@@ -262,23 +263,23 @@ def test_a_bound_is_of_discrete_gradients_and_of_what_was_logged():
     # Every discrete gradient has the same, -dL eta / (h |p|^2).
     np.testing.assert_allclose(bound.sel(descent="trapezoid"), bound.sel(descent="corrected"), rtol=2.0**-40)
     assert np.isfinite(bound.sel(descent="corrected")).any()
-    assert np.isnan(results.label(inputs_of(states))["model"]["learning_rate_bound"]).all()
-    convex = results.label(replace(inputs_of(states), hessian_min_eigenvalue=np.ones(5)))["model"].to_dataset()
+    assert np.isnan(dataset.label(table_of(states))["model"]["learning_rate_bound"]).all()
+    convex = dataset.label(replace(table_of(states), hessian_min_eigenvalue=np.ones(5)))["model"].to_dataset()
     corrected = convex.sel(descent="corrected", window=1)
     assert (np.isinf(corrected["learning_rate_bound"]) == corrected["effective"]).all()
     # Whether a row is one update or the sum of two, -dL must exceed h |p|^2: its learning rate is half as large.
-    twice = replace(inputs_of(states, numbers=[0, 2, 4, 6, 8, 10]), hessian_min_eigenvalue=least)
-    spanned = results.label(twice)["model"].to_dataset().sel(window=1, descent="corrected")
+    twice = replace(table_of(states, numbers=[0, 2, 4, 6, 8, 10]), hessian_min_eigenvalue=least)
+    spanned = dataset.label(twice)["model"].to_dataset().sel(window=1, descent="corrected")
     np.testing.assert_allclose(spanned["learning_rate_bound"], bound.sel(descent="corrected"), rtol=2.0**-40)
 
 
 # The smallest window -----------------------------------------------------------------------------------------
 
 
-def brute_force_smallest(dataset, longest):
+def brute_force_smallest(found, longest):
     """Smallest m of which every window that can be judged is effective, from the status of windows of every m."""
     for m in range(1, longest + 1):
-        status = dataset["status"].sel(window=m).values
+        status = found["status"].sel(window=m).values
         judged = status[~np.isin(status, (Status.UNVERIFIABLE, Status.NO_LEARNING_RATE))]
         if len(judged) and (judged == Status.EFFECTIVE).all():
             return m, len(judged)
@@ -306,10 +307,10 @@ def test_the_smallest_effective_window_is_the_first_of_all_that_were_tried(seed,
         states[place]["gradient/plane"] = np.array([np.nan, 1.0])
     elif lost:
         states[place][lost] = np.float64(np.nan)
-    inputs = inputs_of(states, numbers.tolist())
+    table = table_of(states, numbers.tolist())
     if lost == "restart":
-        inputs = replace(inputs, spans=np.ones(rows, np.int64))
-    tree = results.label(inputs, windows=range(1, rows + 1))
+        table = replace(table, spans=np.ones(rows, np.int64))
+    tree = dataset.label(table, windows=range(1, rows + 1))
     for descent in DESCENTS:
         model = tree["model"].to_dataset().sel(descent=descent)
         found = (float(model["effective_window"]), int(model["effective_window_count"]))
@@ -334,7 +335,7 @@ def test_windows_are_not_monotone_and_the_smallest_is_found_all_the_same():
         {"parameter/w": np.array([float(k)]), "gradient/w": np.array([1.0]), "loss": loss, "learning_rate": 1.0}
         for k, loss in enumerate(losses)
     ]
-    model = results.label(inputs_of(states), windows=range(1, 6))["model"].to_dataset()
+    model = dataset.label(table_of(states), windows=range(1, 6))["model"].to_dataset()
     assert (model["decreasing_window"], model["decreasing_window_count"]) == (2, 4)
     # With a constant learning rate the corrected gradients of a window add up to the change of loss.
     corrected = model.sel(descent="corrected")
@@ -352,10 +353,10 @@ def test_a_window_across_a_restart_counts_for_nothing():
         {"parameter/w": np.array([x]), "gradient/w": np.array([-1.0]), "loss": -x, "learning_rate": 1.0}
         for x in theta
     ]
-    whole = inputs_of(states)
+    whole = table_of(states)
     parted = replace(whole, steps=whole.steps + 5 * (whole.steps >= 4))
-    for inputs, window, count in ((whole, 5, 4), (parted, 2, 6)):
-        model = results.label(inputs, windows=[8])["model"].to_dataset()
+    for table, window, count in ((whole, 5, 4), (parted, 2, 6)):
+        model = dataset.label(table, windows=[8])["model"].to_dataset()
         assert (model["decreasing_window"], model["decreasing_window_count"]) == (window, count)
         for descent in ("gradient", "corrected", "trapezoid"):
             at = model.sel(descent=descent)
@@ -369,8 +370,8 @@ def test_the_search_goes_to_half_the_run_or_as_far_as_is_asked():
         {"parameter/w": np.array([float(k)]), "gradient/w": np.array([1.0]), "loss": loss, "learning_rate": 1.0}
         for k, loss in enumerate(losses)
     ]
-    assert np.isnan(results.label(inputs_of(states))["model"]["decreasing_window"])
-    assert results.label(inputs_of(states), windows=[9])["model"]["decreasing_window"] == 9
+    assert np.isnan(dataset.label(table_of(states))["model"]["decreasing_window"])
+    assert dataset.label(table_of(states), windows=[9])["model"]["decreasing_window"] == 9
 
 
 # Discrete gradients ------------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def discrete_of(states, row, descent, tensor=None, learning_rate=0.25):
 @pytest.mark.parametrize("descent", DESCENTS)
 def test_every_descent_is_the_pair_of_its_discrete_gradient(descent, tensor):
     states, _ = quadratic_walk()
-    tree = results.label(inputs_of(states), windows=[1, 3])
+    tree = dataset.label(table_of(states), windows=[1, 3])
     group = tree["model"] if tensor is None else tree["tensor"].sel(tensor=tensor)
     for m in (1, 3):
         for row in range(6 - m):
@@ -436,7 +437,7 @@ def test_every_descent_is_the_pair_of_its_discrete_gradient(descent, tensor):
 
 def test_of_a_quadratic_loss_both_ends_and_the_hvp_explain_the_change_of_loss():
     states, _ = quadratic_walk()
-    model = results.label(inputs_of(states))["model"].to_dataset().sel(window=1)
+    model = dataset.label(table_of(states))["model"].to_dataset().sel(window=1)
     residual = np.abs(model["discrete_identity_residual"])
     # The losses are inner products of 15 terms, and their difference cancels.
     losses = np.abs(np.array([s["loss"] for s in states]))
@@ -473,8 +474,8 @@ def test_the_uncertainty_of_every_descent_covers_what_storage_moved(descent, gro
     stored, _ = quadratic_walk(12, seed=3, rate=0.01, noise=noise, dtype="float32")
     rates = np.full(11, 0.01)
     trees = [
-        results.label(inputs_of(states, learning_rate=rates), windows=[1, 4]),
-        results.label(inputs_of(stored, learning_rate=rates, dtype="float32"), windows=[1, 4]),
+        dataset.label(table_of(states, learning_rate=rates), windows=[1, 4]),
+        dataset.label(table_of(stored, learning_rate=rates, dtype="float32"), windows=[1, 4]),
     ]
     exact, rounded = (tree[group].to_dataset().sel(descent=descent) for tree in trees)
     moved = np.abs(rounded["angle"] - exact["angle"])
@@ -504,8 +505,8 @@ def test_of_a_step_across_a_valley_rounding_turns_the_corrected_gradient_more_th
             for theta, loss in ((before, 1.0), (before + step, 1.0 - 1e-5))
         ]
         layout = Layout.from_shapes({"w": ((50,), dtype)})
-        inputs = replace(inputs_of(states), layout=layout)
-        return results.label(inputs)["model"].to_dataset().isel(step=0).sel(window=1)
+        table = replace(table_of(states), layout=layout)
+        return dataset.label(table)["model"].to_dataset().isel(step=0).sel(window=1)
 
     exact, rounded = labelled("float64"), labelled("float32")
     moved = np.abs(rounded["angle"] - exact["angle"])
@@ -533,7 +534,7 @@ def test_a_trapezoid_nearly_along_the_update_is_known_to_what_the_ledger_leaves(
                 (step, -step + 2 * tilt * across, -1.5 * float(step @ step)),
             )
         ]
-        at = results.label(inputs_of(states))["model"].to_dataset().isel(step=0).sel(descent="trapezoid", window=1)
+        at = dataset.label(table_of(states))["model"].to_dataset().isel(step=0).sel(descent="trapezoid", window=1)
         with mp.workdps(60):
             _, d, g, e, _ = exact_vectors(
                 np.zeros(400), step, states[0]["gradient/w"], states[1]["gradient/w"], 0.0
@@ -554,7 +555,7 @@ def test_a_trapezoid_nearly_along_the_update_is_known_to_what_the_ledger_leaves(
 
 
 def status_of(states, group="model", **options):
-    tree = results.label(inputs_of(states, **options))
+    tree = dataset.label(table_of(states, **options))
     return tree[group].to_dataset().sel(window=1)
 
 
@@ -630,11 +631,11 @@ def test_metrics_exist_where_the_status_is_effective_and_nowhere_else(seed, tens
     for value in (np.nan, np.inf, 0.0):
         state, key = states[rng.integers(5)], rng.choice(list(states[0]))
         state[key] = np.full_like(state[key], value)
-    tree = results.label(inputs_of(states), windows=[1, 2])
+    tree = dataset.label(table_of(states), windows=[1, 2])
     for group in ("model", "tensor"):
-        dataset = tree[group].to_dataset()
-        effective = dataset["status"] == Status.EFFECTIVE
-        np.testing.assert_array_equal(dataset["effective"], effective)
+        found = tree[group].to_dataset()
+        effective = found["status"] == Status.EFFECTIVE
+        np.testing.assert_array_equal(found["effective"], effective)
         for name in (
             "condition_number",
             "similarity",
@@ -642,21 +643,21 @@ def test_metrics_exist_where_the_status_is_effective_and_nowhere_else(seed, tens
             "eigenvalue_min",
             "eigenvalue_max_infimum",
         ):
-            np.testing.assert_array_equal(np.isfinite(dataset[name]), effective)
-        family = np.isfinite(dataset["family_condition_number"])
+            np.testing.assert_array_equal(np.isfinite(found[name]), effective)
+        family = np.isfinite(found["family_condition_number"])
         np.testing.assert_array_equal(family, effective.expand_dims(gamma=family["gamma"]).transpose(*family.dims))
-        np.testing.assert_array_equal(np.isfinite(dataset["angle"]), dataset["status"] <= Status.OBTUSE)
+        np.testing.assert_array_equal(np.isfinite(found["angle"]), found["status"] <= Status.OBTUSE)
 
 
 # Labels and files --------------------------------------------------------------------------------------------
 
 
 def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
-    inputs = inputs_of(walk())
-    extremes = np.ones((len(inputs.steps), len(TENSORS)))
-    inputs = replace(inputs, optimizer=Optimizer(extremes, extremes, extremes))
-    tree = results.label(inputs, windows=[2], provenance={"source": "a log"})
-    results.write(tree, tmp_path / "results.zarr")
+    table = table_of(walk())
+    extremes = np.ones((len(table.steps), len(TENSORS)))
+    table = replace(table, optimizer=Optimizer(extremes, extremes, extremes))
+    tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
+    dataset.write(tree, tmp_path / "results.zarr")
     code = """
 import sys, json, xarray
 tree = xarray.open_datatree(sys.argv[1])
@@ -665,48 +666,48 @@ table = {g: {n: [list(v.dims), v.attrs] for n, v in tree[g].data_vars.items()} f
 print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n in tree["tensor"].coords}]))
 """
     command = [sys.executable, "-W", "error", "-c", code, tmp_path / "results.zarr"]
-    table, attributes, coordinates = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    variables, attributes, coordinates = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert attributes["source"] == "a log"
     assert attributes["versions"]["natgrad-pipeline"] == __version__
     assert attributes["results_version"] == RESULTS_VERSION
     assert coordinates["descent"] == list(DESCENTS)
     assert coordinates["window"] == [1, 2]
-    assert coordinates["gamma"] == list(results.GAMMAS)
+    assert coordinates["gamma"] == list(dataset.GAMMAS)
     assert coordinates["tensor"] == list(TENSORS)
-    assert set(table["model"]) == set(VARIABLES)
+    assert set(variables["model"]) == set(VARIABLES)
     of_the_model = {"discrete_identity_residual", "learning_rate_bound", "learning_rate_bound_optimal"}
-    assert set(VARIABLES) - set(table["tensor"]) == of_the_model | {"shifted_metric"}
+    assert set(VARIABLES) - set(variables["tensor"]) == of_the_model | {"shifted_metric"}
     for group, leading in (("model", ["step"]), ("tensor", ["step", "tensor"])):
-        for name, (_, attrs) in table[group].items():
-            assert all(attrs[key] for key in ("long_name", "units", "equation")), name
-        assert table[group]["angle"][0] == [*leading, "descent", "window"]
-        assert table[group]["family_eigenvalue_max"][0] == [*leading, "descent", "window", "gamma"]
-        assert table[group]["status"][1]["flag_meanings"].split()[Status.OBTUSE] == "obtuse"
+        for name, (_, attrs) in variables[group].items():
+            assert all(attrs[key] for key in ("long_name", "units", "equation", "description")), name
+        assert variables[group]["angle"][0] == [*leading, "descent", "window"]
+        assert variables[group]["family_eigenvalue_max"][0] == [*leading, "descent", "window", "gamma"]
+        assert variables[group]["status"][1]["flag_meanings"].split()[Status.OBTUSE] == "obtuse"
 
 
 def test_results_are_read_back_as_they_were_and_replaced_whole(tmp_path):
-    first, second = results.label(inputs_of(walk())), results.label(inputs_of(walk(seed=2)), gammas=[2.0])
-    results.write(first, tmp_path / "results.zarr")
-    results.write(second, tmp_path / "results.zarr")
-    xr.testing.assert_identical(results.read(tmp_path / "results.zarr").load(), second)
+    first, second = dataset.label(table_of(walk())), dataset.label(table_of(walk(seed=2)), gammas=[2.0])
+    dataset.write(first, tmp_path / "results.zarr")
+    dataset.write(second, tmp_path / "results.zarr")
+    xr.testing.assert_identical(dataset.read(tmp_path / "results.zarr").load(), second)
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
 
 def test_no_results_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"no results here[\s\S]*natgrad analyze"):
-        results.read(tmp_path / "results.zarr")
+        dataset.read(tmp_path / "results.zarr")
 
 
 @pytest.mark.parametrize("gammas", [[0.0], [-1.0], [np.nan], [np.inf], []])
 def test_a_gamma_that_is_no_weight_is_refused(gammas):
     with pytest.raises(InputError, match="gamma must be positive"):
-        results.label(inputs_of(walk()), gammas=gammas)
+        dataset.label(table_of(walk()), gammas=gammas)
 
 
 @pytest.mark.parametrize("window", [0, -2, 6])
 def test_a_window_that_does_not_fit_the_run_is_refused(window):
     with pytest.raises(InputError, match="do not fit a run of 5 updates"):
-        results.label(inputs_of(walk()), windows=[window])
+        dataset.label(table_of(walk()), windows=[window])
 
 
 # Learning rates of groups of an optimizer ------------------------------------------------------------------------
@@ -724,29 +725,29 @@ def with_hvp(states):
 @settings(max_examples=25)
 def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(seed, powers):
     """Powers of two, so that other rates round to the same bits: what is not equal is another formula."""
-    inputs = inputs_of(with_hvp(walk(seed=seed)), numbers=[0, 1, 3, 4, 8, 9])
+    table = table_of(with_hvp(walk(seed=seed)), numbers=[0, 1, 3, 4, 8, 9])
     own = 2.0 ** np.reshape(powers, (5, 3))
-    inputs = replace(inputs, learning_rate=own.max(axis=1))
-    tree = results.label(replace(inputs, tensor_learning_rate=own), windows=[1, 3])
-    whole = results.label(inputs, windows=[1, 3])["model"].to_dataset()
+    table = replace(table, learning_rate=own.max(axis=1))
+    tree = dataset.label(replace(table, tensor_learning_rate=own), windows=[1, 3])
+    whole = dataset.label(table, windows=[1, 3])["model"].to_dataset()
     model = tree["model"].to_dataset()
     assert "largest of the tensors'" in model["learning_rate"].attrs.pop("comment")
     assert model.identical(whole)
     for position, tensor in enumerate(TENSORS):
-        of_tensor = replace(inputs, learning_rate=own[:, position])
-        expected = results.label(of_tensor, windows=[1, 3])["tensor"].to_dataset().sel(tensor=tensor)
+        of_tensor = replace(table, learning_rate=own[:, position])
+        expected = dataset.label(of_tensor, windows=[1, 3])["tensor"].to_dataset().sel(tensor=tensor)
         found = tree["tensor"].to_dataset().sel(tensor=tensor)
         assert found["learning_rate"].attrs.pop("comment").startswith("groups of the optimizer have several")
         assert found.equals(expected)
 
 
 def test_learning_rates_that_are_all_equal_give_the_same_bits():
-    inputs = inputs_of(walk())
+    table = table_of(walk())
     # No power of two: another order of the roundings would show.
     rate = 0.1 * 0.9 ** np.arange(5)
-    plain = results.label(replace(inputs, learning_rate=rate), windows=[1, 2])
+    plain = dataset.label(replace(table, learning_rate=rate), windows=[1, 2])
     own = np.repeat(rate[:, None], 3, axis=1)
-    tree = results.label(replace(inputs, learning_rate=rate, tensor_learning_rate=own), windows=[1, 2])
+    tree = dataset.label(replace(table, learning_rate=rate, tensor_learning_rate=own), windows=[1, 2])
     for group in ("model", "tensor"):
         found, expected = (one[group].to_dataset().drop_vars("learning_rate") for one in (tree, plain))
         assert found.identical(expected)
@@ -764,7 +765,7 @@ def test_updates_per_learning_rates_of_their_own_would_descend_where_the_model_a
         state |= {"learning_rate": 1.0, "loss": float(sum(state[f"parameter/{name}"][0] for name in layout))}
     assert states[1]["loss"] > states[0]["loss"]
     own = np.array([list(layout.values())])
-    tree = results.label(replace(inputs_of(states), tensor_learning_rate=own))
+    tree = dataset.label(replace(table_of(states), tensor_learning_rate=own))
     model, tensors = (
         tree[group].to_dataset().isel(step=0, window=0).sel(descent="gradient") for group in ("model", "tensor")
     )

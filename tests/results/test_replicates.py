@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.results import replicates
+from natgrad.results.replicates import REPLICATE_VARIABLES
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
-from natgrad.schema.variables import REPLICATE_VARIABLES, Status
+from natgrad.schema.variables import Status
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import jackknife, pair_of, stochastic_metric
 

@@ -80,7 +80,7 @@ def read(log, tensor, start=0, stop=None, step=0):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_gives_the_ledger_of_the_run(tmp_path, job, gradients, expected, stage):
-    assert next(name for name, format in FORMATS.items() if format.found(job / stage)) == "deepspeed"
+    assert next(name for name, format in FORMATS.items() if format.find(job / stage)) == "deepspeed"
     assert ledger_of(tmp_path, [job / stage, gradients]) == expected
 
 

@@ -280,7 +280,7 @@ def test_every_format_of_a_run_gives_the_same_ledger(tmp_path, native, writer):
     sources = write(tmp_path / "log", run_of(dtype))
     assert ledger_of(tmp_path / "out", sources) == expected
     if name is not None:
-        assert next(known for known, format in FORMATS.items() if format.found(sources[0])) == name
+        assert next(known for known, format in FORMATS.items() if format.find(sources[0])) == name
         assert ledger_of(tmp_path / "again", sources, format=name) == expected
 
 

@@ -98,7 +98,7 @@ def test_both_formats_give_the_ledger_of_the_run(tmp_path, megatron, write, form
     (tmp_path / "native").mkdir()
     expected = ledger_of(tmp_path / "native", [write_log(tmp_path / "states", STATES)])
     folder = write(tmp_path / "log", megatron)
-    assert next(name for name, known in FORMATS.items() if known.found(folder)) == format
+    assert next(name for name, known in FORMATS.items() if known.find(folder)) == format
     assert ledger_of(tmp_path, [folder, gradients_of(tmp_path / "gradients")]) == expected
 
 

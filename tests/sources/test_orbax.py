@@ -71,7 +71,7 @@ def log(job, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_ledger_of_the_run(tmp_path, job, expected, layout, dtype):
     folder = job / dtype / layout
-    assert next(name for name, format in FORMATS.items() if format.found(folder)) == "orbax"
+    assert next(name for name, format in FORMATS.items() if format.find(folder)) == "orbax"
     assert ledger_of(tmp_path, [folder]) == expected[dtype]
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import sqlite3
 import struct
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas
@@ -26,9 +28,10 @@ from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
 from natgrad.sources.opening import format_of, open_source, open_sources
-from natgrad.sources.scalars import event_file, record_files, scalar_log
+from natgrad.sources.scalars import event_file
 from natgrad.sources.scalars.event_file import read_events
-from natgrad.sources.scalars.record_files import read_csv, read_json_lines
+from natgrad.sources.scalars.record_files import read_csv, read_json_lines, read_parquet
+from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
 from natgrad.store import Trajectory
 
@@ -546,25 +549,27 @@ def test_what_is_no_log_is_refused(tmp_path, format, body):
 
 
 @pytest.mark.parametrize(
-    ("writer", "module", "limit", "what"),
+    ("writer", "decode", "limits", "refusal"),
     [
-        ("parquet", record_files, "_COLUMN_LIMIT", "unpacks to more than 40 bytes"),
-        ("lines of json", record_files, "_LINE_LIMIT", "a line of more than 40 characters"),
-        ("lightning", scalar_log, "_RECORDS_LIMIT", "more than 40 records"),
+        ("parquet", partial(read_parquet, column_limit=40), {}, "unpacks to more than 40 bytes"),
+        ("lines of json", partial(read_json_lines, line_limit=40), {}, "a line of more than 40 characters"),
+        ("lightning", read_csv, {"records_limit": 40}, "more than 40 records"),
     ],
 )
-def test_what_grows_without_bound_is_refused(tmp_path, monkeypatch, writer, module, limit, what):
+def test_what_grows_without_bound_is_refused(tmp_path, writer, decode, limits, refusal):
     (tmp_path / "scalars").mkdir()
-    source = WRITERS[writer][0](tmp_path / "scalars", values_of(50))
+    write, name = WRITERS[writer]
+    source = write(tmp_path / "scalars", values_of(50))
     settled(tmp_path / "scalars")
-    open_sources([run_without_scalars(tmp_path / "log", 2), source]).steps()
-    monkeypatch.setattr(module, limit, 40)
-    with pytest.raises(InputError, match=what):
-        open_sources([tmp_path / "log", source]).steps()
+    source = next(source.rglob("metrics.csv"), source)
+    kind = FORMATS[name].scalars
+    assert len(ScalarLog(source, kind).steps()) == 50
+    with pytest.raises(InputError, match=refusal):
+        ScalarLog(source, replace(kind, decode=decode), **limits).steps()
 
 
-def test_of_what_is_too_large_for_a_scalar_the_checksum_is_compared(events, monkeypatch):
-    monkeypatch.setattr(event_file, "_DATA_LIMIT", 10)
+def test_of_what_is_too_large_for_a_scalar_the_checksum_is_compared(events):
+    read_events = partial(event_file.read_events, data_limit=10)
     assert read_all(read_events, events) == ([], [])
     body = events.read_bytes()
     events.write_bytes(body[:-9] + bytes([body[-9] ^ 1]) + body[-8:])

@@ -34,7 +34,7 @@ UPDATES = 4
 
 
 def found(folder):
-    return next(name for name, format in FORMATS.items() if format.found(folder))
+    return next(name for name, format in FORMATS.items() if format.find(folder))
 
 
 def contents_of(folder, **options):

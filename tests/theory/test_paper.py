@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from mpmath import mp, mpf
 
 from natgrad.kernel.ledger_sums import roundoff_bound
+from natgrad.results.replicates import REPLICATE_VARIABLES
+from natgrad.results.variables import VARIABLES
 from natgrad.schema.errors import InputError
-from natgrad.schema.variables import REPLICATE_VARIABLES, VARIABLES
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.metric_operators import Metric, pair_of, stochastic_metric
 from natgrad.theory.symmetric_operators import canonical_form, extreme_eigenvalues

@@ -1,7 +1,7 @@
-"""The page to look at: Figure 3 of the paper from the results of one run or several, and what a reader must know.
+"""The report page: Figure 3 of the paper from the results of one or several runs, with tables and warnings.
 
-The page is one file of its own: figures are vector graphics inside it, there is no script, and nothing is
-fetched. It is made from results alone, so equal results give equal bytes.
+The page is one self-contained file: figures are vector graphics, there is no script, and nothing is downloaded. It
+is made from results alone, so equal results give equal bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.storage import is_url, place
 from natgrad.storage.disk import replace_file
 
-__all__ = ["STATUS_MEANING", "write_report"]
+__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "write_report"]
 
 STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist and are drawn.",
@@ -38,7 +38,7 @@ STATUS_MEANING: dict[Status, str] = {
     "cannot be told; log the parameters in a wider type.",
     Status.NOT_LOGGED: "Another run of the sweep has logged this step, this one has not.",
 }
-"""What each status says to a reader of the curves."""
+"""Meaning of each status, for readers of the curves."""
 
 _AGAINST = {
     "gradient": "against the gradient",
@@ -48,19 +48,23 @@ _AGAINST = {
 }
 
 
-def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
+def write_report(
+    trees: Mapping[str, xr.DataTree], page: Path, *, compared_runs: int = figures.COMPARED_RUNS
+) -> Path:
     """Write the page of one run or of several together.
 
-    Panel A of Figure 3 holds the points of all runs, then each run has its spectrum and its loss (the paper's B
-    and C, D and E), its angles and condition numbers, and tables. Results without a finite value, or without a
-    step, give a page that says so.
+    Panel A of Figure 3 has the points of all runs. Each run then has its spectrum and its loss (the paper's B and
+    C, D and E), its angles and condition numbers, and tables. If results have no finite value, or no step, the page
+    says so.
 
     Parameters
     ----------
     trees : mapping of str to DataTree
         Results by name of the run, see `natgrad.results.dataset.label`.
     page : Path
-        The HTML file, written aside and renamed, so a reader never meets half of it.
+        The HTML file. It is replaced atomically.
+    compared_runs : int
+        Number of runs up to which they are drawn side by side.
 
     Returns
     -------
@@ -70,12 +74,12 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     Raises
     ------
     InputError
-        Where a tree does not hold results.
+        If a tree does not hold results.
     """
     page = place(page)
     runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
     with figures.drawing():
-        content = _content(runs) | _side_by_side(runs)
+        content = _content(runs) | _side_by_side(runs, compared_runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("natgrad.reporting"),
         autoescape=True,
@@ -87,12 +91,12 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     text = environment.get_template("report.html").render(content)
     if not is_url(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-    # A name of a file may hold bytes that are no text.
+    # File names may contain bytes that are not text.
     replace_file(page, text.encode("utf-8", errors="replace"))
     return page
 
 
-# What the page says ------------------------------------------------------------------------------------------
+# Contents of the page ------------------------------------------------------------------------------------------
 
 
 def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
@@ -103,15 +107,15 @@ def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
         "curves": figures.eigenvalue_curves(runs) if runs else None,
         "runs": parts,
         "against": _AGAINST,
-        "of_replicates": _OF_REPLICATES,
+        "of_replicates": _REPLICATE_LABELS,
     }
 
 
-def _side_by_side(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
-    compared = 1 < len(runs) <= figures.COMPARED_RUNS
+def _side_by_side(runs: Sequence[figures.RunResults], most: int) -> dict[str, Any]:
+    compared = 1 < len(runs) <= most
     return {
         "comparison": figures.comparison(runs) if compared else None,
-        "compared_at_most": figures.COMPARED_RUNS,
+        "compared_at_most": most,
     }
 
 
@@ -122,10 +126,10 @@ def _letters() -> Iterator[str]:
 
 
 def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
-    """Everything about one run."""
+    """Return the variables of the template for one run."""
     status = run["status"]
     letter_of_spectrum, letter_of_loss = next(letters), next(letters)
-    # The one tensor of a model is the model, which has been drawn.
+    # If a model has one tensor, the tensor is the model, which has been drawn.
     shown = run.largest_tensors() if len(run.steps) and run.tensors.sizes[TENSOR] > 1 else []
     return {
         "anchor": anchor,
@@ -190,7 +194,7 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     facts |= _window_facts(run)
     bounded = run.model.get("shifted_metric")
     if bounded is not None:
-        # Of the discrete gradient: the metric Mbar of eq. (17) is made of it.
+        # With the discrete gradient, to which the metric Mbar of eq. (17) belongs.
         flags = bounded.sel({DESCENT: "corrected", WINDOW: 1}).values
         known = int((flags != ShiftedMetric.UNKNOWN).sum())
         if known:
@@ -200,9 +204,9 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
 
 
 def _window_facts(run: figures.RunResults) -> dict[str, str]:
-    """Say over how many updates the run always descends."""
+    """Return the number of updates over which the run always descends."""
     facts = {}
-    for name, text in _WINDOW_FACTS.items():
+    for name, text in WINDOW_FACTS.items():
         if name not in run.model:
             continue
         found = run.model[[name, f"{name}_count"]]
@@ -214,14 +218,15 @@ def _window_facts(run: figures.RunResults) -> dict[str, str]:
     return facts
 
 
-_WINDOW_FACTS = {
+WINDOW_FACTS = {
     "effective_window": "Smallest window that is always effective",
     "decreasing_window": "Smallest window over which the loss always falls",
 }
+"""Variables that the page shows as facts, and their labels."""
 
 
 def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
-    """Say why curves have holes."""
+    """Explain the gaps of the curves."""
     updates = len(status)
     if not updates:
         return ["There is no update: a run needs two logged states."]
@@ -232,7 +237,7 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
             share = _percent(missing.mean())
             found.append(
                 f"{missing.sum()} of {updates} updates ({share}) are {member.name.lower().replace('_', ' ')}, at "
-                f"{_places(run.steps, missing)}. {meaning}"
+                f"{_step_ranges(run.steps, missing)}. {meaning}"
             )
     if found and not (status == Status.EFFECTIVE).any():
         found.insert(0, "No update is effective: there is no metric to draw.")
@@ -241,38 +246,42 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
     return found
 
 
-def _places(steps: NDArray[np.float64], mask: NDArray[np.bool_], most: int = 4) -> str:
-    """Name the steps of a mask, neighbours taken together."""
-    rows = np.flatnonzero(mask)
-    ranges = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+def _step_ranges(steps: NDArray[np.float64], mask: NDArray[np.bool_], most: int = 4) -> str:
+    """Name the steps of a mask as ranges."""
+    masked = np.flatnonzero(mask)
+    ranges = np.split(masked, np.flatnonzero(np.diff(masked) > 1) + 1)
     texts = [
         f"{steps[part[0]]:.0f}" + (f"–{steps[part[-1]]:.0f}" if len(part) > 1 else "") for part in ranges[:most]
     ]
     more = len(ranges) - most
     tail = f" and {more} more {'place' if more == 1 else 'places'}" if more > 0 else ""
-    return f"{'step' if len(rows) == 1 else 'steps'} {', '.join(texts)}{tail}"
+    return f"{'step' if len(masked) == 1 else 'steps'} {', '.join(texts)}{tail}"
 
 
 def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
-    """Share of effective updates by negative gradient, at window 1 and at the largest."""
+    """Return the share of effective updates for each negative gradient, at window 1 and at the largest."""
     shares: dict[str, list[dict[str, float]]] = {}
     for descent in (str(name) for name in run.model[DESCENT].values):
         shares[descent] = []
         for m in sorted({1, max(run.windows)}):
-            # The last m - 1 rows have no whole window and say nothing.
-            whole = max(len(run.steps) - m + 1, 0)
-            status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:whole]
-            held = int((status == Status.EFFECTIVE).sum())
-            # Where no row can be judged what this gradient needs was not logged, and 0 % would be made up.
+            # The last m - 1 updates have no complete window.
+            complete = max(len(run.steps) - m + 1, 0)
+            status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:complete]
+            effective = int((status == Status.EFFECTIVE).sum())
+            # If no update can be judged, data that this gradient needs were not logged: 0 % would be wrong.
             known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
             shares[descent].append(
-                {"count": held, "of": whole, "share": held / whole if whole and known else math.nan}
+                {
+                    "count": effective,
+                    "of": complete,
+                    "share": effective / complete if complete and known else math.nan,
+                }
             )
     return shares
 
 
 def _replicates(found: xr.Dataset) -> dict[str, Any]:
-    """Sum up what the replicates of a stochastic rule say of its mean update, over all steps."""
+    """Summarize the replicates of a stochastic rule over all steps."""
     known = found["status"] <= Status.OBTUSE
     drawn = found["replicate_alignment"].where(known)
     return {
@@ -283,11 +292,11 @@ def _replicates(found: xr.Dataset) -> dict[str, Any]:
         "drawn_effective": int((drawn > 0).sum()),
         "curvature": bool(found["stochastic_alpha"].notnull().any()),
         "definite": int(found["stochastic_definite"].sum()),
-        "spreads": {name: figures.extent(found[name].values) for name in _OF_REPLICATES},
+        "spreads": {name: figures.extent(found[name].values) for name in _REPLICATE_LABELS},
     }
 
 
-_OF_REPLICATES = {
+_REPLICATE_LABELS = {
     "angle": "Angle ψ of the mean update (rad)",
     "angle_error": "Its standard error (rad)",
     "replicate_angle": "Angle ψ of each draw (rad)",
@@ -297,7 +306,7 @@ _OF_REPLICATES = {
     "loss_decrease_error": "Its standard error",
     "learning_rate_bound": "Learning rate up to which eq. (19) is a metric",
 }
-"""Variable of the replicates to what a reader calls it."""
+"""Variables of the replicates, and their labels."""
 
 
 def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:
@@ -311,7 +320,7 @@ def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:
 
 
 def _percent(share: float) -> str:
-    """Percent that are 0 or 100 only where the share is."""
+    """Format a share in percent; 0 and 100 are exact."""
     if not math.isfinite(share):
         return "–"
     if 0 < share < 0.001:

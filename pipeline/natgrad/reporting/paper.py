@@ -1,10 +1,10 @@
-"""Figures 1 to 3 of the paper from runs of one's own, and the paper's numbers beside theirs.
+"""Figures 1 to 3 of the paper from the user's own runs, and the paper's numbers beside theirs.
 
 ``python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]`` draws from the folders of three
 processed runs: one of two parameters and a quadratic loss (Figures 1 and 2), and one for each half of Figure 3.
-From further runs like the first, of the same state at other learning rates, it draws how the discrete gradient
-and its metric go to those of the gradient (section 2.2). Everything is read from the trajectory and the results;
-nothing is simulated.
+From further runs like the first, from the same state at other learning rates, it draws the convergence of the
+discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories and
+results.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 from natgrad.reporting import figures
 from natgrad.reporting.figures import Picture, RunResults
-from natgrad.results import dataset as results
+from natgrad.results import dataset
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
 from natgrad.store import Trajectory
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
 
-__all__ = ["Plane", "comparisons", "write_figures"]
+__all__ = ["Plane", "comparisons", "limit_distances", "shown_step", "write_figures"]
 
 Array = NDArray[np.float64]
 
 _POINTS = 721
-"""Points on a ball: one every half degree."""
+"""Number of points on a ball, one every half degree."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Plane:
         Raises
         ------
         InputError
-            Where the run has not two parameters, in float64.
+            If the run does not have two parameters, in float64.
         """
         trajectory = Trajectory(path)
         if trajectory.layout.elements != 2:
             raise InputError(
-                f"a run of {trajectory.layout.elements} parameters is not drawn in a plane",
+                f"a run of {trajectory.layout.elements} parameters cannot be drawn in a plane",
                 where=str(path),
                 remedy="log one: python -m natgrad.experiments linear-system FOLDER --dimension 2",
             )
@@ -78,45 +78,45 @@ class Plane:
         return cls(*arrays, *scalars)
 
     def hessian(self) -> Array:
-        """Hessian of the quadratic loss, shape (2, 2).
+        """Return the Hessian of the quadratic loss, shape (2, 2).
 
         Raises
         ------
         InputError
-            Where no quadratic has these gradients.
+            If no quadratic loss has these gradients.
         """
         known = np.column_stack([self.states, np.ones(len(self.states))])
         solution, _, rank, _ = np.linalg.lstsq(known, self.gradients)
         hessian = solution[:2].T
-        # The square root of the unit roundoff: rounding stays far below it, a loss of another shape does not.
+        # The square root of the unit roundoff: rounding stays far below it, other losses do not.
         off = max(np.abs(known @ solution - self.gradients).max(), np.abs(hessian - hessian.T).max())
         if rank < 3 or not off <= 2.0**-26 * np.abs(self.gradients).max():
             raise InputError(
-                "the gradients of the run are those of no quadratic loss",
+                "no quadratic loss has the gradients of the run",
                 why=f"the best one is off by {off:.3g}, from states of rank {rank}",
-                remedy="give a linear system of dimension 2",
+                remedy="pass a linear system of dimension 2",
             )
         return np.asarray((hessian + hessian.T) / 2.0)
 
     def loss(self, points: Array) -> Array:
-        """Loss of any points of the plane, shape (..., 2) to (...), from the first state."""
+        """Return the loss of points of the plane, shape (..., 2), from the first state."""
         away = points - self.states[0]
         quadratic = np.einsum("...i,ij,...j->...", away, self.hessian(), away) / 2.0
         return np.asarray(self.losses[0] + away @ self.gradients[0] + quadratic)
 
     def update(self, step: int) -> tuple[Array, Array]:
-        """Negative gradient and update of a step."""
+        """Return the negative gradient and the update of a step."""
         moved = self.states[step + 1] - self.states[step]
         return -self.gradients[step], moved / self.learning_rates[step]
 
     def distance(self) -> tuple[float, float]:
-        """How far the discrete gradient of the first update and its metric are from those of the gradient.
+        """Measure how far the first discrete gradient and its metric are from those of the gradient.
 
         Returns
         -------
         turned, moved : float
-            |psi_bar - psi|, in radian, and |Mbar - M| / |M| of the metrics of smallest condition number. Of a
-            quadratic loss H does not depend on the point, so eq. (16) has the one ybar.
+            |psi_bar - psi|, in radian, and |Mbar - M| / |M| of the metrics of smallest condition number. H of a
+            quadratic loss does not depend on the point, so eq. (16) has only one ybar.
         """
         y, g = self.update(0)
         discrete = y - self.learning_rates[0] * self.hessian() @ g / 2.0
@@ -126,7 +126,7 @@ class Plane:
         return float(turned), float(moved)
 
     def ball(self, step: int) -> Array:
-        """Ball of the optimal metric of a step, v' M v = 1, shape (points, 2)."""
+        """Return the ball of the optimal metric of a step, v' M v = 1, shape (points, 2)."""
         turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
         return Metric(*self.update(step)).inv_sqrt(np.stack([np.cos(turn), np.sin(turn)])).T
 
@@ -139,26 +139,26 @@ def write_figures(
     Parameters
     ----------
     folder : Path
-        Made where it is not there.
+        Created if it does not exist.
     plane : Plane
     linear, network : RunResults
-        Of panels B and C, and of D and E.
+        Runs of panels B and C, and of D and E.
     others : sequence of Plane
-        Runs like the first, from the same state at other learning rates, for ``limit.svg``; none where not given.
+        Runs like the first, from the same state at other learning rates, for ``limit.svg``.
 
     Returns
     -------
     list of Path
-        What was written.
+        Written files.
 
     Raises
     ------
     InputError
-        Where an update of the plane is not effective, its loss is not quadratic, or the others do not start alike.
+        If an update of the plane is not effective, its loss is not quadratic, or the others start differently.
     """
-    step = _shown_step(plane)
+    step = shown_step(plane)
     y, g = plane.update(step)
-    # Half of what a step of steepest descent along the stiffest direction would be.
+    # Half of the step of steepest descent along the stiffest direction.
     size = float(np.linalg.norm(y) / np.linalg.norm(plane.hessian(), 2)) / 2.0
     every = range(0, len(plane.states) - 1, max(1, (len(plane.states) - 1) // 24))
     with figures.drawing():
@@ -174,7 +174,7 @@ def write_figures(
             "figure_3e": figures.loss_curve(network, "E"),
         }
         if others:
-            pictures["limit"] = figures.limit_curve(*_limit([plane, *others]))
+            pictures["limit"] = figures.limit_curve(*limit_distances([plane, *others]))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -182,14 +182,14 @@ def write_figures(
         written.append(folder / f"{name}.svg")
         written[-1].write_bytes(base64.b64decode(picture.uri.partition(",")[2]))
     rows = [("statement", "paper", "run"), ("---",) * 3, *comparisons(plane, linear, network)]
-    rows += _of_the_limit([plane, *others]) if others else []
+    rows += _limit_rows([plane, *others]) if others else []
     written.append(folder / "numbers.md")
     written[-1].write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
     return written
 
 
-def _shown_step(plane: Plane) -> int:
-    """Step whose angle is closest to half a right one: there the two balls differ most clearly."""
+def shown_step(plane: Plane) -> int:
+    """Return the step whose angle is closest to pi/4, where the two balls differ most clearly."""
     cosines = []
     for step in range(len(plane.states) - 1):
         y, g = plane.update(step)
@@ -200,14 +200,14 @@ def _shown_step(plane: Plane) -> int:
 def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[tuple[str, str, str]]:
     """List the paper's statements with its numbers, and those of the runs.
 
-    The paper's are its printed formulas at the angle that was measured; they cancel near pi/2 (docs/errata.md, 14),
-    ours do not.
+    The paper's numbers are its printed formulas at the measured angle. They cancel near pi/2 (docs/errata.md, 14);
+    those of the runs do not.
 
     Returns
     -------
     list of (statement, paper, run)
     """
-    rows = [*_of_figure_1(plane)]
+    rows = [*_figure_1_rows(plane)]
     for run, panels in ((linear, "3B"), (network, "3D")):
         effective = run["status"] == Status.EFFECTIVE
         rows.append((f"{panels}: updates that are effective", "all", f"{effective.sum()} of {len(effective)}"))
@@ -233,24 +233,40 @@ def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[t
     return rows
 
 
-def _limit(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
-    """Learning rates, ascending, and the distances of their first updates."""
+def limit_distances(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
+    """Return the learning rates of runs, ascending, and the distances of their first updates.
+
+    Parameters
+    ----------
+    planes : sequence of Plane
+        Runs that differ only in the learning rate.
+
+    Returns
+    -------
+    rates, turned, moved : array, shape (runs,)
+        See `Plane.distance`.
+
+    Raises
+    ------
+    InputError
+        If the runs start differently.
+    """
     first = np.stack(planes[0].update(0))
     for plane in planes[1:]:
-        # The square root of the unit roundoff: an update is rounded, and then divided by its learning rate.
+        # The square root of the unit roundoff, because an update is rounded and then divided by its learning rate.
         if not np.linalg.norm(np.stack(plane.update(0)) - first) <= 2.0**-26 * np.linalg.norm(first):
             raise InputError(
                 "the runs of the plane do not start with the same gradient and update",
-                why="they are of other systems, seeds, or methods than explicit Euler steps",
-                remedy="log them with nothing but the learning rate changed",
+                why="they have other systems, seeds, or methods than explicit Euler steps",
+                remedy="log them again, and change only the learning rate",
             )
     order = sorted(planes, key=lambda plane: float(plane.learning_rates[0]))
     turned, moved = np.array([plane.distance() for plane in order]).T
     return np.array([plane.learning_rates[0] for plane in order]), turned, moved
 
 
-def _of_the_limit(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
-    rates, turned, moved = _limit(planes)
+def _limit_rows(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
+    rates, turned, moved = limit_distances(planes)
     ends = f"from η = {figures.number(float(rates[-1]))} to {figures.number(float(rates[0]))}"
     return [
         (f"2.2: {name} {ends}", "→ 0", f"{figures.number(float(values[-1]))} to {figures.number(float(values[0]))}")
@@ -258,9 +274,9 @@ def _of_the_limit(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _of_figure_1(plane: Plane) -> list[tuple[str, str, str]]:
-    """Where the loss falls most on each ball, by looking at all points of it."""
-    step = _shown_step(plane)
+def _figure_1_rows(plane: Plane) -> list[tuple[str, str, str]]:
+    """Return the direction in which the loss falls most on each ball, found among all its points."""
+    step = shown_step(plane)
     (y, g), ball = plane.update(step), plane.ball(step)
     turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=-1)
@@ -283,14 +299,14 @@ def _rises(losses: NDArray[np.float64]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw from the folders of three runs, and of further ones of the plane."""
+    """Draw the figures from the folders of three runs, and of further runs of the plane."""
     if len(arguments) < 4:
         sys.stderr.write("usage: python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]\n")
         raise SystemExit(2)
     plane, linear, network, folder, *others = map(Path, arguments)
     try:
         first, second = (
-            RunResults.of(path.name, results.read(path / "results.zarr")) for path in (linear, network)
+            RunResults.of(path.name, dataset.read(path / "results.zarr")) for path in (linear, network)
         )
         planes = [Plane.read(path / "trajectory.zarr") for path in (plane, *others)]
         written = write_figures(folder, planes[0], first, second, planes[1:])

@@ -1,8 +1,8 @@
-"""Ledger to labelled results: the only file that labels with xarray.
+"""Results as labelled xarray datasets: computed from the ledger, written to ``results.zarr`` and read from it.
 
-`label` turns ledger arrays into a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``, in the
-names of `natgrad.schema.variables`; the pairs are made in `natgrad.results.pairs`, the formulas are those of
-`natgrad.theory.geometry`.
+`label` turns a table of updates into a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``. The
+variables are those of `natgrad.results.variables`, each of which declares how it is computed and where it is
+defined.
 """
 
 from __future__ import annotations
@@ -18,86 +18,83 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
-from natgrad.results.pairs import Level, model_and_tensors
+from natgrad.results.pairs import Aggregation, model_and_tensors
+from natgrad.results.variables import VARIABLES, Updates, UpdateVariable, registered_variables
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
-from natgrad.schema.variables import DIMENSIONS, VARIABLES, ShiftedMetric, Status
+from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.storage.disk import folder_aside, replace_folder
 from natgrad.storage.repository import holds, place_of_store
 from natgrad.store.group import zarr_store
-from natgrad.theory import discrete_time, geometry
-from natgrad.theory import windows as windowed
-from natgrad.theory.geometry import Pair
-from natgrad.theory.preconditioners import condition_number
 
-__all__ = ["GAMMAS", "by_run", "label", "read", "runs", "write"]
+__all__ = ["GAMMAS", "by_run", "described", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-"""Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
-
-_RATES = {
-    True: "groups of the optimizer have several: each tensor has its own, and g of the tensor is per that",
-    False: "groups of the optimizer have several: that logged or given for the step, else the largest of the "
-    "tensors'; g of the model is the displacement per this one, so that y.g > 0 says that the update descends, and "
-    "the ratios of the others to it are a part of the rule. Angle and condition number do not depend on it; "
-    "update_norm, alignment, eigenvalues and bounds are per this one",
-}
-"""What ``learning_rate`` is of the tensors, and of the model."""
-
-LONGEST_WINDOW = 256
-"""Windows up to this length, and to half the run, are tried where no longer one is asked for."""
-
-Array = NDArray[np.float64]
+"""Default weights of the one-parameter family (eq. 22) in results."""
 
 
 def label(
-    inputs: UpdateTable,
+    table: UpdateTable,
     *,
     gammas: Sequence[float] = GAMMAS,
     windows: Sequence[int] = (1,),
     provenance: Mapping[str, Any] | None = None,
+    variables: Sequence[UpdateVariable] | None = None,
 ) -> xr.DataTree:
     """Compute and label all results of a run.
 
     Parameters
     ----------
-    inputs : UpdateTable
+    table : UpdateTable
     gammas : sequence of float
         Positive weights of the one-parameter family.
     windows : sequence of int
-        Windows m of consecutive logged updates; 1 is always there. A row whose window passes the end of the
-        run, or a restart, is NaN with status ``unverifiable``. The search for the smallest effective window goes
-        to the longest of them, and at least to `LONGEST_WINDOW` or half the run.
+        Windows m of consecutive logged updates; 1 is always included. An update whose window passes the end of the
+        run, or a restart, has NaN and the status ``unverifiable``. The search for the smallest effective window
+        goes up to the longest of them, and at least to half the run or to
+        `natgrad.results.variables.LONGEST_WINDOW`.
     provenance : mapping, optional
         Attributes of the root.
+    variables : sequence of UpdateVariable, optional
+        Further variables. Default: those that other packages register under the entry-point group
+        ``natgrad.variables``.
+
+    Returns
+    -------
+    DataTree
 
     Raises
     ------
     InputError
-        Where a gamma is not positive, or a window is not a positive number of updates of the run.
+        If a gamma is not positive, or a window is not a positive number of updates of the run.
     """
-    rows = np.bincount(inputs.run).max() if inputs.run is not None else len(inputs.steps)
+    updates = int(np.bincount(table.run).max()) if table.run is not None else len(table.steps)
     windows = sorted({1, *windows})
     gammas = sorted({float(gamma) for gamma in gammas})
     if not gammas or not all(np.isfinite(gamma) and gamma > 0 for gamma in gammas):
         raise InputError(f"gamma must be positive, got {gammas}", where="--gamma", remedy="give values above 0")
-    if windows[0] < 1 or windows[-1] > rows:
+    if windows[0] < 1 or windows[-1] > updates:
         raise InputError(
-            f"windows {windows} do not fit a run of {rows} updates",
+            f"windows {windows} do not fit a run of {updates} updates",
             where="--window",
-            remedy=f"give numbers of updates from 1 to {rows}",
+            remedy=f"give numbers of updates from 1 to {updates}",
         )
+    extensions = registered_variables() if variables is None else []
+    chosen = [*VARIABLES.values(), *(variables or ()), *(extension.value for extension in extensions)]
     # A run that diverged holds infinities; what follows from them is NaN, and the status says why.
     with np.errstate(all="ignore"):
-        levels = {name: model_and_tensors(inputs, name) for name in DESCENTS}
+        aggregations = {descent: model_and_tensors(table, descent) for descent in DESCENTS}
         groups = {
-            "/model": _dataset(inputs, {name: model for name, (model, _) in levels.items()}, gammas, windows),
-            "/tensor": _dataset(inputs, {name: tensors for name, (_, tensors) in levels.items()}, gammas, windows),
+            path: _dataset(
+                table, {name: both[index] for name, both in aggregations.items()}, gammas, windows, chosen
+            )
+            for index, path in enumerate(("/model", "/tensor"))
         }
     tree = xr.DataTree.from_dict(groups)
+    extended = {extension.distribution: extension.version for extension in extensions}
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
-    tree.attrs |= {"versions": versions(), "results_version": RESULTS_VERSION}
+    tree.attrs |= {"versions": {**versions(), **extended}, "results_version": RESULTS_VERSION}
     return tree
 
 
@@ -112,256 +109,162 @@ def versions() -> dict[str, str]:
 
 
 def _dataset(
-    inputs: UpdateTable, levels: Mapping[str, Level], gammas: Sequence[float], windows: Sequence[int]
+    table: UpdateTable,
+    aggregations: Mapping[str, Aggregation],
+    gammas: Sequence[float],
+    windows: Sequence[int],
+    variables: Sequence[UpdateVariable],
 ) -> xr.Dataset:
-    leading = levels["gradient"].dimensions
-    full = (*leading, DESCENT, WINDOW)
-    columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
-        "loss": ((STEP,), inputs.loss),
-        "learning_rate": _learning_rate(inputs, leading),
-        "step_span": ((STEP,), inputs.spans),
-        "parameter_norm": (leading, levels["gradient"].parameter_norm),
-        "loss_average": ((STEP, WINDOW), _stack([_loss_average(inputs, m) for m in windows])),
-        "loss_decrease": ((STEP, WINDOW), _stack([_loss_decrease(inputs, m) for m in windows])),
-    }
-    if inputs.optimizer is not None:
-        used = inputs.optimizer
-        of_tensors, of_model = condition_number(used.smallest, used.largest, used.learning_rate)
-        kappa = of_tensors if TENSOR in leading else of_model
-        columns["preconditioner_condition_number"] = (leading, kappa)
-    cells = [[_metrics(inputs, level, name, m, gammas) for m in windows] for name, level in levels.items()]
-    for name in cells[0][0]:
-        dimensions = (*full, GAMMA) if name.startswith("family_") else full
-        axis = len(leading)
-        stacked = np.stack([np.stack([cell[name] for cell in row], axis=axis) for row in cells], axis=axis)
-        columns[name] = (dimensions, stacked)
-    # The update does not depend on which gradient it is compared with.
-    columns["update_norm"] = ((*leading, WINDOW), columns["update_norm"][1][..., 0, :])
-    if TENSOR not in leading:
-        columns["shifted_metric"] = (
-            full,
-            _shifted_metric(inputs, {name: values for name, (_, values) in columns.items()}, windows),
-        )
+    """Compute and label the variables of one group, from its pairs with each estimate of the gradient."""
+    leading = next(iter(aggregations.values())).dimensions
+    name = "tensor" if TENSOR in leading else "model"
+    chosen = [variable for variable in variables if name in variable.aggregations and table.has(variable.needs)]
     coordinates: dict[str, Any] = {
-        STEP: inputs.steps,
-        DESCENT: np.array(DESCENTS, dtype=object),
+        STEP: table.steps,
+        DESCENT: np.array(list(aggregations), dtype=object),
         WINDOW: np.array(windows, dtype=np.int64),
         GAMMA: np.array(gammas),
     }
     if TENSOR in leading:
-        coordinates[TENSOR] = np.array(inputs.layout.names, dtype=object)
-    attempts = np.zeros(len(inputs.steps), np.int64) if inputs.attempts is None else inputs.attempts
+        coordinates[TENSOR] = np.array(table.layout.names, dtype=object)
+    attempts = np.zeros(len(table.steps), np.int64) if table.attempts is None else table.attempts
     coordinates[ATTEMPT] = (STEP, attempts)
-    dataset = xr.Dataset({name: columns[name] for name in VARIABLES if name in columns}, coordinates)
-    if inputs.runs:
-        dataset = by_run(dataset, inputs)
-    described = _described(dataset.assign(_smallest_windows(inputs, levels, max(windows))))
-    if inputs.tensor_learning_rate is not None:
-        described["learning_rate"].attrs["comment"] = _RATES[TENSOR in leading]
-    return described
-
-
-def _learning_rate(inputs: UpdateTable, leading: tuple[str, ...]) -> tuple[tuple[str, ...], Array]:
-    own = inputs.tensor_learning_rate
-    return ((STEP,), inputs.learning_rate) if own is None or TENSOR not in leading else (leading, own)
-
-
-def _smallest_windows(inputs: UpdateTable, levels: Mapping[str, Level], asked: int) -> dict[str, xr.Variable]:
-    """Smallest windows of each run, and how many windows support them."""
-    found = [_smallest_window(inputs, levels, rows, asked) for rows in inputs.of_runs()]
-    leading = levels["gradient"].dimensions[1:]
-    variables = {}
-    for name in found[0]:
-        dimensions = (*leading, DESCENT) if name.startswith("effective") else ()
-        values = [of_run[name] for of_run in found]
-        variables[name] = (
-            xr.Variable((RUN, *dimensions), np.stack(values)) if inputs.runs else xr.Variable(dimensions, values[0])
+    columns, comments = _by_update(
+        [variable for variable in chosen if STEP in variable.dimensions], table, aggregations, gammas, windows
+    )
+    dataset = xr.Dataset(columns, coordinates)
+    if table.runs:
+        dataset = by_run(dataset, table, chosen)
+    dataset = dataset.assign(
+        _of_runs(
+            [variable for variable in chosen if STEP not in variable.dimensions], table, aggregations, max(windows)
         )
-    return variables
+    )
+    dataset = described(dataset, chosen)
+    for variable, comment in comments.items():
+        dataset[variable].attrs["comment"] = comment
+    return dataset
 
 
-def _smallest_window(
-    inputs: UpdateTable, levels: Mapping[str, Level], rows: slice, asked: int
-) -> dict[str, NDArray[Any]]:
-    count = rows.stop - rows.start
-    longest = max(asked, min(LONGEST_WINDOW, count // 2))
-    follows = inputs.follows()[rows][: count - 1]
-    effective = [
-        windowed.smallest_effective(
-            windowed.Rows(
-                level.pair[rows],
-                level.rate[rows],
-                level.update_floor[rows],
-                level.finite[rows],
-                level.known[rows],
-            ),
-            follows,
-            longest,
-        )
-        for level in levels.values()
-    ]
-    decreasing = windowed.smallest_decreasing(inputs.loss[rows], inputs.next_loss[rows], follows, longest)
-    return {
-        "effective_window": np.stack([smallest for smallest, _ in effective], axis=-1),
-        "effective_window_count": np.stack([support for _, support in effective], axis=-1),
-        "decreasing_window": np.asarray(decreasing[0]),
-        "decreasing_window_count": np.asarray(decreasing[1]),
-    }
+def _by_update(
+    variables: Sequence[UpdateVariable],
+    table: UpdateTable,
+    aggregations: Mapping[str, Aggregation],
+    gammas: Sequence[float],
+    windows: Sequence[int],
+) -> tuple[dict[str, xr.Variable], dict[str, str]]:
+    """Compute variables of updates for all estimates of the gradient and all windows, and their comments."""
+    columns: dict[str, xr.Variable] = {}
+    comments: dict[str, str] = {}
+    for at_window, m in enumerate(windows):
+        complete = table.complete(m)
+        of_gradient = None
+        for at_descent, (descent, aggregation) in enumerate(aggregations.items()):
+            updates = Updates(table, aggregation, descent, m, gammas=gammas, of_gradient=of_gradient)
+            of_gradient = updates.of_gradient
+            for variable in variables:
+                if (at_window and WINDOW not in variable.dimensions) or (
+                    at_descent and DESCENT not in variable.dimensions
+                ):
+                    continue
+                values = variable.values(updates)
+                if variable.name not in columns:
+                    columns[variable.name] = _empty(variable, values, updates, len(aggregations), len(windows))
+                    comment = variable.comment(updates) if variable.comment is not None else ""
+                    comments |= {variable.name: comment} if comment else {}
+                column = columns[variable.name]
+                at = {DESCENT: at_descent, WINDOW: at_window}
+                cell = column.values[tuple(at.get(str(axis), slice(None)) for axis in column.dims)]
+                cell[: len(values)] = values
+                if m > 1:
+                    cell[~complete] = variable.fill
+    return columns, comments
 
 
-def by_run(dataset: xr.Dataset, inputs: UpdateTable) -> xr.Dataset:
-    """Give a sweep a dimension for its runs: what a run has not logged at a step of another is missing."""
-    steps, position = np.unique(inputs.steps, return_inverse=True)
+def _empty(
+    variable: UpdateVariable, values: NDArray[Any], updates: Updates, descents: int, windows: int
+) -> xr.Variable:
+    """Return an array for all estimates and windows; ``values`` are those of the first of them."""
+    axes = [axis for axis in variable.dimensions if axis not in (DESCENT, WINDOW)]
+    if values.ndim < len(axes):
+        axes.remove(TENSOR)
+    sizes = {**dict(zip(axes, values.shape, strict=True)), DESCENT: descents, WINDOW: windows}
+    sizes[STEP] = len(updates.table.steps)
+    dimensions = [axis for axis in variable.dimensions if axis in (*axes, DESCENT, WINDOW)]
+    return xr.Variable(dimensions, np.empty([sizes[axis] for axis in dimensions], values.dtype))
 
-    def spread(variable: xr.Variable, fill: Any) -> tuple[tuple[Any, ...], NDArray[Any]]:
-        values = np.full((len(inputs.runs), len(steps), *variable.shape[1:]), fill, variable.dtype)
-        values[inputs.run, position] = variable.values
+
+def _of_runs(
+    variables: Sequence[UpdateVariable],
+    table: UpdateTable,
+    aggregations: Mapping[str, Aggregation],
+    longest: int,
+) -> dict[str, xr.Variable]:
+    """Compute variables without steps, once for each run."""
+    found: dict[str, list[NDArray[Any]]] = {variable.name: [] for variable in variables}
+    for run in table.of_runs():
+        each = [
+            Updates(table, aggregation, descent, longest=longest, run=run)
+            for descent, aggregation in aggregations.items()
+        ]
+        for variable in variables:
+            compared = each if DESCENT in variable.dimensions else each[:1]
+            values = [variable.values(updates) for updates in compared]
+            found[variable.name].append(np.stack(values, axis=-1) if DESCENT in variable.dimensions else values[0])
+    leading = next(iter(aggregations.values())).dimensions
+    columns = {}
+    for variable in variables:
+        dimensions = tuple(axis for axis in variable.dimensions if axis in (*leading, DESCENT))
+        values = found[variable.name]
+        if table.runs:
+            columns[variable.name] = xr.Variable((RUN, *dimensions), np.stack(values))
+        else:
+            columns[variable.name] = xr.Variable(dimensions, values[0])
+    return columns
+
+
+def by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable]) -> xr.Dataset:
+    """Give the results of a sweep the dimension ``run``; steps that a run has not logged are missing.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Results of all updates, by step.
+    table : UpdateTable
+        Table of the updates.
+    variables : sequence of Variable
+        Entries of the variables, with the values of missing steps.
+
+    Returns
+    -------
+    Dataset
+    """
+    steps, position = np.unique(table.steps, return_inverse=True)
+    absent = {variable.name: variable.absent for variable in variables if variable.absent is not None}
+    fills = {"f": np.nan, "b": False, "i": 0}
+
+    def spread(name: str, variable: xr.Variable) -> tuple[tuple[Any, ...], NDArray[Any]]:
+        fill = absent.get(name, fills[variable.dtype.kind])
+        values = np.full((len(table.runs), len(steps), *variable.shape[1:]), fill, variable.dtype)
+        values[table.run, position] = variable.values
         return (RUN, *variable.dims), values
 
-    fills = {"f": np.nan, "b": False, "i": 0}
     columns = {
-        name: spread(variable, Status.NOT_LOGGED if name == "status" else fills[variable.dtype.kind])
+        name: spread(str(name), variable)
         for name, variable in dataset.variables.items()
         if name in dataset.data_vars or name == ATTEMPT
     }
     labels = {name: coordinate for name, coordinate in dataset.coords.items() if name not in (STEP, ATTEMPT)}
-    runs = np.array(inputs.runs, dtype=object)
+    names = np.array(table.runs, dtype=object)
     attempts = columns.pop(ATTEMPT)
-    return xr.Dataset(columns, {**labels, RUN: runs, STEP: steps, ATTEMPT: attempts})
+    return xr.Dataset(columns, {**labels, RUN: names, STEP: steps, ATTEMPT: attempts})
 
 
-def _stack(per_window: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return np.stack(per_window, axis=-1)
-
-
-def _loss_average(inputs: UpdateTable, m: int) -> Array:
-    return windowed.where_complete(windowed.consecutive(inputs.loss, m).mean(axis=-1), inputs.whole(m), np.nan)
-
-
-def _loss_decrease(inputs: UpdateTable, m: int) -> Array:
-    return windowed.where_complete(_decrease(inputs, m), inputs.whole(m), np.nan)
-
-
-def _decrease(inputs: UpdateTable, m: int) -> Array:
-    """L(t) - L(t+m) of all m rows that follow each other, eq. (3)."""
-    return inputs.loss[: len(inputs.loss) - m + 1] - inputs.next_loss[m - 1 :]
-
-
-def _metrics(
-    inputs: UpdateTable, level: Level, descent: str, m: int, gammas: Sequence[float]
-) -> dict[str, NDArray[Any]]:
-    """Variables of one descent and one window, each of shape (rows, ...)."""
-    per_tensor = TENSOR in level.dimensions
-    rate, pair = level.rate, level.pair
-    window = geometry.window(pair, m)
-    update_floor = windowed.rolling_norm(level.update_floor, m)
-    status = geometry.status(
-        window,
-        # The slowest rate stands for the window: it is NaN where one is missing, not positive where one is not.
-        learning_rate=windowed.consecutive(rate, m).min(axis=-1),
-        finite=windowed.consecutive(level.finite, m).all(axis=-1),
-        # An update no larger than its own rounding cannot be told from it.
-        verifiable=windowed.consecutive(level.known, m).all(axis=-1) & ~(update_floor >= window.update_norm),
-    )
-
-    angle = geometry.angle(window)
-    gradient_floor = windowed.rolling_norm(level.gradient_floor, m) / m
-    uncertainty = geometry.angle_uncertainty(window, update_floor, gradient_floor)
-    has_angle = status <= Status.OBTUSE
-    maximum, middle, minimum = geometry.eigenvalues(window)
-    infimum, supremum = geometry.eigenvalue_bounds(window)
-    family = geometry.family_eigenvalues(window, np.array(gammas))
-    metric = {
-        "condition_number": geometry.condition_number(window),
-        "similarity": geometry.similarity(window),
-        "eigenvalue_max": maximum,
-        "eigenvalue_mid": middle,
-        "eigenvalue_min": minimum,
-        "eigenvalue_max_infimum": infimum,
-        "eigenvalue_min_supremum": supremum,
-        "family_eigenvalue_max": family[0],
-        "family_eigenvalue_mid": family[1],
-        "family_eigenvalue_min": family[2],
-        "family_condition_number": geometry.family_condition_number(window, np.array(gammas)),
-    }
-    effective = status == Status.EFFECTIVE
-    values: dict[str, NDArray[Any]] = {
-        "update_norm": window.update_norm,
-        # The gradient's own is known without a learning rate too.
-        "gradient_norm": windowed.rolling_norm(level.gradient_norm, m) / m
-        if level.gradient_norm is not None
-        else window.gradient_norm,
-        "alignment": window.alignment,
-        "cosine": np.where(has_angle, geometry.cosine(window), np.nan),
-        "angle": np.where(has_angle, angle, np.nan),
-        "angle_uncertainty": np.where(has_angle, uncertainty, np.nan),
-    }
-    for name, value in metric.items():
-        mask = effective[..., None] if name.startswith("family_") else effective
-        values[name] = np.where(mask, value, np.nan)
-    if not per_tensor:
-        # A tensor has no loss of its own to compare its share with, so this one belongs to the model.
-        share = windowed.consecutive(rate * pair.alignment, m).sum(axis=-1)
-        decrease = _decrease(inputs, m)
-        residual = (share - decrease) / np.abs(decrease)
-        values["discrete_identity_residual"] = np.where(np.isfinite(residual), residual, np.nan)
-        # Nor has it a Hessian of its own: what the others' updates do to its gradient is in the model's alone.
-        for name, bound in _learning_rate_bounds(inputs, window, m).items():
-            values[name] = np.where(effective & (descent != "gradient"), bound, np.nan)
-    complete = inputs.whole(m)
-    filled = {name: windowed.where_complete(value, complete, np.nan) for name, value in values.items()}
-    filled["effective"] = windowed.where_complete(effective, complete, False)
-    filled["status"] = windowed.where_complete(status, complete, np.int8(Status.UNVERIFIABLE))
-    return filled
-
-
-def _learning_rate_bounds(inputs: UpdateTable, window: Pair, m: int) -> dict[str, Array]:
-    """Bounds of eq. (18) for the Hessian of the averaged loss, whose blocks are those of the steps over m."""
-    if inputs.hessian_min_eigenvalue is None:
-        weakest = np.full(window.alignment.shape, np.nan)
-    else:
-        # The Hessian of the parameters extended by time is another one.
-        of_parameters = np.where(inputs.extended(), np.nan, inputs.hessian_min_eigenvalue)
-        weakest = windowed.consecutive(of_parameters, m).min(axis=-1) / m
-    # g is the mean of as many updates as a row spans, and moves by that many learning rates.
-    spans = windowed.consecutive(inputs.spans, m).max(axis=-1)
-    supremum, optimal = discrete_time.learning_rate_bounds(window, weakest)
-    return {"learning_rate_bound": supremum / spans, "learning_rate_bound_optimal": optimal / spans}
-
-
-def _shifted_metric(
-    inputs: UpdateTable, columns: Mapping[str, NDArray[Any]], windows: Sequence[int]
-) -> NDArray[np.int8]:
-    """Tell what M + eta H is for every row, descent and window, from the columns of the model."""
-    bound, optimal = columns["learning_rate_bound"], columns["learning_rate_bound_optimal"]
-    rates = ((m, windowed.consecutive(inputs.learning_rate, m).max(axis=-1)) for m in windows)
-    largest = _stack([windowed.where_complete(rate, inputs.whole(m), np.nan) for m, rate in rates])[:, None]
-    # g' (Mbar + eta H) g is the y.g of the true gradient, with every discrete one.
-    gradient = columns["alignment"][:, [DESCENTS.index("gradient")]]
-    conditions = [
-        (np.isnan(bound), ShiftedMetric.UNKNOWN),
-        (gradient <= 0, ShiftedMetric.INDEFINITE),
-        (largest < optimal, ShiftedMetric.DEFINITE_OPTIMAL),
-        (largest < bound, ShiftedMetric.DEFINITE),
-    ]
-    where = [np.broadcast_to(condition, bound.shape) for condition, _ in conditions]
-    return np.select(where, [np.int8(flag) for _, flag in conditions], np.int8(ShiftedMetric.UNDECIDED))
-
-
-def _described(dataset: xr.Dataset) -> xr.Dataset:
-    for name, variable in VARIABLES.items():
-        if name in dataset:
-            dataset[name].attrs = {
-                "long_name": variable.long_name,
-                "units": variable.units,
-                "equation": variable.equation,
-            }
-    flags: dict[str, type[Status] | type[ShiftedMetric]] = {"status": Status, "shifted_metric": ShiftedMetric}
-    for name in flags.keys() & dataset.keys():
-        dataset[name].attrs |= {
-            "flag_values": [int(flag) for flag in flags[name]],
-            "flag_meanings": " ".join(flag.name.lower() for flag in flags[name]),
-        }
+def described(dataset: xr.Dataset, variables: Sequence[Variable]) -> xr.Dataset:
+    """Set the attributes of variables and coordinates, and return the dataset."""
+    for variable in variables:
+        if variable.name in dataset:
+            dataset[variable.name].attrs = variable.attributes()
     for name, meaning in DIMENSIONS.items():
         if name in dataset.coords:
             dataset[name].attrs = {"long_name": meaning, "units": "1"}
@@ -372,7 +275,7 @@ def _described(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
-    """Results of each run of a sweep by itself, without the steps that only others have; those of one run as is."""
+    """Return the results of each run of a sweep, without steps that only others logged; those of one run as is."""
     if RUN not in tree["model"].dims:
         return {"": tree}
     logged = (tree["model"]["status"] != Status.NOT_LOGGED).all([DESCENT, WINDOW])
@@ -387,13 +290,13 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
 
 
 def write(tree: xr.DataTree, path: Path) -> None:
-    """Write results in place of older ones, one writer at a time: aside first, then on disk, then under the name.
+    """Replace the results at a path; they are durable on disk before they get this name. One writer at a time.
 
-    The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them in one go.
+    The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them with one request.
     """
     with folder_aside(path) as aside:
         with warnings.catch_warnings():
-            # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
+            # Zarr warns that other programs may ignore consolidated metadata; they then read those of each array.
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
         if not holds(path, aside):
@@ -407,12 +310,16 @@ def read(path: Path, version: str | None = None) -> xr.DataTree:
     ----------
     path : Path
     version : str, optional
-        Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
+        Id, tag or time of the version of an Icechunk repository. Default: the newest.
+
+    Returns
+    -------
+    DataTree
 
     Raises
     ------
     InputError
-        Where there are none.
+        If there are no results.
     """
     path = place_of_store(path, version)
     try:

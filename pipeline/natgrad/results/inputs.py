@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,10 +27,10 @@ class Optimizer:
 
     Attributes
     ----------
-    smallest, largest : float64 array, shape (rows, tensors)
-        Its eigenvalues, NaN where not known.
-    learning_rate : float64 array, shape (rows, tensors)
-        Of the group of each tensor.
+    smallest, largest : float64 array, shape (updates, tensors)
+        Its eigenvalues, NaN if not known.
+    learning_rate : float64 array, shape (updates, tensors)
+        Learning rate of the parameter group of each tensor.
     """
 
     smallest: Array
@@ -40,38 +40,38 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class UpdateTable:
-    """What results are made of, all of it small: nothing scales with the number of elements.
+    """The ledger and the scalars of every update of a run; its size does not depend on the number of parameters.
 
     Attributes
     ----------
-    gram : float64 array, shape (rows, tensors, vectors, vectors)
+    gram : float64 array, shape (updates, tensors, vectors, vectors)
         The Gram ledger.
     vectors : tuple of str
-        Its vectors.
+        Names of its vectors.
     layout : Layout
-    steps, spans : int64 array, shape (rows,)
-        Step before the update, and updates to the next logged state.
-    loss, next_loss : float64 array, shape (rows,)
-        Before and after the update, NaN where not logged.
-    learning_rate : float64 array, shape (rows,)
-        eta of the model, NaN where neither logged nor given.
+    steps, spans : int64 array, shape (updates,)
+        Step before the update, and number of updates to the next logged state.
+    loss, next_loss : float64 array, shape (updates,)
+        Loss before and after the update, NaN if not logged.
+    learning_rate : float64 array, shape (updates,)
+        eta of the model, NaN if neither logged nor passed as an option.
     dtypes : mapping of str to str
-        Stored dtypes of ``gradient``, and of ``hvp`` where it was logged.
-    attempts : int64 array, shape (rows,), optional
-        Restarts before each row was logged; none where not given.
-    hessian_min_eigenvalue : float64 array, shape (rows,), optional
-        Smallest eigenvalue of the Hessian, NaN where not logged.
+        Stored dtype of ``gradient``, and of ``hvp`` if it was logged.
+    attempts : int64 array, shape (updates,), optional
+        Number of restarts before each update was logged. Default: 0.
+    hessian_min_eigenvalue : float64 array, shape (updates,), optional
+        Smallest eigenvalue of the Hessian, NaN if not logged.
     runs : tuple of str, optional
         Names of the runs of a sweep.
-    run : int64 array, shape (rows,), optional
-        Position of each row's run in them; rows of a run lie together, in order.
-    loss_time_derivative : float64 array, shape (rows,), optional
-        dL/dt of a loss that changes with time (section 2.1), NaN where not logged. A run that logs it has the model
-        extended by time: y has the element -dL/dt more, and g the element 1.
+    run : int64 array, shape (updates,), optional
+        Index into ``runs``. The updates of a run are contiguous, and runs are in order.
+    loss_time_derivative : float64 array, shape (updates,), optional
+        dL/dt of a loss that changes with time (section 2.1), NaN if not logged. The model of a run that logs it is
+        extended by time: y gets the further element -dL/dt, and g the element 1.
     optimizer : Optimizer, optional
-        Where its state was stored.
-    tensor_learning_rate : float64 array, shape (rows, tensors), optional
-        eta of each tensor, where groups of the optimizer have several; that of the model where not given.
+        The metric of the optimizer, if its state was stored.
+    tensor_learning_rate : float64 array, shape (updates, tensors), optional
+        eta of each tensor, if parameter groups differ in it. Default: eta of the model.
     """
 
     gram: Array
@@ -91,28 +91,32 @@ class UpdateTable:
     optimizer: Optimizer | None = None
     tensor_learning_rate: Array | None = None
 
-    def whole(self, m: int) -> NDArray[np.bool_]:
-        """Whether each row is the first of m updates, each from the state that the one before led to."""
+    def has(self, names: Iterable[str]) -> bool:
+        """Return True if the table has all of these vectors and columns, by name."""
+        return all(name in self.vectors or getattr(self, name, None) is not None for name in names)
+
+    def complete(self, m: int) -> NDArray[np.bool_]:
+        """Return True for each update that m - 1 further updates follow without a gap, shape (updates,)."""
         if m == 1:
             return np.ones(len(self.steps), bool)
         return np.pad(consecutive(self.follows(), m - 1).all(axis=-1), (0, m - 1))
 
     def follows(self) -> NDArray[np.bool_]:
-        """Whether each row but the first starts from the state that the one before led to, shape (rows - 1,)."""
+        """Return True for each update but the first that starts where the one before led, shape (updates - 1,)."""
         follows: NDArray[np.bool_] = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
         if self.run is not None:
             follows &= self.run[:-1] == self.run[1:]
         return follows
 
     def extended(self) -> NDArray[np.bool_]:
-        """Whether the model of each row is extended by time: its run logs how the loss changes with it."""
+        """Return True for each update whose run logs dL/dt, so that its model is extended by time."""
         if self.loss_time_derivative is None:
             return np.zeros(len(self.steps), bool)
         runs = np.zeros(len(self.steps), np.int64) if self.run is None else self.run
         return np.isin(runs, runs[~np.isnan(self.loss_time_derivative)])
 
     def of_runs(self) -> list[slice]:
-        """Rows of each run of a sweep; all rows where it is one run."""
+        """Return the updates of each run of a sweep, or all updates of a single run."""
         if self.run is None:
             return [slice(0, len(self.steps))]
         bounds = np.searchsorted(self.run, range(len(self.runs) + 1))
@@ -120,20 +124,32 @@ class UpdateTable:
 
 
 def replicate_products(
-    ledger: Ledger, rows: NDArray[np.int64]
+    ledger: Ledger, updates: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """Positions in some rows of the ledger of those of each ledger chunk, and the products of their replicates."""
+    """Yield the inner products of the replicates of some updates, one ledger chunk at a time.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    updates : int64 array
+        Indices into the ledger, see `update_table`.
+
+    Yields
+    ------
+    positions, products
+        Positions in ``updates`` of those in the ledger chunk, and their products.
+    """
     for start in range(0, ledger.n_updates, ledger.updates_per_chunk):
         stop = min(start + ledger.updates_per_chunk, ledger.n_updates)
-        positions = np.flatnonzero((rows >= start) & (rows < stop))
+        positions = np.flatnonzero((updates >= start) & (updates < stop))
         if len(positions):
-            yield positions, ledger.read_chunk("replicate_gram", start, stop)[rows[positions] - start]
+            yield positions, ledger.read_chunk("replicate_gram", start, stop)[updates[positions] - start]
 
 
 def update_table(
     states: Trajectory, ledger: Ledger, *, learning_rate: float | None = None, attempt: int | None = None
 ) -> tuple[NDArray[np.int64], UpdateTable]:
-    """Select the updates of the runs as they stand, each run in the order of its steps.
+    """Select the current updates of each run, in the order of their steps.
 
     Parameters
     ----------
@@ -146,8 +162,8 @@ def update_table(
 
     Returns
     -------
-    rows : int64 array, shape (updates,)
-        Rows of the ledger.
+    updates : int64 array, shape (updates,)
+        Indices into the ledger.
     table : UpdateTable
 
     Raises
@@ -165,8 +181,8 @@ def update_table(
             remedy="leave it out for the run as it stands",
         )
     current = states.current(attempt)[: len(steps) + 1]
-    rows = np.flatnonzero((spans > 0) & current[:-1] & current[1:])
-    if not len(rows):
+    updates = np.flatnonzero((spans > 0) & current[:-1] & current[1:])
+    if not len(updates):
         raise InputError(
             "no two logged states follow each other, but an update needs two",
             where=str(states.path),
@@ -174,66 +190,66 @@ def update_table(
             remedy="ingest more steps",
         )
     run = states.scalar(RUN)
-    rows = rows[np.lexsort((steps[rows], run[rows]))]
+    updates = updates[np.lexsort((steps[updates], run[updates]))]
     loss = states.scalar("loss")
-    rates, of_tensors = _learning_rates(states, rows, learning_rate)
-    return rows, UpdateTable(
-        gram=gram if len(rows) == len(gram) else gram[rows],
+    rates, of_tensors = _learning_rates(states, updates, learning_rate)
+    return updates, UpdateTable(
+        gram=gram if len(updates) == len(gram) else gram[updates],
         vectors=ledger.vectors,
         layout=ledger.layout,
-        steps=steps[rows],
-        spans=spans[rows],
-        loss=loss[rows],
-        next_loss=loss[rows + 1],
+        steps=steps[updates],
+        spans=spans[updates],
+        loss=loss[updates],
+        next_loss=loss[updates + 1],
         learning_rate=rates,
         dtypes=states.dtypes,
-        attempts=attempts[rows],
-        hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[rows],
+        attempts=attempts[updates],
+        hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[updates],
         runs=states.runs if states.sweep else (),
-        run=run[rows] if states.sweep else None,
-        loss_time_derivative=states.scalar("loss_time_derivative")[rows],
-        optimizer=_optimizer(states, rows, rates) if states.tables else None,
+        run=run[updates] if states.sweep else None,
+        loss_time_derivative=states.scalar("loss_time_derivative")[updates],
+        optimizer=_optimizer(states, updates, rates) if states.tables else None,
         tensor_learning_rate=of_tensors,
     )
 
 
 def _learning_rates(
-    states: Trajectory, rows: NDArray[np.int64], given: float | None
+    states: Trajectory, updates: NDArray[np.int64], default: float | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Learning rate of each update, and of each tensor in it where groups of the optimizer have several.
+    """Return the learning rate of each update, and of each of its tensors if parameter groups differ in it.
 
-    Where only the groups have rates the model's is the largest, if all are known. Of a loss that changes with time
-    it is not taken: its unit of time is that of the learning rate.
+    If only the groups have rates, the model's rate is the largest of them, provided that all are known. This does
+    not apply to a loss that changes with time, because its unit of time is that of the learning rate.
     """
-    rate, own = states.scalar("learning_rate")[rows], states.scalar("tensor_learning_rate")[rows]
+    rate, own = states.scalar("learning_rate")[updates], states.scalar("tensor_learning_rate")[updates]
     missing = np.isnan(own)
     differ = np.where(missing, np.inf, own).min(axis=1) < np.where(missing, -np.inf, own).max(axis=1)
     if np.isnan(states.scalar("loss_time_derivative")).all():
         rate = np.where(np.isnan(rate), own.max(axis=1), rate)
-    if given is not None:
-        rate = np.where(np.isnan(rate), given, rate)
+    if default is not None:
+        rate = np.where(np.isnan(rate), default, rate)
     if not differ.any():
         return rate, None
     return rate, np.where(differ[:, None] & ~missing, own, rate[:, None])
 
 
-def _optimizer(states: Trajectory, rows: NDArray[np.int64], learning_rate: NDArray[np.float64]) -> Optimizer:
-    """Return what the optimizer used in each update: its state is saved after it, the rate before.
+def _optimizer(states: Trajectory, updates: NDArray[np.int64], learning_rate: NDArray[np.float64]) -> Optimizer:
+    """Return the metric that the optimizer used in each update; its state is saved after it, its rate before.
 
-    The metric is that of the factors, where the rule has some, or else that of Adam's second moment. A tensor whose
-    update was rescaled by what is not saved has no rate.
+    The metric is that of the factors, if the rule has some, and otherwise that of Adam's second moment. A tensor
+    whose update was rescaled by a factor that is not saved has no rate.
     """
-    after = {name: states.scalar(name)[rows + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
+    after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
     low, high = adam_eigenvalues(
         after["exp_avg_sq_min"], after["exp_avg_sq_max"], after["beta2"], after["epsilon"], after["updates"]
     )
     used = [after[name] for name in METRIC_EIGENVALUES[:2]]
-    following = [states.scalar(name)[rows] for name in METRIC_EIGENVALUES[2:]]
-    factored = (after["metric_factored"] == 1.0) | (states.scalar("metric_factored")[rows] == 1.0)
+    following = [states.scalar(name)[updates] for name in METRIC_EIGENVALUES[2:]]
+    factored = (after["metric_factored"] == 1.0) | (states.scalar("metric_factored")[updates] == 1.0)
     low, high = (
         np.where(factored, np.where(np.isnan(end), next_end, end), adam)
         for end, next_end, adam in zip(used, following, (low, high), strict=True)
     )
-    rate = states.scalar("tensor_learning_rate")[rows]
+    rate = states.scalar("tensor_learning_rate")[updates]
     rate = np.where(np.isnan(rate), learning_rate[:, None], rate)
     return Optimizer(low, high, np.where(after["metric_rescaled"] == 1.0, np.nan, rate))

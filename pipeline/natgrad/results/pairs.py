@@ -1,7 +1,7 @@
-"""Ledger to pairs: of the model and of each tensor, the numbers of (y, g) that everything else is computed from.
+"""Pairs of the model and of each tensor: the few numbers of (y, g) from which all results are computed.
 
-The Gram matrix of a row becomes a pair for each way of making a negative gradient (eq. 12), with what rounding can
-move it by. `natgrad.results.dataset` makes variables of them.
+The Gram matrix of an update becomes one pair for each estimate of the negative gradient (eq. 12), together with the
+largest error that rounding can have made in it. `natgrad.results.variables` computes the variables from them.
 """
 
 from __future__ import annotations
@@ -17,35 +17,60 @@ from natgrad.schema.names import HVP, STEP, TENSOR
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.geometry import Pair
 
-__all__ = ["Level", "model_and_tensors"]
+__all__ = ["Aggregation", "model_and_tensors"]
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How a negative gradient is made of the ledger: with half of which vector, and corrected or not (eq. 12)."""
+class GradientEstimate:
+    """An estimate of the negative gradient from the vectors of the ledger (eq. 12).
+
+    Attributes
+    ----------
+    half : str, optional
+        Vector of which one half is added to the gradient.
+    corrected : bool
+        True if the estimate is then corrected along the displacement.
+    """
 
     half: str | None = None
     corrected: bool = False
 
 
-_WAYS = {
-    "gradient": _Way(),
-    "corrected": _Way(corrected=True),
-    "trapezoid": _Way(half="gradient_change", corrected=True),
-    "taylor": _Way(half=HVP),
+_ESTIMATES = {
+    "gradient": GradientEstimate(),
+    "corrected": GradientEstimate(corrected=True),
+    "trapezoid": GradientEstimate(half="gradient_change", corrected=True),
+    "taylor": GradientEstimate(half=HVP),
 }
 
 
 @dataclass(frozen=True)
-class Level:
-    """Model or tensors: of every row the pair, eta times its updates, what rounding can move it by; the dimensions.
+class Aggregation:
+    """The pairs of all updates, of the model or of each tensor, and the largest errors by rounding.
 
-    Each tensor has its own eta where groups of the optimizer have several: eq. (2) holds for it with that. The
-    model has one. Its g is along the displacement, which alone decides whether the update descends, y.g > 0: how
-    the etas of the tensors differ is a part of the learning rule, as in the metric that an optimizer used. Stacked
-    g of etas of their own would be another vector, along which the loss may fall where it rises along the update.
+    Each tensor has its own eta if parameter groups differ in it, and eq. (2) holds for it with that eta. The model
+    has one eta. Its g lies along the displacement, and y.g > 0 thus decides whether the update descends: the ratios
+    between the etas of the tensors are a part of the learning rule, as they are in the metric of an optimizer.
+    Stacked g, each per its own eta, would be another vector. The loss may fall along it and rise along the update.
+
+    Attributes
+    ----------
+    dimensions : tuple of str
+        Those of the arrays: (step,) for the model, (step, tensor) for tensors.
+    rate : array
+        eta times the number of updates between the two logged states.
+    pair : Pair
+    finite : bool array
+        False if the parameters or gradients are not finite.
+    known : bool array
+        False if a loss or a vector that the estimate needs was not logged.
+    update_floor, gradient_floor : array
+        Largest norm of the error of g and of y, by rounding of the stored values.
+    gradient_norm : array, optional
+        |y|, if it is known without a learning rate.
+    parameter_norm : array
     """
 
     dimensions: tuple[str, ...]
@@ -59,25 +84,25 @@ class Level:
     parameter_norm: Array
 
 
-def model_and_tensors(inputs: UpdateTable, descent: str) -> tuple[Level, Level]:
-    """Model and tensors, compared with one negative gradient.
+def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Aggregation]:
+    """Compute the pairs of the model and of its tensors with one estimate of the negative gradient.
 
     Parameters
     ----------
-    inputs : UpdateTable
+    table : UpdateTable
     descent : str
-        One of `natgrad.schema.names.DESCENTS`: how y is made (eqs. 12 and 16).
+        Estimate of the negative gradient, one of `natgrad.schema.names.DESCENTS` (eqs. 12 and 16).
 
     Returns
     -------
-    model, tensors : Level
-        With arrays of shape (rows,) and (rows, tensors).
+    model, tensors : Aggregation
+        With arrays of shape (updates,) and (updates, tensors).
     """
-    gram, vectors, layout = inputs.gram, inputs.vectors, inputs.layout
-    way = _WAYS[descent]
-    half, logged = way.half, way.half is None or way.half in vectors
+    gram, vectors, layout = table.gram, table.vectors, table.layout
+    estimate = _ESTIMATES[descent]
+    half, logged = estimate.half, estimate.half is None or estimate.half in vectors
     if not logged:
-        # NaN in its place, and not known: a vector that was not logged is no failure of the run.
+        # NaN in its place, marked as not known: a vector that was not logged is no failure of the run.
         gram = np.pad(gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
         vectors = (*vectors, str(half))
     index = {name: position for position, name in enumerate(vectors)}
@@ -85,29 +110,29 @@ def model_and_tensors(inputs: UpdateTable, descent: str) -> tuple[Level, Level]:
     def norm(vector: str) -> Array:
         return np.sqrt(gram[..., index[vector], index[vector]])
 
-    # A row that spans k updates has moved by k of them: the update g is their mean (eq. 2).
-    rate = (inputs.learning_rate * inputs.spans)[:, None]
-    own = inputs.tensor_learning_rate
-    own_rate = rate if own is None else own * inputs.spans[:, None]
-    change = (inputs.next_loss - inputs.loss)[:, None]
+    # Between two logged states there may be k updates: then g is their mean (eq. 2).
+    rate = (table.learning_rate * table.spans)[:, None]
+    own = table.tensor_learning_rate
+    own_rate = rate if own is None else own * table.spans[:, None]
+    change = (table.next_loss - table.loss)[:, None]
     sizes = np.array([tensor.size for tensor in layout.tensors])
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
-    part = geometry.pair(gram, vectors, rate, sizes, half=half)
-    whole = geometry.direct_sum([part[:, tensor] for tensor in range(len(layout.tensors))])
+    of_tensors = geometry.pair(gram, vectors, rate, sizes, half=half)
+    of_model = geometry.direct_sum([of_tensors[:, tensor] for tensor in range(len(layout.tensors))])
     if own is not None:
-        part = geometry.pair(gram, vectors, own_rate, sizes, half=half)
+        of_tensors = geometry.pair(gram, vectors, own_rate, sizes, half=half)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
-    gradient_floor = unit_roundoff(inputs.dtypes["gradient"]) * norm("gradient")
+    gradient_floor = unit_roundoff(table.dtypes["gradient"]) * norm("gradient")
     finite = np.isfinite(norm("displacement") + norm("gradient"))
     if half is not None and logged:
-        # The other gradient is no longer than this one and their difference together.
-        stored = unit_roundoff(inputs.dtypes[half if half == HVP else "gradient"]) * norm(half) / 2.0
-        gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, part)
+        # The other gradient is at most as long as this one and their difference together.
+        stored = unit_roundoff(table.dtypes[half if half == HVP else "gradient"]) * norm(half) / 2.0
+        gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, of_tensors)
         finite &= np.isfinite(norm(half))
-    tensors = Level(
+    tensors = Aggregation(
         (STEP, TENSOR),
         np.broadcast_to(own_rate, finite.shape),
-        part,
+        of_tensors,
         finite,
         np.full(finite.shape, logged),
         displacement_floor / own_rate,
@@ -115,10 +140,10 @@ def model_and_tensors(inputs: UpdateTable, descent: str) -> tuple[Level, Level]:
         norm("gradient") if half is None else None,
         norm("parameter"),
     )
-    model = Level(
+    model = Aggregation(
         (STEP,),
         rate[:, 0],
-        whole,
+        of_model,
         np.asarray(finite.all(axis=1)),
         np.full(len(finite), logged),
         _norm(displacement_floor / rate, axis=1),
@@ -126,12 +151,12 @@ def model_and_tensors(inputs: UpdateTable, descent: str) -> tuple[Level, Level]:
         _norm(norm("gradient"), axis=1) if half is None else None,
         _norm(norm("parameter"), axis=1),
     )
-    model = _with_time(model, inputs, way)
-    if not way.corrected:
+    model = _with_time(model, table, estimate)
+    if not estimate.corrected:
         return model, tensors
-    # The share of a tensor in the change of the loss is told by the model's pair.
+    # A tensor's share of the loss change is computed from the model's pair.
     tensors = replace(tensors, known=tensors.known & model.known[:, None])
-    # Per the learning rate of the tensor, as the tensor's own update is.
+    # The model's g per the learning rate of the tensor, as the tensor's own g is.
     factor = np.where(own_rate == rate, 1.0, rate / own_rate)
     return (
         _corrected(model, change[:, 0], model.pair, model.update_floor),
@@ -141,22 +166,22 @@ def model_and_tensors(inputs: UpdateTable, descent: str) -> tuple[Level, Level]:
     )
 
 
-def _corrected(level: Level, change: Array, whole: Pair, whole_floor: Array) -> Level:
-    """Level of the discrete gradient along the displacement, which needs the losses at both ends."""
-    floors = level.update_floor, whole_floor
-    floor = discrete_time.correction_floor(level.pair, level.rate, change, whole, floors)
+def _corrected(aggregation: Aggregation, change: Array, model: Pair, model_floor: Array) -> Aggregation:
+    """Correct the negative gradient along the displacement, for which the losses at both ends are needed."""
+    floors = aggregation.update_floor, model_floor
+    floor = discrete_time.correction_floor(aggregation.pair, aggregation.rate, change, model, floors)
     return replace(
-        level,
-        pair=discrete_time.corrected(level.pair, level.rate, change, whole),
-        known=level.known & np.isfinite(change),
-        gradient_floor=level.gradient_floor + floor,
+        aggregation,
+        pair=discrete_time.corrected(aggregation.pair, aggregation.rate, change, model),
+        known=aggregation.known & np.isfinite(change),
+        gradient_floor=aggregation.gradient_floor + floor,
         gradient_norm=None,
     )
 
 
-def _with_time(model: Level, inputs: UpdateTable, way: _Way) -> Level:
-    """Model extended by time, in the runs that log how their loss changes with it."""
-    extended, slope = inputs.extended(), inputs.loss_time_derivative
+def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimate) -> Aggregation:
+    """Extend the model by time, in the runs that log how their loss changes with it."""
+    extended, slope = table.extended(), table.loss_time_derivative
     if slope is None:
         return model
     columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
@@ -164,8 +189,8 @@ def _with_time(model: Level, inputs: UpdateTable, way: _Way) -> Level:
     return replace(
         model,
         pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
-        # A Hessian-vector product of the parameters alone lacks what the gradient does in time.
-        known=model.known & ~(extended & (np.isnan(slope) | (way.half == HVP))),
+        # A Hessian-vector product of the parameters alone lacks the change of the gradient with time.
+        known=model.known & ~(extended & (np.isnan(slope) | (estimate.half == HVP))),
         gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),
     )
 

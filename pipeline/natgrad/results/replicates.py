@@ -1,14 +1,14 @@
 """Stochastic learning rules, eqs. (19), (20): from replicates of an update to labelled results.
 
-From one state theta_t a stochastic rule goes to many theta_{t+1}. All that the paper says of it is algebra on inner
-products once more: of the gradient, the replicates' displacements p_r and, where logged, their hvp_r = 2 H p_r.
-Means over replicates, and means that leave one out, are linear combinations. So one Gram matrix of all these
-vectors, as means and deviations from them, gives the metric of the mean update, whether eq. (19) is one, and
-standard errors by the jackknife. As the means are taken before any product, they lose no digits where they are much
-shorter than the replicates.
+From one state theta_t a stochastic rule goes to many theta_{t+1}. Its theory is again algebra on inner products: of
+the gradient, of the replicates' displacements p_r and, if logged, of their hvp_r = 2 H p_r. Means over replicates,
+and means that leave one out, are linear combinations of these. One Gram matrix of all vectors, as means and
+deviations from them, therefore gives the metric of the mean update, the definiteness of eq. (19), and standard
+errors by the jackknife. The means are taken before any product, so they lose no digits if they are much shorter
+than the replicates.
 
-There is no residual in this ledger: an angle below 1e-8 rad, or as close to pi, is not resolved. Standard errors of
-means are far larger.
+This ledger has no residual: an angle within 1e-8 rad of 0 or pi is not resolved. Standard errors of means are far
+larger.
 
 References
 ----------
@@ -17,15 +17,19 @@ Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from natgrad.results import dataset as results
+from natgrad.results.dataset import by_run, described
 from natgrad.results.inputs import UpdateTable
+from natgrad.results.variables import METRIC_UNIT, VARIABLES, Defined
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout, unit_roundoff
 from natgrad.schema.names import (
@@ -37,25 +41,25 @@ from natgrad.schema.names import (
     of_replicate,
     replicate_vectors,
 )
-from natgrad.schema.variables import DIMENSIONS, REPLICATE_VARIABLES, Status
+from natgrad.schema.variables import Status, Variable
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.geometry import Pair
 from natgrad.theory.metric_operators import jackknife
 
-__all__ = ["label", "label_run", "ledger"]
+__all__ = ["REPLICATE_VARIABLES", "ReplicateVariable", "label", "label_run", "ledger"]
 
 Array = NDArray[np.float64]
 Columns = dict[str, tuple[tuple[str, ...], NDArray[Any]]]
-"""Variable to its dimensions and values."""
+"""Dimensions and values by variable."""
 
 
 def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None = None) -> Array:
-    """Gram matrix of the gradient and all replicates' vectors, summed in float64.
+    """Return the Gram matrix of the gradient and all replicates' vectors, summed in float64.
 
     Parameters
     ----------
     gradient : array, shape (..., D)
-        grad L(theta_t), one for all replicates.
+        grad L(theta_t), the same for all replicates.
     displacement : array, shape (..., R, D)
         theta_{t+1} - theta_t of each replicate.
     hvp : array, shape (..., R, D), optional
@@ -64,20 +68,20 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
     Returns
     -------
     array, shape (..., vectors, vectors)
-        In the order of `natgrad.schema.names.replicate_vectors`: 2 + R vectors, or 3 + 2 R. Those of several
+        In the order of `natgrad.schema.names.replicate_vectors`: 2 + R vectors, or 3 + 2 R. The matrices of the
         tensors add up to that of the model.
 
     Raises
     ------
     InputError
-        Where the shapes do not fit.
+        If the shapes do not fit.
     """
     logged = [np.asarray(array, np.float64) for array in (displacement, hvp) if array is not None]
     shapes, shape = {array.shape for array in logged}, logged[0].shape
     if len(shapes) != 1 or len(shape) < 2 or not shape[-2] or shape[:-2] + shape[-1:] != np.shape(gradient):
         raise InputError(
             f"a gradient of shape {np.shape(gradient)} beside replicates of shapes {sorted(shapes)}",
-            remedy="give replicates next to last, elements last, and the same replicates in both",
+            remedy="pass arrays with replicates on the last but one axis and elements on the last, of equal shapes",
         )
     parts = [np.asarray(gradient, np.float64)[..., None, :]]
     for array in logged:
@@ -97,58 +101,58 @@ def label(
     loss_change: ArrayLike | None = None,
     parameter_norm: ArrayLike | None = None,
 ) -> xr.DataTree:
-    """Compute and label what the replicates of a run say, per step, for the model and for each tensor.
+    """Compute and label the results of replicates per step, for the model and for each tensor.
 
     Parameters
     ----------
-    gram : array, shape (rows, tensors, vectors, vectors)
+    gram : array, shape (updates, tensors, vectors, vectors)
         `ledger` of each tensor.
     layout : Layout
-        Its tensors.
+        Layout of the tensors.
     replicates : int
         R.
-    learning_rate : array, shape (rows,) or ()
-        NaN where it is not known.
-    steps : int array, shape (rows,), optional
-        Counted from 0 where not given.
-    loss_change : array, shape (rows, R), optional
+    learning_rate : array, shape (updates,) or ()
+        NaN if it is not known.
+    steps : int array, shape (updates,), optional
+        Default: counted from 0.
+    loss_change : array, shape (updates, R), optional
         L(theta_{t+1}) - L(theta_t) of each replicate.
-    parameter_norm : array, shape (rows, tensors), optional
-        |theta_t|, which tells what rounding to the dtypes of the layout can have made of an update. Where that is
-        all of it the status is ``unverifiable``. Exact parameters where not given.
+    parameter_norm : array, shape (updates, tensors), optional
+        |theta_t|, from which the rounding of an update to the dtypes of the layout follows. The status of an update
+        that is not larger than its rounding is ``unverifiable``. Default: the parameters are exact.
 
     Returns
     -------
     DataTree
-        Groups ``/model`` and ``/tensor``, variables of `natgrad.schema.variables.REPLICATE_VARIABLES`. Those of
-        the metric (19) are NaN without hvps; ``stochastic_definite`` is then false.
+        Groups ``/model`` and ``/tensor`` with `REPLICATE_VARIABLES`. Without hvps those of the metric (19) are NaN,
+        and ``stochastic_definite`` is false.
 
     Raises
     ------
     InputError
-        Where the shapes do not fit, or a learning rate is not positive.
+        If the shapes do not fit, or a learning rate is not positive.
     """
     gram, rate = np.asarray(gram, np.float64), np.asarray(learning_rate, np.float64)
-    rows = len(gram)
+    updates = len(gram)
     _require_ledger(gram, layout, replicates)
     if (rate <= 0).any():
-        raise InputError("a learning rate is not positive", remedy="give one above 0 for each step")
-    changes = np.full((rows, replicates), np.nan) if loss_change is None else np.asarray(loss_change, np.float64)
-    if changes.shape != (rows, replicates):
+        raise InputError("a learning rate is not positive", remedy="pass one above 0 for each step")
+    changes = np.full((updates, replicates), np.nan) if loss_change is None else np.asarray(loss_change, np.float64)
+    if changes.shape != (updates, replicates):
         raise InputError(
             f"loss_change of shape {changes.shape}",
-            remedy=f"give one per step and replicate, {rows} x {replicates}",
+            remedy=f"give one per step and replicate, {updates} x {replicates}",
         )
     norm = None if parameter_norm is None else np.asarray(parameter_norm, np.float64)
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
-    rate = np.broadcast_to(rate, (rows,))
-    levels = _levels(gram, layout, replicates, (rate, rate[:, None]), norm, roundoff)
-    numbers = np.arange(rows) if steps is None else np.asarray(steps, np.int64)
-    return _tree(levels, changes, layout, {STEP: numbers})
+    rate = np.broadcast_to(rate, (updates,))
+    groups = _groups(gram, layout, replicates, (rate, rate[:, None]), norm, roundoff)
+    numbers = np.arange(updates) if steps is None else np.asarray(steps, np.int64)
+    return _tree(groups, changes, layout, {STEP: numbers})
 
 
 def label_run(
-    inputs: UpdateTable,
+    table: UpdateTable,
     chunks: Iterable[tuple[NDArray[np.int64], Array]],
     replicates: int,
     replicate_loss: Array,
@@ -157,42 +161,47 @@ def label_run(
 
     Parameters
     ----------
-    inputs : UpdateTable
-        Of the run.
-    ledger chunks : iterable of (positions, gram)
-        Rows of the inputs, and the ledger of the replicates of these; together they cover each row once.
+    table : UpdateTable
+        Table of the run.
+    chunks : iterable of (positions, gram)
+        Positions of updates in the table, and the ledger of their replicates. Together they cover each update once.
     replicates : int
         R.
-    replicate_loss : array, shape (rows, R)
-        Losses of the states that they lead to, NaN where not logged.
+    replicate_loss : array, shape (updates, R)
+        Losses of the states that the replicates lead to, NaN if not logged.
+
+    Returns
+    -------
+    DataTree
 
     Notes
     -----
-    A replicate is one update from theta_t, also where the log holds every k-th state only.
+    A replicate is one update from theta_t, also if the log holds only every k-th state.
     """
-    own = inputs.learning_rate[:, None] if inputs.tensor_learning_rate is None else inputs.tensor_learning_rate
-    rate, own = (np.where(rates > 0, rates, np.nan) for rates in (inputs.learning_rate, own))
-    parameter = inputs.vectors.index("parameter")
-    norm = np.sqrt(inputs.gram[..., parameter, parameter])
-    stored = inputs.dtypes[of_replicate(REPLICATE_PARAMETER, 0)]
-    roundoff = np.array([max(map(unit_roundoff, (tensor.dtype, stored))) for tensor in inputs.layout.tensors])
-    levels: dict[str, Columns] = {}
-    for rows, gram in chunks:
-        _require_ledger(gram, inputs.layout, replicates)
-        rates = rate[rows], own[rows]
-        for name, columns in _levels(gram, inputs.layout, replicates, rates, norm[rows], roundoff).items():
+    own = table.learning_rate[:, None] if table.tensor_learning_rate is None else table.tensor_learning_rate
+    rate, own = (np.where(rates > 0, rates, np.nan) for rates in (table.learning_rate, own))
+    parameter = table.vectors.index("parameter")
+    norm = np.sqrt(table.gram[..., parameter, parameter])
+    stored = table.dtypes[of_replicate(REPLICATE_PARAMETER, 0)]
+    roundoff = np.array([max(map(unit_roundoff, (tensor.dtype, stored))) for tensor in table.layout.tensors])
+    groups: dict[str, Columns] = {}
+    for positions, gram in chunks:
+        _require_ledger(gram, table.layout, replicates)
+        rates = rate[positions], own[positions]
+        for name, columns in _groups(gram, table.layout, replicates, rates, norm[positions], roundoff).items():
             for variable, (dimensions, values) in columns.items():
-                whole = levels.setdefault(name, {}).setdefault(
+                _, complete = groups.setdefault(name, {}).setdefault(
                     variable, (dimensions, np.empty((len(rate), *values.shape[1:]), values.dtype))
                 )
-                whole[1][rows] = values
-    attempts = np.zeros(len(rate), np.int64) if inputs.attempts is None else inputs.attempts
-    labels = {STEP: inputs.steps, ATTEMPT: (STEP, attempts)}
-    tree = _tree(levels, replicate_loss - inputs.loss[:, None], inputs.layout, labels)
-    if not inputs.runs:
+                complete[positions] = values
+    attempts = np.zeros(len(rate), np.int64) if table.attempts is None else table.attempts
+    labels = {STEP: table.steps, ATTEMPT: (STEP, attempts)}
+    tree = _tree(groups, replicate_loss - table.loss[:, None], table.layout, labels)
+    if not table.runs:
         return tree
-    groups = {path: results.by_run(tree[path].to_dataset(), inputs) for path in ("model", "tensor")}
-    return xr.DataTree.from_dict({f"/{path}": _described(dataset) for path, dataset in groups.items()})
+    variables = list(REPLICATE_VARIABLES.values())
+    sweeps = {path: by_run(tree[path].to_dataset(), table, variables) for path in ("model", "tensor")}
+    return xr.DataTree.from_dict({f"/{path}": described(dataset, variables) for path, dataset in sweeps.items()})
 
 
 def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
@@ -201,11 +210,332 @@ def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
     if replicates < 1 or gram.shape[1:] not in shapes:
         raise InputError(
             f"a ledger of shape {gram.shape} is none of {replicates} replicates and {len(layout.tensors)} tensors",
-            remedy="pass the output of natgrad.results.replicates.ledger: (rows, tensors, vectors, vectors)",
+            remedy="pass the output of natgrad.results.replicates.ledger: (updates, tensors, vectors, vectors)",
         )
 
 
-def _levels(
+# What a variable is computed from ----------------------------------------------------------------------------
+
+
+class Draws:
+    """The replicates of some updates, of the model or of each tensor.
+
+    Attributes
+    ----------
+    gram : array, shape (..., vectors, vectors)
+    size : int array
+        Dimension D.
+    rate : array
+        eta, NaN if it is not known.
+    replicates : int
+    floor : array
+        Largest norm of the error of a displacement by rounding.
+    """
+
+    def __init__(self, gram: Array, size: NDArray[np.int64], rate: Array, replicates: int, floor: Array) -> None:
+        self.gram, self.size, self.rate, self.replicates = gram, size, rate, replicates
+        self._update_floor = floor / rate
+        self._unit = np.eye(replicates)
+
+    def mean(self, weights: Array) -> MeanUpdate:
+        """Return the mean update with some weights of the replicates."""
+        return MeanUpdate(*_pairs(self.gram, self.size, self.rate, weights), self.rate)
+
+    @cached_property
+    def pair(self) -> Pair:
+        """Pair of the mean update."""
+        return self.mean(self._unit.mean(axis=0)).pair
+
+    @cached_property
+    def each(self) -> Pair:
+        """Pair of each replicate, on a last axis."""
+        single = [self.mean(weights).pair for weights in self._unit]
+        return Pair(*(np.stack([getattr(pair, name) for pair in single], axis=-1) for name in vars(single[0])))
+
+    @cached_property
+    def each_angle(self) -> Array:
+        """Angle of each replicate, NaN if its update is not larger than its rounding."""
+        floor = self._update_floor[..., None]
+        verifiable = ~((floor >= self.each.update_norm) & (floor > 0))
+        return np.where(verifiable, geometry.angle(self.each), np.nan)
+
+    @cached_property
+    def status(self) -> NDArray[np.int8]:
+        """Status of the mean update, values of `natgrad.schema.variables.Status`."""
+        squares = np.diagonal(self.gram, axis1=-2, axis2=-1)
+        return geometry.status(
+            self.pair,
+            self.rate,
+            # A hvp that is not finite leaves only its own results unknown.
+            finite=np.isfinite(squares[..., : 2 + self.replicates]).all(axis=-1),
+            verifiable=~((self._update_floor >= self.pair.update_norm) & (self._update_floor > 0)),
+        )
+
+    @cached_property
+    def statistics(self) -> dict[str, tuple[Array, Array]]:
+        """Value and standard error of each variable of the mean update."""
+        variables = [v for v in REPLICATE_VARIABLES.values() if v.source is Source.MEAN_UPDATE]
+        exists = {
+            Defined.ALWAYS: np.True_,
+            Defined.WITH_ANGLE: self.status <= Status.OBTUSE,
+            Defined.WITH_METRIC: self.status == Status.EFFECTIVE,
+        }
+
+        def values(weights: Array) -> Array:
+            update = self.mean(weights)
+            return np.stack([np.where(exists[v.defined], v.compute(update), np.nan) for v in variables])
+
+        # The means of rows of the identity are the weights of the replicates; a replicate left out has weight 0.
+        found, errors = jackknife(values, self._unit)
+        return {v.name: (value, error) for v, value, error in zip(variables, found, errors, strict=True)}
+
+
+@dataclass(frozen=True)
+class MeanUpdate:
+    """The mean of some replicates.
+
+    Attributes
+    ----------
+    pair : Pair
+        Pair of y and the mean update <g>.
+    curvature : Pair
+        Pair of <Hg> and <g>, NaN if no hvps were logged.
+    across_product : array
+        Inner product of the components of y and <Hg> across <g>.
+    rate : array
+        eta.
+    """
+
+    pair: Pair
+    curvature: Pair
+    across_product: Array
+    rate: Array
+
+    @cached_property
+    def alpha(self) -> Array:
+        """Weight of the best conditioned Mbar, |<ybar>|^2 / <ybar>.<g>; NaN if there is none."""
+        pair, curvature, rate = self.pair, self.curvature, self.rate
+        discrete = Pair(
+            pair.update_square,
+            pair.alignment - rate * curvature.alignment,
+            np.maximum(
+                pair.across_square - 2.0 * rate * self.across_product + rate**2 * curvature.across_square, 0.0
+            ),
+            pair.size,
+        )
+        return geometry.eigenvalue_bounds(discrete)[0]
+
+
+# The variables -----------------------------------------------------------------------------------------------
+
+
+class Source(enum.Enum):
+    """The argument of the function of a variable."""
+
+    DRAWS = enum.auto()
+    """`Draws`: values of the shape of the group, with the replicates on a last axis if the variable has them."""
+    MEAN_UPDATE = enum.auto()
+    """`MeanUpdate`: a statistic of the mean update, masked by ``defined``, with an error by the jackknife."""
+    LOSS_CHANGES = enum.auto()
+    """Changes of the loss, shape (updates, R)."""
+    MEAN_LOSS_CHANGE = enum.auto()
+    """Means of these over some replicates, shape (updates,), with an error by the jackknife."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicateVariable(Variable):
+    """A result variable of replicates: its metadata, and how it is computed.
+
+    Attributes
+    ----------
+    source : Source
+        Argument of ``compute``.
+    compute : callable
+    defined : Defined
+        Updates at which a statistic of the mean update is defined; elsewhere it is NaN.
+    error : bool
+        True if the results have the standard error as ``<name>_error``.
+    """
+
+    compute: Callable[[Any], Any]
+    source: Source = Source.DRAWS
+    defined: Defined = Defined.ALWAYS
+    error: bool = False
+
+
+def _as_of_updates(name: str, description: str, **declared: Any) -> ReplicateVariable:
+    """Declare a variable with the metadata of the variable of updates of this name."""
+    known = VARIABLES[name]
+    return ReplicateVariable(
+        name=name,
+        dimensions=(STEP, TENSOR),
+        units=known.units,
+        equation=known.equation,
+        long_name=known.long_name,
+        description=description,
+        flags=known.flags,
+        absent=known.absent,
+        **declared,
+    )
+
+
+_EACH = (STEP, TENSOR, REPLICATE)
+
+_DECLARED = (
+    _as_of_updates("status", "Reason for missing values of the mean update.", compute=lambda draws: draws.status),
+    _as_of_updates(
+        "effective",
+        "True if the mean update is effective.",
+        compute=lambda draws: draws.status == Status.EFFECTIVE,
+    ),
+    _as_of_updates("update_norm", "Norm of the mean update.", compute=lambda draws: draws.pair.update_norm),
+    _as_of_updates("gradient_norm", "Norm of the gradient.", compute=lambda draws: draws.pair.gradient_norm),
+    _as_of_updates(
+        "alignment",
+        "Rate at which the loss falls along the mean update.",
+        source=Source.MEAN_UPDATE,
+        compute=lambda update: update.pair.alignment,
+        error=True,
+    ),
+    _as_of_updates(
+        "angle",
+        "Angle of the mean update. NaN if there is none; status says why.",
+        source=Source.MEAN_UPDATE,
+        compute=lambda update: geometry.angle(update.pair),
+        defined=Defined.WITH_ANGLE,
+        error=True,
+    ),
+    _as_of_updates(
+        "condition_number",
+        "Smallest condition number of any metric of the mean update. NaN if it is not effective.",
+        source=Source.MEAN_UPDATE,
+        compute=lambda update: geometry.condition_number(update.pair),
+        defined=Defined.WITH_METRIC,
+        error=True,
+    ),
+    ReplicateVariable(
+        name="stochastic_weight",
+        source=Source.MEAN_UPDATE,
+        compute=lambda update: discrete_time.stochastic_weight(
+            update.pair, update.curvature, update.across_product, update.rate
+        ),
+        defined=Defined.WITH_METRIC,
+        error=True,
+        dimensions=(STEP, TENSOR),
+        units=METRIC_UNIT,
+        equation="eq. (19)",
+        long_name="weight alpha above which the metric of the mean update is positive definite",
+        description="0 if every positive weight is sufficient. NaN without Hessian-vector products of the draws, "
+        "or if the mean update is not effective.",
+    ),
+    ReplicateVariable(
+        name="stochastic_alpha",
+        source=Source.MEAN_UPDATE,
+        compute=lambda update: update.alpha,
+        defined=Defined.WITH_METRIC,
+        dimensions=(STEP, TENSOR),
+        units=METRIC_UNIT,
+        equation="eqs. (9), (19)",
+        long_name="weight alpha of the best conditioned Mbar",
+        description="NaN without Hessian-vector products of the draws, or if the mean update is not effective.",
+    ),
+    ReplicateVariable(
+        name="stochastic_definite",
+        compute=lambda draws: draws.statistics["stochastic_alpha"][0] > draws.statistics["stochastic_weight"][0],
+        dimensions=(STEP, TENSOR),
+        units="1",
+        equation="eq. (19)",
+        long_name="with it the metric of the mean update is positive definite",
+        description="True if stochastic_alpha is greater than stochastic_weight. False also if one is not known.",
+    ),
+    ReplicateVariable(
+        name="learning_rate_bound",
+        source=Source.MEAN_UPDATE,
+        compute=lambda update: discrete_time.stochastic_learning_rate_bound(
+            update.pair, update.curvature, update.across_product, update.alpha
+        ),
+        defined=Defined.WITH_METRIC,
+        error=True,
+        dimensions=(STEP, TENSOR),
+        units="learning_rate",
+        equation="eq. (19)",
+        long_name="learning rate up to which it is, with y, <Hg> and alpha held",
+        description="Largest learning rate for which the metric of eq. (19) is positive definite. NaN without "
+        "Hessian-vector products of the draws, or if the mean update is not effective.",
+    ),
+    ReplicateVariable(
+        name="loss_decrease",
+        source=Source.MEAN_LOSS_CHANGE,
+        compute=lambda change: -change,
+        error=True,
+        dimensions=(STEP,),
+        units="loss",
+        equation="-<dL>, section 2.2",
+        long_name="mean decrease of the loss",
+        description="Mean over replicates. NaN if a loss was not logged.",
+    ),
+    ReplicateVariable(
+        name="replicate_loss_decrease",
+        source=Source.LOSS_CHANGES,
+        compute=lambda changes: -changes,
+        dimensions=(STEP, REPLICATE),
+        units="loss",
+        equation="-dL",
+        long_name="decrease of the loss in each replicate",
+        description="NaN if a loss was not logged.",
+    ),
+    ReplicateVariable(
+        name="replicate_alignment",
+        compute=lambda draws: draws.each.alignment,
+        dimensions=_EACH,
+        units="loss learning_rate-1",
+        equation="y.g",
+        long_name="y.g of each replicate",
+        description="Rate at which the loss falls along the update of a replicate.",
+    ),
+    ReplicateVariable(
+        name="replicate_angle",
+        compute=lambda draws: draws.each_angle,
+        dimensions=_EACH,
+        units="radian",
+        equation="psi in [0, pi], eq. (9)",
+        long_name="angle between y and g of each replicate",
+        description="NaN if the update of the replicate is zero or not larger than its rounding.",
+    ),
+    ReplicateVariable(
+        name="replicate_update_norm",
+        compute=lambda draws: draws.each.update_norm,
+        dimensions=_EACH,
+        units="parameter learning_rate-1",
+        equation="|g|",
+        long_name="norm of the update of each replicate",
+        description="Norm of the update per learning rate. NaN if the learning rate is not known.",
+    ),
+)
+
+
+def _error_of(variable: ReplicateVariable) -> ReplicateVariable:
+    """Declare the standard error of a variable."""
+    return replace(
+        variable,
+        name=f"{variable.name}_error",
+        equation="jackknife over replicates",
+        long_name=f"standard error of {variable.name}",
+        description=f"Standard error of {variable.name}, the value of the mean update. NaN for one replicate.",
+        error=False,
+    )
+
+
+REPLICATE_VARIABLES: dict[str, ReplicateVariable] = {variable.name: variable for variable in _DECLARED} | {
+    error.name: error for error in (_error_of(variable) for variable in _DECLARED if variable.error)
+}
+"""The variables of the groups of replicates, by name; g stands for its mean over replicates."""
+
+
+# From the ledger to variables --------------------------------------------------------------------------------
+
+
+def _groups(
     gram: Array,
     layout: Layout,
     replicates: int,
@@ -213,98 +543,66 @@ def _levels(
     parameter_norm: Array | None,
     roundoff: Array,
 ) -> dict[str, Columns]:
-    """Variables of the model and of the tensors, each with its learning rates."""
+    """Compute the variables of the model and of the tensors, each with its learning rates."""
     sizes = np.array([tensor.size for tensor in layout.tensors])
     with np.errstate(all="ignore"):
-        # The mean of the lengths is no longer than the root of their mean square.
+        # The mean of the lengths is at most the root of their mean square.
         length = np.sqrt(gram[..., 1, 1] + _spread(gram, replicates))
         floor = np.zeros(length.shape)
         if parameter_norm is not None:
             floor = geometry.displacement_floor(parameter_norm, length, roundoff)
-        whole = np.sqrt(np.square(floor).sum(axis=1))
+        model_floor = np.sqrt(np.square(floor).sum(axis=1))
         return {
-            "model": _columns(gram.sum(axis=1), np.array(sizes.sum()), rates[0], replicates, whole, (STEP,)),
-            "tensor": _columns(gram, sizes, rates[1], replicates, floor, (STEP, TENSOR)),
+            "model": _columns(Draws(gram.sum(axis=1), np.array(sizes.sum()), rates[0], replicates, model_floor)),
+            "tensor": _columns(Draws(gram, sizes, rates[1], replicates, floor)),
         }
 
 
 def _spread(gram: Array, replicates: int) -> Array:
-    """Mean square of the deviations of the displacements from their mean."""
+    """Return the mean square of the deviations of the displacements from their mean."""
     squares = np.diagonal(gram, axis1=-2, axis2=-1)[..., 2 : 2 + replicates]
     return np.asarray(squares.mean(axis=-1))
 
 
-def _columns(
-    gram: Array, size: NDArray[np.int64], rate: Array, replicates: int, floor: Array, leading: tuple[str, ...]
-) -> Columns:
-    unit = np.eye(replicates)
-    mean = _pairs(gram, size, rate, unit.mean(axis=0))
-    single = [_pairs(gram, size, rate, weights)[0] for weights in unit]
-    each = Pair(*(np.stack([getattr(pair, name) for pair in single], axis=-1) for name in vars(single[0])))
-    update_floor = floor / rate
-    status = geometry.status(
-        mean[0],
-        rate,
-        # A hvp that is not finite leaves its own results unknown.
-        finite=np.isfinite(np.diagonal(gram, axis1=-2, axis2=-1)[..., : 2 + replicates]).all(axis=-1),
-        verifiable=~((update_floor >= mean[0].update_norm) & (update_floor > 0)),
-    )
-    effective, has_angle = status == Status.EFFECTIVE, status <= Status.OBTUSE
-    told = ~((update_floor[..., None] >= each.update_norm) & (update_floor[..., None] > 0))
-    columns: Columns = {
-        "status": (leading, status),
-        "effective": (leading, effective),
-        "update_norm": (leading, mean[0].update_norm),
-        "gradient_norm": (leading, mean[0].gradient_norm),
-        "replicate_alignment": ((*leading, REPLICATE), each.alignment),
-        "replicate_angle": ((*leading, REPLICATE), np.where(told, geometry.angle(each), np.nan)),
-        "replicate_update_norm": ((*leading, REPLICATE), each.update_norm),
-    }
-    exists = {"alignment": np.True_, "angle": has_angle}
-
-    def statistics(weights: Array) -> Array:
-        pair, curvature, product = _pairs(gram, size, rate, weights)
-        alpha = _alpha(pair, curvature, product, rate)
-        values = {
-            "alignment": pair.alignment,
-            "angle": geometry.angle(pair),
-            "condition_number": geometry.condition_number(pair),
-            "stochastic_weight": discrete_time.stochastic_weight(pair, curvature, product, rate),
-            "stochastic_alpha": alpha,
-            "learning_rate_bound": discrete_time.stochastic_learning_rate_bound(pair, curvature, product, alpha),
-        }
-        return np.stack([np.where(exists.get(name, effective), values[name], np.nan) for name in _STATISTICS])
-
-    # The mean of rows of the identity are the weights of the replicates; one left out has weight 0.
-    for name, value, error in zip(_STATISTICS, *jackknife(statistics, unit), strict=True):
-        columns |= {name: (leading, value), f"{name}_error": (leading, error)}
-    columns["stochastic_definite"] = (leading, columns["stochastic_alpha"][1] > columns["stochastic_weight"][1])
+def _columns(draws: Draws) -> Columns:
+    columns: Columns = {}
+    for variable in _DECLARED:
+        dimensions = tuple(axis for axis in variable.dimensions if axis != TENSOR or draws.status.ndim > 1)
+        if variable.source is Source.DRAWS:
+            columns[variable.name] = (dimensions, np.asarray(variable.compute(draws)))
+        elif variable.source is Source.MEAN_UPDATE:
+            value, error = draws.statistics[variable.name]
+            columns[variable.name] = (dimensions, value)
+            if variable.error:
+                columns[_error_of(variable).name] = (dimensions, error)
     return columns
 
 
-_STATISTICS = (
-    "alignment",
-    "angle",
-    "condition_number",
-    "stochastic_weight",
-    "stochastic_alpha",
-    "learning_rate_bound",
-)
-"""What is told of the mean update, with an error where `natgrad.schema.variables.REPLICATE_VARIABLES` has one."""
+def _of_losses(changes: Array) -> Columns:
+    columns: Columns = {}
+    for variable in _DECLARED:
+        if variable.source is Source.LOSS_CHANGES:
+            columns[variable.name] = (variable.dimensions, np.asarray(variable.compute(changes)))
+        elif variable.source is Source.MEAN_LOSS_CHANGE:
+            value, error = jackknife(variable.compute, changes.T)
+            columns[variable.name] = (variable.dimensions, value)
+            if variable.error:
+                columns[_error_of(variable).name] = (variable.dimensions, error)
+    return columns
 
 
 def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> tuple[Pair, Pair, Array]:
-    """Pairs of a weighted mean update with y and with its <Hg>, and the product of these two across it."""
+    """Return the pairs of a weighted mean update with y and with its <Hg>, and their product across the update."""
     known = 2 + len(weights)
-    # As the deviations add up to 0, of their weights only those that differ from the mean one count.
+    # The deviations add up to 0, so only the differences of their weights from the mean weight count.
     mean = np.concatenate([[weights.sum()], weights - weights.mean()])
     blocks = np.zeros((2, known))
     blocks[0, 0], blocks[1, 1:] = 1.0, mean
-    # Of gradient, update and hvp; what is made of hvps is NaN where they were not logged or are not finite.
+    # Products of gradient, update and hvp; those of hvps are NaN if they were not logged or are not finite.
     small = np.full((*gram.shape[:-2], 3, 3), np.nan)
     small[..., :2, :2] = blocks @ gram[..., :known, :known] @ blocks.T
     if gram.shape[-1] > known:
-        # Matrix by matrix, never row by row at once: the bits do not depend on how many are taken together.
+        # Matrix by matrix, not all updates at once: the bits do not depend on how many are computed together.
         small[..., :2, 2] = small[..., 2, :2] = blocks @ gram[..., :known, known:] @ mean
         small[..., 2, 2] = np.vecdot(gram[..., known:, known:] @ mean, mean)
     square, along, bent = small[..., 1, 1], small[..., 0, 1], small[..., 1, 2]
@@ -326,50 +624,13 @@ def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) ->
     return pair, curvature, -across(0, 2) / (2.0 * rate)
 
 
-def _alpha(pair: Pair, curvature: Pair, product: Array, rate: Array) -> Array:
-    """Weight of the best conditioned Mbar, |<ybar>|^2 / <ybar>.<g>; NaN where there is none."""
-    discrete = Pair(
-        pair.update_square,
-        pair.alignment - rate * curvature.alignment,
-        np.maximum(pair.across_square - 2.0 * rate * product + rate**2 * curvature.across_square, 0.0),
-        pair.size,
-    )
-    return geometry.eigenvalue_bounds(discrete)[0]
-
-
-def _of_losses(changes: Array) -> Columns:
-    mean, error = jackknife(lambda means: -means, changes.T)
-    return {
-        "replicate_loss_decrease": ((STEP, REPLICATE), -changes),
-        "loss_decrease": ((STEP,), mean),
-        "loss_decrease_error": ((STEP,), error),
-    }
-
-
-def _tree(levels: Mapping[str, Columns], changes: Array, layout: Layout, labels: dict[str, Any]) -> xr.DataTree:
+def _tree(groups: Mapping[str, Columns], changes: Array, layout: Layout, labels: dict[str, Any]) -> xr.DataTree:
     replicates = np.arange(changes.shape[1])
-    groups = {"model": levels["model"] | _of_losses(changes), "tensor": levels["tensor"]}
+    complete = {"model": groups["model"] | _of_losses(changes), "tensor": groups["tensor"]}
     names = {"model": {}, "tensor": {TENSOR: np.array(layout.names, dtype=object)}}
     datasets = {}
-    for group, columns in groups.items():
+    for group, columns in complete.items():
         variables = {name: columns[name] for name in REPLICATE_VARIABLES if name in columns}
         dataset = xr.Dataset(variables, {**labels, REPLICATE: replicates, **names[group]})
-        datasets[f"/{group}"] = _described(dataset)
+        datasets[f"/{group}"] = described(dataset, list(REPLICATE_VARIABLES.values()))
     return xr.DataTree.from_dict(datasets)
-
-
-def _described(dataset: xr.Dataset) -> xr.Dataset:
-    for name in dataset.data_vars:
-        variable = REPLICATE_VARIABLES[str(name)]
-        dataset[name].attrs = {
-            "long_name": variable.long_name,
-            "units": variable.units,
-            "equation": variable.equation,
-        }
-    dataset["status"].attrs |= {
-        "flag_values": [int(status) for status in Status],
-        "flag_meanings": " ".join(status.name.lower() for status in Status),
-    }
-    for name in dataset.coords:
-        dataset[name].attrs = {"long_name": DIMENSIONS[str(name)], "units": "1"}
-    return dataset

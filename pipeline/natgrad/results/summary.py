@@ -1,26 +1,39 @@
-"""A few plain numbers that summarize results, for terminals and logs."""
+"""Plain numbers that summarize results, for terminals and logs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from natgrad.schema.variables import Status
 
-__all__ = []
+__all__ = ["overview"]
 
 
-def overview(tree: Any) -> dict[str, Any]:
-    """Plain numbers of the whole model, compared with the gradient, step by step."""
+def overview(tree: xr.DataTree) -> dict[str, Any]:
+    """Summarize the results of the model, compared with the gradient step by step.
+
+    Parameters
+    ----------
+    tree : DataTree
+        Results, see `natgrad.results.dataset`.
+
+    Returns
+    -------
+    dict
+        ``status``: number of updates by status. ``angle`` and ``condition_number``: smallest, median and largest
+        finite value, or None if there is none.
+    """
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     status, counts = np.unique(model["status"].values, return_counts=True)
-    overview: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)}
     }
     for name in ("angle", "condition_number"):
         values = model[name].values
         values = values[np.isfinite(values)]
         spread = (np.min, np.median, np.max)
-        overview[name] = [float(f(values)) for f in spread] if values.size else None
-    return overview
+        numbers[name] = [float(f(values)) for f in spread] if values.size else None
+    return numbers

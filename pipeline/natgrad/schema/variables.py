@@ -1,4 +1,7 @@
-"""The variables of ``results.zarr``: name, unit, equation, and the flags that explain missing values.
+"""The metadata of the variables of ``results.zarr``, their dimensions, and the flags that explain missing values.
+
+Each variable is one entry that also names the function that computes it: `natgrad.results.variables` has those of
+updates, `natgrad.results.replicates` those of stochastic rules. This module has what an entry is made of.
 
 References
 ----------
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 from natgrad.schema.names import (
     ATTEMPT,
@@ -28,8 +32,6 @@ from natgrad.schema.names import (
 
 __all__ = [
     "DIMENSIONS",
-    "REPLICATE_VARIABLES",
-    "VARIABLES",
     "ShiftedMetric",
     "Status",
     "Variable",
@@ -54,11 +56,10 @@ DIMENSIONS: dict[str, str] = {
 
 
 class Status(enum.IntEnum):
-    """Why a metric exists or not; CF flag values of the variable ``status``.
+    """Reasons why a metric exists or not; CF flag values of the variable ``status``.
 
-    Where several apply the first of this order wins: not_logged (a run of a sweep does not have the step, another
-    has), non_finite, no_learning_rate, zero_gradient, zero_update, unverifiable, and then the sign of the
-    alignment decides.
+    If several apply, the first of this order counts: not_logged (this run of a sweep has not logged the step),
+    non_finite, no_learning_rate, zero_gradient, zero_update, unverifiable, and then the sign of the alignment.
     """
 
     EFFECTIVE = 0
@@ -73,11 +74,11 @@ class Status(enum.IntEnum):
 
 
 class ShiftedMetric(enum.IntEnum):
-    """What is known of Mbar + eta H, the metric of the true gradient of eq. (17); flags of ``shifted_metric``.
+    """Definiteness of Mbar + eta H, the metric of the true gradient of eq. (17); flags of ``shifted_metric``.
 
-    Unknown where no smallest Hessian eigenvalue was logged or Mbar does not exist. Indefinite whatever Mbar is,
-    where y.g <= 0. Otherwise definite with the Mbar of smallest condition number, or with some Mbar; or undecided:
-    a metric of the true gradient exists, but the learning rate is not below the bound that makes it this one.
+    It is unknown if no smallest Hessian eigenvalue was logged or Mbar does not exist. It is indefinite for every
+    Mbar if y.g <= 0. Otherwise it is definite with the Mbar of smallest condition number, or definite with some
+    Mbar, or undecided: a metric of the true gradient exists, but the learning rate is not below the bound.
     """
 
     UNKNOWN = 0
@@ -87,139 +88,43 @@ class ShiftedMetric(enum.IntEnum):
     INDEFINITE = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Variable:
-    """What a variable of ``results.zarr`` is called, in which unit, by which equation."""
+    """The metadata of a variable of ``results.zarr``.
 
-    long_name: str
+    Attributes
+    ----------
+    name : str
+    dimensions : tuple of str
+        Some of `DIMENSIONS`, in the order step, replicate or tensor, descent, window, gamma. The group ``/model``
+        has the same variable without the dimension ``tensor``.
+    units, equation, long_name, description : str
+        Attributes of the variable: the unit as a product of ``loss``, ``parameter`` and ``learning_rate``, the
+        equation or definition, a label of a few words, and a sentence on its meaning and its missing values.
+    flags : type, optional
+        Enumeration of the values of a variable of flags.
+    absent : int, optional
+        Value at the steps that a run of a sweep has not logged. Default: NaN, False or 0, by the dtype.
+    """
+
+    name: str
+    dimensions: tuple[str, ...]
     units: str
     equation: str
+    long_name: str
+    description: str
+    flags: type[enum.IntEnum] | None = None
+    absent: int | None = None
 
-
-# y is a loss per parameter, g a parameter per learning rate (eq. 2), so a metric M with M g = y has the
-# unit loss x learning rate / parameter^2. The pipeline does not know these units and names them.
-_METRIC = "loss learning_rate parameter-2"
-
-VARIABLES: dict[str, Variable] = {
-    "loss": Variable("loss before the update", "loss", "L(theta_t)"),
-    "learning_rate": Variable("learning rate of the update", "learning_rate", "eta, eq. (2)"),
-    "step_span": Variable(
-        "number of updates between this logged state and the next", "1", "t' - t for logged neighbours t, t'"
-    ),
-    "parameter_norm": Variable("norm of the parameters", "parameter", "|theta_t|"),
-    "update_norm": Variable(
-        "norm of the mean update over the window's steps",
-        "parameter learning_rate-1",
-        "|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
-    ),
-    "gradient_norm": Variable("norm of the negative gradient", "loss parameter-1", "|y|"),
-    "alignment": Variable("inner product of negative gradient and update", "loss learning_rate-1", "y.g"),
-    "cosine": Variable("cosine of the angle between negative gradient and update", "1", "cos(psi)"),
-    "angle": Variable("angle between negative gradient and update", "radian", "psi in [0, pi], eq. (9)"),
-    "angle_uncertainty": Variable(
-        "largest error of the angle by rounding of the stored values",
-        "radian",
-        "asin(|dy| / |y|) + asin(|dg| / |g|), dy and dg what rounding to the stored dtypes makes at most",
-    ),
-    "effective": Variable("the update descends: y.g > 0", "1", "y.g > 0, section 2.1"),
-    "condition_number": Variable(
-        "smallest condition number of any metric M with M g = y", "1", "kappa(M_opt), below eq. (9), Prop. 1"
-    ),
-    "preconditioner_condition_number": Variable(
-        "condition number of the metric that the optimizer used",
-        "1",
-        "kappa(diag(sqrt(v) + epsilon)) of Adam, of the factors of Shampoo, PSGD and K-FAC, beside kappa(M_opt) of "
-        "eq. (9)",
-    ),
-    "similarity": Variable("similarity of update and steepest descent", "1", "1 / kappa(M_opt)"),
-    "eigenvalue_max": Variable("largest eigenvalue of the optimal metric", _METRIC, "eq. (9)"),
-    "eigenvalue_mid": Variable(
-        "eigenvalue of the optimal metric of multiplicity D - 2 (none where D <= 2)", _METRIC, "eq. (9)"
-    ),
-    "eigenvalue_min": Variable("smallest eigenvalue of the optimal metric", _METRIC, "eq. (9)"),
-    "eigenvalue_max_infimum": Variable(
-        "greatest lower bound of the largest eigenvalue of any metric", _METRIC, "Prop. 3"
-    ),
-    "eigenvalue_min_supremum": Variable(
-        "least upper bound of the smallest eigenvalue of any metric", _METRIC, "Prop. 2"
-    ),
-    "family_eigenvalue_max": Variable(
-        "largest eigenvalue over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
-    ),
-    "family_eigenvalue_mid": Variable(
-        "eigenvalue of multiplicity D - 2 over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
-    ),
-    "family_eigenvalue_min": Variable(
-        "smallest eigenvalue over the one-parameter family", _METRIC, "Lemma 1, eq. (22)"
-    ),
-    "family_condition_number": Variable("condition number over the one-parameter family", "1", "Lemma 1, eq. (22)"),
-    "discrete_identity_residual": Variable(
-        "relative failure of the discrete gradient identity", "1", "(eta g.y + dL) / |dL|, eq. (12)"
-    ),
-    "learning_rate_bound": Variable(
-        "learning rate below which some metric Mbar + eta H is one of the true gradient",
-        "learning_rate",
-        "eta < |ybar| cos(psi_bar) / (h |g|), below eq. (17)",
-    ),
-    "learning_rate_bound_optimal": Variable(
-        "learning rate below which that of the optimal Mbar is", "learning_rate", "eta < lambda_min(Mbar) / h"
-    ),
-    "shifted_metric": Variable(
-        "what Mbar + eta H is, the metric of the true gradient", "1", "Mbar + eta H, eq. (17)"
-    ),
-    "loss_average": Variable("mean loss over the window", "loss", "L_avg(t), below eq. (3)"),
-    "loss_decrease": Variable("decrease of the loss over the window", "loss", "L(t) - L(t+m), eq. (3)"),
-    "effective_window": Variable(
-        "smallest window of which all are effective, NaN where none is", "1", "m with y.g > 0 for all t, eq. (3)"
-    ),
-    "effective_window_count": Variable("windows that support effective_window", "1", "number of t, eq. (3)"),
-    "decreasing_window": Variable(
-        "smallest window over which the loss always decreases, NaN where none is", "1", "m of eq. (3)"
-    ),
-    "decreasing_window_count": Variable("windows that support decreasing_window", "1", "number of t, eq. (3)"),
-    "status": Variable("why the metric exists or not", "1", "y.g > 0, section 2.1"),
-}
-
-# Of a stochastic rule g stands for its mean over replicates, and an error is that of the mean, by the jackknife.
-REPLICATE_VARIABLES: dict[str, Variable] = {
-    **{
-        name: VARIABLES[name]
-        for name in (
-            "status",
-            "effective",
-            "update_norm",
-            "gradient_norm",
-            "alignment",
-            "angle",
-            "condition_number",
-        )
-    },
-    "stochastic_weight": Variable(
-        "weight alpha above which the metric of the mean update is positive definite", _METRIC, "eq. (19)"
-    ),
-    "stochastic_alpha": Variable("weight alpha of the best conditioned Mbar", _METRIC, "eqs. (9), (19)"),
-    "stochastic_definite": Variable("with it the metric of the mean update is positive definite", "1", "eq. (19)"),
-    "learning_rate_bound": Variable(
-        "learning rate up to which it is, with y, <Hg> and alpha held", "learning_rate", "eq. (19)"
-    ),
-    "loss_decrease": Variable("mean decrease of the loss", "loss", "-<dL>, section 2.2"),
-    "replicate_loss_decrease": Variable("decrease of the loss in each replicate", "loss", "-dL"),
-    "replicate_alignment": Variable("y.g of each replicate", "loss learning_rate-1", "y.g"),
-    "replicate_angle": Variable("angle between y and g of each replicate", "radian", "psi in [0, pi], eq. (9)"),
-    "replicate_update_norm": Variable("norm of the update of each replicate", "parameter learning_rate-1", "|g|"),
-}
-
-REPLICATE_VARIABLES |= {
-    f"{name}_error": Variable(
-        f"standard error of {name}", REPLICATE_VARIABLES[name].units, "jackknife over replicates"
-    )
-    for name in (
-        "alignment",
-        "angle",
-        "condition_number",
-        "stochastic_weight",
-        "learning_rate_bound",
-        "loss_decrease",
-    )
-}
-"""Variables of `natgrad.results.replicates.label`."""
+    def attributes(self) -> dict[str, Any]:
+        """Return the attributes of the variable in ``results.zarr``."""
+        attributes: dict[str, Any] = {
+            "long_name": self.long_name,
+            "units": self.units,
+            "equation": self.equation,
+            "description": self.description,
+        }
+        if self.flags is not None:
+            attributes["flag_values"] = [int(flag) for flag in self.flags]
+            attributes["flag_meanings"] = " ".join(flag.name.lower() for flag in self.flags)
+        return attributes

@@ -1,11 +1,18 @@
-"""The formats that can be read: how each is found and opened, and what it can and cannot give."""
+"""The log formats that can be read: how each is found and opened, and what it contains.
+
+Another package adds formats through the entry-point group ``natgrad.formats``; each entry point names a `Format`.
+docs/custom_readers.md describes how to write one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+from natgrad.schema.extensions import Extension, registered
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.bergson_store import BergsonFolder, holds_bergson
 from natgrad.sources.checkpoints.dcp_folder import DCP_KIND
@@ -30,38 +37,43 @@ from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import files, open_to_read
 
-__all__ = ["FORMATS", "Format", "find_format"]
+__all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format"]
+
+_log = logging.getLogger(__name__)
+
+FORMATS_GROUP = "natgrad.formats"
+"""Entry-point group of the formats of other packages."""
 
 Opener = Callable[[Path, Mapping[str, str]], Source]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A log format: how it is found, and what it can and cannot give.
+    """A log format: how it is found and opened, and what it contains.
 
     Attributes
     ----------
     name : str
-        As given with ``--format``.
+        Value of ``--format``.
     layout : str
-        Files it is found by.
+        Files by which it is recognised.
     gives, lacks : str
-        What can and cannot be read from it.
-    found : callable
-        Whether a path is a log of this format.
+        Quantities that can and cannot be read from it.
+    find : callable
+        Takes a path and returns True if it holds a log of this format.
     open : callable
-        Path and mapping to `Source`.
+        Takes a path and a mapping (``--map``) and returns a `natgrad.sources.base.Source`.
     alignment : str
-        Which state, before or after an update, what is logged at a step belongs to.
+        State, before or after an update, to which the quantities logged at a step belong.
     scalars : ScalarKind, optional
-        Of a format that holds scalars and no tensors; it is opened by this.
+        Reader of a format that has scalars and no tensors; it is used in place of ``open``.
     """
 
     name: str
     layout: str
     gives: str
     lacks: str
-    found: Callable[[Path], bool]
+    find: Callable[[Path], bool]
     open: Opener
     alignment: str = "all of step N is of the state after N updates, before the next; else give --shift"
     scalars: ScalarKind | None = None
@@ -179,7 +191,7 @@ _NATIVE = (
     "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
 )
 
-FORMATS: dict[str, Format] = {
+_BUILT_IN: dict[str, Format] = {
     format.name: format
     for format in (
         Format(
@@ -337,6 +349,57 @@ FORMATS: dict[str, Format] = {
 }
 
 
+class _Formats(Mapping[str, Format]):
+    """The formats of this package and of others, by name; those of others are loaded at the first use."""
+
+    @cached_property
+    def _others(self) -> dict[str, Format]:
+        extensions = registered(FORMATS_GROUP, Format, _BUILT_IN)
+        return {name: _guarded(extension) for name, extension in extensions.items()}
+
+    def __getitem__(self, name: str) -> Format:
+        return _BUILT_IN[name] if name in _BUILT_IN else self._others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from _BUILT_IN
+        yield from self._others
+
+    def __len__(self) -> int:
+        return len(_BUILT_IN) + len(self._others)
+
+
+def _guarded(extension: Extension[Format]) -> Format:
+    """Return a format of another package that does not find a log if its own ``find`` fails.
+
+    Every format is asked about every path, also about logs of other formats.
+    """
+    format, warned = extension.value, False
+
+    def find(path: Path) -> bool:
+        nonlocal warned
+        try:
+            return bool(format.find(path))
+        except Exception as error:  # code of others may raise anything
+            if not warned:
+                _log.warning(
+                    "format %s of %s is skipped: it failed to examine %s (%s: %s). Update or uninstall %s.",
+                    format.name,
+                    extension.distribution,
+                    path,
+                    type(error).__name__,
+                    error,
+                    extension.distribution,
+                )
+            warned = True
+            return False
+
+    return replace(format, find=find)
+
+
+FORMATS: Mapping[str, Format] = _Formats()
+"""All formats, by name: those of this package first."""
+
+
 def find_format(path: Path) -> str | None:
-    """Name of the format that a path holds a log of, by its content; None where it holds none."""
-    return next((name for name, known in FORMATS.items() if known.found(path)), None)
+    """Return the name of the format of the log at a path, by its content; None if there is no log."""
+    return next((name for name, known in FORMATS.items() if known.find(path)), None)

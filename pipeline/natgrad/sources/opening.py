@@ -206,7 +206,7 @@ def _open(
     known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:
         return _scalar_log(path, known.scalars, mapping, shift, named=format is not None)
-    if not path.is_dir() and not known.found(path):
+    if not path.is_dir() and not known.find(path):
         raise InputError(
             "this is a file, a log is a folder",
             where=str(path),
@@ -263,7 +263,7 @@ def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
     if find_run_file(path) is not None:
         return True
     path = _only_file(path) if in_one_file else path
-    return any(known.found(path) for known in FORMATS.values() if known.scalars is None)
+    return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
 
 
 def _holds_scalars_alone(path: Path) -> bool:

@@ -1,8 +1,8 @@
 """Discrete gradients of an objective that can be evaluated, for models of few parameters (section 2.2).
 
-The ledger knows a loss at the states of a run only, and there `natgrad.theory.discrete_time` is what can be had.
-With the objective as a function there are the discrete gradients of the literature, each a vector with
-``(theta1 - theta0).result = L(theta1) - L(theta0)`` that goes to the gradient as theta1 -> theta0 (eq. 12)::
+The ledger has the loss only at the states of a run; `natgrad.theory.discrete_time` is what follows from it. With
+the objective as a function there are the discrete gradients of the literature. Each is a vector with ``(theta1 -
+theta0).result = L(theta1) - L(theta0)`` that goes to the gradient as theta1 -> theta0 (eq. 12)::
 
     gonzalez      gradient at the midpoint, corrected along the displacement
     mean_value    mean of the gradient along the segment
@@ -38,13 +38,13 @@ Gradient = Callable[[Array], ArrayLike]
 
 _UNIT = 2.0**-53
 _ROOT = 2.0**-26
-"""Square root of the unit roundoff: rounding stays far below it, what is wrong does not."""
+"""Square root of the unit roundoff: rounding stays far below it, mistakes do not."""
 _MOST_POINTS = 64
-"""Points between theta0 and theta1 at which eq. (11) is looked at before it is given up."""
+"""Largest number of points between theta0 and theta1 at which eq. (11) is evaluated."""
 
 
 def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike) -> Array:
-    """Gradient at the midpoint, corrected along the displacement so that eq. (12) holds (Gonzalez 1996).
+    """Return the gradient at the midpoint, corrected along the displacement so that eq. (12) holds (Gonzalez 1996).
 
     Parameters
     ----------
@@ -57,13 +57,13 @@ def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1
     Returns
     -------
     array, shape (D,)
-        The gradient where the two are equal. The correction is off by the rounding of the losses over
-        |theta1 - theta0|.
+        The gradient if the two states are equal. The error of the correction is the rounding of the losses divided
+        by |theta1 - theta0|.
 
     Raises
     ------
     InputError
-        Where the states are no vectors of one length, or a loss or gradient is not finite.
+        If the states are not vectors of one length, or a loss or gradient is not finite.
     """
     start, end, step = _segment(theta0, theta1)
     middle = _gradient(gradient, start + step / 2.0)
@@ -76,14 +76,14 @@ def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1
 def mean_value(
     objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike, *, tolerance: float = 1e-12
 ) -> Array:
-    """Mean of the gradient along the segment from theta0 to theta1, by adaptive Gauss-Kronrod quadrature.
+    """Return the mean of the gradient along the segment from theta0 to theta1, by Gauss-Kronrod quadrature.
 
     Parameters
     ----------
     objective, gradient, theta0, theta1
-        As for `gonzalez`; the objective is not evaluated.
+        See `gonzalez`; the objective is not evaluated.
     tolerance : float
-        Of the norm of the error, relative to the longest gradient met, by the quadrature's own estimate.
+        Norm of the error relative to the longest gradient, as estimated by the quadrature.
 
     Returns
     -------
@@ -92,7 +92,7 @@ def mean_value(
     Raises
     ------
     InputError
-        As for `gonzalez`, and where the quadrature does not get there.
+        See `gonzalez`; and if the quadrature does not reach the tolerance.
 
     Notes
     -----
@@ -114,31 +114,31 @@ def mean_value(
     mean, error = quad_vec(between, 0.0, 1.0, epsabs=floor, epsrel=tolerance, norm="2")
     if not error <= tolerance * largest:
         raise InputError(
-            f"the mean gradient is known to {error:.3g} only, of {np.linalg.norm(mean):.3g}",
+            f"the error of the mean gradient is {error:.3g}, its norm {np.linalg.norm(mean):.3g}",
             why="the gradient jumps between the two states, or is noisy",
-            remedy="give a greater tolerance, or take another discrete gradient",
+            remedy="pass a greater tolerance, or use another discrete gradient",
         )
     return np.asarray(mean)
 
 
 def itoh_abe(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike) -> Array:
-    """Difference quotients of the loss, moving one coordinate after the other (Itoh and Abe 1988).
+    """Return difference quotients of the loss, moving one coordinate after the other (Itoh and Abe 1988).
 
     Parameters
     ----------
     objective, gradient, theta0, theta1
-        As for `gonzalez`; the loss is evaluated D + 1 times, the gradient only where a coordinate does not move.
+        See `gonzalez`; the loss is evaluated D + 1 times, the gradient only if a coordinate does not move.
 
     Returns
     -------
     array, shape (D,)
-        It depends on the order of the coordinates. A safe_divide is off by the rounding of the losses over the
-        length of its coordinate's move.
+        It depends on the order of the coordinates. The error of a quotient is the rounding of the losses divided by
+        the length of the move of its coordinate.
 
     Raises
     ------
     InputError
-        As for `gonzalez`.
+        See `gonzalez`.
     """
     start, end, step = _segment(theta0, theta1)
     state, loss = start.copy(), _loss(objective, start)
@@ -161,29 +161,29 @@ def taylor(
     theta0: ArrayLike,
     theta1: ArrayLike,
 ) -> Array:
-    """Discrete gradient of eq. (16), grad L(theta0) + hvp(theta0 + lambda p, p) / 2 with lambda of eq. (11).
+    """Return the discrete gradient (16), grad L(theta0) + hvp(theta0 + lambda p, p) / 2 with lambda of eq. (11).
 
     Parameters
     ----------
     objective, gradient, theta0, theta1
-        As for `gonzalez`.
+        See `gonzalez`.
     hvp : callable
         Product of the Hessian at a state with a vector, two of shape (D,) to shape (D,).
 
     Returns
     -------
     array, shape (D,)
-        With the smallest lambda that was found.
+        That of the smallest lambda that was found.
 
     Raises
     ------
     InputError
-        As for `taylor_points`.
+        See `taylor_points`.
 
     Notes
     -----
-    It is no discrete gradient by the paper's Definition 1: of several lambda one must be chosen, and no choice need
-    be continuous. Eq. (12) holds all the same.
+    It is not a discrete gradient by the paper's Definition 1: one of several lambda must be chosen, and the choice
+    is not always continuous. Eq. (12) holds nevertheless.
     """
     start, end, step = _segment(theta0, theta1)
     first = _gradient(gradient, start)
@@ -200,32 +200,32 @@ def taylor_points(
     theta0: ArrayLike,
     theta1: ArrayLike,
 ) -> Array:
-    """Find lambda of Taylor's theorem (eq. 11): where p' H(theta0 + lambda p) p / 2 is what L(theta1) still lacks.
+    """Find lambda of Taylor's theorem (eq. 11), where p' H(theta0 + lambda p) p / 2 completes L(theta1).
 
     Parameters
     ----------
     objective, gradient, hvp, theta0, theta1
-        As for `taylor`.
+        See `taylor`.
 
     Returns
     -------
     array, shape (lambdas,)
-        Ascending, within (0, 1): one from each interval of the points looked at in which the sign changes. There
-        may be more. Of a quadratic loss, or of a step on which its curvature is constant to rounding, any lambda
-        will do: then it is 1/2 alone.
+        In ascending order, within (0, 1): one from each interval between evaluated points in which the sign
+        changes. There may be more. Only 1/2 if the curvature is constant to rounding, as of a quadratic loss: every
+        lambda is then a solution.
 
     Raises
     ------
     InputError
-        As for `gonzalez`, and where none is found: the loss is not twice continuously differentiable, the gradient
-        or the products are not of this loss, or the curvature changes on a scale below 1/64 of the step.
+        See `gonzalez`; and if none is found: the loss is not twice continuously differentiable, the gradient or the
+        products are not of this loss, or the curvature changes on a scale below 1/64 of the step.
 
     Notes
     -----
-    What L(theta1) lacks is half the mean of p' H p over the segment with the weight 2 (1 - lambda), the remainder
-    in integral form. Taken so, by Gauss-Jacobi rules, it does not drown in the rounding of the losses where the
-    step is small, and lambda is bracketed by the points of the rule: a mean lies between the least and the greatest
-    value. The losses then say whether gradient and products are theirs.
+    The remainder of L(theta1) is half the mean of p' H p over the segment with the weight 2 (1 - lambda). This
+    integral, computed by Gauss-Jacobi rules, does not drown in the rounding of the losses if the step is small. The
+    points of the rule bracket lambda, because a mean lies between the least and the greatest value. The losses then
+    show whether the gradient and the products belong to them.
     """
     start, end, step = _segment(theta0, theta1)
     first, length = _gradient(gradient, start), float(np.linalg.norm(step))
@@ -248,9 +248,9 @@ def taylor_points(
     if not (abs(mean - last) <= _ROOT * size and abs(missed) <= _ROOT * scale):
         raise InputError(
             "no lambda of eq. (11) was found",
-            where=f"the loss changes by {after - before:.6g}, of which {missed:.3g} is not explained",
+            where=f"the loss changes by {after - before:.6g}; {missed:.3g} of this is not explained",
             why="the gradient or the products are not those of the loss, or its curvature jumps",
-            remedy="compare the gradient with differences of the loss; or take another discrete gradient",
+            remedy="compare the gradient with differences of the loss, or use another discrete gradient",
         )
     if np.abs(values - mean).max() <= 8.0 * (len(start) + 2) * _UNIT * size:
         return np.array([0.5])
@@ -262,24 +262,24 @@ def taylor_points(
 
 
 def identity_residual(objective: Objective, discrete: ArrayLike, theta0: ArrayLike, theta1: ArrayLike) -> float:
-    """Relative failure of eq. (12), (p.discrete - dL) / |dL|; that of a run is `discrete_identity_residual`.
+    """Return the relative failure of eq. (12), (p.discrete - dL) / |dL|, the ``discrete_identity_residual``.
 
     Parameters
     ----------
     objective, theta0, theta1
-        As for `gonzalez`.
+        See `gonzalez`.
     discrete : array, shape (D,)
-        Discrete gradient of any make.
+        Any discrete gradient.
 
     Returns
     -------
     float
-        NaN where the loss did not change.
+        NaN if the loss did not change.
 
     Raises
     ------
     InputError
-        As for `gonzalez`.
+        See `gonzalez`.
     """
     start, end, step = _segment(theta0, theta1)
     change = _loss(objective, end) - _loss(objective, start)
@@ -287,19 +287,19 @@ def identity_residual(objective: Objective, discrete: ArrayLike, theta0: ArrayLi
 
 
 def _segment(theta0: ArrayLike, theta1: ArrayLike) -> tuple[Array, Array, Array]:
-    """Start, end and displacement of an update."""
+    """Return start, end and displacement of an update."""
     start, end = np.asarray(theta0, dtype=np.float64), np.asarray(theta1, dtype=np.float64)
     if start.ndim != 1 or start.shape != end.shape or not start.size:
-        raise InputError(f"states of shapes {start.shape} and {end.shape}", remedy="give two vectors of one length")
+        raise InputError(f"states of shapes {start.shape} and {end.shape}", remedy="pass two vectors of one length")
     if not (np.isfinite(start).all() and np.isfinite(end).all()):
-        raise InputError("a state is not finite", remedy="give finite states")
+        raise InputError("a state is not finite", remedy="pass finite states")
     return start, end, end - start
 
 
 def _loss(objective: Objective, state: Array) -> float:
     loss = float(objective(state))
     if not np.isfinite(loss):
-        raise InputError(f"the loss is {loss}", where=f"at {state}", remedy="give states at which it is finite")
+        raise InputError(f"the loss is {loss}", where=f"at {state}", remedy="pass states at which it is finite")
     return loss
 
 
@@ -307,8 +307,8 @@ def _gradient(gradient: Gradient, state: Array) -> Array:
     value = np.asarray(gradient(state), dtype=np.float64)
     if value.shape != state.shape or not np.isfinite(value).all():
         raise InputError(
-            f"a gradient or product of shape {value.shape} is no finite vector of {len(state)} elements",
+            f"a gradient or product of shape {value.shape} is not a finite vector of {len(state)} elements",
             where=f"at {state}",
-            remedy="give functions of a state that return vectors of its length",
+            remedy="pass functions of a state that return vectors of its length",
         )
     return value

@@ -1,19 +1,19 @@
 """Learning rules in discrete time (section 2.2), as algebra on the pairs of `natgrad.theory.geometry`.
 
 Over an update that is not small the loss changes by ybar.(theta_{t+1} - theta_t) with a *discrete* gradient ybar in
-place of the gradient (eq. 12). All that the ledger holds are gradients plus multiples of its vectors:
+place of the gradient (eq. 12). The ledger provides gradients plus multiples of its vectors:
 
 - `corrected`: gradient + c displacement, with c fixed by eq. (12);
 - trapezoid: gradient + gradient_change / 2, corrected in the same way;
-- Taylor: gradient + hvp / 2, eq. (16), which obeys eq. (12) as far as the point is right at which H was taken.
+- Taylor: gradient + hvp / 2, eq. (16), which obeys eq. (12) if H was evaluated at the right point.
 
-Pairs of the last two are `geometry.pair` with ``half``. What follows for learning rates, and for stochastic rules,
-is here as well.
+Pairs of the last two are `geometry.pair` with ``half``. The bounds of learning rates and the metrics of stochastic
+rules follow from these pairs.
 
 References
 ----------
 Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's. Where
-the paper slips the docstring says so.
+the paper is wrong, the docstring says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Array = NDArray[np.float64]
 
 
 def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair) -> Pair:
-    """Pair of the update and the negative discrete gradient, corrected along the displacement (eq. 12).
+    """Return the pair of the update and the negative discrete gradient, corrected along the displacement (eq. 12).
 
     With p = eta g the discrete gradient is grad L + s p, and s is fixed by p.(grad L + s p) = dL. That changes
     the component of y along g alone. At p = 0 the correction is 0/0; the value is then the gradient.
@@ -46,11 +46,11 @@ def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, mode
     Parameters
     ----------
     pair : Pair
-        Of the model, or of parts of it.
+        Pair of the model, or of parts of it.
     learning_rate, loss_change : array, of the shape of the pair
         eta, and dL = L(theta_{t+1}) - L(theta_t).
     model : Pair, broadcasts to the shape of the pair
-        Of the whole model, to which dL belongs.
+        Pair of the model, to which dL belongs.
     """
     rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -63,29 +63,29 @@ def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, mode
 def correction_floor(
     pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair, floors: tuple[Array, Array]
 ) -> Array:
-    """Largest norm of the error of the correction of `corrected`, from errors of the displacement.
+    """Return the largest norm of the error of the correction of `corrected`, by errors of the displacement.
 
-    The correction is k g with k = (-dL / eta - x.g) / g.g of the model, where x is y before the correction. Where g
-    is off by f or less, k is by ``(|x| f + |k| (2 |g| f + f^2)) / (|g| - f)^2`` or less, and k g accordingly.
+    The correction is k g with k = (-dL / eta - x.g) / g.g of the model, where x is y before the correction. If g is
+    off by at most f, k is off by at most ``(|x| f + |k| (2 |g| f + f^2)) / (|g| - f)^2``, and k g accordingly.
 
     Parameters
     ----------
     pair, learning_rate, loss_change, model
-        As for `corrected`.
+        See `corrected`.
     floors : tuple of array
-        Norms of the errors of g: of the pair's, and of the model's.
+        Norms of the errors of g of the pair, and of g of the model.
 
     Returns
     -------
     array
-        Infinite where g is not known, f >= |g|.
+        Infinite if g is not known, f >= |g|.
     """
     rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
-    own, whole = floors
+    own, of_model = floors
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         factor = np.abs(safe_divide(-change / rate, model.update_square) - model.ratio)
-        length, known = model.update_norm, np.maximum(model.update_norm - whole, 0.0)
-        error = (model.gradient_norm * whole + factor * (2.0 * length * whole + whole**2)) / known**2
+        length, known = model.update_norm, np.maximum(model.update_norm - of_model, 0.0)
+        error = (model.gradient_norm * of_model + factor * (2.0 * length * of_model + of_model**2)) / known**2
         return np.where(known > 0, factor * own + error * (pair.update_norm + own), np.inf)
 
 
@@ -93,12 +93,14 @@ def correction_floor(
 
 
 def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple[Array, Array]:
-    """Learning rates below which Mbar + eta H is a metric of the true gradient (eqs. 17, 18); NaN where y.g <= 0.
+    """Return the learning rates below which Mbar + eta H is a metric of the true gradient; NaN where y.g <= 0.
+
+    See eqs. (17) and (18).
 
     Parameters
     ----------
     pair : Pair
-        Of the update and the negative *discrete* gradient ybar (eq. 16).
+        Pair of the update and the negative *discrete* gradient ybar (eq. 16).
     hessian_min_eigenvalue : array, broadcasts to the shape of the pair
         Smallest eigenvalue of the Hessian of the loss at theta + lambda p, twice that of H.
 
@@ -106,15 +108,15 @@ def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple
     -------
     supremum : array
         (1 / h) (|ybar| / |g|) cos(psi_bar) with h = -lambda_min(H), the paper's bound. It belongs to
-        gamma -> infinity: below it *some* metric Mbar does.
+        gamma -> infinity: below it, *some* metric Mbar has this property.
     optimal : array
-        lambda_min(Mbar) / h for Mbar of smallest condition number: below it that metric does.
+        lambda_min(Mbar) / h for Mbar of smallest condition number: below it, that metric has it.
 
     Notes
     -----
-    Both are infinite where the loss is convex, h <= 0. Both are sufficient, not necessary: a metric that maps g to
-    the true y exists exactly where y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). As ybar and H
-    themselves depend on eta, a bound says whether the eta of this update met it, not what another would do.
+    Both are infinite if the loss is convex, h <= 0. Both are sufficient, not necessary: a metric that maps g to the
+    true y exists exactly if y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). Because ybar and H
+    themselves depend on eta, a bound applies to the eta of this update, and does not predict another one.
     """
     concavity = np.maximum(-np.asarray(hessian_min_eigenvalue, dtype=np.float64) / 2.0, 0.0)
     _, _, minimum = eigenvalues(pair)
@@ -123,19 +125,19 @@ def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple
 
 
 def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, learning_rate: ArrayLike) -> Array:
-    """Smallest alpha with which the metric of a stochastic rule (eq. 19) is positive definite.
+    """Return the smallest alpha for which the metric of a stochastic rule (eq. 19) is positive definite.
 
-    With n = <Hg>, ybar = y - eta n, b = n.<g>, c = y.<g> and a = c - eta b, what eq. (19) adds to y y' / c is
-    ``alpha (I - g g' / g.g) + eta d d' / (a b c)`` with d = b y - c n across g: definite exactly where c > 0 and
-    a b > 0 or alpha > eta |d|^2 / (|a b| c). The paper assumes it "for small enough eta", but for b < 0 the term is
-    negative, and nothing keeps |n|^2 / b from being large.
+    With n = <Hg>, ybar = y - eta n, b = n.<g>, c = y.<g> and a = c - eta b, eq. (19) adds
+    ``alpha (I - g g' / g.g) + eta d d' / (a b c)`` with d = b y - c n, which lies across g, to y y' / c. The sum is
+    definite exactly if c > 0 and either a b > 0 or alpha > eta |d|^2 / (|a b| c). The paper assumes it "for small
+    enough eta", but the term is negative for b < 0, and |n|^2 / b may be large.
 
     Parameters
     ----------
     pair : Pair
-        Of the mean update <g> and the negative gradient y = -grad L (not the discrete one).
+        Pair of the mean update <g> and the negative gradient y = -grad L (not the discrete one).
     curvature : Pair
-        Of the mean update and <Hg>, in place of y.
+        Pair of the mean update and <Hg>, in place of y.
     across_product : array
         Inner product of the components of y and <Hg> across <g>, ``y.n - (y.g) (n.g) / g.g``.
     learning_rate : array
@@ -144,8 +146,8 @@ def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, le
     Returns
     -------
     array
-        alpha must be greater; 0 where any will do. NaN where none exists, y.<g> <= 0, and where eq. (19) is not
-        defined, <Hg>.<g> = 0 or <ybar>.<g> = 0.
+        alpha must be greater; 0 if every positive alpha is sufficient. NaN if there is none, y.<g> <= 0, or if
+        eq. (19) is not defined, <Hg>.<g> = 0 or <ybar>.<g> = 0.
     """
     rate = np.asarray(learning_rate, dtype=np.float64)
     remaining = pair.alignment - rate * curvature.alignment
@@ -160,21 +162,23 @@ def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, le
 def stochastic_learning_rate_bound(
     pair: Pair, curvature: Pair, across_product: ArrayLike, alpha: ArrayLike
 ) -> Array:
-    """Largest eta up to which the metric of a stochastic rule (eq. 19) is positive definite, y and <Hg> held.
+    """Return the largest eta for which the metric of a stochastic rule (eq. 19) is positive definite.
+
+    y, <Hg> and alpha are kept constant.
 
     Parameters
     ----------
     pair, curvature, across_product
-        As for `stochastic_weight`.
+        See `stochastic_weight`.
     alpha : array
         Weight of the metric across <g>, positive.
 
     Returns
     -------
     array
-        The metric is definite for all eta below. Where <Hg>.<g> > 0 it is y.<g> / <Hg>.<g>, where <ybar>.<g> turns
-        negative; else it is where alpha stops being enough, infinite where it never does. It goes to 0 with
-        <Hg>.<g> from below, against the paper's "arbitrarily small". NaN as for `stochastic_weight`.
+        The metric is definite for all smaller eta. If <Hg>.<g> > 0, the bound is y.<g> / <Hg>.<g>, at which
+        <ybar>.<g> becomes negative. Otherwise it is the eta at which alpha is no longer sufficient, or infinity. It
+        goes to 0 with <Hg>.<g> from below, against the paper's "arbitrarily small". NaN as in `stochastic_weight`.
     """
     weight = np.asarray(alpha, dtype=np.float64)
     slope = curvature.alignment
@@ -186,7 +190,7 @@ def stochastic_learning_rate_bound(
 
 
 def _stochastic_deviation(pair: Pair, curvature: Pair, across_product: ArrayLike) -> Array:
-    """Squared norm of (n.g) y - (y.g) n, which lies across g."""
+    """Return the squared norm of (n.g) y - (y.g) n, which lies across g."""
     one, other = curvature.alignment, pair.alignment
     mixed = 2.0 * one * other * np.asarray(across_product, dtype=np.float64)
     return np.maximum(one**2 * pair.across_square - mixed + other**2 * curvature.across_square, 0.0)

@@ -12,16 +12,16 @@ lengths and on the angle psi between them::
            +--------+------> g
              along
 
-A pair is kept as g.g, y.g and across^2, each of any leading shape. The component of y across g comes from the
-ledger's residual and not from a difference of large numbers, so psi is exact near 0 and pi as well, where an
-arccos knows nothing below 1e-8 rad. Everything here is a formula in these numbers; what is undefined is NaN.
+A pair is stored as g.g, y.g and across^2, each of any leading shape. The component of y across g comes from the
+ledger's residual and not from a difference of large numbers. psi is therefore exact also near 0 and pi, where an
+arccos loses all digits below 1e-8 rad. All functions are formulas in these numbers; undefined values are NaN.
 
-Only NumPy is needed, and nothing here grows with the number of parameters.
+Only NumPy is needed, and no cost depends on the number of parameters.
 
 References
 ----------
 Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's. Where
-the paper slips the docstring says so.
+the paper is wrong, the docstring says so.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ LEDGER_ERROR = 1e-14
 
 
 def safe_divide(numerator: Array, denominator: Array) -> Array:
-    """Quotient, 0 where the denominator is 0: no component along a vector that is none."""
+    """Divide, returning 0 where the denominator is 0 (projection onto a zero vector)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(denominator == 0, 0.0, numerator / denominator)
 
@@ -98,7 +98,7 @@ class Pair:
     size: NDArray[np.int64]
 
     def __getitem__(self, index: Any) -> Pair:
-        """Pair of some of the rows, or of another shape, by NumPy's indexing."""
+        """Select or reshape pairs by NumPy's indexing."""
         return Pair(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
@@ -135,7 +135,7 @@ def pair(
     *,
     half: str | None = None,
 ) -> Pair:
-    """Pair of each update of a Gram ledger.
+    """Compute the pair of each update of a Gram ledger.
 
     Parameters
     ----------
@@ -144,13 +144,13 @@ def pair(
     vectors : sequence of str
         Names of the vectors: ``displacement``, ``gradient`` and ``residual`` are needed.
     learning_rate : array, broadcasts to shape (...)
-        eta of eq. (2), times the number of updates where a row spans several: g is then their mean. Where it is
-        not positive g is NaN.
+        eta of eq. (2), times the number of updates between the two states: g is then their mean. If it is not
+        positive, g is NaN.
     size : int array, broadcasts to shape (...)
         Dimension D.
     half : str, optional
         Vector of which one half is added to the gradient: ``gradient_change`` gives the mean of the gradients at
-        both ends, ``hvp`` eq. (16). `across_floor` is what the ledger knows of its part across g.
+        both ends, ``hvp`` eq. (16). `across_floor` bounds the error of its component across g.
 
     Notes
     -----
@@ -176,28 +176,29 @@ def pair(
             residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
             residual_along = residual_along + product(half, "displacement") / 2.0
         across = residual_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
-        # On a line there is no across: what is left there is rounding. (0 x NaN stays NaN.) Adding zero makes a
-        # negative zero positive: of that the angle of -g would be -pi.
+        # On a line there is no component across g, only rounding. (0 x NaN stays NaN.) Adding zero makes a negative
+        # zero positive: with it the angle of -g would be -pi.
         across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0)) + 0.0
         return Pair(displacement_square / rate**2, descent / rate, across, dimension)
 
 
 def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
-    """Largest error of the component of y across g that a ledger leaves, where half a vector v was added.
+    """Return the largest error of the component of y across g in a ledger, if half a vector v was added.
 
-    The residual r is nearly across g, so nothing cancels in its products. v is not: of a v nearly along g the part
-    across g is a difference of entries, each off by 1e-14 of |v|^2, which makes ``4e-14 (|r| + |v| / 2)^2`` in
-    across^2. The root is off by e = 2e-7 (|r| + |v| / 2) at most, and by e^2 / across where that is less.
+    The residual r is nearly across g, so its products do not cancel. v is not: if v is nearly along g, its
+    component across g is a difference of entries, each off by 1e-14 of |v|^2, which makes ``4e-14 (|r| + |v| /
+    2)^2`` in across^2. The root is off by at most e = 2e-7 (|r| + |v| / 2), and by at most e^2 / across if that is
+    less.
 
-    With rho = (|r| + |v| / 2) / |y| the angle is so as good as the gradient's, 1e-13, where sin psi >= 0.4 rho^2,
-    and to 2e-7 rho below. Of a small learning rate rho is small as well. More is not to be had from this ledger.
+    With rho = (|r| + |v| / 2) / |y|, the angle is thus as good as the gradient's, 1e-13, if sin psi >= 0.4 rho^2,
+    and good to 2e-7 rho below. rho shrinks with the learning rate. The ledger carries no further precision.
 
     Parameters
     ----------
     gram, vectors, half
-        As for `pair`.
+        See `pair`.
     pair : Pair
-        What `pair` made of them.
+        The result of `pair`.
 
     Returns
     -------
@@ -213,15 +214,15 @@ def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair)
 
 
 def direct_sum(parts: Sequence[Pair]) -> Pair:
-    """Pair of stacked vectors, for example the model from its tensors.
+    """Return the pair of stacked vectors, for example of the model from its tensors.
 
-    With r_k = y_k.g_k / g_k.g_k and r the same of the sum, the component of y across g has the square
-    ``sum across_k^2 + (r_k - r)^2 g_k.g_k``: terms of one sign, so nothing cancels.
+    With r_k = y_k.g_k / g_k.g_k, and r the same ratio of the sums, the component of y across g has the square
+    ``sum across_k^2 + (r_k - r)^2 g_k.g_k``: all terms have one sign, so they do not cancel.
 
     Parameters
     ----------
     parts : sequence of Pair, of one shape
-        Added in their order.
+        Added in this order.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         square = _sum([part.update_square for part in parts])
@@ -232,7 +233,7 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
 
 
 def scaled(pair: Pair, factor: ArrayLike) -> Pair:
-    """Pair of y and a positive multiple of g: the same displacement, per another learning rate.
+    """Return the pair of y and a positive multiple of g: the same displacement, per another learning rate.
 
     Parameters
     ----------
@@ -246,21 +247,21 @@ def scaled(pair: Pair, factor: ArrayLike) -> Pair:
 
 
 def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:
-    """Pair of the parameters extended by time, v = (theta, t), for a loss that changes with it (section 2.1).
+    """Return the pair of the parameters extended by time, v = (theta, t), for a loss that changes with it.
 
-    y has one element more, -dL/dt at a theta that rests, and g the element 1. So y.g is the rate at which the loss
-    falls along the update, and not only the part of it that the update has brought about.
+    y gets the further element -dL/dt at constant theta, and g the element 1 (section 2.1). y.g is then the rate at
+    which the loss falls along the update, and not only the part of it that the update causes.
 
     Parameters
     ----------
     pair : Pair
-        Of the whole model.
+        Pair of the model.
     loss_time_derivative : array, of the shape of the pair
         dL/dt, in a unit of time in which an update takes the learning rate eta.
 
     Notes
     -----
-    The paper prints (dL/dv)' theta' for (dL/dv)' v', which has the element of time.
+    The paper prints (dL/dv)' theta' for (dL/dv)' v', which includes time.
     """
     slope = np.asarray(loss_time_derivative, dtype=np.float64)
     one = np.ones_like(slope)
@@ -275,50 +276,50 @@ def _sum(terms: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def window(pair: Pair, m: int) -> Pair:
-    """Pair of each window of m consecutive rows, for the averaged loss (eq. 3 and below).
+    """Return the pair of each window of m consecutive updates, for the averaged loss (eq. 3 and below).
 
-    The state of a window is (theta_t, .., theta_{t+m-1}), its loss the mean of theirs, so y has the blocks
-    y_i / m and g the blocks g_i. This is *not* the mean gradient at theta_t, which does not descend L_avg in
-    general, though the paper argues "without loss of generality".
+    The state of a window is (theta_t, .., theta_{t+m-1}) and its loss is the mean of their losses, so y has the
+    blocks y_i / m and g the blocks g_i. This is *not* the mean gradient at theta_t, which does not descend L_avg in
+    general, although the paper argues "without loss of generality".
 
     Parameters
     ----------
-    pair : Pair, shape (rows, ...)
+    pair : Pair, shape (updates, ...)
     m : int
         1 or more.
 
     Returns
     -------
-    Pair, shape (rows - m + 1, ...)
+    Pair, shape (updates - m + 1, ...)
     """
-    rows = pair.alignment.shape[0] - m + 1
-    whole = direct_sum([pair[start : start + rows] for start in range(m)])
-    return Pair(whole.update_square, whole.alignment / m, whole.across_square / m**2, whole.size)
+    windows = pair.alignment.shape[0] - m + 1
+    stacked = direct_sum([pair[start : start + windows] for start in range(m)])
+    return Pair(stacked.update_square, stacked.alignment / m, stacked.across_square / m**2, stacked.size)
 
 
 # The angle ---------------------------------------------------------------------------------------------------
 
 
 def angle(pair: Pair) -> Array:
-    """Angle psi between y and g, in radian, from 0 to pi; NaN where either is zero.
+    """Return the angle psi between y and g, in radian, from 0 to pi; NaN if either is zero.
 
-    The paper's psi lies in (-pi/2, pi/2), but its sign means nothing; beyond pi/2 the update is not effective.
+    The paper's psi lies in (-pi/2, pi/2), but its sign has no meaning. Beyond pi/2 the update is not effective.
     """
     defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
     return np.where(defined, np.arctan2(pair.across, pair.along), np.nan)
 
 
 def cosine(pair: Pair) -> Array:
-    """Cosine of psi; NaN where either vector is zero."""
+    """Return the cosine of psi; NaN if either vector is zero."""
     defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
     return np.where(defined, safe_divide(pair.along, pair.gradient_norm), np.nan)
 
 
 def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, roundoff: ArrayLike) -> Array:
-    """Largest norm of the rounding error of a displacement, from the dtype in which parameters are stored.
+    """Return the largest norm of the rounding error of a displacement, by the dtype of the stored parameters.
 
-    Both states are rounded to within u |theta_i| element by element, so their difference d is off by no more
-    than u (|theta_t| + |theta_{t+1}|) <= u (2 |theta_t| + |d|).
+    Each element of both states is rounded to within u |theta_i|, so their difference d is off by at most
+    u (|theta_t| + |theta_{t+1}|) <= u (2 |theta_t| + |d|).
 
     Parameters
     ----------
@@ -331,9 +332,9 @@ def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, 
 
 
 def angle_uncertainty(pair: Pair, update_floor: ArrayLike, gradient_floor: ArrayLike) -> Array:
-    """Largest change of psi by errors of y and g of given norms, in radian.
+    """Return the largest change of psi, in radian, by errors of y and g.
 
-    An error of norm e turns a vector v by asin(e / |v|) at most, and by anything up to pi where e >= |v|.
+    An error of norm e turns a vector v by at most asin(e / |v|), or by up to pi if e >= |v|.
 
     Parameters
     ----------
@@ -355,12 +356,12 @@ def _largest_turn(error: ArrayLike, norm: Array) -> Array:
 
 
 def where_effective(pair: Pair, value: Array) -> Array:
-    """Keep the value where a metric exists, y.g > 0."""
+    """Return the value where a metric exists, y.g > 0, and NaN elsewhere."""
     return np.where(pair.alignment > 0, value, np.nan)
 
 
 def condition_number(pair: Pair) -> Array:
-    """Smallest condition number of any metric M with M g = y; NaN where y.g <= 0.
+    """Return the smallest condition number of any metric M with M g = y; NaN where y.g <= 0.
 
     kappa = ((1 + |sin psi|) / |cos psi|)^2, the paper's (1 + |sin psi|) / (1 - |sin psi|) (below eq. 9, Prop. 1)
     in a form that does not cancel near pi/2.
@@ -369,18 +370,18 @@ def condition_number(pair: Pair) -> Array:
 
 
 def similarity(pair: Pair) -> Array:
-    """Similarity of update and steepest descent, 1 / kappa in (0, 1]; NaN where y.g <= 0."""
+    """Return the similarity of update and steepest descent, 1 / kappa in (0, 1]; NaN where y.g <= 0."""
     return where_effective(pair, safe_divide(pair.along, pair.gradient_norm + pair.across) ** 2)
 
 
 def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
-    """Eigenvalues of the metric of smallest condition number, eq. (9); NaN where y.g <= 0.
+    """Return the eigenvalues of the metric of smallest condition number, eq. (9); NaN where y.g <= 0.
 
     Returns
     -------
     maximum, middle, minimum
-        Of multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN where D <= 2; where D = 1 the
-        other two are the one eigenvalue y / g.
+        With multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1, the other two
+        are the one eigenvalue y / g.
 
     Notes
     -----
@@ -392,9 +393,9 @@ def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
 
 
 def multiplicities(size: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Multiplicities of the largest, middle and smallest eigenvalue of a metric of the family (22).
+    """Return the multiplicities of the largest, middle and smallest eigenvalue of a metric of the family (22).
 
-    Lemma 1 has 1, D - 2, 1, which is not meant for D = 1: there M = y / g has one eigenvalue, the largest.
+    Lemma 1 has 1, D - 2, 1, which does not apply to D = 1: there M = y / g has one eigenvalue, the largest.
 
     Examples
     --------
@@ -406,18 +407,18 @@ def multiplicities(size: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def eigenvalue_bounds(pair: Pair) -> tuple[Array, Array]:
-    """Bounds that the spectrum of *every* metric M with M g = y obeys; NaN where y.g <= 0.
+    """Return bounds of the spectrum of *every* metric M with M g = y; NaN where y.g <= 0.
 
     Returns
     -------
     infimum : array
-        Of the largest eigenvalue, |y| / (|g| cos psi) (Prop. 3).
+        Infimum of the largest eigenvalue, |y| / (|g| cos psi) (Prop. 3).
     supremum : array
-        Of the smallest eigenvalue, |y| cos psi / |g| (Prop. 2).
+        Supremum of the smallest eigenvalue, |y| cos psi / |g| (Prop. 2).
 
     Notes
     -----
-    The paper has strict inequalities; they are equalities where y is parallel to g, and where D = 1.
+    The paper has strict inequalities; they are equalities if y is parallel to g, and if D = 1.
     """
     infimum = safe_divide(pair.gradient_norm**2, pair.alignment)
     return where_effective(pair, infimum), where_effective(pair, pair.ratio)
@@ -427,16 +428,16 @@ def eigenvalue_bounds(pair: Pair) -> tuple[Array, Array]:
 
 
 def _family_sum(pair: Pair, gamma: Array) -> Array:
-    """1 + gamma + sqrt((1 + gamma)^2 - 4 gamma cos^2 psi), gamma on a last axis of its own.
+    """Return 1 + gamma + sqrt((1 + gamma)^2 - 4 gamma cos^2 psi), gammas on a new last axis.
 
-    The root is that of (1 - gamma)^2 + 4 gamma sin^2 psi, which does not cancel.
+    The root is computed from (1 - gamma)^2 + 4 gamma sin^2 psi, which does not cancel.
     """
     sine = safe_divide(pair.across, pair.gradient_norm)[..., None]
     return 1.0 + gamma + np.hypot(1.0 - gamma, 2.0 * np.sqrt(gamma) * sine)
 
 
 def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Array]:
-    """Eigenvalues of the metrics of the one-parameter family (eq. 22, Lemma 1); NaN where y.g <= 0.
+    """Return the eigenvalues of the one-parameter family (eq. 22, Lemma 1); NaN where y.g <= 0.
 
     Parameters
     ----------
@@ -447,8 +448,8 @@ def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Arra
     Returns
     -------
     maximum, middle, minimum : arrays, shape (..., gammas)
-        Of multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN where D <= 2; where D = 1 the
-        other two are the one eigenvalue y / g, whatever gamma.
+        With multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1, the other two
+        are the one eigenvalue y / g, for every gamma.
     """
     weight = np.asarray(gamma, dtype=np.float64)
     total = _family_sum(pair, weight)
@@ -463,9 +464,9 @@ def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Arra
 
 
 def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
-    """Condition number over the one-parameter family (appendix A); NaN where y.g <= 0.
+    """Return the condition number over the one-parameter family (appendix A); NaN where y.g <= 0.
 
-    Smallest at gamma = 1, where it is `condition_number`.
+    It is smallest at gamma = 1, where it is `condition_number`.
 
     Parameters
     ----------
@@ -483,12 +484,12 @@ def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
 
 
 def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
-    """Asymptotes of the largest and smallest eigenvalue of the family, which they approach but never cross.
+    """Return the asymptotes of the largest and smallest eigenvalue of the family.
 
     The largest lies above ``max(1, gamma)`` times the infimum of Prop. 3, the smallest below ``min(1, gamma)``
-    times the supremum of Prop. 2. Both touch these lines as gamma -> 0 and as gamma -> infinity, where the
-    condition number is so ``max(gamma, 1 / gamma) / cos^2 psi``, and are farthest from them, each by a factor of
-    1 + |sin psi|, at gamma = 1: the optimum.
+    times the supremum of Prop. 2. Both approach these lines as gamma -> 0 and as gamma -> infinity, where the
+    condition number becomes ``max(gamma, 1 / gamma) / cos^2 psi``. Both are farthest from them, by a factor of 1 +
+    |sin psi|, at the optimum gamma = 1.
 
     Parameters
     ----------
@@ -508,9 +509,9 @@ def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
 
 
 def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
-    """Logarithm of the determinant over the one-parameter family; NaN where y.g <= 0.
+    """Return the logarithm of the determinant over the one-parameter family; NaN where y.g <= 0.
 
-    A metric is y.g / g.g along g and, by block elimination, alpha = gamma |y|^2 / y.g on all that is across:
+    By block elimination, a metric is y.g / g.g along g and alpha = gamma |y|^2 / y.g across it:
     ``log(y.g / g.g) + (D - 1) log(alpha)``.
 
     Parameters
@@ -534,18 +535,17 @@ def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
 def status(
     pair: Pair, learning_rate: ArrayLike, finite: ArrayLike = True, verifiable: ArrayLike = True
 ) -> NDArray[np.int8]:
-    """Say why a metric exists or not, as values of `natgrad.schema.variables.Status`.
+    """Return why a metric exists or not, as values of `natgrad.schema.variables.Status`.
 
     Parameters
     ----------
     pair : Pair
     learning_rate : array
-        eta; not positive or NaN where it is not known.
+        eta; NaN or not positive if it is not known.
     finite : bool array
-        False where the parameters or gradients are not finite.
+        False if the parameters or gradients are not finite.
     verifiable : bool array
-        False where the data cannot carry the statement: an update below its own rounding, a discrete gradient
-        without a loss.
+        False if the data do not suffice: an update below its own rounding, a discrete gradient without a loss.
     """
     known = np.asarray(learning_rate, dtype=np.float64) > 0
     computed = np.isfinite(pair.update_square) & np.isfinite(pair.alignment) & np.isfinite(pair.across_square)

@@ -1,15 +1,15 @@
 """Metrics of real vectors: the matrices M with M g = y as SciPy operators.
 
-`natgrad.theory.geometry` knows a metric by its numbers; here it acts on vectors. Every metric is, by one step of
-block elimination along g, the paper's canonical form (eqs. 6, 8, 14)::
+`natgrad.theory.geometry` describes a metric by its numbers; an operator of this module acts on vectors. By one step
+of block elimination along g, every metric has the paper's canonical form (eqs. 6, 8, 14)::
 
-    M = y y' / y.g + B,    B g = 0,  B positive definite on what is across g,
+    M = y y' / y.g + B,    B g = 0,  B positive definite across g,
 
-so M is a small block on span(g, y, u_1, .., u_k) and a scalar beside it. M v, M^-1 v and M^(1/2) v cost O(D k) time
-and memory, and no D x D array is formed unless it is asked for.
+so M is a small block on span(g, y, u_1, .., u_k) and a scalar on its complement. M v, M^-1 v and M^(1/2) v cost O(D
+k) time and memory. No D x D array is formed, except by `Metric.to_dense`.
 
-For many steps at once the numbers of the metrics (spectra, condition numbers, determinants, bounds) are
-`geometry`'s, of `pair_of` the stacked vectors; operators are one per step.
+The numbers of the metrics of many steps at once (spectra, condition numbers, determinants, bounds) are functions of
+`geometry`, applied to `pair_of` the stacked vectors. An operator belongs to one step.
 
 References
 ----------
@@ -40,7 +40,7 @@ _UNIT = 2.0**-53
 
 
 def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
-    """Pair of negative gradients and updates given as vectors, one for each leading index.
+    """Compute the pairs of negative gradients and updates that are vectors, one for each leading index.
 
     Parameters
     ----------
@@ -50,18 +50,18 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
     Returns
     -------
     Pair, shape (...)
-        NaN where a squared length leaves the range of normal float64: its status is then ``non_finite``.
+        NaN if a squared length leaves the range of normal float64: its status is then ``non_finite``.
 
     Raises
     ------
     InputError
-        Where the shapes differ or there are no elements.
+        If the shapes differ or there are no elements.
     """
     y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
     if y.shape != g.shape or not y.ndim or not y.shape[-1]:
         raise InputError(
-            f"y of shape {y.shape} and g of shape {g.shape} are no pair",
-            remedy="give two arrays of one shape, elements on the last axis",
+            f"y of shape {y.shape} and g of shape {g.shape} are not a pair",
+            remedy="pass two arrays of one shape, with elements on the last axis",
         )
     size = np.full(y.shape[:-1], y.shape[-1])
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -73,7 +73,7 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
 
 
 def _across(y: Array, g: Array) -> Array:
-    """Component of y across g. Subtracted twice, it is so to the rounding of itself, not of y."""
+    """Return the component of y across g. Subtracting twice leaves its own rounding error, not that of y."""
     if y.shape[-1] == 1:
         return 0.0 * y
     for _ in range(2):
@@ -82,20 +82,20 @@ def _across(y: Array, g: Array) -> Array:
 
 
 def _inexact(vector: Array, square: Array) -> NDArray[np.bool_]:
-    """Where the terms of a squared length are lost below or above the range of float64."""
+    """Return True where terms of a squared length are lost below or above the range of float64."""
     return (square < np.finfo(np.float64).tiny / _UNIT) & vector.any(axis=-1) | ~np.isfinite(square)
 
 
 def effective_pair(y: Array, g: Array) -> Pair:
-    """Numbers of an effective update; one that has no metric is refused (InputError)."""
+    """Return the pair of an effective update; raise InputError if no metric exists."""
     pair = pair_of(y, g)
     status = Status(int(geometry.status(pair, 1.0)))
     if status is not Status.EFFECTIVE:
         raise InputError(
             f"no metric maps g to y: the update is {status.name.lower()}",
             where=f"|g|^2 = {pair.update_square:.4g}, y.g = {pair.alignment:.4g}, D = {pair.size}",
-            why="a symmetric positive definite M with M g = y exists exactly where y.g > 0",
-            remedy="give the negative gradient, and vectors that are finite, not zero, and of ordinary scale",
+            why="a symmetric positive definite M with M g = y exists exactly if y.g > 0",
+            remedy="pass the negative gradient, and vectors that are finite, not zero, and of ordinary scale",
         )
     return pair
 
@@ -104,20 +104,20 @@ def effective_pair(y: Array, g: Array) -> Pair:
 
 
 class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
-    """Metric M with M g = y: ``y y' / y.g + alpha (I - g g' / g.g) + sum_i w_i u_i u_i'`` (eqs. 6, 8, 14, 22).
+    """The metric M with M g = y: ``y y' / y.g + alpha (I - g g' / g.g) + sum_i w_i u_i u_i'`` (eqs. 6, 8, 14, 22).
 
     Parameters
     ----------
     y, g : array, shape (D,)
         Negative (discrete) gradient and update, y.g > 0.
     gamma, alpha : float, optional
-        Weight across g, of which one may be given: alpha itself (eq. 8), or gamma = alpha y.g / y.y (eq. 22).
-        Without either, and without directions, gamma is 1: the metric of smallest condition number. With
-        directions alone alpha is 0: eq. (6), whose directions must span all that is across g.
+        Weight across g: either alpha itself (eq. 8), or gamma = alpha y.g / y.y (eq. 22). Default: gamma is 1, the
+        metric of smallest condition number. With directions the default is alpha = 0, eq. (6), whose directions
+        must span the complement of g.
     directions : array, shape (D, k), optional
         Columns u_i orthogonal to g.
     weights : array, shape (k,), optional
-        w_i; they may be negative where M stays positive definite. 1 where not given.
+        w_i; they may be negative if M stays positive definite. Default: 1.
 
     Attributes
     ----------
@@ -127,13 +127,13 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     Raises
     ------
     InputError
-        Where no metric maps g to y (`geometry.status` says why), a direction is not orthogonal to g to rounding,
-        or M would not be positive definite.
+        If no metric maps g to y (`geometry.status` says why), a direction is not orthogonal to g to rounding, or M
+        would not be positive definite.
 
     Notes
     -----
-    A `scipy.sparse.linalg.LinearOperator`: ``metric @ x``, ``metric + eta * H``, and what else takes one. x is a
-    vector (D,) or has vectors as its columns (D, n).
+    It is a `scipy.sparse.linalg.LinearOperator`: use ``metric @ x``, ``metric + eta * H``, and functions that take
+    one. x is a vector (D,) or has vectors as its columns (D, n).
 
     Examples
     --------
@@ -155,9 +155,11 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     ) -> None:
         y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
         if y.ndim != 1:
-            raise InputError(f"a metric is of two vectors, not of shape {y.shape}", remedy="make one for each step")
+            raise InputError(
+                f"a metric belongs to two vectors, not to shape {y.shape}", remedy="make one for each step"
+            )
         if gamma is not None and alpha is not None:
-            raise InputError(f"gamma = {gamma} and alpha = {alpha} both say the weight", remedy="give one of them")
+            raise InputError(f"gamma = {gamma} and alpha = {alpha} are both the weight", remedy="pass one of them")
         self.pair = effective_pair(y, g)
         optimum = float(geometry.eigenvalue_bounds(self.pair)[0])
         if alpha is None:
@@ -182,7 +184,7 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
                 f"the metric would not be positive definite: its smallest weight across g is {least:.4g}",
                 where=f"alpha = {self.alpha:.4g}, D = {size}",
                 why="alpha is not positive, a weight is too negative, or the directions span too little",
-                remedy="give a greater alpha, or directions that span all that is across g",
+                remedy="pass a greater alpha, or directions that span the complement of g",
             )
 
     def _matvec(self, x: Array) -> Array:
@@ -196,29 +198,29 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     _transpose = _adjoint
 
     def solve(self, x: ArrayLike) -> Array:
-        """M^-1 x; the update is ``theta + eta * metric.solve(y)`` (eqs. 4, 15, 18, 20)."""
+        """Return M^-1 x; the update is ``theta + eta * metric.solve(y)`` (eqs. 4, 15, 18, 20)."""
         return self._act(x, self._backward, self._beside_inverse)
 
     @property
     def inverse(self) -> LinearOperator:
-        """M^-1 as an operator, for example as the preconditioner of `scipy.sparse.linalg.cg`."""
+        """M^-1 as an operator, for example the preconditioner of `scipy.sparse.linalg.cg`."""
         act = self.solve
         return LinearOperator(self.shape, matvec=act, rmatvec=act, matmat=act, rmatmat=act, dtype=np.float64)
 
     def sqrt(self, x: ArrayLike) -> Array:
-        """M^(1/2) x with the symmetric root: it maps the unit ball of M to that of Euclid (Figure 1)."""
+        """Return M^(1/2) x with the symmetric root, which maps the unit ball of M to the Euclidean (Figure 1)."""
         root = _root(self._factor)
         return self._act(x, lambda c: root @ c, np.sqrt(self.alpha))
 
     def inv_sqrt(self, x: ArrayLike) -> Array:
-        """M^(-1/2) x, which maps the Euclidean unit ball to that of M, v' M v = 1 (Figure 1)."""
+        """Return M^(-1/2) x, which maps the Euclidean unit ball to that of M, v' M v = 1 (Figure 1)."""
         inverse = np.eye(self._basis.shape[1])
         inverse[1:, 0] = -self._slope
         root = _root((inverse / np.sqrt([[self._pivot], *self._weights[:, None]])).T)
         return self._act(x, lambda c: root @ c, np.sqrt(self._beside_inverse))
 
     def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
-        """Eigenvalues, descending, and how often each occurs; in the one-parameter family those of Lemma 1.
+        """Return the eigenvalues, descending, and their multiplicities; in the family those of Lemma 1.
 
         Returns
         -------
@@ -237,20 +239,20 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         return values[order], counts[order]
 
     def condition_number(self) -> float:
-        """Largest over smallest eigenvalue; `geometry.condition_number` of the pair is the least possible."""
+        """Return the condition number; `geometry.condition_number` of the pair is the least possible."""
         if self._gamma is not None:
             return float(geometry.family_condition_number(self.pair, [self._gamma])[0])
         values, _ = self.eigenvalues()
         return float(values[0] / values[-1])
 
     def logdet(self) -> float:
-        """Logarithm of the determinant."""
+        """Return the logarithm of the determinant."""
         beside = self.shape[0] - len(self._weights) - 1
         logarithms = np.log([self._pivot, *self._weights])
         return float(logarithms.sum() + (beside * np.log(self.alpha) if beside else 0.0))
 
     def to_dense(self) -> Array:
-        """D x D array, symmetric to the last bit."""
+        """Return a D x D array, symmetric to the last bit."""
         block = self._factor @ self._factor.T - self.alpha * np.eye(self._basis.shape[1])
         dense = self.alpha * np.eye(self.shape[0]) + self._basis @ block @ self._basis.T
         return np.asarray((dense + dense.T) / 2.0)
@@ -262,7 +264,7 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
             raise InputError(
                 f"a metric of D = {self.shape[0]} does not act on shape {x.shape}",
-                remedy="give a vector of D elements, or vectors as the columns of an array",
+                remedy="pass a vector of D elements, or vectors as the columns of an array",
             )
         inside = self._basis.T @ x
         return np.asarray(beside * (x - self._basis @ inside) + self._basis @ block(inside))
@@ -283,22 +285,22 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
 
     @property
     def _beside_inverse(self) -> float:
-        # Without alpha the directions span everything, and nothing is beside them.
+        # Without alpha the directions span everything: they have no complement.
         return 1.0 / self.alpha if self.alpha else 0.0
 
 
 def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike | None) -> tuple[Array, Array]:
-    """Orthonormal basis in which sum_i w_i u_i u_i' is diagonal, shape (D, rank), and its diagonal."""
+    """Return an orthonormal basis in which sum_i w_i u_i u_i' is diagonal, shape (D, rank), and the diagonal."""
     size = len(unit)
     columns = np.zeros((size, 0)) if directions is None else np.asarray(directions, dtype=np.float64)
     if columns.ndim != 2 or len(columns) != size or not np.isfinite(columns).all():
-        raise InputError(f"directions of shape {columns.shape}", remedy=f"give finite columns, shape ({size}, k)")
+        raise InputError(f"directions of shape {columns.shape}", remedy=f"pass finite columns, shape ({size}, k)")
     if weights is not None and np.shape(weights) != columns.shape[1:]:
         raise InputError(
-            f"{np.shape(weights)} weights of {columns.shape[1]} directions", remedy="give one for each"
+            f"{np.shape(weights)} weights of {columns.shape[1]} directions", remedy="pass one for each"
         )
     along, lengths = unit @ columns, np.linalg.norm(columns, axis=0)
-    # An inner product of D terms, and the two roundings of whoever made the columns orthogonal.
+    # An inner product of D terms, and the two roundings by which the columns were made orthogonal.
     slipped = np.abs(along) > 2 * (size + 2) * _UNIT * lengths
     if slipped.any():
         worst = int(np.argmax(np.abs(along) / np.where(lengths > 0, lengths, 1.0)))
@@ -310,7 +312,7 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
     signed = np.ones(columns.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     # The weights go into the columns, so that a short direction of great weight is not lost beside a long one.
     columns = columns * np.sqrt(np.abs(signed))
-    # Reflected so that g is the first axis, which is left out: the weakest directions stay across g as well.
+    # Reflected so that g is the first axis, which is left out: also the weakest directions stay across g.
     rows, lengths, mixing = np.linalg.svd(_reflected(unit, columns)[1:], full_matrices=False)
     kept = lengths > 2 * max(columns.shape) * _UNIT * lengths.max(initial=0.0)
     rows, lengths, mixing = rows[:, kept], lengths[kept], mixing[kept]
@@ -323,14 +325,14 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
 
 
 def _reflected(unit: Array, x: Array) -> Array:
-    """Householder reflection that exchanges a unit vector with the first axis, up to sign."""
+    """Reflect so that a unit vector and the first axis are exchanged, up to sign (Householder)."""
     normal = unit.copy()
     normal[0] += np.copysign(1.0, unit[0])
     return x - np.outer(normal, (2.0 / (normal @ normal)) * (normal @ x))
 
 
 def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[Array, Array]:
-    """Add the direction of y across g to the basis, where it is not in it, with nothing on the diagonal."""
+    """Add the direction of y across g to the basis, unless it is in it, with 0 on the diagonal."""
     rest = across - basis @ (basis.T @ across)
     length = np.linalg.norm(rest)
     if basis.shape[1] == len(unit) - 1 or length <= 2 * len(unit) * _UNIT * np.linalg.norm(across):
@@ -338,12 +340,12 @@ def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[
     rest = rest / length
     rest = rest - basis @ (basis.T @ rest) - unit * (unit @ rest)
     length = np.linalg.norm(rest)
-    # What nearly vanishes now was rounding alone: y is parallel to g.
+    # If it nearly vanishes now, it was only rounding: y is parallel to g.
     return (np.column_stack([basis, rest / length]), np.append(added, 0.0)) if length > 0.5 else (basis, added)
 
 
 def _root(factor: Array) -> Array:
-    """Symmetric square root of F F', for a triangular factor F."""
+    """Return the symmetric square root of F F', for a triangular factor F."""
     if len(factor) != 2:
         vectors, lengths, _ = np.linalg.svd(factor)
         return np.asarray((vectors * lengths) @ vectors.T)
@@ -358,7 +360,7 @@ def _root(factor: Array) -> Array:
 def stochastic_metric(
     y: ArrayLike, g: ArrayLike, curvature: ArrayLike, learning_rate: float, *, alpha: float | None = None
 ) -> Metric:
-    """Metric of a stochastic rule, Mbar + eta <Hg> <Hg>' / <Hg>.<g> (eq. 19): it maps <g> to y.
+    """Return the metric of a stochastic rule, Mbar + eta <Hg> <Hg>' / <Hg>.<g> (eq. 19): it maps <g> to y.
 
     Parameters
     ----------
@@ -371,14 +373,18 @@ def stochastic_metric(
     learning_rate : float
         eta.
     alpha : float, optional
-        Weight across <g>; that of the best conditioned Mbar where not given.
+        Weight across <g>. Default: that of the best conditioned Mbar.
+
+    Returns
+    -------
+    Metric
 
     Raises
     ------
     InputError
-        Where eq. (19) is not defined or not positive definite, with the alpha that would do
-        (`discrete_time.stochastic_weight`), or no metric maps <g> to y. `Metric` of y and <g> then still exists
-        wherever y.<g> > 0.
+        If eq. (19) is not defined or not positive definite, with the alpha that is needed
+        (`discrete_time.stochastic_weight`), or no metric maps <g> to y. `Metric` of y and <g> exists nevertheless
+        if y.<g> > 0.
 
     Notes
     -----
@@ -396,10 +402,10 @@ def stochastic_metric(
         raise InputError(
             f"the metric (19) is not positive definite with alpha = {alpha}",
             where=f"<Hg>.<g> = {mean.alignment:.4g}, <ybar>.<g> = {remaining:.4g}, eta = {learning_rate:.4g}",
-            why="where <Hg>.<g> is negative the term of the curvature is subtracted; where it is 0 there is none",
-            remedy=f"give an alpha above {needed:.4g}" if needed < np.inf else "take Metric(y, g): it exists",
+            why="if <Hg>.<g> is negative, the term of the curvature is subtracted; if it is 0, there is none",
+            remedy=f"pass an alpha above {needed:.4g}" if needed < np.inf else "use Metric(y, g), which exists",
         )
-    # What is added to y y' / y.<g> has the one direction that does not depend on eta.
+    # The term added to y y' / y.<g> has one direction, which does not depend on eta.
     parts = mean.alignment * y, pair.alignment * curvature
     direction = _across(parts[0] - parts[1], g)
     if np.linalg.norm(direction) <= eigenvalue_rounding(len(g)) * sum(map(np.linalg.norm, parts)):
@@ -409,24 +415,24 @@ def stochastic_metric(
 
 
 def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tuple[Array, Array]:
-    """Value and standard error of a function of means over replicates.
+    """Return the value and the standard error of a function of means over replicates.
 
     Parameters
     ----------
     statistic : callable
-        Takes the mean of each of the replicates' arrays, gives numbers of any shape: an angle, for example.
+        Takes the mean of each array, and returns numbers of any shape, for example an angle.
     *replicates : arrays, shape (R, ...)
-        Replicates first, R the same in all.
+        Replicates on the first axis; all arrays have the same R.
 
     Returns
     -------
     value, error : arrays
-        Of the means; and by leaving out one replicate after the other. The error is NaN for R = 1.
+        The value of the means, and its error by leaving out one replicate after the other, which is NaN for R = 1.
 
     Raises
     ------
     InputError
-        Where the arrays have not the same replicates, or none.
+        If the arrays differ in the number of replicates, or have none.
 
     References
     ----------
@@ -442,18 +448,18 @@ def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tu
     counts = {len(array) if array.ndim else 0 for array in arrays}
     if len(counts) != 1 or 0 in counts:
         raise InputError(
-            f"replicates of shapes {[array.shape for array in arrays]}", remedy="give arrays of the same R >= 1"
+            f"replicates of shapes {[array.shape for array in arrays]}", remedy="pass arrays of the same R >= 1"
         )
     value = np.asarray(statistic(*(array.mean(axis=0) for array in arrays)), dtype=np.float64)
     (count,) = counts
     if count == 1:
         return value, np.full_like(value, np.nan)
-    # Each mean is summed anew: taking a replicate out of the whole mean would cancel where the others agree.
+    # Each mean is summed anew: subtracting a replicate from the mean of all would cancel if the others agree.
     others = [~np.eye(count, dtype=bool)[left_out] for left_out in range(count)]
     values = np.stack([statistic(*(array[kept].mean(axis=0) for array in arrays)) for kept in others])
     return value, np.asarray(np.sqrt((count - 1) * values.var(axis=0)))
 
 
 def eigenvalue_rounding(size: int) -> float:
-    """Backward error of a symmetric eigenvalue, as of a product with D terms a row: D units in the last place."""
+    """Return the backward error of a symmetric eigenvalue, D units in the last place for D terms per row."""
     return 2.0 * size * _UNIT

@@ -1,8 +1,8 @@
-"""Condition of the metric that an adaptive optimizer uses, beside the smallest that its update needs (eq. 9).
+"""Condition numbers of the metrics that adaptive optimizers use, to be compared with the least possible (eq. 9).
 
-Adam moves by -eta m / (sqrt(v) + epsilon): the metric diag(sqrt(v) + epsilon) takes its update to the momentum m.
-Where m is not the gradient it is no metric of eq. (6) for the gradient; what it costs in conditioning is this all
-the same. Shampoo, PSGD and K-FAC have Kronecker products of factors in its place, SOAP a diagonal in another basis.
+Adam moves by -eta m / (sqrt(v) + epsilon): the metric diag(sqrt(v) + epsilon) maps its update to the momentum m. If
+m is not the gradient, this is not a metric of eq. (6) for the gradient, but its condition number is what the rule
+uses. Shampoo, PSGD and K-FAC use Kronecker products of factors, SOAP a diagonal in another basis.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Array = NDArray[np.float64]
 
 _UNIT = 2.0**-53
 ASYMMETRY = 0.1
-"""Largest part of a preconditioner that may be not symmetric, measured in itself. The eigenvalues of the symmetric
-part are off by the square of it, as a skew matrix moves no singular value to the first order."""
+"""Largest asymmetric part of a preconditioner, measured in its own metric. The eigenvalues of the symmetric part
+are off by the square of it, because a skew matrix does not move singular values to first order."""
 
 
 def adam_eigenvalues(
     smallest: ArrayLike, largest: ArrayLike, beta2: ArrayLike, epsilon: ArrayLike, updates: ArrayLike
 ) -> tuple[Array, Array]:
-    """Smallest and largest eigenvalue of the metric that Adam, with its correction of the bias, used in an update.
+    """Return the smallest and largest eigenvalue of the metric of Adam, with bias correction, in an update.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ def adam_eigenvalues(
         Elements of ``exp_avg_sq`` after the update, in squared loss per squared parameter.
     beta2, epsilon : array
     updates : array
-        Updates that ``exp_avg_sq`` has seen, this one included.
+        Number of updates in ``exp_avg_sq``, including this one.
 
     Returns
     -------
     tuple of arrays
-        In loss per parameter; NaN where one is not known, no update was made or an element is negative.
+        In loss per parameter; NaN if a value is not known, no update was made or an element is negative.
     """
     beta2, updates = np.asarray(beta2, np.float64), np.asarray(updates, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -60,24 +60,24 @@ def adam_eigenvalues(
 
 
 def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> Array:
-    """Return the symmetric part of a factor, of one that is symmetric as far as its writer's arithmetic goes.
+    """Return the symmetric part of a factor that is symmetric to the rounding of the program that wrote it.
 
     Parameters
     ----------
     factor : array, shape (n, n) or (n,)
         A matrix, or the diagonal of one.
     roundoff : float
-        Unit roundoff of the dtype that it was made in.
+        Unit roundoff of the dtype in which it was computed.
     definite : bool
-        It is a root of an inverse, which acts on the gradient as it is. The singular value decomposition that it
-        comes from gives two bases for the smallest singular values of the statistics, where it is largest; so what
-        is not symmetric is measured in itself, as |S^(-1/2) K S^(-1/2)| for F = S + K, and may be `ASYMMETRY`. Else
-        |F - F'| may be the rounding of n terms.
+        True if it is the root of an inverse, which acts on the gradient directly. The singular value decomposition
+        that it comes from gives two bases for the smallest singular values of the statistics, where the root is
+        largest. Its asymmetry is therefore measured as |S^(-1/2) K S^(-1/2)| for F = S + K, and may be `ASYMMETRY`.
+        Otherwise |F - F'| may be the rounding of n terms.
 
     Raises
     ------
     InputError
-        Where it is not finite, not symmetric, or, if it must be, not positive definite.
+        If it is not finite, not symmetric, or, with ``definite``, not positive definite.
     """
     factor = np.asarray(factor, np.float64)
     if not np.isfinite(factor).all():
@@ -97,7 +97,7 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
     if not values[0] > 2.0 * size * _UNIT * norm:
         why = "is zero: it was not computed yet" if not factor.any() else "is not positive definite"
         raise InputError(f"a factor {why}; its eigenvalues are {values[0]:.3g} to {values[-1]:.3g}")
-    # Two bounds of the norm, each dearer and sharper, and then the norm.
+    # Two bounds of the norm, each more expensive and sharper than the one before, and then the norm itself.
     part = float(np.linalg.norm(skew) / values[0])
     if part > ASYMMETRY:
         values, vectors = np.linalg.eigh(symmetric)
@@ -114,7 +114,7 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
 def factor_eigenvalues(
     factor: ArrayLike, *, exponent: float = 1.0, damping: float = 0.0, root: bool = False
 ) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of (F + damping)^exponent, or of (Q'Q + damping)^exponent for a root Q.
+    """Return the extreme eigenvalues of (F + damping)^exponent, or of (Q'Q + damping)^exponent for a root Q.
 
     Parameters
     ----------
@@ -126,11 +126,11 @@ def factor_eigenvalues(
     Raises
     ------
     InputError
-        Where it is not positive definite and the exponent is negative, or not finite.
+        If it is not finite, or not positive definite and the exponent is negative.
 
     Notes
     -----
-    By LAPACK in float64: an eigenvalue of F is off by at most some n 2^-53 of the largest.
+    Computed by LAPACK in float64: an eigenvalue of F is off by at most about n 2^-53 of the largest.
     """
     factor = np.asarray(factor, np.float64)
     if not np.isfinite(factor).all():
@@ -151,16 +151,16 @@ def factor_eigenvalues(
 
 
 def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least: float) -> tuple[float, float]:
-    """Damping of the two factors of K-FAC by their mean eigenvalues.
+    """Return the damping of the two factors of K-FAC by their mean eigenvalues.
 
     Parameters
     ----------
     factors : pair of arrays, shape (m, m) and (n, n)
-        Of the gradients and of the inputs.
+        Factors of the gradients and of the inputs.
     damping : float
-        Of their product.
+        Damping of their product.
     least : float
-        Least damping of either.
+        Least damping of each factor.
 
     Notes
     -----
@@ -180,28 +180,28 @@ def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least
 def kronecker_eigenvalues(
     factors: Sequence[tuple[float, float]], shift: float = 0.0, *, rows: int = 0
 ) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of a Kronecker product of factors, plus a shift.
+    """Return the smallest and largest eigenvalue of a Kronecker product of factors, plus a shift.
 
     Parameters
     ----------
     factors : sequence of (smallest, largest)
-        Eigenvalues of each; without any the product is 1.
+        Eigenvalues of each factor; the product of no factors is 1.
     shift : float
     rows : int
-        Of all factors whose smallest eigenvalue is off by the rounding of their largest: the product must be
-        positive definite beyond it.
+        Total number of rows of the factors whose smallest eigenvalue has the rounding error of their largest. The
+        product must be positive definite beyond this error.
 
     Raises
     ------
     InputError
-        Where it is not positive definite, or not finite.
+        If it is not positive definite, or not finite.
 
     Examples
     --------
     >>> kronecker_eigenvalues([(1.0, 4.0), (0.5, 2.0)], shift=1.0)
     (1.5, 9.0)
     """
-    # Where a factor has negative eigenvalues the extremes are at other corners than (smallest, smallest).
+    # If a factor has negative eigenvalues, the extremes are at other corners than (smallest, smallest).
     corners = [math.prod(corner) for corner in itertools.product(*factors)]
     low, high = min(corners) + shift, max(corners) + shift
     floor = 2.0 * rows * _UNIT * max(map(abs, corners))
@@ -211,18 +211,18 @@ def kronecker_eigenvalues(
 
 
 def rotated_eigenvalues(smallest: float, largest: float, epsilon: float, bias: float) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of the metric of SOAP, Q diag(sqrt(v) + epsilon) Q' / bias.
+    """Return the smallest and largest eigenvalue of the metric of SOAP, Q diag(sqrt(v) + epsilon) Q' / bias.
 
     Parameters
     ----------
     smallest, largest : float
-        Elements of v, which is ``exp_avg_sq`` in the basis of Q; a new basis only puts them in another order.
+        Elements of v, which is ``exp_avg_sq`` in the basis of Q.
     epsilon, bias : float
 
     Raises
     ------
     InputError
-        Where one is not known or negative.
+        If one is not known or negative.
     """
     if not 0 <= smallest <= largest < math.inf or not bias > 0 or not math.sqrt(smallest) + epsilon > 0:
         raise InputError(f"exp_avg_sq is {smallest:.3g} to {largest:.3g}, epsilon {epsilon:.3g}")
@@ -230,20 +230,20 @@ def rotated_eigenvalues(smallest: float, largest: float, epsilon: float, bias: f
 
 
 def condition_number(smallest: ArrayLike, largest: ArrayLike, learning_rate: ArrayLike) -> tuple[Array, Array]:
-    """Condition number of a diagonal metric, of each tensor and of the model.
+    """Return the condition numbers of a diagonal metric, of each tensor and of the model.
 
     Parameters
     ----------
-    smallest, largest : array, shape (rows, tensors)
-        Eigenvalues of each tensor's block.
-    learning_rate : array, shape (rows, tensors)
-        Of each tensor: one that moves ten times as fast has a tenth of the metric.
+    smallest, largest : array, shape (updates, tensors)
+        Eigenvalues of the block of each tensor.
+    learning_rate : array, shape (updates, tensors)
+        Learning rate of each tensor: a tensor that moves ten times as fast has a tenth of the metric.
 
     Returns
     -------
-    tensors : array, shape (rows, tensors)
-    model : array, shape (rows,)
-        NaN where it is not known of one tensor.
+    tensors : array, shape (updates, tensors)
+    model : array, shape (updates,)
+        NaN if it is not known for one tensor.
     """
     low, high = np.asarray(smallest, np.float64), np.asarray(largest, np.float64)
     rate = np.asarray(learning_rate, np.float64)

@@ -1,7 +1,7 @@
-"""Any symmetric matrix as an operator: its extreme eigenvalues, and whether it is a metric of an update.
+"""Symmetric matrices as operators: their extreme eigenvalues, and the test for being a metric of an update.
 
-A preconditioner is given as an array, its diagonal, or an operator such as a `Kronecker` product; `canonical_form`
-decomposes it as the paper has it (eq. 7), with the residuals that prove it.
+A preconditioner is an array, its diagonal, or an operator such as a `Kronecker` product. `canonical_form`
+decomposes it into the paper's form (eq. 7) and returns the residuals of this decomposition.
 
 References
 ----------
@@ -30,31 +30,31 @@ __all__ = ["CanonicalForm", "Kronecker", "canonical_form", "extreme_eigenvalues"
 Array = NDArray[np.float64]
 
 _SMALL = 256
-"""Dimension up to which eigenvalues of an operator are those of its matrix, and not of a Krylov space."""
+"""Dimension up to which eigenvalues of an operator are those of its matrix, not of a Krylov space."""
 
 
 class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
-    """Kronecker product of powers of symmetric matrices: K-FAC's of a layer, Shampoo's of a tensor.
+    """A Kronecker product of powers of symmetric matrices, as of K-FAC for a layer and of Shampoo for a tensor.
 
     It is (F_0 + damping_0)^exponent (x) (F_1 + damping_1)^exponent (x) .. + shift.
 
     Parameters
     ----------
     *factors : arrays, shape (n, n) or (n,)
-        Symmetric matrices, or diagonals of such: one for each dimension of the tensor, in their order. For weights
-        W of shape (m, n), flattened row by row, two are vec(left W right): left is of the outputs (gradients),
-        right of the inputs (activations).
+        Symmetric matrices, or their diagonals: one for each dimension of the tensor, in this order. Two factors act
+        on weights W of shape (m, n), flattened in C order, as vec(left W right): left belongs to the outputs
+        (gradients), right to the inputs (activations).
     exponent : float
         -1 for a preconditioner's own factors, 1/4 for the statistics of Shampoo's matrices.
     damping : float or sequence of float
-        Added to each factor, or to all.
+        Number added to all factors, or one for each.
     shift : float
-        Added to the product, as K-FAC's exact damping is.
+        Number added to the product, as in K-FAC's exact damping.
 
     Raises
     ------
     InputError
-        Where a factor is not symmetric, or has no such power.
+        If a factor is not symmetric, or does not have this power.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         arrays = [np.asarray(factor, dtype=np.float64) for factor in factors]
         added = [damping] * len(arrays) if isinstance(damping, int | float) else list(damping)
         if len(added) != len(arrays):
-            raise InputError(f"{len(added)} dampings of {len(arrays)} factors", remedy="give one for each, or one")
+            raise InputError(f"{len(added)} dampings of {len(arrays)} factors", remedy="pass one for each, or one")
         self.shift, self.exponent = shift, exponent
         self._sizes = [len(array) for array in arrays]
         self._values, self._powers = [], []
@@ -91,7 +91,7 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         return self
 
     def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
-        """All eigenvalues, descending, and how often each occurs: products of those of the factors."""
+        """Return all eigenvalues, descending, and their multiplicities: products of eigenvalues of the factors."""
         values = np.ones(1)
         for of_factor in self._values:
             values = np.multiply.outer(values, of_factor).ravel()
@@ -99,9 +99,9 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
 
 
 def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array]:
-    """Eigenvalues of a power of a symmetric matrix or diagonal, and the power."""
+    """Return the eigenvalues of a power of a symmetric matrix or diagonal, and the power."""
     if factor.ndim not in (1, 2) or (factor.ndim == 2 and not np.array_equal(factor, factor.T)):
-        raise InputError(f"a factor of shape {factor.shape} is not symmetric", remedy="give (F + F') / 2")
+        raise InputError(f"a factor of shape {factor.shape} is not symmetric", remedy="pass (F + F') / 2")
     damped = np.asarray(factor + (damping if factor.ndim == 1 else damping * np.eye(len(factor))), dtype=np.float64)
     if exponent == 1.0:
         return np.asarray(damped if factor.ndim == 1 else np.linalg.eigvalsh(damped), dtype=np.float64), damped
@@ -110,7 +110,7 @@ def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array
         raise InputError(
             f"a factor has no power {exponent:g}: its smallest eigenvalue is {values.min():.3g}",
             where=f"shape {factor.shape}, damping {damping:g}",
-            remedy="give a positive definite factor, or a greater damping",
+            remedy="pass a positive definite factor, or a greater damping",
         )
     raised = np.asarray(values**exponent, dtype=np.float64)
     if factor.ndim == 1:
@@ -120,27 +120,27 @@ def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array
 
 
 def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of a symmetric matrix.
+    """Return the smallest and the largest eigenvalue of a symmetric matrix.
 
-    Of a Hessian that is given by its products with vectors the smallest is what
-    `discrete_time.learning_rate_bounds` asks for; of ``metric + eta * H`` it says whether eq. (17) is definite.
+    The smallest eigenvalue of a Hessian is an argument of `discrete_time.learning_rate_bounds`. That of
+    ``metric + eta * H`` decides whether eq. (17) is definite.
 
     Parameters
     ----------
     matrix : array, operator or sparse array
         The diagonal of a diagonal matrix, shape (D,); a matrix, shape (D, D), taken as symmetric; `Metric`,
-        `Kronecker`, or whatever `scipy.sparse.linalg.aslinearoperator` takes. For a function ``hvp`` give
+        `Kronecker`, or any argument of `scipy.sparse.linalg.aslinearoperator`. For a function ``hvp`` pass
         ``LinearOperator((D, D), matvec=hvp, dtype=float)``.
 
     Raises
     ------
     InputError
-        Where the Lanczos iteration does not converge.
+        If the Lanczos iteration does not converge.
 
     Notes
     -----
-    Above D = 256 an operator's eigenvalues are Ritz values (`scipy.sparse.linalg.eigsh`): the smallest lies above
-    the true one by its residual. Equal operators give equal numbers.
+    Above D = 256 the eigenvalues of an operator are Ritz values (`scipy.sparse.linalg.eigsh`): the smallest lies
+    above the true one by at most its residual. Equal operators give equal numbers.
     """
     if hasattr(matrix, "eigenvalues"):
         values, _ = matrix.eigenvalues()
@@ -163,14 +163,14 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
             "the extreme eigenvalues did not converge",
             where=f"operator of D = {size}",
             why="its smallest eigenvalues lie close together beside its largest",
-            remedy="give it as an array or as a diagonal, or a shifted operator",
+            remedy="pass an array, a diagonal, or a shifted operator",
         ) from error
     return smallest, largest
 
 
 @dataclass(frozen=True)
 class CanonicalForm:
-    """A matrix taken apart into y y' / y.g and the rest B, with what proves it a metric or not.
+    """The decomposition of a matrix into y y' / y.g and the rest B, with its residuals.
 
     Attributes
     ----------
@@ -178,15 +178,15 @@ class CanonicalForm:
         B = M - y y' / y.g.
     g : array, shape (D,)
     pair : Pair
-        Of y and g.
+        Pair of y and g.
     mapping_residual : float
-        |M g - y| / (|M| |g|), which is that of B g = 0 as well (eq. 7).
+        |M g - y| / (|M| |g|), which is also the residual of B g = 0 (eq. 7).
     symmetry_residual : float
-        |M - M'| / |M|; of an operator |u' M v - v' M u| / |M| for two random unit vectors.
+        |M - M'| / |M|; for an operator |u' M v - v' M u| / |M| with two random unit vectors.
     eigenvalue_min, eigenvalue_max : float
-        Of M.
+        Smallest and largest eigenvalue of M.
     floor : float
-        What the smallest eigenvalue may be off by.
+        Largest error of the smallest eigenvalue.
     """
 
     rest: LinearOperator
@@ -200,14 +200,14 @@ class CanonicalForm:
 
     @property
     def valid(self) -> bool:
-        """The matrix is a metric that maps g to y: symmetric, positive definite beyond rounding, M g = y."""
+        """True for a metric that maps g to y: symmetric, positive definite beyond rounding, M g = y."""
         rounding = eigenvalue_rounding(len(self.g))
         exact = self.mapping_residual <= rounding and self.symmetry_residual <= rounding
         return exact and self.eigenvalue_min > self.floor
 
     @property
     def condition_number(self) -> float:
-        """Of M; NaN where it is not positive definite beyond rounding."""
+        """Condition number of M; NaN if it is not positive definite beyond rounding."""
         return self.eigenvalue_max / self.eigenvalue_min if self.eigenvalue_min > self.floor else np.nan
 
     @property
@@ -216,16 +216,16 @@ class CanonicalForm:
         return float(geometry.condition_number(self.pair))
 
     def rest_eigenvalue_min(self) -> float:
-        """Smallest eigenvalue of B across g, positive for a metric; NaN for D = 1, where there is nothing across.
+        """Return the smallest eigenvalue of B across g, which is positive for a metric; NaN for D = 1.
 
-        The paper proves that it is positive where that of M is; this computes it, by Lanczos for a large D.
+        The paper proves that it is positive if that of M is. For a large D it is computed by Lanczos iteration.
         """
         if len(self.g) == 1:
             return np.nan
         unit = self.g / self.pair.update_norm
 
         def across(x: Array) -> Array:
-            # B across g, and on g, where B is 0, what is out of the way of its smallest eigenvalue.
+            # B across g. Along g, where B is 0, a value that is not its smallest eigenvalue.
             along = unit * (unit @ x.ravel())
             mapped = self.rest @ (x.ravel() - along)
             return np.asarray(mapped - unit * (unit @ mapped) + self.eigenvalue_max * along)
@@ -234,26 +234,30 @@ class CanonicalForm:
 
 
 def canonical_form(matrix: Any, g: ArrayLike, y: ArrayLike | None = None) -> CanonicalForm:
-    """Take any symmetric matrix with M g = y apart into the paper's only form (section 2.1).
+    """Decompose a symmetric matrix with M g = y into the paper's only form (section 2.1).
 
-    For a preconditioner, ``sqrt(v) + eps`` of Adam or a `Kronecker` of K-FAC, it says what condition number is in
-    use beside the least that would explain the update: how much conditioning is paid beyond need.
+    For a preconditioner, such as ``sqrt(v) + eps`` of Adam or a `Kronecker` of K-FAC, the result compares the
+    condition number in use with the least that explains the update.
 
     Parameters
     ----------
     matrix : array, operator or sparse array
-        As for `extreme_eigenvalues`.
+        See `extreme_eigenvalues`.
     g : array, shape (D,)
         Update.
     y : array, shape (D,), optional
-        Negative gradient; M g where not given, the y that the matrix explains. With the gradient itself
-        ``mapping_residual`` says how far the preconditioner is from explaining the update: that of a rule with
-        momentum maps g to the momentum.
+        Negative gradient. Default: M g, the y that the matrix explains. With the gradient itself,
+        ``mapping_residual`` measures how far the preconditioner is from explaining the update: the preconditioner
+        of a rule with momentum maps g to the momentum.
+
+    Returns
+    -------
+    CanonicalForm
 
     Raises
     ------
     InputError
-        Where no metric maps g to y, the shapes differ, or the eigenvalues of an operator do not converge.
+        If no metric maps g to y, the shapes differ, or the eigenvalues of an operator do not converge.
 
     Examples
     --------
@@ -268,7 +272,7 @@ def canonical_form(matrix: Any, g: ArrayLike, y: ArrayLike | None = None) -> Can
     if g.ndim != 1 or operator.shape != (len(g), len(g)):
         raise InputError(
             f"a matrix of shape {operator.shape} does not act on g of shape {g.shape}",
-            remedy="give a square matrix, or a diagonal, of as many rows as g has elements",
+            remedy="pass a square matrix, or a diagonal, with as many rows as g has elements",
         )
     image = np.asarray(operator @ g, dtype=np.float64)
     y = image if y is None else np.asarray(y, dtype=np.float64)
@@ -306,7 +310,7 @@ def _operator(matrix: Any) -> LinearOperator:
         return aslinearoperator(matrix)
     array = np.asarray(matrix, dtype=np.float64)
     if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
-        raise InputError(f"no matrix: shape {array.shape}", remedy="give a finite square matrix or its diagonal")
+        raise InputError(f"not a matrix: shape {array.shape}", remedy="pass a finite square matrix or its diagonal")
     return aslinearoperator(diags_array(array) if array.ndim == 1 else array)
 
 

@@ -1,7 +1,6 @@
-"""What all figures share: their style, panels, axes and curves, and what makes a drawing a part of a page.
+"""Elements that all figures share: style, panels, axes, curves, and the conversion to vector graphics.
 
-Only matplotlib's objects are used, so nothing of the caller's own drawing is touched. Equal results give equal
-bytes.
+Only matplotlib's objects are used, so figures of the caller are not affected. Equal results give equal bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -57,21 +56,22 @@ __all__ = [
     "number",
     "panel",
     "picture",
+    "placeholder",
     "positive",
-    "say",
     "step_axis",
+    "thinned",
 ]
 
 Array = NDArray[np.float64]
 
-# Wong's palette (Nature Methods 8, 441), which the colour blind can tell apart; eigenvalues and runs share none.
+# Wong's palette (Nature Methods 8, 441), suited to colour-blind readers; eigenvalues and runs share no colour.
 EIGENVALUES = {
     "eigenvalue_max": (r"$\lambda_{\max}$", "#0072b2", "-"),
     "eigenvalue_mid": (r"$\lambda_{\mathrm{mid}}$", "#009e73", (0, (4, 1.5))),
     "eigenvalue_min": (r"$\lambda_{\min}$", "#d55e00", (0, (1.5, 1))),
 }
 RUN_COLOURS = ("#a8528a", "#d18f00", "#3a97d3", "#6b6b6b")
-# Tol's muted scheme, for as many runs in one panel; a second round is dashed.
+# Tol's muted scheme, for many runs in one panel; further runs are dashed.
 COMPARED_COLOURS = (
     "#332288",
     "#cc6677",
@@ -125,7 +125,7 @@ _STYLE: dict[str, Any] = {
     "legend.handlelength": 1.8,
     "lines.linewidth": 1.1,
     "savefig.facecolor": "none",
-    # The names of clip paths would be random, and equal results would not give equal pages.
+    # Otherwise the names of clip paths are random, and equal results do not give equal pages.
     "svg.fonttype": "path",
     "svg.hashsalt": "natgrad",
     "text.color": INK,
@@ -136,45 +136,58 @@ _STYLE: dict[str, Any] = {
 }
 
 WIDTH, HEIGHT = 4.2, 2.9
-"""Inches of a panel: a phone shows it at about its natural size, a desktop shows two side by side."""
+"""Inches of a panel: about its natural size on a phone, two side by side on a desktop."""
 
 COLUMNS, SMALL_COLUMNS, MARKERS = 360, 150, 48
-"""Pixel columns to which curves of a panel and of a small panel are thinned, and points on a curve of panel A."""
+"""Number of columns to which curves of a panel and of a small panel are thinned, and of points in panel A."""
 
 _DRAWING = threading.Lock()
-"""Matplotlib's style is a state of the process, and flows may draw in several threads."""
+"""Matplotlib's style is global to the process, and flows may draw in several threads."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a page holds it."""
+    """A figure in a page.
+
+    Attributes
+    ----------
+    uri : str
+        The vector graphic as a ``data:`` address.
+    alt : str
+        Text in place of the figure.
+    width, height : int
+        Pixels.
+    figure : Figure
+        Matplotlib's figure.
+    """
 
     uri: str
     alt: str
     width: int
     height: int
+    figure: Figure = field(repr=False, compare=False)
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Set the style of the figures, for one thread at a time: all drawing happens within."""
+    """Set the style of the figures, for one thread at a time; use it around all drawing."""
     with _DRAWING, matplotlib.style.context(["default", _STYLE]):
         yield
 
 
 def is_thinned(steps: int) -> bool:
-    """Say whether a run of so many steps has more points than its smallest panels draw."""
+    """Return True if a run of this many steps has more points than its smallest panels draw."""
     return steps > 2 * SMALL_COLUMNS
 
 
 def extent(values: NDArray[Any]) -> tuple[float, float, float] | None:
-    """Smallest, median and largest finite value."""
+    """Return the smallest, median and largest finite value; None if there is none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(np.median(finite)), float(finite.max())) if finite.size else None
 
 
 def number(value: float) -> str:
-    """Four digits, as one would write them.
+    """Format a number with four digits.
 
     Examples
     --------
@@ -198,41 +211,41 @@ def _superscript(digits: str) -> str:
 
 
 def panel(letter: str) -> tuple[Figure, Axes]:
-    """Make a figure of one panel, under a letter that may be empty."""
+    """Make a figure of one panel, with a letter above it that may be empty."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
-    # Without a letter the title still takes its room, so all panels are of one size.
+    # Without a letter the title still takes up space, so all panels have one size.
     axes.set_title(letter or " ", loc="left", fontweight="bold", fontsize=11)
     return figure, axes
 
 
-def curve(axes: Axes, steps: Array, values: Array, columns: int = COLUMNS, **look: Any) -> Line2D:
-    """Draw values over steps; one without neighbours is a dot, as a line would not show it."""
-    x, y = _thin(steps, np.where(np.isfinite(values), values, np.nan), columns)
-    (line,) = axes.plot(x, y, **look)
-    there = np.concatenate([[False], np.isfinite(y), [False]])
-    alone = there[1:-1] & ~there[:-2] & ~there[2:]
+def curve(axes: Axes, steps: Array, values: Array, columns: int = COLUMNS, **style: Any) -> Line2D:
+    """Draw values over steps; a value without neighbours is a dot, because a line would not show it."""
+    x, y = thinned(steps, np.where(np.isfinite(values), values, np.nan), columns)
+    (line,) = axes.plot(x, y, **style)
+    finite = np.concatenate([[False], np.isfinite(y), [False]])
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
     if alone.any():
-        axes.plot(x[alone], y[alone], color=look["color"], marker=".", markersize=2.5, linestyle="none")
+        axes.plot(x[alone], y[alone], color=style["color"], marker=".", markersize=2.5, linestyle="none")
     return line
 
 
 def mark(axes: Axes, steps: Array, mask: NDArray[np.bool_], columns: int = COLUMNS) -> Any:
     """Mark steps along the lower edge, at most one in each pixel column."""
-    rows = np.flatnonzero(mask)
-    rows = rows[np.unique(rows * columns // len(mask), return_index=True)[1]]
-    look: dict[str, Any] = {"color": ALARM, "marker": "|", "markersize": 5, "linestyle": "none"}
-    axes.plot(steps[rows], np.full(len(rows), 0.025), transform=axes.get_xaxis_transform(), **look)
-    return Line2D([], [], label="no metric", **look)
+    marked = np.flatnonzero(mask)
+    marked = marked[np.unique(marked * columns // len(mask), return_index=True)[1]]
+    style: dict[str, Any] = {"color": ALARM, "marker": "|", "markersize": 5, "linestyle": "none"}
+    axes.plot(steps[marked], np.full(len(marked), 0.025), transform=axes.get_xaxis_transform(), **style)
+    return Line2D([], [], label="no metric", **style)
 
 
-def column_starts(rows: int, columns: int) -> NDArray[np.int64]:
-    """First row of each pixel column."""
-    return np.unique(np.linspace(0, rows, min(rows, columns), endpoint=False).astype(np.int64))
+def column_starts(points: int, columns: int) -> NDArray[np.int64]:
+    """Return the first point of each pixel column."""
+    return np.unique(np.linspace(0, points, min(points, columns), endpoint=False).astype(np.int64))
 
 
-def _thin(x: Array, y: Array, columns: int) -> tuple[Array, Array]:
-    """Keep the smallest and the largest value of each pixel column: nothing that a screen could show is lost."""
+def thinned(x: Array, y: Array, columns: int) -> tuple[Array, Array]:
+    """Keep the smallest and the largest value of each pixel column, so that a screen shows the same curve."""
     if len(x) <= 2 * columns:
         return x, y
     kept: list[int] = []
@@ -246,12 +259,12 @@ def _thin(x: Array, y: Array, columns: int) -> tuple[Array, Array]:
 
 
 def positive(values: Array) -> Array:
-    """Values that a log scale can show."""
+    """Return the values that a log scale can show, and NaN for the others."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
-    """Limits of a log axis: room below for marks, and numbers on it however short it is."""
+    """Set the limits of a log axis, with space below for marks and with numbers however short it is."""
     bottom, top = math.log10(low), math.log10(high)
     if top - bottom < 0.5:
         bottom, top = (bottom + top) / 2 - 0.25, (bottom + top) / 2 + 0.25
@@ -269,7 +282,7 @@ def log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
 
 
 def step_axis(axes: Axes, steps: Array, most: int = 5) -> None:
-    """Make the x axis one of steps."""
+    """Set up the x axis for steps."""
     axes.set_xlabel("step")
     if not len(steps):
         axes.set_xticks([])
@@ -281,7 +294,7 @@ def step_axis(axes: Axes, steps: Array, most: int = 5) -> None:
 
 
 def angle_limits(axes: Axes, spread: tuple[float, float, float] | None) -> None:
-    """Make the y axis one of angles, up to pi where there are obtuse ones."""
+    """Set up the y axis for angles, up to pi if some are obtuse."""
     obtuse = spread is not None and spread[2] > np.pi / 2
     axes.set_ylim(-0.03 * np.pi, (1.03 if obtuse else 0.55) * np.pi)
     angle_ticks(axes, "y", eighths=False)
@@ -302,31 +315,31 @@ def legend_above(axes: Axes, handles: Sequence[Any]) -> None:
         axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles))
 
 
-def say(axes: Axes, what: str) -> None:
-    """Say in place of data why there is none."""
-    axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+def placeholder(axes: Axes, reason: str) -> None:
+    """Write in place of the data why there are none."""
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_yticks([])
 
 
 def drawable(text: str, most: int) -> str:
-    """Shorten a name in the middle, and replace what the font of the figures has no sign for."""
+    """Shorten a name in the middle, and replace characters that the font of the figures does not have."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     known = "".join(
         c if c.isprintable() and font.get_char_index(ord(c)) else "\N{REPLACEMENT CHARACTER}" for c in text
     )
     if len(known) <= most:
         return known
-    # The end of a tensor's name tells more than its beginning.
+    # The end of a tensor's name distinguishes more than its beginning.
     return f"{known[: most // 3]}…{known[-(most - most // 3 - 1) :]}"
 
 
 def picture(figure: Figure, alt: str) -> Picture:
-    """Vector graphic inside a page, in the colours of the reader's screen, light or dark."""
+    """Convert a figure to a vector graphic, in the colours of the reader's screen, light or dark."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     graphic = file.getvalue()
     graphic = graphic[graphic.index("<svg") :]
-    # Hundredths of a point are finer than any screen, and half of the bytes.
+    # Hundredths of a point are finer than any screen, and take half of the bytes.
     graphic = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), graphic)
     dark = "".join(
         f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'
@@ -336,18 +349,18 @@ def picture(figure: Figure, alt: str) -> Picture:
     graphic = graphic.replace("</style>", f"@media (prefers-color-scheme:dark){{{dark}}}</style>", 1)
     width, height = figure.get_size_inches() * 96
     uri = "data:image/svg+xml;base64," + base64.b64encode(graphic.encode()).decode()
-    return Picture(uri, alt, round(width), round(height))
+    return Picture(uri, alt, round(width), round(height), figure)
 
 
 def draw_angle(axes: Axes, steps: Array, angle: Array, uncertainty: Array, columns: int) -> list[Any]:
-    """Draw angles over steps, with what rounding can turn; return what the legend names."""
+    """Draw angles over steps, with the range of their rounding; return the entries of the legend."""
     lines: list[Any] = [curve(axes, steps, angle, columns=columns, color=INK, label="ψ")]
     reach = np.where(np.isfinite(angle), uncertainty, np.nan)
-    # A ledger chunk thinner than the line would not be seen.
+    # A band thinner than the line would not be visible.
     if (spread := extent(reach)) is not None and spread[2] > 0.01:
         below, above = np.clip(angle - reach, 0.0, np.pi), np.clip(angle + reach, 0.0, np.pi)
         at = column_starts(len(steps), columns)
-        chunk = axes.fill_between(
+        band = axes.fill_between(
             steps[at],
             np.fmin.reduceat(below, at),
             np.fmax.reduceat(above, at),
@@ -356,7 +369,7 @@ def draw_angle(axes: Axes, steps: Array, angle: Array, uncertainty: Array, colum
             linewidth=0,
             label="rounding",
         )
-        lines.append(chunk)
+        lines.append(band)
     lines.append(
         axes.axhline(
             np.pi / 2, color=ALARM, linewidth=0.8, linestyle=(0, (4, 2)), label="π/2, not effective beyond"

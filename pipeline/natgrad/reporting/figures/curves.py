@@ -1,4 +1,4 @@
-"""Results of runs over their steps: loss, angle and condition number, of the model and its tensors."""
+"""Figures of results over steps: loss, angle and condition number, of the model and its tensors."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from natgrad.reporting.figures.canvas import (
     number,
     panel,
     picture,
+    placeholder,
     positive,
-    say,
     step_axis,
 )
 from natgrad.schema.errors import InputError
@@ -55,15 +55,15 @@ __all__ = [
 ]
 
 SHOWN_TENSORS = 12
-"""Tensors that get curves of their own; of more, those with the largest gradient."""
+"""Number of tensors with curves of their own: those with the largest gradient."""
 
 COMPARED_RUNS = 18
-"""Runs that are told apart in one panel, by colour and dashes."""
+"""Number of runs that can be distinguished in one panel, by colour and dashes."""
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """Results of a run: of the model all, of the tensors what is asked for, of a stochastic rule the replicates."""
+    """The results of a run: of the model, of the tensors and, for a stochastic rule, of the replicates."""
 
     name: str
     attributes: Mapping[str, Any]
@@ -73,7 +73,7 @@ class RunResults:
 
     @classmethod
     def of(cls, name: str, tree: xr.DataTree) -> RunResults:
-        """Take the results of a run apart; refuse what are none (InputError)."""
+        """Take the groups of a DataTree; raise InputError if they are not results."""
         try:
             model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
             needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status")
@@ -88,32 +88,32 @@ class RunResults:
         return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates)
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
-        """Values of the model, step by step, compared with the gradient."""
+        """Return the values of the model, step by step, compared with the gradient."""
         return np.asarray(_at(self.model[variable]).values)
 
     @property
     def steps(self) -> Array:
-        """Steps of the updates."""
+        """Steps before the updates."""
         return np.asarray(self.model[STEP].values, dtype=np.float64)
 
     @property
     def windows(self) -> list[int]:
-        """Windows m that the results hold."""
+        """Windows m in the results."""
         return [int(m) for m in self.model[WINDOW].values]
 
     @property
     def loss_average(self) -> Array | None:
-        """Average over the largest window, where there is one of several updates."""
+        """Average loss over the largest window; None if no window has several updates."""
         if max(self.windows) == 1:
             return None
         return np.asarray(self.model["loss_average"].sel({WINDOW: max(self.windows)}).values)
 
     def tensor(self, variable: str, name: str) -> Array:
-        """Values of a tensor, step by step, compared with the gradient."""
+        """Return the values of a tensor, step by step, compared with the gradient."""
         return np.asarray(_at(self.tensors[variable]).sel({TENSOR: name}).values)
 
     def largest_tensors(self) -> list[str]:
-        """Names of the tensors with the largest gradient, root mean square over the run, largest first."""
+        """Return the tensors with the largest gradient, root mean square over the run, largest first."""
         names = [str(name) for name in self.tensors[TENSOR].values]
         if len(names) <= SHOWN_TENSORS:
             return names
@@ -133,29 +133,29 @@ def _at(variable: xr.DataArray) -> xr.DataArray:
 
 
 def angle_curve(run: RunResults) -> Picture:
-    """Angle of the model over the steps, with what rounding of the stored values can turn."""
+    """Draw the angle of the model over the steps, with the range of rounding of the stored values."""
     figure, axes = panel("")
     angle, uncertainty = run["angle"], run["angle_uncertainty"]
     spread = extent(angle)
     if spread is None:
-        say(axes, "no angle is defined")
+        placeholder(axes, "no angle is defined")
     lines = draw_angle(axes, run.steps, angle, uncertainty, COLUMNS)
     angle_limits(axes, spread)
     step_axis(axes, run.steps)
     axes.set_ylabel("angle ψ (rad)")
     legend_above(axes, lines if spread is not None else [])
-    said = f" from {number(spread[0])} to {number(spread[2])} rad" if spread else ", defined nowhere"
-    return picture(figure, f"Angle between update and negative gradient over the steps of {run.name}{said}.")
+    extremes = f" from {number(spread[0])} to {number(spread[2])} rad" if spread else ", defined nowhere"
+    return picture(figure, f"Angle between update and negative gradient over the steps of {run.name}{extremes}.")
 
 
 def condition_curve(run: RunResults) -> Picture:
-    """Smallest condition number of the model over the steps."""
+    """Draw the smallest condition number of the model over the steps."""
     figure, axes = panel("")
     values = positive(run["condition_number"])
     spread = extent(values)
     lines = []
     if spread is None:
-        say(axes, "no effective update:\nno condition number")
+        placeholder(axes, "no effective update:\nno condition number")
     else:
         curve(axes, run.steps, values, color=INK)
         log_limits(axes, spread[0], spread[2])
@@ -164,15 +164,16 @@ def condition_curve(run: RunResults) -> Picture:
     step_axis(axes, run.steps)
     axes.set_ylabel("condition number κ (1)")
     legend_above(axes, lines)
-    said = f" from {number(spread[0])} to {number(spread[2])}" if spread else ", defined nowhere"
-    return picture(figure, f"Condition number of the optimal metric over the steps of {run.name}{said}.")
+    extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else ", defined nowhere"
+    return picture(figure, f"Condition number of the optimal metric over the steps of {run.name}{extremes}.")
 
 
 def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Picture:
-    """Angle or condition number of each tensor, on common axes."""
+    """Draw the angle or condition number of each tensor, on common axes."""
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    # Margins in inches, not a layout engine: it would measure every text of every panel, in twice the time.
+    # Margins in inches instead of a layout engine, which measures every text of every panel and takes twice as
+    # long.
     height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
     figure = Figure(figsize=(WIDTH, height))
     left, right, lower, upper = 0.72 / WIDTH, 1 - 0.14 / WIDTH, 0.5 / height, 1 - 0.25 / height
@@ -204,7 +205,7 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
         log_limits(first, spread[0], spread[2], most=4)
     step_axis(first, run.steps, most=3)
     first.set_xlabel("")
-    # The last row may be shorter: then the panel above the gap carries the numbers of the steps.
+    # If the last row is shorter, the panel above the gap carries the numbers of the steps.
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
         grid[rows - 2, columns - 1].xaxis.set_tick_params(labelbottom=True)
@@ -212,21 +213,21 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
     figure.supxlabel("step", x=middle[0], y=0.08 / height, fontsize=9)
     label = "angle ψ (rad)" if of_angle else "condition number κ (1)"
     figure.supylabel(label, x=0.08 / WIDTH, y=middle[1], fontsize=9)
-    what = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
-    return picture(figure, f"{what} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
+    drawn = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
+    return picture(figure, f"{drawn} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
 
 
 def comparison(runs: Sequence[RunResults]) -> Picture:
-    """Angle and condition number of several runs: rows are the model and the tensors of all, columns the two.
+    """Draw angle and condition number of several runs, with a row for the model and for each common tensor.
 
     Parameters
     ----------
     runs : sequence of RunResults
-        `COMPARED_RUNS` at most; each has its colour, where there are more than nine with dashes.
+        At most `COMPARED_RUNS`. Each has its colour; from the tenth on, lines are dashed.
     """
     shared = set.intersection(*({str(name) for name in run.tensors[TENSOR].values} for run in runs))
     tensors = [name for name in runs[0].largest_tensors() if name in shared]
-    # The one tensor of a model is the model.
+    # If a model has one tensor, the tensor is the model.
     tensors = tensors if any(run.tensors.sizes[TENSOR] > 1 for run in runs) else []
     legend_rows = math.ceil(len(runs) / 3)
     height = 0.45 + 1.3 * (1 + len(tensors)) + 0.2 * legend_rows
@@ -234,11 +235,11 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
     grid = figure.subplots(1 + len(tensors), 2, sharex=True, sharey="col", squeeze=False)
     conditions, angles, handles = [], [], []
     for index, run in enumerate(runs):
-        look: dict[str, Any] = {
+        style: dict[str, Any] = {
             "color": COMPARED_COLOURS[index % len(COMPARED_COLOURS)],
             "linestyle": COMPARED_DASHES[index // len(COMPARED_COLOURS) % len(COMPARED_DASHES)],
         }
-        handles.append(Line2D([], [], **look))
+        handles.append(Line2D([], [], **style))
         for row, name in zip(grid, (None, *tensors), strict=True):
             angle, condition = (
                 run[variable] if name is None else run.tensor(variable, name)
@@ -247,7 +248,7 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
             angles.append(angle)
             conditions.append(positive(condition))
             for axes, values in zip(row, (angle, conditions[-1]), strict=True):
-                curve(axes, run.steps, values, columns=SMALL_COLUMNS, **look)
+                curve(axes, run.steps, values, columns=SMALL_COLUMNS, **style)
     for row, label in zip(grid, ("whole model", *_tensor_labels(tensors, 52)), strict=True):
         title = row[0].set_title(" ", loc="left", fontsize=8.5, pad=3)
         title.set_parse_math(False)
@@ -274,7 +275,7 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
 
 
 def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
-    """Write number and name, and leave out of long names the parts that all have in common.
+    """Return number and name of each tensor; of long names, without the parts that all have in common.
 
     Examples
     --------
@@ -284,7 +285,7 @@ def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
     parts = [name.split(".") for name in names]
     start = end = 0
     if len(names) > 1 and max(map(len, names)) > most - 4:
-        # One part of each name is always left, though it be the same.
+        # One part of each name is always kept, even if it is the same.
         spare = min(map(len, parts)) - 1
         while start < spare and len({part[start] for part in parts}) == 1:
             start += 1

@@ -1,4 +1,4 @@
-"""Figures 1 to 3 of the paper, from the updates of real runs."""
+"""Figures 1 to 3 of the paper, drawn from runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from natgrad.reporting.figures.canvas import (
     number,
     panel,
     picture,
+    placeholder,
     positive,
-    say,
     step_axis,
 )
 from natgrad.reporting.figures.curves import RunResults
@@ -51,16 +51,17 @@ __all__ = [
     "loss_curve",
     "metric_field",
     "spectrum",
+    "spread_points",
 ]
 
 # Figures 1 and 2, in a plane ----------------------------------------------------------------------------------
 
 Loss = Callable[[Array], Array]
-"""Loss of states, shape (..., 2) to (...)."""
+"""Function of states, shape (..., 2), that returns their losses, shape (...)."""
 
 
 def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, size: float) -> Picture:
-    """Figure 1: the ball of the metric, in which the update is steepest descent, and that of Euclid.
+    """Draw Figure 1: the ball of the metric in which the update is steepest descent, and the Euclidean one.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, siz
     ball : array, shape (points, 2)
         Ball of the metric around 0, v' M v = 1.
     size : float
-        Radius of the Euclidean ball; that of the metric is drawn with the same area.
+        Radius of the Euclidean ball. That of the metric is drawn with the same area.
     """
     figure = Figure(figsize=(2 * WIDTH, HEIGHT + 0.6), layout="constrained")
     turn = np.linspace(0.0, 2.0 * np.pi, len(ball))
@@ -84,8 +85,8 @@ def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, siz
         axes.plot(*(state + size * outline).T, color="#0072b2", linewidth=1.6)
         for vector, label, colour in ((y, "y", INK), (g, "g", "#d55e00")):
             arrow = vector / np.linalg.norm(vector) * reach
-            look = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8 if vector is steepest else 0.9}
-            axes.annotate("", xy=state + arrow, xytext=state, arrowprops=look)
+            style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8 if vector is steepest else 0.9}
+            axes.annotate("", xy=state + arrow, xytext=state, arrowprops=style)
             axes.text(*(state + 1.12 * arrow), f"${label}$", color=colour, ha="center", va="center")
         axes.set_title(letter, loc="left", fontweight="bold", fontsize=11)
     return picture(
@@ -96,7 +97,7 @@ def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, siz
 
 
 def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
-    """Figure 2: the space in which the rule descends, as the balls of its metric along the trajectory.
+    """Draw Figure 2: the space in which the rule descends, as the balls of its metric along the trajectory.
 
     Parameters
     ----------
@@ -104,7 +105,7 @@ def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
     states : array, shape (steps, 2)
         Trajectory.
     balls : array, shape (steps, points, 2)
-        Ball of the metric around 0 at each state, of one unit for all; NaN where there is none.
+        Ball of the metric around 0 at each state, in one unit for all; NaN if there is none.
     """
     figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
     axes = figure.subplots()
@@ -112,7 +113,7 @@ def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
     reach = 0.65 * float((states.max(axis=0) - states.min(axis=0)).max())
     _contours(axes, loss, middle, reach)
     axes.plot(states[:, 0], states[:, 1], color="#d55e00", marker=".", markersize=3)
-    # The largest ball is as long as a tenth of the plane, or the balls would hide the trajectory.
+    # The largest ball is a tenth of the plane, so that the balls do not hide the trajectory.
     size = 0.1 * reach / np.nanmax(np.linalg.norm(balls, axis=-1))
     for state, ball in zip(states, balls, strict=True):
         axes.plot(*(state + size * ball).T, color="#0072b2", linewidth=0.9)
@@ -136,7 +137,7 @@ def _contours(axes: Axes, loss: Loss, middle: Array, reach: float) -> None:
 
 
 def limit_curve(rates: Array, turned: Array, moved: Array) -> Picture:
-    """How far the discrete gradient and its metric are from those of the gradient, over the learning rate.
+    """Draw the distance of the discrete gradient and its metric from those of the gradient, by learning rate.
 
     Parameters
     ----------
@@ -148,37 +149,36 @@ def limit_curve(rates: Array, turned: Array, moved: Array) -> Picture:
         |Mbar - M| / |M|.
     """
     figure, axes = panel("")
-    looks = (("|ψ̄ − ψ| (rad)", turned, "#0072b2", "o"), ("‖M̄ − M‖ / ‖M‖ (1)", moved, "#d55e00", "^"))
+    styles = (("|ψ̄ − ψ| (rad)", turned, "#0072b2", "o"), ("‖M̄ − M‖ / ‖M‖ (1)", moved, "#d55e00", "^"))
     lines = [
         axes.plot(rates, positive(values), color=colour, marker=marker, markersize=4, label=label)[0]
-        for label, values, colour, marker in looks
+        for label, values, colour, marker in styles
     ]
-    seen = positive(np.concatenate([turned, moved]))
-    spread = extent(seen)
+    spread = extent(positive(np.concatenate([turned, moved])))
     if spread is None:
-        say(axes, "the discrete gradient is the gradient")
+        placeholder(axes, "the discrete gradient is the gradient")
     else:
-        # In proportion to the learning rate: what the curves run along.
+        # A line in proportion to the learning rate, which the curves approach.
         line = axes.plot(rates, spread[2] * rates / rates[-1], color=MUTED, linewidth=0.7, label="∝ η")[0]
         log_limits(axes, min(spread[0], spread[2] * rates[0] / rates[-1]), spread[2])
         legend_above(axes, [*lines, line])
     axes.set_xscale("log")
     axes.set_xlabel("learning rate η")
-    said = f" from {number(turned[-1])} rad to {number(turned[0])} rad"
+    ends = f"from {number(turned[-1])} rad to {number(turned[0])} rad"
     return picture(
-        figure, f"As the learning rate falls to {number(rates[0])}, the angle of the discrete gradient goes{said}."
+        figure, f"As the learning rate falls to {number(rates[0])}, the angle of the discrete gradient goes {ends}."
     )
 
 
 def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:
-    """Panel A: eq. (9) at |y| = |g|, and what was measured."""
+    """Draw panel A: eq. (9) at |y| = |g|, and the measured eigenvalues."""
     legend_rows = math.ceil(len(runs) / 2)
     figure = Figure(figsize=(WIDTH, HEIGHT + 0.25 + 0.17 * legend_rows), layout="constrained")
     axes = figure.subplots()
     low, high, handles = 1e-2, 1e2, []
     for index, run in enumerate(runs):
         colour, marker = RUN_COLOURS[index % len(RUN_COLOURS)], RUN_MARKERS[index % len(RUN_MARKERS)]
-        look: dict[str, Any] = {
+        style: dict[str, Any] = {
             "marker": marker,
             "markersize": 4,
             "linestyle": "none",
@@ -186,20 +186,20 @@ def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:
             "markeredgecolor": colour,
             "markeredgewidth": 0.9,
         }
-        handles.append(Line2D([], [], **look))
+        handles.append(Line2D([], [], **style))
         angle = run["angle"]
         with np.errstate(all="ignore"):
             scale = run["update_norm"] / run["gradient_norm"]
             values = np.stack([run[name] * scale for name in EIGENVALUES])
-        there = np.isfinite(angle) & np.isfinite(values[0]) & (values[0] > 0)
-        angle, values = angle[there], values[:, there]
-        columns = _spread_out(angle, index / len(runs), max(MARKERS // len(runs), 8))
+        drawn = np.isfinite(angle) & np.isfinite(values[0]) & (values[0] > 0)
+        angle, values = angle[drawn], values[:, drawn]
+        columns = spread_points(angle, index / len(runs), max(MARKERS // len(runs), 8))
         for value in values:
             points = np.where(value[columns] > 0, value[columns], np.nan)
-            axes.plot(angle[columns], points, zorder=3, **look)
+            axes.plot(angle[columns], points, zorder=3, **style)
             if np.isfinite(points).any():
                 low, high = min(low, np.nanmin(points)), max(high, np.nanmax(points))
-    # Counted from pi/2, where the curves leave the page, so that they reach its edge.
+    # Measured from pi/2, where the curves leave the page, so that they reach its edge.
     rest = np.geomspace(max(low * 1e-2, 1e-300), np.pi / 2, 400)
     unit = np.ones_like(rest)
     pair = Pair(unit, np.sin(rest), np.cos(rest) ** 2, np.full(rest.shape, 3))
@@ -228,23 +228,28 @@ def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:
     )
 
 
-def _spread_out(angle: Array, shift: float, columns: int) -> NDArray[np.int64]:
-    """Choose points that lie apart: the ends, and in each column the one next to its middle.
+def spread_points(angle: Array, shift: float, columns: int) -> NDArray[np.int64]:
+    """Choose points that lie apart: the ends, and in each column the one closest to its middle.
 
-    All points lie on the curves, so points of several runs would cover each other and the curves; the columns of
-    each run are shifted by a part of one.
+    All points lie on the curves, so the points of several runs would cover each other and the curves. The columns
+    of each run are therefore shifted by a fraction of a column.
+
+    Returns
+    -------
+    int64 array
+        Indices of the chosen points.
     """
     if not angle.size:
         return np.zeros(0, np.int64)
-    place = angle / (np.pi / 2) * columns + shift
-    column = np.floor(place)
-    order = np.lexsort((np.abs(place - column - 0.5), column))
+    position = angle / (np.pi / 2) * columns + shift
+    column = np.floor(position)
+    order = np.lexsort((np.abs(position - column - 0.5), column))
     chosen = order[np.unique(column[order], return_index=True)[1]]
     return np.unique(np.concatenate([chosen, [angle.argmin(), angle.argmax()]])).astype(np.int64)
 
 
 def spectrum(run: RunResults, letter: str) -> Picture:
-    """Panels B, D: eigenvalues over steps."""
+    """Draw panels B and D: eigenvalues over steps."""
     figure, axes = panel(letter)
     lines, low, high = [], math.inf, 0.0
     for name, (label, colour, dash) in EIGENVALUES.items():
@@ -255,7 +260,7 @@ def spectrum(run: RunResults, letter: str) -> Picture:
     if lines:
         log_limits(axes, low, high)
     else:
-        say(axes, "no effective update:\nno metric to draw" if len(run.steps) else "no update")
+        placeholder(axes, "no effective update:\nno metric to draw" if len(run.steps) else "no update")
     without = run["status"] != Status.EFFECTIVE
     if lines and without.any():
         lines.append(mark(axes, run.steps, without))
@@ -267,12 +272,12 @@ def spectrum(run: RunResults, letter: str) -> Picture:
 
 
 def loss_curve(run: RunResults, letter: str) -> Picture:
-    """Panels C, E: loss over steps."""
+    """Draw panels C and E: loss over steps."""
     figure, axes = panel(letter)
     loss, average, lines = run["loss"], run.loss_average, []
     spread = extent(loss)
     if spread is None:
-        say(axes, "no finite loss was logged" if len(run.steps) else "no update")
+        placeholder(axes, "no finite loss was logged" if len(run.steps) else "no update")
     else:
         colour = INK if average is None else MUTED
         width = 1.1 if average is None else 0.7
@@ -287,5 +292,5 @@ def loss_curve(run: RunResults, letter: str) -> Picture:
     step_axis(axes, run.steps)
     axes.set_ylabel("loss")
     legend_above(axes, lines if average is not None else [])
-    said = f" from {number(loss[0])} to {number(loss[-1])}" if spread is not None else ", which was not logged"
-    return picture(figure, f"Loss over the steps of {run.name}{said}.")
+    ends = f" from {number(loss[0])} to {number(loss[-1])}" if spread is not None else ", which was not logged"
+    return picture(figure, f"Loss over the steps of {run.name}{ends}.")

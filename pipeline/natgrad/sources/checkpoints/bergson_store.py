@@ -31,14 +31,14 @@ from natgrad.sources.container import Region, boxes, refused
 from natgrad.sources.names import MAP_FILE, is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
-__all__ = ["BergsonFolder", "holds_bergson"]
+__all__ = ["BergsonFolder", "blocks", "holds_bergson"]
 
 _DATA, _INFO, _PROCESSOR, _CONFIG = "gradients.bin", "info.json", "processor_config.yaml", "config.yaml"
 _PART = ".part"
 _FORM = "a gradient store of Bergson"
 _TEXT_LIMIT = 1 << 24
-_BLOCK = 1 << 20
-"""Elements that are gathered at a time, where they do not lie in the order of the tensor."""
+BLOCK = 1 << 20
+"""Default number of elements that are gathered at a time, if they do not lie in the order of the tensor."""
 
 _LAYOUTS = ("linear", "conv1d")
 _HOW_TO_SAY = (
@@ -445,7 +445,7 @@ class BergsonStep:
         with refused(self._step, _FORM, f"{array}/{tensor}"):
             matrix, done = self._matrices[tensor], 0
             for box in boxes(matrix.shape, start, start + out.size):
-                for rows, columns in _blocks(*box):
+                for rows, columns in blocks(*box):
                     part = out[done : done + len(rows) * len(columns)]
                     self._gather(matrix, rows, columns, part)
                     done += part.size
@@ -480,16 +480,26 @@ class BergsonStep:
             out[:] = total / self._rows
 
 
-def _blocks(rows: slice, columns: slice) -> Iterator[tuple[range, range]]:
-    """Part a box into ones of a bounded size, in the order of its elements."""
-    step = max(1, _BLOCK // (columns.stop - columns.start))
+def blocks(rows: slice, columns: slice, *, most: int = BLOCK) -> Iterator[tuple[range, range]]:
+    """Split a box into boxes of at most this many elements, in the order of the elements.
+
+    Parameters
+    ----------
+    rows, columns : slice
+    most : int
+
+    Yields
+    ------
+    rows, columns : range
+    """
+    step = max(1, most // (columns.stop - columns.start))
     for first in range(rows.start, rows.stop, step):
         block = range(first, min(first + step, rows.stop))
-        if len(block) > 1 or columns.stop - columns.start <= _BLOCK:
+        if len(block) > 1 or columns.stop - columns.start <= most:
             yield block, range(columns.start, columns.stop)
             continue
-        for start in range(columns.start, columns.stop, _BLOCK):
-            yield block, range(start, min(start + _BLOCK, columns.stop))
+        for start in range(columns.start, columns.stop, most):
+            yield block, range(start, min(start + most, columns.stop))
 
 
 # What its own files say --------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from natgrad.storage import files, open_to_read
 
 __all__ = ["event_files", "read_events"]
 
-_DATA_LIMIT = 1 << 26
-"""Larger records are images or graphs: their checksum is compared, and they are not looked into."""
+DATA_LIMIT = 1 << 26
+"""Default size of a record above which it is taken for an image or graph: only its checksum is compared."""
 _PIECE = 1 << 20
 _STEP, _SUMMARY, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 1, 1, 2, 8
 _TENSOR_DTYPE, _TENSOR_CONTENT = 1, 4
@@ -57,7 +57,7 @@ def _masked(crc: int) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
+def _records(path: Path, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[bytes]:
     """Give the data of the records; a last one that is cut short is left out, with a note."""
     with open_to_read(path) as file:
         size, position = file.seek(0, os.SEEK_END), file.seek(0)
@@ -75,16 +75,18 @@ def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
                 if not piece:
                     raise EOFError("the file was cut while it was read")
                 crc, rest = crc32c(piece, crc), rest - len(piece)
-                data += piece if length <= _DATA_LIMIT else b""
+                data += piece if length <= limit else b""
             if _masked(crc) != int.from_bytes(file.read(4), "little"):
                 raise ValueError(f"the checksum of the record at byte {position} does not match")
             yield data
             position += 12 + length + 4
 
 
-def read_events(path: Path, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
+def read_events(
+    path: Path, wanted: Callable[[str], bool], notes: list[str], *, data_limit: int = DATA_LIMIT
+) -> Iterator[Mapping[str, Any]]:
     """Read the scalars of an event file: ``step``, and the values of the tags."""
-    for data in _records(path, notes):
+    for data in _records(path, notes, data_limit):
         step, summaries = 0, []
         for number, kind, value in fields(data):
             if (number, kind) == (_STEP, VARINT):

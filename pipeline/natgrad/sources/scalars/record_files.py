@@ -20,22 +20,26 @@ from natgrad.storage import open_to_read
 
 __all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
 
-_LINE_LIMIT = 1 << 24
+LINE_LIMIT = 1 << 24
+"""Default limit of the characters of a line, which may be one of gigabytes."""
+
 _BATCH = 1 << 16
-_COLUMN_LIMIT = 1 << 30
+COLUMN_LIMIT = 1 << 30
+"""Default limit of the bytes to which a column of a row group unpacks."""
+
 _SQLITE = b"SQLite format 3\0"
 
 Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
 
 
-def _whole_lines(path: Path, notes: list[str]) -> Iterator[str]:
-    """Lines of a text file that have an end."""
+def _complete_lines(path: Path, notes: list[str], limit: int = LINE_LIMIT) -> Iterator[str]:
+    """Yield the lines of a text file that have an end."""
     with TextIOWrapper(open_to_read(path), encoding="utf-8-sig", newline="") as file:
-        while line := file.readline(_LINE_LIMIT):
+        while line := file.readline(limit):
             if not line.endswith(("\n", "\r")):
-                if len(line) >= _LINE_LIMIT:
-                    raise ValueError(f"it has a line of more than {_LINE_LIMIT} characters")
+                if len(line) >= limit:
+                    raise ValueError(f"it has a line of more than {limit} characters")
                 notes.append(
                     f"the last line of {path.name} has no end and is left out: it is being written, or was cut"
                 )
@@ -45,7 +49,7 @@ def _whole_lines(path: Path, notes: list[str]) -> Iterator[str]:
 
 def read_csv(path: Path, wanted: Wanted, notes: list[str]) -> Records:
     """Read a file with a header and values parted by commas, semicolons or tabs; empty ones are missing."""
-    lines = _whole_lines(path, notes)
+    lines = _complete_lines(path, notes)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
     header = next(csv.reader([first], delimiter=delimiter), [])
@@ -68,9 +72,9 @@ def read_csv(path: Path, wanted: Wanted, notes: list[str]) -> Records:
         yield {name: row[place] for place, name in places}
 
 
-def read_json_lines(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+def read_json_lines(path: Path, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
     """Read a file with an object in each line; levels of nested objects are joined by a slash."""
-    for number, line in enumerate(_whole_lines(path, notes), 1):
+    for number, line in enumerate(_complete_lines(path, notes, line_limit), 1):
         if line.strip():
             yield _json_object(line, wanted, f"line {number}")
 
@@ -96,7 +100,7 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield prefix + key, value
 
 
-def read_parquet(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+def read_parquet(path: Path, wanted: Wanted, notes: list[str], *, column_limit: int = COLUMN_LIMIT) -> Records:
     """Read the columns of numbers and text of a Parquet file with pyarrow (the extra ``parquet``)."""
     try:
         from pyarrow import parquet
@@ -112,8 +116,8 @@ def read_parquet(path: Path, wanted: Wanted, notes: list[str]) -> Records:
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
             for column in columns:
-                if column.path_in_schema in names and column.total_uncompressed_size > _COLUMN_LIMIT:
-                    raise ValueError(f"column {column.path_in_schema} unpacks to more than {_COLUMN_LIMIT} bytes")
+                if column.path_in_schema in names and column.total_uncompressed_size > column_limit:
+                    raise ValueError(f"column {column.path_in_schema} unpacks to more than {column_limit} bytes")
         for batch in file.iter_batches(_BATCH, columns=names) if names else ():
             yield from batch.to_pylist()
 
@@ -135,7 +139,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     # Nothing that a schema names is run: views and functions in it are not trusted.
     database.execute("PRAGMA trusted_schema=OFF")
     database.execute("PRAGMA cell_size_check=ON")
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LINE_LIMIT)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LINE_LIMIT)
     return database
 
 

@@ -48,7 +48,9 @@ _USUAL: dict[str, tuple[str, ...]] = {
 _RATES_OF_LIGHTNING = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
 """Keys of its LearningRateMonitor: one for each optimizer and group of parameters."""
 
-_RECORDS_LIMIT = 1 << 24
+RECORDS_LIMIT = 1 << 24
+"""Default limit of the values of one key."""
+
 _EXACT = 1 << 53
 _SINGLE_PRECISION = "numbers of this log are of single precision: differences of losses are off by 6e-8 of a loss"
 
@@ -79,8 +81,9 @@ class Kind:
 
 @dataclass
 class _Column:
-    """Values of one key, and the records that they are of; the first that is no number."""
+    """The values of one key, at most ``limit``, and their records; the first value that is not a number."""
 
+    limit: int
     records: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
     wrong: tuple[int, str] | None = None
@@ -92,8 +95,8 @@ class _Column:
         if number is None:
             self.wrong = self.wrong or (record, str(value)[:40])
             return
-        if len(self.records) >= _RECORDS_LIMIT:
-            raise ValueError(f"it holds more than {_RECORDS_LIMIT} records")
+        if len(self.records) >= self.limit:
+            raise ValueError(f"it holds more than {self.limit} records")
         self.records.append(record)
         self.values.append(number)
 
@@ -126,6 +129,8 @@ class ScalarLog:
         the run, where the log holds several.
     shift : mapping, optional
         Quantity to what is added to the step that its values are logged at.
+    records_limit : int
+        Number of values of one key above which the log is refused.
 
     Raises
     ------
@@ -139,8 +144,10 @@ class ScalarLog:
         kind: Kind,
         mapping: Mapping[str, str] | None = None,
         shift: Mapping[str, int] | None = None,
+        *,
+        records_limit: int = RECORDS_LIMIT,
     ) -> None:
-        self.location, self._kind = place(location), kind
+        self.location, self._kind, self._records_limit = place(location), kind, records_limit
         self._mapping, self._shift = dict(mapping or {}), dict(shift or {})
         for quantity, key in self._mapping.items():
             if quantity not in (*SCALARS, "step", "run") or not isinstance(key, str) or not key:
@@ -216,7 +223,7 @@ class ScalarLog:
                         continue
                     for key, value in values.items():
                         if key != RUN_KEY:
-                            columns.setdefault(key, _Column()).append(record, value)
+                            columns.setdefault(key, _Column(self._records_limit)).append(record, value)
         if (chosen is None and len(runs) > 1) or (chosen is not None and chosen not in runs):
             raise InputError(
                 f"the log holds the runs {', '.join(list(runs)[:8]) or 'of nobody'}"

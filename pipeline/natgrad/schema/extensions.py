@@ -1,0 +1,92 @@
+"""Objects that other distributions register under an entry-point group: log formats and result variables."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["Extension", "Named", "registered"]
+
+_log = logging.getLogger(__name__)
+
+
+class Named(Protocol):
+    """An object with a name of its own."""
+
+    @property
+    def name(self) -> str:
+        """Name, unique among the objects of its kind."""
+        ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+@dataclass(frozen=True)
+class Extension(Generic[T]):
+    """A registered object and the distribution that registered it.
+
+    Attributes
+    ----------
+    value : object
+    distribution, version : str
+        Name and version of the distribution.
+    """
+
+    value: T
+    distribution: str
+    version: str
+
+
+def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Extension[T]]:
+    """Load the objects that installed distributions register under an entry-point group.
+
+    An entry point is skipped with a warning if it cannot be loaded, is not an instance of ``kind``, or has a name
+    that is taken: a broken extension must not stop users who do not need it.
+
+    Parameters
+    ----------
+    group : str
+        Entry-point group, for example ``natgrad.formats``.
+    kind : type
+        Class of all objects of the group.
+    taken : container of str
+        Names of the objects of this package.
+
+    Returns
+    -------
+    dict
+        Extensions by the name of the object, in the order of the entry points' names.
+    """
+    # Imported here: the command line starts without it.
+    from importlib.metadata import entry_points
+
+    found: dict[str, Extension[T]] = {}
+    for entry_point in sorted(entry_points(group=group), key=lambda entry_point: entry_point.name):
+        distribution = entry_point.dist
+        owner = "an unknown distribution" if distribution is None else distribution.name
+        reason = ""
+        try:
+            value = entry_point.load()
+        except Exception as error:  # code of others may raise anything
+            reason = f"it cannot be loaded ({type(error).__name__}: {error})"
+        else:
+            if not isinstance(value, kind):
+                reason = f"it is not an instance of {kind.__module__}.{kind.__qualname__}, but {value!r}"
+            elif value.name in taken or value.name in found:
+                reason = f"the name {value.name!r} is taken"
+            else:
+                version = "" if distribution is None else distribution.version
+                found[value.name] = Extension(value, owner, version)
+        if reason:
+            _log.warning(
+                "entry point %r of %s (group %s) is skipped: %s. Update or uninstall %s.",
+                entry_point.name,
+                owner,
+                group,
+                reason,
+                owner,
+            )
+    return found

@@ -1,0 +1,75 @@
+"""The pages on extensions: their examples are installed as distributions of their own, and used by the command."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from distributions import install, natgrad
+from logs import random_walk, write_log
+
+DOCS = Path(__file__).parents[2] / "docs"
+TENSORS = {"theta": (5,)}
+
+
+def example_of(page, folder):
+    """Install the Python module and the entry points of a page."""
+    text = (DOCS / page).read_text()
+    blocks = dict(re.findall(r"^```(python|toml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    module = re.match(r'"""(\w+)\.py:', blocks["python"])[1]
+    points = tomllib.loads(blocks["toml"])["project"]["entry-points"]
+    return install(folder, module.replace("_", "-"), {module: blocks["python"]}, points)
+
+
+def write_f64(folder, states):
+    folder.mkdir()
+    for number, state in enumerate(states):
+        numbers = [state["loss"], state["learning_rate"], *state["parameter/theta"], *state["gradient/theta"]]
+        np.array(numbers, "<f8").tofile(folder / f"state_{number}.f64")
+    return folder
+
+
+def test_the_reader_of_the_page_on_readers_reads_its_format_to_the_bits_of_the_native_one(tmp_path):
+    installed = example_of("custom_readers.md", tmp_path / "site")
+    formats = json.loads(natgrad("formats", "--json", installed=[installed]).stdout)
+    assert formats["f64"]["layout"] == "folder of state_<N>.f64"
+    assert "f64" not in json.loads(natgrad("formats", "--json").stdout)
+    states = random_walk(6, TENSORS, "float64")
+    log = write_f64(tmp_path / "log", states)
+    for name, source, options in (
+        ("own", log, []),
+        ("named", log, ["--format", "f64"]),
+        ("native", write_log(tmp_path / "native-log", states), []),
+    ):
+        natgrad("process", source, tmp_path / name, "--workers", 1, *options, installed=[installed])
+    trees = {name: xr.open_datatree(tmp_path / name / "results.zarr") for name in ("own", "named", "native")}
+    for group in ("model", "tensor"):
+        expected = trees["native"][group].to_dataset()
+        assert expected.sizes["step"] == 5
+        assert trees["own"][group].to_dataset().identical(expected)
+        assert trees["named"][group].to_dataset().identical(expected)
+
+
+def test_the_variable_of_the_page_on_variables_is_in_the_results_of_a_run_and_of_no_other(tmp_path):
+    installed = example_of("variables.md", tmp_path / "site")
+    log = write_log(tmp_path / "log", random_walk(6, TENSORS, "float64"))
+    natgrad("process", log, tmp_path / "with", "--workers", 1, installed=[installed])
+    natgrad("process", log, tmp_path / "without", "--workers", 1)
+    found, plain = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("with", "without"))
+    assert found.attrs["versions"]["my-variable"] == "1.0"
+    for group, leading in (("model", ("step",)), ("tensor", ("step", "tensor"))):
+        dataset = found[group].to_dataset()
+        variable = dataset["relative_update"]
+        assert variable.dims == (*leading, "window")
+        assert variable.attrs == {
+            "long_name": "length of the update in units of the parameters",
+            "units": "1",
+            "equation": "eta |g| / |theta_t|",
+            "description": "NaN if the learning rate is not known.",
+        }
+        step = dataset["learning_rate"] * dataset["update_norm"].sel(window=1) / dataset["parameter_norm"]
+        np.testing.assert_allclose(variable.sel(window=1), step, rtol=1e-15)
+        assert dataset.drop_vars("relative_update").identical(plain[group].to_dataset())

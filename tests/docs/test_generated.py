@@ -1,0 +1,60 @@
+"""The generated parts of the documentation are up to date, and the check of this fails where they are not."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from natgrad.results.replicates import REPLICATE_VARIABLES
+from natgrad.results.variables import VARIABLES
+
+ROOT = Path(__file__).parents[2]
+
+
+def generate(root, *arguments):
+    return subprocess.run(
+        [sys.executable, root / "docs" / "generate.py", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_generated_parts_are_up_to_date():
+    checked = generate(ROOT, "--check")
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the code and of the pages."""
+    for name in ("pipeline", "flows", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_a_new_import_is_found_missing_in_the_diagram_and_then_drawn(copied):
+    with (copied / "pipeline" / "natgrad" / "kernel" / "gram.py").open("a") as file:
+        file.write("\n\ndef later():\n    from natgrad.theory import geometry\n    return geometry\n")
+    checked = generate(copied, "--check")
+    assert checked.returncode == 1
+    assert "docs/design.md is not up to date" in checked.stderr
+    assert "variables.md" not in checked.stderr
+    assert generate(copied).returncode == 0
+    assert "  kernel --> theory\n" in (copied / "docs" / "design.md").read_text()
+    assert generate(copied, "--check").returncode == 0
+
+
+def test_a_table_that_was_edited_is_written_anew(copied):
+    page = copied / "docs" / "variables.md"
+    text = page.read_text()
+    page.write_text(text.replace("| `angle` |", "| `angel` |"))
+    assert generate(copied, "--check").returncode == 1
+    assert generate(copied).returncode == 0
+    assert page.read_text() == text
+
+
+def test_every_variable_is_in_the_tables():
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "variables.md").read_text().splitlines()]
+    named = [row[0].strip("| `") for row in rows if len(row) == 5][1:]
+    named = [name for name in named if name not in ("variable", "---")]
+    assert named == [*VARIABLES, *REPLICATE_VARIABLES]

@@ -1,0 +1,52 @@
+"""Formats of other packages that are broken: they are named, skipped, and in the way of nothing."""
+
+import json
+
+import pytest
+
+from distributions import install, natgrad
+from logs import random_walk, write_log
+
+FORMAT = """
+from natgrad.sources.formats import Format
+
+def find(path):
+    {find}
+
+READER = Format(name={name!r}, layout="", gives="", lacks="", find=find, open=None)
+"""
+
+BROKEN = {
+    "raises at import": ("raise RuntimeError('no such luck')", "RuntimeError: no such luck"),
+    "is not there": ("", "AttributeError"),
+    "is no Python": ("def", "SyntaxError"),
+    "is no format": ("READER = 1", "is not an instance of natgrad.sources.formats.Format, but 1"),
+    "has a name in use": (FORMAT.format(name="csv", find="return True"), "the name 'csv' is taken"),
+    "cannot examine": (FORMAT.format(name="mine", find="return 1 / 0"), "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_extension_is_named_and_the_others_work(tmp_path, how):
+    text, reason = BROKEN[how]
+    site = install(
+        tmp_path / "site",
+        "broken-reader",
+        {"broken_reader": text},
+        {"natgrad.formats": {"x": "broken_reader:READER"}},
+    )
+    good = FORMAT.format(name="good", find="return False")
+    install(site, "good-reader", {"good_reader": good}, {"natgrad.formats": {"y": "good_reader:READER"}})
+    log = write_log(tmp_path / "log", random_walk(3))
+    found = natgrad("inspect", log, "--json", installed=[site])
+    assert json.loads(found.stdout)["steps"] == 3
+    # A log is found by a format of this package before those of others are asked.
+    (tmp_path / "empty").mkdir()
+    refused = natgrad("inspect", tmp_path / "empty", installed=[site], check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.count("broken-reader") >= 1
+    assert reason in refused.stderr
+    assert "Traceback" not in refused.stderr
+    listed = json.loads(natgrad("formats", "--json", installed=[site]).stdout)
+    assert "good" in listed
+    assert listed["csv"]["layout"]
