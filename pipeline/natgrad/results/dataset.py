@@ -52,8 +52,8 @@ def label(
     windows : sequence of int
         Windows m of consecutive logged updates; 1 is always included. An update whose window passes the end of the
         run, or a restart, has NaN and the status ``unverifiable``. The search for the smallest effective window
-        goes up to the longest of them, and at least to half the run or to
-        `natgrad.results.variables.LONGEST_WINDOW`.
+        goes up to the longest of them, and at least to the smaller of `natgrad.results.variables.LONGEST_WINDOW`
+        and half the run.
     provenance : mapping, optional
         Attributes of the root.
     variables : sequence of UpdateVariable, optional

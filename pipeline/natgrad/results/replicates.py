@@ -274,7 +274,7 @@ class Draws:
     @cached_property
     def statistics(self) -> dict[str, tuple[Array, Array]]:
         """Value and standard error of each variable of the mean update."""
-        variables = [v for v in REPLICATE_VARIABLES.values() if v.source is Source.MEAN_UPDATE]
+        variables = [v for v in REPLICATE_VARIABLES.values() if v.computed_from is ComputedFrom.MEAN_UPDATE]
         exists = {
             Defined.ALWAYS: np.True_,
             Defined.WITH_ANGLE: self.status <= Status.OBTUSE,
@@ -329,7 +329,7 @@ class MeanUpdate:
 # The variables -----------------------------------------------------------------------------------------------
 
 
-class Source(enum.Enum):
+class ComputedFrom(enum.Enum):
     """The argument of the function of a variable."""
 
     DRAWS = enum.auto()
@@ -348,7 +348,7 @@ class ReplicateVariable(Variable):
 
     Attributes
     ----------
-    source : Source
+    computed_from : ComputedFrom
         Argument of ``compute``.
     compute : callable
     defined : Defined
@@ -358,7 +358,7 @@ class ReplicateVariable(Variable):
     """
 
     compute: Callable[[Any], Any]
-    source: Source = Source.DRAWS
+    computed_from: ComputedFrom = ComputedFrom.DRAWS
     defined: Defined = Defined.ALWAYS
     error: bool = False
 
@@ -393,14 +393,14 @@ _DECLARED = (
     _as_of_updates(
         "alignment",
         "Rate at which the loss falls along the mean update.",
-        source=Source.MEAN_UPDATE,
+        computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: update.pair.alignment,
         error=True,
     ),
     _as_of_updates(
         "angle",
         "Angle of the mean update. NaN if there is none; status says why.",
-        source=Source.MEAN_UPDATE,
+        computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: geometry.angle(update.pair),
         defined=Defined.WITH_ANGLE,
         error=True,
@@ -408,14 +408,14 @@ _DECLARED = (
     _as_of_updates(
         "condition_number",
         "Smallest condition number of any metric of the mean update. NaN if it is not effective.",
-        source=Source.MEAN_UPDATE,
+        computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: geometry.condition_number(update.pair),
         defined=Defined.WITH_METRIC,
         error=True,
     ),
     ReplicateVariable(
         name="stochastic_weight",
-        source=Source.MEAN_UPDATE,
+        computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: discrete_time.stochastic_weight(
             update.pair, update.curvature, update.across_product, update.rate
         ),
@@ -430,7 +430,7 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="stochastic_alpha",
-        source=Source.MEAN_UPDATE,
+        computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: update.alpha,
         defined=Defined.WITH_METRIC,
         dimensions=(STEP, TENSOR),
@@ -450,7 +450,7 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="learning_rate_bound",
-        source=Source.MEAN_UPDATE,
+        computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: discrete_time.stochastic_learning_rate_bound(
             update.pair, update.curvature, update.across_product, update.alpha
         ),
@@ -465,7 +465,7 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="loss_decrease",
-        source=Source.MEAN_LOSS_CHANGE,
+        computed_from=ComputedFrom.MEAN_LOSS_CHANGE,
         compute=lambda change: -change,
         error=True,
         dimensions=(STEP,),
@@ -476,7 +476,7 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="replicate_loss_decrease",
-        source=Source.LOSS_CHANGES,
+        computed_from=ComputedFrom.LOSS_CHANGES,
         compute=lambda changes: -changes,
         dimensions=(STEP, REPLICATE),
         units="loss",
@@ -568,9 +568,9 @@ def _columns(draws: Draws) -> Columns:
     columns: Columns = {}
     for variable in _DECLARED:
         dimensions = tuple(axis for axis in variable.dimensions if axis != TENSOR or draws.status.ndim > 1)
-        if variable.source is Source.DRAWS:
+        if variable.computed_from is ComputedFrom.DRAWS:
             columns[variable.name] = (dimensions, np.asarray(variable.compute(draws)))
-        elif variable.source is Source.MEAN_UPDATE:
+        elif variable.computed_from is ComputedFrom.MEAN_UPDATE:
             value, error = draws.statistics[variable.name]
             columns[variable.name] = (dimensions, value)
             if variable.error:
@@ -581,9 +581,9 @@ def _columns(draws: Draws) -> Columns:
 def _of_losses(changes: Array) -> Columns:
     columns: Columns = {}
     for variable in _DECLARED:
-        if variable.source is Source.LOSS_CHANGES:
+        if variable.computed_from is ComputedFrom.LOSS_CHANGES:
             columns[variable.name] = (variable.dimensions, np.asarray(variable.compute(changes)))
-        elif variable.source is Source.MEAN_LOSS_CHANGE:
+        elif variable.computed_from is ComputedFrom.MEAN_LOSS_CHANGE:
             value, error = jackknife(variable.compute, changes.T)
             columns[variable.name] = (variable.dimensions, value)
             if variable.error:

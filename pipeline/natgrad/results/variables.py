@@ -49,7 +49,7 @@ VARIABLES_GROUP = "natgrad.variables"
 """Entry-point group of the variables of other packages."""
 
 LONGEST_WINDOW = 256
-"""Default limit of the search for the smallest window, which also goes up to half the run at most."""
+"""Longest window in the search for the smallest one; the limit is half the run if that is less."""
 
 MODEL_AND_TENSORS = ("model", "tensor")
 _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
@@ -732,8 +732,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m with y.g > 0 for all t, eq. (3)",
             long_name="smallest window of which all are effective, NaN where none is",
-            description="Windows up to 256 updates and half the run are tried, and up to the longest requested "
-            "one.",
+            description="Tried are lengths up to 256 or half the run, if that is less, or up to the longest "
+            "requested window.",
         ),
         UpdateVariable(
             name="effective_window_count",
@@ -751,8 +751,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m of eq. (3)",
             long_name="smallest window over which the loss always decreases, NaN where none is",
-            description="Windows up to 256 updates and half the run are tried, and up to the longest requested "
-            "one.",
+            description="Tried are lengths up to 256 or half the run, if that is less, or up to the longest "
+            "requested window.",
         ),
         UpdateVariable(
             name="decreasing_window_count",
