@@ -100,7 +100,7 @@ def main(runs=1000):
         from prefect import flow
 
         from natgrad_flows.runs import process_run
-        from natgrad_flows.scan import watch_runs
+        from natgrad_flows.scan import scan_runs
 
         @flow
         def empty():
@@ -123,7 +123,7 @@ def main(runs=1000):
             write_log(base / "few" / f"run-{number}", number)
         beyond = []
         for turn in range(TURNS):
-            look = seconds(watch_runs, base / "few", base / f"looked-{turn}", workers=1)
+            look = seconds(scan_runs, base / "few", base / f"looked-{turn}", workers=1)
             hand = sum(
                 seconds(by_hand, base / "few" / f"run-{number}", base / f"few-{turn}" / str(number))
                 for number in range(RUNS_OF_A_LOOK)
@@ -133,7 +133,7 @@ def main(runs=1000):
         for number in range(runs):
             write_log(base / "logs" / f"group-{number % 10}" / f"run-{number}", number)
         # One is processed; that the others were is written down, as it is what a look reads.
-        watch_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
+        scan_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
         done = json.loads((base / "one" / ".outcome.json").read_text())
         for found in watch.find_runs(base / "logs", base / "out"):
             for path in (run.RunFolder(found.out).results, run.RunFolder(found.out).report):
@@ -142,7 +142,7 @@ def main(runs=1000):
             watch.Outcome(str(found.source), watch.listing(found.source), options).remember(found.out)
         looks = []
         for _ in range(TURNS):
-            looks.append(seconds(lambda: _all_unchanged(watch_runs(base / "logs", base / "out", workers=1), runs)))
+            looks.append(seconds(lambda: _all_unchanged(scan_runs(base / "logs", base / "out", workers=1), runs)))
         print(f"a look at {runs} unchanged runs:", spread(looks))
 
 

@@ -42,7 +42,7 @@ MOST_LEVELS = 8
 HOMES = {
     "zarr": {"store", "storage"},
     "icechunk": {"storage"},
-    "xarray": {"results", "reporting"},
+    "xarray": {"results", "reporting", "app"},
     "dask": {"compute"},
     "distributed": {"compute"},
     "prefect": {"natgrad_flows"},

@@ -29,12 +29,12 @@ def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
         Dask worker processes.
     """
     runs = {}
-    with local_scheduler(workers, run.MEMORY_LIMIT) as scheduler:
+    with local_scheduler(workers, run.Analysis().memory_limit) as scheduler:
         for name, log in write_demo_logs(out / "logs").items():
             runs[name] = out / "runs" / name
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
     results = {name: str(RunFolder(path).results) for name, path in runs.items()}
-    return {"results": results, **run.report_run(runs, out / "report.html")}
+    return {"results": results, **run.report_run(runs, out / "report.html").to_json()}
 
 
 def main(

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from logs import random_walk, write_log, write_step
-from natgrad.app import cli, run
-from natgrad.app import scan as watch
+from natgrad.app import cli, run, scan
 from natgrad.schema.errors import InputError, Unavailable
 
 
@@ -25,7 +24,7 @@ def out(tmp_path):
 
 
 def found(root, out):
-    return {one.name: (one.source, one.out) for one in watch.find_runs(root, out)}
+    return {one.name: (one.source, one.out) for one in scan.find_runs(root, out)}
 
 
 # Which runs there are ----------------------------------------------------------------------------------------
@@ -86,14 +85,14 @@ def test_links_are_entered_once_and_hidden_folders_never(root, out):
 
 def test_a_run_that_was_met_is_one_even_when_its_log_is_cleared_away(root, out):
     log = write_log(root / "a", random_walk(1))
-    watch.Outcome(str(log), "", {}).remember(out / "a")
+    scan.Outcome(str(log), "", {}).remember(out / "a")
     next(log.iterdir()).unlink()
     assert set(found(root, out)) == {"a"}
 
 
 def test_a_root_that_is_not_there_is_refused(root, out):
     with pytest.raises(InputError, match="no such folder"):
-        watch.find_runs(root, out)
+        scan.find_runs(root, out)
 
 
 # What changed ------------------------------------------------------------------------------------------------
@@ -127,15 +126,15 @@ def test_the_identity_of_a_log_tells_every_change(root, change):
     log = write_log(root, random_walk(3))
     (log / "part").mkdir()
     (log / "part" / "file").write_text("some")
-    before = watch.listing(log)
-    assert watch.listing(log) == before
+    before = scan.listing(log)
+    assert scan.listing(log) == before
     change(log)
-    assert watch.listing(log) != before
+    assert scan.listing(log) != before
 
 
 def outcome(log, out, options, **kept):
-    watch.Outcome(str(log), watch.listing(log), options, **kept).remember(out)
-    return watch.Outcome.of(out)
+    scan.Outcome(str(log), scan.listing(log), options, **kept).remember(out)
+    return scan.Outcome.of(out)
 
 
 @pytest.fixture
@@ -151,15 +150,15 @@ def processed(root, out):
 def test_what_is_done_stands_until_log_options_version_or_results_change(processed, out, monkeypatch):
     (log, options), out = processed, out / "a"
     done = outcome(log, out, options, summary={"updates": 2})
-    assert done.stands(watch.listing(log), options, out)
-    assert done.stands(watch.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
-    assert not done.stands(watch.listing(log), options | {"windows": [1, 2]}, out)
+    assert done.stands(scan.listing(log), options, out)
+    assert done.stands(scan.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
+    assert not done.stands(scan.listing(log), options | {"windows": [1, 2]}, out)
     assert not done.stands("another", options, out)
     with monkeypatch.context() as patch:
         patch.setattr(watch, "__version__", "99")
-        assert not done.stands(watch.listing(log), options, out)
+        assert not done.stands(scan.listing(log), options, out)
     run.RunFolder(out).report.unlink()
-    assert not done.stands(watch.listing(log), options, out)
+    assert not done.stands(scan.listing(log), options, out)
 
 
 def test_bad_input_stands_and_what_can_heal_does_not(root, out):
@@ -169,17 +168,17 @@ def test_bad_input_stands_and_what_can_heal_does_not(root, out):
         (Unavailable("the scheduler was lost"), False),
         (OSError("no space left"), False),
     ):
-        failed = outcome(log, out, {}, error=watch.error_parts(error))
-        assert failed.stands(watch.listing(log), {}, out) == stands
+        failed = outcome(log, out, {}, error=scan.error_parts(error))
+        assert failed.stands(scan.listing(log), {}, out) == stands
 
 
 def test_an_outcome_that_cannot_be_read_is_none(out):
-    assert watch.Outcome.of(out) is None
+    assert scan.Outcome.of(out) is None
     out.mkdir()
     (out / ".outcome.json").write_text('{"listing": "half a')
-    assert watch.Outcome.of(out) is None
+    assert scan.Outcome.of(out) is None
     (out / ".outcome.json").write_text('{"of": "another version"}')
-    assert watch.Outcome.of(out) is None
+    assert scan.Outcome.of(out) is None
 
 
 # One at a time -----------------------------------------------------------------------------------------------
@@ -196,12 +195,12 @@ with only_processor(sys.argv[1]):
 def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
     with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        with pytest.raises(watch.Held, match="another process") as refusal, watch.only_processor(out):
+        with pytest.raises(scan.Busy, match="another process") as refusal, scan.only_processor(out):
             raise AssertionError
         assert str(out) in str(refusal.value)
-        assert watch.error_parts(refusal.value)["heals"]
+        assert scan.error_parts(refusal.value)["heals"]
         holder.kill()
-    with watch.only_processor(out):
+    with scan.only_processor(out):
         pass
 
 
@@ -213,13 +212,13 @@ def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, c
     outcome(log, out / "a", options, summary={"updates": 2})
     write_log(root / "new", random_walk(4))
     error = InputError("truncated", remedy="write it again")
-    outcome(write_log(root / "bad", random_walk(2)), out / "bad", {}, error=watch.error_parts(error))
+    outcome(write_log(root / "bad", random_walk(2)), out / "bad", {}, error=scan.error_parts(error))
     by_hand = write_log(root / "by hand", random_walk(5))
     run.ingest_run(by_hand, out / "by hand")
-    watch.remember_root(root, out)
+    scan.remember_root(root, out)
 
     def rows():
-        return {row["run"]: row for row in watch.status(out)}
+        return {row["run"]: row for row in scan.status(out)}
 
     keys = ("state", "steps", "last_step", "lag", "error", "do")
     assert {name: tuple(row[key] for key in keys) for name, row in rows().items()} == {
@@ -230,8 +229,8 @@ def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, c
     }
     appended(log)
     assert (rows()["a"]["state"], rows()["a"]["lag"]) == ("behind", 1)
-    with watch.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
-        while not watch._is_held(out / "new"):
+    with scan.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
+        while not scan._is_held(out / "new"):
             time.sleep(0.05)
         assert rows()["new"]["state"] == "working"
         holder.kill()
@@ -246,11 +245,11 @@ def test_status_of_a_log_that_is_gone_has_no_lag(root, out):
     run.ingest_run(log, out / "a")
     for path in log.iterdir():
         path.unlink()
-    (row,) = watch.status(out)
+    (row,) = scan.status(out)
     assert (row["last_step"], row["lag"]) == (2, None)
 
 
 def test_status_of_a_folder_without_runs_is_refused(out):
     out.mkdir()
     with pytest.raises(InputError, match="no run"):
-        watch.status(out)
+        scan.status(out)

@@ -324,6 +324,8 @@ def existing_cluster(address: str) -> Executor:
     """
 
     def run(job: Job, chunks: list[LedgerChunk], digests: Digests) -> Iterator[Finished]:
+        if not chunks:  # no reason to wait for a scheduler
+            return
         from distributed import CancelledError, Client, KilledWorker
         from distributed.comm.core import CommClosedError
 
