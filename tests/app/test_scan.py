@@ -1,16 +1,19 @@
-"""Many runs below one folder: which there are, what changed, and what is said of them. No Prefect here."""
+"""Many runs below one folder: finding, processing and showing them. No Prefect here."""
 
 import os
 import subprocess
 import sys
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import natgrad
 from logs import random_walk, write_log, write_step
 from natgrad.app import cli, run, scan
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.version import RESULTS_VERSION
+from servers import wait_for
 
 
 @pytest.fixture
@@ -147,16 +150,15 @@ def processed(root, out):
     return log, {"windows": [1], "workers": 1, "scheduler": None, "cluster": None}
 
 
-def test_what_is_done_stands_until_log_options_version_or_results_change(processed, out, monkeypatch):
+def test_what_is_done_stands_until_log_options_version_or_(processed, out):
     (log, options), out = processed, out / "a"
     done = outcome(log, out, options, summary={"updates": 2})
     assert done.stands(scan.listing(log), options, out)
     assert done.stands(scan.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
     assert not done.stands(scan.listing(log), options | {"windows": [1, 2]}, out)
     assert not done.stands("another", options, out)
-    with monkeypatch.context() as patch:
-        patch.setattr(watch, "__version__", "99")
-        assert not done.stands(scan.listing(log), options, out)
+    assert replace(done, version="99").stands(scan.listing(log), options, out)
+    assert not replace(done, results_version=RESULTS_VERSION + 1).stands(scan.listing(log), options, out)
     run.RunFolder(out).report.unlink()
     assert not done.stands(scan.listing(log), options, out)
 
@@ -208,14 +210,13 @@ def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
 
 
 def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, capsys):
-    log, options = processed
-    outcome(log, out / "a", options, summary={"updates": 2})
+    log, _ = processed
+    assert natgrad.scan(root, out, workers=1).processed == 1
     write_log(root / "new", random_walk(4))
     error = InputError("truncated", remedy="write it again")
     outcome(write_log(root / "bad", random_walk(2)), out / "bad", {}, error=scan.error_parts(error))
     by_hand = write_log(root / "by hand", random_walk(5))
     run.ingest_run(by_hand, out / "by hand")
-    scan.remember_root(root, out)
 
     def rows():
         return {row["run"]: row for row in scan.status(out)}
@@ -230,9 +231,8 @@ def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, c
     appended(log)
     assert (rows()["a"]["state"], rows()["a"]["lag"]) == ("behind", 1)
     with scan.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
-        while not scan._is_held(out / "new"):
-            time.sleep(0.05)
-        assert rows()["new"]["state"] == "working"
+        wait_for(lambda: rows()["new"]["state"] == "working")
+        assert rows()["a"]["state"] == "working"
         holder.kill()
     cli.status(out)
     lines = capsys.readouterr().out.splitlines()
@@ -253,3 +253,64 @@ def test_status_of_a_folder_without_runs_is_refused(out):
     out.mkdir()
     with pytest.raises(InputError, match="no run"):
         scan.status(out)
+
+
+# Scans -------------------------------------------------------------------------------------------------------
+
+
+def numbers(summary):
+    return summary.processed, summary.unchanged, summary.skipped, summary.failed
+
+
+def test_a_scan_processes_what_changed_and_a_bad_run_fails_alone(root, out):
+    for name in ("a", "group/b", "bad"):
+        write_log(root / name, random_walk(3))
+    bad = root / "bad" / "step_1.safetensors"
+    content = bad.read_bytes()
+    bad.write_bytes(content[:-3])
+    summary = natgrad.scan(root, str(out), workers=1, at_once=2)
+    assert numbers(summary) == (2, 0, 0, 1)
+    assert set(summary.failures) == {"bad"}
+    assert [(one.run, one.state) for one in summary.runs if one.state == "failed"] == [("bad", "failed")]
+    assert numbers(natgrad.scan(root, out, workers=1)) == (0, 2, 0, 1)
+    bad.write_bytes(content)
+    appended(root / "a")
+    summary = natgrad.scan(root, out)
+    assert numbers(summary) == (2, 1, 0, 0)
+    assert scan.Outcome.of(out / "a").summary["new_steps"] == 1
+    assert summary.message == "3 runs: 2 processed, 1 unchanged"
+    assert "runs" not in summary.to_json()
+
+
+def test_a_scan_with_other_options_processes_again_and_the_defaults_are_not_other_options(root, out):
+    write_log(root / "a", random_walk(5))
+    assert numbers(natgrad.scan(root, out)) == (1, 0, 0, 0)
+    assert numbers(natgrad.scan(root, out, windows=[1], gammas=[0.01, 0.1, 1, 10, 100])) == (0, 1, 0, 0)
+    assert numbers(natgrad.scan(root, out, windows=[2])) == (1, 0, 0, 0)
+    assert natgrad.open_results(out / "a")["model"]["window"].values.tolist() == [1, 2]
+
+
+def test_a_run_that_another_process_works_on_is_skipped(root, out):
+    write_log(root / "a", random_walk(3))
+    with scan.only_processor(out / "a"):
+        summary = natgrad.scan(root, out)
+    assert numbers(summary) == (0, 0, 1, 0)
+    assert summary.runs[0].what == "another process is working on this run"
+
+
+def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out):
+    for name in ("one/r0", "one/r1", "two/r0"):
+        write_log(root / name, random_walk(3))
+    assert numbers(natgrad.scan(root, out, sweep=True)) == (2, 0, 0, 0)
+    assert natgrad.open_trajectory(out / "one").runs == ("r0", "r1")
+    assert numbers(natgrad.scan(root, out, sweep=True)) == (0, 2, 0, 0)
+    rows = {row["run"]: (row["state"], row["steps"], row["lag"]) for row in scan.status(out)}
+    assert rows == {"one": ("done", 6, 0), "two": ("done", 3, 0)}
+    appended(root / "one" / "r1")
+    assert [row["lag"] for row in scan.status(out)] == [1, 0]
+
+
+def test_options_of_a_scan_are_checked_before_a_folder_is_listed(root, out):
+    with pytest.raises(InputError, match="--at-once must be at least 1"):
+        natgrad.scan(root, out, at_once=0)
+    assert not out.exists()

@@ -105,10 +105,8 @@ def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list
             "no such folder", where=str(root), remedy="give the folder below which the runs are logged"
         )
     seen = {_inode(out)} if out.is_dir() else set()
-    names = set(_names(root, out, ".", seen))
-    if sweep:
-        names = {Path(name).parent.as_posix() for name in names}
-    return [FoundRun(name, root / name, out / name) for name in sorted(names)]
+    found = set(_names(root, out, ".", seen, sweep))
+    return [FoundRun(name, root / name, out / name) for name in sorted(found)]
 
 
 def _inode(folder: Path) -> tuple[int, int]:
@@ -116,7 +114,7 @@ def _inode(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: bool) -> Iterator[str]:
     """Yield the names of the runs in a folder below the root."""
     folder = root / name
     try:
@@ -124,8 +122,12 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
             return
         seen.add(_inode(folder))
         # A run with an outcome stays a run even if its log is gone: its error then says what is missing.
-        if (out / name / _OUTCOME).exists() or holds_run(folder):
+        outcome = Outcome.of(out / name)
+        if outcome is not None and outcome.options.get("sweep", False) == sweep:
             yield name
+            return
+        if holds_run(folder):
+            yield Path(name).parent.as_posix() if sweep else name
             return
         with os.scandir(folder) as entries:
             below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -135,12 +137,12 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
         return
     empty = True
     for entry in below:
-        for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen):
+        for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen, sweep):
             empty = False
             yield found
     # One file of all steps, where there is nothing else that it could belong to.
     if empty and holds_run(folder, in_one_file=True):
-        yield name
+        yield Path(name).parent.as_posix() if sweep else name
 
 
 def listing(source: Path) -> str:

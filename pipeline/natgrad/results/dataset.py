@@ -8,6 +8,7 @@ names of `natgrad.schema.variables`; the pairs are made in `natgrad.results.pair
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ __all__ = ["GAMMAS", "by_run", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Weights of the one-parameter family (eq. 22) that results carry where none are asked for."""
+
+_FILTERS = threading.Lock()
 
 _RATES = {
     True: "groups of the optimizer have several: each tensor has its own, and g of the tensor is per that",
@@ -389,7 +392,8 @@ def write(tree: xr.DataTree, path: Path) -> None:
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them in one go.
     """
     with folder_aside(path) as aside:
-        with warnings.catch_warnings():
+        # The filters of warnings are those of all threads: another one would restore them meanwhile.
+        with _FILTERS, warnings.catch_warnings():
             # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
