@@ -148,11 +148,11 @@ def _warn_of_old_deployments(current: set[str]) -> None:
     """Warn of deployments on the server whose flows are modules of an older version."""
     package = __name__.partition(".")[0]
     with get_client(sync_client=True) as client:
-        flows = {flow.id: flow.name for flow in client.read_flows()}
+        flow_names = {flow.id: flow.name for flow in client.read_flows()}
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[_TAG]))
         found = client.read_deployments(deployment_filter=tagged)
     for deployment in found:
-        name, entrypoint = f"{flows.get(deployment.flow_id)}/{deployment.name}", deployment.entrypoint or ""
+        name, entrypoint = f"{flow_names.get(deployment.flow_id)}/{deployment.name}", deployment.entrypoint or ""
         if name not in current and not entrypoint.startswith(f"{package}."):
             module = entrypoint.partition(".")[0]
             _log.warning(

@@ -46,10 +46,7 @@ from natgrad.sources.steps import NotYet
 from natgrad.storage import place
 from natgrad_flows.parameters import Out, Source, with_parameters
 
-__all__ = ["analyze_run", "ingest_run", "process_run"]
-
-PROGRESS_SECONDS = 5.0
-"""Time between two changes of a progress artifact; shorter work has none."""
+__all__ = ["SCANNED", "ProgressArtifact", "analyze_run", "ingest_run", "process_run"]
 
 SCANNED: ContextVar[Outcome | None] = ContextVar("SCANNED")
 """Outcome seen before scheduling. If it changed since, another worker has already processed the run."""
@@ -82,23 +79,28 @@ def _task_name() -> str:
     return f"{task_run.get_task_name()} {Path(task_run.get_parameters()['out']).name}"
 
 
-class _Progress:
-    """A progress artifact of work that takes longer.
+class ProgressArtifact:
+    """A progress bar on the page of a flow; short work has none.
 
     Parameters
     ----------
     what : str
-    out : Path
+        Items that are counted.
+    out : path
+        Folder of the run.
+    interval : float
+        Seconds between two changes, and until it appears.
     """
 
-    def __init__(self, what: str, out: str | Path) -> None:
-        self.what, self.out = what, Path(out)
+    def __init__(self, what: str, out: str | Path, interval: float = 5.0) -> None:
+        self.what, self.out, self.interval = what, Path(out), interval
         self.artifact: UUID | None = None
         self.updated = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that some of the items are done."""
         ended = done == total and self.artifact is not None
-        if not ended and time.monotonic() - self.updated < PROGRESS_SECONDS:
+        if not ended and time.monotonic() - self.updated < self.interval:
             return
         self.updated, percent = time.monotonic(), 100 * done / max(total, 1)
         if self.artifact is None:
@@ -126,14 +128,14 @@ def _ingest(source: Source, out: Out, values: dict[str, Any], analysis: Analysis
         out,
         **options.selected(IngestParameters, values),
         check=None if analysis is None else analysis.check,
-        progress=_Progress("steps-ingested", out),
+        progress=ProgressArtifact("steps-ingested", out),
     )
     return summary.to_json()
 
 
 @task(name="analyze", **_RETRY)
 def _analyze(out: Out, analysis: Analysis) -> dict[str, Any]:
-    return run.analyze_run(out, analysis, progress=_Progress("chunks-computed", out)).to_json()
+    return run.analyze_run(out, analysis, progress=ProgressArtifact("chunks-computed", out)).to_json()
 
 
 @task(name="report", **_RETRY)

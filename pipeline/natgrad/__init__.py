@@ -71,13 +71,16 @@ _MODULES = {
 """Module of each public name; the others are functions of `natgrad.app.api`."""
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES.get(name, "natgrad.app.api")), name)
-    globals()[name] = value
-    return value
-
-
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# A type checker that saw this function would take any name for a public one.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_MODULES.get(name, "natgrad.app.api")), name)
+        globals()[name] = value
+        return value

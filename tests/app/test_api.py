@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,12 @@ def test_progress_is_told_by_stage(tmp_path):
     natgrad.process(LOG, tmp_path, progress=lambda stage, done, total: calls.append((stage, done, total)))
     assert ("ingest", 41, 41) in calls
     assert ("analyze", 1, 1) in calls
+
+
+def test_no_text_names_the_packages_as_they_were_called_before():
+    # A logger of another name would suppress every INFO line; a template or an entry point would not be found.
+    older = re.compile(r"(?<![\w./-])(pipeline|flows)\.[a-z_]+|getLogger\(.(pipeline|flows)\b")
+    for folder in ("pipeline", "flows"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".html", ".toml"):
+                assert not older.search(path.read_text()), path

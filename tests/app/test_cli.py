@@ -19,6 +19,7 @@ import xarray as xr
 
 from logs import random_walk, write_log, write_step
 from natgrad.app import cli
+from natgrad.schema.version import __version__
 from natgrad.store import Trajectory
 
 NATGRAD = Path(sys.executable).with_name("natgrad")
@@ -124,7 +125,9 @@ def test_a_learning_rate_is_taken_where_the_log_has_none(tmp_path):
 
 def test_remarks_go_to_standard_error_and_quiet_leaves_warnings_only(run, tmp_path):
     log, _, _ = run
-    loud, quiet = natgrad("process", log, tmp_path / "a"), natgrad("process", log, tmp_path / "b", "--quiet")
+    loud = natgrad_process("process", log, tmp_path / "a")
+    quiet = natgrad_process("process", log, tmp_path / "b", "--quiet")
+    assert "INFO 11 updates in 1 task" in loud.stderr
     assert "projected peak memory per worker" in loud.stderr
     assert "updates in 1 task" not in loud.stdout
     assert quiet.stderr == ""
@@ -135,6 +138,14 @@ def test_help_and_formats():
     assert all(command in text for command in ("process", "ingest", "analyze", "report", "info", "demo", "formats"))
     assert "step_<N>.safetensors" in natgrad("formats").stdout
     assert set(answer("formats")) >= {"steps", "torch", "dcp", "huggingface", "lightning"}
+
+
+def test_the_version_and_the_completion_of_the_shell():
+    assert natgrad_process("--version").stdout == f"natgrad {__version__}\n"
+    assert "--install-completion" in natgrad("--help").stdout
+    words = {"_NATGRAD_COMPLETE": "complete_bash", "COMP_WORDS": "natgrad ver", "COMP_CWORD": "1"}
+    done = subprocess.run([NATGRAD], env=os.environ | words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["verify", "versions"]
 
 
 # Bad input ---------------------------------------------------------------------------------------------------
