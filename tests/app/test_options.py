@@ -43,6 +43,13 @@ def test_command_function_and_docstring_list_the_same_options(name):
         assert one.option.description.split()[0] in getattr(natgrad, name).__doc__
 
 
+def test_parameters_of_a_single_command_keep_their_defaults():
+    commands = typer.main.get_command(app).commands
+    defaults = {(name, one.name): one.default for name in ("serve", "demo") for one in commands[name].params}
+    assert defaults["serve", "limit"] == 1
+    assert str(defaults["demo", "out"]) == "demo"
+
+
 @pytest.mark.parametrize("name", ["serve", "deploy"])
 def test_scheduled_scans_have_the_options_of_a_scan(name):
     command = {one.name for one in typer.main.get_command(app).commands[name].params}

@@ -35,7 +35,7 @@ assert_type(natgrad.open_results("out"), xr.DataTree)
 assert_type(natgrad.open_trajectory("out"), Trajectory)
 assert_type(natgrad.open_ledger("out"), Ledger)
 assert_type(natgrad.__version__, str)
-natgrad.Recorder(Path("log")).record(0, parameter={"a": np.ones(2)}, gradient={"a": np.ones(2)}, loss=1.0)
+natgrad.Recorder("log").record(0, parameter={"a": np.ones(2)}, gradient={"a": np.ones(2)}, loss=1.0)
 error: type[ValueError] = natgrad.InputError
 unavailable: type[natgrad.InputError] = natgrad.Unavailable
 process_run("log", "out", windows=[1])

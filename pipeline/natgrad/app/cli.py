@@ -46,18 +46,18 @@ def command_options(kind: Any) -> Callable[[F], F]:
     """Decorate a command that takes ``**values``: list the options of a set in its signature, for Typer."""
 
     def decorate(function: F) -> F:
-        signature = options.signature_of(function, kind, _typer_option)
-        parameters = [
-            one.replace(
-                kind=signatures.Parameter.KEYWORD_ONLY,
-                default=None if one.default not in (one.empty, False) else one.default,
-            )
-            for one in sorted(signature.parameters.values(), key=lambda one: one.name in _LAST)
-        ]
+        signature = options.signature_of(function, kind, _typer_option, _typer_default)
+        ordered = sorted(signature.parameters.values(), key=lambda one: one.name in _LAST)
+        parameters = [one.replace(kind=signatures.Parameter.KEYWORD_ONLY) for one in ordered]
         function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
         return function
 
     return decorate
+
+
+def _typer_default(declared: options.DeclaredOption) -> Any:
+    """Return the default for Typer: None if an option is not given, which the validation replaces."""
+    return False if declared.kinds == (bool,) else None
 
 
 def _typer_option(declared: options.DeclaredOption) -> Any:
@@ -77,7 +77,7 @@ def _typer_option(declared: options.DeclaredOption) -> Any:
 
 
 class Output:
-    """What a command prints: progress and remarks on standard error, the summary on standard output.
+    """Output of a command: progress and remarks on standard error, the summary on standard output.
 
     Parameters
     ----------

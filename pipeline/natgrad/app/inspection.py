@@ -56,7 +56,7 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
     REPLICATE_HVP: ("the metric of eq. (19)", "log H (theta_{t+1} - theta_t) of each of these draws"),
     REPLICATE_LOSS: ("the mean loss_decrease of a stochastic rule", "log the loss of each of these states"),
 }
-"""Quantity of a log to the results that need it, and how to get it where it is missing."""
+"""Quantity of a log to the results that need it, and how to get it if it is missing."""
 
 _SAMPLE_BYTES = 64 * MEBIBYTE
 _PASS_RATE = 2e9

@@ -330,7 +330,7 @@ class LogOptions(TypedDict, total=False):
             parse=_parsed_shift,
         ),
     ]
-    sweep: Annotated[bool, Option("SOURCE is a folder with the logs of many runs of one model.", False)]
+    sweep: Annotated[bool, Option("The log is a folder with the logs of many runs of one model.", False)]
 
 
 class ReadOptions(LogOptions, total=False):
@@ -358,7 +358,7 @@ class ReadOptions(LogOptions, total=False):
 
 
 class OverwriteOptions(TypedDict, total=False):
-    """Whether to start again."""
+    """Replacement of what OUT holds."""
 
     overwrite: Annotated[bool, Option("Start again: drop the present contents of OUT.", False)]
 
@@ -549,7 +549,10 @@ def selected(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def signature_of(
-    function: Callable[..., Any], kind: Any, parameter_type: Callable[[DeclaredOption], Any]
+    function: Callable[..., Any],
+    kind: Any,
+    parameter_type: Callable[[DeclaredOption], Any],
+    default: Callable[[DeclaredOption], Any] | None = None,
 ) -> inspect.Signature:
     """Return the signature of a function with ``**options`` replaced by the options of a set.
 
@@ -560,6 +563,8 @@ def signature_of(
         Set of options.
     parameter_type : callable
         Returns the annotation of an option.
+    default : callable, optional
+        Returns the default of an option in the signature. Default: that of its declaration.
     """
     signature = inspect.signature(function, eval_str=True)
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -567,7 +572,7 @@ def signature_of(
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=option.option.default,
+            default=option.option.default if default is None else default(option),
             annotation=parameter_type(option),
         )
         for name, option in declared(kind).items()

@@ -1,4 +1,4 @@
-"""What the public functions return: frozen dataclasses of plain values, whose JSON form the command line prints."""
+"""Summaries that the public functions return: frozen dataclasses; the command line prints their JSON form."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Verification(Summary):
 
     @property
     def ok(self) -> bool:
-        """Whether all checksums match."""
+        """Return whether all checksums match."""
         return not self.damages
 
     def to_json(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Recorder:
     'step_2.safetensors'
     """
 
-    def __init__(self, folder: Path, container: str = "safetensors", *, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, container: str = "safetensors", *, resume: bool = False) -> None:
         if container not in _WRITERS:
             raise InputError(
                 f"container {container!r} is not known", remedy=f"choose one of {', '.join(CONTAINERS)}"
