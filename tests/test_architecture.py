@@ -42,7 +42,7 @@ MOST_LEVELS = 8
 HOMES = {
     "zarr": {"store", "storage"},
     "icechunk": {"storage"},
-    "xarray": {"results", "reporting", "app"},
+    "xarray": {"results", "reporting", "app"},  # app: for the type of `open_results`
     "dask": {"compute"},
     "distributed": {"compute"},
     "prefect": {"natgrad_flows"},
@@ -164,3 +164,15 @@ def test_the_command_line_starts_without_heavy_libraries():
 def test_a_library_that_few_runs_need_is_loaded_for_those_alone():
     few = {"distributed", "icechunk", "jinja2", "matplotlib", "prefect", "s3fs"}
     assert not loaded_after("import natgrad.app.run; assert 'scipy.sparse' not in sys.modules") & few
+
+
+@pytest.mark.parametrize(
+    ("call", "libraries"), [("inspect", {"numba", "llvmlite", "xarray"}), ("verify", {"numba"})]
+)
+def test_a_log_is_described_and_a_store_is_verified_without_the_compiler(tmp_path, call, libraries):
+    log = ROOT / "data" / "linear_system"
+    subprocess.run(
+        [sys.executable, "-c", f"import natgrad; natgrad.ingest({str(log)!r}, {str(tmp_path)!r})"], check=True
+    )
+    path = log if call == "inspect" else tmp_path
+    assert not loaded_after(f"import natgrad; natgrad.{call}({str(path)!r})") & libraries

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
         open_trajectory,
         process,
         report,
-        scan,
         verify,
     )
+    from natgrad.app.scan import scan
     from natgrad.recording.recorder import Recorder
     from natgrad.schema.errors import InputError, Unavailable
     from natgrad.schema.version import __version__
@@ -67,6 +67,7 @@ _MODULES = {
     "Recorder": "natgrad.recording.recorder",
     "Unavailable": "natgrad.schema.errors",
     "__version__": "natgrad.schema.version",
+    "scan": "natgrad.app.scan",
 }
 """Module of each public name; the others are functions of `natgrad.app.api`."""
 

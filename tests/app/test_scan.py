@@ -298,6 +298,24 @@ def test_a_run_that_another_process_works_on_is_skipped(root, out):
     assert summary.runs[0].what == "another process is working on this run"
 
 
+SCAN = """
+import sys, natgrad
+summary = natgrad.scan(sys.argv[1], sys.argv[2], workers=1)
+print(summary.processed, summary.unchanged + summary.skipped, summary.failed)
+"""
+
+
+def test_two_scans_at_once_process_every_run_once(root, out):
+    runs = 5
+    for number in range(runs):
+        write_log(root / f"run-{number}", random_walk(3, seed=number))
+    command = [sys.executable, "-c", SCAN, root, out]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    counts = [list(map(int, one.communicate()[0].split())) for one in started]
+    assert [sum(count) for count in zip(*counts, strict=True)] == [runs, runs, 0]
+    assert {row["state"] for row in scan.status(out)} == {"done"}
+
+
 def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out):
     for name in ("one/r0", "one/r1", "two/r0"):
         write_log(root / name, random_walk(3))

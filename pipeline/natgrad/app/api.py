@@ -1,21 +1,19 @@
 """The public functions of the package, which ``import natgrad`` makes available under these names.
 
-Each validates all its options before any work starts. The command line calls these functions.
+Each validates all its options before any work starts. The command line calls these functions. Libraries that only
+some of them need are imported by those: `inspect` and `verify` load neither the compiler nor xarray.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-import xarray as xr
-
-from natgrad.app import options, run
+from natgrad.app import options
 from natgrad.app.folder import RunFolder
 from natgrad.app.follow import follow
-from natgrad.app.inspection import inspect_source
-from natgrad.app.scan import scan
+from natgrad.app.progress import StageProgress, stage
 from natgrad.app.summaries import (
     AnalysisSummary,
     IngestSummary,
@@ -24,10 +22,11 @@ from natgrad.app.summaries import (
     Report,
     Verification,
 )
-from natgrad.app.verification import verify_run
-from natgrad.results import dataset
 from natgrad.storage import each, network_errors
 from natgrad.store import Ledger, Trajectory
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = [
     "analyze",
@@ -38,7 +37,6 @@ __all__ = [
     "open_trajectory",
     "process",
     "report",
-    "scan",
     "verify",
 ]
 
@@ -50,7 +48,7 @@ def process(
     source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    progress: run.StageProgress | None = None,
+    progress: StageProgress | None = None,
     **values: Unpack[options.ProcessOptions],
 ) -> ProcessSummary:
     """Ingest, analyze and report a run.
@@ -75,6 +73,7 @@ def process(
         If an option or the log is not valid. Nothing is stored of a log that is refused.
     """
     checked = options.validated(options.ProcessOptions, values)
+    from natgrad.app import run
 
     def once(first: bool) -> ProcessSummary | None:
         return run.process_run(
@@ -95,7 +94,7 @@ def ingest(
     source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    progress: run.StageProgress | None = None,
+    progress: StageProgress | None = None,
     **values: Unpack[options.IngestOptions],
 ) -> IngestSummary:
     """Read the new steps of a training log into OUT/trajectory.zarr.
@@ -120,6 +119,7 @@ def ingest(
         If an option or the log is not valid. Nothing is stored of a log that is refused.
     """
     checked = options.validated(options.IngestOptions, values)
+    from natgrad.app import run
 
     def once(first: bool) -> IngestSummary | None:
         found = run.ingest_run(
@@ -128,7 +128,7 @@ def ingest(
             **options.selected(options.ReadOptions, checked),
             overwrite=checked["overwrite"] and first,
             wait=checked["follow"],
-            progress=run.stage(progress, "ingest"),
+            progress=stage(progress, "ingest"),
         )
         return found if first or found.new_steps else None
 
@@ -146,7 +146,7 @@ def _repeated(once: Callable[[bool], T | None], checked: Mapping[str, Any]) -> T
 def analyze(
     out: str | Path,
     *,
-    progress: run.StageProgress | None = None,
+    progress: StageProgress | None = None,
     **values: Unpack[options.AnalyzeOptions],
 ) -> AnalysisSummary:
     """Compute the missing part of OUT/ledger.zarr, and OUT/results.zarr.
@@ -168,8 +168,11 @@ def analyze(
     InputError
         If an option is not valid, OUT holds no two steps, or memory does not suffice.
     """
-    analysis = run.Analysis.of(options.validated(options.AnalyzeOptions, values))
-    return run.analyze_run(out, analysis, progress=run.stage(progress, "analyze"))
+    checked = options.validated(options.AnalyzeOptions, values)
+    from natgrad.app import run
+
+    analysis = run.Analysis.of(checked)
+    return run.analyze_run(out, analysis, progress=stage(progress, "analyze"))
 
 
 @options.with_options(options.VersionOptions)
@@ -197,6 +200,8 @@ def report(
     InputError
         If there are no results.
     """
+    from natgrad.app import run
+
     checked = options.validated(options.VersionOptions, values)
     return run.report_run([outs] if isinstance(outs, str | Path) else outs, page, checked["version"])
 
@@ -220,6 +225,8 @@ def inspect(source: str | Path | Sequence[str | Path], **values: Unpack[options.
     InputError
         If there is no log, or its first or last step cannot be described.
     """
+    from natgrad.app.inspection import inspect_source
+
     checked = options.validated(options.InspectOptions, values)
     logs = each(source)
     with network_errors(*logs):
@@ -245,6 +252,8 @@ def verify(out: str | Path, **values: Unpack[options.VersionOptions]) -> Verific
     InputError
         If OUT holds no trajectory.
     """
+    from natgrad.app.verification import verify_run
+
     checked = options.validated(options.VersionOptions, values)
     return Verification(damages=tuple(verify_run(out, checked["version"])))
 
@@ -269,6 +278,8 @@ def open_results(out: str | Path, **values: Unpack[options.VersionOptions]) -> x
     InputError
         If there are no results.
     """
+    from natgrad.results import dataset
+
     folder = RunFolder.of(out, **options.validated(options.VersionOptions, values))
     with network_errors(folder.path):
         return dataset.read(folder.results)

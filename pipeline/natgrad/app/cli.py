@@ -18,7 +18,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.summary import Summary, summary_lines
 
 if TYPE_CHECKING:
-    from natgrad.app.run import StageProgress
+    from natgrad.app.progress import StageProgress
 
 __all__ = ["Json", "Output", "Quiet", "app", "command_options", "main"]
 

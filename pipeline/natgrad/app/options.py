@@ -566,8 +566,15 @@ def signature_of(
     default : callable, optional
         Returns the default of an option in the signature. Default: that of its declaration.
     """
-    signature = inspect.signature(function, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    signature = inspect.signature(function)
+    own = [
+        # The type of the result stays text: its library may not be loaded.
+        one.replace(annotation=eval(one.annotation, function.__globals__))
+        if isinstance(one.annotation, str)
+        else one
+        for one in signature.parameters.values()
+        if one.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     others = [
         inspect.Parameter(
             name,

@@ -15,6 +15,7 @@ from typing import Any
 
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
+from natgrad.app.progress import Progress, StageProgress, stage
 from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
 from natgrad.compute import ledger_pass as compute
 from natgrad.ingestion import Extent, ingest
@@ -31,26 +32,17 @@ from natgrad.store import Ledger, Trajectory, only_writer
 __all__ = [
     "RUNS_SHOWN",
     "Analysis",
-    "Progress",
-    "StageProgress",
     "analyze_run",
     "draw_run",
     "ingest_run",
     "process_run",
     "report_run",
-    "stage",
 ]
 
 RUNS_SHOWN = 8
 """Runs of a sweep that a page shows."""
 
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with items done and items in all."""
-
-StageProgress = Callable[[str, int, int], None]
-"""Called with the stage (``ingest``, ``analyze``), items done and items in all."""
 
 _DEFAULTS = {name: option.option.default for name, option in options.declared(options.AnalyzeOptions).items()}
 
@@ -284,11 +276,6 @@ def process_run(
         return None
     analyzed = analyze_run(out, analysis, progress=stage(progress, "analyze"))
     return ProcessSummary(**vars(ingested), **vars(analyzed), **vars(report_run([out])))
-
-
-def stage(progress: StageProgress | None, name: str) -> Progress | None:
-    """Return the progress callback of one stage."""
-    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list
     InputError
         If the root is not a folder that can be listed.
     """
-    root, out = require_local(place(root), "ROOT"), require_local(place(out), "OUT")
+    root, out = require_local(root, "ROOT"), require_local(out, "OUT")
     if not root.is_dir():
         raise InputError(
             "no such folder", where=str(root), remedy="give the folder below which the runs are logged"
@@ -498,7 +498,7 @@ def status(out: str | Path) -> list[dict[str, Any]]:
     InputError
         If there is no run.
     """
-    out = require_local(place(out), "ROOT")
+    out = require_local(out, "ROOT")
     runs: dict[str, Path | None] = dict.fromkeys(_outs(out))
     with suppress(OSError, ValueError, KeyError, InputError):
         scanned = json.loads((out / _ROOT).read_bytes())
