@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 import typer
 from prefect import flow
 
-from natgrad.app import run
+from natgrad.app import options, run
 from natgrad.app.folder import RunFolder
 from natgrad.compute.clusters import local_scheduler
 from natgrad.experiments.demo import WINDOW, write_demo_logs
+from natgrad_flows.parameters import Out, with_parameters
 from natgrad_flows.runs import process_run
 
-__all__ = ["demo"]
+__all__ = ["DemoOptions", "demo"]
+
+WORKERS = 2
+
+
+class DemoOptions(TypedDict, total=False):
+    """Options of the demonstration."""
+
+    workers: Annotated[int, options.Option("Dask worker processes.", WORKERS, metavar="N", minimum=1)]
 
 
 @flow(name="demo")
-def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
+@with_parameters(DemoOptions)
+def demo(out: Out = Path("demo"), **values: Unpack[DemoOptions]) -> dict[str, Any]:
     """Log the experiments, process every log on one local Dask cluster, and draw all on one page.
 
     Parameters
     ----------
-    out : Path
+    out : path
         Folder for logs, runs and the page.
-    workers : int
-        Dask worker processes.
+    **options
     """
-    runs = {}
-    with local_scheduler(workers, run.Analysis().memory_limit) as scheduler:
+    checked = options.validated(DemoOptions, values)
+    out, runs = Path(out), {}
+    with local_scheduler(checked["workers"], run.Analysis().memory_limit) as scheduler:
         for name, log in write_demo_logs(out / "logs").items():
             runs[name] = out / "runs" / name
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
@@ -39,10 +49,10 @@ def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for logs, runs and the page.")] = Path("demo"),
-    workers: Annotated[int, typer.Option(help="Dask worker processes.")] = 2,
+    workers: Annotated[int, typer.Option(help="Dask worker processes.")] = WORKERS,
 ) -> None:
     """Run the demonstration and print where its results are."""
-    answer = demo(out, workers)
+    answer = demo(out, workers=workers)
     for name, path in answer["results"].items():
         typer.echo(f"results of {name}: {path}")
     typer.echo(f"report: {answer['report']}")

@@ -24,6 +24,7 @@ from natgrad.storage import place, put
 from natgrad.storage.repository import versions
 from natgrad.store import Trajectory, only_writer
 from natgrad_flows import runs
+from natgrad_flows.demo import DemoOptions, demo
 from natgrad_flows.scan import scan_runs
 
 WRITER = """
@@ -221,6 +222,7 @@ FLOWS = {
     runs.ingest_run: (options.ReadOptions, options.OverwriteOptions),
     runs.analyze_run: (options.AnalyzeOptions,),
     scan_runs: (options.ScanOptions,),
+    demo: (DemoOptions,),
 }
 
 
