@@ -285,7 +285,7 @@ def test_a_pass_over_tls_takes_the_certificates_of_dasks_configuration(tmp_path,
     address = f"tls://127.0.0.1:{port}"
     with scheduler(port, tmp_path, "--protocol", "tls", *options), worker(address, tmp_path, *options):
         with pytest.raises(Unavailable, match="does not answer"):
-            list(compute.existing_cluster(address)(None, [], dict))
+            list(compute.existing_cluster(address)(None, [None], dict))
         with dask.config.set({f"distributed.comm.tls.{key}": value for key, value in tls.items()}):
             assert run_pass(tmp_path, arrays, compute.existing_cluster(address)) == expected
             options = clusters._job_options("slurm")
