@@ -13,12 +13,12 @@ demo: .venv/demo-installed
 # What only the tests need follows in the same environment: both lock files have the same pins.
 install: .venv/installed
 
-.venv/demo-installed: requirements-demo.lock pyproject.toml tools/set_up.py
-	@$(PYTHON) tools/set_up.py requirements-demo.lock
+.venv/demo-installed: requirements-demo.lock pyproject.toml .ci/set_up.py
+	@$(PYTHON) .ci/set_up.py requirements-demo.lock
 	@touch $@
 
 .venv/installed: .venv/demo-installed requirements.lock
-	@$(PYTHON) tools/set_up.py requirements.lock $(TORCH)
+	@$(PYTHON) .ci/set_up.py requirements.lock $(TORCH)
 	@touch $@
 
 # The report is tested in a real browser. Debian and Ubuntu get one here; elsewhere install Chrome or Chromium.

@@ -99,7 +99,7 @@ def main(runs=1000):
         from prefect import flow
 
         from natgrad_flows.runs import process_run
-        from natgrad_flows.scan import watch_runs
+        from natgrad_flows.scan import scan_runs
 
         @flow
         def empty():
@@ -122,7 +122,7 @@ def main(runs=1000):
             write_log(base / "few" / f"run-{number}", number)
         beyond = []
         for turn in range(TURNS):
-            scanned = seconds(watch_runs, base / "few", base / f"scanned-{turn}", workers=1)
+            scanned = seconds(scan_runs, base / "few", base / f"scanned-{turn}", workers=1)
             hand = sum(
                 seconds(by_hand, base / "few" / f"run-{number}", base / f"few-{turn}" / str(number))
                 for number in range(RUNS_OF_A_SCAN)
@@ -132,7 +132,7 @@ def main(runs=1000):
         for number in range(runs):
             write_log(base / "logs" / f"group-{number % 10}" / f"run-{number}", number)
         # One is processed. Of the others only the recorded outcome is written, because a scan reads nothing else.
-        watch_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
+        scan_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
         done = json.loads((base / "one" / ".outcome.json").read_text())
         for found in scan.find_runs(base / "logs", base / "out"):
             for path in (run.RunFolder(found.out).results, run.RunFolder(found.out).report):
@@ -141,7 +141,7 @@ def main(runs=1000):
             scan.Outcome(str(found.source), scan.listing(found.source), options).remember(found.out)
         scans = []
         for _ in range(TURNS):
-            scans.append(seconds(lambda: _all_unchanged(watch_runs(base / "logs", base / "out", workers=1), runs)))
+            scans.append(seconds(lambda: _all_unchanged(scan_runs(base / "logs", base / "out", workers=1), runs)))
         print(f"a scan of {runs} unchanged runs:", spread(scans))
 
 

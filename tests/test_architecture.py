@@ -43,7 +43,7 @@ MOST_LEVELS = 8
 HOMES = {
     "zarr": {"store", "storage"},
     "icechunk": {"storage"},
-    "xarray": {"results", "reporting"},
+    "xarray": {"results", "reporting", "app"},  # app: for the type of `open_results`
     "dask": {"compute"},
     "distributed": {"compute"},
     "prefect": {"natgrad_flows"},
@@ -300,3 +300,15 @@ def test_tests_use_public_names_alone():
     assert {path: names for path, names in found.items() if names and path not in PRIVATE_NAMES_IN_TESTS} == {}
     # A file that is clean by now leaves the list.
     assert {path for path in PRIVATE_NAMES_IN_TESTS if not found.get(path)} == set()
+
+
+@pytest.mark.parametrize(
+    ("call", "libraries"), [("inspect", {"numba", "llvmlite", "xarray"}), ("verify", {"numba"})]
+)
+def test_a_log_is_described_and_a_store_is_verified_without_the_compiler(tmp_path, call, libraries):
+    log = ROOT / "data" / "linear_system"
+    subprocess.run(
+        [sys.executable, "-c", f"import natgrad; natgrad.ingest({str(log)!r}, {str(tmp_path)!r})"], check=True
+    )
+    path = log if call == "inspect" else tmp_path
+    assert not loaded_after(f"import natgrad; natgrad.{call}({str(path)!r})") & libraries

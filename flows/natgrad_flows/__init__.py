@@ -3,14 +3,16 @@
 ``natgrad_flows.runs``
     `ingest_run`, `analyze_run`, `process_run`.
 ``natgrad_flows.scan``
-    `watch_runs`: the runs below a folder that have news.
+    `scan_runs`: the runs below a folder that changed.
+``natgrad_flows.parameters``
+    The parameters of the flows, made of `natgrad.app.options`.
 ``natgrad_flows.deployments``, ``natgrad_flows.cli``
     The flows on a schedule; the command ``natgrad``.
 ``natgrad_flows.demo``, ``python -m natgrad_flows``
     The experiments of the paper, logged and processed.
 
 The flows run on Prefect's embedded server (SQLite) where ``PREFECT_API_URL`` is not set. Nothing is sent
-anywhere: the defaults below are set before Prefect is imported, and an environment that says otherwise wins.
+anywhere: the defaults below are set before Prefect is imported, and the environment takes precedence.
 """
 
 import os

@@ -24,7 +24,7 @@ def main(
     for name in ("natgrad_flows", "natgrad.experiments"):
         logging.getLogger(name).setLevel(logging.INFO)  # Prefect has set up the handlers
     logging.getLogger(__package__).info("starting Prefect")
-    answer = demo(out, workers)
+    answer = demo(out, workers=workers)
     for name, path in answer["results"].items():
         typer.echo(f"results of {name}: {path}")
     typer.echo(f"report: {answer['report']}")

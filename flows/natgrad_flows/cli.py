@@ -7,121 +7,68 @@ from typing import Annotated, Any
 
 import typer
 
-from natgrad.app import cli, options
-from natgrad.app.cli import app, main
+from natgrad.app import options
+from natgrad.app.cli import Json, Output, Quiet, app, command_options, main
 
 __all__ = ["app", "main"]
 
-Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder below which runs are logged.")]
-Outs = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of what is made of them, a folder each.")]
-Cron = Annotated[str | None, typer.Option(help="When to look for news, '*/10 * * * *' for example.")]
-Every = Annotated[float | None, typer.Option(metavar="SECONDS", help="Time between two looks, in place of --cron.")]
-Name = Annotated[str, typer.Option(help="Of the deployments; one for each ROOT that a server knows.")]
-AtOnce = Annotated[int, typer.Option(min=1, help="Runs in work at a time.")]
+Root = Annotated[Path, typer.Argument(metavar="ROOT", help=options.ROOT)]
+RunsFolder = Annotated[Path, typer.Argument(metavar="OUT", help=options.RUNS)]
 
 
-def _parameters(context: typer.Context) -> dict[str, Any]:
-    """Parameters of `natgrad_flows.scan.watch_runs` that a command was given; ROOT and OUT are its own."""
-    from natgrad_flows.scan import watch_runs
-
-    said = options.said(context)
-    return {name: said[name] for name in watch_runs.parameters.properties if name not in ("root", "out")}
+class ScheduledScanOptions(options.ScheduleOptions, options.ScanOptions, total=False):
+    """Options of a scan on a schedule."""
 
 
 @app.command()
-def watch(
-    context: typer.Context,
-    root: Root,
-    out: Outs,
-    format: options.Format = None,
-    allow_gaps: options.AllowGaps = False,
-    learning_rate: options.LearningRate = None,
-    gammas: options.Gammas = None,
-    windows: options.Windows = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    cluster: options.Cluster = None,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    at_once: AtOnce = 1,
-    mapping: options.Mapping = None,
-    shift: options.Shift = None,
-    include: options.Include = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Look once for runs below ROOT that have news, and process them."""
-    from natgrad_flows.deployments import require_valid
-    from natgrad_flows.scan import watch_runs
+@command_options(options.ScanOptions)
+def scan(root: Root, out: RunsFolder, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+    """Process the runs below ROOT that changed since the last scan. Exits with 1 if a run failed."""
+    checked = options.validated(options.ScanOptions, values)
+    output = Output(as_json, quiet)
+    # Prefect is loaded once the options are valid.
+    from natgrad_flows.scan import scan_runs
 
-    parameters = _parameters(context)
-    require_valid({"root": root, "out": out, **parameters})
-    answer = watch_runs(root, out, **parameters)
-    cli.show(answer, as_json, quiet)
-    if answer["failed"]:
+    summary = scan_runs(root, out, **checked)
+    output.show(summary)
+    if summary["failed"]:
         raise typer.Exit(1)
 
 
 @app.command()
+@command_options(ScheduledScanOptions)
 def serve(
-    context: typer.Context,
     root: Root,
-    out: Outs,
-    cron: Cron = None,
-    every: Every = None,
-    name: Name = "natgrad",
-    limit: Annotated[int, typer.Option(min=1, help="Flows in work at a time.")] = 1,
-    format: options.Format = None,
-    allow_gaps: options.AllowGaps = False,
-    learning_rate: options.LearningRate = None,
-    gammas: options.Gammas = None,
-    windows: options.Windows = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    cluster: options.Cluster = None,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    at_once: AtOnce = 1,
-    mapping: options.Mapping = None,
-    shift: options.Shift = None,
-    include: options.Include = None,
+    out: RunsFolder,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Flows that run at the same time.")] = 1,
+    quiet: Quiet = False,
+    **values: Any,
 ) -> None:
-    """Serve the flows of a Prefect server: look for news on a schedule, until this process ends."""
+    """Serve the flows for a Prefect server: scan ROOT on a schedule until this process ends."""
+    Output(as_json=False, quiet=quiet)
+    options.validated(ScheduledScanOptions, values)
     from natgrad_flows.deployments import serve_flows
 
-    parameters = _parameters(context)
-    serve_flows(root, out, limit=limit, name=name, cron=cron, every=every, parameters=parameters)
+    serve_flows(root, out, values, limit=limit)
 
 
 @app.command()
+@command_options(ScheduledScanOptions)
 def deploy(
-    context: typer.Context,
     root: Root,
-    out: Outs,
-    pool: Annotated[str, typer.Option(help="Work pool whose workers run the flows.")],
-    cron: Cron = None,
-    every: Every = None,
-    name: Name = "natgrad",
-    format: options.Format = None,
-    allow_gaps: options.AllowGaps = False,
-    learning_rate: options.LearningRate = None,
-    gammas: options.Gammas = None,
-    windows: options.Windows = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    cluster: options.Cluster = None,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    at_once: AtOnce = 1,
-    mapping: options.Mapping = None,
-    shift: options.Shift = None,
-    include: options.Include = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    out: RunsFolder,
+    pool: Annotated[str, typer.Option(metavar="NAME", help="Work pool whose workers run the flows.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **values: Any,
 ) -> None:
-    """Give the flows to a work pool of a Prefect server, on a schedule."""
+    """Deploy the flows to a work pool of a Prefect server, on a schedule."""
+    output = Output(as_json, quiet)
+    options.validated(ScheduledScanOptions, values)
     from natgrad_flows.deployments import deploy_flows
 
-    parameters = _parameters(context)
-    made = deploy_flows(root, out, pool=pool, name=name, cron=cron, every=every, parameters=parameters)
-    cli.show({"pool": pool, "deployments": made}, as_json, quiet)
+    made = deploy_flows(root, out, values, pool=pool)
+    output.show({"pool": pool, "deployments": made})
 
 
 if __name__ == "__main__":

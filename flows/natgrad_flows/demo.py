@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 from prefect import flow
 
-from natgrad.app import run
+from natgrad.app import options, run
 from natgrad.app.folder import RunFolder
 from natgrad.compute.clusters import local_scheduler
 from natgrad.experiments.demo import WINDOW, write_demo_logs
+from natgrad_flows.parameters import Out, with_parameters
 from natgrad_flows.runs import process_run
 
-__all__ = ["demo"]
+__all__ = ["DemoOptions", "demo"]
+
+WORKERS = 2
+
+
+class DemoOptions(TypedDict, total=False):
+    """Options of the demonstration."""
+
+    workers: Annotated[int, options.Option("Dask worker processes.", WORKERS, metavar="N", minimum=1)]
+
 
 _log = logging.getLogger(__name__)
 
 
 @flow(name="demo")
-def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
+@with_parameters(DemoOptions)
+def demo(out: Out = Path("demo"), **values: Unpack[DemoOptions]) -> dict[str, Any]:
     """Log the experiments, process every log on one local Dask cluster, and draw all on one page.
 
     Parameters
     ----------
-    out : Path
+    out : path
         Folder for logs, runs and the page.
-    workers : int
-        Dask worker processes.
+    **options
     """
-    runs = {}
-    _log.info("starting %d Dask workers", workers)
-    with local_scheduler(workers, run.MEMORY_LIMIT) as scheduler:
+    checked = options.validated(DemoOptions, values)
+    out, runs = Path(out), {}
+    _log.info("starting %d Dask workers", checked["workers"])
+    with local_scheduler(checked["workers"], run.Analysis().memory_limit) as scheduler:
         for name, log in write_demo_logs(out / "logs").items():
             runs[name] = out / "runs" / name
             _log.info("processing %s in a Prefect flow", name)
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
     results = {name: str(RunFolder(path).results) for name, path in runs.items()}
-    return {"results": results, **run.report_run(runs, out / "report.html")}
+    return {"results": results, **run.report_run(runs, out / "report.html").to_json()}

@@ -3,69 +3,79 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import serve
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ObjectNotFound, ParameterTypeError
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 
+from natgrad.app import options
 from natgrad.schema.errors import InputError
 from natgrad.storage import require_local
 from natgrad_flows.runs import analyze_run, ingest_run, process_run
-from natgrad_flows.scan import watch_runs
+from natgrad_flows.scan import scan_runs
 
-__all__ = ["deploy_flows", "deployments", "require_valid", "serve_flows"]
+__all__ = ["deploy_flows", "deployments", "serve_flows"]
+
+_log = logging.getLogger("natgrad.flows")
+
+_TAG = "natgrad"
 
 
-def serve_flows(root: Path, out: Path, *, limit: int = 1, **options: Any) -> None:
-    """Serve the flows until the process is told to end: `watch_runs` on its schedule, the others on demand.
+def serve_flows(root: Path, out: Path, values: Mapping[str, Any], *, limit: int = 1) -> None:
+    """Serve the flows until the process ends: `scan_runs` on its schedule, the others on demand.
 
     Parameters
     ----------
     root, out : Path
-        As those of `natgrad_flows.scan.watch_runs`.
+        See `natgrad_flows.scan.scan_runs`.
+    values : mapping
+        Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
     limit : int
-        Flows in work at a time, of all.
-    **options
-        See `deployments`.
+        Flows that run at the same time.
 
     Raises
     ------
     InputError
-        Where no Prefect server answers, a schedule cannot be understood, or a parameter is not valid.
+        If an option is not valid, or no Prefect server answers.
     """
+    made = deployments(root, out, values)
     _require_server()
-    serve(*deployments(root, out, **options), limit=limit, print_starting_message=False)
+    _warn_of_old_deployments({deployment.full_name for deployment in made})
+    serve(*made, limit=limit, print_starting_message=False)
 
 
-def deploy_flows(root: Path, out: Path, *, pool: str, **options: Any) -> list[str]:
-    """Give the flows to a work pool, whose workers need this package and the paths.
+def deploy_flows(root: Path, out: Path, values: Mapping[str, Any], *, pool: str) -> list[str]:
+    """Deploy the flows to a work pool, whose workers need this package and the paths.
 
     Parameters
     ----------
     root, out : Path
-        As those of `natgrad_flows.scan.watch_runs`, as the workers see them.
+        See `natgrad_flows.scan.scan_runs`; as the workers see them.
+    values : mapping
+        Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
     pool : str
-        Work pool that is there already (``prefect work-pool create --type process NAME``).
-    **options
-        See `deployments`.
+        Existing work pool (``prefect work-pool create --type process NAME``).
 
     Returns
     -------
     list of str
-        Names of the deployments, flow and name.
+        Names of the deployments: flow and name.
 
     Raises
     ------
     InputError
-        As `serve_flows`, and where there is no such pool.
+        If an option is not valid, no Prefect server answers, or there is no such pool.
     """
+    made = deployments(root, out, values)
     _require_server()
     with get_client(sync_client=True) as client:
         try:
@@ -74,94 +84,91 @@ def deploy_flows(root: Path, out: Path, *, pool: str, **options: Any) -> list[st
             raise InputError(
                 f"there is no work pool {pool!r}",
                 where="--pool",
-                remedy=f"make it: prefect work-pool create --type process {pool}; then start workers on it",
+                remedy=f"create it: prefect work-pool create --type process {pool}; then start workers for it",
             ) from error
-    made = deployments(root, out, **options)
     for deployment in made:
         deployment.apply(work_pool_name=pool)
-    return [deployment.full_name for deployment in made]
+    names = [deployment.full_name for deployment in made]
+    _warn_of_old_deployments(set(names))
+    return names
 
 
-def deployments(
-    root: Path,
-    out: Path,
-    *,
-    name: str = "natgrad",
-    cron: str | None = None,
-    every: float | None = None,
-    parameters: dict[str, Any] | None = None,
-) -> list[RunnerDeployment]:
+def deployments(root: Path, out: Path, values: Mapping[str, Any]) -> list[RunnerDeployment]:
     """Make the deployments of all flows.
 
     Parameters
     ----------
     root, out : Path
-    name : str
-        Of the deployments, one for each ROOT that is watched on a server.
-    cron : str, optional
-        When to look for news, ``*/10 * * * *`` for example.
-    every : float, optional
-        Seconds between two looks, in place of ``cron``.
-    parameters : dict, optional
-        Further parameters of `natgrad_flows.scan.watch_runs`.
+    values : mapping
+        Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
+
+    Raises
+    ------
+    InputError
+        If an option is not valid, or there is not exactly one schedule.
     """
+    scanning = options.validated(options.ScanOptions, options.selected(options.ScanOptions, values))
+    schedule = options.validated(options.ScheduleOptions, options.selected(options.ScheduleOptions, values))
+    cron, every, name = schedule["cron"], schedule["every"], schedule["name"]
     if (cron is None) == (every is None):
         raise InputError(
             "two schedules are given" if cron else "no schedule is given",
             where="--cron, --every",
             remedy="give one of both: --cron '*/10 * * * *', or --every 600 (seconds)",
         )
-    if every is not None and not every > 0:
-        raise InputError(f"every {every} seconds is no schedule", where="--every", remedy="give seconds above 0")
     root, out = require_local(root, "ROOT"), require_local(out, "OUT")
     paths = {"root": str(root.absolute()), "out": str(out.absolute())}
-    values = {**paths, **(parameters or {})}
-    require_valid(values)
     try:
-        watching = watch_runs.to_deployment(
+        scan = _deployment(
+            scan_runs,
             name,
             cron=cron,
             interval=None if every is None else timedelta(seconds=every),
-            parameters=values,
-            tags=["natgrad"],
-            # A look that takes longer than the schedule's interval is not joined by another one.
+            parameters={**paths, **scanning},
+            # A scan that takes longer than the schedule's interval is not joined by another one.
             concurrency_limit=ConcurrencyLimitConfig(
                 limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
             ),
-            entrypoint_type=EntrypointType.MODULE_PATH,
         )
     except ValueError as error:  # pydantic's is one
         raise InputError(
             f"this cannot be scheduled: {error}", where=f"deployment {name}", remedy="see natgrad serve --help"
         ) from error
-    return [
-        watching,
-        *(
-            flow.to_deployment(name, tags=["natgrad"], entrypoint_type=EntrypointType.MODULE_PATH)
-            for flow in (process_run, ingest_run, analyze_run)
-        ),
-    ]
+    return [scan, *(_deployment(flow, name) for flow in (process_run, ingest_run, analyze_run))]
 
 
-def require_valid(parameters: dict[str, Any]) -> None:
-    """Refuse parameters that `natgrad_flows.scan.watch_runs` would not take (InputError)."""
-    # Prefect logs what it raises, and it is told as all bad input is.
-    logger = logging.getLogger("prefect.flows")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        watch_runs.validate_parameters(parameters)
-    except ParameterTypeError as error:
-        raise InputError(
-            str(error), where="parameters of watch-runs", remedy="see natgrad watch --help for what each may be"
-        ) from error
-    finally:
-        logger.disabled = disabled
+def _deployment(flow: Any, name: str, **settings: Any) -> RunnerDeployment:
+    # A module that is given by file name is loaded a second time, and its guard against two scans has no effect.
+    made = flow.to_deployment(name, tags=[_TAG], entrypoint_type=EntrypointType.MODULE_PATH, **settings)
+    # Prefect annotates its functions for both a synchronous and an asynchronous caller.
+    return cast(RunnerDeployment, made)
+
+
+def _warn_of_old_deployments(current: set[str]) -> None:
+    """Warn of deployments on the server whose flows are modules of an older version."""
+    package = __name__.partition(".")[0]
+    with get_client(sync_client=True) as client:
+        flow_names = {flow.id: flow.name for flow in client.read_flows()}
+        tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[_TAG]))
+        found = client.read_deployments(deployment_filter=tagged)
+    for deployment in found:
+        name, entrypoint = f"{flow_names.get(deployment.flow_id)}/{deployment.name}", deployment.entrypoint or ""
+        if name not in current and not entrypoint.startswith(f"{package}."):
+            module = entrypoint.partition(".")[0]
+            _log.warning(
+                "deployment %s was made by an older version: its runs fail with \"No module named '%s'\", or run "
+                "other code of that name. Delete it: prefect deployment delete %s; and deploy again "
+                "(natgrad serve or natgrad deploy)",
+                name,
+                module,
+                name,
+            )
 
 
 def _require_server() -> None:
-    """Refuse to go on without a server: the embedded one ends with this process, and its schedules with it."""
+    """Require a server: the embedded one ends with this process, and its schedules with it."""
     address = get_current_settings().api.url
-    remedy = "start one (prefect server start), and say where: export PREFECT_API_URL=http://HOST:4200/api"
+    remedy = "start one (prefect server start), and set its address: export PREFECT_API_URL=http://HOST:4200/api"
     if address is None:
         raise InputError("schedules need a Prefect server", where="PREFECT_API_URL is not set", remedy=remedy)
     with get_client(sync_client=True) as client:

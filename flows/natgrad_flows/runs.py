@@ -1,17 +1,19 @@
-"""The flows of a run: thin faces of `natgrad.app.run`.
+"""The flows of a run: thin interfaces of `natgrad.app.run`.
 
-Each does its work in one task. A task can run twice (Prefect delivers at least once): ingest and analysis keep
-what is finished, so the second time costs little and changes nothing. What a flow was asked for goes to them by
-name, as Prefect tells it, defaults included: the signatures of the flows are the one list of it.
+Each step is one task. A task can run twice (Prefect delivers at least once): ingest and analysis keep finished
+work, so the second time costs little and changes nothing. The parameters are the options of `natgrad.app.options`.
+
+The flows have no ``follow``: a schedule repeats them (`natgrad serve`).
 """
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Unpack, cast
 from uuid import UUID
 
 from prefect import State, Task, flow, get_run_logger, task
@@ -35,45 +37,37 @@ from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.context import TagsContext
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Crashed
-from pydantic import Field
 
-from natgrad.app import run
-from natgrad.app import scan as watch
+from natgrad.app import options, run
 from natgrad.app.folder import RunFolder
-from natgrad.app.run import MEMORY_LIMIT, Analysis
-from natgrad.ingestion import INCLUDES
-from natgrad.sources.names import OF_A_STATE, QUANTITIES
+from natgrad.app.run import Analysis
+from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
 from natgrad.sources.steps import NotYet
-from natgrad.storage import each, is_url, network_errors, place
-from natgrad.storage.repository import KINDS
+from natgrad.storage import place
+from natgrad_flows.parameters import Out, Source, with_parameters
 
-__all__ = ["analyze_run", "ingest_run", "process_run"]
+__all__ = ["SCANNED", "ProgressArtifact", "analyze_run", "ingest_run", "process_run"]
 
-PROGRESS_SECONDS = 5.0
-"""Time between two changes of a progress artifact; what is done sooner has none."""
+SCANNED: ContextVar[Outcome | None] = ContextVar("SCANNED")
+"""Outcome seen before scheduling. If it changed since, another worker has already processed the run."""
 
-LOOKED: ContextVar[watch.Outcome | None] = ContextVar("LOOKED")
-"""What a look found in OUT before it started a flow: where it stands otherwise, another one was faster."""
 
-# Values that a server can refuse before a run is started.
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Key = Annotated[str, Field(min_length=1)]
-Sources = Path | Annotated[list[Path], Field(min_length=1)]
-Map = dict[Literal[*QUANTITIES, "run"], Key]
-Shift = dict[Literal[*OF_A_STATE], int]
-Include = list[Literal[*INCLUDES]]
-Store = Literal[*KINDS]
+class IngestParameters(options.ReadOptions, options.OverwriteOptions, total=False):
+    """Options of `ingest_run`."""
+
+
+class ProcessParameters(options.RunOptions, options.OverwriteOptions, total=False):
+    """Options of `process_run`."""
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Bad input stays bad; a lost worker or a busy disk may not. Steps still to come are for the next run."""
+    """Return whether to retry: not after invalid input, and not for steps that are still to come."""
     try:
         state.result()
     except NotYet:
         return False
     except Exception as error:
-        return bool(watch.error_parts(error)["heals"])
+        return bool(error_parts(error)["heals"])
     return False
 
 
@@ -85,28 +79,35 @@ def _task_name() -> str:
     return f"{task_run.get_task_name()} {Path(task_run.get_parameters()['out']).name}"
 
 
-class _Progress:
-    """A progress artifact of what takes longer.
+class ProgressArtifact:
+    """A progress bar on the page of a flow; short work has none.
 
     Parameters
     ----------
     what : str
-    out : Path
+        Items that are counted.
+    out : path
+        Folder of the run.
+    interval : float
+        Seconds between two changes, and until it appears.
     """
 
-    def __init__(self, what: str, out: Path) -> None:
-        self.what, self.out = what, Path(out)
+    def __init__(self, what: str, out: str | Path, interval: float = 5.0) -> None:
+        self.what, self.out, self.interval = what, Path(out), interval
         self.artifact: UUID | None = None
-        self.told = time.monotonic()
+        self.updated = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that some of the items are done."""
         ended = done == total and self.artifact is not None
-        if not ended and time.monotonic() - self.told < PROGRESS_SECONDS:
+        if not ended and time.monotonic() - self.updated < self.interval:
             return
-        self.told, percent = time.monotonic(), 100 * done / max(total, 1)
+        self.updated, percent = time.monotonic(), 100 * done / max(total, 1)
         if self.artifact is None:
             description = f"{self.out.name}: {self.what}, {total} in all"
-            self.artifact = create_progress_artifact(percent, _key(self.what, self.out), description)
+            # Prefect annotates its functions for both a synchronous and an asynchronous caller.
+            made = create_progress_artifact(percent, _key(self.what, self.out), description)
+            self.artifact = cast(UUID, made)
         else:
             update_progress_artifact(self.artifact, percent)
 
@@ -121,96 +122,75 @@ _RETRY: dict[str, Any] = {
 
 
 @task(name="ingest", **_RETRY)
-def _ingest(source: Sources, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    return run.ingest_run(source, out, **options, progress=_Progress("steps-ingested", out))
+def _ingest(source: Source, out: Out, values: dict[str, Any], analysis: Analysis | None) -> dict[str, Any]:
+    summary = run.ingest_run(
+        source,
+        out,
+        **options.selected(IngestParameters, values),
+        check=None if analysis is None else analysis.check,
+        progress=ProgressArtifact("steps-ingested", out),
+    )
+    return summary.to_json()
 
 
 @task(name="analyze", **_RETRY)
-def _analyze(out: Path, options: Analysis) -> dict[str, Any]:
-    return run.analyze_run(out, options, progress=_Progress("chunks-computed", out))
+def _analyze(out: Out, analysis: Analysis) -> dict[str, Any]:
+    return run.analyze_run(out, analysis, progress=ProgressArtifact("chunks-computed", out)).to_json()
 
 
 @task(name="report", **_RETRY)
-def _report(out: Path) -> dict[str, Any]:
-    return run.report_run([out])
+def _report(out: Out) -> dict[str, Any]:
+    return run.report_run([out]).to_json()
 
 
 @flow(name="ingest-run", flow_run_name=_flow_name)
-def ingest_run(
-    source: Sources,
-    out: Path,
-    format: str | None = None,
-    allow_gaps: bool = False,
-    mapping: Map | None = None,
-    shift: Shift | None = None,
-    include: Include | None = None,
-    store: Store | None = None,
-) -> dict[str, Any]:
+@with_parameters(IngestParameters)
+def ingest_run(source: Source, out: Out, **values: Unpack[IngestParameters]) -> dict[str, Any]:
     """Read the new steps of a log into OUT's trajectory.
 
     Parameters
     ----------
-    source : Path or list of Path
-        Folder of the log, or run file; or several logs of one run, which are joined by step.
-    out : Path
-        Folder of the run.
-    format : str, optional
-        Log format, found where not given.
-    allow_gaps : bool
-        Take steps that are not evenly spaced.
-    mapping : dict, optional
-        Quantity to the key that it stands under in the log.
-    shift : dict, optional
-        Quantity to K: what is logged of it at step s belongs to the state s + K.
-    include : list of str, optional
-        What to store beside, of `natgrad.ingestion.INCLUDES`.
-    store : str, optional
-        How a new OUT is stored: ``plain``, or ``icechunk`` in an object store.
+    source : path or sequence of path
+        Folder or URL of a training log; several logs of one run; or a run file that lists them.
+    out : path
+        Folder or URL of the run's stores, results and report.
+    **options
 
     Returns
     -------
     dict
-        What was read; see `natgrad.ingestion.IngestSummary`.
+        `natgrad.ingestion.IngestSummary` in its JSON form.
     """
-    return _ingested(source, out, flow_run.get_parameters())
+    return _ingested(source, out, options.validated(IngestParameters, values), None)
 
 
-def _ingested(source: Sources, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    summary = _ingest(source, out, run.given(options, run.READING))
+def _ingested(source: Source, out: Out, values: dict[str, Any], analysis: Analysis | None) -> dict[str, Any]:
+    summary = _ingest(source, out, values, analysis)
     _table("ingested", out, summary)
     return summary
 
 
 @flow(name="analyze-run", flow_run_name=_flow_name)
-def analyze_run(
-    out: Path,
-    learning_rate: Positive | None = None,
-    gammas: list[Positive] | None = None,
-    windows: list[Count] | None = None,
-    workers: Count | None = None,
-    scheduler: str | None = None,
-    cluster: str | None = None,
-    memory_limit: Count = MEMORY_LIMIT,
-) -> dict[str, Any]:
-    """Compute what is missing of OUT's ledger on Dask, its results, and its report.
+@with_parameters(options.AnalyzeOptions)
+def analyze_run(out: Out, **values: Unpack[options.AnalyzeOptions]) -> dict[str, Any]:
+    """Compute the missing part of OUT's ledger on Dask, its results, and its report.
 
     Parameters
     ----------
-    out : Path
-        Folder of the run.
-    learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
-        See `natgrad.app.run.Analysis`.
+    out : path
+        Folder or URL of the run's stores, results and report.
+    **options
 
     Returns
     -------
     dict
-        Paths, and the numbers of the whole model.
+        `natgrad.app.summaries.AnalysisSummary` in its JSON form, and the report.
     """
-    return _analyzed(out, flow_run.get_parameters())
+    return _analyzed(out, Analysis.of(options.validated(options.AnalyzeOptions, values)))
 
 
-def _analyzed(out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    summary = _analyze(out, Analysis.of(options)) | _report(out)
+def _analyzed(out: Out, analysis: Analysis) -> dict[str, Any]:
+    summary = _analyze(out, analysis) | _report(out)
     _table("analyzed", out, summary)
     create_image_artifact(
         run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
@@ -225,83 +205,51 @@ def _analyzed(out: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @flow(name="process-run", flow_run_name=_flow_name)
-def process_run(
-    source: Sources,
-    out: Path,
-    format: str | None = None,
-    allow_gaps: bool = False,
-    learning_rate: Positive | None = None,
-    gammas: list[Positive] | None = None,
-    windows: list[Count] | None = None,
-    workers: Count | None = None,
-    scheduler: str | None = None,
-    cluster: str | None = None,
-    memory_limit: Count = MEMORY_LIMIT,
-    mapping: Map | None = None,
-    shift: Shift | None = None,
-    include: Include | None = None,
-    store: Store | None = None,
-) -> Any:
-    """Ingest, analyze and report a run, and remember in OUT what came of it.
+@with_parameters(ProcessParameters)
+def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -> Any:
+    """Ingest, analyze and report a run, and record the outcome in OUT.
 
-    Where another flow is at work on this OUT, it ends at once in the state ``Skipped``. Where the process of an
-    earlier one died, that one is marked as crashed, and this one goes on where it stopped.
+    If another flow works on this OUT, the run ends at once in the state ``Skipped``. If the process of an earlier
+    flow died, that flow is marked as crashed, and this one continues its work.
 
     Parameters
     ----------
-    source, out, format, allow_gaps, mapping, shift, include, store
-        As those of `ingest_run`.
-    learning_rate, gammas, windows, workers, scheduler, cluster, memory_limit
-        As those of `analyze_run`.
+    source : path or sequence of path
+        Folder or URL of a training log; several logs of one run; or a run file that lists them.
+    out : path
+        Folder or URL of the run's stores, results and report.
+    **options
 
     Returns
     -------
     dict
-        What both return, or ``skipped`` and why.
+        `natgrad.app.summaries.ProcessSummary` in its JSON form, or ``skipped`` and why.
     """
-    options = {
-        name: value for name, value in flow_run.get_parameters().items() if name not in ("source", "out", "store")
-    }
+    checked = options.validated(ProcessParameters, values)
+    analysis = Analysis.of(checked)
     try:
         # For each tag of a task the server is asked whether there is a place, and SQLite answers that only after
         # seconds while another request writes: the flow has the tags, its tasks have none.
-        with watch.only_processor(out), TagsContext(current_tags=set()):
+        with only_processor(out), TagsContext(current_tags=set()):
             with get_client(sync_client=True) as client:
-                client.update_flow_run(flow_run.get_id(), tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
+                own = UUID(flow_run.get_id())
+                client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
                 _end_the_dead(client, place(out))
-            log, *others = each(source)
-            with network_errors(log):
-                listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
-            _require_undone(Path(out), listed, options)
-            try:
-                ingested = _ingested(source, out, {**options, "store": store})
-                summary = ingested | _analyzed(out, options)
-            except Exception as error:
-                parts = watch.error_parts(error)
-                watch.Outcome(str(log), listed, options, error=parts, others=list(map(str, others))).remember(out)
-                _tell_failure(Path(out), parts)
-                raise
-            watch.Outcome(str(log), listed, options, summary, others=list(map(str, others))).remember(out)
-            return summary
-    except watch.Held as held:
-        get_run_logger().warning("%s is skipped: %s", out, held.what)
-        return Completed(name="Skipped", message=str(held), data={"skipped": held.what})
-
-
-def _require_undone(out: Path, listed: str, options: dict[str, Any]) -> None:
-    """Refuse to do again what another process did since a look found it undone (`watch.Held`)."""
-    outcome = watch.Outcome.of(out)
-    if outcome is not None and outcome != LOOKED.get(outcome) and outcome.stands(listed, options, out):
-        raise watch.Held(
-            "another process has done this run meanwhile",
-            where=str(out),
-            why="two watchers found it",
-            remedy="nothing: the next scan takes what is new then",
-        )
+            return process_once(
+                source,
+                out,
+                checked,
+                lambda: _ingested(source, out, checked, analysis) | _analyzed(out, analysis),
+                known=SCANNED.get(Outcome.of(out)),
+                on_failure=lambda parts: _report_failure(Path(out), parts),
+            )
+    except Busy as busy:
+        get_run_logger().warning("%s is skipped: %s", out, busy.what)
+        return Completed(name="Skipped", message=str(busy), data={"skipped": busy.what})
 
 
 def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
-    """Mark flows as crashed that are said to work on OUT, though none can: the lock is ours."""
+    """Mark flows as crashed that the server shows as running on OUT: none can run, as this flow has the lock."""
     running = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
     )
@@ -310,18 +258,18 @@ def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
         ours = str(other.id) == flow_run.get_id()
         if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
             continue
-        message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
+        message = f"Its process died. {flow_run.get_name()} continues its work."
         client.set_flow_run_state(other.id, Crashed(message=message), force=True)
         get_run_logger().warning("%s: %s", other.name, message)
 
 
-def _tell_failure(out: Path, parts: dict[str, Any]) -> None:
+def _report_failure(out: Path, parts: dict[str, Any]) -> None:
     lines = [f"**{out.name}**: {parts['what']}"]
     lines += [f"- {name}: {parts[name]}" for name in ("where", "why", "do") if parts[name]]
-    create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: why it failed, and what to do")
+    create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: error and remedy")
 
 
-def _table(what: str, out: Path, summary: dict[str, Any]) -> None:
+def _table(what: str, out: str | Path, summary: Mapping[str, Any]) -> None:
     create_table_artifact(
         table=[{"quantity": name, "value": str(value)} for name, value in summary.items()],
         key=_key(what, out),
@@ -329,6 +277,6 @@ def _table(what: str, out: Path, summary: dict[str, Any]) -> None:
     )
 
 
-def _key(what: str, out: Path) -> str:
-    """Artifact keys are lower-case letters, digits and dashes."""
+def _key(what: str, out: str | Path) -> str:
+    """Return the key of an artifact: lower-case letters, digits and dashes."""
     return f"{what}-{re.sub(r'[^a-z0-9]+', '-', Path(out).name.lower()).strip('-') or 'run'}"

@@ -1,29 +1,87 @@
 """Which metric makes a logged training run natural gradient descent.
 
-The modules are the API, from the ground up:
+Process a log, and open the results:
 
-``schema``
-    The words: vectors, dimensions, units, the layout of a model.
-``blocks``, ``gram``, ``geometry``
-    Pure and strangers to each other: integers; the kernel; the paper.
-``metrics``
-    The paper's metrics as operators on real vectors, and what any matrix has to do with them.
-``sources``
-    One small reader per log format behind one protocol.
-``store``, ``results``
-    The trajectory store and the ledger in Zarr; labelled results in xarray.
-``ingest``, ``compute`` (with ``clusters``)
-    Logs to store; store to ledger, on Dask.
-``run``, ``report`` (with ``figures``), ``cli``
-    One run's folder from end to end, the page to look at, the command line.
-``watch``
-    Many runs: which there are, which have news, what came of each.
-``paper``
-    The paper's figures from three runs.
+>>> import natgrad
+>>> natgrad.process("logs/run", "runs/run", windows=[1, 20])  # doctest: +SKIP
+>>> natgrad.open_results("runs/run")["model"]  # doctest: +SKIP
 
-Nothing is imported here, so ``import natgrad.theory.geometry`` needs NumPy alone.
+``process``, ``ingest``, ``analyze``, ``report``
+    One run: all steps, or one of them.
+``inspect``, ``verify``
+    Describe a log before it is processed; compare stored data with its checksums.
+``scan``
+    All runs below a folder.
+``open_results``, ``open_trajectory``, ``open_ledger``
+    The stores of a run.
+``Recorder``, ``Metric``
+    Log a training run; a metric as an operator.
+``InputError``, ``Unavailable``
+    The errors.
+
+The names are loaded when they are used: ``import natgrad`` imports no other library.
 """
 
-from natgrad.schema.version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from natgrad.app.api import (
+        analyze,
+        ingest,
+        inspect,
+        open_ledger,
+        open_results,
+        open_trajectory,
+        process,
+        report,
+        verify,
+    )
+    from natgrad.app.scan import scan
+    from natgrad.recording.recorder import Recorder
+    from natgrad.schema.errors import InputError, Unavailable
+    from natgrad.schema.version import __version__
+    from natgrad.theory.metric_operators import Metric
+
+__all__ = [
+    "InputError",
+    "Metric",
+    "Recorder",
+    "Unavailable",
+    "__version__",
+    "analyze",
+    "ingest",
+    "inspect",
+    "open_ledger",
+    "open_results",
+    "open_trajectory",
+    "process",
+    "report",
+    "scan",
+    "verify",
+]
+
+_MODULES = {
+    "InputError": "natgrad.schema.errors",
+    "Metric": "natgrad.theory.metric_operators",
+    "Recorder": "natgrad.recording.recorder",
+    "Unavailable": "natgrad.schema.errors",
+    "__version__": "natgrad.schema.version",
+    "scan": "natgrad.app.scan",
+}
+"""Module of each public name; the others are functions of `natgrad.app.api`."""
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+# A type checker that saw this function would take any name for a public one.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_MODULES.get(name, "natgrad.app.api")), name)
+        globals()[name] = value
+        return value

@@ -18,9 +18,8 @@ import pytest
 import xarray as xr
 
 from logs import random_walk, write_log, write_step
-from natgrad.app import cli, options
-from natgrad.app.run import MEMORY_LIMIT
-from natgrad.compute.clusters import memory_bytes
+from natgrad.app import cli
+from natgrad.schema.version import __version__
 from natgrad.store import Trajectory
 
 NATGRAD = Path(sys.executable).with_name("natgrad")
@@ -126,7 +125,9 @@ def test_a_learning_rate_is_taken_where_the_log_has_none(tmp_path):
 
 def test_remarks_go_to_standard_error_and_quiet_leaves_warnings_only(run, tmp_path):
     log, _, _ = run
-    loud, quiet = natgrad("process", log, tmp_path / "a"), natgrad("process", log, tmp_path / "b", "--quiet")
+    loud = natgrad_process("process", log, tmp_path / "a")
+    quiet = natgrad_process("process", log, tmp_path / "b", "--quiet")
+    assert "INFO 11 updates in 1 task" in loud.stderr
     assert "projected peak memory per worker" in loud.stderr
     assert "updates in 1 task" not in loud.stdout
     assert quiet.stderr == ""
@@ -139,8 +140,12 @@ def test_help_and_formats():
     assert set(answer("formats")) >= {"steps", "torch", "dcp", "huggingface", "lightning"}
 
 
-def test_commands_and_functions_give_a_worker_the_same_memory():
-    assert memory_bytes(options.MEMORY_LIMIT) == MEMORY_LIMIT
+def test_the_version_and_the_completion_of_the_shell():
+    assert natgrad_process("--version").stdout == f"natgrad {__version__}\n"
+    assert "--install-completion" in natgrad("--help").stdout
+    words = {"_NATGRAD_COMPLETE": "complete_bash", "COMP_WORDS": "natgrad ver", "COMP_CWORD": "1"}
+    done = subprocess.run([NATGRAD], env=os.environ | words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["verify", "versions"]
 
 
 # Bad input ---------------------------------------------------------------------------------------------------
@@ -236,15 +241,15 @@ def test_a_nan_gradient_is_data_and_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gamma", "-1"], "gamma must be positive"),
-        (["--window", "0"], "do not fit a run"),
-        (["--window", "99"], "do not fit a run"),
-        (["--learning-rate", "-1"], "not positive"),
-        (["--workers", "0"], "0 workers"),
+        (["--gamma", "-1"], "--gamma must be greater than 0"),
+        (["--window", "0"], "--window must be at least 1"),
+        (["--window", "99"], "--window 99 is longer than the run, which has 11 updates"),
+        (["--learning-rate", "-1"], "--learning-rate must be greater than 0"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--memory-limit", "plenty"], "'plenty' is not an amount of memory"),
         (["--memory-limit", "1MiB"], "raise --memory-limit"),
         (["--scheduler", "tcp://127.0.0.1:9"], "does not answer"),
-        (["--format", "tape"], "'tape' is not known"),
+        (["--format", "tape"], "unknown value 'tape' for --format"),
         (["--no-such-option"], "No such option"),
     ],
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,14 +137,24 @@ def test_a_file_of_another_name_until_it_is_whole_is_no_step(log, store):
 # Follow ------------------------------------------------------------------------------------------------------
 
 
+def once(log, out):
+    """A pass that waits for the next steps."""
+
+    def ingest_once(first):
+        found = ingest_run(log, out, wait=True)
+        return found if first or found.new_steps else None
+
+    return ingest_once
+
+
 def test_following_ends_when_nothing_new_came_for_so_long(log, tmp_path):
     states = random_walk(6)
     write_log(log, states[:2])
     writer = threading.Timer(0.3, lambda: write_log(log, states))
     writer.start()
-    answer = follow(lambda first: ingest_run(log, tmp_path / "out", wait=True), interval=0.05, idle_timeout=1.5)
+    answer = follow(once(log, tmp_path / "out"), interval=0.05, idle_timeout=1.5)
     writer.join()
-    assert (answer["new_steps"], answer["steps"]) == (6, 6)
+    assert (answer.new_steps, answer.steps) == (6, 6)
 
 
 def test_following_waits_for_a_gap_to_close(log, store):
@@ -169,34 +180,34 @@ def test_following_waits_for_the_first_step(log, tmp_path):
     log.mkdir()
     writer = threading.Timer(0.3, lambda: write_log(log, random_walk(2)))
     writer.start()
-    answer = follow(lambda first: ingest_run(log, tmp_path / "out", wait=True), interval=0.05, idle_timeout=1.5)
+    answer = follow(once(log, tmp_path / "out"), interval=0.05, idle_timeout=1.5)
     writer.join()
-    assert answer["steps"] == 2
+    assert answer.steps == 2
 
 
 def test_following_nothing_says_so_in_the_end(log, tmp_path):
     log.mkdir()
     with pytest.raises(NotYet, match="no step files"):
-        follow(lambda first: ingest_run(log, tmp_path / "out", wait=True), interval=0.01, idle_timeout=0.05)
+        follow(once(log, tmp_path / "out"), interval=0.01, idle_timeout=0.05)
 
 
-def test_only_the_first_pass_starts_anew(monkeypatch):
-    asked = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_only_the_first_pass_starts_anew(log, tmp_path):
+    requested = []
+    found = ingest_run(write_log(log, random_walk(2)), tmp_path / "out")
 
     def once(first):
-        asked.append(first)
-        if len(asked) == 1:
+        requested.append(first)
+        if len(requested) == 1:
             raise NotYet("nothing there")
-        if len(asked) == 5:
+        if len(requested) == 5:
             raise KeyboardInterrupt
-        return {"new_steps": 1}
+        return replace(found, new_steps=1)
 
-    assert follow(once) == {"new_steps": 3}
-    assert asked == [True, True, False, False, False]
+    assert follow(once, interval=0).new_steps == 3
+    assert requested == [True, True, False, False, False]
 
 
-def test_an_error_ends_following(monkeypatch):
+def test_an_error_ends_following():
     def once(first):
         raise InputError("of another model")
 

@@ -26,18 +26,18 @@ def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, d
     found = inspect_source([log])
     summary = ingest_run(log, tmp_path / "out")
     analyzed = analyze_run(tmp_path / "out", Analysis(workers=1))
-    assert found["format"] == "steps"
+    assert found.format == "steps"
     for name in ("source", "steps", "first_step", "last_step", "tensors", "elements", "dtypes"):
-        assert found[name] == summary[name], name
-    assert found["holds"]["parameter"] == f"{len(TENSORS)} tensors"
-    assert set(found["missing"]) == {"hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
-    assert (found["gaps"], found["changes"], found["notes"], found["unused_keys"]) == (0, [], [], [])
-    assert found["trajectory_bytes"] == chunk_bytes(RunFolder(tmp_path / "out").trajectory, "parameter", "gradient")
-    assert found["worker_memory"] == analyzed["projected_memory"]
+        assert getattr(found, name) == getattr(summary, name), name
+    assert found.holds["parameter"] == f"{len(TENSORS)} tensors"
+    assert set(found.missing) == {"hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
+    assert (found.gaps, found.changes, found.notes, found.unused_keys) == (0, [], [], [])
+    assert found.trajectory_bytes == chunk_bytes(RunFolder(tmp_path / "out").trajectory, "parameter", "gradient")
+    assert found.worker_memory == analyzed.projected_memory
     ledger = RunFolder(tmp_path / "out").ledger
     rows = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
     per_row = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # rows of a chunk of this run
-    assert found["ledger_bytes"] == rows * per_row
+    assert found.ledger_bytes == rows * per_row
 
 
 def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path):
@@ -50,14 +50,14 @@ def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path)
     states[1]["accuracy"] = np.float64(1)
     log = write_log(tmp_path / "log", states, numbers=[0, 10, 20, 40])
     found = inspect_source([log])
-    assert set(found["missing"]) == {"gradient", "loss", "learning_rate", "hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
-    assert "further SOURCE" in found["missing"]["gradient"]
-    assert found["changes"] == [
+    assert set(found.missing) == {"gradient", "loss", "learning_rate", "hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
+    assert "further SOURCE" in found.missing["gradient"]
+    assert found.changes == [
         "parameter 'more': none, then float64 [2]",
         "loss: not at the first step",
     ]
-    assert (found["step_span"], found["gaps"]) == (10, 1)
-    assert "worker_memory" not in found
+    assert (found.step_span, found.gaps) == (10, 1)
+    assert "worker_memory" not in found.to_json()
     assert set(NEEDED_FOR) == {*STATES, *SCALARS, *REPLICATE_STATES, REPLICATE_LOSS}
 
 
@@ -65,19 +65,19 @@ def test_a_sweep_is_counted_by_runs(tmp_path):
     for name, length in {"a": 3, "b": 5}.items():
         write_log(tmp_path / "sweep" / name, random_walk(length))
     found = inspect_source([tmp_path / "sweep"], sweep=True)
-    assert (found["runs"], found["steps"], found["gaps"], found["format"]) == (2, 8, 0, "steps")
+    assert (found.runs, found.steps, found.gaps, found.format) == (2, 8, 0, "steps")
     stacked = {key: np.stack([state[key] for state in random_walk(4)]) for key in random_walk(1)[0]}
     for name in "ab":
         (tmp_path / "stacked" / name).mkdir(parents=True)
         np.savez(tmp_path / "stacked" / name / "run.npz", **stacked)
     found = inspect_source([tmp_path / "stacked"], sweep=True)
-    assert (found["runs"], found["steps"], found["gaps"], found["format"]) == (2, 8, 0, "npz")
+    assert (found.runs, found.steps, found.gaps, found.format) == (2, 8, 0, "npz")
 
 
 def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
-    assert inspect_source([log], memory_limit=1)["worker_memory"].startswith(
-        "more than is given: a worker would need"
+    assert inspect_source([log], memory_limit=1).worker_memory.startswith(
+        "more than --memory-limit: a worker would need"
     )
     with pytest.raises(InputError, match="no such file or folder"):
         inspect_source([tmp_path / "no"])

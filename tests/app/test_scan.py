@@ -1,17 +1,19 @@
-"""Many runs below one folder: which there are, what changed, and what is said of them. No Prefect here."""
+"""Many runs below one folder: finding, processing and showing them. No Prefect here."""
 
 import os
 import subprocess
 import sys
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import natgrad
 from logs import random_walk, write_log, write_step
-from natgrad.app import cli, run
-from natgrad.app import scan as watch
+from natgrad.app import cli, run, scan
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.version import RESULTS_VERSION
+from servers import wait_for
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def out(tmp_path):
 
 
 def found(root, out):
-    return {one.name: (one.source, one.out) for one in watch.find_runs(root, out)}
+    return {one.name: (one.source, one.out) for one in scan.find_runs(root, out)}
 
 
 # Which runs there are ----------------------------------------------------------------------------------------
@@ -86,14 +88,14 @@ def test_links_are_entered_once_and_hidden_folders_never(root, out):
 
 def test_a_run_that_was_met_is_one_even_when_its_log_is_cleared_away(root, out):
     log = write_log(root / "a", random_walk(1))
-    watch.Outcome(str(log), "", {}).remember(out / "a")
+    scan.Outcome(str(log), "", {}).remember(out / "a")
     next(log.iterdir()).unlink()
     assert set(found(root, out)) == {"a"}
 
 
 def test_a_root_that_is_not_there_is_refused(root, out):
     with pytest.raises(InputError, match="no such folder"):
-        watch.find_runs(root, out)
+        scan.find_runs(root, out)
 
 
 # What changed ------------------------------------------------------------------------------------------------
@@ -127,15 +129,15 @@ def test_the_identity_of_a_log_tells_every_change(root, change):
     log = write_log(root, random_walk(3))
     (log / "part").mkdir()
     (log / "part" / "file").write_text("some")
-    before = watch.listing(log)
-    assert watch.listing(log) == before
+    before = scan.listing(log)
+    assert scan.listing(log) == before
     change(log)
-    assert watch.listing(log) != before
+    assert scan.listing(log) != before
 
 
 def outcome(log, out, options, **kept):
-    watch.Outcome(str(log), watch.listing(log), options, **kept).remember(out)
-    return watch.Outcome.of(out)
+    scan.Outcome(str(log), scan.listing(log), options, **kept).remember(out)
+    return scan.Outcome.of(out)
 
 
 @pytest.fixture
@@ -148,18 +150,17 @@ def processed(root, out):
     return log, {"windows": [1], "workers": 1, "scheduler": None, "cluster": None}
 
 
-def test_what_is_done_stands_until_log_options_version_or_results_change(processed, out, monkeypatch):
+def test_what_is_done_stands_until_log_options_version_or_(processed, out):
     (log, options), out = processed, out / "a"
     done = outcome(log, out, options, summary={"updates": 2})
-    assert done.stands(watch.listing(log), options, out)
-    assert done.stands(watch.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
-    assert not done.stands(watch.listing(log), options | {"windows": [1, 2]}, out)
+    assert done.stands(scan.listing(log), options, out)
+    assert done.stands(scan.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
+    assert not done.stands(scan.listing(log), options | {"windows": [1, 2]}, out)
     assert not done.stands("another", options, out)
-    with monkeypatch.context() as patch:
-        patch.setattr(watch, "__version__", "99")
-        assert not done.stands(watch.listing(log), options, out)
+    assert replace(done, version="99").stands(scan.listing(log), options, out)
+    assert not replace(done, results_version=RESULTS_VERSION + 1).stands(scan.listing(log), options, out)
     run.RunFolder(out).report.unlink()
-    assert not done.stands(watch.listing(log), options, out)
+    assert not done.stands(scan.listing(log), options, out)
 
 
 def test_bad_input_stands_and_what_can_heal_does_not(root, out):
@@ -169,17 +170,17 @@ def test_bad_input_stands_and_what_can_heal_does_not(root, out):
         (Unavailable("the scheduler was lost"), False),
         (OSError("no space left"), False),
     ):
-        failed = outcome(log, out, {}, error=watch.error_parts(error))
-        assert failed.stands(watch.listing(log), {}, out) == stands
+        failed = outcome(log, out, {}, error=scan.error_parts(error))
+        assert failed.stands(scan.listing(log), {}, out) == stands
 
 
 def test_an_outcome_that_cannot_be_read_is_none(out):
-    assert watch.Outcome.of(out) is None
+    assert scan.Outcome.of(out) is None
     out.mkdir()
     (out / ".outcome.json").write_text('{"listing": "half a')
-    assert watch.Outcome.of(out) is None
+    assert scan.Outcome.of(out) is None
     (out / ".outcome.json").write_text('{"of": "another version"}')
-    assert watch.Outcome.of(out) is None
+    assert scan.Outcome.of(out) is None
 
 
 # One at a time -----------------------------------------------------------------------------------------------
@@ -196,12 +197,12 @@ with only_processor(sys.argv[1]):
 def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
     with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
-        with pytest.raises(watch.Held, match="another process") as refusal, watch.only_processor(out):
+        with pytest.raises(scan.Busy, match="another process") as refusal, scan.only_processor(out):
             raise AssertionError
         assert str(out) in str(refusal.value)
-        assert watch.error_parts(refusal.value)["heals"]
+        assert scan.error_parts(refusal.value)["heals"]
         holder.kill()
-    with watch.only_processor(out):
+    with scan.only_processor(out):
         pass
 
 
@@ -209,17 +210,16 @@ def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
 
 
 def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, capsys):
-    log, options = processed
-    outcome(log, out / "a", options, summary={"updates": 2})
+    log, _ = processed
+    assert natgrad.scan(root, out, workers=1).processed == 1
     write_log(root / "new", random_walk(4))
     error = InputError("truncated", remedy="write it again")
-    outcome(write_log(root / "bad", random_walk(2)), out / "bad", {}, error=watch.error_parts(error))
+    outcome(write_log(root / "bad", random_walk(2)), out / "bad", {}, error=scan.error_parts(error))
     by_hand = write_log(root / "by hand", random_walk(5))
     run.ingest_run(by_hand, out / "by hand")
-    watch.remember_root(root, out)
 
     def rows():
-        return {row["run"]: row for row in watch.status(out)}
+        return {row["run"]: row for row in scan.status(out)}
 
     keys = ("state", "steps", "last_step", "lag", "error", "do")
     assert {name: tuple(row[key] for key in keys) for name, row in rows().items()} == {
@@ -230,10 +230,9 @@ def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, c
     }
     appended(log)
     assert (rows()["a"]["state"], rows()["a"]["lag"]) == ("behind", 1)
-    with watch.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
-        while not watch._is_held(out / "new"):
-            time.sleep(0.05)
-        assert rows()["new"]["state"] == "working"
+    with scan.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
+        wait_for(lambda: rows()["new"]["state"] == "working")
+        assert rows()["a"]["state"] == "working"
         holder.kill()
     cli.status(out)
     lines = capsys.readouterr().out.splitlines()
@@ -246,11 +245,90 @@ def test_status_of_a_log_that_is_gone_has_no_lag(root, out):
     run.ingest_run(log, out / "a")
     for path in log.iterdir():
         path.unlink()
-    (row,) = watch.status(out)
+    (row,) = scan.status(out)
     assert (row["last_step"], row["lag"]) == (2, None)
 
 
 def test_status_of_a_folder_without_runs_is_refused(out):
     out.mkdir()
     with pytest.raises(InputError, match="no run"):
-        watch.status(out)
+        scan.status(out)
+
+
+# Scans -------------------------------------------------------------------------------------------------------
+
+
+def numbers(summary):
+    return summary.processed, summary.unchanged, summary.skipped, summary.failed
+
+
+def test_a_scan_processes_what_changed_and_a_bad_run_fails_alone(root, out):
+    for name in ("a", "group/b", "bad"):
+        write_log(root / name, random_walk(3))
+    bad = root / "bad" / "step_1.safetensors"
+    content = bad.read_bytes()
+    bad.write_bytes(content[:-3])
+    summary = natgrad.scan(root, str(out), workers=1, at_once=2)
+    assert numbers(summary) == (2, 0, 0, 1)
+    assert set(summary.failures) == {"bad"}
+    assert [(one.run, one.state) for one in summary.runs if one.state == "failed"] == [("bad", "failed")]
+    assert numbers(natgrad.scan(root, out, workers=1)) == (0, 2, 0, 1)
+    bad.write_bytes(content)
+    appended(root / "a")
+    summary = natgrad.scan(root, out)
+    assert numbers(summary) == (2, 1, 0, 0)
+    assert scan.Outcome.of(out / "a").summary["new_steps"] == 1
+    assert summary.message == "3 runs: 2 processed, 1 unchanged"
+    assert "runs" not in summary.to_json()
+
+
+def test_a_scan_with_other_options_processes_again_and_the_defaults_are_not_other_options(root, out):
+    write_log(root / "a", random_walk(5))
+    assert numbers(natgrad.scan(root, out)) == (1, 0, 0, 0)
+    assert numbers(natgrad.scan(root, out, windows=[1], gammas=[0.01, 0.1, 1, 10, 100])) == (0, 1, 0, 0)
+    assert numbers(natgrad.scan(root, out, windows=[2])) == (1, 0, 0, 0)
+    assert natgrad.open_results(out / "a")["model"]["window"].values.tolist() == [1, 2]
+
+
+def test_a_run_that_another_process_works_on_is_skipped(root, out):
+    write_log(root / "a", random_walk(3))
+    with scan.only_processor(out / "a"):
+        summary = natgrad.scan(root, out)
+    assert numbers(summary) == (0, 0, 1, 0)
+    assert summary.runs[0].what == "another process is working on this run"
+
+
+SCAN = """
+import sys, natgrad
+summary = natgrad.scan(sys.argv[1], sys.argv[2], workers=1)
+print(summary.processed, summary.unchanged + summary.skipped, summary.failed)
+"""
+
+
+def test_two_scans_at_once_process_every_run_once(root, out):
+    runs = 5
+    for number in range(runs):
+        write_log(root / f"run-{number}", random_walk(3, seed=number))
+    command = [sys.executable, "-c", SCAN, root, out]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    counts = [list(map(int, one.communicate()[0].split())) for one in started]
+    assert [sum(count) for count in zip(*counts, strict=True)] == [runs, runs, 0]
+    assert {row["state"] for row in scan.status(out)} == {"done"}
+
+
+def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out):
+    for name in ("one/r0", "one/r1", "two/r0"):
+        write_log(root / name, random_walk(3))
+    assert numbers(natgrad.scan(root, out, sweep=True)) == (2, 0, 0, 0)
+    assert natgrad.open_trajectory(out / "one").runs == ("r0", "r1")
+    assert numbers(natgrad.scan(root, out, sweep=True)) == (0, 2, 0, 0)
+    rows = {row["run"]: (row["state"], row["steps"], row["lag"]) for row in scan.status(out)}
+    assert rows == {"one": ("done", 6, 0), "two": ("done", 3, 0)}
+    appended(root / "one" / "r1")
+    assert [row["lag"] for row in scan.status(out)] == [1, 0]
+
+
+def test_options_of_a_scan_are_checked_before_a_folder_is_listed(root, out):
+    with pytest.raises(InputError, match="--at-once must be at least 1"):
+        natgrad.scan(root, out, at_once=0)
+    assert not out.exists()

@@ -89,7 +89,7 @@ def test_workers_of_a_pool_take_what_is_deployed(server, root, tmp_path):
     made = [*prefect, "work-pool", "create", "--type", "process", "here"]
     subprocess.run(made, env=os.environ | server.environment, check=True, capture_output=True)
     told = natgrad(server, "deploy", root, out, "--pool", "here", "--every", "20", "--workers", "1", "--json")
-    assert "watch-runs/natgrad" in json.loads(told.stdout)["deployments"]
+    assert "scan-runs/natgrad" in json.loads(told.stdout)["deployments"]
     worker = (*prefect, "worker", "start", "--pool", "here", "--limit", "2")
     with process(*worker, environment=server.environment, log=tmp_path / "worker.log"):
         wait_for(lambda: states(out) == {"run": ("done", 2)})

@@ -15,7 +15,7 @@ COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
 def test_every_service_depends_on_services_and_mounts_volumes_that_are_there():
-    assert set(COMPOSE["services"]) == {"database", "server", "scheduler", "worker", "watcher"}
+    assert set(COMPOSE["services"]) == {"database", "server", "scheduler", "worker", "scanner"}
     for service in COMPOSE["services"].values():
         assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])
         for volume in service.get("volumes", ()):
@@ -32,8 +32,8 @@ def test_a_service_is_waited_for_only_where_it_says_when_it_is_healthy():
                 assert "healthcheck" in COMPOSE["services"][name]
 
 
-def test_the_watchers_command_is_understood():
-    program, name, *arguments = COMPOSE["services"]["watcher"]["command"].split()
+def test_the_scanners_command_is_understood():
+    program, name, *arguments = COMPOSE["services"]["scanner"]["command"].split()
     command = typer.main.get_command(app).commands[name]
     context = command.make_context(program, arguments)
     assert context.params["every"] == 600

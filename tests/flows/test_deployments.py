@@ -8,10 +8,12 @@ import time
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from logs import random_walk, write_log, write_step
-from natgrad.app import scan as watch
+from natgrad.app import scan
+from natgrad.schema.errors import InputError
 from servers import NATGRAD, PrefectServer, process, wait_for
 
 # A server is ready after some ten seconds, or minutes where a machine is busy.
@@ -35,8 +37,8 @@ def flow_runs(server):
 def states(out):
     """State and last step of every run below OUT."""
     try:
-        return {row["run"]: (row["state"], row["last_step"]) for row in watch.status(out)}
-    except watch.InputError:
+        return {row["run"]: (row["state"], row["last_step"]) for row in scan.status(out)}
+    except InputError:
         return {}
 
 
@@ -71,7 +73,7 @@ def test_a_schedule_fires_and_takes_what_is_new_while_a_bad_run_fails_alone(serv
         for number, state in enumerate(random_walk(STEPS)[2:], start=2):
             write_step(root / "first", number, state)
         wait_for(lambda: states(out) == done | {"first": ("done", STEPS - 1)})
-    assert watch.Outcome.of(out / "group" / "second").summary["new_steps"] == 2
+    assert scan.Outcome.of(out / "group" / "second").summary["new_steps"] == 2
     failed = [run for run in flow_runs(server) if run.name == "process-run bad"]
     assert len(failed) == 1
     for part in ("step_0.safetensors, step 0", "truncated", "write the step again"):
@@ -80,11 +82,11 @@ def test_a_schedule_fires_and_takes_what_is_new_while_a_bad_run_fails_alone(serv
     assert [row["run"] for row in told if row["error"]] == ["bad"]
 
 
-def test_two_watchers_at_once_process_every_run_once(server, tmp_path):
+def test_two_scans_at_once_process_every_run_once(server, tmp_path):
     runs = 4
     for number in range(runs):
         write_log(tmp_path / "logs" / f"twice-{number}", random_walk(3, seed=number))
-    command = (NATGRAD, "watch", tmp_path / "logs", tmp_path / "out", "--workers", "1", "--json")
+    command = (NATGRAD, "scan", tmp_path / "logs", tmp_path / "out", "--workers", "1", "--json")
     started = [
         subprocess.Popen(
             [*map(str, command)],
@@ -130,13 +132,13 @@ def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
     assert dead.returncode == -9, dead.stderr.decode()
     (left,) = [run for run in flow_runs(server) if run.name == "process-run killed"]
     assert left.state.is_running()
-    answer = json.loads(natgrad(server, "watch", log.parent, out, "--workers", "1", "--json").stdout)
+    answer = json.loads(natgrad(server, "scan", log.parent, out, "--workers", "1", "--json").stdout)
     assert answer["processed"] == 1
     ended = {run.id: run.state for run in flow_runs(server) if run.name == "process-run killed"}
     assert ended.pop(left.id).is_crashed()
     assert [state.name for state in ended.values()] == ["Completed"]
     # What the dead one had ingested was not read again.
-    assert watch.Outcome.of(out / "killed").summary["new_steps"] == 0
+    assert scan.Outcome.of(out / "killed").summary["new_steps"] == 0
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,9 @@ def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
         (["serve", "ROOT", "OUT"], "no schedule is given"),
         (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are given"),
         (["serve", "ROOT", "OUT", "--cron", "now and then"], "cannot be scheduled"),
-        (["serve", "ROOT", "OUT", "--every", "9", "--window", "0"], "windows"),
-        (["watch", "ROOT", "OUT", "--gamma", "-1"], "gammas"),
+        (["serve", "ROOT", "OUT", "--every", "0"], "--every must be greater than 0"),
+        (["serve", "ROOT", "OUT", "--every", "9", "--window", "0"], "--window must be at least 1"),
+        (["scan", "ROOT", "OUT", "--gamma", "-1"], "--gamma must be greater than 0"),
         (["deploy", "ROOT", "OUT", "--every", "9", "--pool", "none"], "no work pool 'none'"),
     ],
 )
@@ -155,3 +158,25 @@ def test_what_cannot_be_scheduled_is_refused_before_anything_is(server, argument
     assert done.returncode == 2, done.stderr
     assert what in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_deployment_has_the_descriptions_and_an_old_one_is_named(server, root, tmp_path):
+    address = server.environment["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
+        old = client.create_flow_from_name("watch-runs")
+        client.create_deployment(old, name="natgrad", entrypoint="flows.watch.watch_runs", tags=["natgrad"])
+        client.create_work_pool(WorkPoolCreate(name="here", type="process"))
+        done = natgrad(server, "deploy", root, tmp_path / "out", "--pool", "here", "--every", "9", "--json")
+        assert json.loads(done.stdout)["deployments"][0] == "scan-runs/natgrad", done.stderr
+        assert "deployment watch-runs/natgrad was made by an older version" in done.stderr
+        assert "prefect deployment delete watch-runs/natgrad" in done.stderr
+        made = client.read_deployment_by_name("scan-runs/natgrad")
+        form = made.parameter_openapi_schema["properties"]
+        assert made.entrypoint == "natgrad_flows.scan.scan_runs"
+        assert form["windows"]["description"].startswith("Window of m updates")
+        assert all(parameter["description"] for parameter in form.values())
+        # The remedy of the message works.
+        delete = [sys.executable, "-m", "prefect", "--no-prompt", "deployment", "delete", "watch-runs/natgrad"]
+        subprocess.run(delete, env={**os.environ, **server.environment}, check=True, capture_output=True)
+        done = natgrad(server, "deploy", root, tmp_path / "out", "--pool", "here", "--every", "9", "--json")
+        assert "older version" not in done.stderr

@@ -3,25 +3,38 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import xarray as xr
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import run_flow
 
+import natgrad
 from logs import random_walk, write_log, write_step
-from natgrad.app import run
-from natgrad.app import scan as watch
+from natgrad.app import options, run, scan
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.storage import place, put
 from natgrad.storage.repository import versions
 from natgrad.store import Trajectory, only_writer
 from natgrad_flows import runs
-from natgrad_flows.scan import watch_runs
+from natgrad_flows.demo import DemoOptions, demo
+from natgrad_flows.scan import scan_runs
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from natgrad.store import only_writer
+with only_writer(Path(sys.argv[1]) / "trajectory.zarr", "trajectory"):
+    print("writing", flush=True)
+    time.sleep(600)
+"""
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
 
@@ -49,8 +62,7 @@ def flow_runs():
 
 def test_the_flow_gives_what_the_command_line_gives(log, tmp_path):
     summary = runs.process_run(log, tmp_path / "by-flow", windows=[1, 2], workers=1)
-    run.ingest_run(log, tmp_path / "by-hand")
-    run.analyze_run(tmp_path / "by-hand", run.Analysis(windows=(1, 2), workers=1))
+    natgrad.process(log, tmp_path / "by-hand", windows=(1, 2), workers=1)
     one, other = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("by-flow", "by-hand"))
     xr.testing.assert_identical(one, other)
     assert summary["updates"] == 7
@@ -98,31 +110,32 @@ def test_a_second_flow_takes_what_is_new(log, tmp_path):
     assert (summary["new_steps"], summary["updates"]) == (3, 10)
 
 
-def test_what_can_heal_is_tried_again(log, tmp_path, monkeypatch):
-    calls, ingest = [], run.ingest_run
-
-    def unlucky(source, out, **options):
-        calls.append(out)
-        if len(calls) == 1:
-            raise OSError("the file system is busy")
-        return ingest(source, out, **options)
-
-    monkeypatch.setattr(run, "ingest_run", unlucky)
-    task = runs._ingest.with_options(retry_delay_seconds=0)
-    monkeypatch.setattr(runs, "_ingest", task)
-    assert runs.ingest_run(log, tmp_path / "heals")["new_steps"] == 8
-    assert len(calls) == 2
+def test_what_can_heal_is_tried_again(log, tmp_path):
+    # Another process holds the lock of the trajectory until the first try has failed.
+    out = tmp_path / "heals"
+    with subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        releasing = threading.Timer(3, writer.kill)
+        releasing.start()
+        assert runs.ingest_run(log, out)["new_steps"] == 8
+    assert task_runs()["ingest heals"].run_count > 1
 
 
-def test_what_takes_longer_shows_its_progress(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "PROGRESS_SECONDS", 0)
-    runs.process_run(log, tmp_path / "long", workers=1)
-    assert artifacts("steps-ingested-long") == [100]
-    assert artifacts("chunks-computed-long") == [100]
+def test_what_takes_longer_shows_its_progress(tmp_path):
+    @flow
+    def work(interval):
+        progress = runs.ProgressArtifact("items", tmp_path / f"run-{interval}", interval)
+        for done in range(1, 4):
+            progress(done, 3)
+
+    work(0)
+    assert artifacts("items-run-0") == [100]
+    work(60)
+    assert artifacts("items-run-60") == []
 
 
 def test_a_run_that_another_process_works_on_is_skipped_in_a_word(log, tmp_path):
-    with watch.only_processor(tmp_path / "held"):
+    with scan.only_processor(tmp_path / "held"):
         answer = runs.process_run(log, tmp_path / "held", workers=1)
     assert answer == {"skipped": "another process is working on this run"}
     skipped = flow_runs()["process-run held"].state
@@ -140,11 +153,11 @@ def test_a_flow_takes_several_sources_as_the_command_line_does(log, tmp_path):
     one, other = (Trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
     assert one.fingerprint() == other.fingerprint()
     assert one.scalar("loss").tolist() == [step / 8 for step in range(8)]
-    (row,) = [row for row in watch.status(tmp_path) if row["run"] == "joined"]
+    (row,) = [row for row in scan.status(tmp_path) if row["run"] == "joined"]
     assert (row["last_step"], row["lag"]) == (7, 0)
 
 
-def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path, monkeypatch):
+def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     folder = tmp_path / "logs" / "mixed"
     write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
     (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n2,0.125\n")
@@ -153,18 +166,19 @@ def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path,
     (tmp_path / "logs" / "scalars").mkdir()
     (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
 
-    def look():
-        answer = watch_runs(tmp_path / "logs", tmp_path / "out", workers=1)
+    def scanned():
+        answer = scan_runs(tmp_path / "logs", tmp_path / "out", workers=1)
         assert not answer["failed"]
         states = Trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
         return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
 
-    assert look() == (1, 0, [0.5, 0.25, 0.125])
-    assert look() == (0, 1, [0.5, 0.25, 0.125])
-    # What the log of scalars did not have then is taken once nobody has written to it for long.
-    monkeypatch.setattr(changes, "SETTLED_SECONDS", -1.0)
-    np.testing.assert_equal(look(), (1, 0, [0.5, 0.25, 0.125, np.nan]))
-    assert look()[:2] == (0, 1)
+    assert scanned() == (1, 0, [0.5, 0.25, 0.125])
+    assert scanned() == (0, 1, [0.5, 0.25, 0.125])
+    # A step that the log of scalars lacks is stored once nobody has written to it for long.
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - 2 * changes.SETTLED_SECONDS,) * 2)
+    np.testing.assert_equal(scanned(), (1, 0, [0.5, 0.25, 0.125, np.nan]))
+    assert scanned()[:2] == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +192,52 @@ def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path,
         {"mapping": {"gradient": ""}},
         {"shift": {"gradient": 0.5}},
         {"shift": {"step": 1}},
+        {"store": "zip"},
+        {"attempt": -1},
+        {"memory_limit": "plenty"},
     ],
 )
 def test_parameters_are_validated_before_a_run_starts(log, tmp_path, parameters):
-    with pytest.raises(ParameterTypeError):
+    with pytest.raises(ParameterTypeError) as refusal:
         runs.process_run(log, tmp_path / "never", **parameters)
+    with pytest.raises(InputError) as same:
+        options.validated(options.RunOptions, parameters)
+    assert same.value.what in str(refusal.value)
     assert not (tmp_path / "never").exists()
+
+
+def test_options_that_depend_on_each_other_or_on_the_steps_are_checked_before_anything_is_stored(log, tmp_path):
+    for parameters, message in (
+        ({"scheduler": "tcp://host:1", "cluster": "slurm"}, "exclude each other"),
+        ({"windows": [8]}, "--window 8 is longer than the run, which has 7 updates"),
+        ({"attempt": 1}, "there is no attempt 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            runs.process_run(log, tmp_path / "never", **parameters)
+        assert not (tmp_path / "never" / "trajectory.zarr").exists()
+
+
+FLOWS = {
+    runs.process_run: (options.RunOptions, options.OverwriteOptions),
+    runs.ingest_run: (options.ReadOptions, options.OverwriteOptions),
+    runs.analyze_run: (options.AnalyzeOptions,),
+    scan_runs: (options.ScanOptions,),
+    demo: (DemoOptions,),
+}
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_the_parameter_form_has_every_option_with_its_description(flow):
+    declared = {name: one for kind in FLOWS[flow] for name, one in options.declared(kind).items()}
+    form = flow.parameters.properties
+    assert set(form) - {"source", "root", "out"} == set(declared)
+    for name, one in declared.items():
+        assert form[name]["description"].startswith(one.option.description)
+        assert form[name]["default"] == one.option.default
+        assert f"\n{name} : " in flow.fn.__doc__
+    assert all(form[name]["description"] for name in set(form) - set(declared))
+    if "windows" in form:
+        assert form["windows"]["anyOf"][0] == {"type": "array", "items": {"type": "integer", "minimum": 1}}
 
 
 def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
@@ -195,28 +249,28 @@ def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
     bytes_before = bad.read_bytes()
     bad.write_bytes(bytes_before[:-3])
 
-    def look():
-        answer = watch_runs(logs, out, workers=1, at_once=2)
+    def scanned():
+        answer = scan_runs(logs, out, workers=1, at_once=2)
         return [answer[what] for what in ("processed", "unchanged", "failed")], answer["failures"]
 
-    numbers, failures = look()
+    numbers, failures = scanned()
     assert numbers == [2, 0, 1]
     assert set(failures) == {"many-1"}
-    assert look() == ([0, 2, 1], failures)
+    assert scanned() == ([0, 2, 1], failures)
     bad.write_bytes(bytes_before)
     write_step(logs / "many-0", 4, random_walk(5)[4])
-    assert look() == ([2, 1, 0], {})
-    assert watch.Outcome.of(out / "many-0").summary["new_steps"] == 1
+    assert scanned() == ([2, 1, 0], {})
+    assert scan.Outcome.of(out / "many-0").summary["new_steps"] == 1
     assert {"run:many-0", "natgrad"} <= set(flow_runs()["process-run many-0"].tags)
-    tables = artifacts("watched")
+    tables = artifacts("scan")
     assert any("truncated" in table or "incomplete" in table for table in tables)
 
 
-def test_what_was_started_with_few_parameters_is_not_done_again_by_a_watcher(log, tmp_path):
+def test_what_was_started_with_few_parameters_is_not_done_again_by_a_scan(log, tmp_path):
     # So a deployment starts it: what is not said has its default.
     out = tmp_path / "out" / "log"
     run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
-    answer = watch_runs(log.parent, out.parent, workers=1)
+    answer = scan_runs(log.parent, out.parent, workers=1)
     assert (answer["processed"], answer["unchanged"]) == (0, 1)
 
 
@@ -241,8 +295,8 @@ def test_a_flow_takes_urls(log):
     for file in sorted(log.iterdir()):
         put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
-    outcome = watch.Outcome.of(out)
-    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    outcome = scan.Outcome.of(out)
+    assert outcome.stands(scan.listing(place("s3://bucket/log")), outcome.options, out)
     (link,) = artifacts("report-out")
     assert "s3://bucket/out/report.html" in link
     with only_writer(place(out) / "processing", "run"):
@@ -254,7 +308,7 @@ def test_a_flow_takes_urls(log):
         "ledger",
         "trajectory",
     ]
-    outcome = watch.Outcome.of(out)
-    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    outcome = scan.Outcome.of(out)
+    assert outcome.stands(scan.listing(place("s3://bucket/log")), outcome.options, out)
     assert "store" not in outcome.options
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

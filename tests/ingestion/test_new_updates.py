@@ -99,7 +99,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_pat
     first, second = random_walk(10), random_walk(13, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     folder = tmp_path / "restarted" if elsewhere else log
-    (warning,) = ingest_run(log_steps(folder, second, range(6, 13)), out)["warnings"]
+    (warning,) = ingest_run(log_steps(folder, second, range(6, 13)), out).warnings
     assert warning == (
         "the run was restarted before step 6: from there on it is attempt 1; "
         "4 steps of attempt 0 are kept (--attempt 0)"
@@ -125,7 +125,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_pat
     assert_same(variables(out), variables(alone(tmp_path / "c", first, range(10), ingest=ingest_run)))
     with pytest.raises(InputError, match="there is no attempt 2, the last is 1"):
         analyze_run(out, Analysis(workers=1, attempt=2))
-    assert ingest_run(folder, out)["new_steps"] == 0
+    assert ingest_run(folder, out).new_steps == 0
 
 
 def test_no_window_reaches_across_a_restart(tmp_path, log, out):
@@ -150,10 +150,10 @@ def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(ingest_
     with pytest.raises(InputError, match=r"(?s)step 5 is ingested already, with .*run again once a restarted run"):
         ingest_run(log, out)
     log_steps(log, second, [6, 7])
-    assert ingest_run(log, out)["new_steps"] == 3
+    assert ingest_run(log, out).new_steps == 3
     assert [row[:2] for row in held(out)[10:]] == [(5, 1), (6, 1), (7, 1)]
-    assert ingest_run(log, out)["new_steps"] == 0  # 8 and 9 are those of the attempt before
-    assert ingest_run(log_steps(log, second, range(8, 12)), out)["last_step"] == 11
+    assert ingest_run(log, out).new_steps == 0  # 8 and 9 are those of the attempt before
+    assert ingest_run(log_steps(log, second, range(8, 12)), out).last_step == 11
     assert [row[:2] for row in held(out)[10:]] == [(n, 1) for n in range(5, 12)]
     for (step, _, parameter), state in zip(held(out), [*first, *second[5:]], strict=True):
         np.testing.assert_array_equal(parameter, flat(state), err_msg=str(step))
@@ -163,7 +163,7 @@ def test_steps_that_a_restart_logged_with_the_same_content_are_the_same_steps(lo
     states = random_walk(8)
     ingest_run(log_steps(log, states, range(6)), out)
     summary = ingest_run(log_steps(log, states, range(3, 8)), out)
-    assert (summary["new_steps"], summary["attempts"], summary["warnings"]) == (2, 1, [])
+    assert (summary.new_steps, summary.attempts, summary.warnings) == (2, 1, [])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_another_run_is_refused_and_one_begun_anew_in_its_place_is_an_attempt(tm
         ingest_run(other, out)
     log_steps(log, random_walk(4, seed=2), range(3))
     (log / "step_3.safetensors").unlink()
-    assert ingest_run(log, out)["attempts"] == 2
+    assert ingest_run(log, out).attempts == 2
     assert [row[:2] for row in held(out)] == [*((n, 0) for n in range(4)), *((n, 1) for n in range(3))]
     analyze_run(out, SERIAL)
     assert variables(out)["step"].tolist() == [0, 1]
@@ -207,10 +207,10 @@ def test_a_restart_costs_the_ledger_chunks_of_its_updates_only(log, out):
     chunks = IngestLimits(chunk_elements=2 * ELEMENTS)
     limits = PlanLimits(least_tile_bytes=1, chunks_of_small_run=2, least_updates=1)
     ingest_run(log_steps(log, random_walk(9), range(9)), out, limits=chunks)
-    assert analyze_run(out, SERIAL, limits=limits)["computed_chunks"] == 2
+    assert analyze_run(out, SERIAL, limits=limits).computed_chunks == 2
     ingest_run(log_steps(log, random_walk(9, seed=1), range(7, 9)), out, limits=chunks)
     summary = analyze_run(out, SERIAL, limits=limits)
-    assert (summary["chunks"], summary["computed_chunks"]) == (3, 1)
+    assert (summary.chunks, summary.computed_chunks) == (3, 1)
     gram, ratio = Ledger(RunFolder(out).ledger).read()
     assert np.isnan(gram[8]).all()
     assert np.isnan(ratio[8]).all()
@@ -308,11 +308,11 @@ def test_a_sweep_is_the_results_of_its_runs_on_an_axis_of_their_own(tmp_path, ou
 def test_runs_that_go_on_after_others_lose_no_update(tmp_path, out):
     sweep = tmp_path / "sweep"
     ingest_run(write_sweep(sweep, [3, 4]), out, sweep=True)
-    assert ingest_run(sweep, out, sweep=True)["new_steps"] == 0
+    assert ingest_run(sweep, out, sweep=True).new_steps == 0
     write_sweep(sweep, [6, 5], begin=3)
     log_steps(sweep / "run_2", random_walk(3, seed=2), range(3))
     (sweep / "notes.txt").write_text("of the sweep")
-    assert ingest_run(sweep, out, sweep=True)["new_steps"] == 7
+    assert ingest_run(sweep, out, sweep=True).new_steps == 7
     analyze_run(out, SERIAL)
     at_once = tmp_path / "at_once"
     ingest_run(write_sweep(tmp_path / "again", [6, 5, 3]), at_once, sweep=True)
@@ -327,7 +327,7 @@ def test_a_run_of_a_sweep_that_was_restarted_is_another_attempt_of_it_alone(tmp_
     sweep = tmp_path / "sweep"
     ingest_run(write_sweep(sweep, [4, 4]), out, sweep=True)
     log_steps(sweep / "run_0", random_walk(5, seed=7), range(2, 5))
-    (warning,) = ingest_run(sweep, out, sweep=True)["warnings"]
+    (warning,) = ingest_run(sweep, out, sweep=True).warnings
     assert warning.startswith("run run_0 was restarted before step 2")
     analyze_run(out, SERIAL)
     model = results.read(RunFolder(out).results)["model"]

@@ -636,7 +636,7 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
     for name, run in runs.items():
         record(tmp_path / "sweep" / name, run)
     ingest_run(tmp_path / "sweep", tmp_path / "out", sweep=True)
-    assert analyze_run(tmp_path / "out", Serial(), limits=limits)["chunks"] == 4
+    assert analyze_run(tmp_path / "out", Serial(), limits=limits).chunks == 4
     tree = results.read(RunFolder(tmp_path / "out").results)
     assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
     for name, of_run in results.runs(tree).items():
@@ -742,12 +742,12 @@ def test_replicates_of_states_alone_lack_what_needs_hvps_and_losses(run, out, tm
 
 def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
     found = inspect_source([log])
-    assert found["holds"]["replicate_parameter"] == f"{COUNT} replicates of {len(SHAPES)} tensors"
-    assert found["holds"]["replicate_loss"] == f"{COUNT} replicates"
-    assert not [name for name in found["missing"] if name.startswith("replicate")]
+    assert found.holds["replicate_parameter"] == f"{COUNT} replicates of {len(SHAPES)} tensors"
+    assert found.holds["replicate_loss"] == f"{COUNT} replicates"
+    assert not [name for name in found.missing if name.startswith("replicate")]
     told = describe_run(out)
     assert told["replicates"] == COUNT
-    assert told["dtypes"] == found["dtypes"]
+    assert told["dtypes"] == found.dtypes
     folder = RunFolder(out)
     arrays = ("parameter", "gradient", "replicate_parameter", "replicate_hvp")
     stored = sum(
@@ -756,10 +756,10 @@ def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
         for path in (folder.trajectory / name / "c").rglob("*")
         if path.is_file()
     )
-    assert found["trajectory_bytes"] == stored
+    assert found.trajectory_bytes == stored
     shape = json.loads((folder.ledger / "replicate_gram" / "zarr.json").read_text())["shape"]
-    assert found["ledger_bytes"] == (STEPS - 1) * len(SHAPES) * (5 * 5 + shape[-1] ** 2 + 1) * 8
-    assert analyze_run(out, Serial())["projected_memory"] == found["worker_memory"]
+    assert found.ledger_bytes == (STEPS - 1) * len(SHAPES) * (5 * 5 + shape[-1] ** 2 + 1) * 8
+    assert analyze_run(out, Serial()).projected_memory == found.worker_memory
 
 
 def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):

@@ -173,7 +173,7 @@ def test_gradients_of_another_step_are_told_with_the_option_that_mends_it(tmp_pa
     summary = ingest(source, tmp_path / "trajectory.zarr")
     (told,) = [warning for warning in summary.warnings if "--shift" in warning]
     assert f"--shift gradient={-by}, and loss={-by}" in told
-    assert told in inspect_source([source])["notes"]
+    assert told in inspect_source([source]).notes
     mended = ingest(source, tmp_path / "mended.zarr", shift={"gradient": -by, "loss": -by})
     assert not [warning for warning in mended.warnings if "--shift" in warning]
 

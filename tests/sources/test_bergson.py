@@ -139,9 +139,9 @@ def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path,
         # Two roundings of the gradient; of the parameters' 2^-53, updates are 2^-20 of them or more.
         assert (angle <= 2 * 2.0**-24 * (1 + 2.0**-24) + 2.0**-32).all()
     said = inspect_source([written / name / "models", stores])
-    assert said["format"] == "safetensors, bergson"
-    assert said["holds"]["gradient"] == "4 tensors"
-    assert sum("every result of the model" in note for note in said["notes"]) == 1
+    assert said.format == "safetensors, bergson"
+    assert said.holds["gradient"] == "4 tensors"
+    assert sum("every result of the model" in note for note in said.notes) == 1
 
 
 def test_a_run_file_can_name_the_stores(run, tmp_path):
@@ -466,8 +466,8 @@ def test_there_is_nothing_to_map(run):
 
 def test_alone_it_has_no_parameters(run):
     said = inspect_source([run[1]])
-    assert said["holds"] == {"gradient": "4 tensors"}
-    assert "parameter" in said["missing"]
+    assert said.holds == {"gradient": "4 tensors"}
+    assert "parameter" in said.missing
     with pytest.raises(InputError, match="no parameters"):
         gradients_of([run[1]], 0)
 

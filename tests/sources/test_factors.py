@@ -149,7 +149,7 @@ def maps(rule, model, optimizer):
 def results_of(log, out, **options):
     summary = run.ingest_run(log, out, include=["optimizer"], **options)
     run.analyze_run(out, Analysis(workers=1))
-    return run.results.read(out / "results.zarr"), summary["warnings"]
+    return run.results.read(out / "results.zarr"), summary.warnings
 
 
 def assert_eigenvalues(out, row, name, singular, basis=1.0, tables=METRIC_EIGENVALUES[:2]):

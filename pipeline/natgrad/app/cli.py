@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
+import inspect as signatures
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from natgrad.app import options
 from natgrad.schema.errors import InputError
+from natgrad.schema.summary import Summary, summary_lines
 
-__all__ = ["app", "main", "show"]
+if TYPE_CHECKING:
+    from natgrad.app.progress import StageProgress
+
+__all__ = ["Json", "Output", "Quiet", "app", "command_options", "main"]
 
 app = typer.Typer(
     name="natgrad",
     help="Which metric makes a logged training run natural gradient descent, step by step and tensor by tensor.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-class _Face:
-    """What a command shows: progress and remarks on standard error, the answer on standard output."""
+Sources = Annotated[list[Path], typer.Argument(metavar="SOURCE", help=options.SOURCE)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help=options.OUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only warnings and errors.")]
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
+_LAST = ("as_json", "quiet")
+"""Parameters of commands that help lists after all others."""
+
+
+def command_options(kind: Any) -> Callable[[F], F]:
+    """Decorate a command that takes ``**values``: list the options of a set in its signature, for Typer."""
+
+    def decorate(function: F) -> F:
+        signature = options.signature_of(function, kind, _typer_option, _typer_default)
+        ordered = sorted(signature.parameters.values(), key=lambda one: one.name in _LAST)
+        parameters = [one.replace(kind=signatures.Parameter.KEYWORD_ONLY) for one in ordered]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
+        return function
+
+    return decorate
+
+
+def _typer_default(declared: options.DeclaredOption) -> Any:
+    """Return the default for Typer: None if an option is not given, which the validation replaces."""
+    return False if declared.kinds == (bool,) else None
+
+
+def _typer_option(declared: options.DeclaredOption) -> Any:
+    """Return the annotation that describes an option to Typer; the values are validated later, with all others."""
+    option, kind = declared.option, declared.kinds[-1]
+    # Typer parses numbers and flags; pairs and amounts of memory stay text.
+    kind = str if option.parse is not None else kind
+    with_default = kind is not bool and (option.unset or option.default is not None)
+    default = f"  [default: {declared.default_text}]" if with_default else ""
+    annotation = list[kind] if declared.container else kind  # type: ignore[valid-type]  # for Typer
+    if kind is not bool:
+        annotation = annotation | None  # type: ignore[assignment]  # for Typer
+    return Annotated[
+        annotation,
+        typer.Option(declared.flag, metavar=option.metavar, help=option.description + default, show_default=False),
+    ]
+
+
+class Output:
+    """Output of a command: progress and remarks on standard error, the summary on standard output.
+
+    Parameters
+    ----------
+    as_json : bool
+        Print the summary as one JSON object.
+    quiet : bool
+        Show only warnings and errors.
+    """
+
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
@@ -49,237 +105,161 @@ class _Face:
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Progress bar on a terminal, and nothing elsewhere."""
+    def progress(self, prefix: str = "") -> Iterator[StageProgress]:
+        """Draw a progress bar for each stage on a terminal, and nothing elsewhere."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         disabled = self.quiet or not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=disabled) as bars:
-            task = bars.add_task(what, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            tasks: dict[str, Any] = {}
 
-    def answer(self, values: dict[str, Any]) -> None:
-        """Print the answer of a command."""
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(prefix + stage, total=None)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield show
+
+    def show(self, summary: Summary | Mapping[str, Any]) -> None:
+        """Print the summary of a command."""
+        values = summary.to_json() if isinstance(summary, Summary) else summary
         if self.as_json:
             sys.stdout.write(json.dumps(values) + "\n")
+        elif isinstance(summary, Summary):
+            sys.stdout.write(str(summary))
         else:
-            sys.stdout.write("".join(_lines(values)))
+            sys.stdout.write("".join(summary_lines(values)))
 
 
-def show(values: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    """Print the answer of a command that shows no progress."""
-    _Face(as_json, quiet).answer(values)
-
-
-_SHORT = 60
-
-
-def _lines(values: dict[str, Any]) -> Iterator[str]:
-    width = max(len(name) for name in values)
-    for name, value in values.items():
-        if name == "angle" and value is not None:
-            shown = "min {:.6g}, median {:.6g}, max {:.6g} rad".format(*value)
-        elif isinstance(value, list) and value and isinstance(value[0], float):
-            shown = "min {:.6g}, median {:.6g}, max {:.6g}".format(*value)
-        elif isinstance(value, dict) and any(len(str(item)) > _SHORT for item in value.values()):
-            yield f"{name.replace('_', ' ')}\n"
-            yield from (f"  {line}" for line in _lines(value))
-            continue
-        elif isinstance(value, dict):
-            shown = ", ".join(f"{key} {item}" for key, item in value.items())
-        elif isinstance(value, list):
-            shown = "; ".join(map(str, value)) or "none"
-        else:
-            shown = str(value)
-        yield f"{name.replace('_', ' '):<{width}}  {shown}\n"
-
-
-def _arguments(sources: list[Path], out: Path, pairs: list[str] | None) -> tuple[list[Path], Path, dict[str, str]]:
-    """Sort pairs that follow the one of ``--map`` without another ``--map`` out of the arguments."""
-    from natgrad.sources.names import QUANTITIES, parse_map
+def _split_arguments(sources: list[Path], out: Path, values: dict[str, Any]) -> tuple[list[Path], Path]:
+    """Move the pairs that follow the pair of ``--map`` from the arguments to the mapping."""
+    from natgrad.sources.names import QUANTITIES
 
     words = [*sources, out]
-    more = (
-        [word for word in words if str(word).partition("=")[0] in QUANTITIES and "=" in str(word)] if pairs else []
-    )
-    paths = [word for word in words if word not in more]
+    pairs = [
+        word
+        for word in words
+        if values["mapping"] and str(word).partition("=")[0] in QUANTITIES and "=" in str(word)
+    ]
+    paths = [word for word in words if word not in pairs]
     if len(paths) < 2:
         raise typer.BadParameter("give a SOURCE and OUT")
-    return paths[:-1], paths[-1], parse_map([*(pairs or []), *map(str, more)])
+    values["mapping"] = [*(values["mapping"] or []), *map(str, pairs)]
+    return paths[:-1], paths[-1]
 
 
-def _ingest(
-    face: _Face, sources: list[Path], out: Path, said: dict[str, Any], then: Callable[[], dict[str, Any]] = dict
+def _print_version(requested: bool) -> None:
+    if requested:
+        from natgrad.schema.version import __version__
+
+        sys.stdout.write(f"natgrad {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+    ] = False,
 ) -> None:
-    """Ingest, and do what is done then, once or whenever the log has news; show what came of it."""
-    from natgrad.app import run
-    from natgrad.app.follow import follow
-
-    def once(first: bool) -> dict[str, Any]:
-        with face.progress("ingest") as progress:
-            answer = run.ingest_run(
-                sources,
-                out,
-                **run.given(said, run.READING),
-                overwrite=said["overwrite"] and first,
-                wait=said["follow"],
-                progress=progress,
-            )
-        return answer | then() if first or answer["new_steps"] else answer
-
-    if said["follow"]:
-        face.answer(follow(once, interval=said["interval"], idle_timeout=said["idle_timeout"]))
-    else:
-        face.answer(once(True))
+    """Hold the options of the program itself."""
 
 
 @app.command()
-def process(
-    context: typer.Context,
-    sources: options.Sources,
-    out: options.Out,
-    format: options.Format = None,
-    mapping: options.Mapping = None,
-    shift: options.Shift = None,
-    sweep: options.Sweep = False,
-    allow_gaps: options.AllowGaps = False,
-    overwrite: options.Overwrite = False,
-    include: options.Include = None,
-    store: options.Store = None,
-    follow: options.Follow = False,
-    interval: options.Interval = 10.0,
-    idle_timeout: options.IdleTimeout = None,
-    learning_rate: options.LearningRate = None,
-    gammas: options.Gammas = None,
-    windows: options.Windows = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    cluster: options.Cluster = None,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    attempt: options.Attempt = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Ingest, analyze and report a run in a row."""
-    from natgrad.app import run
+@command_options(options.ProcessOptions)
+def process(sources: Sources, out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+    """Ingest, analyze and report a run."""
+    from natgrad.app import api
 
-    face, said = _Face(as_json, quiet), options.said(context)
-    sources, out, said["mapping"] = _arguments(sources, out, mapping)
-    analysis = run.Analysis.of(said)
-
-    def analyze_and_report() -> dict[str, Any]:
-        with face.progress("analyze") as progress:
-            answer = run.analyze_run(out, analysis, progress=progress)
-        return answer | run.report_run([out])
-
-    _ingest(face, sources, out, said, analyze_and_report)
+    output = Output(as_json, quiet)
+    sources, out = _split_arguments(sources, out, values)
+    with output.progress() as progress:
+        summary = api.process(sources, out, progress=progress, **values)
+    output.show(summary)
 
 
 @app.command()
-def ingest(
-    context: typer.Context,
-    sources: options.Sources,
-    out: options.Out,
-    format: options.Format = None,
-    mapping: options.Mapping = None,
-    shift: options.Shift = None,
-    sweep: options.Sweep = False,
-    allow_gaps: options.AllowGaps = False,
-    overwrite: options.Overwrite = False,
-    include: options.Include = None,
-    store: options.Store = None,
-    follow: options.Follow = False,
-    interval: options.Interval = 10.0,
-    idle_timeout: options.IdleTimeout = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
+@command_options(options.IngestOptions)
+def ingest(sources: Sources, out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
     """Read the new steps of a training log into OUT/trajectory.zarr."""
-    face, said = _Face(as_json, quiet), options.said(context)
-    sources, out, said["mapping"] = _arguments(sources, out, mapping)
-    _ingest(face, sources, out, said)
+    from natgrad.app import api
+
+    output = Output(as_json, quiet)
+    sources, out = _split_arguments(sources, out, values)
+    with output.progress() as progress:
+        summary = api.ingest(sources, out, progress=progress, **values)
+    output.show(summary)
 
 
 @app.command()
-def analyze(
-    context: typer.Context,
-    out: options.Out,
-    learning_rate: options.LearningRate = None,
-    gammas: options.Gammas = None,
-    windows: options.Windows = None,
-    workers: options.Workers = None,
-    scheduler: options.Scheduler = None,
-    cluster: options.Cluster = None,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    attempt: options.Attempt = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Compute OUT/ledger.zarr, or what is missing of it, and OUT/results.zarr."""
-    from natgrad.app import run
+@command_options(options.AnalyzeOptions)
+def analyze(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+    """Compute the missing part of OUT/ledger.zarr, and OUT/results.zarr."""
+    from natgrad.app import api
 
-    face = _Face(as_json, quiet)
-    analysis = run.Analysis.of(options.said(context))
-    with face.progress("analyze") as progress:
-        answer = run.analyze_run(out, analysis, progress=progress)
-    face.answer(answer)
+    output = Output(as_json, quiet)
+    with output.progress() as progress:
+        summary = api.analyze(out, progress=progress, **values)
+    output.show(summary)
 
 
 @app.command()
+@command_options(options.VersionOptions)
 def report(
-    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders of one or several runs.")],
-    page: Annotated[Path | None, typer.Option(help="The page. [default: report.html in the first OUT]")] = None,
-    version: options.Version = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders or URLs of one or several runs.")],
+    page: Annotated[
+        Path | None,
+        typer.Option(help="File of the page.", show_default="report.html in the first OUT"),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **values: Any,
 ) -> None:
     """Draw Figure 3 of the paper from the results of one run, or of several on one page."""
-    from natgrad.app import run
+    from natgrad.app import api
 
-    _Face(as_json, quiet).answer(run.report_run(outs, page, version))
+    Output(as_json, quiet).show(api.report(outs, page, **values))
 
 
 @app.command()
-def info(
-    out: options.Out, version: options.Version = None, as_json: options.Json = False, quiet: options.Quiet = False
-) -> None:
-    """Say what OUT holds."""
+@command_options(options.VersionOptions)
+def info(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+    """Describe the contents of OUT."""
     from natgrad.app.describe import describe_run
 
-    _Face(as_json, quiet).answer(describe_run(out, version))
+    checked = options.validated(options.VersionOptions, values)
+    Output(as_json, quiet).show(describe_run(out, checked["version"]))
 
 
 @app.command()
-def verify(
-    out: options.Out, version: options.Version = None, as_json: options.Json = False, quiet: options.Quiet = False
-) -> None:
-    """Compare all that OUT's stores hold with its checksums; exits with 1 where something was damaged."""
-    from natgrad.app.verification import verify_run
+@command_options(options.VersionOptions)
+def verify(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+    """Verify all stored data against its checksums. Exits with 1 if anything is corrupt."""
+    from natgrad.app import api
 
-    face = _Face(as_json, quiet)
-    damages = verify_run(out, version)
-    if as_json:
-        face.answer({"damages": [damage.to_json() for damage in damages]})
-    else:
-        sys.stdout.write("".join(f"{damage}\n" for damage in damages) or "all is as it was written\n")
-    if damages:
+    output = Output(as_json, quiet)
+    found = api.verify(out, **values)
+    output.show(found)
+    if not found.ok:
         raise typer.Exit(1)
 
 
 @app.command()
 def versions(
-    out: options.Out,
-    last: Annotated[int | None, typer.Option(min=1, help="Only the last so many. [default: all]")] = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    out: Out,
+    last: Annotated[int | None, typer.Option(min=1, help="Number of versions to list.", show_default="all")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """List the versions of OUT, the newest first, where it is an Icechunk repository (--store icechunk)."""
+    """List the versions of OUT, the newest first, if it is an Icechunk repository (--store icechunk)."""
     from natgrad.storage import repository
 
+    output = Output(as_json, quiet)
     found = repository.versions(out, last)
     if as_json:
-        show({"versions": found}, as_json, quiet)
+        output.show({"versions": found})
         return
     for row in found:
         sys.stdout.write("  ".join((row["version"], row["time"], row["message"], *row["tags"])) + "\n")
@@ -288,15 +268,16 @@ def versions(
 @app.command()
 def status(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the OUT of many runs.")],
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Say of every run below ROOT how far it is, how far behind its log, and what failed last."""
-    from natgrad.app import scan as watch
+    """Show progress, lag and last error of every run under ROOT."""
+    from natgrad.app import scan
 
-    runs = watch.status(root)
+    output = Output(as_json, quiet)
+    runs = scan.status(root)
     if as_json:
-        show({"runs": runs}, as_json, quiet)
+        output.show({"runs": runs})
         return
     table = [["run", "state", "last step", "lag", "processed", "last error"]]
     for row in runs:
@@ -308,15 +289,14 @@ def status(
 
 
 @app.command()
+@command_options(options.WorkerOptions)
 def demo(
-    context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for logs, runs and the report.")] = Path(
         "demo"
     ),
-    workers: options.Workers = None,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **values: Any,
 ) -> None:
     """Log the experiments of the paper, process the logs, and draw them on one page."""
     from natgrad.app import run
@@ -324,50 +304,34 @@ def demo(
     from natgrad.experiments.demo import WINDOW, write_demo_logs
     from natgrad.storage import require_local
 
-    out = require_local(out, "OUT")
-    face = _Face(as_json, quiet)
-    analysis = run.Analysis.of(options.said(context) | {"windows": [WINDOW]})
+    checked = options.validated(options.RunOptions, values | {"windows": [WINDOW]})
+    out, output = require_local(out, "OUT"), Output(as_json, quiet)
     runs = {}
     for name, log in write_demo_logs(out / "logs").items():
         runs[name] = out / "runs" / name
-        with face.progress(f"{name}: ingest") as progress:
-            run.ingest_run(log, runs[name], progress=progress)
-        with face.progress(f"{name}: analyze") as progress:
-            run.analyze_run(runs[name], analysis, progress=progress)
-        run.report_run([runs[name]])
-    answer = {name: str(RunFolder(path).results) for name, path in runs.items()}
-    face.answer(answer | run.report_run(runs, out / "report.html"))
+        with output.progress(f"{name}: ") as progress:
+            run.process_run(log, runs[name], checked, progress=progress)
+    paths = {name: str(RunFolder(path).results) for name, path in runs.items()}
+    output.show(paths | run.report_run(runs, out / "report.html").to_json())
 
 
 @app.command()
+@command_options(options.InspectOptions)
 def inspect(
-    context: typer.Context,
-    sources: Annotated[
-        list[Path],
-        typer.Argument(metavar="SOURCE...", help="Folder of a log; several of one run, or a run file."),
-    ],
-    format: options.Format = None,
-    mapping: options.Mapping = None,
-    shift: options.Shift = None,
-    sweep: options.Sweep = False,
-    memory_limit: options.MemoryLimit = options.MEMORY_LIMIT,
-    as_json: options.Json = False,
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help=options.SOURCE)],
+    as_json: Json = False,
+    **values: Any,
 ) -> None:
-    """Say what a log holds, what is missing for which result, and what processing it will take."""
-    from natgrad.app.inspection import inspect_source
-    from natgrad.storage import each, network_errors
+    """Describe a log: its contents, the quantities it lacks, and the cost of processing it."""
+    from natgrad.app import api
 
-    face, said = _Face(as_json, quiet=False), options.said(context)
-    logs = each(sources)
-    reading = {name: said[name] for name in ("format", "mapping", "shift", "sweep", "memory_limit")}
-    with network_errors(*logs):
-        found = inspect_source(logs, **reading)
-    face.answer(found)
+    output = Output(as_json)
+    output.show(api.inspect(sources, **values))
 
 
 @app.command()
-def formats(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
-    """List the log formats that can be read, and what each can and cannot give."""
+def formats(as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the log formats that can be read, and what each contains."""
     from natgrad.sources.formats import FORMATS
 
     table = {
@@ -380,7 +344,7 @@ def formats(as_json: options.Json = False, quiet: options.Quiet = False) -> None
         for name, format in FORMATS.items()
     }
     if as_json:
-        _Face(as_json, quiet).answer(table)
+        Output(as_json, quiet).show(table)
         return
     for name, entry in table.items():
         sys.stdout.write(f"{name}\n" + "".join(f"  {key:<9} {text}\n" for key, text in entry.items()))
@@ -389,8 +353,9 @@ def formats(as_json: options.Json = False, quiet: options.Quiet = False) -> None
 def main() -> None:
     """Run the command line.
 
-    Exits with 0 when done, 2 on bad usage or bad input (the message says what, where, why and what to do), and
-    1 on anything else, and where ``verify`` finds damages.
+    The exit status is 0 on success, 2 if an option or the input is not valid (the message says what is wrong,
+    where, why, and what to do), and 1 on any other error, on a failed run of a scan, and if ``verify`` finds
+    corrupt data.
     """
     try:
         app()

@@ -20,7 +20,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, out: str | Path, *, store: str | None = None, version: str | None = None) -> RunFolder:
-        """Folder of a run, or its Icechunk repository; see `natgrad.storage.repository.place_of_run`."""
+        """Open the folder of a run, or its Icechunk repository; see `natgrad.storage.repository.place_of_run`."""
         return cls(place_of_run(out, store=store, version=version))
 
     @property
@@ -40,5 +40,5 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """Page to look at: a file that a browser opens, so it is never in a repository."""
+        """Report page: a file that a browser opens, so it is never in a repository."""
         return outside(self.path) / "report.html"

@@ -7,25 +7,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import TypeVar
 
+from natgrad.ingestion import IngestSummary
 from natgrad.sources.steps import NotYet
 
 __all__ = [
     "follow",
 ]
 
+T = TypeVar("T", bound=IngestSummary)
 
-def follow(
-    once: Callable[[bool], dict[str, Any]], *, interval: float = 10.0, idle_timeout: float | None = None
-) -> dict[str, Any]:
-    """Repeat a pass over a log that is being written, until interrupted, or until nothing new came for so long.
+
+def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_timeout: float | None = None) -> T:
+    """Repeat a pass over a log that is being written, until interrupted or until no new step comes for a while.
 
     Parameters
     ----------
     once : callable
-        The pass, which is told whether none found anything before; its answer says how many ``new_steps`` it found.
+        The pass. Its argument is True until a pass has returned a summary; it returns None if the log has no new
+        step.
     interval : float
         Seconds between passes.
     idle_timeout : float, optional
@@ -33,25 +36,25 @@ def follow(
 
     Returns
     -------
-    dict
-        Answer of the last pass that found something, with the new steps of all.
+    IngestSummary
+        Summary of the last pass that found new steps, with the new steps of all passes.
 
     Raises
     ------
     InputError
-        Of a pass; not that a step is not there yet, unless none came at all.
+        If a pass raises one. A step that is not there yet (`NotYet`) ends nothing, unless none came at all.
     """
-    answer: dict[str, Any] = {}
+    summary: T | None = None
     new_steps, last = 0, time.monotonic()
     waiting: NotYet | KeyboardInterrupt | None = None
     try:
         with _interrupts() as interrupted:
             while not interrupted.is_set():
                 try:
-                    found = once(not answer)
-                    if found["new_steps"] or not answer:
-                        answer, last = found, time.monotonic()
-                        new_steps += found["new_steps"]
+                    found = once(summary is None)
+                    if found is not None:
+                        summary, last = found, time.monotonic()
+                        new_steps += found.new_steps
                 except NotYet as error:
                     waiting = error
                 if idle_timeout is not None and time.monotonic() - last >= idle_timeout:
@@ -59,14 +62,14 @@ def follow(
                 interrupted.wait(interval)
     except KeyboardInterrupt as interrupt:
         waiting = interrupt
-    if not answer and waiting is not None:
-        raise waiting
-    return {**answer, "new_steps": new_steps}
+    if summary is None:
+        raise waiting or KeyboardInterrupt
+    return replace(summary, new_steps=new_steps)
 
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Keep in mind that the user interrupted, as libraries swallow the exception in their callbacks."""
+    """Record that the user interrupted, as libraries swallow the exception in their callbacks."""
     interrupted = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a log holds, before it is processed: steps, tensors, sizes, what is missing and what that costs."""
+"""Describe a log before it is processed: steps, tensors, sizes, missing quantities and the cost of processing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from natgrad.app.summaries import Inspection
 from natgrad.compute.plan import plan_pass
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, chunk_shape, promote, storage_dtype
@@ -38,7 +39,7 @@ from natgrad.storage import each
 __all__ = ["NEEDED_FOR", "inspect_source"]
 
 NEEDED_FOR: dict[str, tuple[str, str]] = {
-    "parameter": ("everything", "say where they are with --map parameter=KEY, or give the log that has them"),
+    "parameter": ("everything", "name their key with --map parameter=KEY, or give the log that has them"),
     "gradient": (
         "everything but parameter_norm and update_norm",
         "log them (natgrad.recording.recorder, or a hook of the trainer), and give that log as a further SOURCE",
@@ -55,11 +56,11 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
     REPLICATE_HVP: ("the metric of eq. (19)", "log H (theta_{t+1} - theta_t) of each of these draws"),
     REPLICATE_LOSS: ("the mean loss_decrease of a stochastic rule", "log the loss of each of these states"),
 }
-"""Quantity of a log to the results that need it, and how to get it where it is missing."""
+"""Quantity of a log to the results that need it, and how to get it if it is missing."""
 
 _SAMPLE_BYTES = 64 * MEBIBYTE
 _PASS_RATE = 2e9
-"""Bytes per second of the metrics pass that are counted on; on two cores it was measured at 5e9 to 7e9."""
+"""Assumed bytes per second of the pass; measured on two cores were 5e9 to 7e9."""
 
 
 def inspect_source(
@@ -70,8 +71,8 @@ def inspect_source(
     shift: Mapping[str, int] | None = None,
     sweep: bool = False,
     memory_limit: int | None = None,
-) -> dict[str, Any]:
-    """Say what was found in the logs of a run, and what processing them will take; nothing is written.
+) -> Inspection:
+    """Describe the logs of a run and the cost of processing them; nothing is written.
 
     Parameters
     ----------
@@ -80,16 +81,10 @@ def inspect_source(
     memory_limit : int, optional
         Bytes that a worker process may use.
 
-    Returns
-    -------
-    dict
-        Plain values: formats, steps, tensors, dtypes, bytes; ``missing`` with what needs it and how to get it;
-        the bytes of the stores and the memory of a worker; and seconds, from a timed read of the first step.
-
     Raises
     ------
     InputError
-        Where there is no log, or its first or last step cannot be described.
+        If there is no log, or its first or last step cannot be described.
     """
     paths = each(sources)
     log = open_sources(paths, format, mapping, shift, sweep=sweep)
@@ -108,15 +103,17 @@ def inspect_source(
         "step_span": usual,
         "gaps": sum(span != usual for span in spans),
     }
-    held = {name: f"{len(tensors)} tensors" for name, tensors in first.arrays.items() if tensors}
-    held |= {name: f"{first.replicates} replicates of {held[name]}" for name in held if name in REPLICATE_STATES}
-    held |= {REPLICATE_LOSS: f"{len(first.replicate_loss)} replicates"} if first.replicate_loss else {}
-    held |= {name: f"{value:g} at step {listed[0].number}" for name, value in first.scalars.items()}
-    found["holds"] = held
+    logged = {name: f"{len(tensors)} tensors" for name, tensors in first.arrays.items() if tensors}
+    logged |= {
+        name: f"{first.replicates} replicates of {logged[name]}" for name in logged if name in REPLICATE_STATES
+    }
+    logged |= {REPLICATE_LOSS: f"{len(first.replicate_loss)} replicates"} if first.replicate_loss else {}
+    logged |= {name: f"{value:g} at step {listed[0].number}" for name, value in first.scalars.items()}
+    found["holds"] = logged
     found["missing"] = {
         name: f"needed for {use}; {remedy}"
         for name, (use, remedy) in NEEDED_FOR.items()
-        if name not in held and (name not in (REPLICATE_HVP, REPLICATE_LOSS) or first.replicates)
+        if name not in logged and (name not in (REPLICATE_HVP, REPLICATE_LOSS) or first.replicates)
     }
     if last.optimizer is not None:
         found["optimizer"] = last.optimizer.problem or (
@@ -128,16 +125,16 @@ def inspect_source(
     found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
     found["unused_keys"] = list(first.unused)
     if all(first.arrays.get(name) for name in STATES[:2]):
-        whole = complete(listed[0], first)
-        found["notes"] += [note for note in whole.notes if note not in found["notes"]]
+        completed = complete(listed[0], first)
+        found["notes"] += [note for note in completed.notes if note not in found["notes"]]
         with suppress(Unreadable):
-            found["notes"] += [told] if (told := misalignment(log, listed, whole)) else []
-        found |= _plan(log, listed, whole, memory_limit)
-    return found
+            found["notes"] += [note] if (note := misalignment(log, listed, completed)) else []
+        found |= _plan(log, listed, completed, memory_limit)
+    return Inspection(**found)
 
 
 def _logs(listed: Sequence[LoggedStep]) -> list[Path]:
-    """Where the logs of a sweep are: the folder that each run's first step is in, or the file of all its steps."""
+    """Return the logs of a sweep: the folder of each run's first step, or the file of all its steps."""
     firsts = {step.run: step.path for step in reversed(listed)}
     count = Counter(step.path for step in listed)
     return [path if count[path] > 1 else path.parent for path in firsts.values()]
@@ -149,13 +146,13 @@ def _content(log: Source, step: LoggedStep) -> StepContent:
 
 
 def _changes(first: StepContent, last: StepContent) -> list[str]:
-    """Say what the last step holds otherwise than the first: such a log is refused."""
+    """List the differences between the first and the last step; an ingest refuses such a log."""
     changes = []
     for name in (*STATES, *REPLICATE_STATES):
         before, after = first.arrays.get(name, {}), last.arrays.get(name, {})
         for tensor in {**before, **after}:
             if before.get(tensor) != after.get(tensor):
-                changes.append(f"{name} {tensor!r}: {_told(before.get(tensor))}, then {_told(after.get(tensor))}")
+                changes.append(f"{name} {tensor!r}: {_shape(before.get(tensor))}, then {_shape(after.get(tensor))}")
     for name in (*SCALARS, REPLICATE_LOSS):
         if (name in first.numbers) != (name in last.numbers):
             changes.append(f"{name}: not at the {'first' if name in last.numbers else 'last'} step")
@@ -163,25 +160,25 @@ def _changes(first: StepContent, last: StepContent) -> list[str]:
 
 
 def _tensors_of(optimizer: OptimizerState) -> int:
-    held = (*optimizer.arrays.values(), *optimizer.numbers.values(), optimizer.metrics)
-    return len({tensor for of in held for tensor in of})
+    tables = (*optimizer.arrays.values(), *optimizer.numbers.values(), optimizer.metrics)
+    return len({tensor for table in tables for tensor in table})
 
 
 def _rules(optimizer: OptimizerState) -> list[str]:
-    """Rules whose metrics the log holds as factors, or in another basis."""
+    """Return the rules whose metrics are in the log as factors, or in another basis."""
     metrics = optimizer.metrics.values()
     rules = dict.fromkeys(m.rule if isinstance(m, FactoredMetric) else "SOAP" for m in metrics)
     return [f"the metric of {rule}" for rule in rules]
 
 
-def _told(tensor: LoggedTensor | None) -> str:
+def _shape(tensor: LoggedTensor | None) -> str:
     return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _plan(
     log: Source, listed: Sequence[LoggedStep], content: StepContent, memory_limit: int | None
 ) -> dict[str, Any]:
-    """Sizes and times of processing."""
+    """Estimate sizes and times of processing."""
     arrays = content.arrays
     dtypes = {name: promote([tensor.dtype for tensor in arrays[name].values()]) for name in arrays}
     counts = {name: content.replicates if name in REPLICATE_STATES else 1 for name in dtypes}
@@ -217,14 +214,14 @@ def _plan(
                 memory_limit=memory_limit,
             )
         except InputError as error:
-            found["worker_memory"] = f"more than is given: {error.what}"
+            found["worker_memory"] = f"more than --memory-limit: {error.what}"
         else:
             found["worker_memory"] = plan.projected_bytes
     return found
 
 
 def _reading_rate(log: Source, step: LoggedStep, content: StepContent) -> float | None:
-    """Bytes per second at which the first tensors of a step are read, None where they are too few to tell."""
+    """Measure the bytes per second of reading the first tensors of a step; None if there are too few."""
     done, begin = 0, time.perf_counter()
     with log.open(step) as reader:
         for array, tensors in content.arrays.items():

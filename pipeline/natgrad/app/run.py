@@ -1,159 +1,128 @@
-"""One run from end to end: the folder OUT, and what is done in it.
+"""Steps of processing one run: ingest, analyze, report. `natgrad.app.api` puts them together for users.
 
-The command line and the flows are two faces of these functions; none of them needs a Prefect server. Each
-returns a small summary of plain values and passes paths, never arrays.
+None of these functions needs a Prefect server. They take options that are validated already
+(`natgrad.app.options.validated`) and return small summaries; they pass paths, never arrays.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from natgrad.app import options
 from natgrad.app.folder import RunFolder
+from natgrad.app.progress import Progress, StageProgress, stage
+from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
 from natgrad.compute import executors
 from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
-from natgrad.ingestion import ingest
+from natgrad.ingestion import Extent, ingest
 from natgrad.results import dataset as results
 from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.summary import overview
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import MEBIBYTE, IngestLimits
+from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
+from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.storage import each, network_errors, place
 from natgrad.storage.repository import newest, publish
 from natgrad.store import Ledger, Trajectory, only_writer
 
 __all__ = [
-    "MEMORY_LIMIT",
-    "READING",
     "RUNS_SHOWN",
     "Analysis",
     "analyze_run",
     "draw_run",
-    "given",
     "ingest_run",
+    "process_run",
     "report_run",
 ]
-
-MEMORY_LIMIT = 512 * MEBIBYTE
-"""Bytes that a worker process may use, where nothing else is said."""
-
-READING = ("format", "mapping", "shift", "sweep", "allow_gaps", "include", "store")
-"""Options of `ingest_run` that say what a log is, and how a trajectory is made of it."""
 
 RUNS_SHOWN = 8
 """Runs of a sweep that a page shows."""
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+_DEFAULTS = {name: option.option.default for name, option in options.declared(options.AnalyzeOptions).items()}
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Options of an analysis.
-
-    Attributes
-    ----------
-    learning_rate : float, optional
-        Learning rate of the steps for which the log has none.
-    gammas : sequence of float
-        Weights of the one-parameter family, eq. (22).
-    windows : sequence of int
-        Windows of consecutive updates, eq. (3).
-    workers : int, optional
-        Threads or processes on this machine; as many as there are processors where not given.
-    scheduler : str, optional
-        Address of an existing Dask scheduler, used in place of processes of our own.
-    cluster : str, optional
-        Cluster to make for the analysis, one of `natgrad.compute.clusters.CLUSTERS`, of as many ``workers``.
-    memory_limit : int
-        Bytes that a worker process may use.
-    attempt : int, optional
-        The run as it stood at this attempt, before it was restarted again; the newest where not given.
-    """
+    """Options of an analysis; see `natgrad.app.options.AnalyzeOptions`."""
 
     learning_rate: float | None = None
-    gammas: Sequence[float] = results.GAMMAS
-    windows: Sequence[int] = (1,)
+    gammas: Sequence[float] = tuple(_DEFAULTS["gammas"])
+    windows: Sequence[int] = tuple(_DEFAULTS["windows"])
     workers: int | None = None
     scheduler: str | None = None
     cluster: str | None = None
-    memory_limit: int = MEMORY_LIMIT
+    memory_limit: int = _DEFAULTS["memory_limit"]
     attempt: int | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Analysis:
-        """Analysis of the options of a face, of which the others are passed over; see `given`."""
-        return cls(**given(options, [field.name for field in fields(cls)]))
+    def of(cls, values: Mapping[str, Any]) -> Analysis:
+        """Build an Analysis from validated options, ignoring unrelated ones."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def executor(self) -> executors.Executor:
-        """Executor that these options ask for."""
+        """Return the executor that these options request."""
         if self.scheduler is not None:
-            if self.cluster is not None:
-                raise InputError(
-                    "a scheduler and a cluster are given",
-                    where="--scheduler, --cluster",
-                    remedy="give --scheduler for a cluster that is there, or --cluster for one to be made",
-                )
             return executors.existing_cluster(self.scheduler)
         workers = usable_processors() if self.workers is None else self.workers
-        if workers < 1:
-            raise InputError(f"{workers} workers cannot work", where="--workers", remedy="give 1 or more")
         if self.cluster is not None:
             return executors.named_cluster(self.cluster, workers)
         return executors.local(workers, self.memory_limit)
 
+    def check(self, extent: Extent) -> None:
+        """Check the options that depend on the steps of the run.
 
-def given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Options of some names that say something: what is None or empty is left to the default of what takes it.
-
-    Parameters
-    ----------
-    options : mapping
-        Those of a face, by name.
-    names : iterable of str
-        `READING`, for example.
-    """
-    return {name: options[name] for name in names if options.get(name) not in (None, [], {})}
+        Raises
+        ------
+        InputError
+            If there is no such attempt, or a window is longer than the run.
+        """
+        if self.attempt is not None and self.attempt >= extent.attempts:
+            raise InputError(
+                f"there is no attempt {self.attempt}, the last is {extent.attempts - 1}",
+                where="option attempt",
+                remedy="leave --attempt out to analyze the newest attempt",
+            )
+        updates, window = extent.updates(self.attempt), max(self.windows)
+        # A run without an update is refused for that reason, whatever its windows are.
+        if window > max(updates, 1):
+            raise InputError(
+                f"--window {window} is longer than the run, which has {updates} updates",
+                where="option windows",
+                remedy=f"give windows from 1 to {updates}, or log more steps first",
+            )
 
 
 def ingest_run(
-    source: Path | Sequence[Path],
-    out: Path,
+    source: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
     shift: Mapping[str, int] | None = None,
     sweep: bool = False,
     allow_gaps: bool = False,
+    include: Sequence[str] | None = None,
+    store: str | None = None,
     overwrite: bool = False,
     wait: bool = False,
-    include: Sequence[str] = (),
-    store: str | None = None,
     limits: IngestLimits = IngestLimits(),
+    check: Callable[[Extent], None] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Read the new steps of one run's log or logs into OUT's trajectory; see `natgrad.ingestion.ingest`.
-
-    Parameters
-    ----------
-    store : str, optional
-        How OUT is stored where nothing is there yet: ``plain``, or ``icechunk`` in an object store, which keeps
-        every commit as a version.
-    limits : IngestLimits, optional
-    """
+) -> IngestSummary:
+    """Read the new steps of one run's log or logs into OUT's trajectory; see `natgrad.ingestion.ingest`."""
     folder = RunFolder.of(out, store=store)
     sources = each(source)
     with network_errors(*sources, folder.path):
-        summary = ingest(
+        return ingest(
             sources,
             folder.trajectory,
             format=format,
@@ -163,62 +132,62 @@ def ingest_run(
             allow_gaps=allow_gaps,
             overwrite=overwrite,
             wait=wait,
-            include=include,
+            include=include or (),
             limits=limits,
+            check=check,
             progress=progress,
         )
-    return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
 
 
 def analyze_run(
-    out: Path,
-    options: Analysis = Analysis(),
+    out: str | Path,
+    analysis: Analysis = Analysis(),
     *,
     limits: PlanLimits = PlanLimits(),
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Compute what is missing of OUT's ledger, and OUT's results from it.
+) -> AnalysisSummary:
+    """Compute the missing part of OUT's ledger, and OUT's results from it.
 
     Raises
     ------
     InputError
-        Where OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
+        If OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
     """
     folder = RunFolder.of(out)
     with network_errors(folder.path):
-        return _analyze(folder, options, limits, progress)
+        return _analyze(folder, analysis, limits, progress)
 
 
-def _analyze(folder: RunFolder, options: Analysis, limits: PlanLimits, progress: Progress | None) -> dict[str, Any]:
-    rate = options.learning_rate
-    if rate is not None and not (np.isfinite(rate) and rate > 0):
-        raise InputError(
-            f"learning rate {rate} is not positive", where="--learning-rate", remedy="give one above 0"
-        )
-    summary = compute_ledger(
+def _analyze(
+    folder: RunFolder, analysis: Analysis, limits: PlanLimits, progress: Progress | None
+) -> AnalysisSummary:
+    analysis.check(Extent.of(Trajectory(folder.trajectory)))
+    computed = compute_ledger(
         folder.trajectory,
         folder.ledger,
-        executor=options.executor(),
-        memory_limit=options.memory_limit,
+        executor=analysis.executor(),
+        memory_limit=analysis.memory_limit,
         limits=limits,
         progress=progress,
     )
     folder = RunFolder(newest(folder.path))
     states = Trajectory(folder.trajectory)
     ledger = Ledger(folder.ledger)
-    rows, inputs = update_table(states, ledger, learning_rate=rate, attempt=options.attempt)
+    rows, inputs = update_table(states, ledger, learning_rate=analysis.learning_rate, attempt=analysis.attempt)
     provenance = {
         "source": states.source,
         "fingerprint": states.fingerprint(),
         "elements": states.layout.elements,
+        "version": __version__,
+        "results_version": RESULTS_VERSION,
         "options": {
-            "learning_rate": rate,
-            "gamma": list(options.gammas),
-            "window": list(options.windows),
-            "attempt": int(states.scalar(ATTEMPT).max()) if options.attempt is None else options.attempt,
+            "learning_rate": analysis.learning_rate,
+            "gamma": list(analysis.gammas),
+            "window": list(analysis.windows),
+            "attempt": int(states.scalar(ATTEMPT).max()) if analysis.attempt is None else analysis.attempt,
         },
     }
-    tree = results.label(inputs, gammas=options.gammas, windows=options.windows, provenance=provenance)
+    tree = results.label(inputs, gammas=analysis.gammas, windows=analysis.windows, provenance=provenance)
     if states.replicates:
         # SciPy's operators, which it needs, take a third of a second to load.
         from natgrad.results import replicates
@@ -230,56 +199,99 @@ def _analyze(folder: RunFolder, options: Analysis, limits: PlanLimits, progress:
     with only_writer(folder.results, "results") as path:
         results.write(tree, path)
         publish(path, f"results of {folder.path.name}: {len(inputs.steps)} updates")
-    return {
-        "ledger": str(folder.ledger),
-        "results": str(folder.results),
-        "updates": len(inputs.steps),
-        "chunks": summary.chunks,
-        "computed_chunks": summary.computed_chunks,
-        "computed_updates": summary.computed_updates,
-        "projected_memory": summary.plan.projected_bytes,
+    return AnalysisSummary(
+        ledger=str(folder.ledger),
+        results=str(folder.results),
+        updates=len(inputs.steps),
+        chunks=computed.chunks,
+        computed_chunks=computed.computed_chunks,
+        computed_updates=computed.computed_updates,
+        projected_memory=computed.plan.projected_bytes,
         **overview(tree),
-    }
+    )
 
 
 def report_run(
-    outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None, version: str | None = None
-) -> dict[str, Any]:
+    outs: Sequence[str | Path] | Mapping[str, str | Path],
+    page: str | Path | None = None,
+    version: str | None = None,
+) -> Report:
     """Write the page of one run, or of several together.
 
     Parameters
     ----------
-    outs : sequence or mapping of str to Path
-        Folders OUT, named after themselves where no names are given.
-    page : Path, optional
-        ``report.html`` in the first OUT where not given.
+    outs : sequence or mapping of str to path
+        Folders OUT; without names, each run is named after its folder.
+    page : path, optional
+        Default: ``report.html`` in the first OUT.
     version : str, optional
-        Of OUT, where it is an Icechunk repository: id, tag or time of the version to draw, on a page that is given.
+        Version of an Icechunk repository to draw: id, tag or time; requires a page.
 
     Raises
     ------
     InputError
-        Where there are no results.
+        If there are no results.
     """
     # Matplotlib takes a second to load, which only a page is worth.
     from natgrad.reporting import page as report
 
-    given = outs.items() if isinstance(outs, Mapping) else ((place(out).absolute().name, out) for out in outs)
-    named = {name: RunFolder.of(out, version=version) for name, out in given}
+    pairs = outs.items() if isinstance(outs, Mapping) else ((place(out).absolute().name, out) for out in outs)
+    named = {name: RunFolder.of(out, version=version) for name, out in pairs}
     if version is not None and page is None:
         raise InputError(
-            "the page of an old version has no place",
-            where="--version",
-            why="report.html in OUT is that of the newest",
-            remedy="say where to write it: --page PAGE",
+            "the page of an old version needs a file name",
+            where="option version",
+            why="report.html in OUT is the page of the newest version",
+            remedy="give the file to write: --page PAGE",
         )
     with network_errors(*(folder.path for folder in named.values())):
         page = next(iter(named.values())).report if page is None else place(page)
-        return {"report": str(report.write_report(_trees(named), page))}
+        return Report(report=str(report.write_report(_trees(named), page)))
+
+
+def process_run(
+    source: str | Path | Sequence[str | Path],
+    out: str | Path,
+    values: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    wait: bool = False,
+    skip_unchanged: bool = False,
+    progress: StageProgress | None = None,
+) -> ProcessSummary | None:
+    """Ingest, analyze and report a run.
+
+    Parameters
+    ----------
+    source, out
+        See `ingest_run`.
+    values : mapping
+        Validated options of `natgrad.app.options.RunOptions`; other entries are ignored.
+    overwrite, wait : bool
+        See `natgrad.ingestion.ingest`.
+    skip_unchanged : bool
+        Return None, without an analysis, if the log has no new step.
+    progress : callable, optional
+        Called with the stage, items done and items in all.
+    """
+    analysis = Analysis.of(values)
+    ingested = ingest_run(
+        source,
+        out,
+        **options.selected(options.ReadOptions, values),
+        overwrite=overwrite,
+        wait=wait,
+        check=analysis.check,
+        progress=stage(progress, "ingest"),
+    )
+    if skip_unchanged and not ingested.new_steps:
+        return None
+    analyzed = analyze_run(out, analysis, progress=stage(progress, "analyze"))
+    return ProcessSummary(**vars(ingested), **vars(analyzed), **vars(report_run([out])))
 
 
 def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
-    """Results that a page shows, by name."""
+    """Open the results that a page shows, by name."""
     trees = {}
     for name, folder in named.items():
         of_each = results.runs(results.read(folder.results))
@@ -290,8 +302,8 @@ def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
     return trees
 
 
-def draw_run(out: Path) -> str:
-    """Draw the angle over the steps of OUT (of a sweep, its first run): a picture as a ``data:`` address."""
+def draw_run(out: str | Path) -> str:
+    """Draw the angle over the steps of OUT (of a sweep: of its first run) as an image in a ``data:`` URL."""
     from natgrad.reporting import figures
 
     folder = RunFolder.of(out)

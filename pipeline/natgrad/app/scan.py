@@ -1,49 +1,63 @@
-"""Many runs below one folder: which there are, which have news, and what came of each.
+"""Many runs below one folder: find them, process those that changed, and show the state of each.
 
-What was done with a run is remembered in its OUT, beside the identity of the log as it was then: a run of which
-nothing changed is passed over after one look at the names, sizes and times of its files.
+The outcome of processing a run is recorded in its OUT, with the identity of the log at that time. A run of which
+nothing changed is left after one listing of the names, sizes and times of its files.
+
+The Prefect flows use the same functions: `scan_root` processes a run through a callback.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from filelock import FileLock, Timeout
 
+from natgrad.app import options
 from natgrad.app.folder import RunFolder
+from natgrad.app.run import process_run
+from natgrad.app.summaries import ScannedRun, ScanSummary
+from natgrad.compute.clusters import named_scheduler
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.schema.version import __version__
+from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
 from natgrad.sources.run_file import RUN_FILE
-from natgrad.storage import is_url, names, network_errors, place, put, read, require_local
+from natgrad.storage import each, is_url, names, network_errors, place, put, read, require_local
 from natgrad.storage import status as status_of
 from natgrad.store import Trajectory, only_writer
 
 __all__ = [
+    "Busy",
     "FoundRun",
-    "Held",
     "Outcome",
     "error_parts",
     "find_runs",
     "listing",
     "only_processor",
-    "remember_root",
+    "process_once",
+    "recorded_options",
+    "scan",
+    "scan_root",
     "status",
 ]
 
-_OUTCOME, _LOCK, _ROOT = ".outcome.json", ".processing.lock", ".watched.json"
+_OUTCOME, _LOCK, _ROOT = ".outcome.json", ".processing.lock", ".scan.json"
 
-_PLACES = ("workers", "scheduler", "cluster")
-"""Options that say where a run is processed: they do not change what comes of it."""
+_log = logging.getLogger(__name__)
+
+_EXECUTION = ("workers", "scheduler", "cluster")
+"""Options that say where a run is processed: they do not change the results."""
 
 
 # Runs --------------------------------------------------------------------------------------------------------
@@ -51,7 +65,7 @@ _PLACES = ("workers", "scheduler", "cluster")
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run below a root: its log, and the folder of what is made of it.
+    """A run below a root: its log, and the folder of its results.
 
     Attributes
     ----------
@@ -65,23 +79,25 @@ class FoundRun:
     out: Path
 
 
-def find_runs(root: Path, out: Path) -> list[FoundRun]:
+def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list[FoundRun]:
     """Find the runs below a folder, by content, in the order of their names.
 
-    A folder that holds a log of any of `natgrad.sources.formats.FORMATS` is a run, and what is in it belongs to
-    it. OUT, hidden folders and Zarr stores are not entered; links are, once.
+    A folder that holds a log of any of `natgrad.sources.formats.FORMATS` is a run with all its subfolders. OUT,
+    hidden folders and Zarr stores are not entered; links are entered once.
 
     Parameters
     ----------
-    root : Path
+    root : path
         Folder of logs.
-    out : Path
-        Folder of what is made of them: the run ``root/a/b`` is processed into ``out/a/b``. It may be in the root.
+    out : path
+        Folder of the results: the run ``root/a/b`` is processed into ``out/a/b``. It may be below the root.
+    sweep : bool
+        Return the folders that hold runs: each is a sweep.
 
     Raises
     ------
     InputError
-        Where the root is no folder that can be listed.
+        If the root is not a folder that can be listed.
     """
     root, out = require_local(root, "ROOT"), require_local(out, "OUT")
     if not root.is_dir():
@@ -89,7 +105,8 @@ def find_runs(root: Path, out: Path) -> list[FoundRun]:
             "no such folder", where=str(root), remedy="give the folder below which the runs are logged"
         )
     seen = {_inode(out)} if out.is_dir() else set()
-    return [FoundRun(name, root / name, out / name) for name in sorted(_names(root, out, ".", seen))]
+    found = set(_names(root, out, ".", seen, sweep))
+    return [FoundRun(name, root / name, out / name) for name in sorted(found)]
 
 
 def _inode(folder: Path) -> tuple[int, int]:
@@ -97,38 +114,42 @@ def _inode(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Names of the runs in a folder below the root."""
+def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: bool) -> Iterator[str]:
+    """Yield the names of the runs in a folder below the root."""
     folder = root / name
     try:
         if _inode(folder) in seen or (folder / "zarr.json").exists():
             return
         seen.add(_inode(folder))
-        # A run that was met before is one, whatever is left of its log: then it is told what is missing.
-        if (out / name / _OUTCOME).exists() or holds_run(folder):
+        # A run with an outcome stays a run even if its log is gone: its error then says what is missing.
+        outcome = Outcome.of(out / name)
+        if outcome is not None and outcome.options.get("sweep", False) == sweep:
             yield name
+            return
+        if holds_run(folder):
+            yield Path(name).parent.as_posix() if sweep else name
             return
         with os.scandir(folder) as entries:
             below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
-        # What cannot be looked into may be a run: one that fails, alone and by its name.
+        # A folder that cannot be listed may be a run: it fails alone, under its name.
         yield name
         return
     empty = True
     for entry in below:
-        for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen):
+        for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen, sweep):
             empty = False
             yield found
     # One file of all steps, where there is nothing else that it could belong to.
     if empty and holds_run(folder, in_one_file=True):
-        yield name
+        yield Path(name).parent.as_posix() if sweep else name
 
 
 def listing(source: Path) -> str:
-    """Identity of a log: digest of the name, size, time of change and of status of every file in it.
+    """Compute the identity of a log: a digest of name, size, modification and status time of every file in it.
 
-    Of a run file it also says whether something changed lately: steps that a log of scalars did not have then are
-    taken when it has settled.
+    The identity of a run file changes once more when its logs have settled: then steps are ingested that a log of
+    scalars did not have before.
     """
     digest, newest = hashlib.sha256(), 0
     for path, status in sorted(_objects(source) if is_url(source) else _files(source)):
@@ -148,22 +169,22 @@ def _objects(folder: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
 def _files(folder: Path | str, below: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            # What is gone by now is told by the next look at the folder.
+            # A file that is gone by now shows in the next listing.
             with suppress(FileNotFoundError):
                 if entry.is_dir(follow_symlinks=False):
                     yield from _files(entry.path, f"{below}{entry.name}/")
                 else:
                     status = entry.stat()
-                    # The time of status tells of what was made readable, or copied with its times.
+                    # The status time shows files that were made readable, or copied with their times.
                     yield below + entry.name, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-# What came of them -------------------------------------------------------------------------------------------
+# Outcomes -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the last processing of a run.
+    """Outcome of the last processing of a run.
 
     Attributes
     ----------
@@ -172,13 +193,15 @@ class Outcome:
     listing : str
         Identity of the log before it was read.
     options : dict
-        What was asked for.
+        Options of the run; see `recorded_options`.
     summary : dict
-        What was done; empty where it failed.
+        Summary; empty if processing failed.
     error : dict
-        Why it failed: ``what``, ``where``, ``why``, ``do``, and whether it ``heals``; empty where it did not.
+        Error: ``what``, ``where``, ``why``, ``do``, and whether it ``heals``; empty if processing succeeded.
     version : str
-        Of natgrad.
+        Version of natgrad, for information.
+    results_version : int
+        Version of the results: runs with another one are processed again.
     time : str
         When it ended, ISO 8601 in UTC.
     others : list of str
@@ -191,27 +214,29 @@ class Outcome:
     summary: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
+    results_version: int = RESULTS_VERSION
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     others: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, out: Path) -> Outcome | None:
-        """Outcome remembered in OUT; None where there is none that can be read."""
+    def of(cls, out: str | Path) -> Outcome | None:
+        """Read the outcome recorded in OUT; return None if there is none that can be read."""
         try:
             return cls(**json.loads(read(place(out) / _OUTCOME)))
         except (OSError, ValueError, TypeError):
             return None
 
-    def remember(self, out: Path) -> None:
-        """Keep it in OUT."""
+    def remember(self, out: str | Path) -> None:
+        """Record the outcome in OUT."""
         _write(place(out) / _OUTCOME, asdict(self))
 
-    def stands(self, listing: str, options: Mapping[str, Any], out: Path) -> bool:
-        """Whether processing again comes to the same: log, options and version are, and the results are there.
+    def stands(self, listing: str, values: Mapping[str, Any], out: str | Path) -> bool:
+        """Return whether processing again gives the same: log, options, results version and stores are unchanged.
 
-        Bad input that was refused stays refused until the log or any option changes; what may heal does not stand.
+        Invalid input stays refused until the log or an option changes. An error that may heal is tried again.
         """
-        if (self.listing, self.version, _what(self.options)) != (listing, __version__, _what(options)):
+        here = (listing, RESULTS_VERSION, _comparable(values))
+        if (self.listing, self.results_version, _comparable(self.options)) != here:
             return False
         if self.error:
             return not self.error["heals"]
@@ -219,13 +244,19 @@ class Outcome:
         return folder.results.exists() and folder.report.exists()
 
 
-def _what(options: Mapping[str, Any]) -> Any:
-    """Return the options that matter, as they are read back from a file."""
-    return json.loads(json.dumps({n: v for n, v in options.items() if n not in _PLACES}, default=str))
+def recorded_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that an outcome records: those of a run, without how a new OUT is stored."""
+    selected = options.selected(options.RunOptions, values)
+    return {name: value for name, value in selected.items() if name != "store"}
+
+
+def _comparable(values: Mapping[str, Any]) -> Any:
+    """Return the options that change results, as they are read back from a file."""
+    return json.loads(json.dumps({n: v for n, v in values.items() if n not in _EXECUTION}, default=str))
 
 
 def error_parts(error: BaseException) -> dict[str, Any]:
-    """Parts of an error, for an `Outcome`: what, where, why, do, and whether trying again may heal it."""
+    """Split an error for an `Outcome`: what, where, why, do, and whether trying again may heal it."""
     heals = not isinstance(error, InputError) or isinstance(error, Unavailable)
     if isinstance(error, InputError):
         return {"what": error.what, "where": error.where, "why": error.why, "do": error.remedy, "heals": heals}
@@ -243,20 +274,20 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
     aside.replace(path)
 
 
-class Held(Unavailable):
+class Busy(Unavailable):
     """Another process is working on the run."""
 
 
 @contextmanager
-def only_processor(out: Path) -> Iterator[None]:
-    """Hold OUT: one processing at a time, of any process on any host that locks files on this file system.
+def only_processor(out: str | Path) -> Iterator[None]:
+    """Lock OUT: one process works on a run at a time, on any host that locks files on this file system.
 
     The lock ends with the process that holds it, however it ends.
 
     Raises
     ------
-    Held
-        Where another one holds it.
+    Busy
+        If another process holds the lock.
     """
     if is_url(place(out)):
         with _only_processor_of_objects(place(out)):
@@ -266,14 +297,14 @@ def only_processor(out: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        # `status` holds a lock for an instant, to see whether another one does.
+        # `status` takes the lock for an instant, to find out whether it is free.
         lock.acquire(timeout=0.2)
     except Timeout as error:
-        raise Held(
+        raise Busy(
             "another process is working on this run",
             where=str(out),
-            why="two watchers found it, or it was started by hand too",
-            remedy="nothing: that one goes on, and the next scan takes what is new then",
+            why="two scans found it, or it was also started by hand",
+            remedy="nothing: the other process continues, and the next scan processes later steps",
         ) from error
     try:
         yield
@@ -288,46 +319,194 @@ def _only_processor_of_objects(out: Path) -> Iterator[None]:
             stack.enter_context(network_errors(out))
             stack.enter_context(only_writer(out / "processing", "run"))
         except Unavailable as error:
-            raise Held(error.what, where=str(out), why=error.why, remedy=error.remedy) from error
+            raise Busy(error.what, where=str(out), why=error.why, remedy=error.remedy) from error
         yield
+
+
+# Processing ---------------------------------------------------------------------------------------------------
+
+
+def process_once(
+    source: str | Path | Sequence[str | Path],
+    out: str | Path,
+    values: Mapping[str, Any],
+    work: Callable[[], dict[str, Any]],
+    *,
+    known: Outcome | None,
+    on_failure: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Process a run and record the outcome in OUT, which the caller has locked with `only_processor`.
+
+    Parameters
+    ----------
+    source, out : path
+    values : mapping
+        Validated options.
+    work : callable
+        Processes the run, and returns the summary in its JSON form.
+    known : Outcome, optional
+        Outcome seen before scheduling. If it changed since, another process has already processed the run.
+    on_failure : callable, optional
+        Called with the parts of an error, before it is raised.
+
+    Raises
+    ------
+    Busy
+        If another process has already processed the run.
+    """
+    log, *others = each(source)
+    with network_errors(log):
+        identity = listing(log) if is_url(log) or log.is_dir() else ""
+    recorded = recorded_options(values)
+    outcome = Outcome.of(out)
+    if outcome is not None and outcome != known and outcome.stands(identity, recorded, out):
+        raise Busy(
+            "another process has already processed this run",
+            where=str(out),
+            why="two scans found it",
+            remedy="nothing: the next scan processes later steps",
+        )
+    common: dict[str, Any] = {"options": recorded, "others": list(map(str, others))}
+    try:
+        summary = work()
+    except Exception as error:
+        parts = error_parts(error)
+        Outcome(str(log), identity, error=parts, **common).remember(out)
+        if on_failure is not None:
+            on_failure(parts)
+        raise
+    Outcome(str(log), identity, summary=summary, **common).remember(out)
+    return summary
+
+
+RunProcessor = Callable[[FoundRun, "Outcome | None", dict[str, Any]], dict[str, Any]]
+"""Processes a run that changed: the run, its outcome seen before, the options. Returns the summary."""
+
+
+def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], process: RunProcessor) -> ScanSummary:
+    """Find the runs below a folder and process those that changed since the last scan.
+
+    Parameters
+    ----------
+    root, out : path
+        See `find_runs`.
+    values : mapping
+        Validated options of `natgrad.app.options.ScanOptions`.
+    process : callable
+        Processes one run. It is called from ``at_once`` threads, each with the context variables of the caller.
+    """
+    found = find_runs(root, out, sweep=values["sweep"])
+    _write(Path(out) / _ROOT, {"root": str(Path(root).absolute()), "sweep": values["sweep"]})
+    of_run = options.selected(options.RunOptions, values) | {"cluster": None}
+    with ExitStack() as stack:
+        # A cluster is started only if there is work for it.
+        if values["cluster"] is not None and not all(_standing(one, of_run) for one in found):
+            scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
+            of_run["scheduler"] = stack.enter_context(scheduler)
+        pool = stack.enter_context(ThreadPoolExecutor(values["at_once"]))
+        started = [pool.submit(copy_context().run, _scan_run, one, of_run, process) for one in found]
+        return ScanSummary.of(tuple(one.result() for one in started))
+
+
+def _standing(found: FoundRun, values: Mapping[str, Any]) -> Outcome | None:
+    """Return the outcome of a run that is unchanged since it was processed, else None."""
+    outcome = Outcome.of(found.out)
+    try:
+        stands = outcome is not None and outcome.stands(listing(found.source), recorded_options(values), found.out)
+    except OSError:  # processing it reports the problem
+        return None
+    return outcome if stands else None
+
+
+def _scan_run(found: FoundRun, values: dict[str, Any], process: RunProcessor) -> ScannedRun:
+    """Process a run if it changed."""
+    before = Outcome.of(found.out)
+    outcome = _standing(found, values)
+    if outcome is not None and outcome.error:
+        return ScannedRun(run=found.name, state="failed", what=outcome.error["what"], do=outcome.error["do"])
+    if outcome is not None:
+        return ScannedRun(run=found.name, state="unchanged")
+    try:
+        summary = process(found, before, values)
+    except Busy as busy:
+        return ScannedRun(run=found.name, state="skipped", what=busy.what)
+    except Exception as error:
+        parts = error_parts(error)
+        _log.error("%s failed: %s", found.name, error)
+        return ScannedRun(run=found.name, state="failed", what=parts["what"], do=parts["do"])
+    return ScannedRun(run=found.name, state="processed", what=f"{summary['new_steps']} new steps")
+
+
+@options.with_options(options.ScanOptions)
+def scan(root: str | Path, out: str | Path, **values: Unpack[options.ScanOptions]) -> ScanSummary:
+    """Process the runs below a folder that changed since the last scan.
+
+    A run that fails does not stop the others. It is tried again if its log or an option changes, and at every scan
+    if the error may heal by itself. A run that another process works on is skipped.
+
+    Parameters
+    ----------
+    root : path
+        Folder below which the runs are logged.
+    out : path
+        Folder for the results: one folder for each run.
+    **options
+
+    Returns
+    -------
+    ScanSummary
+
+    Raises
+    ------
+    InputError
+        If an option is not valid, or ROOT is not a folder.
+    """
+    return scan_root(root, out, options.validated(options.ScanOptions, values), _process_here)
+
+
+def _process_here(found: FoundRun, known: Outcome | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Process a run in this process."""
+
+    def work() -> dict[str, Any]:
+        summary = process_run(found.source, found.out, values)
+        return {} if summary is None else summary.to_json()
+
+    with only_processor(found.out):
+        return process_once(found.source, found.out, values, work, known=known)
 
 
 # Status ------------------------------------------------------------------------------------------------------
 
 
-def remember_root(root: Path, out: Path) -> None:
-    """Keep in OUT which folder it is made from, for `status`."""
-    _write(Path(out) / _ROOT, {"root": str(Path(root).absolute())})
-
-
-def status(out: Path) -> list[dict[str, Any]]:
-    """Say of every run below OUT how far it is.
+def status(out: str | Path) -> list[dict[str, Any]]:
+    """List progress, lag and last error of every run below OUT.
 
     Parameters
     ----------
-    out : Path
-        Folder of the OUT of many runs, of `natgrad watch` or made by hand.
+    out : path
+        Folder with the OUT of many runs, made by `natgrad scan` or by hand.
 
     Returns
     -------
     list of dict
         ``run``; ``state`` (``done``, ``behind``, ``failed``, ``working``, ``waiting``); ``last_step`` and ``steps``
-        in its trajectory; ``lag``, steps logged since (None where the log cannot be listed); ``processed``, when;
-        ``error``, what failed the last time, and ``do``, what to do about it.
+        in its trajectory; ``lag``, steps logged since (None if the log cannot be listed); ``processed``, the time
+        of the last outcome; ``error`` and ``do``, the last error and its remedy.
 
     Raises
     ------
     InputError
-        Where there is no run.
+        If there is no run.
     """
     out = require_local(out, "ROOT")
     runs: dict[str, Path | None] = dict.fromkeys(_outs(out))
     with suppress(OSError, ValueError, KeyError, InputError):
-        root = Path(json.loads((out / _ROOT).read_bytes())["root"])
-        runs |= {found.name: found.source for found in find_runs(root, out)}
+        scanned = json.loads((out / _ROOT).read_bytes())
+        found = find_runs(Path(scanned["root"]), out, sweep=scanned["sweep"])
+        runs |= {one.name: one.source for one in found}
     if not runs:
         raise InputError(
-            "no run below this folder", where=str(out), remedy="give the OUT that natgrad watch or serve was given"
+            "no run below this folder", where=str(out), remedy="give the OUT of natgrad scan, serve or deploy"
         )
     return [{"run": name, **_status(out / name, source)} for name, source in sorted(runs.items())]
 
@@ -340,19 +519,21 @@ def _outs(out: Path) -> Iterator[str]:
 
 
 def _status(out: Path, source: Path | None) -> dict[str, Any]:
-    outcome, steps, last = Outcome.of(out), 0, None
+    outcome, steps, last, sweep = Outcome.of(out), 0, None, False
     with suppress(InputError):
         states = Trajectory(RunFolder(out).trajectory)
-        source = source or place(states.source)
+        source, sweep = source or place(states.source), states.sweep
         steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
     source = place(outcome.source) if outcome else source
     sources = [source, *map(place, outcome.others if outcome else [])] if source else []
-    lag = _lag(sources, last, outcome.options if outcome else {}) if sources else None
+    # The steps of a sweep are counted, as its runs have steps of the same numbers.
+    reached = steps if sweep else last
+    lag = _lag(sources, reached, outcome.options if outcome else {}, sweep) if sources else None
     error = outcome.error if outcome else {}
     changed = False
     if outcome is not None and source is not None and not is_url(source) and source.is_dir():
         changed = listing(source) != outcome.listing
-    if _is_held(out):
+    if _is_locked(out):
         state = "working"
     elif error:
         state = "failed"
@@ -371,22 +552,26 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
     }
 
 
-def _lag(sources: Sequence[Path], last: int | None, options: Mapping[str, Any]) -> int | None:
+def _lag(sources: Sequence[Path], reached: int | None, values: Mapping[str, Any], sweep: bool) -> int | None:
+    """Count the steps logged after the last one reached; of a sweep, those beyond the number reached."""
     try:
         with network_errors(*sources):
-            steps = open_sources(sources, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()
+            log = open_sources(sources, *(values.get(name) for name in ("format", "mapping", "shift")), sweep=sweep)
+            steps = log.steps()
     except InputError:
         return None
-    return sum(last is None or step.number > last for step in steps)
+    if sweep:
+        return max(0, len(steps) - (reached or 0))
+    return sum(reached is None or step.number > reached for step in steps)
 
 
-def _is_held(out: Path) -> bool:
+def _is_locked(out: Path) -> bool:
     if not (out / _LOCK).exists():
         return False
     try:
         with only_processor(out):
             return False
-    except Held:
+    except Busy:
         return True
     except OSError:  # it may be another user's
         return False

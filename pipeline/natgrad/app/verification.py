@@ -14,8 +14,8 @@ __all__ = [
 ]
 
 
-def verify_run(out: Path, version: str | None = None) -> list[Damage]:
-    """Compare every stored byte of OUT's trajectory and ledger with the checksums recorded when it was written.
+def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
+    """Verify OUT's trajectory and ledger against the checksums recorded when they were written.
 
     Memory does not grow with the run: chunks are read one after the other.
 
@@ -23,17 +23,17 @@ def verify_run(out: Path, version: str | None = None) -> list[Damage]:
     ----------
     out : Path
     version : str, optional
-        Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
+        Version of an Icechunk repository to read: id, tag or time. Default: the newest.
 
     Returns
     -------
     list of Damage
-        Everything that is not as it was written, empty where all is.
+        Everything that is corrupt; empty if all checksums match.
 
     Raises
     ------
     InputError
-        Where OUT holds no trajectory.
+        If OUT holds no trajectory.
     """
     folder = RunFolder.of(out, version=version)
     with network_errors(folder.path):
@@ -41,6 +41,6 @@ def verify_run(out: Path, version: str | None = None) -> list[Damage]:
             Trajectory(folder.trajectory)
         damages = list(verify_trajectory(folder.trajectory))
         if exists(folder.ledger):
-            # Steps are compared with the trajectory's, where those are whole.
+            # The steps are compared with the trajectory's only if that is undamaged.
             damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
     return damages

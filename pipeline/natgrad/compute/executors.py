@@ -149,6 +149,8 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
     """
 
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
+        if not items:  # no reason to wait for a scheduler
+            return
         from distributed import CancelledError, Client, KilledWorker
         from distributed.comm.core import CommClosedError
 

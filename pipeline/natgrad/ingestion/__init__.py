@@ -4,5 +4,6 @@ Memory does not grow with the run or the model: tensors are read slice by slice 
 """
 
 from natgrad.ingestion.log_to_store import INCLUDES, IngestSummary, ingest
+from natgrad.ingestion.new_updates import Extent
 
-__all__ = ["INCLUDES", "IngestSummary", "ingest"]
+__all__ = ["INCLUDES", "Extent", "IngestSummary", "ingest"]

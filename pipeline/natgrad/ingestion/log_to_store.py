@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from natgrad.ingestion.description import (
     tensor_told,
     with_optimizer,
 )
-from natgrad.ingestion.new_updates import finished_steps, rows_to_write
+from natgrad.ingestion.new_updates import Extent, finished_steps, rows_to_write
 from natgrad.ingestion.read_options import agreed_reading, said_reading
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.schema.errors import InputError
@@ -32,6 +32,7 @@ from natgrad.schema.names import (
     STEP,
     USUAL_SCALARS,
 )
+from natgrad.schema.summary import Summary
 from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import identity
@@ -51,12 +52,16 @@ INCLUDES = ("optimizer",)
 """What may be stored beside parameters, gradients and hvp."""
 
 
-@dataclass
-class IngestSummary:
-    """What an ingest did.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class IngestSummary(Summary):
+    """Summary of an ingest.
 
     Attributes
     ----------
+    source : str
+        The log or logs.
+    trajectory : str
+        The store.
     new_steps, steps : int
         Steps read now, and those of the run as it stands.
     first_step, last_step : int
@@ -73,6 +78,8 @@ class IngestSummary:
         What a user should know: values that are not finite, keys that were not used, missing scalars.
     """
 
+    source: str
+    trajectory: str
     new_steps: int
     steps: int
     first_step: int
@@ -98,6 +105,7 @@ def ingest(
     wait: bool = False,
     include: Sequence[str] = (),
     limits: IngestLimits = IngestLimits(),
+    check: Callable[[Extent], None] | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read the steps of a training log that the trajectory does not have yet.
@@ -128,6 +136,9 @@ def ingest(
         on so, whether it is said again or not.
     limits : IngestLimits, optional
         How a new trajectory is cut into chunks, and how much is copied at a time.
+    check : callable, optional
+        Called with the extent that the trajectory will have, once the steps are listed and before anything is
+        stored. It raises an InputError to refuse the ingest.
     progress : callable, optional
         Called with steps done and steps in all.
 
@@ -138,11 +149,6 @@ def ingest(
         interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
         is written while it is read.
     """
-    for what in include:
-        if what not in INCLUDES:
-            raise InputError(
-                f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
-            )
     sources, store = each(source), place_of_store(store)
     reading = said_reading(sources, mapping, shift)
     reading = reading if overwrite else agreed_reading(store, reading)
@@ -162,6 +168,8 @@ def ingest(
         listed = finished_steps(log, listed, trajectory, warnings)
         rows = rows_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
         steps = [row.step for row in rows if row.repeats is None]
+        if check is not None and (steps or trajectory is not None):
+            check(Extent.of(trajectory, rows))
         if steps:
             # Taken before a step is opened: what is described and what is written must be the same file.
             identities = {step: identity(step) for step in steps}
@@ -191,6 +199,8 @@ def ingest(
     for warning in warnings if steps or not wait else ():
         _log.warning("%s", warning)
     return IngestSummary(
+        source=", ".join(map(str, sources)),
+        trajectory=str(store),
         new_steps=len(steps),
         steps=len(numbers),
         first_step=int(numbers.min()),

@@ -26,7 +26,56 @@ from natgrad.sources.changes import changed_lately, identity
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
 from natgrad.store import Trajectory, checksum
 
-__all__ = ["finished_steps", "rows_to_write"]
+__all__ = ["Extent", "finished_steps", "rows_to_write"]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Steps of a trajectory, without its arrays: what options that depend on the steps are checked against.
+
+    Attributes
+    ----------
+    rows : tuple of tuple
+        Run, step and attempt of each state, in the order in which the states were logged.
+    """
+
+    rows: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, trajectory: Trajectory | None, new: Sequence[NewRow] = ()) -> Extent:
+        """Return the extent of a trajectory once new rows are written."""
+        rows: list[tuple[str, int, int]] = []
+        if trajectory is not None:
+            runs = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
+            columns = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT))
+            rows += zip(runs, *columns, strict=True)
+        return cls((*rows, *((row.step.run, row.step.number, row.attempt) for row in new)))
+
+    @property
+    def attempts(self) -> int:
+        """Number of attempts."""
+        return 1 + max((attempt for _, _, attempt in self.rows), default=0)
+
+    def updates(self, attempt: int | None = None) -> int:
+        """Return the number of updates of the longest run, as it stood at an attempt (default: the newest)."""
+        runs: dict[str, dict[int, int]] = {}
+        for run, step, of_attempt in self.rows:
+            if attempt is not None and of_attempt > attempt:
+                continue
+            states = runs.setdefault(run, {})
+            # A new attempt supersedes the steps from its first one on.
+            if of_attempt > max(states.values(), default=of_attempt):
+                for later in [number for number in states if number >= step]:
+                    del states[later]
+            states[step] = of_attempt
+        # No update leads from a state of one attempt to a state of the next.
+        return max(
+            (
+                sum(states[a] == states[b] for a, b in itertools.pairwise(sorted(states)))
+                for states in runs.values()
+            ),
+            default=0,
+        )
 
 
 def finished_steps(

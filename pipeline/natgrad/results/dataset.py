@@ -8,6 +8,7 @@ defined.
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ __all__ = ["GAMMAS", "by_run", "described", "label", "read", "runs", "write"]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Default weights of the one-parameter family (eq. 22) in results."""
+
+_FILTERS = threading.Lock()
 
 
 def label(
@@ -295,7 +298,8 @@ def write(tree: xr.DataTree, path: Path) -> None:
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them with one request.
     """
     with folder_aside(path) as aside:
-        with warnings.catch_warnings():
+        # The warning filters are shared by all threads: another thread would restore them meanwhile.
+        with _FILTERS, warnings.catch_warnings():
             # Zarr warns that other programs may ignore consolidated metadata; they then read those of each array.
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")

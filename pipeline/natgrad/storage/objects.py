@@ -118,7 +118,7 @@ def place(path: str | Path) -> Path:
     return cast(Path, made)
 
 
-def each(paths: str | Path | Sequence[Path]) -> list[Path]:
+def each(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Places of a path, or of several; see `place`."""
     if isinstance(paths, Sequence) and not isinstance(paths, str):
         return [place(path) for path in paths]

@@ -1,6 +1,6 @@
 """Install a lock file and this project into the environment .venv, and print plain lines about the progress.
 
-``python3 tools/set_up.py LOCK [REQUIREMENT ...]`` is called by the Makefile. It needs Python 3.11 and nothing else:
+``python3 .ci/set_up.py LOCK [REQUIREMENT ...]`` is called by the Makefile. It needs Python 3.11 and nothing else:
 packages come from the index that pip is configured for. Requirements that are in no lock file follow the lock.
 """
 

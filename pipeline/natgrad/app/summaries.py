@@ -1,0 +1,235 @@
+"""Summaries that the public functions return: frozen dataclasses; the command line prints their JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from natgrad.ingestion import IngestSummary
+from natgrad.schema.summary import Summary
+from natgrad.store.verify import Damage
+
+__all__ = [
+    "AnalysisSummary",
+    "IngestSummary",
+    "Inspection",
+    "ProcessSummary",
+    "Report",
+    "ScanSummary",
+    "ScannedRun",
+    "Verification",
+]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AnalysisSummary(Summary):
+    """Summary of an analysis.
+
+    Attributes
+    ----------
+    ledger, results : str
+        The stores.
+    updates : int
+        Updates with results.
+    chunks, computed_chunks : int
+        Chunks of the ledger, and how many were computed now.
+    computed_updates : int
+        Updates that were computed now.
+    projected_memory : int
+        Bytes of a worker, projected before the pass.
+    status : mapping of str to int
+        Number of updates with each status.
+    angle, condition_number : list of float, optional
+        Minimum, median and maximum over the updates of the model, compared with the gradient.
+    """
+
+    ledger: str
+    results: str
+    updates: int
+    chunks: int
+    computed_chunks: int
+    computed_updates: int
+    projected_memory: int
+    status: Mapping[str, int]
+    angle: list[float] | None
+    condition_number: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Summary):
+    """A page with the figures of one or several runs.
+
+    Attributes
+    ----------
+    report : str
+        File or URL of the page.
+    """
+
+    report: str
+
+    def _repr_html_(self) -> str:
+        return f"<a href='{escape(self.report)}' target='_blank'>{escape(self.report)}</a>"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProcessSummary(Report, AnalysisSummary, IngestSummary):
+    """Summary of ingest, analysis and report of a run."""
+
+    def _repr_html_(self) -> str:
+        return Summary._repr_html_(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection(Summary):
+    """Contents of a log, the quantities it lacks, and the cost of processing it.
+
+    Entries that do not apply are None and are left out of the JSON form.
+
+    Attributes
+    ----------
+    source, format : str
+    runs : int, optional
+        Runs of a sweep.
+    steps, first_step, last_step : int
+    step_span : int
+        Usual distance between two steps.
+    gaps : int
+        Other distances.
+    holds, missing : mapping
+        Quantity to what the log has of it; quantity to the results that need it and how to get it.
+    optimizer : str, optional
+        State of the optimizer in the log.
+    changes, notes, unused_keys : list of str
+        Differences between the first and the last step; remarks; keys of the files that are not read.
+    tensors, elements : int, optional
+    dtypes : mapping, optional
+    trajectory_bytes, ledger_bytes : int, optional
+        Sizes of the stores.
+    ingest_seconds, pass_seconds : float, optional
+        Estimates, from a timed read of the first step.
+    worker_memory : int or str, optional
+        Bytes of a worker process, or why the memory limit does not suffice.
+    """
+
+    source: str
+    format: str
+    runs: int | None = None
+    steps: int
+    first_step: int
+    last_step: int
+    step_span: int
+    gaps: int
+    holds: Mapping[str, str]
+    missing: Mapping[str, str]
+    optimizer: str | None = None
+    changes: list[str]
+    notes: list[str]
+    unused_keys: list[str]
+    tensors: int | None = None
+    elements: int | None = None
+    dtypes: Mapping[str, str] | None = None
+    trajectory_bytes: int | None = None
+    ledger_bytes: int | None = None
+    ingest_seconds: float | None = None
+    pass_seconds: float | None = None
+    worker_memory: int | str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, without those that do not apply."""
+        return {name: value for name, value in super().to_json().items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verification(Summary):
+    """Comparison of stored data with its checksums.
+
+    Attributes
+    ----------
+    damages : tuple of Damage
+        Everything that is corrupt.
+    """
+
+    damages: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Return whether all checksums match."""
+        return not self.damages
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"damages": [damage.to_json() for damage in self.damages]}
+
+    def __str__(self) -> str:
+        return "".join(f"{damage}\n" for damage in self.damages) or "OK: all checksums match\n"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScannedRun:
+    """Outcome of a scan for one run.
+
+    Attributes
+    ----------
+    run : str
+        Path of the log below ROOT.
+    state : {"processed", "unchanged", "skipped", "failed"}
+    what : str
+        New steps, or the error.
+    do : str
+        Remedy of the error.
+    """
+
+    run: str
+    state: str
+    what: str = ""
+    do: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ScanSummary(Summary):
+    """Summary of a scan of the runs below a folder.
+
+    Attributes
+    ----------
+    processed, unchanged, skipped, failed : int
+        Numbers of runs.
+    failures : mapping of str to str
+        Run to error.
+    message : str
+        One line for logs.
+    runs : tuple of ScannedRun
+        All runs; not in the JSON form, as there may be many.
+    """
+
+    processed: int
+    unchanged: int
+    skipped: int
+    failed: int
+    failures: Mapping[str, str]
+    message: str
+    runs: tuple[ScannedRun, ...] = field(default=())
+
+    @classmethod
+    def of(cls, runs: tuple[ScannedRun, ...]) -> ScanSummary:
+        """Count the outcomes of runs."""
+        numbers = dict.fromkeys(("processed", "unchanged", "skipped", "failed"), 0)
+        for run in runs:
+            numbers[run.state] += 1
+        counts = ", ".join(f"{number} {state}" for state, number in numbers.items() if number)
+        return cls(
+            **numbers,
+            failures={run.run: run.what for run in runs if run.state == "failed"},
+            message=f"{len(runs)} runs: {counts}" if runs else "no run",
+            runs=runs,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        values = super().to_json()
+        del values["runs"]
+        return values

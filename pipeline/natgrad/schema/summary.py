@@ -1,0 +1,77 @@
+"""The base of the summaries that public functions return: plain values, as JSON, as lines and as an HTML table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from html import escape
+from typing import Any
+
+__all__ = ["Summary", "summary_lines"]
+
+_LONGEST_INLINE = 60
+"""Characters of an entry of a mapping; longer entries get a line each."""
+
+
+class Summary:
+    """Base of frozen dataclasses that summarize an operation."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: the object that the command line prints with ``--json``."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
+
+    def __str__(self) -> str:
+        return "".join(summary_lines(self.to_json()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}\n{self}".rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(_label(name))}</th>"
+            f"<td style='text-align:left;white-space:pre-wrap'>{escape(_inline(name, value))}</td></tr>"
+            for name, value in self.to_json().items()
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+
+def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None = None) -> Iterator[str]:
+    """Yield one aligned line per value; mappings with long entries get a line per entry.
+
+    Parameters
+    ----------
+    values : mapping
+    label : callable, optional
+        Returns the words for a name. Default: underscores become spaces.
+
+    Examples
+    --------
+    >>> print(*summary_lines({"new_steps": 3, "warnings": []}), sep="", end="")
+    new steps  3
+    warnings   none
+    """
+    label = label or _label
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        if isinstance(value, Mapping) and any(len(str(item)) > _LONGEST_INLINE for item in value.values()):
+            yield f"{label(name)}\n"
+            # The entries of a mapping are names of a log or of results, which stay as they are.
+            yield from (f"  {line}" for line in summary_lines(value, str))
+        else:
+            yield f"{label(name):<{width}}  {_inline(name, value)}\n"
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _inline(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(item, float) for item in value):
+        unit = " rad" if name == "angle" else ""
+        return "min {:.6g}, median {:.6g}, max {:.6g}".format(*value) + unit
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,126 @@
+"""The public names: importing them is cheap, no submodule replaces them, they work on the sample log."""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import natgrad
+import natgrad_flows
+
+ROOT = Path(__file__).parents[2]
+LOG = ROOT / "data" / "linear_system"
+
+NAMES = {
+    *("process", "ingest", "analyze", "report", "inspect", "verify", "scan"),
+    *("open_results", "open_trajectory", "open_ledger", "Recorder", "Metric", "InputError", "Unavailable"),
+    "__version__",
+}
+
+
+def test_the_package_exposes_exactly_the_public_names():
+    assert set(natgrad.__all__) == set(dir(natgrad)) == NAMES
+    assert not NAMES & {module.name for module in pkgutil.iter_modules(natgrad.__path__)}
+    with pytest.raises(AttributeError, match="no attribute 'proces'"):
+        _ = natgrad.proces
+
+
+def test_the_import_is_fast_and_loads_no_library():
+    code = (
+        "import sys, time; before = set(sys.modules); begin = time.perf_counter(); import natgrad; "
+        "print(time.perf_counter() - begin, *{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *loaded = done.stdout.split()
+    assert float(seconds) <= 0.15
+    assert "natgrad" in loaded
+    assert not set(loaded) - set(sys.stdlib_module_names) - {"natgrad"}
+
+
+@pytest.fixture(scope="module")
+def every_submodule():
+    for package in (natgrad, natgrad_flows):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+
+
+@pytest.mark.usefixtures("every_submodule")
+def test_every_public_name_works_after_every_submodule_is_imported(tmp_path):
+    out, apart = tmp_path / "out", tmp_path / "apart"
+    summary = natgrad.process(LOG, str(out), windows=[1, 5], workers=1)
+    assert (summary.new_steps, summary.updates) == (41, 40)
+    assert natgrad.ingest(str(LOG), apart).steps == 41
+    assert natgrad.analyze(apart, windows=(1, 5), workers=1).updates == 40
+    assert Path(natgrad.report(apart).report).read_text().startswith("<!")
+    assert Path(natgrad.report({"a": apart, "b": out}, tmp_path / "both.html").report) == tmp_path / "both.html"
+    assert natgrad.inspect(LOG).steps == 41
+    assert natgrad.verify(out).ok
+    assert natgrad.scan(LOG.parent, tmp_path / "runs", workers=1).processed == 1
+    results = natgrad.open_results(out)
+    assert isinstance(results, xr.DataTree)
+    xr.testing.assert_equal(results, natgrad.open_results(apart))
+    assert natgrad.open_trajectory(out).n_states == 41
+    assert natgrad.open_ledger(out).n_updates == 40
+    recorder = natgrad.Recorder(tmp_path / "log")
+    recorder.record(0, parameter={"theta": np.ones(2)}, gradient={"theta": np.ones(2)})
+    np.testing.assert_allclose(natgrad.Metric(np.array([1.0, 2.0]), np.array([1.0, 1.0])) @ np.ones(2), [1, 2])
+    assert issubclass(natgrad.Unavailable, natgrad.InputError)
+    assert natgrad.__version__
+    with pytest.raises(natgrad.InputError):
+        natgrad.open_results(tmp_path / "nothing")
+
+
+def test_results_carry_the_version_and_the_version_of_the_results(tmp_path):
+    natgrad.process(LOG, tmp_path)
+    attributes = natgrad.open_results(tmp_path).attrs
+    assert attributes["version"] == natgrad.__version__
+    assert attributes["results_version"] >= 1
+
+
+def test_summaries_print_well_and_have_the_keys_of_the_command_line(tmp_path):
+    processed = natgrad.process(LOG, tmp_path / "out")
+    answers = {
+        "process": (processed, "new_steps steps warnings ledger results updates status angle report"),
+        "ingest": (natgrad.ingest(LOG, tmp_path / "out"), "source trajectory new_steps steps dtypes replicates"),
+        "analyze": (natgrad.analyze(tmp_path / "out"), "ledger results updates chunks projected_memory angle"),
+        "report": (natgrad.report(tmp_path / "out"), "report"),
+        "inspect": (natgrad.inspect(LOG), "source format steps holds missing notes worker_memory"),
+        "verify": (natgrad.verify(tmp_path / "out"), "damages"),
+        "scan": (natgrad.scan(LOG, tmp_path / "many"), "processed unchanged skipped failed failures message"),
+    }
+    for summary, keys in answers.values():
+        assert set(keys.split()) <= set(summary.to_json())
+        assert json.loads(json.dumps(summary.to_json())) is not None
+        assert repr(summary).startswith(type(summary).__name__ + "\n")
+        assert "<" in summary._repr_html_()
+    assert "new steps" in repr(processed)
+    assert str(natgrad.verify(tmp_path / "out")) == "OK: all checksums match\n"
+
+
+def test_a_summary_in_a_notebook_escapes_what_a_log_contains(tmp_path):
+    (tmp_path / "<b>").symlink_to(LOG)
+    assert "<b>" not in natgrad.inspect(tmp_path / "<b>")._repr_html_()
+
+
+def test_progress_is_told_by_stage(tmp_path):
+    calls = []
+    natgrad.process(LOG, tmp_path, progress=lambda stage, done, total: calls.append((stage, done, total)))
+    assert ("ingest", 41, 41) in calls
+    assert ("analyze", 1, 1) in calls
+
+
+def test_no_text_names_the_packages_as_they_were_called_before():
+    # A logger of another name would suppress every INFO line; a template or an entry point would not be found.
+    older = re.compile(r"(?<![\w./-])(pipeline|flows)\.[a-z_]+|getLogger\(.(pipeline|flows)\b")
+    for folder in ("pipeline", "flows"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".html", ".toml"):
+                assert not older.search(path.read_text()), path
