@@ -187,8 +187,6 @@ print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)
 # Names that tests may use --------------------------------------------------------------------------------------
 
 PRIVATE_NAMES_IN_TESTS = {
-    "tests/app/test_scan.py",
-    "tests/flows/test_runs.py",
     "tests/storage/test_disk.py",
     "tests/storage/test_icechunk.py",
     "tests/storage/test_objects.py",

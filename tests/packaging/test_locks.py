@@ -109,11 +109,11 @@ def test_a_lock_leaves_out_only_what_the_makefile_names(lock):
 
 
 def test_set_up_ends_with_the_errors_of_pip_and_names_its_log(tmp_path):
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools" / "set_up.py", tmp_path / "tools")
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "set_up.py", tmp_path / ".ci")
     (tmp_path / "some.lock").write_text(f"no-such-package==1.0 --hash=sha256:{'0' * 64}\n")
     done = subprocess.run(
-        [sys.executable, tmp_path / "tools" / "set_up.py", "some.lock"],
+        [sys.executable, tmp_path / ".ci" / "set_up.py", "some.lock"],
         env=os.environ | {"PIP_NO_INDEX": "1"},
         capture_output=True,
         text=True,
