@@ -33,7 +33,7 @@ def demo(out: Path = Path("demo"), workers: int = 2) -> dict[str, Any]:
         for name, log in write_demo_logs(out / "logs").items():
             runs[name] = out / "runs" / name
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
-    results = {name: str(RunFolder(path).results) for name, path in runs.items()}
+    results = {name: str(RunFolder.of(path).results) for name, path in runs.items()}
     return {"results": results, **run.report_run(runs, out / "report.html")}
 
 

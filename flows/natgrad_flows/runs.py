@@ -44,8 +44,7 @@ from natgrad.app.run import MEMORY_LIMIT, Analysis
 from natgrad.ingestion import INCLUDES
 from natgrad.sources.names import OF_A_STATE, QUANTITIES
 from natgrad.sources.steps import NotYet
-from natgrad.storage import each, is_url, network_errors, place
-from natgrad.storage.repository import KINDS
+from natgrad.storage import KINDS, Storage, network_errors, open_all, open_storage
 
 __all__ = ["analyze_run", "ingest_run", "process_run"]
 
@@ -216,7 +215,7 @@ def _analyzed(out: Path, options: dict[str, Any]) -> dict[str, Any]:
         run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
     )
     create_link_artifact(
-        link=RunFolder(place(out)).report.absolute().as_uri(),
+        link=_uri(RunFolder.of(out).report),
         link_text=f"Report of {Path(out).name}",
         key=_key("report", out),
         description=f"Figure 3 of the paper, drawn from {summary['results']}",
@@ -268,10 +267,10 @@ def process_run(
         with watch.only_processor(out), TagsContext(current_tags=set()):
             with get_client(sync_client=True) as client:
                 client.update_flow_run(flow_run.get_id(), tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
-                _end_the_dead(client, place(out))
-            log, *others = each(source)
+                _end_the_dead(client, open_storage(out))
+            log, *others = open_all(source)
             with network_errors(log):
-                listed = watch.listing(log) if is_url(log) or log.is_dir() else ""
+                listed = watch.listing(log) if log.local_path is None or log.is_folder() else ""
             _require_undone(Path(out), listed, options)
             try:
                 ingested = _ingested(source, out, {**options, "store": store})
@@ -300,7 +299,7 @@ def _require_undone(out: Path, listed: str, options: dict[str, Any]) -> None:
         )
 
 
-def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
+def _end_the_dead(client: SyncPrefectClient, out: Storage) -> None:
     """Mark flows as crashed that are said to work on OUT, though none can: the lock is ours."""
     running = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
@@ -308,7 +307,7 @@ def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
     named = FlowFilter(name=FlowFilterName(any_=["process-run"]))
     for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
         ours = str(other.id) == flow_run.get_id()
-        if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
+        if ours or open_storage(other.parameters.get("out", "")).absolute() != out.absolute():
             continue
         message = f"Its process died. {flow_run.get_name()} goes on where it stopped."
         client.set_flow_run_state(other.id, Crashed(message=message), force=True)
@@ -319,6 +318,10 @@ def _tell_failure(out: Path, parts: dict[str, Any]) -> None:
     lines = [f"**{out.name}**: {parts['what']}"]
     lines += [f"- {name}: {parts[name]}" for name in ("where", "why", "do") if parts[name]]
     create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: why it failed, and what to do")
+
+
+def _uri(page: Storage) -> str:
+    return str(page) if page.local_path is None else page.local_path.absolute().as_uri()
 
 
 def _table(what: str, out: Path, summary: dict[str, Any]) -> None:

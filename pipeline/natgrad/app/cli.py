@@ -275,9 +275,11 @@ def versions(
     quiet: options.Quiet = False,
 ) -> None:
     """List the versions of OUT, the newest first, where it is an Icechunk repository (--store icechunk)."""
-    from natgrad.storage import repository
+    from natgrad.storage import network_errors, open_out
 
-    found = repository.versions(out, last)
+    storage = open_out(out)
+    with network_errors(storage):
+        found = storage.versions(last)
     if as_json:
         show({"versions": found}, as_json, quiet)
         return
@@ -335,7 +337,7 @@ def demo(
         with face.progress(f"{name}: analyze") as progress:
             run.analyze_run(runs[name], analysis, progress=progress)
         run.report_run([runs[name]])
-    answer = {name: str(RunFolder(path).results) for name, path in runs.items()}
+    answer = {name: str(RunFolder.of(path).results) for name, path in runs.items()}
     face.answer(answer | run.report_run(runs, out / "report.html"))
 
 
@@ -355,10 +357,10 @@ def inspect(
 ) -> None:
     """Say what a log holds, what is missing for which result, and what processing it will take."""
     from natgrad.app.inspection import inspect_source
-    from natgrad.storage import each, network_errors
+    from natgrad.storage import network_errors, open_all
 
     face, said = _Face(as_json, quiet=False), options.said(context)
-    logs = each(sources)
+    logs = open_all(sources)
     reading = {name: said[name] for name in ("format", "mapping", "shift", "sweep", "memory_limit")}
     with network_errors(*logs):
         found = inspect_source(logs, **reading)

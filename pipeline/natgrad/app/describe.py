@@ -20,7 +20,7 @@ __all__ = [
 def describe_run(out: Path, version: str | None = None) -> dict[str, Any]:
     """Say what OUT holds, or held at a version: steps, model, and how far the analysis is."""
     folder = RunFolder.of(out, version=version)
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return _describe(folder)
 
 
@@ -38,7 +38,7 @@ def _describe(folder: RunFolder) -> dict[str, Any]:
         "elements": states.layout.elements,
         "dtypes": states.array_dtypes,
         **({"replicates": states.replicates} if states.replicates else {}),
-        **{what: said for what, said in (states.reading or {}).items() if said and what != "several"},
+        **{what: said for what, said in (states.read_options or {}).items() if said and what != "several"},
         "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
     }
     if (folder.results / "zarr.json").exists():

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,8 @@ from natgrad.results.summary import overview
 from natgrad.schema.blocks import MEBIBYTE
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
-from natgrad.storage import each, network_errors, place
-from natgrad.storage.repository import newest, publish
-from natgrad.store import Ledger, Trajectory, only_writer
+from natgrad.storage import Location, network_errors, open_all, open_storage
+from natgrad.store import Ledger, Trajectory
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -124,8 +122,8 @@ def given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def ingest_run(
-    source: Path | Sequence[Path],
-    out: Path,
+    source: Location | Sequence[Location],
+    out: Location,
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -147,8 +145,8 @@ def ingest_run(
         every commit as a version.
     """
     folder = RunFolder.of(out, store=store)
-    sources = each(source)
-    with network_errors(*sources, folder.path):
+    sources = open_all(source)
+    with network_errors(*sources, folder.storage):
         summary = ingest(
             sources,
             folder.trajectory,
@@ -165,7 +163,7 @@ def ingest_run(
     return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
 
 
-def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress | None = None) -> dict[str, Any]:
+def analyze_run(out: Location, options: Analysis = Analysis(), *, progress: Progress | None = None) -> dict[str, Any]:
     """Compute what is missing of OUT's ledger, and OUT's results from it.
 
     Raises
@@ -174,7 +172,7 @@ def analyze_run(out: Path, options: Analysis = Analysis(), *, progress: Progress
         Where OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
     """
     folder = RunFolder.of(out)
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return _analyze(folder, options, progress)
 
 
@@ -191,7 +189,7 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
         memory_limit=options.memory_limit,
         progress=progress,
     )
-    folder = RunFolder(newest(folder.path))
+    folder = RunFolder(folder.storage.latest())
     states = Trajectory(folder.trajectory)
     ledger = Ledger(folder.ledger)
     rows, inputs = update_table(states, ledger, learning_rate=rate, attempt=options.attempt)
@@ -215,9 +213,9 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
         tree["replicates"] = replicates.label_run(
             inputs, replicate_products(ledger, rows), states.replicates, losses
         )
-    with only_writer(folder.results, "results") as path:
-        results.write(tree, path)
-        publish(path, f"results of {folder.path.name}: {len(inputs.steps)} updates")
+    with folder.results.lock("results") as storage:
+        results.write(tree, storage)
+        storage.publish(f"results of {folder.storage.name}: {len(inputs.steps)} updates")
     return {
         "ledger": str(folder.ledger),
         "results": str(folder.results),
@@ -231,7 +229,7 @@ def _analyze(folder: RunFolder, options: Analysis, progress: Progress | None) ->
 
 
 def report_run(
-    outs: Sequence[Path] | Mapping[str, Path], page: Path | None = None, version: str | None = None
+    outs: Sequence[Location] | Mapping[str, Location], page: Location | None = None, version: str | None = None
 ) -> dict[str, Any]:
     """Write the page of one run, or of several together.
 
@@ -252,7 +250,7 @@ def report_run(
     # Matplotlib takes a second to load, which only a page is worth.
     from natgrad.reporting import page as report
 
-    given = outs.items() if isinstance(outs, Mapping) else ((place(out).absolute().name, out) for out in outs)
+    given = outs.items() if isinstance(outs, Mapping) else ((open_storage(out).absolute().name, out) for out in outs)
     named = {name: RunFolder.of(out, version=version) for name, out in given}
     if version is not None and page is None:
         raise InputError(
@@ -261,8 +259,8 @@ def report_run(
             why="report.html in OUT is that of the newest",
             remedy="say where to write it: --page PAGE",
         )
-    with network_errors(*(folder.path for folder in named.values())):
-        page = next(iter(named.values())).report if page is None else place(page)
+    with network_errors(*(folder.storage for folder in named.values())):
+        page = next(iter(named.values())).report if page is None else open_storage(page)
         return {"report": str(report.write_report(_trees(named), page))}
 
 
@@ -274,15 +272,15 @@ def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
         for run in list(of_each)[:RUNS_SHOWN]:
             trees[f"{name}/{run}" if run else name] = of_each[run]
         if len(of_each) > RUNS_SHOWN:
-            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.path)
+            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage)
     return trees
 
 
-def draw_run(out: Path) -> str:
+def draw_run(out: Location) -> str:
     """Draw the angle over the steps of OUT (of a sweep, its first run): a picture as a ``data:`` address."""
     from natgrad.reporting import figures
 
     folder = RunFolder.of(out)
-    with network_errors(folder.path), figures.drawing():
+    with network_errors(folder.storage), figures.drawing():
         tree = next(iter(results.runs(results.read(folder.results)).values()))
-        return figures.angle_curve(figures.RunResults.of(folder.path.name, tree)).uri
+        return figures.angle_curve(figures.RunResults.of(folder.storage.name, tree)).uri

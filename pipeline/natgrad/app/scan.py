@@ -24,9 +24,8 @@ from natgrad.schema.version import __version__
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
 from natgrad.sources.run_file import RUN_FILE
-from natgrad.storage import is_url, names, network_errors, place, put, read, require_local
-from natgrad.storage import status as status_of
-from natgrad.store import Trajectory, only_writer
+from natgrad.storage import Location, Storage, network_errors, open_storage, require_local
+from natgrad.store import Trajectory
 
 __all__ = [
     "FoundRun",
@@ -124,25 +123,27 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
         yield name
 
 
-def listing(source: Path) -> str:
-    """Identity of a log: digest of the name, size, time of change and of status of every file in it.
+def listing(source: Location) -> str:
+    """Return the identity of a log: a digest of the name, size, time of change and of status of every file in it.
 
-    Of a run file it also says whether something changed lately: steps that a log of scalars did not have then are
-    taken when it has settled.
+    That of a run file also depends on whether something changed lately: steps that a log of scalars did not have then
+    are read when it has settled.
     """
     digest, newest = hashlib.sha256(), 0
-    for path, status in sorted(_objects(source) if is_url(source) else _files(source)):
-        digest.update(f"{path}\0{status}\n".encode("utf-8", "surrogateescape"))
+    storage = open_storage(source)
+    path = storage.local_path
+    for name, status in sorted(_objects(storage) if path is None else _files(path)):
+        digest.update(f"{name}\0{status}\n".encode("utf-8", "surrogateescape"))
         newest = max(newest, status[1])
-    if not is_url(source) and (source / RUN_FILE).is_file() and changed_lately(newest):
+    if path is not None and (path / RUN_FILE).is_file() and changed_lately(newest):
         digest.update(b"growing")
     return digest.hexdigest()
 
 
-def _objects(folder: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for name in names(folder):
-        with suppress(FileNotFoundError, KeyError):  # KeyError: of a folder
-            yield name, status_of(folder / name, fresh=False)
+def _objects(folder: Storage) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name in folder.list():
+        with suppress(FileNotFoundError):  # a folder
+            yield name, (folder / name).stat(fresh=False)
 
 
 def _files(folder: Path | str, below: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -195,18 +196,18 @@ class Outcome:
     others: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, out: Path) -> Outcome | None:
+    def of(cls, out: Location) -> Outcome | None:
         """Outcome remembered in OUT; None where there is none that can be read."""
         try:
-            return cls(**json.loads(read(place(out) / _OUTCOME)))
+            return cls(**json.loads((open_storage(out) / _OUTCOME).get()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def remember(self, out: Path) -> None:
+    def remember(self, out: Location) -> None:
         """Keep it in OUT."""
-        _write(place(out) / _OUTCOME, asdict(self))
+        (open_storage(out) / _OUTCOME).put(_json(asdict(self)))
 
-    def stands(self, listing: str, options: Mapping[str, Any], out: Path) -> bool:
+    def stands(self, listing: str, options: Mapping[str, Any], out: Location) -> bool:
         """Whether processing again comes to the same: log, options and version are, and the results are there.
 
         Bad input that was refused stays refused until the log or any option changes; what may heal does not stand.
@@ -233,14 +234,8 @@ def error_parts(error: BaseException) -> dict[str, Any]:
     return {"what": f"{type(error).__name__}: {error}", "where": "", "why": "", "do": again, "heals": heals}
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    if is_url(path):
-        put(path, json.dumps(values, default=str).encode())
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(values, default=str))
-    aside.replace(path)
+def _json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, default=str).encode()
 
 
 class Held(Unavailable):
@@ -248,7 +243,7 @@ class Held(Unavailable):
 
 
 @contextmanager
-def only_processor(out: Path) -> Iterator[None]:
+def only_processor(out: Location) -> Iterator[None]:
     """Hold OUT: one processing at a time, of any process on any host that locks files on this file system.
 
     The lock ends with the process that holds it, however it ends.
@@ -258,11 +253,12 @@ def only_processor(out: Path) -> Iterator[None]:
     Held
         Where another one holds it.
     """
-    if is_url(place(out)):
-        with _only_processor_of_objects(place(out)):
+    storage = open_storage(out)
+    if storage.local_path is None:
+        with _only_processor_of_objects(storage):
             yield
         return
-    path = Path(out) / _LOCK
+    path = storage.local_path / _LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -282,11 +278,11 @@ def only_processor(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _only_processor_of_objects(out: Path) -> Iterator[None]:
+def _only_processor_of_objects(out: Storage) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(network_errors(out))
-            stack.enter_context(only_writer(out / "processing", "run"))
+            stack.enter_context((out / "processing").lock("run"))
         except Unavailable as error:
             raise Held(error.what, where=str(out), why=error.why, remedy=error.remedy) from error
         yield
@@ -297,7 +293,7 @@ def _only_processor_of_objects(out: Path) -> Iterator[None]:
 
 def remember_root(root: Path, out: Path) -> None:
     """Keep in OUT which folder it is made from, for `status`."""
-    _write(Path(out) / _ROOT, {"root": str(Path(root).absolute())})
+    (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute())}))
 
 
 def status(out: Path) -> list[dict[str, Any]]:
@@ -334,24 +330,25 @@ def status(out: Path) -> list[dict[str, Any]]:
 
 def _outs(out: Path) -> Iterator[str]:
     for folder, below, files in os.walk(out):
-        if RunFolder(Path(folder)).trajectory.exists() or _OUTCOME in files:
+        if RunFolder.of(folder).trajectory.exists() or _OUTCOME in files:
             below.clear()
             yield Path(folder).relative_to(out).as_posix()
 
 
 def _status(out: Path, source: Path | None) -> dict[str, Any]:
     outcome, steps, last = Outcome.of(out), 0, None
+    logs = [] if source is None else [open_storage(source)]
     with suppress(InputError):
-        states = Trajectory(RunFolder(out).trajectory)
-        source = source or place(states.source)
+        states = Trajectory(RunFolder.of(out).trajectory)
+        logs = logs or [open_storage(states.source)]
         steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
-    source = place(outcome.source) if outcome else source
-    sources = [source, *map(place, outcome.others if outcome else [])] if source else []
-    lag = _lag(sources, last, outcome.options if outcome else {}) if sources else None
+    if outcome:
+        logs = [open_storage(log) for log in (outcome.source, *outcome.others)]
+    lag = _lag(logs, last, outcome.options if outcome else {}) if logs else None
     error = outcome.error if outcome else {}
     changed = False
-    if outcome is not None and source is not None and not is_url(source) and source.is_dir():
-        changed = listing(source) != outcome.listing
+    if outcome is not None and logs[0].local_path is not None and logs[0].is_folder():
+        changed = listing(logs[0]) != outcome.listing
     if _is_held(out):
         state = "working"
     elif error:
@@ -371,7 +368,7 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
     }
 
 
-def _lag(sources: Sequence[Path], last: int | None, options: Mapping[str, Any]) -> int | None:
+def _lag(sources: Sequence[Storage], last: int | None, options: Mapping[str, Any]) -> int | None:
     try:
         with network_errors(*sources):
             steps = open_sources(sources, *(options.get(name) for name in ("format", "mapping", "shift"))).steps()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +26,8 @@ from natgrad.schema.blocks import MEBIBYTE, RESERVED_BYTES, LedgerChunk, PassPla
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import HVP, STEP, ledger_vectors
-from natgrad.storage.repository import is_repository, place_of_store, publish
-from natgrad.store import Ledger, Trajectory, exists, only_writer
+from natgrad.storage import Storage
+from natgrad.store import Ledger, Trajectory
 
 __all__ = [
     "Executor",
@@ -89,8 +88,8 @@ class PassSummary:
 
 
 def compute_ledger(
-    trajectory: Path,
-    ledger: Path,
+    trajectory: Storage,
+    ledger: Storage,
     *,
     executor: Executor | None = None,
     memory_limit: int | None = None,
@@ -100,7 +99,7 @@ def compute_ledger(
 
     Parameters
     ----------
-    trajectory, ledger : Path
+    trajectory, ledger : Storage
     executor : callable, optional
         `serial` (the default), `threads(n)`, `local(n)` or `existing_cluster(address)`.
     memory_limit : int, optional
@@ -114,7 +113,7 @@ def compute_ledger(
         Where there are fewer than two states, or no elements, or the plan does not fit the memory limit, where
         another process writes this ledger, and where the disk refuses.
     """
-    ledger, states = place_of_store(ledger), Trajectory(trajectory)
+    states = Trajectory(trajectory)
     if states.n_states < 2:
         raise InputError(
             f"{states.n_states} logged step(s), but an update needs two",
@@ -141,21 +140,21 @@ def compute_ledger(
         "replicate_vectors": len(names_of_replicates),
         "memory_limit": memory_limit,
         "complete_chunks": not reads_parts,
-        "library_bytes": _ICECHUNK_BYTES if is_repository(states.path) else 0,
+        "library_bytes": _ICECHUNK_BYTES if states.storage.keeps_versions else 0,
     }
     plan = plan_pass(**arguments, updates_per_chunk=_updates_per_chunk(ledger, states, names, names_of_replicates))
     _log.info("%s", plan)
-    job = Job.of(states.path, ledger, plan, streamed=reads_parts and not states.replicates)
+    job = Job.of(states.storage, ledger, plan, streamed=reads_parts and not states.replicates)
     chunks = list(plan.chunks())
-    with only_writer(ledger, "ledger") as ledger, ThreadPoolExecutor(1) as beside:
-        new = not exists(ledger)
+    with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as beside:
+        new = not Ledger.is_current(ledger)
 
         def begin() -> _Begun:
             steps, spans = states.scalar(STEP)[:-1], states.spans()
             book = Ledger.prepare(
                 ledger, states.layout, names, steps, spans, plan.updates_per_chunk, names_of_replicates
             )
-            parts = book.begun()
+            parts = book.partial_chunks()
             digests = states.digests([*chunks, *parts])
             # Where the trajectory is another one by now, an interrupted pass leaves no rows of the old one valid.
             book.discard_others(digests)
@@ -185,7 +184,7 @@ def compute_ledger(
             if progress is not None:
                 progress(done, len(missing))
         begun.result()
-        publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(chunks)} chunks computed")
+        ledger.publish(f"ledger of {job.run}: {len(missing)} of {len(chunks)} chunks computed")
     return PassSummary(plan.n_updates, len(chunks), len(missing), rows, plan)
 
 
@@ -199,10 +198,10 @@ class _Begun(NamedTuple):
 
 
 def _updates_per_chunk(
-    ledger: Path, states: Trajectory, names: tuple[str, ...], names_of_replicates: tuple[str, ...]
+    ledger: Storage, states: Trajectory, names: tuple[str, ...], names_of_replicates: tuple[str, ...]
 ) -> int | None:
     """Rows of a ledger chunk of the ledger that is there, if it is this trajectory's: then it grows."""
-    if not exists(ledger):
+    if not Ledger.is_current(ledger):
         return None
     book = Ledger(ledger)
     same = (book.layout, book.vectors, book.replicate_vectors) == (states.layout, names, names_of_replicates)

@@ -12,7 +12,6 @@ import threading
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,7 @@ from natgrad.kernel import gram, ledger_sums, stream
 from natgrad.schema.blocks import RESERVED_BYTES, LedgerChunk, PassPlan, Tile, pieces
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, ledger_vectors, replicate_of
-from natgrad.storage import place
-from natgrad.storage.repository import is_repository
+from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
 
 __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_segments", "write_chunk"]
@@ -40,13 +38,13 @@ replicates, their gram (rows, segments, replicate vectors, replicate vectors).""
 
 @dataclass(frozen=True)
 class Job:
-    """What a task needs to know besides its tile: two paths, never an array.
+    """What a task needs to know besides its tile: two locations, never an array.
 
-    A ledger in an Icechunk repository is committed by one process: there, ledger chunks are returned to it.
+    A ledger in a storage with versions is committed by one process: there, ledger chunks are returned to it.
     """
 
-    trajectory: Path
-    ledger: Path
+    trajectory: Storage
+    ledger: Storage
     read_rows: int
     read_elements: int
     task_bytes: int
@@ -65,13 +63,13 @@ class Job:
         return self.trajectory.parent.name
 
     @classmethod
-    def of(cls, trajectory: Path, ledger: Path, plan: PassPlan, streamed: bool = False) -> Job:
+    def of(cls, trajectory: Storage, ledger: Storage, plan: PassPlan, streamed: bool = False) -> Job:
         """Job of a plan for a trajectory."""
-        trajectory = place(trajectory).absolute()
+        trajectory = trajectory.absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
         return cls(
             trajectory,
-            place(ledger).absolute(),
+            ledger.absolute(),
             plan.read_rows,
             plan.read_elements,
             math.ceil(plan.read_bytes / plan.tasks),
@@ -249,7 +247,7 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[
 
 def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segments]) -> Finished:
     """Add up the segments of a ledger chunk's tiles in the order of the element axis, and write its ledger."""
-    if is_repository(job.ledger):
+    if job.ledger.keeps_versions:
         tensors = len(_trajectory(job).layout.tensors)
         products, ratio, *of_replicates = _added(tensors, _together(parts))
         return Computed(chunk, products, ratio, digest, *of_replicates)

@@ -54,7 +54,7 @@ def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -
     if "optimizer" in include and not stored:
         raise InputError(
             "the trajectory was made without the state of the optimizer",
-            where=str(trajectory.path),
+            where=str(trajectory.storage),
             remedy="start anew with --overwrite, or leave --include optimizer out",
         )
     return stored
@@ -85,10 +85,10 @@ def describe_steps(
         contents[step] = StepContent(
             arrays, content.scalars, optimizer=content.optimizer, replicate_loss=content.replicate_loss
         )
-    warnings += [f"{note} (in {step.path.name})" for note, step in notes.items()]
+    warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
-        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.path.name}) the first of them")
+        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.storage.name}) the first of them")
     return contents
 
 

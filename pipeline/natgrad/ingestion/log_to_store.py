@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from natgrad.ingestion.description import (
     with_optimizer,
 )
 from natgrad.ingestion.new_updates import finished_steps, rows_to_write
-from natgrad.ingestion.read_options import agreed_reading, said_reading
+from natgrad.ingestion.read_options import agreed_options, given_options
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.schema.blocks import chunk_shape
 from natgrad.schema.errors import InputError
@@ -40,9 +39,8 @@ from natgrad.sources.checkpoints.stacked_file import KeptOpen
 from natgrad.sources.opening import open_sources
 from natgrad.sources.optimizers.state import FactoredMetric
 from natgrad.sources.steps import LoggedStep, NotYet, where
-from natgrad.storage import each
-from natgrad.storage.repository import place_of_store
-from natgrad.store import Trajectory, exists, only_writer
+from natgrad.storage import Storage
+from natgrad.store import Trajectory, exists
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
@@ -87,8 +85,8 @@ class IngestSummary:
 
 
 def ingest(
-    source: Path | Sequence[Path],
-    store: Path,
+    sources: Sequence[Storage],
+    store: Storage,
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -104,28 +102,28 @@ def ingest(
 
     Parameters
     ----------
-    source : Path or sequence of Path
+    sources : sequence of Storage
         The log, or the logs of one run that are joined by step.
-    store : Path
+    store : Storage
         The trajectory; made where there is none.
     format : str, optional
         Log format; found by content where not given.
     mapping : mapping, optional
         Quantity to the key that it stands under in the log; see `natgrad.sources.names`.
     shift : mapping, optional
-        Quantity to K: what is logged of it at step s belongs to the state s + K. As a trajectory was made with
-        ``mapping`` and ``shift``, so it goes on, whether they are said again or not.
+        Quantity to K: what is logged of it at step s belongs to the state s + K. A trajectory keeps the ``mapping``
+        and ``shift`` that it was made with.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
-        Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
+        Take a log whose steps are not evenly spaced; the results then carry each update's ``step_span``.
     overwrite : bool
-        Start anew, dropping what the trajectory holds once the steps are described and compared.
+        Replace the trajectory, also one of an older natgrad, once the steps are described and compared.
     wait : bool
         Leave what follows a gap for a later pass, rather than refuse it.
     include : sequence of str
-        What to store beside parameters, gradients and hvp, of `INCLUDES`. A trajectory that was made with it goes
-        on so, whether it is said again or not.
+        Data to store besides parameters, gradients and hvp, of `INCLUDES`. An existing trajectory keeps its original
+        setting.
     progress : callable, optional
         Called with steps done and steps in all.
 
@@ -133,23 +131,22 @@ def ingest(
     ------
     InputError
         Bad input. All steps are described and compared before the first byte is written; what a later error
-        interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
-        is written while it is read.
+        interrupts is either committed completely or invisible. As `NotYet` where no step is finished yet, or one is
+        written while it is read.
     """
     for what in include:
         if what not in INCLUDES:
             raise InputError(
                 f"{what!r} cannot be included", where="--include", remedy=f"choose of {', '.join(INCLUDES)}"
             )
-    sources, store = each(source), place_of_store(store)
-    reading = said_reading(sources, mapping, shift)
-    reading = reading if overwrite else agreed_reading(store, reading)
-    mapping, shift = (reading.get(what, said) for what, said in (("map", mapping), ("shift", shift)))
+    options = given_options(sources, mapping, shift)
+    options = options if overwrite else agreed_options(store, options)
+    mapping, shift = options.get("map", mapping), options.get("shift", shift)
     log = open_sources(sources, format, mapping, shift, sweep=sweep)
     listed = log.steps()
-    with only_writer(store, "trajectory") as store, KeptOpen(log) as log:
+    with store.lock("trajectory") as store, KeptOpen(log) as log:
         if not overwrite:
-            agreed_reading(store, reading)
+            agreed_options(store, options)
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.n_states:
             trajectory = None
@@ -168,7 +165,7 @@ def ingest(
             warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
-            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, reading)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, options)
             try:
                 Writer(log, trajectory, contents, identities, warnings).write(rows, progress)
             finally:
@@ -185,7 +182,7 @@ def ingest(
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
         warnings += _missing_scalars(trajectory)
-    # Who waits has been told the same at the pass before.
+    # With --follow these warnings were shown on the previous scan.
     for warning in warnings if steps or not wait else ():
         _log.warning("%s", warning)
     return IngestSummary(
@@ -203,12 +200,12 @@ def ingest(
 
 
 def _matching_trajectory(
-    store: Path,
+    store: Storage,
     trajectory: Trajectory | None,
     first: LoggedStep,
     contents: Mapping[LoggedStep, StepContent],
     optimizer: bool,
-    reading: Mapping[str, Any],
+    read_options: Mapping[str, Any],
 ) -> Trajectory:
     """Return the trajectory to append to, or a new one laid out for these steps."""
     content = contents[first]
@@ -218,7 +215,7 @@ def _matching_trajectory(
         chunk = chunk_shape(len(contents), layout.elements, content.replicates)
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
-        source, sweep = str(first.path.parent.absolute()), bool(first.run)
+        source, sweep = str(first.storage.parent.absolute()), bool(first.run)
         tables = _tables(first, list(contents.values()), dtypes) if optimizer else ()
         replicates = content.replicates
         return Trajectory.create(
@@ -231,7 +228,7 @@ def _matching_trajectory(
             sweep=sweep,
             tables=tables,
             replicates=replicates,
-            reading=reading,
+            read_options=read_options,
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(

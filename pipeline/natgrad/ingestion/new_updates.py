@@ -88,7 +88,7 @@ def rows_to_write(
             # An update leads on from the last row of its run alone.
             follows = not rows and bool(before) and view.rows[before[-1]] == committed.trajectory.n_states - 1
             if steps and attempt == view.attempt and not follows:
-                last = NewRow(LoggedStep(before[-1], steps[0].path, run=run), attempt, view.rows[before[-1]])
+                last = NewRow(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.rows[before[-1]])
         gap = None if allow_gaps else _gap(steps, before)
         if gap is not None and not wait:
             raise gap[1]
@@ -183,7 +183,7 @@ def _steps_to_come(
         return new, view.attempt
     first = min(differing)
     elsewhere = (
-        not run and begin == min(view.rows) and str(first.path.parent.absolute()) != committed.trajectory.source
+        not run and begin == min(view.rows) and str(first.storage.parent.absolute()) != committed.trajectory.source
     )
     if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
         raise InputError(

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,8 +20,7 @@ from numpy.typing import NDArray
 from natgrad.reporting import figures
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import ShiftedMetric, Status
-from natgrad.storage import is_url, place
-from natgrad.storage.disk import replace_file
+from natgrad.storage import Location, open_storage
 
 __all__ = ["STATUS_MEANING", "write_report"]
 
@@ -48,7 +46,7 @@ _AGAINST = {
 }
 
 
-def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
+def write_report(trees: Mapping[str, xr.DataTree], page: Location) -> Location:
     """Write the page of one run or of several together.
 
     Panel A of Figure 3 holds the points of all runs, then each run has its spectrum and its loss (the paper's B
@@ -59,20 +57,19 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     ----------
     trees : mapping of str to DataTree
         Results by name of the run, see `natgrad.results.dataset.label`.
-    page : Path
-        The HTML file, written aside and renamed, so a reader never meets half of it.
+    page : str, Path or Storage
+        The HTML file. A reader finds the old page or the new one.
 
     Returns
     -------
-    Path
-        The page.
+    str, Path or Storage
+        The page, as given.
 
     Raises
     ------
     InputError
         Where a tree does not hold results.
     """
-    page = place(page)
     runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
     with figures.drawing():
         content = _content(runs) | _side_by_side(runs)
@@ -85,10 +82,8 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Path) -> Path:
     )
     environment.filters |= {"number": figures.number, "percent": _percent}
     text = environment.get_template("report.html").render(content)
-    if not is_url(page):
-        page.parent.mkdir(parents=True, exist_ok=True)
     # A name of a file may hold bytes that are no text.
-    replace_file(page, text.encode("utf-8", errors="replace"))
+    open_storage(page).put(text.encode("utf-8", errors="replace"))
     return page
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from natgrad.results.inputs import UpdateTable
 from natgrad.results.pairs import Level, model_and_tensors
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, VARIABLES, ShiftedMetric, Status
-from natgrad.storage.disk import folder_aside, replace_folder
-from natgrad.storage.repository import holds, place_of_store
-from natgrad.store.group import zarr_store
+from natgrad.storage import Storage
+from natgrad.store import require_version
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory import windows as windowed
 from natgrad.theory.geometry import Pair
@@ -95,7 +94,12 @@ def label(
             "/tensor": _dataset(inputs, {name: tensors for name, (_, tensors) in levels.items()}, gammas, windows),
         }
     tree = xr.DataTree.from_dict(groups)
-    tree.attrs = {"Conventions": "CF-1.11", **(provenance or {}), "versions": versions()}
+    tree.attrs = {
+        "Conventions": "CF-1.11",
+        **(provenance or {}),
+        "versions": versions(),
+        "layout_version": LAYOUT_VERSION,
+    }
     return tree
 
 
@@ -383,40 +387,44 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
     return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}
 
 
-def write(tree: xr.DataTree, path: Path) -> None:
-    """Write results in place of older ones, one writer at a time: aside first, then on disk, then under the name.
+def write(tree: xr.DataTree, storage: Storage) -> None:
+    """Write results in place of older ones: a reader finds the old ones or the new ones.
 
-    The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them in one go.
+    The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them at once.
+
+    Parameters
+    ----------
+    tree : DataTree
+        From `label`.
+    storage : Storage
+        Its lock is held.
     """
-    with folder_aside(path) as aside:
-        with warnings.catch_warnings():
-            # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
-            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-            tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
-        if not holds(path, aside):
-            replace_folder(aside, path, "zarr.json")
+    with storage.replace_tree("zarr.json") as folder, warnings.catch_warnings():
+        # Zarr warns that other programs may not read consolidated metadata; they then read the plain ones.
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        tree.to_zarr(folder, zarr_format=3, consolidated=True, mode="w")
 
 
-def read(path: Path, version: str | None = None) -> xr.DataTree:
+def read(storage: Storage) -> xr.DataTree:
     """Open the results of a run.
 
     Parameters
     ----------
-    path : Path
-    version : str, optional
-        Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
+    storage : Storage
 
     Raises
     ------
     InputError
-        Where there are none.
+        Where there are none, or another version of natgrad wrote them.
     """
-    path = place_of_store(path, version)
     try:
-        return xr.open_datatree(zarr_store(path), engine="zarr")
+        tree = xr.open_datatree(storage.zarr_store(), engine="zarr")
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, PermissionError):
             raise
         raise InputError(
-            "no results here", where=str(path), remedy="compute them first: natgrad analyze OUT"
+            "no results here", where=str(storage), remedy="compute them first: natgrad analyze OUT"
         ) from error
+    version = tree.attrs.get("layout_version")
+    require_version(version.item() if isinstance(version, np.generic) else version, "results", str(storage))
+    return tree

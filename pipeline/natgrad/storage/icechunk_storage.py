@@ -1,4 +1,7 @@
-"""The stores of OUT in an Icechunk repository, seen as files: what is read and written is a session of it.
+"""The stores of OUT in an Icechunk repository, which keeps every commit as a version.
+
+A handle reads one version, the latest unless another one is requested; a writer has a transaction, and others see
+what it wrote once it is published. Locks, pages, and the outcomes of scans are objects beside the repository.
 
 Icechunk keeps arrays and groups of Zarr, and refuses every other key. So the documents that a store has beside
 them, its commit records, are kept as arrays: ``commits/00000007.json`` is chunk 7 of the array
@@ -17,24 +20,25 @@ import struct
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import icechunk
 from fsspec import AbstractFileSystem, register_implementation
 from fsspec.asyn import get_loop, sync
-from upath import UPath
-from upath.registry import register_implementation as register_path
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import cpu
+from zarr.buffer import cpu
 
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.storage.objects import place
+from natgrad.storage.base import Stat, Storage, open_storage
+from natgrad.storage.locks import lock_by_object
+from natgrad.storage.objects import REPOSITORY, ObjectStorage
 
-__all__ = ["RepositoryFiles", "RepositoryPath", "begin", "end", "find_version", "history", "newest_version"]
+__all__ = ["IcechunkStorage", "RepositoryFiles", "open_repository"]
 
 _T = TypeVar("_T")
 
@@ -61,7 +65,7 @@ _AT_ONCE = 16
 """Requests of one call at the same time."""
 
 _SESSIONS = 8
-"""Versions that are held open for reading."""
+"""Number of versions that stay open for reading."""
 
 
 # Repositories ------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ _transactions: dict[str, _Transaction] = {}
 
 def _storage(url: str) -> icechunk.Storage:
     """Return where a repository is. Credentials are found by Icechunk as by s3fs: environment, files, or role."""
-    system = place(url).fs  # type: ignore[attr-defined]
+    system = cast(ObjectStorage, open_storage(url)).fs
     scheme, _, path = url.partition("://")
     bucket, _, prefix = path.partition("/")
     if scheme == "gs":
@@ -120,20 +124,20 @@ def _made(url: str) -> icechunk.Repository:
         if "clean prefixes" not in str(error):
             raise
         raise InputError(
-            f"no repository can be made here: {_told(error)}",
+            f"no repository can be made here: {_reason(error)}",
             where=url,
             why="a process ended while it made one, or these are objects of something else",
             remedy="remove what is below this URL, or choose another OUT",
         ) from error
 
 
-def newest_version(url: str) -> str:
-    """Return the id of the version that is the newest now; empty where there is no repository."""
+def _newest_version(url: str) -> str:
+    """Return the identifier of the latest version; empty where there is no repository."""
     repository = _repository(url)
     return "" if repository is None else repository.lookup_branch(BRANCH)
 
 
-def history(url: str, last: int | None = None) -> list[dict[str, Any]]:
+def _history(url: str, last: int | None = None) -> list[dict[str, Any]]:
     """List versions of a repository, the newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
 
     Each is an object to be read; where only the last are asked for, so are the others not.
@@ -155,7 +159,7 @@ def history(url: str, last: int | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def find_version(url: str, version: str) -> str:
+def _find_version(url: str, version: str) -> str:
     """Return the id of a version.
 
     Parameters
@@ -183,14 +187,14 @@ def find_version(url: str, version: str) -> str:
         return repository.readonly_session(BRANCH, as_of=time).snapshot_id
     except (icechunk.IcechunkError, LookupError) as error:
         raise InputError(
-            f"there is no version {version!r}: {_told(error)}",
+            f"there is no version {version!r}: {_reason(error)}",
             where=url,
             why="it is no id, no tag and no time of one, or it has expired",
             remedy="choose one that natgrad versions OUT lists, a tag, or a time (ISO 8601, UTC)",
         ) from error
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """First line of what Icechunk says."""
     return str(error).strip().partition("\n")[0].strip(" x\u2716\u00d7")
 
@@ -210,7 +214,7 @@ class _Transaction:
         self._opening = threading.Lock()
         self.growing = asyncio.Lock()
 
-    def seen(self) -> _Store:
+    def readable(self) -> _Store:
         """Return what is read; None where there is no repository yet."""
         return None if self._session is None and _repository(self._url) is None else self.store()
 
@@ -239,24 +243,12 @@ class _Transaction:
             self._session.commit(message, rebase_with=icechunk.ConflictDetector())
         except (icechunk.ConflictError, icechunk.RebaseFailedError) as error:
             raise Unavailable(
-                f"another process has committed meanwhile: {_told(error)}",
+                f"another process has committed meanwhile: {_reason(error)}",
                 where=self._url,
                 why="the lock of this one was removed while it was writing",
                 remedy="see that one process writes, and run again: what is committed is kept",
             ) from error
         self._session = None
-
-
-def begin(url: str) -> str:
-    """Begin to write to a repository, which is made with the first byte; returns the name of the transaction."""
-    name = uuid.uuid4().hex
-    _transactions[name] = _Transaction(url)
-    return name
-
-
-def end(name: str) -> None:
-    """End a transaction: what was not committed is dropped."""
-    del _transactions[name]
 
 
 # Keys --------------------------------------------------------------------------------------------------------
@@ -271,7 +263,7 @@ def _stored(key: str) -> tuple[str, int]:
     return f"{folder}/documents-{len(digits)}{name[len(digits) :]}/c/{int(digits or 0)}", _FRAME.size
 
 
-def _seen(key: str) -> str | None:
+def _file_of(key: str) -> str | None:
     """Return the file that a key keeps; None of one that describes documents."""
     folder, _, name = key.rpartition("/")
     chunk = _CHUNK.fullmatch(key)
@@ -329,18 +321,19 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         self, repository: str, version: str = "", transaction: str = "", pinned: bool = False, **options: Any
     ) -> None:
         super().__init__(repository=repository, version=version, transaction=transaction, pinned=pinned, **options)
-        self.repository, self.version, self._writing = repository, version, transaction
+        self.repository, self.version, self.pinned = repository, version, pinned
+        self.writer = transaction
         self._root = repository.partition("://")[2].rpartition("/")[0]
 
     @property
     def _writer(self) -> _Transaction:
-        if self._writing not in _transactions:
-            raise PermissionError(f"a version of {self.repository} is not changed")
-        return _transactions[self._writing]
+        if self.writer not in _transactions:
+            raise PermissionError(f"a version of {self.repository} cannot be changed")
+        return _transactions[self.writer]
 
     def _store(self) -> _Store:
-        if self._writing:
-            return self._writer.seen()
+        if self.writer:
+            return self._writer.readable()
         if not self.version:
             return None
         key = self.repository, self.version
@@ -460,7 +453,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
             if "bad key prefix" not in str(error):
                 raise
             below = store.list()  # it is no array and no group, but may be a folder of chunks
-        files = {_seen(stored) async for stored in below}
+        files = {_file_of(stored) async for stored in below}
         return sorted(
             self._path(file)
             for file in files
@@ -478,8 +471,8 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         several = {path: value or b""} if isinstance(path, str) else path
         store = self._writer.store()
         for described in (True, False):
-            chosen = {key: held for key, held in several.items() if key.endswith(f"/{_DOCUMENT}") == described}
-            _wait(_together(self._set(store, key, held) for key, held in chosen.items()))
+            chosen = {key: value for key, value in several.items() if key.endswith(f"/{_DOCUMENT}") == described}
+            _wait(_together(self._set(store, key, value) for key, value in chosen.items()))
 
     async def _set(self, store: icechunk.IcechunkStore, path: str, value: bytes, new: bool = False) -> None:
         stored, before = _stored(self._key(path))
@@ -509,20 +502,105 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
             await store.delete(_stored(self._key(path))[0])
 
 
-class RepositoryPath(UPath):
-    """Path in a repository: to a reader its URL in the object store, though no object is there."""
+class IcechunkStorage(ObjectStorage):
+    """A location in an Icechunk repository; `str` returns its URL in OUT, though no object is there.
 
-    __slots__ = ()
+    Parameters
+    ----------
+    fs : RepositoryFiles
+    scheme, key : str
+    """
 
-    def __str__(self) -> str:
-        return f"{self.storage_options['repository'].partition('://')[0]}://{self.path}"
+    fs: RepositoryFiles
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Return True."""
+        return True
+
+    def get_tagged(self) -> tuple[bytes, str]:
+        """Return the content of a file, and no tag: a transaction has no conditions."""
+        return self.get(), ""
+
+    def stat(self, *, fresh: bool = True) -> Stat:
+        """Return the size of a file; no time is known."""
+        entry = self.fs.info(self.key)
+        if entry["type"] != "file":
+            raise FileNotFoundError(str(self))
+        return Stat(entry["size"], 0, "")
+
+    def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
+        """Return this storage, or OUT at another version."""
+        return self if version is None else self.beside().stores(kind, version)
+
+    def latest(self) -> Self:
+        """Return the latest version, or the pinned version if one was requested."""
+        if self.fs.pinned or self.fs.writer:
+            return self
+        repository = self.fs.repository
+        files = RepositoryFiles(repository=repository, version=_newest_version(repository))
+        return type(self)(files, self.scheme, self.key)
+
+    @contextmanager
+    def lock(self, kind: str) -> Iterator[Self]:
+        """Hold the lock of this location, and start a transaction; what is not published is dropped."""
+        if self.fs.pinned:
+            raise InputError(
+                "an old version can only be read",
+                where=str(self),
+                why="a commit does not change",
+                remedy="leave the version out: what is written becomes a new one",
+            )
+        transaction = uuid.uuid4().hex
+        _transactions[transaction] = _Transaction(self.fs.repository)
+        try:
+            # The transaction opens nothing before it is used, under the lock.
+            with lock_by_object(self.beside(), kind):
+                files = RepositoryFiles(repository=self.fs.repository, transaction=transaction)
+                yield type(self)(files, self.scheme, self.key)
+        finally:
+            del _transactions[transaction]
+
+    def publish(self, message: str) -> None:
+        """Make a version of what the transaction wrote."""
+        self.fs.commit(message)
+
+    def versions(self, last: int | None = None) -> list[dict[str, Any]]:
+        """List the versions, the newest first."""
+        return _history(self.fs.repository, last)
+
+    def beside(self) -> Storage:
+        """Return the same location in the object store itself."""
+        return open_storage(str(self))
+
+    def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
+        # A tree that comes out the same makes no version.
+        if not self._holds(folder):
+            super()._put_tree(folder, document, placeholder)
+
+    def _holds(self, folder: Path) -> bool:
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        names = self.walk()
+        return sorted(files) == names and all(
+            content == files[name].read_bytes()
+            for name, content in zip(names, self.get_entries(names), strict=True)
+        )
+
+
+def open_repository(plain: ObjectStorage, version: str | None) -> IcechunkStorage:
+    """Open the repository in OUT at a version, or at the latest; none need be there yet."""
+    repository = str(plain / REPOSITORY)
+    if version is None:
+        files = RepositoryFiles(repository=repository, version=_newest_version(repository))
+    else:
+        files = RepositoryFiles(repository=repository, version=_find_version(repository, version), pinned=True)
+    return IcechunkStorage(files, plain.scheme, plain.key)
 
 
 # It writes warnings to standard output, where answers are; what concerns a user is raised.
 if "ICECHUNK_LOG" not in os.environ:
     icechunk.set_logs_filter("off")
 register_implementation(RepositoryFiles.protocol, RepositoryFiles, clobber=True)
-register_path(RepositoryFiles.protocol, RepositoryPath, clobber=True)
 
 
 def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
