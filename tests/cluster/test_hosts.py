@@ -15,7 +15,7 @@ from test_ledger_pass import ELEMENTS, SHAPES, bits
 
 from logs import walk_arrays, write_trajectory
 from natgrad.compute import clusters
-from natgrad.compute.ledger_pass import compute_ledger
+from opened import compute_ledger
 from servers import kill, process
 
 ROWS, CHUNK = 120, (3, 40)
@@ -126,7 +126,7 @@ def slowly(done, total):
     time.sleep(0.2)
 
 store = Path(sys.argv[2])
-compute.compute_ledger(
+compute_ledger(
     store, store.with_name("ledger.zarr"), executor=compute.existing_cluster(sys.argv[1]), progress=slowly
 )
 """

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
+from natgrad.storage.repository import versions
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
@@ -18,8 +19,7 @@ from natgrad.app import scan as watch
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.storage import place, put
-from natgrad.storage.repository import versions
-from natgrad.store import Trajectory, only_writer
+from natgrad.store import open_trajectory
 from natgrad_flows import runs
 from natgrad_flows.scan import watch_runs
 
@@ -137,7 +137,7 @@ def test_a_flow_takes_several_sources_as_the_command_line_does(log, tmp_path):
     options = {"mapping": {"loss": "nll"}, "shift": {"loss": -1}}
     runs.process_run([metrics, log], tmp_path / "joined", workers=1, **options)
     run.ingest_run([metrics, log], tmp_path / "by-hand", **options)
-    one, other = (Trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
+    one, other = (open_trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
     assert one.fingerprint() == other.fingerprint()
     assert one.scalar("loss").tolist() == [step / 8 for step in range(8)]
     (row,) = [row for row in watch.status(tmp_path) if row["run"] == "joined"]
@@ -156,7 +156,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_those_that_are_watched(tmp_path,
     def look():
         answer = watch_runs(tmp_path / "logs", tmp_path / "out", workers=1)
         assert not answer["failed"]
-        states = Trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
+        states = open_trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
         return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
 
     assert look() == (1, 0, [0.5, 0.25, 0.125])

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
-from natgrad.ingestion import ingest, transfer
+from natgrad.ingestion import transfer
 from natgrad.schema import blocks
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.sources.checkpoints.step_folder import StepFolder
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest
 
 ELEMENTS = 17  # of `logs.TENSORS`
 WIDE = 8  # elements of a chunk: three columns of one step, the last with an element of padding
@@ -61,7 +62,7 @@ def read(trajectory, name):
 def stored(store, row, key):
     """A tensor of a row by its key in the log, in the dtype of the store."""
     array, _, name = key.partition("/")
-    trajectory = Trajectory(store)
+    trajectory = open_trajectory(store)
     (tensor,) = (tensor for tensor in trajectory.layout.tensors if tensor.name == name)
     values = read(trajectory, array)[row, tensor.offset : tensor.stop]
     return values.view(DTYPES[trajectory.dtypes[array]]).reshape(tensor.shape)
@@ -69,7 +70,7 @@ def stored(store, row, key):
 
 def assert_holds(store, states, numbers=None):
     """A trajectory is these states, bit for bit."""
-    trajectory = Trajectory(store)
+    trajectory = open_trajectory(store)
     numbers = list(range(len(states))) if numbers is None else numbers
     assert trajectory.scalar("step").tolist() == numbers
     for row, state in enumerate(states):
@@ -123,7 +124,7 @@ def test_every_dtype_lands_bit_for_bit(log, store, dtype, container):
     assert summary.dtypes == dict.fromkeys(("parameter", "gradient", "hvp"), dtype)
     assert (summary.new_steps, summary.steps, summary.first_step, summary.last_step) == (5, 5, 0, 4)
     assert (summary.tensors, summary.elements) == (len(TENSORS), ELEMENTS)
-    assert len(Trajectory(store).records()) > 1
+    assert len(open_trajectory(store).records()) > 1
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -136,7 +137,7 @@ def test_a_model_of_mixed_dtypes_is_stored_exactly(log, store, dtypes):
             state[f"parameter/{name}"] = state[f"parameter/{name}"].astype(DTYPES[dtypes[index % 2]])
             state[f"gradient/{name}"] = special.astype(DTYPES[dtypes[index % 2]])
     ingest(write_log(log, states), store)
-    assert {tensor.name: tensor.dtype for tensor in Trajectory(store).layout.tensors} == {
+    assert {tensor.name: tensor.dtype for tensor in open_trajectory(store).layout.tensors} == {
         name: dtypes[index % 2] for index, name in enumerate(TENSORS)
     }
     for row, state in enumerate(states):
@@ -183,9 +184,9 @@ def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(tmp_path, l
     assert set(opened) == set(range(first, 8))
     assert_holds(store, states)
     ingest(log, tmp_path / "once" / "trajectory.zarr")
-    once = Trajectory(tmp_path / "once" / "trajectory.zarr")
-    assert Trajectory(store).fingerprint() == once.fingerprint()
-    assert content(store, commits=False) == content(once.path, commits=False)
+    once = open_trajectory(tmp_path / "once" / "trajectory.zarr")
+    assert open_trajectory(store).fingerprint() == once.fingerprint()
+    assert content(store, commits=False) == content(once.storage.local_path, commits=False)
 
 
 def test_an_ingest_of_nothing_new_opens_no_step_and_changes_no_file(log, store, opened):
@@ -455,7 +456,7 @@ def test_a_damaged_file_leaves_nothing_that_a_good_run_trips_over(
         assert names(store.parent) == ({"notes.txt", f".{store.name}.lock"} if out_is_there else set())
         assert store.parent.exists() == out_is_there
     else:
-        rows = Trajectory(store).n_states
+        rows = open_trajectory(store).n_states
         assert 0 < rows <= bad
         assert_holds(store, states[:rows])
     path.write_bytes(whole)
@@ -556,8 +557,8 @@ def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, con
         "give it with --learning-rate; without it no metric exists",
     ]
     loss = [states[0]["loss"], np.nan, states[2]["loss"], np.nan]
-    np.testing.assert_array_equal(Trajectory(store).scalar("loss"), loss)
-    np.testing.assert_array_equal(Trajectory(store).scalar("learning_rate"), np.nan)
+    np.testing.assert_array_equal(open_trajectory(store).scalar("loss"), loss)
+    np.testing.assert_array_equal(open_trajectory(store).scalar("learning_rate"), np.nan)
 
 
 def test_keys_that_are_not_used_are_warned_of(log, store):
@@ -575,7 +576,7 @@ def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_
     write_step(log, 3, states[3])
     (warning,) = ingest(log, store).warnings
     assert warning.startswith("loss_time_derivative is logged from step 3 on, and not stored")
-    trajectory = Trajectory(store)
+    trajectory = open_trajectory(store)
     assert trajectory.scalars == ("loss", "learning_rate", "hessian_min_eigenvalue")
     np.testing.assert_array_equal(trajectory.scalar("hessian_min_eigenvalue"), [np.nan, -0.5, np.nan, np.nan])
     np.testing.assert_array_equal(trajectory.scalar("loss_time_derivative"), np.full(4, np.nan))
@@ -587,15 +588,15 @@ ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 WAITING_INGEST = """
 import sys
-from pathlib import Path
 from natgrad.ingestion import ingest
+from natgrad.storage import LocalStorage
 
 def wait(done, total):
     sys.stdout.write("writing\\n")
     sys.stdout.flush()
     sys.stdin.readline()
 
-ingest(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+ingest([LocalStorage(sys.argv[1])], LocalStorage(sys.argv[2]), progress=wait)
 """
 
 
@@ -626,6 +627,7 @@ from pathlib import Path
 from natgrad.schema import blocks
 from natgrad.ingestion import log_to_store as ingest
 from natgrad.ingestion import transfer
+from natgrad.storage import LocalStorage
 
 os.fsync = lambda descriptor: None
 blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = int(sys.argv[3]), 1
@@ -639,7 +641,7 @@ def run(name, last_change=None, delay=None):
 
         def watch(event, arguments):
             nonlocal changes
-            if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+            if event in ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir") or (
                 event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wx")
             ):
                 if changes == last_change:
@@ -648,7 +650,7 @@ def run(name, last_change=None, delay=None):
 
         sys.addaudithook(watch)
         os.write(ready, b"!")
-        ingest.ingest(log, folder / name / "trajectory.zarr")
+        ingest.ingest([LocalStorage(log)], LocalStorage(folder / name / "trajectory.zarr"))
         (folder / (name + ".changes")).write_text(str(changes))
         os._exit(0)
     os.read(started, 1)

@@ -22,6 +22,7 @@ from natgrad.schema.names import DESCENTS, ledger_vectors
 from natgrad.schema.variables import VARIABLES, ShiftedMetric, Status
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
+from opened import read_results, write_results
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
 
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
@@ -655,7 +656,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     extremes = np.ones((len(inputs.steps), len(TENSORS)))
     inputs = replace(inputs, optimizer=Optimizer(extremes, extremes, extremes))
     tree = results.label(inputs, windows=[2], provenance={"source": "a log"})
-    results.write(tree, tmp_path / "results.zarr")
+    write_results(tree, tmp_path / "results.zarr")
     code = """
 import sys, json, xarray
 tree = xarray.open_datatree(sys.argv[1])
@@ -684,15 +685,15 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
 
 def test_results_are_read_back_as_they_were_and_replaced_whole(tmp_path):
     first, second = results.label(inputs_of(walk())), results.label(inputs_of(walk(seed=2)), gammas=[2.0])
-    results.write(first, tmp_path / "results.zarr")
-    results.write(second, tmp_path / "results.zarr")
-    xr.testing.assert_identical(results.read(tmp_path / "results.zarr").load(), second)
+    write_results(first, tmp_path / "results.zarr")
+    write_results(second, tmp_path / "results.zarr")
+    xr.testing.assert_identical(read_results(tmp_path / "results.zarr").load(), second)
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
 
 def test_no_results_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"no results here[\s\S]*natgrad analyze"):
-        results.read(tmp_path / "results.zarr")
+        read_results(tmp_path / "results.zarr")
 
 
 @pytest.mark.parametrize("gammas", [[0.0], [-1.0], [np.nan], [np.inf], []])

@@ -25,8 +25,8 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.torch_archive import TORCH_DTYPES, TorchFile
 from natgrad.sources.completion import complete
-from natgrad.sources.opening import open_source
 from natgrad.sources.steps import LoggedStep, LoggedTensor
+from opened import open_source
 
 DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scalar_logs import read_all, run_without_scalars, settled, stored
 
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
+from opened import ingest
 
 STEPS = 6
 WRITE = """

@@ -12,17 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+from natgrad.storage.disk import flush_all, replace_files, replace_folder
 
 from logs import random_walk, write_log
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
-from natgrad.ingestion import ingest, transfer
+from natgrad.ingestion import transfer
 from natgrad.schema import blocks
 from natgrad.schema.errors import InputError
 from natgrad.storage import disk
-from natgrad.storage.disk import flush_all, replace_files, replace_folder
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest
 
 TENSORS = {"weight": (300, 100), "bias": (40,)}
 STEPS = 12
@@ -58,7 +59,7 @@ from natgrad.ingestion import transfer
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
 from natgrad.schema.errors import InputError
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
 
 blocks.CHUNK_ELEMENTS, transfer.COMMIT_BYTES = 70_000, 1
 out = disk / "out"
@@ -72,7 +73,7 @@ try:
     print("no error")
 except InputError as error:
     print(error.what, error.where.startswith(str(disk)), "run again" in error.remedy, sep="|")
-rows = Trajectory(out / "trajectory.zarr").n_states if (out / "trajectory.zarr").exists() else 0
+rows = open_trajectory(out / "trajectory.zarr").n_states if (out / "trajectory.zarr").exists() else 0
 print(rows, verify_run(out) if rows else [], sep="|")
 run(["mount", "-o", "remount,{}".format(sys.argv[4]), disk], check=True)
 try:
@@ -176,8 +177,8 @@ def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path
         Failing(patch, calls, errno.EDQUOT)
         with pytest.raises(InputError, match="the quota is exceeded"):
             ingest_run(log, out)
-    store = RunFolder(out).trajectory
-    before = Trajectory(store).scalar("step").tolist() if store.exists() else []
+    store = RunFolder.of(out).trajectory
+    before = open_trajectory(store).scalar("step").tolist() if store.exists() else []
     assert before == list(range(len(before)))
     assert not before or verify_run(out) == []
     ingest_run(log, out)

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from natgrad.storage.icechunk_files import RepositoryFiles
+from natgrad.storage.repository import newest, outside, place_of_run, versions
 
 import logs
 from natgrad.app import cli, run
 from natgrad.app.describe import describe_run
 from natgrad.app.verification import verify_run
 from natgrad.compute import ledger_pass as compute
-from natgrad.results import dataset as results
 from natgrad.schema import blocks
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage import delete, is_url, names, place, put
-from natgrad.storage.icechunk_files import RepositoryFiles
-from natgrad.storage.repository import newest, outside, place_of_run, versions
-from natgrad.store import Ledger, Trajectory, only_writer
+from natgrad.store import open_ledger, open_trajectory
+from opened import compute_ledger, read_results
 from processing import Serial
 
 
@@ -73,7 +73,7 @@ def both(s3_server, tmp_path_factory):
     kinds = {outs[0]: None, outs[1]: "icechunk"}
     for out in outs:
         run.ingest_run(log, out, store=kinds[out])
-        compute.compute_ledger(str(out / "trajectory.zarr"), str(out / "ledger.zarr"))
+        compute_ledger(str(out / "trajectory.zarr"), str(out / "ledger.zarr"))
     for numbers in (range(6, 8), range(8, 12)):
         for number in numbers:
             logs.write_step(log, number, first[number])
@@ -123,15 +123,15 @@ def test_every_commit_is_a_version_that_says_what_it_brought(both):
 
 
 def test_an_old_version_is_what_it_was(both, before):
-    then = Trajectory("s3://bucket/both/trajectory.zarr", before)
-    kept = Trajectory(both[2] / "trajectory.zarr")
+    then = open_trajectory("s3://bucket/both/trajectory.zarr", before)
+    kept = open_trajectory(both[2] / "trajectory.zarr")
     assert (then.n_states, then.fingerprint()) == (12, kept.fingerprint())
-    assert Trajectory("s3://bucket/both/trajectory.zarr").n_states == 17
-    books = Ledger("s3://bucket/both/ledger.zarr", before).read(), Ledger(both[2] / "ledger.zarr").read()
+    assert open_trajectory("s3://bucket/both/trajectory.zarr").n_states == 17
+    books = open_ledger("s3://bucket/both/ledger.zarr", before).read(), open_ledger(both[2] / "ledger.zarr").read()
     for one, other in zip(*books, strict=True):
         assert one.tobytes() == other.tobytes()
-    tree = results.read("s3://bucket/both/results.zarr", before)
-    xr.testing.assert_identical(tree.load(), results.read(both[2] / "results.zarr").load())
+    tree = read_results("s3://bucket/both/results.zarr", before)
+    xr.testing.assert_identical(tree.load(), read_results(both[2] / "results.zarr").load())
     assert describe_run(both[1], before)["attempts"] == 1
     assert verify_run(both[1], before) == verify_run(both[1]) == []
 
@@ -143,10 +143,10 @@ def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
     time = next(row.written_at for row in repository.ancestry(branch="main") if row.id == before)
     naive = time.astimezone(datetime.UTC).replace(tzinfo=None)
     for version in ("paper", time.isoformat(), naive.isoformat()):
-        assert Trajectory("s3://bucket/both/trajectory.zarr", version).n_states == 12
+        assert open_trajectory("s3://bucket/both/trajectory.zarr", version).n_states == 12
     for version in ("draft", "1970-01-01", before[:-1] + "*"):
         with pytest.raises(InputError, match="there is no version") as refusal:
-            results.read("s3://bucket/both/results.zarr", version)
+            read_results("s3://bucket/both/results.zarr", version)
         assert "natgrad versions OUT" in refusal.value.remedy
 
 
@@ -154,7 +154,7 @@ def test_an_old_version_is_only_read(both, before):
     path = place_of_run(both[1], version=before)
     for work in (
         lambda: run.ingest_run("any", path),
-        lambda: compute.compute_ledger(path / "trajectory.zarr", path / "ledger.zarr"),
+        lambda: compute_ledger(path / "trajectory.zarr", path / "ledger.zarr"),
         lambda: run.analyze_run(path, Serial()),
     ):
         with pytest.raises(InputError, match=r"a version is only read|no such file or folder"):
@@ -217,7 +217,7 @@ def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
     for out in (url, tmp_path / "out"):
         assert run.ingest_run(log, out, overwrite=True)["steps"] == 9
     assert content(url) == content(tmp_path / "out")
-    assert Trajectory(url / "trajectory.zarr", version).n_states == 6
+    assert open_trajectory(url / "trajectory.zarr", version).n_states == 6
     store = opened(s3_server, url).readonly_session("main").store
     assert zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r").shape == (1,)
     # What is refused changes nothing, not even where it begins anew.
@@ -236,27 +236,27 @@ def test_worker_processes_read_the_version_that_is_computed(url, tmp_path, monke
     store = written(url, rows=9, elements=64, chunk=(2, 16))
     ledgers = store.parent / "ledger.zarr", tmp_path / "ledger.zarr"
     for ledger, executor in zip(ledgers, (compute.local(2), compute.serial), strict=True):
-        summary = compute.compute_ledger(store, ledger, executor=executor)
+        summary = compute_ledger(store, ledger, executor=executor)
         assert summary.plan.tasks > summary.computed_chunks > 0
-    one, other = (Ledger(newest(ledger)).read()[0] for ledger in ledgers)
+    one, other = (open_ledger(newest(ledger)).read()[0] for ledger in ledgers)
     assert one.tobytes() == other.tobytes()
     assert versions(url)[0]["message"].startswith("ledger of ")
 
 
 def test_a_reader_sees_what_is_committed(url):
     store = written(url, rows=2)
-    reader = Trajectory(store)
+    reader = open_trajectory(store)
     with only_writer(store, "trajectory") as path:
-        writer = Trajectory(path)
+        writer = open_trajectory(path)
         assert writer.n_states == 2
         writer.journal.write("00000001", {"stop": 99}, new=True)
-        assert Trajectory(path).n_states == 99
+        assert open_trajectory(path).n_states == 99
         reader.refresh()
-        assert (reader.n_states, Trajectory(newest(store)).n_states) == (2, 2)
+        assert (reader.n_states, open_trajectory(newest(store)).n_states) == (2, 2)
     with only_writer(store, "trajectory") as path:
-        assert Trajectory(path).n_states == 2
+        assert open_trajectory(path).n_states == 2
         logs.append_states(path, logs.walk_arrays(3, 200, seed=1))
-    assert (reader.n_states, Trajectory(store).n_states) == (2, 2)
+    assert (reader.n_states, open_trajectory(store).n_states) == (2, 2)
     reader.refresh()
     assert reader.n_states == 5
     assert len(reader.scalar("step")) == 5
@@ -291,21 +291,21 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     done = subprocess.run([sys.executable, "-c", KILLED, str(log), str(url), "2"], check=False)
     assert done.returncode == -9
-    assert Trajectory(str(url / "trajectory.zarr")).n_states == 8
+    assert open_trajectory(str(url / "trajectory.zarr")).n_states == 8
     assert [row["message"].rpartition(": ")[2] for row in versions(url)][:1] == ["steps 0 to 7, attempt 0"]
     assert verify_run(url) == []
     monkeypatch.setattr("natgrad.ingestion.transfer.COMMIT_BYTES", 1)
     monkeypatch.setattr("natgrad.ingestion.log_to_store.chunk_shape", lambda *_: (8, 17))
     for out in (url, tmp_path / "out"):
         run.ingest_run(log, out)
-    assert len(Trajectory(str(url / "trajectory.zarr")).records()) == 3
+    assert len(open_trajectory(str(url / "trajectory.zarr")).records()) == 3
     assert content(url) == content(tmp_path / "out")
 
 
 HELD = """
 import sys
 from natgrad.app import run
-from natgrad.store import trajectory
+from natgrad.store import open_ledger, open_trajectory, trajectory
 
 whole = trajectory.publish
 
@@ -355,13 +355,13 @@ def test_two_writers_of_a_trajectory(held, url):
 def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
     process, log = held
     stores = str(url / "trajectory.zarr"), str(url / "ledger.zarr")
-    assert compute.compute_ledger(*stores).n_updates == 3
+    assert compute_ledger(*stores).n_updates == 3
     assert process.communicate("\n")[0] == "8 steps\n"
     assert [row["message"].partition(" ")[0] for row in versions(url, 2)] == ["trajectory", "ledger"]
-    assert compute.compute_ledger(*stores).n_updates == 7
+    assert compute_ledger(*stores).n_updates == 7
     run.ingest_run(log, tmp_path / "out")
-    compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
-    there, here = (Ledger(out).read()[0] for out in (stores[1], tmp_path / "out" / "ledger.zarr"))
+    compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
+    there, here = (open_ledger(out).read()[0] for out in (stores[1], tmp_path / "out" / "ledger.zarr"))
     assert there.tobytes() == here.tobytes()
 
 
@@ -382,7 +382,7 @@ def test_a_damaged_object_is_found(url, damage, said):
     assert said in told.what
     assert (told.array, told.path.name) == ("gradient", "0")
     with pytest.raises(InputError, match="a chunk cannot be read"):
-        compute.compute_ledger(store, store.parent / "ledger.zarr")
+        compute_ledger(store, store.parent / "ledger.zarr")
 
 
 # Keys --------------------------------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def test_what_a_commit_writes_does_not_grow_with_the_run(url, monkeypatch):
     folder = url / "stores.icechunk" / "manifests"
     largest = max((folder / name).stat().st_size for name in names(folder))
     assert largest < commits * elements * 4
-    assert len(Trajectory(newest(store)).records()) == commits
+    assert len(open_trajectory(newest(store)).records()) == commits
     assert verify_run(url) == []
 
 

@@ -28,7 +28,8 @@ from natgrad.compute import ledger_pass as compute
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.sources.container import ObjectRegion
 from natgrad.storage import delete, is_url, network_errors, objects, place, put, seen
-from natgrad.store import Ledger, Trajectory, only_writer
+from natgrad.store import Ledger, Trajectory, open_ledger, open_trajectory
+from opened import compute_ledger
 from processing import Serial
 from servers import forget_object_stores, free_port
 
@@ -57,7 +58,7 @@ def both(s3_server, tmp_path_factory):
     outs = folder / "out", place("s3://bucket/both")
     for out in outs:
         run.ingest_run(log, out)
-        compute.compute_ledger(out / "trajectory.zarr", out / "ledger.zarr")
+        compute_ledger(out / "trajectory.zarr", out / "ledger.zarr")
     for number in range(STEPS * 2 // 3, STEPS):
         logs.write_step(log, number, states[number])
     for out in outs:
@@ -105,11 +106,11 @@ def test_the_pass_gives_the_same_bits(url, tmp_path, compressors, monkeypatch):
     books = []
     for out in (tmp_path, url):
         logs.write_trajectory(out / "t.zarr", arrays, {"a": (30,), "b": (7, 10)}, (4, 40), compressed)
-        compute.compute_ledger(out / "t.zarr", out / "l.zarr", executor=compute.threads(2))
-        books.append(Ledger(out / "l.zarr").read())
+        compute_ledger(out / "t.zarr", out / "l.zarr", executor=compute.threads(2))
+        books.append(open_ledger(out / "l.zarr").read())
     for here, there in zip(*books, strict=True):
         assert here.tobytes() == there.tobytes()
-    states = Trajectory(url / "t.zarr")
+    states = open_trajectory(url / "t.zarr")
     out = np.zeros((6, 20), np.float32)
     states.read("parameter", 2, 8, 2, out)
     assert np.array_equal(out, arrays["parameter"][2:8, 80:])
@@ -118,11 +119,11 @@ def test_the_pass_gives_the_same_bits(url, tmp_path, compressors, monkeypatch):
 def test_processes_read_and_write_a_url(url, tmp_path):
     logs.write_trajectory(url / "trajectory.zarr", logs.walk_arrays(40, 64), {"a": (64,)}, (8, 64))
     stores = url / "trajectory.zarr", url / "ledger.zarr"
-    compute.compute_ledger(*stores)
-    expected = Ledger(stores[1]).read()[0]
+    compute_ledger(*stores)
+    expected = open_ledger(stores[1]).read()[0]
     Ledger.remove(stores[1])
-    compute.compute_ledger(*stores, executor=compute.local(2))
-    assert Ledger(stores[1]).read()[0].tobytes() == expected.tobytes()
+    compute_ledger(*stores, executor=compute.local(2))
+    assert open_ledger(stores[1]).read()[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("damage", ["changed", "short", "missing"])
@@ -135,7 +136,7 @@ def test_a_damaged_object_is_named(url, damage):
     else:
         put(chunk, whole[:-8] if damage == "short" else whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match="a chunk cannot be read") as refusal:
-        compute.compute_ledger(store, url / "l.zarr")
+        compute_ledger(store, url / "l.zarr")
     assert refusal.value.where == str(chunk)
 
 
@@ -219,14 +220,14 @@ def test_a_store_without_conditions_is_refused(url, monkeypatch):
 def test_a_commit_beside_another_is_refused(url):
     """Whoever removes a lock by hand: the second record of a number is not taken for the first."""
     store = logs.write_trajectory(url / "t.zarr", logs.walk_arrays(2, 8), {"a": (8,)}, (4, 8))
-    late = Trajectory(store)
+    late = open_trajectory(store)
     logs.append_states(store, logs.walk_arrays(1, 8, seed=1))
     names = late.journal.names()
     late.journal.names = lambda: names[:1]
     numbers = {"loss": [0.0], "learning_rate": [0.1]}
     with pytest.raises(Unavailable, match="another process has committed meanwhile"):
         late.commit([2], numbers, [{}], {"parameter": [[0]], "gradient": [[0]]})
-    record = Trajectory(store).records()[1]
+    record = open_trajectory(store).records()[1]
     late.journal.write("00000001", {key: value for key, value in record.items() if key != "crc32c"}, new=True)
 
 
@@ -258,7 +259,7 @@ from natgrad.compute import ledger_pass as compute
 from natgrad.app import run
 from natgrad.ingestion import log_to_store, transfer
 from natgrad.storage import disk, objects
-from natgrad.store import group, journal, states, writer
+from natgrad.store import group, journal, open_ledger, open_trajectory, states, writer
 
 log, out = Path(sys.argv[1]), sys.argv[2]
 transfer.COMMIT_BYTES = 1
@@ -280,7 +281,7 @@ for count in map(int, sys.argv[3:]):
     if not child:
         left = count
         run.ingest_run(log, out)
-        compute.compute_ledger(out + "/trajectory.zarr", out + "/ledger.zarr")
+        compute_ledger(out + "/trajectory.zarr", out + "/ledger.zarr")
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -295,8 +296,8 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["-9"] * 4 + ["0"]
     run.ingest_run(log, tmp_path / "out")
-    compute.compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
-    assert len(Trajectory(url / "trajectory.zarr").records()) == 3
+    compute_ledger(tmp_path / "out" / "trajectory.zarr", tmp_path / "out" / "ledger.zarr")
+    assert len(open_trajectory(url / "trajectory.zarr").records()) == 3
     assert content(url) == content(tmp_path / "out")
 
 
@@ -331,9 +332,9 @@ def test_a_log_is_read_where_it_is(url, tmp_path, container, monkeypatch):
     digests = []
     for log, out in ((here, tmp_path / "here"), (there, tmp_path / "there")):
         assert run.ingest_run(log, out)["new_steps"] == 1
-        digests.append(Trajectory(out / "trajectory.zarr").fingerprint())
+        digests.append(open_trajectory(out / "trajectory.zarr").fingerprint())
     assert digests[0] == digests[1]
-    assert Trajectory(tmp_path / "there" / "trajectory.zarr").source == str(there)
+    assert open_trajectory(tmp_path / "there" / "trajectory.zarr").source == str(there)
 
 
 def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
@@ -468,7 +469,7 @@ def put_without_scalars(url, steps):
 
 
 def scalars_of(out):
-    states = Trajectory(out / "trajectory.zarr")
+    states = open_trajectory(out / "trajectory.zarr")
     return list(zip(*(states.scalar(name).tolist() for name in ("step", "loss", "learning_rate")), strict=True))
 
 

@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from logs import write_step
 from natgrad.ingestion import ingest, transfer
 from natgrad.schema import blocks
-from natgrad.store import Trajectory
-from natgrad.store.verify import verify_trajectory
+from natgrad.store import open_trajectory
+from opened import verify_trajectory
 
 SHAPE = (3, 5)
 CHUNK_ELEMENTS = 30  # of two steps
@@ -123,7 +123,7 @@ class Run(RuleBasedStateMachine):
         new = self.to_come()
         assert ingest(self.log, self.store).new_steps == len(new)
         self.rows += new
-        assert Trajectory(self.store).n_states == len(self.rows)
+        assert open_trajectory(self.store).n_states == len(self.rows)
         assert ingest(self.log, self.store).new_steps == 0
 
     @precondition(lambda self: self.logged)
@@ -137,7 +137,7 @@ class Run(RuleBasedStateMachine):
             pass
         finally:
             reaper.left = None
-        committed = Trajectory(self.store).n_states if self.store.exists() else 0
+        committed = open_trajectory(self.store).n_states if self.store.exists() else 0
         assert len(self.rows) <= committed <= len(whole)
         self.rows = whole[:committed]
 
@@ -145,7 +145,7 @@ class Run(RuleBasedStateMachine):
     def the_store_is_the_model(self):
         if not self.rows:
             return
-        trajectory = Trajectory(self.store)
+        trajectory = open_trajectory(self.store)
         steps, attempts, versions = (trajectory.scalar(name).tolist() for name in ("step", "attempt", "loss"))
         assert list(zip(steps, attempts, versions, strict=True)) == self.rows
         for name in ("parameter", "gradient"):

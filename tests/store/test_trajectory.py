@@ -13,6 +13,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from natgrad.storage.chunk_file import ChunkFile
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from logs import DTYPES, append_states, walk_arrays, write_trajectory
@@ -21,8 +22,7 @@ from natgrad.schema.blocks import LedgerChunk
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION, Layout, storage_dtype
 from natgrad.schema.names import VECTORS
-from natgrad.storage.chunk_file import ChunkFile
-from natgrad.store import Ledger, Trajectory, checksum
+from natgrad.store import Ledger, Trajectory, checksum, open_ledger, open_trajectory
 from natgrad.store.group import ArrayPlan
 from natgrad.store.journal import Journal
 
@@ -150,9 +150,9 @@ def write_only(trajectory, arrays):
 def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_once(path):
     arrays = walk_arrays(6, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
-    writer = Trajectory(path)
+    writer = open_trajectory(path)
     write_only(writer, {name: array[3:] for name, array in arrays.items()})
-    reader = Trajectory(path)
+    reader = open_trajectory(path)
     assert_holds(reader, arrays, rows=3)
     assert sum(record["stop"] - record["start"] for record in reader.records()) == 3
     assert rows_on_disk(path) == dict.fromkeys([*MIXED, "step", "attempt", "loss", "learning_rate"], 3)
@@ -171,7 +171,7 @@ def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, mo
     seen = []
 
     def look(kind, target, before):
-        reader = Trajectory(path)
+        reader = open_trajectory(path)
         assert_holds(reader, arrays, rows=reader.n_states)
         assert max(rows_on_disk(path).values()) <= reader.n_states
         seen.append(reader.n_states)
@@ -181,7 +181,7 @@ def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, mo
         append_states(path, {name: array[3:] for name, array in arrays.items()})
     assert sorted(set(seen)) == [3, 9]
     assert seen == sorted(seen)
-    assert_holds(Trajectory(path), arrays)
+    assert_holds(open_trajectory(path), arrays)
 
 
 def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(path, monkeypatch):
@@ -224,8 +224,8 @@ def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_fa
             append_states(path, write)
             committed = {name: np.concatenate([array, write[name]]) for name, array in committed.items()}
         else:
-            write_only(Trajectory(path), write)
-        assert_holds(Trajectory(path), committed)
+            write_only(open_trajectory(path), write)
+        assert_holds(open_trajectory(path), committed)
     for name, array in committed.items():
         assert zarr.open_array(path / name, mode="r")[:].tobytes() == words(array).tobytes()
 
@@ -244,23 +244,23 @@ def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeyp
         patch.setattr(Path, "unlink", lambda aside, **options: None)  # one that is killed clears nothing up
         with pytest.raises(Stopped):
             append_states(path, {name: array[2:] for name, array in arrays.items()})
-    left = Trajectory(path)
+    left = open_trajectory(path)
     assert sorted(rows_on_disk(path).values()) == [2] * (7 - resizes) + [5] * resizes
     assert_holds(left, arrays)
     left.recover()
-    assert_holds(Trajectory(path), arrays)
+    assert_holds(open_trajectory(path), arrays)
     with xr.open_zarr(path, consolidated=False) as dataset:
         assert dataset.sizes == {"step": 5, "element": ELEMENTS}
 
 
 def test_a_committed_row_is_not_written_again(path):
     arrays = walk_arrays(2, ELEMENTS)
-    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    trajectory = open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
     block = np.zeros((1, CHUNK[1]), np.float32)
     for row in (0, 1):
         with pytest.raises(ValueError, match=f"row {row} of gradient is committed"):
             trajectory.write("gradient", row, 0, block)
-    assert_holds(Trajectory(path), arrays)
+    assert_holds(open_trajectory(path), arrays)
 
 
 def test_a_damaged_record_is_refused_by_name(path):
@@ -269,7 +269,7 @@ def test_a_damaged_record_is_refused_by_name(path):
     record = path / "commits" / "00000000.json"
     record.write_text(record.read_text()[:-9])
     with pytest.raises(InputError) as caught:
-        Trajectory(path)
+        open_trajectory(path)
     assert caught.value.where == str(record)
 
 
@@ -284,7 +284,7 @@ def test_checksums_of_every_row_and_column_are_recorded(path):
     arrays = random_bits(6, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     append_states(path, {name: array[2:] for name, array in arrays.items()})
-    trajectory = Trajectory(path)
+    trajectory = open_trajectory(path)
     assert [(record["start"], record["stop"]) for record in trajectory.records()] == [(0, 2), (2, 6)]
     for name in MIXED:
         recorded = [row for record in trajectory.records() for row in record["checksums"][name].tolist()]
@@ -306,7 +306,7 @@ CODECS = {
 def write_compressed(path, arrays, codec):
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in SHAPES.items()})
-    Trajectory.create(path, layout, dtypes, CHUNK, compressors=dict.fromkeys(dtypes, CODECS[codec]))
+    create_trajectory(path, layout, dtypes, CHUNK, compressors=dict.fromkeys(dtypes, CODECS[codec]))
     return append_states(path, arrays)
 
 
@@ -320,7 +320,7 @@ def twins(tmp_path_factory):
         packed = write_compressed(folder / f"{dtype}-packed.zarr", arrays, "blosc")
         assert not zarr.open_array(raw / "parameter", mode="r").compressors
         assert zarr.open_array(packed / "parameter", mode="r").compressors
-        twins[dtype] = Trajectory(raw), Trajectory(packed), arrays
+        twins[dtype] = open_trajectory(raw), open_trajectory(packed), arrays
     return twins
 
 
@@ -360,7 +360,7 @@ def test_any_part_of_a_chunk_column_is_where_it_is_located(twins, dtype, rows, c
 def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_are(path):
     arrays = walk_arrays(4, ELEMENTS)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
-    reader, out = Trajectory(path), np.empty((2, 5), np.float32)
+    reader, out = open_trajectory(path), np.empty((2, 5), np.float32)
     with reader.opened(0):
         located = reader.located("parameter", 0, 2, 0)
         append_states(path, {name: array[2:] for name, array in arrays.items()})
@@ -374,7 +374,7 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
 ):
     arrays = walk_arrays(6, ELEMENTS)
     write_trajectory(path, arrays, SHAPES, CHUNK)
-    reader, cached, found = Trajectory(path), True, set()
+    reader, cached, found = open_trajectory(path), True, set()
 
     def advise(descriptor, offset, length, advice):
         assert (offset, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
@@ -398,7 +398,7 @@ def descriptors():
 def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_the_next(path, monkeypatch):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
     monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: False)
-    reader, before = Trajectory(path), len(descriptors())
+    reader, before = open_trajectory(path), len(descriptors())
     with reader.opened(0, 2):
         reader.located("parameter", 0, 6, 0)
         assert len(descriptors()) == before + 4
@@ -415,7 +415,7 @@ def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_t
 
 def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
-    reader, out, before = Trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
+    reader, out, before = open_trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
     with reader.opened(0):
         located = reader.located("parameter", 0, 3, 0)
         os.truncate(path / "parameter/c/0/0", 24)
@@ -431,7 +431,7 @@ def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):
     document = path / "gradient/zarr.json"
     document.write_text(document.read_text()[:-9])
     with pytest.raises(InputError, match="metadata of an array") as caught:
-        Trajectory(path)
+        open_trajectory(path)
     assert caught.value.where == str(document)
 
 
@@ -441,7 +441,7 @@ def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
     chunk.unlink()
     chunk.mkdir()
     with pytest.raises(InputError, match="a chunk cannot be read") as caught:
-        read(Trajectory(path), "parameter")
+        read(open_trajectory(path), "parameter")
     assert caught.value.where == str(chunk)
 
 
@@ -450,18 +450,18 @@ def test_a_chunk_of_fill_values_is_data_like_any_other(path, dtype):
     # Zarr leaves such chunks out unless told otherwise, also after the store was opened again.
     arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
     arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
-    assert_holds(Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
+    assert_holds(open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
     append_states(path, arrays)
-    assert_holds(Trajectory(path), {name: np.concatenate([array, array]) for name, array in arrays.items()})
+    assert_holds(open_trajectory(path), {name: np.concatenate([array, array]) for name, array in arrays.items()})
 
 
 def test_scalars_that_the_log_lacks_are_nan_and_stored(path):
     arrays = walk_arrays(3, ELEMENTS)
-    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    trajectory = open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
     write_only(trajectory, arrays)
     nothing = {"loss": [math.nan] * 3, "learning_rate": [math.nan] * 3}
     trajectory.commit([3, 4, 5], nothing, [{}] * 3, {name: [[0] * 3] * 3 for name in arrays})
-    np.testing.assert_array_equal(Trajectory(path).scalar("loss"), [0, 0, 0, *nothing["loss"]])
+    np.testing.assert_array_equal(open_trajectory(path).scalar("loss"), [0, 0, 0, *nothing["loss"]])
 
 
 def test_plain_xarray_shows_the_dimensions_and_the_values(path):
@@ -480,7 +480,7 @@ def test_plain_xarray_shows_the_dimensions_and_the_values(path):
 
 
 def test_the_columns_cover_the_elements_once(path):
-    trajectory = Trajectory(write_trajectory(path, walk_arrays(1, ELEMENTS), SHAPES, CHUNK))
+    trajectory = open_trajectory(write_trajectory(path, walk_arrays(1, ELEMENTS), SHAPES, CHUNK))
     assert [trajectory.column(index) for index in range(trajectory.columns)] == [(0, 5), (5, 10), (10, 13)]
     assert trajectory.layout.names == tuple(SHAPES)
 
@@ -495,7 +495,7 @@ def test_a_damaged_chunk_is_refused_by_name(path, codec, damage):
         write_compressed(path, arrays, codec)
     chunk = path / "gradient" / "c" / "1" / "2"
     spoil(chunk, damage)
-    trajectory = Trajectory(path)
+    trajectory = open_trajectory(path)
     for column in (0, 1):
         trajectory.read("gradient", 0, 6, column, np.empty((6, CHUNK[1]), np.float32))
     trajectory.read("gradient", 0, 4, 2, np.empty((4, CHUNK[1]), np.float32))
@@ -519,7 +519,7 @@ def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     spoil(path / name / "c" / "0", damage)
     with pytest.raises(InputError) as caught:
-        Trajectory(path).scalar(name)
+        open_trajectory(path).scalar(name)
     assert caught.value.where == str(path / name / "c" / "0")
 
 
@@ -527,15 +527,15 @@ def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
 def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path, row):
     arrays = walk_arrays(7, ELEMENTS)
     chunks = [LedgerChunk(0, 2, ()), LedgerChunk(2, 4, ()), LedgerChunk(4, 6, ())]
-    before = Trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
+    before = open_trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
     arrays["gradient"][row, 12] *= 2
-    after = Trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
+    after = open_trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
     old, new = before.digests(chunks), after.digests(chunks)
     in_two = write_trajectory(
         tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK
     )
     append_states(in_two, {name: array[2:] for name, array in arrays.items()})
-    assert Trajectory(in_two).digests(chunks) == new
+    assert open_trajectory(in_two).digests(chunks) == new
     # Rows of a ledger chunk, and the halo: the state after its last.
     assert [chunk for chunk in chunks if old[chunk] != new[chunk]] == [
         b for b in chunks if b.start <= row <= b.stop
@@ -545,10 +545,10 @@ def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path,
 
 def test_the_fingerprint_does_not_depend_on_the_commits(tmp_path):
     arrays = walk_arrays(6, ELEMENTS)
-    one = Trajectory(write_trajectory(tmp_path / "one.zarr", arrays, SHAPES, CHUNK))
+    one = open_trajectory(write_trajectory(tmp_path / "one.zarr", arrays, SHAPES, CHUNK))
     write_trajectory(tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     append_states(tmp_path / "two.zarr", {name: array[2:] for name, array in arrays.items()})
-    assert Trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
+    assert open_trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
 
 
 # Whose folder it is ------------------------------------------------------------------------------------------
@@ -559,11 +559,11 @@ FIVE = VECTORS[:5]
 
 
 def create_trajectory(path):
-    return Trajectory.create(path, LAYOUT, {"parameter": "float32", "gradient": "float32"}, CHUNK)
+    return create_trajectory(path, LAYOUT, {"parameter": "float32", "gradient": "float32"}, CHUNK)
 
 
 def prepare_ledger(path, steps=STEPS, vectors=FIVE, updates_per_chunk=3, layout=LAYOUT):
-    return Ledger.prepare(path, layout, vectors, steps[:-1], np.diff(steps), updates_per_chunk)
+    return prepare_ledger(path, layout, vectors, steps[:-1], np.diff(steps), updates_per_chunk)
 
 
 KINDS = {"trajectory": (create_trajectory, Trajectory), "ledger": (prepare_ledger, Ledger)}
@@ -705,14 +705,16 @@ def fill(ledger, chunks=BANDS):
 
 def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledger):
     for chunk in (BANDS[2], BANDS[0]):
-        Ledger(ledger.path).write(chunk, *products(chunk), DIGESTS[chunk])
+        open_ledger(ledger.path).write(chunk, *products(chunk), DIGESTS[chunk])
     assert ledger.missing(DIGESTS) == [BANDS[1]]
     with pytest.raises(InputError, match="updates 3 to 6 are missing") as caught:
         ledger.read()
     assert caught.value.where == str(ledger.path)
     fill(ledger, [BANDS[1]])
-    assert Ledger(ledger.path).missing(DIGESTS) == []
-    for read_back, written in zip(Ledger(ledger.path).read(), zip(*map(products, BANDS), strict=True), strict=True):
+    assert open_ledger(ledger.path).missing(DIGESTS) == []
+    for read_back, written in zip(
+        open_ledger(ledger.path).read(), zip(*map(products, BANDS), strict=True), strict=True
+    ):
         np.testing.assert_array_equal(read_back, np.concatenate(written))
 
 
@@ -765,9 +767,9 @@ def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkey
         patch.setattr(Journal, "write", stopping(Journal.write, 0))
         with pytest.raises(Stopped):
             fill(ledger, [BANDS[2]])
-    assert Ledger(ledger.path).missing(DIGESTS) == [BANDS[2]]
+    assert open_ledger(ledger.path).missing(DIGESTS) == [BANDS[2]]
     with pytest.raises(InputError, match="updates 6 to 7 are missing"):
-        Ledger(ledger.path).read()
+        open_ledger(ledger.path).read()
 
 
 def test_a_band_of_other_states_is_missing(ledger):
@@ -865,7 +867,7 @@ def test_a_damaged_chunk_of_the_ledger_is_refused_by_name(ledger, chunk, damage)
     fill(ledger)
     spoil(ledger.path / chunk, damage)
     with pytest.raises(InputError) as caught:
-        Ledger(ledger.path).read()
+        open_ledger(ledger.path).read()
     assert caught.value.where == str(ledger.path / chunk)
 
 

@@ -14,14 +14,14 @@ from zarr.codecs import BloscCodec
 from logs import append_states, walk_arrays, write_trajectory
 from natgrad.app import cli
 from natgrad.app.verification import verify_run
-from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.schema import blocks
 from natgrad.schema.blocks import LedgerChunk
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION, Layout
 from natgrad.schema.names import VECTORS
-from natgrad.store import Ledger, Trajectory, checksum, verify
+from natgrad.store import Trajectory, checksum, open_ledger, open_trajectory, verify
 from natgrad.store.journal import Journal, sources_of
+from opened import compute_ledger, prepare_ledger, verify_ledger, verify_trajectory
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
 MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
@@ -97,13 +97,13 @@ def test_what_a_writer_commits_meanwhile_is_no_damage(tmp_path, monkeypatch):
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
 
     def open_and_be_overtaken(path):
-        states = Trajectory(path)
+        states = open_trajectory(path)
         for row in range(3, ROWS):
             append_states(path, {name: array[row : row + 1] for name, array in arrays.items()})
         return states
 
     monkeypatch.setattr(verify, "Trajectory", open_and_be_overtaken)
-    assert list(verify.verify_trajectory(path)) == []
+    assert list(verify_trajectory(path)) == []
 
 
 def test_a_damaged_state_is_named_by_array_step_and_tensors(out, tmp_path):
@@ -168,7 +168,7 @@ def packed(tmp_path_factory):
 
 
 def states_of(run):
-    trajectory = Trajectory(run / "trajectory.zarr")
+    trajectory = open_trajectory(run / "trajectory.zarr")
     buffers = [np.zeros((ROWS, CHUNK[1]), np.float32) for _ in range(trajectory.columns)]
     for column, buffer in enumerate(buffers):
         trajectory.read("parameter", 0, ROWS, column, buffer)
@@ -180,11 +180,11 @@ def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
     rows, start = 1000, 7
     steps = np.arange(start, start + 2 * rows)
     path = tmp_path / "ledger.zarr"
-    book = Ledger.prepare(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
+    book = prepare_ledger(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
     gram = np.random.default_rng(0).standard_normal((rows, 3, 5, 5))
     for chunk in (LedgerChunk(0, rows, ()), LedgerChunk(rows, 2 * rows, ())):
         book.write(chunk, gram, gram[:, :, 0, 0], "digest")
-    assert list(verify.verify_ledger(path)) == []
+    assert list(verify_ledger(path)) == []
     covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a ledger chunk nine groups, and one of 10 rows
     damages = {"gram": (0, covered - 1, covered, rows - 1), "residual_ratio": (rows - 1,)}
     for name, damaged in damages.items():
@@ -195,7 +195,7 @@ def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
         chunk.write_bytes(content)
     first = start + rows
     groups = [(0, covered - 1), (covered, 2 * covered - 1), (9 * covered, rows - 1)]
-    found = [(damage.array, damage.steps) for damage in verify.verify_ledger(path)]
+    found = [(damage.array, damage.steps) for damage in verify_ledger(path)]
     assert found == [
         *(("gram", (first + low, first + high)) for low, high in groups),
         ("residual_ratio", (first, first + rows - 1)),
@@ -207,7 +207,7 @@ def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
 
 def with_a_checksum_for_each_row(run):
     """Undo what was added to version 3 before it was released: checksums of a ledger that cover several rows."""
-    book = Ledger(run / "ledger.zarr")
+    book = open_ledger(run / "ledger.zarr")
     for name in book.journal.names():
         record = book.journal.read(name)
         del record["checksum_rows"]
@@ -273,7 +273,9 @@ def version(store):
 def test_a_store_of_version_1_is_read_and_verified_as_far_as_it_goes(out, tmp_path):
     run = as_version_1(shutil.copytree(out, tmp_path / "run"))
     assert states_of(run) == states_of(out)
-    np.testing.assert_array_equal(Ledger(run / "ledger.zarr").read()[0], Ledger(out / "ledger.zarr").read()[0])
+    np.testing.assert_array_equal(
+        open_ledger(run / "ledger.zarr").read()[0], open_ledger(out / "ledger.zarr").read()[0]
+    )
     assert verify_run(run) == []
     chunk = run / "trajectory.zarr/gradient/c/0/0"
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
@@ -284,8 +286,11 @@ def test_a_store_of_version_1_is_read_and_verified_as_far_as_it_goes(out, tmp_pa
 def test_a_store_of_version_2_is_read_and_verified(out, tmp_path):
     run = as_version_2(shutil.copytree(out, tmp_path / "run"))
     assert states_of(run) == states_of(out)
-    assert Trajectory(run / "trajectory.zarr").fingerprint() == Trajectory(out / "trajectory.zarr").fingerprint()
-    assert Trajectory(run / "trajectory.zarr").sources() == Trajectory(out / "trajectory.zarr").sources()
+    assert (
+        open_trajectory(run / "trajectory.zarr").fingerprint()
+        == open_trajectory(out / "trajectory.zarr").fingerprint()
+    )
+    assert open_trajectory(run / "trajectory.zarr").sources() == open_trajectory(out / "trajectory.zarr").sources()
     assert verify_run(run) == []
     chunk = run / "ledger.zarr/gram/c/0/0/0/0"
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
@@ -301,9 +306,9 @@ def test_a_ledger_with_a_checksum_for_each_row_is_read_verified_and_grown(tmp_pa
     trajectory, ledger = run / "trajectory.zarr", run / "ledger.zarr"
     write_trajectory(trajectory, {name: array[:ROWS] for name, array in arrays.items()}, SHAPES, CHUNK)
     compute_ledger(trajectory, ledger)
-    now = [array.tobytes() for array in Ledger(ledger).read()]
+    now = [array.tobytes() for array in open_ledger(ledger).read()]
     with_a_checksum_for_each_row(run)
-    assert [array.tobytes() for array in Ledger(ledger).read()] == now
+    assert [array.tobytes() for array in open_ledger(ledger).read()] == now
     assert verify_run(run) == []
     damage_and_mend(ledger / "gram/c/0/0/0/0", run, ("gram", (0, 0)))
     record = ledger / "commits" / f"{0:012d}.json"
@@ -328,7 +333,7 @@ def damage_and_mend(chunk, run, expected):
 @pytest.mark.parametrize("as_older", [as_version_1, as_version_2])
 def test_a_store_of_an_older_version_that_is_written_to_becomes_as_one_of_this_version(out, tmp_path, as_older):
     run = as_older(shutil.copytree(out, tmp_path / "run"))
-    Trajectory(run / "trajectory.zarr").recover()
+    open_trajectory(run / "trajectory.zarr").recover()
     summary = compute_ledger(run / "trajectory.zarr", run / "ledger.zarr")
     # What a ledger chunk was computed from was told otherwise.
     assert summary.computed_chunks == summary.chunks

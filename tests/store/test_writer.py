@@ -12,17 +12,16 @@ from datetime import UTC, datetime, timedelta
 
 import filelock
 import pytest
+from natgrad.storage.disk import disk_errors
 
 from natgrad.schema.errors import InputError
 from natgrad.storage import disk
-from natgrad.storage.disk import disk_errors
-from natgrad.store import only_writer, writer
+from natgrad.store import writer
 
 HOLD = """
 import errno, os, sys
 from pathlib import Path
 import filelock._unix
-from natgrad.store import only_writer
 
 def no_flock(*_):
     raise OSError(errno.ENOLCK, "No locks available")
