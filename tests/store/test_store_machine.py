@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from logs import write_step
-from natgrad.ingestion import ingest, transfer
+from natgrad.ingestion import transfer
 from natgrad.schema import blocks
 from natgrad.store import open_trajectory
-from opened import verify_trajectory
+from opened import ingest, verify_trajectory
 
 SHAPE = (3, 5)
 CHUNK_ELEMENTS = 30  # of two steps
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
 class Killed(BaseException):

@@ -327,7 +327,7 @@ class Ledger:
         InputError
             See `read_chunk`.
         """
-        start, stop, rows = record["start"], record["stop"], record.get("checksum_rows", {}).get(name, 1)
+        start, stop, rows = record["start"], record["stop"], record["checksum_rows"][name]
         values = self.read_chunk(name, start, stop)
         recorded = record["checksums"][name][:, 0].tolist()
         pairs = zip(range(start, stop, rows), checksums(values, rows), recorded, strict=True)
