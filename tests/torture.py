@@ -103,7 +103,7 @@ def look(out):
     chunks = {}
     if folder.ledger.exists():
         book = open_ledger(folder.ledger)
-        chunks = {name: (book.journal.folder / f"{name}.json").read_text() for name in book.journal.names()}
+        chunks = {name: (book.journal.folder / f"{name}.json").get().decode() for name in book.journal.names()}
     return {
         "steps": states.scalar("step").tolist(),
         "checksums": rows,
