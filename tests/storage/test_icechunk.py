@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from natgrad.storage.icechunk_files import RepositoryFiles
-from natgrad.storage.repository import newest, outside, place_of_run, versions
 
 import logs
 from natgrad.app import cli, run
@@ -22,7 +20,9 @@ from natgrad.app.verification import verify_run
 from natgrad.compute import ledger_pass as compute
 from natgrad.schema import blocks
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.storage import delete, is_url, names, place, put
+from natgrad.storage import LocalStorage, open_out, open_storage
+from natgrad.storage.icechunk_storage import IcechunkStorage
+from natgrad.storage.objects import ObjectStorage
 from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger, read_results
 from processing import Serial
@@ -32,7 +32,7 @@ def opened(server, out):
     """The repository of OUT, opened by Icechunk as its user would."""
     storage = icechunk.s3_storage(
         bucket="bucket",
-        prefix=f"{out.path.partition('/')[2]}/stores.icechunk",
+        prefix=f"{out.key.partition('/')[2]}/stores.icechunk",
         endpoint_url=server.environment["AWS_ENDPOINT_URL"],
         allow_http=True,
         force_path_style=True,
@@ -43,21 +43,21 @@ def opened(server, out):
 
 def content(out):
     """Path below OUT to bytes, of all in its stores."""
-    folder = place_of_run(out)
-    if is_url(folder):
-        return {
-            name.removeprefix(f"{folder.path}/"): folder.fs.cat_file(name) for name in folder.fs.find(folder.path)
-        }
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not name.endswith((".lock", ".html"))}
+    folder = open_out(out)
+    names = [name for name in folder.walk() if not name.endswith((".lock", ".html"))]
+    return dict(zip(names, folder.get_entries(names), strict=True))
+
+
+def versions(out, last=None):
+    return open_out(out).versions(last)
 
 
 def written(url, rows=8, elements=200, chunk=(4, 200)):
-    """A trajectory in a new repository, and its place there."""
-    store = place_of_run(url, store="icechunk") / "trajectory.zarr"
-    with only_writer(store, "trajectory") as path:
-        logs.write_trajectory(path, logs.walk_arrays(rows, elements), {"a": (elements,)}, chunk)
-    return newest(store)
+    """A trajectory in a new repository, and its location there."""
+    store = open_out(url, kind="icechunk") / "trajectory.zarr"
+    with store.lock("trajectory") as writing:
+        logs.write_trajectory(writing, logs.walk_arrays(rows, elements), {"a": (elements,)}, chunk)
+    return store.latest()
 
 
 # The same bytes ----------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def both(s3_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     first = logs.with_replicates(logs.random_walk(12))
     log = logs.write_log(folder / "log", first[:6])
-    outs = folder / "out", place("s3://bucket/both")
+    outs = folder / "out", open_storage("s3://bucket/both")
     kinds = {outs[0]: None, outs[1]: "icechunk"}
     for out in outs:
         run.ingest_run(log, out, store=kinds[out])
@@ -151,19 +151,19 @@ def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
 
 
 def test_an_old_version_is_only_read(both, before):
-    path = place_of_run(both[1], version=before)
+    path = open_out(both[1], version=before)
     for work in (
         lambda: run.ingest_run("any", path),
         lambda: compute_ledger(path / "trajectory.zarr", path / "ledger.zarr"),
         lambda: run.analyze_run(path, Serial()),
     ):
-        with pytest.raises(InputError, match=r"a version is only read|no such file or folder"):
+        with pytest.raises(InputError, match=r"an old version can only be read|no such file or folder"):
             work()
     with pytest.raises(InputError, match="the page of an old version has no place"):
         run.report_run([both[1]], version=before)
-    with pytest.raises(PermissionError, match="is not changed"):
-        put(path / "trajectory.zarr" / "zarr.json", b"{}")
-    assert not [name for name in names(both[1]) if name.endswith(".lock")]
+    with pytest.raises(PermissionError, match="cannot be changed"):
+        (path / "trajectory.zarr" / "zarr.json").put(b"{}")
+    assert not [name for name in both[1].list() if name.endswith(".lock")]
 
 
 def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch):
@@ -234,11 +234,11 @@ def test_worker_processes_read_the_version_that_is_computed(url, tmp_path, monke
     monkeypatch.setattr(compute, "_CLUSTER_BYTES", 0)
     monkeypatch.setattr(blocks, "TILE_BYTES", 1)
     store = written(url, rows=9, elements=64, chunk=(2, 16))
-    ledgers = store.parent / "ledger.zarr", tmp_path / "ledger.zarr"
+    ledgers = store.parent / "ledger.zarr", LocalStorage(tmp_path / "ledger.zarr")
     for ledger, executor in zip(ledgers, (compute.local(2), compute.serial), strict=True):
         summary = compute_ledger(store, ledger, executor=executor)
         assert summary.plan.tasks > summary.computed_chunks > 0
-    one, other = (open_ledger(newest(ledger)).read()[0] for ledger in ledgers)
+    one, other = (open_ledger(ledger.latest()).read()[0] for ledger in ledgers)
     assert one.tobytes() == other.tobytes()
     assert versions(url)[0]["message"].startswith("ledger of ")
 
@@ -246,14 +246,14 @@ def test_worker_processes_read_the_version_that_is_computed(url, tmp_path, monke
 def test_a_reader_sees_what_is_committed(url):
     store = written(url, rows=2)
     reader = open_trajectory(store)
-    with only_writer(store, "trajectory") as path:
+    with store.lock("trajectory") as path:
         writer = open_trajectory(path)
         assert writer.n_states == 2
         writer.journal.write("00000001", {"stop": 99}, new=True)
         assert open_trajectory(path).n_states == 99
         reader.refresh()
-        assert (reader.n_states, open_trajectory(newest(store)).n_states) == (2, 2)
-    with only_writer(store, "trajectory") as path:
+        assert (reader.n_states, open_trajectory(store.latest()).n_states) == (2, 2)
+    with store.lock("trajectory") as path:
         assert open_trajectory(path).n_states == 2
         logs.append_states(path, logs.walk_arrays(3, 200, seed=1))
     assert (reader.n_states, open_trajectory(store).n_states) == (2, 2)
@@ -267,7 +267,7 @@ def test_a_reader_sees_what_is_committed(url):
 KILLED = """
 import os, signal, sys
 from natgrad.app import run
-from natgrad.storage.icechunk_files import RepositoryFiles
+from natgrad.storage.icechunk_storage import RepositoryFiles
 from natgrad.ingestion import log_to_store, transfer
 
 transfer.COMMIT_BYTES = 1
@@ -305,16 +305,16 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path, monkeypatch):
 HELD = """
 import sys
 from natgrad.app import run
-from natgrad.store import open_ledger, open_trajectory, trajectory
+from natgrad.storage.icechunk_storage import IcechunkStorage
 
-whole = trajectory.publish
+whole = IcechunkStorage.publish
 
-def publish(path, message):
+def publish(storage, message):
     print("written", flush=True)
     sys.stdin.readline()
-    whole(path, message)
+    whole(storage, message)
 
-trajectory.publish = publish
+IcechunkStorage.publish = publish
 try:
     print(run.ingest_run(sys.argv[1], sys.argv[2])["steps"], "steps")
 except Exception as error:
@@ -343,7 +343,7 @@ def test_two_writers_of_a_trajectory(held, url):
     with pytest.raises(Unavailable, match=f"another process is writing this trajectory: process {process.pid} on"):
         run.ingest_run(log, url)
     # Whoever removes the lock by hand: Icechunk refuses the second commit of the same rows.
-    delete(url / ".trajectory.zarr.lock")
+    (url / ".trajectory.zarr.lock").delete()
     assert run.ingest_run(log, url)["new_steps"] == 4
     answer = process.communicate("\n")[0]
     assert answer.startswith("Unavailable another process has committed meanwhile")
@@ -371,16 +371,16 @@ def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
 )
 def test_a_damaged_object_is_found(url, damage, said):
     store = written(url)
-    chunk = (store / "gradient" / "c" / "1" / "0").read_bytes()
+    chunk = (store / "gradient" / "c" / "1" / "0").get()
     folder = url / "stores.icechunk" / "chunks"
-    (found,) = (folder / name for name in names(folder) if (folder / name).read_bytes() == chunk)
+    (found,) = (folder / name for name in folder.list() if (folder / name).get() == chunk)
     if damage == "missing":
-        delete(found)
+        found.delete()
     else:
-        put(found, chunk[:-8] if damage == "short" else chunk[:40] + bytes([chunk[40] ^ 1]) + chunk[41:])
+        found.put(chunk[:-8] if damage == "short" else chunk[:40] + bytes([chunk[40] ^ 1]) + chunk[41:])
     (told,) = verify_run(url)
     assert said in told.what
-    assert (told.array, told.path.name) == ("gradient", "0")
+    assert (told.array, told.path) == ("gradient", f"{url}/trajectory.zarr/gradient/c/1/0")
     with pytest.raises(InputError, match="a chunk cannot be read"):
         compute_ledger(store, store.parent / "ledger.zarr")
 
@@ -392,41 +392,42 @@ def test_documents_have_the_names_of_files(url):
     """Whatever a store has beside its arrays, Icechunk keeps as arrays."""
     store = written(url, rows=1)
     documents = {"00000007.json": b"{}", "00000007.sums": bytes(range(256)), "12.json": b"[]", "notes.txt": b""}
-    with only_writer(store, "trajectory") as path:
+    with store.lock("trajectory") as path:
         folder = path / "commits"
-        there = set(names(folder))
-        for name, held in documents.items():
-            put(folder / name, held, new=True)
+        there = set(folder.list())
+        for name, content in documents.items():
+            (folder / name).put_new(content)
             with pytest.raises(FileExistsError):
-                put(folder / name, b"other", new=True)
-        put(folder / "12.json", documents["12.json"] * 2)
+                (folder / name).put_new(b"other")
+        (folder / "12.json").put(documents["12.json"] * 2)
         documents["12.json"] *= 2
-        assert set(names(folder)) == there | set(documents)
-        path.fs.commit("documents")
-        for look in (folder, newest(store) / "commits"):
-            assert {name: (look / name).read_bytes() for name in documents} == documents
-            assert [(look / name).stat().st_size for name in documents] == [2, 256, 4, 0]
-            assert look.fs.cat_file((look / "00000007.sums").path, 250, 254) == bytes(range(250, 254))
-            assert set(names(look)) == there | set(documents)
-        delete(folder / "12.json")
-        assert "12.json" not in names(folder)
+        assert set(folder.list()) == there | set(documents)
+        path.publish("documents")
+        for look in (folder, store.latest() / "commits"):
+            assert {name: (look / name).get() for name in documents} == documents
+            assert [(look / name).stat().size for name in documents] == [2, 256, 4, 0]
+            assert (look / "00000007.sums").get_ranges([(250, 254)]) == [bytes(range(250, 254))]
+            assert set(look.list()) == there | set(documents)
+        (folder / "12.json").delete()
+        assert "12.json" not in folder.list()
         assert not (folder / "12.json").exists()
         with pytest.raises(FileNotFoundError):
-            (folder / "00000008.json").read_bytes()
+            (folder / "00000008.json").get()
 
 
-def test_what_a_commit_writes_does_not_grow_with_the_run(url, monkeypatch):
-    """A manifest lists a few chunks, though the array has many: those of 64 random float32 are kept in it."""
-    monkeypatch.setattr("natgrad.storage.icechunk_files._MANIFEST_CHUNKS", 1)
-    commits, elements = 6, 64
-    store = written(url, rows=1, elements=elements, chunk=(1, elements))
-    with only_writer(store, "trajectory") as path:
-        for number in range(1, commits):
-            logs.append_states(path, logs.walk_arrays(1, elements, seed=number))
+def test_what_a_commit_writes_does_not_grow_with_the_run(url):
+    """A manifest lists some chunks, though the array has more: those of 64 random float32 are kept in it."""
+    rows, elements = 600, 64
+    store = written(url, rows=rows, elements=elements, chunk=(1, elements))
     folder = url / "stores.icechunk" / "manifests"
-    largest = max((folder / name).stat().st_size for name in names(folder))
-    assert largest < commits * elements * 4
-    assert len(open_trajectory(newest(store)).records()) == commits
+    before = set(folder.list())
+    with store.lock("trajectory") as path:
+        for number in range(1, 4):
+            logs.append_states(path, logs.walk_arrays(1, elements, seed=number))
+    added = [(folder / name).stat().size for name in folder.list() if name not in before]
+    assert len(added) >= 3
+    assert max(added) < rows * elements * 4 / 2
+    assert len(open_trajectory(store.latest()).records()) == 4
     assert verify_run(url) == []
 
 
@@ -438,7 +439,7 @@ def test_a_folder_is_no_repository(tmp_path):
         run.ingest_run("any", tmp_path / "out", store="icechunk")
     assert "804 and 1494" in refusal.value.why
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="'zip' is no way of storing") as refusal:
+    with pytest.raises(InputError, match="unknown storage kind 'zip'") as refusal:
         run.ingest_run("any", tmp_path / "out", store="zip")
     assert "plain, icechunk" in refusal.value.remedy
 
@@ -465,13 +466,13 @@ def test_what_is_refused_makes_no_repository(url, tmp_path):
     (log / "step_1.safetensors").write_bytes(b"no")
     with pytest.raises(InputError):
         run.ingest_run(log, url, store="icechunk")
-    assert names(url) == []
+    assert url.list() == []
 
 
 def test_a_place_where_something_else_is(url, tmp_path):
     """As what a process leaves that is killed while it makes a repository."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
-    put(url / "stores.icechunk" / "snapshots" / "any", b"any")
+    (url / "stores.icechunk" / "snapshots" / "any").put(b"any")
     with pytest.raises(InputError, match="no repository can be made here") as refusal:
         run.ingest_run(log, url)
     assert refusal.value.where == str(url / "stores.icechunk")
@@ -479,8 +480,8 @@ def test_a_place_where_something_else_is(url, tmp_path):
 
 def test_the_library_is_an_extra(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "icechunk", None)
-    monkeypatch.delitem(sys.modules, "natgrad.storage.icechunk_files")
-    monkeypatch.delattr("natgrad.storage.icechunk_files")
+    monkeypatch.delitem(sys.modules, "natgrad.storage.icechunk_storage")
+    monkeypatch.delattr("natgrad.storage.icechunk_storage")
     for ask in (
         lambda: describe_run(both[1]),
         lambda: run.ingest_run("any", "s3://bucket/new", store="icechunk"),
@@ -490,9 +491,9 @@ def test_the_library_is_an_extra(both, monkeypatch):
         assert refusal.value.remedy == "pip install 'natgrad-pipeline[icechunk]'"
 
 
-def test_places_of_a_repository_are_told_as_urls(both):
-    folder = place_of_run(both[1])
+def test_locations_in_a_repository_are_shown_as_urls(both):
+    folder = open_out(both[1])
+    assert isinstance(folder, IcechunkStorage)
     assert str(folder / "ledger.zarr") == "s3://bucket/both/ledger.zarr"
-    assert str(outside(folder / "a")) == str(both[1] / "a")
-    assert isinstance(folder.fs, RepositoryFiles)
-    assert not isinstance(outside(folder).fs, RepositoryFiles)
+    assert str((folder / "a").beside()) == str(both[1] / "a")
+    assert type((folder / "a").beside()) is ObjectStorage

@@ -596,7 +596,7 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
     Parameters
     ----------
     out : str, Path or Storage
-        As for `open_storage`. A handle is returned as it is, unless a version is given.
+        As for `open_storage`.
     kind : str, optional
         One of `KINDS`: the kind of storage of a new OUT. An existing one is recognized by its content.
     version : str, optional
@@ -616,9 +616,7 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
         raise InputError(
             f"unknown storage kind {kind!r}", where="--store", remedy=f"choose one of: {', '.join(KINDS)}"
         )
-    if isinstance(out, Storage) and version is None:
-        return out
-    return open_storage(out).beside().stores(kind, version)
+    return open_storage(out).stores(kind, version)
 
 
 def _schemes() -> list[str]:
