@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
-from natgrad.storage.repository import versions
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
@@ -18,7 +17,7 @@ from natgrad.app import run
 from natgrad.app import scan as watch
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
-from natgrad.storage import place, put
+from natgrad.storage import open_out, open_storage
 from natgrad.store import open_trajectory
 from natgrad_flows import runs
 from natgrad_flows.scan import watch_runs
@@ -239,22 +238,22 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
 def test_a_flow_takes_urls(log):
     out = "s3://bucket/out"
     for file in sorted(log.iterdir()):
-        put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+        open_storage(f"s3://bucket/log/{file.name}").put(file.read_bytes())
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
     outcome = watch.Outcome.of(out)
-    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    assert outcome.stands(watch.listing("s3://bucket/log"), outcome.options, out)
     (link,) = artifacts("report-out")
     assert "s3://bucket/out/report.html" in link
-    with only_writer(place(out) / "processing", "run"):
+    with (open_storage(out) / "processing").lock("run"):
         assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
     out = "s3://bucket/versions"
     assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
-    assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
+    assert [row["message"].partition(" ")[0] for row in open_out(out).versions()][:3] == [
         "results",
         "ledger",
         "trajectory",
     ]
     outcome = watch.Outcome.of(out)
-    assert outcome.stands(watch.listing(place("s3://bucket/log")), outcome.options, out)
+    assert outcome.stands(watch.listing("s3://bucket/log"), outcome.options, out)
     assert "store" not in outcome.options
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -711,7 +712,7 @@ def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatch, kind):
-    create, cls = KINDS[kind]
+    create, _ = KINDS[kind]
     create(tmp_path / "store")
 
     def stop(folder, ignore_errors=False):
@@ -797,7 +798,7 @@ def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
     (record,) = (ledger.storage.local_path / "commits").glob("[0-9]*.json")
     named = events.index(("rename", record))
     for chunk in chunks:
-        aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.tmp")
+        aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
         order = [events.index(event) for event in (("flush", aside), ("rename", chunk), ("flush", chunk.parent))]
         assert [*order, named] == sorted([*order, named])
     # Every folder that a name was added to is flushed once, and that of the ledger, which has no new one, is not.

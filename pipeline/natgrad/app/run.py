@@ -163,7 +163,9 @@ def ingest_run(
     return {"source": ", ".join(map(str, sources)), "trajectory": str(folder.trajectory), **asdict(summary)}
 
 
-def analyze_run(out: Location, options: Analysis = Analysis(), *, progress: Progress | None = None) -> dict[str, Any]:
+def analyze_run(
+    out: Location, options: Analysis = Analysis(), *, progress: Progress | None = None
+) -> dict[str, Any]:
     """Compute what is missing of OUT's ledger, and OUT's results from it.
 
     Raises
@@ -250,7 +252,9 @@ def report_run(
     # Matplotlib takes a second to load, which only a page is worth.
     from natgrad.reporting import page as report
 
-    given = outs.items() if isinstance(outs, Mapping) else ((open_storage(out).absolute().name, out) for out in outs)
+    given = (
+        outs.items() if isinstance(outs, Mapping) else ((open_storage(out).absolute().name, out) for out in outs)
+    )
     named = {name: RunFolder.of(out, version=version) for name, out in given}
     if version is not None and page is None:
         raise InputError(
@@ -272,7 +276,9 @@ def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
         for run in list(of_each)[:RUNS_SHOWN]:
             trees[f"{name}/{run}" if run else name] = of_each[run]
         if len(of_each) > RUNS_SHOWN:
-            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage)
+            _log.warning(
+                "the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage
+            )
     return trees
 
 

@@ -126,8 +126,8 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]]) -> Iter
 def listing(source: Location) -> str:
     """Return the identity of a log: a digest of the name, size, time of change and of status of every file in it.
 
-    That of a run file also depends on whether something changed lately: steps that a log of scalars did not have then
-    are read when it has settled.
+    That of a run file also depends on whether something changed lately: steps that a log of scalars did not have
+    then are read when it has settled.
     """
     digest, newest = hashlib.sha256(), 0
     storage = open_storage(source)

@@ -122,8 +122,8 @@ def ingest(
     wait : bool
         Leave what follows a gap for a later pass, rather than refuse it.
     include : sequence of str
-        Data to store besides parameters, gradients and hvp, of `INCLUDES`. An existing trajectory keeps its original
-        setting.
+        Data to store besides parameters, gradients and hvp, of `INCLUDES`. An existing trajectory keeps its
+        original setting.
     progress : callable, optional
         Called with steps done and steps in all.
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 LAYOUT_VERSION = 4
-"""Version of the layout of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``; other versions are refused."""
+"""Version of the layout of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``; others are refused."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 """Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""

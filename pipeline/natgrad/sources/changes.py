@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from natgrad.sources.steps import LoggedStep, vanished
@@ -27,7 +28,7 @@ def change_time(storage: Storage) -> int:
 
 
 def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
-    """Return name, size in bytes and time in ns of the files of a step (of a folder, all files in it), and `values`.
+    """Return name, size in bytes and time in ns of the files of a step (all files of a folder), and its values.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def _files(entry: Storage) -> list[Storage]:
     if path is None or not path.is_dir():
         return [entry]
     return [
-        entry / os.path.relpath(os.path.join(folder, name), path)
+        entry / (Path(folder) / name).relative_to(path).as_posix()
         for folder, _, names in os.walk(path, onerror=_raise)
         for name in names
     ]

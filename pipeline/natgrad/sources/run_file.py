@@ -42,7 +42,7 @@ class ListedLog:
 
 
 def find_run_file(location: Storage) -> Storage | None:
-    """Return the run file at a location, or in the folder that it stands for; in an object store it must be named."""
+    """Return the run file at a location, or in the folder that it stands for (in a folder of this machine only)."""
     path = location.local_path
     if path is None:
         return location if location.suffix == ".toml" else None

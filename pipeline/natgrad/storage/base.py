@@ -1,17 +1,17 @@
 """The storage protocol: a handle of one location, and the table of schemes that opens it.
 
-A `Storage` is bound to a location: a file, a folder, an object, or all objects below a prefix. ``storage / name`` is
-the handle of an entry. The verbs are those of obspec (get, put, list, delete), and each implementation keeps these
-guarantees:
+A `Storage` is bound to a location: a file, a folder, an object, or all objects below a prefix. ``storage / name``
+is the handle of an entry. The verbs are those of obspec (get, put, list, delete), and each implementation keeps
+these guarantees:
 
 - `Storage.put` is atomic and durable: a reader finds the old content or the new one, and on return the new one
   survives a loss of power.
 - `Storage.put_new` and `Storage.put_if` fail where another writer was faster.
 - `Storage.lock` admits one writer, and names the holder to the others.
 
-A location is opened once, at the edge of the program (`open_storage`, and `open_out` for OUT), and the handle is passed down. Another kind of
-storage is one subclass of `Storage` and one entry point of the group ``natgrad.storage`` whose name is the scheme of
-its URLs.
+A location is opened once, at the edge of the program (`open_storage`, and `open_out` for OUT), and the handle is
+passed down. Another kind of storage is one subclass of `Storage` and one entry point of the group
+``natgrad.storage`` whose name is the scheme of its URLs.
 """
 
 from __future__ import annotations
@@ -365,8 +365,8 @@ class Storage(ABC):
         for name, content in contents.items():
             (self / name).put(content)
 
-    def flush(self, entries: Iterable[Storage]) -> None:
-        """Wait until files that another library wrote below this location are durable; an object is, once it is put."""
+    def flush(self, entries: Iterable[Storage]) -> None:  # noqa: B027  (an object is durable once it is put)
+        """Wait until files that another library wrote below this location are durable."""
 
     def writes(self) -> Writes:
         """Return the writes of one writer below this location."""
@@ -381,8 +381,8 @@ class Storage(ABC):
         for name in names:
             (self / name).delete()
 
-    def clear_leftovers(self) -> None:
-        """Remove the unfinished files of a killed writer from this folder; an object is never unfinished."""
+    def clear_leftovers(self) -> None:  # noqa: B027  (an object is never unfinished)
+        """Remove the unfinished files of a killed writer from this folder."""
 
     # Trees
 
@@ -390,9 +390,9 @@ class Storage(ABC):
     def replace_tree(self, document: str, placeholder: bytes | None = None) -> Iterator[Path]:
         """Replace everything below this location by a tree of files.
 
-        A reader finds the old tree or the new one. Where a storage cannot exchange them at once, a reader finds the
-        old entries, none, or the new ones: the document is removed first, or replaced by the placeholder, and written
-        last.
+        A reader finds the old tree or the new one. Where a storage cannot exchange them at once, a reader finds
+        the old entries, none, or the new ones: the document is removed first, or replaced by the placeholder, and
+        written last.
 
         Parameters
         ----------
@@ -473,7 +473,7 @@ class Storage(ABC):
         return False
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return the storage of the stores in this folder OUT: this one, or that of the versions; see `open_out`."""
+        """Return the storage of the stores in this folder OUT, which may keep versions; see `open_out`."""
         if kind == "icechunk":
             raise InputError(
                 "OUT cannot be an Icechunk repository",
@@ -489,7 +489,7 @@ class Storage(ABC):
         """Return the latest version, or the pinned version if one was requested."""
         return self
 
-    def publish(self, message: str) -> None:
+    def publish(self, message: str) -> None:  # noqa: B027  (most storages keep no versions)
         """Make a version of what was written under `lock`; without versions it is visible already.
 
         Raises
@@ -581,7 +581,7 @@ def open_storage(location: Location) -> Storage:
             raise InputError(
                 f"unknown URL scheme {found[1]}://",
                 where=text,
-                remedy=f"give a path, or a URL that starts with one of: {', '.join(map('{}://'.format, _schemes()))}",
+                remedy=f"give a path, or a URL with one of the schemes {', '.join(_schemes())}",
             )
         from natgrad.storage.local import LocalStorage
 

@@ -1,9 +1,9 @@
 """Files of this machine: durable, atomic writes with actionable errors, and reads by position.
 
 Zarr, pathlib and fsspec write files without a flush, so a loss of power leaves names without data. Therefore this
-module writes a file aside, flushes it, renames it, and flushes the folder; several files are flushed together, because
-the system then writes its journal once for all of them. Linux-only calls are requested where the system has them:
-without them the same data are read and written, only later.
+module writes a file aside, flushes it, renames it, and flushes the folder; several files are flushed together,
+because the system then writes its journal once for all of them. Linux-only calls are requested where the system
+has them: without them the same data are read and written, only later.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ os.register_at_fork(after_in_child=_flushing.cache_clear)  # a forked process ha
 
 
 def _flush_all(paths: Iterable[Path]) -> None:
-    """Wait until files and folders are on disk, several at a time: the system writes its journal for all of them."""
+    """Wait until files and folders are on disk, several at a time: the system writes its journal once."""
     several = list(paths)
     if len(several) == 1:
         _flush(several[0])
@@ -103,7 +104,7 @@ def _start_flush(descriptor: int) -> None:
 
 def _write_aside(path: Path, content: bytes | memoryview) -> Path:
     """Write a file beside another one, without waiting for the disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         with aside.open("wb", buffering=0) as file:
             for start in range(0, len(content), _SEGMENT_BYTES):
@@ -210,7 +211,7 @@ class LocalStorage(Storage):
 
     def list(self) -> builtins.list[str]:
         """Return the names in a folder."""
-        return sorted(os.listdir(self._path)) if self._path.is_dir() else []
+        return sorted(entry.name for entry in self._path.iterdir()) if self._path.is_dir() else []
 
     def stat(self, *, fresh: bool = True) -> Stat:
         """Return size and time of a file or folder."""
@@ -284,7 +285,9 @@ class LocalStorage(Storage):
         files = sorted(set(paths))
         _flush_all(files)
         _flush_all(
-            sorted({folder for path in (*files, *flushed) for folder in path.parents if self._path in folder.parents})
+            sorted(
+                {folder for path in (*files, *flushed) for folder in path.parents if self._path in folder.parents}
+            )
         )
 
     def writes(self) -> Writes:
@@ -307,8 +310,8 @@ class LocalStorage(Storage):
     def replace_tree(self, document: str, placeholder: bytes | None = None) -> Iterator[Path]:
         """Replace a folder.
 
-        A reader finds the old folder or the new one at any moment. Where the system cannot exchange two names (macOS,
-        some network file systems) it finds none for an instant.
+        A reader finds the old folder or the new one at any moment. Where the system cannot exchange two names
+        (macOS, some network file systems) it finds none for an instant.
         """
         path = self._path
         aside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -363,7 +366,7 @@ class LocalStorage(Storage):
 
 
 class _LocalWrites(Writes):
-    """Writes into files in place: what a reader has open stays as it is, and what is complete is flushed at once."""
+    """Writes into files in place: the bytes that a reader uses stay, and complete files are flushed at once."""
 
     def __init__(self, storage: LocalStorage) -> None:
         super().__init__()

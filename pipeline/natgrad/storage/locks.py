@@ -1,8 +1,9 @@
 """Locks that admit one writer at a time, and name the holder to the others.
 
-The lock of a file is the system's (flock): it ends with its process, however that ends, and nothing has to be guessed.
-A file system that machines share is different: the lock of a machine that was cut off may be free while that machine
-goes on writing. There, and where a file has to stand for the lock, the lock of another machine is never taken over.
+The lock of a file is the system's (flock): it ends with its process, however that ends, and nothing has to be
+guessed. A file system that machines share is different: the lock of a machine that was cut off may be free while
+that machine goes on writing. There, and where a file has to stand for the lock, the lock of another machine is
+never taken over.
 
 An object store has no locks. There an object stands for one: it is put on the condition that there is none, and the
 lock of a dead process of this machine is replaced on the condition that nobody else has done so.

@@ -8,6 +8,7 @@ object is new, or has a certain tag; ranges of an object are read by position. C
 from __future__ import annotations
 
 import builtins
+import errno
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self, cast
@@ -94,17 +95,23 @@ class ObjectStorage(Storage):
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
         """Return ranges of an object, requested at the same time."""
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
-        return self.fs.cat_ranges([self.key] * len(spans), starts, stops, on_error="raise")  # type: ignore[no-any-return]  # see `get`
+        found = self.fs.cat_ranges([self.key] * len(spans), starts, stops, on_error="return")
+        return [self._content(content) or b"" for content in found]
+
+    def _content(self, found: Any, missing: type[Exception] | tuple[()] = ()) -> bytes | None:
+        """Return what a request returned; None for an accepted error, and for a range beyond the end."""
+        if not isinstance(found, BaseException):
+            return cast(bytes, found)
+        beyond = isinstance(found, OSError) and found.errno == errno.EINVAL
+        if beyond or isinstance(found, missing):
+            return None
+        raise found
 
     def get_entries(self, names: Sequence[str]) -> builtins.list[bytes | None]:
         """Return the content of several objects, requested at the same time."""
         keys, none = [f"{self.key}/{name}" for name in names], [None] * len(names)
-        found: list[bytes | None] = []
-        for content in self.fs.cat_ranges(keys, none, none, on_error="return"):
-            if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
-                raise content
-            found.append(None if isinstance(content, BaseException) else content)
-        return found
+        found = self.fs.cat_ranges(keys, none, none, on_error="return")
+        return [self._content(content, FileNotFoundError) for content in found]
 
     def open(self) -> StoredFile:
         """Open an object: it is fetched in blocks, of which the last few are kept.

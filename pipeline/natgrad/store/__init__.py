@@ -1,8 +1,8 @@
 """The trajectory store and the Gram ledger in Zarr v3.
 
-**Commit rule.** Chunks are written and flushed first; then one record makes them visible, all arrays together. The
-record is atomic, and put only where there is none. Readers trust the recorded states and updates: the shape of an array
-is no evidence of data.
+**Commit rule.** Chunks are written and flushed first; then one record makes them visible, all arrays together.
+The record is atomic, and put only where there is none. Readers trust the recorded states and updates: the shape
+of an array is no evidence of data.
 """
 
 from natgrad.schema.layout import storage_dtype

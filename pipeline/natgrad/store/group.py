@@ -3,8 +3,8 @@
 Zarr writes the metadata of new groups and arrays, and reads them: for the sixteen arrays of a small run this takes
 12 ms (4 ms without Zarr), and 4 ms to open them (1 ms). Two things are done without it:
 
-- The shapes of arrays that grow are replaced together, atomically, with one wait for the disk. Zarr would write them
-  one after the other, without a flush.
+- The shapes of arrays that grow are replaced together, atomically, with one wait for the disk. Zarr would write
+  them one after the other, without a flush.
 - Chunks of plain bytes are written and read by the store itself, because it flushes them before the commit record.
 """
 
@@ -135,8 +135,8 @@ class ArrayPlan:
             array[:] = np.asarray(self.values, object if self.dtype == "string" else self.dtype)
 
 
-# This setting is not stored. Without it a chunk of fill values (no learning rates, a diverged run, a gradient of zeros
-# in bfloat16) is not written, so it cannot be flushed, or told from a lost one.
+# This setting is not stored. Without it a chunk of fill values (no learning rates, a diverged run, a gradient of
+# zeros in bfloat16) is not written, so it cannot be flushed, or told from a lost one.
 _CONFIG: Any = {"write_empty_chunks": True}
 
 

@@ -1,7 +1,8 @@
 """The records that make data visible: which states or updates there are, their checksums, and their sources.
 
-A record is one JSON document. Checksums and sources, of which there is one for each state or update, are text in it
-that need not be parsed: the numbers as they lie in memory, and the sources compressed, because only ingest reads them.
+A record is one JSON document. Checksums and sources, of which there is one for each state or update, are text in
+it that need not be parsed: the numbers as they lie in memory, and the sources compressed, because only ingest
+reads them.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _DIMENSIONS = {
 }
 
 _CHECKSUM_BYTES = 1 << 16
-"""Bytes that a checksum covers at least: one for each update of a small model would take longer than its products."""
+"""Bytes that a checksum covers at least: one per update of a small model would take longer than its products."""
 
 _NUMBERS_CHUNK = 1 << 20
 """Updates in a chunk of an array with one number per update, at most."""

@@ -1,8 +1,9 @@
 """The states of a run: read and write their elements, however the chunks are stored.
 
-Chunks are plain files of this machine, plain objects of another storage, or compressed. The compiled read loop reads
-plain files itself, and asks where each state lies in them. Chunks that are read by requests, or decompressed, are
-compared with their checksums here, because a storage or a codec may return other bytes without an error.
+Chunks are plain files of this machine, plain objects of another storage, or compressed. The compiled read loop
+reads plain files itself, and asks where each state lies in them. Chunks that are read by requests, or
+decompressed, are compared with their checksums here, because a storage or a codec may return other bytes without
+an error.
 
 bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
 """
@@ -284,7 +285,9 @@ class States:
         first, last = self.column(column)
         out = out[:, : last - first]
         steps = self.chunk[0]
-        read = self._decode if self.is_compressed(name) else self._fetch if self._folder is None else self._read_file
+        read = (
+            self._decode if self.is_compressed(name) else self._fetch if self._folder is None else self._read_file
+        )
         for index in range(start // steps, -(-stop // steps) if start < stop else 0):
             low, high = max(start, index * steps), min(stop, (index + 1) * steps)
             read(name, index, column, low, out[low - start : high - start])
@@ -328,7 +331,8 @@ class States:
     def _require_committed(self, name: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_states:
             raise InputError(
-                f"states {start} to {stop} of {name} are not committed, {self.n_states} are", where=str(self.storage)
+                f"states {start} to {stop} of {name} are not committed, {self.n_states} are",
+                where=str(self.storage),
             )
 
     def _decode(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:

@@ -10,9 +10,9 @@ A trajectory is one Zarr group::
       run                         (step)            in the trajectory of a sweep: position in its names of runs
       commits/00000000.json ...   which states exist, and the checksums of their data
 
-States are in the order of their commits, and only ever appended. A run that was restarted from an older step goes on
-with a new *attempt*: its states follow those that they supersede, which stay. Two consecutive states are before and
-after an update where they belong to one run and one attempt.
+States are in the order of their commits, and only ever appended. A run that was restarted from an older step goes
+on with a new *attempt*: its states follow those that they supersede, which stay. Two consecutive states are
+before and after an update where they belong to one run and one attempt.
 
 Data beyond the recorded states (an interrupted write) are overwritten by the next writer. The shape of an array is
 never ahead of the record: it grows after the commit.
@@ -271,7 +271,7 @@ class Trajectory(States):
         return self._runs
 
     def spans(self) -> NDArray[np.int64]:
-        """Return the updates from each state to the next, shape (states - 1,); 0 to one of another run or attempt."""
+        """Return the updates from each state to the next, shape (states - 1,); 0 to another run or attempt."""
         if self._spans is None or len(self._spans) != max(self.n_states - 1, 0):
             self._spans = np.diff(self.scalar(STEP))
             for name in (ATTEMPT, RUN):

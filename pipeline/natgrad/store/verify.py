@@ -1,8 +1,8 @@
 """Compare every stored byte with its recorded checksum, and name the damaged steps and tensors.
 
 The committed states and scalars, the finished ledger chunks, the records and the metadata of arrays are compared.
-Bytes that no reader uses are not: padding, what an interrupted write left beyond the recorded states, the spelling of
-a JSON file, and bits of a compressed chunk that change nothing.
+Bytes that no reader uses are not: padding, what an interrupted write left beyond the recorded states, the
+spelling of a JSON file, and bits of a compressed chunk that change nothing.
 """
 
 from __future__ import annotations

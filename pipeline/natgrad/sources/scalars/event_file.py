@@ -43,7 +43,7 @@ def _is_event_file(file: Storage) -> bool:
 
 
 def _start_time(file: Storage) -> float:
-    """Return the time of the first record, by which files of one folder are in order: names hold it in seconds only."""
+    """Return the time of the first record, which orders the files of a folder: names hold it in seconds only."""
     for record in _records(file, []):
         for number, kind, value in fields(record):
             if number == 1 and kind == FIXED64:
