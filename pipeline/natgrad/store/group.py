@@ -189,7 +189,8 @@ def make_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays:
         for name, plan in arrays.items():
             plan.make(group, name)
         described = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
-        described["arrays"] = {name: array_digest(open_storage(folder) / name) for name in arrays}
+        made = open_storage(folder)
+        described["arrays"] = {name: array_digest(made / name) for name in arrays}
         group.update_attributes({_ATTRIBUTE: {**described, "crc32c": _digest(described)}})
 
 
@@ -295,18 +296,19 @@ def require_version(version: Any, kind: str, where: str, *, replaced: bool = Fal
     ------
     InputError
     """
+    have = "have" if kind == "results" else "has"
     known = isinstance(version, int) and not isinstance(version, bool) and version > 0
     if known and version > LAYOUT_VERSION:
         raise InputError(
-            f"the {kind} has layout version {version}, but this natgrad reads version {LAYOUT_VERSION}",
+            f"the {kind} {have} layout version {version}, but this natgrad reads version {LAYOUT_VERSION}",
             where=where,
             why="it was written by a newer natgrad",
             remedy="upgrade natgrad-pipeline, or write to another folder",
         )
     if version != LAYOUT_VERSION and not replaced:
-        found = f"has layout version {version!r}" if known or version is not None else "has no layout version"
+        found = "no layout version" if version is None else f"layout version {version!r}"
         raise InputError(
-            f"the {kind} {found}, but this natgrad reads version {LAYOUT_VERSION}",
+            f"the {kind} {have} {found}, but this natgrad reads version {LAYOUT_VERSION}",
             where=where,
             why="it was written by an older natgrad" if known or version is None else "the version was changed",
             remedy=_MADE_BY[kind],
