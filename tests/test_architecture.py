@@ -135,7 +135,9 @@ def test_only_public_modules_of_zarr_are_imported():
     }
 
 
-BELOW_THE_EDGE = [name for name in MODULES if package_of(name) not in ("app", "natgrad", "natgrad_flows", "storage")]
+BELOW_THE_EDGE = [
+    name for name in MODULES if package_of(name) not in ("app", "natgrad", "natgrad_flows", "storage")
+]
 
 
 @pytest.mark.parametrize("module", BELOW_THE_EDGE)
@@ -148,7 +150,9 @@ def test_locations_are_parsed_at_the_edge_only(module):
         "natgrad.sources.run_file",
         "natgrad.sources.optimizers.logged_metric",
     }
-    found = {name for name in imports(MODULES[module]) if name.endswith((".open_storage", ".open_out", ".open_all"))}
+    found = {
+        name for name in imports(MODULES[module]) if name.endswith((".open_storage", ".open_out", ".open_all"))
+    }
     assert not found or module in openers
 
 

@@ -49,7 +49,7 @@ def test_an_older_run_is_processed_again_with_overwrite(out, log, version):
         with_version(out, store, version)
     for command in (describe_run, run.analyze_run, lambda out: run.ingest_run(log, out)):
         with pytest.raises(
-            InputError, match=f"the trajectory has .*layout version.* reads version {LAYOUT_VERSION}"
+            InputError, match=rf"the trajectory has .*layout version.* reads version {LAYOUT_VERSION}"
         ):
             command(out)
     assert "layout version" in verify_run(out)[0].what
@@ -63,7 +63,7 @@ def test_an_older_run_is_processed_again_with_overwrite(out, log, version):
 def test_older_results_are_refused_until_they_are_computed_again(out, version):
     with_version(out, "results.zarr", version)
     for command in (describe_run, lambda out: run.report_run([out]), run.draw_run):
-        with pytest.raises(InputError, match="the results ha.* layout version") as refusal:
+        with pytest.raises(InputError, match="the results have") as refusal:
             command(out)
         assert refusal.value.remedy == "compute them again: natgrad analyze OUT"
     run.analyze_run(out, Serial())

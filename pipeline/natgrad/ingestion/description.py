@@ -1,4 +1,4 @@
-"""What the steps of a log hold, and whether they are of one model."""
+"""Describe the steps of a log, and require that they are of one model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def optimizer_dtypes(trajectory: Trajectory) -> dict[str, str]:
 
 
 def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
-    """Whether what the optimizer keeps is stored: as a trajectory was begun, so it goes on."""
+    """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
     stored = bool(trajectory.tables)

@@ -47,12 +47,12 @@ __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 _log = logging.getLogger("natgrad.ingestion")
 
 INCLUDES = ("optimizer",)
-"""What may be stored beside parameters, gradients and hvp."""
+"""Data that can be stored besides parameters, gradients and hvp."""
 
 
 @dataclass
 class IngestSummary:
-    """What an ingest did.
+    """Summary of an ingest.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class IngestSummary:
     first_step, last_step : int
         Of the run as it stands.
     attempts : int
-        How often it was begun, restarts included.
+        Number of starts, restarts included.
     tensors, elements : int
         Size of the model.
     dtypes : dict

@@ -110,7 +110,7 @@ class _View:
 
 
 class _Committed:
-    """What a trajectory holds, and what each row of it was read from."""
+    """States of a trajectory, and the source of each."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory, self.sources = trajectory, trajectory.sources()
@@ -121,7 +121,7 @@ class _Committed:
             self._rows.setdefault(names[run], []).append((row, step, attempt))
 
     def has(self, run: str) -> bool:
-        """Whether anything of a run is there."""
+        """Return whether any state of a run is stored."""
         return run in self._rows
 
     def view(self, run: str) -> _View:
@@ -202,7 +202,7 @@ def _steps_to_come(
 
 
 def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> bool:
-    """Whether steps that differ were logged again by a restarted run, with the same steps after the first of them.
+    """Return whether a restarted run logged the differing steps again, with the same steps after the first of them.
 
     While it has not come to the end again, those after its last are older than what it wrote since.
     """

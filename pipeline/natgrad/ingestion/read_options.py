@@ -18,7 +18,7 @@ from natgrad.store import Trajectory, exists
 __all__ = ["agreed_options", "given_options"]
 
 _OF_SCALAR_LOGS = frozenset((*SCALARS, "step", "run"))
-"""What a mapping may say of a log of scalars; with several sources, of that log."""
+"""Quantities of a mapping that apply to a log of scalars, where there are several sources."""
 
 _OPTIONS = {"map": "--map", "shift": "--shift"}
 

@@ -244,7 +244,7 @@ class Writer:
 
     @cached_property
     def _ingested(self) -> list[dict[str, Any]]:
-        """What the rows were read from that were there before: some are repeated."""
+        """Return the sources of the states that were stored before: some are repeated."""
         return self._trajectory.sources()
 
     def _source(self, row: NewRow) -> Mapping[str, Any]:

@@ -469,7 +469,7 @@ class Storage(ABC):
 
     @property
     def keeps_versions(self) -> bool:
-        """Whether every `publish` makes a version."""
+        """True where every `publish` makes a version."""
         return False
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
@@ -537,7 +537,7 @@ def no_versions(where: str) -> InputError:
 # Opening -----------------------------------------------------------------------------------------------------
 
 Location = str | Path | Storage
-"""What a user gives for a location: a path or a URL, or a handle that is open already."""
+"""Location as a user gives it: a path or a URL, or an open handle."""
 
 Opener = Callable[[str], Storage]
 """Opens a URL; an entry point of the group ``natgrad.storage`` is one."""
@@ -554,7 +554,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(/+)")
 
 
 def open_storage(location: Location) -> Storage:
-    """Open a location: the one place where paths and URLs are parsed. The storage is not asked for anything.
+    """Open a location: the one place where paths and URLs are parsed. No request is made.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ __all__ = ["IcechunkStorage", "RepositoryFiles", "open_repository"]
 _T = TypeVar("_T")
 
 _Store = icechunk.IcechunkStore | None
-"""What keys are read from; None where there is no repository."""
+"""Store that keys are read from; None where there is no repository."""
 
 BRANCH = "main"
 
@@ -52,14 +52,14 @@ _DOCUMENTS = re.compile(r"documents-(?P<digits>\d+)(?P<rest>.*)")
 _DOCUMENT = "zarr.json"
 
 _FRAME = struct.Struct("<II")
-"""What stands before a document (by the codecs ``vlen-utf8`` and ``vlen-bytes``): one value, of so many bytes."""
+"""Header of a document in the codecs ``vlen-utf8`` and ``vlen-bytes``: one value, and its bytes."""
 
 _MANIFEST_CHUNKS = 256
-"""Chunks of an array along its first axis that a manifest lists. The last one is written anew with each commit: if
-there were one of the whole array, what a commit writes would grow with the run."""
+"""Chunks of an array along its first axis that a manifest lists. Each commit writes the last manifest again: with
+one for the complete array, the bytes of a commit would grow with the run."""
 
 _AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
-"""What makes a value of the bytes that Icechunk returns: it is those, where a buffer of Zarr would be copied."""
+"""Prototype that returns the bytes of Icechunk as they are; a buffer of Zarr would copy them."""
 
 _AT_ONCE = 16
 """Requests of one call at the same time."""
@@ -77,7 +77,7 @@ _transactions: dict[str, _Transaction] = {}
 
 
 def _storage(url: str) -> icechunk.Storage:
-    """Return where a repository is. Credentials are found by Icechunk as by s3fs: environment, files, or role."""
+    """Return the storage of a repository. Icechunk finds credentials as s3fs does: environment, files, or role."""
     system = cast(ObjectStorage, open_storage(url)).fs
     scheme, _, path = url.partition("://")
     bucket, _, prefix = path.partition("/")
@@ -195,12 +195,12 @@ def _find_version(url: str, version: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """First line of what Icechunk says."""
+    """Return the first line of an error of Icechunk."""
     return str(error).strip().partition("\n")[0].strip(" x\u2716\u00d7")
 
 
 class _Transaction:
-    """What one writer writes: nobody sees it before it is committed.
+    """Changes of one writer, which nobody sees before they are committed.
 
     Attributes
     ----------
@@ -215,11 +215,11 @@ class _Transaction:
         self.growing = asyncio.Lock()
 
     def readable(self) -> _Store:
-        """Return what is read; None where there is no repository yet."""
+        """Return the store to read; None where there is no repository yet."""
         return None if self._session is None and _repository(self._url) is None else self.store()
 
     def store(self) -> icechunk.IcechunkStore:
-        """Return what is written; a repository is made where there is none."""
+        """Return the store to write; a repository is made where there is none."""
         with self._opening:
             if self._session is None:
                 repository = _repository(self._url) or _made(self._url)
@@ -227,7 +227,7 @@ class _Transaction:
             return self._session.store
 
     def commit(self, message: str) -> None:
-        """Make a version of what was written, if anything was.
+        """Make a version of the changes, if there are any.
 
         Others may have committed meanwhile: what they wrote are other arrays (a ledger beside a trajectory), or
         the commit is refused.
@@ -255,7 +255,7 @@ class _Transaction:
 
 
 def _stored(key: str) -> tuple[str, int]:
-    """Return the key that a file is kept under, and how many bytes stand before its content."""
+    """Return the key that a file is stored under, and the number of bytes before its content."""
     folder, _, name = key.rpartition("/")
     if name == _DOCUMENT or _CHUNK.fullmatch(key):
         return key, 0
@@ -264,7 +264,7 @@ def _stored(key: str) -> tuple[str, int]:
 
 
 def _file_of(key: str) -> str | None:
-    """Return the file that a key keeps; None of one that describes documents."""
+    """Return the file that a key stores; None for the metadata of documents."""
     folder, _, name = key.rpartition("/")
     chunk = _CHUNK.fullmatch(key)
     array = chunk["array"] if chunk else folder
@@ -281,7 +281,7 @@ def _named(documents: re.Match[str], index: int) -> str:
 
 
 def _described(name: str) -> dict[str, Any]:
-    """Metadata of an array of documents, one a chunk: text, or bytes."""
+    """Return the metadata of an array of documents, one in each chunk: text, or bytes."""
     text = name.endswith(".json")
     return {
         "zarr_format": 3,
@@ -300,7 +300,7 @@ def _described(name: str) -> dict[str, Any]:
 
 
 class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
-    """Files of a version of a repository, or of a transaction: they are seen beside it, in OUT.
+    """Files of a version of a repository, or of a transaction; they appear in OUT, beside the repository.
 
     Parameters
     ----------
@@ -363,7 +363,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     # Reading
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        """Content of a file, or a range of it."""
+        """Return the content of a file, or a range of it."""
         return _wait(self._get(self._store(), path, start, end))
 
     def cat_ranges(
@@ -375,7 +375,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         on_error: str = "return",
         **options: Any,
     ) -> list[Any]:
-        """Ranges of files, at the same time."""
+        """Return ranges of files, requested at the same time."""
         store = self._store()
         several = [self._get(store, *each) for each in zip(paths, starts, ends, strict=True)]
         return _wait(_together(several, return_exceptions=on_error == "return"))
@@ -392,7 +392,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         return found[before:][start:end] if before else found
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        """Size and type of a file or folder."""
+        """Return size and type of a file or folder."""
         return _wait(self._info(self._store(), path))
 
     async def _info(self, store: _Store, path: str) -> dict[str, Any]:
@@ -439,7 +439,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     def find(
         self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
     ) -> Any:
-        """All files below a folder."""
+        """Return all files below a folder."""
         found = _wait(self._find(self._store(), path))
         return {name: self.info(name) for name in found} if detail else found
 
@@ -467,7 +467,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         _wait(self._set(self._writer.store(), path, value, new=mode == "create"))
 
     def pipe(self, path: str | Mapping[str, bytes], value: bytes | None = None, **options: Any) -> None:
-        """Write a file, or several at the same time: first those that describe arrays."""
+        """Write a file, or several at the same time: first the metadata of arrays."""
         several = {path: value or b""} if isinstance(path, str) else path
         store = self._writer.store()
         for described in (True, False):
@@ -490,7 +490,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         _wait(self._remove(self._writer.store(), path))
 
     def rm(self, path: str | Sequence[str], recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Remove files, those that describe arrays and groups last: with a group goes all that is in it."""
+        """Remove files, and metadata of arrays and groups last: with a group everything in it is removed."""
         several = [path] if isinstance(path, str) else path
         store = self._writer.store()
         for described in (False, True):
@@ -597,14 +597,14 @@ def open_repository(plain: ObjectStorage, version: str | None) -> IcechunkStorag
     return IcechunkStorage(files, plain.scheme, plain.key)
 
 
-# It writes warnings to standard output, where answers are; what concerns a user is raised.
+# Icechunk writes warnings to standard output, where answers are; errors that concern a user are raised.
 if "ICECHUNK_LOG" not in os.environ:
     icechunk.set_logs_filter("off")
 register_implementation(RepositoryFiles.protocol, RepositoryFiles, clobber=True)
 
 
 def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine on the loop of fsspec, whatever thread asks."""
+    """Run a coroutine on the loop of fsspec, from any thread."""
 
     async def run() -> _T:
         return await coroutine
@@ -624,7 +624,7 @@ async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exception
 
 @asynccontextmanager
 async def _missing_is_none() -> AsyncIterator[None]:
-    """Pass over that an array or an object is not there, which Icechunk tells in words."""
+    """Ignore the error of Icechunk for a missing array or object; only its text identifies it."""
     try:
         yield
     except KeyError:
@@ -650,7 +650,7 @@ def _request(start: int | None, end: int | None) -> Any:
 
 
 async def _grow(store: icechunk.IcechunkStore, array: str, index: int) -> None:
-    """Give an array so many rows that it has a chunk; one of documents is made."""
+    """Extend an array so that it has a chunk; an array of documents is made."""
     described = cast(bytes | None, await store.get(f"{array}/{_DOCUMENT}", _AS_BYTES))
     name = array.rpartition("/")[2]
     if described is not None:

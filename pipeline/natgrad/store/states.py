@@ -32,7 +32,7 @@ from natgrad.store.journal import Journal
 __all__ = ["INGEST_AGAIN", "States", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
 
 INGEST_AGAIN = "ingest the run again with --overwrite"
-"""What remedies a damaged chunk."""
+"""Remedy of a damaged chunk."""
 
 _RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
 """Bytes of a range of an object, and number of ranges that are requested at the same time."""
