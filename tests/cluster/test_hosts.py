@@ -115,6 +115,7 @@ import sys, time
 from pathlib import Path
 from distributed import Client
 from natgrad.schema import blocks
+from natgrad.storage import LocalStorage
 from natgrad.compute import ledger_pass as compute
 for name, value in {SMALL}.items():
     setattr(blocks, name, value)
@@ -125,9 +126,9 @@ def slowly(done, total):
     print(done, total, flush=True)
     time.sleep(0.2)
 
-store = Path(sys.argv[2])
-compute_ledger(
-    store, store.with_name("ledger.zarr"), executor=compute.existing_cluster(sys.argv[1]), progress=slowly
+store = LocalStorage(sys.argv[2])
+compute.compute_ledger(
+    store, store.parent / "ledger.zarr", executor=compute.existing_cluster(sys.argv[1]), progress=slowly
 )
 """
 

@@ -22,6 +22,7 @@ from natgrad.schema import blocks
 from natgrad.schema.blocks import MEBIBYTE
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import VECTORS
+from natgrad.storage import LocalStorage
 from natgrad.store import Ledger, Trajectory, open_ledger, open_trajectory
 from opened import compute_ledger
 from reference import assert_gram_close, exact_gram, exact_vectors
@@ -382,7 +383,7 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
         ledger, summary = ledger_of(folder, arrays, executor=lambda *_: iter(()))
         states = open_trajectory(folder / "trajectory.zarr")
         digests = states.digests(summary.plan.chunks())
-        job = tiles.Job.of(states.path, ledger, summary.plan)
+        job = tiles.Job.of(states.storage, LocalStorage(ledger), summary.plan)
         by_start = {chunk.start: digest for chunk, digest in digests.items()}
         jobs.append((job, list(digests), lambda by_start=by_start: by_start))
     with contextlib.closing(executor(*jobs[0])) as first:
@@ -566,7 +567,8 @@ from pathlib import Path
 from natgrad.schema import blocks
 from natgrad.compute import ledger_pass as compute
 from natgrad.kernel import stream
-from natgrad.store import journal, open_ledger, open_trajectory
+from natgrad.storage import LocalStorage
+from natgrad.store import journal
 
 vars(blocks).update({constants})
 owner, name, calls = {owner}, {name!r}, 0
@@ -580,7 +582,7 @@ def killed(*args):
     return original(*args)
 
 setattr(owner, name, killed)
-compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]))
+compute.compute_ledger(LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]))
 """
 
 
@@ -691,13 +693,13 @@ def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
 def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
     ledger, arrays = grown_by_three(tmp_path)
-    chunk = open_ledger(ledger).chunk_path(array, 18)
+    chunk = open_ledger(ledger).chunk_entry(array, 18).local_path
     content = bytearray(chunk.read_bytes())
     content[3] ^= 1
     chunk.write_bytes(content)
     summary = compute_ledger(tmp_path / "trajectory.zarr", ledger)
     assert (summary.computed_chunks, summary.computed_updates) == (1, 4)
-    assert "another checksum than was recorded" in caplog.text
+    assert "another checksum than recorded" in caplog.text
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
@@ -803,6 +805,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from natgrad.compute import ledger_pass as compute
+from natgrad.storage import LocalStorage
 
 def peak():
     # Not getrusage: its peak counts the process that this one was forked from.
@@ -810,7 +813,9 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 idle = peak()
-summary = compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), memory_limit=int(sys.argv[3]))
+summary = compute.compute_ledger(
+    LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]), memory_limit=int(sys.argv[3])
+)
 print(idle, peak(), summary.plan.projected_bytes)
 """
 
