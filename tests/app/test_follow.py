@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from logs import random_walk, write_log, write_step
-from natgrad.app import run
 from natgrad.app.follow import follow
 from natgrad.app.run import ingest_run
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.sources.steps import NotYet
 from natgrad.store import open_trajectory
-from opened import ingest
+from opened import ingest, read_results
 
 
 @pytest.fixture
@@ -224,7 +223,7 @@ def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
     assert process.returncode == 0, complaints
     assert '"new_steps": 5' in told
     assert steps(out / "trajectory.zarr") == list(range(5))
-    np.testing.assert_array_equal(run.read_results(out / "results.zarr")["model"]["step"], range(4))
+    np.testing.assert_array_equal(read_results(out / "results.zarr")["model"]["step"], range(4))
 
 
 def wait_until(condition):

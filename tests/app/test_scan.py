@@ -158,7 +158,7 @@ def test_what_is_done_stands_until_log_options_version_or_results_change(process
     with monkeypatch.context() as patch:
         patch.setattr(watch, "__version__", "99")
         assert not done.stands(watch.listing(log), options, out)
-    run.RunFolder.of(out).report.unlink()
+    run.RunFolder.of(out).report.delete()
     assert not done.stands(watch.listing(log), options, out)
 
 

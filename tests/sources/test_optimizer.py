@@ -26,7 +26,7 @@ from natgrad.sources.optimizers.saved_state import saved_optimizer
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet
 from natgrad.store import open_trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues, condition_number
-from opened import ingest, verify_trajectory
+from opened import ingest, read_results, verify_trajectory
 from processing import Serial
 
 STEPS = 5
@@ -196,7 +196,7 @@ def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
     out = tmp_path / "out"
     run.ingest_run(tmp_path / "log", out, include=["optimizer"])
     run.analyze_run(out, Analysis(workers=1))
-    tree = run.read_results(out / "results.zarr")
+    tree = read_results(out / "results.zarr")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     for step in range(STEPS - 1):
         # The metric of the update from a step is what the optimizer has after it.
@@ -225,7 +225,7 @@ def test_groups_of_several_rates_give_each_tensor_its_own_and_the_model_the_larg
     trained(two_groups, save)
     run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
     run.analyze_run(tmp_path / "out", Serial())
-    tree = run.read_results(tmp_path / "out" / "results.zarr")
+    tree = read_results(tmp_path / "out" / "results.zarr")
     assert (tree["model"]["learning_rate"] == (0.5 if logged else max(RATES))).all()
     assert not (tree["model"]["status"] == Status.NO_LEARNING_RATE).any()
     states = open_trajectory(tmp_path / "out" / "trajectory.zarr")
@@ -243,7 +243,7 @@ def test_a_rate_that_sets_the_unit_of_time_is_not_taken_from_groups(tmp_path):
     trained(two_groups, saver(tmp_path / "log", learning_rate=None, loss_time_derivative=0.5))
     run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
     run.analyze_run(tmp_path / "out", Serial())
-    model = run.read_results(tmp_path / "out" / "results.zarr")["model"]
+    model = read_results(tmp_path / "out" / "results.zarr")["model"]
     assert (model["status"] == Status.NO_LEARNING_RATE).all()
 
 
@@ -255,7 +255,7 @@ def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):
         run.analyze_run(tmp_path / name, Analysis(workers=1))
         grams.append(run.Ledger(tmp_path / name / "ledger.zarr").read()[0])
     np.testing.assert_array_equal(*grams)
-    assert "preconditioner_condition_number" not in run.read_results(tmp_path / "without" / "results.zarr")["model"]
+    assert "preconditioner_condition_number" not in read_results(tmp_path / "without" / "results.zarr")["model"]
 
 
 def test_a_run_goes_on_as_it_was_begun(tmp_path):

@@ -29,6 +29,7 @@ from natgrad.sources.scalars import event_file, record_files, scalar_log
 from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import read_csv, read_json_lines
 from natgrad.sources.steps import NotYet
+from natgrad.storage import LocalStorage
 from natgrad.store import open_trajectory
 from opened import ingest, open_source, open_sources
 
@@ -393,7 +394,7 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
 
 def read_all(decode, path):
     notes = []
-    return [dict(record) for record in decode(path, lambda key: True, notes)], notes
+    return [dict(record) for record in decode(LocalStorage(path), lambda key: True, notes)], notes
 
 
 @pytest.mark.parametrize(("decode", "text"), [

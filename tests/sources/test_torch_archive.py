@@ -26,6 +26,7 @@ from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.torch_archive import TORCH_DTYPES, TorchFile
 from natgrad.sources.completion import complete
 from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.storage import LocalStorage
 from opened import open_source
 
 DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
@@ -33,7 +34,7 @@ WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
 def opened(path):
-    return TorchFile(LoggedStep(7, Path(path)))
+    return TorchFile(LoggedStep(7, LocalStorage(path)))
 
 
 def saved(tmp_path, tree):
