@@ -178,7 +178,7 @@ def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_whole_v
     ledger, summary = ledger_of(tmp_path, arrays)
     assert {chunk.stop for chunk in summary.plan.chunks()} == {6, 12, 18, 19}
     assert_is_ledger_of(ledger, arrays)
-    Ledger.remove(ledger)
+    Ledger.remove(LocalStorage(ledger))
     monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
     compute_ledger(tmp_path / "trajectory.zarr", ledger)
     with pytest.raises(AssertionError, match="entry"):
@@ -340,7 +340,7 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
         compute_ledger(trajectory, other)
     assert len(interrupted) > 1
     assert bits(other) == bits(ledger)
-    Ledger.remove(other)
+    Ledger.remove(LocalStorage(other))
     located, chunk = Trajectory.located, trajectory / "gradient/c/3/1"
 
     def cut_short(self, *args):

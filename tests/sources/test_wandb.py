@@ -17,6 +17,7 @@ from test_scalar_logs import read_all, run_without_scalars, settled, stored
 from natgrad.schema.errors import InputError
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
+from natgrad.storage import LocalStorage
 from opened import ingest
 
 STEPS = 6
@@ -80,7 +81,7 @@ def test_every_number_is_that_which_was_logged(file, tmp_path):
     assert len(file.read_bytes()) > 2 << 15
     settled(file.parent)
     for name, source in {"file": file, "folder": file.parent}.items():
-        assert format_of(source) == "wandb"
+        assert format_of(LocalStorage(source)) == "wandb"
         ingest([run_without_scalars(tmp_path / name / "log"), source], tmp_path / name / "trajectory.zarr")
         assert stored(tmp_path / name / "trajectory.zarr") == VALUES
 
