@@ -24,7 +24,7 @@ from natgrad.schema.names import OPTIMIZER_NUMBERS, OPTIMIZER_STATES
 from natgrad.schema.variables import Status
 from natgrad.sources.optimizers.saved_state import saved_optimizer
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet
-from natgrad.store import open_trajectory
+from natgrad.store import open_ledger, open_trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues, condition_number
 from opened import ingest, read_results, verify_trajectory
 from processing import Serial
@@ -253,7 +253,7 @@ def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):
     for name, include in (("with", ["optimizer"]), ("without", [])):
         run.ingest_run(tmp_path / "log", tmp_path / name, include=include)
         run.analyze_run(tmp_path / name, Analysis(workers=1))
-        grams.append(run.Ledger(tmp_path / name / "ledger.zarr").read()[0])
+        grams.append(open_ledger(tmp_path / name / "ledger.zarr").read()[0])
     np.testing.assert_array_equal(*grams)
     assert "preconditioner_condition_number" not in read_results(tmp_path / "without" / "results.zarr")["model"]
 
