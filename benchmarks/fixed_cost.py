@@ -54,7 +54,7 @@ def phases(log: Path, out: Path) -> dict[str, float]:
 
         seconds_of_a_call()
     options = run.Analysis()
-    folder = run.RunFolder(out)
+    folder = run.RunFolder.of(out)
     with phase("pass, and the cluster if one is started"):
         compute.compute_ledger(
             folder.trajectory, folder.ledger, executor=options.executor(), memory_limit=options.memory_limit

@@ -30,7 +30,8 @@ from benchmarks.options import (
 from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.ingestion import ingest
 from natgrad.schema.layout import Layout, chunk_shape, storage_dtype
-from natgrad.store import Trajectory, checksum
+from natgrad.storage import open_storage
+from natgrad.store import Trajectory, checksum, open_store, open_trajectory
 
 _COMMIT_BYTES = 1 << 26
 _POOL = 1 << 22
@@ -74,7 +75,7 @@ class Files:
 
     def runs(self) -> int:
         """Runs that are in the trajectory."""
-        return len(Trajectory(self.trajectory).runs)
+        return len(open_trajectory(self.trajectory).runs)
 
 
 # States -------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def write_states(
     dtypes = dict.fromkeys(("parameter", "gradient"), dtype)
     chunk = chunk_shape(count, layout.elements)
     compressors = dict.fromkeys(dtypes, codec) if codec is not None else None
-    trajectory = Trajectory.create(path, layout, dtypes, chunk, compressors=compressors)
+    trajectory = Trajectory.create(open_store(path), layout, dtypes, chunk, compressors=compressors)
     together = max(1, _COMMIT_BYTES // (chunk[0] * layout.elements * STEP_BYTES)) * chunk[0]
     words = {name: np.empty((together, layout.elements), storage_dtype(dtype)) for name in dtypes}
     while trajectory.n_states < count:
@@ -162,7 +163,7 @@ def commit(trajectory: Trajectory, words: Mapping[str, NDArray[Any]]) -> None:
 
 def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
     """States of a trajectory, one after the other."""
-    trajectory = Trajectory(path)
+    trajectory = open_trajectory(path)
     width = trajectory.chunk[1]
     for row in range(trajectory.n_states):
         state = {}
@@ -195,7 +196,7 @@ def logged_run(files: Files, scale: Scale) -> None:
                 part = values[tensor.offset : tensor.offset + tensor.size]
                 tensors[f"{name}/{tensor.name}"] = part.reshape(tensor.shape)
         safetensors.numpy.save_file(tensors, files.log / f"step_{step}.safetensors")
-    ingest(files.log, files.trajectory)
+    ingest([open_storage(files.log)], open_store(files.trajectory))
 
 
 def longer_run(files: Files, scale: Scale, size: float) -> None:
@@ -228,13 +229,13 @@ def sweep(files: Files, scale: Scale, runs: int | None = None) -> None:
     """Write the logs of many small runs, a file each, and ingest them as one."""
     for run in range(min(runs or scale.sweep, scale.sweep)):
         stacked_log(files.log / f"run_{run:05d}.npz", SWEEP_STEPS, run)
-    ingest(files.log, files.trajectory, sweep=True)
+    ingest([open_storage(files.log)], open_store(files.trajectory), sweep=True)
 
 
 def one_run(files: Files, scale: Scale, runs: int) -> None:
     """Write the log of one run of as many states as runs of a sweep have, in one file, and ingest it."""
     stacked_log(files.log / "run.npz", SWEEP_STEPS * min(runs, scale.sweep), 0)
-    ingest(files.log, files.trajectory)
+    ingest([open_storage(files.log)], open_store(files.trajectory))
 
 
 def without_log(make: Maker, files: Files, scale: Scale) -> None:
@@ -297,7 +298,7 @@ class Runs:
                 longer_run(files, self.scale, float(name.removeprefix("size_")))
             else:
                 _MAKERS[name](files, self.scale)
-            compute_ledger(files.trajectory, files.reference)
+            compute_ledger(open_store(files.trajectory), open_store(files.reference))
             files.clear()
         return files
 

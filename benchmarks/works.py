@@ -36,7 +36,7 @@ from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums, stream
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ledger_vectors
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import open_ledger, open_store, open_trajectory
 
 THREADS = 2
 STEPS_OF_A_BLOCK = 16
@@ -117,7 +117,7 @@ def check_bytes(files: Files, count: int) -> None:
 @contextmanager
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments]]]:
     """Files opened and the compiled loop over them, column by column: no store, plan or ledger."""
-    states = Trajectory(files.trajectory)
+    states = open_trajectory(files.trajectory)
     rows, steps, count = states.n_states - 1, states.chunk[0], len(ledger_vectors(False))
     block_elements = PlanLimits().read_block_elements
     together = max(1, block_elements // states.chunk[1])
@@ -126,7 +126,7 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments
     sizes = [dtype.itemsize for dtype in dtypes.values()]
     chunks = range(-(-states.n_states // steps))
     paths = [
-        [[f"{states.path}/{name}/c/{index}/{column}" for index in chunks] for name in dtypes]
+        [[f"{states.storage}/{name}/c/{index}/{column}" for index in chunks] for name in dtypes]
         for column in range(states.columns)
     ]
     kept = threading.local()
@@ -175,7 +175,7 @@ def add_up(
 
 def check_segments(files: Files, segments: list[Segments]) -> None:
     """The bits of the pass: it runs the same kernel on the same read blocks."""
-    reference = Ledger(files.reference)
+    reference = open_ledger(files.reference)
     indices, *parts = zip(*segments, strict=True)
     joined = (np.concatenate(arrays, axis=1) for arrays in parts)
     found = ledger_sums.add_segments(len(reference.layout.tensors), np.concatenate(indices), *joined)
@@ -188,7 +188,8 @@ def check_segments(files: Files, segments: list[Segments]) -> None:
 
 @contextmanager
 def metrics_pass(files: Files, executor: executors.Executor) -> Iterator[Callable[[], Any]]:
-    yield partial(compute_ledger, files.trajectory, files.written / "ledger.zarr", executor=executor)
+    stores = open_store(files.trajectory), open_store(files.written / "ledger.zarr")
+    yield partial(compute_ledger, *stores, executor=executor)
 
 
 @contextmanager
@@ -205,7 +206,7 @@ def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], An
 def check_ledger(files: Files, _: Any) -> None:
     """Every executor gives the same bits."""
     for array, expected in zip(
-        Ledger(files.written / "ledger.zarr").read(), Ledger(files.reference).read(), strict=True
+        open_ledger(files.written / "ledger.zarr").read(), open_ledger(files.reference).read(), strict=True
     ):
         np.testing.assert_array_equal(array, expected)
 
@@ -220,8 +221,8 @@ def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
     `xarray.dot` is the fastest way found: sums of products, (x * y).sum(), took twice as long and more memory.
     The residual's ratio is taken from the ledger, so that its products can be compared; this work need not find it.
     """
-    layout = Trajectory(files.trajectory).layout
-    _, ratio = Ledger(files.reference).read()
+    layout = open_trajectory(files.trajectory).layout
+    _, ratio = open_ledger(files.reference).read()
 
     def run() -> xr.DataArray:
         with warnings.catch_warnings():
@@ -255,8 +256,8 @@ def check_products(files: Files, found: xr.DataArray) -> None:
     difference rounded once or twice, so its error goes with the norms of what it is the difference of: u (|g| +
     2 |c d|) at most, less than n u of them.
     """
-    expected, ratio = Ledger(files.reference).read()
-    sizes = np.array([tensor.size for tensor in Trajectory(files.trajectory).layout.tensors])
+    expected, ratio = open_ledger(files.reference).read()
+    sizes = np.array([tensor.size for tensor in open_trajectory(files.trajectory).layout.tensors])
     norms = np.sqrt(np.einsum("...ii->...i", expected))
     position = {name: index for index, name in enumerate(ledger_vectors(False))}
     norms[..., position["residual"]] = (
@@ -278,8 +279,8 @@ def ingest_log(files: Files, sweep: bool = False) -> Iterator[Callable[[], Any]]
 
 
 def check_trajectory(files: Files, _: Any) -> None:
-    written = Trajectory(files.written / "trajectory.zarr")
-    assert written.fingerprint() == Trajectory(files.trajectory).fingerprint()
+    written = open_trajectory(files.written / "trajectory.zarr")
+    assert written.fingerprint() == open_trajectory(files.trajectory).fingerprint()
 
 
 @contextmanager

@@ -37,19 +37,19 @@ def no_wait_for_the_disk(monkeypatch):
 @pytest.fixture(scope="module")
 def s3_server(tmp_path_factory):
     """Start a server that speaks S3, with a bucket of the name "bucket", where the environment leads."""
-    from natgrad.storage import place
+    from natgrad.storage import open_storage
     from servers import S3Server
 
     with S3Server(tmp_path_factory.mktemp("s3") / "log") as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
-        place("s3://bucket/any").fs.mkdir("bucket")
+        open_storage("s3://bucket/any").fs.mkdir("bucket")
         yield server
 
 
 @pytest.fixture
 def url(s3_server, request):
-    """A place of the test's own in the bucket."""
-    from natgrad.storage import place
+    """A location of the test's own in the bucket."""
+    from natgrad.storage import open_storage
 
-    return place(f"s3://bucket/{request.node.name}")
+    return open_storage(f"s3://bucket/{request.node.name}")

@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from natgrad.schema.layout import Layout, storage_dtype
 from natgrad.schema.names import REPLICATE_PARAMETER, replicate_of
-from natgrad.store import Trajectory, checksum
+from natgrad.store import checksum, open_trajectory
+from opened import create_trajectory
 
 TENSORS = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": ()}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
@@ -105,13 +106,13 @@ def write_trajectory(path, arrays, shapes, chunk, compressors=None):
     dtypes = {replicate_of(name)[0]: array.dtype.name for name, array in arrays.items()}
     replicates = sum(replicate_of(name)[0] == REPLICATE_PARAMETER for name in arrays)
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in shapes.items()})
-    Trajectory.create(path, layout, dtypes, chunk, compressors=compressors, replicates=replicates)
+    create_trajectory(path, layout, dtypes, chunk, compressors=compressors, replicates=replicates)
     return append_states(path, arrays)
 
 
 def append_states(path, arrays):
     """Commit the rows of arrays to a trajectory store that is there, and return its path."""
-    trajectory = Trajectory(path)
+    trajectory = open_trajectory(path)
     start, rows = trajectory.n_states, len(arrays["parameter"])
     checksums = {name: [[] for _ in range(rows)] for name in arrays}
     for (name, array), column in itertools.product(arrays.items(), range(trajectory.columns)):

@@ -4,8 +4,7 @@ import numpy as np
 
 from natgrad.app import run
 from natgrad.compute import executors
-from natgrad.results import dataset as results
-from natgrad.sources.opening import open_source
+from opened import open_source, read_results
 
 
 class Serial(run.Analysis):
@@ -19,7 +18,7 @@ def process(log, out, windows=(1,)):
     """Ingest and analyze a log, and return its results."""
     run.ingest_run(log, out)
     run.analyze_run(out, Serial(windows=windows))
-    return results.read(run.RunFolder(out).results)
+    return read_results(run.RunFolder.of(out).results)
 
 
 def read_log(folder):

@@ -56,7 +56,7 @@ HOMES = {
     "tensorstore": {"sources"},
     "pyarrow": {"sources"},
     "sqlite3": {"sources"},
-    "upath": {"storage"},
+    "upath": set(),
     "fsspec": {"storage"},
     "mlxtend": {"experiments"},
     "torch": set(),
@@ -121,6 +121,36 @@ def test_each_library_is_imported_in_one_place(library):
         if library in {imported.partition(".")[0] for imported in generate.imports(path)}
     }
     assert users <= HOMES[library]
+
+
+def test_only_public_modules_of_zarr_are_imported():
+    names = {name for path in MODULES.values() for name in generate.imports(path)}
+    assert not {name for name in names if name.startswith("zarr.core") or "._" in name.removeprefix("zarr")} & {
+        name for name in names if name.startswith("zarr")
+    }
+
+
+BELOW_THE_EDGE = [
+    name for name in MODULES if generate.package_of(name) not in ("app", "natgrad", "natgrad_flows", "storage")
+]
+
+
+@pytest.mark.parametrize("module", BELOW_THE_EDGE)
+def test_locations_are_parsed_at_the_edge_only(module):
+    # `open_store`, its two openers, and the functions that a notebook calls with a path.
+    openers = {
+        "natgrad.store",
+        "natgrad.store.group",
+        "natgrad.reporting.page",
+        "natgrad.sources.run_file",
+        "natgrad.sources.optimizers.logged_metric",
+    }
+    found = {
+        name
+        for name in generate.imports(MODULES[module])
+        if name.endswith((".open_storage", ".open_out", ".open_all"))
+    }
+    assert not found or module in openers
 
 
 def test_only_the_flows_import_prefect():

@@ -30,7 +30,7 @@ from natgrad.kernel import gram
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import VECTORS
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import open_ledger, open_trajectory
 
 STEPS = 24
 TENSORS = {"layer.weight": (20, 30), "layer.bias": (20,), "scale": ()}
@@ -90,10 +90,10 @@ def files(out):
 
 def look(out):
     """What a reader finds: committed steps, their checksums, ledger chunks, and damages."""
-    folder = RunFolder(out)
+    folder = RunFolder.of(out)
     if not folder.trajectory.exists():
         return {"steps": [], "checksums": [], "ledger chunks": {}, "damages": []}
-    states = Trajectory(folder.trajectory)
+    states = open_trajectory(folder.trajectory)
     rows = [
         json.dumps([r["checksums"][name][i].tolist() for name in states.dtypes])
         for r in states.records()
@@ -101,8 +101,8 @@ def look(out):
     ]
     chunks = {}
     if folder.ledger.exists():
-        book = Ledger(folder.ledger)
-        chunks = {name: (book.journal.folder / f"{name}.json").read_text() for name in book.journal.names()}
+        book = open_ledger(folder.ledger)
+        chunks = {name: (book.journal.folder / f"{name}.json").get().decode() for name in book.journal.names()}
     return {
         "steps": states.scalar("step").tolist(),
         "checksums": rows,

@@ -48,5 +48,5 @@ def demo(out: Out = Path("demo"), **values: Unpack[DemoOptions]) -> dict[str, An
             runs[name] = out / "runs" / name
             _log.info("processing %s in a Prefect flow", name)
             process_run(log, runs[name], windows=[WINDOW], scheduler=scheduler)
-    results = {name: str(RunFolder(path).results) for name, path in runs.items()}
+    results = {name: str(RunFolder.of(path).results) for name, path in runs.items()}
     return {"results": results, **run.report_run(runs, out / "report.html").to_json()}

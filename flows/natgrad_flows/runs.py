@@ -43,7 +43,7 @@ from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis
 from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
 from natgrad.sources.steps import NotYet
-from natgrad.storage import place
+from natgrad.storage import Storage, open_storage
 from natgrad_flows.parameters import Out, Source, with_parameters
 
 __all__ = ["SCANNED", "ProgressArtifact", "analyze_run", "ingest_run", "process_run"]
@@ -196,7 +196,7 @@ def _analyzed(out: Out, analysis: Analysis) -> dict[str, Any]:
         run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
     )
     create_link_artifact(
-        link=RunFolder(place(out)).report.absolute().as_uri(),
+        link=_uri(RunFolder.of(out).report),
         link_text=f"Report of {Path(out).name}",
         key=_key("report", out),
         description=f"Figure 3 of the paper, drawn from {summary['results']}",
@@ -234,7 +234,7 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
             with get_client(sync_client=True) as client:
                 own = UUID(flow_run.get_id())
                 client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
-                _end_the_dead(client, place(out))
+                _end_the_dead(client, open_storage(out))
             return process_once(
                 source,
                 out,
@@ -248,7 +248,7 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
         return Completed(name="Skipped", message=str(busy), data={"skipped": busy.what})
 
 
-def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
+def _end_the_dead(client: SyncPrefectClient, out: Storage) -> None:
     """Mark flows as crashed that the server shows as running on OUT: none can run, as this flow has the lock."""
     running = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
@@ -256,7 +256,7 @@ def _end_the_dead(client: SyncPrefectClient, out: Path) -> None:
     named = FlowFilter(name=FlowFilterName(any_=["process-run"]))
     for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
         ours = str(other.id) == flow_run.get_id()
-        if ours or place(other.parameters.get("out", "")).absolute() != out.absolute():
+        if ours or open_storage(other.parameters.get("out", "")).absolute() != out.absolute():
             continue
         message = f"Its process died. {flow_run.get_name()} continues its work."
         client.set_flow_run_state(other.id, Crashed(message=message), force=True)
@@ -267,6 +267,10 @@ def _report_failure(out: Path, parts: dict[str, Any]) -> None:
     lines = [f"**{out.name}**: {parts['what']}"]
     lines += [f"- {name}: {parts[name]}" for name in ("where", "why", "do") if parts[name]]
     create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: error and remedy")
+
+
+def _uri(page: Storage) -> str:
+    return str(page) if page.local_path is None else page.local_path.absolute().as_uri()
 
 
 def _table(what: str, out: str | Path, summary: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import xarray as xr
 from logs import random_walk, write_log, write_step
 from natgrad.app import cli
 from natgrad.schema.version import __version__
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
 
 NATGRAD = Path(sys.executable).with_name("natgrad")
 
@@ -334,7 +334,7 @@ def test_commands_take_shifts(tmp_path):
     found = answer("inspect", log, *shifts)
     assert (found["steps"], found["first_step"], found["last_step"]) == (5, 0, 4)
     assert answer("ingest", log, tmp_path / "out", *shifts)["steps"] == 5
-    losses = Trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
+    losses = open_trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
     assert losses.tolist() == [state["loss"] for state in states[:5]]
     done = natgrad("ingest", log, tmp_path / "out", "--shift", "gradient=next")
     assert done.returncode == 2
@@ -349,7 +349,7 @@ def test_of_several_sources_each_takes_the_part_of_a_map_that_is_meant_for_it(tm
     os.utime(metrics, (1, 1))
     found = answer("ingest", log, metrics, tmp_path / "out", "--map", "gradient=g", "loss=nll", "step=count")
     assert found["steps"] == 6
-    losses = Trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
+    losses = open_trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
     assert losses.tolist() == [step / 8 for step in range(6)]
     done = natgrad("inspect", log, log, "--map", "gradient=g")
     assert done.returncode == 2

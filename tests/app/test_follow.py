@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from logs import random_walk, write_log, write_step
-from natgrad.app import run
 from natgrad.app.follow import follow
 from natgrad.app.run import ingest_run
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.sources.steps import NotYet
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest, read_results
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def age(path, seconds=2 * changes.SETTLED_SECONDS):
 
 
 def steps(store):
-    return Trajectory(store).scalar("step").tolist()
+    return open_trajectory(store).scalar("step").tolist()
 
 
 # Files of a step ---------------------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ def test_a_step_that_a_restarted_run_writes_over_is_left_until_it_is_whole(log, 
     path.write_bytes(whole)
     write_step(log, 5, again[5])
     assert ingest(log, store).attempts == 2
-    assert Trajectory(store).scalar("attempt").tolist() == [0] * 6 + [1, 1]
+    assert open_trajectory(store).scalar("attempt").tolist() == [0] * 6 + [1, 1]
 
 
 def test_a_file_of_another_name_until_it_is_whole_is_no_step(log, store):
@@ -235,7 +234,7 @@ def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
     assert process.returncode == 0, complaints
     assert '"new_steps": 5' in told
     assert steps(out / "trajectory.zarr") == list(range(5))
-    np.testing.assert_array_equal(run.results.read(out / "results.zarr")["model"]["step"], range(4))
+    np.testing.assert_array_equal(read_results(out / "results.zarr")["model"]["step"], range(4))
 
 
 def wait_until(condition):

@@ -114,7 +114,6 @@ import sys, time
 from pathlib import Path
 from distributed import Client
 from natgrad.compute.executors import existing_cluster
-from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 with Client(sys.argv[1], timeout=120) as client:
     client.wait_for_workers(2, timeout=120)

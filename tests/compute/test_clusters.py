@@ -22,7 +22,7 @@ from test_ledger_pass import CHUNK, ELEMENTS, ROWS, SHAPES, bits, compute_small
 from logs import walk_arrays, write_trajectory
 from natgrad.compute import clusters, executors
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.store import Ledger
+from natgrad.store import open_ledger
 from servers import free_port, kill, process, wait_for
 
 SBATCH = """#!/bin/sh
@@ -230,7 +230,7 @@ def test_a_lost_scheduler_ends_the_pass_with_how_to_go_on_and_it_goes_on(tmp_pat
             run_pass(tmp_path, arrays, executor, progress=lambda done, total: done == 1 and kill(running))
         assert f"natgrad analyze {tmp_path}" in lost.value.remedy
         assert "chunks are done and kept" in lost.value.remedy
-        kept = Ledger(tmp_path / "ledger.zarr")
+        kept = open_ledger(tmp_path / "ledger.zarr")
         assert (
             1 <= len(list((kept.path / "commits").glob("[0-9]*.json"))) < -(-(ROWS - 1) // kept.updates_per_chunk)
         )

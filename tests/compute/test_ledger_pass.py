@@ -17,13 +17,13 @@ from zarr.codecs import BloscCodec
 
 from logs import append_states, walk_arrays, write_trajectory
 from natgrad.compute import clusters, executors, tasks
-from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, chunk_shape
 from natgrad.schema.names import VECTORS
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import Ledger, Trajectory, open_ledger, open_trajectory
+from opened import compute_ledger
 from reference import assert_gram_close, exact_gram, exact_vectors
 
 SHAPES = {"first": (37,), "second": (5, 9), "none": (0,), "third": (40,), "scalar": ()}
@@ -65,7 +65,7 @@ def executor(request):
 
 def bits(ledger):
     """Everything that a ledger holds."""
-    return [array.tobytes() for array in (*Ledger(ledger).read(), *Ledger(ledger).steps())]
+    return [array.tobytes() for array in (*open_ledger(ledger).read(), *open_ledger(ledger).steps())]
 
 
 def ledger_of(folder, arrays, chunk=CHUNK, shapes=SHAPES, limits=SMALL, **options):
@@ -81,7 +81,7 @@ def tensor_slices():
 
 def assert_is_ledger_of(ledger, arrays):
     """Compare with the definition: whole vectors of every row and tensor, in exact arithmetic."""
-    gram, ratio = Ledger(ledger).read()
+    gram, ratio = open_ledger(ledger).read()
     assert gram.shape[:2] == (len(arrays["parameter"]) - 1, len(SHAPES))
     for row, (tensor, part) in itertools.product(range(len(gram)), enumerate(tensor_slices())):
         parameter, gradient = (arrays[name][row : row + 2, part] for name in ("parameter", "gradient"))
@@ -125,7 +125,7 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
     arrays = walk_arrays(8, ELEMENTS, dtypes)
     ledger, summary = ledger_of(tmp_path, arrays)
     assert summary.chunks > 1
-    assert Ledger(ledger).vectors == VECTORS[: None if hvp else -1]
+    assert open_ledger(ledger).vectors == VECTORS[: None if hvp else -1]
     assert_is_ledger_of(ledger, arrays)
 
 
@@ -215,7 +215,7 @@ def test_a_compressed_trajectory_has_the_same_bits(tmp_path, compressed, steps):
 def test_two_tilings_agree_to_rounding(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     (gram, ratio), (other, its_ratio) = (
-        Ledger(ledger_of(tmp_path / str(chunk[1]), arrays, chunk)[0]).read() for chunk in (CHUNK, (7, 29))
+        open_ledger(ledger_of(tmp_path / str(chunk[1]), arrays, chunk)[0]).read() for chunk in (CHUNK, (7, 29))
     )
     assert (gram != other).any()
     # The residual of another ratio is r' = r + (c - c') d.
@@ -231,11 +231,11 @@ def test_two_tilings_agree_to_rounding(tmp_path):
 
 def test_a_nan_spoils_its_own_tensor_and_rows_only(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
-    clean, _ = Ledger(ledger_of(tmp_path / "clean", arrays)[0]).read()
+    clean, _ = open_ledger(ledger_of(tmp_path / "clean", arrays)[0]).read()
     arrays["gradient"][6, 41] = (
         np.nan
     )  # in the second tensor's second part, in the state at the end of a ledger chunk
-    gram, ratio = Ledger(ledger_of(tmp_path / "nan", arrays)[0]).read()
+    gram, ratio = open_ledger(ledger_of(tmp_path / "nan", arrays)[0]).read()
     spoiled = np.zeros_like(gram, dtype=bool)
     change, gradient = VECTORS.index("gradient_change"), VECTORS.index("gradient")
     # Row 5 meets it as its next gradient, row 6 as its gradient and so in all that is formed of it.
@@ -349,7 +349,7 @@ def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go
     assert caught.value.where == str(chunk)
     assert caught.value.remedy
     with pytest.raises(InputError, match="not complete"):
-        Ledger(tmp_path / "ledger.zarr").read()
+        open_ledger(tmp_path / "ledger.zarr").read()
     chunk.write_bytes(whole)
     compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
     assert bits(tmp_path / "ledger.zarr") == bits(ledger)
@@ -362,7 +362,7 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
     for user in ("ada", "emmy"):
         folder = tmp_path / user / "run"
         ledger, summary = ledger_of(folder, arrays, executor=lambda *_: iter(()))
-        states = Trajectory(folder / "trajectory.zarr")
+        states = open_trajectory(folder / "trajectory.zarr")
         items = list(summary.plan.work_items())
         digests = states.digests(item.chunk for item in items)
         job = tasks.Job.of(states.path, ledger, summary.plan, SMALL)
@@ -371,7 +371,7 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
     with contextlib.closing(executor(*jobs[0])) as first:
         next(first)  # the others are held on the cluster until they are asked for
         assert len(list(executor(*jobs[1]))) == 4
-    assert len(Ledger(jobs[1][0].ledger).read()[0]) == ROWS - 1
+    assert len(open_ledger(jobs[1][0].ledger).read()[0]) == ROWS - 1
 
 
 @pytest.mark.parametrize(("width", "ahead"), [(123, 6), (62, 3), (16, 2)])
@@ -393,7 +393,7 @@ def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, width, ahea
     )
     assert summary.chunks == len(submitted) == ROWS - 1
     assert in_flight == [*[ahead] * (summary.chunks - ahead + 1), *range(ahead - 1, 0, -1)]
-    assert Ledger(ledger).n_updates == ROWS - 1
+    assert open_ledger(ledger).n_updates == ROWS - 1
 
 
 def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplog):
@@ -529,7 +529,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
         ledger_of(tmp_path, arrays, executor=stopped_after(finished))
     ledger, trajectory = tmp_path / "ledger.zarr", tmp_path / "trajectory.zarr"
     with pytest.raises(InputError, match="not complete"):
-        Ledger(ledger).read()
+        open_ledger(ledger).read()
     summary = compute_small(trajectory, ledger)
     assert (summary.chunks, summary.computed_chunks) == (4, 4 - finished)
     assert bits(ledger) == bits(undisturbed)
@@ -539,10 +539,9 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
-from natgrad.store import journal
+from natgrad.store import journal, open_ledger, open_trajectory
 
 owner, name, calls = {owner}, {name!r}, 0
 original = getattr(owner, name)
@@ -580,7 +579,7 @@ def test_a_process_that_was_killed_in_its_third_band_leaves_those_that_were_writ
     process = subprocess.run([sys.executable, "-c", code, trajectory, ledger], check=False)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match=r"updates (6|12) to \d+ are missing"):
-        Ledger(ledger).read()
+        open_ledger(ledger).read()
     summary = compute_small(trajectory, ledger)
     assert summary.chunks == 4
     assert summary.chunks - summary.computed_chunks in kept
@@ -649,7 +648,7 @@ def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp
     process = subprocess.run([sys.executable, "-c", code, tmp_path / "trajectory.zarr", ledger], check=False)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match="updates 18 to 22 are missing"):
-        Ledger(ledger).read()
+        open_ledger(ledger).read()
     assert compute_small(tmp_path / "trajectory.zarr", ledger).computed_updates == 3
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
@@ -657,7 +656,7 @@ def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
 def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
     ledger, arrays = grown_by_three(tmp_path)
-    chunk = Ledger(ledger).chunk_path(array, 18)
+    chunk = open_ledger(ledger).chunk_path(array, 18)
     content = bytearray(chunk.read_bytes())
     content[3] ^= 1
     chunk.write_bytes(content)
@@ -686,7 +685,7 @@ def test_the_ledger_of_a_trajectory_that_was_replaced_is_not_read_for_that_of_th
     with pytest.raises(KeyboardInterrupt):
         ledger_of(tmp_path, arrays, executor=stopped_after(1))
     with pytest.raises(InputError, match="updates 12 to 18 are missing"):
-        Ledger(ledger).read()
+        open_ledger(ledger).read()
     assert compute_small(tmp_path / "trajectory.zarr", ledger).computed_chunks == 2
     assert_is_ledger_of(ledger, arrays)
 
@@ -719,8 +718,8 @@ def test_a_trajectory_of_another_kind_gets_a_new_ledger(tmp_path, shapes, dtypes
     assert summary.computed_chunks == summary.chunks
     anew, _ = ledger_of(tmp_path / "anew", arrays, shapes=shapes)
     assert bits(ledger) == bits(anew)
-    assert Ledger(ledger).layout == Ledger(anew).layout
-    assert Ledger(ledger).vectors == Ledger(anew).vectors
+    assert open_ledger(ledger).layout == open_ledger(anew).layout
+    assert open_ledger(ledger).vectors == open_ledger(anew).vectors
 
 
 # What is refused -----------------------------------------------------------------------------------------------
@@ -764,7 +763,6 @@ def test_what_is_no_amount_of_memory_is_refused(amount):
 MEASURED = """
 import sys
 from pathlib import Path
-from natgrad.compute.ledger_pass import compute_ledger
 
 def peak():
     # Not getrusage: its peak counts the process that this one was forked from.

@@ -18,7 +18,7 @@ from natgrad.results.inputs import update_table
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import unit_roundoff
 from natgrad.schema.variables import Status
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import open_ledger, open_trajectory
 from natgrad.theory import geometry
 from processing import Serial, process, read_log
 from reference import assert_same_pair, pair_of
@@ -139,8 +139,8 @@ def test_the_discrete_gradient_in_time_and_parameters_explains_the_change_of_the
 def inputs_of(log, out):
     run.ingest_run(log, out)
     run.analyze_run(out, Serial())
-    folder = run.RunFolder(out)
-    return update_table(Trajectory(folder.trajectory), Ledger(folder.ledger))[1]
+    folder = run.RunFolder.of(out)
+    return update_table(open_trajectory(folder.trajectory), open_ledger(folder.ledger))[1]
 
 
 def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_is_not_extended(tmp_path):

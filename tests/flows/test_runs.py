@@ -20,9 +20,8 @@ from logs import random_walk, write_log, write_step
 from natgrad.app import options, run, scan
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
-from natgrad.storage import place, put
-from natgrad.storage.repository import versions
-from natgrad.store import Trajectory, only_writer
+from natgrad.storage import open_out, open_storage
+from natgrad.store import open_trajectory
 from natgrad_flows import runs
 from natgrad_flows.demo import DemoOptions, demo
 from natgrad_flows.scan import scan_runs
@@ -30,7 +29,7 @@ from natgrad_flows.scan import scan_runs
 WRITER = """
 import sys, time
 from pathlib import Path
-from natgrad.store import only_writer
+from natgrad.store import open_trajectory
 with only_writer(Path(sys.argv[1]) / "trajectory.zarr", "trajectory"):
     print("writing", flush=True)
     time.sleep(600)
@@ -150,7 +149,7 @@ def test_a_flow_takes_several_sources_as_the_command_line_does(log, tmp_path):
     options = {"mapping": {"loss": "nll"}, "shift": {"loss": -1}}
     runs.process_run([metrics, log], tmp_path / "joined", workers=1, **options)
     run.ingest_run([metrics, log], tmp_path / "by-hand", **options)
-    one, other = (Trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
+    one, other = (open_trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
     assert one.fingerprint() == other.fingerprint()
     assert one.scalar("loss").tolist() == [step / 8 for step in range(8)]
     (row,) = [row for row in scan.status(tmp_path) if row["run"] == "joined"]
@@ -169,7 +168,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     def scanned():
         answer = scan_runs(tmp_path / "logs", tmp_path / "out", workers=1)
         assert not answer["failed"]
-        states = Trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
+        states = open_trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
         return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
 
     assert scanned() == (1, 0, [0.5, 0.25, 0.125])
@@ -293,22 +292,22 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
 def test_a_flow_takes_urls(log):
     out = "s3://bucket/out"
     for file in sorted(log.iterdir()):
-        put(place(f"s3://bucket/log/{file.name}"), file.read_bytes())
+        open_storage(f"s3://bucket/log/{file.name}").put(file.read_bytes())
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
     outcome = scan.Outcome.of(out)
-    assert outcome.stands(scan.listing(place("s3://bucket/log")), outcome.options, out)
+    assert outcome.stands(scan.listing("s3://bucket/log"), outcome.options, out)
     (link,) = artifacts("report-out")
     assert "s3://bucket/out/report.html" in link
-    with only_writer(place(out) / "processing", "run"):
+    with (open_storage(out) / "processing").lock("run"):
         assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
     out = "s3://bucket/versions"
     assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
-    assert [row["message"].partition(" ")[0] for row in versions(out)][:3] == [
+    assert [row["message"].partition(" ")[0] for row in open_out(out).versions()][:3] == [
         "results",
         "ledger",
         "trajectory",
     ]
     outcome = scan.Outcome.of(out)
-    assert outcome.stands(scan.listing(place("s3://bucket/log")), outcome.options, out)
+    assert outcome.stands(scan.listing("s3://bucket/log"), outcome.options, out)
     assert "store" not in outcome.options
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, storage_dtype
 from natgrad.sources.checkpoints.step_folder import StepFolder
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest
 
 ELEMENTS = 17  # of `logs.TENSORS`
 WIDE = 8  # elements of a chunk: three columns of one step, the last with an element of padding
@@ -61,7 +61,7 @@ def read(trajectory, name):
 def stored(store, row, key):
     """A tensor of a row by its key in the log, in the dtype of the store."""
     array, _, name = key.partition("/")
-    trajectory = Trajectory(store)
+    trajectory = open_trajectory(store)
     (tensor,) = (tensor for tensor in trajectory.layout.tensors if tensor.name == name)
     values = read(trajectory, array)[row, tensor.offset : tensor.stop]
     return values.view(DTYPES[trajectory.dtypes[array]]).reshape(tensor.shape)
@@ -69,7 +69,7 @@ def stored(store, row, key):
 
 def assert_holds(store, states, numbers=None):
     """A trajectory is these states, bit for bit."""
-    trajectory = Trajectory(store)
+    trajectory = open_trajectory(store)
     numbers = list(range(len(states))) if numbers is None else numbers
     assert trajectory.scalar("step").tolist() == numbers
     for row, state in enumerate(states):
@@ -122,7 +122,7 @@ def test_every_dtype_lands_bit_for_bit(ingest, log, store, dtype, container):
     assert summary.dtypes == dict.fromkeys(("parameter", "gradient", "hvp"), dtype)
     assert (summary.new_steps, summary.steps, summary.first_step, summary.last_step) == (5, 5, 0, 4)
     assert (summary.tensors, summary.elements) == (len(TENSORS), ELEMENTS)
-    assert len(Trajectory(store).records()) > 1
+    assert len(open_trajectory(store).records()) > 1
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)))
@@ -134,7 +134,7 @@ def test_a_model_of_mixed_dtypes_is_stored_exactly(ingest, log, store, dtypes):
             state[f"parameter/{name}"] = state[f"parameter/{name}"].astype(DTYPES[dtypes[index % 2]])
             state[f"gradient/{name}"] = special.astype(DTYPES[dtypes[index % 2]])
     ingest(write_log(log, states), store)
-    assert {tensor.name: tensor.dtype for tensor in Trajectory(store).layout.tensors} == {
+    assert {tensor.name: tensor.dtype for tensor in open_trajectory(store).layout.tensors} == {
         name: dtypes[index % 2] for index, name in enumerate(TENSORS)
     }
     for row, state in enumerate(states):
@@ -180,8 +180,8 @@ def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(ingest, tmp
     assert set(opened) == set(range(first, 8))
     assert_holds(store, states)
     ingest(log, tmp_path / "once" / "trajectory.zarr")
-    once = Trajectory(tmp_path / "once" / "trajectory.zarr")
-    assert Trajectory(store).fingerprint() == once.fingerprint()
+    once = open_trajectory(tmp_path / "once" / "trajectory.zarr")
+    assert open_trajectory(store).fingerprint() == once.fingerprint()
     assert content(store, commits=False) == content(once.path, commits=False)
 
 
@@ -449,7 +449,7 @@ def test_a_damaged_file_leaves_nothing_that_a_good_run_trips_over(
         assert names(store.parent) == ({"notes.txt", f".{store.name}.lock"} if out_is_there else set())
         assert store.parent.exists() == out_is_there
     else:
-        rows = Trajectory(store).n_states
+        rows = open_trajectory(store).n_states
         assert 0 < rows <= bad
         assert_holds(store, states[:rows])
     path.write_bytes(whole)
@@ -548,8 +548,8 @@ def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, con
         "give it with --learning-rate; without it no metric exists",
     ]
     loss = [states[0]["loss"], np.nan, states[2]["loss"], np.nan]
-    np.testing.assert_array_equal(Trajectory(store).scalar("loss"), loss)
-    np.testing.assert_array_equal(Trajectory(store).scalar("learning_rate"), np.nan)
+    np.testing.assert_array_equal(open_trajectory(store).scalar("loss"), loss)
+    np.testing.assert_array_equal(open_trajectory(store).scalar("learning_rate"), np.nan)
 
 
 def test_keys_that_are_not_used_are_warned_of(log, store):
@@ -567,7 +567,7 @@ def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_
     write_step(log, 3, states[3])
     (warning,) = ingest(log, store).warnings
     assert warning.startswith("loss_time_derivative is logged from step 3 on, and not stored")
-    trajectory = Trajectory(store)
+    trajectory = open_trajectory(store)
     assert trajectory.scalars == ("loss", "learning_rate", "hessian_min_eigenvalue")
     np.testing.assert_array_equal(trajectory.scalar("hessian_min_eigenvalue"), [np.nan, -0.5, np.nan, np.nan])
     np.testing.assert_array_equal(trajectory.scalar("loss_time_derivative"), np.full(4, np.nan))
@@ -580,7 +580,6 @@ ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 WAITING_INGEST = """
 import sys
 from pathlib import Path
-from natgrad.ingestion import ingest
 
 def wait(done, total):
     sys.stdout.write("writing\\n")
@@ -615,7 +614,6 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work_and_readers_are_n
 KILLED_INGESTS = """
 import os, signal, sys, time
 from pathlib import Path
-from natgrad.ingestion import ingest
 from natgrad.schema.layout import IngestLimits
 
 os.fsync = lambda descriptor: None

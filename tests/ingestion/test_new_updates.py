@@ -18,7 +18,8 @@ from natgrad.results import dataset as results
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION, IngestLimits, storage_dtype
 from natgrad.schema.variables import Status
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import open_ledger, open_trajectory
+from opened import read_results
 
 ELEMENTS = 17  # of `logs.TENSORS`
 
@@ -56,7 +57,7 @@ def log_steps(folder, states, numbers):
 
 def held(out):
     """Rows of a trajectory: step, attempt and the parameters."""
-    trajectory = Trajectory(RunFolder(out).trajectory)
+    trajectory = open_trajectory(RunFolder.of(out).trajectory)
     parts = []
     for column in range(trajectory.columns):
         first, last = trajectory.column(column)
@@ -73,7 +74,7 @@ def flat(state):
 
 def variables(out, group="model"):
     """Variables of results by name, with the steps as the leading axis."""
-    dataset = results.read(RunFolder(out).results)[group].to_dataset()
+    dataset = read_results(RunFolder.of(out).results)[group].to_dataset()
     return {name: dataset[name].values for name in (*dataset.data_vars, "step")}
 
 
@@ -119,7 +120,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_pat
         {name: found[name] for name in of_steps},
         {name: np.concatenate([before[name], after[name]]) for name in of_steps},
     )
-    dataset = results.read(RunFolder(out).results)["model"]
+    dataset = read_results(RunFolder.of(out).results)["model"]
     assert dataset["attempt"].values.tolist() == [0] * 5 + [1] * 6
     analyze_run(out, Analysis(workers=1, attempt=0))
     assert_same(variables(out), variables(alone(tmp_path / "c", first, range(10), ingest=ingest_run)))
@@ -132,7 +133,7 @@ def test_no_window_reaches_across_a_restart(tmp_path, log, out):
     ingest_run(log_steps(log, random_walk(6), range(6)), out)
     ingest_run(log_steps(log, random_walk(9, seed=1), range(4, 9)), out)
     analyze_run(out, Analysis(workers=1, windows=(1, 2, 3)))
-    model = results.read(RunFolder(out).results)["model"].to_dataset()
+    model = read_results(RunFolder.of(out).results)["model"].to_dataset()
     assert model["step"].values.tolist() == [0, 1, 2, 4, 5, 6, 7]
     for m, cut in {1: [], 2: [2, 7], 3: [1, 2, 6, 7]}.items():
         at = model.sel(window=m, descent="gradient")
@@ -211,7 +212,7 @@ def test_a_restart_costs_the_ledger_chunks_of_its_updates_only(log, out):
     ingest_run(log_steps(log, random_walk(9, seed=1), range(7, 9)), out, limits=chunks)
     summary = analyze_run(out, SERIAL, limits=limits)
     assert (summary.chunks, summary.computed_chunks) == (3, 1)
-    gram, ratio = Ledger(RunFolder(out).ledger).read()
+    gram, ratio = open_ledger(RunFolder.of(out).ledger).read()
     assert np.isnan(gram[8]).all()
     assert np.isnan(ratio[8]).all()
     assert not np.isnan(np.delete(gram, 8, axis=0)).any()
@@ -249,7 +250,7 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
         last = begin + count - 1
         model = {n: kept for n, kept in model.items() if n < begin}
         model |= {n: (attempt, n) for n in range(begin, last + 1)}
-    trajectory = Trajectory(RunFolder(out).trajectory)
+    trajectory = open_trajectory(RunFolder.of(out).trajectory)
     rows = np.flatnonzero(trajectory.current())
     everything = held(out)
     assert [everything[row][0] for row in rows] == sorted(model)
@@ -263,11 +264,11 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
 def test_a_store_of_the_version_before_is_read_and_goes_on_as_one_of_this(log, out):
     states, second = random_walk(8), random_walk(8, seed=1)
     ingest_run(log_steps(log, states, range(5)), out)
-    store = RunFolder(out).trajectory
+    store = RunFolder.of(out).trajectory
     shutil.rmtree(store / "attempt")
     document = (store / "zarr.json").read_text()
     (store / "zarr.json").write_text(document.replace(f'"version": {LAYOUT_VERSION}', '"version": 1'))
-    assert Trajectory(store).scalar("attempt").tolist() == [0] * 5
+    assert open_trajectory(store).scalar("attempt").tolist() == [0] * 5
     analyze_run(out, SERIAL)
     ingest_run(log_steps(log, second, range(3, 8)), out)
     assert (store / "zarr.json").read_text() == document
@@ -288,7 +289,7 @@ def test_a_sweep_is_the_results_of_its_runs_on_an_axis_of_their_own(tmp_path, ou
     lengths = [5, 9, 2, 7]
     ingest_run(write_sweep(tmp_path / "sweep", lengths), out, sweep=True)
     analyze_run(out, Analysis(workers=1, windows=(1, 3)))
-    tree = results.read(RunFolder(out).results)
+    tree = read_results(RunFolder.of(out).results)
     assert tree["model"].sizes == {"run": 4, "step": 8, "descent": 4, "window": 2, "gamma": 5}
     assert tree["tensor"].sizes["tensor"] == len(TENSORS)
     trees = results.runs(tree)
@@ -330,7 +331,7 @@ def test_a_run_of_a_sweep_that_was_restarted_is_another_attempt_of_it_alone(tmp_
     (warning,) = ingest_run(sweep, out, sweep=True).warnings
     assert warning.startswith("run run_0 was restarted before step 2")
     analyze_run(out, SERIAL)
-    model = results.read(RunFolder(out).results)["model"]
+    model = read_results(RunFolder.of(out).results)["model"]
     status = model["status"].sel(window=1, descent="gradient") != Status.NOT_LOGGED
     assert status.sel(run="run_0").values.tolist() == [True, False, True, True]
     assert status.sel(run="run_1").values.tolist() == [True, True, True, False]

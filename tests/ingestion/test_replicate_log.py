@@ -21,9 +21,7 @@ from natgrad.app.inspection import inspect_source
 from natgrad.app.run import analyze_run, ingest_run, report_run
 from natgrad.app.verification import verify_run
 from natgrad.compute import executors
-from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits, plan_pass
-from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums
 from natgrad.recording.recorder import Recorder
 from natgrad.results import dataset as results
@@ -33,7 +31,8 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout
 from natgrad.schema.names import of_replicate, replicate_vectors
 from natgrad.schema.variables import Status
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import open_ledger, open_trajectory
+from opened import compute_ledger, ingest, read_results
 from processing import Serial, process
 from reference import exact, exact_dot
 
@@ -153,7 +152,7 @@ def gram_bound(run):
 
 
 def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
-    states = Trajectory(RunFolder(out).trajectory)
+    states = open_trajectory(RunFolder.of(out).trajectory)
     assert (states.replicates, states.array_dtypes["replicate_hvp"]) == (COUNT, "float32")
     for name in ("replicate_parameter", "replicate_hvp"):
         for replicate in range(COUNT):
@@ -161,13 +160,13 @@ def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
             states.read(of_replicate(name, replicate), 0, STEPS, 0, words)
             np.testing.assert_array_equal(words[:, :SIZE], run[name][:, replicate])
     np.testing.assert_array_equal(states.scalar("replicate_loss"), run["replicate_loss"])
-    group = zarr.open_group(RunFolder(out).trajectory, mode="r")
+    group = zarr.open_group(RunFolder.of(out).trajectory, mode="r")
     np.testing.assert_array_equal(group["replicate_parameter"][:], run["replicate_parameter"])
     assert group["replicate_parameter"].metadata.dimension_names == ("step", "replicate", "element")
 
 
 def test_the_ledger_of_a_log_is_that_of_the_arrays_in_memory(run, out):
-    book = Ledger(RunFolder(out).ledger)
+    book = open_ledger(RunFolder.of(out).ledger)
     assert book.replicate_vectors == replicate_vectors(COUNT, hvp=True)
     found, expected, bound = book.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
     assert (np.abs(found - expected) <= 2 * bound).all()
@@ -184,9 +183,9 @@ def relative_rounding(run):
 
 
 def test_the_results_of_a_log_are_those_of_the_arrays_in_memory(run, out):
-    tree = results.read(RunFolder(out).results)["replicates"]
+    tree = read_results(RunFolder.of(out).results)["replicates"]
     options = {"loss_change": (run["replicate_loss"] - run["loss"][:, None])[:-1], "learning_rate": RATE}
-    stored = Ledger(RunFolder(out).ledger).read_chunk("replicate_gram", 0, STEPS - 1)
+    stored = open_ledger(RunFolder.of(out).ledger).read_chunk("replicate_gram", 0, STEPS - 1)
     expected = replicates.label(stored, LAYOUT, replicates=COUNT, **options)
     for group in ("model", "tensor"):
         found = tree[group].to_dataset()
@@ -288,7 +287,7 @@ def drawn_arrays(dtype="float32", hvp=True):
 
 def bits(ledger):
     """Everything that a ledger holds."""
-    book = Ledger(ledger)
+    book = open_ledger(ledger)
     chunks = [
         book.read_chunk("replicate_gram", start, start + book.updates_per_chunk)
         for start in range(0, book.n_updates, book.updates_per_chunk)
@@ -326,7 +325,7 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
 
     compute_ledger(trajectory, tmp_path / "resumed.zarr", executor=half, limits=SMALL)
     with pytest.raises(InputError, match="not complete"):
-        Ledger(tmp_path / "resumed.zarr").read()
+        open_ledger(tmp_path / "resumed.zarr").read()
     resumed = compute_ledger(trajectory, tmp_path / "resumed.zarr", limits=SMALL)
     assert resumed.computed_chunks == summary.chunks // 2
     compute_ledger(trajectory, tmp_path / "threads.zarr", executor=executors.threads(2), limits=SMALL)
@@ -421,7 +420,9 @@ def steps_of(run):
 @pytest.mark.parametrize("write", [write_npz, write_hdf5, write_stacked, write_torch])
 def test_every_format_gives_the_same_trajectory(run, out, tmp_path, write):
     ingest(write(tmp_path / "log", steps_of(run)), tmp_path / "trajectory.zarr")
-    states, others = (Trajectory(path) for path in (RunFolder(out).trajectory, tmp_path / "trajectory.zarr"))
+    states, others = (
+        open_trajectory(path) for path in (RunFolder.of(out).trajectory, tmp_path / "trajectory.zarr")
+    )
     (record_,), (other,) = states.records(), others.records()
     np.testing.assert_equal(record_["checksums"], other["checksums"])
     assert record_["scalars"] == other["scalars"]
@@ -439,8 +440,8 @@ def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
     ]
     log = write_npz(tmp_path / "log", steps)
     ingest(log, tmp_path / "trajectory.zarr", mapping=names)
-    states = Trajectory(RunFolder(out).trajectory)
-    assert Trajectory(tmp_path / "trajectory.zarr").fingerprint() == states.fingerprint()
+    states = open_trajectory(RunFolder.of(out).trajectory)
+    assert open_trajectory(tmp_path / "trajectory.zarr").fingerprint() == states.fingerprint()
     for quantity in names:
         with pytest.raises(InputError, match=f"no {quantity} under the key 'elsewhere'"):
             ingest(log, tmp_path / "other.zarr", mapping={quantity: "elsewhere"})
@@ -455,7 +456,7 @@ def test_replicates_may_lie_in_a_log_of_their_own(run, out, tmp_path):
         ]
         logs.append(write_npz(tmp_path / name, parts))
     ingest(logs, tmp_path / "trajectory.zarr")
-    states, others = Trajectory(RunFolder(out).trajectory), Trajectory(tmp_path / "trajectory.zarr")
+    states, others = open_trajectory(RunFolder.of(out).trajectory), open_trajectory(tmp_path / "trajectory.zarr")
     assert others.fingerprint() == states.fingerprint()
     np.testing.assert_array_equal(others.scalar("replicate_loss"), run["replicate_loss"])
 
@@ -550,7 +551,7 @@ def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path):
     steps = steps_of(run)
     log = write_npz(tmp_path / "log", steps)
     ingest(log, tmp_path / "trajectory.zarr", limits=IngestLimits(chunk_elements=16))
-    states = Trajectory(tmp_path / "trajectory.zarr")
+    states = open_trajectory(tmp_path / "trajectory.zarr")
     assert (states.chunk, states.columns) == ((1, 14), 3)
     for name in ("parameter", *states.replicates_of("replicate_hvp")):
         found = np.zeros((STEPS, 3 * 14), np.float32)
@@ -560,7 +561,7 @@ def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path):
         expected = run[array] if not replicate else run[array][:, int(replicate)]
         np.testing.assert_array_equal(found[:, :SIZE], expected)
     compute_ledger(tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr")
-    found = Ledger(tmp_path / "ledger.zarr").read_chunk("replicate_gram", 0, STEPS - 1)
+    found = open_ledger(tmp_path / "ledger.zarr").read_chunk("replicate_gram", 0, STEPS - 1)
     assert (np.abs(found - gram_of(run)) <= 2 * gram_bound(run)).all()
 
 
@@ -569,7 +570,7 @@ def test_a_wide_model_is_read_a_replicate_at_a_time(run, tmp_path):
 
 def ledger_alone(log, out):
     """Ingest a log and compute its ledger, but no results."""
-    folder = RunFolder(out)
+    folder = RunFolder.of(out)
     ingest_run(log, out)
     compute_ledger(folder.trajectory, folder.ledger)
     return folder.ledger
@@ -580,7 +581,7 @@ def test_a_ledger_of_other_replicates_is_not_kept(run, log, out, tmp_path):
     ledger_alone(log, tmp_path / "run")
     ingest_run(record(tmp_path / "log", other), tmp_path / "run", overwrite=True)
     compute_ledger(tmp_path / "run/trajectory.zarr", tmp_path / "run/ledger.zarr")
-    found, before = (Ledger(RunFolder(folder).ledger) for folder in (tmp_path / "run", out))
+    found, before = (open_ledger(RunFolder.of(folder).ledger) for folder in (tmp_path / "run", out))
     assert [array.tobytes() for array in found.read()] == [array.tobytes() for array in before.read()]
     found, before = (book.read_chunk("replicate_gram", 0, STEPS - 1) for book in (found, before))
     assert (np.abs(found - gram_of(other)) <= 2 * gram_bound(other)).all()
@@ -608,7 +609,7 @@ def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
 
 
 def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
-    whole = results.read(RunFolder(out).results)["replicates"]
+    whole = read_results(RunFolder.of(out).results)["replicates"]
     log = record(tmp_path / "log", {name: values[:4] for name, values in run.items()})
     ledger_alone(log, tmp_path / "run")
     record(log, run, range(4, STEPS))
@@ -637,11 +638,11 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
         record(tmp_path / "sweep" / name, run)
     ingest_run(tmp_path / "sweep", tmp_path / "out", sweep=True)
     assert analyze_run(tmp_path / "out", Serial(), limits=limits).chunks == 4
-    tree = results.read(RunFolder(tmp_path / "out").results)
+    tree = read_results(RunFolder.of(tmp_path / "out").results)
     assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
     for name, of_run in results.runs(tree).items():
         assert of_run["replicates/model"]["step"].values.tolist() == list(range(lengths[name] - 1))
-        book = Ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
+        book = open_ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
         stored = book.read_chunk("replicate_gram", 0, book.n_updates)
         change = (runs[name]["replicate_loss"] - runs[name]["loss"][:, None])[:-1]
         alone = replicates.label(stored, LAYOUT, replicates=COUNT, learning_rate=RATE, loss_change=change)
@@ -679,7 +680,7 @@ def test_without_a_learning_rate_or_after_a_divergence_the_status_says_so(run, t
 
 def test_replicates_of_each_tensor_are_per_its_own_learning_rate(out):
     """Powers of two, so that other rates round to the same bits."""
-    states, ledger = Trajectory(RunFolder(out).trajectory), Ledger(RunFolder(out).ledger)
+    states, ledger = open_trajectory(RunFolder.of(out).trajectory), open_ledger(RunFolder.of(out).ledger)
     rows, inputs = update_table(states, ledger)
     tensors = len(inputs.layout.tensors)
     own = 2.0 ** -(np.arange(len(rows) * tensors).reshape(len(rows), tensors) % 5)
@@ -715,7 +716,7 @@ def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):
 
 
 def test_a_replicate_is_one_update_where_every_second_state_is_logged(run, out, tmp_path):
-    whole = results.read(RunFolder(out).results)["replicates"]
+    whole = read_results(RunFolder.of(out).results)["replicates"]
     for step in range(0, STEPS, 2):
         record(tmp_path / "log", run, [step])
     tree = process(tmp_path / "log", tmp_path / "out")
@@ -727,8 +728,8 @@ def test_a_replicate_is_one_update_where_every_second_state_is_logged(run, out, 
 
 def test_replicates_of_states_alone_lack_what_needs_hvps_and_losses(run, out, tmp_path):
     tree = process(record(tmp_path / "log", run, only=("parameter",)), tmp_path / "out")["replicates"]
-    whole = results.read(RunFolder(out).results)["replicates"]
-    assert Ledger(tmp_path / "out/ledger.zarr").replicate_vectors == replicate_vectors(COUNT, hvp=False)
+    whole = read_results(RunFolder.of(out).results)["replicates"]
+    assert open_ledger(tmp_path / "out/ledger.zarr").replicate_vectors == replicate_vectors(COUNT, hvp=False)
     for group in ("model", "tensor"):
         for name in ("stochastic_weight", "learning_rate_bound", "loss_decrease", "replicate_loss_decrease"):
             assert name not in tree[group] or np.isnan(tree[group][name]).all()
@@ -748,7 +749,7 @@ def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
     told = describe_run(out)
     assert told["replicates"] == COUNT
     assert told["dtypes"] == found.dtypes
-    folder = RunFolder(out)
+    folder = RunFolder.of(out)
     arrays = ("parameter", "gradient", "replicate_parameter", "replicate_hvp")
     stored = sum(
         path.stat().st_size
@@ -763,9 +764,9 @@ def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
 
 
 def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
-    found = results.read(RunFolder(out).results)["replicates/model"].to_dataset()
+    found = read_results(RunFolder.of(out).results)["replicates/model"].to_dataset()
     report_run([out])
-    page = RunFolder(out).report.read_text()
+    page = RunFolder.of(out).report.read_text()
     assert f"the mean of {COUNT} draws of the update" in page
     effective, definite = (int(found[name].sum()) for name in ("effective", "stochastic_definite"))
     drawn = int((found["replicate_alignment"] > 0).sum())
@@ -786,7 +787,7 @@ def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
         assert shown == [float(f(found[name])) for f in (np.nanmin, np.nanmedian, np.nanmax)]
     process(record(tmp_path / "log", noisy_run(steps=3), only=()), tmp_path / "out")
     report_run([tmp_path / "out"])
-    assert "replicates-" not in RunFolder(tmp_path / "out").report.read_text()
+    assert "replicates-" not in RunFolder.of(tmp_path / "out").report.read_text()
 
 
 def test_the_memory_of_a_pass_is_that_of_all_replicates():

@@ -14,8 +14,8 @@ from logs import DTYPES
 from natgrad.recording.recorder import CONTAINERS, Recorder
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS
-from natgrad.sources.opening import open_source
 from natgrad.sources.steps import LoggedTensor
+from opened import open_source
 
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
 shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)

@@ -14,13 +14,12 @@ from hypothesis.extra.numpy import arrays
 
 from logs import DTYPES, random_walk, write_log
 from natgrad.app.inspection import inspect_source
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.sources.alignment import shift_of_gradients
 from natgrad.sources.names import parse_shift
-from natgrad.sources.opening import open_source
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest, open_source
 
 SHAPES = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": ()}
 STEPS = 6
@@ -71,7 +70,7 @@ def write_moved(folder, states, by, quantities=("gradient", "loss")):
 
 def held(path):
     """Rows of a trajectory by step: the bits of its arrays, and its scalars."""
-    states = Trajectory(path)
+    states = open_trajectory(path)
     rows = {}
     for row, step in enumerate(states.scalar("step").tolist()):
         bits = []

@@ -17,12 +17,11 @@ from damage import LENGTHS, changes, damage, reads_only
 from logs import run_writer
 from natgrad.app import run as whole_run
 from natgrad.app.inspection import inspect_source
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.bergson_store import blocks
 from natgrad.sources.completion import complete
 from natgrad.sources.formats import find_format
-from natgrad.sources.opening import open_source, open_sources
+from opened import ingest, open_source, open_sources, read_results
 from processing import Serial
 
 LAYOUTS = {"gpt2": "conv1d", "neox": "linear"}
@@ -133,7 +132,7 @@ def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path,
     stores = say(shutil.copytree(written / name / "stores", tmp_path / "stores"), LAYOUTS[name])
     whole_run.ingest_run([written / name / "models", stores], tmp_path / "out")
     whole_run.analyze_run(tmp_path / "out", Serial(learning_rate=1.0))
-    tree = whole_run.results.read(tmp_path / "out" / "results.zarr")
+    tree = read_results(tmp_path / "out" / "results.zarr")
     for level in ("model", "tensor"):
         angle = tree[level]["angle"].sel(descent="gradient", window=1)
         # Two roundings of the gradient; of the parameters' 2^-53, updates are 2^-20 of them or more.

@@ -19,7 +19,7 @@ from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import STATES
 from natgrad.sources.completion import complete
 from natgrad.sources.formats import FORMATS
-from natgrad.sources.opening import open_source
+from opened import open_source
 
 # A log is written once for all examples of a property, and only read.
 

@@ -17,10 +17,9 @@ from test_optimizer import stored
 
 from damage import LENGTHS, Payload, changes, damage, reads_only
 from logs import random_walk, run_writer, write_log
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
-from natgrad.sources.opening import open_source
+from opened import ingest, open_source
 
 SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
 STATES = random_walk(5, SHAPES)

@@ -25,8 +25,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import METRIC_EIGENVALUES
 from natgrad.sources.optimizers.logged_metric import read_metric
-from natgrad.store import Trajectory
-from natgrad.store.verify import verify_trajectory
+from natgrad.store import open_trajectory
 from natgrad.theory.preconditioners import (
     ASYMMETRY,
     balanced_damping,
@@ -36,6 +35,7 @@ from natgrad.theory.preconditioners import (
     symmetric_factor,
 )
 from natgrad.theory.symmetric_operators import Kronecker, canonical_form
+from opened import verify_trajectory
 
 STEPS = 5
 UNIT = 2.0**-53
@@ -149,12 +149,12 @@ def maps(rule, model, optimizer):
 def results_of(log, out, **options):
     summary = run.ingest_run(log, out, include=["optimizer"], **options)
     run.analyze_run(out, Analysis(workers=1))
-    return run.results.read(out / "results.zarr"), summary.warnings
+    return run.read_results(out / "results.zarr"), summary.warnings
 
 
 def assert_eigenvalues(out, row, name, singular, basis=1.0, tables=METRIC_EIGENVALUES[:2]):
     """Compare the stored eigenvalues with those of the inverse of the matrix with these singular values."""
-    states = Trajectory(out / "trajectory.zarr")
+    states = open_trajectory(out / "trajectory.zarr")
     place = states.layout.names.index(name)
     rounding = 8 * len(singular) * UNIT * singular[0] / singular[-1] + basis**2 - 1
     for table, value in zip(tables, 1 / singular[[0, -1]], strict=True):
@@ -358,7 +358,7 @@ def test_soap_of_its_authors_counts_its_updates_itself(tmp_path):
     stored = []
     for log in ("package", "authors"):
         results_of(tmp_path / log, tmp_path / f"{log} out")
-        states = Trajectory(tmp_path / f"{log} out" / "trajectory.zarr")
+        states = open_trajectory(tmp_path / f"{log} out" / "trajectory.zarr")
         stored.append([states.scalar(table) for table in METRIC_EIGENVALUES[:2]])
     assert np.isfinite(stored[0]).sum() == 2 * 3 * len(SHAPES)
     np.testing.assert_array_equal(*stored)
@@ -721,7 +721,7 @@ def test_metrics_that_come_after_the_store_was_made_are_told_of(tmp_path):
     torch.save(tree, log / "step-1.pt")
     late = [(log / f"step-{step}.pt").rename(tmp_path / f"step-{step}.pt") for step in (2, 3)]
     run.ingest_run(log, tmp_path / "out", include=["optimizer"])
-    assert not set(METRIC_EIGENVALUES) & set(Trajectory(tmp_path / "out" / "trajectory.zarr").tables)
+    assert not set(METRIC_EIGENVALUES) & set(open_trajectory(tmp_path / "out" / "trajectory.zarr").tables)
     for path in late:
         path.rename(log / path.name)
     _, warned = results_of(log, tmp_path / "out")

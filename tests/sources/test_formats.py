@@ -26,16 +26,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from damage import LENGTHS, Payload, changes, damage, reads_only
 from logs import random_walk, write_log
 from memory import peak_of
-from natgrad.compute.ledger_pass import compute_ledger
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.hdf5_file import Hdf5File
 from natgrad.sources.checkpoints.npz_file import NpzStack
 from natgrad.sources.completion import complete
 from natgrad.sources.container import boxes
 from natgrad.sources.formats import FORMATS, find_format
-from natgrad.sources.opening import open_source
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import open_ledger, open_trajectory
+from opened import compute_ledger, ingest, open_source
 
 TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}
 STEPS = 5
@@ -258,7 +256,7 @@ def ledger_of(folder, sources, **options):
     """Everything that a run's stores hold, bit by bit."""
     ingest(sources, folder / "trajectory.zarr", **options)
     compute_ledger(folder / "trajectory.zarr", folder / "ledger.zarr")
-    ledger, states = Ledger(folder / "ledger.zarr"), Trajectory(folder / "trajectory.zarr")
+    ledger, states = open_ledger(folder / "ledger.zarr"), open_trajectory(folder / "trajectory.zarr")
     gram, ratio = ledger.read()
     scalars = [states.scalar(name).tobytes() for name in ("step", "loss", "learning_rate")]
     return ledger.layout, gram.tobytes(), ratio.tobytes(), scalars
@@ -571,7 +569,7 @@ def test_steps_that_one_source_lacks_are_left_out_aloud(tmp_path, caplog):
     (checkpoints / "checkpoint_3.pt").unlink()
     (checkpoints / "checkpoint_4.pt").unlink()
     ingest([checkpoints, gradients], tmp_path / "trajectory.zarr")
-    assert Trajectory(tmp_path / "trajectory.zarr").n_states == 3
+    assert open_trajectory(tmp_path / "trajectory.zarr").n_states == 3
     assert f"2 steps of {gradients} are left out" in caplog.text
 
 

@@ -23,7 +23,7 @@ from logs import random_walk, write_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.completion import complete
 from natgrad.sources.formats import FORMATS
-from natgrad.sources.opening import open_source
+from opened import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 STATES = random_walk(3, TENSORS)

@@ -18,16 +18,15 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 
 from natgrad.app import cli, run
 from natgrad.app.run import Analysis
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import OPTIMIZER_NUMBERS, OPTIMIZER_STATES
 from natgrad.schema.variables import Status
 from natgrad.sources.optimizers.saved_state import saved_optimizer
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet
-from natgrad.store import Trajectory
-from natgrad.store.verify import verify_trajectory
+from natgrad.store import open_ledger, open_trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues, condition_number
+from opened import ingest, read_results, verify_trajectory
 from processing import Serial
 
 STEPS = 5
@@ -106,7 +105,7 @@ def sharded(folder):
 
 def stored(store):
     """Arrays of a trajectory by tensor: shape (rows, elements of the tensor); bfloat16 as its bits in uint16."""
-    states = Trajectory(store)
+    states = open_trajectory(store)
     whole = {}
     for name, dtype in states.dtypes.items():
         dtype = storage_dtype(dtype)
@@ -197,7 +196,7 @@ def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
     out = tmp_path / "out"
     run.ingest_run(tmp_path / "log", out, include=["optimizer"])
     run.analyze_run(out, Analysis(workers=1))
-    tree = run.results.read(out / "results.zarr")
+    tree = read_results(out / "results.zarr")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     for step in range(STEPS - 1):
         # The metric of the update from a step is what the optimizer has after it.
@@ -226,10 +225,10 @@ def test_groups_of_several_rates_give_each_tensor_its_own_and_the_model_the_larg
     trained(two_groups, save)
     run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
     run.analyze_run(tmp_path / "out", Serial())
-    tree = run.results.read(tmp_path / "out" / "results.zarr")
+    tree = read_results(tmp_path / "out" / "results.zarr")
     assert (tree["model"]["learning_rate"] == (0.5 if logged else max(RATES))).all()
     assert not (tree["model"]["status"] == Status.NO_LEARNING_RATE).any()
-    states = Trajectory(tmp_path / "out" / "trajectory.zarr")
+    states = open_trajectory(tmp_path / "out" / "trajectory.zarr")
     _, arrays = stored(tmp_path / "out" / "trajectory.zarr")
     for tensor in states.layout.tensors:
         rate = RATES[len(tensor.shape) < 2]
@@ -244,7 +243,7 @@ def test_a_rate_that_sets_the_unit_of_time_is_not_taken_from_groups(tmp_path):
     trained(two_groups, saver(tmp_path / "log", learning_rate=None, loss_time_derivative=0.5))
     run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
     run.analyze_run(tmp_path / "out", Serial())
-    model = run.results.read(tmp_path / "out" / "results.zarr")["model"]
+    model = read_results(tmp_path / "out" / "results.zarr")["model"]
     assert (model["status"] == Status.NO_LEARNING_RATE).all()
 
 
@@ -254,9 +253,9 @@ def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):
     for name, include in (("with", ["optimizer"]), ("without", [])):
         run.ingest_run(tmp_path / "log", tmp_path / name, include=include)
         run.analyze_run(tmp_path / name, Analysis(workers=1))
-        grams.append(run.Ledger(tmp_path / name / "ledger.zarr").read()[0])
+        grams.append(open_ledger(tmp_path / name / "ledger.zarr").read()[0])
     np.testing.assert_array_equal(*grams)
-    assert "preconditioner_condition_number" not in run.results.read(tmp_path / "without" / "results.zarr")["model"]
+    assert "preconditioner_condition_number" not in read_results(tmp_path / "without" / "results.zarr")["model"]
 
 
 def test_a_run_goes_on_as_it_was_begun(tmp_path):

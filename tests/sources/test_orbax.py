@@ -17,7 +17,7 @@ from logs import random_walk, run_writer, write_log
 from memory import assert_out_of_core
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS, find_format
-from natgrad.sources.opening import open_source
+from opened import open_source
 
 LAYOUTS = ["ocdbt", "plain", "zarr3", "parts", "standard"]
 DTYPES = ["float32", "bfloat16"]

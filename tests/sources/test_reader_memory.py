@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 import zarr
 
 from memory import assert_out_of_core
-from natgrad.sources.opening import open_source
+from opened import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 SHAPE = (4096, 4096)  # 64 MiB

@@ -24,16 +24,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from damage import changes, damage, reads_only
 from logs import random_walk, write_log, write_step
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
-from natgrad.sources.opening import format_of, open_source, open_sources
+from natgrad.sources.opening import format_of
 from natgrad.sources.scalars import event_file
 from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import read_csv, read_json_lines, read_parquet
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest, open_source, open_sources
 
 STEPS = 6
 SCALARS = ("loss", "learning_rate")
@@ -61,7 +61,7 @@ def values_of(steps=STEPS):
 
 
 def stored(path):
-    states = Trajectory(path)
+    states = open_trajectory(path)
     return [
         (int(step), *(None if np.isnan(value) else float(value) for value in values))
         for step, *values in zip(*(states.scalar(name) for name in ("step", *SCALARS)), strict=True)

@@ -25,15 +25,16 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.torch_archive import TORCH_DTYPES, TorchFile
 from natgrad.sources.completion import complete
-from natgrad.sources.opening import open_source
 from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.storage import LocalStorage
+from opened import open_source
 
 DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
 def opened(path):
-    return TorchFile(LoggedStep(7, Path(path)))
+    return TorchFile(LoggedStep(7, LocalStorage(path)))
 
 
 def saved(tmp_path, tree):
@@ -156,8 +157,8 @@ def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_pa
 def test_torch_is_not_needed_to_read_what_it_wrote(tmp_path):
     path = saved(tmp_path, {"w": torch.ones(2)})
     code = (
-        "import sys; from pathlib import Path; from natgrad.sources.opening import open_source;"
-        f"log = open_source(Path({str(path.parent)!r})); step = log.steps()[0];"
+        "import sys; from natgrad.sources.opening import open_source; from natgrad.storage import LocalStorage;"
+        f"log = open_source(LocalStorage({str(path.parent)!r})); step = log.steps()[0];"
         "reader = log.open(step).__enter__();"
         "print(reader.content().arrays['parameter']['w'].shape, 'torch' in sys.modules)"
     )

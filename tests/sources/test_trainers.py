@@ -16,12 +16,11 @@ from lightning.pytorch.loggers import CSVLogger
 from test_formats import ledger_of
 
 from logs import write_log
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.completion import complete
 from natgrad.sources.formats import FORMATS
-from natgrad.sources.opening import open_source
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
+from opened import ingest, open_source
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
@@ -166,7 +165,7 @@ def test_rotation_takes_old_checkpoints_away_and_the_run_goes_on(tmp_path, train
     shutil.rmtree(folder / "checkpoint-1")
     (tmp_path / "later").rename(folder / "checkpoint-4")
     assert ingest(folder, store).new_steps == 1
-    assert Trajectory(store).scalar("step").tolist() == [1, 2, 3, 4]
+    assert open_trajectory(store).scalar("step").tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("gone", ["all", "model.safetensors", "checkpoint"])
@@ -269,7 +268,7 @@ def test_lightnings_checkpoints_are_the_run_that_was_fitted(tmp_path, fitted):
     native = write_log(tmp_path / "log", [states[number] for number in numbers], numbers=numbers)
     assert ledger_of(tmp_path / "lightning", [folder]) == ledger_of(tmp_path / "native", [native])
     ingest(folder, tmp_path / "store", include=["optimizer"])
-    store = Trajectory(tmp_path / "store")
+    store = open_trajectory(tmp_path / "store")
     rows = np.zeros((store.n_states, store.chunk[1]), np.float32)
     store.read("momentum_buffer", 0, store.n_states, 0, rows)
     for row, number in zip(rows, store.scalar("step"), strict=True):

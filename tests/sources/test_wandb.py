@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scalar_logs import read_all, run_without_scalars, settled, stored
 
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
+from natgrad.storage import LocalStorage
+from opened import ingest
 
 STEPS = 6
 WRITE = """
@@ -80,7 +81,7 @@ def test_every_number_is_that_which_was_logged(file, tmp_path):
     assert len(file.read_bytes()) > 2 << 15
     settled(file.parent)
     for name, source in {"file": file, "folder": file.parent}.items():
-        assert format_of(source) == "wandb"
+        assert format_of(LocalStorage(source)) == "wandb"
         ingest([run_without_scalars(tmp_path / name / "log"), source], tmp_path / name / "trajectory.zarr")
         assert stored(tmp_path / name / "trajectory.zarr") == VALUES
 

@@ -1,6 +1,7 @@
 """Disks that are full, read-only or limited: what is committed stays, the reason is told, and a rerun completes."""
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
@@ -17,12 +18,11 @@ from logs import random_walk, write_log
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
-from natgrad.ingestion import ingest
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
-from natgrad.storage import disk
-from natgrad.storage.disk import flush_all, replace_files, replace_folder
-from natgrad.store import Trajectory
+from natgrad.storage import LocalStorage
+from natgrad.store import open_trajectory
+from opened import ingest
 
 TENSORS = {"weight": (300, 100), "bias": (40,)}
 STEPS = 12
@@ -58,7 +58,7 @@ from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
-from natgrad.store import Trajectory
+from natgrad.store import open_trajectory
 
 out = disk / "out"
 
@@ -71,7 +71,7 @@ try:
     print("no error")
 except InputError as error:
     print(error.what, error.where.startswith(str(disk)), "run again" in error.remedy, sep="|")
-rows = Trajectory(out / "trajectory.zarr").n_states if (out / "trajectory.zarr").exists() else 0
+rows = open_trajectory(out / "trajectory.zarr").n_states if (out / "trajectory.zarr").exists() else 0
 print(rows, verify_run(out) if rows else [], sep="|")
 run(["mount", "-o", "remount,{}".format(sys.argv[4]), disk], check=True)
 try:
@@ -170,8 +170,8 @@ def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path
         Failing(patch, calls, errno.EDQUOT)
         with pytest.raises(InputError, match="the quota is exceeded"):
             ingest_run(log, out, limits=SMALL)
-    store = RunFolder(out).trajectory
-    before = Trajectory(store).scalar("step").tolist() if store.exists() else []
+    store = RunFolder.of(out).trajectory
+    before = open_trajectory(store).scalar("step").tolist() if store.exists() else []
     assert before == list(range(len(before)))
     assert not before or verify_run(out) == []
     ingest_run(log, out, limits=SMALL)
@@ -191,7 +191,7 @@ def test_each_file_and_folder_is_flushed_once(tmp_path, monkeypatch, count):
         path.mkdir()
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda number: flushed.append(Path(f"/proc/self/fd/{number}").readlink()))
-    flush_all(paths)
+    LocalStorage(tmp_path).flush(map(LocalStorage, paths))
     assert sorted(flushed) == sorted(paths)
 
 
@@ -212,22 +212,23 @@ def test_what_one_flush_of_several_says_is_told_when_all_are_done(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
-        flush_all(files)
+        LocalStorage(tmp_path).flush(map(LocalStorage, files))
     assert sorted(done) == [file for file in files if file != files[failing]]
 
 
 FORKED = """
 import os, signal, sys
 from pathlib import Path
-from natgrad.storage.disk import flush_all
+from natgrad.storage import LocalStorage
 
-paths = [Path(sys.argv[1]), Path(sys.argv[1]).parent]
-flush_all(paths)
+folder = LocalStorage(Path(sys.argv[1]).parent)
+paths = [LocalStorage(sys.argv[1]), folder]
+folder.flush(paths)
 if (process := os.fork()) == 0:
     signal.alarm(20)  # where it would wait forever
-    flush_all(paths)
+    folder.flush(paths)
     os._exit(0)
-flush_all(paths)
+folder.flush(paths)
 assert os.waitpid(process, 0)[1] == 0
 """
 
@@ -238,31 +239,35 @@ def test_a_process_that_was_forked_waits_for_the_disk_with_threads_of_its_own(tm
     assert subprocess.run(command, capture_output=True, text=True).stderr == ""
 
 
-def test_the_disk_begins_with_a_piece_of_a_file_before_the_next_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_PIECE_BYTES", 7)
-    begun, begin = [], disk._begin_to_flush
+class System:
+    """In place of the C library: one that can start to flush a file, and no more."""
 
-    def watched(descriptor):
-        begun.append(os.fstat(descriptor).st_size)
-        begin(descriptor)
+    def __init__(self):
+        self.sizes = []
 
-    monkeypatch.setattr(disk, "_begin_to_flush", watched)
-    replace_files({tmp_path / "a": bytes(range(20)), tmp_path / "b": b"", tmp_path / "c": memoryview(b"1234567")})
-    assert begun == [7, 14, 20, 7]
-    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [bytes(range(20)), b"", b"1234567"]
+    def sync_file_range(self, descriptor, *_):
+        self.sizes.append(os.fstat(descriptor).st_size)
+
+
+def test_the_disk_starts_with_a_segment_of_a_file_before_the_next_is_written(tmp_path, monkeypatch):
+    system, half = System(), 1 << 19
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: system)
+    contents = {"a": os.urandom(2 * half + 7), "b": b"", "c": memoryview(os.urandom(half))}
+    LocalStorage(tmp_path).put_entries(contents)
+    assert system.sizes == [half, 2 * half, 2 * half + 7, half]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
 
 
 def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_PIECE_BYTES", 7)
     paths = [tmp_path / name for name in "abc"]
     new = {path: path.name.encode() * 20 for path in paths}
     outcomes = set()
-    for calls in range(8):
+    for calls in range(12):
         for path in paths:
             path.write_bytes(b"old")
         with monkeypatch.context() as patch, contextlib.suppress(OSError):
             Failing(patch, calls, errno.ENOSPC)
-            replace_files(new)
+            LocalStorage(tmp_path).put_entries({path.name: content for path, content in new.items()})
         replaced = [path.read_bytes() == new[path] for path in paths]
         assert all(path.read_bytes() == b"old" for path, done in zip(paths, replaced, strict=True) if not done)
         outcomes.add(sum(replaced))
@@ -274,10 +279,10 @@ def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path
 SHORT = """
 import resource, sys
 from pathlib import Path
-from natgrad.storage.disk import replace_files
+from natgrad.storage import LocalStorage
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:
-    replace_files({Path(sys.argv[1]): bytes(999), Path(sys.argv[2]): bytes(1001)})
+    LocalStorage(sys.argv[1]).put_entries({"a": bytes(999), "b": bytes(1001)})
 except OSError as error:
     print(error.strerror)
 """
@@ -285,9 +290,7 @@ except OSError as error:
 
 def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
     # What fits is written, and only what is then left of it is refused.
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", SHORT, tmp_path], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("File too large\n", "")
     assert not list(tmp_path.iterdir())
 
@@ -298,19 +301,27 @@ def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
 @pytest.mark.parametrize("possible", [True, False], ids=["exchanged", "renamed"])
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, possible):
     if not possible:
-        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
-    path, aside = tmp_path / "results", tmp_path / ".results.new"
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: System())
+    path = tmp_path / "results"
     for number in range(3):
-        aside.mkdir()
-        (aside / str(number)).write_text("")
-        replace_folder(aside, path, str(number))
+        with LocalStorage(path).replace_tree(str(number)) as folder:
+            folder.mkdir()
+            (folder / str(number)).write_text("")
         assert [entry.name for entry in tmp_path.rglob("*")] == ["results", str(number)]
+
+
+def test_a_folder_that_cannot_be_written_replaces_none(tmp_path):
+    storage = LocalStorage(tmp_path / "results")
+    (storage / "which").put(b"old")
+    with pytest.raises(FileNotFoundError), storage.replace_tree("which") as folder:
+        (folder / "which").write_text("new")
+    assert (storage / "which").get() == b"old"
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from natgrad.storage.disk import replace_folder
+from natgrad.storage import LocalStorage
 
 def kill(event, arguments):
     global left
@@ -319,9 +330,11 @@ def kill(event, arguments):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-left = int(sys.argv[2])
-sys.addaudithook(kill)
-replace_folder(Path(sys.argv[1]) / "new", Path(sys.argv[1]) / "results", "which")
+with LocalStorage(Path(sys.argv[1]) / "results").replace_tree("which") as folder:
+    folder.mkdir()
+    (folder / "which").write_text("new")
+    left = int(sys.argv[2])
+    sys.addaudithook(kill)
 """
 
 
@@ -329,9 +342,7 @@ def test_there_are_results_at_any_moment_of_their_replacement(tmp_path):
     outcomes = set()
     for left in range(12):
         folder = tmp_path / str(left)
-        for name in ("new", "results"):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "which").write_text(name)
+        LocalStorage(folder / "results" / "which").put(b"results")
         done = subprocess.run([sys.executable, "-c", KILLED, folder, str(left)])
         found = (folder / "results" / "which").read_text()
         outcomes.add((done.returncode, found))

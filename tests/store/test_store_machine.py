@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from logs import write_step
-from natgrad.ingestion import ingest
 from natgrad.schema.layout import IngestLimits
-from natgrad.store import Trajectory
-from natgrad.store.verify import verify_trajectory
+from natgrad.store import open_trajectory
+from opened import ingest, verify_trajectory
 
 SHAPE = (3, 5)
 LIMITS = IngestLimits(chunk_elements=30, commit_bytes=1)  # two steps per chunk
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
 class Killed(BaseException):
@@ -121,7 +120,7 @@ class Run(RuleBasedStateMachine):
         new = self.to_come()
         assert ingest(self.log, self.store, limits=LIMITS).new_steps == len(new)
         self.rows += new
-        assert Trajectory(self.store).n_states == len(self.rows)
+        assert open_trajectory(self.store).n_states == len(self.rows)
         assert ingest(self.log, self.store, limits=LIMITS).new_steps == 0
 
     @precondition(lambda self: self.logged)
@@ -135,7 +134,7 @@ class Run(RuleBasedStateMachine):
             pass
         finally:
             reaper.left = None
-        committed = Trajectory(self.store).n_states if self.store.exists() else 0
+        committed = open_trajectory(self.store).n_states if self.store.exists() else 0
         assert len(self.rows) <= committed <= len(whole)
         self.rows = whole[:committed]
 
@@ -143,7 +142,7 @@ class Run(RuleBasedStateMachine):
     def the_store_is_the_model(self):
         if not self.rows:
             return
-        trajectory = Trajectory(self.store)
+        trajectory = open_trajectory(self.store)
         steps, attempts, versions = (trajectory.scalar(name).tolist() for name in ("step", "attempt", "loss"))
         assert list(zip(steps, attempts, versions, strict=True)) == self.rows
         for name in ("parameter", "gradient"):

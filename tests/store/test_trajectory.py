@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ from natgrad.kernel import stream
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION, Layout, LedgerChunk, storage_dtype
 from natgrad.schema.names import VECTORS
-from natgrad.storage.chunk_file import ChunkFile
-from natgrad.store import Ledger, Trajectory, checksum
+from natgrad.storage import LocalStorage
+from natgrad.store import Ledger, Trajectory, checksum, open_ledger, open_trajectory
 from natgrad.store.group import ArrayPlan
 from natgrad.store.journal import Journal
 
@@ -109,7 +111,7 @@ class Watch:
     """Calls a function around every rename and write in place, and before every flush, in whatever thread."""
 
     def __init__(self, monkeypatch, look):
-        replace, fsync, pwrite = Path.replace, os.fsync, os.pwrite
+        replace, link, fsync, pwrite = Path.replace, os.link, os.fsync, os.pwrite
 
         def watched_pwrite(descriptor, *arguments):
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -124,11 +126,17 @@ class Watch:
             look("rename", Path(target), before=False)
             return moved
 
+        def watched_link(aside, target):
+            look("rename", Path(target), before=True)
+            link(aside, target)
+            look("rename", Path(target), before=False)
+
         def watched_fsync(descriptor):
             look("flush", Path(f"/proc/self/fd/{descriptor}").readlink(), before=True)
             fsync(descriptor)
 
         monkeypatch.setattr(Path, "replace", watched_replace)
+        monkeypatch.setattr(os, "link", watched_link)
         monkeypatch.setattr(os, "fsync", watched_fsync)
         monkeypatch.setattr(os, "pwrite", watched_pwrite)
 
@@ -149,9 +157,9 @@ def write_only(trajectory, arrays):
 def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_once(path):
     arrays = walk_arrays(6, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
-    writer = Trajectory(path)
+    writer = open_trajectory(path)
     write_only(writer, {name: array[3:] for name, array in arrays.items()})
-    reader = Trajectory(path)
+    reader = open_trajectory(path)
     assert_holds(reader, arrays, rows=3)
     assert sum(record["stop"] - record["start"] for record in reader.records()) == 3
     assert rows_on_disk(path) == dict.fromkeys([*MIXED, "step", "attempt", "loss", "learning_rate"], 3)
@@ -170,7 +178,7 @@ def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, mo
     seen = []
 
     def look(kind, target, before):
-        reader = Trajectory(path)
+        reader = open_trajectory(path)
         assert_holds(reader, arrays, rows=reader.n_states)
         assert max(rows_on_disk(path).values()) <= reader.n_states
         seen.append(reader.n_states)
@@ -180,7 +188,7 @@ def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, mo
         append_states(path, {name: array[3:] for name, array in arrays.items()})
     assert sorted(set(seen)) == [3, 9]
     assert seen == sorted(seen)
-    assert_holds(Trajectory(path), arrays)
+    assert_holds(open_trajectory(path), arrays)
 
 
 def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(path, monkeypatch):
@@ -223,8 +231,8 @@ def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_fa
             append_states(path, write)
             committed = {name: np.concatenate([array, write[name]]) for name, array in committed.items()}
         else:
-            write_only(Trajectory(path), write)
-        assert_holds(Trajectory(path), committed)
+            write_only(open_trajectory(path), write)
+        assert_holds(open_trajectory(path), committed)
     for name, array in committed.items():
         assert zarr.open_array(path / name, mode="r")[:].tobytes() == words(array).tobytes()
 
@@ -243,23 +251,23 @@ def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeyp
         patch.setattr(Path, "unlink", lambda aside, **options: None)  # one that is killed clears nothing up
         with pytest.raises(Stopped):
             append_states(path, {name: array[2:] for name, array in arrays.items()})
-    left = Trajectory(path)
+    left = open_trajectory(path)
     assert sorted(rows_on_disk(path).values()) == [2] * (7 - resizes) + [5] * resizes
     assert_holds(left, arrays)
     left.recover()
-    assert_holds(Trajectory(path), arrays)
+    assert_holds(open_trajectory(path), arrays)
     with xr.open_zarr(path, consolidated=False) as dataset:
         assert dataset.sizes == {"step": 5, "element": ELEMENTS}
 
 
 def test_a_committed_row_is_not_written_again(path):
     arrays = walk_arrays(2, ELEMENTS)
-    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    trajectory = open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
     block = np.zeros((1, CHUNK[1]), np.float32)
     for row in (0, 1):
-        with pytest.raises(ValueError, match=f"row {row} of gradient is committed"):
+        with pytest.raises(ValueError, match=f"state {row} of gradient is committed"):
             trajectory.write("gradient", row, 0, block)
-    assert_holds(Trajectory(path), arrays)
+    assert_holds(open_trajectory(path), arrays)
 
 
 def test_a_damaged_record_is_refused_by_name(path):
@@ -268,7 +276,7 @@ def test_a_damaged_record_is_refused_by_name(path):
     record = path / "commits" / "00000000.json"
     record.write_text(record.read_text()[:-9])
     with pytest.raises(InputError) as caught:
-        Trajectory(path)
+        open_trajectory(path)
     assert caught.value.where == str(record)
 
 
@@ -283,7 +291,7 @@ def test_checksums_of_every_row_and_column_are_recorded(path):
     arrays = random_bits(6, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     append_states(path, {name: array[2:] for name, array in arrays.items()})
-    trajectory = Trajectory(path)
+    trajectory = open_trajectory(path)
     assert [(record["start"], record["stop"]) for record in trajectory.records()] == [(0, 2), (2, 6)]
     for name in MIXED:
         recorded = [row for record in trajectory.records() for row in record["checksums"][name].tolist()]
@@ -305,7 +313,8 @@ CODECS = {
 def write_compressed(path, arrays, codec):
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     layout = Layout.from_shapes({name: (shape, dtypes["parameter"]) for name, shape in SHAPES.items()})
-    Trajectory.create(path, layout, dtypes, CHUNK, compressors=dict.fromkeys(dtypes, CODECS[codec]))
+    compressors = dict.fromkeys(dtypes, CODECS[codec])
+    Trajectory.create(LocalStorage(path), layout, dtypes, CHUNK, compressors=compressors)
     return append_states(path, arrays)
 
 
@@ -319,7 +328,7 @@ def twins(tmp_path_factory):
         packed = write_compressed(folder / f"{dtype}-packed.zarr", arrays, "blosc")
         assert not zarr.open_array(raw / "parameter", mode="r").compressors
         assert zarr.open_array(packed / "parameter", mode="r").compressors
-        twins[dtype] = Trajectory(raw), Trajectory(packed), arrays
+        twins[dtype] = open_trajectory(raw), open_trajectory(packed), arrays
     return twins
 
 
@@ -359,12 +368,26 @@ def test_any_part_of_a_chunk_column_is_where_it_is_located(twins, dtype, rows, c
 def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_are(path):
     arrays = walk_arrays(4, ELEMENTS)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
-    reader, out = Trajectory(path), np.empty((2, 5), np.float32)
+    reader, out = open_trajectory(path), np.empty((2, 5), np.float32)
     with reader.opened(0):
         located = reader.located("parameter", 0, 2, 0)
         append_states(path, {name: array[2:] for name, array in arrays.items()})
         assert stream.read(located, 0, out) is None
     np.testing.assert_array_equal(out, arrays["parameter"][:2, :5])
+
+
+def let_the_cache_hold(monkeypatch, everything):
+    """Let the system answer that the cache of the disk holds all bytes, or none."""
+    preadv = os.preadv
+
+    def answering(descriptor, buffers, offset, flags=0):
+        if not flags & os.RWF_NOWAIT:
+            return preadv(descriptor, buffers, offset, flags)
+        if everything():
+            return 1
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "preadv", answering)
 
 
 @pytest.mark.parametrize(("columns", "asked"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1})])
@@ -373,14 +396,14 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
 ):
     arrays = walk_arrays(6, ELEMENTS)
     write_trajectory(path, arrays, SHAPES, CHUNK)
-    reader, cached, found = Trajectory(path), True, set()
+    reader, cached, found = open_trajectory(path), True, set()
 
     def advise(descriptor, offset, length, advice):
         assert (offset, length, advice) == (0, 0, os.POSIX_FADV_WILLNEED)
         found.add(Path(f"/proc/self/fd/{descriptor}").readlink())
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: cached)
+    let_the_cache_hold(monkeypatch, lambda: cached)
     with reader.opened(0, columns):
         reader.located("parameter", 0, 6, 0)
     assert not found
@@ -396,8 +419,8 @@ def descriptors():
 
 def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_the_next(path, monkeypatch):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
-    monkeypatch.setattr(ChunkFile, "_is_cached", lambda self, offset: False)
-    reader, before = Trajectory(path), len(descriptors())
+    let_the_cache_hold(monkeypatch, lambda: False)
+    reader, before = open_trajectory(path), len(descriptors())
     with reader.opened(0, 2):
         reader.located("parameter", 0, 6, 0)
         assert len(descriptors()) == before + 4
@@ -414,7 +437,7 @@ def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_t
 
 def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
-    reader, out, before = Trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
+    reader, out, before = open_trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
     with reader.opened(0):
         located = reader.located("parameter", 0, 3, 0)
         os.truncate(path / "parameter/c/0/0", 24)
@@ -430,7 +453,7 @@ def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):
     document = path / "gradient/zarr.json"
     document.write_text(document.read_text()[:-9])
     with pytest.raises(InputError, match="metadata of an array") as caught:
-        Trajectory(path)
+        open_trajectory(path)
     assert caught.value.where == str(document)
 
 
@@ -440,7 +463,7 @@ def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
     chunk.unlink()
     chunk.mkdir()
     with pytest.raises(InputError, match="a chunk cannot be read") as caught:
-        read(Trajectory(path), "parameter")
+        read(open_trajectory(path), "parameter")
     assert caught.value.where == str(chunk)
 
 
@@ -449,18 +472,18 @@ def test_a_chunk_of_fill_values_is_data_like_any_other(path, dtype):
     # Zarr leaves such chunks out unless told otherwise, also after the store was opened again.
     arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
     arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
-    assert_holds(Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
+    assert_holds(open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
     append_states(path, arrays)
-    assert_holds(Trajectory(path), {name: np.concatenate([array, array]) for name, array in arrays.items()})
+    assert_holds(open_trajectory(path), {name: np.concatenate([array, array]) for name, array in arrays.items()})
 
 
 def test_scalars_that_the_log_lacks_are_nan_and_stored(path):
     arrays = walk_arrays(3, ELEMENTS)
-    trajectory = Trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
+    trajectory = open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
     write_only(trajectory, arrays)
     nothing = {"loss": [math.nan] * 3, "learning_rate": [math.nan] * 3}
     trajectory.commit([3, 4, 5], nothing, [{}] * 3, {name: [[0] * 3] * 3 for name in arrays})
-    np.testing.assert_array_equal(Trajectory(path).scalar("loss"), [0, 0, 0, *nothing["loss"]])
+    np.testing.assert_array_equal(open_trajectory(path).scalar("loss"), [0, 0, 0, *nothing["loss"]])
 
 
 def test_plain_xarray_shows_the_dimensions_and_the_values(path):
@@ -479,7 +502,7 @@ def test_plain_xarray_shows_the_dimensions_and_the_values(path):
 
 
 def test_the_columns_cover_the_elements_once(path):
-    trajectory = Trajectory(write_trajectory(path, walk_arrays(1, ELEMENTS), SHAPES, CHUNK))
+    trajectory = open_trajectory(write_trajectory(path, walk_arrays(1, ELEMENTS), SHAPES, CHUNK))
     assert [trajectory.column(index) for index in range(trajectory.columns)] == [(0, 5), (5, 10), (10, 13)]
     assert trajectory.layout.names == tuple(SHAPES)
 
@@ -494,7 +517,7 @@ def test_a_damaged_chunk_is_refused_by_name(path, codec, damage):
         write_compressed(path, arrays, codec)
     chunk = path / "gradient" / "c" / "1" / "2"
     spoil(chunk, damage)
-    trajectory = Trajectory(path)
+    trajectory = open_trajectory(path)
     for column in (0, 1):
         trajectory.read("gradient", 0, 6, column, np.empty((6, CHUNK[1]), np.float32))
     trajectory.read("gradient", 0, 4, 2, np.empty((4, CHUNK[1]), np.float32))
@@ -518,7 +541,7 @@ def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     spoil(path / name / "c" / "0", damage)
     with pytest.raises(InputError) as caught:
-        Trajectory(path).scalar(name)
+        open_trajectory(path).scalar(name)
     assert caught.value.where == str(path / name / "c" / "0")
 
 
@@ -526,15 +549,15 @@ def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
 def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path, row):
     arrays = walk_arrays(7, ELEMENTS)
     chunks = [LedgerChunk(0, 2), LedgerChunk(2, 4), LedgerChunk(4, 6)]
-    before = Trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
+    before = open_trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
     arrays["gradient"][row, 12] *= 2
-    after = Trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
+    after = open_trajectory(write_trajectory(tmp_path / "after.zarr", arrays, SHAPES, CHUNK))
     old, new = before.digests(chunks), after.digests(chunks)
     in_two = write_trajectory(
         tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK
     )
     append_states(in_two, {name: array[2:] for name, array in arrays.items()})
-    assert Trajectory(in_two).digests(chunks) == new
+    assert open_trajectory(in_two).digests(chunks) == new
     # Rows of a ledger chunk, and the halo: the state after its last.
     assert [chunk for chunk in chunks if old[chunk] != new[chunk]] == [
         b for b in chunks if b.start <= row <= b.stop
@@ -544,10 +567,10 @@ def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path,
 
 def test_the_fingerprint_does_not_depend_on_the_commits(tmp_path):
     arrays = walk_arrays(6, ELEMENTS)
-    one = Trajectory(write_trajectory(tmp_path / "one.zarr", arrays, SHAPES, CHUNK))
+    one = open_trajectory(write_trajectory(tmp_path / "one.zarr", arrays, SHAPES, CHUNK))
     write_trajectory(tmp_path / "two.zarr", {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     append_states(tmp_path / "two.zarr", {name: array[2:] for name, array in arrays.items()})
-    assert Trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
+    assert open_trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
 
 
 # Whose folder it is ------------------------------------------------------------------------------------------
@@ -558,14 +581,19 @@ FIVE = VECTORS[:5]
 
 
 def create_trajectory(path):
-    return Trajectory.create(path, LAYOUT, {"parameter": "float32", "gradient": "float32"}, CHUNK)
+    return Trajectory.create(LocalStorage(path), LAYOUT, {"parameter": "float32", "gradient": "float32"}, CHUNK)
 
 
 def prepare_ledger(path, steps=STEPS, vectors=FIVE, updates_per_chunk=3, layout=LAYOUT):
-    return Ledger.prepare(path, layout, vectors, steps[:-1], np.diff(steps), updates_per_chunk)
+    return Ledger.prepare(LocalStorage(path), layout, vectors, steps[:-1], np.diff(steps), updates_per_chunk)
 
 
-KINDS = {"trajectory": (create_trajectory, Trajectory), "ledger": (prepare_ledger, Ledger)}
+KINDS = {"trajectory": (create_trajectory, open_trajectory), "ledger": (prepare_ledger, open_ledger)}
+
+
+def remover(kind):
+    remove = {"trajectory": Trajectory.remove, "ledger": Ledger.remove}[kind]
+    return lambda path: remove(LocalStorage(path))
 
 
 def foreign_folder(path):
@@ -592,7 +620,7 @@ def test_what_is_not_ours_is_neither_opened_nor_removed(tmp_path, kind, make):
     path = tmp_path / "precious"
     make(path)
     before = files(tmp_path)
-    for action in (cls, cls.remove, create):
+    for action in (cls, remover(kind), create):
         with pytest.raises(InputError, match=f"no {kind} here") as caught:
             action(path)
         assert caught.value.where == str(path)
@@ -604,34 +632,66 @@ def test_what_is_not_ours_is_neither_opened_nor_removed(tmp_path, kind, make):
 def test_a_store_of_the_other_kind_is_neither_opened_nor_removed(tmp_path, kind):
     other = {"trajectory": "ledger", "ledger": "trajectory"}[kind]
     KINDS[other][0](tmp_path / "store")
-    for action in (*reversed(KINDS[kind]), KINDS[kind][1].remove):
+    for action in (*reversed(KINDS[kind]), remover(kind)):
         with pytest.raises(InputError, match=f"this is a {other}, not a {kind}"):
             action(tmp_path / "store")
     KINDS[other][1](tmp_path / "store")
 
 
+def with_version(path, version):
+    """Give a store another layout version, or none."""
+    document = json.loads((path / "zarr.json").read_text())
+    group = document["attributes"]["natgrad"]
+    assert group.pop("version") == LAYOUT_VERSION
+    if version is not None:
+        group["version"] = version
+    (path / "zarr.json").write_text(json.dumps(document))
+    return path
+
+
+AGAIN = {"trajectory": "--overwrite", "ledger": "natgrad analyze OUT"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_of_a_newer_version_is_refused_and_kept(tmp_path, kind):
     create, cls = KINDS[kind]
-    path = tmp_path / "store"
-    create(path)
-    metadata = json.loads((path / "zarr.json").read_text())
-    assert metadata["attributes"]["natgrad"]["version"] == LAYOUT_VERSION
-    metadata["attributes"]["natgrad"]["version"] += 1
-    (path / "zarr.json").write_text(json.dumps(metadata))
+    create(tmp_path / "store")
+    path = with_version(tmp_path / "store", LAYOUT_VERSION + 1)
     before = files(path)
-    for action in (cls, cls.remove, create):
-        with pytest.raises(InputError, match=f"layout version {LAYOUT_VERSION + 1}") as caught:
+    for action in (cls, remover(kind), create):
+        with pytest.raises(
+            InputError, match=rf"(?m)version {LAYOUT_VERSION + 1}, .* version {LAYOUT_VERSION}$"
+        ) as caught:
             action(path)
         assert "upgrade" in caught.value.remedy
     assert files(path) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", [*range(1, LAYOUT_VERSION), None, 0, -1, "4", 4.5, True, [4]])
+def test_a_store_of_another_version_is_refused_until_it_is_made_again(tmp_path, kind, version):
+    create, cls = KINDS[kind]
+    create(tmp_path / "store")
+    made = files(tmp_path / "store")
+    path = with_version(tmp_path / "store", version)
+    before = files(path)
+    found = "has no layout version" if version is None else f"has layout version {version!r}"
+    with pytest.raises(InputError, match="(?m)" + re.escape(found) + f".* version {LAYOUT_VERSION}$") as caught:
+        cls(path)
+    assert AGAIN[kind] in caught.value.remedy
+    assert files(path) == before
+    create(path)
+    assert files(path) == made
+    with_version(path, version)
+    remover(kind)(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_there_is_refused_and_nothing_is_made(tmp_path, kind):
     with pytest.raises(InputError, match=f"no {kind} here"):
         KINDS[kind][1](tmp_path / "nowhere")
-    KINDS[kind][1].remove(tmp_path / "nowhere")
+    remover(kind)(tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 
 
@@ -651,7 +711,7 @@ def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatch, kind):
-    create, cls = KINDS[kind]
+    create, _ = KINDS[kind]
     create(tmp_path / "store")
 
     def stop(folder, ignore_errors=False):
@@ -662,7 +722,7 @@ def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", stop)
         with pytest.raises(Stopped):
-            cls.remove(tmp_path / "store")
+            remover(kind)(tmp_path / "store")
     assert not (tmp_path / "store").exists()
     create(tmp_path / "store")
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
@@ -704,39 +764,46 @@ def fill(ledger, chunks=BANDS):
 
 def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledger):
     for chunk in (BANDS[2], BANDS[0]):
-        Ledger(ledger.path).write(chunk, *products(chunk), DIGESTS[chunk])
+        open_ledger(ledger.storage.local_path).write(chunk, *products(chunk), DIGESTS[chunk])
     assert ledger.missing(DIGESTS) == [BANDS[1]]
     with pytest.raises(InputError, match="updates 3 to 6 are missing") as caught:
         ledger.read()
-    assert caught.value.where == str(ledger.path)
+    assert caught.value.where == str(ledger.storage.local_path)
     fill(ledger, [BANDS[1]])
-    assert Ledger(ledger.path).missing(DIGESTS) == []
-    for read_back, written in zip(Ledger(ledger.path).read(), zip(*map(products, BANDS), strict=True), strict=True):
+    assert open_ledger(ledger.storage.local_path).missing(DIGESTS) == []
+    for read_back, written in zip(
+        open_ledger(ledger.storage.local_path).read(), zip(*map(products, BANDS), strict=True), strict=True
+    ):
         np.testing.assert_array_equal(read_back, np.concatenate(written))
 
 
 @pytest.mark.parametrize("rows", [(0, 2), (1, 3), (1, 4), (0, 6), (0, 7), (3, 7), (6, 9), (6, 6)])
 def test_a_band_that_is_not_one_whole_chunk_is_refused(ledger, rows):
     chunk = LedgerChunk(*rows)
-    with pytest.raises(ValueError, match="are not a chunk of 3 rows"):
+    with pytest.raises(ValueError, match="are not a chunk of 3"):
         ledger.write(chunk, *products(chunk), "digest")
     assert ledger.missing(DIGESTS) == BANDS
 
 
 def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
-    chunks = [ledger.path / "gram" / "c" / "1" / "0" / "0" / "0", ledger.path / "residual_ratio" / "c" / "1" / "0"]
+    chunks = [
+        ledger.storage.local_path / "gram" / "c" / "1" / "0" / "0" / "0",
+        ledger.storage.local_path / "residual_ratio" / "c" / "1" / "0",
+    ]
     events = []
     with monkeypatch.context() as patch:
         Watch(patch, lambda kind, target, before: events.append((kind, target)) if before else None)
         fill(ledger, [BANDS[1]])
-    (record,) = (ledger.path / "commits").glob("[0-9]*.json")
+    (record,) = (ledger.storage.local_path / "commits").glob("[0-9]*.json")
     named = events.index(("rename", record))
     for chunk in chunks:
-        aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.tmp")
+        aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
         order = [events.index(event) for event in (("flush", aside), ("rename", chunk), ("flush", chunk.parent))]
         assert [*order, named] == sorted([*order, named])
     # Every folder that a name was added to is flushed once, and that of the ledger, which has no new one, is not.
-    folders = {folder for chunk in chunks for folder in chunk.parents if ledger.path in folder.parents}
+    folders = {
+        folder for chunk in chunks for folder in chunk.parents if ledger.storage.local_path in folder.parents
+    }
     flushed = [target for kind, target in events if kind == "flush" and target.suffix != ".tmp"]
     assert sorted(flushed) == sorted([*folders, record.parent])
 
@@ -746,7 +813,10 @@ def test_no_file_of_a_band_waits_for_the_disk_before_all_are_written(ledger, mon
 
     def look(kind, target, before):
         if kind == "flush" and target.suffix == ".tmp" and target.parent.name != "commits":
-            sizes = {path.relative_to(ledger.path).parts[0]: path.stat().st_size for path in asides(ledger.path)}
+            sizes = {
+                path.relative_to(ledger.storage.local_path).parts[0]: path.stat().st_size
+                for path in asides(ledger.storage.local_path)
+            }
             written.append(sizes)
 
     def asides(folder):
@@ -764,9 +834,9 @@ def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkey
         patch.setattr(Journal, "write", stopping(Journal.write, 0))
         with pytest.raises(Stopped):
             fill(ledger, [BANDS[2]])
-    assert Ledger(ledger.path).missing(DIGESTS) == [BANDS[2]]
+    assert open_ledger(ledger.storage.local_path).missing(DIGESTS) == [BANDS[2]]
     with pytest.raises(InputError, match="updates 6 to 7 are missing"):
-        Ledger(ledger.path).read()
+        open_ledger(ledger.storage.local_path).read()
 
 
 def test_a_band_of_other_states_is_missing(ledger):
@@ -786,7 +856,7 @@ def test_a_band_of_a_diverged_run_is_data_like_any_other(ledger):
 
 def test_a_grown_ledger_keeps_its_whole_bands(ledger):
     fill(ledger)
-    grown = prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
+    grown = prepare_ledger(ledger.storage.local_path, np.append(STEPS, [9, 10]))
     chunks = {
         LedgerChunk(0, 3): "digest 0",
         LedgerChunk(3, 6): "digest 3",
@@ -809,8 +879,8 @@ def test_the_numbers_of_new_updates_are_on_disk_before_a_band_can_be_recorded(le
 
     with monkeypatch.context() as patch:
         Watch(patch, look)
-        prepare_ledger(ledger.path, np.append(STEPS, [9, 10]))
-    for folder in (ledger.path / "step" / "c", ledger.path / "step_span" / "c"):
+        prepare_ledger(ledger.storage.local_path, np.append(STEPS, [9, 10]))
+    for folder in (ledger.storage.local_path / "step" / "c", ledger.storage.local_path / "step_span" / "c"):
         assert flushed[folder] == [folder / "0"]
         assert flushed[folder / "0"] == (folder / "0").read_bytes()
 
@@ -852,7 +922,7 @@ def test_a_checksum_covers_64_kib_or_a_row_and_all_rows_are_covered_once(tmp_pat
 )
 def test_a_ledger_of_other_tensors_vectors_or_bands_is_replaced(ledger, other):
     fill(ledger)
-    replaced = prepare_ledger(ledger.path, **other)
+    replaced = prepare_ledger(ledger.storage.local_path, **other)
     assert len(replaced.missing(DIGESTS)) == len(BANDS)
     for name, value in other.items():
         assert getattr(replaced, name) == value
@@ -862,15 +932,15 @@ def test_a_ledger_of_other_tensors_vectors_or_bands_is_replaced(ledger, other):
 @pytest.mark.parametrize("chunk", ["gram/c/1/0/0/0", "residual_ratio/c/2/0"])
 def test_a_damaged_chunk_of_the_ledger_is_refused_by_name(ledger, chunk, damage):
     fill(ledger)
-    spoil(ledger.path / chunk, damage)
+    spoil(ledger.storage.local_path / chunk, damage)
     with pytest.raises(InputError) as caught:
-        Ledger(ledger.path).read()
-    assert caught.value.where == str(ledger.path / chunk)
+        open_ledger(ledger.storage.local_path).read()
+    assert caught.value.where == str(ledger.storage.local_path / chunk)
 
 
 def test_plain_xarray_shows_the_names_of_the_ledger(ledger):
     fill(ledger)
-    with xr.open_zarr(ledger.path, consolidated=False) as dataset:
+    with xr.open_zarr(ledger.storage.local_path, consolidated=False) as dataset:
         assert dataset["gram"].dims == ("step", "tensor", "vector", "with_vector")
         assert dataset["step"].values.tolist() == STEPS[:-1].tolist()
         assert dataset["step_span"].values.tolist() == [1, 1, 1, 1, 2, 1, 1]

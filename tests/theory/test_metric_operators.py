@@ -15,12 +15,12 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
-from natgrad.sources.opening import open_source
 from natgrad.theory import geometry
 from natgrad.theory import metric_operators as metrics
 from natgrad.theory import symmetric_operators as operators
 from natgrad.theory.metric_operators import Metric, jackknife, pair_of, stochastic_metric
 from natgrad.theory.symmetric_operators import Kronecker, canonical_form, extreme_eigenvalues
+from opened import open_source
 from reference import (
     assert_same_pair,
     exact,

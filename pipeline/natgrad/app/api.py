@@ -22,7 +22,7 @@ from natgrad.app.summaries import (
     Report,
     Verification,
 )
-from natgrad.storage import each, network_errors
+from natgrad.storage import network_errors, open_all
 from natgrad.store import Ledger, Trajectory
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def inspect(source: str | Path | Sequence[str | Path], **values: Unpack[options.
     from natgrad.app.inspection import inspect_source
 
     checked = options.validated(options.InspectOptions, values)
-    logs = each(source)
+    logs = open_all(source)
     with network_errors(*logs):
         return inspect_source(logs, **checked)
 
@@ -281,7 +281,7 @@ def open_results(out: str | Path, **values: Unpack[options.VersionOptions]) -> x
     from natgrad.results import dataset
 
     folder = RunFolder.of(out, **options.validated(options.VersionOptions, values))
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return dataset.read(folder.results)
 
 
@@ -301,7 +301,7 @@ def open_trajectory(out: str | Path, **values: Unpack[options.VersionOptions]) -
         If there is no trajectory.
     """
     folder = RunFolder.of(out, **options.validated(options.VersionOptions, values))
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return Trajectory(folder.trajectory)
 
 
@@ -321,5 +321,5 @@ def open_ledger(out: str | Path, **values: Unpack[options.VersionOptions]) -> Le
         If there is no ledger.
     """
     folder = RunFolder.of(out, **options.validated(options.VersionOptions, values))
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return Ledger(folder.ledger)

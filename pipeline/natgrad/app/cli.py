@@ -254,10 +254,12 @@ def versions(
     quiet: Quiet = False,
 ) -> None:
     """List the versions of OUT, the newest first, if it is an Icechunk repository (--store icechunk)."""
-    from natgrad.storage import repository
+    from natgrad.storage import network_errors, open_out
 
     output = Output(as_json, quiet)
-    found = repository.versions(out, last)
+    storage = open_out(out)
+    with network_errors(storage):
+        found = storage.versions(last)
     if as_json:
         output.show({"versions": found})
         return
@@ -311,7 +313,7 @@ def demo(
         runs[name] = out / "runs" / name
         with output.progress(f"{name}: ") as progress:
             run.process_run(log, runs[name], checked, progress=progress)
-    paths = {name: str(RunFolder(path).results) for name, path in runs.items()}
+    paths = {name: str(RunFolder.of(path).results) for name, path in runs.items()}
     output.show(paths | run.report_run(runs, out / "report.html").to_json())
 
 

@@ -20,7 +20,7 @@ __all__ = [
 def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
     """Describe OUT, now or at a version: steps, model and state of the analysis."""
     folder = RunFolder.of(out, version=version)
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return _describe(folder)
 
 
@@ -38,7 +38,7 @@ def _describe(folder: RunFolder) -> dict[str, Any]:
         "elements": states.layout.elements,
         "dtypes": states.array_dtypes,
         **({"replicates": states.replicates} if states.replicates else {}),
-        **{name: value for name, value in (states.reading or {}).items() if value and name != "several"},
+        **{name: value for name, value in (states.read_options or {}).items() if value and name != "several"},
         "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
     }
     if (folder.results / "zarr.json").exists():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from natgrad.storage.repository import outside, place_of_run
+from natgrad.storage import Location, Storage, open_out
 
 __all__ = [
     "RunFolder",
@@ -16,29 +15,29 @@ __all__ = [
 class RunFolder:
     """The folder OUT of a run and the names in it."""
 
-    path: Path
+    storage: Storage
 
     @classmethod
-    def of(cls, out: str | Path, *, store: str | None = None, version: str | None = None) -> RunFolder:
-        """Open the folder of a run, or its Icechunk repository; see `natgrad.storage.repository.place_of_run`."""
-        return cls(place_of_run(out, store=store, version=version))
+    def of(cls, out: Location, *, store: str | None = None, version: str | None = None) -> RunFolder:
+        """Open the folder of a run, or its Icechunk repository; see `natgrad.storage.open_out`."""
+        return cls(open_out(out, kind=store, version=version))
 
     @property
-    def trajectory(self) -> Path:
+    def trajectory(self) -> Storage:
         """Trajectory store."""
-        return self.path / "trajectory.zarr"
+        return self.storage / "trajectory.zarr"
 
     @property
-    def ledger(self) -> Path:
+    def ledger(self) -> Storage:
         """Gram ledger."""
-        return self.path / "ledger.zarr"
+        return self.storage / "ledger.zarr"
 
     @property
-    def results(self) -> Path:
+    def results(self) -> Storage:
         """Labelled results."""
-        return self.path / "results.zarr"
+        return self.storage / "results.zarr"
 
     @property
-    def report(self) -> Path:
-        """Report page: a file that a browser opens, so it is never in a repository."""
-        return outside(self.path) / "report.html"
+    def report(self) -> Storage:
+        """Report page: a file that a browser opens, so it is never part of a version."""
+        return self.storage.beside() / "report.html"

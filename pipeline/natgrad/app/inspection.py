@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from natgrad.sources.completion import complete
 from natgrad.sources.opening import format_of, open_sources
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable
-from natgrad.storage import each
+from natgrad.storage import Location, Storage, open_all
 
 __all__ = ["NEEDED_FOR", "inspect_source"]
 
@@ -64,7 +63,7 @@ _PASS_RATE = 2e9
 
 
 def inspect_source(
-    sources: Sequence[Path],
+    sources: Sequence[Location],
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -86,7 +85,7 @@ def inspect_source(
     InputError
         If there is no log, or its first or last step cannot be described.
     """
-    paths = each(sources)
+    paths = open_all(sources)
     log = open_sources(paths, format, mapping, shift, sweep=sweep)
     listed = log.steps()
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))
@@ -133,10 +132,10 @@ def inspect_source(
     return Inspection(**found)
 
 
-def _logs(listed: Sequence[LoggedStep]) -> list[Path]:
+def _logs(listed: Sequence[LoggedStep]) -> list[Storage]:
     """Return the logs of a sweep: the folder of each run's first step, or the file of all its steps."""
-    firsts = {step.run: step.path for step in reversed(listed)}
-    count = Counter(step.path for step in listed)
+    firsts = {step.run: step.storage for step in reversed(listed)}
+    count = Counter(step.storage for step in listed)
     return [path if count[path] > 1 else path.parent for path in firsts.values()]
 
 

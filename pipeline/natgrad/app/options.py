@@ -272,7 +272,7 @@ def _included() -> Iterable[str]:
 
 
 def _storage_kinds() -> Iterable[str]:
-    from natgrad.storage.repository import KINDS
+    from natgrad.storage import KINDS
 
     return KINDS
 

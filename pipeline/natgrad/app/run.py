@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from natgrad.app import options
@@ -28,9 +27,8 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
-from natgrad.storage import each, network_errors, place
-from natgrad.storage.repository import newest, publish
-from natgrad.store import Ledger, Trajectory, only_writer
+from natgrad.storage import Location, network_errors, open_all, open_storage
+from natgrad.store import Ledger, Trajectory
 
 __all__ = [
     "RUNS_SHOWN",
@@ -102,8 +100,8 @@ class Analysis:
 
 
 def ingest_run(
-    source: str | Path | Sequence[str | Path],
-    out: str | Path,
+    source: Location | Sequence[Location],
+    out: Location,
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -120,8 +118,8 @@ def ingest_run(
 ) -> IngestSummary:
     """Read the new steps of one run's log or logs into OUT's trajectory; see `natgrad.ingestion.ingest`."""
     folder = RunFolder.of(out, store=store)
-    sources = each(source)
-    with network_errors(*sources, folder.path):
+    sources = open_all(source)
+    with network_errors(*sources, folder.storage):
         return ingest(
             sources,
             folder.trajectory,
@@ -140,7 +138,7 @@ def ingest_run(
 
 
 def analyze_run(
-    out: str | Path,
+    out: Location,
     analysis: Analysis = Analysis(),
     *,
     limits: PlanLimits = PlanLimits(),
@@ -154,7 +152,7 @@ def analyze_run(
         If OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
     """
     folder = RunFolder.of(out)
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         return _analyze(folder, analysis, limits, progress)
 
 
@@ -170,7 +168,7 @@ def _analyze(
         limits=limits,
         progress=progress,
     )
-    folder = RunFolder(newest(folder.path))
+    folder = RunFolder(folder.storage.latest())
     states = Trajectory(folder.trajectory)
     ledger = Ledger(folder.ledger)
     rows, inputs = update_table(states, ledger, learning_rate=analysis.learning_rate, attempt=analysis.attempt)
@@ -196,9 +194,9 @@ def _analyze(
         tree["replicates"] = replicates.label_run(
             inputs, replicate_products(ledger, rows), states.replicates, losses
         )
-    with only_writer(folder.results, "results") as path:
-        results.write(tree, path)
-        publish(path, f"results of {folder.path.name}: {len(inputs.steps)} updates")
+    with folder.results.lock("results") as storage:
+        results.write(tree, storage)
+        storage.publish(f"results of {folder.storage.name}: {len(inputs.steps)} updates")
     return AnalysisSummary(
         ledger=str(folder.ledger),
         results=str(folder.results),
@@ -212,8 +210,8 @@ def _analyze(
 
 
 def report_run(
-    outs: Sequence[str | Path] | Mapping[str, str | Path],
-    page: str | Path | None = None,
+    outs: Sequence[Location] | Mapping[str, Location],
+    page: Location | None = None,
     version: str | None = None,
 ) -> Report:
     """Write the page of one run, or of several together.
@@ -235,7 +233,9 @@ def report_run(
     # Matplotlib takes a second to load, which only a page is worth.
     from natgrad.reporting import page as report
 
-    pairs = outs.items() if isinstance(outs, Mapping) else ((place(out).absolute().name, out) for out in outs)
+    pairs = (
+        outs.items() if isinstance(outs, Mapping) else ((open_storage(out).absolute().name, out) for out in outs)
+    )
     named = {name: RunFolder.of(out, version=version) for name, out in pairs}
     if version is not None and page is None:
         raise InputError(
@@ -244,14 +244,14 @@ def report_run(
             why="report.html in OUT is the page of the newest version",
             remedy="give the file to write: --page PAGE",
         )
-    with network_errors(*(folder.path for folder in named.values())):
-        page = next(iter(named.values())).report if page is None else place(page)
+    with network_errors(*(folder.storage for folder in named.values())):
+        page = next(iter(named.values())).report if page is None else open_storage(page)
         return Report(report=str(report.write_report(_trees(named), page)))
 
 
 def process_run(
-    source: str | Path | Sequence[str | Path],
-    out: str | Path,
+    source: Location | Sequence[Location],
+    out: Location,
     values: Mapping[str, Any],
     *,
     overwrite: bool = False,
@@ -298,15 +298,17 @@ def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
         for run in list(of_each)[:RUNS_SHOWN]:
             trees[f"{name}/{run}" if run else name] = of_each[run]
         if len(of_each) > RUNS_SHOWN:
-            _log.warning("the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.path)
+            _log.warning(
+                "the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage
+            )
     return trees
 
 
-def draw_run(out: str | Path) -> str:
+def draw_run(out: Location) -> str:
     """Draw the angle over the steps of OUT (of a sweep: of its first run) as an image in a ``data:`` URL."""
     from natgrad.reporting import figures
 
     folder = RunFolder.of(out)
-    with network_errors(folder.path), figures.drawing():
+    with network_errors(folder.storage), figures.drawing():
         tree = next(iter(results.runs(results.read(folder.results)).values()))
-        return figures.angle_curve(figures.RunResults.of(folder.path.name, tree)).uri
+        return figures.angle_curve(figures.RunResults.of(folder.storage.name, tree)).uri

@@ -33,9 +33,8 @@ from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
 from natgrad.sources.run_file import RUN_FILE
-from natgrad.storage import each, is_url, names, network_errors, place, put, read, require_local
-from natgrad.storage import status as status_of
-from natgrad.store import Trajectory, only_writer
+from natgrad.storage import Location, Storage, network_errors, open_all, open_storage, require_local
+from natgrad.store import Trajectory
 
 __all__ = [
     "Busy",
@@ -145,25 +144,27 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
         yield Path(name).parent.as_posix() if sweep else name
 
 
-def listing(source: Path) -> str:
+def listing(source: Location) -> str:
     """Compute the identity of a log: a digest of name, size, modification and status time of every file in it.
 
     The identity of a run file changes once more when its logs have settled: then steps are ingested that a log of
     scalars did not have before.
     """
     digest, newest = hashlib.sha256(), 0
-    for path, status in sorted(_objects(source) if is_url(source) else _files(source)):
-        digest.update(f"{path}\0{status}\n".encode("utf-8", "surrogateescape"))
+    storage = open_storage(source)
+    path = storage.local_path
+    for name, status in sorted(_objects(storage) if path is None else _files(path)):
+        digest.update(f"{name}\0{status}\n".encode("utf-8", "surrogateescape"))
         newest = max(newest, status[1])
-    if not is_url(source) and (source / RUN_FILE).is_file() and changed_lately(newest):
+    if path is not None and (path / RUN_FILE).is_file() and changed_lately(newest):
         digest.update(b"growing")
     return digest.hexdigest()
 
 
-def _objects(folder: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for name in names(folder):
-        with suppress(FileNotFoundError, KeyError):  # KeyError: of a folder
-            yield name, status_of(folder / name, fresh=False)
+def _objects(folder: Storage) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name in folder.list():
+        with suppress(FileNotFoundError):  # a folder
+            yield name, (folder / name).stat(fresh=False)
 
 
 def _files(folder: Path | str, below: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -219,18 +220,18 @@ class Outcome:
     others: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, out: str | Path) -> Outcome | None:
+    def of(cls, out: Location) -> Outcome | None:
         """Read the outcome recorded in OUT; return None if there is none that can be read."""
         try:
-            return cls(**json.loads(read(place(out) / _OUTCOME)))
+            return cls(**json.loads((open_storage(out) / _OUTCOME).get()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def remember(self, out: str | Path) -> None:
+    def remember(self, out: Location) -> None:
         """Record the outcome in OUT."""
-        _write(place(out) / _OUTCOME, asdict(self))
+        (open_storage(out) / _OUTCOME).put(_json(asdict(self)))
 
-    def stands(self, listing: str, values: Mapping[str, Any], out: str | Path) -> bool:
+    def stands(self, listing: str, values: Mapping[str, Any], out: Location) -> bool:
         """Return whether processing again gives the same: log, options, results version and stores are unchanged.
 
         Invalid input stays refused until the log or an option changes. An error that may heal is tried again.
@@ -264,14 +265,8 @@ def error_parts(error: BaseException) -> dict[str, Any]:
     return {"what": f"{type(error).__name__}: {error}", "where": "", "why": "", "do": again, "heals": heals}
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    if is_url(path):
-        put(path, json.dumps(values, default=str).encode())
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(values, default=str))
-    aside.replace(path)
+def _json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, default=str).encode()
 
 
 class Busy(Unavailable):
@@ -279,7 +274,7 @@ class Busy(Unavailable):
 
 
 @contextmanager
-def only_processor(out: str | Path) -> Iterator[None]:
+def only_processor(out: Location) -> Iterator[None]:
     """Lock OUT: one process works on a run at a time, on any host that locks files on this file system.
 
     The lock ends with the process that holds it, however it ends.
@@ -289,11 +284,12 @@ def only_processor(out: str | Path) -> Iterator[None]:
     Busy
         If another process holds the lock.
     """
-    if is_url(place(out)):
-        with _only_processor_of_objects(place(out)):
+    storage = open_storage(out)
+    if storage.local_path is None:
+        with _only_processor_of_objects(storage):
             yield
         return
-    path = Path(out) / _LOCK
+    path = storage.local_path / _LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -313,11 +309,11 @@ def only_processor(out: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _only_processor_of_objects(out: Path) -> Iterator[None]:
+def _only_processor_of_objects(out: Storage) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(network_errors(out))
-            stack.enter_context(only_writer(out / "processing", "run"))
+            stack.enter_context((out / "processing").lock("run"))
         except Unavailable as error:
             raise Busy(error.what, where=str(out), why=error.why, remedy=error.remedy) from error
         yield
@@ -354,9 +350,9 @@ def process_once(
     Busy
         If another process has already processed the run.
     """
-    log, *others = each(source)
+    log, *others = open_all(source)
     with network_errors(log):
-        identity = listing(log) if is_url(log) or log.is_dir() else ""
+        identity = listing(log) if log.local_path is None or log.is_folder() else ""
     recorded = recorded_options(values)
     outcome = Outcome.of(out)
     if outcome is not None and outcome != known and outcome.stands(identity, recorded, out):
@@ -396,7 +392,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
         Processes one run. It is called from ``at_once`` threads, each with the context variables of the caller.
     """
     found = find_runs(root, out, sweep=values["sweep"])
-    _write(Path(out) / _ROOT, {"root": str(Path(root).absolute()), "sweep": values["sweep"]})
+    (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute()), "sweep": values["sweep"]}))
     of_run = options.selected(options.RunOptions, values) | {"cluster": None}
     with ExitStack() as stack:
         # A cluster is started only if there is work for it.
@@ -513,26 +509,27 @@ def status(out: str | Path) -> list[dict[str, Any]]:
 
 def _outs(out: Path) -> Iterator[str]:
     for folder, below, files in os.walk(out):
-        if RunFolder(Path(folder)).trajectory.exists() or _OUTCOME in files:
+        if RunFolder.of(folder).trajectory.exists() or _OUTCOME in files:
             below.clear()
             yield Path(folder).relative_to(out).as_posix()
 
 
 def _status(out: Path, source: Path | None) -> dict[str, Any]:
     outcome, steps, last, sweep = Outcome.of(out), 0, None, False
+    logs = [] if source is None else [open_storage(source)]
     with suppress(InputError):
-        states = Trajectory(RunFolder(out).trajectory)
-        source, sweep = source or place(states.source), states.sweep
+        states = Trajectory(RunFolder.of(out).trajectory)
+        logs, sweep = logs or [open_storage(states.source)], states.sweep
         steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
-    source = place(outcome.source) if outcome else source
-    sources = [source, *map(place, outcome.others if outcome else [])] if source else []
+    if outcome:
+        logs = [open_storage(log) for log in (outcome.source, *outcome.others)]
     # The steps of a sweep are counted, as its runs have steps of the same numbers.
     reached = steps if sweep else last
-    lag = _lag(sources, reached, outcome.options if outcome else {}, sweep) if sources else None
+    lag = _lag(logs, reached, outcome.options if outcome else {}, sweep) if logs else None
     error = outcome.error if outcome else {}
     changed = False
-    if outcome is not None and source is not None and not is_url(source) and source.is_dir():
-        changed = listing(source) != outcome.listing
+    if outcome is not None and logs[0].local_path is not None and logs[0].is_folder():
+        changed = listing(logs[0]) != outcome.listing
     if _is_locked(out):
         state = "working"
     elif error:
@@ -552,7 +549,7 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
     }
 
 
-def _lag(sources: Sequence[Path], reached: int | None, values: Mapping[str, Any], sweep: bool) -> int | None:
+def _lag(sources: Sequence[Storage], reached: int | None, values: Mapping[str, Any], sweep: bool) -> int | None:
     """Count the steps logged after the last one reached; of a sweep, those beyond the number reached."""
     try:
         with network_errors(*sources):

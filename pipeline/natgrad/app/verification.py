@@ -36,7 +36,7 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
         If OUT holds no trajectory.
     """
     folder = RunFolder.of(out, version=version)
-    with network_errors(folder.path):
+    with network_errors(folder.storage):
         if not exists(folder.trajectory):
             Trajectory(folder.trajectory)
         damages = list(verify_trajectory(folder.trajectory))

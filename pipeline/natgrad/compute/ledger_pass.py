@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +21,8 @@ from natgrad.compute.tasks import Computed, Job
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import HVP, STEP, ledger_vectors
-from natgrad.storage.repository import is_repository, place_of_store, publish
-from natgrad.store import Ledger, Trajectory, exists, only_writer
+from natgrad.storage import Storage
+from natgrad.store import Ledger, Trajectory
 
 __all__ = ["PassSummary", "compute_ledger"]
 
@@ -53,8 +52,8 @@ class PassSummary:
 
 
 def compute_ledger(
-    trajectory: Path,
-    ledger: Path,
+    trajectory: Storage,
+    ledger: Storage,
     *,
     executor: Executor | None = None,
     memory_limit: int | None = None,
@@ -65,7 +64,7 @@ def compute_ledger(
 
     Parameters
     ----------
-    trajectory, ledger : Path
+    trajectory, ledger : Storage
     executor : callable, optional
         One of `natgrad.compute.executors`: `serial` (the default), ``threads(n)``, ``local(n)``,
         ``named_cluster(name, n)`` or ``existing_cluster(address)``.
@@ -82,7 +81,7 @@ def compute_ledger(
         If there are fewer than two states, or no elements, or the plan does not fit the memory limit, if another
         process writes this ledger, or if the disk refuses.
     """
-    ledger, states = place_of_store(ledger), Trajectory(trajectory)
+    states = Trajectory(trajectory)
     if states.n_states < 2:
         raise InputError(
             f"{states.n_states} logged step(s), but an update needs two",
@@ -110,14 +109,14 @@ def compute_ledger(
         memory_limit=memory_limit,
         updates_per_chunk=_updates_per_chunk(ledger, states, vectors),
         complete_chunks=not reads_parts,
-        library_bytes=limits.icechunk_bytes if is_repository(states.path) else 0,
+        library_bytes=limits.icechunk_bytes if states.storage.keeps_versions else 0,
         limits=limits,
     )
     _log.info("%s", plan)
-    job = Job.of(states.path, ledger, plan, limits, compiled=reads_parts and not states.replicates)
+    job = Job.of(states.storage, ledger, plan, limits, compiled=reads_parts and not states.replicates)
     items = list(plan.work_items())
-    with only_writer(ledger, "ledger") as ledger, ThreadPoolExecutor(1) as beside:
-        new = not exists(ledger)
+    with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as beside:
+        new = not Ledger.is_current(ledger)
         # All ledger chunks of a new ledger are missing: their tiles need not wait until it is there.
         preparing = beside.submit(_prepare, ledger, states, vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
@@ -139,7 +138,7 @@ def compute_ledger(
             if progress is not None:
                 progress(done, len(missing))
         preparing.result()
-        publish(ledger, f"ledger of {job.run}: {len(missing)} of {len(items)} chunks computed")
+        ledger.publish(f"ledger of {job.run}: {len(missing)} of {len(items)} chunks computed")
     return PassSummary(plan.n_updates, len(items), len(missing), updates, plan)
 
 
@@ -157,12 +156,14 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-    path: Path, states: Trajectory, vectors: tuple[str, ...], updates_per_chunk: int, items: list[WorkItem]
+    storage: Storage, states: Trajectory, vectors: tuple[str, ...], updates_per_chunk: int, items: list[WorkItem]
 ) -> _Prepared:
     """Open or make the ledger, drop what was computed from other states, and find what is missing."""
     steps, spans = states.scalar(STEP)[:-1], states.spans()
-    ledger = Ledger.prepare(path, states.layout, vectors, steps, spans, updates_per_chunk, states.replicate_vectors)
-    parts = ledger.begun()
+    ledger = Ledger.prepare(
+        storage, states.layout, vectors, steps, spans, updates_per_chunk, states.replicate_vectors
+    )
+    parts = ledger.partial_chunks()
     digests = states.digests([*(item.chunk for item in items), *parts])
     # If the trajectory was replaced, an interrupted pass must leave no valid updates of the old one.
     ledger.discard_others(digests)
@@ -174,9 +175,9 @@ def _prepare(
     return _Prepared(ledger, missing, {item.chunk.start: digests[item.chunk] for item in items}, steps)
 
 
-def _updates_per_chunk(ledger: Path, states: Trajectory, vectors: tuple[str, ...]) -> int | None:
+def _updates_per_chunk(ledger: Storage, states: Trajectory, vectors: tuple[str, ...]) -> int | None:
     """Return the updates of a chunk of the ledger that exists, if it is this trajectory's and can grow."""
-    if not exists(ledger):
+    if not Ledger.is_current(ledger):
         return None
     found = Ledger(ledger)
     same = (found.layout, found.vectors, found.replicate_vectors) == (

@@ -12,7 +12,6 @@ import threading
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,7 @@ from natgrad.compute.plan import PassPlan, PlanLimits, Tile, WorkItem, read_bloc
 from natgrad.kernel import gram, ledger_sums, stream
 from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, ledger_vectors, replicate_of
-from natgrad.storage import place
-from natgrad.storage.repository import is_repository
+from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
 
 __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_segments", "write_chunk"]
@@ -40,14 +38,13 @@ if any, their gram (updates, segments, replicate vectors, replicate vectors)."""
 
 @dataclass(frozen=True)
 class Job:
-    """One pass, as its tasks need to know it: two paths, the plan and its limits, never an array.
+    """One pass, as its tasks need to know it: two locations, the plan and its limits, never an array.
 
-    It travels with every task, so that a worker process needs nothing but its own installation. A ledger in an
-    Icechunk repository is committed by one process: there, tasks return their ledger chunks to that process.
+    It travels with every task, so that a worker process needs nothing but its own installation. A ledger in a storage with versions is committed by one process: there, tasks return their ledger chunks to that process.
 
     Attributes
     ----------
-    trajectory, ledger : Path
+    trajectory, ledger : Storage
     name : str
         Unique to this job, also on a scheduler that several users share.
     plan : PassPlan
@@ -57,8 +54,8 @@ class Job:
         files and no replicates. Otherwise Python hands states to the kernel, with the same bits.
     """
 
-    trajectory: Path
-    ledger: Path
+    trajectory: Storage
+    ledger: Storage
     name: str
     plan: PassPlan
     limits: PlanLimits
@@ -82,17 +79,17 @@ class Job:
     @classmethod
     def of(
         cls,
-        trajectory: Path,
-        ledger: Path,
+        trajectory: Storage,
+        ledger: Storage,
         plan: PassPlan,
         limits: PlanLimits = PlanLimits(),
         *,
         compiled: bool = False,
     ) -> Job:
         """Return the job of a plan, under a new name."""
-        trajectory = place(trajectory).absolute()
+        trajectory = trajectory.absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
-        return cls(trajectory, place(ledger).absolute(), name, plan, limits, compiled)
+        return cls(trajectory, ledger.absolute(), name, plan, limits, compiled)
 
 
 class Computed(NamedTuple):
@@ -273,7 +270,7 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[
 
 def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segments]) -> Finished:
     """Add up the segments of a ledger chunk's tiles in the order of the element axis, and write its ledger."""
-    if is_repository(job.ledger):
+    if job.ledger.keeps_versions:
         tensors = len(_trajectory(job).layout.tensors)
         products, ratio, *replicate_products = _summed(tensors, _joined(parts))
         return Computed(chunk, products, ratio, digest, *replicate_products)

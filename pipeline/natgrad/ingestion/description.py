@@ -1,4 +1,4 @@
-"""What the steps of a log hold, and whether they are of one model."""
+"""Describe the steps of a log, and require that they are of one model."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def optimizer_dtypes(trajectory: Trajectory) -> dict[str, str]:
 
 
 def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
-    """Whether what the optimizer keeps is stored: as a trajectory was begun, so it goes on."""
+    """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
     stored = bool(trajectory.tables)
     if "optimizer" in include and not stored:
         raise InputError(
             "the trajectory was made without the state of the optimizer",
-            where=str(trajectory.path),
+            where=str(trajectory.storage),
             remedy="start anew with --overwrite, or leave --include optimizer out",
         )
     return stored
@@ -85,10 +85,10 @@ def describe_steps(
         contents[step] = StepContent(
             arrays, content.scalars, optimizer=content.optimizer, replicate_loss=content.replicate_loss
         )
-    warnings += [f"{note} (in {step.path.name})" for note, step in notes.items()]
+    warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
-        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.path.name}) the first of them")
+        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.storage.name}) the first of them")
     return contents
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from natgrad.ingestion.description import (
     with_optimizer,
 )
 from natgrad.ingestion.new_updates import Extent, finished_steps, rows_to_write
-from natgrad.ingestion.read_options import agreed_reading, said_reading
+from natgrad.ingestion.read_options import agreed_options, given_options
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, chunk_shape
@@ -40,16 +39,15 @@ from natgrad.sources.checkpoints.stacked_file import KeptOpen
 from natgrad.sources.opening import open_sources
 from natgrad.sources.optimizers.state import FactoredMetric
 from natgrad.sources.steps import LoggedStep, NotYet, where
-from natgrad.storage import each
-from natgrad.storage.repository import place_of_store
-from natgrad.store import Trajectory, exists, only_writer
+from natgrad.storage import Storage
+from natgrad.store import Trajectory, exists
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
 _log = logging.getLogger("natgrad.ingestion")
 
 INCLUDES = ("optimizer",)
-"""What may be stored beside parameters, gradients and hvp."""
+"""Data that can be stored besides parameters, gradients and hvp."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -67,7 +65,7 @@ class IngestSummary(Summary):
     first_step, last_step : int
         Of the run as it stands.
     attempts : int
-        How often it was begun, restarts included.
+        Number of starts, restarts included.
     tensors, elements : int
         Size of the model.
     dtypes : dict
@@ -93,8 +91,8 @@ class IngestSummary(Summary):
 
 
 def ingest(
-    source: Path | Sequence[Path],
-    store: Path,
+    sources: Sequence[Storage],
+    store: Storage,
     *,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -112,30 +110,30 @@ def ingest(
 
     Parameters
     ----------
-    source : Path or sequence of Path
+    sources : sequence of Storage
         The log, or the logs of one run that are joined by step.
-    store : Path
+    store : Storage
         The trajectory; made where there is none.
     format : str, optional
         Log format; found by content where not given.
     mapping : mapping, optional
         Quantity to the key that it stands under in the log; see `natgrad.sources.names`.
     shift : mapping, optional
-        Quantity to K: what is logged of it at step s belongs to the state s + K. As a trajectory was made with
-        ``mapping`` and ``shift``, so it goes on, whether they are said again or not.
+        Quantity to K: what is logged of it at step s belongs to the state s + K. A trajectory keeps the ``mapping``
+        and ``shift`` that it was made with.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
-        Take a log whose steps are not evenly spaced; the results then carry each row's ``step_span``.
+        Take a log whose steps are not evenly spaced; the results then carry each update's ``step_span``.
     overwrite : bool
-        Start anew, dropping what the trajectory holds once the steps are described and compared.
+        Replace the trajectory, also one of an older natgrad, once the steps are described and compared.
     wait : bool
         Leave what follows a gap for a later pass, rather than refuse it.
     include : sequence of str
-        What to store beside parameters, gradients and hvp, of `INCLUDES`. A trajectory that was made with it goes
-        on so, whether it is said again or not.
+        Data to store besides parameters, gradients and hvp, of `INCLUDES`. An existing trajectory keeps its
+        original setting.
     limits : IngestLimits, optional
-        How a new trajectory is cut into chunks, and how much is copied at a time.
+        Sizes of the chunks of a new trajectory, and of what is copied at a time.
     check : callable, optional
         Called with the extent that the trajectory will have, once the steps are listed and before anything is
         stored. It raises an InputError to refuse the ingest.
@@ -146,18 +144,17 @@ def ingest(
     ------
     InputError
         Bad input. All steps are described and compared before the first byte is written; what a later error
-        interrupts is either committed whole or invisible. Of it, `NotYet` where no step is finished yet, or one
-        is written while it is read.
+        interrupts is either committed completely or invisible. As `NotYet` where no step is finished yet, or one is
+        written while it is read.
     """
-    sources, store = each(source), place_of_store(store)
-    reading = said_reading(sources, mapping, shift)
-    reading = reading if overwrite else agreed_reading(store, reading)
-    mapping, shift = (reading.get(what, said) for what, said in (("map", mapping), ("shift", shift)))
+    options = given_options(sources, mapping, shift)
+    options = options if overwrite else agreed_options(store, options)
+    mapping, shift = options.get("map", mapping), options.get("shift", shift)
     log = open_sources(sources, format, mapping, shift, sweep=sweep)
     listed = log.steps()
-    with only_writer(store, "trajectory") as store, KeptOpen(log) as log:
+    with store.lock("trajectory") as store, KeptOpen(log) as log:
         if not overwrite:
-            agreed_reading(store, reading)
+            agreed_options(store, options)
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.n_states:
             trajectory = None
@@ -178,7 +175,7 @@ def ingest(
             warnings += [told] if told else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
-            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, reading, limits)
+            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, options, limits)
             try:
                 Writer(log, trajectory, contents, identities, warnings, limits).write(rows, progress)
             finally:
@@ -195,7 +192,7 @@ def ingest(
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
         warnings += _missing_scalars(trajectory)
-    # Who waits has been told the same at the pass before.
+    # With --follow these warnings were shown on the previous scan.
     for warning in warnings if steps or not wait else ():
         _log.warning("%s", warning)
     return IngestSummary(
@@ -215,12 +212,12 @@ def ingest(
 
 
 def _matching_trajectory(
-    store: Path,
+    store: Storage,
     trajectory: Trajectory | None,
     first: LoggedStep,
     contents: Mapping[LoggedStep, StepContent],
     optimizer: bool,
-    reading: Mapping[str, Any],
+    read_options: Mapping[str, Any],
     limits: IngestLimits,
 ) -> Trajectory:
     """Return the trajectory to append to, or a new one laid out for these steps."""
@@ -231,7 +228,7 @@ def _matching_trajectory(
         chunk = chunk_shape(len(contents), layout.elements, content.replicates, limits)
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
-        source, sweep = str(first.path.parent.absolute()), bool(first.run)
+        source, sweep = str(first.storage.parent.absolute()), bool(first.run)
         tables = _tables(first, list(contents.values()), dtypes) if optimizer else ()
         replicates = content.replicates
         return Trajectory.create(
@@ -244,7 +241,7 @@ def _matching_trajectory(
             sweep=sweep,
             tables=tables,
             replicates=replicates,
-            reading=reading,
+            read_options=read_options,
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(

@@ -137,7 +137,7 @@ def rows_to_write(
             # An update leads on from the last row of its run alone.
             follows = not rows and bool(before) and view.rows[before[-1]] == committed.trajectory.n_states - 1
             if steps and attempt == view.attempt and not follows:
-                last = NewRow(LoggedStep(before[-1], steps[0].path, run=run), attempt, view.rows[before[-1]])
+                last = NewRow(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.rows[before[-1]])
         gap = None if allow_gaps else _gap(steps, before)
         if gap is not None and not wait:
             raise gap[1]
@@ -159,7 +159,7 @@ class _View:
 
 
 class _Committed:
-    """What a trajectory holds, and what each row of it was read from."""
+    """States of a trajectory, and the source of each."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory, self.sources = trajectory, trajectory.sources()
@@ -170,7 +170,7 @@ class _Committed:
             self._rows.setdefault(names[run], []).append((row, step, attempt))
 
     def has(self, run: str) -> bool:
-        """Whether anything of a run is there."""
+        """Return whether any state of a run is stored."""
         return run in self._rows
 
     def view(self, run: str) -> _View:
@@ -232,7 +232,7 @@ def _steps_to_come(
         return new, view.attempt
     first = min(differing)
     elsewhere = (
-        not run and begin == min(view.rows) and str(first.path.parent.absolute()) != committed.trajectory.source
+        not run and begin == min(view.rows) and str(first.storage.parent.absolute()) != committed.trajectory.source
     )
     if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
         raise InputError(
@@ -251,7 +251,7 @@ def _steps_to_come(
 
 
 def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> bool:
-    """Whether steps that differ were logged again by a restarted run, with the same steps after the first of them.
+    """Return whether a restarted run logged the differing steps again, with the same steps after the first of them.
 
     While it has not come to the end again, those after its last are older than what it wrote since.
     """

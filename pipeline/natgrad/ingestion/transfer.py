@@ -184,7 +184,7 @@ class Writer:
             steps = f"in {len(note.steps)} steps, the first" if len(note.steps) > 1 else "in"
             first, several = repr(note.tensors[0]), len(note.tensors) > 1
             of = f"{len(note.tensors)} tensors, the first {first}," if several else f"tensor {first}"
-            place = f"{steps} {note.steps[0].path.name}"
+            place = f"{steps} {note.steps[0].storage.name}"
             self._warnings.append(f"the metric of {of} is not known: {note.why} ({place})")
         more = len(self._no_metric) - _NOTES_SHOWN
         if more > 0:
@@ -241,7 +241,7 @@ class Writer:
 
     @cached_property
     def _ingested(self) -> list[dict[str, Any]]:
-        """What the rows were read from that were there before: some are repeated."""
+        """Return the sources of the states that were stored before: some are repeated."""
         return self._trajectory.sources()
 
     def _source(self, row: NewRow) -> Mapping[str, Any]:

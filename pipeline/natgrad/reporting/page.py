@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,8 +20,7 @@ from numpy.typing import NDArray
 from natgrad.reporting import figures
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import ShiftedMetric, Status
-from natgrad.storage import is_url, place
-from natgrad.storage.disk import replace_file
+from natgrad.storage import Location, open_storage
 
 __all__ = ["STATUS_MEANING", "WINDOW_FACTS", "write_report"]
 
@@ -49,8 +47,8 @@ _AGAINST = {
 
 
 def write_report(
-    trees: Mapping[str, xr.DataTree], page: Path, *, compared_runs: int = figures.COMPARED_RUNS
-) -> Path:
+    trees: Mapping[str, xr.DataTree], page: Location, *, compared_runs: int = figures.COMPARED_RUNS
+) -> Location:
     """Write the page of one run or of several together.
 
     Panel A of Figure 3 has the points of all runs. Each run then has its spectrum and its loss (the paper's B and
@@ -61,22 +59,21 @@ def write_report(
     ----------
     trees : mapping of str to DataTree
         Results by name of the run, see `natgrad.results.dataset.label`.
-    page : Path
+    page : str, Path or Storage
         The HTML file. It is replaced atomically.
     compared_runs : int
         Number of runs up to which they are drawn side by side.
 
     Returns
     -------
-    Path
-        The page.
+    str, Path or Storage
+        The page, as given.
 
     Raises
     ------
     InputError
         If a tree does not hold results.
     """
-    page = place(page)
     runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
     with figures.drawing():
         content = _content(runs) | _side_by_side(runs, compared_runs)
@@ -89,10 +86,8 @@ def write_report(
     )
     environment.filters |= {"number": figures.number, "percent": _percent}
     text = environment.get_template("report.html").render(content)
-    if not is_url(page):
-        page.parent.mkdir(parents=True, exist_ok=True)
     # File names may contain bytes that are not text.
-    replace_file(page, text.encode("utf-8", errors="replace"))
+    open_storage(page).put(text.encode("utf-8", errors="replace"))
     return page
 
 

@@ -23,7 +23,7 @@ from natgrad.reporting.figures import Picture, RunResults
 from natgrad.results import dataset
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
-from natgrad.store import Trajectory
+from natgrad.store import open_store, open_trajectory
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
 
@@ -59,7 +59,7 @@ class Plane:
         InputError
             If the run does not have two parameters, in float64.
         """
-        trajectory = Trajectory(path)
+        trajectory = open_trajectory(path)
         if trajectory.layout.elements != 2:
             raise InputError(
                 f"a run of {trajectory.layout.elements} parameters cannot be drawn in a plane",
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str]) -> None:
     plane, linear, network, folder, *others = map(Path, arguments)
     try:
         first, second = (
-            RunResults.of(path.name, dataset.read(path / "results.zarr")) for path in (linear, network)
+            RunResults.of(path.name, dataset.read(open_store(path / "results.zarr"))) for path in (linear, network)
         )
         planes = [Plane.read(path / "trajectory.zarr") for path in (plane, *others)]
         written = write_figures(folder, planes[0], first, second, planes[1:])

@@ -11,7 +11,6 @@ import importlib.metadata
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,12 @@ from natgrad.results.inputs import UpdateTable
 from natgrad.results.pairs import Aggregation, model_and_tensors
 from natgrad.results.variables import VARIABLES, Updates, UpdateVariable, registered_variables
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
-from natgrad.storage.disk import folder_aside, replace_folder
-from natgrad.storage.repository import holds, place_of_store
-from natgrad.store.group import zarr_store
+from natgrad.storage import Storage
+from natgrad.store import require_version
 
 __all__ = ["GAMMAS", "by_run", "described", "label", "read", "runs", "write"]
 
@@ -98,6 +97,7 @@ def label(
     extended = {extension.distribution: extension.version for extension in extensions}
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
     tree.attrs |= {"versions": {**versions(), **extended}, "results_version": RESULTS_VERSION}
+    tree.attrs["layout_version"] = LAYOUT_VERSION
     return tree
 
 
@@ -292,29 +292,31 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
     return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}
 
 
-def write(tree: xr.DataTree, path: Path) -> None:
-    """Replace the results at a path; they are durable on disk before they get this name. One writer at a time.
+def write(tree: xr.DataTree, storage: Storage) -> None:
+    """Replace results: a reader finds the old ones or the new ones.
 
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them with one request.
+
+    Parameters
+    ----------
+    tree : DataTree
+        From `label`.
+    storage : Storage
+        Its lock is held by the caller.
     """
-    with folder_aside(path) as aside:
-        # The warning filters are shared by all threads: another thread would restore them meanwhile.
-        with _FILTERS, warnings.catch_warnings():
-            # Zarr warns that other programs may ignore consolidated metadata; they then read those of each array.
-            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-            tree.to_zarr(aside, zarr_format=3, consolidated=True, mode="w")
-        if not holds(path, aside):
-            replace_folder(aside, path, "zarr.json")
+    # The warning filters are shared by all threads: another thread would restore them meanwhile.
+    with storage.replace_tree("zarr.json") as folder, _FILTERS, warnings.catch_warnings():
+        # Zarr warns that other programs may ignore consolidated metadata; they then read those of each array.
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        tree.to_zarr(folder, zarr_format=3, consolidated=True, mode="w")
 
 
-def read(path: Path, version: str | None = None) -> xr.DataTree:
+def read(storage: Storage) -> xr.DataTree:
     """Open the results of a run.
 
     Parameters
     ----------
-    path : Path
-    version : str, optional
-        Id, tag or time of the version of an Icechunk repository. Default: the newest.
+    storage : Storage
 
     Returns
     -------
@@ -323,14 +325,16 @@ def read(path: Path, version: str | None = None) -> xr.DataTree:
     Raises
     ------
     InputError
-        If there are no results.
+        If there are no results, or another version of natgrad wrote them.
     """
-    path = place_of_store(path, version)
     try:
-        return xr.open_datatree(zarr_store(path), engine="zarr")
+        tree = xr.open_datatree(storage.zarr_store(), engine="zarr")
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, PermissionError):
             raise
         raise InputError(
-            "no results here", where=str(path), remedy="compute them first: natgrad analyze OUT"
+            "no results here", where=str(storage), remedy="compute them first: natgrad analyze OUT"
         ) from error
+    version = tree.attrs.get("layout_version")
+    require_version(version.item() if isinstance(version, np.generic) else version, "results", str(storage))
+    return tree

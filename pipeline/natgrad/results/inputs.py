@@ -185,7 +185,7 @@ def update_table(
     if not len(updates):
         raise InputError(
             "no two logged states follow each other, but an update needs two",
-            where=str(states.path),
+            where=str(states.storage),
             why="the run was restarted, and one state was logged since",
             remedy="ingest more steps",
         )

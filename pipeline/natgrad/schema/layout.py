@@ -29,12 +29,8 @@ __all__ = [
 
 MEBIBYTE = 1 << 20
 
-LAYOUT_VERSION = 3
-"""Version of the layout of ``trajectory.zarr`` and ``ledger.zarr``; a store of a newer one is refused.
-
-Version 1 had no attempts, and checksums of the states only; in version 2 the records were all numbers and names in
-lists. They are read, and become of this version by what is written to them next.
-"""
+LAYOUT_VERSION = 4
+"""Version of the layout of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``; others are refused."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 """Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.storage import Storage
 
 __all__ = [
     "Source",
@@ -118,7 +119,10 @@ class Unshaped(Protocol):
 class Source(Protocol):
     """A training log."""
 
-    location: Path
+    @property
+    def location(self) -> Path | Storage:
+        """Location of the log, for messages."""
+        ...
 
     def steps(self) -> Sequence[LoggedStep]:
         """List the steps, sorted by number; one listing of the folder, no file is opened.

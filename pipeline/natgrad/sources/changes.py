@@ -1,4 +1,4 @@
-"""Whether the files of a step have changed: what they are told by, and how lately they were written."""
+"""Find out whether the files of a step have changed: their identity, and the time of their last change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from natgrad.sources.steps import LoggedStep, vanished
-from natgrad.storage import is_url, status
+from natgrad.storage import Storage
 
 __all__ = ["change_time", "changed_lately", "identity"]
 
@@ -18,24 +18,23 @@ SETTLED_SECONDS = 300.0
 
 
 def changed_lately(time_ns: int) -> bool:
-    """Whether a time of change is so near that a writer may be at work; clocks of machines differ a little."""
+    """Return whether a change is so recent that a writer may be at work; clocks of machines differ a little."""
     return abs(time.time() - time_ns / 1e9) < SETTLED_SECONDS
 
 
-def change_time(path: Path) -> int:
-    """When a file or object was changed last, in ns."""
-    return int(_stat(path, fresh=True)[1])
+def change_time(storage: Storage) -> int:
+    """Return the time of the last change of a file or object, in ns."""
+    return storage.stat().time
 
 
 def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
-    """Name, size in bytes and time in ns of the files of a step (of a folder, all files in it), and its ``values``.
+    """Return name, size in bytes and time in ns of the files of a step (all files of a folder), and its values.
 
     Parameters
     ----------
     step : LoggedStep
     fresh : bool
-        Look at each object anew, where else what the listing of the steps said of it is taken. An object has a tag
-        of its content too.
+        Ask the storage for each object; otherwise the listing of the steps is enough. An object has a tag, too.
 
     Raises
     ------
@@ -43,42 +42,42 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
         Where a file is gone.
     """
     try:
-        files = [file for path in (step.path, *step.others) for file in _files(path)]
-        stats = [(path, *_stat(path, fresh)) for path in files]
+        files = [file for entry in (step.storage, *step.others) for file in _files(entry)]
+        stats = [file.stat(fresh=fresh) for file in files]
     except OSError as error:
         raise vanished(f"the step cannot be found any more: {error.strerror}", step) from error
     found: dict[str, Any] = {
-        "name": step.path.name,
-        "size": sum(size for _, size, *_ in stats),
-        "time": max((time for _, _, time, *_ in stats), default=0),
+        "name": step.storage.name,
+        "size": sum(stat.size for stat in stats),
+        "time": max((stat.time for stat in stats), default=0),
     }
-    if is_url(step.path):
-        found["tag"] = stats[0][3]
-    if files != [step.path]:
-        listing = [(_relative(path, step.path.parent), *facts) for path, *facts in stats]
+    if stats and stats[0].tag:
+        found["tag"] = stats[0].tag
+    if files != [step.storage]:
+        folder = step.storage.parent
+        listing = [(_relative(file, folder), *stat) for file, stat in zip(files, stats, strict=True)]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
     if step.values:
         found["values"] = step.values
     return found
 
 
-def _stat(path: Path, fresh: bool) -> tuple[Any, ...]:
-    """Size and time of a file; of an object, its tag too."""
-    if is_url(path):
-        return status(path, fresh=fresh)
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def _relative(file: Storage, folder: Storage) -> str:
+    if file.local_path is None or folder.local_path is None:
+        return str(file)
+    return os.path.relpath(file.local_path, folder.local_path)
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return str(path) if is_url(path) or is_url(folder) else os.path.relpath(path, folder)
-
-
-def _files(path: Path) -> list[Path]:
+def _files(entry: Storage) -> list[Storage]:
     # A folder that is a link is entered where it is the step itself, not below: a link may lead in a circle.
-    if is_url(path) or not path.is_dir():
-        return [path]
-    return [Path(folder) / name for folder, _, names in os.walk(path, onerror=_raise) for name in names]
+    path = entry.local_path
+    if path is None or not path.is_dir():
+        return [entry]
+    return [
+        entry / (Path(folder) / name).relative_to(path).as_posix()
+        for folder, _, names in os.walk(path, onerror=_raise)
+        for name in names
+    ]
 
 
 def _raise(error: OSError) -> None:

@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import widened
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished, where
-from natgrad.storage import network_errors, open_object, widen
+from natgrad.storage import Storage, network_errors
+from natgrad.storage.local import read_at
 
 __all__ = ["Container", "ObjectRegion", "Region", "boxes", "refused"]
 
@@ -103,7 +103,7 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
     """
     array, _, tensor = key.partition("/")
     try:
-        with network_errors(step.path):
+        with network_errors(step.storage):
             yield
     except InputError:
         raise
@@ -149,7 +149,7 @@ class Region(io.RawIOBase):
             raise EOFError(f"the data end {offset + out.nbytes - self.length} bytes early")
         view, position = out.data.cast("B"), self.start + offset
         while view:
-            count = os.preadv(self.descriptor, [view], position)
+            count = read_at(self.descriptor, view, position)
             if not count:
                 raise EOFError(f"the file ends {len(view)} bytes early: it was truncated after it had been opened")
             view, position = view[count:], position + count
@@ -177,7 +177,7 @@ class Region(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read bytes at the position."""
         view = memoryview(buffer).cast("B")[: max(0, self.length - self._position)]
-        count = os.preadv(self.descriptor, [view], self.start + self._position) if view else 0
+        count = read_at(self.descriptor, view, self.start + self._position) if view else 0
         self._position += count
         return count
 
@@ -187,13 +187,12 @@ class ObjectRegion:
 
     Parameters
     ----------
-    path : Path
-        A URL.
+    storage : Storage
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = open_object(path)
-        self.length: int = self._file.size
+    def __init__(self, storage: Storage) -> None:
+        self._file = storage.open()
+        self.length = self._file.size
 
     def fill(self, offset: int, out: NDArray[Any]) -> None:
         """Fill an array with the bytes from an offset on; see `Region.fill`."""
@@ -208,11 +207,11 @@ class ObjectRegion:
             view = view[count:]
 
     def widen(self) -> None:
-        """Fetch more at a time from now on: what describes the data has been read."""
-        widen(self._file)
+        """Fetch large blocks from now on: the description of the data has been read."""
+        self._file.widen()
 
     def close(self) -> None:
-        """Give its blocks back."""
+        """Release its blocks."""
         self._file.close()
 
 

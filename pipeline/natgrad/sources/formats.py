@@ -35,7 +35,7 @@ from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
 from natgrad.sources.steps import LoggedStep
-from natgrad.storage import files, open_to_read
+from natgrad.storage import LocalStorage, Storage
 
 __all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format"]
 
@@ -90,7 +90,7 @@ def _holds(*kinds: Kind) -> Callable[[Path], bool]:
 
 
 def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
-    return _holds(*kinds), lambda path, mapping: StepFolder(path, kinds, mapping)
+    return _holds(*kinds), lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping)
 
 
 def _folder_or_file(
@@ -105,7 +105,7 @@ def _folder_or_file(
     def opener(path: Path, mapping: Mapping[str, str]) -> Source:
         if path.is_file():
             return StackedFile(path, open_file, mapping)
-        return StepFolder(path, [kind], mapping)
+        return StepFolder(LocalStorage(path), [kind], mapping)
 
     return found, opener
 
@@ -113,7 +113,7 @@ def _folder_or_file(
 def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
     if holds_zarr(path):
         return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
-    return StepFolder(path, [_ZARR], mapping)
+    return StepFolder(LocalStorage(path), [_ZARR], mapping)
 
 
 def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
@@ -140,20 +140,20 @@ _ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGr
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 
-def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Path], list[Path]]:
-    """Files of a log of scalars, told by suffix and first bytes: the path, or those of a folder by their names."""
+def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], list[Storage]]:
+    """Find the files of a log of scalars by suffix and first bytes: the location, or those of a folder by name."""
 
-    def is_one(path: Path) -> bool:
-        if path.suffix not in suffixes:
+    def is_one(file: Storage) -> bool:
+        if file.suffix not in suffixes:
             return False
         if not start:
             return True
-        with open_to_read(path) as file:
-            return file.read(len(start)) == start
+        with file.open() as content:
+            return content.read(len(start)) == start
 
-    def found(path: Path) -> list[Path]:
-        entries = files(path)
-        return [entry for entry in entries if is_one(entry)] if folder or entries == [path] else []
+    def found(location: Storage) -> list[Storage]:
+        entries = location.files()
+        return [entry for entry in entries if is_one(entry)] if folder or entries == [location] else []
 
     return found
 
@@ -170,7 +170,7 @@ def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks
 
     def found(path: Path) -> bool:
         try:
-            return bool(kind.files(path))
+            return bool(kind.files(LocalStorage(path)))
         except (OSError, ValueError):
             return False
 
@@ -180,7 +180,7 @@ def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks
         _GIVES_SCALARS + gives,
         _LACKS_TENSORS + lacks,
         found,
-        lambda path, mapping: ScalarLog(path, kind, mapping),
+        lambda path, mapping: ScalarLog(LocalStorage(path), kind, mapping),
         _ALIGNMENT_OF_SCALARS,
         kind,
     )
@@ -339,7 +339,7 @@ _BUILT_IN: dict[str, Format] = {
             "trackio's SQLite database, with a table metrics",
             ScalarKind(
                 "a trackio database",
-                lambda path: [path] if path.is_file() and holds_metrics(path) else [],
+                lambda location: [file for file in location.files() if file == location and holds_metrics(file)],
                 read_sqlite,
                 step="step",
             ),

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -67,7 +66,7 @@ class JoinedSource:
     """
 
     def __init__(self, sources: Sequence[Source], shifts: Sequence[Mapping[str, int]] | None = None) -> None:
-        self.location: Path = sources[0].location
+        self.location = sources[0].location
         self._parts = [
             part
             for source, shift in zip(sources, shifts or [{}] * len(sources), strict=True)
@@ -142,8 +141,8 @@ def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedSte
     files = [own for part, own in parts if not isinstance(part.source, ScalarLog)]
     return LoggedStep(
         number,
-        files[0].path,
-        tuple(path for own in files[1:] for path in (own.path, *own.others)) + files[0].others,
+        files[0].storage,
+        tuple(entry for own in files[1:] for entry in (own.storage, *own.others)) + files[0].others,
         values=" ".join(own.values for _, own in parts if own.values),
     )
 

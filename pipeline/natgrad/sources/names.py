@@ -6,7 +6,6 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import SAID
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
 from natgrad.sources.steps import LoggedTensor, where
+from natgrad.storage import Storage
 
 __all__ = [
     "CHECKPOINT",
@@ -110,7 +110,7 @@ class Names:
             model=self.model or bool(given.keys() & set(STATES)),
         )
 
-    def of_folder(self, folder: Path) -> Names:
+    def of_folder(self, folder: Storage) -> Names:
         """Return these names as the mapping file of a log folder changes them.
 
         Raises
@@ -120,9 +120,9 @@ class Names:
         """
         path = folder / MAP_FILE
         try:
-            if not path.is_file():
-                return self
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = tomllib.loads(path.get().decode())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return self
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])

@@ -1,4 +1,4 @@
-"""How a log is opened: as the user says or by its content, alone, joined with others, as a sweep, from a URL."""
+"""Open logs: by format or by content, alone, joined with others, as a sweep, from an object store."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
 from natgrad.sources.sweep import Sweep
-from natgrad.storage import files, is_url, names, network_errors, place
+from natgrad.storage import LocalStorage, Storage, network_errors
 
 __all__ = ["format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
 
 _OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
-"""Formats with tensors that are read from an object store, without a file on this machine."""
+"""Formats with tensors that are read without files of this machine."""
 
 _SCALARS_OF_OBJECTS = {
     name: kind for name in ("csv", "jsonl", "parquet", "tensorboard") if (kind := FORMATS[name].scalars)
@@ -41,7 +41,7 @@ _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 def open_source(
-    path: Path,
+    location: Storage,
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
     shift: Mapping[str, int] | None = None,
@@ -50,7 +50,7 @@ def open_source(
 
     Parameters
     ----------
-    path : Path
+    location : Storage
         A log, or a run file (`natgrad.sources.run_file`), or the folder of one that is called ``run.toml``.
     format : str, optional
         One of `natgrad.sources.formats.FORMATS`; found by content where not given.
@@ -65,12 +65,11 @@ def open_source(
         Where nothing is there, the format is not known, or it is a log of scalars alone.
     """
     shift = checked_shift(shift or {})
-    source = _open(path, format, mapping, shift)
-    path = place(path)
-    if isinstance(source, ScalarLog) and format is None and path.is_dir() and source.growing():
+    source = _open(location, format, mapping, shift)
+    if isinstance(source, ScalarLog) and format is None and location.is_folder() and source.growing():
         raise NotYet(
             "no step files in this folder yet",
-            where=str(path),
+            where=str(location),
             why=f"there are only the scalars of {source.location}",
             remedy="run again later, or with --follow; or give the log that has the tensors as a further SOURCE",
         )
@@ -78,7 +77,7 @@ def open_source(
 
 
 def open_sources(
-    paths: Sequence[Path],
+    locations: Sequence[Storage],
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
     shift: Mapping[str, int] | None = None,
@@ -89,11 +88,11 @@ def open_sources(
 
     Parameters
     ----------
-    paths, format, mapping, shift
+    locations, format, mapping, shift
         See `open_source`. Of several logs, ``mapping`` of arrays is that of the one with tensors, and of scalars
         and ``step`` that of the one log of scalars; ``shift`` is that of all.
     sweep : bool
-        The path is a folder that holds a log for each of several runs.
+        The location is a folder that holds a log for each of several runs.
 
     Raises
     ------
@@ -101,25 +100,25 @@ def open_sources(
         See `open_source`; of a sweep, where it has no runs.
     """
     if sweep:
-        return _open_sweep(paths, format, mapping, shift)
-    if len(paths) == 1:
-        return open_source(paths[0], format, mapping, shift)
+        return _open_sweep(locations, format, mapping, shift)
+    if len(locations) == 1:
+        return open_source(locations[0], format, mapping, shift)
     shift = checked_shift(shift or {})
-    mappings = _shares(paths, mapping or {})
+    mappings = _shares(locations, mapping or {})
     if mappings is None or format:
         raise InputError(
             "--format and --map do not say which SOURCE they mean",
-            where=", ".join(map(str, paths)),
+            where=", ".join(map(str, locations)),
             remedy="list the sources in a run file, each with its format and map",
         )
-    sources = [_open(path, None, share, shift) for path, share in zip(paths, mappings, strict=True)]
+    sources = [_open(each, None, share, shift) for each, share in zip(locations, mappings, strict=True)]
     return _joined(sources, [shift] * len(sources))
 
 
-def _shares(paths: Sequence[Path], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
+def _shares(locations: Sequence[Storage], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
     """Return the part of a mapping that is meant for each of several logs, None where that is not clear."""
-    of_scalars = [_holds_scalars_alone(path) for path in paths]
-    shares: list[dict[str, str]] = [{} for _ in paths]
+    of_scalars = [_holds_scalars_alone(location) for location in locations]
+    shares: list[dict[str, str]] = [{} for _ in locations]
     for quantity, key in mapping.items():
         # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
         meant = [
@@ -146,20 +145,24 @@ def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> S
 
 
 def _open_sweep(
-    paths: Sequence[Path], format: str | None, mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
+    locations: Sequence[Storage],
+    format: str | None,
+    mapping: Mapping[str, str] | None,
+    shift: Mapping[str, int] | None,
 ) -> Source:
     """Open every folder in a folder as the log of a run, and every file that is a log of its own."""
-    if len(paths) != 1 or not paths[0].is_dir():
+    if len(locations) != 1 or not locations[0].is_folder():
         raise InputError(
             "a sweep is one folder, with a folder or file for each run",
-            where=", ".join(map(str, paths)),
+            where=", ".join(map(str, locations)),
             remedy="give the folder that holds the runs, or leave --sweep out",
         )
-    (folder,) = paths
+    (folder,) = locations
     runs: dict[str, Source] = {}
-    for entry in sorted(folder.iterdir()):
-        stacked = not is_url(entry) and entry.is_file() and holds_run(entry)
-        if not entry.name.startswith(".") and (entry.is_dir() or stacked):
+    for entry in (folder / name for name in folder.list()):
+        path = entry.local_path
+        stacked = path is not None and path.is_file() and holds_run(path)
+        if not entry.name.startswith(".") and (entry.is_folder() or stacked):
             runs[entry.name] = open_source(entry, format, mapping, shift)
         else:
             _log.info("%s is no run of the sweep", entry)
@@ -174,7 +177,7 @@ def _open_sweep(
 
 
 def _open(
-    path: Path,
+    location: Storage,
     format: str | None,
     mapping: Mapping[str, str] | None,
     shift: Mapping[str, int],
@@ -182,30 +185,31 @@ def _open(
     in_run_file: bool = False,
 ) -> Source:
     """Open one log, with tensors or of scalars; only the latter are shifted already."""
-    path, mapping = place(path), dict(mapping or {})
+    mapping = dict(mapping or {})
     if format is not None and format not in FORMATS:
         raise InputError(
             f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
         )
-    run_file = None if in_run_file else find_run_file(path)
+    run_file = None if in_run_file else find_run_file(location)
     if run_file is not None:
         if format or mapping or shift:
             raise InputError(
                 "--format, --map and --shift do not say which source of a run file they mean",
-                where=str(path),
+                where=str(location),
                 remedy="write them in the run file: format, map and shift of the [[source]] that is meant",
             )
         logs = listed_logs(run_file)
         sources = [_open(log.location, log.format, log.map, log.shift, in_run_file=True) for log in logs]
         return _joined(sources, [log.shift for log in logs])
-    if is_url(path):
-        return _open_objects(path, format, mapping, shift)
+    path = location.local_path
+    if path is None:
+        return _open_objects(location, format, mapping, shift)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
     path = _only_file(path)
     known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:
-        return _scalar_log(path, known.scalars, mapping, shift, named=format is not None)
+        return _scalar_log(LocalStorage(path), known.scalars, mapping, shift, named=format is not None)
     if not path.is_dir() and not known.find(path):
         raise InputError(
             "this is a file, a log is a folder",
@@ -216,59 +220,64 @@ def _open(
     return known.open(path, mapping)
 
 
-def _open_objects(path: Path, format: str | None, mapping: Mapping[str, str], shift: Mapping[str, int]) -> Source:
-    """Open a log in an object store."""
-    found = names(path)
+def _open_objects(
+    location: Storage, format: str | None, mapping: Mapping[str, str], shift: Mapping[str, int]
+) -> Source:
+    """Open a log that has no files of this machine."""
+    with network_errors(location):
+        found = location.list() or [file.name for file in location.files()]
     if not found:
-        raise InputError("no such object or folder", where=str(path), remedy="give the folder of a training log")
-    name, location = (format, path) if format else _format_of_objects(path)
+        raise InputError(
+            "no such object or folder", where=str(location), remedy="give the folder of a training log"
+        )
+    name, log = (format, location) if format else _format_of_objects(location)
     if name in _SCALARS_OF_OBJECTS:
-        return _scalar_log(location, _SCALARS_OF_OBJECTS[name], mapping, shift, named=format is not None)
+        return _scalar_log(log, _SCALARS_OF_OBJECTS[name], mapping, shift, named=format is not None)
     kinds = _OF_OBJECTS.get(name, ())
-    if not any(kind.number(path / name) is not None for name in found for kind in kinds):
+    if not any(kind.number(Path(name)) is not None for name in found for kind in kinds):
         raise InputError(
             f"no {' or '.join(kind.layout for kind in kinds)} here" if kinds else f"format {name!r} needs files",
-            where=f"{path}, {found[0]!r} for one",
+            where=f"{location}, {found[0]!r} for one",
             why=f"only step_<N>.safetensors and step_<N>.npz, and logs of scalars, are read from an object store "
             f"(--format {', '.join((*_OF_OBJECTS, *_SCALARS_OF_OBJECTS))}); the other formats need files of this "
             "machine",
             remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
         )
-    return StepFolder(path, kinds, mapping)
+    return StepFolder(location, kinds, mapping)
 
 
 def _scalar_log(
-    path: Path, kind: ScalarKind, mapping: Mapping[str, str], shift: Mapping[str, int], *, named: bool
+    location: Storage, kind: ScalarKind, mapping: Mapping[str, str], shift: Mapping[str, int], *, named: bool
 ) -> ScalarLog:
-    """Open a log of scalars; whoever names the format means this file, whatever it is called."""
-    if named and files(path) == [path]:
-        kind = replace(kind, files=lambda path: [path])
-    return ScalarLog(path, kind, mapping, shift)
+    """Open a log of scalars; a format that the user names applies to this file, whatever its name."""
+    if named and location.files() == [location]:
+        kind = replace(kind, files=lambda location: [location])
+    return ScalarLog(location, kind, mapping, shift)
 
 
-# What a path holds -------------------------------------------------------------------------------------------
+# Recognition -------------------------------------------------------------------------------------------------
 
 
-def format_of(path: Path) -> str:
-    """Name of the format that a log is found to be of, by its content; that of a run file is ``run file``."""
-    if find_run_file(path) is not None:
+def format_of(location: Storage) -> str:
+    """Return the name of the format of a log, by its content; that of a run file is ``run file``."""
+    if find_run_file(location) is not None:
         return "run file"
-    if is_url(path):
-        return _format_of_objects(path)[0]
-    return find_format(_only_file(path)) or "steps"
+    if location.local_path is None:
+        return _format_of_objects(location)[0]
+    return find_format(_only_file(location.local_path)) or "steps"
 
 
 def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
-    """Whether a path holds a log with tensors, or a run file, by its content, or the one file in it is one."""
-    if find_run_file(path) is not None:
+    """Return whether a path holds a log with tensors, or a run file, or one file that is such a log."""
+    if find_run_file(LocalStorage(path)) is not None:
         return True
     path = _only_file(path) if in_one_file else path
     return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
 
 
-def _holds_scalars_alone(path: Path) -> bool:
-    """Whether a path holds a log of scalars, by its content."""
-    known = FORMATS.get(format_of(path))
+def _holds_scalars_alone(location: Storage) -> bool:
+    """Return whether a location holds a log of scalars, by its content."""
+    known = FORMATS.get(format_of(location))
     return known is not None and known.scalars is not None
 
 
@@ -282,16 +291,16 @@ def _only_file(path: Path) -> Path:
     return logs[0] if len(logs) == 1 else path
 
 
-def _format_of_objects(path: Path) -> tuple[str, Path]:
-    """Name of the format of a log in an object store, by its content, and where in it the log is."""
-    with network_errors(path):
-        found = files(path)
-        if not any(kind.number(file) is not None for file in found for kind in _OF_OBJECTS["steps"]):
+def _format_of_objects(location: Storage) -> tuple[str, Storage]:
+    """Return the name of the format of a log without local files, by its content, and the location of the log."""
+    with network_errors(location):
+        found = location.files()
+        if not any(kind.number(Path(file.name)) is not None for file in found for kind in _OF_OBJECTS["steps"]):
             for name, kind in _SCALARS_OF_OBJECTS.items():
-                if kind.files(path):
-                    return name, path
+                if kind.files(location):
+                    return name, location
             alone = [file for file in found if file.suffix in _SUFFIXES]
             for name, kind in _SCALARS_OF_OBJECTS.items() if len(alone) == 1 else ():
                 if kind.files(alone[0]):
                     return name, alone[0]
-    return "steps", path
+    return "steps", location

@@ -10,9 +10,9 @@ from typing import Any
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.names import checked_shift
-from natgrad.storage import is_url, place
+from natgrad.storage import LocalStorage, Storage, open_storage
 
-__all__ = ["RUN_FILE", "ListedLog", "find_run_file", "listed_logs", "run_file_readings"]
+__all__ = ["RUN_FILE", "ListedLog", "find_run_file", "listed_logs", "run_file_options"]
 
 RUN_FILE = "run.toml"
 """Run file that stands for the folder it is in."""
@@ -26,8 +26,8 @@ class ListedLog:
     ----------
     path : str
         As written.
-    location : Path
-        The same, from the folder of the run file on.
+    location : Storage
+        The same, relative to the folder of the run file.
     format : str, optional
         As of ``--format``.
     map, shift : mapping
@@ -35,21 +35,22 @@ class ListedLog:
     """
 
     path: str
-    location: Path
+    location: Storage
     format: str | None
     map: Mapping[str, Any]
     shift: Mapping[str, int]
 
 
-def find_run_file(path: Path) -> Path | None:
-    """Run file that a path is, or that stands for the folder; of URLs it must be named."""
-    if is_url(path):
-        return path if path.suffix == ".toml" else None
+def find_run_file(location: Storage) -> Storage | None:
+    """Return the run file at a location, or in the folder that it stands for (in a folder of this machine only)."""
+    path = location.local_path
+    if path is None:
+        return location if location.suffix == ".toml" else None
     path = path / RUN_FILE if path.is_dir() else path
-    return path if path.suffix == ".toml" and path.is_file() else None
+    return LocalStorage(path) if path.suffix == ".toml" and path.is_file() else None
 
 
-def listed_logs(path: Path) -> list[ListedLog]:
+def listed_logs(file: Storage) -> list[ListedLog]:
     """Return the logs that a run file lists.
 
     Raises
@@ -60,28 +61,38 @@ def listed_logs(path: Path) -> list[ListedLog]:
     return [
         ListedLog(
             entry["path"],
-            listed if is_url(listed := place(entry["path"])) else path.parent / listed,
+            _located(file, entry["path"]),
             entry.get("format"),
             entry.get("map", {}),
-            checked_shift(entry.get("shift", {}), f"{path}, shift of {entry['path']!r}"),
+            checked_shift(entry.get("shift", {}), f"{file}, shift of {entry['path']!r}"),
         )
-        for entry in _entries(path)
+        for entry in _entries(file)
     ]
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _located(file: Storage, path: str) -> Storage:
+    """Return the location of a listed log: a URL, or a path from the folder of the run file."""
+    listed = open_storage(path)
+    if listed.local_path is None:
+        return listed
+    if file.local_path is None:
+        return file.parent if path in ("", ".") else file.parent / path.removeprefix("./")
+    return LocalStorage(file.local_path.parent / listed.local_path)
+
+
+def _entries(file: Storage) -> list[dict[str, Any]]:
     """Return the tables ``[[source]]`` of a run file, their ``map`` and ``shift`` checked to be tables."""
 
     def refuse(what: str) -> InputError:
         return InputError(
             what,
-            where=str(path),
+            where=str(file),
             remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME", '
             'map = { QUANTITY = "KEY" } and shift = { QUANTITY = -1 } where needed',
         )
 
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.get().decode())
     except (OSError, ValueError) as error:
         raise refuse(f"cannot read the run file: {error}") from error
     entries = table.pop("source", None)
@@ -103,18 +114,18 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def run_file_readings(path: Path) -> dict[str, list[dict[str, Any]]] | None:
-    """Return maps and shifts of the logs of a run file, by their paths; None where a path is no run file.
+def run_file_options(location: Storage) -> dict[str, list[dict[str, Any]]] | None:
+    """Return maps and shifts of the logs of a run file, by their paths; None where the location is no run file.
 
     Raises
     ------
     InputError
         Where it cannot be read.
     """
-    run_file = find_run_file(place(path))
+    run_file = find_run_file(location)
     if run_file is None:
         return None
-    readings: dict[str, list[dict[str, Any]]] = {}
+    options: dict[str, list[dict[str, Any]]] = {}
     for log in listed_logs(run_file):
-        readings.setdefault(log.path, []).append({"map": log.map, "shift": log.shift})
-    return readings
+        options.setdefault(log.path, []).append({"map": log.map, "shift": log.shift})
+    return options

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.storage import Storage
 
 __all__ = [
     "LoggedStep",
     "LoggedTensor",
     "NotYet",
     "Unreadable",
+    "local_file",
     "vanished",
     "where",
 ]
@@ -25,21 +27,39 @@ class LoggedStep:
     ----------
     number : int
         Number of updates done before this state.
-    path : Path
+    storage : Storage
         File or folder.
-    others : tuple of Path
+    others : tuple of Storage
         Further files or folders of the step.
     run : str
         Run of a sweep.
     values : str
-        Scalars of the step from logs of many steps, whose sizes and times tell nothing of one step.
+        Scalars of the step from logs of many steps, whose sizes and times do not identify one step.
     """
 
     number: int
-    path: Path
-    others: tuple[Path, ...] = ()
+    storage: Storage
+    others: tuple[Storage, ...] = ()
     run: str = ""
     values: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Path on this machine, for formats that need files (InputError where there is none)."""
+        return local_file(self.storage)
+
+
+def local_file(storage: Storage) -> Path:
+    """Return the path of a file or folder of this machine, for libraries that read no other (InputError)."""
+    path = storage.local_path
+    if path is None:
+        raise InputError(
+            "this format needs files of this machine",
+            where=str(storage),
+            why="its library reads no object store",
+            remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
+        )
+    return path
 
 
 @dataclass(frozen=True)
@@ -59,9 +79,9 @@ class NotYet(Unavailable):
 
 
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:
-    """Place of an error: file, step, and tensor where one is meant."""
+    """Return the location of an error: file, step, and tensor where one is meant."""
     tensor_part = f", {array} of tensor {tensor!r}" if array and tensor else f", {array}" if array else ""
-    return f"{step.path}, step {step.number}{tensor_part}"
+    return f"{step.storage}, step {step.number}{tensor_part}"
 
 
 def vanished(what: str, step: LoggedStep, array: str = "", tensor: str = "") -> InputError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.steps import LoggedStep
+from natgrad.storage import Storage
 
 __all__ = ["Sweep"]
 
@@ -18,13 +18,13 @@ class Sweep:
 
     Parameters
     ----------
-    location : Path
+    location : Storage
         Folder of the sweep.
     runs : mapping of str to Source
         Log of each run.
     """
 
-    def __init__(self, location: Path, runs: Mapping[str, Source]) -> None:
+    def __init__(self, location: Storage, runs: Mapping[str, Source]) -> None:
         self.location, self._runs = location, dict(runs)
 
     def steps(self) -> list[LoggedStep]:

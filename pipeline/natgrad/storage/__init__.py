@@ -1,48 +1,34 @@
-"""Where logs are and stores go: on this machine, in an object store, or in an Icechunk repository there.
+"""Where logs are and stores go: local files, object stores, and Icechunk repositories behind one protocol.
 
-`natgrad.storage.objects` has paths and URLs, `natgrad.storage.repository` what of OUT is kept as versions.
+`natgrad.storage.base` documents the protocol; nothing outside this package knows which implementation it uses.
 """
 
-from natgrad.storage.objects import (
-    Status,
-    delete,
-    delete_folder,
-    each,
-    files,
-    is_url,
-    names,
-    network_errors,
-    open_object,
-    open_to_read,
-    place,
-    put,
-    put_folder,
-    ranges,
-    read,
+from natgrad.storage.base import (
+    KINDS,
+    Location,
+    Stat,
+    Storage,
+    StoredFile,
+    Writes,
+    open_all,
+    open_out,
+    open_storage,
     require_local,
-    seen,
-    status,
-    widen,
 )
+from natgrad.storage.local import LocalStorage
+from natgrad.storage.network import network_errors
 
 __all__ = [
-    "Status",
-    "delete",
-    "delete_folder",
-    "each",
-    "files",
-    "is_url",
-    "names",
+    "KINDS",
+    "LocalStorage",
+    "Location",
+    "Stat",
+    "Storage",
+    "StoredFile",
+    "Writes",
     "network_errors",
-    "open_object",
-    "open_to_read",
-    "place",
-    "put",
-    "put_folder",
-    "ranges",
-    "read",
+    "open_all",
+    "open_out",
+    "open_storage",
     "require_local",
-    "seen",
-    "status",
-    "widen",
 ]

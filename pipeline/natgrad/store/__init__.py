@@ -1,15 +1,47 @@
-"""The trajectory store and the Gram ledger in Zarr v3; the only room that knows Zarr.
+"""The trajectory store and the Gram ledger in Zarr v3.
 
-**Commit rule.** Chunks are written and flushed to disk first; then one record, written aside and renamed, makes
-them visible, all arrays together. Readers trust recorded rows only: the shape of an array is no evidence of data.
-In an object store chunks are objects, and the record is one more, which is put where there is none yet.
+**Commit rule.** Chunks are written and flushed first; then one record makes them visible, all arrays together.
+The record is atomic, and put only where there is none. Readers trust the recorded states and updates: the shape
+of an array is no evidence of data.
 """
 
 from natgrad.schema.layout import storage_dtype
-from natgrad.store.group import exists
+from natgrad.storage import Location
+from natgrad.store.group import exists, open_store, require_version
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
-from natgrad.store.writer import only_writer
 
-__all__ = ["Ledger", "Trajectory", "checksum", "exists", "only_writer", "storage_dtype"]
+__all__ = [
+    "Ledger",
+    "Trajectory",
+    "checksum",
+    "exists",
+    "open_ledger",
+    "open_store",
+    "open_trajectory",
+    "require_version",
+    "storage_dtype",
+]
+
+
+def open_trajectory(location: Location, version: str | None = None) -> Trajectory:
+    """Open the trajectory at a path or URL, such as ``OUT/trajectory.zarr``.
+
+    Parameters
+    ----------
+    location : str, Path or Storage
+    version : str, optional
+        Identifier, tag or time of a version, where OUT is an Icechunk repository; the latest by default.
+
+    Raises
+    ------
+    InputError
+        Where there is none, or another version of natgrad wrote it.
+    """
+    return Trajectory(open_store(location, version))
+
+
+def open_ledger(location: Location, version: str | None = None) -> Ledger:
+    """Open the ledger at a path or URL, such as ``OUT/ledger.zarr``; see `open_trajectory`."""
+    return Ledger(open_store(location, version))

@@ -1,21 +1,21 @@
-"""The trajectory of a run: its logged states, on disk.
+"""The trajectory of a run: its logged states, in a storage.
 
 A trajectory is one Zarr group::
 
     trajectory.zarr/
-      parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
+      parameter, gradient, hvp    (step, element)   chunks of complete steps x about a million elements
       replicate_parameter, replicate_hvp   (step, replicate, element)   of a stochastic rule, a replicate a chunk
       replicate_loss              (step, replicate)
-      step, attempt, loss, learning_rate   (step)   and what else of `natgrad.schema.names.SCALARS` is logged
+      step, attempt, loss, learning_rate   (step)   and others of `natgrad.schema.names.SCALARS` that are logged
       run                         (step)            in the trajectory of a sweep: position in its names of runs
-      commits/00000000.json ...   which rows exist, and checksums of all that is in them
+      commits/00000000.json ...   which states exist, and the checksums of their data
 
-Rows are in the order of their commits, and only ever appended. A run that was restarted from an older step goes on
-with a new *attempt*: its rows follow those that they supersede, which stay. Two rows that follow each other are
-before and after an update where they are of one run and one attempt.
+States are in the order of their commits, and only ever appended. A run that was restarted from an older step goes
+on with a new *attempt*: its states follow those that they supersede, which stay. Two consecutive states are
+before and after an update where they belong to one run and one attempt.
 
-What lies beyond the recorded rows (an interrupted write) is overwritten by the next attempt. The shape of an array
-is never ahead of the record: it grows after the commit.
+Data beyond the recorded states (an interrupted write) are overwritten by the next writer. The shape of an array is
+never ahead of the record: it grows after the commit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.schema.layout import LAYOUT_VERSION, Layout, LedgerChunk
+from natgrad.schema.layout import Layout, LedgerChunk
 from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
@@ -44,19 +43,15 @@ from natgrad.schema.names import (
     USUAL_SCALARS,
     replicate_vectors,
 )
-from natgrad.storage import is_url, place
-from natgrad.storage.repository import place_of_store, publish
+from natgrad.storage import Storage
 from natgrad.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
-    add_array,
-    chunk_path,
+    chunk_entry,
     make_group,
-    migrate_group,
     open_group,
-    read_complete_chunk,
+    read_complete_chunks,
     remove_group,
-    require_complete_chunk,
     resize_all,
     with_rows,
 )
@@ -69,59 +64,56 @@ _TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
 
 
 class Trajectory(States):
-    """A run's logged states, on disk, with the numbers of each step.
+    """A run's logged states in a storage, with the numbers of each step.
 
     Attributes
     ----------
-    path, layout, chunk, array_dtypes, replicates, dtypes, journal, rows
-        Those of `natgrad.store.states.States`.
+    storage, layout, chunk, array_dtypes, replicates, dtypes, journal, n_states
+        See `natgrad.store.states.States`.
     scalars : tuple of str
         Numbers of a step that are stored.
     source : str
-        Where the log was.
+        Location of the log.
     sweep : bool
         Whether it holds several runs.
     tables : tuple of str
         Numbers of a step and tensor that are stored, of `natgrad.schema.names.OPTIMIZER_NUMBERS`.
-    reading : dict or None
-        How its log is read, of `natgrad.ingestion.read_options`; None where an older version made it.
+    read_options : dict or None
+        Options with which the log is read, of `natgrad.ingestion.read_options`; None where none were given to
+        `create`.
 
     Notes
     -----
-    Readers may be many and never wait; there is one writer at a time (`natgrad.ingestion` holds the lock).
+    Any number of readers never wait; there is one writer at a time, which holds the lock of the storage.
     """
 
-    def __init__(self, path: Path, version: str | None = None) -> None:
-        """Open a trajectory at the rows committed so far.
+    def __init__(self, storage: Storage) -> None:
+        """Open a trajectory at the states committed so far.
 
         Parameters
         ----------
-        path : Path
-        version : str, optional
-            Of an Icechunk repository: id, tag or time of the version to read; the newest where not given.
+        storage : Storage
+            `natgrad.store.open_trajectory` opens a path or URL.
 
         Raises
         ------
         InputError
-            Where there is none, or a newer natgrad wrote it.
+            Where there is none, or another version of natgrad wrote it.
         """
-        path = place_of_store(path, version)
-        attributes = open_group(path, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
+        attributes = open_group(storage, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         super().__init__(
-            path,
-            attributes["version"],
+            storage,
             Layout.from_json(attributes["layout"]),
             tuple(attributes["chunk"]),
             attributes["dtypes"],
             attributes.get("replicates", 0),
         )
-        self.scalars: tuple[str, ...] = tuple(attributes.get("scalars", USUAL_SCALARS))
+        self.scalars: tuple[str, ...] = tuple(attributes["scalars"])
         self.source: str = attributes["source"]
-        self.sweep: bool = attributes.get("sweep", False)
-        self.tables: tuple[str, ...] = tuple(attributes.get("tables", ()))
-        self.reading: dict[str, Any] | None = attributes.get("reading")
-        # A store of version 1 has one attempt at one run.
-        self._numbered = (STEP,) if self._version < 2 else (STEP, ATTEMPT, RUN)[: 3 if self.sweep else 2]
+        self.sweep: bool = attributes["sweep"]
+        self.tables: tuple[str, ...] = tuple(attributes["tables"])
+        self.read_options: dict[str, Any] | None = attributes.get("read_options")
+        self._numbered = (STEP, ATTEMPT, RUN) if self.sweep else (STEP, ATTEMPT)
         self._runs: tuple[str, ...] = ()
         self._spans: NDArray[np.int64] | None = None
         self._breaks: NDArray[np.int64] = np.empty(0, np.int64)
@@ -130,7 +122,7 @@ class Trajectory(States):
     @classmethod
     def create(
         cls,
-        path: Path,
+        storage: Storage,
         layout: Layout,
         dtypes: Mapping[str, str],
         chunk: tuple[int, int],
@@ -140,20 +132,20 @@ class Trajectory(States):
         sweep: bool = False,
         tables: Sequence[str] = (),
         replicates: int = 0,
-        reading: Mapping[str, Any] | None = None,
+        read_options: Mapping[str, Any] | None = None,
     ) -> Trajectory:
         """Create an empty trajectory, in place of one that is there.
 
         Parameters
         ----------
-        path : Path
+        storage : Storage
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``, of replicates, what the optimizer keeps) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, of replicates, of the optimizer's state) to logical dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
-            Where the log was, for provenance.
+            Location of the log, for provenance.
         compressors : mapping, optional
             Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
         scalars : sequence of str, optional
@@ -164,13 +156,13 @@ class Trajectory(States):
             Numbers of a step and tensor to store, of `natgrad.schema.names.OPTIMIZER_NUMBERS`.
         replicates : int
             Of a stochastic rule.
-        reading : mapping, optional
-            How its log is read.
+        read_options : mapping, optional
+            Options with which the log is read.
 
         Raises
         ------
         InputError
-            Where the path holds something else.
+            Where the location holds something else.
         """
         attributes = {
             "source": source,
@@ -183,8 +175,8 @@ class Trajectory(States):
         }
         if replicates:
             attributes["replicates"] = replicates
-        if reading is not None:
-            attributes["reading"] = dict(reading)
+        if read_options is not None:
+            attributes["read_options"] = dict(read_options)
         arrays = state_arrays(layout, dtypes, chunk, replicates, compressors or {})
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
@@ -199,17 +191,17 @@ class Trajectory(States):
         for name in tables:
             rows = max(1, _TABLE_CHUNK // max(1, width))
             arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
-        make_group(place(path), "trajectory", attributes, arrays)
-        return cls(path)
+        make_group(storage, "trajectory", attributes, arrays)
+        return cls(storage)
 
     @classmethod
-    def remove(cls, path: Path) -> None:
-        """Remove a trajectory; what is not one is refused (InputError)."""
-        remove_group(path, "trajectory")
+    def remove(cls, storage: Storage) -> None:
+        """Remove a trajectory; anything else is refused (InputError)."""
+        remove_group(storage, "trajectory")
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the arrays (step): those that number the rows, and the scalars; and of those (step, tensor)."""
+        """Names of the arrays (step), which number the states or are scalars, and of those (step, tensor)."""
         return (*self._numbered, *self.scalars, *self.tables)
 
     @property
@@ -219,7 +211,7 @@ class Trajectory(States):
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of the arrays (step, element) that were logged of the run, and not of its optimizer."""
+        """Names of the arrays (step, element) that were logged of the run, without those of its optimizer."""
         replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
         return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
 
@@ -228,13 +220,13 @@ class Trajectory(States):
         """Vectors of the Gram matrix of the replicates; none where there are no replicates."""
         return replicate_vectors(self.replicates, REPLICATE_HVP in self.array_dtypes)
 
-    # Rows ---------------------------------------------------------------------------------------------------
+    # Numbers ------------------------------------------------------------------------------------------------
 
     def scalar(self, name: str) -> NDArray[Any]:
-        """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the committed rows, shape (rows,).
+        """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the states, shape (states,).
 
-        What an optimizer has of each tensor has shape (rows, tensors), and ``replicate_loss`` (rows, R). A scalar
-        that the trajectory does not have is NaN at every step.
+        Numbers of the optimizer for each tensor have shape (states, tensors), and ``replicate_loss`` (states, R). A
+        scalar that the trajectory does not have is NaN at every step.
 
         Raises
         ------
@@ -248,30 +240,25 @@ class Trajectory(States):
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
         if (name, self.n_states) in self._read:
             return self._read[name, self.n_states]
-        array, paths = self._array(name), self._number_chunks(name, 0, self.n_states)
-        chunk = array.chunks, array.dtype, INGEST_AGAIN
-        if is_url(self.path):
-            for path in paths:
-                require_complete_chunk(path, *chunk)
-            values = np.asarray(with_rows(array, self.n_states)[:])
-        else:
-            # A long run has many of them, and Zarr takes longer for each than the disk.
-            parts = [
-                np.empty((0, *array.shape[1:]), array.dtype),
-                *(read_complete_chunk(path, *chunk) for path in paths),
-            ]
-            values = np.concatenate(parts)[: self.n_states]
+        array = self._array(name)
+        chunks = read_complete_chunks(
+            self.storage / name,
+            self._number_chunks(name, 0, self.n_states),
+            array.chunks,
+            array.dtype,
+            INGEST_AGAIN,
+        )
+        values = np.concatenate([np.empty((0, *array.shape[1:]), array.dtype), *chunks])[: self.n_states]
         values.flags.writeable = False
-        self._read = {key: held for key, held in self._read.items() if key[1] == self.n_states}
+        self._read = {key: kept for key, kept in self._read.items() if key[1] == self.n_states}
         self._read[name, self.n_states] = values
         return values
 
-    def _number_chunks(self, name: str, start: int, stop: int) -> list[Path]:
-        """Files of the chunks of rows of an array (step), (step, tensor) or (step, replicate)."""
-        rows = self._array(name).chunks[0]
+    def _number_chunks(self, name: str, start: int, stop: int) -> list[tuple[int, ...]]:
+        """Return the indices of the chunks of an array (step), (step, tensor) or (step, replicate)."""
+        steps = self._array(name).chunks[0]
         beside = (0,) if name in self.tables or name == REPLICATE_LOSS else ()
-        indices = range(start // rows, -(-stop // rows))
-        return [chunk_path(self.path / name, index, *beside) for index in indices]
+        return [(index, *beside) for index in range(start // steps, -(-stop // steps))]
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -283,10 +270,7 @@ class Trajectory(States):
         return self._runs
 
     def spans(self) -> NDArray[np.int64]:
-        """Return the updates from each row to the next, shape (rows - 1,); 0 to one of another run or attempt.
-
-        There are states on both sides of such a place, but no update leads from one to the other.
-        """
+        """Return the updates from each state to the next, shape (states - 1,); 0 to another run or attempt."""
         if self._spans is None or len(self._spans) != max(self.n_states - 1, 0):
             self._spans = np.diff(self.scalar(STEP))
             for name in (ATTEMPT, RUN):
@@ -295,44 +279,44 @@ class Trajectory(States):
             self._breaks = np.flatnonzero(self._spans == 0) + 1
         return self._spans
 
-    def _begun(self) -> NDArray[np.int64]:
-        """Rows to which no update leads from the row before."""
+    def _starts(self) -> NDArray[np.int64]:
+        """Return the states to which no update leads from the state before."""
         self.spans()
         return self._breaks
 
     def contiguous_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Cut rows where no update leads from one to the next; what has no update at all is left out.
+        """Divide states where no update leads from one to the next; a state without any update is left out.
 
         Returns
         -------
-        list of (first row, stop row)
-            Of two rows at least.
+        list of (first state, stop state)
+            Each of at least two states.
         """
-        breaks = self._begun()
+        breaks = self._starts()
         inside = breaks[np.searchsorted(breaks, start, "right") : np.searchsorted(breaks, stop)]
         edges = [start, *inside.tolist(), stop]
         return [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1]
 
     def current(self, attempt: int | None = None) -> NDArray[np.bool_]:
-        """Which rows are states of the runs as they stand, shape (rows,): the others were superseded.
+        """Return which states belong to the current attempts of the runs, shape (states,); others are superseded.
 
         Parameters
         ----------
         attempt : int, optional
-            As they stood at this attempt, where later ones are left aside.
+            Attempt that was current; later ones are ignored.
         """
         steps, attempts, runs = (self.scalar(name) for name in (STEP, ATTEMPT, RUN))
         chosen = attempts <= (attempts.max(initial=0) if attempt is None else attempt)
-        # A new attempt supersedes what its run has from its first step on.
+        # A new attempt supersedes the states of its run from its first step on.
         new = np.unique(runs, return_index=True)[1]
-        for begin in np.setdiff1d(self._begun(), new):
+        for begin in np.setdiff1d(self._starts(), new):
             if chosen[begin]:
                 older = (runs[:begin] == runs[begin]) & (attempts[:begin] < attempts[begin])
                 chosen[:begin] &= ~older | (steps[:begin] < steps[begin])
         return chosen
 
     def sources(self) -> list[dict[str, Any]]:
-        """Return what identifies the source of each row."""
+        """Return what identifies the source of each state."""
         return [source for record in self.records() for source in sources_of(record)]
 
     # Commits ------------------------------------------------------------------------------------------------
@@ -346,34 +330,34 @@ class Trajectory(States):
         attempts: Sequence[int] | None = None,
         runs: Sequence[str] = (),
     ) -> None:
-        """Make written rows visible, for all arrays together.
+        """Make written states visible, for all arrays together.
 
         Parameters
         ----------
         steps : sequence of int, length n
-            Step numbers of the next n rows.
+            Step numbers of the next n states.
         scalars : mapping
-            Each of `scalars`, n values (of ``replicate_loss`` n times R), and of `tables`, n rows of values; NaN
-            where the log has none.
+            Each of `scalars`, n values (of ``replicate_loss`` n times R), and of `tables`, n sequences of values;
+            NaN where the log has none.
         sources : sequence of mapping, length n
             What identifies each step's source (name, size, time).
         checksums : mapping
-            Array name to n rows of one `checksum` per chunk column.
+            Array name to n sequences of one `checksum` per chunk column.
         attempts : sequence of int, length n, optional
-            Attempt of each row; the first where not given.
+            Attempt of each state; the first by default.
         runs : sequence of str, length n
-            In a sweep, the name of each row's run.
+            In a sweep, the name of each state's run.
         """
         start, stop = self.n_states, self.n_states + len(steps)
         known = dict(zip(self.runs, range(len(self.runs)), strict=True)) if self.sweep else {}
         numbers = {STEP: steps, ATTEMPT: attempts or [0] * len(steps)}
         if self.sweep:
             numbers[RUN] = [known.setdefault(name, len(known)) for name in runs]
-        chunks: list[Path] = []
+        chunks: list[Storage] = []
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
             with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            chunks += self._number_chunks(name, start, stop)
+            chunks += [chunk_entry(self.storage / name, *index) for index in self._number_chunks(name, start, stop)]
         self._settle(chunks)
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
         record["scalars"] = self._scalar_checksums(start, stop)
@@ -382,69 +366,47 @@ class Trajectory(States):
         self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
         self.n_states = stop
         self.recover()
-        publish(self.path, self._message(steps, attempts or [0]))
+        self.storage.publish(self._message(steps, attempts or [0]))
 
     def _message(self, steps: Sequence[int], attempts: Sequence[int]) -> str:
-        """Say what a commit added."""
-        told = []
+        """Describe what a commit added."""
+        parts = []
         for what, numbers in {"steps": steps, "attempt": attempts}.items():
             low, high = min(numbers, default=0), max(numbers, default=0)
-            told.append(f"{what} {low}" + (f" to {high}" if high > low else ""))
-        return f"trajectory of {self.path.parent.name}: {', '.join(told)}"
+            parts.append(f"{what} {low}" + (f" to {high}" if high > low else ""))
+        return f"trajectory of {self.storage.parent.name}: {', '.join(parts)}"
 
     def recover(self) -> None:
-        """Bring the shapes on disk up to the record, should the writer before have stopped between the two.
-
-        A store of an older version becomes one of this.
-        """
+        """Set the shapes of the arrays to the record, in case a writer was stopped between the two."""
         self.journal.clear()
-        if self._version < LAYOUT_VERSION:
-            self._migrate()
-        resize_all([self.path / name for name in self.arrays], self.n_states)
+        resize_all(self.storage, self.arrays, self.n_states)
 
     def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
-        """Checksums of rows of each array (step) as they are on disk, and not committed yet maybe."""
+        """Return the checksums of states of each array (step) as they are stored, committed or not."""
         return {name: checksum(np.asarray(with_rows(self._array(name), stop)[start:stop])) for name in self.numbers}
-
-    def _migrate(self) -> None:
-        """Write records anew, with what version 1 did not have (and attempts), and be of this version."""
-        if self._version < 2:
-            none = np.zeros(self.n_states, np.int64)
-            add_array(
-                self.path, ATTEMPT, ArrayPlan((STEP,), (self.n_states,), (SCALAR_CHUNK,), "int64", values=none)
-            )
-            self._numbered = (STEP, ATTEMPT)
-        for name in self.journal.names():
-            record = self.journal.read(name)
-            if self._version < 2:
-                record["scalars"] = self._scalar_checksums(record["start"], record["stop"])
-            self.journal.write(name, record)
-        migrate_group(self.path, "trajectory", self.arrays)
-        publish(self.path, f"trajectory of {self.path.parent.name}: layout version {LAYOUT_VERSION}")
-        self._version = LAYOUT_VERSION
 
     # Digests ------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Digest of every committed state."""
+        """Return the digest of every committed state."""
         every = LedgerChunk(0, self.n_states)
         return self.digests([every])[every]
 
     def digests(self, chunks: Iterable[LedgerChunk]) -> dict[LedgerChunk, str]:
-        """Digest of the states that each ledger chunk of rows is computed from, the halo included."""
+        """Return the digest of the states that each ledger chunk is computed from, the halo included."""
         names = self.logged
-        begun = np.zeros(self.n_states + 1, "<u4")
-        begun[self._begun()] = 1
+        starts = np.zeros(self.n_states + 1, "<u4")
+        starts[self._starts()] = 1
         hashes = {chunk: hashlib.sha256() for chunk in chunks}
         waiting = sorted(hashes, reverse=True)
         active: list[LedgerChunk] = []
-        # Record by record: those of a long run of a large model are not held together.
+        # Record by record: those of a long run of a large model do not fit in memory together.
         for number in self.journal.names():
             record = self.journal.read(number)
             start, stop = record["start"], record["stop"]
             if start >= self.n_states:  # committed since
                 break
-            words = np.column_stack([*(record["checksums"][name] for name in names), begun[start:stop]])
+            words = np.column_stack([*(record["checksums"][name] for name in names), starts[start:stop]])
             while waiting and waiting[-1].start < stop:
                 active.append(waiting.pop())
             for chunk in active:

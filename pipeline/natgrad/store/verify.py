@@ -1,16 +1,15 @@
-"""Every stored byte against what was recorded of it: which steps of which tensors are not as they were written.
+"""Compare every stored byte with its recorded checksum, and name the damaged steps and tensors.
 
 The committed states and scalars, the finished ledger chunks, the records and the metadata of arrays are compared.
-Bytes that no reader sees are not: rows and elements of a chunk beyond the recorded ones (padding, and what an
-interrupted write left), how a JSON file spells what it says, and in a compressed chunk bits that change nothing.
+Bytes that no reader uses are not: padding, what an interrupted write left beyond the recorded states, the
+spelling of a JSON file, and bits of a compressed chunk that change nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, STEP
-from natgrad.storage import place, read
-from natgrad.store.group import ArrayPlan, array_digest, chunk_path, group_document, open_group, rows_on_disk
+from natgrad.storage import Storage
+from natgrad.store.group import array_digest, chunk_entry, document_of, open_group, stored_rows
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
@@ -30,22 +29,22 @@ __all__ = ["Damage", "verify_ledger", "verify_trajectory"]
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it was written.
+    """Stored data that changed.
 
     Attributes
     ----------
-    path : Path
-        File.
+    path : str
+        Path or URL of the file or object.
     what : str
     array : str
-        Array it belongs to, empty where it is of the whole store.
+        Name of the array, empty where the complete store is meant.
     steps : tuple of int
-        First and last step that it touches, empty where it is not of steps.
+        First and last damaged step, empty where no steps are meant.
     tensors : tuple of str
-        First and last tensor that it touches, empty where it is of all.
+        First and last damaged tensor, empty where all are meant.
     """
 
-    path: Path
+    path: str
     what: str
     array: str = ""
     steps: tuple[int, ...] = ()
@@ -53,54 +52,53 @@ class Damage:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**asdict(self), "path": str(self.path)}
+        return asdict(self)
 
     def __str__(self) -> str:
-        place = [self.array] if self.array else []
+        parts = [self.array] if self.array else []
         for kind, ends in {"step": self.steps, "tensor": self.tensors}.items():
             if ends:
                 first, last = ends
-                place.append(f"{kind} {first}" if first == last else f"{kind}s {first} to {last}")
-        return f"{', '.join(place) + ': ' if place else ''}{self.what} ({self.path})"
+                parts.append(f"{kind} {first}" if first == last else f"{kind}s {first} to {last}")
+        return f"{', '.join(parts) + ': ' if parts else ''}{self.what} ({self.path})"
 
 
-def verify_trajectory(path: Path) -> Iterator[Damage]:
+def verify_trajectory(storage: Storage) -> Iterator[Damage]:
     """Read every committed state of a trajectory, a chunk at a time, and compare it with its checksums.
-
-    A trajectory of version 1 has checksums of the states only.
 
     Yields
     ------
     Damage
     """
     try:
-        states = Trajectory(path)
+        states = Trajectory(storage)
     except InputError as error:
-        yield _told(error)
+        yield _damage(error)
         return
     records: list[dict[str, Any]] = []
     for name in states.journal.names():
         try:
             record = states.journal.read(name)
         except InputError as error:
-            yield _told(error)
+            yield _damage(error)
             continue
-        if record["stop"] > states.n_states:  # a writer is at work, and committed it since
+        if record["stop"] > states.n_states:  # committed by a writer since the trajectory was opened
             break
         before = records[-1]["stop"] if records else 0
         if record["start"] != before:
-            yield Damage(states.journal.folder, f"rows {before} to {record['start']} have no record to check by")
+            yield Damage(str(states.journal.folder), f"states {before} to {record['start']} have no record")
         records.append(record)
-    damages = list(_description(states.path, "trajectory", states.arrays))
+    damages = list(_description(states.storage, "trajectory", states.arrays))
     yield from damages
     described = [name for name in states.arrays if not any(damage.array == name for damage in damages)]
     for name in described:
-        # The shape follows the record: a writer that was stopped in between left that of the commit before. One
-        # that is at work has left that of a later one.
-        rows = rows_on_disk(states.path / name)
+        # The shape follows the record: a writer that was stopped in between left that of the commit before, and a
+        # writer that is running may have set that of a later one.
+        rows = stored_rows(states.storage / name)
         before = records[-1]["start"] if records else 0
         if rows not in (before, states.n_states) and not _committed_since(states, rows):
-            yield Damage(states.path / name, f"its shape says {rows} rows, recorded are {states.n_states}", name)
+            what = f"its shape has {rows} states, recorded are {states.n_states}"
+            yield Damage(str(states.storage / name), what, name)
     numbers = _numbers(states) if STEP in described else np.arange(states.n_states)
     for name in described:
         if name in states.array_dtypes:
@@ -112,38 +110,41 @@ def verify_trajectory(path: Path) -> Iterator[Damage]:
 
 
 def _committed_since(states: Trajectory, rows: int) -> bool:
-    """Whether a commit that came after a trajectory was opened made it so many rows."""
+    """Return whether a commit since the trajectory was opened has brought it to this number of states."""
     return any(record["stop"] == rows > states.n_states for record in states.records())
 
 
-def _told(error: InputError) -> Damage:
-    return Damage(place(error.where), error.what)
+def _damage(error: InputError) -> Damage:
+    return Damage(error.where, error.what)
 
 
-def _description(path: Path, kind: str, names: Iterable[str]) -> Iterator[Damage]:
-    """Compare what describes a store; where an array has no description, its chunks cannot be read."""
-    attributes = open_group(path, kind, "")
-    for folder, document in {path / "commits": group_document({}), path: None}.items():
+_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+"""Metadata of a group, without the attributes that users may add."""
+
+
+def _description(storage: Storage, kind: str, names: Iterable[str]) -> Iterator[Damage]:
+    """Compare the metadata of a store; without the metadata of an array its chunks cannot be read."""
+    attributes = open_group(storage, kind, "")
+    for group in (storage / "commits", storage):
+        where = str(group / "zarr.json")
         try:
-            found = json.loads(read(folder / "zarr.json"))
+            found = document_of(group)
         except (OSError, ValueError) as error:
-            yield Damage(folder / "zarr.json", f"it cannot be read: {error}")
+            yield Damage(where, f"it cannot be read: {error}")
             continue
-        # Users may add attributes of their own to the group.
-        if {**found, "attributes": {}} != group_document({}) or (document and found != document):
-            yield Damage(folder / "zarr.json", "it is not as it was written")
+        if {**found, "attributes": found.get("attributes") if group is not storage else {}} != _GROUP:
+            yield Damage(where, "the description of the group has changed")
     for name in names:
-        described = path / name / "zarr.json"
+        where = str(storage / name / "zarr.json")
         try:
-            found = array_digest(path / name)
-            if found != attributes.get("arrays", {}).get(name, found):
-                yield Damage(described, "the description of the array is not as it was written", name)
+            if array_digest(storage / name) != attributes["arrays"][name]:
+                yield Damage(where, "the description of the array has another checksum than recorded", name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            yield Damage(described, f"the description of the array cannot be read: {error}", name)
+            yield Damage(where, f"the description of the array cannot be read: {error}", name)
 
 
 def _numbers(states: Trajectory) -> NDArray[Any]:
-    """Return the step of each row; where those cannot be read, the row."""
+    """Return the step of each state; where the steps cannot be read, the index of the state."""
     try:
         return states.scalar(STEP)
     except InputError:
@@ -160,12 +161,13 @@ def _scalar(
     try:
         values = states.scalar(name)
     except InputError as error:
-        yield Damage(place(error.where), error.what, name)
+        yield Damage(error.where, error.what, name)
         return
+    where = str(states.storage / name)
     for record in records:
         start, stop = record["start"], record["stop"]
-        if name in record.get("scalars", {}) and checksum(values[start:stop]) != record["scalars"][name]:
-            yield Damage(states.path / name, "another checksum than recorded", name, _ends(numbers, start, stop))
+        if checksum(values[start:stop]) != record["scalars"][name]:
+            yield Damage(where, "another checksum than recorded", name, _ends(numbers, start, stop))
 
 
 def _column(
@@ -177,81 +179,89 @@ def _column(
         for index, found in enumerate(record["checksums"][name][:, column].tolist())
     }
     steps, (first, last) = states.chunk[0], states.column(column)
-    pieces = states.layout.segments(first, last)
-    tensors = tuple(states.layout.tensors[index].name for index, _, _ in (pieces[0], pieces[-1]))
+    segments = states.layout.segments(first, last)
+    tensors = tuple(states.layout.tensors[index].name for index, _, _ in (segments[0], segments[-1]))
     buffer = np.zeros((steps, states.chunk[1]), storage_dtype(states.dtypes[name]))
     for index in range(-(-states.n_states // steps)):
         start, stop = index * steps, min((index + 1) * steps, states.n_states)
-        path = states.chunk_path(name, index, column)
+        chunk = states.chunk_entry(name, index, column)
         try:
             states.read(name, start, stop, column, buffer[: stop - start])
         except InputError as error:
-            yield Damage(path, error.what, name, _ends(numbers, start, stop), tensors)
+            yield Damage(str(chunk), error.what, name, _ends(numbers, start, stop), tensors)
             continue
-        if not states.is_compressed(name) and path.stat().st_size != buffer.nbytes:
-            yield Damage(path, f"it has {path.stat().st_size} bytes of {buffer.nbytes}", name)
-        for row in range(start, stop):
-            if row in recorded and checksum(buffer[row - start, : last - first]) != recorded[row]:
-                yield Damage(path, "another checksum than recorded", name, _ends(numbers, row, row + 1), tensors)
+        if not states.is_compressed(name) and (size := chunk.stat().size) != buffer.nbytes:
+            yield Damage(str(chunk), f"it has {size} bytes of {buffer.nbytes}", name)
+        for state in range(start, stop):
+            if state in recorded and checksum(buffer[state - start, : last - first]) != recorded[state]:
+                steps_of = _ends(numbers, state, state + 1)
+                yield Damage(str(chunk), "another checksum than recorded", name, steps_of, tensors)
 
 
-def verify_ledger(path: Path, states: Trajectory | None = None) -> Iterator[Damage]:
-    """Read every finished ledger chunk of a ledger and compare it with its checksums.
+def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterator[Damage]:
+    """Read every finished chunk of a ledger and compare it with its checksums.
 
     Parameters
     ----------
-    path : Path
+    storage : Storage
     states : Trajectory, optional
-        That it is of; where it is not given, the steps of the ledger are not compared.
+        Its trajectory; without it, the steps of the ledger are not compared.
 
     Yields
     ------
     Damage
     """
     try:
-        book = Ledger(path)
+        ledger = Ledger(storage)
     except InputError as error:
-        yield _told(error)
+        yield _damage(error)
         return
-    damages = list(_description(book.path, "ledger", (*book.names, *book.by_step)))
+    damages = list(_description(storage, "ledger", (*ledger.names, *ledger.by_step)))
     yield from damages
     if damages:
         return
-    rows = {name: rows_on_disk(book.path / name) for name in book.by_step}
-    if len(set(rows.values())) > 1:
-        yield Damage(book.path, f"its arrays have different numbers of rows, {rows}: run natgrad analyze OUT again")
+    lengths = {name: stored_rows(storage / name) for name in ledger.by_step}
+    if len(set(lengths.values())) > 1:
+        what = f"its arrays have different lengths, {lengths}: run natgrad analyze OUT again"
+        yield Damage(str(storage), what)
         return
-    for name, texts in book.names.items():
-        chunk, plan = chunk_path(book.path / name, 0), ArrayPlan((name,), (len(texts),), (len(texts),), "string")
-        whole = chunk.exists() and chunk.read_bytes() == plan.encoded(texts)
-        if not whole or rows_on_disk(book.path / name) != len(texts):
-            yield Damage(chunk, "the names are not as they were written", name)
-    numbers = book.steps()[0]
-    if states is not None and book.n_updates < states.n_states:
+    for name, texts in ledger.names.items():
+        chunk = chunk_entry(storage / name, 0)
+        (content,) = chunk.parent.get_entries([chunk.name])
+        if content != _encoded(texts) or stored_rows(storage / name) != len(texts):
+            yield Damage(str(chunk), "the names have changed", name)
+    numbers = ledger.steps()[0]
+    if states is not None and ledger.n_updates < states.n_states:
         expected = {STEP: states.scalar(STEP), "step_span": states.spans()}
-        for name, found in zip(expected, book.steps(), strict=True):
-            wrong = np.flatnonzero(found != expected[name][: book.n_updates])
+        for name, found in zip(expected, ledger.steps(), strict=True):
+            wrong = np.flatnonzero(found != expected[name][: ledger.n_updates])
             if wrong.size:
-                what = "it is not that of the trajectory: run natgrad analyze OUT again"
-                yield Damage(book.path / name, what, name, _ends(states.scalar(STEP), wrong[0], wrong[-1] + 1))
-    for name in book.journal.names():
+                what = "it differs from the trajectory: run natgrad analyze OUT again"
+                steps = _ends(states.scalar(STEP), wrong[0], wrong[-1] + 1)
+                yield Damage(str(storage / name), what, name, steps)
+    for name in ledger.journal.names():
         try:
-            record = book.journal.read(name)
+            record = ledger.journal.read(name)
         except InputError as error:
-            yield _told(error)
+            yield _damage(error)
             continue
-        yield from _chunk(book, record, numbers)
+        yield from _chunk(ledger, record, numbers)
 
 
-def _chunk(book: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Iterator[Damage]:
+def _encoded(texts: Sequence[str]) -> bytes:
+    """Return texts as the codec vlen-utf8 stores them: their number, and each after its length."""
+    encoded = [text.encode() for text in texts]
+    return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(text)) + text for text in encoded)
+
+
+def _chunk(ledger: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Iterator[Damage]:
     start, stop = record["start"], record["stop"]
-    for name in record.get("checksums", {}):
+    for name in record["checksums"]:
         try:
-            _, changed = book.compared(record, name)
+            _, changed = ledger.compared(record, name)
         except InputError as error:
-            yield Damage(place(error.where), error.what, name, _ends(numbers, start, stop))
+            yield Damage(error.where, error.what, name, _ends(numbers, start, stop))
             continue
-        for rows in changed:
-            yield Damage(
-                book.chunk_path(name, start), "another checksum than recorded", name, _ends(numbers, *rows)
-            )
+        where = str(ledger.chunk_entry(name, start))
+        for updates in changed:
+            yield Damage(where, "another checksum than recorded", name, _ends(numbers, *updates))

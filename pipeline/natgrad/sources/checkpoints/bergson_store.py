@@ -30,6 +30,7 @@ from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
 from natgrad.sources.container import Region, boxes, refused
 from natgrad.sources.names import MAP_FILE, is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.storage import LocalStorage
 
 __all__ = ["BergsonFolder", "blocks", "holds_bergson"]
 
@@ -133,26 +134,27 @@ class BergsonFolder(StepFolder):
     """
 
     def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
-        super().__init__(location, [_KIND], own_map_file=True)
+        super().__init__(LocalStorage(location), [_KIND], own_map_file=True)
+        self._folder = location
         if mapping:
             raise InputError(
                 f"{', '.join(mapping)} cannot be mapped: a gradient store of Bergson has gradients alone",
                 where=str(location),
                 remedy="leave --map out, or give it with the other source in a run file",
             )
-        self._orientation = _Orientation.of_folder(self.location)
+        self._orientation = _Orientation.of_folder(self._folder)
 
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`."""
-        epochs = _of_epochs(self.location)
+        epochs = _of_epochs(self._folder)
         if epochs:
             raise _no_gradient(
                 epochs[0], ["its rows were taken while the parameters changed, each at another state"]
             )
-        if not _is_store(self.location):
+        if not _is_store(self._folder):
             return super().steps()
         number = step_number(self.location.name) if is_step(self.location.name) else None
-        if number is None or _unfinished(self.location):
+        if number is None or _unfinished(self._folder):
             raise InputError(
                 "the name of this gradient store does not say of which state it is",
                 where=str(self.location),

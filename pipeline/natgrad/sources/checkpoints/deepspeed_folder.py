@@ -215,7 +215,7 @@ class DeepSpeedFolder(Container):
         first = models.get((0, 0))
         if first is None:
             raise ValueError("it has no model states of rank 0")
-        self._model = TorchFile(LoggedStep(self.step.number, self.step.path / first), self._inert)
+        self._model = TorchFile(LoggedStep(self.step.number, self.step.storage / first), self._inert)
         states = self._model.tree
         self.numbers, self.texts = dict(self._model.numbers), dict(self._model.texts)
         partitioned = set()

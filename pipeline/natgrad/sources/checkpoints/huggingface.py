@@ -21,6 +21,7 @@ from natgrad.sources.container import Container
 from natgrad.sources.names import MODEL, ROOT, NamedStep, Names, step_number
 from natgrad.sources.optimizers.saved_state import optimizer_root
 from natgrad.sources.steps import LoggedStep
+from natgrad.storage import LocalStorage
 
 __all__ = ["TRAINER_KIND", "TrainerFolder"]
 
@@ -45,7 +46,7 @@ def _open(step: LoggedStep, names: Names) -> Container:
     inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
     if len(inner) != 1:
         return ModelFolder(step, names.inert)
-    within = LoggedStep(step.number, inner[0])
+    within = LoggedStep(step.number, LocalStorage(inner[0]))
     return _WithState(step, within, names) if holds_model(step.path) else DeepSpeedFolder(within, names.inert)
 
 
@@ -105,7 +106,7 @@ class TrainerFolder(StepFolder):
     """
 
     def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
-        super().__init__(location, [TRAINER_KIND], mapping)
+        super().__init__(LocalStorage(location), [TRAINER_KIND], mapping)
         self._history: dict[int, dict[str, Any]] = {}
 
     def steps(self) -> list[LoggedStep]:

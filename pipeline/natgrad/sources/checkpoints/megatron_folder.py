@@ -83,7 +83,7 @@ class MegatronFolder(Container):
                 if any(int(_parts(name)[0]) for name in names):
                     raise self._split(f"its tensors are split over {len(names)} ranks")
                 files = [
-                    stack.enter_context(TorchFile(LoggedStep(step.number, step.path / name / _FILE), inert))
+                    stack.enter_context(TorchFile(LoggedStep(step.number, step.storage / name / _FILE), inert))
                     for name in names
                 ]
                 trees = [file.tree for file in files]

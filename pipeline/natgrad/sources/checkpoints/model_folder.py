@@ -16,6 +16,7 @@ from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, refused
 from natgrad.sources.names import MODEL, step_number
 from natgrad.sources.steps import LoggedStep
+from natgrad.storage import LocalStorage
 
 __all__ = ["MODELS", "MODEL_KIND", "ModelFolder", "holds_model"]
 
@@ -118,8 +119,8 @@ class ModelFolder(Container):
     def _open(self, path: Path) -> Container:
         opener: Callable[..., Container] = SafetensorsFile if path.suffix == ".safetensors" else TorchFile
         if opener is SafetensorsFile:
-            return SafetensorsFile(self.step, path)
-        return TorchFile(LoggedStep(self.step.number, path), self._inert)
+            return SafetensorsFile(self.step, LocalStorage(path))
+        return TorchFile(LoggedStep(self.step.number, LocalStorage(path)), self._inert)
 
     def _add(self, container: Container, name: str, prefix: str, wanted: set[str] | None) -> None:
         if wanted is not None and wanted != container.tensors.keys():

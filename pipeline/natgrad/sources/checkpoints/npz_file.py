@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from natgrad.sources.container import Container, Region, refused
 from natgrad.sources.steps import LoggedStep, LoggedTensor
-from natgrad.storage import is_url, open_object, widen
 
 __all__ = ["NpzFile", "NpzStack"]
 
@@ -39,20 +38,22 @@ class NpzFile(Container):
         super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
         with refused(step, _FORM):
-            self._object = open_object(step.path) if is_url(step.path) else None
-            self._archive = zipfile.ZipFile(step.path if self._object is None else self._object)
+            self._file = step.storage.open()
+            try:
+                self._archive = zipfile.ZipFile(self._file)
+            except BaseException:
+                self._file.close()
+                raise
         try:
             self._describe()
         except BaseException:
             self._close_archive()
             raise
-        if self._object is not None:
-            widen(self._object)
+        self._file.widen()
 
     def _close_archive(self) -> None:
         self._archive.close()
-        if self._object is not None:
-            self._object.close()
+        self._file.close()
 
     def _describe(self) -> None:
         for name in self._archive.namelist():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from natgrad.sources.container import Container, ObjectRegion, Region, refused
 from natgrad.sources.steps import LoggedStep, LoggedTensor
-from natgrad.storage import is_url
+from natgrad.storage import Storage
 
 __all__ = ["SafetensorsFile"]
 
@@ -37,8 +37,8 @@ class SafetensorsFile(Container):
     Parameters
     ----------
     step : LoggedStep
-    path : Path, optional
-        The file, where it is not the step's.
+    file : Storage, optional
+        The file, where it is not the step itself.
 
     Raises
     ------
@@ -46,20 +46,20 @@ class SafetensorsFile(Container):
         Where the file cannot be read, or is not a whole safetensors file.
     """
 
-    def __init__(self, step: LoggedStep, path: Path | None = None) -> None:
+    def __init__(self, step: LoggedStep, file: Storage | None = None) -> None:
         super().__init__(step)
-        path = step.path if path is None else path
+        file = step.storage if file is None else file
         self._descriptor: int | None = None
         self._region: Region | ObjectRegion
         with refused(step, _FORM):
-            if is_url(path):
-                self._region = ObjectRegion(path)
+            if file.local_path is None:
+                self._region = ObjectRegion(file)
                 head = _head(self._region)
-                _require_whole(head, self._region.length)
+                _require_complete(head, self._region.length)
                 self._region.widen()
             else:
-                _require_valid(path)
-                self._descriptor = os.open(path, os.O_RDONLY)
+                _require_valid(file.local_path)
+                self._descriptor = os.open(file.local_path, os.O_RDONLY)
                 self._region = Region(self._descriptor)
                 head = _head(self._region)
             header: dict[str, Any] = json.loads(head[8:])
@@ -104,8 +104,8 @@ def _require_valid(path: Path) -> None:
         raise ValueError(str(error)) from error
 
 
-def _require_whole(head: bytes, size: int) -> None:
-    """Have the library validate the header of a file that is elsewhere: by a file of that size and no data."""
+def _require_complete(head: bytes, size: int) -> None:
+    """Let the library validate the header of a remote file: in a local file of that size without data."""
     with tempfile.NamedTemporaryFile(prefix="natgrad-") as hollow:
         hollow.write(head)
         hollow.truncate(size)

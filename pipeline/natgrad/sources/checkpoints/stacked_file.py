@@ -17,6 +17,7 @@ from natgrad.sources.base import Source, StepReader
 from natgrad.sources.container import Container, refused
 from natgrad.sources.names import NATIVE, NamedStep
 from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.storage import LocalStorage
 
 __all__ = ["KeptOpen", "StackedFile"]
 
@@ -49,7 +50,7 @@ class StackedFile:
         open_container: Callable[[LoggedStep], Container],
         mapping: Mapping[str, str] | None = None,
     ) -> None:
-        self.location, self._open = Path(location), open_container
+        self.location, self._open = LocalStorage(location), open_container
         keys = {**NATIVE.keys, "step": ("step",)}
         self._names = replace(NATIVE, keys=keys).of_folder(self.location.parent).mapped(mapping or {})
         self._rows: dict[int, int] = {}
@@ -103,7 +104,7 @@ class StackedFile:
     def _share(self, step: LoggedStep) -> _Shared:
         """Open the file, or take it as another step that is still open has it, where it is the same by now."""
         with refused(step, "the log"):
-            status = self.location.stat()
+            status = self.location.local_path.stat()
         state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if self._shared is None or not self._shared.users or self._shared.state != state:
             self._shared = _Shared(self._open(step), state)

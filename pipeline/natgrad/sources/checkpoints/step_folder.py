@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import StepReader
@@ -17,7 +17,7 @@ from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.container import Container
 from natgrad.sources.names import NATIVE, NamedStep, Names, step_number
 from natgrad.sources.steps import LoggedStep, NotYet, vanished
-from natgrad.storage import is_url, names, network_errors, place
+from natgrad.storage import LocalStorage, Storage, network_errors
 
 __all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number", "not_latest_yet"]
 
@@ -74,14 +74,14 @@ def not_latest_yet(path: Path, tracker: str) -> str:
     last, number = step_number(name), step_number(path.name)
     if last is None or number is None or number <= last:
         return ""
-    late = changed_lately(identity(LoggedStep(number, path))["time"])
+    late = changed_lately(identity(LoggedStep(number, LocalStorage(path)))["time"])
     return f"{tracker} still names {name[:80]}: it is being written" if late else ""
 
 
-def native_number(suffix: str) -> Callable[[Path], int | None]:
+def native_number(suffix: str) -> Callable[[PurePath], int | None]:
     """Return what finds the number in ``step_<N>`` of files with a suffix."""
 
-    def number(path: Path) -> int | None:
+    def number(path: PurePath) -> int | None:
         match = _NATIVE.fullmatch(path.stem) if path.suffix == suffix else None
         return int(match[1]) if match else None
 
@@ -102,8 +102,8 @@ class StepFolder:
 
     Parameters
     ----------
-    location : Path
-        The folder.
+    location : Storage
+        The folder. In an object store, kinds find their steps by name alone.
     kinds : sequence of Kind
         What to look for.
     mapping : mapping, optional
@@ -119,13 +119,13 @@ class StepFolder:
 
     def __init__(
         self,
-        location: Path,
+        location: Storage,
         kinds: Sequence[Kind] = tuple(NATIVE_KINDS.values()),
         mapping: Mapping[str, str] | None = None,
         *,
         own_map_file: bool = False,
     ) -> None:
-        self.location = place(location)
+        self.location = location
         names = (kind.names if own_map_file else kind.names.of_folder(self.location) for kind in kinds)
         self._kinds = tuple(
             replace(kind, names=of_kind.mapped(mapping or {})) for kind, of_kind in zip(kinds, names, strict=True)
@@ -137,15 +137,15 @@ class StepFolder:
         Files are opened only where the user says that they hold their step number themselves.
         """
         found: dict[int, LoggedStep] = {}
-        for path in self._paths():
-            number = self._number(path)
+        for entry in self._entries():
+            number = self._number(entry)
             if number is None:
                 continue
-            step = LoggedStep(number, path)
+            step = LoggedStep(number, entry)
             if step.number in found:
                 raise InputError(
-                    f"step {step.number} is there twice: {found[step.number].path.name} and {path.name}",
-                    where=f"{path}, step {step.number}",
+                    f"step {step.number} is there twice: {found[step.number].storage.name} and {entry.name}",
+                    where=f"{entry}, step {step.number}",
                     why="the run was logged into one folder twice, in two formats or with padded numbers",
                     remedy="keep one of the files, or say with --map step=KEY where the files hold their step",
                 )
@@ -160,56 +160,63 @@ class StepFolder:
             )
         return sorted(found.values())
 
-    def _paths(self) -> list[Path]:
-        if is_url(self.location):
-            with network_errors(self.location):
-                return [self.location / name for name in names(self.location)]
+    def _entries(self) -> list[Storage]:
         try:
-            return sorted(self.location.iterdir())
+            with network_errors(self.location):
+                names = self.location.list()
+                if self.location.local_path is not None and not names:
+                    self.location.stat()
         except OSError as error:
             raise InputError(
                 f"cannot list the log folder: {error.strerror}",
                 where=str(self.location),
                 remedy="give the folder that holds the step files",
             ) from error
+        return [self.location / name for name in names]
 
-    def _number(self, path: Path) -> int | None:
-        kind = self._kind(path)
-        if kind is None or path.name.startswith("."):
+    def _number(self, entry: Storage) -> int | None:
+        kind = self._kind(entry)
+        if kind is None or entry.name.startswith("."):
             return None
-        reason = kind.unfinished(path)
+        reason = "" if entry.local_path is None else kind.unfinished(entry.local_path)
         if reason:
-            self._require_writer(path, reason)
-            _log.warning("%s is left for the next pass: %s", path, reason)
+            self._require_writer(entry, reason)
+            _log.warning("%s is left for the next pass: %s", entry, reason)
             return None
         if "step" not in kind.names.given:
-            return kind.number(path)
-        with NamedStep(kind.open(LoggedStep(-1, path), kind.names), kind.names) as reader:
+            return kind.number(_named(entry))
+        with NamedStep(kind.open(LoggedStep(-1, entry), kind.names), kind.names) as reader:
             number = reader.number("step")
         if number is None or number != int(number) or number < 0:
             raise InputError(
                 f"{kind.names.keys['step'][0]!r} is {number}, not the number of a step",
-                where=str(path),
+                where=str(entry),
                 remedy="say with --map step=KEY where the files hold their step",
             )
         return int(number)
 
-    def _require_writer(self, path: Path, reason: str) -> None:
+    def _require_writer(self, entry: Storage, reason: str) -> None:
         """Refuse an unfinished step that nobody finishes."""
-        if not changed_lately(identity(LoggedStep(-1, path))["time"]):
+        if not changed_lately(identity(LoggedStep(-1, entry))["time"]):
             raise InputError(
                 f"a step was never finished: {reason}",
-                where=str(path),
+                where=str(entry),
                 why="the run was stopped while it wrote it, or while it removed it (checkpoint rotation)",
                 remedy="remove it, or have it written again",
             )
 
-    def _kind(self, path: Path) -> Kind | None:
+    def _kind(self, entry: Storage) -> Kind | None:
+        path = _named(entry)
         return next((kind for kind in self._kinds if kind.number(path) is not None), None)
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `natgrad.sources.base.Source`."""
-        kind = self._kind(step.path)
+        kind = self._kind(step.storage)
         if kind is None:
             raise vanished("the step cannot be found any more", step)
         return NamedStep(kind.open(step, kind.names), kind.names)
+
+
+def _named(entry: Storage) -> Path:
+    """Return what a kind finds the number of a step in: the path, or the name of an object."""
+    return entry.local_path or Path(entry.name)

@@ -19,6 +19,7 @@ from natgrad.sources.base import StepReader
 from natgrad.sources.opening import open_source
 from natgrad.sources.optimizers.state import Factor, FactoredMetric, factor_array
 from natgrad.sources.steps import where
+from natgrad.storage import open_storage
 from natgrad.theory.preconditioners import (
     balanced_damping,
     factor_eigenvalues,
@@ -109,7 +110,7 @@ def read_metric(
     """
     from natgrad.theory.symmetric_operators import Kronecker  # SciPy, which what ingests does not need
 
-    log = open_source(Path(source), format, mapping)
+    log = open_source(open_storage(source), format, mapping)
     steps = list(log.steps())
     places = [index for index, logged in enumerate(steps) if logged.number == step]
     if not places:

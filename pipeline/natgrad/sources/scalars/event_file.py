@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED32, FIXED64, VARINT, fields
-from natgrad.storage import files, open_to_read
+from natgrad.storage import Storage
 
 __all__ = ["event_files", "read_events"]
 
@@ -28,24 +27,24 @@ _DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
 """Of a tensor: DT_FLOAT and DT_DOUBLE as numpy's dtype, and the field and wire type of their values."""
 
 
-def event_files(path: Path) -> list[Path]:
-    """Event files that a path is, or that are in it, in the order in which they were begun."""
-    found = files(path)
-    if found == [path]:
-        return found if _is_event_file(path) else []
+def event_files(location: Storage) -> list[Storage]:
+    """Return the event files at a location or in it, in the order in which they were started."""
+    found = location.files()
+    if found == [location]:
+        return found if _is_event_file(location) else []
     named = [file for file in found if "tfevents" in file.name]
-    return [file for _, file in sorted((_begun(file), file) for file in named)]
+    return [file for _, file in sorted((_start_time(file), file) for file in named)]
 
 
-def _is_event_file(path: Path) -> bool:
-    with open_to_read(path) as file:
-        start = file.read(12)
+def _is_event_file(file: Storage) -> bool:
+    with file.open() as content:
+        start = content.read(12)
     return len(start) == 12 and _masked(crc32c(start[:8])) == int.from_bytes(start[8:], "little")
 
 
-def _begun(path: Path) -> float:
-    """Time of the first record, by which files of one folder are in order: names hold it in seconds only."""
-    for record in _records(path, []):
+def _start_time(file: Storage) -> float:
+    """Return the time of the first record, which orders the files of a folder: names hold it in seconds only."""
+    for record in _records(file, []):
         for number, kind, value in fields(record):
             if number == 1 and kind == FIXED64:
                 return float(struct.unpack("<d", value)[0])
@@ -57,9 +56,10 @@ def _masked(crc: int) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _records(path: Path, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[bytes]:
+def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[bytes]:
     """Give the data of the records; a last one that is cut short is left out, with a note."""
-    with open_to_read(path) as file:
+    with log.open() as file:
+        file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(0)
         while position < size:
             head = file.read(12)
@@ -67,7 +67,7 @@ def _records(path: Path, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[
             if len(head) == 12 and _masked(crc32c(head[:8])) != int.from_bytes(head[8:], "little"):
                 raise ValueError(f"the checksum of the length of the record at byte {position} does not match")
             if len(head) < 12 or position + 12 + length + 4 > size:
-                notes.append(f"the last record of {path.name} is cut short and left out: it is still being written")
+                notes.append(f"the last record of {log.name} is cut short and left out: it is still being written")
                 return
             crc, data, rest = 0, b"", length
             while rest:
@@ -83,10 +83,10 @@ def _records(path: Path, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[
 
 
 def read_events(
-    path: Path, wanted: Callable[[str], bool], notes: list[str], *, data_limit: int = DATA_LIMIT
+    log: Storage, wanted: Callable[[str], bool], notes: list[str], *, data_limit: int = DATA_LIMIT
 ) -> Iterator[Mapping[str, Any]]:
     """Read the scalars of an event file: ``step``, and the values of the tags."""
-    for data in _records(path, notes, data_limit):
+    for data in _records(log, notes, data_limit):
         step, summaries = 0, []
         for number, kind, value in fields(data):
             if (number, kind) == (_STEP, VARINT):

@@ -11,12 +11,12 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from io import TextIOWrapper
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from natgrad.schema.errors import InputError
-from natgrad.storage import open_to_read
+from natgrad.sources.steps import local_file
+from natgrad.storage import Storage
 
 __all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
 
@@ -33,23 +33,25 @@ Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
 
 
-def _complete_lines(path: Path, notes: list[str], limit: int = LINE_LIMIT) -> Iterator[str]:
+def _complete_lines(log: Storage, notes: list[str], limit: int = LINE_LIMIT) -> Iterator[str]:
     """Yield the lines of a text file that have an end."""
-    with TextIOWrapper(open_to_read(path), encoding="utf-8-sig", newline="") as file:
+    content = log.open()
+    content.widen()
+    with TextIOWrapper(cast(BinaryIO, content), encoding="utf-8-sig", newline="") as file:
         while line := file.readline(limit):
             if not line.endswith(("\n", "\r")):
                 if len(line) >= limit:
                     raise ValueError(f"it has a line of more than {limit} characters")
                 notes.append(
-                    f"the last line of {path.name} has no end and is left out: it is being written, or was cut"
+                    f"the last line of {log.name} has no end and is left out: it is being written, or was cut"
                 )
                 return
             yield line
 
 
-def read_csv(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     """Read a file with a header and values parted by commas, semicolons or tabs; empty ones are missing."""
-    lines = _complete_lines(path, notes)
+    lines = _complete_lines(log, notes)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
     header = next(csv.reader([first], delimiter=delimiter), [])
@@ -72,9 +74,9 @@ def read_csv(path: Path, wanted: Wanted, notes: list[str]) -> Records:
         yield {name: row[place] for place, name in places}
 
 
-def read_json_lines(path: Path, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
+def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
     """Read a file with an object in each line; levels of nested objects are joined by a slash."""
-    for number, line in enumerate(_complete_lines(path, notes, line_limit), 1):
+    for number, line in enumerate(_complete_lines(log, notes, line_limit), 1):
         if line.strip():
             yield _json_object(line, wanted, f"line {number}")
 
@@ -100,15 +102,15 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield prefix + key, value
 
 
-def read_parquet(path: Path, wanted: Wanted, notes: list[str], *, column_limit: int = COLUMN_LIMIT) -> Records:
+def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit: int = COLUMN_LIMIT) -> Records:
     """Read the columns of numbers and text of a Parquet file with pyarrow (the extra ``parquet``)."""
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            "reading Parquet needs pyarrow", where=str(path), remedy="pip install natgrad-pipeline[parquet]"
+            "reading Parquet needs pyarrow", where=str(log), remedy="pip install natgrad-pipeline[parquet]"
         ) from error
-    with open_to_read(path) as stream, closing(parquet.ParquetFile(stream)) as file:
+    with log.open() as stream, closing(parquet.ParquetFile(stream)) as file:
         schema, metadata = file.schema_arrow, file.metadata
         names = [name for name in schema.names if wanted(name)]
         if len(set(names)) != len(names):
@@ -122,20 +124,21 @@ def read_parquet(path: Path, wanted: Wanted, notes: list[str], *, column_limit: 
             yield from batch.to_pylist()
 
 
-def holds_metrics(path: Path) -> bool:
-    """Whether a file is an SQLite database with a table of metrics, as trackio writes it."""
-    with path.open("rb") as file:
+def holds_metrics(log: Storage) -> bool:
+    """Return whether a file is an SQLite database with a table of metrics, as trackio writes it."""
+    with log.open() as file:
         if file.read(len(_SQLITE)) != _SQLITE:
             return False
     try:
-        with closing(_connect(path)) as database:
+        with closing(_connect(log)) as database:
             return _columns(database) >= {"run_name", "step", "metrics"}
     except sqlite3.Error:
         return False
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)
+def _connect(log: Storage) -> sqlite3.Connection:
+    path = local_file(log).absolute()
+    database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
     # Nothing that a schema names is run: views and functions in it are not trusted.
     database.execute("PRAGMA trusted_schema=OFF")
     database.execute("PRAGMA cell_size_check=ON")
@@ -154,10 +157,10 @@ def _columns(database: sqlite3.Connection) -> set[str]:
     return {column[1] for column in columns}
 
 
-def read_sqlite(path: Path, wanted: Wanted, notes: list[str]) -> Records:
+def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     """Read trackio's database: a table ``metrics`` with a JSON object of metrics in each row."""
     try:
-        with closing(_connect(path)) as database:
+        with closing(_connect(log)) as database:
             if not _columns(database) >= {"run_name", "step", "metrics"}:
                 raise ValueError("it has no table metrics with run_name, step and metrics")
             rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY rowid")

@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from natgrad.schema.names import SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
-from natgrad.storage import network_errors, place
+from natgrad.storage import Storage, network_errors
 
 __all__ = ["RUN_KEY", "Kind", "ScalarLog"]
 
 Wanted = Callable[[str], bool]
-Decoder = Callable[[Path, Wanted, list[str]], Iterator[Mapping[str, Any]]]
+Decoder = Callable[[Storage, Wanted, list[str]], Iterator[Mapping[str, Any]]]
 """File, which keys are wanted, and where to put notes, to the records in the order written, wanted keys alone."""
 
 RUN_KEY = "run_name"
@@ -64,7 +63,7 @@ class Kind:
     form : str
         For messages: "a CSV log".
     files : callable
-        Path to the files of the log, in the order written; empty where it holds none.
+        Location to the files of the log, in the order written; empty where it holds none.
     decode : Decoder
     step : str
         Key of the step, where the format knows one.
@@ -73,7 +72,7 @@ class Kind:
     """
 
     form: str
-    files: Callable[[Path], Sequence[Path]]
+    files: Callable[[Storage], Sequence[Storage]]
     decode: Decoder
     step: str = ""
     single: bool = False
@@ -121,8 +120,8 @@ class ScalarLog:
 
     Parameters
     ----------
-    location : Path
-        File or folder, of this machine or of an object store.
+    location : Storage
+        File or folder.
     kind : Kind
     mapping : mapping, optional
         Quantity, or ``step``, to the key that it stands under, ``*`` any one level of it; ``run`` to the name of
@@ -140,14 +139,14 @@ class ScalarLog:
 
     def __init__(
         self,
-        location: Path,
+        location: Storage,
         kind: Kind,
         mapping: Mapping[str, str] | None = None,
         shift: Mapping[str, int] | None = None,
         *,
         records_limit: int = RECORDS_LIMIT,
     ) -> None:
-        self.location, self._kind, self._records_limit = place(location), kind, records_limit
+        self.location, self._kind, self._records_limit = location, kind, records_limit
         self._mapping, self._shift = dict(mapping or {}), dict(shift or {})
         for quantity, key in self._mapping.items():
             if quantity not in (*SCALARS, "step", "run") or not isinstance(key, str) or not key:
@@ -185,7 +184,7 @@ class ScalarLog:
         """Whether somebody wrote to it lately, so that more may come."""
         return any(changed_lately(change_time(file)) for file in self._files())
 
-    def _files(self) -> Sequence[Path]:
+    def _files(self) -> Sequence[Storage]:
         try:
             with network_errors(self.location):
                 files = self._kind.files(self.location)
@@ -377,7 +376,7 @@ def _matches(quantity: str, key: str, given: str | None) -> bool:
 
 
 @contextmanager
-def _refused(file: Path, form: str) -> Iterator[None]:
+def _refused(file: Storage, form: str) -> Iterator[None]:
     """Turn what a damaged or hostile file raises into a refusal."""
     try:
         with network_errors(file):

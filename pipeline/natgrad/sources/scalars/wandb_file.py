@@ -13,11 +13,10 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT, fields
-from natgrad.storage import open_to_read
+from natgrad.storage import Storage
 
 __all__ = ["WANDB_START", "read_wandb"]
 
@@ -33,9 +32,10 @@ _HISTORY, _ITEM, _STEP, _NUMBER = 2, 1, 2, 1
 _KEY, _NESTED_KEY, _INTEGER, _FLOAT, _JSON = 1, 2, 5, 6, (8, 16)
 
 
-def _fragments(path: Path, notes: list[str]) -> Iterator[tuple[int, int, bytes]]:
+def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes]]:
     """Give place, type and data of the pieces; a last one that is cut short is left out, with a note."""
-    with open_to_read(path) as file:
+    with log.open() as file:
+        file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(len(WANDB_START))
         while position < size:
             room = _BLOCK - position % _BLOCK
@@ -65,14 +65,14 @@ def _fragments(path: Path, notes: list[str]) -> Iterator[tuple[int, int, bytes]]
             position += _HEAD + count
         else:
             return
-        notes.append(f"the last record of {path.name} is cut short and left out: it is still being written")
+        notes.append(f"the last record of {log.name} is cut short and left out: it is still being written")
 
 
-def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
+def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
     """Give the data of the records; of those that are too long, none."""
     parts: list[bytes] = []
     begun, told = False, len(notes)
-    for position, kind, data in _fragments(path, notes):
+    for position, kind, data in _fragments(log, notes):
         if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or begun != (kind in (_MIDDLE, _LAST)):
             raise ValueError(f"the piece at byte {position} is of type {kind}, which cannot stand there")
         if not begun:
@@ -83,15 +83,16 @@ def _records(path: Path, notes: list[str]) -> Iterator[bytes]:
         if not begun:
             yield b"".join(parts)
     if begun and len(notes) == told:
-        notes.append(f"the last record of {path.name} is cut short and left out: it is still being written")
+        notes.append(f"the last record of {log.name} is cut short and left out: it is still being written")
 
 
-def read_wandb(path: Path, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
+def read_wandb(log: Storage, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
     """Read the history of a run: what was logged at each ``_step``; levels of nested keys are joined by a slash."""
-    with open_to_read(path) as file:
+    with log.open() as file:
+        file.widen()
         if file.read(len(WANDB_START)) != WANDB_START:
             raise ValueError("it does not begin as a W&B run file of the layout that is known")
-    for record in _records(path, notes):
+    for record in _records(log, notes):
         for number, kind, value in fields(record):
             if (number, kind) == (_HISTORY, BYTES):
                 yield _history(value, wanted)

@@ -1,4 +1,7 @@
-"""The stores of OUT in an Icechunk repository, seen as files: what is read and written is a session of it.
+"""The stores of OUT in an Icechunk repository, which keeps every commit as a version.
+
+A handle reads one version, the latest unless another one is requested; a writer has a transaction, and others see
+what it wrote once it is published. Locks, pages, and the outcomes of scans are objects beside the repository.
 
 Icechunk keeps arrays and groups of Zarr, and refuses every other key. So the documents that a store has beside
 them, its commit records, are kept as arrays: ``commits/00000007.json`` is chunk 7 of the array
@@ -17,29 +20,30 @@ import struct
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import icechunk
 from fsspec import AbstractFileSystem, register_implementation
 from fsspec.asyn import get_loop, sync
-from upath import UPath
-from upath.registry import register_implementation as register_path
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import cpu
+from zarr.buffer import cpu
 
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.storage.objects import place
+from natgrad.storage.base import Stat, Storage, open_storage
+from natgrad.storage.locks import lock_by_object
+from natgrad.storage.objects import REPOSITORY, ObjectStorage
 
-__all__ = ["RepositoryFiles", "RepositoryPath", "begin", "end", "find_version", "history", "newest_version"]
+__all__ = ["IcechunkStorage", "RepositoryFiles", "open_repository"]
 
 _T = TypeVar("_T")
 
 _Store = icechunk.IcechunkStore | None
-"""What keys are read from; None where there is no repository."""
+"""Store that keys are read from; None where there is no repository."""
 
 BRANCH = "main"
 
@@ -48,20 +52,20 @@ _DOCUMENTS = re.compile(r"documents-(?P<digits>\d+)(?P<rest>.*)")
 _DOCUMENT = "zarr.json"
 
 _FRAME = struct.Struct("<II")
-"""What stands before a document (by the codecs ``vlen-utf8`` and ``vlen-bytes``): one value, of so many bytes."""
+"""Header of a document in the codecs ``vlen-utf8`` and ``vlen-bytes``: one value, and its bytes."""
 
 _MANIFEST_CHUNKS = 256
-"""Chunks of an array along its first axis that a manifest lists. The last one is written anew with each commit: if
-there were one of the whole array, what a commit writes would grow with the run."""
+"""Chunks of an array along its first axis that a manifest lists. Each commit writes the last manifest again: with
+one for the complete array, the bytes of a commit would grow with the run."""
 
 _AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
-"""What makes a value of the bytes that Icechunk returns: it is those, where a buffer of Zarr would be copied."""
+"""Prototype that returns the bytes of Icechunk as they are; a buffer of Zarr would copy them."""
 
 _AT_ONCE = 16
 """Requests of one call at the same time."""
 
 _SESSIONS = 8
-"""Versions that are held open for reading."""
+"""Number of versions that stay open for reading."""
 
 
 # Repositories ------------------------------------------------------------------------------------------------
@@ -73,8 +77,8 @@ _transactions: dict[str, _Transaction] = {}
 
 
 def _storage(url: str) -> icechunk.Storage:
-    """Return where a repository is. Credentials are found by Icechunk as by s3fs: environment, files, or role."""
-    system = place(url).fs  # type: ignore[attr-defined]
+    """Return the storage of a repository. Icechunk finds credentials as s3fs does: environment, files, or role."""
+    system = cast(ObjectStorage, open_storage(url)).fs
     scheme, _, path = url.partition("://")
     bucket, _, prefix = path.partition("/")
     if scheme == "gs":
@@ -120,20 +124,20 @@ def _made(url: str) -> icechunk.Repository:
         if "clean prefixes" not in str(error):
             raise
         raise InputError(
-            f"no repository can be made here: {_told(error)}",
+            f"no repository can be made here: {_reason(error)}",
             where=url,
             why="a process ended while it made one, or these are objects of something else",
             remedy="remove what is below this URL, or choose another OUT",
         ) from error
 
 
-def newest_version(url: str) -> str:
-    """Return the id of the version that is the newest now; empty where there is no repository."""
+def _newest_version(url: str) -> str:
+    """Return the identifier of the latest version; empty where there is no repository."""
     repository = _repository(url)
     return "" if repository is None else repository.lookup_branch(BRANCH)
 
 
-def history(url: str, last: int | None = None) -> list[dict[str, Any]]:
+def _history(url: str, last: int | None = None) -> list[dict[str, Any]]:
     """List versions of a repository, the newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
 
     Each is an object to be read; where only the last are asked for, so are the others not.
@@ -155,7 +159,7 @@ def history(url: str, last: int | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def find_version(url: str, version: str) -> str:
+def _find_version(url: str, version: str) -> str:
     """Return the id of a version.
 
     Parameters
@@ -183,20 +187,20 @@ def find_version(url: str, version: str) -> str:
         return repository.readonly_session(BRANCH, as_of=time).snapshot_id
     except (icechunk.IcechunkError, LookupError) as error:
         raise InputError(
-            f"there is no version {version!r}: {_told(error)}",
+            f"there is no version {version!r}: {_reason(error)}",
             where=url,
             why="it is no id, no tag and no time of one, or it has expired",
             remedy="choose one that natgrad versions OUT lists, a tag, or a time (ISO 8601, UTC)",
         ) from error
 
 
-def _told(error: BaseException) -> str:
-    """First line of what Icechunk says."""
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error of Icechunk."""
     return str(error).strip().partition("\n")[0].strip(" x\u2716\u00d7")
 
 
 class _Transaction:
-    """What one writer writes: nobody sees it before it is committed.
+    """Changes of one writer, which nobody sees before they are committed.
 
     Attributes
     ----------
@@ -210,12 +214,12 @@ class _Transaction:
         self._opening = threading.Lock()
         self.growing = asyncio.Lock()
 
-    def seen(self) -> _Store:
-        """Return what is read; None where there is no repository yet."""
+    def readable(self) -> _Store:
+        """Return the store to read; None where there is no repository yet."""
         return None if self._session is None and _repository(self._url) is None else self.store()
 
     def store(self) -> icechunk.IcechunkStore:
-        """Return what is written; a repository is made where there is none."""
+        """Return the store to write; a repository is made where there is none."""
         with self._opening:
             if self._session is None:
                 repository = _repository(self._url) or _made(self._url)
@@ -223,7 +227,7 @@ class _Transaction:
             return self._session.store
 
     def commit(self, message: str) -> None:
-        """Make a version of what was written, if anything was.
+        """Make a version of the changes, if there are any.
 
         Others may have committed meanwhile: what they wrote are other arrays (a ledger beside a trajectory), or
         the commit is refused.
@@ -239,7 +243,7 @@ class _Transaction:
             self._session.commit(message, rebase_with=icechunk.ConflictDetector())
         except (icechunk.ConflictError, icechunk.RebaseFailedError) as error:
             raise Unavailable(
-                f"another process has committed meanwhile: {_told(error)}",
+                f"another process has committed meanwhile: {_reason(error)}",
                 where=self._url,
                 why="the lock of this one was removed while it was writing",
                 remedy="see that one process writes, and run again: what is committed is kept",
@@ -247,23 +251,11 @@ class _Transaction:
         self._session = None
 
 
-def begin(url: str) -> str:
-    """Begin to write to a repository, which is made with the first byte; returns the name of the transaction."""
-    name = uuid.uuid4().hex
-    _transactions[name] = _Transaction(url)
-    return name
-
-
-def end(name: str) -> None:
-    """End a transaction: what was not committed is dropped."""
-    del _transactions[name]
-
-
 # Keys --------------------------------------------------------------------------------------------------------
 
 
 def _stored(key: str) -> tuple[str, int]:
-    """Return the key that a file is kept under, and how many bytes stand before its content."""
+    """Return the key that a file is stored under, and the number of bytes before its content."""
     folder, _, name = key.rpartition("/")
     if name == _DOCUMENT or _CHUNK.fullmatch(key):
         return key, 0
@@ -271,8 +263,8 @@ def _stored(key: str) -> tuple[str, int]:
     return f"{folder}/documents-{len(digits)}{name[len(digits) :]}/c/{int(digits or 0)}", _FRAME.size
 
 
-def _seen(key: str) -> str | None:
-    """Return the file that a key keeps; None of one that describes documents."""
+def _file_of(key: str) -> str | None:
+    """Return the file that a key stores; None for the metadata of documents."""
     folder, _, name = key.rpartition("/")
     chunk = _CHUNK.fullmatch(key)
     array = chunk["array"] if chunk else folder
@@ -289,7 +281,7 @@ def _named(documents: re.Match[str], index: int) -> str:
 
 
 def _described(name: str) -> dict[str, Any]:
-    """Metadata of an array of documents, one a chunk: text, or bytes."""
+    """Return the metadata of an array of documents, one in each chunk: text, or bytes."""
     text = name.endswith(".json")
     return {
         "zarr_format": 3,
@@ -308,7 +300,7 @@ def _described(name: str) -> dict[str, Any]:
 
 
 class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
-    """Files of a version of a repository, or of a transaction: they are seen beside it, in OUT.
+    """Files of a version of a repository, or of a transaction; they appear in OUT, beside the repository.
 
     Parameters
     ----------
@@ -329,18 +321,19 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         self, repository: str, version: str = "", transaction: str = "", pinned: bool = False, **options: Any
     ) -> None:
         super().__init__(repository=repository, version=version, transaction=transaction, pinned=pinned, **options)
-        self.repository, self.version, self._writing = repository, version, transaction
+        self.repository, self.version, self.pinned = repository, version, pinned
+        self.writer = transaction
         self._root = repository.partition("://")[2].rpartition("/")[0]
 
     @property
     def _writer(self) -> _Transaction:
-        if self._writing not in _transactions:
-            raise PermissionError(f"a version of {self.repository} is not changed")
-        return _transactions[self._writing]
+        if self.writer not in _transactions:
+            raise PermissionError(f"a version of {self.repository} cannot be changed")
+        return _transactions[self.writer]
 
     def _store(self) -> _Store:
-        if self._writing:
-            return self._writer.seen()
+        if self.writer:
+            return self._writer.readable()
         if not self.version:
             return None
         key = self.repository, self.version
@@ -370,7 +363,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     # Reading
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        """Content of a file, or a range of it."""
+        """Return the content of a file, or a range of it."""
         return _wait(self._get(self._store(), path, start, end))
 
     def cat_ranges(
@@ -382,7 +375,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         on_error: str = "return",
         **options: Any,
     ) -> list[Any]:
-        """Ranges of files, at the same time."""
+        """Return ranges of files, requested at the same time."""
         store = self._store()
         several = [self._get(store, *each) for each in zip(paths, starts, ends, strict=True)]
         return _wait(_together(several, return_exceptions=on_error == "return"))
@@ -399,7 +392,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         return found[before:][start:end] if before else found
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        """Size and type of a file or folder."""
+        """Return size and type of a file or folder."""
         return _wait(self._info(self._store(), path))
 
     async def _info(self, store: _Store, path: str) -> dict[str, Any]:
@@ -446,7 +439,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     def find(
         self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
     ) -> Any:
-        """All files below a folder."""
+        """Return all files below a folder."""
         found = _wait(self._find(self._store(), path))
         return {name: self.info(name) for name in found} if detail else found
 
@@ -460,7 +453,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
             if "bad key prefix" not in str(error):
                 raise
             below = store.list()  # it is no array and no group, but may be a folder of chunks
-        files = {_seen(stored) async for stored in below}
+        files = {_file_of(stored) async for stored in below}
         return sorted(
             self._path(file)
             for file in files
@@ -474,12 +467,12 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         _wait(self._set(self._writer.store(), path, value, new=mode == "create"))
 
     def pipe(self, path: str | Mapping[str, bytes], value: bytes | None = None, **options: Any) -> None:
-        """Write a file, or several at the same time: first those that describe arrays."""
+        """Write a file, or several at the same time: first the metadata of arrays."""
         several = {path: value or b""} if isinstance(path, str) else path
         store = self._writer.store()
         for described in (True, False):
-            chosen = {key: held for key, held in several.items() if key.endswith(f"/{_DOCUMENT}") == described}
-            _wait(_together(self._set(store, key, held) for key, held in chosen.items()))
+            chosen = {key: value for key, value in several.items() if key.endswith(f"/{_DOCUMENT}") == described}
+            _wait(_together(self._set(store, key, value) for key, value in chosen.items()))
 
     async def _set(self, store: icechunk.IcechunkStore, path: str, value: bytes, new: bool = False) -> None:
         stored, before = _stored(self._key(path))
@@ -497,7 +490,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         _wait(self._remove(self._writer.store(), path))
 
     def rm(self, path: str | Sequence[str], recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Remove files, those that describe arrays and groups last: with a group goes all that is in it."""
+        """Remove files, and metadata of arrays and groups last: with a group everything in it is removed."""
         several = [path] if isinstance(path, str) else path
         store = self._writer.store()
         for described in (False, True):
@@ -509,24 +502,109 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
             await store.delete(_stored(self._key(path))[0])
 
 
-class RepositoryPath(UPath):
-    """Path in a repository: to a reader its URL in the object store, though no object is there."""
+class IcechunkStorage(ObjectStorage):
+    """A location in an Icechunk repository; `str` returns its URL in OUT, though no object is there.
 
-    __slots__ = ()
+    Parameters
+    ----------
+    fs : RepositoryFiles
+    scheme, key : str
+    """
 
-    def __str__(self) -> str:
-        return f"{self.storage_options['repository'].partition('://')[0]}://{self.path}"
+    fs: RepositoryFiles
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Return True."""
+        return True
+
+    def get_tagged(self) -> tuple[bytes, str]:
+        """Return the content of a file, and no tag: a transaction has no conditions."""
+        return self.get(), ""
+
+    def stat(self, *, fresh: bool = True) -> Stat:
+        """Return the size of a file; no time is known."""
+        entry = self.fs.info(self.key)
+        if entry["type"] != "file":
+            raise FileNotFoundError(str(self))
+        return Stat(entry["size"], 0, "")
+
+    def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
+        """Return this storage, or OUT at another version."""
+        return self if version is None else self.beside().stores(kind, version)
+
+    def latest(self) -> Self:
+        """Return the latest version, or the pinned version if one was requested."""
+        if self.fs.pinned or self.fs.writer:
+            return self
+        repository = self.fs.repository
+        files = RepositoryFiles(repository=repository, version=_newest_version(repository))
+        return type(self)(files, self.scheme, self.key)
+
+    @contextmanager
+    def lock(self, kind: str) -> Iterator[Self]:
+        """Hold the lock of this location, and start a transaction; what is not published is dropped."""
+        if self.fs.pinned:
+            raise InputError(
+                "an old version can only be read",
+                where=str(self),
+                why="a commit does not change",
+                remedy="leave the version out: what is written becomes a new one",
+            )
+        transaction = uuid.uuid4().hex
+        _transactions[transaction] = _Transaction(self.fs.repository)
+        try:
+            # The transaction opens nothing before it is used, under the lock.
+            with lock_by_object(self.beside(), kind):
+                files = RepositoryFiles(repository=self.fs.repository, transaction=transaction)
+                yield type(self)(files, self.scheme, self.key)
+        finally:
+            del _transactions[transaction]
+
+    def publish(self, message: str) -> None:
+        """Make a version of what the transaction wrote."""
+        self.fs.commit(message)
+
+    def versions(self, last: int | None = None) -> list[dict[str, Any]]:
+        """List the versions, the newest first."""
+        return _history(self.fs.repository, last)
+
+    def beside(self) -> Storage:
+        """Return the same location in the object store itself."""
+        return open_storage(str(self))
+
+    def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
+        # A tree that comes out the same makes no version.
+        if not self._holds(folder):
+            super()._put_tree(folder, document, placeholder)
+
+    def _holds(self, folder: Path) -> bool:
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        names = self.walk()
+        return sorted(files) == names and all(
+            content == files[name].read_bytes()
+            for name, content in zip(names, self.get_entries(names), strict=True)
+        )
 
 
-# It writes warnings to standard output, where answers are; what concerns a user is raised.
+def open_repository(plain: ObjectStorage, version: str | None) -> IcechunkStorage:
+    """Open the repository in OUT at a version, or at the latest; none need be there yet."""
+    repository = str(plain / REPOSITORY)
+    if version is None:
+        files = RepositoryFiles(repository=repository, version=_newest_version(repository))
+    else:
+        files = RepositoryFiles(repository=repository, version=_find_version(repository, version), pinned=True)
+    return IcechunkStorage(files, plain.scheme, plain.key)
+
+
+# Icechunk writes warnings to standard output, where answers are; errors that concern a user are raised.
 if "ICECHUNK_LOG" not in os.environ:
     icechunk.set_logs_filter("off")
 register_implementation(RepositoryFiles.protocol, RepositoryFiles, clobber=True)
-register_path(RepositoryFiles.protocol, RepositoryPath, clobber=True)
 
 
 def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine on the loop of fsspec, whatever thread asks."""
+    """Run a coroutine on the loop of fsspec, from any thread."""
 
     async def run() -> _T:
         return await coroutine
@@ -546,7 +624,7 @@ async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exception
 
 @asynccontextmanager
 async def _missing_is_none() -> AsyncIterator[None]:
-    """Pass over that an array or an object is not there, which Icechunk tells in words."""
+    """Ignore the error of Icechunk for a missing array or object; only its text identifies it."""
     try:
         yield
     except KeyError:
@@ -572,7 +650,7 @@ def _request(start: int | None, end: int | None) -> Any:
 
 
 async def _grow(store: icechunk.IcechunkStore, array: str, index: int) -> None:
-    """Give an array so many rows that it has a chunk; one of documents is made."""
+    """Extend an array so that it has a chunk; an array of documents is made."""
     described = cast(bytes | None, await store.get(f"{array}/{_DOCUMENT}", _AS_BYTES))
     name = array.rpartition("/")[2]
     if described is not None:

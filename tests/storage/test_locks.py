@@ -9,27 +9,28 @@ import socket
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import filelock
+import psutil
 import pytest
 
 from natgrad.schema.errors import InputError
-from natgrad.storage import disk
-from natgrad.storage.disk import disk_errors
-from natgrad.store import only_writer, writer
+from natgrad.storage import LocalStorage
+from natgrad.storage.local import disk_errors
 
 HOLD = """
 import errno, os, sys
 from pathlib import Path
 import filelock._unix
-from natgrad.store import only_writer
+from natgrad.storage import LocalStorage
 
 def no_flock(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
 if sys.argv[2] == "softlock":
     filelock._unix.fcntl.flock = no_flock
-with only_writer(Path(sys.argv[1]), "trajectory"):
+with LocalStorage(sys.argv[1]).lock("trajectory"):
     print("holding", flush=True)
     sys.stdin.readline()
 """
@@ -67,7 +68,7 @@ def lock_file(store, kind="lock"):
 
 
 def enter(store):
-    with only_writer(store, "trajectory"):
+    with LocalStorage(store).lock("trajectory"):
         pass
 
 
@@ -100,9 +101,18 @@ def left_by_another_host(store):
     lock_file(store).write_text(json.dumps(name))
 
 
+def psutil_partition(mountpoint, fstype):
+    return SimpleNamespace(mountpoint=str(mountpoint), fstype=fstype)
+
+
+def mount_everything(monkeypatch, fstype):
+    """Let the system say that all files are on one file system."""
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [psutil_partition("/", fstype)])
+
+
 def test_a_free_lock_that_another_host_left_is_not_guessed_on_a_shared_file_system(store, monkeypatch):
     left_by_another_host(store)
-    monkeypatch.setattr(writer, "_file_system", lambda path: "nfs4")
+    mount_everything(monkeypatch, "nfs4")
     for _ in range(2):
         with pytest.raises(InputError, match="process 1234 on node17 of user ada, since 2026-11-25") as caught:
             enter(store)
@@ -114,14 +124,14 @@ def test_a_free_lock_that_another_host_left_is_not_guessed_on_a_shared_file_syst
 
 def test_a_free_lock_is_proof_on_a_disk_of_this_machine_whatever_it_was_called(store, monkeypatch):
     left_by_another_host(store)
-    monkeypatch.setattr(writer, "_file_system", lambda path: "ext4")
+    mount_everything(monkeypatch, "ext4")
     enter(store)
 
 
 def test_a_free_lock_of_this_host_is_proof_everywhere(store, monkeypatch):
     with holder(store, "lock") as first:
         first.kill()
-    monkeypatch.setattr(writer, "_file_system", lambda path: "nfs4")
+    mount_everything(monkeypatch, "nfs4")
     enter(store)
 
 
@@ -132,22 +142,31 @@ def test_a_file_for_a_lock_that_another_host_left_is_not_guessed(store, kind):
         enter(store)
 
 
-def test_the_file_system_of_a_path_is_that_of_its_nearest_mount(tmp_path):
-    found = subprocess.run(
-        ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", tmp_path], capture_output=True, text=True
+def test_a_free_lock_is_proof_where_the_nearest_mount_is_of_this_machine(store, monkeypatch):
+    left_by_another_host(store)
+    monkeypatch.setattr(
+        psutil,
+        "disk_partitions",
+        lambda all: [psutil_partition("/", "nfs4"), psutil_partition(store.parent.resolve(), "xfs")],
     )
-    assert writer._file_system(tmp_path / "file") == found.stdout.strip()
+    enter(store)
 
 
 def test_a_writer_that_fails_gives_the_lock_back(store):
-    with pytest.raises(KeyboardInterrupt), only_writer(store, "trajectory"):
+    with pytest.raises(KeyboardInterrupt), LocalStorage(store).lock("trajectory"):
         raise KeyboardInterrupt
     with holder(store, "lock") as next_one:
         next_one.communicate("done\n")
     assert next_one.returncode == 0
 
 
-@pytest.mark.parametrize("code", disk._REFUSALS)
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+        *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
+    ],
+)
 def test_what_the_disk_refuses_is_told_with_the_file_and_what_to_do(store, code):
     with pytest.raises(InputError, match=os.strerror(code)) as caught, disk_errors(store):
         raise OSError(code, os.strerror(code), str(store / "file"))

@@ -1,0 +1,262 @@
+"""Locks that admit one writer at a time, and name the holder to the others.
+
+The lock of a file is the system's (flock): it ends with its process, however that ends, and nothing has to be
+guessed. A file system that machines share is different: the lock of a machine that was cut off may be free while
+that machine goes on writing. There, and where a file has to stand for the lock, the lock of another machine is
+never taken over.
+
+An object store has no locks. There an object stands for one: it is put on the condition that there is none, and the
+lock of a dead process of this machine is replaced on the condition that nobody else has done so.
+"""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from natgrad.schema.errors import InputError, Unavailable
+from natgrad.storage.base import Storage
+
+__all__ = ["lock_by_file", "lock_by_object"]
+
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+"""Errors by which a file system refuses flock."""
+
+_NO_HOLDER = "the holder is not recorded yet"
+_HOLDER = "process {process} on {host} of user {user}, since {since}"
+
+_LOCAL = {
+    *("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs", "ntfs3", "overlay"),
+    *("ramfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
+}
+"""File systems of one machine; others may be shared."""
+
+
+def _lock_name(name: str) -> str:
+    return f".{name}.lock"
+
+
+# Files -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_by_file(store: Path, kind: str) -> Iterator[None]:
+    """Hold the lock of a file or folder; see `natgrad.storage.Storage.lock`.
+
+    Parameters
+    ----------
+    store : Path
+        The lock is a file beside it, ``.NAME.lock``.
+    kind : str
+        What is locked, for messages.
+    """
+    new_folders = [folder for folder in (store.parent, *store.parent.parents) if not folder.exists()]
+    store.parent.mkdir(parents=True, exist_ok=True)
+    path = store.with_name(_lock_name(store.name))
+    try:
+        lock = _acquire(path)
+    except Timeout as error:
+        raise _locked(str(store), kind, _holder(path)[0] or _NO_HOLDER) from error
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        stack.callback(_leave_nothing, store, path, new_folders)
+        # Filelock signs a file that stands for the lock, and removes it with the lock.
+        if not isinstance(lock, SoftFileLock):
+            _require_free(path, store, kind)
+            _sign(path)
+            stack.callback(os.truncate, path, 0)
+        yield
+
+
+def _locked(store: str, kind: str, holder: str) -> Unavailable:
+    return Unavailable(
+        f"another process is writing this {kind}: {holder}",
+        where=store,
+        why="two commands were started for one OUT",
+        remedy="wait until the other one is done, then run again: what it committed is kept",
+    )
+
+
+def _leave_nothing(store: Path, path: Path, new_folders: list[Path]) -> None:
+    """Remove the lock and the folders of a store that was not made, because its input was refused."""
+    if new_folders and not store.exists():
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may have come to use them
+            for folder in new_folders:
+                folder.rmdir()
+
+
+def _acquire(path: Path) -> BaseFileLock:
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        # Filelock takes over the file of a dead process of this machine, and no other.
+        lock = SoftFileLock(_soft(path))
+        lock.acquire(timeout=1)
+    return lock
+
+
+def _soft(path: Path) -> Path:
+    return path.with_suffix(".softlock")
+
+
+def _sign(path: Path) -> None:
+    """Write the holder into the lock file; a process that is killed leaves its name there."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        # Bytes first: another process then reads the old name or the new one, never an empty file.
+        text = json.dumps(_signature()).encode()
+        os.pwrite(descriptor, text, 0)
+        os.truncate(descriptor, len(text))
+    finally:
+        os.close(descriptor)
+
+
+def _signature() -> dict[str, Any]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"process": os.getpid(), "host": socket.gethostname(), "user": _user(), "since": since}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # an account without a name, as in containers
+        return str(os.getuid())
+
+
+def _holder(path: Path) -> tuple[str, str]:
+    """Return the process that signed a lock, and its host; empty where there is no signature."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        name = json.loads(path.read_text())
+        return _HOLDER.format(**name), name["host"]
+    with suppress(OSError, ValueError):
+        soft = _soft(path)
+        process, host, *_ = soft.read_text().split()
+        since = datetime.fromtimestamp(soft.stat().st_mtime, UTC)
+        return f"process {process} on {host}, since {since.isoformat(timespec='seconds')}", host
+    return "", ""
+
+
+def _require_free(path: Path, store: Path, kind: str) -> None:
+    """Refuse a free lock that a process of another machine never released, where that machine may go on writing."""
+    holder, host = _holder(path)
+    file_system = _file_system(path)
+    if not holder or host == socket.gethostname() or file_system in _LOCAL:
+        return
+    raise InputError(
+        f"another process may be writing this {kind}: {holder}",
+        where=str(store),
+        why="it never released the lock, and a free lock is no proof on a file system that machines share "
+        f"({file_system or 'unknown'}): its machine stopped, or is cut off and goes on",
+        remedy=f"make sure that it does not run any more, remove {path}, and run again",
+    )
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system of a path, empty where it is unknown."""
+    path = path.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[folder] for folder in path.parents if folder in mounts), "")
+
+
+# Objects -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_by_object(store: Storage, kind: str) -> Iterator[None]:
+    """Hold the lock of a location without locks of the system; see `natgrad.storage.Storage.lock`.
+
+    Parameters
+    ----------
+    store : Storage
+        The lock is an object beside it, ``.NAME.lock``.
+    kind : str
+        What is locked, for messages.
+    """
+    lock = store.parent / _lock_name(store.name)
+    started = psutil.Process().create_time()
+    signed = json.dumps({**_signature(), "started": started, "key": uuid.uuid4().hex}).encode()
+    try:
+        _put_lock(lock, signed, store, kind)
+        _require_conditions(lock, signed)
+        yield
+    finally:
+        _release(lock, signed)
+
+
+def _put_lock(lock: Storage, signed: bytes, store: Storage, kind: str) -> None:
+    with suppress(FileExistsError):
+        lock.put_new(signed)
+        return
+    try:
+        content, tag = lock.get_tagged()
+    except FileNotFoundError as error:
+        raise _locked(str(store), kind, "it ended just now") from error
+    if content == signed:  # of a request whose answer was lost, and that the library repeated
+        return
+    try:
+        name = json.loads(content)
+        holder, dead = _HOLDER.format(**name), _is_dead(name)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _locked(str(store), kind, f"{lock} does not name it") from error
+    if not dead and name["host"] == socket.gethostname():
+        raise _locked(str(store), kind, holder)
+    if not dead or not tag:
+        raise Unavailable(
+            f"another process is writing this {kind}: {holder}",
+            where=str(store),
+            why="it is dead, but this object store has no conditions by which its lock can be taken over safely"
+            if dead
+            else "it runs on another machine, which may have stopped: an object store does not show that",
+            remedy=f"wait until it is done; if it does not run any more, remove {lock}, and run again",
+        )
+    try:
+        lock.put_if(signed, tag)
+    except FileExistsError as error:
+        raise _locked(str(store), kind, "it took over just now") from error
+
+
+def _is_dead(name: Mapping[str, Any]) -> bool:
+    """Return whether a process of this machine has ended; another process may have its number by now."""
+    if name["host"] != socket.gethostname():
+        return False
+    try:
+        return bool(psutil.Process(name["process"]).create_time() != name["started"])
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _require_conditions(lock: Storage, signed: bytes) -> None:
+    """Refuse an object store that ignores the condition: it could not keep two writers apart."""
+    try:
+        lock.put_new(signed)
+    except FileExistsError:
+        return
+    raise InputError(
+        "this object store ignores the condition that an object is new",
+        where=str(lock),
+        why="it does not know the header If-None-Match, so it cannot keep two writers apart",
+        remedy="process into a folder, and copy that; or use a store that knows conditional writes",
+    )
+
+
+def _release(lock: Storage, signed: bytes) -> None:
+    # Where the store does not answer, the lock stays, and the next process of this machine takes it over.
+    with suppress(Exception):
+        if lock.get() == signed:
+            lock.delete()
