@@ -216,15 +216,6 @@ print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)
 
 # Names that tests may use --------------------------------------------------------------------------------------
 
-PRIVATE_NAMES_IN_TESTS = {
-    "tests/storage/test_disk.py",
-    "tests/storage/test_icechunk.py",
-    "tests/storage/test_objects.py",
-    "tests/store/test_trajectory.py",
-    "tests/store/test_writer.py",
-}
-"""Test files that still use private names, or replace constants, of the package. No new file may be added."""
-
 
 def is_hidden(name):
     """Return whether a name is private or a constant's: tests neither use the first nor replace the second."""
@@ -325,9 +316,7 @@ def test_tests_use_public_names_alone():
     files = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").rglob("*.py"))
     this = Path(__file__)
     found = {str(path.relative_to(ROOT)): uses(path.read_text()) for path in files if path != this}
-    assert {path: names for path, names in found.items() if names and path not in PRIVATE_NAMES_IN_TESTS} == {}
-    # A file that is clean by now leaves the list.
-    assert {path for path in PRIVATE_NAMES_IN_TESTS if not found.get(path)} == set()
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(

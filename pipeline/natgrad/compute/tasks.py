@@ -40,7 +40,8 @@ if any, their gram (updates, segments, replicate vectors, replicate vectors)."""
 class Job:
     """One pass, as its tasks need to know it: two locations, the plan and its limits, never an array.
 
-    It travels with every task, so that a worker process needs nothing but its own installation. A ledger in a storage with versions is committed by one process: there, tasks return their ledger chunks to that process.
+    It travels with every task, so that a worker process needs nothing but its own installation. A ledger in a
+    storage with versions is committed by one process: there, tasks return their ledger chunks to that process.
 
     Attributes
     ----------
