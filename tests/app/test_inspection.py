@@ -32,9 +32,11 @@ def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, d
     assert found.holds["parameter"] == f"{len(TENSORS)} tensors"
     assert set(found.missing) == {"hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
     assert (found.gaps, found.changes, found.notes, found.unused_keys) == (0, [], [], [])
-    assert found.trajectory_bytes == chunk_bytes(RunFolder.of(tmp_path / "out").trajectory, "parameter", "gradient")
+    assert found.trajectory_bytes == chunk_bytes(
+        RunFolder.of(tmp_path / "out").trajectory.local_path, "parameter", "gradient"
+    )
     assert found.worker_memory == analyzed.projected_memory
-    ledger = RunFolder.of(tmp_path / "out").ledger
+    ledger = RunFolder.of(tmp_path / "out").ledger.local_path
     rows = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
     per_row = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # rows of a chunk of this run
     assert found.ledger_bytes == rows * per_row

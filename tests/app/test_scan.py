@@ -159,7 +159,7 @@ def test_what_is_done_stands_until_log_options_version_or_(processed, out):
     assert not done.stands("another", options, out)
     assert replace(done, version="99").stands(scan.listing(log), options, out)
     assert not replace(done, results_version=RESULTS_VERSION + 1).stands(scan.listing(log), options, out)
-    run.RunFolder.of(out).report.unlink()
+    run.RunFolder.of(out).report.delete()
     assert not done.stands(scan.listing(log), options, out)
 
 

@@ -113,7 +113,9 @@ PASS = """
 import sys, time
 from pathlib import Path
 from distributed import Client
+from natgrad.storage import LocalStorage
 from natgrad.compute.executors import existing_cluster
+from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 with Client(sys.argv[1], timeout=120) as client:
     client.wait_for_workers(2, timeout=120)
@@ -122,10 +124,10 @@ def slowly(done, total):
     print(done, total, flush=True)
     time.sleep(0.2)
 
-store = Path(sys.argv[2])
+store = LocalStorage(sys.argv[2])
 compute_ledger(
     store,
-    store.with_name("ledger.zarr"),
+    store.parent / "ledger.zarr",
     executor=existing_cluster(sys.argv[1]),
     limits={LIMITS},
     progress=slowly,
@@ -165,7 +167,7 @@ def expected(tmp_path, store):
 def finish(running, store, expected):
     _, error = running.communicate(timeout=240)
     assert running.returncode == 0, error
-    assert bits(store.with_name("ledger.zarr")) == expected
+    assert bits(store.parent / "ledger.zarr") == expected
 
 
 def test_a_host_that_loses_power_costs_nothing_but_its_work(hosts, tmp_path, store, expected):

@@ -232,7 +232,9 @@ def test_a_lost_scheduler_ends_the_pass_with_how_to_go_on_and_it_goes_on(tmp_pat
         assert "chunks are done and kept" in lost.value.remedy
         kept = open_ledger(tmp_path / "ledger.zarr")
         assert (
-            1 <= len(list((kept.path / "commits").glob("[0-9]*.json"))) < -(-(ROWS - 1) // kept.updates_per_chunk)
+            1
+            <= len(list((kept.storage.local_path / "commits").glob("[0-9]*.json")))
+            < -(-(ROWS - 1) // kept.updates_per_chunk)
         )
     with scheduler(port, tmp_path), worker(f"tcp://127.0.0.1:{port}", tmp_path):
         compute_small(tmp_path / "trajectory.zarr", tmp_path / "ledger.zarr", executor=executor)

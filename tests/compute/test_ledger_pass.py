@@ -22,6 +22,7 @@ from natgrad.kernel import stream
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, chunk_shape
 from natgrad.schema.names import VECTORS
+from natgrad.storage import LocalStorage
 from natgrad.store import Ledger, Trajectory, open_ledger, open_trajectory
 from opened import compute_ledger
 from reference import assert_gram_close, exact_gram, exact_vectors
@@ -167,7 +168,7 @@ def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_complet
     ledger, summary = ledger_of(tmp_path, arrays)
     assert {item.chunk.stop for item in summary.plan.work_items()} == {6, 12, 18, 19}
     assert_is_ledger_of(ledger, arrays)
-    Ledger.remove(ledger)
+    Ledger.remove(LocalStorage(ledger))
     monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
     compute_small(tmp_path / "trajectory.zarr", ledger)
     with pytest.raises(AssertionError, match="entry"):
@@ -323,7 +324,7 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
         compute_small(trajectory, other)
     assert len(interrupted) > 1
     assert bits(other) == bits(ledger)
-    Ledger.remove(other)
+    Ledger.remove(LocalStorage(other))
     located, chunk = Trajectory.located, trajectory / "gradient/c/3/1"
 
     def cut_short(self, *args):
@@ -365,7 +366,7 @@ def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, clust
         states = open_trajectory(folder / "trajectory.zarr")
         items = list(summary.plan.work_items())
         digests = states.digests(item.chunk for item in items)
-        job = tasks.Job.of(states.path, ledger, summary.plan, SMALL)
+        job = tasks.Job.of(states.storage, LocalStorage(ledger), summary.plan, SMALL)
         by_start = {chunk.start: digest for chunk, digest in digests.items()}
         jobs.append((job, items, lambda by_start=by_start: by_start))
     with contextlib.closing(executor(*jobs[0])) as first:
@@ -539,6 +540,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from natgrad.storage import LocalStorage
 from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
 from natgrad.store import journal, open_ledger, open_trajectory
@@ -554,7 +556,7 @@ def killed(*args):
     return original(*args)
 
 setattr(owner, name, killed)
-compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), limits={limits})
+compute_ledger(LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]), limits={limits})
 """
 
 
@@ -656,13 +658,13 @@ def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
 def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
     ledger, arrays = grown_by_three(tmp_path)
-    chunk = open_ledger(ledger).chunk_path(array, 18)
+    chunk = open_ledger(ledger).chunk_entry(array, 18)
     content = bytearray(chunk.read_bytes())
     content[3] ^= 1
     chunk.write_bytes(content)
     summary = compute_small(tmp_path / "trajectory.zarr", ledger)
     assert (summary.computed_chunks, summary.computed_updates) == (1, 4)
-    assert "another checksum than was recorded" in caplog.text
+    assert "another checksum than recorded" in caplog.text
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
@@ -763,6 +765,8 @@ def test_what_is_no_amount_of_memory_is_refused(amount):
 MEASURED = """
 import sys
 from pathlib import Path
+from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.storage import LocalStorage
 
 def peak():
     # Not getrusage: its peak counts the process that this one was forked from.
@@ -770,7 +774,9 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 idle = peak()
-summary = compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), memory_limit=int(sys.argv[3]))
+summary = compute_ledger(
+    LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]), memory_limit=int(sys.argv[3])
+)
 print(idle, peak(), summary.plan.projected_bytes)
 """
 

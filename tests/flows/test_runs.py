@@ -28,9 +28,8 @@ from natgrad_flows.scan import scan_runs
 
 WRITER = """
 import sys, time
-from pathlib import Path
-from natgrad.store import open_trajectory
-with only_writer(Path(sys.argv[1]) / "trajectory.zarr", "trajectory"):
+from natgrad.storage import open_storage
+with (open_storage(sys.argv[1]) / "trajectory.zarr").lock("trajectory"):
     print("writing", flush=True)
     time.sleep(600)
 """

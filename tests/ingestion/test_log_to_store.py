@@ -182,7 +182,7 @@ def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(ingest, tmp
     ingest(log, tmp_path / "once" / "trajectory.zarr")
     once = open_trajectory(tmp_path / "once" / "trajectory.zarr")
     assert open_trajectory(store).fingerprint() == once.fingerprint()
-    assert content(store, commits=False) == content(once.path, commits=False)
+    assert content(store, commits=False) == content(once.storage.local_path, commits=False)
 
 
 def test_an_ingest_of_nothing_new_opens_no_step_and_changes_no_file(log, store, opened):
@@ -579,14 +579,15 @@ ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 WAITING_INGEST = """
 import sys
-from pathlib import Path
+from natgrad.ingestion import ingest
+from natgrad.storage import LocalStorage
 
 def wait(done, total):
     sys.stdout.write("writing\\n")
     sys.stdout.flush()
     sys.stdin.readline()
 
-ingest(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+ingest([LocalStorage(sys.argv[1])], LocalStorage(sys.argv[2]), progress=wait)
 """
 
 
@@ -614,7 +615,9 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work_and_readers_are_n
 KILLED_INGESTS = """
 import os, signal, sys, time
 from pathlib import Path
+from natgrad.ingestion import ingest
 from natgrad.schema.layout import IngestLimits
+from natgrad.storage import LocalStorage
 
 os.fsync = lambda descriptor: None
 limits = IngestLimits(chunk_elements=int(sys.argv[3]), commit_bytes=1)
@@ -628,7 +631,7 @@ def run(name, last_change=None, delay=None):
 
         def watch(event, arguments):
             nonlocal changes
-            if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+            if event in ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir") or (
                 event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wx")
             ):
                 if changes == last_change:
@@ -637,7 +640,7 @@ def run(name, last_change=None, delay=None):
 
         sys.addaudithook(watch)
         os.write(ready, b"!")
-        ingest(log, folder / name / "trajectory.zarr", limits=limits)
+        ingest([LocalStorage(log)], LocalStorage(folder / name / "trajectory.zarr"), limits=limits)
         (folder / (name + ".changes")).write_text(str(changes))
         os._exit(0)
     os.read(started, 1)

@@ -160,7 +160,7 @@ def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
             states.read(of_replicate(name, replicate), 0, STEPS, 0, words)
             np.testing.assert_array_equal(words[:, :SIZE], run[name][:, replicate])
     np.testing.assert_array_equal(states.scalar("replicate_loss"), run["replicate_loss"])
-    group = zarr.open_group(RunFolder.of(out).trajectory, mode="r")
+    group = zarr.open_group(RunFolder.of(out).trajectory.local_path, mode="r")
     np.testing.assert_array_equal(group["replicate_parameter"][:], run["replicate_parameter"])
     assert group["replicate_parameter"].metadata.dimension_names == ("step", "replicate", "element")
 
@@ -754,7 +754,7 @@ def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
     stored = sum(
         path.stat().st_size
         for name in arrays
-        for path in (folder.trajectory / name / "c").rglob("*")
+        for path in (folder.trajectory / name / "c").local_path.rglob("*")
         if path.is_file()
     )
     assert found.trajectory_bytes == stored
@@ -766,7 +766,7 @@ def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
 def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
     found = read_results(RunFolder.of(out).results)["replicates/model"].to_dataset()
     report_run([out])
-    page = RunFolder.of(out).report.read_text()
+    page = RunFolder.of(out).report.get().decode()
     assert f"the mean of {COUNT} draws of the update" in page
     effective, definite = (int(found[name].sum()) for name in ("effective", "stochastic_definite"))
     drawn = int((found["replicate_alignment"] > 0).sum())
@@ -787,7 +787,7 @@ def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
         assert shown == [float(f(found[name])) for f in (np.nanmin, np.nanmedian, np.nanmax)]
     process(record(tmp_path / "log", noisy_run(steps=3), only=()), tmp_path / "out")
     report_run([tmp_path / "out"])
-    assert "replicates-" not in RunFolder.of(tmp_path / "out").report.read_text()
+    assert "replicates-" not in RunFolder.of(tmp_path / "out").report.get().decode()
 
 
 def test_the_memory_of_a_pass_is_that_of_all_replicates():

@@ -24,6 +24,7 @@ from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
+from opened import read_results, write_results
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
 
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
@@ -657,7 +658,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     extremes = np.ones((len(table.steps), len(TENSORS)))
     table = replace(table, optimizer=Optimizer(extremes, extremes, extremes))
     tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
-    dataset.write(tree, tmp_path / "results.zarr")
+    write_results(tree, tmp_path / "results.zarr")
     code = """
 import sys, json, xarray
 tree = xarray.open_datatree(sys.argv[1])
@@ -687,15 +688,15 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
 
 def test_results_are_read_back_as_they_were_and_replaced_whole(tmp_path):
     first, second = dataset.label(table_of(walk())), dataset.label(table_of(walk(seed=2)), gammas=[2.0])
-    dataset.write(first, tmp_path / "results.zarr")
-    dataset.write(second, tmp_path / "results.zarr")
-    xr.testing.assert_identical(dataset.read(tmp_path / "results.zarr").load(), second)
+    write_results(first, tmp_path / "results.zarr")
+    write_results(second, tmp_path / "results.zarr")
+    xr.testing.assert_identical(read_results(tmp_path / "results.zarr").load(), second)
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
 
 def test_no_results_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"no results here[\s\S]*natgrad analyze"):
-        dataset.read(tmp_path / "results.zarr")
+        read_results(tmp_path / "results.zarr")
 
 
 @pytest.mark.parametrize("gammas", [[0.0], [-1.0], [np.nan], [np.inf], []])
