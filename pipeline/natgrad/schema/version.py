@@ -127,9 +127,10 @@ def _head(git: Path) -> str:
 
 
 try:
-    from natgrad.schema._version import __version__
+    from natgrad.schema import _version
 except ImportError:  # at build time, and in a checkout that was never installed
-    __version__ = FALLBACK_VERSION
+    _installed = FALLBACK_VERSION
+else:
+    _installed = str(_version.__version__)
 
-if _REPOSITORY is not None:
-    __version__ = installed_version(__version__, _REPOSITORY)
+__version__: str = _installed if _REPOSITORY is None else installed_version(_installed, _REPOSITORY)
