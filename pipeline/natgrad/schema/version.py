@@ -18,6 +18,7 @@ that is installed from the lock files, and because it neither detects that HEAD 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 __all__ = ["FALLBACK_VERSION", "RESULTS_VERSION", "__version__", "git_version", "installed_version"]
@@ -127,10 +128,9 @@ def _head(git: Path) -> str:
 
 
 try:
-    from natgrad.schema import _version
+    # Written at build time, so type checkers of a checkout do not find it.
+    _installed = str(import_module("natgrad.schema._version").__version__)
 except ImportError:  # at build time, and in a checkout that was never installed
     _installed = FALLBACK_VERSION
-else:
-    _installed = str(_version.__version__)
 
 __version__: str = _installed if _REPOSITORY is None else installed_version(_installed, _REPOSITORY)
