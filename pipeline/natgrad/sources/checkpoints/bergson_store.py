@@ -188,7 +188,7 @@ _KIND = Kind("checkpoint-<N>/gradients.bin", _number, _opened, unfinished=_unfin
 
 @dataclass(frozen=True)
 class _Orientation:
-    """Which modules are transposed, according to the mapping file of a folder.
+    """Orientation of the modules, as specified in the mapping file of a folder.
 
     Attributes
     ----------

@@ -402,7 +402,7 @@ def _shapes(group: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], in
 
 
 def _without_members(groups: Any) -> list[Any]:
-    """Return the options of the optimizer groups without their members, which are flat, not tensors of the model."""
+    """Return the options of the optimizer groups without their members, which are not tensors of the model."""
     groups = groups if isinstance(groups, list) else []
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
@@ -455,7 +455,7 @@ def _scalar(archive: TorchArchive, tensor: TorchTensor) -> float | None:
 def _of_stage_2(
     groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Part]], gaps: Any
 ) -> dict[str, tuple[tuple[int, ...], _Place]]:
-    """Return the positions of parameters stored one after another per group, split over ranks, padded at the end."""
+    """Return the positions of parameters that are concatenated per group, split over ranks and padded."""
     if {len(parts) for parts in ranks} != {len(groups)}:
         raise ValueError(f"param_shapes has {len(groups)} groups, but the ranks have a different number")
     places: dict[str, tuple[tuple[int, ...], _Place]] = {}

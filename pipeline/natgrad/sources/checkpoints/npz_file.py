@@ -1,4 +1,4 @@
-"""A step in an npz file, as written by ``numpy.savez`` or ``numpy.savez_compressed``."""
+"""Read steps in npz files, as written by ``numpy.savez`` or ``numpy.savez_compressed``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FORM = "an npz file"
 class NpzFile(Container):
     """One npz file.
 
-    A pickled array is refused, never loaded. The member read last stays open, so that reading a tensor from
-    its start to its end reads (and unpacks) it once.
+    Pickled arrays are refused and never loaded. The member that was read last stays open, so that reading a tensor
+    from start to end reads and decompresses it once.
     """
 
     def __init__(self, step: LoggedStep) -> None:
@@ -33,7 +33,7 @@ class NpzFile(Container):
         Raises
         ------
         InputError
-            Where the file cannot be read, or is not a whole npz file.
+            If the file cannot be read, or is not a complete npz file.
         """
         super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
@@ -90,7 +90,7 @@ class NpzFile(Container):
             self._member = (name, file, 0)
             shape, fortran, dtype = self._header(file)
             if (fortran and len(shape) > 1) or not dtype.isnative:
-                # Not the order or the bytes of the store: the whole tensor is loaded and rearranged.
+                # The order or the byte order differs from that of the store: load and convert the complete tensor.
                 file.close()
                 self._member = None
                 with self._archive.open(name) as whole:
@@ -110,15 +110,15 @@ class NpzFile(Container):
             if not count:
                 raise EOFError("the array ends early")
             view = view[count:]
-        # The archive checks a member's CRC when it meets its end: let it meet it.
+        # The archive checks the CRC of a member when it reaches its end: make sure that it does.
         file.peek(1)
         self._member = (name, file, start + out.size)
 
 
 class NpzStack(NpzFile):
-    """An npz file that is read anywhere, not from start to end: uncompressed, in C order, native bytes.
+    """An npz file with random access: uncompressed, in C order, in native byte order.
 
-    Reading anywhere, the archive's checksums cannot be verified.
+    The checksums of the archive cannot be verified with random access.
     """
 
     def _describe(self) -> None:
