@@ -2,7 +2,7 @@
 
 The standard library decodes the opcodes (`pickletools.genops`), and this module executes them. A name in the pickle
 is looked up only in the tables of the caller: it is one of our functions, one of our values, or a class whose
-objects are skipped without reading them. Any other name is refused. The length of the pickle bounds time and memory.
+objects are skipped without reading them. Any other name is refused. Time and memory are bounded by its length.
 """
 
 from __future__ import annotations
