@@ -208,7 +208,7 @@ def test_a_module_can_be_of_another_layout(run):
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 40))
 def test_blocks_of_a_box_are_small_and_give_its_elements_in_their_order(first, rows, left, columns, most):
     box = np.arange(18 * 18).reshape(18, 18)
-    found = list(blocks(slice(first, first + rows), slice(left, left + columns), most=most))
+    found = list(blocks(slice(first, first + rows), slice(left, left + columns), limit=most))
     assert all(len(some) * len(others) <= most for some, others in found)
     parts = [box[some.start : some.stop, others.start : others.stop].ravel() for some, others in found]
     assert (np.concatenate(parts) == box[first : first + rows, left : left + columns].ravel()).all()

@@ -17,7 +17,7 @@ __all__ = ["misalignment", "shift_of_gradients"]
 
 STATES_COMPARED = 4
 _TENSORS, _ELEMENTS = 64, 4096
-_CHANCE = 12.0
+_REQUIRED_EVIDENCE = 12.0
 """Required evidence against chance, as the negative decimal logarithm of the probability."""
 
 
@@ -106,7 +106,7 @@ def shift_of_gradients(
     for shift in (-1, 1):
         pairs = [(s, s - shift) for s in updates if 0 <= s - shift < len(states)]
         evidence = _evidence(states, pairs, roundoff)
-        if evidence is not None and evidence >= _CHANCE:
+        if evidence is not None and evidence >= _REQUIRED_EVIDENCE:
             return shift
     return 0
 
@@ -124,14 +124,14 @@ def _evidence(
         with np.errstate(all="ignore"):
             square = gradient @ gradient
             rate = min(displacement @ gradient / square, 0.0) if square > 0 else 0.0
-            off = np.linalg.norm(displacement - rate * gradient)
-            of_parameter, of_gradient = roundoff[name]
+            distance = np.linalg.norm(displacement - rate * gradient)
+            parameter_roundoff, gradient_roundoff = roundoff[name]
             bound = np.linalg.norm(
-                of_parameter * (abs(before) + abs(after) + abs(rate * gradient))
-                + of_gradient * abs(rate * gradient)
+                parameter_roundoff * (abs(before) + abs(after) + abs(rate * gradient))
+                + gradient_roundoff * abs(rate * gradient)
             )
             length = np.linalg.norm(displacement)
-            if not off <= bound:
+            if not distance <= bound:
                 return None
             if length > bound:
                 digits += (displacement.size - 1) * float(np.log10(length / bound)) if bound > 0 else math.inf

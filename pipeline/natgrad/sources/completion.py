@@ -13,7 +13,7 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
 __all__ = ["complete"]
 
-_NAMED = 24
+_NAMES_LIMIT = 24
 """Maximum number of tensor names in a note."""
 
 
@@ -50,18 +50,21 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
             stays = tensor if drop == kept else kept
             notes.append(f"{drop!r} and {stays!r} share memory: they are counted once, as {stays!r}")
     if content.untrained:
-        left = [tensor for tensor in arrays["parameter"] if tensor not in arrays["gradient"]]
-        if len(left) < len(arrays["parameter"]):
-            for tensor in left:
+        untrained = [tensor for tensor in arrays["parameter"] if tensor not in arrays["gradient"]]
+        if len(untrained) < len(arrays["parameter"]):
+            for tensor in untrained:
                 del arrays["parameter"][tensor]
-            if left and content.no_gradient:
-                shown = ", ".join(map(repr, left[:_NAMED])) + (", ..." if len(left) > _NAMED else "")
-                notes.append(
-                    f"{len(left)} tensors have no gradient and are left out: {shown}; {content.no_gradient}"
+            if untrained and content.no_gradient:
+                shown = ", ".join(map(repr, untrained[:_NAMES_LIMIT])) + (
+                    ", ..." if len(untrained) > _NAMES_LIMIT else ""
                 )
-            elif left:
                 notes.append(
-                    f"{len(left)} tensors without gradient (buffers, frozen) are left out, the first is {left[0]!r}"
+                    f"{len(untrained)} tensors have no gradient and are left out: {shown}; {content.no_gradient}"
+                )
+            elif untrained:
+                notes.append(
+                    f"{len(untrained)} tensors without gradient (buffers, frozen) are left out, "
+                    f"the first is {untrained[0]!r}"
                 )
     for array in STATES[1:]:
         if array in arrays:

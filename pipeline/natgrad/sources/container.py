@@ -21,7 +21,7 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished
 from natgrad.storage import Storage, network_errors
 from natgrad.storage.local import read_at
 
-__all__ = ["Container", "ObjectRegion", "Region", "boxes", "refused"]
+__all__ = ["Container", "ObjectRegion", "Region", "boxes", "read_errors"]
 
 # RuntimeError: an encrypted archive member, or (NotImplementedError) one with an unknown compression method.
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
@@ -90,7 +90,7 @@ class Container:
 
 
 @contextmanager
-def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
+def read_errors(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
     """Convert the exceptions that corrupt, malicious or missing files raise to InputError.
 
     Parameters

@@ -81,7 +81,7 @@ class Format:
     scalars: ScalarKind | None = None
 
 
-def _holds(*kinds: Kind) -> Callable[[Path], bool]:
+def _contains(*kinds: Kind) -> Callable[[Path], bool]:
     def found(path: Path) -> bool:
         try:
             return any(kind.number(entry) is not None for entry in path.iterdir() for kind in kinds)
@@ -92,14 +92,14 @@ def _holds(*kinds: Kind) -> Callable[[Path], bool]:
 
 
 def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
-    return _holds(*kinds), lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping)
+    return _contains(*kinds), lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping)
 
 
 def _folder_or_file(
     kind: Kind, suffix: str, open_file: Callable[[LoggedStep], Container]
 ) -> tuple[Callable[[Path], bool], Opener]:
     """Return the functions that detect and open a folder of steps, or one file that contains all steps."""
-    in_folder = _holds(kind)
+    in_folder = _contains(kind)
 
     def found(path: Path) -> bool:
         return (path.is_file() and path.suffix == suffix) or in_folder(path)
@@ -122,7 +122,7 @@ def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
     return lambda path: step_number(path.stem) if path.suffix in suffixes else None
 
 
-def _of_torch(step: LoggedStep, names: Names) -> TorchFile:
+def _open_torch(step: LoggedStep, names: Names) -> TorchFile:
     return TorchFile(step, names.inert)
 
 
@@ -130,8 +130,8 @@ def _ckpt_file(path: Path) -> int | None:
     return step_number(path.stem) if path.suffix == ".ckpt" and path.is_file() else None
 
 
-_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _of_torch, CHECKPOINT)
-_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
+_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _open_torch, CHECKPOINT)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _open_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
     DCP_KIND,
     layout="<name>step=<N>.ckpt/",
@@ -142,10 +142,10 @@ _ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGr
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 
-def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], list[Storage]]:
+def _find_files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], list[Storage]]:
     """Return a function that finds scalar log files by suffix and first bytes, at a location or in a folder."""
 
-    def is_one(file: Storage) -> bool:
+    def matches(file: Storage) -> bool:
         if file.suffix not in suffixes:
             return False
         if not start:
@@ -155,12 +155,12 @@ def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], li
 
     def found(location: Storage) -> list[Storage]:
         entries = location.files()
-        return [entry for entry in entries if is_one(entry)] if folder or entries == [location] else []
+        return [entry for entry in entries if matches(entry)] if folder or entries == [location] else []
 
     return found
 
 
-_ALIGNMENT_OF_SCALARS = (
+_SCALAR_ALIGNMENT = (
     "step N of the logger must be the state after N updates, at which the loss was computed; otherwise use --shift"
 )
 _GIVES_SCALARS = (
@@ -169,7 +169,7 @@ _GIVES_SCALARS = (
 _LACKS_TENSORS = "tensors: give the log that contains them as an additional SOURCE"
 
 
-def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
+def _scalar_format(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
     """Return the format of a log of scalars. A file that cannot be read is not detected as such a log."""
 
     def found(path: Path) -> bool:
@@ -185,7 +185,7 @@ def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks
         _LACKS_TENSORS + lacks,
         found,
         lambda path, mapping: ScalarLog(LocalStorage(path), kind, mapping),
-        _ALIGNMENT_OF_SCALARS,
+        _SCALAR_ALIGNMENT,
         kind,
     )
 
@@ -212,7 +212,7 @@ _BUILT_IN: dict[str, Format] = {
             "to 4 decimals before transformers 5); gradients if there is a gradient.safetensors; optimizer "
             "state (--include optimizer, with the parameter order in natgrad.toml); out of core",
             "gradients, which the Trainer does not save; the loss at step 0 without a checkpoint-0",
-            _holds(TRAINER_KIND),
+            _contains(TRAINER_KIND),
             TrainerFolder,
             "checkpoint-N is the state after N updates; its loss and the learning rate of the next update are "
             "those in the log at step N + 1",
@@ -295,7 +295,7 @@ _BUILT_IN: dict[str, Format] = {
             "extra orbax",
             _NATIVE + " by chunks; bfloat16, also as uint16 with the attribute ml_dtype",
             "missing chunks, which may have been lost (write_empty_chunks); chunks of more than 512 MiB",
-            lambda path: holds_zarr(path) or _holds(_ZARR)(path),
+            lambda path: holds_zarr(path) or _contains(_ZARR)(path),
             _open_zarr,
         ),
         Format(
@@ -313,36 +313,36 @@ _BUILT_IN: dict[str, Format] = {
             "checkpoint-N is the state after N updates; a store whose config.yaml names another checkpoint is "
             "refused",
         ),
-        _of_scalars(
+        _scalar_format(
             "csv",
             "one file with a header, separated by commas, semicolons or tabs, e.g. metrics.csv of Lightning, "
             "pandas",
-            ScalarKind("a CSV file", _named(False, b"", ".csv", ".tsv"), read_csv),
+            ScalarKind("a CSV file", _find_files(False, b"", ".csv", ".tsv"), read_csv),
         ),
-        _of_scalars(
+        _scalar_format(
             "jsonl",
             "one .jsonl or .ndjson file with a JSON object on each line, nested or flat",
-            ScalarKind("a file of JSON lines", _named(False, b"{", ".jsonl", ".ndjson"), read_json_lines),
+            ScalarKind("a file of JSON lines", _find_files(False, b"{", ".jsonl", ".ndjson"), read_json_lines),
         ),
-        _of_scalars(
+        _scalar_format(
             "parquet",
             "one .parquet file or a folder of them: W&B history, trackio, pandas; needs the extra parquet",
-            ScalarKind("a Parquet file", _named(True, b"PAR1", ".parquet"), read_parquet),
+            ScalarKind("a Parquet file", _find_files(True, b"PAR1", ".parquet"), read_parquet),
         ),
-        _of_scalars(
+        _scalar_format(
             "tensorboard",
             "an event file (tfevents), or a folder of them; checksums are verified, all points are read",
             ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True),
             gives="; single precision, as written by nearly all writers",
             lacks="; event files in subfolders",
         ),
-        _of_scalars(
+        _scalar_format(
             "wandb",
             "one W&B file run-<id>.wandb, or the folder of the run that contains it; does not need wandb",
-            ScalarKind("a W&B run file", _named(False, WANDB_START, ".wandb"), read_wandb),
+            ScalarKind("a W&B run file", _find_files(False, WANDB_START, ".wandb"), read_wandb),
             lacks="; runs that exist only on the W&B server",
         ),
-        _of_scalars(
+        _scalar_format(
             "trackio",
             "the SQLite database of trackio, with a table metrics",
             ScalarKind(

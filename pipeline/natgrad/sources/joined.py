@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, STATES
 from natgrad.sources.base import Source, StepContent, StepReader, Unshaped
-from natgrad.sources.names import OF_A_STATE
+from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
@@ -40,7 +40,7 @@ class _Part:
         """Return the logged steps, by the number of the state that they belong to."""
         return {step.number + self.shift: step for step in steps}
 
-    def of(self, content: StepContent) -> StepContent:
+    def select(self, content: StepContent) -> StepContent:
         """Return the part of a description that concerns these quantities."""
         return replace(
             content,
@@ -77,8 +77,8 @@ class JoinedSource:
     def steps(self) -> list[LoggedStep]:
         """List the steps that all sources have; see `natgrad.sources.base.Source`."""
         sources = {id(part.source): part.source for part in self._parts}
-        of_source = {key: source.steps() for key, source in sources.items()}
-        listed = [(part, part.numbered(of_source[id(part.source)])) for part in self._parts]
+        steps_of_source = {key: source.steps() for key, source in sources.items()}
+        listed = [(part, part.numbered(steps_of_source[id(part.source)])) for part in self._parts]
         tensors = [steps for part, steps in listed if part.restricts]
         common = {number for number in tensors[0] if number >= 0}.intersection(*tensors[1:])
         for part, steps in listed:
@@ -104,7 +104,7 @@ class JoinedSource:
             )
         for part, steps in listed:
             if isinstance(part.source, ScalarLog):
-                common -= _to_come(part.source, steps, common)
+                common -= _pending_steps(part.source, steps, common)
         if not common:
             raise NotYet(
                 "the log of scalars has no steps yet",
@@ -131,8 +131,8 @@ def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:
     """Split a source into parts, one for each shift. The part without shift comes first."""
     shift = {} if isinstance(source, ScalarLog) else shift
     return [
-        _Part(source, by, frozenset(name for name in OF_A_STATE if shift.get(name, 0) == by))
-        for by in sorted({shift.get(name, 0) for name in OF_A_STATE}, key=lambda by: (by != 0, by))
+        _Part(source, by, frozenset(name for name in STATE_QUANTITIES if shift.get(name, 0) == by))
+        for by in sorted({shift.get(name, 0) for name in STATE_QUANTITIES}, key=lambda by: (by != 0, by))
     ]
 
 
@@ -147,25 +147,25 @@ def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedSte
     )
 
 
-def _to_come(log: ScalarLog, steps: Mapping[int, LoggedStep], common: set[int]) -> set[int]:
+def _pending_steps(log: ScalarLog, steps: Mapping[int, LoggedStep], common: set[int]) -> set[int]:
     """Return the steps that a log of scalars does not have yet. Warn if it has no step of the run."""
     last = max(steps, default=-1)
-    to_come = {number for number in common if number > last} if log.growing() else set()
-    if to_come:
+    pending = {number for number in common if number > last} if log.growing() else set()
+    if pending:
         _log.warning(
             "leaving %d steps for the next pass because %s is still being written and does not have them yet; "
             "the first is %d",
-            len(to_come),
+            len(pending),
             log.location,
-            min(to_come),
+            min(pending),
         )
-    if common - to_come and not common & set(steps):
+    if common - pending and not common & set(steps):
         _log.warning(
             "%s has no scalars for any step of the run: its steps are %s",
             log.location,
             ", ".join(map(str, sorted(steps)[:4])) + (", ..." if len(steps) > 4 else ""),
         )
-    return to_come
+    return pending
 
 
 class _JoinedStep:
@@ -181,7 +181,7 @@ class _JoinedStep:
         """Describe the step. Each array must come from one source; a scalar comes from the first that has it."""
         arrays: dict[str, Mapping[str, LoggedTensor]] = {}
         scalars: dict[str, float] = {}
-        givers: dict[str, LoggedStep] = {}
+        origins: dict[str, LoggedStep] = {}
         owners: dict[str, StepReader] = {}
         optimizer: OptimizerState | None = None
         contents = self._contents()
@@ -190,14 +190,14 @@ class _JoinedStep:
             for array, tensors in content.arrays.items():
                 if array in arrays:
                     raise InputError(
-                        f"two sources contain the {array}s: {givers[array].path} and {own.path}",
+                        f"two sources contain the {array}s: {origins[array].path} and {own.path}",
                         where=where(self._step, array),
                         why="one is the folder of a restarted run, or both contain more than is needed",
                         remedy="give the folder of a restarted run separately, in a second call with the same OUT: "
                         "it becomes another attempt of the run; otherwise select keys of each source with map in a "
                         "run file",
                     )
-                arrays[array], givers[array], owners[array] = tensors, own, reader
+                arrays[array], origins[array], owners[array] = tensors, own, reader
             for name, value in content.scalars.items():
                 if scalars.setdefault(name, value) != value:
                     notes.append(
@@ -222,12 +222,12 @@ class _JoinedStep:
     def _contents(self) -> list[StepContent]:
         """Describe the parts. Parts without shapes are described with the parameters of the others."""
         pairs = list(zip((part for part, _ in self._parts), self._readers, strict=True))
-        contents = [part.of(reader.content()) for part, reader in pairs]
+        contents = [part.select(reader.content()) for part, reader in pairs]
         parameters = next((c.arrays[STATES[0]] for c in contents if c.arrays.get(STATES[0])), None)
         if parameters is None:
             return contents
         return [
-            part.of(reader.shaped(parameters)) if isinstance(reader, Unshaped) else content
+            part.select(reader.shaped(parameters)) if isinstance(reader, Unshaped) else content
             for (part, reader), content in zip(pairs, contents, strict=True)
         ]
 

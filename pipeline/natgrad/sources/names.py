@@ -15,7 +15,7 @@ from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.base import StepContent
 from natgrad.sources.container import Container
-from natgrad.sources.optimizers.factors import SAID
+from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
 from natgrad.sources.steps import LoggedTensor, where
 from natgrad.storage import Storage
@@ -25,9 +25,9 @@ __all__ = [
     "MAP_FILE",
     "MODEL",
     "NATIVE",
-    "OF_A_STATE",
     "QUANTITIES",
     "ROOT",
+    "STATE_QUANTITIES",
     "NamedStep",
     "Names",
     "checked_shift",
@@ -37,14 +37,14 @@ __all__ = [
     "step_number",
 ]
 
-OF_A_STATE = (*STATES, *SCALARS, *REPLICATES)
+STATE_QUANTITIES = (*STATES, *SCALARS, *REPLICATES)
 """Quantities of a state. A log may store them with another step; see ``--shift``."""
 
-QUANTITIES = (*OF_A_STATE, "step")
+QUANTITIES = (*STATE_QUANTITIES, "step")
 """Quantities to which a key can be mapped."""
 
-_MOST_REPLICATES = 1 << 16
-_FARTHEST = 10**9
+_REPLICATES_LIMIT = 1 << 16
+_SHIFT_LIMIT = 10**9
 
 ROOT = "."
 """Key of the complete file."""
@@ -63,7 +63,7 @@ class Names:
         Quantity from `QUANTITIES` to its possible keys; the first one that exists is used. Levels are joined by
         slashes, or by dots if the file has flat keys. In the key of a number, ``*`` matches any single level, and
         all numbers that match must be equal.
-    given : frozenset of str
+    required : frozenset of str
         Quantities whose key the user specified. These keys must exist.
     model : bool
         Parameters are those of a full model. Tensors that are not floats or have no gradient are not trained.
@@ -72,7 +72,7 @@ class Names:
     order : tuple of str
         Tensor names in the order in which they were passed to the optimizer.
     optimizer : mapping
-        Options of the optimizer that no file contains; see `natgrad.sources.optimizers.factors.SAID`.
+        Options of the optimizer that no file contains; see `natgrad.sources.optimizers.factors.USER_OPTIONS`.
 
     Examples
     --------
@@ -81,13 +81,13 @@ class Names:
     """
 
     keys: Mapping[str, tuple[str, ...]]
-    given: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
     model: bool = False
     inert: tuple[str, ...] = field(default=())
     order: tuple[str, ...] = ()
     optimizer: Mapping[str, str | int] = field(default_factory=dict)
 
-    def mapped(self, mapping: Mapping[str, str], place: str = "--map") -> Names:
+    def mapped(self, mapping: Mapping[str, str], location: str = "--map") -> Names:
         """Return a copy in which the given quantities have the given keys.
 
         Raises
@@ -99,16 +99,16 @@ class Names:
             if quantity not in QUANTITIES or not isinstance(key, str) or not key:
                 raise InputError(
                     f"{quantity}={key} is not a valid mapping of a quantity to a key",
-                    where=place,
+                    where=location,
                     remedy=f"write QUANTITY=KEY with QUANTITY one of {', '.join(QUANTITIES)}; the key of the "
                     f"complete file is {ROOT}",
                 )
-        given = {quantity: (key,) for quantity, key in mapping.items()}
+        required = {quantity: (key,) for quantity, key in mapping.items()}
         return replace(
             self,
-            keys={**self.keys, **given},
-            given=self.given | given.keys(),
-            model=self.model or bool(given.keys() & set(STATES)),
+            keys={**self.keys, **required},
+            required=self.required | required.keys(),
+            model=self.model or bool(required.keys() & set(STATES)),
         )
 
     def of_folder(self, folder: Storage) -> Names:
@@ -129,7 +129,7 @@ class Names:
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
         optimizer = table.pop("optimizer", {})
         lists = isinstance(inert, list) and isinstance(order, list)
-        if table or not isinstance(mapping, dict) or not lists or not _said(optimizer):
+        if table or not isinstance(mapping, dict) or not lists or not _valid_options(optimizer):
             raise InputError(
                 f"the mapping file has {'unknown keys: ' + ', '.join(table) if table else 'invalid values'}",
                 where=str(path),
@@ -145,11 +145,11 @@ class Names:
         )
 
 
-def _said(optimizer: Any) -> bool:
+def _valid_options(optimizer: Any) -> bool:
     """Return True if a table contains only known optimizer options with valid values."""
     return (
         isinstance(optimizer, dict)
-        and set(optimizer) <= set(SAID)
+        and set(optimizer) <= set(USER_OPTIONS)
         and optimizer.get("compute_method", "eigen") in ("eigen", "inverse")
         and type(optimizer.get("start_preconditioning_step", 0)) is int
     )
@@ -226,7 +226,7 @@ def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
     return shift
 
 
-def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, int]:
+def checked_shift(shift: Mapping[str, Any], location: str = "shift") -> dict[str, int]:
     """Validate shifts of quantities, and return those that are not 0.
 
     Raises
@@ -235,11 +235,11 @@ def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, i
         If a quantity is unknown, or if its shift is not a valid number of steps.
     """
     for quantity, steps in shift.items():
-        if quantity not in OF_A_STATE or type(steps) is not int or abs(steps) > _FARTHEST:
+        if quantity not in STATE_QUANTITIES or type(steps) is not int or abs(steps) > _SHIFT_LIMIT:
             raise InputError(
                 f"{quantity}={steps} is not a valid shift",
-                where=place,
-                remedy=f"write, for example, gradient=-1; QUANTITY is one of {', '.join(OF_A_STATE)}",
+                where=location,
+                remedy=f"write, for example, gradient=-1; QUANTITY is one of {', '.join(STATE_QUANTITIES)}",
             )
     return {quantity: steps for quantity, steps in shift.items() if steps}
 
@@ -290,11 +290,11 @@ class NamedStep:
                 notes.append(
                     f"{quantity} has different values {sorted(set(values))} at {', '.join(keys)}: none is used"
                 )
-            elif quantity in self._names.given:
+            elif quantity in self._names.required:
                 raise self._missing(quantity)
         keys, values = self._values("step")
         used |= set(keys)
-        if "step" not in self._names.given and any(value != step.number for value in values):
+        if "step" not in self._names.required and any(value != step.number for value in values):
             raise InputError(
                 f"the file contains {keys[0]} {values[0]:g}, but its name indicates step {step.number}",
                 where=where(step),
@@ -365,11 +365,11 @@ class NamedStep:
         tensors = self._container.tensors
         key = next((key for key in self._names.keys.get(REPLICATE_LOSS, ()) if key in tensors), None)
         if key is None:
-            if REPLICATE_LOSS in self._names.given:
+            if REPLICATE_LOSS in self._names.required:
                 raise self._missing(REPLICATE_LOSS)
             return ()
         used.add(key)
-        one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _MOST_REPLICATES
+        one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _REPLICATES_LIMIT
         values = self._container.vector(key) if one_dimension else ()
         if not values:
             raise InputError(
@@ -395,10 +395,10 @@ class NamedStep:
                     claimed |= set(names.values())
                     break
             else:
-                if array in self._names.given:
+                if array in self._names.required:
                     raise self._missing(array)
-        if self._names.given.intersection(rooted):
-            rooted = [array for array in rooted if array in self._names.given]
+        if self._names.required.intersection(rooted):
+            rooted = [array for array in rooted if array in self._names.required]
         root = optimizer_root(self._container) if rooted else None
         for array in rooted:
             names = {
@@ -411,7 +411,7 @@ class NamedStep:
 
     def _under(self, array: str, prefix: str) -> dict[str, str]:
         # Many names contain dots: a dot separates levels only after a prefix that the user specified.
-        for separator in "/." if array in self._names.given else "/":
+        for separator in "/." if array in self._names.required else "/":
             start = prefix + separator
             names = {key.removeprefix(start): key for key in self._container.tensors if key.startswith(start)}
             names = self._floats(array, {name: key for name, key in names.items() if name})
@@ -447,9 +447,9 @@ def step_number(stem: str) -> int | None:
     >>> [step_number(name) for name in ("model-00001-of-00002", "epoch_3", "final")]
     [None, None, None]
     """
-    told = _STEP.findall(stem)
-    if told:
-        return int(told[-1]) if len(told[-1]) <= 18 else None
+    matches = _STEP.findall(stem)
+    if matches:
+        return int(matches[-1]) if len(matches[-1]) <= 18 else None
     match = _ONE_NUMBER.fullmatch(stem)
     if not match or stem.lower().startswith("epoch") or len(match[1]) > 18:
         return None

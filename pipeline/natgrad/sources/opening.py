@@ -25,10 +25,10 @@ __all__ = ["format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
 
-_OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
+_OBJECT_KINDS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
 """Tensor formats that can be read from object stores."""
 
-_SCALARS_OF_OBJECTS = {
+_OBJECT_SCALARS = {
     name: kind for name in ("csv", "jsonl", "parquet", "tensorboard") if (kind := FORMATS[name].scalars)
 }
 """Scalar formats that can be read from object stores."""
@@ -104,32 +104,32 @@ def open_sources(
     if len(locations) == 1:
         return open_source(locations[0], format, mapping, shift)
     shift = checked_shift(shift or {})
-    mappings = _shares(locations, mapping or {})
+    mappings = _split_mapping(locations, mapping or {})
     if mappings is None or format:
         raise InputError(
             "it is ambiguous which SOURCE --format and --map refer to",
             where=", ".join(map(str, locations)),
             remedy="list the sources in a run file, each with its own format and map",
         )
-    sources = [_open(each, None, share, shift) for each, share in zip(locations, mappings, strict=True)]
+    sources = [_open(each, None, part, shift) for each, part in zip(locations, mappings, strict=True)]
     return _joined(sources, [shift] * len(sources))
 
 
-def _shares(locations: Sequence[Storage], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
+def _split_mapping(locations: Sequence[Storage], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
     """Return the part of a mapping that applies to each log, or None if this is ambiguous."""
-    of_scalars = [_holds_scalars_alone(location) for location in locations]
-    shares: list[dict[str, str]] = [{} for _ in locations]
+    scalar_logs = [_is_scalar_log(location) for location in locations]
+    parts: list[dict[str, str]] = [{} for _ in locations]
     for quantity, key in mapping.items():
         # A log of scalars cannot contain parameters or gradients, and it takes precedence for scalars.
-        meant = [
-            share
-            for share, alone in zip(shares, of_scalars, strict=True)
-            if alone == (quantity in (*SCALARS, "step", "run"))
+        matching = [
+            part
+            for part, scalars_only in zip(parts, scalar_logs, strict=True)
+            if scalars_only == (quantity in (*SCALARS, "step", "run"))
         ]
-        if len(meant) != 1:
+        if len(matching) != 1:
             return None
-        meant[0][quantity] = key
-    return shares
+        matching[0][quantity] = key
+    return parts
 
 
 def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> Source:
@@ -208,7 +208,7 @@ def _open(
         return _open_objects(location, format, mapping, shift)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
-    path = _only_file(path)
+    path = _single_log(path)
     known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:
         return _scalar_log(LocalStorage(path), known.scalars, mapping, shift, named=format is not None)
@@ -232,10 +232,10 @@ def _open_objects(
         raise InputError(
             "no such object or folder", where=str(location), remedy="give the folder of a training log"
         )
-    name, log = (format, location) if format else _format_of_objects(location)
-    if name in _SCALARS_OF_OBJECTS:
-        return _scalar_log(log, _SCALARS_OF_OBJECTS[name], mapping, shift, named=format is not None)
-    kinds = _OF_OBJECTS.get(name, ())
+    name, log = (format, location) if format else _detect_in_objects(location)
+    if name in _OBJECT_SCALARS:
+        return _scalar_log(log, _OBJECT_SCALARS[name], mapping, shift, named=format is not None)
+    kinds = _OBJECT_KINDS.get(name, ())
     if not any(kind.number(Path(name)) is not None for name in found for kind in kinds):
         raise InputError(
             f"no {' or '.join(kind.layout for kind in kinds)} here"
@@ -243,7 +243,7 @@ def _open_objects(
             else f"format {name!r} can be read only from local files",
             where=f"{location}, which contains {found[0]!r}, for example",
             why=f"only step_<N>.safetensors, step_<N>.npz and logs of scalars can be read from an object store "
-            f"(--format {', '.join((*_OF_OBJECTS, *_SCALARS_OF_OBJECTS))}); the other formats need local files",
+            f"(--format {', '.join((*_OBJECT_KINDS, *_OBJECT_SCALARS))}); the other formats need local files",
             remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and give that folder",
         )
     return StepFolder(location, kinds, mapping)
@@ -266,25 +266,25 @@ def format_of(location: Storage) -> str:
     if find_run_file(location) is not None:
         return "run file"
     if location.local_path is None:
-        return _format_of_objects(location)[0]
-    return find_format(_only_file(location.local_path)) or "steps"
+        return _detect_in_objects(location)[0]
+    return find_format(_single_log(location.local_path)) or "steps"
 
 
 def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
     """Return True if a path is a log with tensors or a run file or, optionally, contains one file that is a log."""
     if find_run_file(LocalStorage(path)) is not None:
         return True
-    path = _only_file(path) if in_one_file else path
+    path = _single_log(path) if in_one_file else path
     return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
 
 
-def _holds_scalars_alone(location: Storage) -> bool:
+def _is_scalar_log(location: Storage) -> bool:
     """Return True if a location contains a log of scalars, based on its content."""
     known = FORMATS.get(format_of(location))
     return known is not None and known.scalars is not None
 
 
-def _only_file(path: Path) -> Path:
+def _single_log(path: Path) -> Path:
     """Return the single file in a folder that is a log, unless the folder itself is a log."""
     if not path.is_dir() or find_format(path) is not None:
         return path
@@ -294,16 +294,16 @@ def _only_file(path: Path) -> Path:
     return logs[0] if len(logs) == 1 else path
 
 
-def _format_of_objects(location: Storage) -> tuple[str, Storage]:
+def _detect_in_objects(location: Storage) -> tuple[str, Storage]:
     """Return the name of the format of a log in an object store, detected from its content, and its location."""
     with network_errors(location):
         found = location.files()
-        if not any(kind.number(Path(file.name)) is not None for file in found for kind in _OF_OBJECTS["steps"]):
-            for name, kind in _SCALARS_OF_OBJECTS.items():
+        if not any(kind.number(Path(file.name)) is not None for file in found for kind in _OBJECT_KINDS["steps"]):
+            for name, kind in _OBJECT_SCALARS.items():
                 if kind.files(location):
                     return name, location
-            alone = [file for file in found if file.suffix in _SUFFIXES]
-            for name, kind in _SCALARS_OF_OBJECTS.items() if len(alone) == 1 else ():
-                if kind.files(alone[0]):
-                    return name, alone[0]
+            candidates = [file for file in found if file.suffix in _SUFFIXES]
+            for name, kind in _OBJECT_SCALARS.items() if len(candidates) == 1 else ():
+                if kind.files(candidates[0]):
+                    return name, candidates[0]
     return "steps", location

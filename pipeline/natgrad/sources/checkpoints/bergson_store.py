@@ -27,7 +27,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES, widened
 from natgrad.sources.base import StepContent
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
-from natgrad.sources.container import Region, boxes, refused
+from natgrad.sources.container import Region, boxes, read_errors
 from natgrad.sources.names import MAP_FILE, is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 from natgrad.storage import LocalStorage
@@ -35,19 +35,19 @@ from natgrad.storage import LocalStorage
 __all__ = ["BergsonFolder", "blocks", "holds_bergson"]
 
 _DATA, _INFO, _PROCESSOR, _CONFIG = "gradients.bin", "info.json", "processor_config.yaml", "config.yaml"
-_PART = ".part"
+_UNFINISHED_SUFFIX = ".part"
 _FORM = "a gradient store of Bergson"
 _TEXT_LIMIT = 1 << 24
 BLOCK = 1 << 20
 """Default number of elements gathered at a time, if they are not stored in the order of the tensor."""
 
 _LAYOUTS = ("linear", "conv1d")
-_HOW_TO_SAY = (
+_LAYOUT_REMEDY = (
     f'write a table [bergson] into {MAP_FILE} in the folder of SOURCE, with layout = "linear" if weights are (out, '
     'in), as in torch.nn.Linear, or layout = "conv1d" if they are (in, out), as in Conv1D of transformers (GPT-2); '
     'if modules differ, add a table [bergson.modules] with lines "MODULE" = "linear"'
 )
-_HOW_TO_BUILD = (
+_BUILD_REMEDY = (
     "build one store per checkpoint: bergson build STORES/checkpoint-N --model CHECKPOINTS/checkpoint-N "
     "--projection_dim 0 --aggregation mean, without optimizer_state, hessian_path, unit_normalize and "
     "attribute_tokens, over all examples of the loss; or log the gradients of each step together with the "
@@ -55,7 +55,7 @@ _HOW_TO_BUILD = (
 )
 
 # Settings in processor_config.yaml and config.yaml that change the meaning of a row unless they have these values.
-_PLAIN = {
+_NEUTRAL_SETTINGS = {
     "projection_dim": ("null", "0"),
     "optimizer_state": ("", "''", '""', "null"),
     "hessian_path": ("", "''", '""', "null"),
@@ -73,14 +73,14 @@ _MEANING = {
     "aggregation": "its row is not a mean over examples",
     "precision": "its gradients were computed at quantized weights, not at those of the state",
 }
-_OF_STEP = re.compile(r"(?:(?:global_)?step|iter|checkpoint|ckpt)?[-_=]?\d{1,18}")
+_STEP_NAME = re.compile(r"(?:(?:global_)?step|iter|checkpoint|ckpt)?[-_=]?\d{1,18}")
 
 # Settings that describe the loss. They are reported in a note, because no file contains the training loss.
 _LOSS = (
     *("loss_fn", "loss_reduction", "label_smoothing", "logit_scale", "advantage_column"),
     *("dataset", "split", "max_tokens", "precision"),
 )
-_USUAL = {
+_DEFAULTS = {
     "label_smoothing": ("0.0",),
     "logit_scale": ("1.0",),
     "advantage_column": ("", "''"),
@@ -98,14 +98,18 @@ def _is_store(path: Path) -> bool:
 
 
 def _number(path: Path) -> int | None:
-    return step_number(path.name.removesuffix(_PART)) if path.is_dir() and _is_store(path) else None
+    return step_number(path.name.removesuffix(_UNFINISHED_SUFFIX)) if path.is_dir() and _is_store(path) else None
 
 
 def _unfinished(path: Path) -> str:
-    return f"its name {path.name} means that Bergson is still building it" if path.name.endswith(_PART) else ""
+    return (
+        f"its name {path.name} means that Bergson is still building it"
+        if path.name.endswith(_UNFINISHED_SUFFIX)
+        else ""
+    )
 
 
-def _of_epochs(path: Path) -> list[Path]:
+def _epoch_stores(path: Path) -> list[Path]:
     """Return the stores that the Trainer callback wrote into a folder, or the folder if it is one of them."""
     found = (path, *sorted(path.glob("epoch_*")), *sorted(path.glob("train/epoch_*")))
     return [store for store in found if store.name.startswith("epoch_") and _is_store(store)]
@@ -115,7 +119,9 @@ def holds_bergson(path: Path) -> bool:
     """Return True if a folder is a gradient store, or contains stores of steps or of epochs of a training run."""
     if not path.is_dir():
         return False
-    return _is_store(path) or bool(_of_epochs(path)) or any(_number(entry) is not None for entry in path.iterdir())
+    return (
+        _is_store(path) or bool(_epoch_stores(path)) or any(_number(entry) is not None for entry in path.iterdir())
+    )
 
 
 class BergsonFolder(StepFolder):
@@ -146,7 +152,7 @@ class BergsonFolder(StepFolder):
 
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`."""
-        epochs = _of_epochs(self._folder)
+        epochs = _epoch_stores(self._folder)
         if epochs:
             raise _no_gradient(
                 epochs[0], ["its rows were computed while the parameters changed, each at a different state"]
@@ -210,20 +216,20 @@ class _Orientation:
             table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except (OSError, ValueError) as error:
             raise InputError(
-                f"cannot read the mapping file: {error}", where=str(path), remedy=_HOW_TO_SAY
+                f"cannot read the mapping file: {error}", where=str(path), remedy=_LAYOUT_REMEDY
             ) from error
-        said = table.pop("bergson", {})
-        said = dict(said) if isinstance(said, dict) else {"bergson": said}
-        layout, modules = said.pop("layout", None), said.pop("modules", {})
+        options = table.pop("bergson", {})
+        options = dict(options) if isinstance(options, dict) else {"bergson": options}
+        layout, modules = options.pop("layout", None), options.pop("modules", {})
         layouts = [
             *([] if layout is None else [layout]),
             *(modules.values() if isinstance(modules, dict) else [None]),
         ]
-        if table or said or not all(layout in _LAYOUTS for layout in layouts):
+        if table or options or not all(layout in _LAYOUTS for layout in layouts):
             raise InputError(
-                f"the mapping file has {', '.join((*table, *said)) or 'an unknown layout'}",
+                f"the mapping file has {', '.join((*table, *options)) or 'an unknown layout'}",
                 where=str(path),
-                remedy=_HOW_TO_SAY,
+                remedy=_LAYOUT_REMEDY,
             )
         return cls(path, layout, modules)
 
@@ -236,7 +242,7 @@ class _Orientation:
                 where=where(step, "gradient", module),
                 why="Bergson stores every weight as (out, in), but GPT-2's Conv1D has (in, out); a store records "
                 "neither the shape nor the type of a module, and the shape of a square matrix does not tell",
-                remedy=_HOW_TO_SAY,
+                remedy=_LAYOUT_REMEDY,
             )
         return layout == "conv1d"
 
@@ -277,7 +283,7 @@ class BergsonStep:
 
     def __init__(self, step: LoggedStep, orientation: _Orientation) -> None:
         self._step, self._orientation = step, orientation
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             if not _is_store(step.path):
                 raise FileNotFoundError(f"{_DATA} or {_INFO} does not exist any more")
             info = json.loads(_text(step.path / _INFO))
@@ -288,7 +294,7 @@ class BergsonStep:
         if reasons:
             raise _no_gradient(step.path, reasons)
         self._require_step()
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             self._sizes, self._rows, self._logged = _described(info)
         self._mean = self._settings["aggregation"] == {"none"}
         self._elements = sum(self._sizes.values())
@@ -298,10 +304,10 @@ class BergsonStep:
         self._dtype = self._logged if not self._mean or self._logged == "float64" else "float32"
         self._matrices = {name: _Matrix((1, size), self._offsets[name], size) for name, size in self._sizes.items()}
         self._itemsize = 2 if self._logged == "bfloat16" else np.dtype(self._logged).itemsize
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             self._descriptor = os.open(step.path / _DATA, os.O_RDONLY)
         try:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 self._region = Region(self._descriptor)
                 expected = self._rows * self._elements * self._itemsize
                 if self._region.length != expected:
@@ -318,8 +324,8 @@ class BergsonStep:
 
     def _require_step(self) -> None:
         """Refuse a store that was built from another checkpoint than its name indicates."""
-        told = [value.strip("'\"") for key in ("revision", "model") for value in self._settings.get(key, ())]
-        name = next((name for value in told if _OF_STEP.fullmatch(name := Path(value).name)), None)
+        sources = [value.strip("'\"") for key in ("revision", "model") for value in self._settings.get(key, ())]
+        name = next((name for value in sources if _STEP_NAME.fullmatch(name := Path(value).name)), None)
         if name is not None and step_number(name) != self._step.number:
             raise InputError(
                 f"the store was built from {name}, but its name indicates step {self._step.number}",
@@ -437,18 +443,20 @@ class BergsonStep:
 
     def _loss(self) -> str:
         """Return a note about the loss to which the gradients belong."""
-        said = {name: ", ".join(sorted(self._settings.get(name, ()))) for name in _LOSS}
-        told = [
-            f"{name}: {value[:80]}" for name, value in said.items() if value and value not in _USUAL.get(name, ())
+        settings = {name: ", ".join(sorted(self._settings.get(name, ()))) for name in _LOSS}
+        reported = [
+            f"{name}: {value[:80]}"
+            for name, value in settings.items()
+            if value and value not in _DEFAULTS.get(name, ())
         ]
         return (
-            f"Bergson's gradients are those of the mean over documents ({', '.join(told)}); a logged loss "
+            f"Bergson's gradients are those of the mean over documents ({', '.join(reported)}); a logged loss "
             "must be the same: with 'sum', it is the trainer's mean over all tokens times the tokens per document"
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self._step, _FORM, f"{array}/{tensor}"):
+        with read_errors(self._step, _FORM, f"{array}/{tensor}"):
             matrix, done = self._matrices[tensor], 0
             for box in boxes(matrix.shape, start, start + out.size):
                 for rows, columns in blocks(*box):
@@ -486,26 +494,26 @@ class BergsonStep:
             out[:] = total / self._rows
 
 
-def blocks(rows: slice, columns: slice, *, most: int = BLOCK) -> Iterator[tuple[range, range]]:
+def blocks(rows: slice, columns: slice, *, limit: int = BLOCK) -> Iterator[tuple[range, range]]:
     """Split a box into boxes with at most ``most`` elements, in the order of the elements.
 
     Parameters
     ----------
     rows, columns : slice
-    most : int
+    limit : int
 
     Yields
     ------
     rows, columns : range
     """
-    step = max(1, most // (columns.stop - columns.start))
+    step = max(1, limit // (columns.stop - columns.start))
     for first in range(rows.start, rows.stop, step):
         block = range(first, min(first + step, rows.stop))
-        if len(block) > 1 or columns.stop - columns.start <= most:
+        if len(block) > 1 or columns.stop - columns.start <= limit:
             yield block, range(columns.start, columns.stop)
             continue
-        for start in range(columns.start, columns.stop, most):
-            yield block, range(start, min(start + most, columns.stop))
+        for start in range(columns.start, columns.stop, limit):
+            yield block, range(start, min(start + limit, columns.stop))
 
 
 # Metadata ----------------------------------------------------------------------------------------------------
@@ -516,7 +524,7 @@ def _no_gradient(store: Path, reasons: list[str]) -> InputError:
         "this gradient store of Bergson does not contain the gradient of the loss at a state",
         where=str(store),
         why="; ".join(reasons),
-        remedy=_HOW_TO_BUILD,
+        remedy=_BUILD_REMEDY,
     )
 
 
@@ -531,11 +539,11 @@ def _reasons(store: Path, info: Mapping[str, Any]) -> Iterator[str]:
         yield f"it does not record how its rows were computed ({_CONFIG})"
     elif len(config["aggregation"]) > 1 or len(config.get("model", ())) > 1:
         yield f"its {_CONFIG} describes several builds"
-    for setting, plain in _PLAIN.items():
+    for setting, neutral in _NEUTRAL_SETTINGS.items():
         values = processor.get(setting, set()) | config.get(setting, set())
-        told = next((value for value in sorted(values) if value not in plain), None)
-        if told is not None:
-            yield f"{_MEANING[setting]} ({setting}: {told[:80]})"
+        changed = next((value for value in sorted(values) if value not in neutral), None)
+        if changed is not None:
+            yield f"{_MEANING[setting]} ({setting}: {changed[:80]})"
     if config.get("aggregation") == {"mean"} and info.get("num_grads") != 1:
         yield f"it has {str(info.get('num_grads'))[:20]} rows, but a mean is one row"
     if (store / "contrast").exists():

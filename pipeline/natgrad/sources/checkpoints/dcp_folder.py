@@ -31,7 +31,7 @@ from natgrad.sources.checkpoints.torch_archive import (
     flat_numbers,
     group_texts,
 )
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
@@ -40,7 +40,7 @@ __all__ = ["DCP_KIND", "DcpFolder"]
 _METADATA = ".metadata"
 _EXTRAS = ("meta.pt", "common.pt")
 _FORM = "a torch.distributed.checkpoint folder"
-_PIECE = 1 << 16
+_GATHER_LIMIT = 1 << 16
 _OPEN_FILES = 32
 
 _CLASSES = [
@@ -147,7 +147,7 @@ class DcpFolder(Container):
         self._chunks: dict[str, tuple[Path, list[_Chunk]]] = {}
         self._files: OrderedDict[Path, tuple[int, dict[_Blob, TorchArchive]]] = OrderedDict()
         try:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 folders = _folders(step.path)
                 if not folders:
                     raise FileNotFoundError(f"there is no {_METADATA} in {step.path.name}")
@@ -252,7 +252,7 @@ class DcpFolder(Container):
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         folder, chunks = self._chunks[key]
         logged = self.tensors[key]
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             missing = np.ones(out.size, np.bool_)
             for chunk in chunks:
 
@@ -301,28 +301,28 @@ def _copy_box(
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
 
-    def place(run: Any) -> Any:
+    def position(run: Any) -> Any:
         index = np.unravel_index(run, sizes[:level]) if level else ()
         return base + sum(i * stride for i, stride in zip(index, strides, strict=False))
 
     stop = start + out.size
-    first = bisect_right(range(runs), start - length, key=place)
-    last = bisect_left(range(runs), stop, key=place)
-    together = max(1, _PIECE // length)
-    for low in range(first, last, together):
-        high = min(low + together, last)
+    first = bisect_right(range(runs), start - length, key=position)
+    last = bisect_left(range(runs), stop, key=position)
+    runs_per_read = max(1, _GATHER_LIMIT // length)
+    for low in range(first, last, runs_per_read):
+        high = min(low + runs_per_read, last)
         if high - low == 1:
-            here = int(place(low))
-            begin, end = max(here, start), min(here + length, stop)
-            fetch(low * length + begin - here, out[begin - start : end - start])
-            missing[begin - start : end - start] = False
+            run_start = int(position(low))
+            first_element, last_element = max(run_start, start), min(run_start + length, stop)
+            fetch(low * length + first_element - run_start, out[first_element - start : last_element - start])
+            missing[first_element - start : last_element - start] = False
         else:
             words = np.empty((high - low) * length, out.dtype)
             fetch(low * length, words)
-            places = (place(np.arange(low, high))[:, None] + np.arange(length)).ravel() - start
-            inside = (places >= 0) & (places < out.size)
-            out[places[inside]] = words[inside]
-            missing[places[inside]] = False
+            positions = (position(np.arange(low, high))[:, None] + np.arange(length)).ravel() - start
+            inside = (positions >= 0) & (positions < out.size)
+            out[positions[inside]] = words[inside]
+            missing[positions[inside]] = False
 
 
 def _dict(value: Any) -> dict[Any, Any]:

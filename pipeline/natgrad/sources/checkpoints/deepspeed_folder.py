@@ -26,7 +26,7 @@ from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.sources.checkpoints.pickle_data import UnknownName
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
@@ -74,7 +74,7 @@ DEEPSPEED_KIND = Kind(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Segment:
     """A contiguous range of elements of a vector in a file."""
 
     path: Path
@@ -83,7 +83,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _OptimizerShard:
     """Optimizer state of a rank for a parameter group.
 
     Attributes
@@ -95,7 +95,7 @@ class _Kept:
         Number of the optimizer group that has its options.
     """
 
-    arrays: dict[str, tuple[_Part, str]]
+    arrays: dict[str, tuple[_Segment, str]]
     updates: float | None
     options: int | None
 
@@ -106,34 +106,34 @@ class _Rank:
 
     Attributes
     ----------
-    third : bool
+    stage_3 : bool
         True for stage 3.
-    parts : list of _Part
+    segments : list of _Segment
         Weights of each parameter group.
     dtype : str
         Dtype of the weights.
     gaps
         Numbers of padding elements after the parameters.
-    kept : list of _Kept
+    kept : list of _OptimizerShard
         Optimizer state for each parameter group.
     options : dict
         Options of the optimizer groups, by their keys below ``param_groups``.
     """
 
-    third: bool
-    parts: list[_Part]
+    stage_3: bool
+    segments: list[_Segment]
     dtype: str
     gaps: Any
-    kept: list[_Kept]
+    kept: list[_OptimizerShard]
     options: dict[str, float]
 
 
 class _Vector:
     """A vector that is split over several files."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self._parts = [part for part in parts if part.size]
-        self._ends = list(accumulate(part.size for part in self._parts))
+    def __init__(self, segments: Sequence[_Segment]) -> None:
+        self._segments = [segment for segment in segments if segment.size]
+        self._ends = list(accumulate(segment.size for segment in self._segments))
         self.size = self._ends[-1] if self._ends else 0
 
     def fill(self, start: int, out: NDArray[Any]) -> None:
@@ -141,19 +141,19 @@ class _Vector:
         done = 0
         while done < out.size:
             index = bisect_right(self._ends, start + done)
-            part = self._parts[index]
-            first = start + done - (self._ends[index] - part.size)
-            piece = out[done : done + min(out.size - done, part.size - first)]
-            descriptor = os.open(part.path, os.O_RDONLY)
+            segment = self._segments[index]
+            first = start + done - (self._ends[index] - segment.size)
+            block = out[done : done + min(out.size - done, segment.size - first)]
+            descriptor = os.open(segment.path, os.O_RDONLY)
             try:
-                Region(descriptor).fill(part.position + first * out.itemsize, piece)
+                Region(descriptor).fill(segment.position + first * out.itemsize, block)
             finally:
                 os.close(descriptor)
-            done += piece.size
+            done += block.size
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorLocation:
     """Position of the elements of a tensor: ``share`` elements from ``offset`` on in each vector, in this order."""
 
     vectors: Sequence[_Vector]
@@ -188,10 +188,10 @@ class DeepSpeedFolder(Container):
     def __init__(self, step: LoggedStep, inert: Collection[str] = (), *, masters: bool = False) -> None:
         super().__init__(step)
         self._inert, self._masters = (*_CLASSES, *inert), masters
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _TensorLocation] = {}
         self._model: TorchFile | None = None
         try:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 try:
                     self._describe(sorted(path.name for path in step.path.iterdir()))
                 except (TypeError, AttributeError, LookupError) as error:
@@ -244,31 +244,33 @@ class DeepSpeedFolder(Container):
         groups = [groups] if isinstance(groups, dict) else list(groups)
         shared = dict(states.get("shared_params") or {})
         ranks = [self._rank(file, len(files)) for file in files]
-        if len({(rank.third, rank.dtype) for rank in ranks}) != 1:
+        if len({(rank.stage_3, rank.dtype) for rank in ranks}) != 1:
             raise ValueError("its ranks contain weights of different stages or dtypes")
-        third, dtype = ranks[0].third, ranks[0].dtype
-        parts = [rank.parts for rank in ranks]
+        stage_3, dtype = ranks[0].stage_3, ranks[0].dtype
+        segments = [rank.segments for rank in ranks]
 
-        def placed(parts: Sequence[Sequence[_Part]]) -> dict[str, tuple[tuple[int, ...], _Place]]:
-            return _of_stage_3(groups, parts) if third else _of_stage_2(groups, parts, ranks[0].gaps)
+        def locate(segments: Sequence[Sequence[_Segment]]) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
+            return (
+                _locate_stage_3(groups, segments) if stage_3 else _locate_stage_2(groups, segments, ranks[0].gaps)
+            )
 
-        places = placed(parts)
-        for name, (shape, place) in places.items():
+        locations = locate(segments)
+        for name, (shape, location) in locations.items():
             self._add(f"parameter/{name}", LoggedTensor(shape, dtype))
-            self._places[f"parameter/{name}"] = place
+            self._locations[f"parameter/{name}"] = location
         for alias, name in shared.items():
-            if name in places and alias not in places:
+            if name in locations and alias not in locations:
                 self._add(f"parameter/{alias}", self.tensors[f"parameter/{name}"])
-                self._places[f"parameter/{alias}"] = places[name][1]
+                self._locations[f"parameter/{alias}"] = locations[name][1]
                 self.ties[f"parameter/{alias}"] = f"parameter/{name}"
-        self._add_optimizer(groups, ranks, placed)
-        return {*places, *shared, *(states.get("frozen_param_shapes") or {})} if third else set()
+        self._add_optimizer(groups, ranks, locate)
+        return {*locations, *shared, *(states.get("frozen_param_shapes") or {})} if stage_3 else set()
 
     def _add_optimizer(
         self,
         groups: Sequence[Mapping[str, Any]],
         ranks: Sequence[_Rank],
-        placed: Callable[[Sequence[Sequence[_Part]]], dict[str, tuple[tuple[int, ...], _Place]]],
+        locate: Callable[[Sequence[Sequence[_Segment]]], dict[str, tuple[tuple[int, ...], _TensorLocation]]],
     ) -> None:
         """Add the optimizer state, under the keys that torch uses when it saves names."""
         if not all(rank.kept for rank in ranks):
@@ -280,19 +282,19 @@ class DeepSpeedFolder(Container):
             lacking = [
                 index
                 for rank in ranks
-                for index, (part, kept) in enumerate(zip(rank.parts, rank.kept, strict=True))
-                if part.size and array not in kept.arrays
+                for index, (segment, kept) in enumerate(zip(rank.segments, rank.kept, strict=True))
+                if segment.size and array not in kept.arrays
             ]
             if lacking or len(dtypes) > 1:
                 # The offsets of the remaining parts depend on the missing ones.
                 why = f"group {lacking[0]} of a rank has none that matches its weights" if lacking else ""
                 self.unread[f"optimizer/{array}"] = why or "it has several dtypes"
                 continue
-            none = _Part(self.step.path, 0, 0)
-            parts = [[kept.arrays.get(array, (none, ""))[0] for kept in rank.kept] for rank in ranks]
-            self._add_state(array, placed(parts), dtypes.pop())
+            none = _Segment(self.step.path, 0, 0)
+            segments = [[kept.arrays.get(array, (none, ""))[0] for kept in rank.kept] for rank in ranks]
+            self._add_state(array, locate(segments), dtypes.pop())
         if self._masters:
-            self._add_state("master_param", placed([rank.parts for rank in ranks]), ranks[0].dtype)
+            self._add_state("master_param", locate([rank.segments for rank in ranks]), ranks[0].dtype)
         self.numbers |= {f"optimizer/{key}": value for key, value in ranks[0].options.items()}
         members: dict[int, int] = {}
         for group, kept in zip(groups, ranks[0].kept, strict=True):
@@ -300,13 +302,15 @@ class DeepSpeedFolder(Container):
                 if kept.updates is not None:
                     self.numbers[f"optimizer/state/{name}/step"] = kept.updates
                 if kept.options is not None:
-                    place = members[kept.options] = members.get(kept.options, -1) + 1
-                    self.texts[f"optimizer/param_groups/{kept.options}/params/{place}"] = name
+                    index = members[kept.options] = members.get(kept.options, -1) + 1
+                    self.texts[f"optimizer/param_groups/{kept.options}/params/{index}"] = name
 
-    def _add_state(self, array: str, places: dict[str, tuple[tuple[int, ...], _Place]], dtype: str) -> None:
-        for name, (shape, place) in places.items():
+    def _add_state(
+        self, array: str, locations: dict[str, tuple[tuple[int, ...], _TensorLocation]], dtype: str
+    ) -> None:
+        for name, (shape, location) in locations.items():
             self._add(f"optimizer/state/{name}/{array}", LoggedTensor(shape, dtype))
-            self._places[f"optimizer/state/{name}/{array}"] = place
+            self._locations[f"optimizer/state/{name}/{array}"] = location
 
     def _rank(self, file: str, ranks: int) -> _Rank:
         path = self.step.path / file
@@ -314,8 +318,8 @@ class DeepSpeedFolder(Container):
         try:
             archive = TorchArchive(Region(descriptor), self._inert)
             state = archive.tree["optimizer_state_dict"]
-            third = "fp32_flat_groups" in state
-            flat = state["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
+            stage_3 = "fp32_flat_groups" in state
+            flat = state["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"]
             count = state["partition_count"]
             counts = set(count) if isinstance(count, list) else {count}
             if len(counts) != 1:
@@ -335,15 +339,15 @@ class DeepSpeedFolder(Container):
                 raise ValueError(
                     f"the master weights in {file} have the dtypes {', '.join(sorted(dtypes)) or 'none'}"
                 )
-            parts = [_Part(path, archive.position(tensor), tensor.shape[0]) for tensor in flat]
-            optimizer = state.get("optimizer_state_dict" if third else "base_optimizer_state")
+            segments = [_Segment(path, archive.position(tensor), tensor.shape[0]) for tensor in flat]
+            optimizer = state.get("optimizer_state_dict" if stage_3 else "base_optimizer_state")
             step = state.get("base_optimizer_state_step")
             padding = state.get("group_paddings") or []
-            kept = _kept(archive, path, optimizer, step, parts, padding)
+            kept = _optimizer_shards(archive, path, optimizer, step, segments, padding)
             options = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
             return _Rank(
-                third,
-                parts,
+                stage_3,
+                segments,
                 dtypes.pop(),
                 state.get("param_alignment_paddings"),
                 kept,
@@ -356,18 +360,18 @@ class DeepSpeedFolder(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        if key not in self._places:
+        if key not in self._locations:
             assert self._model is not None
             self._model.read(key, start, out)
             return
-        place = self._places[key]
-        with refused(self.step, _FORM, key):
+        location = self._locations[key]
+        with read_errors(self.step, _FORM, key):
             done = 0
             while done < out.size:
-                vector, first = divmod(start + done, place.share)
-                piece = out[done : done + min(out.size - done, place.share - first)]
-                place.vectors[vector].fill(place.offset + first, piece)
-                done += piece.size
+                vector, first = divmod(start + done, location.share)
+                block = out[done : done + min(out.size - done, location.share - first)]
+                location.vectors[vector].fill(location.offset + first, block)
+                done += block.size
 
     def close(self) -> None:
         """Close the files."""
@@ -407,9 +411,14 @@ def _without_members(groups: Any) -> list[Any]:
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-def _kept(
-    archive: TorchArchive, path: Path, optimizer: Any, step: Any, weights: Sequence[_Part], padding: Sequence[Any]
-) -> list[_Kept]:
+def _optimizer_shards(
+    archive: TorchArchive,
+    path: Path,
+    optimizer: Any,
+    step: Any,
+    weights: Sequence[_Segment],
+    padding: Sequence[Any],
+) -> list[_OptimizerShard]:
     """Return the optimizer state of a rank for each group of weights; empty if it was not saved for each.
 
     The optimizer is one of torch whose parameters are the flat weights, or (elastic checkpoints) a list of their
@@ -426,20 +435,20 @@ def _kept(
     if groups and sorted(owner) != list(range(len(weights))):
         return []
     kept = []
-    for index, part in enumerate(weights):
+    for index, segment in enumerate(weights):
         state, arrays = states.get(index) or {}, {}
-        sizes = part.size, part.size + _count(padding[index] if index < len(padding) else 0)
+        sizes = segment.size, segment.size + _count(padding[index] if index < len(padding) else 0)
         for array in _ARRAYS:
             tensor = state.get(array)
             if not isinstance(tensor, TorchTensor) or not tensor.contiguous or len(tensor.shape) != 1:
                 continue
             if tensor.shape[0] in sizes and tensor.dtype in STORAGE_DTYPES:
-                arrays[array] = _Part(path, archive.position(tensor), part.size), tensor.dtype
+                arrays[array] = _Segment(path, archive.position(tensor), segment.size), tensor.dtype
         updates = state.get("step", groups[owner[index]].get("step", step) if groups else step)
         if isinstance(updates, TorchTensor):
             updates = _scalar(archive, updates)
         known = isinstance(updates, int | float) and not isinstance(updates, bool)
-        kept.append(_Kept(arrays, float(updates) if known else None, owner.get(index)))
+        kept.append(_OptimizerShard(arrays, float(updates) if known else None, owner.get(index)))
     return kept
 
 
@@ -452,19 +461,19 @@ def _scalar(archive: TorchArchive, tensor: TorchTensor) -> float | None:
     return float(value[0])
 
 
-def _of_stage_2(
-    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Part]], gaps: Any
-) -> dict[str, tuple[tuple[int, ...], _Place]]:
+def _locate_stage_2(
+    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Segment]], gaps: Any
+) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
     """Return the positions of parameters that are concatenated per group, split over ranks and padded."""
-    if {len(parts) for parts in ranks} != {len(groups)}:
+    if {len(segments) for segments in ranks} != {len(groups)}:
         raise ValueError(f"param_shapes has {len(groups)} groups, but the ranks have a different number")
-    places: dict[str, tuple[tuple[int, ...], _Place]] = {}
+    locations: dict[str, tuple[tuple[int, ...], _TensorLocation]] = {}
     for index, group in enumerate(groups):
-        vector = _Vector([parts[index] for parts in ranks])
-        behind = gaps[index] if gaps else [0] * len(group)
+        vector = _Vector([segments[index] for segments in ranks])
+        paddings = gaps[index] if gaps else [0] * len(group)
         offset = 0
-        for (name, shape, size), gap in zip(_shapes(group), behind, strict=True):
-            places[name] = shape, _Place([vector], offset, max(size, 1))
+        for (name, shape, size), gap in zip(_shapes(group), paddings, strict=True):
+            locations[name] = shape, _TensorLocation([vector], offset, max(size, 1))
             offset += size + _count(gap)
         # Some optimizers save padding to a multiple of twice the number of ranks.
         alignment = 2 * len(ranks)
@@ -472,22 +481,22 @@ def _of_stage_2(
             raise ValueError(
                 f"the shapes of group {index} have {offset} elements, but its ranks have {vector.size}"
             )
-    return places
+    return locations
 
 
-def _of_stage_3(
-    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Part]]
-) -> dict[str, tuple[tuple[int, ...], _Place]]:
+def _locate_stage_3(
+    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Segment]]
+) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
     """Return the positions of parameters of which each rank has an equal share; the last share is padded."""
-    vectors = [_Vector(parts) for parts in ranks]
-    places: dict[str, tuple[tuple[int, ...], _Place]] = {}
+    vectors = [_Vector(segments) for segments in ranks]
+    locations: dict[str, tuple[tuple[int, ...], _TensorLocation]] = {}
     offset = 0
     for group in groups:
         for name, shape, size in _shapes(group):
             share = -(-size // len(ranks))
-            places[name] = shape, _Place(vectors, offset, max(share, 1))
+            locations[name] = shape, _TensorLocation(vectors, offset, max(share, 1))
             offset += share
     for rank, vector in enumerate(vectors):
         if vector.size != offset:
             raise ValueError(f"the shapes have {offset} elements per rank, but rank {rank} has {vector.size}")
-    return places
+    return locations

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.container import Container, boxes, refused
+from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
 __all__ = ["Hdf5File"]
@@ -43,7 +43,7 @@ class Hdf5File(Container):
                 "reading HDF5 needs h5py", where=where(step), remedy="pip install natgrad-pipeline[hdf5]"
             ) from error
         self._datasets: dict[str, Any] = {}
-        with refused(step, _FORM), _damaged():
+        with read_errors(step, _FORM), _damaged():
             self._file = h5py.File(step.path, "r")
             try:
                 self._file.visititems(self._describe)
@@ -70,7 +70,7 @@ class Hdf5File(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key), _damaged():
+        with read_errors(self.step, _FORM, key), _damaged():
             dataset = self._datasets[key]
             done = 0
             for box in boxes(dataset.shape, start, start + out.size):

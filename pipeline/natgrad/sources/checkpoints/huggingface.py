@@ -46,14 +46,16 @@ def _open(step: LoggedStep, names: Names) -> Container:
     inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
     if len(inner) != 1:
         return ModelFolder(step, names.inert)
-    within = LoggedStep(step.number, LocalStorage(inner[0]))
-    return _WithState(step, within, names) if holds_model(step.path) else DeepSpeedFolder(within, names.inert)
+    inner_step = LoggedStep(step.number, LocalStorage(inner[0]))
+    return (
+        _WithState(step, inner_step, names) if holds_model(step.path) else DeepSpeedFolder(inner_step, names.inert)
+    )
 
 
 class _WithState(Container):
     """A model with the optimizer state from the DeepSpeed checkpoint in the same folder."""
 
-    def __init__(self, step: LoggedStep, within: LoggedStep, names: Names) -> None:
+    def __init__(self, step: LoggedStep, inner_step: LoggedStep, names: Names) -> None:
         super().__init__(step)
         self._stack = ExitStack()
         with ExitStack() as stack:
@@ -64,9 +66,9 @@ class _WithState(Container):
             if optimizer_root(model) is None:
                 try:
                     # If the optimizer state cannot be merged, the model can still be read.
-                    state = stack.enter_context(DeepSpeedFolder(within, names.inert, masters=True))
+                    state = stack.enter_context(DeepSpeedFolder(inner_step, names.inert, masters=True))
                 except InputError as error:
-                    self.unread[f"{within.path.name}/optimizer"] = error.what
+                    self.unread[f"{inner_step.path.name}/optimizer"] = error.what
                 else:
                     self._take(state)
             self._stack = stack.pop_all()

@@ -17,7 +17,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.pickle_data import Record
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchFile
-from natgrad.sources.container import Container, refused
+from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import CHECKPOINT, step_number
 from natgrad.sources.steps import LoggedStep, where
 
@@ -75,13 +75,13 @@ class MegatronFolder(Container):
 
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
-        self._places: dict[str, tuple[TorchFile, str]] = {}
+        self._origins: dict[str, tuple[TorchFile, str]] = {}
         inert = (*_CLASSES, *inert)
         with ExitStack() as stack:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 names = sorted(entry.name for entry in step.path.iterdir() if _RANK.fullmatch(entry.name))
-                if any(int(_parts(name)[0]) for name in names):
-                    raise self._split(f"its tensors are split over {len(names)} ranks")
+                if any(int(_ranks(name)[0]) for name in names):
+                    raise self._split_error(f"its tensors are split over {len(names)} ranks")
                 files = [
                     stack.enter_context(TorchFile(LoggedStep(step.number, step.storage / name / _FILE), inert))
                     for name in names
@@ -107,11 +107,11 @@ class MegatronFolder(Container):
             for name in names:
                 size = arguments.get(name)
                 if isinstance(size, int) and size > 1:
-                    raise self._split(why.format(size))
+                    raise self._split_error(why.format(size))
         stages = arguments.get("pipeline_model_parallel_size")
         return stages if isinstance(stages, int) and stages > 0 else 1
 
-    def _split(self, why: str) -> InputError:
+    def _split_error(self, why: str) -> InputError:
         return InputError(
             f"this checkpoint cannot be merged: {why}, and no file records the axis",
             where=where(self.step),
@@ -128,7 +128,7 @@ class MegatronFolder(Container):
             if keys[key] in self.tensors:
                 raise ValueError(f"it contains {keys[key]!r} twice")
             self.tensors[keys[key]] = logged
-            self._places[keys[key]] = file, key
+            self._origins[keys[key]] = file, key
         self.ties |= {keys[key]: keys[kept] for key, kept in file.ties.items()}
 
     def _tie_head(self, arguments: Record, stages: int) -> None:
@@ -142,7 +142,7 @@ class MegatronFolder(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        file, inner = self._places[key]
+        file, inner = self._origins[key]
         file.read(inner, start, out)
 
     def close(self) -> None:
@@ -150,11 +150,11 @@ class MegatronFolder(Container):
         self._stack.close()
 
 
-def _parts(name: str) -> tuple[str, str | None, str | None]:
+def _ranks(name: str) -> tuple[str, str | None, str | None]:
     match = _RANK.fullmatch(name)
     assert match is not None
     return match[1], match[2], match[3]
 
 
 def _stage(name: str) -> int:
-    return int(_parts(name)[1] or 0)
+    return int(_ranks(name)[1] or 0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
-from natgrad.sources.container import Container, refused
+from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import MODEL, step_number
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage
@@ -64,9 +64,9 @@ class ModelFolder(Container):
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._inert = tuple(inert)
-        self._places: dict[str, tuple[Container, str]] = {}
+        self._origins: dict[str, tuple[Container, str]] = {}
         with ExitStack() as stack:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 names = sorted(path.name for path in step.path.iterdir() if path.is_file())
                 files = self._files(names)
                 self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
@@ -131,14 +131,14 @@ class ModelFolder(Container):
             if prefix + key in self.tensors:
                 raise ValueError(f"two files contain {prefix + key!r}")
             self.tensors[prefix + key] = logged
-            self._places[prefix + key] = container, key
+            self._origins[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
         self.texts |= {prefix + key: text for key, text in container.texts.items()}
         self.ties |= {prefix + key: prefix + kept for key, kept in container.ties.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        container, inner = self._places[key]
+        container, inner = self._origins[key]
         container.read(inner, start, out)
 
     def close(self) -> None:

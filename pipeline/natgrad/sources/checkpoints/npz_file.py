@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
 __all__ = ["NpzFile", "NpzStack"]
@@ -37,7 +37,7 @@ class NpzFile(Container):
         """
         super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             self._file = step.storage.open()
             try:
                 self._archive = zipfile.ZipFile(self._file)
@@ -58,7 +58,7 @@ class NpzFile(Container):
     def _describe(self) -> None:
         for name in self._archive.namelist():
             key = name.removesuffix(".npy")
-            with refused(self.step, _FORM, key), self._archive.open(name) as file:
+            with read_errors(self.step, _FORM, key), self._archive.open(name) as file:
                 shape, _, dtype = self._header(file)
             self.tensors[key] = LoggedTensor(shape, dtype.name)
 
@@ -80,7 +80,7 @@ class NpzFile(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._read(f"{key}.npy", start, out)
 
     def _read(self, name: str, start: int, out: NDArray[Any]) -> None:
@@ -128,7 +128,7 @@ class NpzStack(NpzFile):
         super()._describe()
         for member in self._archive.infolist():
             key = member.filename.removesuffix(".npy")
-            with refused(self.step, _FORM, key):
+            with read_errors(self.step, _FORM, key):
                 with self._archive.open(member) as file:
                     shape, fortran, dtype = self._header(file)
                     header = file.tell()
@@ -147,7 +147,7 @@ class NpzStack(NpzFile):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._region.fill(self._starts[key] + start * out.itemsize, out)
 
     def close(self) -> None:

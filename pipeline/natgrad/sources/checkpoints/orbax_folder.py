@@ -12,7 +12,7 @@ from typing import Any
 
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.zarr_group import ZarrArrays, read_object
-from natgrad.sources.container import refused
+from natgrad.sources.container import read_errors
 from natgrad.sources.names import CHECKPOINT, ROOT, is_step, step_number
 from natgrad.sources.steps import LoggedStep
 
@@ -23,7 +23,7 @@ _METADATA, _CHECKPOINT, _COMMIT = "_METADATA", "_CHECKPOINT_METADATA", "commit_s
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DEPTH_LIMIT = 16
 # Leaves that are not arrays.
-_NO_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
+_NON_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
 
 
 def _number(path: Path) -> int | None:
@@ -55,8 +55,8 @@ def _items(path: Path) -> list[Path]:
             return [path]
         items = sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
         # A folder of steps is a run, even if its own name contains a number: run-1, seed-2.
-        whole = (path / _CHECKPOINT).is_file()
-        return [item for item in items if whole or not is_step(item.name)]
+        complete = (path / _CHECKPOINT).is_file()
+        return [item for item in items if complete or not is_step(item.name)]
     except OSError:
         return []
 
@@ -94,7 +94,7 @@ class OrbaxFolder(ZarrArrays):
 
     def __init__(self, step: LoggedStep) -> None:
         super().__init__(step, _FORM)
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             try:
                 self._describe()
             except (TypeError, AttributeError, LookupError) as error:
@@ -118,7 +118,7 @@ class OrbaxFolder(ZarrArrays):
         packed = (item / "manifest.ocdbt").is_file()
         for entry in tree["tree_metadata"].values():
             value = entry["value_metadata"]
-            if value.get("skip_deserialize") or value.get("value_type") in _NO_ARRAYS:
+            if value.get("skip_deserialize") or value.get("value_type") in _NON_ARRAYS:
                 continue
             levels = [str(level["key"]) for level in entry["key_metadata"]]
             if not levels or len(levels) > _DEPTH_LIMIT:

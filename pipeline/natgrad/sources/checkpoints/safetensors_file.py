@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from natgrad.sources.container import Container, ObjectRegion, Region, refused
+from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
 
@@ -51,7 +51,7 @@ class SafetensorsFile(Container):
         file = step.storage if file is None else file
         self._descriptor: int | None = None
         self._region: Region | ObjectRegion
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             if file.local_path is None:
                 self._region = ObjectRegion(file)
                 head = _head(self._region)
@@ -73,7 +73,7 @@ class SafetensorsFile(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._region.fill(self._data + self._offsets[key] + start * out.itemsize, out)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import Source, StepReader
-from natgrad.sources.container import Container, refused
+from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import NATIVE, NamedStep
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import LocalStorage
@@ -103,7 +103,7 @@ class StackedFile:
 
     def _share(self, step: LoggedStep) -> _Shared:
         """Open the file, or share it with another open step if it has not changed."""
-        with refused(step, "the log"):
+        with read_errors(step, "the log"):
             status = self.location.local_path.stat()
         state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if self._shared is None or not self._shared.users or self._shared.state != state:
@@ -130,26 +130,26 @@ class _Row(Container):
     def __init__(self, step: LoggedStep, shared: _Shared, row: int, rows: int, step_key: str) -> None:
         super().__init__(step)
         shared.users += 1
-        self._shared, self._whole, self._row = shared, shared.container, row
-        whole = self._whole
-        self.unread = whole.unread
+        self._shared, self._container, self._row = shared, shared.container, row
+        container = self._container
+        self.unread = container.unread
         self.tensors = {
             key: LoggedTensor(logged.shape[1:], logged.dtype)
-            for key, logged in whole.tensors.items()
+            for key, logged in container.tensors.items()
             if logged.shape[:1] == (rows,) and key != step_key
         }
         # Describe arrays of another length with an invalid dtype, so that using them is refused.
         self.tensors |= {
             key: LoggedTensor(logged.shape, f"{logged.dtype} of {logged.shape[:1]} steps, not {rows},")
-            for key, logged in whole.tensors.items()
+            for key, logged in container.tensors.items()
             if key not in self.tensors and key != step_key
         }
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         # Errors must name the step that is read, not the one that opened the file.
-        self._whole.step = self.step
-        self._whole.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
+        self._container.step = self.step
+        self._container.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
 
     def close(self) -> None:
         """Release the file; its last user closes it."""

@@ -74,8 +74,8 @@ def not_latest_yet(path: Path, tracker: str) -> str:
     last, number = step_number(name), step_number(path.name)
     if last is None or number is None or number <= last:
         return ""
-    late = changed_lately(identity(LoggedStep(number, LocalStorage(path)))["time"])
-    return f"{tracker} still contains {name[:80]}: the step is being written" if late else ""
+    recent = changed_lately(identity(LoggedStep(number, LocalStorage(path)))["time"])
+    return f"{tracker} still contains {name[:80]}: the step is being written" if recent else ""
 
 
 def native_number(suffix: str) -> Callable[[PurePath], int | None]:
@@ -128,7 +128,8 @@ class StepFolder:
         self.location = location
         names = (kind.names if own_map_file else kind.names.of_folder(self.location) for kind in kinds)
         self._kinds = tuple(
-            replace(kind, names=of_kind.mapped(mapping or {})) for kind, of_kind in zip(kinds, names, strict=True)
+            replace(kind, names=kind_names.mapped(mapping or {}))
+            for kind, kind_names in zip(kinds, names, strict=True)
         )
 
     def steps(self) -> list[LoggedStep]:
@@ -183,8 +184,8 @@ class StepFolder:
             self._require_writer(entry, reason)
             _log.warning("leaving %s for the next pass: %s", entry, reason)
             return None
-        if "step" not in kind.names.given:
-            return kind.number(_named(entry))
+        if "step" not in kind.names.required:
+            return kind.number(_path(entry))
         with NamedStep(kind.open(LoggedStep(-1, entry), kind.names), kind.names) as reader:
             number = reader.number("step")
         if number is None or number != int(number) or number < 0:
@@ -206,7 +207,7 @@ class StepFolder:
             )
 
     def _kind(self, entry: Storage) -> Kind | None:
-        path = _named(entry)
+        path = _path(entry)
         return next((kind for kind in self._kinds if kind.number(path) is not None), None)
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
@@ -217,6 +218,6 @@ class StepFolder:
         return NamedStep(kind.open(step, kind.names), kind.names)
 
 
-def _named(entry: Storage) -> Path:
+def _path(entry: Storage) -> Path:
     """Return the path in which kinds look for the number of a step: the local path, or the name of an object."""
     return entry.local_path or Path(entry.name)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Elements of a strided tensor that are gathered at once; largest gap between elements that is read, not skipped.
-_PIECE, _GAP = 1 << 16, 64
+_GATHER_LIMIT, _GAP = 1 << 16, 64
 _EXPANDED_LIMIT = 1 << 24
 _DIMENSIONS_LIMIT = 32
 _BYTES_LIMIT = 1 << 10
@@ -336,18 +336,18 @@ class TorchArchive:
             self._region.fill(self.position(tensor) + start * out.itemsize, out)
             return
         base = self._start(tensor.storage)
-        for first in range(0, out.size, _PIECE):
-            part = out[first : first + _PIECE]
+        for first in range(0, out.size, _GATHER_LIMIT):
+            part = out[first : first + _GATHER_LIMIT]
             index = np.unravel_index(np.arange(start + first, start + first + part.size), tensor.shape)
-            places = sum((i * s for i, s in zip(index, tensor.stride, strict=True)), np.int64(tensor.offset))
-            self._gather(base, np.asarray(places), part)
+            indices = sum((i * s for i, s in zip(index, tensor.stride, strict=True)), np.int64(tensor.offset))
+            self._gather(base, np.asarray(indices), part)
 
-    def _gather(self, base: int, places: NDArray[np.int64], out: NDArray[Any]) -> None:
+    def _gather(self, base: int, indices: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Read single elements, with one access for elements that are close to each other."""
-        order = np.argsort(places, kind="stable")
-        ascending = places[order]
+        order = np.argsort(indices, kind="stable")
+        ascending = indices[order]
         cuts = np.flatnonzero(np.diff(ascending) > _GAP) + 1
-        for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
+        for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(indices)], strict=True):
             run = ascending[low:high]
             words = np.empty(int(run[-1] - run[0]) + 1, out.dtype)
             self._region.fill(base + int(run[0]) * out.itemsize, words)
@@ -369,7 +369,7 @@ class TorchFile(Container):
         super().__init__(step)
         self._tensors: dict[str, TorchTensor] = {}
         self._descriptor = -1
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             self._descriptor = os.open(step.path, os.O_RDONLY)
             try:
                 self._archive = TorchArchive(Region(self._descriptor), inert)
@@ -379,15 +379,15 @@ class TorchFile(Container):
                 raise
 
     def _describe(self) -> None:
-        places: dict[TorchTensor, str] = {}
+        first_keys: dict[TorchTensor, str] = {}
         for key, leaf in pickle_data.flatten(self._archive.tree):
             if isinstance(leaf, TorchTensor):
                 if key in self._tensors:
                     raise ValueError(f"two tensors have the key {key!r}")
                 self._tensors[key] = leaf
                 self.tensors[key] = LoggedTensor(leaf.shape, leaf.dtype)
-                if math.prod(leaf.shape) and places.setdefault(leaf, key) != key:
-                    self.ties[key] = places[leaf]
+                if math.prod(leaf.shape) and first_keys.setdefault(leaf, key) != key:
+                    self.ties[key] = first_keys[leaf]
         self.numbers |= flat_numbers(self._archive.tree)
         self.texts |= group_texts(self._archive.tree)
 
@@ -398,7 +398,7 @@ class TorchFile(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._archive.read(self._tensors[key], start, out)
 
     def close(self) -> None:
@@ -411,7 +411,7 @@ class TorchFile(Container):
 def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
     """Return the plain numbers in nested containers by their keys, except the keys in ``known``."""
     return {
-        key: _float(leaf)
+        key: _to_float(leaf)
         for key, leaf in pickle_data.flatten(tree)
         if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
     }
@@ -427,7 +427,7 @@ def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
     }
 
 
-def _float(number: float) -> float:
+def _to_float(number: float) -> float:
     try:
         return float(number)
     except OverflowError:

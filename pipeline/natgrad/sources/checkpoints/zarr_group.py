@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.container import Container, boxes, refused
+from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
 __all__ = ["ZarrArrays", "ZarrGroup", "holds_zarr", "read_object"]
@@ -26,7 +26,7 @@ _FORM = "a Zarr group"
 _JSON_LIMIT = 1 << 27
 _CHUNK_LIMIT, _ARRAY_LIMIT = 1 << 29, 1 << 48
 _ARRAYS_LIMIT = 1 << 16
-_SECOND, _THIRD = ".zarray", "zarr.json"
+_VERSION_2, _VERSION_3 = ".zarray", "zarr.json"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _short() -> Iterator[None]:
+def _short_errors() -> Iterator[None]:
     # TensorStore appends the specification of the array to its messages.
     try:
         yield
@@ -87,14 +87,14 @@ class ZarrArrays(Container):
         self._caches: dict[str, int] = {}
         self._open: tuple[str, Any] = ("", None)
 
-    def open_arrays(self, specs: Mapping[str, Mapping[str, Any]], *, all_of_them: bool = True) -> None:
+    def open_arrays(self, specs: Mapping[str, Mapping[str, Any]], *, required: bool = True) -> None:
         """Open arrays and add their descriptions.
 
         Parameters
         ----------
         specs : mapping
             Key to the TensorStore specification.
-        all_of_them : bool
+        required : bool
             Raise an error for arrays that cannot be opened. If False, list them in ``unread``.
 
         Raises
@@ -106,10 +106,10 @@ class ZarrArrays(Container):
         self._specs |= specs
         for key, future in pending.items():
             try:
-                with _short():
+                with _short_errors():
                     store = future.result()
             except ValueError as error:
-                if all_of_them:
+                if required:
                     raise
                 self.unread[key] = str(error)
                 continue
@@ -130,7 +130,7 @@ class ZarrArrays(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, self._form, key), _short():
+        with read_errors(self.step, self._form, key), _short_errors():
             store = self._store(key)
             words = out.view(store.dtype.numpy_dtype)
             done = 0
@@ -168,7 +168,7 @@ def _row(shape: Sequence[int], chunk: Sequence[int]) -> int:
 
 def holds_zarr(path: Path) -> bool:
     """Return True if a folder is a Zarr group of version 2 or 3."""
-    return path.suffix == ".zarr" and any((path / name).is_file() for name in (".zgroup", _THIRD))
+    return path.suffix == ".zarr" and any((path / name).is_file() for name in (".zgroup", _VERSION_3))
 
 
 class ZarrGroup(ZarrArrays):
@@ -192,8 +192,8 @@ class ZarrGroup(ZarrArrays):
 
     def __init__(self, step: LoggedStep, *, stacked: bool = False) -> None:
         super().__init__(step, _FORM, stacked=stacked)
-        with refused(step, _FORM):
-            self.open_arrays(self._found(), all_of_them=False)
+        with read_errors(step, _FORM):
+            self.open_arrays(self._found(), required=False)
             for key, logged in self.tensors.items():
                 if logged.dtype == "uint16" and self._attributes(key).get("ml_dtype") == "bfloat16":
                     self.tensors[key] = LoggedTensor(logged.shape, "bfloat16")
@@ -203,13 +203,13 @@ class ZarrGroup(ZarrArrays):
         root = self.step.path
         for folder, folders, files in os.walk(root):
             path = Path(folder)
-            second = _SECOND in files
-            if second or (_THIRD in files and read_object(path / _THIRD).get("node_type") == "array"):
+            is_version_2 = _VERSION_2 in files
+            if is_version_2 or (_VERSION_3 in files and read_object(path / _VERSION_3).get("node_type") == "array"):
                 # The content of the folder is the chunks of this array.
                 folders.clear()
                 store = {"driver": "file", "path": f"{path.absolute()}/"}
                 specs[path.relative_to(root).as_posix()] = {
-                    "driver": "zarr" if second else "zarr3",
+                    "driver": "zarr" if is_version_2 else "zarr3",
                     "kvstore": store,
                     "fill_missing_data_reads": False,
                 }
@@ -221,5 +221,5 @@ class ZarrGroup(ZarrArrays):
         folder = self.step.path / key
         if (folder / ".zattrs").is_file():
             return read_object(folder / ".zattrs")
-        found = read_object(folder / _THIRD).get("attributes") if (folder / _THIRD).is_file() else None
+        found = read_object(folder / _VERSION_3).get("attributes") if (folder / _VERSION_3).is_file() else None
         return found if isinstance(found, dict) else {}

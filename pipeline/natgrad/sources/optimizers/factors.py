@@ -23,7 +23,7 @@ from natgrad.sources.container import Container
 from natgrad.sources.optimizers.state import Factor, FactoredMetric, RotatedMetric
 from natgrad.sources.steps import LoggedTensor
 
-__all__ = ["ENTRY", "OPTIONS", "SAID", "Entry", "kfac_metrics", "rule_of", "shape_of"]
+__all__ = ["ENTRY", "OPTIONS", "USER_OPTIONS", "Entry", "kfac_metrics", "rule_of", "shape_of"]
 
 ENTRY = (
     r"inv_precond_\d+|inv_pre_cond_\d+|(?:GG|Q)[/.]\d+|shampoo_beta|"
@@ -34,7 +34,7 @@ ENTRY = (
 OPTIONS = ("step", "correct_bias", "normalize_gradient", "normalize_grads")
 """Options of a group that affect the metric."""
 
-SAID = ("compute_method", "start_preconditioning_step")
+USER_OPTIONS = ("compute_method", "start_preconditioning_step")
 """Options that no file contains: the inversion method of kfac-pytorch, the first step of ScalableShampoo."""
 
 _KFAC_ROOTS = "preconditioner|preconditioner_state_dict|kfac|kfac_state_dict"
@@ -55,8 +55,8 @@ class Entry:
         Name within the entry to its value.
     options : mapping
         Options of its group: those in `OPTIONS`, ``beta2`` and ``epsilon``. Booleans are 0 and 1.
-    said : mapping
-        Options in `SAID` that the user specified.
+    user_options : mapping
+        Options in `USER_OPTIONS` that the user specified.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Entry:
         tensors: Mapping[str, LoggedTensor],
         numbers: Mapping[str, float],
         options: Mapping[str, float],
-        said: Mapping[str, str | int],
+        user_options: Mapping[str, str | int],
     ) -> None:
         self._keys, self._tensors, self._numbers = keys, tensors, numbers
-        self._options, self._said = options, said
+        self._options, self._user_options = options, user_options
 
     def metric(self, rule: str, shape: tuple[int, ...]) -> FactoredMetric | RotatedMetric:
         """Return the metric of a tensor of this shape under a rule from `rule_of`."""
@@ -104,7 +104,7 @@ class Entry:
         return RotatedMetric(options["epsilon"], bias, bool(normalized))
 
     def _scalable_shampoo(self) -> FactoredMetric:
-        rule, start = "ScalableShampoo", self._said.get("start_preconditioning_step")
+        rule, start = "ScalableShampoo", self._user_options.get("start_preconditioning_step")
         if start is None:
             return FactoredMetric(
                 rule,
@@ -153,7 +153,7 @@ def shape_of(keys: Mapping[str, str], tensors: Mapping[str, LoggedTensor]) -> tu
 
 
 def kfac_metrics(
-    container: Container, parameters: Mapping[str, LoggedTensor], said: Mapping[str, str | int]
+    container: Container, parameters: Mapping[str, LoggedTensor], user_options: Mapping[str, str | int]
 ) -> tuple[str | None, dict[str, FactoredMetric]]:
     """Return the K-FAC metrics in a file, by tensor, and the key under which they are saved."""
     layers: dict[str, dict[str, Factor]] = {}
@@ -171,16 +171,16 @@ def kfac_metrics(
     (root,) = roots
     found: dict[str, FactoredMetric] = {}
     for name, factors in (layers or curvature).items():
-        blank = _kfac_pytorch(container, root, said) if layers else _curvlinops(container, root)
-        found |= _blocks(name, factors, parameters, blank)
+        template = _kfac_pytorch(container, root, user_options) if layers else _curvlinops(container, root)
+        found |= _blocks(name, factors, parameters, template)
     return root.split("/")[0], found
 
 
-def _kfac_pytorch(container: Container, root: str, said: Mapping[str, str | int]) -> FactoredMetric:
+def _kfac_pytorch(container: Container, root: str, user_options: Mapping[str, str | int]) -> FactoredMetric:
     """Return the damping of kfac-pytorch. State saved after ``step()`` is that of the update to this state."""
     numbers, rule = container.numbers, "K-FAC"
     steps, every = numbers.get(f"{root}/steps", math.nan), numbers.get(f"{root}/inv_update_steps", math.nan)
-    damping, method = numbers.get(f"{root}/damping"), said.get("compute_method")
+    damping, method = numbers.get(f"{root}/damping"), user_options.get("compute_method")
     if method is None:
         problem = (
             'its state does not contain the inversion method: write compute_method = "eigen" (the default of '
@@ -208,40 +208,40 @@ def _curvlinops(container: Container, root: str) -> FactoredMetric:
     options = {name: container.texts.get(f"{above}/use_{name}_damping") for name in ("exact", "heuristic")}
     if above == root or None in both or None in options.values():
         return FactoredMetric(rule, problem="its damping is not saved: save a KFACInverseLinearOperator")
-    of_input, of_gradient = (float(number or 0.0) for number in both)
+    input_damping, gradient_damping = (float(number or 0.0) for number in both)
     if options["exact"] == "True":
-        return FactoredMetric(rule, shift=of_input, follows=True)
+        return FactoredMetric(rule, shift=input_damping, follows=True)
     if options["heuristic"] == "True":
-        least = numbers.get(f"{above}/min_damping", math.nan)
-        return FactoredMetric(rule, damping=(of_input, least), balanced=True, follows=True)
-    return FactoredMetric(rule, damping=(of_gradient, of_input), follows=True)
+        minimum = numbers.get(f"{above}/min_damping", math.nan)
+        return FactoredMetric(rule, damping=(input_damping, minimum), balanced=True, follows=True)
+    return FactoredMetric(rule, damping=(gradient_damping, input_damping), follows=True)
 
 
 def _blocks(
-    name: str, factors: Mapping[str, Factor], parameters: Mapping[str, LoggedTensor], blank: FactoredMetric
+    name: str, factors: Mapping[str, Factor], parameters: Mapping[str, LoggedTensor], template: FactoredMetric
 ) -> dict[str, FactoredMetric]:
     """Return the metrics of the weight and bias of a layer: one that they share, or one for each."""
     weight, bias = f"{name}.weight", f"{name}.bias"
-    there = [tensor for tensor in (weight, bias) if tensor in parameters]
-    if blank.problem or "G" not in factors:
-        problem = blank.problem or "its factors are not saved"
-        return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
-    shape = parameters[there[0]].shape if there else ()
-    inputs = math.prod(shape[1:]) if weight in there else -1
+    present = [tensor for tensor in (weight, bias) if tensor in parameters]
+    if template.problem or "G" not in factors:
+        problem = template.problem or "its factors are not saved"
+        return {tensor: FactoredMetric(template.rule, problem=problem) for tensor in present}
+    shape = parameters[present[0]].shape if present else ()
+    inputs = math.prod(shape[1:]) if weight in present else -1
     size = _size(factors["A"]) if "A" in factors else 0
-    fits = there and shape and _size(factors["G"]) == shape[0] and (inputs < 0 or size in (inputs, inputs + 1))
+    fits = present and shape and _size(factors["G"]) == shape[0] and (inputs < 0 or size in (inputs, inputs + 1))
     if not fits:
         problem = f"the factors of layer {name!r} do not match its weight or bias of shape {list(shape)}"
-        return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
+        return {tensor: FactoredMetric(template.rule, problem=problem) for tensor in present}
     product = (factors["G"], factors["A"]) if "A" in factors else (factors["G"],)
     if size == inputs + 1:
-        return {tensor: replace(blank, blocks=(product,), tensors=tuple(there)) for tensor in there}
-    found = {weight: replace(blank, blocks=(product,))} if weight in there else {}
-    if bias in there:
-        found[bias] = replace(blank, blocks=((factors["G"],),), damping=blank.damping[:1])
-        if blank.balanced:
+        return {tensor: replace(template, blocks=(product,), tensors=tuple(present)) for tensor in present}
+    found = {weight: replace(template, blocks=(product,))} if weight in present else {}
+    if bias in present:
+        found[bias] = replace(template, blocks=((factors["G"],),), damping=template.damping[:1])
+        if template.balanced:
             found[bias] = FactoredMetric(
-                blank.rule, problem="heuristic damping of a separate bias is not supported"
+                template.rule, problem="heuristic damping of a separate bias is not supported"
             )
     return found
 

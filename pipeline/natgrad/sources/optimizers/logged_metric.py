@@ -65,14 +65,16 @@ def _extremes(reader: StepReader, tensor: str, metric: FactoredMetric, largest: 
     index, found = 0, []
     for block in metric.blocks:
         damping = _damping(reader, tensor, metric, block, index, largest)
-        ends = []
+        eigenvalue_ranges = []
         for factor, term in zip(block, damping, strict=True):
             matrix = _loaded(reader, tensor, metric, factor, index, largest)
             index += 1
-            ends.append(factor_eigenvalues(matrix, exponent=metric.exponent, damping=term, root=metric.root))
+            eigenvalue_ranges.append(
+                factor_eigenvalues(matrix, exponent=metric.exponent, damping=term, root=metric.root)
+            )
         # Inverse factors have already been checked to be definite beyond rounding errors.
         rows = sum(factor.shape[0] for factor in block if len(factor.shape) == 2) if metric.exponent > 0 else 0
-        found.append(kronecker_eigenvalues(ends, metric.shift, rows=rows))
+        found.append(kronecker_eigenvalues(eigenvalue_ranges, metric.shift, rows=rows))
     return min(low for low, _ in found), max(high for _, high in found)
 
 
@@ -113,13 +115,13 @@ def read_metric(
 
     log = open_source(open_storage(source), format, mapping)
     steps = list(log.steps())
-    places = [index for index, logged in enumerate(steps) if logged.number == step]
-    if not places:
+    indices = [index for index, logged in enumerate(steps) if logged.number == step]
+    if not indices:
         raise InputError(
             f"step {step} is not in the log", where=str(source), remedy="choose a step that is in the log"
         )
     # Curvature is saved with the state where it was computed; optimizer state with the state after the update.
-    for logged in steps[places[0] : places[0] + 2]:
+    for logged in steps[indices[0] : indices[0] + 2]:
         with log.open(logged) as reader:
             state = reader.content().optimizer
             metric = None if state is None else state.metrics.get(tensor)
@@ -129,8 +131,8 @@ def read_metric(
                 try:
                     return _operator(reader, tensor, metric, Kronecker)
                 except InputError as error:
-                    place = where(logged, f"{metric.rule} metric", tensor)
-                    raise InputError(error.what, where=place, remedy=error.remedy) from error
+                    location = where(logged, f"{metric.rule} metric", tensor)
+                    raise InputError(error.what, where=location, remedy=error.remedy) from error
     raise InputError(
         f"no metric with Kronecker factors is saved for tensor {tensor!r} and the update from step {step}",
         where=str(source),

@@ -76,7 +76,7 @@ def saved_optimizer(
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str] = (),
     order: Sequence[str] = (),
-    said: Mapping[str, str | int] | None = None,
+    user_options: Mapping[str, str | int] | None = None,
 ) -> SavedOptimizer | None:
     """Return the state of the optimizer of a step, and of a K-FAC preconditioner in front of it, by tensor.
 
@@ -89,8 +89,8 @@ def saved_optimizer(
         Tensors that have a gradient, if known.
     order : sequence of str
         Tensor names in the order in which they were passed to the optimizer, if the user specified it.
-    said : mapping, optional
-        Options in `natgrad.sources.optimizers.factors.SAID` that the user specified.
+    user_options : mapping, optional
+        Options in `natgrad.sources.optimizers.factors.USER_OPTIONS` that the user specified.
 
     Returns
     -------
@@ -98,8 +98,8 @@ def saved_optimizer(
         None if there is no state. If the state cannot be matched, ``state.problem`` gives the reason.
     """
     root = optimizer_root(container)
-    kfac_root, metrics = factors.kfac_metrics(container, parameters, said or {})
-    saved = None if root is None else _matched(container, root, parameters, trained, order, said or {})
+    kfac_root, metrics = factors.kfac_metrics(container, parameters, user_options or {})
+    saved = None if root is None else _matched(container, root, parameters, trained, order, user_options or {})
     if kfac_root is None or (saved is not None and saved.state.problem):
         return saved
     saved = saved or SavedOptimizer((), OptimizerState())
@@ -137,7 +137,7 @@ def _matched(
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str],
     order: Sequence[str],
-    said: Mapping[str, str | int],
+    user_options: Mapping[str, str | int],
 ) -> SavedOptimizer:
     start = f"{root}/"
     entries: dict[str, dict[str, str]] = {}
@@ -154,29 +154,32 @@ def _matched(
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
     rule = factors.rule_of(entries.values())
     for entry, tensor in owners.items():
-        of_entry, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
+        entry_keys, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
         counts: dict[str, float] = {}
-        for what, key in of_entry.items():
-            if what in _ARRAYS:
+        for name, key in entry_keys.items():
+            if name in _ARRAYS:
                 logged = container.tensors.get(key)
                 if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
-                    what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
+                    actual = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
                     problem = (
-                        f"{key} is {what_is}, but its parameter {tensor!r} has shape {parameters[tensor].shape}"
+                        f"{key} is {actual}, but its parameter {tensor!r} has shape {parameters[tensor].shape}"
                     )
                     return SavedOptimizer((root,), OptimizerState(problem=problem))
-                keys.setdefault(_ARRAYS[what], {})[tensor] = key
-            elif (what == "step" or key in container.numbers) and (count := container.number(key)) is not None:
-                counts[what] = count
+                keys.setdefault(_ARRAYS[name], {})[tensor] = key
+            elif (name == "step" or key in container.numbers) and (count := container.number(key)) is not None:
+                counts[name] = count
         if "step" in counts:
             numbers.setdefault("updates", {})[tensor] = counts["step"]
         for name, value in options.items():
             if name not in factors.OPTIONS:
                 numbers.setdefault(name, {})[tensor] = value
-        if rule is not None and of_entry:
-            saved = factors.Entry(of_entry, container.tensors, counts, options, said)
+        if rule is not None and entry_keys:
+            saved = factors.Entry(entry_keys, container.tensors, counts, options, user_options)
             metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
-    arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
+    arrays = {
+        array: {tensor: container.tensors[key] for tensor, key in array_keys.items()}
+        for array, array_keys in keys.items()
+    }
     return SavedOptimizer((root,), OptimizerState(arrays, numbers, metrics), keys | _factor_keys(metrics))
 
 
@@ -243,11 +246,11 @@ def _owners(
         unknown = [name for name in named.values() if name not in parameters]
         return f"the optimizer names {unknown[0]!r}, but the model has no such tensor" if unknown else named
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry, of in entries.items():
-        for what, key in of.items():
-            if what in _ARRAYS and key in container.tensors:
+    for entry, keys_by_name in entries.items():
+        for name, key in keys_by_name.items():
+            if name in _ARRAYS and key in container.tensors:
                 shapes[entry] = container.tensors[key].shape
-        if entry not in shapes and (shape := factors.shape_of(of, container.tensors)) is not None:
+        if entry not in shapes and (shape := factors.shape_of(keys_by_name, container.tensors)) is not None:
             shapes[entry] = shape
 
     def fits(names: Sequence[str]) -> bool:
@@ -261,9 +264,11 @@ def _owners(
         return f"the order contains {unknown[0]!r}, but the model has no such tensor"
     names = list(order) or [name for name in parameters if (not trained or name in trained)]
     if order or container.ordered:
-        ways = _arrangements(names, parameters, list(map(len, members)))
+        arrangements = _arrangements(names, parameters, list(map(len, members)))
         # The order may be that of the model or that of the optimizer.
-        fitting = {tuple(way) for way in [*ways, *([names] if order else [])] if fits(way)}
+        fitting = {
+            tuple(arrangement) for arrangement in [*arrangements, *([names] if order else [])] if fits(arrangement)
+        }
         if len(fitting) == 1:
             return dict(zip(flat, fitting.pop(), strict=True))
         if order:
@@ -286,14 +291,16 @@ def _arrangements(
     """Return the orders in which trainers pass tensors to an optimizer: unchanged, or decayed tensors first."""
     if len(sizes) < 2:
         return [list(names)]
-    ways = []
+    arrangements = []
     if len(sizes) == 2:
         for decayed in (
             [not _NOT_DECAYED.search(name) for name in names],
             [len(parameters[name].shape) > 1 for name in names],
             [not _NOT_DECAYED.search(name) and len(parameters[name].shape) > 1 for name in names],
         ):
-            first = [name for name, is_so in zip(names, decayed, strict=True) if is_so]
+            first = [name for name, is_decayed in zip(names, decayed, strict=True) if is_decayed]
             if len(first) == sizes[0]:
-                ways.append([*first, *(name for name, is_so in zip(names, decayed, strict=True) if not is_so)])
-    return ways
+                arrangements.append(
+                    [*first, *(name for name, is_decayed in zip(names, decayed, strict=True) if not is_decayed)]
+                )
+    return arrangements

@@ -21,7 +21,7 @@ __all__ = ["event_files", "read_events"]
 
 DATA_LIMIT = 1 << 26
 """Default size above which a record is assumed to be an image or graph. Only its checksum is verified."""
-_PIECE = 1 << 20
+_READ_BLOCK = 1 << 20
 _STEP, _SUMMARY, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 1, 1, 2, 8
 _TENSOR_DTYPE, _TENSOR_CONTENT = 1, 4
 _DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
@@ -72,11 +72,11 @@ def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterato
                 return
             crc, data, rest = 0, b"", length
             while rest:
-                piece = file.read(min(rest, _PIECE))
-                if not piece:
+                block = file.read(min(rest, _READ_BLOCK))
+                if not block:
                     raise EOFError("the file was truncated while it was read")
-                crc, rest = crc32c(piece, crc), rest - len(piece)
-                data += piece if length <= limit else b""
+                crc, rest = crc32c(block, crc), rest - len(block)
+                data += block if length <= limit else b""
             if _masked(crc) != int.from_bytes(file.read(4), "little"):
                 raise ValueError(f"checksum mismatch in the record at byte {position}")
             yield data

@@ -55,9 +55,9 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
     header = next(csv.reader([first], delimiter=delimiter), [])
-    places = [(place, name.strip()) for place, name in enumerate(header) if wanted(name.strip())]
-    if len({name for _, name in places}) != len(places):
-        raise ValueError(f"two columns have the same name: {', '.join(name for _, name in places)}")
+    positions = [(position, name.strip()) for position, name in enumerate(header) if wanted(name.strip())]
+    if len({name for _, name in positions}) != len(positions):
+        raise ValueError(f"two columns have the same name: {', '.join(name for _, name in positions)}")
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
@@ -71,7 +71,7 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
             continue
         if len(row) != len(header):
             raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, but the header has {len(header)}")
-        yield {name: row[place] for place, name in places}
+        yield {name: row[position] for position, name in positions}
 
 
 def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
@@ -81,13 +81,13 @@ def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limi
             yield _json_object(line, wanted, f"line {number}")
 
 
-def _json_object(text: str, wanted: Wanted, place: str) -> dict[str, Any]:
+def _json_object(text: str, wanted: Wanted, position: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{position}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{place} is not a JSON object")
+        raise ValueError(f"{position} is not a JSON object")
     return {key: value for key, value in _flat(values) if wanted(key)}
 
 

@@ -37,14 +37,14 @@ _STEP = (
     "iteration",
     "iter",
 )
-_USUAL: dict[str, tuple[str, ...]] = {
+_COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "train loss", "training loss", "loss train", "train loss step", "loss step"),
     "learning_rate": ("learning rate", "lr", "train learning rate", "train lr"),
     "loss_time_derivative": ("loss time derivative",),
     "hessian_min_eigenvalue": ("hessian min eigenvalue",),
     "step": _STEP,
 }
-_RATES_OF_LIGHTNING = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
+_LIGHTNING_RATES = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
 """Keys of Lightning's LearningRateMonitor, one for each optimizer and parameter group."""
 
 RECORDS_LIMIT = 1 << 24
@@ -85,14 +85,14 @@ class _Column:
     limit: int
     records: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
-    wrong: tuple[int, str] | None = None
+    invalid: tuple[int, str] | None = None
 
     def append(self, record: int, value: Any) -> None:
         if value is None or (isinstance(value, str) and not value.strip()):
             return
         number = _number(value)
         if number is None:
-            self.wrong = self.wrong or (record, str(value)[:40])
+            self.invalid = self.invalid or (record, str(value)[:40])
             return
         if len(self.records) >= self.limit:
             raise ValueError(f"it holds more than {self.limit} records")
@@ -212,7 +212,7 @@ class ScalarLog:
         chosen = self._mapping.get("run")
         record = 0
         for file in self._files():
-            with _refused(file, self._kind.form):
+            with _read_errors(file, self._kind.form):
                 for values in self._kind.decode(file, self._wanted, self._notes):
                     record += 1
                     run = values.get(RUN_KEY)
@@ -237,19 +237,19 @@ class ScalarLog:
 
     def _keys(self, quantity: str, columns: Mapping[str, _Column]) -> list[str]:
         """Return the keys of a quantity: those that the user specified, or the first common ones that exist."""
-        given = self._mapping.get(quantity)
-        if given is not None:
-            found = [key for key in columns if _matches(quantity, key, given)]
+        mapped_key = self._mapping.get(quantity)
+        if mapped_key is not None:
+            found = [key for key in columns if _matches(quantity, key, mapped_key)]
             if not found:
-                raise self._missing(f"there is no {quantity} under the key {given!r}", columns)
+                raise self._missing(f"there is no {quantity} under the key {mapped_key!r}", columns)
             return found
         if quantity == "step" and self._kind.step:
             return [self._kind.step]
-        for usual in _USUAL[quantity]:
-            found = [key for key in columns if _normal(key) == usual]
+        for common_key in _COMMON_KEYS[quantity]:
+            found = [key for key in columns if _normal(key) == common_key]
             if found:
                 return found
-        return [key for key in columns if quantity == "learning_rate" and _RATES_OF_LIGHTNING.fullmatch(key)]
+        return [key for key in columns if quantity == "learning_rate" and _LIGHTNING_RATES.fullmatch(key)]
 
     def _missing(self, what: str, columns: Mapping[str, _Column]) -> InputError:
         kind = NotYet if self.growing() else InputError
@@ -293,7 +293,7 @@ class ScalarLog:
             for step, value in merged.items():
                 if step not in unequal:
                     scalars.setdefault(step, {})[quantity] = value
-        values = np.array([value for of_step in scalars.values() for value in of_step.values()])
+        values = np.array([value for at_step in scalars.values() for value in at_step.values()])
         if self._kind.single and np.array_equal(values.astype(np.float32), values, equal_nan=True):
             self._notes.append(_SINGLE_PRECISION)
         return scalars
@@ -302,20 +302,20 @@ class ScalarLog:
         """Return the record numbers, and the step number of each record."""
         self._require_numbers(key, column)
         values = np.frombuffer(column.values)
-        whole = (values == np.floor(values)) & (values >= 0) & (values < _EXACT)
-        if not whole.all():
+        valid = (values == np.floor(values)) & (values >= 0) & (values < _EXACT)
+        if not valid.all():
             raise InputError(
-                f"{key!r} contains {values[~whole][0]:g}, which is not a step number",
+                f"{key!r} contains {values[~valid][0]:g}, which is not a step number",
                 where=str(self.location),
                 remedy="specify the key of the number of updates with --map step=KEY",
             )
         return np.frombuffer(column.records, np.int64), values.astype(np.int64)
 
     def _require_numbers(self, key: str, column: _Column) -> None:
-        if column.wrong is not None:
+        if column.invalid is not None:
             raise InputError(
-                f"{column.wrong[1]!r} is not a number",
-                where=f"{self.location}, {key}, record {column.wrong[0]}",
+                f"{column.invalid[1]!r} is not a number",
+                where=f"{self.location}, {key}, record {column.invalid[0]}",
                 why="the file is corrupt, or this key contains other values",
                 remedy="repair the file, or select another key with --map",
             )
@@ -325,12 +325,12 @@ class ScalarLog:
     ) -> dict[int, float]:
         """Return the value of a key at each step; the last one written if there are several."""
         self._require_numbers(key, column)
-        mine, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
-        places = np.minimum(np.searchsorted(records, mine), len(records) - 1)
-        known = records[places] == mine
+        own_records, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
+        indices = np.minimum(np.searchsorted(records, own_records), len(records) - 1)
+        known = records[indices] == own_records
         if not known.all():
             self._notes.append(f"{(~known).sum()} records of {key} have no step and are left out")
-        numbers, values = steps[places[known]], values[known]
+        numbers, values = steps[indices[known]], values[known]
         back = np.flatnonzero(np.diff(numbers) < 0)
         if len(back):
             times = "once" if len(back) == 1 else f"{len(back)} times"
@@ -372,17 +372,17 @@ def _normal(key: str) -> str:
     return re.sub(r"[\s._/-]+", " ", key.lower()).strip()
 
 
-def _matches(quantity: str, key: str, given: str | None) -> bool:
+def _matches(quantity: str, key: str, mapped_key: str | None) -> bool:
     """Return True if a key may be that of a quantity."""
-    if given is not None:
-        return re.fullmatch("[^/]+".join(map(re.escape, given.split("*"))), key) is not None
-    if quantity == "learning_rate" and _RATES_OF_LIGHTNING.fullmatch(key):
+    if mapped_key is not None:
+        return re.fullmatch("[^/]+".join(map(re.escape, mapped_key.split("*"))), key) is not None
+    if quantity == "learning_rate" and _LIGHTNING_RATES.fullmatch(key):
         return True
-    return _normal(key) in _USUAL[quantity]
+    return _normal(key) in _COMMON_KEYS[quantity]
 
 
 @contextmanager
-def _refused(file: Storage, form: str) -> Iterator[None]:
+def _read_errors(file: Storage, form: str) -> Iterator[None]:
     """Convert the exceptions that corrupt or malicious files raise to InputError."""
     try:
         with network_errors(file):

@@ -25,7 +25,7 @@ WANDB_START = b":W&B\xe1\xbe\x00"
 """First bytes of a file: magic number, and version of the layout."""
 
 _BLOCK, _HEAD = 1 << 15, 7
-_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _RECORD_LIMIT = 1 << 26
 """Longer records are not decoded; only their checksums are verified."""
 
@@ -72,18 +72,18 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
 def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
     """Yield the data of the records. Records that are too long yield no data."""
     parts: list[bytes] = []
-    begun, told = False, len(notes)
+    continues, notes_before = False, len(notes)
     for position, kind, data in _fragments(log, notes):
-        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or begun != (kind in (_MIDDLE, _LAST)):
+        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or continues != (kind in (_MIDDLE, _LAST)):
             raise ValueError(f"the fragment at byte {position} has type {kind}, which is not valid there")
-        if not begun:
+        if not continues:
             parts, length = [], 0
         length += len(data)
         parts = [*parts, data] if length <= _RECORD_LIMIT else []
-        begun = kind in (_FIRST, _MIDDLE)
-        if not begun:
+        continues = kind in (_FIRST, _MIDDLE)
+        if not continues:
             yield b"".join(parts)
-    if begun and len(notes) == told:
+    if continues and len(notes) == notes_before:
         notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
 
 
@@ -107,7 +107,9 @@ def _history(data: bytes, wanted: Callable[[str], bool]) -> dict[str, Any]:
             if wanted(key) or key == "_step":
                 values[key] = logged()
         elif (number, kind) == (_STEP, BYTES):
-            values["_step"] = next((n for field, of, n in fields(value) if (field, of) == (_NUMBER, VARINT)), 0)
+            values["_step"] = next(
+                (n for field, wire_type, n in fields(value) if (field, wire_type) == (_NUMBER, VARINT)), 0
+            )
     return values
 
 
@@ -119,7 +121,7 @@ def _item(data: bytes) -> tuple[str, Callable[[], Any]]:
         if number in (_KEY, _NESTED_KEY) and kind == BYTES:
             keys.append(value.decode())
         elif number in _JSON and kind == BYTES:
-            read = partial(_of_json, value)
+            read = partial(_decode_json, value)
         elif (number, kind) == (_FLOAT, FIXED64):
             read = partial(lambda words: struct.unpack("<d", words)[0], value)
         elif (number, kind) == (_INTEGER, VARINT):
@@ -128,7 +130,7 @@ def _item(data: bytes) -> tuple[str, Callable[[], Any]]:
     return "/".join(keys), read
 
 
-def _of_json(text: bytes) -> Any:
+def _decode_json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
