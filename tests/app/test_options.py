@@ -100,7 +100,7 @@ REFUSED = [
     ({"include": ["scheduler"]}, "unknown value 'scheduler' for --include; the only choice is: optimizer"),
     ({"include": "optimizer"}, "--include must be a list"),
     ({"store": "zip"}, "unknown value 'zip' for --store; choose one of: plain, icechunk"),
-    ({"mapping": ["theta"]}, "no pair"),
+    ({"mapping": ["theta"]}, "is not of the form"),
     ({"mapping": {"gradients": "g"}}, "gradients=g does not name a quantity"),
     ({"mapping": {"gradient": ""}}, "gradient= does not name a quantity"),
     ({"shift": ["gradient=next"]}, "gradient=next does not say"),

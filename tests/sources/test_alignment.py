@@ -134,7 +134,7 @@ def test_each_source_of_a_run_file_has_its_shift(tmp_path):
         ("shift = { gradient = 0.5 }", "gradient=0.5 does not say"),
         ("shift = { gradients = -1 }", "gradients=-1 does not say"),
         ('shift = { gradient = "-1" }', "gradient=-1 does not say"),
-        ("shift = 3", "map or shift that is no table"),
+        ("shift = 3", "map or shift that is not a table"),
         ("shift = { gradient = true }", "gradient=True does not say"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_shift_that_cannot_be_is_refused(tmp_path, text, what):
     with pytest.raises(InputError, match=re.escape(what)) as caught:
         open_source(tmp_path / "run.toml")
     assert "run.toml" in caught.value.where
-    with pytest.raises(InputError, match="do not say which source of a run file"):
+    with pytest.raises(InputError, match="ambiguous which source of the run file"):
         open_source(tmp_path / "run.toml", shift={"gradient": -1})
 
 

@@ -122,7 +122,7 @@ def test_stores_of_a_run_are_the_gradients_of_torch(written, tmp_path, name):
             left = saved.keys() - read.keys()
         assert len(left) == 12
         assert any(all(repr(tensor) in note for tensor in left) for note in notes)
-        assert any("every result of the model is of its other 4 tensors" in note for note in notes)
+        assert any("all results of the model concern its other 4 tensors" in note for note in notes)
         assert any("loss_reduction: sum" in note for note in notes)
     assert open_source(stores / "checkpoint-1").steps()[0].number == 1
 
@@ -140,7 +140,7 @@ def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path,
     said = inspect_source([written / name / "models", stores])
     assert said.format == "safetensors, bergson"
     assert said.holds["gradient"] == "4 tensors"
-    assert sum("every result of the model" in note for note in said.notes) == 1
+    assert sum("all results of the model" in note for note in said.notes) == 1
 
 
 def test_a_run_file_can_name_the_stores(run, tmp_path):
@@ -190,7 +190,7 @@ def test_a_row_for_each_document_is_read_as_their_mean(other, written):
 def test_biases_are_read_where_bergson_was_asked_for_them(other, written, name):
     read, notes = gradients_of(other(name), 0)
     assert read.keys() == LINEAR["gpt2"] | {name.replace("weight", "bias") for name in LINEAR["gpt2"]}
-    assert any("every result of the model is of its other 8 tensors" in note for note in notes)
+    assert any("all results of the model concern its other 8 tensors" in note for note in notes)
     with np.load(written / "gpt2" / "gradients" / "0.npz") as truth:
         require_close(read, truth)
 
@@ -288,7 +288,7 @@ def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
     [
         ("projected", "projected at random (projection_dim: 4)"),
         ("projected to one", "projected at random (projection_dim: 4)"),
-        ("tokens", "a row for each token"),
+        ("tokens", "one row per token"),
         ("unit", "scaled to length 1 (unit_normalize: true)"),
         ("unit mean", "scaled to length 1 (normalize_aggregated_grad: true)"),
         ("normalized", "(normalizers.pth)"),
@@ -299,7 +299,7 @@ def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
 def test_other_stores_are_refused_with_what_their_own_files_say(other, name, why):
     sources = other(name)
     for error in (refused(sources), refusal(sources[1])):
-        assert "has no gradient of the loss" in error.what
+        assert "does not contain the gradient of the loss" in error.what
         assert why in error.why
         assert ";" not in error.why
         assert "--projection_dim 0 --aggregation mean" in error.remedy
@@ -391,13 +391,13 @@ GPT2 = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "h.0.mlp.c_fc": (
         ),
         (
             {f"{part}.{module}.weight": shape for module, shape in GPT2.items() for part in ("a", "b")},
-            "not those of one part",
+            "do not belong to one part",
             "prefixes 'a.', 'b.'",
         ),
         (
             {f"{shape[1]}.{module}.weight": shape for module, shape in GPT2.items()},
-            "not those of one part",
-            "no prefix that they share",
+            "do not belong to one part",
+            "no common prefix",
         ),
     ],
 )
@@ -445,17 +445,17 @@ def test_a_store_of_another_size_than_it_says_is_refused(run):
 
 def test_a_store_must_be_called_after_its_step(run):
     store = (run[1] / "checkpoint-0").rename(run[1] / "gradients")
-    assert "does not say of which state" in refusal(store).what
+    assert "does not contain the step of its state" in refusal(store).what
 
 
 def test_a_store_that_is_being_built_is_left_for_the_next_pass(run, caplog):
     (run[1] / "checkpoint-2").rename(run[1] / "checkpoint-2.part")
     assert [step.number for step in open_sources(run).steps()] == [0, 1]
-    assert "Bergson is building it" in caplog.text
+    assert "Bergson is still building it" in caplog.text
     for file in (run[1] / "checkpoint-2.part").rglob("*"):
         os.utime(file, (0, 0))
-    assert "never finished" in refused(run).what
-    assert "not whole" in refusal(run[1] / "checkpoint-2.part").why
+    assert "never completed" in refused(run).what
+    assert "not complete" in refusal(run[1] / "checkpoint-2.part").why
 
 
 def test_there_is_nothing_to_map(run):

@@ -272,7 +272,7 @@ def other_numbers(tree):
         ),
         (
             lambda tree: [s.update(exp_avg=s["exp_avg"].bfloat16()) for s in moments(tree)["state"].values()],
-            "it is of several dtypes",
+            "it has several dtypes",
         ),
         (other_numbers, "group 0 of a rank has none that fits its weights"),
     ],
@@ -394,7 +394,7 @@ def cut(tree):
             "stage 2",
             "mp_rank_00_model_states.pt",
             lambda tree: tree["param_shapes"][0].update({"layers.9.weight": (-1, -35)}),
-            "no number of elements",
+            "not a number of elements",
         ),
         (
             "stage 2",
@@ -407,7 +407,7 @@ def cut(tree):
             "stage 2",
             "rank_0_*optim_states.pt",
             lambda tree: state_of(tree).update(param_alignment_paddings=[[0, 1 << 60], [0, 0]]),
-            "no number of elements",
+            "not a number of elements",
         ),
         (
             "stage 2",
@@ -428,7 +428,7 @@ def test_ranks_that_do_not_fit_together_are_refused(log, stage, file, change, wh
     [
         ("mp_rank_01_model_states.pt", "model parallel"),
         ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "model parallel"),
-        ("layer_02-model_00-model_states.pt", "stages of a pipeline"),
+        ("layer_02-model_00-model_states.pt", "pipeline stages"),
         ("layer_0_expert_3_mp_rank_00_model_states.pt", "experts"),
         ("expp_rank_1_mp_rank_00_optim_states.pt", "experts"),
     ],
@@ -481,5 +481,5 @@ def test_what_was_removed_while_it_was_read_is_refused(log):
     stored = open_source(folder)
     with stored.open(stored.steps()[0]) as reader:
         only(folder, "rank_1_*optim_states.pt").unlink()
-        with pytest.raises(InputError, match="removed it while it was read"):
+        with pytest.raises(InputError, match="removed them while they were read"):
             reader.read("parameter", "layers.10.weight", 0, np.zeros(1200, np.float32))

@@ -421,7 +421,7 @@ def test_objects_in_a_sharded_checkpoint_are_said_not_to_be_read(tmp_path):
     (tmp_path / "log" / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 3\n")
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
-    assert any("of 5 tensors" in warning and "or the file has objects" in warning for warning in warned)
+    assert any("of 5 tensors" in warning and "or they are objects" in warning for warning in warned)
 
 
 # K-FAC -------------------------------------------------------------------------------------------------------
@@ -586,12 +586,12 @@ def halved(parameters, lr):
 @pytest.mark.parametrize(
     ("options", "why", "known"),
     [
-        ({}, "does not say how it inverts", ()),
+        ({}, "does not contain the inversion method", ()),
         ({"compute_method": "eigen", "inv_update_steps": 2}, "inverts at every 2th step", (0, 2)),
-        ({"compute_method": "eigen", "optimizer": halved}, "weight and bias move at different rates", ()),
+        ({"compute_method": "eigen", "optimizer": halved}, "weight and bias have different learning rates", ()),
         (
             {"compute_method": "eigen", "optimizer": torch.optim.Adam},
-            "optimizer behind it has a metric of its own",
+            "optimizer after the preconditioner has its own metric",
             (),
         ),
     ],
@@ -631,7 +631,7 @@ def test_amsgrad_is_not_taken_for_adam(tmp_path):
         (lambda f: f.zero_(), "is zero: it was not computed yet"),
         (lambda f: f[0, 0].fill_(torch.nan), "not finite"),
         (lambda f: f[0, 1].add_(f.diagonal().min()), "not symmetric"),
-        (lambda f: f.resize_(3, 4), "the factors have the shapes"),
+        (lambda f: f.resize_(3, 4), "the factors have shapes"),
     ],
     ids=["negative", "zero", "nan", "skew", "shape"],
 )
@@ -657,7 +657,7 @@ def test_what_is_no_metric_is_nan_with_a_reason(tmp_path, change, why):
     assert "tensor 'out.weight'" in warning
     assert why in warning
     assert "(in step-2.pt)" in warning
-    if why != "the factors have the shapes":
+    if why != "the factors have shapes":
         assert list(verify_trajectory(tmp_path / "out" / "trajectory.zarr")) == []
     with pytest.raises(InputError, match=why) as refusal:
         read_metric(tmp_path / "log", "out.weight", 1)
@@ -733,7 +733,7 @@ def test_a_step_and_a_tensor_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(InputError, match="step 7 is not in the log"):
         read_metric(tmp_path / "log", "out.weight", 7)
     for tensor, step in (("out", 0), ("out.weight", 2)):
-        with pytest.raises(InputError, match="no metric of Kronecker factors was saved"):
+        with pytest.raises(InputError, match="no metric with Kronecker factors is saved"):
             read_metric(tmp_path / "log", tensor, step)
 
 

@@ -200,7 +200,7 @@ def test_ranks_that_cannot_be_put_together_are_refused(tmp_path, megatron, rank,
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, megatron):
     save(tmp_path, 0, "mp_rank_00", [torch.zeros(3)])
-    assert "no dictionaries" in refusal(tmp_path).what
+    assert "do not contain dictionaries" in refusal(tmp_path).what
     (tmp_path / "iter_0000000" / "mp_rank_00" / "model_optim_rng.pt").unlink()
     assert "model_optim_rng.pt" in refusal(tmp_path).what
 

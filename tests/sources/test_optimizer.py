@@ -171,7 +171,7 @@ def test_the_trainers_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
     folder, states = train(tmp_path / "out", states=saved_moments)
     model = transformers.GPT2LMHeadModel(CONFIG)
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(InputError, match="neither the order of the file nor the shapes decide"):
+    with pytest.raises(InputError, match="neither the order of the file nor the shapes are sufficient"):
         ingest(folder, tmp_path / "store", include=["optimizer"])
     (folder / "natgrad.toml").write_text(f"order = {json.dumps(names)}\n")
     ingest(folder, tmp_path / "store", include=["optimizer"])
@@ -339,7 +339,7 @@ def test_without_an_order_shapes_decide_or_nothing_is_said(shapes, data):
         assert found.keys["exp_avg"] == {f"t{i}": f"optimizer/state/{i}/exp_avg" for i in range(len(shapes))}
         assert set(found.state.numbers["tensor_learning_rate"]) == set(parameters)
     else:
-        assert "neither the order of the file nor the shapes decide" in found.state.problem
+        assert "neither the order of the file nor the shapes are sufficient" in found.state.problem
         assert not found.keys
         assert not found.state.arrays
 
@@ -367,7 +367,7 @@ def test_an_order_that_is_not_known_is_asked_for_and_taken(tmp_path):
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
     truth = trained(OPTIMIZERS["adam"], save)
-    with pytest.raises(InputError, match="neither the order of the file nor the shapes decide") as refusal:
+    with pytest.raises(InputError, match="neither the order of the file nor the shapes are sufficient") as refusal:
         ingest(log, tmp_path / "store", include=["optimizer"])
     assert "order = [" in refusal.value.remedy
     assert "step 0" in refusal.value.where

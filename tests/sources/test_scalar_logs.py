@@ -276,15 +276,15 @@ def test_of_several_runs_in_one_log_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        ([{"step": 0, "accuracy": 1.0}], "no scalar is in this log"),
-        ([{"loss": 1.0}], "no step is in this log"),
+        ([{"step": 0, "accuracy": 1.0}], "no known scalar in this log"),
+        ([{"loss": 1.0}], "this log has no step numbers"),
         ([{"step": 0.5, "loss": 1.0}], "0.5, not the number of a step"),
         ([{"step": -1, "loss": 1.0}], "-1, not the number of a step"),
-        ([{"step": 0, "loss": "low"}], "'low' is no number"),
-        ([{"step": 0, "loss": True}], "'True' is no number"),
-        ([{"step": 0, "loss": "1_0"}], "'1_0' is no number"),
-        ([{"step": 0, "loss": 10**400}], "is no number"),
-        ([{"step": "train", "loss": 1.0}], "'train' is no number"),
+        ([{"step": 0, "loss": "low"}], "'low' is not a number"),
+        ([{"step": 0, "loss": True}], "'True' is not a number"),
+        ([{"step": 0, "loss": "1_0"}], "'1_0' is not a number"),
+        ([{"step": 0, "loss": 10**400}], "is not a number"),
+        ([{"step": "train", "loss": 1.0}], "'train' is not a number"),
     ],
 )
 def test_what_is_no_scalar_of_a_step_is_refused(tmp_path, rows, what):
@@ -304,9 +304,9 @@ def test_not_a_number_is_what_was_logged(tmp_path):
 def test_scalars_alone_are_refused(tmp_path):
     path = lines(tmp_path, {"step": 0, "loss": 1.0})
     for sources in ([path], [tmp_path], [path, path]):
-        with pytest.raises(InputError, match="holds no tensors") as caught:
+        with pytest.raises(InputError, match="does not contain any tensors") as caught:
             open_sources(sources)
-        assert "further SOURCE" in caught.value.remedy
+        assert "additional SOURCE" in caught.value.remedy
 
 
 def test_tensors_are_waited_for_in_a_folder_whose_scalars_grow(tmp_path):
@@ -433,7 +433,7 @@ def test_events_cut_anywhere_give_the_records_before(events):
         found, notes = read_all(read_events, events)
         assert found == whole[: len(found)]
         assert len(notes) <= 1
-    assert "is cut short" in notes[0]
+    assert "is truncated" in notes[0]
 
 
 def test_a_changed_byte_of_an_event_file_is_an_error(events):

@@ -126,7 +126,7 @@ def _require_replicates(step: LoggedStep, content: StepContent) -> None:
     logged += [REPLICATE_LOSS] if content.replicate_loss else []
     if logged and not count:
         raise InputError(
-            f"there is {' and '.join(logged)} but no {REPLICATE_PARAMETER}",
+            f"{' and '.join(logged)} without {REPLICATE_PARAMETER}, or with 0 replicates",
             where=where(step, logged[0]),
             remedy=f"log the states that the replicates lead to as {REPLICATE_PARAMETER}, stacked along axis 0",
         )
