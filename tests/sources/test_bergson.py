@@ -128,7 +128,7 @@ def test_stores_of_a_run_are_the_gradients_of_torch(written, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path, name):
+def test_gradient_descent_is_parallel_to_bergson_gradients(written, tmp_path, name):
     stores = say(shutil.copytree(written / name / "stores", tmp_path / "stores"), LAYOUTS[name])
     whole_run.ingest_run([written / name / "models", stores], tmp_path / "out")
     whole_run.analyze_run(tmp_path / "out", Serial(learning_rate=1.0))
@@ -143,7 +143,7 @@ def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path,
     assert sum("all results of the model" in note for note in said.notes) == 1
 
 
-def test_a_run_file_can_name_the_stores(run, tmp_path):
+def test_a_run_file_can_list_the_stores(run, tmp_path):
     lines = [f'[[source]]\npath = "{folder.name}"' for folder in run]
     (tmp_path / "run.toml").write_text("\n".join(lines))
     read, _ = gradients_of([tmp_path], 2)
@@ -152,7 +152,7 @@ def test_a_run_file_can_name_the_stores(run, tmp_path):
     assert all((again[name] == value).all() for name, value in read.items())
 
 
-def test_stores_of_several_losses_are_told_apart(run, tmp_path):
+def test_stores_of_different_losses_are_distinguished(run, tmp_path):
     edit(run[1] / "checkpoint-1", "config.yaml", "loss_reduction: sum", "loss_reduction: mean")
     warnings = ingest(list(run), tmp_path / "out").warnings
     for reduction, step in (("sum", 0), ("mean", 1)):
@@ -161,12 +161,12 @@ def test_stores_of_several_losses_are_told_apart(run, tmp_path):
         assert said[0].endswith(f"(in step-{step})")
 
 
-def test_what_has_no_gradient_is_said_when_it_is_left_out(run, tmp_path):
+def test_tensors_without_gradient_are_listed_when_left_out(run, tmp_path):
     warnings = ingest(list(run), tmp_path / "out").warnings
     assert sum("'transformer.wte.weight'" in warning for warning in warnings) == 1
 
 
-def test_a_row_for_each_document_is_read_as_their_mean(other, written):
+def test_one_row_per_document_is_read_as_the_mean(other, written):
     with np.load(written / "gpt2" / "gradients" / "0.npz") as truth:
         read, _ = gradients_of(other("rows"), 0)
         assert {value.dtype.name for value in read.values()} == {"float64"}
@@ -187,7 +187,7 @@ def test_a_row_for_each_document_is_read_as_their_mean(other, written):
 
 
 @pytest.mark.parametrize("name", ["biased", "biased rows"])
-def test_biases_are_read_where_bergson_was_asked_for_them(other, written, name):
+def test_biases_are_read_if_bergson_included_them(other, written, name):
     read, notes = gradients_of(other(name), 0)
     assert read.keys() == LINEAR["gpt2"] | {name.replace("weight", "bias") for name in LINEAR["gpt2"]}
     assert any("all results of the model concern its other 8 tensors" in note for note in notes)
@@ -195,7 +195,7 @@ def test_biases_are_read_where_bergson_was_asked_for_them(other, written, name):
         require_close(read, truth)
 
 
-def test_a_module_can_be_of_another_layout(run):
+def test_a_module_can_have_another_layout(run):
     models, stores = run
     read, _ = gradients_of(run, 0)
     say(stores, "linear", **{"h.0.attn.c_attn": "conv1d", "h.0.mlp.c_fc": "conv1d", "h.0.mlp.c_proj": "conv1d"})
@@ -206,7 +206,7 @@ def test_a_module_can_be_of_another_layout(run):
 
 
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 40))
-def test_blocks_of_a_box_are_small_and_give_its_elements_in_their_order(first, rows, left, columns, most):
+def test_blocks_of_a_box_are_small_and_preserve_the_order(first, rows, left, columns, most):
     box = np.arange(18 * 18).reshape(18, 18)
     found = list(blocks(slice(first, first + rows), slice(left, left + columns), limit=most))
     assert all(len(some) * len(others) <= most for some, others in found)
@@ -216,7 +216,7 @@ def test_blocks_of_a_box_are_small_and_give_its_elements_in_their_order(first, r
 
 @given(st.sampled_from(["mean", "rows", "biased", "biased rows"]), st.data())
 @reads_only
-def test_any_slice_is_that_of_the_whole_tensor(written, tmp_path, name, data):
+def test_any_slice_equals_that_of_the_complete_tensor(written, tmp_path, name, data):
     stores = tmp_path / name
     if not stores.exists():
         shutil.copytree(written / "gpt2" / "stores" if name == "mean" else written / "other" / name, stores)
@@ -272,7 +272,7 @@ def test_a_transposed_tensor_is_read_in_bounded_memory(large, tmp_path):
     assert peak <= (1 << 20) * 4 + (1 << 20)
 
 
-def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
+def test_the_mean_of_rows_is_computed_in_bounded_memory(large):
     store, stored = large
     edit(store, "info.json", '"num_grads": 1', '"num_grads": 2')
     edit(store, "config.yaml", "aggregation: mean", "aggregation: none")
@@ -286,17 +286,17 @@ def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("projected", "projected at random (projection_dim: 4)"),
-        ("projected to one", "projected at random (projection_dim: 4)"),
+        ("projected", "randomly projected (projection_dim: 4)"),
+        ("projected to one", "randomly projected (projection_dim: 4)"),
         ("tokens", "one row per token"),
-        ("unit", "scaled to length 1 (unit_normalize: true)"),
-        ("unit mean", "scaled to length 1 (normalize_aggregated_grad: true)"),
+        ("unit", "normalized to length 1 (unit_normalize: true)"),
+        ("unit mean", "normalized to length 1 (normalize_aggregated_grad: true)"),
         ("normalized", "(normalizers.pth)"),
         ("sum", "(aggregation: sum)"),
         ("contrast", "(contrast/)"),
     ],
 )
-def test_other_stores_are_refused_with_what_their_own_files_say(other, name, why):
+def test_unsuitable_stores_are_refused_with_the_reason(other, name, why):
     sources = other(name)
     for error in (refused(sources), refusal(sources[1])):
         assert "does not contain the gradient of the loss" in error.what
@@ -317,13 +317,13 @@ def edit(store, name, old, new):
         ("config.yaml", "optimizer_state: ''", "optimizer_state: runs/a/optimizer.pt", "(optimizer_state: runs/"),
         ("config.yaml", "hessian_path: null", "hessian_path: runs/h", "(hessian_path: runs/h)"),
         ("config.yaml", "precision: fp64", "precision: int4", "(precision: int4)"),
-        ("config.yaml", "      aggregation: mean\n", "", "how its rows were made (config.yaml)"),
+        ("config.yaml", "      aggregation: mean\n", "", "how its rows were computed (config.yaml)"),
         ("config.yaml", "metadata:", "- build:\n    index_cfg:\n      model: b\nmetadata:", "several builds"),
         ("processor_config.yaml", "projection_dim: null\n", "", "whether it is projected"),
-        ("info.json", '"num_grads": 1', '"num_grads": 2', "has 2 rows, where a mean is one"),
+        ("info.json", '"num_grads": 1', '"num_grads": 2', "has 2 rows, but a mean is one row"),
     ],
 )
-def test_a_store_that_does_not_say_what_it_is_is_refused(run, name, old, new, why):
+def test_a_store_with_incomplete_metadata_is_refused(run, name, old, new, why):
     edit(run[1] / "checkpoint-0", name, old, new)
     error = refused(run)
     assert why in error.why
@@ -336,7 +336,7 @@ def test_a_store_without_its_settings_is_refused(run, name):
     assert f"({name})" in refused(run).why
 
 
-def test_gradients_of_the_epochs_of_a_run_are_of_no_state(run, tmp_path):
+def test_gradients_of_epochs_belong_to_no_state(run, tmp_path):
     folder = tmp_path / "run" / "train"
     store = shutil.copytree(run[1] / "checkpoint-0", folder / "epoch_0")
     for source in (tmp_path / "run", folder, store):
@@ -346,7 +346,7 @@ def test_gradients_of_the_epochs_of_a_run_are_of_no_state(run, tmp_path):
         assert error.where == str(store)
 
 
-def test_nothing_is_guessed_of_the_orientation(run):
+def test_the_orientation_is_not_guessed(run):
     stores = run[1]
     (stores / "natgrad.toml").unlink()
     error = refused(run)
@@ -376,17 +376,17 @@ GPT2 = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "h.0.mlp.c_fc": (
     [
         (
             {"other.weight": (8, 8)},
-            "module 'h.0.attn.c_attn' fits no tensor",
+            "module 'h.0.attn.c_attn' with 192 elements does not match any tensor",
             "no tensor is called h.0.attn.c_attn",
         ),
         (
             {f"{module}.weight": shape if shape != (8, 12) else (8, 13) for module, shape in GPT2.items()},
-            "module 'h.0.mlp.c_fc' fits no tensor",
+            "module 'h.0.mlp.c_fc' with 96 elements does not match any tensor",
             "'h.0.mlp.c_fc.weight' has (8, 13)",
         ),
         (
             {f"{module}.weight": shape if shape != (8, 12) else (8, 12, 1) for module, shape in GPT2.items()},
-            "module 'h.0.mlp.c_fc' fits no tensor",
+            "module 'h.0.mlp.c_fc' with 96 elements does not match any tensor",
             "'h.0.mlp.c_fc.weight' has (8, 12, 1)",
         ),
         (
@@ -401,13 +401,13 @@ GPT2 = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "h.0.mlp.c_fc": (
         ),
     ],
 )
-def test_modules_must_fit_the_parameters(run, tmp_path, shapes, what, why):
+def test_modules_must_match_the_parameters(run, tmp_path, shapes, what, why):
     error = refused([parameters(tmp_path / "others", shapes), run[1]])
     assert what in error.what
     assert why in error.why
 
 
-def test_modules_are_found_under_the_only_prefix_that_fits_all_of_them(run, tmp_path):
+def test_modules_are_found_under_the_only_common_prefix(run, tmp_path):
     shapes = {f"{module}.weight": shape for module, shape in GPT2.items()}
     shapes |= {f"small.{module}.weight": (2, 2) for module in GPT2} | {"small.h.0.attn.c_proj.weight": (8, 8)}
     read, notes = gradients_of([parameters(tmp_path / "others", shapes), run[1]], 0)
@@ -415,7 +415,7 @@ def test_modules_are_found_under_the_only_prefix_that_fits_all_of_them(run, tmp_
     assert any("4 tensors have no gradient and are left out: 'small." in note for note in notes)
 
 
-def test_a_bias_must_fit_too(other, tmp_path):
+def test_a_bias_must_match_its_parameter(other, tmp_path):
     _, stores = other("biased")
     shapes = {f"{module}.weight": shape for module, shape in GPT2.items()}
     biases = {f"{module}.bias": shape[1:] for module, shape in GPT2.items()}
@@ -423,27 +423,27 @@ def test_a_bias_must_fit_too(other, tmp_path):
     assert read.keys() == shapes.keys() | biases.keys()
     error = refused([parameters(tmp_path / "b", shapes), stores])
     assert "bias of 'h.0.attn.c_attn'" in error.what
-    assert error.why == "there is none"
+    assert error.why == "there is no such parameter"
     assert (
         "has shape (8,)" in refused([parameters(tmp_path / "c", shapes | dict.fromkeys(biases, (8,))), stores]).why
     )
 
 
-def test_a_store_of_another_checkpoint_than_its_name_says_is_refused(run):
+def test_a_store_of_another_checkpoint_than_its_name_is_refused(run):
     (run[1] / "checkpoint-0").rename(run[1] / "taken")
     (run[1] / "checkpoint-1").rename(run[1] / "checkpoint-0")
-    assert "built of step-1, its name says step 0" in refused(run).what
+    assert "built from step-1, but its name indicates step 0" in refused(run).what
     edit(run[1] / "checkpoint-0", "config.yaml", "revision: null", "revision: step0")
     assert gradients_of(run, 0)[0].keys() == LINEAR["gpt2"]
 
 
-def test_a_store_of_another_size_than_it_says_is_refused(run):
+def test_a_store_with_an_inconsistent_size_is_refused(run):
     with (run[1] / "checkpoint-0" / "gradients.bin").open("ab") as file:
         file.write(bytes(4))
-    assert "gradients.bin has 1796 bytes, info.json says 1792" in refused(run).what
+    assert "gradients.bin has 1796 bytes, but info.json implies 1792" in refused(run).what
 
 
-def test_a_store_must_be_called_after_its_step(run):
+def test_a_store_must_be_named_after_its_step(run):
     store = (run[1] / "checkpoint-0").rename(run[1] / "gradients")
     assert "does not contain the step of its state" in refusal(store).what
 
@@ -463,7 +463,7 @@ def test_there_is_nothing_to_map(run):
         open_source(run[1], mapping={"gradient": "a"})
 
 
-def test_alone_it_has_no_parameters(run):
+def test_a_store_alone_has_no_parameters(run):
     said = inspect_source([run[1]])
     assert said.holds == {"gradient": "4 tensors"}
     assert "parameter" in said.missing
@@ -484,7 +484,7 @@ def read_or_refused(name, length, written, stores):
     length=LENGTHS,
 )
 @reads_only
-def test_a_damaged_store_is_read_or_refused_and_nothing_else(written, tmp_path, name, changes, length):
+def test_a_corrupt_store_is_either_read_or_refused(written, tmp_path, name, changes, length):
     stores = tmp_path / "stores"
     if not stores.exists():
         shutil.copytree(written / "gpt2" / "stores", stores)

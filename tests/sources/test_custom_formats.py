@@ -27,7 +27,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_extension_is_named_and_the_others_work(tmp_path, how):
+def test_a_broken_extension_is_reported_and_the_others_work(tmp_path, how):
     text, reason = BROKEN[how]
     site = install(
         tmp_path / "site",

@@ -185,7 +185,7 @@ def assert_condition(found, singular, basis=1.0):
         ("psgd, diagonal", sharded),
     ],
 )
-def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_path, rule, writer):
+def test_the_condition_number_of_a_factored_rule_is_that_of_its_update(tmp_path, rule, writer):
     def before(step, model, optimizer):
         if step not in LINEAR[rule]:
             return None
@@ -224,7 +224,7 @@ def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_
 
 
 @pytest.mark.parametrize("rule", ["torch_optimizer", "pytorch_optimizer"])
-def test_the_metric_read_from_a_log_takes_the_update_to_the_gradient(tmp_path, rule):
+def test_the_logged_metric_maps_the_update_to_the_gradient(tmp_path, rule):
     told = trained(RULES[rule], saver(tmp_path / "log"))
     checked = 0
     for step, ((start, gradients, _), (end, _, _)) in enumerate(itertools.pairwise(told)):
@@ -309,7 +309,7 @@ def rotated_maps(step, model, optimizer, *, correct_bias=True):
     ("options", "writer"),
     [({}, saver), ({}, sharded), ({"correct_bias": False}, saver), ({"normalize_gradient": True}, sharded)],
 )
-def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, options, writer):
+def test_the_condition_number_of_soap_is_that_in_the_rotated_basis(tmp_path, options, writer):
     before = functools.partial(rotated_maps, correct_bias=options.get("correct_bias", True))
     told = trained(functools.partial(soap, **options), writer(tmp_path / "log"), before=before)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
@@ -340,7 +340,7 @@ def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, option
         read_metric(tmp_path / "log", "out.weight", 1)
 
 
-def test_soap_of_its_authors_counts_its_updates_itself(tmp_path):
+def test_the_update_count_of_the_original_soap_is_used(tmp_path):
     """In the layout of their code, which is in no package: ``step`` of each entry, none of the group."""
 
     def save(step, model, optimizer, gradients, loss):
@@ -391,7 +391,7 @@ def own_maps(step, model, optimizer):
     return found
 
 
-def test_blocks_of_scalable_shampoo_are_those_that_it_parts_a_tensor_into(tmp_path):
+def test_scalable_shampoo_blocks_are_those_of_the_optimizer(tmp_path):
     log = tmp_path / "log"
     told = trained(scalable, saver(log), before=own_maps)
     tree, warned = results_of(log, tmp_path / "unsaid")
@@ -408,15 +408,15 @@ def test_blocks_of_scalable_shampoo_are_those_that_it_parts_a_tensor_into(tmp_pa
             assert_condition(kappa.sel(step=step, tensor=name), np.linalg.svd(matrix, compute_uv=False))
         assert np.isnan(kappa.sel(step=step, tensor=["conv.bias", "out.bias", "scale"])).all()
     assert np.isnan(tree["model"]["preconditioner_condition_number"]).all()
-    with pytest.raises(InputError, match="is parted into 3 blocks"):
+    with pytest.raises(InputError, match="is split into 3 blocks"):
         read_metric(log, "out.weight", 2)
     (log / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 'three'\n")
-    with pytest.raises(InputError, match="holds other values than it may"):
+    with pytest.raises(InputError, match="has invalid values"):
         run.ingest_run(log, tmp_path / "wrong", include=["optimizer"])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_objects_in_a_sharded_checkpoint_are_said_not_to_be_read(tmp_path):
+def test_objects_in_a_sharded_checkpoint_are_reported_as_unread(tmp_path):
     trained(scalable, sharded(tmp_path / "log"))
     (tmp_path / "log" / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 3\n")
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
@@ -446,7 +446,7 @@ def curvlinops():
         (torch.save, True, {"damping": (0.2, 0.03)}),
     ],
 )
-def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tmp_path, writer, joint, damping):
+def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path, writer, joint, damping):
     kfac, log = curvlinops(), tmp_path / "log"
     log.mkdir()
     torch.manual_seed(0)
@@ -559,7 +559,7 @@ def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False,
 
 
 @pytest.mark.parametrize("method", ["eigen", "inverse"])
-def test_kfac_pytorch_is_damped_as_the_user_says_it_inverts(tmp_path, method):
+def test_damping_of_kfac_pytorch_follows_the_specified_inversion_method(tmp_path, method):
     log, truth = kfac_pytorch(tmp_path, compute_method=method)
     tree, _ = results_of(log, tmp_path / "out")
     kappa = tree["tensor"]["preconditioner_condition_number"]
@@ -587,7 +587,7 @@ def halved(parameters, lr):
     ("options", "why", "known"),
     [
         ({}, "does not contain the inversion method", ()),
-        ({"compute_method": "eigen", "inv_update_steps": 2}, "inverts at every 2th step", (0, 2)),
+        ({"compute_method": "eigen", "inv_update_steps": 2}, "computes inverses every 2 steps", (0, 2)),
         ({"compute_method": "eigen", "optimizer": halved}, "weight and bias have different learning rates", ()),
         (
             {"compute_method": "eigen", "optimizer": torch.optim.Adam},
@@ -596,7 +596,7 @@ def halved(parameters, lr):
         ),
     ],
 )
-def test_where_kfac_does_not_say_enough_there_is_no_number(tmp_path, options, why, known):
+def test_incomplete_kfac_options_give_no_number(tmp_path, options, why, known):
     log, _ = kfac_pytorch(tmp_path, **options)
     tree, warned = results_of(log, tmp_path / "out")
     kappa = tree["tensor"]["preconditioner_condition_number"]
@@ -604,21 +604,21 @@ def test_where_kfac_does_not_say_enough_there_is_no_number(tmp_path, options, wh
     assert any(why in warning for warning in warned)
 
 
-def test_what_kfac_has_no_factors_of_is_named_and_the_model_is_not_known(tmp_path):
+def test_tensors_without_kfac_factors_are_named_and_the_model_is_unknown(tmp_path):
     log, _ = kfac_pytorch(tmp_path, compute_method="eigen", optimizer=torch.optim.SGD, outside=True)
     tree, warned = results_of(log, tmp_path / "out")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     assert np.isfinite(kappa.sel(tensor=["0.weight", "0.bias"])).all()
     assert np.isnan(kappa.sel(tensor="1.weight")).all()
     assert np.isnan(tree["model"]["preconditioner_condition_number"]).all()
-    assert any("tensor '1.weight' is not known: K-FAC: it has no factors of it" in warning for warning in warned)
+    assert any("tensor '1.weight' is not known: K-FAC: the preconditioner has no factors for it" in warning for warning in warned)
 
 
-def test_amsgrad_is_not_taken_for_adam(tmp_path):
+def test_amsgrad_is_not_mistaken_for_adam(tmp_path):
     trained(lambda model: torch.optim.Adam(groups(model), amsgrad=True), saver(tmp_path / "log"), steps=3)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
-    assert any("AMSGrad: its metric is made of max_exp_avg_sq" in warning for warning in warned)
+    assert any("AMSGrad: its metric depends on max_exp_avg_sq" in warning for warning in warned)
 
 
 # What is no metric -------------------------------------------------------------------------------------------
@@ -635,7 +635,7 @@ def test_amsgrad_is_not_taken_for_adam(tmp_path):
     ],
     ids=["negative", "zero", "nan", "skew", "shape"],
 )
-def test_what_is_no_metric_is_nan_with_a_reason(tmp_path, change, why):
+def test_invalid_metrics_give_nan_with_a_reason(tmp_path, change, why):
     def save(step, model, optimizer, gradients, loss):
         state = optimizer.state[model.out.weight]
         kept = state.get("inv_precond_0")
@@ -687,14 +687,14 @@ def _undamped(tree):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (_neither, "do not fit its weight or bias of shape [3, 4]"),
+        (_neither, "do not match its weight or bias of shape [3, 4]"),
         (_negative, "the metric is not positive definite"),
-        (_integer, "a factor is int64"),
+        (_integer, "a factor has dtype int64"),
         (_endless, "the metric is not positive definite"),
         (_undamped, "the metric is not positive definite"),
     ],
 )
-def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, change, why):
+def test_kfac_factors_without_a_valid_metric_give_nan_with_a_reason(tmp_path, change, why):
     log, _ = kfac_pytorch(tmp_path, compute_method="eigen")
     tree = torch.load(log / "step-2.pt")
     change(tree)
@@ -705,7 +705,7 @@ def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, cha
     assert any(why in warning and "of 2 tensors" in warning for warning in warned)
 
 
-def test_a_factor_that_is_too_large_is_named(tmp_path):
+def test_a_factor_that_is_too_large_is_reported(tmp_path):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out", limits=IngestLimits(largest_factor=11))
     kappa = tree["tensor"]["preconditioner_condition_number"]
@@ -714,7 +714,7 @@ def test_a_factor_that_is_too_large_is_named(tmp_path):
     assert any("'out.weight'" in w and "12 x 12 is too large" in w and "in 2 steps" in w for w in warned)
 
 
-def test_metrics_that_come_after_the_store_was_made_are_told_of(tmp_path):
+def test_metrics_that_appear_after_the_store_was_created_are_reported(tmp_path):
     log, _ = kfac_pytorch(tmp_path, compute_method="eigen", optimizer=torch.optim.SGD)
     tree = torch.load(log / "step-1.pt")
     del tree["preconditioner"]
@@ -728,7 +728,7 @@ def test_metrics_that_come_after_the_store_was_made_are_told_of(tmp_path):
     assert any("metric_eigenvalue_max" in w and "from step 2 on, and are not stored" in w for w in warned)
 
 
-def test_a_step_and_a_tensor_that_are_not_there_are_refused(tmp_path):
+def test_a_missing_step_or_tensor_is_refused(tmp_path):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
     with pytest.raises(InputError, match="step 7 is not in the log"):
         read_metric(tmp_path / "log", "out.weight", 7)
@@ -737,7 +737,7 @@ def test_a_step_and_a_tensor_that_are_not_there_are_refused(tmp_path):
             read_metric(tmp_path / "log", tensor, step)
 
 
-def test_inspect_says_which_metric_the_log_holds(tmp_path, capsys, monkeypatch):
+def test_inspect_reports_the_logged_metric(tmp_path, capsys, monkeypatch):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=2)
     monkeypatch.setattr(sys, "argv", ["natgrad", "inspect", str(tmp_path / "log"), "--json"])
     with pytest.raises(SystemExit):
@@ -755,7 +755,7 @@ def spd(rng, size):
 
 
 @pytest.mark.parametrize("exponent", [1.0, -1.0, 0.5, -0.25])
-def test_a_kronecker_product_of_powers_is_that_of_the_dense_matrices(exponent):
+def test_a_kronecker_product_of_powers_equals_that_of_dense_matrices(exponent):
     rng = np.random.default_rng(1)
     first, diagonal, last = spd(rng, 3), rng.uniform(0.5, 2.0, 2), spd(rng, 4)
     damping, dense = (0.1, 0.2, 0.3), np.ones((1, 1))
@@ -777,7 +777,7 @@ def test_a_kronecker_product_of_powers_is_that_of_the_dense_matrices(exponent):
     np.testing.assert_allclose(kronecker_eigenvalues(ends, 0.5), truth[[-1, 0]], rtol=0, atol=tolerance)
 
 
-def test_a_product_with_negative_eigenvalues_is_refused_or_has_the_right_corners():
+def test_a_product_with_negative_eigenvalues_is_refused_or_has_exact_extremes():
     assert kronecker_eigenvalues([(-1.0, 2.0), (1.0, 3.0)], shift=4.0) == (1.0, 10.0)
     for ends in ([(-1.0, 2.0), (1.0, 3.0)], [(0.0, 1.0)], [(1.0, np.inf), (0.0, 1.0)], [(np.nan, 1.0)]):
         with pytest.raises(InputError, match="not positive definite"):
@@ -793,7 +793,7 @@ def test_a_product_with_negative_eigenvalues_is_refused_or_has_the_right_corners
         balanced_damping((np.eye(2), np.eye(2)), -1.0, 1e-8)
 
 
-def test_what_a_factor_may_lack_in_symmetry_is_measured_in_itself():
+def test_the_symmetry_tolerance_is_relative_to_the_factor():
     rng = np.random.default_rng(2)
     vectors = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     values = np.array([1e-3, 1e-2, 0.1, 1.0, 1.0, 1.0])
@@ -811,7 +811,7 @@ def test_what_a_factor_may_lack_in_symmetry_is_measured_in_itself():
     symmetric_factor(factor + 1e-8 * large, 2.0**-24, definite=False)
 
 
-def test_eigenvalues_of_a_rotated_metric_need_all_that_it_is_made_of():
+def test_eigenvalues_of_a_rotated_metric_need_its_complete_state():
     assert rotated_eigenvalues(0.25, 4.0, 0.5, 0.5) == (2.0, 5.0)
     for known in (
         (-1.0, 4.0, 0.5, 0.5),

@@ -77,7 +77,7 @@ def ends_of_pieces(body):
     return [end for end, _, _ in pieces_of(body)]
 
 
-def test_every_number_is_that_which_was_logged(file, tmp_path):
+def test_every_number_is_preserved(file, tmp_path):
     assert len(file.read_bytes()) > 2 << 15
     settled(file.parent)
     for name, source in {"file": file, "folder": file.parent}.items():
@@ -86,7 +86,7 @@ def test_every_number_is_that_which_was_logged(file, tmp_path):
         assert stored(tmp_path / name / "trajectory.zarr") == VALUES
 
 
-def test_levels_are_joined_and_the_step_of_wandb_is_there(file):
+def test_nested_keys_are_joined_and_the_wandb_step_is_present(file):
     records, notes = read_all(read_wandb, file)
     assert notes == []
     assert [record["_step"] for record in records] == list(range(STEPS))
@@ -95,7 +95,7 @@ def test_levels_are_joined_and_the_step_of_wandb_is_there(file):
     assert records[3].get("lr") is None
 
 
-def test_a_file_that_grows_is_read_as_far_as_it_goes(copy, tmp_path):
+def test_a_growing_file_is_read_up_to_its_last_complete_record(copy, tmp_path):
     log, body = run_without_scalars(tmp_path / "log"), copy.read_bytes()
     for end in ends_of_pieces(body):
         copy.write_bytes(body[:end])
@@ -107,7 +107,7 @@ def test_a_file_that_grows_is_read_as_far_as_it_goes(copy, tmp_path):
     assert stored(tmp_path / "trajectory.zarr") == VALUES
 
 
-def test_a_file_that_is_cut_gives_the_records_before(copy):
+def test_a_truncated_file_yields_the_complete_records(copy):
     body = copy.read_bytes()
     whole, _ = read_all(read_wandb, copy)
     ends = ends_of_pieces(body)
@@ -125,7 +125,7 @@ def test_a_file_that_is_cut_gives_the_records_before(copy):
 
 
 @pytest.mark.parametrize("room", range(8))
-def test_what_is_too_short_for_a_piece_at_the_end_of_a_block_is_passed_over(file, tmp_path, room):
+def test_padding_at_the_end_of_a_block_is_skipped(file, tmp_path, room):
     """Records of the real file, behind one that leaves so many bytes of the first block: chance seldom does."""
     whole, _ = read_all(read_wandb, file)
     records, parts = [], []
@@ -159,7 +159,7 @@ def test_what_is_too_short_for_a_piece_at_the_end_of_a_block_is_passed_over(file
             read_all(read_wandb, tmp_path / "laid.wandb")
 
 
-def test_a_changed_byte_is_an_error(copy, tmp_path):
+def test_a_changed_byte_is_detected(copy, tmp_path):
     body = copy.read_bytes()
     ends = ends_of_pieces(body)
     heads = {end + by for end in (len(WANDB_START), *ends[:-1]) for by in range(9)}
@@ -185,7 +185,7 @@ def test_a_changed_byte_is_an_error(copy, tmp_path):
     assert refusal.value.where == str(copy)
 
 
-def test_zeros_are_room_that_is_not_filled_yet_but_not_before_a_piece(copy):
+def test_trailing_zeros_are_allocated_space_but_not_before_a_fragment(copy):
     body = copy.read_bytes()
     copy.write_bytes(body + bytes(1 << 16))
     found, (note,) = read_all(read_wandb, copy)
@@ -200,7 +200,7 @@ def test_zeros_are_room_that_is_not_filled_yet_but_not_before_a_piece(copy):
 
 
 @given(data=st.binary(max_size=200))
-def test_bytes_that_are_no_history_are_refused_or_read(data, tmp_path_factory):
+def test_bytes_that_are_not_a_history_are_read_or_refused(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.wandb"
     path.write_bytes(WANDB_START + data)
     try:

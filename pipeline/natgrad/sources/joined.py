@@ -85,7 +85,7 @@ class JoinedSource:
             alone = sorted(set(steps) - common) if part.restricts else []
             if alone:
                 _log.warning(
-                    "leaving out %d steps of %s because %s; the first is %d",
+                    "%d steps of %s are left out because %s; the first is %d",
                     len(alone),
                     part.source.location,
                     "another source lacks them"
@@ -153,7 +153,7 @@ def _pending_steps(log: ScalarLog, steps: Mapping[int, LoggedStep], common: set[
     pending = {number for number in common if number > last} if log.growing() else set()
     if pending:
         _log.warning(
-            "leaving %d steps for the next pass because %s is still being written and does not have them yet; "
+            "%d steps are left for the next pass because %s is still being written and does not have them yet; "
             "the first is %d",
             len(pending),
             log.location,

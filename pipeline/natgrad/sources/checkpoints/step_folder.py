@@ -182,7 +182,7 @@ class StepFolder:
         reason = "" if entry.local_path is None else kind.unfinished(entry.local_path)
         if reason:
             self._require_writer(entry, reason)
-            _log.warning("leaving %s for the next pass: %s", entry, reason)
+            _log.warning("%s is left for the next pass: %s", entry, reason)
             return None
         if "step" not in kind.names.required:
             return kind.number(_path(entry))
