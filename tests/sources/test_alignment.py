@@ -1,4 +1,4 @@
-"""Which state a logged quantity belongs to: shifts that the user gives, and those that the updates tell of."""
+"""Alignment of logged quantities with states: shifts given by the user, and shifts detected from updates."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 def trained(optimizer, dtype="float32", steps=STEPS):
-    """States of torch training on |A theta|^2 / 2, tensor by tensor, logged before the update."""
+    """Return states of torch training on |A theta|^2 / 2, tensor by tensor, logged before the update."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     theta = {name: torch.randn(shape).to(kind).requires_grad_() for name, shape in SHAPES.items()}
@@ -54,7 +54,7 @@ def sgd(parameters):
 
 
 def moved(states, by, quantities):
-    """States as a log has them that keeps some quantities ``by`` steps later than those that they belong to."""
+    """Return states in which some quantities are logged ``by`` steps later than the states that they belong to."""
     result = []
     for step, state in enumerate(states):
         if 0 <= step - by < len(states):
@@ -69,7 +69,7 @@ def write_moved(folder, states, by, quantities=("gradient", "loss")):
 
 
 def held(path):
-    """Rows of a trajectory by step: the bits of its arrays, and its scalars."""
+    """Return the states of a trajectory by step: the bits of its arrays, and its scalars."""
     states = open_trajectory(path)
     rows = {}
     for row, step in enumerate(states.scalar("step").tolist()):
@@ -89,7 +89,7 @@ def test_shifting_a_log_back_gives_the_original_run(tmp_path, by, caplog):
     source = write_moved(tmp_path / "moved", states, by)
     ingest(source, tmp_path / "shifted.zarr", shift={"gradient": -by, "loss": -by})
     expected, found = held(tmp_path / "aligned.zarr"), held(tmp_path / "shifted.zarr")
-    # Of those logged, the states whose gradient lies in another step that is logged.
+    # Of the logged states, those whose gradient is logged at another step.
     logged = range(by, STEPS) if by > 0 else range(STEPS + by)
     assert list(found) == [step for step in logged if step + by in logged]
     assert all(found[step] == expected[step] for step in found)
@@ -162,7 +162,7 @@ def test_command_line_shifts_are_numbers_of_steps():
             parse_shift(pairs)
 
 
-# What the updates tell -----------------------------------------------------------------------------------------
+# Detection from updates ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -193,7 +193,7 @@ def test_aligned_gradients_give_no_warning(tmp_path, optimizer):
 
 
 def test_insufficient_precision_gives_no_warning(tmp_path):
-    # The gradient of a step and of the next one differ by less than an update is rounded.
+    # The gradients of a step and of the next one differ by less than the rounding of an update.
     source = write_moved(tmp_path / "log", trained(sgd, "bfloat16"), 1)
     summary = ingest(source, tmp_path / "trajectory.zarr")
     assert not [warning for warning in summary.warnings if "--shift" in warning]
@@ -204,7 +204,7 @@ state = arrays(np.float64, (2, 3), elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0
 
 @given(st.lists(state, min_size=4, max_size=4))
 def test_alignment_by_chance_gives_no_warning(states):
-    # Three elements lie within b / d of a line by chance in one of (d / b)**2 cases; 1e12 are asked for.
+    # Three elements are within b / d of a line by chance in one of (d / b)**2 cases; 1e12 is required.
     pairs = list(itertools.pairwise(states))
     lengths = [np.linalg.norm(after[0] - before[0]) for before, after in pairs]
     bounds = [2.0**-8 * np.linalg.norm(abs(before[0]) + abs(after[0])) for before, after in pairs]

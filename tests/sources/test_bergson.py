@@ -58,7 +58,7 @@ def say(folder, layout, **modules):
 
 @pytest.fixture
 def run(written, tmp_path):
-    """Models and stores of a run of GPT-2, to be changed."""
+    """Models and stores of a run of GPT-2 that tests may modify."""
     for name in ("models", "stores"):
         shutil.copytree(written / "gpt2" / name, tmp_path / name)
     return tmp_path / "models", say(tmp_path / "stores", "conv1d")
@@ -66,7 +66,7 @@ def run(written, tmp_path):
 
 @pytest.fixture
 def other(written, tmp_path):
-    """Stores of another kind of the first state of GPT-2, by name, with their model."""
+    """Stores of other kinds for the first state of GPT-2, by name, with their model."""
 
     def copied(name):
         stores = shutil.copytree(written / "other" / name, tmp_path / name)
@@ -76,7 +76,7 @@ def other(written, tmp_path):
 
 
 def gradients_of(sources, number):
-    """Gradients of a step by name, and the notes."""
+    """Return the gradients of a step by name, and the notes."""
     log = open_sources(sources)
     step = next(step for step in log.steps() if step.number == number)
     with log.open(step) as reader:
@@ -97,7 +97,7 @@ def refused(sources):
 
 
 def require_close(read, truth, roundings=2, unit=2.0**-24):
-    """Bergson rounds the sum over documents to float32, and its safe_divide by their number.
+    """Return a bound: Bergson rounds the sum over documents to float32, and its quotient by their number.
 
     The gradients themselves are of float64 on both sides; 2^-40 of the largest leaves them 2^13 roundings.
     """
@@ -135,7 +135,7 @@ def test_gradient_descent_is_parallel_to_bergson_gradients(written, tmp_path, na
     tree = read_results(tmp_path / "out" / "results.zarr")
     for level in ("model", "tensor"):
         angle = tree[level]["angle"].sel(descent="gradient", window=1)
-        # Two roundings of the gradient; of the parameters' 2^-53, updates are 2^-20 of them or more.
+        # Two roundings of the gradient; parameters are rounded by 2^-53, and updates are at least 2^-20 of them.
         assert (angle <= 2 * 2.0**-24 * (1 + 2.0**-24) + 2.0**-32).all()
     said = inspect_source([written / name / "models", stores])
     assert said.format == "safetensors, bergson"
@@ -171,7 +171,7 @@ def test_one_row_per_document_is_read_as_the_mean(other, written):
         read, _ = gradients_of(other("rows"), 0)
         assert {value.dtype.name for value in read.values()} == {"float64"}
         require_close(read, truth, roundings=0)
-        # Of bfloat16 weights, activations and rows: what Bergson itself loads has this mean.
+        # Weights, activations and rows are bfloat16: compare with the mean of the rows that Bergson itself loads.
         read, notes = gradients_of(other("bfloat16"), 0)
     assert any("precision: bf16" in note for note in notes)
     store = written / "other" / "bfloat16" / "step-0"
@@ -239,7 +239,7 @@ ROWS, COLUMNS = 3 << 10, 2 << 10
 
 @pytest.fixture
 def large(written, tmp_path):
-    """A store of one module of 6 MiB elements, and what lies in it."""
+    """A store with one module of 6 Mi elements, and its values."""
     store = shutil.copytree(written / "gpt2" / "stores" / "checkpoint-0", tmp_path / "stores" / "checkpoint-0")
     info = json.loads((store / "info.json").read_text())
     (store / "info.json").write_text(json.dumps({**info, "grad_sizes": {"layer": ROWS * COLUMNS}}))
@@ -250,7 +250,7 @@ def large(written, tmp_path):
 
 
 def read_traced(sources, tensor):
-    """Read a tensor of the large store, and the most bytes that it took beside it."""
+    """Read a tensor of the large store; return it and the peak memory in addition to it."""
     log = open_sources(sources)
     step = log.steps()[0]
     out = np.empty(ROWS * COLUMNS, np.float32)
@@ -268,7 +268,7 @@ def test_a_transposed_tensor_is_read_in_bounded_memory(large, tmp_path):
     models = parameters(tmp_path / "models", {"layer.weight": stored.T.shape})
     out, peak = read_traced([models, store.parent], "layer.weight")
     assert (out.reshape(COLUMNS, ROWS) == stored.T).all()
-    # One block of 2^20 elements, and a mebibyte for all else; the tensor has six such blocks.
+    # One block of 2^20 elements, and one MiB for everything else; the tensor has six such blocks.
     assert peak <= (1 << 20) * 4 + (1 << 20)
 
 

@@ -1,4 +1,4 @@
-"""Readers of training logs against the libraries that wrote them."""
+"""Readers of training logs, compared with the libraries that wrote them."""
 
 import itertools
 import os
@@ -78,7 +78,7 @@ def read(reader, array, tensor, shape, dtype, start=0, stop=None):
 
 
 def read_all(folder):
-    """Everything that a log of one step holds, by its keys."""
+    """Return the contents of a log with one step, by key."""
     log, step = only_step(folder)
     with log.open(step) as reader:
         content = complete(step, reader.content())
@@ -96,7 +96,7 @@ def assert_same_bits(actual, expected):
         assert np.asarray(actual[key]).tobytes() == np.asarray(value).tobytes(), key
 
 
-# What is there -----------------------------------------------------------------------------------------------
+# Contents ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("writer", "dtype"), CASES)
@@ -157,7 +157,7 @@ LARGE = {"matrix": (61, 97), "vector": (50,)}
 
 @pytest.fixture(scope="module")
 def large_logs(tmp_path_factory):
-    """One log for each way of writing, and its state; larger than a buffer of the zip reader."""
+    """Logs written in all ways, and their state, which is larger than a buffer of the zip reader."""
     state = the_state("float64", LARGE)
     return {writer: write(tmp_path_factory.mktemp("log"), writer, state) for writer in WRITERS}, state
 
@@ -202,11 +202,11 @@ def test_listing_opens_no_step(tmp_path):
     assert [step.number for step in open_source(tmp_path).steps()] == [1, 2]
 
 
-# What is refused ---------------------------------------------------------------------------------------------
+# Refused logs ------------------------------------------------------------------------------------------------
 
 
 def refusal(folder, format=None):
-    """The refusal of the only step of a log, which must name it."""
+    """Return the error for the only step of a log, which must name it."""
     _, step = only_step(folder, format)
     with pytest.raises(InputError) as caught:
         read_all(folder)
@@ -240,7 +240,7 @@ def test_an_archive_with_one_wrong_byte_never_yields_a_wrong_value(tmp_path, wri
     except InputError:
         refusal(tmp_path)
     else:
-        # A byte that carries no data (a date, say), or that hides entries of the archive's table.
+        # This byte contains no data (for example, a date), or it hides entries of the table of the archive.
         assert {key for key in state if key.startswith(("parameter", "gradient"))} <= content.keys()
         assert_same_bits(content, {key: state[key] for key in content})
 
@@ -264,7 +264,7 @@ def test_unreadable_files_are_refused(tmp_path, name):
 def test_a_step_without_read_permission_is_refused(tmp_path, monkeypatch):
     path = write_step(tmp_path, 7, the_state("float32"), "npz")
     path.chmod(0)
-    if os.access(path, os.R_OK):  # the superuser reads everything: let the system refuse in its place
+    if os.access(path, os.R_OK):  # the superuser can read everything: simulate the error
         monkeypatch.setattr(
             "zipfile.ZipFile.__init__", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
         )

@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed's engine wrote, in every stage of ZeRO, read without it."""
+"""Checkpoints written by the DeepSpeed engine in every stage of ZeRO, read without DeepSpeed."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
 from opened import ingest, open_source
 
-SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
+SHAPES = {**TENSORS, "scale": (1,)}  # the engine does not support scalars
 STATES = random_walk(5, SHAPES)
 # Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
 GROUPS = [
@@ -35,7 +35,7 @@ STAGES = ["stage 0", "stage 1, bf16", "stage 2", "stage 2, bf16", "stage 3", "st
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Folder of the logs of one run in all stages, each by two processes, some by three."""
+    """Folder with the logs of one run in all stages, each written by two processes, some by three."""
     folder = tmp_path_factory.mktemp("deepspeed")
     more = [{"exact": exact, "groups": GROUPS} for exact in EXACT]
     torch.save([one | other for one, other in zip(trees_of(STATES), more, strict=True)], folder / "states")
@@ -47,7 +47,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture
 def log(job, tmp_path):
-    """A log of the first step, to be changed."""
+    """A log of the first step that tests may modify."""
 
     def copy(stage):
         shutil.copytree(job / stage / "global_step0", tmp_path / "log" / "global_step0")
@@ -58,7 +58,7 @@ def log(job, tmp_path):
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
-    """The gradients of the run, as a further source."""
+    """The gradients of the run, as an additional source."""
     states = [{key: value for key, value in state.items() if key.startswith("gradient")} for state in STATES]
     return write_log(tmp_path_factory.mktemp("gradients"), states)
 
@@ -143,12 +143,12 @@ def test_trainer_checkpoints_may_contain_weights_only_in_the_deepspeed_folder(tm
     assert ledger_of(tmp_path, [tmp_path / "log", gradients]) == expected
 
 
-# What the optimizer keeps -------------------------------------------------------------------------------------
+# Optimizer state ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def truth():
-    """State of torch's own optimizer by tensor, before each update and after the last."""
+    """Return the state of the torch optimizer by tensor, before each update and after the last one."""
     parameters = {name: torch.nn.Parameter(value) for name, value in arrays_of(STATES[0], "parameter").items()}
     groups = [{"params": [p], **GROUPS[p.ndim != 2]} for p in parameters.values()]
     optimizer = torch.optim.AdamW(groups)
@@ -172,7 +172,7 @@ def trajectory_of(folder, log, **options):
 def test_the_optimizer_of_every_stage_equals_that_of_torch(tmp_path, job, truth, stage):
     states, arrays = trajectory_of(tmp_path, job / f"{stage}, trained")
     assert states.n_states == len(truth)
-    assert "master_parameter" not in arrays  # the parameters are these
+    assert "master_parameter" not in arrays  # they are the parameters
     for step, expected in enumerate(truth):
         for tensor in states.layout.tensors:
             name, index = tensor.name, states.layout.tensors.index(tensor)
@@ -195,7 +195,7 @@ def test_the_optimizer_of_every_stage_equals_that_of_torch(tmp_path, job, truth,
 
 @pytest.mark.parametrize("stage", ["stage 2", "stage 3"])
 def test_the_optimizer_of_three_ranks_equals_that_of_torch(tmp_path, job, truth, stage):
-    """Ranks end within tensors, and the last has padding."""
+    """Test slices across rank boundaries inside tensors, and the padding of the last rank."""
     states, arrays = trajectory_of(tmp_path, job / f"{stage}, three")
     for array in ("exp_avg", "exp_avg_sq"):
         for name, rows in arrays[array].items():
@@ -217,7 +217,7 @@ def test_master_weights_are_optimizer_state_if_forward_weights_are_saved(tmp_pat
 
 
 def trainer_folder(folder, log):
-    """The Trainer's folder: models of its own, and DeepSpeed's checkpoints beside them."""
+    """Return a Trainer folder with separate models and DeepSpeed checkpoints."""
     for step in range(len(STATES) + 1):
         checkpoint = folder / f"checkpoint-{step}"
         inner = checkpoint / f"global_step{step}"
@@ -265,7 +265,10 @@ def other_numbers(tree):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda tree: moments(tree)["state"][0].pop("exp_avg"), "group 0 of a rank has none that matches its weights"),
+        (
+            lambda tree: moments(tree)["state"][0].pop("exp_avg"),
+            "group 0 of a rank has none that matches its weights",
+        ),
         (
             lambda tree: moments(tree)["state"][1].update(exp_avg=torch.zeros(5)),
             "group 1 of a rank has none that matches its weights",
@@ -287,7 +290,7 @@ def test_moments_that_do_not_match_the_weights_are_left_out_with_a_note(tmp_path
 
 
 def test_moments_of_an_elastic_checkpoint_have_no_padding_and_no_options(tmp_path, job, truth):
-    """`base_optimizer_state` is then a list of the states of the groups (DeepSpeed's `elastic_checkpoint`)."""
+    """With `elastic_checkpoint`, `base_optimizer_state` is a list of the states of the groups."""
     shutil.copytree(job / "stage 2, trained", tmp_path / "log")
     for path in (tmp_path / "log").glob("global_step*/*optim_states.pt"):
 
@@ -308,7 +311,7 @@ def test_moments_of_an_elastic_checkpoint_have_no_padding_and_no_options(tmp_pat
     assert (states.scalar("updates")[1:] == np.arange(1, states.n_states)[:, None]).all()
 
 
-# What does not fit together ----------------------------------------------------------------------------------
+# Inconsistent files ------------------------------------------------------------------------------------------
 
 
 def only(folder, pattern):
@@ -346,7 +349,12 @@ def cut(tree):
 @pytest.mark.parametrize(
     ("stage", "file", "change", "what"),
     [
-        ("stage 2", "rank_1_*optim_states.pt", cut, "the shapes of group 0 have 1235 elements, but its ranks have 1226"),
+        (
+            "stage 2",
+            "rank_1_*optim_states.pt",
+            cut,
+            "the shapes of group 0 have 1235 elements, but its ranks have 1226",
+        ),
         (
             "stage 2",
             "rank_1_*optim_states.pt",

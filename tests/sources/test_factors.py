@@ -1,7 +1,7 @@
-"""Metrics of rules with factors, from the files of those who save them to the condition number in use.
+"""Metrics of factored rules, from the files of their original libraries to the condition number in use.
 
-The truth is the linear map that the real optimizer applies: its step, taken from zero parameters, for every unit
-vector as the gradient, while it does not renew its factors.
+The reference is the linear map that the real optimizer applies: its step from zero parameters with every unit
+vector as the gradient, while it does not update its factors.
 """
 
 import copy
@@ -43,7 +43,7 @@ RATES = (0.1, 0.02)
 
 
 class Net(torch.nn.Module):
-    """A kernel, matrices of two shapes, vectors and a number."""
+    """Return a kernel, matrices of two shapes, vectors and a number."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ SHAPES = {name: tuple(p.shape) for name, p in Net().named_parameters()}
 
 
 def groups(model):
-    """The kernel and the number move at another rate than the rest."""
+    """Return parameter groups in which the kernel and the number have another learning rate."""
     named = dict(model.named_parameters())
     fast = ("conv.weight", "conv.bias", "scale")
     return [
@@ -72,7 +72,7 @@ def rate(name):
     return RATES[name.startswith("out")]
 
 
-# Every second step of these renews the inverses; PSGD is told not to by `maps`.
+# These rules update their inverses every second step; `maps` prevents PSGD from doing so.
 RULES = {
     "torch_optimizer": lambda model: torch_optimizer.Shampoo(groups(model), epsilon=0.02, update_freq=2),
     "pytorch_optimizer": lambda model: pytorch_optimizer.Shampoo(
@@ -89,7 +89,7 @@ RULES = {
         memory_save_mode="one_diag",
     ),
 }
-# The steps at which a rule keeps the inverses that it has, so that its update is linear in the gradient.
+# The steps at which a rule keeps its inverses, so that its update is linear in the gradient.
 LINEAR = {"torch_optimizer": (1, 3), "pytorch_optimizer": (2,), "psgd": (0, 2), "psgd, diagonal": (1,)}
 
 
@@ -99,7 +99,7 @@ def trained(optimizer_of, save, *, dtype=torch.float64, steps=STEPS, before=None
     Returns
     -------
     list
-        Of each step the parameters, the gradients and, of `before` the update, what it says.
+        For each step, the parameters, the gradients and, if given, the result of `before` ahead of the update.
     """
     torch.manual_seed(1)
     model = Net().to(dtype)
@@ -122,12 +122,12 @@ def trained(optimizer_of, save, *, dtype=torch.float64, steps=STEPS, before=None
 def copied(rule, model, optimizer):
     net = copy.deepcopy(model)
     other = RULES[rule](net)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which else shares the tensors
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # otherwise it shares the tensors
     return net, other
 
 
 def maps(rule, model, optimizer):
-    """Matrix that takes the gradient of each tensor to its descent, per learning rate, of the step that follows."""
+    """Return the matrix of each tensor from gradient to descent, per learning rate, for the next step."""
     columns = {name: [] for name in SHAPES}
     for index in range(max(int(np.prod(shape)) for shape in SHAPES.values())):
         net, other = copied(rule, model, optimizer)
@@ -138,7 +138,7 @@ def maps(rule, model, optimizer):
             for p in net.parameters():
                 p.zero_()
                 p.grad = torch.zeros_like(p)
-                # So short that PSGD does not clip it; a power of two, so that nothing is rounded.
+                # Short enough that PSGD does not clip it; a power of two, so that nothing is rounded.
                 p.grad.view(-1)[index % p.numel()] = 2.0**-10
         other.step()
         for name, p in net.named_parameters():
@@ -164,9 +164,10 @@ def assert_eigenvalues(out, row, name, singular, basis=1.0, tables=METRIC_EIGENV
 def assert_condition(found, singular, basis=1.0):
     """Compare a condition number with that of the matrix with these singular values.
 
-    The matrix is that of columns which are rounded like a product of as many terms, and its smallest singular value
-    is off by the rounding of its largest. In a basis of another condition than 1 (SOAP makes it in float32) they
-    are those of the diagonal times at most the squares of the basis' singular values (Ostrowski).
+    Each column of the matrix is rounded like a product of as many terms, and the error of its smallest singular
+    value is the rounding error of its largest. In a basis with another condition number than 1 (SOAP computes it in
+    float32), the values are those of the diagonal times at most the squares of the singular values of the basis
+    (Ostrowski).
     """
     kappa = singular[0] / singular[-1]
     assert len(singular) == 1 or kappa > 1.01
@@ -190,7 +191,7 @@ def test_the_condition_number_of_a_factored_rule_is_that_of_its_update(tmp_path,
         if step not in LINEAR[rule]:
             return None
         if rule.startswith("psgd"):
-            # Its factors are renewed before they act: the map is that of the factors after the step.
+            # The factors are updated before they are applied: the map is that of the factors after the step.
             gradients = [p.grad for p in model.parameters()]
             model, optimizer = copied(rule, model, optimizer)
             for p, gradient in zip(model.parameters(), gradients, strict=True):
@@ -215,7 +216,7 @@ def test_the_condition_number_of_a_factored_rule_is_that_of_its_update(tmp_path,
             assert_eigenvalues(tmp_path / "out", step + 1, name, singular)
         whole = np.sort(np.concatenate([rate(name) * singular for name, singular in spectra.items()]))[::-1]
         if rule.startswith("psgd"):
-            # It clips each tensor's update by its length, which is not saved.
+            # It clips the update of each tensor by its length, which is not saved.
             assert np.isnan(of_model.sel(step=step))
         else:
             assert_condition(of_model.sel(step=step), whole)
@@ -236,8 +237,8 @@ def test_the_logged_metric_maps_the_update_to_the_gradient(tmp_path, rule):
             metric = read_metric(tmp_path / "log", name, step)
             update = (end[name] - start[name]).ravel() / rate(name)
             form = canonical_form(metric, update, -gradients[name].ravel())
-            # Parameters are rounded when the update is added; the factors act by sums of as many terms, and their
-            # inverses and roots are off by the rounding of the statistics, of whose condition kappa is a root.
+            # Parameters are rounded when the update is added. The factors are applied as sums of as many terms, and
+            # their inverses and roots have the rounding error of the statistics; kappa is a root of their condition.
             slipped = 2 * UNIT * np.linalg.norm(start[name]) / (rate(name) * np.linalg.norm(update))
             order = len(SHAPES[name]) * (1 if rule == "torch_optimizer" else 2)
             roots = 8 * update.size * UNIT * form.condition_number ** max(order, 1)
@@ -288,12 +289,12 @@ def soap(model, **options):
 
 
 def rotated_maps(step, model, optimizer, *, correct_bias=True):
-    """Matrix that takes the gradient of each tensor to its descent, per learning rate, by the rule's definition."""
+    """Return the matrix of each tensor from gradient to descent, per learning rate, as the rule defines it."""
     found = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if "Q" not in state:
-            return None  # the first call makes the basis, and no update
+            return None  # the first call computes the basis without an update
         basis = np.ones((1, 1))
         for size, q in itertools.zip_longest(p.shape, state["Q"], fillvalue=()):
             basis = np.kron(basis, q.numpy() if len(q) else np.eye(size))
@@ -320,7 +321,7 @@ def test_the_condition_number_of_soap_is_that_in_the_rotated_basis(tmp_path, opt
     for step, ((start, gradients, matrices), (end, _, _)) in enumerate(itertools.pairwise(told)):
         for name, (matrix, condition) in {} if matrices is None else matrices.items():
             if "normalize_gradient" not in options:
-                # The map is that of the real rule: its update is that of this gradient.
+                # The map is that of the real rule: its update is that for this gradient.
                 update = (end[name] - start[name]).ravel() / rate(name)
                 slipped = 2 * UNIT * np.linalg.norm(start[name]) / rate(name)
                 rounding = 8 * update.size * UNIT * np.linalg.norm(matrix, 2) * np.linalg.norm(gradients[name])
@@ -341,7 +342,7 @@ def test_the_condition_number_of_soap_is_that_in_the_rotated_basis(tmp_path, opt
 
 
 def test_the_update_count_of_the_original_soap_is_used(tmp_path):
-    """In the layout of their code, which is in no package: ``step`` of each entry, none of the group."""
+    """Test the layout of the authors' code, which is in no package: ``step`` per entry, none per group."""
 
     def save(step, model, optimizer, gradients, loss):
         saver(tmp_path / "package")(step, model, optimizer, gradients, loss)
@@ -381,7 +382,7 @@ def scalable(model):
 
 
 def own_maps(step, model, optimizer):
-    """Matrix of the preconditioner of each tensor in the step before, by its own method."""
+    """Return the matrix of the preconditioner of each tensor in the previous step, from its own method."""
     found = {}
     for name, p in model.named_parameters():
         own = optimizer.state[p].get("pre_conditioner")
@@ -430,7 +431,7 @@ def test_objects_in_a_sharded_checkpoint_are_reported_as_unread(tmp_path):
 @functools.cache
 def curvlinops():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.jit, by a package that it needs
+        warnings.simplefilter("ignore")  # from torch.jit, by a dependency
         return importlib.import_module("curvlinops")
 
 
@@ -503,7 +504,7 @@ def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path
                     found, singular = of_tensors.sel(step=step, tensor=name), np.linalg.svd(block, compute_uv=False)
                     assert_condition(found, singular)
                     assert_eigenvalues(tmp_path / "out", step, name, singular, tables=METRIC_EIGENVALUES[2:])
-                # The operator that is read takes the descent of this gradient back to it.
+                # The operator that is read maps the descent back to this gradient.
                 metric = read_metric(log, names[0], step)
                 columns = [gradients[name].reshape(len(gradients[name]), -1) for name in names]
                 gradient = np.column_stack(columns).ravel()
@@ -512,7 +513,7 @@ def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path
                     for name, c in zip(names, columns, strict=True)
                 ]
                 form = canonical_form(metric, np.column_stack(descents).ravel(), gradient)
-                # A descent is a solution: it is off by the condition of what was solved.
+                # The descent is a solution of linear equations: its error grows with their condition number.
                 assert form.mapping_residual <= 8 * len(dense) * UNIT * form.condition_number
                 assert form.condition_number == pytest.approx(
                     float(found), rel=8 * len(dense) * UNIT * float(found)
@@ -526,7 +527,7 @@ def _flat(gradients):
 
 
 def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False, **said):
-    """Write files of the layout that kfac-pytorch 0.4 documents and its source has; its package is on no index.
+    """Write files in the layout of kfac-pytorch 0.4, from its documentation and source (it is on no index).
 
     ``KFACPreconditioner.state_dict()`` is {steps, .., damping, .., layers: {module: {A, G}}}.
     """
@@ -574,7 +575,7 @@ def test_damping_of_kfac_pytorch_follows_the_specified_inversion_method(tmp_path
             assert_condition(kappa.sel(step=step, tensor=name), singular)
         assert_condition(tree["model"]["preconditioner_condition_number"].sel(step=step), singular)
         dense = read_metric(log, "0.bias", step) @ np.eye(15)
-        # A product of two, damped, rounds three times.
+        # A damped product of two factors is rounded three times.
         np.testing.assert_allclose(dense, metric, rtol=0, atol=8 * UNIT * singular[0])
 
 
@@ -611,7 +612,10 @@ def test_tensors_without_kfac_factors_are_named_and_the_model_is_unknown(tmp_pat
     assert np.isfinite(kappa.sel(tensor=["0.weight", "0.bias"])).all()
     assert np.isnan(kappa.sel(tensor="1.weight")).all()
     assert np.isnan(tree["model"]["preconditioner_condition_number"]).all()
-    assert any("tensor '1.weight' is not known: K-FAC: the preconditioner has no factors for it" in warning for warning in warned)
+    assert any(
+        "tensor '1.weight' is not known: K-FAC: the preconditioner has no factors for it" in warning
+        for warning in warned
+    )
 
 
 def test_amsgrad_is_not_mistaken_for_adam(tmp_path):
@@ -621,7 +625,7 @@ def test_amsgrad_is_not_mistaken_for_adam(tmp_path):
     assert any("AMSGrad: its metric depends on max_exp_avg_sq" in warning for warning in warned)
 
 
-# What is no metric -------------------------------------------------------------------------------------------
+# Invalid metrics -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -746,7 +750,7 @@ def test_inspect_reports_the_logged_metric(tmp_path, capsys, monkeypatch):
     assert told.startswith("momentum_buffer, the metric of Shampoo of 5 tensors at step 1")
 
 
-# The algebra -------------------------------------------------------------------------------------------------
+# Linear algebra ------------------------------------------------------------------------------------------------
 
 
 def spd(rng, size):
@@ -766,7 +770,7 @@ def test_a_kronecker_product_of_powers_equals_that_of_dense_matrices(exponent):
     product = Kronecker(first, diagonal, last, exponent=exponent, damping=damping, shift=0.5)
     values, _ = product.eigenvalues()
     truth = np.linalg.eigvalsh(dense)[::-1]
-    # Powers of condition at most 200 to the first, three factors of 9 terms, and 24 terms of LAPACK's.
+    # Powers with condition numbers up to 200, three factors of 9 terms, and 24 terms in LAPACK.
     tolerance = (200 * 9 + 24) * 2 * UNIT * truth[0]
     np.testing.assert_allclose(product @ np.eye(24), dense, rtol=0, atol=tolerance)
     np.testing.assert_allclose(values, truth, rtol=0, atol=tolerance)
@@ -799,7 +803,7 @@ def test_the_symmetry_tolerance_is_relative_to_the_factor():
     values = np.array([1e-3, 1e-2, 0.1, 1.0, 1.0, 1.0])
     factor = (vectors * values) @ vectors.T
     factor = (factor + factor.T) / 2
-    # Among the largest, where a rule's arithmetic mixes directions, a hundredth is one; at the smallest it is more.
+    # The largest values agree to a hundredth, although arithmetic mixes directions; the smallest ones do not.
     large = np.outer(vectors[:, 4], vectors[:, 5]) - np.outer(vectors[:, 5], vectors[:, 4])
     small = np.outer(vectors[:, 0], vectors[:, 1]) - np.outer(vectors[:, 1], vectors[:, 0])
     np.testing.assert_allclose(symmetric_factor(factor + 0.01 * large, UNIT, definite=True), factor, atol=1e-17)

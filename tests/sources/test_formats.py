@@ -1,4 +1,4 @@
-"""One and the same training run in every format, written by the real writers, gives the same ledger."""
+"""One training run in every format, written by the real writers, gives the same ledger."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def run_of(dtype):
 
 
 def arrays_of(state, array):
-    """Tensors of an array of a state, as torch tensors of the same bits."""
+    """Return the tensors of an array of a state, as torch tensors with the same bits."""
     found = {}
     for key, value in state.items():
         name, _, tensor = key.partition("/")
@@ -61,7 +61,7 @@ def arrays_of(state, array):
 
 
 def trees_of(states):
-    """States as trainers save them: nested, by torch."""
+    """Write states with torch in the nested form that trainers use."""
     return [
         {
             "model": arrays_of(state, "parameter"),
@@ -121,7 +121,7 @@ def write_sharded(folder, states):
 
 
 def write_mixed(folder, states):
-    """Parameters and scalars from torch, gradients from safetensors."""
+    """Write parameters and scalars with torch, and gradients with safetensors."""
     folder.mkdir()
     (folder / "checkpoints").mkdir()
     for step, tree in enumerate(trees_of(states)):
@@ -136,7 +136,7 @@ def write_mixed(folder, states):
 
 
 def write_run_file(folder, states):
-    """The same, gradients under bare names: a run file says what they are."""
+    """Write the same with gradients under bare names, which a run file maps."""
     write_mixed(folder, states)
     for path in (folder / "gradients").glob("*/gradient.safetensors"):
         path.rename(path.with_name("model.safetensors"))
@@ -148,7 +148,7 @@ def write_run_file(folder, states):
 
 
 def write_dcp(folder, states):
-    """Saved by four ranks, and by two from step 3 on."""
+    """Save with four ranks, and with two ranks from step 3 on."""
     folder.mkdir()
     torch.save(trees_of(states), folder / "states")
     for ranks, first, last in ((4, 0, 2), (2, 3, len(states))):
@@ -207,7 +207,7 @@ def write_npz_stack(folder, states):
 
 
 def save_zarr(path, state, version=3):
-    # As a chunk that was never written is no value.
+    # Like a chunk that was never written, which has no value.
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(path, mode="w", zarr_format=version)
         for key, value in state.items():
@@ -253,7 +253,7 @@ WRITERS = {
 
 
 def ledger_of(folder, sources, **options):
-    """Everything that a run's stores hold, bit by bit."""
+    """Return the contents of all stores of a run, bit by bit."""
     ingest(sources, folder / "trajectory.zarr", **options)
     compute_ledger(folder / "trajectory.zarr", folder / "ledger.zarr")
     ledger, states = open_ledger(folder / "ledger.zarr"), open_trajectory(folder / "trajectory.zarr")
@@ -308,7 +308,7 @@ def test_slices_across_the_chunks_of_ranks_equal_the_tensor(dcp_log, step, tenso
 
 
 def metadata_of(tmp_path):
-    """A checkpoint of one rank, and its metadata as torch unpickles them."""
+    """A checkpoint of one rank, and its metadata as unpickled by torch."""
     (folder,) = write_dcp_alone(tmp_path / "log", run_of("float32")[:1])
     return folder, pickle.loads((folder / "step-0" / ".metadata").read_bytes())
 
@@ -718,12 +718,12 @@ def test_a_corrupt_hdf5_file_is_either_read_or_refused(tmp_path, stacks, changes
                     reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
 
 
-# One file of all steps: opened once, and seen as it is ----------------------------------------------------------
+# One file of all steps: opened once, and reopened after changes ------------------------------------------------
 
 
 @pytest.fixture(params=["npz, one file", "hdf5, one file"])
 def openings(request, monkeypatch):
-    """Writer of logs of one file, and how often such files were opened so far and are open now."""
+    """Writer of logs in one file, which counts how many of its files were opened and are open."""
     counted = {"so far": 0, "now": 0}
     kind = NpzStack if request.param.startswith("npz") else Hdf5File
     begin, close = kind.__init__, kind.close

@@ -1,7 +1,7 @@
 """Checkpoints of Megatron-LM.
 
-The trainer needs a GPU, so its files are made here as ``megatron/training/checkpointing.py`` makes them, and the
-metadata of ``torch_dist`` as those that megatron-core 0.16 was seen to write.
+The trainer needs a GPU, so its files are created here in the way of ``megatron/training/checkpointing.py``, and the
+metadata of ``torch_dist`` in the form that megatron-core 0.16 writes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 @pytest.fixture
 def megatron(monkeypatch):
-    """A module of that name, without which objects of its classes cannot be pickled."""
+    """A module with this name, without which objects of its classes cannot be pickled."""
     module = types.ModuleType("megatron.core.enums")
     module.ModelType = type("ModelType", (), {"__module__": module.__name__})
     monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
@@ -42,7 +42,7 @@ def megatron(monkeypatch):
 
 
 def state_dict(iteration, arguments, megatron, **models):
-    """What a rank saves."""
+    """Return the objects that a rank saves."""
     sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1} | arguments
     return {
         "args": argparse.Namespace(**sizes, model_type=megatron.ModelType(), params_dtype=torch.bfloat16),
@@ -102,11 +102,11 @@ def test_both_formats_give_the_ledger_of_the_run(tmp_path, megatron, write, form
     assert ledger_of(tmp_path, [folder, gradients_of(tmp_path / "gradients")]) == expected
 
 
-# Stages of a pipeline ----------------------------------------------------------------------------------------
+# Pipeline stages ---------------------------------------------------------------------------------------------
 
 
 def write_stages(folder, megatron, *, untied=False, rename=str, chunks=1):
-    """Two stages of layers that are both called 0, the last one with the embedding once more."""
+    """Test two stages whose layers both have number 0; the last one has a copy of the embedding."""
     arguments = {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": untied}
     for iteration, state in enumerate(STATES):
         tensors = arrays_of(state, "parameter")
@@ -172,7 +172,7 @@ def test_the_tied_embedding_is_counted_once(tmp_path, megatron):
     ]
 
 
-# What does not fit together ----------------------------------------------------------------------------------
+# Inconsistent files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

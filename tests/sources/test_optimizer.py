@@ -1,4 +1,4 @@
-"""What optimizers keep, from the files of those who save them to the condition number of the metric in use."""
+"""Optimizer states, from the files of the original libraries to the condition number of the metric in use."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ RATES = (0.1, 0.02)
 
 
 class Net(torch.nn.Module):
-    """Tensors of equal shapes, in another order than that of their names."""
+    """Return tensors of equal shapes, in an order that differs from that of their names."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class Net(torch.nn.Module):
 
 
 def two_groups(model, **options):
-    """Groups as Hugging Face's Trainer and nanoGPT make them: what is decayed first."""
+    """Return groups as in the Hugging Face Trainer and nanoGPT: decayed tensors first."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -58,7 +58,7 @@ def two_groups(model, **options):
 
 
 def trained(optimizer_of, save, steps=STEPS):
-    """Train a network, and save at each step with its gradients; return the optimizer's state by name, per step."""
+    """Train a network and save each step with its gradients; return the optimizer state by name, per step."""
     torch.manual_seed(0)
     model = Net()
     optimizer = optimizer_of(model)
@@ -104,7 +104,7 @@ def sharded(folder):
 
 
 def stored(store):
-    """Arrays of a trajectory by tensor: shape (rows, elements of the tensor); bfloat16 as its bits in uint16."""
+    """Return the arrays of a trajectory by tensor, of shape (steps, elements); bfloat16 as its bits in uint16."""
     states = open_trajectory(store)
     whole = {}
     for name, dtype in states.dtypes.items():
@@ -141,7 +141,7 @@ def test_saved_state_is_stored_under_the_name_of_its_tensor(tmp_path, writer, na
         for tensor, rows in arrays[array].items():
             for step, row in enumerate(rows):
                 expected = truth[step].get(tensor, {}).get(array)
-                if expected is None:  # before the first update there is none
+                if expected is None:  # there is none before the first update
                     assert step == 0
                     assert np.isnan(row).all()
                 else:
@@ -184,7 +184,7 @@ def test_the_trainer_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
 
 
 def saved_moments(model, optimizer):
-    """Moments that the Trainer's optimizer has of each tensor."""
+    """Return the moments of each tensor in the optimizer of the Trainer."""
     return {
         array: {name: optimizer.state[p][array].numpy().copy() for name, p in model.named_parameters()}
         for array in ("exp_avg", "exp_avg_sq")
@@ -199,14 +199,14 @@ def test_the_used_metric_is_reported_with_the_smallest_possible_one(tmp_path):
     tree = read_results(out / "results.zarr")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     for step in range(STEPS - 1):
-        # The metric of the update from a step is what the optimizer has after it.
+        # The metric of the update from a step is the optimizer state after it.
         metric = {
             tensor: np.sqrt(state["exp_avg_sq"].astype(np.float64) / (1 - 0.95 ** int(state["step"]))) + 1e-6
             for tensor, state in truth[step + 1].items()
         }
         for tensor, diagonal in metric.items():
             expected = diagonal.max() / diagonal.min()
-            # A safe_divide of two sums, each of a root of a safe_divide: eight roundings.
+            # A quotient of two sums, each of a root of a quotient: eight roundings.
             assert float(kappa.sel(step=step, tensor=tensor)) == pytest.approx(expected, rel=8 * 2.0**-52)
         scaled = [d / RATES[d.ndim < 2] for d in metric.values()]
         expected = max(d.max() for d in scaled) / min(d.min() for d in scaled)
@@ -235,7 +235,7 @@ def test_groups_with_several_rates_give_each_tensor_its_rate_and_the_model_the_l
         of_tensor = tree["tensor"].to_dataset().sel(tensor=tensor.name)
         assert (of_tensor["learning_rate"] == rate).all()
         moved = np.linalg.norm(np.diff(arrays["parameter"][tensor.name].astype(np.float64), axis=0), axis=1)
-        # Of a norm of 9 elements at most, and its safe_divide: a dozen roundings.
+        # The quotient of a norm of at most 9 elements: a dozen roundings.
         assert of_tensor["update_norm"].sel(window=1).values == pytest.approx(moved / rate, rel=12 * 2.0**-52)
 
 
@@ -262,7 +262,7 @@ def test_a_run_continues_with_its_original_options(tmp_path):
     log, store = tmp_path / "log", tmp_path / "store"
     trained(OPTIMIZERS["adam"], saver(log), steps=3)
     ingest(log, store, include=["optimizer"])
-    trained(OPTIMIZERS["adam"], saver(log), steps=STEPS)  # the same again, and two steps more
+    trained(OPTIMIZERS["adam"], saver(log), steps=STEPS)  # repeat, with two more steps
     assert ingest(log, store).new_steps == 2
     whole = tmp_path / "whole"
     ingest(log, whole, include=["optimizer"])
@@ -308,7 +308,7 @@ def test_a_log_without_optimizer_is_refused(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-# Which tensor is whose ---------------------------------------------------------------------------------------
+# Assignment of entries to tensors ------------------------------------------------------------------------------
 
 
 class Opened:
@@ -359,7 +359,7 @@ def test_an_unknown_order_is_requested_and_then_used(tmp_path):
     log = tmp_path / "log"
 
     def save(step, model, optimizer, gradients, loss):
-        # Files of this kind do not keep the order of their tensors.
+        # Files of this kind do not preserve the order of their tensors.
         folder = log / f"step-{step}"
         folder.mkdir(parents=True)
         safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
@@ -382,7 +382,7 @@ def test_an_unknown_order_is_requested_and_then_used(tmp_path):
         ingest(log, tmp_path / "other", include=["optimizer"])
 
 
-# The algebra -------------------------------------------------------------------------------------------------
+# Arithmetic --------------------------------------------------------------------------------------------------
 
 POSITIVE = st.floats(1e-30, 1e30)
 
@@ -395,8 +395,8 @@ def test_eigenvalues_of_adams_metric_against_exact_arithmetic(one, other, beta2,
         bias = 1 - mpf(beta2) ** updates
         for found, v in ((low, smallest), (high, largest)):
             expected = mp.sqrt(mpf(v) / bias) + mpf(epsilon)
-            # Power, difference, safe_divide, root and sum round once each; near beta2 = 1 the difference keeps
-            # 1 / (1 - beta2) = 1e4 times the rounding of the power at one update.
+            # Power, difference, quotient, root and sum are rounded once each; near beta2 = 1, the difference has
+            # 1 / (1 - beta2) = 1e4 times the rounding error of the power at one update.
             assert float(abs(mpf(float(found)) - expected) / expected) <= (1e4 + 4) * 2.0**-52
     assert low <= high
 

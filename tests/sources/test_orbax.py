@@ -1,4 +1,4 @@
-"""Checkpoints that Orbax wrote, in each of its layouts, read without JAX."""
+"""Checkpoints written by Orbax in each of its layouts, read without JAX."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The ledger of the run as natively logged, with names in levels as Orbax has them."""
+    """The ledger of the run in the native format, with nested names as in Orbax."""
 
     def leveled(key):
         array, _, tensor = key.partition("/")
@@ -57,7 +57,7 @@ def expected(tmp_path_factory):
 
 @pytest.fixture
 def log(job, tmp_path):
-    """A log of the first step, to be changed."""
+    """A log of the first step that tests may modify."""
 
     def copy(layout):
         step = "ckpt_000000" if layout == "plain" else "0"
@@ -116,7 +116,7 @@ def test_a_folder_of_runs_is_not_a_run(tmp_path, job):
     assert [step.number for step in open_source(tmp_path / "run-2").steps()] == [7]
 
 
-# What does not fit together ----------------------------------------------------------------------------------
+# Inconsistent files ------------------------------------------------------------------------------------------
 
 
 def rewritten(path, change):

@@ -1,4 +1,4 @@
-"""Logs of scalars beside those of the tensors, written by the loggers that users have."""
+"""Logs of scalars in addition to those of tensors, written by the loggers that users have."""
 
 import contextlib
 import csv
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 def settled(path):
-    """A log that nobody has written to for long."""
+    """Return a log that has not been modified for a long time."""
     for file in [path, *path.rglob("*")]:
         os.utime(file, ns=(LONG_AGO, LONG_AGO))
     return path
@@ -56,7 +56,7 @@ def run_without_scalars(folder, steps=STEPS):
 
 
 def values_of(steps=STEPS):
-    """Losses and rates that only float64 holds, one step of the rate left out: loggers have sparse rows."""
+    """Return losses and rates that only float64 represents, with one missing rate: loggers have sparse rows."""
     return [(step, np.pi / (step + 1), None if step == 3 else 0.1 * 0.9**step) for step in range(steps)]
 
 
@@ -76,7 +76,7 @@ def write_lightning_csv(folder, values):
     for step, loss, rate in values:
         logger.log_metrics({"train_loss": loss}, step)
         logger.log_metrics({"val_loss": 7.0}, step)
-        # A key that comes later has the file written anew, with another header.
+        # A new key makes the logger write the file again, with another header.
         if rate is not None:
             logger.log_metrics({"lr-SGD": rate, "lr-SGD-momentum": 0.9}, step)
     logger.save()
@@ -106,7 +106,7 @@ def write_nested_json_lines(folder, values):
 
 
 def write_parquet(folder, values):
-    """As W&B exports a history, in two files."""
+    """Write two files like a history exported by W&B."""
     table = frame_of(values, step="_step", loss="train/loss", learning_rate="train/learning_rate")
     for number, part in enumerate((table[:4], table[4:])):
         part.to_parquet(folder / f"{number:04}.parquet")
@@ -114,7 +114,7 @@ def write_parquet(folder, values):
 
 
 def write_trackio(folder, values):
-    """The schema and the bytes that trackio 0.43 writes; the package itself brings a web server."""
+    """Write the schema and the bytes of trackio 0.43, whose package includes a web server."""
     with contextlib.closing(sqlite3.connect(folder / "project.db")) as database, database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute(
@@ -191,7 +191,7 @@ def test_the_later_record_of_a_repeated_step_is_used(tmp_path):
         writer = csv.writer(file)
         writer.writerow(("step", "loss"))
         writer.writerows(rows[:4])
-        writer.writerow(("step", "loss"))  # by the process that went on
+        writer.writerow(("step", "loss"))  # by the restarted process
         writer.writerows(rows[4:])
     settled(tmp_path / "metrics.csv")
     found, notes = scalars_of(tmp_path / "metrics.csv")
@@ -203,7 +203,7 @@ def test_the_later_record_of_a_repeated_step_is_used(tmp_path):
 
 
 def test_event_files_of_a_restarted_run_are_read_in_start_order(tmp_path):
-    # Names would put the second before the first.
+    # Sorting by name would put the second file first.
     for suffix, steps, loss in ((".second", range(5), 1.0), (".first", range(2, 4), 2.0)):
         with SummaryWriter(tmp_path / "events", filename_suffix=suffix) as writer:
             for step in steps:
@@ -216,7 +216,7 @@ def test_event_files_of_a_restarted_run_are_read_in_start_order(tmp_path):
     assert any("decreases once, first from 4 to 2" in note for note in notes)
 
 
-# What keys mean ----------------------------------------------------------------------------------------------
+# Meaning of keys -----------------------------------------------------------------------------------------------
 
 
 def lines(tmp_path, *rows):
@@ -320,7 +320,7 @@ def test_scalars_without_a_matching_step_are_reported(tmp_path, caplog):
     assert "has no scalars for any step of the run: its steps are 100" in caplog.text
 
 
-# While training goes on --------------------------------------------------------------------------------------
+# During training -----------------------------------------------------------------------------------------------
 
 
 def append(path, *rows):
@@ -365,7 +365,7 @@ def test_scalars_logged_after_their_step_start_no_attempt(growing):
     assert (summary.new_steps, summary.attempts) == (0, 1)
     assert any("were ingested without" in warning and "--overwrite" in warning for warning in summary.warnings)
     assert stored(growing / "trajectory.zarr") == before
-    # Nor does a log that is left out the next time.
+    # The same holds for a log that is omitted the next time.
     assert ingest_again(growing).attempts == 1
     assert stored(growing / "trajectory.zarr") == before
 
@@ -391,7 +391,7 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
     assert losses == [5.0, 4.0, 3.0, None, 9.0, 8.0]
 
 
-# Cut, damaged, hostile ---------------------------------------------------------------------------------------
+# Truncated, corrupt and malicious files ------------------------------------------------------------------------
 
 
 def read_all(decode, path):

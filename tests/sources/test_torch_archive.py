@@ -1,4 +1,4 @@
-"""Archives written by torch, read without it; pickles as data, also those that mean harm."""
+"""Archives written by torch, read without torch, and pickles read as data, including malicious ones."""
 
 import argparse
 import collections
@@ -44,7 +44,7 @@ def saved(tmp_path, tree):
 
 
 def words_of(tensor):
-    """Bits of a tensor in C order, by torch itself."""
+    """Return the bits of a tensor in C order, computed by torch."""
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
@@ -55,7 +55,7 @@ def read(file, key, itemsize, start=0, stop=None):
     return out
 
 
-# What is there -----------------------------------------------------------------------------------------------
+# Contents ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize <= 8])
@@ -68,7 +68,7 @@ def test_every_torch_dtype_is_preserved_bit_by_bit(tmp_path, dtype):
 
 
 def views(base):
-    """Tensors that do not lie in C order, or not at the start of their storage."""
+    """Return tensors that are not in C order, or not at the start of their storage."""
     return {
         "whole": base,
         "transposed": base.t(),
@@ -141,7 +141,7 @@ def test_other_objects_in_trainer_checkpoints_are_skipped(tmp_path):
 
 
 class Units(torch.Tensor):
-    """A tensor of a class of the user's own."""
+    """A tensor of a user-defined class."""
 
 
 def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_path):
@@ -183,11 +183,11 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 
     for key in ("plain", "strided"):
         small, large = peak(100, key), peak(3_200, key)
-        # 32 times the tensor; the rest is what Python keeps of a call.
+        # 32 times the size of the tensor; the rest is the overhead of Python calls.
         assert large < small + 16_000, key
 
 
-# What the keys mean ------------------------------------------------------------------------------------------
+# Meaning of keys ---------------------------------------------------------------------------------------------
 
 
 def write_checkpoints(folder, trees, name="checkpoint_{}.pt", numbers=None):
@@ -346,7 +346,7 @@ def test_a_plain_state_dict_provides_parameters_and_reports_missing_gradients(tm
     assert "SOURCE" in caught.value.remedy
 
 
-# What is refused ---------------------------------------------------------------------------------------------
+# Refused files -----------------------------------------------------------------------------------------------
 
 
 def refusal(path):
@@ -376,7 +376,7 @@ def test_a_payload_never_runs_and_is_reported(tmp_path, place):
 
 
 def repacked(path, change, compression=zipfile.ZIP_STORED):
-    """Write an archive again with its members changed."""
+    """Write an archive again with changed members."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     root = next(name for name in members if name.endswith("data.pkl")).removesuffix("data.pkl")
@@ -395,7 +395,7 @@ def test_a_compressed_member_is_refused(tmp_path):
 
 
 def forged(tmp_path, size, shape, stride, offset=0):
-    """An archive of one storage of 8 bytes, and a tensor that claims what is given."""
+    """Write an archive with one storage of 8 bytes, and a tensor with the given description."""
     path = saved(tmp_path, {"w": torch.ones(2)})
 
     def change(members, root):
@@ -430,7 +430,7 @@ def test_the_forged_archive_is_readable_if_it_is_consistent(tmp_path):
     [
         (1 << 60, (2,), (1,), 0),  # the storage
         (2, (1 << 60,), (1,), 0),  # the tensor
-        (2, (1 << 60,), (0,), 0),  # nothing but copies
+        (2, (1 << 60,), (0,), 0),  # only copies
         (2, (1 << 30, 1 << 30), (0, 0), 0),
         (2, (2,), (2,), 0),  # beyond the end
         (2, (2,), (1,), 1),
@@ -550,7 +550,7 @@ def test_any_sequence_of_opcodes_gives_a_value_or_a_value_error(parts):
 
 
 def nested(levels):
-    """A list of two times the same list of two times the same ...: 2**levels leaves in a few bytes."""
+    """Return a list of twice the same list of twice the same ...: 2**levels leaves in a few bytes."""
     body = b"\x80\x02]q\x00K\x01a"
     for level in range(levels):
         body += b"]q" + bytes([level + 1]) + b"(h" + bytes([level]) + b"h" + bytes([level]) + b"e"
@@ -560,7 +560,7 @@ def nested(levels):
 @pytest.mark.parametrize(
     "body",
     [
-        b"\x80\x02Nr\xff\xff\xff\xffNr\xff\xff\xff\x7f.",  # memo numbers for which pickle makes room
+        b"\x80\x02Nr\xff\xff\xff\xffNr\xff\xff\xff\x7f.",  # memo numbers for which pickle allocates space
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x0fab.",  # 2**60 bytes
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0fab.",  # 2**60 characters
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.",  # a frame of 2**64 bytes

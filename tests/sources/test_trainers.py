@@ -1,4 +1,4 @@
-"""Output of the trainers that people use, as they write it: Hugging Face's Trainer and Lightning."""
+"""Output of common trainers in its original form: Hugging Face Trainer and Lightning."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def contents_of(folder, **options):
 
 
 class SavesGradients(transformers.TrainerCallback):
-    """Saves the gradient at the state of each checkpoint, of one fixed batch, and keeps both."""
+    """Save the gradient of one fixed batch at the state of each checkpoint, and keep both."""
 
     def __init__(self, batch, states=None):
         self.batch, self.states, self._states = batch, {}, states
@@ -98,7 +98,7 @@ def trained(tmp_path_factory):
 
 
 def states_with_scalars(folder, states):
-    """States in the native keys, with loss and rate of the update that follows, as the Trainer logged them."""
+    """Return states with the native keys, with the loss and rate of the next update as logged by the Trainer."""
     history = json.loads((folder / f"checkpoint-{UPDATES}" / "trainer_state.json").read_text())["log_history"]
     logged = {entry["step"]: entry for entry in history if "loss" in entry}
     last = torch.load(folder / f"checkpoint-{UPDATES}" / "optimizer.pt", weights_only=True)["param_groups"]
@@ -206,7 +206,7 @@ def test_an_invalid_trainer_state_is_refused(tmp_path, trained, text):
 
 
 class Module(lightning.LightningModule):
-    """Adds the gradient at the state that is saved to each checkpoint."""
+    """Add the gradient at the saved state to each checkpoint."""
 
     def __init__(self):
         super().__init__()
@@ -277,7 +277,7 @@ def test_lightning_checkpoints_reproduce_the_fitted_run(tmp_path, fitted):
 
 
 def test_sharded_lightning_folders_give_the_same_run(tmp_path, fitted):
-    """Its strategies that shard need a GPU: this writes as they do, with ``meta.pt`` of all but the tensors."""
+    """Write like Lightning's sharding strategies, which need a GPU: ``meta.pt`` contains all except the tensors."""
     folder, *_ = fitted
     for path in folder.glob("epoch*.ckpt"):
         checkpoint = torch.load(path, weights_only=False)
@@ -293,7 +293,7 @@ def test_sharded_lightning_folders_give_the_same_run(tmp_path, fitted):
 
 
 class LateGradients(lightning.LightningModule):
-    """Leaves the gradient of the update just made in each checkpoint, and logs loss and rate to a logger."""
+    """Add the gradient of the last update to each checkpoint, and log loss and rate."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files of runs as the real wandb writes them, offline; read without it."""
+"""Files of runs written offline by the real wandb, read without wandb."""
 
 import json
 import random
@@ -36,14 +36,14 @@ VALUES = [(step, np.pi / (step + 1), None if step == 3 else 0.1 * 0.9**step) for
 
 
 def row(step, loss, rate):
-    """Scalars under nested keys, beside what is none; one is as long as several blocks."""
+    """Yield scalars under nested keys, together with other values; one is as long as several blocks."""
     values = {"train": {"loss": loss, "global_step": step}, "note": "x" * (40_000 if step == 2 else 3_000)}
     return {**values, "accuracy": 1, "picture": {"_type": "image", "size": [1, 2]}} | ({"lr": rate} if rate else {})
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A run that was logged with wandb."""
+    """A run logged with wandb."""
     command = [sys.executable, "-W", "ignore", "-c", WRITE, str(tmp_path_factory.mktemp("wandb"))]
     rows = "".join(json.dumps(row(*values)) + "\n" for values in VALUES)
     done = subprocess.run(command, input=rows, capture_output=True, text=True, check=False)
@@ -53,14 +53,14 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def copy(file, tmp_path):
-    """A file to be changed."""
+    """A file that tests may modify."""
     copied = tmp_path / "run-copy.wandb"
     copied.write_bytes(file.read_bytes())
     return copied
 
 
 def pieces_of(body):
-    """Where each piece ends, its type and its data, by the layout of the file; what is no piece has type 0."""
+    """Return the end, type and data of each fragment, from the layout of the file; padding has type 0."""
     found, position = [], len(WANDB_START)
     while position < len(body):
         room = (1 << 15) - position % (1 << 15)
@@ -126,7 +126,7 @@ def test_a_truncated_file_yields_the_complete_records(copy):
 
 @pytest.mark.parametrize("room", range(8))
 def test_padding_at_the_end_of_a_block_is_skipped(file, tmp_path, room):
-    """Records of the real file, behind one that leaves so many bytes of the first block: chance seldom does."""
+    """Write the real records after one that leaves this many bytes in the first block, a rare case."""
     whole, _ = read_all(read_wandb, file)
     records, parts = [], []
     for _, kind, data in pieces_of(file.read_bytes()):
@@ -134,7 +134,7 @@ def test_padding_at_the_end_of_a_block_is_skipped(file, tmp_path, room):
         if kind in (1, 4):
             records.append(b"".join(parts))
             parts = []
-    # Field 200 of a record, which means nothing here, with as many bytes as are to be filled.
+    # Field 200 of a record has no meaning here; it fills the given number of bytes.
     filler = (1 << 15) - len(WANDB_START) - 7 - room
     filling = b"\xc2\x0c" + bytes([(filler - 5) & 0x7F | 0x80, (filler - 5) >> 7 & 0x7F | 0x80, (filler - 5) >> 14])
     body = bytearray(WANDB_START)
@@ -174,7 +174,7 @@ def test_a_changed_byte_is_detected(copy, tmp_path):
         except ValueError as error:
             assert any(word in str(error) for word in said.split("|"))  # noqa: PT017
         else:
-            # A length that passes the end of the file may be that of a record that is being written.
+            # A length that exceeds the end of the file may be that of a record that is being written.
             assert notes
             assert position > len(body) - (1 << 15)
     damaged = bytearray(body)
