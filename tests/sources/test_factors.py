@@ -238,7 +238,7 @@ def test_the_logged_metric_maps_the_update_to_the_gradient(tmp_path, rule):
             update = (end[name] - start[name]).ravel() / rate(name)
             form = canonical_form(metric, update, -gradients[name].ravel())
             # Parameters are rounded when the update is added. The factors are applied as sums of as many terms, and
-            # their inverses and roots have the rounding error of the statistics (kappa is a root of their condition).
+            # their inverses and roots have the rounding error of statistics; kappa is a root of their condition.
             slipped = 2 * UNIT * np.linalg.norm(start[name]) / (rate(name) * np.linalg.norm(update))
             order = len(SHAPES[name]) * (1 if rule == "torch_optimizer" else 2)
             roots = 8 * update.size * UNIT * form.condition_number ** max(order, 1)
