@@ -377,7 +377,7 @@ GPT2 = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "h.0.mlp.c_fc": (
         (
             {"other.weight": (8, 8)},
             "module 'h.0.attn.c_attn' with 192 elements does not match any tensor",
-            "no tensor is called h.0.attn.c_attn",
+            "no tensor name is h.0.attn.c_attn",
         ),
         (
             {f"{module}.weight": shape if shape != (8, 12) else (8, 13) for module, shape in GPT2.items()},

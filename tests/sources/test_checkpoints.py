@@ -376,7 +376,7 @@ def test_files_and_unknown_formats_are_refused(tmp_path):
     for path, format, what in [
         (tmp_path / "nowhere", None, "no such file or folder"),
         (file, None, "this is a file"),
-        (tmp_path, "lmdb", "format 'lmdb' is not known"),
+        (tmp_path, "lmdb", "unknown format 'lmdb'"),
     ]:
         with pytest.raises(InputError, match=what):
             open_source(path, format)

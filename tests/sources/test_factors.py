@@ -35,7 +35,7 @@ from natgrad.theory.preconditioners import (
     symmetric_factor,
 )
 from natgrad.theory.symmetric_operators import Kronecker, canonical_form
-from opened import verify_trajectory
+from opened import read_results, verify_trajectory
 
 STEPS = 5
 UNIT = 2.0**-53
@@ -149,7 +149,7 @@ def maps(rule, model, optimizer):
 def results_of(log, out, **options):
     summary = run.ingest_run(log, out, include=["optimizer"], **options)
     run.analyze_run(out, Analysis(workers=1))
-    return run.read_results(out / "results.zarr"), summary.warnings
+    return read_results(out / "results.zarr"), summary.warnings
 
 
 def assert_eigenvalues(out, row, name, singular, basis=1.0, tables=METRIC_EIGENVALUES[:2]):

@@ -32,6 +32,7 @@ from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import read_csv, read_json_lines, read_parquet
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
+from natgrad.storage import open_storage
 from natgrad.store import open_trajectory
 from opened import ingest, open_source, open_sources
 
@@ -145,7 +146,7 @@ def test_every_logger_preserves_the_logged_numbers(tmp_path, writer):
     (tmp_path / "scalars").mkdir()
     source = write(tmp_path / "scalars", values_of())
     settled(tmp_path / "scalars")
-    assert format_of(source) == name
+    assert format_of(open_storage(source)) == name
     assert FORMATS[name].scalars
     log = run_without_scalars(tmp_path / "log")
     summary = ingest([log, source], tmp_path / "trajectory.zarr")
@@ -164,7 +165,7 @@ def test_tensorboard_gives_every_point_in_single_precision(tmp_path, new_style):
             writer.add_scalar("lr-SGD", rate, step, new_style=new_style)
             writer.add_histogram("weights", np.arange(9.0), step)
     settled(tmp_path / "events")
-    assert format_of(tmp_path / "events") == "tensorboard"
+    assert format_of(open_storage(tmp_path / "events")) == "tensorboard"
     summary = ingest([run_without_scalars(tmp_path / "log"), tmp_path / "events"], tmp_path / "trajectory.zarr")
     assert stored(tmp_path / "trajectory.zarr") == values
     assert any("single precision" in warning for warning in summary.warnings)
@@ -396,7 +397,7 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
 
 def read_all(decode, path):
     notes = []
-    return [dict(record) for record in decode(path, lambda key: True, notes)], notes
+    return [dict(record) for record in decode(open_storage(path), lambda key: True, notes)], notes
 
 
 @pytest.mark.parametrize(("decode", "text"), [
@@ -561,7 +562,7 @@ def test_records_of_unbounded_size_are_refused(tmp_path, writer, decode, limits,
     write, name = WRITERS[writer]
     source = write(tmp_path / "scalars", values_of(50))
     settled(tmp_path / "scalars")
-    source = next(source.rglob("metrics.csv"), source)
+    source = open_storage(next(source.rglob("metrics.csv"), source))
     kind = FORMATS[name].scalars
     assert len(ScalarLog(source, kind).steps()) == 50
     with pytest.raises(InputError, match=refusal):
