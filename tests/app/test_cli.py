@@ -338,7 +338,7 @@ def test_commands_take_shifts(tmp_path):
     assert losses.tolist() == [state["loss"] for state in states[:5]]
     done = natgrad("ingest", log, tmp_path / "out", "--shift", "gradient=next")
     assert done.returncode == 2
-    assert "gradient=next does not say" in done.stderr
+    assert "gradient=next is not a valid shift" in done.stderr
 
 
 def test_of_several_sources_each_takes_the_part_of_a_map_that_is_meant_for_it(tmp_path):

@@ -170,9 +170,9 @@ def test_command_line_shifts_are_numbers_of_steps():
 def test_gradients_of_another_step_are_reported_with_the_option_to_use(tmp_path, dtype, by):
     source = write_moved(tmp_path / "log", trained(sgd, dtype), by)
     summary = ingest(source, tmp_path / "trajectory.zarr")
-    (told,) = [warning for warning in summary.warnings if "--shift" in warning]
-    assert f"--shift gradient={-by}, and loss={-by}" in told
-    assert told in inspect_source([source]).notes
+    (message,) = [warning for warning in summary.warnings if "--shift" in warning]
+    assert f"--shift gradient={-by}, and loss={-by}" in message
+    assert message in inspect_source([source]).notes
     mended = ingest(source, tmp_path / "mended.zarr", shift={"gradient": -by, "loss": -by})
     assert not [warning for warning in mended.warnings if "--shift" in warning]
 

@@ -137,10 +137,10 @@ def test_gradient_descent_is_parallel_to_bergson_gradients(written, tmp_path, na
         angle = tree[level]["angle"].sel(descent="gradient", window=1)
         # Two roundings of the gradient; parameters are rounded by 2^-53, and updates are at least 2^-20 of them.
         assert (angle <= 2 * 2.0**-24 * (1 + 2.0**-24) + 2.0**-32).all()
-    said = inspect_source([written / name / "models", stores])
-    assert said.format == "safetensors, bergson"
-    assert said.holds["gradient"] == "4 tensors"
-    assert sum("all results of the model" in note for note in said.notes) == 1
+    found = inspect_source([written / name / "models", stores])
+    assert found.format == "safetensors, bergson"
+    assert found.holds["gradient"] == "4 tensors"
+    assert sum("all results of the model" in note for note in found.notes) == 1
 
 
 def test_a_run_file_can_list_the_stores(run, tmp_path):
@@ -156,9 +156,9 @@ def test_stores_of_different_losses_are_distinguished(run, tmp_path):
     edit(run[1] / "checkpoint-1", "config.yaml", "loss_reduction: sum", "loss_reduction: mean")
     warnings = ingest(list(run), tmp_path / "out").warnings
     for reduction, step in (("sum", 0), ("mean", 1)):
-        said = [warning for warning in warnings if f"loss_reduction: {reduction}" in warning]
-        assert len(said) == 1
-        assert said[0].endswith(f"(in step-{step})")
+        found = [warning for warning in warnings if f"loss_reduction: {reduction}" in warning]
+        assert len(found) == 1
+        assert found[0].endswith(f"(in step-{step})")
 
 
 def test_tensors_without_gradient_are_listed_when_left_out(run, tmp_path):
@@ -464,9 +464,9 @@ def test_there_is_nothing_to_map(run):
 
 
 def test_a_store_alone_has_no_parameters(run):
-    said = inspect_source([run[1]])
-    assert said.holds == {"gradient": "4 tensors"}
-    assert "parameter" in said.missing
+    found = inspect_source([run[1]])
+    assert found.holds == {"gradient": "4 tensors"}
+    assert "parameter" in found.missing
     with pytest.raises(InputError, match="no parameters"):
         gradients_of([run[1]], 0)
 

@@ -105,7 +105,7 @@ def trained(optimizer_of, save, *, dtype=torch.float64, steps=STEPS, before=None
     model = Net().to(dtype)
     optimizer = optimizer_of(model)
     x, target = torch.randn(6, 2, 3, 3, dtype=dtype), torch.randn(6, 4, dtype=dtype)
-    told = []
+    records = []
     for step in range(steps):
         optimizer.zero_grad()
         loss = ((model(x) - target) ** 2).mean()
@@ -113,10 +113,10 @@ def trained(optimizer_of, save, *, dtype=torch.float64, steps=STEPS, before=None
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         save(step, model, optimizer, gradients, loss)
         parameters = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-        said = None if before is None else before(step, model, optimizer)
-        told.append((parameters, {name: g.numpy().copy() for name, g in gradients.items()}, said))
+        result = None if before is None else before(step, model, optimizer)
+        records.append((parameters, {name: g.numpy().copy() for name, g in gradients.items()}, result))
         optimizer.step()
-    return told
+    return records
 
 
 def copied(rule, model, optimizer):
@@ -202,12 +202,12 @@ def test_the_condition_number_of_a_factored_rule_is_that_of_its_update(tmp_path,
         torch.manual_seed(step)
         return found
 
-    told = trained(RULES[rule], writer(tmp_path / "log"), before=before)
+    records = trained(RULES[rule], writer(tmp_path / "log"), before=before)
     tree, _ = results_of(tmp_path / "log", tmp_path / "out")
     of_tensors = tree["tensor"]["preconditioner_condition_number"]
     of_model = tree["model"]["preconditioner_condition_number"]
     checked = 0
-    for step, (_, _, matrices) in enumerate(told[:-1]):
+    for step, (_, _, matrices) in enumerate(records[:-1]):
         if matrices is None:
             continue
         spectra = {name: np.linalg.svd(matrix, compute_uv=False) for name, matrix in matrices.items()}
@@ -226,9 +226,9 @@ def test_the_condition_number_of_a_factored_rule_is_that_of_its_update(tmp_path,
 
 @pytest.mark.parametrize("rule", ["torch_optimizer", "pytorch_optimizer"])
 def test_the_logged_metric_maps_the_update_to_the_gradient(tmp_path, rule):
-    told = trained(RULES[rule], saver(tmp_path / "log"))
+    records = trained(RULES[rule], saver(tmp_path / "log"))
     checked = 0
-    for step, ((start, gradients, _), (end, _, _)) in enumerate(itertools.pairwise(told)):
+    for step, ((start, gradients, _), (end, _, _)) in enumerate(itertools.pairwise(records)):
         if rule == "pytorch_optimizer" and step == 0:
             with pytest.raises(InputError, match="is zero: it was not computed yet"):
                 read_metric(tmp_path / "log", "out.weight", step)
@@ -263,11 +263,13 @@ def test_in_single_precision_roots_are_nearly_symmetric_and_condition_is_that_of
             if step
         }
 
-    told = trained(lambda model: rule(groups(model)), saver(tmp_path / "log"), dtype=torch.float32, before=factors)
+    records = trained(
+        lambda model: rule(groups(model)), saver(tmp_path / "log"), dtype=torch.float32, before=factors
+    )
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     assert not warned
     worst = 0.0
-    for step, (_, _, after) in enumerate(told[1:]):
+    for step, (_, _, after) in enumerate(records[1:]):
         for name, matrices in after.items():
             singular = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]
             worst = max([worst, *(np.linalg.norm(m - m.T) / np.linalg.norm(m) for m in matrices)])
@@ -312,13 +314,13 @@ def rotated_maps(step, model, optimizer, *, correct_bias=True):
 )
 def test_the_condition_number_of_soap_is_that_in_the_rotated_basis(tmp_path, options, writer):
     before = functools.partial(rotated_maps, correct_bias=options.get("correct_bias", True))
-    told = trained(functools.partial(soap, **options), writer(tmp_path / "log"), before=before)
+    records = trained(functools.partial(soap, **options), writer(tmp_path / "log"), before=before)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     of_tensors = tree["tensor"]["preconditioner_condition_number"]
     of_model = tree["model"]["preconditioner_condition_number"]
     assert np.isnan(of_tensors.sel(step=0)).all()
     assert any("no update yet" in warning for warning in warned)
-    for step, ((start, gradients, matrices), (end, _, _)) in enumerate(itertools.pairwise(told)):
+    for step, ((start, gradients, matrices), (end, _, _)) in enumerate(itertools.pairwise(records)):
         for name, (matrix, condition) in {} if matrices is None else matrices.items():
             if "normalize_gradient" not in options:
                 # The map is that of the real rule: its update is that for this gradient.
@@ -394,7 +396,7 @@ def own_maps(step, model, optimizer):
 
 def test_scalable_shampoo_blocks_are_those_of_the_optimizer(tmp_path):
     log = tmp_path / "log"
-    told = trained(scalable, saver(log), before=own_maps)
+    records = trained(scalable, saver(log), before=own_maps)
     tree, warned = results_of(log, tmp_path / "unsaid")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
     assert any("start_preconditioning_step = N under [optimizer]" in warning for warning in warned)
@@ -403,7 +405,7 @@ def test_scalable_shampoo_blocks_are_those_of_the_optimizer(tmp_path):
     kappa = tree["tensor"]["preconditioner_condition_number"]
     assert np.isnan(kappa.sel(step=[0, 1])).all()
     for step in (2, 3):
-        maps_after = told[step + 1][2]
+        maps_after = records[step + 1][2]
         assert set(maps_after) == {"conv.weight", "out.weight"}
         for name, matrix in maps_after.items():
             assert_condition(kappa.sel(step=step, tensor=name), np.linalg.svd(matrix, compute_uv=False))
@@ -456,7 +458,7 @@ def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path
     ).double()
     x, target = torch.randn(6, 2, 3, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     loss_function, parameters = torch.nn.MSELoss(), dict(model.named_parameters())
-    told = []
+    records = []
     for step in range(3):
         model.zero_grad()
         loss = loss_function(model(x), target)
@@ -485,7 +487,7 @@ def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path
             torch.distributed.checkpoint.save(tree, checkpoint_id=log / f"step-{step}", no_dist=True)
         else:
             writer(tree, log / f"step-{step}.pt")
-        told.append((dense.numpy(), {name: g.numpy() for name, g in gradients.items()}))
+        records.append((dense.numpy(), {name: g.numpy() for name, g in gradients.items()}))
         with torch.no_grad():
             for p, d in zip(parameters.values(), descent, strict=True):
                 p -= 0.1 * d
@@ -494,7 +496,7 @@ def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path
     stops = np.cumsum([p.numel() for p in parameters.values()])
     places = dict(zip(parameters, np.split(np.arange(stops[-1]), stops[:-1]), strict=True))
     of_tensors = tree["tensor"]["preconditioner_condition_number"]
-    for step, (dense, gradients) in enumerate(told[:-1]):
+    for step, (dense, gradients) in enumerate(records[:-1]):
         for layer in ("0", "3"):
             blocks = [[f"{layer}.weight", f"{layer}.bias"]]
             for names in blocks if joint else [[name] for name in blocks[0]]:
@@ -526,7 +528,7 @@ def _flat(gradients):
     return np.concatenate([gradient.ravel() for gradient in gradients.values()])
 
 
-def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False, **said):
+def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False, **user_options):
     """Write files in the layout of kfac-pytorch 0.4, from its documentation and source (it is on no index).
 
     ``KFACPreconditioner.state_dict()`` is {steps, .., damping, .., layers: {module: {A, G}}}.
@@ -553,8 +555,8 @@ def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False,
         tree |= {"optimizer": behind.state_dict()} if behind else {}
         torch.save(tree, log / f"step-{step}.pt")
         truth.append((factors["A"].numpy(), factors["G"].numpy()))
-    if said:
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in said.items())
+    if user_options:
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in user_options.items())
         (log / "natgrad.toml").write_text(f"[optimizer]\n{text}")
     return log, truth
 
@@ -746,8 +748,8 @@ def test_inspect_reports_the_logged_metric(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["natgrad", "inspect", str(tmp_path / "log"), "--json"])
     with pytest.raises(SystemExit):
         cli.main()
-    told = json.loads(capsys.readouterr().out)["optimizer"]
-    assert told.startswith("momentum_buffer, the metric of Shampoo of 5 tensors at step 1")
+    records = json.loads(capsys.readouterr().out)["optimizer"]
+    assert records.startswith("momentum_buffer, the metric of Shampoo of 5 tensors at step 1")
 
 
 # Linear algebra ------------------------------------------------------------------------------------------------

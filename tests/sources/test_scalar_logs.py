@@ -152,8 +152,8 @@ def test_every_logger_preserves_the_logged_numbers(tmp_path, writer):
     summary = ingest([log, source], tmp_path / "trajectory.zarr")
     assert summary.steps == STEPS
     assert stored(tmp_path / "trajectory.zarr") == values_of()
-    (told,) = [warning for warning in summary.warnings if "missing" in warning]
-    assert told.startswith("learning_rate is missing or NaN in 1 of 6 steps")
+    (message,) = [warning for warning in summary.warnings if "missing" in warning]
+    assert message.startswith("learning_rate is missing or NaN in 1 of 6 steps")
 
 
 @pytest.mark.parametrize("new_style", [False, True])

@@ -59,7 +59,7 @@ def copy(file, tmp_path):
     return copied
 
 
-def pieces_of(body):
+def fragments_of(body):
     """Return the end, type and data of each fragment, from the layout of the file; padding has type 0."""
     found, position = [], len(WANDB_START)
     while position < len(body):
@@ -73,8 +73,8 @@ def pieces_of(body):
     return found
 
 
-def ends_of_pieces(body):
-    return [end for end, _, _ in pieces_of(body)]
+def ends_of_fragments(body):
+    return [end for end, _, _ in fragments_of(body)]
 
 
 def test_every_number_is_preserved(file, tmp_path):
@@ -97,7 +97,7 @@ def test_nested_keys_are_joined_and_the_wandb_step_is_present(file):
 
 def test_a_growing_file_is_read_up_to_its_last_complete_record(copy, tmp_path):
     log, body = run_without_scalars(tmp_path / "log"), copy.read_bytes()
-    for end in ends_of_pieces(body):
+    for end in ends_of_fragments(body):
         copy.write_bytes(body[:end])
         if len(read_all(read_wandb, copy)[0]) == 3:
             break
@@ -110,8 +110,8 @@ def test_a_growing_file_is_read_up_to_its_last_complete_record(copy, tmp_path):
 def test_a_truncated_file_yields_the_complete_records(copy):
     body = copy.read_bytes()
     whole, _ = read_all(read_wandb, copy)
-    ends = ends_of_pieces(body)
-    ends_of_records = {len(WANDB_START), *(end for end, kind, _ in pieces_of(body) if kind in (1, 4))}
+    ends = ends_of_fragments(body)
+    ends_of_records = {len(WANDB_START), *(end for end, kind, _ in fragments_of(body) if kind in (1, 4))}
     assert not ends_of_records.issuperset(ends)
     near = {end + by for end in ends for by in (-8, -1, 0, 1, 6, 7, 8)}
     for length in sorted({*near, *random.Random(0).sample(range(8, len(body)), 50)}):
@@ -129,7 +129,7 @@ def test_padding_at_the_end_of_a_block_is_skipped(file, tmp_path, room):
     """Write the real records after one that leaves this many bytes in the first block, a rare case."""
     whole, _ = read_all(read_wandb, file)
     records, parts = [], []
-    for _, kind, data in pieces_of(file.read_bytes()):
+    for _, kind, data in fragments_of(file.read_bytes()):
         parts.append(data)
         if kind in (1, 4):
             records.append(b"".join(parts))
@@ -161,18 +161,18 @@ def test_padding_at_the_end_of_a_block_is_skipped(file, tmp_path, room):
 
 def test_a_changed_byte_is_detected(copy, tmp_path):
     body = copy.read_bytes()
-    ends = ends_of_pieces(body)
+    ends = ends_of_fragments(body)
     heads = {end + by for end in (len(WANDB_START), *ends[:-1]) for by in range(9)}
-    places = sorted({*heads, *random.Random(0).sample(range(8, len(body)), 100)})
-    said = "checksum|passes the end|cannot stand|has room|in place of a piece"
-    for position in (place for place in places if place < len(body)):
+    positions = sorted({*heads, *random.Random(0).sample(range(8, len(body)), 100)})
+    messages = "checksum|crosses the end|not valid there|no fragment fits|in place of a fragment"
+    for position in (p for p in positions if p < len(body)):
         damaged = bytearray(body)
         damaged[position] ^= 4
         copy.write_bytes(damaged)
         try:
             _, notes = read_all(read_wandb, copy)
         except ValueError as error:
-            assert any(word in str(error) for word in said.split("|"))  # noqa: PT017
+            assert any(word in str(error) for word in messages.split("|"))  # noqa: PT017
         else:
             # A length that exceeds the end of the file may be that of a record that is being written.
             assert notes

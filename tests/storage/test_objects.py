@@ -508,7 +508,7 @@ def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, 
     source.put(whole[:-4])
     summary = run.ingest_run([log, source], tmp_path / "out")
     assert summary.new_steps == 3
-    assert any("the last line of metrics.csv has no end" in warning for warning in summary.warnings)
+    assert any("the last line of metrics.csv has no newline" in warning for warning in summary.warnings)
     source.put(whole)
     assert run.ingest_run([log, source], tmp_path / "out").new_steps == 1
     events = put_scalars(url / "events", write_events, VALUES[:4])
