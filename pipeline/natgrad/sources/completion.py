@@ -41,14 +41,14 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
                 "additional SOURCE",
             )
     notes = list(content.notes)
-    for tensor, kept in content.ties.items():
+    for tensor, target in content.ties.items():
         # Trainers log the gradient of shared memory once; keep the name that they use for it.
-        drop = kept if tensor in arrays["gradient"] and kept not in arrays["gradient"] else tensor
-        if tensor in arrays["parameter"] and kept in arrays["parameter"]:
+        dropped = target if tensor in arrays["gradient"] and target not in arrays["gradient"] else tensor
+        if tensor in arrays["parameter"] and target in arrays["parameter"]:
             for tensors in arrays.values():
-                tensors.pop(drop, None)
-            stays = tensor if drop == kept else kept
-            notes.append(f"{drop!r} and {stays!r} share memory: they are counted once, as {stays!r}")
+                tensors.pop(dropped, None)
+            remaining = tensor if dropped == target else target
+            notes.append(f"{dropped!r} and {remaining!r} share memory: they are counted once, as {remaining!r}")
     if content.untrained:
         untrained = [tensor for tensor in arrays["parameter"] if tensor not in arrays["gradient"]]
         if len(untrained) < len(arrays["parameter"]):
@@ -72,7 +72,7 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     _require_replicates(step, replace(content, arrays=arrays))
     order = sorted(arrays["parameter"], key=_by_number)
     logged = [name for name in (*STATES, *REPLICATE_STATES) if name in arrays]
-    kept_arrays = {name: {t: arrays[name][t] for t in order} for name in logged}
+    selected = {name: {t: arrays[name][t] for t in order} for name in logged}
     state = content.optimizer if optimizer else None
     if state is not None:
         if state.problem:
@@ -85,14 +85,14 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
                 "optimizer",
             )
         for name, saved in state.arrays.items():
-            kept_arrays[name] = {t: saved[t] for t in order if t in saved}
-        lacking = [t for t in order if not any(t in saved for saved in state.arrays.values())]
-        if state.arrays and lacking:
+            selected[name] = {t: saved[t] for t in order if t in saved}
+        missing = [t for t in order if not any(t in saved for saved in state.arrays.values())]
+        if state.arrays and missing:
             notes.append(
-                f"the optimizer has no state for {len(lacking)} tensors (NaN is stored), the first is "
-                f"{lacking[0]!r}"
+                f"the optimizer has no state for {len(missing)} tensors (NaN is stored), the first is "
+                f"{missing[0]!r}"
             )
-    return replace(content, arrays=kept_arrays, notes=tuple(notes), optimizer=state)
+    return replace(content, arrays=selected, notes=tuple(notes), optimizer=state)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -105,9 +105,9 @@ def _require_same_tensors(
 ) -> None:
     for tensor in [*parameters, *others]:
         if tensor not in others or tensor not in parameters:
-            lacking = array if tensor not in others else "parameter"
+            missing = array if tensor not in others else "parameter"
             raise InputError(
-                f"tensor {tensor!r} has no {lacking}",
+                f"tensor {tensor!r} has no {missing}",
                 where=where(step, array, tensor),
                 why=f"the names differ: parameters {sorted(parameters)[:6]}, {array}s {sorted(others)[:6]}",
                 remedy=f"log parameter and {array} under the same names",

@@ -60,7 +60,7 @@ class Format:
     gives, lacks : str
         Quantities that can and cannot be read from it.
     find : callable
-        Takes a path and returns True if it holds a log of this format.
+        Takes a path and returns True if it contains a log of this format.
     open : callable
         Takes a path and a mapping (``--map``) and returns a `natgrad.sources.base.Source`.
     alignment : str

@@ -212,7 +212,7 @@ class _JoinedStep:
             scalars,
             tuple(dict.fromkeys(key for content in contents for key in content.unused)),
             tuple(dict.fromkeys(notes)),
-            {tensor: kept for content in contents for tensor, kept in content.ties.items()},
+            {tensor: target for content in contents for tensor, target in content.ties.items()},
             any(content.untrained for content in contents),
             optimizer,
             next((content.replicate_loss for content in contents if content.replicate_loss), ()),

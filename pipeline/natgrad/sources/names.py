@@ -313,9 +313,9 @@ class NamedStep:
             used |= {key for key in tensors if key.startswith(starts)}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
-            parameters[key]: parameters[kept]
-            for key, kept in self._container.ties.items()
-            if key in parameters and kept in parameters
+            parameters[key]: parameters[target]
+            for key, target in self._container.ties.items()
+            if key in parameters and target in parameters
         }
         unused = tuple(key for key in tensors if key not in used)
         state = None if optimizer is None else optimizer.state

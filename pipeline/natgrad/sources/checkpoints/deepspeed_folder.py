@@ -114,7 +114,7 @@ class _Rank:
         Dtype of the weights.
     gaps
         Numbers of padding elements after the parameters.
-    kept : list of _OptimizerShard
+    shards : list of _OptimizerShard
         Optimizer state for each parameter group.
     options : dict
         Options of the optimizer groups, by their keys below ``param_groups``.
@@ -124,7 +124,7 @@ class _Rank:
     segments: list[_Segment]
     dtype: str
     gaps: Any
-    kept: list[_OptimizerShard]
+    shards: list[_OptimizerShard]
     options: dict[str, float]
 
 
@@ -227,7 +227,9 @@ class DeepSpeedFolder(Container):
             if not (array == "module" and name in partitioned) and array != "frozen_param_fragments":
                 self._add(key, logged)
         self.ties |= {
-            key: kept for key, kept in self._model.ties.items() if key in self.tensors and kept in self.tensors
+            key: target
+            for key, target in self._model.ties.items()
+            if key in self.tensors and target in self.tensors
         }
 
     def _split(self, why: str) -> InputError:
@@ -273,17 +275,17 @@ class DeepSpeedFolder(Container):
         locate: Callable[[Sequence[Sequence[_Segment]]], dict[str, tuple[tuple[int, ...], _TensorLocation]]],
     ) -> None:
         """Add the optimizer state, under the keys that torch uses when it saves names."""
-        if not all(rank.kept for rank in ranks):
+        if not all(rank.shards for rank in ranks):
             return
         for array in _ARRAYS:
-            dtypes = {kept.arrays[array][1] for rank in ranks for kept in rank.kept if array in kept.arrays}
+            dtypes = {shard.arrays[array][1] for rank in ranks for shard in rank.shards if array in shard.arrays}
             if not dtypes:
                 continue
             lacking = [
                 index
                 for rank in ranks
-                for index, (segment, kept) in enumerate(zip(rank.segments, rank.kept, strict=True))
-                if segment.size and array not in kept.arrays
+                for index, (segment, shard) in enumerate(zip(rank.segments, rank.shards, strict=True))
+                if segment.size and array not in shard.arrays
             ]
             if lacking or len(dtypes) > 1:
                 # The offsets of the remaining parts depend on the missing ones.
@@ -291,19 +293,19 @@ class DeepSpeedFolder(Container):
                 self.unread[f"optimizer/{array}"] = why or "it has several dtypes"
                 continue
             none = _Segment(self.step.path, 0, 0)
-            segments = [[kept.arrays.get(array, (none, ""))[0] for kept in rank.kept] for rank in ranks]
+            segments = [[shard.arrays.get(array, (none, ""))[0] for shard in rank.shards] for rank in ranks]
             self._add_state(array, locate(segments), dtypes.pop())
         if self._masters:
             self._add_state("master_param", locate([rank.segments for rank in ranks]), ranks[0].dtype)
         self.numbers |= {f"optimizer/{key}": value for key, value in ranks[0].options.items()}
         members: dict[int, int] = {}
-        for group, kept in zip(groups, ranks[0].kept, strict=True):
+        for group, shard in zip(groups, ranks[0].shards, strict=True):
             for name in group:
-                if kept.updates is not None:
-                    self.numbers[f"optimizer/state/{name}/step"] = kept.updates
-                if kept.options is not None:
-                    index = members[kept.options] = members.get(kept.options, -1) + 1
-                    self.texts[f"optimizer/param_groups/{kept.options}/params/{index}"] = name
+                if shard.updates is not None:
+                    self.numbers[f"optimizer/state/{name}/step"] = shard.updates
+                if shard.options is not None:
+                    index = members[shard.options] = members.get(shard.options, -1) + 1
+                    self.texts[f"optimizer/param_groups/{shard.options}/params/{index}"] = name
 
     def _add_state(
         self, array: str, locations: dict[str, tuple[tuple[int, ...], _TensorLocation]], dtype: str
@@ -343,14 +345,14 @@ class DeepSpeedFolder(Container):
             optimizer = state.get("optimizer_state_dict" if stage_3 else "base_optimizer_state")
             step = state.get("base_optimizer_state_step")
             padding = state.get("group_paddings") or []
-            kept = _optimizer_shards(archive, path, optimizer, step, segments, padding)
+            shards = _optimizer_shards(archive, path, optimizer, step, segments, padding)
             options = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
             return _Rank(
                 stage_3,
                 segments,
                 dtypes.pop(),
                 state.get("param_alignment_paddings"),
-                kept,
+                shards,
                 flat_numbers({"param_groups": _without_members(options)}),
             )
         finally:
@@ -434,7 +436,7 @@ def _optimizer_shards(
     owner = {member: number for number, group in enumerate(groups) for member in group["params"]}
     if groups and sorted(owner) != list(range(len(weights))):
         return []
-    kept = []
+    shards = []
     for index, segment in enumerate(weights):
         state, arrays = states.get(index) or {}, {}
         sizes = segment.size, segment.size + _count(padding[index] if index < len(padding) else 0)
@@ -448,8 +450,8 @@ def _optimizer_shards(
         if isinstance(updates, TorchTensor):
             updates = _scalar(archive, updates)
         known = isinstance(updates, int | float) and not isinstance(updates, bool)
-        kept.append(_OptimizerShard(arrays, float(updates) if known else None, owner.get(index)))
-    return kept
+        shards.append(_OptimizerShard(arrays, float(updates) if known else None, owner.get(index)))
+    return shards
 
 
 def _scalar(archive: TorchArchive, tensor: TorchTensor) -> float | None:

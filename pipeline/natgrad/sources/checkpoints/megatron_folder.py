@@ -129,7 +129,7 @@ class MegatronFolder(Container):
                 raise ValueError(f"it contains {keys[key]!r} twice")
             self.tensors[keys[key]] = logged
             self._origins[keys[key]] = file, key
-        self.ties |= {keys[key]: keys[kept] for key, kept in file.ties.items()}
+        self.ties |= {keys[key]: keys[target] for key, target in file.ties.items()}
 
     def _tie_head(self, arguments: Record, stages: int) -> None:
         """Tie the copy of the embedding in the last stage to that in the first stage, if the run ties them."""

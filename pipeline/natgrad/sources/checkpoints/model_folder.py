@@ -134,7 +134,7 @@ class ModelFolder(Container):
             self._origins[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
         self.texts |= {prefix + key: text for key, text in container.texts.items()}
-        self.ties |= {prefix + key: prefix + kept for key, kept in container.ties.items()}
+        self.ties |= {prefix + key: prefix + target for key, target in container.ties.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""

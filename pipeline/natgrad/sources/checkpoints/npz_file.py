@@ -93,8 +93,8 @@ class NpzFile(Container):
                 # The order or the byte order differs from that of the store: load and convert the complete tensor.
                 file.close()
                 self._member = None
-                with self._archive.open(name) as whole:
-                    values = npy.read_array(whole, allow_pickle=False).ravel()
+                with self._archive.open(name) as member:
+                    values = npy.read_array(member, allow_pickle=False).ravel()
                 out[:] = values[start : start + out.size]
                 return
         _, file, position = self._member

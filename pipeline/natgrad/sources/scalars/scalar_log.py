@@ -95,7 +95,7 @@ class _Column:
             self.invalid = self.invalid or (record, str(value)[:40])
             return
         if len(self.records) >= self.limit:
-            raise ValueError(f"it holds more than {self.limit} records")
+            raise ValueError(f"it contains more than {self.limit} records")
         self.records.append(record)
         self.values.append(number)
 
