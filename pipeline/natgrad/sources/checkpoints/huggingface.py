@@ -166,7 +166,7 @@ class _TrainerStep:
         if "loss" in entry and covers == 1:
             scalars["loss"] = _number_of(entry["loss"])
             if _rounded(self._history):
-                notes.append("the Trainer rounds losses to 4 decimals: differences of losses are not exact")
+                notes.append("losses are rounded to 4 decimals by the Trainer: differences of losses are not exact")
         elif self._history:
             notes.append("the Trainer did not log the loss of every single step (logging_steps is not 1)")
         return replace(content, scalars=scalars, notes=tuple(notes))
