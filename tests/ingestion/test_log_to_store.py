@@ -472,7 +472,7 @@ def log_again(path):
     [
         (restart_with_another_model, "step 5 changed while it was read"),
         (log_again, "step 5 changed while it was read"),
-        (Path.unlink, "the step cannot be found any more"),
+        (Path.unlink, "cannot find the files of this step any more"),
     ],
 )
 def test_a_file_that_changes_between_description_and_reading_is_refused(log, store, interfere, what):

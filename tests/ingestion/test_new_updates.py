@@ -327,8 +327,8 @@ def test_a_run_of_a_sweep_that_was_restarted_is_another_attempt_of_it_alone(tmp_
 def test_a_folder_without_runs_is_refused(tmp_path, out):
     (tmp_path / "sweep").mkdir()
     for path, message in [
-        (tmp_path / "sweep", "no run is in this folder"),
-        (tmp_path / "no", "a sweep is one folder"),
+        (tmp_path / "sweep", "this folder contains no runs"),
+        (tmp_path / "no", "a sweep must be one folder"),
     ]:
         with pytest.raises(InputError, match=message):
             ingest_run(path, out, sweep=True)

@@ -466,15 +466,15 @@ def test_replicates_may_lie_in_a_log_of_their_own(run, out, tmp_path):
     [
         (
             {"replicate_parameter/scale": lambda value: value[:-1]},
-            r"replicate_parameter has shape \(3,\), 4 replicates",
+            r"replicate_parameter has shape \(3,\), but 4 replicates",
         ),
-        ({"replicate_hvp/layer.bias": lambda value: value[0]}, r"replicate_hvp has shape \(5,\), 4 replicates"),
+        ({"replicate_hvp/layer.bias": lambda value: value[0]}, r"replicate_hvp has shape \(5,\), but 4 replicates"),
         ({"replicate_hvp/layer.bias": None}, "tensor 'layer.bias' has no replicate_hvp"),
         ({"replicate_loss": lambda value: value[:2]}, "2 values of replicate_loss for 4 replicates"),
-        ({"replicate_loss": lambda value: value[0]}, r"replicate_loss is float64 of shape \(\)"),
-        ({"replicate_loss": lambda value: np.array(["a"] * 4)}, "replicate_loss is str"),
+        ({"replicate_loss": lambda value: value[0]}, r"replicate_loss has dtype float64 and shape \(\)"),
+        ({"replicate_loss": lambda value: np.array(["a"] * 4)}, "replicate_loss has dtype str"),
         ({f"replicate_parameter/{name}": None for name in SHAPES}, "without replicate_parameter"),
-        ({f"replicate_parameter/{name}": lambda value: value[:0] for name in SHAPES}, "or of none"),
+        ({f"replicate_parameter/{name}": lambda value: value[:0] for name in SHAPES}, "or with 0 replicates"),
         (
             {f"replicate_parameter/{name}": lambda value: value.astype(int) for name in SHAPES},
             "dtype int64 is not a float",

@@ -1,4 +1,4 @@
-"""Which state a logged quantity belongs to: shifts that the user gives, and those that the updates tell of."""
+"""Alignment of logged quantities with states: shifts given by the user, and shifts detected from updates."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 def trained(optimizer, dtype="float32", steps=STEPS):
-    """States of torch training on |A theta|^2 / 2, tensor by tensor, logged before the update."""
+    """Return states of torch training on |A theta|^2 / 2, tensor by tensor, logged before the update."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     theta = {name: torch.randn(shape).to(kind).requires_grad_() for name, shape in SHAPES.items()}
@@ -54,7 +54,7 @@ def sgd(parameters):
 
 
 def moved(states, by, quantities):
-    """States as a log has them that keeps some quantities ``by`` steps later than those that they belong to."""
+    """Return states in which some quantities are logged ``by`` steps later than the states that they belong to."""
     result = []
     for step, state in enumerate(states):
         if 0 <= step - by < len(states):
@@ -69,7 +69,7 @@ def write_moved(folder, states, by, quantities=("gradient", "loss")):
 
 
 def held(path):
-    """Rows of a trajectory by step: the bits of its arrays, and its scalars."""
+    """Return the states of a trajectory by step: the bits of its arrays, and its scalars."""
     states = open_trajectory(path)
     rows = {}
     for row, step in enumerate(states.scalar("step").tolist()):
@@ -83,13 +83,13 @@ def held(path):
 
 
 @pytest.mark.parametrize("by", [1, -1, 2])
-def test_a_log_that_is_shifted_back_is_the_run(tmp_path, by, caplog):
+def test_shifting_a_log_back_gives_the_original_run(tmp_path, by, caplog):
     states = trained(sgd)
     ingest(write_log(tmp_path / "log", states), tmp_path / "aligned.zarr")
     source = write_moved(tmp_path / "moved", states, by)
     ingest(source, tmp_path / "shifted.zarr", shift={"gradient": -by, "loss": -by})
     expected, found = held(tmp_path / "aligned.zarr"), held(tmp_path / "shifted.zarr")
-    # Of those logged, the states whose gradient lies in another step that is logged.
+    # Of the logged states, those whose gradient is logged at another step.
     logged = range(by, STEPS) if by > 0 else range(STEPS + by)
     assert list(found) == [step for step in logged if step + by in logged]
     assert all(found[step] == expected[step] for step in found)
@@ -131,24 +131,24 @@ def test_each_source_of_a_run_file_has_its_shift(tmp_path):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("shift = { gradient = 0.5 }", "gradient=0.5 does not say"),
-        ("shift = { gradients = -1 }", "gradients=-1 does not say"),
-        ('shift = { gradient = "-1" }', "gradient=-1 does not say"),
-        ("shift = 3", "map or shift that is no table"),
-        ("shift = { gradient = true }", "gradient=True does not say"),
+        ("shift = { gradient = 0.5 }", "gradient=0.5 is not a valid shift"),
+        ("shift = { gradients = -1 }", "gradients=-1 is not a valid shift"),
+        ('shift = { gradient = "-1" }', "gradient=-1 is not a valid shift"),
+        ("shift = 3", "map or shift that is not a table"),
+        ("shift = { gradient = true }", "gradient=True is not a valid shift"),
     ],
 )
-def test_a_shift_that_cannot_be_is_refused(tmp_path, text, what):
+def test_an_invalid_shift_is_refused(tmp_path, text, what):
     write_log(tmp_path / "log", random_walk(2))
     (tmp_path / "run.toml").write_text(f'[[source]]\npath = "log"\n{text}\n')
     with pytest.raises(InputError, match=re.escape(what)) as caught:
         open_source(tmp_path / "run.toml")
     assert "run.toml" in caught.value.where
-    with pytest.raises(InputError, match="do not say which source of a run file"):
+    with pytest.raises(InputError, match="ambiguous which source of the run file"):
         open_source(tmp_path / "run.toml", shift={"gradient": -1})
 
 
-def test_pairs_of_a_command_line_are_numbers_of_steps():
+def test_command_line_shifts_are_numbers_of_steps():
     assert parse_shift(["gradient=-1", "loss=+2", "hvp=0"]) == {"gradient": -1, "loss": 2, "hvp": 0}
     for pairs in (
         ["gradient"],
@@ -162,17 +162,17 @@ def test_pairs_of_a_command_line_are_numbers_of_steps():
             parse_shift(pairs)
 
 
-# What the updates tell -----------------------------------------------------------------------------------------
+# Detection from updates ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("by", [1, -1])
-def test_gradients_of_another_step_are_told_with_the_option_that_mends_it(tmp_path, dtype, by):
+def test_gradients_of_another_step_are_reported_with_the_option_to_use(tmp_path, dtype, by):
     source = write_moved(tmp_path / "log", trained(sgd, dtype), by)
     summary = ingest(source, tmp_path / "trajectory.zarr")
-    (told,) = [warning for warning in summary.warnings if "--shift" in warning]
-    assert f"--shift gradient={-by}, and loss={-by}" in told
-    assert told in inspect_source([source]).notes
+    (message,) = [warning for warning in summary.warnings if "--shift" in warning]
+    assert f"--shift gradient={-by}, and loss={-by}" in message
+    assert message in inspect_source([source]).notes
     mended = ingest(source, tmp_path / "mended.zarr", shift={"gradient": -by, "loss": -by})
     assert not [warning for warning in mended.warnings if "--shift" in warning]
 
@@ -186,14 +186,14 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_nothing_is_told_of_gradients_that_are_where_they_belong(tmp_path, optimizer):
+def test_aligned_gradients_give_no_warning(tmp_path, optimizer):
     states = trained(OPTIMIZERS[optimizer])
     summary = ingest(write_log(tmp_path / "log", states), tmp_path / "trajectory.zarr")
     assert not [warning for warning in summary.warnings if "--shift" in warning]
 
 
-def test_nothing_is_told_where_the_precision_does_not_suffice(tmp_path):
-    # The gradient of a step and of the next one differ by less than an update is rounded.
+def test_insufficient_precision_gives_no_warning(tmp_path):
+    # The gradients of a step and of the next one differ by less than the rounding of an update.
     source = write_moved(tmp_path / "log", trained(sgd, "bfloat16"), 1)
     summary = ingest(source, tmp_path / "trajectory.zarr")
     assert not [warning for warning in summary.warnings if "--shift" in warning]
@@ -203,8 +203,8 @@ state = arrays(np.float64, (2, 3), elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0
 
 
 @given(st.lists(state, min_size=4, max_size=4))
-def test_what_chance_explains_is_not_told(states):
-    # Three elements lie within b / d of a line by chance in one of (d / b)**2 cases; 1e12 are asked for.
+def test_alignment_by_chance_gives_no_warning(states):
+    # Three elements are within b / d of a line by chance in one of (d / b)**2 cases; 1e12 is required.
     pairs = list(itertools.pairwise(states))
     lengths = [np.linalg.norm(after[0] - before[0]) for before, after in pairs]
     bounds = [2.0**-8 * np.linalg.norm(abs(before[0]) + abs(after[0])) for before, after in pairs]

@@ -58,7 +58,7 @@ def say(folder, layout, **modules):
 
 @pytest.fixture
 def run(written, tmp_path):
-    """Models and stores of a run of GPT-2, to be changed."""
+    """Models and stores of a run of GPT-2 that tests may modify."""
     for name in ("models", "stores"):
         shutil.copytree(written / "gpt2" / name, tmp_path / name)
     return tmp_path / "models", say(tmp_path / "stores", "conv1d")
@@ -66,7 +66,7 @@ def run(written, tmp_path):
 
 @pytest.fixture
 def other(written, tmp_path):
-    """Stores of another kind of the first state of GPT-2, by name, with their model."""
+    """Stores of other kinds for the first state of GPT-2, by name, with their model."""
 
     def copied(name):
         stores = shutil.copytree(written / "other" / name, tmp_path / name)
@@ -76,7 +76,7 @@ def other(written, tmp_path):
 
 
 def gradients_of(sources, number):
-    """Gradients of a step by name, and the notes."""
+    """Return the gradients of a step by name, and the notes."""
     log = open_sources(sources)
     step = next(step for step in log.steps() if step.number == number)
     with log.open(step) as reader:
@@ -97,7 +97,7 @@ def refused(sources):
 
 
 def require_close(read, truth, roundings=2, unit=2.0**-24):
-    """Bergson rounds the sum over documents to float32, and its safe_divide by their number.
+    """Return a bound: Bergson rounds the sum over documents to float32, and its quotient by their number.
 
     The gradients themselves are of float64 on both sides; 2^-40 of the largest leaves them 2^13 roundings.
     """
@@ -122,28 +122,28 @@ def test_stores_of_a_run_are_the_gradients_of_torch(written, tmp_path, name):
             left = saved.keys() - read.keys()
         assert len(left) == 12
         assert any(all(repr(tensor) in note for tensor in left) for note in notes)
-        assert any("every result of the model is of its other 4 tensors" in note for note in notes)
+        assert any("all results of the model concern its other 4 tensors" in note for note in notes)
         assert any("loss_reduction: sum" in note for note in notes)
     assert open_source(stores / "checkpoint-1").steps()[0].number == 1
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradient_descent_is_at_no_angle_to_what_bergson_says(written, tmp_path, name):
+def test_gradient_descent_is_parallel_to_bergson_gradients(written, tmp_path, name):
     stores = say(shutil.copytree(written / name / "stores", tmp_path / "stores"), LAYOUTS[name])
     whole_run.ingest_run([written / name / "models", stores], tmp_path / "out")
     whole_run.analyze_run(tmp_path / "out", Serial(learning_rate=1.0))
     tree = read_results(tmp_path / "out" / "results.zarr")
     for level in ("model", "tensor"):
         angle = tree[level]["angle"].sel(descent="gradient", window=1)
-        # Two roundings of the gradient; of the parameters' 2^-53, updates are 2^-20 of them or more.
+        # Two roundings of the gradient; parameters are rounded by 2^-53, and updates are at least 2^-20 of them.
         assert (angle <= 2 * 2.0**-24 * (1 + 2.0**-24) + 2.0**-32).all()
-    said = inspect_source([written / name / "models", stores])
-    assert said.format == "safetensors, bergson"
-    assert said.holds["gradient"] == "4 tensors"
-    assert sum("every result of the model" in note for note in said.notes) == 1
+    found = inspect_source([written / name / "models", stores])
+    assert found.format == "safetensors, bergson"
+    assert found.holds["gradient"] == "4 tensors"
+    assert sum("all results of the model" in note for note in found.notes) == 1
 
 
-def test_a_run_file_can_name_the_stores(run, tmp_path):
+def test_a_run_file_can_list_the_stores(run, tmp_path):
     lines = [f'[[source]]\npath = "{folder.name}"' for folder in run]
     (tmp_path / "run.toml").write_text("\n".join(lines))
     read, _ = gradients_of([tmp_path], 2)
@@ -152,26 +152,26 @@ def test_a_run_file_can_name_the_stores(run, tmp_path):
     assert all((again[name] == value).all() for name, value in read.items())
 
 
-def test_stores_of_several_losses_are_told_apart(run, tmp_path):
+def test_stores_of_different_losses_are_distinguished(run, tmp_path):
     edit(run[1] / "checkpoint-1", "config.yaml", "loss_reduction: sum", "loss_reduction: mean")
     warnings = ingest(list(run), tmp_path / "out").warnings
     for reduction, step in (("sum", 0), ("mean", 1)):
-        said = [warning for warning in warnings if f"loss_reduction: {reduction}" in warning]
-        assert len(said) == 1
-        assert said[0].endswith(f"(in step-{step})")
+        found = [warning for warning in warnings if f"loss_reduction: {reduction}" in warning]
+        assert len(found) == 1
+        assert found[0].endswith(f"(in step-{step})")
 
 
-def test_what_has_no_gradient_is_said_when_it_is_left_out(run, tmp_path):
+def test_tensors_without_gradient_are_listed_when_left_out(run, tmp_path):
     warnings = ingest(list(run), tmp_path / "out").warnings
     assert sum("'transformer.wte.weight'" in warning for warning in warnings) == 1
 
 
-def test_a_row_for_each_document_is_read_as_their_mean(other, written):
+def test_one_row_per_document_is_read_as_the_mean(other, written):
     with np.load(written / "gpt2" / "gradients" / "0.npz") as truth:
         read, _ = gradients_of(other("rows"), 0)
         assert {value.dtype.name for value in read.values()} == {"float64"}
         require_close(read, truth, roundings=0)
-        # Of bfloat16 weights, activations and rows: what Bergson itself loads has this mean.
+        # Weights, activations and rows are bfloat16: compare with the mean of the rows that Bergson itself loads.
         read, notes = gradients_of(other("bfloat16"), 0)
     assert any("precision: bf16" in note for note in notes)
     store = written / "other" / "bfloat16" / "step-0"
@@ -187,15 +187,15 @@ def test_a_row_for_each_document_is_read_as_their_mean(other, written):
 
 
 @pytest.mark.parametrize("name", ["biased", "biased rows"])
-def test_biases_are_read_where_bergson_was_asked_for_them(other, written, name):
+def test_biases_are_read_if_bergson_included_them(other, written, name):
     read, notes = gradients_of(other(name), 0)
     assert read.keys() == LINEAR["gpt2"] | {name.replace("weight", "bias") for name in LINEAR["gpt2"]}
-    assert any("every result of the model is of its other 8 tensors" in note for note in notes)
+    assert any("all results of the model concern its other 8 tensors" in note for note in notes)
     with np.load(written / "gpt2" / "gradients" / "0.npz") as truth:
         require_close(read, truth)
 
 
-def test_a_module_can_be_of_another_layout(run):
+def test_a_module_can_have_another_layout(run):
     models, stores = run
     read, _ = gradients_of(run, 0)
     say(stores, "linear", **{"h.0.attn.c_attn": "conv1d", "h.0.mlp.c_fc": "conv1d", "h.0.mlp.c_proj": "conv1d"})
@@ -206,9 +206,9 @@ def test_a_module_can_be_of_another_layout(run):
 
 
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 40))
-def test_blocks_of_a_box_are_small_and_give_its_elements_in_their_order(first, rows, left, columns, most):
+def test_blocks_of_a_box_are_small_and_preserve_the_order(first, rows, left, columns, most):
     box = np.arange(18 * 18).reshape(18, 18)
-    found = list(blocks(slice(first, first + rows), slice(left, left + columns), most=most))
+    found = list(blocks(slice(first, first + rows), slice(left, left + columns), limit=most))
     assert all(len(some) * len(others) <= most for some, others in found)
     parts = [box[some.start : some.stop, others.start : others.stop].ravel() for some, others in found]
     assert (np.concatenate(parts) == box[first : first + rows, left : left + columns].ravel()).all()
@@ -216,7 +216,7 @@ def test_blocks_of_a_box_are_small_and_give_its_elements_in_their_order(first, r
 
 @given(st.sampled_from(["mean", "rows", "biased", "biased rows"]), st.data())
 @reads_only
-def test_any_slice_is_that_of_the_whole_tensor(written, tmp_path, name, data):
+def test_any_slice_equals_that_of_the_complete_tensor(written, tmp_path, name, data):
     stores = tmp_path / name
     if not stores.exists():
         shutil.copytree(written / "gpt2" / "stores" if name == "mean" else written / "other" / name, stores)
@@ -239,7 +239,7 @@ ROWS, COLUMNS = 3 << 10, 2 << 10
 
 @pytest.fixture
 def large(written, tmp_path):
-    """A store of one module of 6 MiB elements, and what lies in it."""
+    """A store with one module of 6 Mi elements, and its values."""
     store = shutil.copytree(written / "gpt2" / "stores" / "checkpoint-0", tmp_path / "stores" / "checkpoint-0")
     info = json.loads((store / "info.json").read_text())
     (store / "info.json").write_text(json.dumps({**info, "grad_sizes": {"layer": ROWS * COLUMNS}}))
@@ -250,7 +250,7 @@ def large(written, tmp_path):
 
 
 def read_traced(sources, tensor):
-    """Read a tensor of the large store, and the most bytes that it took beside it."""
+    """Read a tensor of the large store; return it and the peak memory in addition to it."""
     log = open_sources(sources)
     step = log.steps()[0]
     out = np.empty(ROWS * COLUMNS, np.float32)
@@ -268,11 +268,11 @@ def test_a_transposed_tensor_is_read_in_bounded_memory(large, tmp_path):
     models = parameters(tmp_path / "models", {"layer.weight": stored.T.shape})
     out, peak = read_traced([models, store.parent], "layer.weight")
     assert (out.reshape(COLUMNS, ROWS) == stored.T).all()
-    # One block of 2^20 elements, and a mebibyte for all else; the tensor has six such blocks.
+    # One block of 2^20 elements, and one MiB for everything else; the tensor has six such blocks.
     assert peak <= (1 << 20) * 4 + (1 << 20)
 
 
-def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
+def test_the_mean_of_rows_is_computed_in_bounded_memory(large):
     store, stored = large
     edit(store, "info.json", '"num_grads": 1', '"num_grads": 2')
     edit(store, "config.yaml", "aggregation: mean", "aggregation: none")
@@ -286,20 +286,20 @@ def test_a_mean_of_rows_is_taken_in_bounded_memory(large):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("projected", "projected at random (projection_dim: 4)"),
-        ("projected to one", "projected at random (projection_dim: 4)"),
-        ("tokens", "a row for each token"),
-        ("unit", "scaled to length 1 (unit_normalize: true)"),
-        ("unit mean", "scaled to length 1 (normalize_aggregated_grad: true)"),
+        ("projected", "randomly projected (projection_dim: 4)"),
+        ("projected to one", "randomly projected (projection_dim: 4)"),
+        ("tokens", "one row per token"),
+        ("unit", "normalized to length 1 (unit_normalize: true)"),
+        ("unit mean", "normalized to length 1 (normalize_aggregated_grad: true)"),
         ("normalized", "(normalizers.pth)"),
         ("sum", "(aggregation: sum)"),
         ("contrast", "(contrast/)"),
     ],
 )
-def test_other_stores_are_refused_with_what_their_own_files_say(other, name, why):
+def test_unsuitable_stores_are_refused_with_the_reason(other, name, why):
     sources = other(name)
     for error in (refused(sources), refusal(sources[1])):
-        assert "has no gradient of the loss" in error.what
+        assert "does not contain the gradient of the loss" in error.what
         assert why in error.why
         assert ";" not in error.why
         assert "--projection_dim 0 --aggregation mean" in error.remedy
@@ -317,13 +317,13 @@ def edit(store, name, old, new):
         ("config.yaml", "optimizer_state: ''", "optimizer_state: runs/a/optimizer.pt", "(optimizer_state: runs/"),
         ("config.yaml", "hessian_path: null", "hessian_path: runs/h", "(hessian_path: runs/h)"),
         ("config.yaml", "precision: fp64", "precision: int4", "(precision: int4)"),
-        ("config.yaml", "      aggregation: mean\n", "", "how its rows were made (config.yaml)"),
+        ("config.yaml", "      aggregation: mean\n", "", "how its rows were computed (config.yaml)"),
         ("config.yaml", "metadata:", "- build:\n    index_cfg:\n      model: b\nmetadata:", "several builds"),
         ("processor_config.yaml", "projection_dim: null\n", "", "whether it is projected"),
-        ("info.json", '"num_grads": 1', '"num_grads": 2', "has 2 rows, where a mean is one"),
+        ("info.json", '"num_grads": 1', '"num_grads": 2', "has 2 rows, but a mean is one row"),
     ],
 )
-def test_a_store_that_does_not_say_what_it_is_is_refused(run, name, old, new, why):
+def test_a_store_with_incomplete_metadata_is_refused(run, name, old, new, why):
     edit(run[1] / "checkpoint-0", name, old, new)
     error = refused(run)
     assert why in error.why
@@ -336,7 +336,7 @@ def test_a_store_without_its_settings_is_refused(run, name):
     assert f"({name})" in refused(run).why
 
 
-def test_gradients_of_the_epochs_of_a_run_are_of_no_state(run, tmp_path):
+def test_gradients_of_epochs_belong_to_no_state(run, tmp_path):
     folder = tmp_path / "run" / "train"
     store = shutil.copytree(run[1] / "checkpoint-0", folder / "epoch_0")
     for source in (tmp_path / "run", folder, store):
@@ -346,7 +346,7 @@ def test_gradients_of_the_epochs_of_a_run_are_of_no_state(run, tmp_path):
         assert error.where == str(store)
 
 
-def test_nothing_is_guessed_of_the_orientation(run):
+def test_the_orientation_is_not_guessed(run):
     stores = run[1]
     (stores / "natgrad.toml").unlink()
     error = refused(run)
@@ -376,38 +376,38 @@ GPT2 = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "h.0.mlp.c_fc": (
     [
         (
             {"other.weight": (8, 8)},
-            "module 'h.0.attn.c_attn' fits no tensor",
-            "no tensor is called h.0.attn.c_attn",
+            "module 'h.0.attn.c_attn' with 192 elements does not match any tensor",
+            "no tensor name is h.0.attn.c_attn",
         ),
         (
             {f"{module}.weight": shape if shape != (8, 12) else (8, 13) for module, shape in GPT2.items()},
-            "module 'h.0.mlp.c_fc' fits no tensor",
+            "module 'h.0.mlp.c_fc' with 96 elements does not match any tensor",
             "'h.0.mlp.c_fc.weight' has (8, 13)",
         ),
         (
             {f"{module}.weight": shape if shape != (8, 12) else (8, 12, 1) for module, shape in GPT2.items()},
-            "module 'h.0.mlp.c_fc' fits no tensor",
+            "module 'h.0.mlp.c_fc' with 96 elements does not match any tensor",
             "'h.0.mlp.c_fc.weight' has (8, 12, 1)",
         ),
         (
             {f"{part}.{module}.weight": shape for module, shape in GPT2.items() for part in ("a", "b")},
-            "not those of one part",
+            "do not belong to one part",
             "prefixes 'a.', 'b.'",
         ),
         (
             {f"{shape[1]}.{module}.weight": shape for module, shape in GPT2.items()},
-            "not those of one part",
-            "no prefix that they share",
+            "do not belong to one part",
+            "no common prefix",
         ),
     ],
 )
-def test_modules_must_fit_the_parameters(run, tmp_path, shapes, what, why):
+def test_modules_must_match_the_parameters(run, tmp_path, shapes, what, why):
     error = refused([parameters(tmp_path / "others", shapes), run[1]])
     assert what in error.what
     assert why in error.why
 
 
-def test_modules_are_found_under_the_only_prefix_that_fits_all_of_them(run, tmp_path):
+def test_modules_are_found_under_the_only_common_prefix(run, tmp_path):
     shapes = {f"{module}.weight": shape for module, shape in GPT2.items()}
     shapes |= {f"small.{module}.weight": (2, 2) for module in GPT2} | {"small.h.0.attn.c_proj.weight": (8, 8)}
     read, notes = gradients_of([parameters(tmp_path / "others", shapes), run[1]], 0)
@@ -415,7 +415,7 @@ def test_modules_are_found_under_the_only_prefix_that_fits_all_of_them(run, tmp_
     assert any("4 tensors have no gradient and are left out: 'small." in note for note in notes)
 
 
-def test_a_bias_must_fit_too(other, tmp_path):
+def test_a_bias_must_match_its_parameter(other, tmp_path):
     _, stores = other("biased")
     shapes = {f"{module}.weight": shape for module, shape in GPT2.items()}
     biases = {f"{module}.bias": shape[1:] for module, shape in GPT2.items()}
@@ -423,39 +423,39 @@ def test_a_bias_must_fit_too(other, tmp_path):
     assert read.keys() == shapes.keys() | biases.keys()
     error = refused([parameters(tmp_path / "b", shapes), stores])
     assert "bias of 'h.0.attn.c_attn'" in error.what
-    assert error.why == "there is none"
+    assert error.why == "there is no such parameter"
     assert (
         "has shape (8,)" in refused([parameters(tmp_path / "c", shapes | dict.fromkeys(biases, (8,))), stores]).why
     )
 
 
-def test_a_store_of_another_checkpoint_than_its_name_says_is_refused(run):
+def test_a_store_of_another_checkpoint_than_its_name_is_refused(run):
     (run[1] / "checkpoint-0").rename(run[1] / "taken")
     (run[1] / "checkpoint-1").rename(run[1] / "checkpoint-0")
-    assert "built of step-1, its name says step 0" in refused(run).what
+    assert "built from step-1, but its name indicates step 0" in refused(run).what
     edit(run[1] / "checkpoint-0", "config.yaml", "revision: null", "revision: step0")
     assert gradients_of(run, 0)[0].keys() == LINEAR["gpt2"]
 
 
-def test_a_store_of_another_size_than_it_says_is_refused(run):
+def test_a_store_with_an_inconsistent_size_is_refused(run):
     with (run[1] / "checkpoint-0" / "gradients.bin").open("ab") as file:
         file.write(bytes(4))
-    assert "gradients.bin has 1796 bytes, info.json says 1792" in refused(run).what
+    assert "gradients.bin has 1796 bytes, but info.json implies 1792" in refused(run).what
 
 
-def test_a_store_must_be_called_after_its_step(run):
+def test_a_store_must_be_named_after_its_step(run):
     store = (run[1] / "checkpoint-0").rename(run[1] / "gradients")
-    assert "does not say of which state" in refusal(store).what
+    assert "does not contain the step of its state" in refusal(store).what
 
 
 def test_a_store_that_is_being_built_is_left_for_the_next_pass(run, caplog):
     (run[1] / "checkpoint-2").rename(run[1] / "checkpoint-2.part")
     assert [step.number for step in open_sources(run).steps()] == [0, 1]
-    assert "Bergson is building it" in caplog.text
+    assert "Bergson is still building it" in caplog.text
     for file in (run[1] / "checkpoint-2.part").rglob("*"):
         os.utime(file, (0, 0))
-    assert "never finished" in refused(run).what
-    assert "not whole" in refusal(run[1] / "checkpoint-2.part").why
+    assert "never completed" in refused(run).what
+    assert "not complete" in refusal(run[1] / "checkpoint-2.part").why
 
 
 def test_there_is_nothing_to_map(run):
@@ -463,10 +463,10 @@ def test_there_is_nothing_to_map(run):
         open_source(run[1], mapping={"gradient": "a"})
 
 
-def test_alone_it_has_no_parameters(run):
-    said = inspect_source([run[1]])
-    assert said.holds == {"gradient": "4 tensors"}
-    assert "parameter" in said.missing
+def test_a_store_alone_has_no_parameters(run):
+    found = inspect_source([run[1]])
+    assert found.holds == {"gradient": "4 tensors"}
+    assert "parameter" in found.missing
     with pytest.raises(InputError, match="no parameters"):
         gradients_of([run[1]], 0)
 
@@ -484,7 +484,7 @@ def read_or_refused(name, length, written, stores):
     length=LENGTHS,
 )
 @reads_only
-def test_a_damaged_store_is_read_or_refused_and_nothing_else(written, tmp_path, name, changes, length):
+def test_a_corrupt_store_is_either_read_or_refused(written, tmp_path, name, changes, length):
     stores = tmp_path / "stores"
     if not stores.exists():
         shutil.copytree(written / "gpt2" / "stores", stores)

@@ -1,4 +1,4 @@
-"""Readers of training logs against the libraries that wrote them."""
+"""Readers of training logs, compared with the libraries that wrote them."""
 
 import itertools
 import os
@@ -78,7 +78,7 @@ def read(reader, array, tensor, shape, dtype, start=0, stop=None):
 
 
 def read_all(folder):
-    """Everything that a log of one step holds, by its keys."""
+    """Return the contents of a log with one step, by key."""
     log, step = only_step(folder)
     with log.open(step) as reader:
         content = complete(step, reader.content())
@@ -96,11 +96,11 @@ def assert_same_bits(actual, expected):
         assert np.asarray(actual[key]).tobytes() == np.asarray(value).tobytes(), key
 
 
-# What is there -----------------------------------------------------------------------------------------------
+# Contents ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("writer", "dtype"), CASES)
-def test_every_container_gives_back_every_bit_that_was_logged(tmp_path, writer, dtype):
+def test_every_container_preserves_every_bit(tmp_path, writer, dtype):
     state = the_state(dtype)
     folder = write(tmp_path, writer, state)
     assert_same_bits(read_all(folder), state)
@@ -134,7 +134,7 @@ def test_a_step_is_described_without_its_tensors(tmp_path, writer, dtype):
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.int32])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_scalar_is_read_from_any_number_that_trainers_log(tmp_path, container, dtype, shape):
+def test_a_scalar_is_read_from_any_numeric_type(tmp_path, container, dtype, shape):
     state = the_state("float32") | {"loss": np.full(shape, 3, dtype)}
     write_step(tmp_path, 7, state, container)
     log, step = only_step(tmp_path)
@@ -143,7 +143,7 @@ def test_a_scalar_is_read_from_any_number_that_trainers_log(tmp_path, container,
 
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_a_loss_that_is_not_one_number_is_no_loss(tmp_path, container):
+def test_a_loss_that_is_not_a_single_number_is_ignored(tmp_path, container):
     write_step(tmp_path, 7, the_state("float32") | {"loss": np.ones(3)}, container)
     log, step = only_step(tmp_path)
     with log.open(step) as reader:
@@ -157,7 +157,7 @@ LARGE = {"matrix": (61, 97), "vector": (50,)}
 
 @pytest.fixture(scope="module")
 def large_logs(tmp_path_factory):
-    """One log for each way of writing, and its state; larger than a buffer of the zip reader."""
+    """Logs written in all ways, and their state, which is larger than a buffer of the zip reader."""
     state = the_state("float64", LARGE)
     return {writer: write(tmp_path_factory.mktemp("log"), writer, state) for writer in WRITERS}, state
 
@@ -179,7 +179,7 @@ def test_slices_at_any_offset_and_in_any_order_equal_the_array(large_logs, write
             np.testing.assert_array_equal(part, state[f"{array}/{tensor}"].ravel()[start:stop])
 
 
-def test_steps_come_in_the_order_of_their_numbers_and_other_files_are_left_alone(tmp_path):
+def test_steps_are_sorted_by_number_and_other_files_are_ignored(tmp_path):
     write_log(tmp_path, random_walk(3), numbers=[10, 9, 100])
     write_step(tmp_path, 11, random_walk(1)[0], "npz")
     for name in (
@@ -202,11 +202,11 @@ def test_listing_opens_no_step(tmp_path):
     assert [step.number for step in open_source(tmp_path).steps()] == [1, 2]
 
 
-# What is refused ---------------------------------------------------------------------------------------------
+# Refused logs ------------------------------------------------------------------------------------------------
 
 
 def refusal(folder, format=None):
-    """The refusal of the only step of a log, which must name it."""
+    """Return the error for the only step of a log, which must name it."""
     _, step = only_step(folder, format)
     with pytest.raises(InputError) as caught:
         read_all(folder)
@@ -219,7 +219,7 @@ def refusal(folder, format=None):
 @pytest.mark.parametrize("writer", WRITERS)
 @given(length=st.integers(0))
 @reads_only
-def test_a_file_cut_at_any_byte_is_refused_by_name(large_logs, tmp_path, writer, length):
+def test_a_truncated_file_is_refused_and_named(large_logs, tmp_path, writer, length):
     (path,) = large_logs[0][writer].iterdir()
     whole = path.read_bytes()
     (tmp_path / path.name).write_bytes(whole[: length % len(whole)])
@@ -229,7 +229,7 @@ def test_a_file_cut_at_any_byte_is_refused_by_name(large_logs, tmp_path, writer,
 @pytest.mark.parametrize("writer", ["npz", "npz, compressed", "npz, Fortran order", "npz, big endian"])
 @given(position=st.integers(0), flip=st.integers(1, 255))
 @reads_only
-def test_an_archive_with_one_wrong_byte_never_gives_a_wrong_value(tmp_path, writer, position, flip):
+def test_an_archive_with_one_wrong_byte_never_yields_a_wrong_value(tmp_path, writer, position, flip):
     state = the_state("float32")
     (path,) = write(tmp_path, writer, state).iterdir()
     damaged = bytearray(path.read_bytes())
@@ -240,7 +240,7 @@ def test_an_archive_with_one_wrong_byte_never_gives_a_wrong_value(tmp_path, writ
     except InputError:
         refusal(tmp_path)
     else:
-        # A byte that carries no data (a date, say), or that hides entries of the archive's table.
+        # This byte contains no data (for example, a date), or it hides entries of the table of the archive.
         assert {key for key in state if key.startswith(("parameter", "gradient"))} <= content.keys()
         assert_same_bits(content, {key: state[key] for key in content})
 
@@ -253,7 +253,7 @@ def test_a_file_of_another_format_is_refused(tmp_path, container):
 
 
 @pytest.mark.parametrize("name", ["step_7.safetensors", "step_7.npz"])
-def test_what_cannot_be_read_is_refused(tmp_path, name):
+def test_unreadable_files_are_refused(tmp_path, name):
     (tmp_path / "folder" / name).mkdir(parents=True)
     refusal(tmp_path / "folder")
     (tmp_path / "link").mkdir()
@@ -261,10 +261,10 @@ def test_what_cannot_be_read_is_refused(tmp_path, name):
     refusal(tmp_path / "link")
 
 
-def test_a_step_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+def test_a_step_without_read_permission_is_refused(tmp_path, monkeypatch):
     path = write_step(tmp_path, 7, the_state("float32"), "npz")
     path.chmod(0)
-    if os.access(path, os.R_OK):  # the superuser reads everything: let the system refuse in its place
+    if os.access(path, os.R_OK):  # the superuser can read everything: simulate the error
         monkeypatch.setattr(
             "zipfile.ZipFile.__init__", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
         )
@@ -311,14 +311,14 @@ def test_a_pickle_under_the_name_of_a_step_is_never_loaded(tmp_path):
         (lambda s: s.update({"gradient/scales": s.pop("gradient/scale")}), "tensor 'scale' has no gradient"),
         (
             lambda s: s.update({"gradient/scale": np.ones(2, np.float32)}),
-            "gradient has shape (2,), its parameter ()",
+            "gradient has shape (2,), but its parameter has ()",
         ),
         (lambda s: s.update({"parameter/scale": np.int32(1)}), "is not a float"),
         (lambda s: s.update({"gradient/scale": np.bool_(True)}), "is not a float"),
     ],
 )
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_a_step_that_does_not_fit_together_is_refused_with_the_tensor(tmp_path, container, change, what):
+def test_an_inconsistent_step_is_refused_and_the_tensor_is_named(tmp_path, container, change, what):
     state = the_state("float32")
     change(state)
     write_step(tmp_path, 7, state, container)
@@ -335,12 +335,12 @@ def test_a_step_without_parameters_or_without_gradients_is_refused(tmp_path, con
     assert re.search(f"no {lost}", refusal(tmp_path).what)
 
 
-def test_a_bfloat16_array_in_an_archive_is_refused_as_numpy_forgets_its_dtype(tmp_path):
+def test_bfloat16_in_npz_is_refused_because_numpy_loses_the_dtype(tmp_path):
     write_step(tmp_path, 7, the_state("bfloat16"), "npz")
     assert "is not a float" in refusal(tmp_path).what
 
 
-def test_a_dtype_of_safetensors_that_is_not_stored_is_refused(tmp_path):
+def test_an_unsupported_safetensors_dtype_is_refused(tmp_path):
     state = {"parameter/w": np.ones(3, np.float32), "gradient/w": np.ones(3, ml_dtypes.float8_e4m3fn)}
     safetensors.numpy.save_file(state, tmp_path / "step_7.safetensors")
     assert "F8_E4M3" in refusal(tmp_path).what
@@ -354,7 +354,7 @@ def test_a_dtype_of_safetensors_that_is_not_stored_is_refused(tmp_path):
         (["step_0.npz", "step_00.safetensors"], 0),
     ],
 )
-def test_a_doubled_step_is_refused_with_both_files(tmp_path, names, step):
+def test_a_duplicate_step_is_refused_and_both_files_are_named(tmp_path, names, step):
     for name in [*names, "step_2.npz"]:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError) as caught:
@@ -371,18 +371,18 @@ def test_a_folder_without_steps_is_refused(tmp_path, format):
     assert caught.value.where == str(tmp_path)
 
 
-def test_what_is_no_folder_and_what_is_no_format_is_refused(tmp_path):
+def test_files_and_unknown_formats_are_refused(tmp_path):
     file = write_step(tmp_path, 1, the_state("float32"))
     for path, format, what in [
         (tmp_path / "nowhere", None, "no such file or folder"),
         (file, None, "this is a file"),
-        (tmp_path, "lmdb", "format 'lmdb' is not known"),
+        (tmp_path, "lmdb", "unknown format 'lmdb'"),
     ]:
         with pytest.raises(InputError, match=what):
             open_source(path, format)
 
 
-def test_a_folder_that_goes_away_is_refused(tmp_path):
+def test_a_folder_that_was_removed_is_refused(tmp_path):
     log = open_source(write_log(tmp_path / "log", random_walk(1)))
     (tmp_path / "log").rename(tmp_path / "gone")
     with pytest.raises(InputError, match="cannot list the log folder"):

@@ -1,4 +1,4 @@
-"""Formats of other packages that are broken: they are named, skipped, and in the way of nothing."""
+"""Broken formats of other packages: they are reported and skipped, and all other formats work."""
 
 import json
 
@@ -18,16 +18,16 @@ READER = Format(name={name!r}, layout="", gives="", lacks="", find=find, open=No
 
 BROKEN = {
     "raises at import": ("raise RuntimeError('no such luck')", "RuntimeError: no such luck"),
-    "is not there": ("", "AttributeError"),
-    "is no Python": ("def", "SyntaxError"),
-    "is no format": ("READER = 1", "is not an instance of natgrad.sources.formats.Format, but 1"),
+    "does not exist": ("", "AttributeError"),
+    "is not Python": ("def", "SyntaxError"),
+    "is not a format": ("READER = 1", "is not an instance of natgrad.sources.formats.Format, but 1"),
     "has a name in use": (FORMAT.format(name="csv", find="return True"), "the name 'csv' is taken"),
     "cannot examine": (FORMAT.format(name="mine", find="return 1 / 0"), "ZeroDivisionError"),
 }
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_extension_is_named_and_the_others_work(tmp_path, how):
+def test_a_broken_extension_is_reported_and_the_others_work(tmp_path, how):
     text, reason = BROKEN[how]
     site = install(
         tmp_path / "site",
@@ -40,7 +40,7 @@ def test_a_broken_extension_is_named_and_the_others_work(tmp_path, how):
     log = write_log(tmp_path / "log", random_walk(3))
     found = natgrad("inspect", log, "--json", installed=[site])
     assert json.loads(found.stdout)["steps"] == 3
-    # A log is found by a format of this package before those of others are asked.
+    # Formats of this package take precedence over those of others.
     (tmp_path / "empty").mkdir()
     refused = natgrad("inspect", tmp_path / "empty", installed=[site], check=False)
     assert refused.returncode == 2

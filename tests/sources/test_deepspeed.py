@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed's engine wrote, in every stage of ZeRO, read without it."""
+"""Checkpoints written by the DeepSpeed engine in every stage of ZeRO, read without DeepSpeed."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
 from opened import ingest, open_source
 
-SHAPES = {**TENSORS, "scale": (1,)}  # its engine does not take scalars
+SHAPES = {**TENSORS, "scale": (1,)}  # the engine does not support scalars
 STATES = random_walk(5, SHAPES)
 # Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
 GROUPS = [
@@ -35,7 +35,7 @@ STAGES = ["stage 0", "stage 1, bf16", "stage 2", "stage 2, bf16", "stage 3", "st
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Folder of the logs of one run in all stages, each by two processes, some by three."""
+    """Folder with the logs of one run in all stages, each written by two processes, some by three."""
     folder = tmp_path_factory.mktemp("deepspeed")
     more = [{"exact": exact, "groups": GROUPS} for exact in EXACT]
     torch.save([one | other for one, other in zip(trees_of(STATES), more, strict=True)], folder / "states")
@@ -47,7 +47,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture
 def log(job, tmp_path):
-    """A log of the first step, to be changed."""
+    """A log of the first step that tests may modify."""
 
     def copy(stage):
         shutil.copytree(job / stage / "global_step0", tmp_path / "log" / "global_step0")
@@ -58,7 +58,7 @@ def log(job, tmp_path):
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
-    """The gradients of the run, as a further source."""
+    """The gradients of the run, as an additional source."""
     states = [{key: value for key, value in state.items() if key.startswith("gradient")} for state in STATES]
     return write_log(tmp_path_factory.mktemp("gradients"), states)
 
@@ -83,7 +83,7 @@ def test_every_stage_gives_the_ledger_of_the_run(tmp_path, job, gradients, expec
     assert ledger_of(tmp_path, [job / stage, gradients]) == expected
 
 
-def test_gradients_of_the_client_state_need_no_further_source(tmp_path, job, expected):
+def test_gradients_in_the_client_state_need_no_additional_source(tmp_path, job, expected):
     shutil.copytree(job / "stage 3", tmp_path / "log")
     for step, state in enumerate(STATES):
         path = tmp_path / "log" / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -100,7 +100,7 @@ def test_slices_across_the_shares_of_ranks_equal_the_tensor(job, stage, tensor, 
     np.testing.assert_array_equal(read(open_source(job / stage), tensor, start, stop, step=2), expected[start:stop])
 
 
-def test_the_weights_of_the_forward_pass_are_there_too(job):
+def test_the_weights_of_the_forward_pass_are_available(job):
     stored = open_source(job / "stage 2, bf16", mapping={"parameter": "module"})
     with stored.open(stored.steps()[0]) as reader:
         content = reader.content()
@@ -118,15 +118,15 @@ def test_scalars_and_tied_weights_are_those_of_the_engine(job, stage):
     assert content.ties == {"tied.weight": "layers.9.weight"}
 
 
-def test_a_checkpoint_that_is_not_the_latest_yet_is_left_out_aloud(tmp_path, job, caplog):
+def test_a_checkpoint_newer_than_the_tracker_file_is_left_out_with_a_warning(tmp_path, job, caplog):
     shutil.copytree(job / "stage 2", tmp_path / "log")
     (tmp_path / "log" / "latest").write_text("global_step3")
     os.utime(tmp_path / "log" / "global_step4" / "mp_rank_00_model_states.pt")
     assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
-    assert "still names global_step3" in caplog.text
+    assert "still contains global_step3" in caplog.text
 
 
-def test_a_checkpoint_that_is_old_needs_no_latest(tmp_path, job):
+def test_an_old_checkpoint_needs_no_tracker_file(tmp_path, job):
     shutil.copytree(job / "stage 2", tmp_path / "log")
     (tmp_path / "log" / "latest").write_text("global_step3")
     for path in (tmp_path / "log" / "global_step4").iterdir():
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_old_needs_no_latest(tmp_path, job):
     assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3, 4]
 
 
-def test_the_trainer_s_checkpoints_may_hold_the_weights_in_deepspeed_s_alone(tmp_path, job, gradients, expected):
+def test_trainer_checkpoints_may_contain_weights_only_in_the_deepspeed_folder(tmp_path, job, gradients, expected):
     for step, state in enumerate(STATES):
         checkpoint = tmp_path / "log" / f"checkpoint-{step}"
         shutil.copytree(job / "stage 3" / f"global_step{step}", checkpoint / f"global_step{step}")
@@ -143,12 +143,12 @@ def test_the_trainer_s_checkpoints_may_hold_the_weights_in_deepspeed_s_alone(tmp
     assert ledger_of(tmp_path, [tmp_path / "log", gradients]) == expected
 
 
-# What the optimizer keeps -------------------------------------------------------------------------------------
+# Optimizer state ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def truth():
-    """State of torch's own optimizer by tensor, before each update and after the last."""
+    """Return the state of the torch optimizer by tensor, before each update and after the last one."""
     parameters = {name: torch.nn.Parameter(value) for name, value in arrays_of(STATES[0], "parameter").items()}
     groups = [{"params": [p], **GROUPS[p.ndim != 2]} for p in parameters.values()]
     optimizer = torch.optim.AdamW(groups)
@@ -169,10 +169,10 @@ def trajectory_of(folder, log, **options):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_optimizer_of_every_stage_is_torch_s_own(tmp_path, job, truth, stage):
+def test_the_optimizer_of_every_stage_equals_that_of_torch(tmp_path, job, truth, stage):
     states, arrays = trajectory_of(tmp_path, job / f"{stage}, trained")
     assert states.n_states == len(truth)
-    assert "master_parameter" not in arrays  # the parameters are these
+    assert "master_parameter" not in arrays  # they are the parameters
     for step, expected in enumerate(truth):
         for tensor in states.layout.tensors:
             name, index = tensor.name, states.layout.tensors.index(tensor)
@@ -194,8 +194,8 @@ def test_the_optimizer_of_every_stage_is_torch_s_own(tmp_path, job, truth, stage
 
 
 @pytest.mark.parametrize("stage", ["stage 2", "stage 3"])
-def test_the_optimizer_is_torch_s_own_for_three_ranks_too(tmp_path, job, truth, stage):
-    """Ranks end within tensors, and the last has padding."""
+def test_the_optimizer_of_three_ranks_equals_that_of_torch(tmp_path, job, truth, stage):
+    """Test slices across rank boundaries inside tensors, and the padding of the last rank."""
     states, arrays = trajectory_of(tmp_path, job / f"{stage}, three")
     for array in ("exp_avg", "exp_avg_sq"):
         for name, rows in arrays[array].items():
@@ -204,7 +204,7 @@ def test_the_optimizer_is_torch_s_own_for_three_ranks_too(tmp_path, job, truth, 
 
 
 @pytest.mark.parametrize("stage", ["stage 1, bf16", "stage 2, bf16"])
-def test_beside_the_weights_of_the_forward_pass_the_master_weights_are_of_the_optimizer(tmp_path, job, stage):
+def test_master_weights_are_optimizer_state_if_forward_weights_are_saved(tmp_path, job, stage):
     log = job / f"{stage}, trained"
     _, masters = trajectory_of(tmp_path / "masters", log)
     states, arrays = trajectory_of(tmp_path / "module", log, mapping={"parameter": "module"})
@@ -217,7 +217,7 @@ def test_beside_the_weights_of_the_forward_pass_the_master_weights_are_of_the_op
 
 
 def trainer_folder(folder, log):
-    """The Trainer's folder: models of its own, and DeepSpeed's checkpoints beside them."""
+    """Return a Trainer folder with separate models and DeepSpeed checkpoints."""
     for step in range(len(STATES) + 1):
         checkpoint = folder / f"checkpoint-{step}"
         inner = checkpoint / f"global_step{step}"
@@ -230,7 +230,7 @@ def trainer_folder(folder, log):
     return folder
 
 
-def test_the_trainer_s_model_and_deepspeed_s_optimizer_are_one_checkpoint(tmp_path, job, truth):
+def test_the_trainer_model_and_the_deepspeed_optimizer_form_one_checkpoint(tmp_path, job, truth):
     log = trainer_folder(tmp_path / "log", job / "stage 2, bf16, trained")
     states, arrays = trajectory_of(tmp_path, log)
     _, masters = trajectory_of(tmp_path / "masters", job / "stage 2, bf16, trained")
@@ -241,13 +241,13 @@ def test_the_trainer_s_model_and_deepspeed_s_optimizer_are_one_checkpoint(tmp_pa
             np.testing.assert_array_equal(rows[step], truth[step][name]["exp_avg_sq"].numpy().ravel())
 
 
-def test_a_model_is_read_without_an_optimizer_that_cannot_be(tmp_path, job, caplog):
+def test_a_model_is_read_if_its_optimizer_cannot_be_read(tmp_path, job, caplog):
     log = trainer_folder(tmp_path / "log", job / "stage 2, trained")
     for path in log.glob("checkpoint-*/global_step*/*rank_1_*optim_states.pt"):
         path.unlink()
     assert ingest([log], tmp_path / "store").steps == len(STATES) + 1
     assert "global_step0/optimizer was not read" in caplog.text
-    assert "2 ranks wrote it, and 1" in caplog.text
+    assert "written by 2 ranks, but there are 1" in caplog.text
     with pytest.raises(InputError, match="no state of an optimizer"):
         ingest([log], tmp_path / "other", include=["optimizer"])
 
@@ -265,19 +265,22 @@ def other_numbers(tree):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda tree: moments(tree)["state"][0].pop("exp_avg"), "group 0 of a rank has none that fits its weights"),
+        (
+            lambda tree: moments(tree)["state"][0].pop("exp_avg"),
+            "group 0 of a rank has none that matches its weights",
+        ),
         (
             lambda tree: moments(tree)["state"][1].update(exp_avg=torch.zeros(5)),
-            "group 1 of a rank has none that fits its weights",
+            "group 1 of a rank has none that matches its weights",
         ),
         (
             lambda tree: [s.update(exp_avg=s["exp_avg"].bfloat16()) for s in moments(tree)["state"].values()],
-            "it is of several dtypes",
+            "it has several dtypes",
         ),
-        (other_numbers, "group 0 of a rank has none that fits its weights"),
+        (other_numbers, "group 0 of a rank has none that matches its weights"),
     ],
 )
-def test_moments_that_do_not_fit_the_weights_are_named_and_left_out(tmp_path, job, caplog, change, what):
+def test_moments_that_do_not_match_the_weights_are_left_out_with_a_note(tmp_path, job, caplog, change, what):
     shutil.copytree(job / "stage 2, trained", tmp_path / "log")
     for path in (tmp_path / "log").glob("global_step[1-9]/*rank_1_*optim_states.pt"):
         rewritten(path, change)
@@ -287,7 +290,7 @@ def test_moments_that_do_not_fit_the_weights_are_named_and_left_out(tmp_path, jo
 
 
 def test_moments_of_an_elastic_checkpoint_have_no_padding_and_no_options(tmp_path, job, truth):
-    """`base_optimizer_state` is then a list of the states of the groups (DeepSpeed's `elastic_checkpoint`)."""
+    """With `elastic_checkpoint`, `base_optimizer_state` is a list of the states of the groups."""
     shutil.copytree(job / "stage 2, trained", tmp_path / "log")
     for path in (tmp_path / "log").glob("global_step*/*optim_states.pt"):
 
@@ -308,7 +311,7 @@ def test_moments_of_an_elastic_checkpoint_have_no_padding_and_no_options(tmp_pat
     assert (states.scalar("updates")[1:] == np.arange(1, states.n_states)[:, None]).all()
 
 
-# What does not fit together ----------------------------------------------------------------------------------
+# Inconsistent files ------------------------------------------------------------------------------------------
 
 
 def only(folder, pattern):
@@ -323,15 +326,15 @@ def rewritten(path, change):
 
 
 @pytest.mark.parametrize("stage", ["stage 2", "stage 3", "stage 2, bf16"])
-def test_a_rank_that_is_missing_or_too_many_is_refused(log, stage):
+def test_a_missing_or_surplus_rank_is_refused(log, stage):
     folder = log(stage)
     lost = only(folder, "rank_1_mp_rank_00_optim_states.pt")
     stale = lost.with_name(re.sub("rank_1", "rank_2", lost.name, count=1))
     shutil.copy(lost, stale)
-    assert "2 ranks wrote it, and 3" in refusal(folder).what
+    assert "written by 2 ranks, but there are 3" in refusal(folder).what
     stale.unlink()
     lost.unlink()
-    assert "2 ranks wrote it, and 1" in refusal(folder).what
+    assert "written by 2 ranks, but there are 1" in refusal(folder).what
 
 
 def state_of(tree):
@@ -346,7 +349,12 @@ def cut(tree):
 @pytest.mark.parametrize(
     ("stage", "file", "change", "what"),
     [
-        ("stage 2", "rank_1_*optim_states.pt", cut, "the shapes of group 0 have 1235 elements, its ranks 1226"),
+        (
+            "stage 2",
+            "rank_1_*optim_states.pt",
+            cut,
+            "the shapes of group 0 have 1235 elements, but its ranks have 1226",
+        ),
         (
             "stage 2",
             "rank_1_*optim_states.pt",
@@ -375,7 +383,7 @@ def cut(tree):
             "stage 3",
             "rank_1_*optim_states.pt",
             lambda tree: state_of(tree).update(fp32_flat_groups=[]),
-            "of dtypes none",
+            "have the dtypes none",
         ),
         (
             "stage 3",
@@ -388,13 +396,13 @@ def cut(tree):
             "stage 2",
             "mp_rank_00_model_states.pt",
             lambda tree: tree["param_shapes"][0].update({"layers.9.weight": torch.Size((1 << 59, 2))}),
-            "its ranks 1235",
+            "its ranks have 1235",
         ),
         (
             "stage 2",
             "mp_rank_00_model_states.pt",
             lambda tree: tree["param_shapes"][0].update({"layers.9.weight": (-1, -35)}),
-            "no number of elements",
+            "not a number of elements",
         ),
         (
             "stage 2",
@@ -407,7 +415,7 @@ def cut(tree):
             "stage 2",
             "rank_0_*optim_states.pt",
             lambda tree: state_of(tree).update(param_alignment_paddings=[[0, 1 << 60], [0, 0]]),
-            "no number of elements",
+            "not a number of elements",
         ),
         (
             "stage 2",
@@ -417,7 +425,7 @@ def cut(tree):
         ),
     ],
 )
-def test_ranks_that_do_not_fit_together_are_refused(log, stage, file, change, what):
+def test_inconsistent_ranks_are_refused(log, stage, file, change, what):
     folder = log(stage)
     rewritten(only(folder, file), change)
     assert what in refusal(folder).what
@@ -428,12 +436,12 @@ def test_ranks_that_do_not_fit_together_are_refused(log, stage, file, change, wh
     [
         ("mp_rank_01_model_states.pt", "model parallel"),
         ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "model parallel"),
-        ("layer_02-model_00-model_states.pt", "stages of a pipeline"),
+        ("layer_02-model_00-model_states.pt", "pipeline stages"),
         ("layer_0_expert_3_mp_rank_00_model_states.pt", "experts"),
         ("expp_rank_1_mp_rank_00_optim_states.pt", "experts"),
     ],
 )
-def test_models_in_parts_that_no_file_describes_are_refused_with_the_way_out(log, name, why):
+def test_models_with_unrecorded_splits_are_refused_with_a_remedy(log, name, why):
     folder = log("stage 2")
     (folder / "global_step0" / name).touch()
     refused = refusal(folder)
@@ -442,7 +450,7 @@ def test_models_in_parts_that_no_file_describes_are_refused_with_the_way_out(log
 
 
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "rank_1_*optim_states.pt"])
-def test_a_payload_never_runs_and_the_official_way_is_named(log, tmp_path, file):
+def test_a_payload_never_runs_and_the_error_names_the_official_tool(log, tmp_path, file):
     folder = log("stage 2")
     rewritten(only(folder, file), lambda tree: tree.update(more=Payload(tmp_path / "trace")))
     refused = refusal(folder)
@@ -460,7 +468,7 @@ def test_a_payload_never_runs_and_the_official_way_is_named(log, tmp_path, file)
     length=LENGTHS,
 )
 @reads_only
-def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job, stage, file, changes, length):
+def test_a_corrupt_checkpoint_is_either_read_or_refused(tmp_path, job, stage, file, changes, length):
     folder = tmp_path / stage
     if not folder.exists():
         shutil.copytree(job / stage / "global_step0", folder / "global_step0")
@@ -476,10 +484,10 @@ def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job,
     path.write_bytes(whole)
 
 
-def test_what_was_removed_while_it_was_read_is_refused(log):
+def test_a_file_removed_during_reading_is_refused(log):
     folder = log("stage 3")
     stored = open_source(folder)
     with stored.open(stored.steps()[0]) as reader:
         only(folder, "rank_1_*optim_states.pt").unlink()
-        with pytest.raises(InputError, match="removed it while it was read"):
+        with pytest.raises(InputError, match="removed them while they were read"):
             reader.read("parameter", "layers.10.weight", 0, np.zeros(1200, np.float32))

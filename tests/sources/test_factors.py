@@ -1,7 +1,7 @@
-"""Metrics of rules with factors, from the files of those who save them to the condition number in use.
+"""Metrics of factored rules, from the files of their original libraries to the condition number in use.
 
-The truth is the linear map that the real optimizer applies: its step, taken from zero parameters, for every unit
-vector as the gradient, while it does not renew its factors.
+The reference is the linear map that the real optimizer applies: its step from zero parameters with every unit
+vector as the gradient, while it does not update its factors.
 """
 
 import copy
@@ -43,7 +43,7 @@ RATES = (0.1, 0.02)
 
 
 class Net(torch.nn.Module):
-    """A kernel, matrices of two shapes, vectors and a number."""
+    """Return a kernel, matrices of two shapes, vectors and a number."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ SHAPES = {name: tuple(p.shape) for name, p in Net().named_parameters()}
 
 
 def groups(model):
-    """The kernel and the number move at another rate than the rest."""
+    """Return parameter groups in which the kernel and the number have another learning rate."""
     named = dict(model.named_parameters())
     fast = ("conv.weight", "conv.bias", "scale")
     return [
@@ -72,7 +72,7 @@ def rate(name):
     return RATES[name.startswith("out")]
 
 
-# Every second step of these renews the inverses; PSGD is told not to by `maps`.
+# These rules update their inverses every second step; `maps` prevents PSGD from doing so.
 RULES = {
     "torch_optimizer": lambda model: torch_optimizer.Shampoo(groups(model), epsilon=0.02, update_freq=2),
     "pytorch_optimizer": lambda model: pytorch_optimizer.Shampoo(
@@ -89,7 +89,7 @@ RULES = {
         memory_save_mode="one_diag",
     ),
 }
-# The steps at which a rule keeps the inverses that it has, so that its update is linear in the gradient.
+# The steps at which a rule keeps its inverses, so that its update is linear in the gradient.
 LINEAR = {"torch_optimizer": (1, 3), "pytorch_optimizer": (2,), "psgd": (0, 2), "psgd, diagonal": (1,)}
 
 
@@ -99,13 +99,13 @@ def trained(optimizer_of, save, *, dtype=torch.float64, steps=STEPS, before=None
     Returns
     -------
     list
-        Of each step the parameters, the gradients and, of `before` the update, what it says.
+        For each step, the parameters, the gradients and, if given, the result of `before` ahead of the update.
     """
     torch.manual_seed(1)
     model = Net().to(dtype)
     optimizer = optimizer_of(model)
     x, target = torch.randn(6, 2, 3, 3, dtype=dtype), torch.randn(6, 4, dtype=dtype)
-    told = []
+    records = []
     for step in range(steps):
         optimizer.zero_grad()
         loss = ((model(x) - target) ** 2).mean()
@@ -113,21 +113,21 @@ def trained(optimizer_of, save, *, dtype=torch.float64, steps=STEPS, before=None
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         save(step, model, optimizer, gradients, loss)
         parameters = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-        said = None if before is None else before(step, model, optimizer)
-        told.append((parameters, {name: g.numpy().copy() for name, g in gradients.items()}, said))
+        result = None if before is None else before(step, model, optimizer)
+        records.append((parameters, {name: g.numpy().copy() for name, g in gradients.items()}, result))
         optimizer.step()
-    return told
+    return records
 
 
 def copied(rule, model, optimizer):
     net = copy.deepcopy(model)
     other = RULES[rule](net)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which else shares the tensors
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # otherwise it shares the tensors
     return net, other
 
 
 def maps(rule, model, optimizer):
-    """Matrix that takes the gradient of each tensor to its descent, per learning rate, of the step that follows."""
+    """Return the matrix of each tensor from gradient to descent, per learning rate, for the next step."""
     columns = {name: [] for name in SHAPES}
     for index in range(max(int(np.prod(shape)) for shape in SHAPES.values())):
         net, other = copied(rule, model, optimizer)
@@ -138,7 +138,7 @@ def maps(rule, model, optimizer):
             for p in net.parameters():
                 p.zero_()
                 p.grad = torch.zeros_like(p)
-                # So short that PSGD does not clip it; a power of two, so that nothing is rounded.
+                # Short enough that PSGD does not clip it; a power of two, so that nothing is rounded.
                 p.grad.view(-1)[index % p.numel()] = 2.0**-10
         other.step()
         for name, p in net.named_parameters():
@@ -164,9 +164,10 @@ def assert_eigenvalues(out, row, name, singular, basis=1.0, tables=METRIC_EIGENV
 def assert_condition(found, singular, basis=1.0):
     """Compare a condition number with that of the matrix with these singular values.
 
-    The matrix is that of columns which are rounded like a product of as many terms, and its smallest singular value
-    is off by the rounding of its largest. In a basis of another condition than 1 (SOAP makes it in float32) they
-    are those of the diagonal times at most the squares of the basis' singular values (Ostrowski).
+    Each column of the matrix is rounded like a product of as many terms, and the error of its smallest singular
+    value is the rounding error of its largest. In a basis with another condition number than 1 (SOAP computes it in
+    float32), the values are those of the diagonal times at most the squares of the singular values of the basis
+    (Ostrowski).
     """
     kappa = singular[0] / singular[-1]
     assert len(singular) == 1 or kappa > 1.01
@@ -185,12 +186,12 @@ def assert_condition(found, singular, basis=1.0):
         ("psgd, diagonal", sharded),
     ],
 )
-def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_path, rule, writer):
+def test_the_condition_number_of_a_factored_rule_is_that_of_its_update(tmp_path, rule, writer):
     def before(step, model, optimizer):
         if step not in LINEAR[rule]:
             return None
         if rule.startswith("psgd"):
-            # Its factors are renewed before they act: the map is that of the factors after the step.
+            # The factors are updated before they are applied: the map is that of the factors after the step.
             gradients = [p.grad for p in model.parameters()]
             model, optimizer = copied(rule, model, optimizer)
             for p, gradient in zip(model.parameters(), gradients, strict=True):
@@ -201,12 +202,12 @@ def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_
         torch.manual_seed(step)
         return found
 
-    told = trained(RULES[rule], writer(tmp_path / "log"), before=before)
+    records = trained(RULES[rule], writer(tmp_path / "log"), before=before)
     tree, _ = results_of(tmp_path / "log", tmp_path / "out")
     of_tensors = tree["tensor"]["preconditioner_condition_number"]
     of_model = tree["model"]["preconditioner_condition_number"]
     checked = 0
-    for step, (_, _, matrices) in enumerate(told[:-1]):
+    for step, (_, _, matrices) in enumerate(records[:-1]):
         if matrices is None:
             continue
         spectra = {name: np.linalg.svd(matrix, compute_uv=False) for name, matrix in matrices.items()}
@@ -215,7 +216,7 @@ def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_
             assert_eigenvalues(tmp_path / "out", step + 1, name, singular)
         whole = np.sort(np.concatenate([rate(name) * singular for name, singular in spectra.items()]))[::-1]
         if rule.startswith("psgd"):
-            # It clips each tensor's update by its length, which is not saved.
+            # It clips the update of each tensor by its length, which is not saved.
             assert np.isnan(of_model.sel(step=step))
         else:
             assert_condition(of_model.sel(step=step), whole)
@@ -224,10 +225,10 @@ def test_the_condition_of_a_rule_with_factors_is_that_of_the_map_it_applies(tmp_
 
 
 @pytest.mark.parametrize("rule", ["torch_optimizer", "pytorch_optimizer"])
-def test_the_metric_read_from_a_log_takes_the_update_to_the_gradient(tmp_path, rule):
-    told = trained(RULES[rule], saver(tmp_path / "log"))
+def test_the_logged_metric_maps_the_update_to_the_gradient(tmp_path, rule):
+    records = trained(RULES[rule], saver(tmp_path / "log"))
     checked = 0
-    for step, ((start, gradients, _), (end, _, _)) in enumerate(itertools.pairwise(told)):
+    for step, ((start, gradients, _), (end, _, _)) in enumerate(itertools.pairwise(records)):
         if rule == "pytorch_optimizer" and step == 0:
             with pytest.raises(InputError, match="is zero: it was not computed yet"):
                 read_metric(tmp_path / "log", "out.weight", step)
@@ -236,8 +237,8 @@ def test_the_metric_read_from_a_log_takes_the_update_to_the_gradient(tmp_path, r
             metric = read_metric(tmp_path / "log", name, step)
             update = (end[name] - start[name]).ravel() / rate(name)
             form = canonical_form(metric, update, -gradients[name].ravel())
-            # Parameters are rounded when the update is added; the factors act by sums of as many terms, and their
-            # inverses and roots are off by the rounding of the statistics, of whose condition kappa is a root.
+            # Parameters are rounded when the update is added. The factors are applied as sums of as many terms, and
+            # their inverses and roots have the rounding error of statistics; kappa is a root of their condition.
             slipped = 2 * UNIT * np.linalg.norm(start[name]) / (rate(name) * np.linalg.norm(update))
             order = len(SHAPES[name]) * (1 if rule == "torch_optimizer" else 2)
             roots = 8 * update.size * UNIT * form.condition_number ** max(order, 1)
@@ -262,11 +263,13 @@ def test_in_single_precision_roots_are_nearly_symmetric_and_condition_is_that_of
             if step
         }
 
-    told = trained(lambda model: rule(groups(model)), saver(tmp_path / "log"), dtype=torch.float32, before=factors)
+    records = trained(
+        lambda model: rule(groups(model)), saver(tmp_path / "log"), dtype=torch.float32, before=factors
+    )
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     assert not warned
     worst = 0.0
-    for step, (_, _, after) in enumerate(told[1:]):
+    for step, (_, _, after) in enumerate(records[1:]):
         for name, matrices in after.items():
             singular = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]
             worst = max([worst, *(np.linalg.norm(m - m.T) / np.linalg.norm(m) for m in matrices)])
@@ -288,12 +291,12 @@ def soap(model, **options):
 
 
 def rotated_maps(step, model, optimizer, *, correct_bias=True):
-    """Matrix that takes the gradient of each tensor to its descent, per learning rate, by the rule's definition."""
+    """Return the matrix of each tensor from gradient to descent, per learning rate, as the rule defines it."""
     found = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if "Q" not in state:
-            return None  # the first call makes the basis, and no update
+            return None  # the first call computes the basis without an update
         basis = np.ones((1, 1))
         for size, q in itertools.zip_longest(p.shape, state["Q"], fillvalue=()):
             basis = np.kron(basis, q.numpy() if len(q) else np.eye(size))
@@ -309,18 +312,18 @@ def rotated_maps(step, model, optimizer, *, correct_bias=True):
     ("options", "writer"),
     [({}, saver), ({}, sharded), ({"correct_bias": False}, saver), ({"normalize_gradient": True}, sharded)],
 )
-def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, options, writer):
+def test_the_condition_number_of_soap_is_that_in_the_rotated_basis(tmp_path, options, writer):
     before = functools.partial(rotated_maps, correct_bias=options.get("correct_bias", True))
-    told = trained(functools.partial(soap, **options), writer(tmp_path / "log"), before=before)
+    records = trained(functools.partial(soap, **options), writer(tmp_path / "log"), before=before)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     of_tensors = tree["tensor"]["preconditioner_condition_number"]
     of_model = tree["model"]["preconditioner_condition_number"]
     assert np.isnan(of_tensors.sel(step=0)).all()
     assert any("no update yet" in warning for warning in warned)
-    for step, ((start, gradients, matrices), (end, _, _)) in enumerate(itertools.pairwise(told)):
+    for step, ((start, gradients, matrices), (end, _, _)) in enumerate(itertools.pairwise(records)):
         for name, (matrix, condition) in {} if matrices is None else matrices.items():
             if "normalize_gradient" not in options:
-                # The map is that of the real rule: its update is that of this gradient.
+                # The map is that of the real rule: its update is that for this gradient.
                 update = (end[name] - start[name]).ravel() / rate(name)
                 slipped = 2 * UNIT * np.linalg.norm(start[name]) / rate(name)
                 rounding = 8 * update.size * UNIT * np.linalg.norm(matrix, 2) * np.linalg.norm(gradients[name])
@@ -340,8 +343,8 @@ def test_soap_is_conditioned_as_its_metric_in_the_rotated_basis(tmp_path, option
         read_metric(tmp_path / "log", "out.weight", 1)
 
 
-def test_soap_of_its_authors_counts_its_updates_itself(tmp_path):
-    """In the layout of their code, which is in no package: ``step`` of each entry, none of the group."""
+def test_the_update_count_of_the_original_soap_is_used(tmp_path):
+    """Test the layout of the authors' code, which is in no package: ``step`` per entry, none per group."""
 
     def save(step, model, optimizer, gradients, loss):
         saver(tmp_path / "package")(step, model, optimizer, gradients, loss)
@@ -381,7 +384,7 @@ def scalable(model):
 
 
 def own_maps(step, model, optimizer):
-    """Matrix of the preconditioner of each tensor in the step before, by its own method."""
+    """Return the matrix of the preconditioner of each tensor in the previous step, from its own method."""
     found = {}
     for name, p in model.named_parameters():
         own = optimizer.state[p].get("pre_conditioner")
@@ -391,9 +394,9 @@ def own_maps(step, model, optimizer):
     return found
 
 
-def test_blocks_of_scalable_shampoo_are_those_that_it_parts_a_tensor_into(tmp_path):
+def test_scalable_shampoo_blocks_are_those_of_the_optimizer(tmp_path):
     log = tmp_path / "log"
-    told = trained(scalable, saver(log), before=own_maps)
+    records = trained(scalable, saver(log), before=own_maps)
     tree, warned = results_of(log, tmp_path / "unsaid")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
     assert any("start_preconditioning_step = N under [optimizer]" in warning for warning in warned)
@@ -402,26 +405,26 @@ def test_blocks_of_scalable_shampoo_are_those_that_it_parts_a_tensor_into(tmp_pa
     kappa = tree["tensor"]["preconditioner_condition_number"]
     assert np.isnan(kappa.sel(step=[0, 1])).all()
     for step in (2, 3):
-        maps_after = told[step + 1][2]
+        maps_after = records[step + 1][2]
         assert set(maps_after) == {"conv.weight", "out.weight"}
         for name, matrix in maps_after.items():
             assert_condition(kappa.sel(step=step, tensor=name), np.linalg.svd(matrix, compute_uv=False))
         assert np.isnan(kappa.sel(step=step, tensor=["conv.bias", "out.bias", "scale"])).all()
     assert np.isnan(tree["model"]["preconditioner_condition_number"]).all()
-    with pytest.raises(InputError, match="is parted into 3 blocks"):
+    with pytest.raises(InputError, match="is split into 3 blocks"):
         read_metric(log, "out.weight", 2)
     (log / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 'three'\n")
-    with pytest.raises(InputError, match="holds other values than it may"):
+    with pytest.raises(InputError, match="has invalid values"):
         run.ingest_run(log, tmp_path / "wrong", include=["optimizer"])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_objects_in_a_sharded_checkpoint_are_said_not_to_be_read(tmp_path):
+def test_objects_in_a_sharded_checkpoint_are_reported_as_unread(tmp_path):
     trained(scalable, sharded(tmp_path / "log"))
     (tmp_path / "log" / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 3\n")
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
-    assert any("of 5 tensors" in warning and "or the file has objects" in warning for warning in warned)
+    assert any("of 5 tensors" in warning and "or they are objects" in warning for warning in warned)
 
 
 # K-FAC -------------------------------------------------------------------------------------------------------
@@ -430,7 +433,7 @@ def test_objects_in_a_sharded_checkpoint_are_said_not_to_be_read(tmp_path):
 @functools.cache
 def curvlinops():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.jit, by a package that it needs
+        warnings.simplefilter("ignore")  # from torch.jit, by a dependency
         return importlib.import_module("curvlinops")
 
 
@@ -446,7 +449,7 @@ def curvlinops():
         (torch.save, True, {"damping": (0.2, 0.03)}),
     ],
 )
-def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tmp_path, writer, joint, damping):
+def test_the_condition_number_of_kfac_is_that_of_the_curvlinops_inverse(tmp_path, writer, joint, damping):
     kfac, log = curvlinops(), tmp_path / "log"
     log.mkdir()
     torch.manual_seed(0)
@@ -455,7 +458,7 @@ def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tm
     ).double()
     x, target = torch.randn(6, 2, 3, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     loss_function, parameters = torch.nn.MSELoss(), dict(model.named_parameters())
-    told = []
+    records = []
     for step in range(3):
         model.zero_grad()
         loss = loss_function(model(x), target)
@@ -484,7 +487,7 @@ def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tm
             torch.distributed.checkpoint.save(tree, checkpoint_id=log / f"step-{step}", no_dist=True)
         else:
             writer(tree, log / f"step-{step}.pt")
-        told.append((dense.numpy(), {name: g.numpy() for name, g in gradients.items()}))
+        records.append((dense.numpy(), {name: g.numpy() for name, g in gradients.items()}))
         with torch.no_grad():
             for p, d in zip(parameters.values(), descent, strict=True):
                 p -= 0.1 * d
@@ -493,7 +496,7 @@ def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tm
     stops = np.cumsum([p.numel() for p in parameters.values()])
     places = dict(zip(parameters, np.split(np.arange(stops[-1]), stops[:-1]), strict=True))
     of_tensors = tree["tensor"]["preconditioner_condition_number"]
-    for step, (dense, gradients) in enumerate(told[:-1]):
+    for step, (dense, gradients) in enumerate(records[:-1]):
         for layer in ("0", "3"):
             blocks = [[f"{layer}.weight", f"{layer}.bias"]]
             for names in blocks if joint else [[name] for name in blocks[0]]:
@@ -503,7 +506,7 @@ def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tm
                     found, singular = of_tensors.sel(step=step, tensor=name), np.linalg.svd(block, compute_uv=False)
                     assert_condition(found, singular)
                     assert_eigenvalues(tmp_path / "out", step, name, singular, tables=METRIC_EIGENVALUES[2:])
-                # The operator that is read takes the descent of this gradient back to it.
+                # The operator that is read maps the descent back to this gradient.
                 metric = read_metric(log, names[0], step)
                 columns = [gradients[name].reshape(len(gradients[name]), -1) for name in names]
                 gradient = np.column_stack(columns).ravel()
@@ -512,7 +515,7 @@ def test_the_condition_of_kfac_is_that_of_the_inverse_that_curvlinops_applies(tm
                     for name, c in zip(names, columns, strict=True)
                 ]
                 form = canonical_form(metric, np.column_stack(descents).ravel(), gradient)
-                # A descent is a solution: it is off by the condition of what was solved.
+                # The descent is a solution of linear equations: its error grows with their condition number.
                 assert form.mapping_residual <= 8 * len(dense) * UNIT * form.condition_number
                 assert form.condition_number == pytest.approx(
                     float(found), rel=8 * len(dense) * UNIT * float(found)
@@ -525,8 +528,8 @@ def _flat(gradients):
     return np.concatenate([gradient.ravel() for gradient in gradients.values()])
 
 
-def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False, **said):
-    """Write files of the layout that kfac-pytorch 0.4 documents and its source has; its package is on no index.
+def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False, **user_options):
+    """Write files in the layout of kfac-pytorch 0.4, from its documentation and source (it is on no index).
 
     ``KFACPreconditioner.state_dict()`` is {steps, .., damping, .., layers: {module: {A, G}}}.
     """
@@ -552,14 +555,14 @@ def kfac_pytorch(tmp_path, *, inv_update_steps=1, optimizer=None, outside=False,
         tree |= {"optimizer": behind.state_dict()} if behind else {}
         torch.save(tree, log / f"step-{step}.pt")
         truth.append((factors["A"].numpy(), factors["G"].numpy()))
-    if said:
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in said.items())
+    if user_options:
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in user_options.items())
         (log / "natgrad.toml").write_text(f"[optimizer]\n{text}")
     return log, truth
 
 
 @pytest.mark.parametrize("method", ["eigen", "inverse"])
-def test_kfac_pytorch_is_damped_as_the_user_says_it_inverts(tmp_path, method):
+def test_damping_of_kfac_pytorch_follows_the_specified_inversion_method(tmp_path, method):
     log, truth = kfac_pytorch(tmp_path, compute_method=method)
     tree, _ = results_of(log, tmp_path / "out")
     kappa = tree["tensor"]["preconditioner_condition_number"]
@@ -574,7 +577,7 @@ def test_kfac_pytorch_is_damped_as_the_user_says_it_inverts(tmp_path, method):
             assert_condition(kappa.sel(step=step, tensor=name), singular)
         assert_condition(tree["model"]["preconditioner_condition_number"].sel(step=step), singular)
         dense = read_metric(log, "0.bias", step) @ np.eye(15)
-        # A product of two, damped, rounds three times.
+        # A damped product of two factors is rounded three times.
         np.testing.assert_allclose(dense, metric, rtol=0, atol=8 * UNIT * singular[0])
 
 
@@ -586,17 +589,17 @@ def halved(parameters, lr):
 @pytest.mark.parametrize(
     ("options", "why", "known"),
     [
-        ({}, "does not say how it inverts", ()),
-        ({"compute_method": "eigen", "inv_update_steps": 2}, "inverts at every 2th step", (0, 2)),
-        ({"compute_method": "eigen", "optimizer": halved}, "weight and bias move at different rates", ()),
+        ({}, "does not contain the inversion method", ()),
+        ({"compute_method": "eigen", "inv_update_steps": 2}, "computes inverses every 2 steps", (0, 2)),
+        ({"compute_method": "eigen", "optimizer": halved}, "weight and bias have different learning rates", ()),
         (
             {"compute_method": "eigen", "optimizer": torch.optim.Adam},
-            "optimizer behind it has a metric of its own",
+            "optimizer after the preconditioner has its own metric",
             (),
         ),
     ],
 )
-def test_where_kfac_does_not_say_enough_there_is_no_number(tmp_path, options, why, known):
+def test_incomplete_kfac_options_give_no_number(tmp_path, options, why, known):
     log, _ = kfac_pytorch(tmp_path, **options)
     tree, warned = results_of(log, tmp_path / "out")
     kappa = tree["tensor"]["preconditioner_condition_number"]
@@ -604,24 +607,27 @@ def test_where_kfac_does_not_say_enough_there_is_no_number(tmp_path, options, wh
     assert any(why in warning for warning in warned)
 
 
-def test_what_kfac_has_no_factors_of_is_named_and_the_model_is_not_known(tmp_path):
+def test_tensors_without_kfac_factors_are_named_and_the_model_is_unknown(tmp_path):
     log, _ = kfac_pytorch(tmp_path, compute_method="eigen", optimizer=torch.optim.SGD, outside=True)
     tree, warned = results_of(log, tmp_path / "out")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     assert np.isfinite(kappa.sel(tensor=["0.weight", "0.bias"])).all()
     assert np.isnan(kappa.sel(tensor="1.weight")).all()
     assert np.isnan(tree["model"]["preconditioner_condition_number"]).all()
-    assert any("tensor '1.weight' is not known: K-FAC: it has no factors of it" in warning for warning in warned)
+    assert any(
+        "tensor '1.weight' is not known: K-FAC: the preconditioner has no factors for it" in warning
+        for warning in warned
+    )
 
 
-def test_amsgrad_is_not_taken_for_adam(tmp_path):
+def test_amsgrad_is_not_mistaken_for_adam(tmp_path):
     trained(lambda model: torch.optim.Adam(groups(model), amsgrad=True), saver(tmp_path / "log"), steps=3)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
-    assert any("AMSGrad: its metric is made of max_exp_avg_sq" in warning for warning in warned)
+    assert any("AMSGrad: its metric depends on max_exp_avg_sq" in warning for warning in warned)
 
 
-# What is no metric -------------------------------------------------------------------------------------------
+# Invalid metrics -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -631,11 +637,11 @@ def test_amsgrad_is_not_taken_for_adam(tmp_path):
         (lambda f: f.zero_(), "is zero: it was not computed yet"),
         (lambda f: f[0, 0].fill_(torch.nan), "not finite"),
         (lambda f: f[0, 1].add_(f.diagonal().min()), "not symmetric"),
-        (lambda f: f.resize_(3, 4), "the factors have the shapes"),
+        (lambda f: f.resize_(3, 4), "the factors have shapes"),
     ],
     ids=["negative", "zero", "nan", "skew", "shape"],
 )
-def test_what_is_no_metric_is_nan_with_a_reason(tmp_path, change, why):
+def test_invalid_metrics_give_nan_with_a_reason(tmp_path, change, why):
     def save(step, model, optimizer, gradients, loss):
         state = optimizer.state[model.out.weight]
         kept = state.get("inv_precond_0")
@@ -657,7 +663,7 @@ def test_what_is_no_metric_is_nan_with_a_reason(tmp_path, change, why):
     assert "tensor 'out.weight'" in warning
     assert why in warning
     assert "(in step-2.pt)" in warning
-    if why != "the factors have the shapes":
+    if why != "the factors have shapes":
         assert list(verify_trajectory(tmp_path / "out" / "trajectory.zarr")) == []
     with pytest.raises(InputError, match=why) as refusal:
         read_metric(tmp_path / "log", "out.weight", 1)
@@ -687,14 +693,14 @@ def _undamped(tree):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (_neither, "do not fit its weight or bias of shape [3, 4]"),
+        (_neither, "do not match its weight or bias of shape [3, 4]"),
         (_negative, "the metric is not positive definite"),
-        (_integer, "a factor is int64"),
+        (_integer, "a factor has dtype int64"),
         (_endless, "the metric is not positive definite"),
         (_undamped, "the metric is not positive definite"),
     ],
 )
-def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, change, why):
+def test_kfac_factors_without_a_valid_metric_give_nan_with_a_reason(tmp_path, change, why):
     log, _ = kfac_pytorch(tmp_path, compute_method="eigen")
     tree = torch.load(log / "step-2.pt")
     change(tree)
@@ -705,7 +711,7 @@ def test_factors_of_kfac_that_make_no_metric_are_nan_with_a_reason(tmp_path, cha
     assert any(why in warning and "of 2 tensors" in warning for warning in warned)
 
 
-def test_a_factor_that_is_too_large_is_named(tmp_path):
+def test_a_factor_that_is_too_large_is_reported(tmp_path):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
     tree, warned = results_of(tmp_path / "log", tmp_path / "out", limits=IngestLimits(largest_factor=11))
     kappa = tree["tensor"]["preconditioner_condition_number"]
@@ -714,7 +720,7 @@ def test_a_factor_that_is_too_large_is_named(tmp_path):
     assert any("'out.weight'" in w and "12 x 12 is too large" in w and "in 2 steps" in w for w in warned)
 
 
-def test_metrics_that_come_after_the_store_was_made_are_told_of(tmp_path):
+def test_metrics_that_appear_after_the_store_was_created_are_reported(tmp_path):
     log, _ = kfac_pytorch(tmp_path, compute_method="eigen", optimizer=torch.optim.SGD)
     tree = torch.load(log / "step-1.pt")
     del tree["preconditioner"]
@@ -728,25 +734,25 @@ def test_metrics_that_come_after_the_store_was_made_are_told_of(tmp_path):
     assert any("metric_eigenvalue_max" in w and "from step 2 on, and are not stored" in w for w in warned)
 
 
-def test_a_step_and_a_tensor_that_are_not_there_are_refused(tmp_path):
+def test_a_missing_step_or_tensor_is_refused(tmp_path):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=3)
     with pytest.raises(InputError, match="step 7 is not in the log"):
         read_metric(tmp_path / "log", "out.weight", 7)
     for tensor, step in (("out", 0), ("out.weight", 2)):
-        with pytest.raises(InputError, match="no metric of Kronecker factors was saved"):
+        with pytest.raises(InputError, match="no metric with Kronecker factors is saved"):
             read_metric(tmp_path / "log", tensor, step)
 
 
-def test_inspect_says_which_metric_the_log_holds(tmp_path, capsys, monkeypatch):
+def test_inspect_reports_the_logged_metric(tmp_path, capsys, monkeypatch):
     trained(RULES["torch_optimizer"], saver(tmp_path / "log"), steps=2)
     monkeypatch.setattr(sys, "argv", ["natgrad", "inspect", str(tmp_path / "log"), "--json"])
     with pytest.raises(SystemExit):
         cli.main()
-    told = json.loads(capsys.readouterr().out)["optimizer"]
-    assert told.startswith("momentum_buffer, the metric of Shampoo of 5 tensors at step 1")
+    records = json.loads(capsys.readouterr().out)["optimizer"]
+    assert records.startswith("momentum_buffer, the metric of Shampoo of 5 tensors at step 1")
 
 
-# The algebra -------------------------------------------------------------------------------------------------
+# Linear algebra ------------------------------------------------------------------------------------------------
 
 
 def spd(rng, size):
@@ -755,7 +761,7 @@ def spd(rng, size):
 
 
 @pytest.mark.parametrize("exponent", [1.0, -1.0, 0.5, -0.25])
-def test_a_kronecker_product_of_powers_is_that_of_the_dense_matrices(exponent):
+def test_a_kronecker_product_of_powers_equals_that_of_dense_matrices(exponent):
     rng = np.random.default_rng(1)
     first, diagonal, last = spd(rng, 3), rng.uniform(0.5, 2.0, 2), spd(rng, 4)
     damping, dense = (0.1, 0.2, 0.3), np.ones((1, 1))
@@ -766,7 +772,7 @@ def test_a_kronecker_product_of_powers_is_that_of_the_dense_matrices(exponent):
     product = Kronecker(first, diagonal, last, exponent=exponent, damping=damping, shift=0.5)
     values, _ = product.eigenvalues()
     truth = np.linalg.eigvalsh(dense)[::-1]
-    # Powers of condition at most 200 to the first, three factors of 9 terms, and 24 terms of LAPACK's.
+    # Powers with condition numbers up to 200, three factors of 9 terms, and 24 terms in LAPACK.
     tolerance = (200 * 9 + 24) * 2 * UNIT * truth[0]
     np.testing.assert_allclose(product @ np.eye(24), dense, rtol=0, atol=tolerance)
     np.testing.assert_allclose(values, truth, rtol=0, atol=tolerance)
@@ -777,7 +783,7 @@ def test_a_kronecker_product_of_powers_is_that_of_the_dense_matrices(exponent):
     np.testing.assert_allclose(kronecker_eigenvalues(ends, 0.5), truth[[-1, 0]], rtol=0, atol=tolerance)
 
 
-def test_a_product_with_negative_eigenvalues_is_refused_or_has_the_right_corners():
+def test_a_product_with_negative_eigenvalues_is_refused_or_has_exact_extremes():
     assert kronecker_eigenvalues([(-1.0, 2.0), (1.0, 3.0)], shift=4.0) == (1.0, 10.0)
     for ends in ([(-1.0, 2.0), (1.0, 3.0)], [(0.0, 1.0)], [(1.0, np.inf), (0.0, 1.0)], [(np.nan, 1.0)]):
         with pytest.raises(InputError, match="not positive definite"):
@@ -793,13 +799,13 @@ def test_a_product_with_negative_eigenvalues_is_refused_or_has_the_right_corners
         balanced_damping((np.eye(2), np.eye(2)), -1.0, 1e-8)
 
 
-def test_what_a_factor_may_lack_in_symmetry_is_measured_in_itself():
+def test_the_symmetry_tolerance_is_relative_to_the_factor():
     rng = np.random.default_rng(2)
     vectors = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     values = np.array([1e-3, 1e-2, 0.1, 1.0, 1.0, 1.0])
     factor = (vectors * values) @ vectors.T
     factor = (factor + factor.T) / 2
-    # Among the largest, where a rule's arithmetic mixes directions, a hundredth is one; at the smallest it is more.
+    # The largest values agree to a hundredth, although arithmetic mixes directions; the smallest ones do not.
     large = np.outer(vectors[:, 4], vectors[:, 5]) - np.outer(vectors[:, 5], vectors[:, 4])
     small = np.outer(vectors[:, 0], vectors[:, 1]) - np.outer(vectors[:, 1], vectors[:, 0])
     np.testing.assert_allclose(symmetric_factor(factor + 0.01 * large, UNIT, definite=True), factor, atol=1e-17)
@@ -811,7 +817,7 @@ def test_what_a_factor_may_lack_in_symmetry_is_measured_in_itself():
     symmetric_factor(factor + 1e-8 * large, 2.0**-24, definite=False)
 
 
-def test_eigenvalues_of_a_rotated_metric_need_all_that_it_is_made_of():
+def test_eigenvalues_of_a_rotated_metric_need_its_complete_state():
     assert rotated_eigenvalues(0.25, 4.0, 0.5, 0.5) == (2.0, 5.0)
     for known in (
         (-1.0, 4.0, 0.5, 0.5),

@@ -1,4 +1,4 @@
-"""One and the same training run in every format, written by the real writers, gives the same ledger."""
+"""One training run in every format, written by the real writers, gives the same ledger."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def run_of(dtype):
 
 
 def arrays_of(state, array):
-    """Tensors of an array of a state, as torch tensors of the same bits."""
+    """Return the tensors of an array of a state, as torch tensors with the same bits."""
     found = {}
     for key, value in state.items():
         name, _, tensor = key.partition("/")
@@ -61,7 +61,7 @@ def arrays_of(state, array):
 
 
 def trees_of(states):
-    """States as trainers save them: nested, by torch."""
+    """Write states with torch in the nested form that trainers use."""
     return [
         {
             "model": arrays_of(state, "parameter"),
@@ -121,7 +121,7 @@ def write_sharded(folder, states):
 
 
 def write_mixed(folder, states):
-    """Parameters and scalars from torch, gradients from safetensors."""
+    """Write parameters and scalars with torch, and gradients with safetensors."""
     folder.mkdir()
     (folder / "checkpoints").mkdir()
     for step, tree in enumerate(trees_of(states)):
@@ -136,7 +136,7 @@ def write_mixed(folder, states):
 
 
 def write_run_file(folder, states):
-    """The same, gradients under bare names: a run file says what they are."""
+    """Write the same with gradients under bare names, which a run file maps."""
     write_mixed(folder, states)
     for path in (folder / "gradients").glob("*/gradient.safetensors"):
         path.rename(path.with_name("model.safetensors"))
@@ -148,7 +148,7 @@ def write_run_file(folder, states):
 
 
 def write_dcp(folder, states):
-    """Saved by four ranks, and by two from step 3 on."""
+    """Save with four ranks, and with two ranks from step 3 on."""
     folder.mkdir()
     torch.save(trees_of(states), folder / "states")
     for ranks, first, last in ((4, 0, 2), (2, 3, len(states))):
@@ -207,7 +207,7 @@ def write_npz_stack(folder, states):
 
 
 def save_zarr(path, state, version=3):
-    # As a chunk that was never written is no value.
+    # Like a chunk that was never written, which has no value.
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(path, mode="w", zarr_format=version)
         for key, value in state.items():
@@ -253,7 +253,7 @@ WRITERS = {
 
 
 def ledger_of(folder, sources, **options):
-    """Everything that a run's stores hold, bit by bit."""
+    """Return the contents of all stores of a run, bit by bit."""
     ingest(sources, folder / "trajectory.zarr", **options)
     compute_ledger(folder / "trajectory.zarr", folder / "ledger.zarr")
     ledger, states = open_ledger(folder / "ledger.zarr"), open_trajectory(folder / "trajectory.zarr")
@@ -288,7 +288,7 @@ def dcp_log(tmp_path_factory):
     return folder
 
 
-def test_a_run_that_four_ranks_began_and_two_went_on_with_is_one_run(tmp_path, dcp_log):
+def test_a_run_started_by_four_ranks_and_continued_by_two_is_one_run(tmp_path, dcp_log):
     expected = ledger_of(tmp_path / "native", write_native(tmp_path / "log", run_of("float32")))
     assert len(list((dcp_log / "step-0").glob("*.distcp"))) == 4
     assert len(list((dcp_log / "step-4").glob("*.distcp"))) == 2
@@ -308,7 +308,7 @@ def test_slices_across_the_chunks_of_ranks_equal_the_tensor(dcp_log, step, tenso
 
 
 def metadata_of(tmp_path):
-    """A checkpoint of one rank, and its metadata as torch unpickles them."""
+    """A checkpoint of one rank, and its metadata as unpickled by torch."""
     (folder,) = write_dcp_alone(tmp_path / "log", run_of("float32")[:1])
     return folder, pickle.loads((folder / "step-0" / ".metadata").read_bytes())
 
@@ -334,25 +334,25 @@ def set_chunk(metadata, offsets, sizes):
         (lambda m: setattr(entry(m, WEIGHT), "size", torch.Size((1 << 40, 1 << 20))), "do not add up"),
         (lambda m: setattr(entry(m, WEIGHT), "size", torch.Size((39, 30))), "outside of its shape"),
         (lambda m: set_chunk(m, (0, 0), (40, 31)), "outside of its shape"),
-        (lambda m: set_chunk(m, (1, 0), (39, 30)), "is in no file"),
+        (lambda m: set_chunk(m, (1, 0), (39, 30)), "no file contains"),
         (lambda m: set_chunk(m, (0, 0), (30,)), "outside of its shape"),
         (lambda m: set_chunk(m, (0, 0), (39, 30)), "do not add up"),
         (lambda m: entry(m, WEIGHT).chunks.clear(), "do not add up"),
         (lambda m: setattr(entry(m, WEIGHT), "chunks", None), "malformed"),
-        (lambda m: setattr(entry(m, WEIGHT), "size", None), "cannot be"),
+        (lambda m: setattr(entry(m, WEIGHT), "size", None), "describes an impossible tensor"),
         (lambda m: setattr(entry(m, WEIGHT).properties, "dtype", "float32"), "no dtype"),
         (lambda m: setattr(storage(m, WEIGHT), "relative_path", "../../secret.distcp"), "outside of the folder"),
         (lambda m: setattr(storage(m, WEIGHT), "relative_path", "/etc/passwd"), "outside of the folder"),
         (lambda m: setattr(storage(m, WEIGHT), "relative_path", 3), "outside of the folder"),
-        (lambda m: setattr(storage(m, WEIGHT), "length", 9), "claims more than its 9 bytes"),
-        (lambda m: setattr(storage(m, WEIGHT), "length", -1), "cannot be"),
-        (lambda m: setattr(storage(m, WEIGHT), "transform_descriptors", ["zstd"]), "packed by an extension"),
-        (lambda m: setattr(m, "storage_data", None), "in place of a dict"),
-        (lambda m: m.state_dict_metadata.update(x=3), "described by something else"),
-        (lambda m: m.planner_data.update({WEIGHT: ("grad", "layers.10.weight")}), "there twice"),
+        (lambda m: setattr(storage(m, WEIGHT), "length", 9), "exceeds the 9 bytes stored for it"),
+        (lambda m: setattr(storage(m, WEIGHT), "length", -1), "describes an impossible tensor"),
+        (lambda m: setattr(storage(m, WEIGHT), "transform_descriptors", ["zstd"]), "encoded by an extension"),
+        (lambda m: setattr(m, "storage_data", None), "instead of a dict"),
+        (lambda m: m.state_dict_metadata.update(x=3), "has an unknown type"),
+        (lambda m: m.planner_data.update({WEIGHT: ("grad", "layers.10.weight")}), "twice"),
     ],
 )
-def test_metadata_that_claim_what_is_not_there_are_refused(tmp_path, change, what):
+def test_metadata_that_contradict_the_files_are_refused(tmp_path, change, what):
     folder, metadata = metadata_of(tmp_path)
     change(metadata)
     (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -371,7 +371,7 @@ def test_metadata_that_claim_what_is_not_there_are_refused(tmp_path, change, wha
         ),
     ],
 )
-def test_chunks_that_are_not_where_the_metadata_say_are_refused(tmp_path, change):
+def test_chunks_that_contradict_the_metadata_are_refused(tmp_path, change):
     folder, metadata = metadata_of(tmp_path)
     change(metadata)
     (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -406,7 +406,7 @@ def test_a_payload_in_metadata_never_runs(tmp_path):
 
 @given(changes=changes(6))
 @settings(reads_only, max_examples=200)
-def test_damaged_metadata_are_read_or_refused_and_nothing_else(tmp_path, dcp_log, changes):
+def test_corrupt_metadata_are_either_read_or_refused(tmp_path, dcp_log, changes):
     if not (tmp_path / "step-0").exists():
         shutil.copytree(dcp_log / "step-0", tmp_path / "step-0")
     (tmp_path / "step-0" / ".metadata").write_bytes(
@@ -420,14 +420,14 @@ def test_damaged_metadata_are_read_or_refused_and_nothing_else(tmp_path, dcp_log
                 reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
 
 
-def test_a_checkpoint_without_metadata_is_left_out_aloud(tmp_path, dcp_log, caplog):
+def test_a_checkpoint_without_metadata_is_left_out_with_a_warning(tmp_path, dcp_log, caplog):
     shutil.copytree(dcp_log, tmp_path / "log")
     (tmp_path / "log" / "step-4" / ".metadata").unlink()
     assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
     assert "step-4 is left for the next pass" in caplog.text
 
 
-def test_an_object_of_a_class_that_is_not_known_is_left_out_aloud(tmp_path):
+def test_an_object_of_an_unknown_class_is_left_out_with_a_note(tmp_path):
     state = torch.zeros(3)
     tree = {"model": {"weight": state}, "grad": {"weight": state}, "loader": {"rate": Fraction(1, 3)}}
     dcp.save(tree, checkpoint_id=tmp_path / "step-1")
@@ -438,7 +438,7 @@ def test_an_object_of_a_class_that_is_not_known_is_left_out_aloud(tmp_path):
     assert note.startswith("loader/rate was not read: its pickle names fractions.Fraction")
 
 
-def test_a_folder_of_runs_is_no_run(tmp_path, dcp_log):
+def test_a_folder_of_runs_is_not_a_run(tmp_path, dcp_log):
     for run in ("run-1", "run-2"):
         shutil.copytree(dcp_log / "step-0", tmp_path / run / "step-0")
         shutil.copytree(dcp_log / "step-4", tmp_path / run / "4")
@@ -485,7 +485,7 @@ def rewritten(path, change):
 
 
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", ""])
-def test_an_index_that_leads_out_of_its_folder_is_refused(shards, name):
+def test_an_index_that_refers_outside_its_folder_is_refused(shards, name):
     safetensors.torch.save_file({"scale": torch.ones(())}, shards.parent.parent / "secret.safetensors")
     rewritten(shards / "model.safetensors.index.json", lambda index: index["weight_map"].update(scale=name))
     assert "outside of the folder" in refusal(shards.parent).what
@@ -495,28 +495,28 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(shards, name):
     ("change", "what"),
     [
         (lambda index: index["weight_map"].update(other="model-9.safetensors"), "model-9.safetensors"),
-        (lambda index: index["weight_map"].pop("scale"), "holds 'scale'"),
+        (lambda index: index["weight_map"].pop("scale"), "contains 'scale'"),
         (
             lambda index: index["weight_map"].update(other=index["weight_map"]["scale"]),
-            "lacks 'other'",
+            "does not contain 'other'",
         ),
-        (lambda index: index.pop("weight_map"), "no index of shards"),
-        (lambda index: index.update(weight_map=[1]), "no index of shards"),
+        (lambda index: index.pop("weight_map"), "not an index of shards"),
+        (lambda index: index.update(weight_map=[1]), "not an index of shards"),
     ],
 )
-def test_an_index_that_does_not_fit_its_shards_is_refused(shards, change, what):
+def test_an_index_that_contradicts_its_shards_is_refused(shards, change, what):
     rewritten(shards / "model.safetensors.index.json", change)
     assert what in refusal(shards.parent).what
 
 
-def test_a_shard_that_is_a_link_in_a_circle_is_refused(shards):
+def test_a_shard_that_is_a_cyclic_link_is_refused(shards):
     shard = next(shards.glob("model-*.safetensors"))
     shard.unlink()
     shard.symlink_to(shard.name)
     assert shard.name in refusal(shards.parent).what
 
 
-def test_a_folder_that_is_a_link_in_a_circle_is_no_step(tmp_path):
+def test_a_cyclic_link_is_not_a_step(tmp_path):
     folder = save_sharded(tmp_path / "log", run_of("float32")[:1])
     (folder / "step-1").symlink_to("step-1")
     assert [step.number for step in open_source(folder).steps()] == [0]
@@ -524,7 +524,7 @@ def test_a_folder_that_is_a_link_in_a_circle_is_no_step(tmp_path):
 
 def test_two_files_with_one_key_are_refused(shards):
     safetensors.torch.save_file({"scale": torch.ones(())}, shards / "pytorch_model.safetensors")
-    assert "two files hold 'scale'" in refusal(shards.parent).what
+    assert "two files contain 'scale'" in refusal(shards.parent).what
 
 
 def header(text, data=b""):
@@ -546,7 +546,7 @@ def header(text, data=b""):
         header("[" * 100_000),
     ],
 )
-def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path, body):
+def test_a_header_that_exceeds_the_file_is_refused(tmp_path, body):
     (tmp_path / "step_0").mkdir()
     (tmp_path / "step_0" / "model.safetensors").write_bytes(body)
     refusal(tmp_path)
@@ -554,7 +554,7 @@ def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path, body):
 
 @given(text=st.text(max_size=60) | st.sampled_from(['{"weight_map":{"a":1}}', "[" * 99_999, '{"weight_map":null}']))
 @reads_only
-def test_any_index_is_refused_or_read_and_nothing_else(tmp_path, text):
+def test_any_index_is_either_read_or_refused(tmp_path, text):
     folder = tmp_path / "step_0"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors.index.json").write_text(text)
@@ -564,7 +564,7 @@ def test_any_index_is_refused_or_read_and_nothing_else(tmp_path, text):
 # Several sources ---------------------------------------------------------------------------------------------
 
 
-def test_steps_that_one_source_lacks_are_left_out_aloud(tmp_path, caplog):
+def test_steps_missing_in_one_source_are_left_out_with_a_warning(tmp_path, caplog):
     checkpoints, gradients = write_mixed(tmp_path / "log", run_of("float32"))
     (checkpoints / "checkpoint_3.pt").unlink()
     (checkpoints / "checkpoint_4.pt").unlink()
@@ -573,20 +573,20 @@ def test_steps_that_one_source_lacks_are_left_out_aloud(tmp_path, caplog):
     assert f"2 steps of {gradients} are left out" in caplog.text
 
 
-def test_sources_that_both_give_parameters_are_refused(tmp_path):
+def test_two_sources_with_parameters_are_refused(tmp_path):
     (source,) = write_native(tmp_path / "log", run_of("float32"))
-    with pytest.raises(InputError, match="two sources give the parameters"):
+    with pytest.raises(InputError, match="two sources contain the parameters"):
         ingest([source, source], tmp_path / "trajectory.zarr")
 
 
 def test_sources_without_a_common_step_are_refused(tmp_path):
     states = run_of("float32")
     folders = [write_log(tmp_path / str(n), states[:1], numbers=[n]) for n in range(2)]
-    with pytest.raises(InputError, match="no step is in all"):
+    with pytest.raises(InputError, match="no step that all sources have"):
         ingest(folders, tmp_path / "trajectory.zarr")
 
 
-def test_a_source_that_changes_is_seen_in_either(tmp_path):
+def test_a_change_in_either_source_is_detected(tmp_path):
     sources = write_mixed(tmp_path / "log", run_of("float32"))
     ingest(sources, tmp_path / "trajectory.zarr")
     assert ingest(sources, tmp_path / "trajectory.zarr").new_steps == 0
@@ -614,7 +614,7 @@ def test_a_source_that_changes_is_seen_in_either(tmp_path):
         "[[source]]\npath = '.'\nmap = { weights = 'x' }",
     ],
 )
-def test_a_run_file_that_says_something_else_is_refused(tmp_path, text):
+def test_an_invalid_run_file_is_refused(tmp_path, text):
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(InputError) as caught:
         open_source(tmp_path / "run.toml")
@@ -651,7 +651,7 @@ def test_slices_of_a_row_of_one_file_equal_the_tensor(stacks, which, step, tenso
 
 
 @given(shape=st.lists(st.integers(1, 5), max_size=4).map(tuple), a=st.integers(0), b=st.integers(0))
-def test_boxes_are_the_elements_in_their_order(shape, a, b):
+def test_boxes_contain_the_elements_in_order(shape, a, b):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     start, stop = sorted((a % (array.size + 1), b % (array.size + 1)))
     parts = [array[box].ravel() for box in boxes(shape, start, stop)]
@@ -660,27 +660,27 @@ def test_boxes_are_the_elements_in_their_order(shape, a, b):
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 1, 2, 3], [-1, 0, 1, 2, 3], np.zeros((5, 1), int), np.arange(5.0)])
-def test_a_file_whose_rows_have_no_steps_of_their_own_is_refused(tmp_path, numbers):
+def test_a_file_with_repeated_steps_is_refused(tmp_path, numbers):
     save_hdf5(tmp_path / "run.h5", stacked(run_of("float32")) | {"step": np.asarray(numbers)})
     with pytest.raises(InputError) as caught:
         open_source(tmp_path / "run.h5").steps()
     assert caught.value.where == str(tmp_path / "run.h5")
 
 
-def test_an_array_of_other_length_than_the_run_is_refused(tmp_path):
+def test_an_array_whose_length_differs_from_the_run_is_refused(tmp_path):
     state = stacked(run_of("float32"))
     state["gradient/layers.9.bias"] = state["gradient/layers.9.bias"][:3]
     save_hdf5(tmp_path / "run.h5", state)
     assert "of (3,) steps, not 5" in refusal(tmp_path / "run.h5").what
 
 
-def test_a_compressed_file_of_all_steps_is_refused_with_the_way_out(tmp_path):
+def test_a_compressed_file_of_all_steps_is_refused_with_a_remedy(tmp_path):
     np.savez_compressed(tmp_path / "run.npz", **stacked(run_of("float32")))
     with pytest.raises(InputError, match=r"numpy\.savez"):
         open_source(tmp_path / "run.npz").steps()
 
 
-def test_data_of_other_files_are_not_read(tmp_path):
+def test_data_in_other_files_are_not_read(tmp_path):
     (tmp_path / "secret").write_bytes(b"secret" * 10)
     folder = tmp_path / "log"
     (folder).mkdir()
@@ -698,7 +698,7 @@ def test_data_of_other_files_are_not_read(tmp_path):
     assert "no parameters" in refusal(folder).what
 
 
-def test_chunks_that_unpack_to_more_than_memory_are_refused(tmp_path):
+def test_chunks_larger_than_the_memory_limit_are_refused(tmp_path):
     (tmp_path / "log").mkdir()
     with h5py.File(tmp_path / "log" / "step_0.h5", "w") as file:
         file.create_dataset("parameter/w", (1 << 29,), "f4", chunks=(1 << 28,), compression="gzip")
@@ -707,7 +707,7 @@ def test_chunks_that_unpack_to_more_than_memory_are_refused(tmp_path):
 
 @given(changes=changes())
 @reads_only
-def test_a_damaged_hdf5_file_is_read_or_refused_and_nothing_else(tmp_path, stacks, changes):
+def test_a_corrupt_hdf5_file_is_either_read_or_refused(tmp_path, stacks, changes):
     (tmp_path / "run.h5").write_bytes(damage(stacks[0][0].read_bytes(), changes))
     with contextlib.suppress(InputError):
         log = open_source(tmp_path / "run.h5")
@@ -718,12 +718,12 @@ def test_a_damaged_hdf5_file_is_read_or_refused_and_nothing_else(tmp_path, stack
                     reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
 
 
-# One file of all steps: opened once, and seen as it is ----------------------------------------------------------
+# One file of all steps: opened once, and reopened after changes ------------------------------------------------
 
 
 @pytest.fixture(params=["npz, one file", "hdf5, one file"])
 def openings(request, monkeypatch):
-    """Writer of logs of one file, and how often such files were opened so far and are open now."""
+    """Writer of logs in one file, which counts how many of its files were opened and are open."""
     counted = {"so far": 0, "now": 0}
     kind = NpzStack if request.param.startswith("npz") else Hdf5File
     begin, close = kind.__init__, kind.close
@@ -742,7 +742,7 @@ def openings(request, monkeypatch):
     return WRITERS[request.param][0], counted
 
 
-def test_a_file_of_all_steps_is_not_opened_for_each(tmp_path, openings):
+def test_a_file_of_all_steps_is_opened_only_once(tmp_path, openings):
     write, opened = openings
     found = []
     for steps in (4, 12):
@@ -757,7 +757,7 @@ def test_a_file_of_all_steps_is_not_opened_for_each(tmp_path, openings):
     assert found[0] == found[1] < 3 * 4
 
 
-def test_what_a_file_of_all_steps_became_is_read_while_another_step_is_open(tmp_path, openings):
+def test_a_changed_file_of_all_steps_is_reopened_while_a_step_is_open(tmp_path, openings):
     write, opened = openings
     (path,) = write(tmp_path / "log", random_walk(3, TENSORS, seed=1))
     (other,) = write(tmp_path / "other", after := random_walk(3, TENSORS, seed=2))
@@ -771,7 +771,7 @@ def test_what_a_file_of_all_steps_became_is_read_while_another_step_is_open(tmp_
     assert opened["now"] == 0
 
 
-def test_the_step_that_is_read_is_named_where_its_file_ends_early(tmp_path):
+def test_a_truncated_file_error_names_the_step_being_read(tmp_path):
     (path,) = write_npz_stack(tmp_path / "log", random_walk(3, TENSORS))
     log = open_source(path)
     steps = log.steps()
@@ -799,7 +799,7 @@ def changed_array(path, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_chunk_that_is_not_there_is_no_zeros(tmp_path, zarr_log):
+def test_a_missing_chunk_is_not_read_as_zeros(tmp_path, zarr_log):
     (zarr_log / WEIGHT_ARRAY / "c" / "0" / "0" / "0").unlink()
     with pytest.raises(InputError, match="missing"):
         ingest(zarr_log, tmp_path / "trajectory.zarr")
@@ -808,7 +808,7 @@ def test_a_chunk_that_is_not_there_is_no_zeros(tmp_path, zarr_log):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"shape": [1 << 60, 40, 30]}, "claims to be of shape"),
+        ({"shape": [1 << 60, 40, 30]}, "would have the shape"),
         ({"shape": [1 << 30, 40, 30]}, "steps, not 5"),
         ({"shape": [5]}, "no parameter"),
         ({"codecs": [{"name": "pickle"}]}, "no parameter"),
@@ -816,23 +816,23 @@ def test_a_chunk_that_is_not_there_is_no_zeros(tmp_path, zarr_log):
         ({"node_type": 3}, "no parameter"),
         (
             {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [5, 1 << 30, 30]}}},
-            "in chunks of",
+            "has chunks of shape",
         ),
     ],
 )
-def test_an_array_of_zarr_that_claims_what_is_not_there_is_refused(zarr_log, changes, what):
+def test_a_zarr_array_that_exceeds_its_data_is_refused(zarr_log, changes, what):
     changed_array(zarr_log, **changes)
     assert what in refusal(zarr_log).what
 
 
-def test_a_group_of_more_steps_than_any_run_has_is_refused(tmp_path):
+def test_a_group_with_too_many_steps_is_refused(tmp_path):
     group = zarr.open_group(tmp_path / "run.zarr", mode="w")
     group.create_array("parameter/w", shape=(1 << 40, 2), chunks=(1, 2), dtype="f4")
-    with pytest.raises(InputError, match="claim 1099511627776 steps"):
+    with pytest.raises(InputError, match="would have 1099511627776 steps"):
         open_source(tmp_path / "run.zarr").steps()
 
 
-def test_a_chunk_that_unpacks_to_more_than_it_claims_is_no_bomb(zarr_log):
+def test_a_chunk_larger_than_its_declared_size_is_refused(zarr_log):
     bomb = numcodecs.Zstd(level=1).encode(np.zeros(1 << 28, np.uint8))
     (zarr_log / "parameter" / "layers.9.bias" / "c" / "0" / "0").write_bytes(bomb)
     log = open_source(zarr_log)
@@ -857,7 +857,7 @@ def test_links_out_of_a_group_are_not_followed(tmp_path, zarr_log):
     length=LENGTHS,
 )
 @reads_only
-def test_a_damaged_zarr_group_is_read_or_refused_and_nothing_else(tmp_path, file, changes, length):
+def test_a_corrupt_zarr_group_is_either_read_or_refused(tmp_path, file, changes, length):
     folder = tmp_path / "run.zarr"
     if not folder.exists():
         write_zarr_stack(tmp_path, run_of("float32")[:2])

@@ -1,7 +1,7 @@
 """Checkpoints of Megatron-LM.
 
-The trainer needs a GPU, so its files are made here as ``megatron/training/checkpointing.py`` makes them, and the
-metadata of ``torch_dist`` as those that megatron-core 0.16 was seen to write.
+The trainer needs a GPU, so its files are created here in the way of ``megatron/training/checkpointing.py``, and the
+metadata of ``torch_dist`` in the form that megatron-core 0.16 writes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 @pytest.fixture
 def megatron(monkeypatch):
-    """A module of that name, without which objects of its classes cannot be pickled."""
+    """A module with this name, without which objects of its classes cannot be pickled."""
     module = types.ModuleType("megatron.core.enums")
     module.ModelType = type("ModelType", (), {"__module__": module.__name__})
     monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
@@ -42,7 +42,7 @@ def megatron(monkeypatch):
 
 
 def state_dict(iteration, arguments, megatron, **models):
-    """What a rank saves."""
+    """Return the objects that a rank saves."""
     sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1} | arguments
     return {
         "args": argparse.Namespace(**sizes, model_type=megatron.ModelType(), params_dtype=torch.bfloat16),
@@ -102,11 +102,11 @@ def test_both_formats_give_the_ledger_of_the_run(tmp_path, megatron, write, form
     assert ledger_of(tmp_path, [folder, gradients_of(tmp_path / "gradients")]) == expected
 
 
-# Stages of a pipeline ----------------------------------------------------------------------------------------
+# Pipeline stages ---------------------------------------------------------------------------------------------
 
 
 def write_stages(folder, megatron, *, untied=False, rename=str, chunks=1):
-    """Two stages of layers that are both called 0, the last one with the embedding once more."""
+    """Test two stages whose layers both have number 0; the last one has a copy of the embedding."""
     arguments = {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": untied}
     for iteration, state in enumerate(STATES):
         tensors = arrays_of(state, "parameter")
@@ -132,7 +132,7 @@ def parameters_of(folder):
     return content, values
 
 
-def test_layers_of_the_same_name_are_told_apart_by_their_stage(tmp_path, megatron):
+def test_layers_with_the_same_name_are_distinguished_by_stage(tmp_path, megatron):
     content, values = parameters_of(write_stages(tmp_path, megatron))
     small = STATES[-1]["parameter/layers.9.weight"].ravel()
     np.testing.assert_array_equal(values["stage0.decoder.layers.0.weight"], small)
@@ -141,7 +141,7 @@ def test_layers_of_the_same_name_are_told_apart_by_their_stage(tmp_path, megatro
     assert content.ties == {"stage1.output_layer.weight": f"stage0.{EMBEDDING}"}
 
 
-def test_chunks_of_a_virtual_pipeline_are_told_apart(tmp_path, megatron):
+def test_chunks_of_a_virtual_pipeline_have_distinct_names(tmp_path, megatron):
     _, values = parameters_of(write_stages(tmp_path, megatron, chunks=2))
     small = STATES[-1]["parameter/layers.9.weight"].ravel()
     np.testing.assert_array_equal(values["stage1.model0.decoder.layers.0.weight"], small + 1)
@@ -149,12 +149,12 @@ def test_chunks_of_a_virtual_pipeline_are_told_apart(tmp_path, megatron):
     np.testing.assert_array_equal(values["stage0.model1.norm"], small)
 
 
-def test_an_output_layer_of_its_own_counts_for_itself(tmp_path, megatron):
+def test_an_untied_output_layer_is_counted_separately(tmp_path, megatron):
     content, _ = parameters_of(write_stages(tmp_path, megatron, untied=True))
     assert content.ties == {}
 
 
-def test_the_embedding_of_both_ends_counts_once(tmp_path, megatron):
+def test_the_tied_embedding_is_counted_once(tmp_path, megatron):
     folder = write_stages(tmp_path / "log", megatron)
     for iteration in range(len(STATES)):
         for stage in range(2):
@@ -172,22 +172,22 @@ def test_the_embedding_of_both_ends_counts_once(tmp_path, megatron):
     ]
 
 
-# What does not fit together ----------------------------------------------------------------------------------
+# Inconsistent files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("rank", "arguments", "why"),
     [
         ("mp_rank_01", {}, "split over 2 ranks"),
-        ("mp_rank_00_001", {}, "1 stages wrote it"),
-        ("mp_rank_00_002", {"pipeline_model_parallel_size": 2}, "2 stages wrote it"),
+        ("mp_rank_00_001", {}, "written by 1 stages"),
+        ("mp_rank_00_002", {"pipeline_model_parallel_size": 2}, "written by 2 stages"),
         (None, {"tensor_model_parallel_size": 4}, "4 tensor parallel ranks"),
         (None, {"model_parallel_size": 4}, "4 tensor parallel ranks"),
         (None, {"expert_model_parallel_size": 8}, "experts are split over 8"),
-        (None, {"pipeline_model_parallel_size": 2}, "2 stages wrote it, and mp_rank_00 are there"),
+        (None, {"pipeline_model_parallel_size": 2}, "written by 2 stages, but the folders are mp_rank_00"),
     ],
 )
-def test_ranks_that_cannot_be_put_together_are_refused(tmp_path, megatron, rank, arguments, why):
+def test_ranks_that_cannot_be_merged_are_refused(tmp_path, megatron, rank, arguments, why):
     model = arrays_of(STATES[0], "parameter")
     for name in ("mp_rank_00", rank):
         if name:
@@ -198,9 +198,9 @@ def test_ranks_that_cannot_be_put_together_are_refused(tmp_path, megatron, rank,
         assert "torch_dist" in refused.remedy
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, megatron):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, megatron):
     save(tmp_path, 0, "mp_rank_00", [torch.zeros(3)])
-    assert "no dictionaries" in refusal(tmp_path).what
+    assert "do not contain dictionaries" in refusal(tmp_path).what
     (tmp_path / "iter_0000000" / "mp_rank_00" / "model_optim_rng.pt").unlink()
     assert "model_optim_rng.pt" in refusal(tmp_path).what
 
@@ -214,19 +214,19 @@ def test_a_payload_among_the_arguments_never_runs(tmp_path, megatron):
     assert not (tmp_path / "trace").exists()
 
 
-def test_an_iteration_that_is_still_being_written_is_left_out_aloud(tmp_path, megatron, caplog):
+def test_an_unfinished_iteration_is_left_out_with_a_warning(tmp_path, megatron, caplog):
     folder = write_torch(tmp_path, megatron)
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
     assert [step.number for step in open_source(folder).steps()] == [0, 1]
-    assert "still names 1" in caplog.text
+    assert "still contains 1" in caplog.text
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     assert [step.number for step in open_source(folder).steps()] == [0, 1, 2]
 
 
-def test_an_iteration_that_its_file_counts_otherwise_is_refused(tmp_path, megatron):
+def test_an_iteration_that_contradicts_its_file_is_refused(tmp_path, megatron):
     folder = write_torch(tmp_path, megatron)
     (folder / "iter_0000002").rename(folder / "iter_0000007")
     (folder / "latest_checkpointed_iteration.txt").unlink()
     log = open_source(folder)
-    with log.open(log.steps()[-1]) as reader, pytest.raises(InputError, match="the file says iteration 2"):
+    with log.open(log.steps()[-1]) as reader, pytest.raises(InputError, match="the file contains iteration 2"):
         reader.content()

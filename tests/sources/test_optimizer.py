@@ -1,4 +1,4 @@
-"""What optimizers keep, from the files of those who save them to the condition number of the metric in use."""
+"""Optimizer states, from the files of the original libraries to the condition number of the metric in use."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ RATES = (0.1, 0.02)
 
 
 class Net(torch.nn.Module):
-    """Tensors of equal shapes, in another order than that of their names."""
+    """Return tensors of equal shapes, in an order that differs from that of their names."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class Net(torch.nn.Module):
 
 
 def two_groups(model, **options):
-    """Groups as Hugging Face's Trainer and nanoGPT make them: what is decayed first."""
+    """Return groups as in the Hugging Face Trainer and nanoGPT: decayed tensors first."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -58,7 +58,7 @@ def two_groups(model, **options):
 
 
 def trained(optimizer_of, save, steps=STEPS):
-    """Train a network, and save at each step with its gradients; return the optimizer's state by name, per step."""
+    """Train a network and save each step with its gradients; return the optimizer state by name, per step."""
     torch.manual_seed(0)
     model = Net()
     optimizer = optimizer_of(model)
@@ -104,7 +104,7 @@ def sharded(folder):
 
 
 def stored(store):
-    """Arrays of a trajectory by tensor: shape (rows, elements of the tensor); bfloat16 as its bits in uint16."""
+    """Return the arrays of a trajectory by tensor, of shape (steps, elements); bfloat16 as its bits in uint16."""
     states = open_trajectory(store)
     whole = {}
     for name, dtype in states.dtypes.items():
@@ -132,7 +132,7 @@ OPTIMIZERS = {
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("writer", [saver, sharded])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_was_saved_is_stored_under_the_name_of_its_tensor(tmp_path, writer, name):
+def test_saved_state_is_stored_under_the_name_of_its_tensor(tmp_path, writer, name):
     truth = trained(OPTIMIZERS[name], writer(tmp_path / "log"))
     ingest(tmp_path / "log", tmp_path / "store", include=["optimizer"])
     states, arrays = stored(tmp_path / "store")
@@ -141,7 +141,7 @@ def test_what_was_saved_is_stored_under_the_name_of_its_tensor(tmp_path, writer,
         for tensor, rows in arrays[array].items():
             for step, row in enumerate(rows):
                 expected = truth[step].get(tensor, {}).get(array)
-                if expected is None:  # before the first update there is none
+                if expected is None:  # there is none before the first update
                     assert step == 0
                     assert np.isnan(row).all()
                 else:
@@ -167,11 +167,11 @@ def test_what_was_saved_is_stored_under_the_name_of_its_tensor(tmp_path, writer,
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning")
-def test_the_trainers_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
+def test_the_trainer_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
     folder, states = train(tmp_path / "out", states=saved_moments)
     model = transformers.GPT2LMHeadModel(CONFIG)
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(InputError, match="neither the order of the file nor the shapes decide"):
+    with pytest.raises(InputError, match="neither the order of the file nor the shapes are sufficient"):
         ingest(folder, tmp_path / "store", include=["optimizer"])
     (folder / "natgrad.toml").write_text(f"order = {json.dumps(names)}\n")
     ingest(folder, tmp_path / "store", include=["optimizer"])
@@ -184,14 +184,14 @@ def test_the_trainers_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
 
 
 def saved_moments(model, optimizer):
-    """Moments that the Trainer's optimizer has of each tensor."""
+    """Return the moments of each tensor in the optimizer of the Trainer."""
     return {
         array: {name: optimizer.state[p][array].numpy().copy() for name, p in model.named_parameters()}
         for array in ("exp_avg", "exp_avg_sq")
     }
 
 
-def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
+def test_the_used_metric_is_reported_with_the_smallest_possible_one(tmp_path):
     truth = trained(two_groups, saver(tmp_path / "log"))
     out = tmp_path / "out"
     run.ingest_run(tmp_path / "log", out, include=["optimizer"])
@@ -199,14 +199,14 @@ def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
     tree = read_results(out / "results.zarr")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     for step in range(STEPS - 1):
-        # The metric of the update from a step is what the optimizer has after it.
+        # The metric of the update from a step is the optimizer state after it.
         metric = {
             tensor: np.sqrt(state["exp_avg_sq"].astype(np.float64) / (1 - 0.95 ** int(state["step"]))) + 1e-6
             for tensor, state in truth[step + 1].items()
         }
         for tensor, diagonal in metric.items():
             expected = diagonal.max() / diagonal.min()
-            # A safe_divide of two sums, each of a root of a safe_divide: eight roundings.
+            # A quotient of two sums, each of a root of a quotient: eight roundings.
             assert float(kappa.sel(step=step, tensor=tensor)) == pytest.approx(expected, rel=8 * 2.0**-52)
         scaled = [d / RATES[d.ndim < 2] for d in metric.values()]
         expected = max(d.max() for d in scaled) / min(d.min() for d in scaled)
@@ -215,7 +215,7 @@ def test_the_metric_in_use_stands_beside_the_smallest_that_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("logged", [True, False])
-def test_groups_of_several_rates_give_each_tensor_its_own_and_the_model_the_largest(tmp_path, logged):
+def test_groups_with_several_rates_give_each_tensor_its_rate_and_the_model_the_largest(tmp_path, logged):
     def save(step, model, optimizer, gradients, loss):
         (tmp_path / "log").mkdir(exist_ok=True)
         tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gradient": gradients}
@@ -235,11 +235,11 @@ def test_groups_of_several_rates_give_each_tensor_its_own_and_the_model_the_larg
         of_tensor = tree["tensor"].to_dataset().sel(tensor=tensor.name)
         assert (of_tensor["learning_rate"] == rate).all()
         moved = np.linalg.norm(np.diff(arrays["parameter"][tensor.name].astype(np.float64), axis=0), axis=1)
-        # Of a norm of 9 elements at most, and its safe_divide: a dozen roundings.
+        # The quotient of a norm of at most 9 elements: a dozen roundings.
         assert of_tensor["update_norm"].sel(window=1).values == pytest.approx(moved / rate, rel=12 * 2.0**-52)
 
 
-def test_a_rate_that_sets_the_unit_of_time_is_not_taken_from_groups(tmp_path):
+def test_the_rate_that_defines_the_time_unit_is_not_taken_from_groups(tmp_path):
     trained(two_groups, saver(tmp_path / "log", learning_rate=None, loss_time_derivative=0.5))
     run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
     run.analyze_run(tmp_path / "out", Serial())
@@ -247,7 +247,7 @@ def test_a_rate_that_sets_the_unit_of_time_is_not_taken_from_groups(tmp_path):
     assert (model["status"] == Status.NO_LEARNING_RATE).all()
 
 
-def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):
+def test_the_ledger_does_not_depend_on_optimizer_arrays(tmp_path):
     trained(two_groups, saver(tmp_path / "log"))
     grams = []
     for name, include in (("with", ["optimizer"]), ("without", [])):
@@ -258,11 +258,11 @@ def test_the_ledger_does_not_depend_on_what_is_stored_beside(tmp_path):
     assert "preconditioner_condition_number" not in read_results(tmp_path / "without" / "results.zarr")["model"]
 
 
-def test_a_run_goes_on_as_it_was_begun(tmp_path):
+def test_a_run_continues_with_its_original_options(tmp_path):
     log, store = tmp_path / "log", tmp_path / "store"
     trained(OPTIMIZERS["adam"], saver(log), steps=3)
     ingest(log, store, include=["optimizer"])
-    trained(OPTIMIZERS["adam"], saver(log), steps=STEPS)  # the same again, and two steps more
+    trained(OPTIMIZERS["adam"], saver(log), steps=STEPS)  # repeat, with two more steps
     assert ingest(log, store).new_steps == 2
     whole = tmp_path / "whole"
     ingest(log, whole, include=["optimizer"])
@@ -276,7 +276,7 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_a_run_that_is_followed_from_before_its_first_update_waits_for_the_second_step(tmp_path, name):
+def test_following_a_run_before_its_first_update_waits_for_the_second_step(tmp_path, name):
     trained(OPTIMIZERS[name], saver(tmp_path / "all"))
     log, store = tmp_path / "log", tmp_path / "store"
     log.mkdir()
@@ -308,7 +308,7 @@ def test_a_log_without_optimizer_is_refused(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-# Which tensor is whose ---------------------------------------------------------------------------------------
+# Assignment of entries to tensors ------------------------------------------------------------------------------
 
 
 class Opened:
@@ -331,7 +331,7 @@ SHAPES = st.lists(st.sampled_from([(1,), (2,), (3,), (2, 2), (3, 2), (5,)]), min
 
 
 @given(shapes=SHAPES, data=st.data())
-def test_without_an_order_shapes_decide_or_nothing_is_said(shapes, data):
+def test_without_an_order_only_unique_shapes_are_matched(shapes, data):
     names = data.draw(st.permutations(range(len(shapes))))
     parameters = {f"t{index}": LoggedTensor(shapes[index], "float32") for index in names}
     found = saved_optimizer(Opened(shapes), parameters)
@@ -339,27 +339,27 @@ def test_without_an_order_shapes_decide_or_nothing_is_said(shapes, data):
         assert found.keys["exp_avg"] == {f"t{i}": f"optimizer/state/{i}/exp_avg" for i in range(len(shapes))}
         assert set(found.state.numbers["tensor_learning_rate"]) == set(parameters)
     else:
-        assert "neither the order of the file nor the shapes decide" in found.state.problem
+        assert "neither the order of the file nor the shapes are sufficient" in found.state.problem
         assert not found.keys
         assert not found.state.arrays
 
 
 @given(shapes=SHAPES, data=st.data())
-def test_an_order_that_the_user_gives_is_checked_by_shape(shapes, data):
+def test_a_user_defined_order_is_checked_by_shape(shapes, data):
     parameters = {f"t{index}": LoggedTensor(shape, "float32") for index, shape in enumerate(shapes)}
     order = data.draw(st.permutations(list(parameters)))
     found = saved_optimizer(Opened(shapes), parameters, order=order)
     if all(parameters[name].shape == shape for name, shape in zip(order, shapes, strict=True)):
         assert found.keys["exp_avg"] == {name: f"optimizer/state/{i}/exp_avg" for i, name in enumerate(order)}
     else:
-        assert "groups in none" in found.state.problem
+        assert "does not match the " in found.state.problem
 
 
-def test_an_order_that_is_not_known_is_asked_for_and_taken(tmp_path):
+def test_an_unknown_order_is_requested_and_then_used(tmp_path):
     log = tmp_path / "log"
 
     def save(step, model, optimizer, gradients, loss):
-        # Files of this kind do not keep the order of their tensors.
+        # Files of this kind do not preserve the order of their tensors.
         folder = log / f"step-{step}"
         folder.mkdir(parents=True)
         safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
@@ -367,7 +367,7 @@ def test_an_order_that_is_not_known_is_asked_for_and_taken(tmp_path):
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
     truth = trained(OPTIMIZERS["adam"], save)
-    with pytest.raises(InputError, match="neither the order of the file nor the shapes decide") as refusal:
+    with pytest.raises(InputError, match="neither the order of the file nor the shapes are sufficient") as refusal:
         ingest(log, tmp_path / "store", include=["optimizer"])
     assert "order = [" in refusal.value.remedy
     assert "step 0" in refusal.value.where
@@ -378,11 +378,11 @@ def test_an_order_that_is_not_known_is_asked_for_and_taken(tmp_path):
         for step in range(1, STEPS):
             np.testing.assert_array_equal(rows[step], truth[step][tensor]["exp_avg"].ravel())
     (log / "natgrad.toml").write_text(f"order = {json.dumps(order[::-1])}\n")
-    with pytest.raises(InputError, match="fits the 6 parameters and 1 groups in none"):
+    with pytest.raises(InputError, match="does not match the 6 parameters in 1 groups"):
         ingest(log, tmp_path / "other", include=["optimizer"])
 
 
-# The algebra -------------------------------------------------------------------------------------------------
+# Arithmetic --------------------------------------------------------------------------------------------------
 
 POSITIVE = st.floats(1e-30, 1e30)
 
@@ -395,13 +395,13 @@ def test_eigenvalues_of_adams_metric_against_exact_arithmetic(one, other, beta2,
         bias = 1 - mpf(beta2) ** updates
         for found, v in ((low, smallest), (high, largest)):
             expected = mp.sqrt(mpf(v) / bias) + mpf(epsilon)
-            # Power, difference, safe_divide, root and sum round once each; near beta2 = 1 the difference keeps
-            # 1 / (1 - beta2) = 1e4 times the rounding of the power at one update.
+            # Power, difference, quotient, root and sum are rounded once each; near beta2 = 1, the difference has
+            # 1 / (1 - beta2) = 1e4 times the rounding error of the power at one update.
             assert float(abs(mpf(float(found)) - expected) / expected) <= (1e4 + 4) * 2.0**-52
     assert low <= high
 
 
-def test_where_something_is_not_known_there_is_no_number():
+def test_unknown_options_give_no_number():
     known = {"smallest": 1.0, "largest": 4.0, "beta2": 0.9, "epsilon": 1e-8, "updates": 3.0}
     for name in known:
         assert np.isnan(adam_eigenvalues(**{**known, name: np.nan})).any()
@@ -412,7 +412,7 @@ def test_where_something_is_not_known_there_is_no_number():
     assert np.isnan(model).all()
 
 
-def test_inspect_says_what_the_optimizer_has(tmp_path, capsys, monkeypatch):
+def test_inspect_reports_the_optimizer_state(tmp_path, capsys, monkeypatch):
     trained(OPTIMIZERS["adam"], saver(tmp_path / "log"), steps=2)
     monkeypatch.setattr(sys, "argv", ["natgrad", "inspect", str(tmp_path / "log"), "--json"])
     with contextlib.suppress(SystemExit):

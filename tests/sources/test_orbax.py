@@ -1,4 +1,4 @@
-"""Checkpoints that Orbax wrote, in each of its layouts, read without JAX."""
+"""Checkpoints written by Orbax in each of its layouts, read without JAX."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The ledger of the run as natively logged, with names in levels as Orbax has them."""
+    """The ledger of the run in the native format, with nested names as in Orbax."""
 
     def leveled(key):
         array, _, tensor = key.partition("/")
@@ -57,7 +57,7 @@ def expected(tmp_path_factory):
 
 @pytest.fixture
 def log(job, tmp_path):
-    """A log of the first step, to be changed."""
+    """A log of the first step that tests may modify."""
 
     def copy(layout):
         step = "ckpt_000000" if layout == "plain" else "0"
@@ -96,7 +96,7 @@ def test_a_large_tensor_is_read_chunk_by_chunk(job):
     assert_out_of_core(open_source(job / "large"), "weight", np.zeros((1 << 19) + 7, np.float32))
 
 
-def test_checkpoints_that_are_being_written_are_left_out_aloud(tmp_path, job, caplog):
+def test_unfinished_checkpoints_are_left_out_with_a_warning(tmp_path, job, caplog):
     folder = tmp_path / "log"
     shutil.copytree(job / "float32" / "ocdbt", folder)
     (folder / "2").rename(folder / "2.orbax-checkpoint-tmp-17")
@@ -106,17 +106,17 @@ def test_checkpoints_that_are_being_written_are_left_out_aloud(tmp_path, job, ca
     (folder / "1" / "_CHECKPOINT_METADATA").write_text(json.dumps({**metadata, "commit_timestamp_nsecs": None}))
     assert [step.number for step in open_source(folder).steps()] == [0]
     assert "2.orbax-checkpoint-tmp-17 is left for the next pass: its name" in caplog.text
-    assert "1 is left for the next pass: _CHECKPOINT_METADATA has no time" in caplog.text
+    assert "1 is left for the next pass: _CHECKPOINT_METADATA has no commit time" in caplog.text
 
 
-def test_a_folder_of_runs_is_no_run(tmp_path, job):
+def test_a_folder_of_runs_is_not_a_run(tmp_path, job):
     for run in ("run-1", "run-2"):
         shutil.copytree(job / "float32" / "standard" / "0" / "default", tmp_path / run / "step_7")
     assert find_format(tmp_path) is None
     assert [step.number for step in open_source(tmp_path / "run-2").steps()] == [7]
 
 
-# What does not fit together ----------------------------------------------------------------------------------
+# Inconsistent files ------------------------------------------------------------------------------------------
 
 
 def rewritten(path, change):
@@ -143,11 +143,11 @@ def leaf(tree):
         (lambda tree: leaf(tree)["key_metadata"][2].update(key="nowhere"), "nowhere"),
         (lambda tree: leaf(tree)["key_metadata"][0].update(key="../../params"), "outside of the folder"),
         (lambda tree: leaf(tree)["key_metadata"][0].update(key="/params"), "outside of the folder"),
-        (lambda tree: tree["tree_metadata"].update(again=leaf(tree)), "there twice"),
+        (lambda tree: tree["tree_metadata"].update(again=leaf(tree)), "twice"),
         (lambda tree: tree.update(use_zarr3=True), "zarr.json"),
     ],
 )
-def test_a_tree_that_leads_elsewhere_is_refused(log, layout, change, what):
+def test_a_tree_that_refers_outside_its_folder_is_refused(log, layout, change, what):
     folder = log(layout)
     rewritten(folder / "0" / "state" / "_METADATA", change)
     assert what in refusal(folder).what
@@ -156,15 +156,15 @@ def test_a_tree_that_leads_elsewhere_is_refused(log, layout, change, what):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda array: array.update(shape=[1 << 30, 30], chunks=[1 << 30, 30]), "chunks of"),
+        (lambda array: array.update(shape=[1 << 30, 30], chunks=[1 << 30, 30]), "has chunks of shape"),
         (lambda array: array.update(shape=[1 << 60, 30], chunks=[1 << 60, 30]), "cannot read"),
-        (lambda array: array.update(shape=[1 << 60, 1 << 60]), "claims to be"),
+        (lambda array: array.update(shape=[1 << 60, 1 << 60]), "would have the shape"),
         (lambda array: array.update(dtype="|V9"), "has no parameter"),
         (lambda array: array.update(compressor={"id": "pickle"}), "pickle"),
         (lambda array: array.clear(), "cannot read"),
     ],
 )
-def test_an_array_that_claims_what_is_not_there_is_refused(log, change, what):
+def test_an_array_that_exceeds_its_data_is_refused(log, change, what):
     folder = log("plain")
     rewritten(folder / "0" / "state" / "params.layers.10.weight" / ".zarray", change)
     assert what in refusal(folder).what
@@ -179,7 +179,7 @@ def read_all(folder):
             reader.read("parameter", name, 0, np.zeros(size, dtype))
 
 
-def test_a_chunk_that_is_lost_is_no_zeros(log):
+def test_a_lost_chunk_is_not_read_as_zeros(log):
     folder = log("plain")
     (folder / "0" / "state" / "params.layers.10.weight" / "0.0").unlink()
     with pytest.raises(InputError, match=r"layers\.10/weight"):
@@ -193,7 +193,7 @@ def test_a_chunk_that_is_lost_is_no_zeros(log):
     length=LENGTHS,
 )
 @reads_only
-def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(tmp_path, job, layout, file, changes, length):
+def test_a_corrupt_checkpoint_is_either_read_or_refused(tmp_path, job, layout, file, changes, length):
     folder = tmp_path / layout
     if not folder.exists():
         step = "ckpt_000000" if layout == "plain" else "0"

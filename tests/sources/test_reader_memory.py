@@ -1,4 +1,4 @@
-"""Readers take no more memory than their buffer and a few MiB, however large a tensor is."""
+"""Readers need no more memory than their buffer and a few MiB, regardless of the size of a tensor."""
 
 import h5py
 import numpy as np
@@ -46,7 +46,7 @@ def write_megatron(folder):
 
 
 def write_deepspeed(folder, stage):
-    """Files of two ranks, as its engine writes them (test_deepspeed.py has the real ones)."""
+    """Write files of two ranks like those of the engine (test_deepspeed.py uses real ones)."""
     path = folder / "global_step0"
     path.mkdir()
     shapes = [{NAME: torch.Size(SHAPE)}]

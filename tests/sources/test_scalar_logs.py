@@ -1,4 +1,4 @@
-"""Logs of scalars beside those of the tensors, written by the loggers that users have."""
+"""Logs of scalars in addition to those of tensors, written by the loggers that users have."""
 
 import contextlib
 import csv
@@ -32,7 +32,7 @@ from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import read_csv, read_json_lines, read_parquet
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
-from natgrad.storage import LocalStorage
+from natgrad.storage import open_storage
 from natgrad.store import open_trajectory
 from opened import ingest, open_source, open_sources
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
 def settled(path):
-    """A log that nobody has written to for long."""
+    """Return a log that has not been modified for a long time."""
     for file in [path, *path.rglob("*")]:
         os.utime(file, ns=(LONG_AGO, LONG_AGO))
     return path
@@ -57,7 +57,7 @@ def run_without_scalars(folder, steps=STEPS):
 
 
 def values_of(steps=STEPS):
-    """Losses and rates that only float64 holds, one step of the rate left out: loggers have sparse rows."""
+    """Return losses and rates that only float64 represents, with one missing rate: loggers have sparse rows."""
     return [(step, np.pi / (step + 1), None if step == 3 else 0.1 * 0.9**step) for step in range(steps)]
 
 
@@ -77,7 +77,7 @@ def write_lightning_csv(folder, values):
     for step, loss, rate in values:
         logger.log_metrics({"train_loss": loss}, step)
         logger.log_metrics({"val_loss": 7.0}, step)
-        # A key that comes later has the file written anew, with another header.
+        # A new key makes the logger write the file again, with another header.
         if rate is not None:
             logger.log_metrics({"lr-SGD": rate, "lr-SGD-momentum": 0.9}, step)
     logger.save()
@@ -107,7 +107,7 @@ def write_nested_json_lines(folder, values):
 
 
 def write_parquet(folder, values):
-    """As W&B exports a history, in two files."""
+    """Write two files like a history exported by W&B."""
     table = frame_of(values, step="_step", loss="train/loss", learning_rate="train/learning_rate")
     for number, part in enumerate((table[:4], table[4:])):
         part.to_parquet(folder / f"{number:04}.parquet")
@@ -115,7 +115,7 @@ def write_parquet(folder, values):
 
 
 def write_trackio(folder, values):
-    """The schema and the bytes that trackio 0.43 writes; the package itself brings a web server."""
+    """Write the schema and the bytes of trackio 0.43, whose package includes a web server."""
     with contextlib.closing(sqlite3.connect(folder / "project.db")) as database, database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute(
@@ -141,19 +141,19 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_logger_gives_the_numbers_that_were_logged(tmp_path, writer):
+def test_every_logger_preserves_the_logged_numbers(tmp_path, writer):
     write, name = WRITERS[writer]
     (tmp_path / "scalars").mkdir()
     source = write(tmp_path / "scalars", values_of())
     settled(tmp_path / "scalars")
-    assert format_of(LocalStorage(source)) == name
+    assert format_of(open_storage(source)) == name
     assert FORMATS[name].scalars
     log = run_without_scalars(tmp_path / "log")
     summary = ingest([log, source], tmp_path / "trajectory.zarr")
     assert summary.steps == STEPS
     assert stored(tmp_path / "trajectory.zarr") == values_of()
-    (told,) = [warning for warning in summary.warnings if "missing" in warning]
-    assert told.startswith("learning_rate is missing or NaN in 1 of 6 steps")
+    (message,) = [warning for warning in summary.warnings if "missing" in warning]
+    assert message.startswith("learning_rate is missing or NaN in 1 of 6 steps")
 
 
 @pytest.mark.parametrize("new_style", [False, True])
@@ -165,11 +165,11 @@ def test_tensorboard_gives_every_point_in_single_precision(tmp_path, new_style):
             writer.add_scalar("lr-SGD", rate, step, new_style=new_style)
             writer.add_histogram("weights", np.arange(9.0), step)
     settled(tmp_path / "events")
-    assert format_of(LocalStorage(tmp_path / "events")) == "tensorboard"
+    assert format_of(open_storage(tmp_path / "events")) == "tensorboard"
     summary = ingest([run_without_scalars(tmp_path / "log"), tmp_path / "events"], tmp_path / "trajectory.zarr")
     assert stored(tmp_path / "trajectory.zarr") == values
     assert any("single precision" in warning for warning in summary.warnings)
-    assert any("loss is what the log calls Loss/train" in warning for warning in summary.warnings)
+    assert any("loss is read from Loss/train" in warning for warning in summary.warnings)
 
 
 # Restarts --------------------------------------------------------------------------------------------------
@@ -186,13 +186,13 @@ def scalars_of(source, **options):
     return found, list(notes)
 
 
-def test_of_a_restarted_run_the_later_record_of_a_step_counts(tmp_path):
+def test_the_later_record_of_a_repeated_step_is_used(tmp_path):
     rows = [(0, 5.0), (1, 4.0), (2, 3.0), (3, 2.0), (1, 40.0), (2, 30.0)]
     with (tmp_path / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("step", "loss"))
         writer.writerows(rows[:4])
-        writer.writerow(("step", "loss"))  # by the process that went on
+        writer.writerow(("step", "loss"))  # by the restarted process
         writer.writerows(rows[4:])
     settled(tmp_path / "metrics.csv")
     found, notes = scalars_of(tmp_path / "metrics.csv")
@@ -200,11 +200,11 @@ def test_of_a_restarted_run_the_later_record_of_a_step_counts(tmp_path):
         0: 5.0, 1: 40.0, 2: 30.0, 3: 2.0, 4: None, 5: None
     }  # fmt: skip
     (note,) = notes
-    assert "falls back once, from 3 to 1 first" in note
+    assert "decreases once, first from 3 to 1" in note
 
 
-def test_event_files_of_a_restarted_run_are_read_in_the_order_in_which_they_were_begun(tmp_path):
-    # Names would put the second before the first.
+def test_event_files_of_a_restarted_run_are_read_in_start_order(tmp_path):
+    # Sorting by name would put the second file first.
     for suffix, steps, loss in ((".second", range(5), 1.0), (".first", range(2, 4), 2.0)):
         with SummaryWriter(tmp_path / "events", filename_suffix=suffix) as writer:
             for step in steps:
@@ -214,10 +214,10 @@ def test_event_files_of_a_restarted_run_are_read_in_the_order_in_which_they_were
     settled(tmp_path / "events")
     found, notes = scalars_of(tmp_path / "events")
     assert [found[step].get("loss") for step in range(STEPS)] == [1.0, 1.0, 2.0, 2.0, 1.0, None]
-    assert any("falls back once, from 4 to 2" in note for note in notes)
+    assert any("decreases once, first from 4 to 2" in note for note in notes)
 
 
-# What keys mean ----------------------------------------------------------------------------------------------
+# Meaning of keys -----------------------------------------------------------------------------------------------
 
 
 def lines(tmp_path, *rows):
@@ -226,7 +226,7 @@ def lines(tmp_path, *rows):
     return settled(path)
 
 
-def test_rates_of_groups_count_where_they_are_one(tmp_path):
+def test_equal_rates_of_groups_are_used(tmp_path):
     path = lines(
         tmp_path,
         {"step": 0, "lr-Adam/pg1": 0.1, "lr-Adam/pg2": 0.1},
@@ -235,17 +235,17 @@ def test_rates_of_groups_count_where_they_are_one(tmp_path):
     found, notes = scalars_of(path)
     assert found[0] == {"learning_rate": 0.1}
     assert found[1] == {}
-    assert any("at 1 steps none is taken" in note for note in notes)
+    assert any("at 1 steps: no value is used there" in note for note in notes)
 
 
-def test_the_trainers_step_counts_before_that_of_the_log(tmp_path):
+def test_the_trainer_step_takes_precedence_over_that_of_the_log(tmp_path):
     path = lines(tmp_path, {"_step": 7, "trainer/global_step": 2, "loss": 1.5}, {"_step": 8, "loss": 9.0})
     found, notes = scalars_of(path)
     assert {step: scalars for step, scalars in found.items() if scalars} == {2: {"loss": 1.5}}
     assert any("1 records of loss have no step" in note for note in notes)
 
 
-def test_a_run_file_says_what_the_keys_of_a_log_are(tmp_path):
+def test_a_run_file_maps_the_keys_of_a_log(tmp_path):
     run_without_scalars(tmp_path / "log")
     lines(tmp_path, {"n": 0, "a": {"x": 1.0}, "b": {"x": 1.0}, "loss": 3.0}).rename(tmp_path / "scalars.txt")
     (tmp_path / "run.toml").write_text(
@@ -257,14 +257,14 @@ def test_a_run_file_says_what_the_keys_of_a_log_are(tmp_path):
         assert reader.content().scalars == {"loss": 1.0, "hessian_min_eigenvalue": 3.0}
 
 
-def test_of_several_runs_in_one_log_one_is_named(tmp_path):
+def test_one_of_several_runs_in_a_log_must_be_selected(tmp_path):
     path = write_trackio(tmp_path, [(0, 1.0, 0.1)])
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute(
             "INSERT INTO metrics (timestamp, run_name, step, metrics) VALUES ('', 'b', 0, '{\"loss\": 2}')"
         )
     settled(tmp_path)
-    with pytest.raises(InputError, match="holds the runs first, b"):
+    with pytest.raises(InputError, match="contains the runs first, b"):
         scalars_of(path)
     (tmp_path / "run.toml").write_text(
         f'[[source]]\npath = "tensors"\n[[source]]\npath = "{path.name}"\nmap = {{ run = "b" }}\n'
@@ -277,25 +277,25 @@ def test_of_several_runs_in_one_log_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        ([{"step": 0, "accuracy": 1.0}], "no scalar is in this log"),
-        ([{"loss": 1.0}], "no step is in this log"),
-        ([{"step": 0.5, "loss": 1.0}], "0.5, not the number of a step"),
-        ([{"step": -1, "loss": 1.0}], "-1, not the number of a step"),
-        ([{"step": 0, "loss": "low"}], "'low' is no number"),
-        ([{"step": 0, "loss": True}], "'True' is no number"),
-        ([{"step": 0, "loss": "1_0"}], "'1_0' is no number"),
-        ([{"step": 0, "loss": 10**400}], "is no number"),
-        ([{"step": "train", "loss": 1.0}], "'train' is no number"),
+        ([{"step": 0, "accuracy": 1.0}], "no known scalar in this log"),
+        ([{"loss": 1.0}], "this log has no step numbers"),
+        ([{"step": 0.5, "loss": 1.0}], "contains 0.5, which is not a step number"),
+        ([{"step": -1, "loss": 1.0}], "contains -1, which is not a step number"),
+        ([{"step": 0, "loss": "low"}], "'low' is not a number"),
+        ([{"step": 0, "loss": True}], "'True' is not a number"),
+        ([{"step": 0, "loss": "1_0"}], "'1_0' is not a number"),
+        ([{"step": 0, "loss": 10**400}], "is not a number"),
+        ([{"step": "train", "loss": 1.0}], "'train' is not a number"),
     ],
 )
-def test_what_is_no_scalar_of_a_step_is_refused(tmp_path, rows, what):
+def test_invalid_scalars_are_refused(tmp_path, rows, what):
     with pytest.raises(InputError, match=what) as caught:
         scalars_of(lines(tmp_path, *rows))
     assert caught.value.remedy
     assert "log.jsonl" in caught.value.where
 
 
-def test_not_a_number_is_what_was_logged(tmp_path):
+def test_logged_nan_values_are_preserved(tmp_path):
     path = lines(tmp_path, {"step": 0, "loss": float("nan")}, {"step": 1, "loss": "Infinity"})
     found, _ = scalars_of(path)
     assert np.isnan(found[0]["loss"])
@@ -305,9 +305,9 @@ def test_not_a_number_is_what_was_logged(tmp_path):
 def test_scalars_alone_are_refused(tmp_path):
     path = lines(tmp_path, {"step": 0, "loss": 1.0})
     for sources in ([path], [tmp_path], [path, path]):
-        with pytest.raises(InputError, match="holds no tensors") as caught:
+        with pytest.raises(InputError, match="does not contain any tensors") as caught:
             open_sources(sources)
-        assert "further SOURCE" in caught.value.remedy
+        assert "additional SOURCE" in caught.value.remedy
 
 
 def test_tensors_are_waited_for_in_a_folder_whose_scalars_grow(tmp_path):
@@ -316,12 +316,12 @@ def test_tensors_are_waited_for_in_a_folder_whose_scalars_grow(tmp_path):
         open_source(tmp_path)
 
 
-def test_scalars_of_no_step_of_the_run_are_told(tmp_path, caplog):
+def test_scalars_without_a_matching_step_are_reported(tmp_path, caplog):
     scalars_of(lines(tmp_path, {"step": 100, "loss": 1.0}))
-    assert "has scalars of no step of the run: its steps are 100" in caplog.text
+    assert "has no scalars for any step of the run: its steps are 100" in caplog.text
 
 
-# While training goes on --------------------------------------------------------------------------------------
+# During training -----------------------------------------------------------------------------------------------
 
 
 def append(path, *rows):
@@ -351,13 +351,13 @@ def test_steps_that_a_growing_log_does_not_have_yet_are_left_for_the_next_pass(g
     assert [loss for _, loss, _ in stored(growing / "trajectory.zarr")] == [5.0, 4.0, 3.0, 2.0]
 
 
-def test_a_log_that_has_not_begun_is_waited_for(growing):
+def test_a_log_that_has_not_started_is_waited_for(growing):
     (growing / "metrics.csv").write_text("step,loss\n")
     with pytest.raises(NotYet):
         ingest_again(growing, growing / "metrics.csv")
 
 
-def test_scalars_that_come_after_their_step_begin_no_attempt(growing):
+def test_scalars_logged_after_their_step_start_no_attempt(growing):
     metrics = settled(growing / "metrics.csv")
     ingest_again(growing, metrics)
     before = stored(growing / "trajectory.zarr")
@@ -366,7 +366,7 @@ def test_scalars_that_come_after_their_step_begin_no_attempt(growing):
     assert (summary.new_steps, summary.attempts) == (0, 1)
     assert any("were ingested without" in warning and "--overwrite" in warning for warning in summary.warnings)
     assert stored(growing / "trajectory.zarr") == before
-    # Nor does a log that is left out the next time.
+    # The same holds for a log that is omitted the next time.
     assert ingest_again(growing).attempts == 1
     assert stored(growing / "trajectory.zarr") == before
 
@@ -392,19 +392,19 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
     assert losses == [5.0, 4.0, 3.0, None, 9.0, 8.0]
 
 
-# Cut, damaged, hostile ---------------------------------------------------------------------------------------
+# Truncated, corrupt and malicious files ------------------------------------------------------------------------
 
 
 def read_all(decode, path):
     notes = []
-    return [dict(record) for record in decode(LocalStorage(path), lambda key: True, notes)], notes
+    return [dict(record) for record in decode(open_storage(path), lambda key: True, notes)], notes
 
 
 @pytest.mark.parametrize(("decode", "text"), [
     (read_csv, "step,loss\r\n0,0.125\r\n1,0.0625\r\n"),
     (read_json_lines, '{"step": 0, "loss": 0.125}\n{"step": 1, "loss": 0.0625}\n'),
 ])  # fmt: skip
-def test_a_text_cut_anywhere_gives_no_number_that_was_not_written(tmp_path, decode, text):
+def test_a_truncated_text_file_yields_only_numbers_that_were_written(tmp_path, decode, text):
     (tmp_path / "log").write_text(text, newline="")
     whole, notes = read_all(decode, tmp_path / "log")
     assert not notes
@@ -424,7 +424,7 @@ def events(tmp_path):
     return path
 
 
-def test_events_cut_anywhere_give_the_records_before(events):
+def test_truncated_event_files_yield_the_complete_records(events):
     body = events.read_bytes()
     whole, notes = read_all(read_events, events)
     assert [record["step"] for record in whole] == [0, 1, 2]
@@ -434,10 +434,10 @@ def test_events_cut_anywhere_give_the_records_before(events):
         found, notes = read_all(read_events, events)
         assert found == whole[: len(found)]
         assert len(notes) <= 1
-    assert "is cut short" in notes[0]
+    assert "is truncated" in notes[0]
 
 
-def test_a_changed_byte_of_an_event_file_is_an_error(events):
+def test_a_changed_byte_in_an_event_file_is_detected(events):
     body = events.read_bytes()
     for position in range(len(body)):
         damaged = bytearray(body)
@@ -454,7 +454,7 @@ numbers = st.floats(width=32) | st.floats(-1e30, 1e30)
 
 @given(rows=st.lists(st.tuples(st.integers(0, 2**62), st.text(max_size=9), numbers, st.sampled_from("sfdbc"))))
 @reads_only
-def test_events_are_read_as_tensorboard_writes_them(tmp_path, rows):
+def test_events_written_by_tensorboard_are_read(tmp_path, rows):
     expected = []
     with (tmp_path / "tfevents").open("wb") as file:
         writer = RecordWriter(file)
@@ -487,7 +487,7 @@ keys = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00
     delimiter=st.sampled_from(",;\t"),
 )
 @reads_only
-def test_csv_is_read_as_it_was_written(tmp_path, names, rows, delimiter):
+def test_csv_values_are_read_unchanged(tmp_path, names, rows, delimiter):
     names = [
         "step",
         *(f"n{name.translate(dict.fromkeys(map(ord, ',;' + chr(9))))}{i}" for i, name in enumerate(names)),
@@ -507,7 +507,7 @@ trees = st.dictionaries(keys.filter(lambda key: "/" not in key), st.floats(allow
 
 @given(rows=st.lists(st.dictionaries(keys.filter(lambda key: "/" not in key), trees, max_size=3)))
 @reads_only
-def test_lines_of_json_are_read_as_they_were_written(tmp_path, rows):
+def test_json_lines_values_are_read_unchanged(tmp_path, rows):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found, notes = read_all(read_json_lines, tmp_path / "log.jsonl")
     assert found == [{f"{a}/{b}": value for a, tree in row.items() for b, value in tree.items()} for row in rows]
@@ -536,7 +536,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("format", "body"), HOSTILE)
-def test_what_is_no_log_is_refused(tmp_path, format, body):
+def test_files_that_are_not_logs_are_refused(tmp_path, format, body):
     name = f"log.{format}"
     (tmp_path / name).write_bytes(body)
     run_without_scalars(tmp_path / "log", 2)
@@ -552,24 +552,24 @@ def test_what_is_no_log_is_refused(tmp_path, format, body):
 @pytest.mark.parametrize(
     ("writer", "decode", "limits", "refusal"),
     [
-        ("parquet", partial(read_parquet, column_limit=40), {}, "unpacks to more than 40 bytes"),
+        ("parquet", partial(read_parquet, column_limit=40), {}, "exceeds 40 bytes"),
         ("lines of json", partial(read_json_lines, line_limit=40), {}, "a line of more than 40 characters"),
         ("lightning", read_csv, {"records_limit": 40}, "more than 40 records"),
     ],
 )
-def test_what_grows_without_bound_is_refused(tmp_path, writer, decode, limits, refusal):
+def test_records_of_unbounded_size_are_refused(tmp_path, writer, decode, limits, refusal):
     (tmp_path / "scalars").mkdir()
     write, name = WRITERS[writer]
     source = write(tmp_path / "scalars", values_of(50))
     settled(tmp_path / "scalars")
-    source = next(source.rglob("metrics.csv"), source)
+    source = open_storage(next(source.rglob("metrics.csv"), source))
     kind = FORMATS[name].scalars
     assert len(ScalarLog(source, kind).steps()) == 50
     with pytest.raises(InputError, match=refusal):
         ScalarLog(source, replace(kind, decode=decode), **limits).steps()
 
 
-def test_of_what_is_too_large_for_a_scalar_the_checksum_is_compared(events):
+def test_checksums_of_large_records_are_verified(events):
     read_events = partial(event_file.read_events, data_limit=10)
     assert read_all(read_events, events) == ([], [])
     body = events.read_bytes()
@@ -587,7 +587,7 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize("how", COMPUTED)
-def test_a_database_whose_metrics_are_computed_is_refused(tmp_path, how):
+def test_a_database_with_computed_metrics_is_refused(tmp_path, how):
     with contextlib.closing(sqlite3.connect(tmp_path / "project.db")) as database, database:
         database.execute(COMPUTED[how])
     with pytest.raises(InputError, match=r"this is a file|no table metrics"):
@@ -596,7 +596,7 @@ def test_a_database_whose_metrics_are_computed_is_refused(tmp_path, how):
 
 @given(changes=changes(6), name=st.sampled_from(["parquet", "trackio"]))
 @settings(reads_only, max_examples=60)
-def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path, changes, name):
+def test_corrupt_files_are_either_read_or_refused(tmp_path, changes, name):
     folder = tmp_path / name
     if not folder.exists():
         folder.mkdir()

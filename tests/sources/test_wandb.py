@@ -1,4 +1,4 @@
-"""Files of runs as the real wandb writes them, offline; read without it."""
+"""Files of runs written offline by the real wandb, read without wandb."""
 
 import json
 import random
@@ -36,14 +36,14 @@ VALUES = [(step, np.pi / (step + 1), None if step == 3 else 0.1 * 0.9**step) for
 
 
 def row(step, loss, rate):
-    """Scalars under nested keys, beside what is none; one is as long as several blocks."""
+    """Yield scalars under nested keys, together with other values; one is as long as several blocks."""
     values = {"train": {"loss": loss, "global_step": step}, "note": "x" * (40_000 if step == 2 else 3_000)}
     return {**values, "accuracy": 1, "picture": {"_type": "image", "size": [1, 2]}} | ({"lr": rate} if rate else {})
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A run that was logged with wandb."""
+    """A run logged with wandb."""
     command = [sys.executable, "-W", "ignore", "-c", WRITE, str(tmp_path_factory.mktemp("wandb"))]
     rows = "".join(json.dumps(row(*values)) + "\n" for values in VALUES)
     done = subprocess.run(command, input=rows, capture_output=True, text=True, check=False)
@@ -53,14 +53,14 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def copy(file, tmp_path):
-    """A file to be changed."""
+    """A file that tests may modify."""
     copied = tmp_path / "run-copy.wandb"
     copied.write_bytes(file.read_bytes())
     return copied
 
 
-def pieces_of(body):
-    """Where each piece ends, its type and its data, by the layout of the file; what is no piece has type 0."""
+def fragments_of(body):
+    """Return the end, type and data of each fragment, from the layout of the file; padding has type 0."""
     found, position = [], len(WANDB_START)
     while position < len(body):
         room = (1 << 15) - position % (1 << 15)
@@ -73,11 +73,11 @@ def pieces_of(body):
     return found
 
 
-def ends_of_pieces(body):
-    return [end for end, _, _ in pieces_of(body)]
+def ends_of_fragments(body):
+    return [end for end, _, _ in fragments_of(body)]
 
 
-def test_every_number_is_that_which_was_logged(file, tmp_path):
+def test_every_number_is_preserved(file, tmp_path):
     assert len(file.read_bytes()) > 2 << 15
     settled(file.parent)
     for name, source in {"file": file, "folder": file.parent}.items():
@@ -86,7 +86,7 @@ def test_every_number_is_that_which_was_logged(file, tmp_path):
         assert stored(tmp_path / name / "trajectory.zarr") == VALUES
 
 
-def test_levels_are_joined_and_the_step_of_wandb_is_there(file):
+def test_nested_keys_are_joined_and_the_wandb_step_is_present(file):
     records, notes = read_all(read_wandb, file)
     assert notes == []
     assert [record["_step"] for record in records] == list(range(STEPS))
@@ -95,9 +95,9 @@ def test_levels_are_joined_and_the_step_of_wandb_is_there(file):
     assert records[3].get("lr") is None
 
 
-def test_a_file_that_grows_is_read_as_far_as_it_goes(copy, tmp_path):
+def test_a_growing_file_is_read_up_to_its_last_complete_record(copy, tmp_path):
     log, body = run_without_scalars(tmp_path / "log"), copy.read_bytes()
-    for end in ends_of_pieces(body):
+    for end in ends_of_fragments(body):
         copy.write_bytes(body[:end])
         if len(read_all(read_wandb, copy)[0]) == 3:
             break
@@ -107,11 +107,11 @@ def test_a_file_that_grows_is_read_as_far_as_it_goes(copy, tmp_path):
     assert stored(tmp_path / "trajectory.zarr") == VALUES
 
 
-def test_a_file_that_is_cut_gives_the_records_before(copy):
+def test_a_truncated_file_yields_the_complete_records(copy):
     body = copy.read_bytes()
     whole, _ = read_all(read_wandb, copy)
-    ends = ends_of_pieces(body)
-    ends_of_records = {len(WANDB_START), *(end for end, kind, _ in pieces_of(body) if kind in (1, 4))}
+    ends = ends_of_fragments(body)
+    ends_of_records = {len(WANDB_START), *(end for end, kind, _ in fragments_of(body) if kind in (1, 4))}
     assert not ends_of_records.issuperset(ends)
     near = {end + by for end in ends for by in (-8, -1, 0, 1, 6, 7, 8)}
     for length in sorted({*near, *random.Random(0).sample(range(8, len(body)), 50)}):
@@ -121,20 +121,20 @@ def test_a_file_that_is_cut_gives_the_records_before(copy):
         found, notes = read_all(read_wandb, copy)
         assert found == whole[: len(found)]
         assert len(notes) <= 1
-        assert length in ends_of_records or "is cut short and left out" in notes[0]
+        assert length in ends_of_records or "is truncated and left out" in notes[0]
 
 
 @pytest.mark.parametrize("room", range(8))
-def test_what_is_too_short_for_a_piece_at_the_end_of_a_block_is_passed_over(file, tmp_path, room):
-    """Records of the real file, behind one that leaves so many bytes of the first block: chance seldom does."""
+def test_padding_at_the_end_of_a_block_is_skipped(file, tmp_path, room):
+    """Write the real records after one that leaves this many bytes in the first block, a rare case."""
     whole, _ = read_all(read_wandb, file)
     records, parts = [], []
-    for _, kind, data in pieces_of(file.read_bytes()):
+    for _, kind, data in fragments_of(file.read_bytes()):
         parts.append(data)
         if kind in (1, 4):
             records.append(b"".join(parts))
             parts = []
-    # Field 200 of a record, which means nothing here, with as many bytes as are to be filled.
+    # Field 200 of a record has no meaning here; it fills the given number of bytes.
     filler = (1 << 15) - len(WANDB_START) - 7 - room
     filling = b"\xc2\x0c" + bytes([(filler - 5) & 0x7F | 0x80, (filler - 5) >> 7 & 0x7F | 0x80, (filler - 5) >> 14])
     body = bytearray(WANDB_START)
@@ -155,37 +155,37 @@ def test_what_is_too_short_for_a_piece_at_the_end_of_a_block_is_passed_over(file
     if 0 < room < 7:
         body[(1 << 15) - 1] = 1
         (tmp_path / "laid.wandb").write_bytes(body)
-        with pytest.raises(ValueError, match="where no piece has room"):
+        with pytest.raises(ValueError, match="where no fragment fits"):
             read_all(read_wandb, tmp_path / "laid.wandb")
 
 
-def test_a_changed_byte_is_an_error(copy, tmp_path):
+def test_a_changed_byte_is_detected(copy, tmp_path):
     body = copy.read_bytes()
-    ends = ends_of_pieces(body)
+    ends = ends_of_fragments(body)
     heads = {end + by for end in (len(WANDB_START), *ends[:-1]) for by in range(9)}
-    places = sorted({*heads, *random.Random(0).sample(range(8, len(body)), 100)})
-    said = "checksum|passes the end|cannot stand|has room|in place of a piece"
-    for position in (place for place in places if place < len(body)):
+    positions = sorted({*heads, *random.Random(0).sample(range(8, len(body)), 100)})
+    messages = "checksum|crosses the end|not valid there|no fragment fits|in place of a fragment"
+    for position in (p for p in positions if p < len(body)):
         damaged = bytearray(body)
         damaged[position] ^= 4
         copy.write_bytes(damaged)
         try:
             _, notes = read_all(read_wandb, copy)
         except ValueError as error:
-            assert any(word in str(error) for word in said.split("|"))  # noqa: PT017
+            assert any(word in str(error) for word in messages.split("|"))  # noqa: PT017
         else:
-            # A length that passes the end of the file may be that of a record that is being written.
+            # A length that exceeds the end of the file may be that of a record that is being written.
             assert notes
             assert position > len(body) - (1 << 15)
     damaged = bytearray(body)
     damaged[100] ^= 4
     copy.write_bytes(damaged)
-    with pytest.raises(InputError, match="the checksum of the piece at byte") as refusal:
+    with pytest.raises(InputError, match="checksum mismatch in the fragment at byte") as refusal:
         ingest([run_without_scalars(tmp_path / "log"), copy], tmp_path / "trajectory.zarr")
     assert refusal.value.where == str(copy)
 
 
-def test_zeros_are_room_that_is_not_filled_yet_but_not_before_a_piece(copy):
+def test_trailing_zeros_are_allocated_space_but_not_before_a_fragment(copy):
     body = copy.read_bytes()
     copy.write_bytes(body + bytes(1 << 16))
     found, (note,) = read_all(read_wandb, copy)
@@ -195,12 +195,12 @@ def test_zeros_are_room_that_is_not_filled_yet_but_not_before_a_piece(copy):
     with pytest.raises(ValueError, match="zeros at byte"):
         read_all(read_wandb, copy)
     copy.write_bytes(b":W&B\xe1\xbe\x01" + body[7:])
-    with pytest.raises(ValueError, match="layout that is known"):
+    with pytest.raises(ValueError, match="supported version"):
         read_all(read_wandb, copy)
 
 
 @given(data=st.binary(max_size=200))
-def test_bytes_that_are_no_history_are_refused_or_read(data, tmp_path_factory):
+def test_bytes_that_are_not_a_history_are_read_or_refused(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.wandb"
     path.write_bytes(WANDB_START + data)
     try:

@@ -497,7 +497,7 @@ def test_scalars_are_found_in_their_folder_and_by_the_format_that_is_named(url, 
     file.write_text(f'[[source]]\npath = "{log}"\n\n[[source]]\npath = "{url}/odd"\nformat = "csv"\n')
     run.ingest_run(file, tmp_path / "named")
     assert scalars_of(tmp_path / "named") == VALUES[:3]
-    with pytest.raises(InputError, match="a log of scalars holds no tensors"):
+    with pytest.raises(InputError, match="a log of scalars does not contain any tensors"):
         run.ingest_run(url / "scalars" / "metrics.csv", tmp_path / "alone")
 
 
@@ -508,13 +508,13 @@ def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, 
     source.put(whole[:-4])
     summary = run.ingest_run([log, source], tmp_path / "out")
     assert summary.new_steps == 3
-    assert any("the last line of metrics.csv has no end" in warning for warning in summary.warnings)
+    assert any("the last line of metrics.csv has no newline" in warning for warning in summary.warnings)
     source.put(whole)
     assert run.ingest_run([log, source], tmp_path / "out").new_steps == 1
     events = put_scalars(url / "events", write_events, VALUES[:4])
     (file,) = events.files()
     file.put(file.get()[:-30] + bytes(30))
-    with pytest.raises(InputError, match=r"the checksum of the .*record at byte") as refusal:
+    with pytest.raises(InputError, match=r"checksum mismatch in the .*record at byte") as refusal:
         run.ingest_run([log, events], tmp_path / "damaged")
     assert refusal.value.where == str(file)
 
@@ -538,7 +538,7 @@ def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(u
 def test_what_needs_files_is_refused(url, tmp_path):
     (url / "log" / "model-1.pt").put(b"any")
     for format in (None, "torch"):
-        with pytest.raises(InputError, match="copy the log to a folder first"):
+        with pytest.raises(InputError, match="copy the log to a local folder first"):
             run.ingest_run(url / "log", tmp_path / "out", format=format)
     with pytest.raises(InputError, match="no such object or folder"):
         run.ingest_run(url / "nothing", tmp_path / "out")

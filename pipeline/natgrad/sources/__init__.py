@@ -1,4 +1,4 @@
-"""Readers of training logs: one small reader per format behind one protocol (`natgrad.sources.base`).
+"""Readers of training logs, one per format, which implement the protocol in `natgrad.sources.base`.
 
-`natgrad.sources.formats` lists them, `natgrad.sources.opening` takes the one that fits a path.
+`natgrad.sources.formats` lists the formats. `natgrad.sources.opening` opens a log with the matching reader.
 """

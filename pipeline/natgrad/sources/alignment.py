@@ -1,4 +1,4 @@
-"""Which state a logged gradient belongs to, as far as the updates tell: those of gradient descent lie along it."""
+"""Check whether gradients are logged with the right state: updates of gradient descent are parallel to them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["misalignment", "shift_of_gradients"]
 
 STATES_COMPARED = 4
 _TENSORS, _ELEMENTS = 64, 4096
-_CHANCE = 12.0
-"""Decimal digits of how unlikely it must be that updates lie along the gradients of another step by chance."""
+_REQUIRED_EVIDENCE = 12.0
+"""Required evidence against chance, as the negative decimal logarithm of the probability."""
 
 
 def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent) -> str:
-    """Compare the first updates of a run with its gradients, and say what must be shifted; else nothing.
+    """Compare the first updates of a run with its gradients; return a warning if the gradients need a shift.
 
-    That nothing is said proves nothing: only plain gradient descent lies along its gradients, and a sample of
-    elements is looked at.
+    An empty result does not prove that the alignment is correct: only updates of plain gradient descent are
+    parallel to the gradients, and only a sample of the elements is compared.
 
     Parameters
     ----------
     log : Source
     steps : sequence of LoggedStep
-        Of the log; the first few are read.
+        Steps of the log. Only the first few are read.
     content : StepContent
-        Of the first step, complete.
+        Complete content of the first step.
     """
     steps = steps[:STATES_COMPARED]
     if len(steps) < STATES_COMPARED or any(
@@ -51,14 +51,15 @@ def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent)
         return ""
     where, state = ("later", "before") if shift < 0 else ("earlier", "after")
     return (
-        f"from step {steps[0].number} on, updates lie exactly along the gradients logged one step {where}, and not "
-        f"along those of their own step: what is logged as gradient is that of the state {state}; give --shift "
-        f"gradient={shift}, and loss={shift} if the loss was logged with it (and --overwrite where OUT has the run)"
+        f"from step {steps[0].number} on, updates are parallel to the gradients logged one step {where}, and not "
+        f"to those of their own step: the logged gradient belongs to the state {state} the update; use --shift "
+        f"gradient={shift}, and loss={shift} if the loss was logged with it (and --overwrite if OUT contains the "
+        "run)"
     )
 
 
 def _sample(tensors: Mapping[str, LoggedTensor]) -> dict[str, int]:
-    """Return some tensors, and how many of their first elements are looked at."""
+    """Return some tensors, and how many of their leading elements are compared."""
     names = [name for name, tensor in tensors.items() if tensor.dtype in STORAGE_DTYPES]
     names = names[:: -(-len(names) // _TENSORS) or 1]
     return {name: min(math.prod(tensors[name].shape), _ELEMENTS) for name in names}
@@ -69,13 +70,13 @@ def _roundoff(content: StepContent, array: str, name: str) -> float:
 
 
 def _state(reader: StepReader, content: StepContent, name: str, size: int) -> NDArray[np.float64]:
-    """First elements of a parameter and its gradient, (2, size)."""
+    """Return the leading elements of a parameter and its gradient, (2, size)."""
     values = np.empty((2, size))
     for row, array in zip(values, ("parameter", "gradient"), strict=True):
         dtype = content.arrays[array][name].dtype
         words = np.empty(size, np.uint16 if dtype == "bfloat16" else dtype)
         reader.read(array, name, 0, words)
-        with np.errstate(all="ignore"):  # a signalling NaN of a diverged run
+        with np.errstate(all="ignore"):  # a signaling NaN of a diverged run
             row[:] = widened(words, dtype)
     return values
 
@@ -83,20 +84,21 @@ def _state(reader: StepReader, content: StepContent, name: str, size: int) -> ND
 def shift_of_gradients(
     states: Sequence[Mapping[str, NDArray[np.float64]]], roundoff: Mapping[str, Sequence[float]]
 ) -> int:
-    """Find the shift, -1 or 1, with which all updates lie along gradients though they do not without it; else 0.
+    """Return the shift, -1 or 1, that makes all updates parallel to gradients if they are not without it; else 0.
 
     Parameters
     ----------
     states : sequence of mapping
-        Of consecutive states, tensor to parameter and gradient as logged, (2, n).
+        For consecutive states, tensor to parameter and gradient as logged, (2, n).
     roundoff : mapping
-        Tensor to the unit roundoff of both.
+        Tensor to the unit roundoff of its parameter and gradient.
 
     Notes
     -----
-    An update that is -eta gradient was rounded when it was added, and both states and the gradient when they were
-    stored. With the best eta it is off the line by no more than these roundings; that is required of every tensor.
-    That n elements lie within a part b / d of each other's line by chance has the probability (b / d)**(n - 1).
+    An update -eta gradient is rounded when it is added. Both states and the gradient are rounded when they are
+    stored. With the best eta, the distance of an update from the line along the gradient is at most the sum of
+    these roundings; this is required of every tensor. The probability that a vector of n elements and length d lies
+    within a distance b of a given line by chance is (b / d)**(n - 1).
     """
     updates = range(len(states) - 1)
     if _evidence(states, [(s, s) for s in updates], roundoff) is not None:
@@ -104,7 +106,7 @@ def shift_of_gradients(
     for shift in (-1, 1):
         pairs = [(s, s - shift) for s in updates if 0 <= s - shift < len(states)]
         evidence = _evidence(states, pairs, roundoff)
-        if evidence is not None and evidence >= _CHANCE:
+        if evidence is not None and evidence >= _REQUIRED_EVIDENCE:
             return shift
     return 0
 
@@ -114,7 +116,7 @@ def _evidence(
     pairs: Sequence[tuple[int, int]],
     roundoff: Mapping[str, Sequence[float]],
 ) -> float | None:
-    """Decimal digits of how little chance explains that updates lie along gradients; None where they do not."""
+    """Return the negative decimal logarithm of the probability of chance; None if updates are not parallel."""
     digits = 0.0
     for (update, logged), name in itertools.product(pairs, roundoff):
         (before, _), (after, _), (_, gradient) = (states[s][name] for s in (update, update + 1, logged))
@@ -122,14 +124,14 @@ def _evidence(
         with np.errstate(all="ignore"):
             square = gradient @ gradient
             rate = min(displacement @ gradient / square, 0.0) if square > 0 else 0.0
-            off = np.linalg.norm(displacement - rate * gradient)
-            of_parameter, of_gradient = roundoff[name]
+            distance = np.linalg.norm(displacement - rate * gradient)
+            parameter_roundoff, gradient_roundoff = roundoff[name]
             bound = np.linalg.norm(
-                of_parameter * (abs(before) + abs(after) + abs(rate * gradient))
-                + of_gradient * abs(rate * gradient)
+                parameter_roundoff * (abs(before) + abs(after) + abs(rate * gradient))
+                + gradient_roundoff * abs(rate * gradient)
             )
             length = np.linalg.norm(displacement)
-            if not off <= bound:
+            if not distance <= bound:
                 return None
             if length > bound:
                 digits += (displacement.size - 1) * float(np.log10(length / bound)) if bound > 0 else math.inf

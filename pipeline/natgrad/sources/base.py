@@ -1,4 +1,4 @@
-"""The protocol of a training log: list the steps, describe the tensors, read a slice into a given buffer."""
+"""Define the protocol of a training log: list the steps, describe the tensors, read a slice into a buffer."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ __all__ = [
     "Unshaped",
 ]
 
-# What a log holds --------------------------------------------------------------------------------------------
+# Contents of a log --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StepContent:
-    """What a step holds, by the names of the store. A source may give some of it only.
+    """The contents of a step, under the names that the store uses. A source may provide only some of them.
 
-    `natgrad.sources.completion.complete` says what of it can be processed.
+    `natgrad.sources.completion.complete` selects the part that can be processed.
 
     Attributes
     ----------
     arrays : mapping
-        ``parameter``, ``gradient`` and ``hvp`` where logged, each a mapping of tensor name to `LoggedTensor`.
-        So are ``replicate_parameter`` and ``replicate_hvp``; their tensors have one dimension more, the first.
+        ``parameter``, ``gradient`` and ``hvp`` if logged, each a mapping of tensor name to `LoggedTensor`.
+        The same holds for ``replicate_parameter`` and ``replicate_hvp``, whose tensors have an additional first
+        dimension.
     scalars : mapping
-        ``loss`` and ``learning_rate`` where logged.
+        ``loss`` and ``learning_rate`` if logged.
     unused : tuple of str
-        Keys that are none of these.
+        Keys that belong to none of these.
     notes : tuple of str
-        What a user should know about these values.
+        Remarks for the user about these values.
     ties : mapping
-        Names of tensors that lie in the memory of another one, to the name of that one.
+        Tensor names to the name of another tensor that shares its memory.
     untrained : bool
-        The parameters are a whole model: buffers and frozen tensors, which have no gradient, are among them.
+        The parameters are those of a full model. They may include buffers and frozen tensors, which have no
+        gradient.
     optimizer : OptimizerState, optional
-        Where it was saved; its arrays are read as the others are.
+        State of the optimizer, if saved. Its arrays are read like the others.
     replicate_loss : tuple of float
-        Losses of the states that the replicates lead to, where logged.
+        Losses of the states that the replicates lead to, if logged.
     no_gradient : str
-        Why tensors have no gradient, where that is not that they are buffers or frozen; then they are named.
+        Why tensors have no gradient, if the reason is not that they are buffers or frozen. Notes then list the
+        names of these tensors.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -66,17 +69,17 @@ class StepContent:
 
     @property
     def replicates(self) -> int:
-        """Number R of replicates; 0 where there are none."""
+        """Number R of replicates; 0 if there are none."""
         shapes = [tensor.shape for tensor in self.arrays.get(REPLICATE_PARAMETER, {}).values()]
         return shapes[0][0] if shapes and shapes[0] else 0
 
     @property
     def numbers(self) -> dict[str, float | tuple[float, ...]]:
-        """All numbers of the step: the scalars, and the losses of the replicates."""
+        """All numbers of the step: the scalars and the losses of the replicates."""
         return {**self.scalars, **({REPLICATE_LOSS: self.replicate_loss} if self.replicate_loss else {})}
 
 
-# How it is read ----------------------------------------------------------------------------------------------
+# Access -------------------------------------------------------------------------------------------------------
 
 
 class StepReader(Protocol):
@@ -92,26 +95,26 @@ class StepReader(Protocol):
         Parameters
         ----------
         array, tensor : str
-            As in `content`.
+            Names from `content`.
         start : int
             First element.
         out : one-dimensional contiguous array
-            Written; of the logged dtype, bfloat16 as its bits in uint16.
+            Buffer of the logged dtype, which is overwritten. bfloat16 is stored as uint16 bit patterns.
         """
         ...
 
 
 @runtime_checkable
 class Unshaped(Protocol):
-    """A step whose files have neither the names nor the shapes of its tensors: the parameters have."""
+    """A step whose files contain neither the names nor the shapes of its tensors; the parameters provide both."""
 
     def shaped(self, parameters: Mapping[str, LoggedTensor]) -> StepContent:
-        """Describe the step by the names and shapes of parameters, by which it is read from then on.
+        """Describe the step with the names and shapes of the parameters, and use these names in later reads.
 
         Raises
         ------
         InputError
-            Where what it holds does not fit them.
+            If the contents of the step do not match the parameters.
         """
         ...
 
@@ -125,12 +128,12 @@ class Source(Protocol):
         ...
 
     def steps(self) -> Sequence[LoggedStep]:
-        """List the steps, sorted by number; one listing of the folder, no file is opened.
+        """List the steps, sorted by number. This lists the folder once and opens no file.
 
         Raises
         ------
         InputError
-            Where there are none, or two files claim one step.
+            If there are none, or if two files have the same step number.
         """
         ...
 
@@ -140,9 +143,9 @@ class Source(Protocol):
         Raises
         ------
         InputError
-            Where the file is truncated, unreadable or not of the format.
+            If the file is truncated, unreadable or not of this format.
         """
         ...
 
 
-# What is wrong with it ---------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------

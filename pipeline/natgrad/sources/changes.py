@@ -1,4 +1,4 @@
-"""Find out whether the files of a step have changed: their identity, and the time of their last change."""
+"""Detect changes in the files of a step, from their identity and the time of their last change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from natgrad.storage import Storage
 __all__ = ["change_time", "changed_lately", "identity"]
 
 SETTLED_SECONDS = 300.0
-"""After so long without a change, what cannot be read is not being written any more."""
+"""Time without a change after which an unreadable file is assumed not to be in progress any more."""
 
 
 def changed_lately(time_ns: int) -> bool:
-    """Return whether a change is so recent that a writer may be at work; clocks of machines differ a little."""
+    """Return True if a change is so recent that a writer may still be active, with a tolerance for clock skew."""
     return abs(time.time() - time_ns / 1e9) < SETTLED_SECONDS
 
 
@@ -28,24 +28,26 @@ def change_time(storage: Storage) -> int:
 
 
 def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
-    """Return name, size in bytes and time in ns of the files of a step (all files of a folder), and its values.
+    """Return the identity of a step: name, size in bytes and time in ns of its files, and its scalar values.
+
+    For a folder, the identity covers all of its files. For an object, it includes the tag.
 
     Parameters
     ----------
     step : LoggedStep
     fresh : bool
-        Ask the storage for each object; otherwise the listing of the steps is enough. An object has a tag, too.
+        Query the storage for each object. By default, the listing of the steps is used.
 
     Raises
     ------
     InputError
-        Where a file is gone.
+        If a file no longer exists.
     """
     try:
         files = [file for entry in (step.storage, *step.others) for file in _files(entry)]
         stats = [file.stat(fresh=fresh) for file in files]
     except OSError as error:
-        raise vanished(f"the step cannot be found any more: {error.strerror}", step) from error
+        raise vanished(f"cannot find the files of this step any more: {error.strerror}", step) from error
     found: dict[str, Any] = {
         "name": step.storage.name,
         "size": sum(stat.size for stat in stats),
@@ -69,7 +71,7 @@ def _relative(file: Storage, folder: Storage) -> str:
 
 
 def _files(entry: Storage) -> list[Storage]:
-    # A folder that is a link is entered where it is the step itself, not below: a link may lead in a circle.
+    # Follow a link to a folder only if it is the step itself: links further down may form a cycle.
     path = entry.local_path
     if path is None or not path.is_dir():
         return [entry]

@@ -1,4 +1,4 @@
-"""What readers of files share: flat keys of a step, ranges of bytes, boxes of arrays, how damage is refused."""
+"""Provide common parts of file readers: flat keys, byte ranges, boxes of arrays, and errors for corrupt files."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished
 from natgrad.storage import Storage, network_errors
 from natgrad.storage.local import read_at
 
-__all__ = ["Container", "ObjectRegion", "Region", "boxes", "refused"]
+__all__ = ["Container", "ObjectRegion", "Region", "boxes", "read_errors"]
 
-# RuntimeError: an archive member that says it is encrypted, or (NotImplementedError) packed in a way not known.
+# RuntimeError: an encrypted archive member, or (NotImplementedError) one with an unknown compression method.
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 
 
 class Container:
-    """Open files of a step: tensors and numbers under flat keys, whatever these mean (`natgrad.sources.names`).
+    """The open files of a step: tensors and numbers under flat keys, which `natgrad.sources.names` interprets.
 
     Attributes
     ----------
     step : LoggedStep
-        For messages.
+        Used in messages.
     tensors : dict
-        Key to `LoggedTensor`. Nested levels of a file are joined by a slash.
+        Key to `LoggedTensor`. Nested levels of a file are joined by slashes.
     numbers : dict
-        Key to value of the plain numbers that are known without reading a tensor.
+        Key to value of plain numbers that are known without reading a tensor.
     ties : dict
-        Keys of tensors that lie in the memory of another one, to the key of that one.
+        Keys of tensors to the key of another tensor that shares its memory.
     texts : dict
-        Key to value of the strings and truth values ("True", "False") among the options of an optimizer: names of
-        parameters, for example.
+        Key to value of the strings and Booleans ("True", "False") among the options of an optimizer, such as
+        parameter names.
     ordered : bool
-        Whether tensors come in the order in which they were saved.
+        True if the tensors are in the order in which they were saved.
     unread : dict
         Keys of objects that were not read, to the reason.
     """
@@ -64,14 +64,14 @@ class Container:
         raise NotImplementedError
 
     def number(self, key: str) -> float | None:
-        """Value of a plain number, or of a tensor of one element; None where it is neither."""
+        """Return the value of a plain number or of a tensor with one element; None for anything else."""
         if key in self.numbers:
             return self.numbers[key]
         values = self.vector(key) if math.prod(self.tensors[key].shape) == 1 else ()
         return values[0] if values else None
 
     def vector(self, key: str) -> tuple[float, ...]:
-        """All values of a tensor of numbers; none where it holds something else."""
+        """Return all values of a numeric tensor; an empty tuple for anything else."""
         logged = self.tensors[key]
         if not re.fullmatch(r"u?int\d+|b?float16|float(32|64)", logged.dtype):
             return ()
@@ -90,16 +90,16 @@ class Container:
 
 
 @contextmanager
-def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
-    """Turn what a damaged, hostile or vanished file raises into a refusal.
+def read_errors(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
+    """Convert the exceptions that corrupt, malicious or missing files raise to InputError.
 
     Parameters
     ----------
     step : LoggedStep
     form : str
-        What the file should have been: "an npz file".
+        Expected kind of file, such as "an npz file".
     key : str, optional
-        Key that is read.
+        Key that is being read.
     """
     array, _, tensor = key.partition("/")
     try:
@@ -113,37 +113,37 @@ def refused(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
         raise Unreadable(
             f"cannot read {form}: {error}",
             where=where(step, array, tensor),
-            why=f"it is truncated or still being written, damaged, not {form}, or not readable",
-            remedy="write the step again (to another name, then rename), or remove the file",
+            why=f"the file is truncated, still being written, corrupt, not {form}, or not readable",
+            remedy="write the step again (under another name, then rename it), or remove the file",
         ) from error
 
 
 class Region(io.RawIOBase):
-    """A range of bytes of an open file, read by position.
+    """A byte range of an open file, read by position.
 
     Parameters
     ----------
     descriptor : int
-        Of the open file; not closed here.
+        File descriptor. The region does not close it.
     start, length : int
-        Range, in bytes; up to the end of the file where no length is given.
+        Range in bytes. By default, it extends to the end of the file.
     """
 
     def __init__(self, descriptor: int, start: int = 0, length: int | None = None) -> None:
         size = os.fstat(descriptor).st_size
         length = size - start if length is None else length
         if not 0 <= start <= start + length <= size:
-            raise ValueError(f"bytes {start} to {start + length} are claimed, the file has {size}")
+            raise ValueError(f"bytes {start} to {start + length} are out of range: the file has {size} bytes")
         self.descriptor, self.start, self.length = descriptor, start, length
         self._position = 0
 
     def fill(self, offset: int, out: NDArray[Any]) -> None:
-        """Fill an array with the bytes from an offset on.
+        """Fill an array with the bytes that start at an offset.
 
         Raises
         ------
         EOFError
-            Where the range or the file ends early.
+            If the range or the file ends early.
         """
         if not 0 <= offset <= self.length - out.nbytes:
             raise EOFError(f"the data end {offset + out.nbytes - self.length} bytes early")
@@ -151,31 +151,31 @@ class Region(io.RawIOBase):
         while view:
             count = read_at(self.descriptor, view, position)
             if not count:
-                raise EOFError(f"the file ends {len(view)} bytes early: it was truncated after it had been opened")
+                raise EOFError(f"the file ends {len(view)} bytes early: it was truncated after it was opened")
             view, position = view[count:], position + count
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True: the region can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Say that it can be read anywhere."""
+        """Return True: the region supports random access."""
         return True
 
     def tell(self) -> int:
-        """Position, from the start of the range."""
+        """Return the position relative to the start of the range."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a position."""
+        """Move to a position and return it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
         if base + offset < 0:
-            raise ValueError("a position before the start")
+            raise ValueError("cannot seek to a position before the start")
         self._position = base + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read bytes at the position."""
+        """Read bytes from the current position and return their number."""
         view = memoryview(buffer).cast("B")[: max(0, self.length - self._position)]
         count = read_at(self.descriptor, view, self.start + self._position) if view else 0
         self._position += count
@@ -183,7 +183,7 @@ class Region(io.RawIOBase):
 
 
 class ObjectRegion:
-    """The bytes of an object, read by position.
+    """The bytes of an object in an object store, read by position.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ class ObjectRegion:
         self.length = self._file.size
 
     def fill(self, offset: int, out: NDArray[Any]) -> None:
-        """Fill an array with the bytes from an offset on; see `Region.fill`."""
+        """Fill an array with the bytes that start at an offset; see `Region.fill`."""
         if not 0 <= offset <= self.length - out.nbytes:
             raise EOFError(f"the data end {offset + out.nbytes - self.length} bytes early")
         self._file.seek(offset)
@@ -207,16 +207,16 @@ class ObjectRegion:
             view = view[count:]
 
     def widen(self) -> None:
-        """Fetch large blocks from now on: the description of the data has been read."""
+        """Fetch larger blocks from now on. Call this after the metadata have been read."""
         self._file.widen()
 
     def close(self) -> None:
-        """Release its blocks."""
+        """Close the object and release its cached blocks."""
         self._file.close()
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes of an array that together are its elements ``start`` to ``stop`` in C order, in that order.
+    """Yield boxes of an array that together contain elements ``start`` to ``stop`` in C order.
 
     Examples
     --------
@@ -232,7 +232,7 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice
     first, last = -(-start // row), stop // row
     inner = shape[1:]
     if first > last:
-        # Within one row.
+        # The range is inside one row.
         for box in boxes(inner, start - last * row, stop - last * row):
             yield (slice(last, last + 1), *box)
         return

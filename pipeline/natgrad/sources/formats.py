@@ -1,4 +1,4 @@
-"""The log formats that can be read: how each is found and opened, and what it contains.
+"""Define the supported log formats: how each is detected and opened, and what it contains.
 
 Another package adds formats through the entry-point group ``natgrad.formats``; each entry point names a `Format`.
 docs/custom_readers.md describes how to write one.
@@ -42,31 +42,31 @@ __all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format"]
 _log = logging.getLogger(__name__)
 
 FORMATS_GROUP = "natgrad.formats"
-"""Entry-point group of the formats of other packages."""
+"""Entry-point group for formats of other packages."""
 
 Opener = Callable[[Path, Mapping[str, str]], Source]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A log format: how it is found and opened, and what it contains.
+    """A log format: how it is detected and opened, and what it contains.
 
     Attributes
     ----------
     name : str
         Value of ``--format``.
     layout : str
-        Files by which it is recognised.
+        Files by which it is detected.
     gives, lacks : str
         Quantities that can and cannot be read from it.
     find : callable
-        Takes a path and returns True if it holds a log of this format.
+        Takes a path and returns True if it contains a log of this format.
     open : callable
         Takes a path and a mapping (``--map``) and returns a `natgrad.sources.base.Source`.
     alignment : str
-        State, before or after an update, to which the quantities logged at a step belong.
+        State (before or after an update) to which the quantities logged at a step belong.
     scalars : ScalarKind, optional
-        Reader of a format that has scalars and no tensors; it is used in place of ``open``.
+        Reader of a format that contains scalars but no tensors. It is used instead of ``open``.
     """
 
     name: str
@@ -75,11 +75,13 @@ class Format:
     lacks: str
     find: Callable[[Path], bool]
     open: Opener
-    alignment: str = "all of step N is of the state after N updates, before the next; else give --shift"
+    alignment: str = (
+        "values of step N belong to the state after N updates, before the next one; otherwise use --shift"
+    )
     scalars: ScalarKind | None = None
 
 
-def _holds(*kinds: Kind) -> Callable[[Path], bool]:
+def _contains(*kinds: Kind) -> Callable[[Path], bool]:
     def found(path: Path) -> bool:
         try:
             return any(kind.number(entry) is not None for entry in path.iterdir() for kind in kinds)
@@ -90,14 +92,14 @@ def _holds(*kinds: Kind) -> Callable[[Path], bool]:
 
 
 def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
-    return _holds(*kinds), lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping)
+    return _contains(*kinds), lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping)
 
 
 def _folder_or_file(
     kind: Kind, suffix: str, open_file: Callable[[LoggedStep], Container]
 ) -> tuple[Callable[[Path], bool], Opener]:
-    """Find and open a folder of steps, or one file of all."""
-    in_folder = _holds(kind)
+    """Return the functions that detect and open a folder of steps, or one file that contains all steps."""
+    in_folder = _contains(kind)
 
     def found(path: Path) -> bool:
         return (path.is_file() and path.suffix == suffix) or in_folder(path)
@@ -120,7 +122,7 @@ def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
     return lambda path: step_number(path.stem) if path.suffix in suffixes else None
 
 
-def _of_torch(step: LoggedStep, names: Names) -> TorchFile:
+def _open_torch(step: LoggedStep, names: Names) -> TorchFile:
     return TorchFile(step, names.inert)
 
 
@@ -128,8 +130,8 @@ def _ckpt_file(path: Path) -> int | None:
     return step_number(path.stem) if path.suffix == ".ckpt" and path.is_file() else None
 
 
-_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _of_torch, CHECKPOINT)
-_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _of_torch, CHECKPOINT)
+_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _open_torch, CHECKPOINT)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _open_torch, CHECKPOINT)
 _LIGHTNING_SHARDS = replace(
     DCP_KIND,
     layout="<name>step=<N>.ckpt/",
@@ -140,10 +142,10 @@ _ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGr
 _HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
 
-def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], list[Storage]]:
-    """Find the files of a log of scalars by suffix and first bytes: the location, or those of a folder by name."""
+def _find_files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], list[Storage]]:
+    """Return a function that finds scalar log files by suffix and first bytes, at a location or in a folder."""
 
-    def is_one(file: Storage) -> bool:
+    def matches(file: Storage) -> bool:
         if file.suffix not in suffixes:
             return False
         if not start:
@@ -153,20 +155,22 @@ def _named(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], li
 
     def found(location: Storage) -> list[Storage]:
         entries = location.files()
-        return [entry for entry in entries if is_one(entry)] if folder or entries == [location] else []
+        return [entry for entry in entries if matches(entry)] if folder or entries == [location] else []
 
     return found
 
 
-_ALIGNMENT_OF_SCALARS = (
-    "as its logger counts: step N must be that of the state after N updates, where the loss was; else give --shift"
+_SCALAR_ALIGNMENT = (
+    "step N of the logger must be the state after N updates, at which the loss was computed; otherwise use --shift"
 )
-_GIVES_SCALARS = "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under usual keys or --map's"
-_LACKS_TENSORS = "tensors: give their log as a further SOURCE"
+_GIVES_SCALARS = (
+    "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under common keys or those of --map"
+)
+_LACKS_TENSORS = "tensors: give the log that contains them as an additional SOURCE"
 
 
-def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
-    """Format of a log of scalars; what cannot be looked into is none."""
+def _scalar_format(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
+    """Return the format of a log of scalars. A file that cannot be read is not detected as such a log."""
 
     def found(path: Path) -> bool:
         try:
@@ -181,13 +185,13 @@ def _of_scalars(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks
         _LACKS_TENSORS + lacks,
         found,
         lambda path, mapping: ScalarLog(LocalStorage(path), kind, mapping),
-        _ALIGNMENT_OF_SCALARS,
+        _SCALAR_ALIGNMENT,
         kind,
     )
 
 
 _NATIVE = (
-    "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate, and of the draws of a "
+    "parameter/<tensor>, gradient/<tensor>, hvp/<tensor> (optional), loss, learning_rate; for the samples of a "
     "stochastic rule replicate_parameter/<tensor>, replicate_hvp/<tensor>, replicate_loss; out of core"
 )
 
@@ -204,78 +208,78 @@ _BUILT_IN: dict[str, Format] = {
         Format(
             "huggingface",
             "Trainer output folder: checkpoint-<N>/ with model.safetensors or pytorch_model.bin, single or sharded",
-            "parameters, learning_rate; loss where logging_steps=1 (a mean over the update's batches, rounded to 4 "
-            "decimals before transformers 5); gradients where a gradient.safetensors lies there; optimizer's state "
-            "(--include optimizer, with the order of the model in natgrad.toml); out of core",
-            "gradients as the Trainer writes it; the loss at step 0 without a checkpoint-0",
-            _holds(TRAINER_KIND),
+            "parameters, learning_rate; loss if logging_steps=1 (a mean over the batches of the update, rounded "
+            "to 4 decimals before transformers 5); gradients if there is a gradient.safetensors; optimizer "
+            "state (--include optimizer, with the parameter order in natgrad.toml); out of core",
+            "gradients, which the Trainer does not save; the loss at step 0 without a checkpoint-0",
+            _contains(TRAINER_KIND),
             TrainerFolder,
-            "checkpoint-N is the state after N updates; its loss and the rate of the next update are those of the "
-            "log at step N + 1",
+            "checkpoint-N is the state after N updates; its loss and the learning rate of the next update are "
+            "those in the log at step N + 1",
         ),
         Format(
             "lightning",
             "folder of <name>step=<N>.ckpt, files or (sharded) folders with .metadata and meta.pt",
-            "parameters, learning_rate, optimizer's state (--include optimizer), and what a callback adds under "
+            "parameters, learning_rate, optimizer state (--include optimizer), and what a callback adds under "
             "gradient, hvp or loss; out of core",
-            "gradients as Lightning writes it; last.ckpt, which repeats another",
+            "gradients, which Lightning does not save; last.ckpt, which duplicates another checkpoint",
             *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
-            "step=N is the state after N updates, with the rate of the next one; gradient and loss that "
-            "on_train_batch_end adds are of the state before: --shift gradient=-1 --shift loss=-1",
+            "step=N is the state after N updates, with the learning rate of the next one; a gradient or loss "
+            "added in on_train_batch_end belongs to the previous state: --shift gradient=-1 --shift loss=-1",
         ),
         Format(
             "dcp",
-            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, of any "
-            "ranks; also torch_dist of Megatron-LM",
-            "what --map says of the nested dicts that were saved, chunk by chunk in one process; optimizer's state "
+            "folder of checkpoints step-<N>/ of torch.distributed.checkpoint: .metadata and *.distcp, from any "
+            "number of ranks; also torch_dist of Megatron-LM",
+            "entries of the saved nested dicts selected with --map, read by chunks in one process; optimizer state "
             "(--include optimizer); out of core",
-            "gradients where they were not saved; objects of classes: no pickle is executed",
+            "gradients, if they were not saved; class instances: pickles are not executed",
             *_folder(DCP_KIND),
         ),
         Format(
             "deepspeed",
-            "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, of any ranks",
-            "parameters (the float32 master weights of all ranks, else the module), learning_rate, and what "
-            "client_state adds under gradient, hvp or loss; optimizer's state (--include optimizer); out of core",
-            "gradients as DeepSpeed writes it; pipeline, tensor and expert parallel models, "
-            "whose files do not say how tensors are split",
+            "folder of checkpoints global_step<N>/ of DeepSpeed, ZeRO stages 0 to 3, from any number of ranks",
+            "parameters (the float32 master weights of all ranks, otherwise the module), learning_rate, and what "
+            "client_state adds under gradient, hvp or loss; optimizer state (--include optimizer); out of core",
+            "gradients, which DeepSpeed does not save; pipeline, tensor and expert parallel models, "
+            "because their files do not record how tensors are split",
             *_folder(DEEPSPEED_KIND),
         ),
         Format(
             "megatron",
             "folder of checkpoints iter_<N>/mp_rank_<T>[_<P>]/model_optim_rng.pt of Megatron-LM",
-            "parameters of all stages of a pipeline, learning_rate, and what is added under gradient; out of core",
-            "gradients as Megatron-LM writes it; tensor and expert parallel models, whose files do not say how "
-            "tensors are split (convert them to torch_dist, which is dcp)",
+            "parameters of all pipeline stages, learning_rate, and what is added under gradient; out of core",
+            "gradients, which Megatron-LM does not save; tensor and expert parallel models, because their files do "
+            "not record how tensors are split (convert them to torch_dist and use dcp)",
             *_folder(MEGATRON_KIND),
         ),
         Format(
             "orbax",
-            "folder of checkpoints <N>/ or <prefix>_<N>/ of Orbax, in OCDBT or not; needs the extra orbax",
-            "what --map says of the trees that were saved: params, grads, loss, learning_rate; by chunks",
-            "gradients and learning rates where they were not saved; chunks of more than 512 MiB (chunk_byte_size)",
+            "folder of checkpoints <N>/ or <prefix>_<N>/ of Orbax, with or without OCDBT; needs the extra orbax",
+            "entries of the saved trees selected with --map: params, grads, loss, learning_rate; read by chunks",
+            "gradients and learning rates, if they were not saved; chunks of more than 512 MiB (chunk_byte_size)",
             *_folder(ORBAX_KIND),
         ),
         Format(
             "safetensors",
             "folder of step_<N>.safetensors, or of folders step-<N>/ with model.safetensors, single or sharded",
-            _NATIVE + "; float64, float32, float16, bfloat16; of a folder, <array>.safetensors",
-            "scalars of a folder that has them in no file",
+            _NATIVE + "; float64, float32, float16, bfloat16; in a folder, <array>.safetensors",
+            "scalars of a folder that has no file for them",
             *_folder(NATIVE_KINDS["safetensors"], MODEL_KIND),
         ),
         Format(
             "torch",
             "folder of <name>-<N>.pt, .pth, .bin or .ckpt (torch.save)",
-            "what --map says of nested dicts: parameter, gradient, hvp, loss, learning_rate, step; the state of "
-            "the optimizer (--include optimizer); out of core",
-            "objects of classes: no pickle is executed; the format of torch before 1.6",
+            "entries of nested dicts selected with --map: parameter, gradient, hvp, loss, learning_rate, step; "
+            "optimizer state (--include optimizer); out of core",
+            "class instances: pickles are not executed; the format of torch before 1.6",
             *_folder(_TORCH),
         ),
         Format(
             "npz",
             "folder of step_<N>.npz (numpy.savez), or one .npz file of arrays (step, ...)",
-            _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded whole",
-            "bfloat16; one file must not be compressed",
+            _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded completely",
+            "bfloat16; compressed data in one file of all steps",
             *_folder_or_file(NATIVE_KINDS["npz"], ".npz", NpzStack),
         ),
         Format(
@@ -290,67 +294,71 @@ _BUILT_IN: dict[str, Format] = {
             "one .zarr group of arrays (step, ...), or a folder of step_<N>.zarr, of version 2 or 3; needs the "
             "extra orbax",
             _NATIVE + " by chunks; bfloat16, also as uint16 with the attribute ml_dtype",
-            "chunks that are not there, which may be lost (write_empty_chunks); chunks of more than 512 MiB",
-            lambda path: holds_zarr(path) or _holds(_ZARR)(path),
+            "missing chunks, which may have been lost (write_empty_chunks); chunks of more than 512 MiB",
+            lambda path: holds_zarr(path) or _contains(_ZARR)(path),
             _open_zarr,
         ),
         Format(
             "bergson",
-            "folder of gradient stores of Bergson checkpoint-<N>/ or step_<N>/ (gradients.bin, info.json), or one",
-            "gradients of linear weights (with --include_bias, of their biases), of stores that are not projected: "
-            "their one row (--aggregation mean), or the mean of one row an example; names and shapes are of the "
-            "parameters in a further SOURCE, and natgrad.toml says [bergson] layout; out of core",
-            "gradients of biases, norms, embeddings and heads, which are left out with a warning; stores that are "
-            "projected, scaled, per token, or of the epochs of a run (train/epoch_<N>/), which are refused",
+            "folder of Bergson gradient stores checkpoint-<N>/ or step_<N>/ (gradients.bin, info.json), or one "
+            "store",
+            "gradients of linear weights (with --include_bias, also of their biases) in stores without "
+            "projection: their single row (--aggregation mean), or the mean over one row per example; names and "
+            "shapes come from the parameters in an additional SOURCE, and the [bergson] layout from "
+            "natgrad.toml; out of core",
+            "gradients of biases, norms, embeddings and heads, which are left out with a warning; projected, "
+            "scaled or per-token stores and stores of epochs of a run (train/epoch_<N>/), which are refused",
             holds_bergson,
             BergsonFolder,
-            "checkpoint-N is the state after N updates; where config.yaml names another checkpoint it is refused",
+            "checkpoint-N is the state after N updates; a store whose config.yaml names another checkpoint is "
+            "refused",
         ),
-        _of_scalars(
+        _scalar_format(
             "csv",
-            "one file with a header, values parted by commas, semicolons or tabs: Lightning's metrics.csv, pandas'",
-            ScalarKind("a CSV file", _named(False, b"", ".csv", ".tsv"), read_csv),
+            "one file with a header, separated by commas, semicolons or tabs, e.g. metrics.csv of Lightning, "
+            "pandas",
+            ScalarKind("a CSV file", _find_files(False, b"", ".csv", ".tsv"), read_csv),
         ),
-        _of_scalars(
+        _scalar_format(
             "jsonl",
-            "one file .jsonl or .ndjson with a JSON object in each line, nested or flat",
-            ScalarKind("a file of JSON lines", _named(False, b"{", ".jsonl", ".ndjson"), read_json_lines),
+            "one .jsonl or .ndjson file with a JSON object on each line, nested or flat",
+            ScalarKind("a file of JSON lines", _find_files(False, b"{", ".jsonl", ".ndjson"), read_json_lines),
         ),
-        _of_scalars(
+        _scalar_format(
             "parquet",
-            "one file .parquet, or a folder of them: W&B's history, trackio's, pandas'; needs the extra parquet",
-            ScalarKind("a Parquet file", _named(True, b"PAR1", ".parquet"), read_parquet),
+            "one .parquet file or a folder of them: W&B history, trackio, pandas; needs the extra parquet",
+            ScalarKind("a Parquet file", _find_files(True, b"PAR1", ".parquet"), read_parquet),
         ),
-        _of_scalars(
+        _scalar_format(
             "tensorboard",
-            "an event file (tfevents), or a folder of them; checksums are compared, every point is read",
+            "an event file (tfevents), or a folder of them; checksums are verified, all points are read",
             ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True),
-            gives="; single precision as nearly all writers store it",
-            lacks="; event files in folders below",
+            gives="; single precision, as written by nearly all writers",
+            lacks="; event files in subfolders",
         ),
-        _of_scalars(
+        _scalar_format(
             "wandb",
-            "one file run-<id>.wandb of W&B, or the folder that it keeps for the run; wandb is not needed",
-            ScalarKind("a W&B run file", _named(False, WANDB_START, ".wandb"), read_wandb),
-            lacks="; runs that are on its server alone",
+            "one W&B file run-<id>.wandb, or the folder of the run that contains it; does not need wandb",
+            ScalarKind("a W&B run file", _find_files(False, WANDB_START, ".wandb"), read_wandb),
+            lacks="; runs that exist only on the W&B server",
         ),
-        _of_scalars(
+        _scalar_format(
             "trackio",
-            "trackio's SQLite database, with a table metrics",
+            "the SQLite database of trackio, with a table metrics",
             ScalarKind(
                 "a trackio database",
                 lambda location: [file for file in location.files() if file == location and holds_metrics(file)],
                 read_sqlite,
                 step="step",
             ),
-            gives="; of several runs the one of --map run=NAME",
+            gives="; for several runs, the one selected with --map run=NAME",
         ),
     )
 }
 
 
 class _Formats(Mapping[str, Format]):
-    """The formats of this package and of others, by name; those of others are loaded at the first use."""
+    """The formats of this package and of others, by name. Formats of other packages are loaded on first use."""
 
     @cached_property
     def _others(self) -> dict[str, Format]:
@@ -369,9 +377,9 @@ class _Formats(Mapping[str, Format]):
 
 
 def _guarded(extension: Extension[Format]) -> Format:
-    """Return a format of another package that does not find a log if its own ``find`` fails.
+    """Return a format of another package with a ``find`` that returns False instead of raising.
 
-    Every format is asked about every path, also about logs of other formats.
+    Every format examines every path, including logs of other formats.
     """
     format, warned = extension.value, False
 
@@ -379,7 +387,7 @@ def _guarded(extension: Extension[Format]) -> Format:
         nonlocal warned
         try:
             return bool(format.find(path))
-        except Exception as error:  # code of others may raise anything
+        except Exception as error:  # code of other packages may raise anything
             if not warned:
                 _log.warning(
                     "format %s of %s is skipped: it failed to examine %s (%s: %s). Update or uninstall %s.",
@@ -397,9 +405,9 @@ def _guarded(extension: Extension[Format]) -> Format:
 
 
 FORMATS: Mapping[str, Format] = _Formats()
-"""All formats, by name: those of this package first."""
+"""All formats by name; those of this package come first."""
 
 
 def find_format(path: Path) -> str | None:
-    """Return the name of the format of the log at a path, by its content; None if there is no log."""
+    """Return the name of the format of the log at a path, detected from its content; None if there is no log."""
     return next((name for name, known in FORMATS.items() if known.find(path)), None)

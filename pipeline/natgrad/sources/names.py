@@ -1,4 +1,4 @@
-"""What the keys of a file mean: where parameters, gradients, loss, learning rate and step number stand."""
+"""Interpret the keys of a file: which ones are parameters, gradients, loss, learning rate and step number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.base import StepContent
 from natgrad.sources.container import Container
-from natgrad.sources.optimizers.factors import SAID
+from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
 from natgrad.sources.steps import LoggedTensor, where
 from natgrad.storage import Storage
@@ -25,9 +25,9 @@ __all__ = [
     "MAP_FILE",
     "MODEL",
     "NATIVE",
-    "OF_A_STATE",
     "QUANTITIES",
     "ROOT",
+    "STATE_QUANTITIES",
     "NamedStep",
     "Names",
     "checked_shift",
@@ -37,42 +37,42 @@ __all__ = [
     "step_number",
 ]
 
-OF_A_STATE = (*STATES, *SCALARS, *REPLICATES)
-"""Quantities of a state, which may be logged at another step."""
+STATE_QUANTITIES = (*STATES, *SCALARS, *REPLICATES)
+"""Quantities of a state. A log may store them with another step; see ``--shift``."""
 
-QUANTITIES = (*OF_A_STATE, "step")
-"""What a key can be said to hold."""
+QUANTITIES = (*STATE_QUANTITIES, "step")
+"""Quantities to which a key can be mapped."""
 
-_MOST_REPLICATES = 1 << 16
-_FARTHEST = 10**9
+_REPLICATES_LIMIT = 1 << 16
+_SHIFT_LIMIT = 10**9
 
 ROOT = "."
-"""Key of the whole file."""
+"""Key of the complete file."""
 
 MAP_FILE = "natgrad.toml"
-"""Mapping file in the folder of a log."""
+"""Name of the mapping file in the folder of a log."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """Keys under which a log keeps its quantities.
+    """The keys under which a log stores its quantities.
 
     Attributes
     ----------
     keys : mapping
-        Quantity of `QUANTITIES` to the keys it may stand under; the first that is there counts. Levels are joined
-        by a slash, or by a dot where the file has flat keys; in the key of a number ``*`` is any one level, and
-        all numbers it matches must be equal.
-    given : frozenset of str
-        Quantities whose key the user gave, so it must be there.
+        Quantity from `QUANTITIES` to its possible keys; the first one that exists is used. Levels are joined by
+        slashes, or by dots if the file has flat keys. In the key of a number, ``*`` matches any single level, and
+        all numbers that match must be equal.
+    required : frozenset of str
+        Quantities whose key the user specified. These keys must exist.
     model : bool
-        Parameters are a whole model: what is no float, or has no gradient, is not trained.
+        Parameters are those of a full model. Tensors that are not floats or have no gradient are not trained.
     inert : tuple of str
-        Classes whose pickled objects are skipped unread, beside those that are known.
+        Classes whose pickled objects are skipped without reading them, in addition to the known ones.
     order : tuple of str
-        Tensors in the order in which the optimizer was given them.
+        Tensor names in the order in which they were passed to the optimizer.
     optimizer : mapping
-        What no file says of an optimizer: see `natgrad.sources.optimizers.factors.SAID`.
+        Options of the optimizer that no file contains; see `natgrad.sources.optimizers.factors.USER_OPTIONS`.
 
     Examples
     --------
@@ -81,42 +81,43 @@ class Names:
     """
 
     keys: Mapping[str, tuple[str, ...]]
-    given: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
     model: bool = False
     inert: tuple[str, ...] = field(default=())
     order: tuple[str, ...] = ()
     optimizer: Mapping[str, str | int] = field(default_factory=dict)
 
-    def mapped(self, mapping: Mapping[str, str], place: str = "--map") -> Names:
-        """Return these names with some quantities under the keys given.
+    def mapped(self, mapping: Mapping[str, str], location: str = "--map") -> Names:
+        """Return a copy in which the given quantities have the given keys.
 
         Raises
         ------
         InputError
-            Where a quantity is not known.
+            If a quantity is unknown or a key is not a string.
         """
         for quantity, key in mapping.items():
             if quantity not in QUANTITIES or not isinstance(key, str) or not key:
                 raise InputError(
-                    f"{quantity}={key} does not say where a quantity is",
-                    where=place,
-                    remedy=f"write QUANTITY=KEY, QUANTITY of {', '.join(QUANTITIES)}; the whole file is {ROOT}",
+                    f"{quantity}={key} is not a valid mapping of a quantity to a key",
+                    where=location,
+                    remedy=f"write QUANTITY=KEY with QUANTITY one of {', '.join(QUANTITIES)}; the key of the "
+                    f"complete file is {ROOT}",
                 )
-        given = {quantity: (key,) for quantity, key in mapping.items()}
+        required = {quantity: (key,) for quantity, key in mapping.items()}
         return replace(
             self,
-            keys={**self.keys, **given},
-            given=self.given | given.keys(),
-            model=self.model or bool(given.keys() & set(STATES)),
+            keys={**self.keys, **required},
+            required=self.required | required.keys(),
+            model=self.model or bool(required.keys() & set(STATES)),
         )
 
     def of_folder(self, folder: Storage) -> Names:
-        """Return these names as the mapping file of a log folder changes them.
+        """Return a copy changed by the mapping file of a log folder.
 
         Raises
         ------
         InputError
-            Where the file is no mapping.
+            If the mapping file is not valid.
         """
         path = folder / MAP_FILE
         try:
@@ -128,12 +129,12 @@ class Names:
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
         optimizer = table.pop("optimizer", {})
         lists = isinstance(inert, list) and isinstance(order, list)
-        if table or not isinstance(mapping, dict) or not lists or not _said(optimizer):
+        if table or not isinstance(mapping, dict) or not lists or not _valid_options(optimizer):
             raise InputError(
-                f"the mapping file holds {', '.join(table) or 'other values than it may'}",
+                f"the mapping file has {'unknown keys: ' + ', '.join(table) if table else 'invalid values'}",
                 where=str(path),
-                remedy='write a table [map] of QUANTITY = "KEY", and lists inert = ["module.Class"] and '
-                'order = ["tensor"]; [optimizer] may have compute_method = "eigen" or "inverse", and '
+                remedy='write a table [map] with QUANTITY = "KEY", and lists inert = ["module.Class"] and '
+                'order = ["tensor"]; [optimizer] may contain compute_method = "eigen" or "inverse", and '
                 "start_preconditioning_step = N",
             )
         return replace(
@@ -144,18 +145,18 @@ class Names:
         )
 
 
-def _said(optimizer: Any) -> bool:
-    """Whether a table says what may be said of an optimizer, and nothing else."""
+def _valid_options(optimizer: Any) -> bool:
+    """Return True if a table contains only known optimizer options with valid values."""
     return (
         isinstance(optimizer, dict)
-        and set(optimizer) <= set(SAID)
+        and set(optimizer) <= set(USER_OPTIONS)
         and optimizer.get("compute_method", "eigen") in ("eigen", "inverse")
         and type(optimizer.get("start_preconditioning_step", 0)) is int
     )
 
 
 NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLICATES)})
-"""Names of the native format."""
+"""Names in the native format."""
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
 _RATE = ("learning_rate", "lr", "optimizer/param_groups/*/lr", "optimizer_state_dict/param_groups/*/lr")
@@ -179,19 +180,19 @@ CHECKPOINT = Names(
     },
     model=True,
 )
-"""Names under which trainers save checkpoints; a file that has none of them is a model."""
+"""Names that trainers use in checkpoints. A file without any of these names is treated as a model."""
 
 MODEL = replace(CHECKPOINT, keys={**CHECKPOINT.keys, "parameter": (ROOT,)})
-"""Names of a file that is a model and nothing else."""
+"""Names in a file that contains only a model."""
 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:
-    """Read ``quantity=key`` pairs of a command line.
+    """Parse ``quantity=key`` pairs from the command line.
 
     Raises
     ------
     InputError
-        Where one is no such pair, or a quantity is given twice.
+        If an argument is not such a pair, or if a quantity is repeated.
     """
     mapping: dict[str, str] = {}
     for pair in pairs:
@@ -199,7 +200,7 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
             quantity, equals, key = word.partition("=")
             if not equals or quantity in mapping:
                 raise InputError(
-                    f"{word!r} is {'given twice' if equals else 'no pair QUANTITY=KEY'}",
+                    f"{word!r} {'repeats a quantity' if equals else 'is not of the form QUANTITY=KEY'}",
                     where="--map",
                     remedy="write, for example, --map parameter=model --map gradient=grad",
                 )
@@ -208,48 +209,48 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
-    """Read ``quantity=steps`` pairs of a command line; a shift by 0 says that there is none.
+    """Parse ``quantity=steps`` pairs from the command line. A shift of 0 means no shift.
 
     Raises
     ------
     InputError
-        Where one is no such pair, or a quantity is given twice.
+        If an argument is not such a pair, or if a quantity is repeated.
     """
     shift: dict[str, Any] = {}
     for pair in pairs:
         quantity, _, steps = pair.partition("=")
         if quantity in shift:
-            raise InputError(f"{quantity!r} is given twice", where="--shift", remedy="give each quantity once")
+            raise InputError(f"{quantity!r} is repeated", where="--shift", remedy="give each quantity only once")
         shift[quantity] = int(steps) if re.fullmatch(r"[+-]?\d{1,9}", steps) else steps
     checked_shift(shift, "--shift")
     return shift
 
 
-def checked_shift(shift: Mapping[str, Any], place: str = "shift") -> dict[str, int]:
-    """Return shifts of quantities that can be.
+def checked_shift(shift: Mapping[str, Any], location: str = "shift") -> dict[str, int]:
+    """Validate shifts of quantities, and return those that are not 0.
 
     Raises
     ------
     InputError
-        Where a quantity is not known, or what it is shifted by is no number of steps.
+        If a quantity is unknown, or if its shift is not a valid number of steps.
     """
     for quantity, steps in shift.items():
-        if quantity not in OF_A_STATE or type(steps) is not int or abs(steps) > _FARTHEST:
+        if quantity not in STATE_QUANTITIES or type(steps) is not int or abs(steps) > _SHIFT_LIMIT:
             raise InputError(
-                f"{quantity}={steps} does not say by how many steps a quantity is shifted",
-                where=place,
-                remedy=f"write, for example, gradient=-1; QUANTITY of {', '.join(OF_A_STATE)}",
+                f"{quantity}={steps} is not a valid shift",
+                where=location,
+                remedy=f"write, for example, gradient=-1; QUANTITY is one of {', '.join(STATE_QUANTITIES)}",
             )
     return {quantity: steps for quantity, steps in shift.items() if steps}
 
 
 class NamedStep:
-    """Reader of one step: a container, and the names of what is in it.
+    """Reader of one step, which assigns names to the contents of a container.
 
     Parameters
     ----------
     container : Container
-        Closed with this.
+        Container to read from. It is closed together with this reader.
     names : Names
     """
 
@@ -264,7 +265,7 @@ class NamedStep:
         self._container.close()
 
     def number(self, quantity: str) -> float | None:
-        """Value of a quantity that is one number, None where there is none."""
+        """Return the value of a quantity, or None if it has no unique value."""
         values = self._values(quantity)[1]
         return values[0] if len(set(values)) == 1 else None
 
@@ -274,8 +275,8 @@ class NamedStep:
         Raises
         ------
         InputError
-            Where a key that the user gave is not there, a tensor is not of a float dtype, or the file says that
-            it is of another step.
+            If a key that the user specified does not exist, a tensor does not have a float dtype, or the file
+            contains another step number.
         """
         step, tensors = self._container.step, self._container.tensors
         notes = [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
@@ -286,17 +287,19 @@ class NamedStep:
             if len(set(values)) == 1:
                 scalars[quantity] = values[0]
             elif values:
-                notes.append(f"{quantity} is {sorted(set(values))} at {', '.join(keys)}: none is taken")
-            elif quantity in self._names.given:
+                notes.append(
+                    f"{quantity} has different values {sorted(set(values))} at {', '.join(keys)}: none is used"
+                )
+            elif quantity in self._names.required:
                 raise self._missing(quantity)
         keys, values = self._values("step")
         used |= set(keys)
-        if "step" not in self._names.given and any(value != step.number for value in values):
+        if "step" not in self._names.required and any(value != step.number for value in values):
             raise InputError(
-                f"the file says {keys[0]} {values[0]:g}, its name step {step.number}",
+                f"the file contains {keys[0]} {values[0]:g}, but its name indicates step {step.number}",
                 where=where(step),
-                why="the file was renamed, or its name counts something else than updates",
-                remedy=f"give --map step={keys[0]} to take the file's number",
+                why="the file was renamed, or the number in its name does not count updates",
+                remedy=f"use --map step={keys[0]} to take the step number from the file",
             )
         losses = self._replicate_loss(used)
         found = self._arrays(used)
@@ -310,9 +313,9 @@ class NamedStep:
             used |= {key for key in tensors if key.startswith(starts)}
         parameters = {key: name for name, key in found.get("parameter", {}).items()}
         ties = {
-            parameters[key]: parameters[kept]
-            for key, kept in self._container.ties.items()
-            if key in parameters and kept in parameters
+            parameters[key]: parameters[target]
+            for key, target in self._container.ties.items()
+            if key in parameters and target in parameters
         }
         unused = tuple(key for key in tensors if key not in used)
         state = None if optimizer is None else optimizer.state
@@ -323,13 +326,13 @@ class NamedStep:
         if self._keys is None:
             self._keys = {**self._arrays(set())}
         if array not in self._keys:
-            # Matched where it is asked for: a step that is read without it need not wait for that.
+            # Match the optimizer state on first access: readers that do not need it skip this work.
             optimizer = self._optimizer(self._keys)
             self._keys |= {} if optimizer is None else optimizer.keys
         self._container.read(self._keys[array][tensor], start, out)
 
     def _optimizer(self, found: Mapping[str, Mapping[str, str]]) -> SavedOptimizer | None:
-        """State of the optimizer, which counts a tensor that lies in the memory of another one once."""
+        """Return the state of the optimizer. Tensors that share memory are counted once."""
         tensors, ties = self._container.tensors, self._container.ties
         parameters = {name: tensors[key] for name, key in found.get("parameter", {}).items() if key not in ties}
         names = self._names
@@ -338,14 +341,14 @@ class NamedStep:
     def _missing(self, quantity: str) -> InputError:
         known = sorted({*self._container.tensors, *self._container.numbers})
         return InputError(
-            f"no {quantity} under the key {self._names.keys[quantity][0]!r}",
+            f"there is no {quantity} under the key {self._names.keys[quantity][0]!r}",
             where=where(self._container.step),
-            why=f"keys are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}",
-            remedy=f"say where it is with --map {quantity}=KEY, or in {MAP_FILE} in the folder of the log",
+            why=f"the keys are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}",
+            remedy=f"specify the key with --map {quantity}=KEY, or in {MAP_FILE} in the folder of the log",
         )
 
     def _values(self, quantity: str) -> tuple[list[str], list[float]]:
-        """Keys and values of the first key of a scalar that is there."""
+        """Return the keys and values that match the first existing key of a scalar."""
         tensors, numbers = self._container.tensors, self._container.numbers
         for pattern in self._names.keys.get(quantity, ()):
             if "*" in pattern:
@@ -362,22 +365,22 @@ class NamedStep:
         tensors = self._container.tensors
         key = next((key for key in self._names.keys.get(REPLICATE_LOSS, ()) if key in tensors), None)
         if key is None:
-            if REPLICATE_LOSS in self._names.given:
+            if REPLICATE_LOSS in self._names.required:
                 raise self._missing(REPLICATE_LOSS)
             return ()
         used.add(key)
-        one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _MOST_REPLICATES
+        one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _REPLICATES_LIMIT
         values = self._container.vector(key) if one_dimension else ()
         if not values:
             raise InputError(
-                f"{REPLICATE_LOSS} is {tensors[key].dtype} of shape {tensors[key].shape}",
+                f"{REPLICATE_LOSS} has dtype {tensors[key].dtype} and shape {tensors[key].shape}",
                 where=where(self._container.step, REPLICATE_LOSS),
-                remedy="log one float for each replicate, in one dimension",
+                remedy="log it as a one-dimensional array with one float per replicate",
             )
         return values
 
     def _arrays(self, used: Collection[str]) -> dict[str, dict[str, str]]:
-        """Tensor names of each array and their keys; what the root holds is what nothing else claims."""
+        """Return tensor names and keys of each array. The root contains the tensors that no other array claims."""
         found: dict[str, dict[str, str]] = {}
         claimed = set(used)
         rooted = []
@@ -392,10 +395,10 @@ class NamedStep:
                     claimed |= set(names.values())
                     break
             else:
-                if array in self._names.given:
+                if array in self._names.required:
                     raise self._missing(array)
-        if self._names.given.intersection(rooted):
-            rooted = [array for array in rooted if array in self._names.given]
+        if self._names.required.intersection(rooted):
+            rooted = [array for array in rooted if array in self._names.required]
         root = optimizer_root(self._container) if rooted else None
         for array in rooted:
             names = {
@@ -407,8 +410,8 @@ class NamedStep:
         return found
 
     def _under(self, array: str, prefix: str) -> dict[str, str]:
-        # A dot is part of many names: it parts levels only where the user says what is before it.
-        for separator in "/." if array in self._names.given else "/":
+        # Many names contain dots: a dot separates levels only after a prefix that the user specified.
+        for separator in "/." if array in self._names.required else "/":
             start = prefix + separator
             names = {key.removeprefix(start): key for key in self._container.tensors if key.startswith(start)}
             names = self._floats(array, {name: key for name, key in names.items() if name})
@@ -423,9 +426,9 @@ class NamedStep:
         for name, key in names.items():
             if tensors[key].dtype not in STORAGE_DTYPES:
                 raise InputError(
-                    f"dtype {tensors[key].dtype} is not a float that can be stored as it is",
+                    f"dtype {tensors[key].dtype} is not a float dtype that can be stored",
                     where=where(self._container.step, array, name),
-                    remedy=f"log it as one of {', '.join(STORAGE_DTYPES)}",
+                    remedy=f"log it with one of the dtypes {', '.join(STORAGE_DTYPES)}",
                 )
         return names
 
@@ -435,7 +438,7 @@ _ONE_NUMBER = re.compile(r"(?:[a-z_]*[-_.])?(\d+)", re.IGNORECASE)
 
 
 def step_number(stem: str) -> int | None:
-    """Step that the name of a file or folder says, None where it says none.
+    """Return the step in the name of a file or folder, or None if there is none.
 
     Examples
     --------
@@ -444,9 +447,9 @@ def step_number(stem: str) -> int | None:
     >>> [step_number(name) for name in ("model-00001-of-00002", "epoch_3", "final")]
     [None, None, None]
     """
-    told = _STEP.findall(stem)
-    if told:
-        return int(told[-1]) if len(told[-1]) <= 18 else None
+    matches = _STEP.findall(stem)
+    if matches:
+        return int(matches[-1]) if len(matches[-1]) <= 18 else None
     match = _ONE_NUMBER.fullmatch(stem)
     if not match or stem.lower().startswith("epoch") or len(match[1]) > 18:
         return None
@@ -454,7 +457,7 @@ def step_number(stem: str) -> int | None:
 
 
 def is_step(name: str) -> bool:
-    """Whether the name of a folder is that of a step by itself, with a word that says so, or a number alone.
+    """Return True if a folder name is a step: it contains a word for a step, or it is a number.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Open logs: by format or by content, alone, joined with others, as a sweep, from an object store."""
+"""Open logs by format or by content: a single log, joined logs, a sweep, or a log in an object store."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logging.getLogger(__name__)
 
-_OF_OBJECTS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
-"""Formats with tensors that are read without files of this machine."""
+_OBJECT_KINDS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
+"""Tensor formats that can be read from object stores."""
 
-_SCALARS_OF_OBJECTS = {
+_OBJECT_SCALARS = {
     name: kind for name in ("csv", "jsonl", "parquet", "tensorboard") if (kind := FORMATS[name].scalars)
 }
-"""The same of scalars."""
+"""Scalar formats that can be read from object stores."""
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-"""Of files of scalars."""
+"""Suffixes of scalar log files."""
 
 
 # The logs of a run -------------------------------------------------------------------------------------------
@@ -51,18 +51,18 @@ def open_source(
     Parameters
     ----------
     location : Storage
-        A log, or a run file (`natgrad.sources.run_file`), or the folder of one that is called ``run.toml``.
+        A log, a run file (`natgrad.sources.run_file`), or a folder that contains a ``run.toml``.
     format : str, optional
-        One of `natgrad.sources.formats.FORMATS`; found by content where not given.
+        One of `natgrad.sources.formats.FORMATS`. Detected from the content by default.
     mapping : mapping, optional
-        Quantity to the key it stands under; see `natgrad.sources.names`.
+        Quantity to its key in the log; see `natgrad.sources.names`.
     shift : mapping, optional
-        Quantity to K: what is logged of it at step s belongs to the state s + K.
+        Quantity to K: values logged at step s belong to state s + K.
 
     Raises
     ------
     InputError
-        Where nothing is there, the format is not known, or it is a log of scalars alone.
+        If there is no log, the format is unknown, or the log contains only scalars.
     """
     shift = checked_shift(shift or {})
     source = _open(location, format, mapping, shift)
@@ -70,8 +70,8 @@ def open_source(
         raise NotYet(
             "no step files in this folder yet",
             where=str(location),
-            why=f"there are only the scalars of {source.location}",
-            remedy="run again later, or with --follow; or give the log that has the tensors as a further SOURCE",
+            why=f"it contains only the scalars in {source.location}",
+            remedy="run again later, or use --follow; or give the log with the tensors as an additional SOURCE",
         )
     return _joined([source], [shift])
 
@@ -84,62 +84,62 @@ def open_sources(
     *,
     sweep: bool = False,
 ) -> Source:
-    """Open the logs of one run: one, or several that are joined by step. Or open a folder of many runs.
+    """Open the logs of one run, joined by step if there are several, or open a folder of many runs.
 
     Parameters
     ----------
     locations, format, mapping, shift
-        See `open_source`. Of several logs, ``mapping`` of arrays is that of the one with tensors, and of scalars
-        and ``step`` that of the one log of scalars; ``shift`` is that of all.
+        See `open_source`. If there are several logs, the arrays in ``mapping`` apply to the log with tensors, the
+        scalars and ``step`` apply to the log of scalars, and ``shift`` applies to all logs.
     sweep : bool
-        The location is a folder that holds a log for each of several runs.
+        The location is a folder that contains one log for each of several runs.
 
     Raises
     ------
     InputError
-        See `open_source`; of a sweep, where it has no runs.
+        See `open_source`. For a sweep, also if the folder contains no runs.
     """
     if sweep:
         return _open_sweep(locations, format, mapping, shift)
     if len(locations) == 1:
         return open_source(locations[0], format, mapping, shift)
     shift = checked_shift(shift or {})
-    mappings = _shares(locations, mapping or {})
+    mappings = _split_mapping(locations, mapping or {})
     if mappings is None or format:
         raise InputError(
-            "--format and --map do not say which SOURCE they mean",
+            "it is ambiguous which SOURCE --format and --map refer to",
             where=", ".join(map(str, locations)),
-            remedy="list the sources in a run file, each with its format and map",
+            remedy="list the sources in a run file, each with its own format and map",
         )
-    sources = [_open(each, None, share, shift) for each, share in zip(locations, mappings, strict=True)]
+    sources = [_open(each, None, part, shift) for each, part in zip(locations, mappings, strict=True)]
     return _joined(sources, [shift] * len(sources))
 
 
-def _shares(locations: Sequence[Storage], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
-    """Return the part of a mapping that is meant for each of several logs, None where that is not clear."""
-    of_scalars = [_holds_scalars_alone(location) for location in locations]
-    shares: list[dict[str, str]] = [{} for _ in locations]
+def _split_mapping(locations: Sequence[Storage], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
+    """Return the part of a mapping that applies to each log, or None if this is ambiguous."""
+    scalar_logs = [_is_scalar_log(location) for location in locations]
+    parts: list[dict[str, str]] = [{} for _ in locations]
     for quantity, key in mapping.items():
-        # Parameters and gradients cannot be in a log of scalars, and such a log is given for its scalars.
-        meant = [
-            share
-            for share, alone in zip(shares, of_scalars, strict=True)
-            if alone == (quantity in (*SCALARS, "step", "run"))
+        # A log of scalars cannot contain parameters or gradients, and it takes precedence for scalars.
+        matching = [
+            part
+            for part, scalars_only in zip(parts, scalar_logs, strict=True)
+            if scalars_only == (quantity in (*SCALARS, "step", "run"))
         ]
-        if len(meant) != 1:
+        if len(matching) != 1:
             return None
-        meant[0][quantity] = key
-    return shares
+        matching[0][quantity] = key
+    return parts
 
 
 def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> Source:
-    """Join the sources of a run, of which one must hold tensors; each with its shifts."""
+    """Join the sources of a run, each with its shifts. At least one source must contain tensors."""
     if all(isinstance(source, ScalarLog) for source in sources):
         raise InputError(
-            "a log of scalars holds no tensors",
+            "a log of scalars does not contain any tensors",
             where=", ".join(str(source.location) for source in sources),
-            why="parameters and gradients are what is analyzed; loss and learning rate go with them",
-            remedy="give the log that has the tensors as a further SOURCE",
+            why="the analysis needs parameters and gradients; loss and learning rate only supplement them",
+            remedy="give the log that contains the tensors as an additional SOURCE",
         )
     return sources[0] if len(sources) == 1 and not shifts[0] else JoinedSource(sources, shifts)
 
@@ -150,12 +150,12 @@ def _open_sweep(
     mapping: Mapping[str, str] | None,
     shift: Mapping[str, int] | None,
 ) -> Source:
-    """Open every folder in a folder as the log of a run, and every file that is a log of its own."""
+    """Open each subfolder as the log of a run, and each file that is a complete log."""
     if len(locations) != 1 or not locations[0].is_folder():
         raise InputError(
-            "a sweep is one folder, with a folder or file for each run",
+            "a sweep must be one folder that contains a folder or file for each run",
             where=", ".join(map(str, locations)),
-            remedy="give the folder that holds the runs, or leave --sweep out",
+            remedy="give the folder that contains the runs, or omit --sweep",
         )
     (folder,) = locations
     runs: dict[str, Source] = {}
@@ -165,10 +165,12 @@ def _open_sweep(
         if not entry.name.startswith(".") and (entry.is_folder() or stacked):
             runs[entry.name] = open_source(entry, format, mapping, shift)
         else:
-            _log.info("%s is no run of the sweep", entry)
+            _log.info("skipping %s: it is not a run of the sweep", entry)
     if not runs:
         raise InputError(
-            "no run is in this folder", where=str(folder), remedy="give the folder that holds a folder for each run"
+            "this folder contains no runs",
+            where=str(folder),
+            remedy="give the folder that contains the run folders",
         )
     return Sweep(folder, runs)
 
@@ -184,19 +186,19 @@ def _open(
     *,
     in_run_file: bool = False,
 ) -> Source:
-    """Open one log, with tensors or of scalars; only the latter are shifted already."""
+    """Open one log of tensors or scalars. Shifts are applied here only to logs of scalars."""
     mapping = dict(mapping or {})
     if format is not None and format not in FORMATS:
         raise InputError(
-            f"format {format!r} is not known", remedy=f"choose one of {', '.join(FORMATS)} (natgrad formats)"
+            f"unknown format {format!r}", remedy=f"choose one of: {', '.join(FORMATS)} (see natgrad formats)"
         )
     run_file = None if in_run_file else find_run_file(location)
     if run_file is not None:
         if format or mapping or shift:
             raise InputError(
-                "--format, --map and --shift do not say which source of a run file they mean",
+                "it is ambiguous which source of the run file --format, --map and --shift refer to",
                 where=str(location),
-                remedy="write them in the run file: format, map and shift of the [[source]] that is meant",
+                remedy="write format, map and shift into the [[source]] table of that source in the run file",
             )
         logs = listed_logs(run_file)
         sources = [_open(log.location, log.format, log.map, log.shift, in_run_file=True) for log in logs]
@@ -206,16 +208,16 @@ def _open(
         return _open_objects(location, format, mapping, shift)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
-    path = _only_file(path)
+    path = _single_log(path)
     known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:
         return _scalar_log(LocalStorage(path), known.scalars, mapping, shift, named=format is not None)
     if not path.is_dir() and not known.find(path):
         raise InputError(
-            "this is a file, a log is a folder",
+            "this is a file, but a log of this format is a folder",
             where=str(path),
-            why="only .npz and .h5 files, and logs of scalars, can be a log of their own",
-            remedy="give the folder that holds the step files",
+            why="only .npz and .h5 files and logs of scalars can be single files",
+            remedy="give the folder that contains the step files",
         )
     return known.open(path, mapping)
 
@@ -223,25 +225,26 @@ def _open(
 def _open_objects(
     location: Storage, format: str | None, mapping: Mapping[str, str], shift: Mapping[str, int]
 ) -> Source:
-    """Open a log that has no files of this machine."""
+    """Open a log in an object store."""
     with network_errors(location):
         found = location.list() or [file.name for file in location.files()]
     if not found:
         raise InputError(
             "no such object or folder", where=str(location), remedy="give the folder of a training log"
         )
-    name, log = (format, location) if format else _format_of_objects(location)
-    if name in _SCALARS_OF_OBJECTS:
-        return _scalar_log(log, _SCALARS_OF_OBJECTS[name], mapping, shift, named=format is not None)
-    kinds = _OF_OBJECTS.get(name, ())
+    name, log = (format, location) if format else _detect_in_objects(location)
+    if name in _OBJECT_SCALARS:
+        return _scalar_log(log, _OBJECT_SCALARS[name], mapping, shift, named=format is not None)
+    kinds = _OBJECT_KINDS.get(name, ())
     if not any(kind.number(Path(name)) is not None for name in found for kind in kinds):
         raise InputError(
-            f"no {' or '.join(kind.layout for kind in kinds)} here" if kinds else f"format {name!r} needs files",
-            where=f"{location}, {found[0]!r} for one",
-            why=f"only step_<N>.safetensors and step_<N>.npz, and logs of scalars, are read from an object store "
-            f"(--format {', '.join((*_OF_OBJECTS, *_SCALARS_OF_OBJECTS))}); the other formats need files of this "
-            "machine",
-            remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
+            f"no {' or '.join(kind.layout for kind in kinds)} here"
+            if kinds
+            else f"format {name!r} can be read only from local files",
+            where=f"{location}, which contains {found[0]!r}, for example",
+            why=f"only step_<N>.safetensors, step_<N>.npz and logs of scalars can be read from an object store "
+            f"(--format {', '.join((*_OBJECT_KINDS, *_OBJECT_SCALARS))}); the other formats need local files",
+            remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and give that folder",
         )
     return StepFolder(location, kinds, mapping)
 
@@ -249,7 +252,7 @@ def _open_objects(
 def _scalar_log(
     location: Storage, kind: ScalarKind, mapping: Mapping[str, str], shift: Mapping[str, int], *, named: bool
 ) -> ScalarLog:
-    """Open a log of scalars; a format that the user names applies to this file, whatever its name."""
+    """Open a log of scalars. An explicit format applies to the file regardless of its name."""
     if named and location.files() == [location]:
         kind = replace(kind, files=lambda location: [location])
     return ScalarLog(location, kind, mapping, shift)
@@ -259,48 +262,48 @@ def _scalar_log(
 
 
 def format_of(location: Storage) -> str:
-    """Return the name of the format of a log, by its content; that of a run file is ``run file``."""
+    """Return the name of the format of a log, detected from its content, or ``run file`` for a run file."""
     if find_run_file(location) is not None:
         return "run file"
     if location.local_path is None:
-        return _format_of_objects(location)[0]
-    return find_format(_only_file(location.local_path)) or "steps"
+        return _detect_in_objects(location)[0]
+    return find_format(_single_log(location.local_path)) or "steps"
 
 
 def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
-    """Return whether a path holds a log with tensors, or a run file, or one file that is such a log."""
+    """Return True if a path is a log with tensors or a run file or, optionally, contains one file that is a log."""
     if find_run_file(LocalStorage(path)) is not None:
         return True
-    path = _only_file(path) if in_one_file else path
+    path = _single_log(path) if in_one_file else path
     return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
 
 
-def _holds_scalars_alone(location: Storage) -> bool:
-    """Return whether a location holds a log of scalars, by its content."""
+def _is_scalar_log(location: Storage) -> bool:
+    """Return True if a location contains a log of scalars, based on its content."""
     known = FORMATS.get(format_of(location))
     return known is not None and known.scalars is not None
 
 
-def _only_file(path: Path) -> Path:
-    """Return the one file in a folder that is a log of its own, where the folder is no log itself."""
+def _single_log(path: Path) -> Path:
+    """Return the single file in a folder that is a log, unless the folder itself is a log."""
     if not path.is_dir() or find_format(path) is not None:
         return path
     files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
-    # Tensors count before scalars that lie beside them.
+    # Logs with tensors take precedence over logs of scalars in the same folder.
     logs = [file for file in files if holds_run(file)] or [file for file in files if find_format(file)]
     return logs[0] if len(logs) == 1 else path
 
 
-def _format_of_objects(location: Storage) -> tuple[str, Storage]:
-    """Return the name of the format of a log without local files, by its content, and the location of the log."""
+def _detect_in_objects(location: Storage) -> tuple[str, Storage]:
+    """Return the name of the format of a log in an object store, detected from its content, and its location."""
     with network_errors(location):
         found = location.files()
-        if not any(kind.number(Path(file.name)) is not None for file in found for kind in _OF_OBJECTS["steps"]):
-            for name, kind in _SCALARS_OF_OBJECTS.items():
+        if not any(kind.number(Path(file.name)) is not None for file in found for kind in _OBJECT_KINDS["steps"]):
+            for name, kind in _OBJECT_SCALARS.items():
                 if kind.files(location):
                     return name, location
-            alone = [file for file in found if file.suffix in _SUFFIXES]
-            for name, kind in _SCALARS_OF_OBJECTS.items() if len(alone) == 1 else ():
-                if kind.files(alone[0]):
-                    return name, alone[0]
+            candidates = [file for file in found if file.suffix in _SUFFIXES]
+            for name, kind in _OBJECT_SCALARS.items() if len(candidates) == 1 else ():
+                if kind.files(candidates[0]):
+                    return name, candidates[0]
     return "steps", location

@@ -1,4 +1,4 @@
-"""A run file: the logs of one run in a TOML file, and how each of them is read."""
+"""Read run files: TOML files that list the logs of one run and their options."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from natgrad.storage import LocalStorage, Storage, open_storage
 __all__ = ["RUN_FILE", "ListedLog", "find_run_file", "listed_logs", "run_file_options"]
 
 RUN_FILE = "run.toml"
-"""Run file that stands for the folder it is in."""
+"""Name of a run file that a folder can contain; opening the folder then opens the run file."""
 
 
 @dataclass(frozen=True)
 class ListedLog:
-    """A log that a run file lists, and how it is read.
+    """A log that a run file lists, with its options.
 
     Attributes
     ----------
     path : str
-        As written.
+        Path as written in the run file.
     location : Storage
-        The same, relative to the folder of the run file.
+        The same path, resolved relative to the folder of the run file.
     format : str, optional
-        As of ``--format``.
+        Value of ``--format``.
     map, shift : mapping
-        As of ``--map`` and ``--shift``.
+        Values of ``--map`` and ``--shift``.
     """
 
     path: str
@@ -42,7 +42,7 @@ class ListedLog:
 
 
 def find_run_file(location: Storage) -> Storage | None:
-    """Return the run file at a location, or in the folder that it stands for (in a folder of this machine only)."""
+    """Return the run file at a location, or the ``run.toml`` in a local folder; None if there is none."""
     path = location.local_path
     if path is None:
         return location if location.suffix == ".toml" else None
@@ -56,7 +56,7 @@ def listed_logs(file: Storage) -> list[ListedLog]:
     Raises
     ------
     InputError
-        Where it cannot be read, or does not say of each log how it is read.
+        If the file cannot be read, or if the entry of a log is invalid.
     """
     return [
         ListedLog(
@@ -71,7 +71,7 @@ def listed_logs(file: Storage) -> list[ListedLog]:
 
 
 def _located(file: Storage, path: str) -> Storage:
-    """Return the location of a listed log: a URL, or a path from the folder of the run file."""
+    """Return the location of a listed log: a URL, or a path relative to the folder of the run file."""
     listed = open_storage(path)
     if listed.local_path is None:
         return listed
@@ -81,14 +81,14 @@ def _located(file: Storage, path: str) -> Storage:
 
 
 def _entries(file: Storage) -> list[dict[str, Any]]:
-    """Return the tables ``[[source]]`` of a run file, their ``map`` and ``shift`` checked to be tables."""
+    """Return the ``[[source]]`` tables of a run file, with ``map`` and ``shift`` checked to be tables."""
 
     def refuse(what: str) -> InputError:
         return InputError(
             what,
             where=str(file),
-            remedy='write a table [[source]] for each, with path = "FOLDER", and format = "NAME", '
-            'map = { QUANTITY = "KEY" } and shift = { QUANTITY = -1 } where needed',
+            remedy='write a table [[source]] for each log, with path = "FOLDER" and, if needed, format = "NAME", '
+            'map = { QUANTITY = "KEY" } and shift = { QUANTITY = -1 }',
         )
 
     try:
@@ -97,30 +97,30 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
         raise refuse(f"cannot read the run file: {error}") from error
     entries = table.pop("source", None)
     if table or not isinstance(entries, list) or not entries:
-        raise refuse(f"the run file has {', '.join(table) or 'no [[source]]'}")
+        raise refuse(f"the run file has {'unknown keys: ' + ', '.join(table) if table else 'no [[source]]'}")
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            raise refuse("a source has no path")
+            raise refuse("a [[source]] has no path")
         unknown = set(entry) - {"path", "format", "map", "shift"}
         tables = [entry.get(name, {}) for name in ("map", "shift")]
         if unknown or not all(isinstance(table, dict) for table in tables):
             raise refuse(
-                f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is no table'}"
+                f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is not a table'}"
             )
         if not isinstance(entry.get("format", ""), str):
-            raise refuse(f"the format of source {entry['path']!r} is no name")
+            raise refuse(f"the format of source {entry['path']!r} is not a string")
         if Path(entry["path"]).suffix == ".toml":
-            raise refuse(f"source {entry['path']!r} is a run file itself")
+            raise refuse(f"source {entry['path']!r} is itself a run file")
     return entries
 
 
 def run_file_options(location: Storage) -> dict[str, list[dict[str, Any]]] | None:
-    """Return maps and shifts of the logs of a run file, by their paths; None where the location is no run file.
+    """Return the maps and shifts of the logs in a run file, by path; None if the location is not a run file.
 
     Raises
     ------
     InputError
-        Where it cannot be read.
+        If the run file cannot be read.
     """
     run_file = find_run_file(location)
     if run_file is None:

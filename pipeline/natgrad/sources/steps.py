@@ -1,4 +1,4 @@
-"""Steps and tensors as a log lists them, and the errors that readers raise."""
+"""Steps and tensors as listed by a log, and the errors that readers raise."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = [
 
 @dataclass(frozen=True, order=True)
 class LoggedStep:
-    """A step as listed: its number and the files that hold it.
+    """A step of a log: its number and its files.
 
     Attributes
     ----------
     number : int
-        Number of updates done before this state.
+        Number of updates before this state.
     storage : Storage
-        File or folder.
+        File or folder of the step.
     others : tuple of Storage
-        Further files or folders of the step.
+        Additional files or folders of the step.
     run : str
-        Run of a sweep.
+        Run in a sweep.
     values : str
-        Scalars of the step from logs of many steps, whose sizes and times do not identify one step.
+        Scalars of the step, if they come from a log of many steps, whose size and time do not identify one step.
     """
 
     number: int
@@ -45,50 +45,56 @@ class LoggedStep:
 
     @property
     def path(self) -> Path:
-        """Path on this machine, for formats that need files (InputError where there is none)."""
+        """Local path, for formats that need local files. Raises InputError if there is none."""
         return local_file(self.storage)
 
 
 def local_file(storage: Storage) -> Path:
-    """Return the path of a file or folder of this machine, for libraries that read no other (InputError)."""
+    """Return the path of a local file or folder, for libraries that cannot read from object stores.
+
+    Raises
+    ------
+    InputError
+        If the storage is not local.
+    """
     path = storage.local_path
     if path is None:
         raise InputError(
-            "this format needs files of this machine",
+            "this format can be read only from local files",
             where=str(storage),
-            why="its library reads no object store",
-            remedy="copy the log to a folder first (aws s3 sync URL FOLDER), and give that",
+            why="the library that reads this format does not support object stores",
+            remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and give that folder",
         )
     return path
 
 
 @dataclass(frozen=True)
 class LoggedTensor:
-    """A tensor as logged, not loaded."""
+    """Shape and dtype of a logged tensor that is not loaded."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Unreadable(InputError):
-    """A file that is not of its format, or not yet: truncated, still being written, damaged."""
+    """A file is not a valid file of its format: it is truncated, still being written, or corrupt."""
 
 
 class NotYet(Unavailable):
-    """Nothing is wrong with what is there, but it is not all there yet: run again later."""
+    """The log is valid but not complete yet. A later run can succeed."""
 
 
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:
-    """Return the location of an error: file, step, and tensor where one is meant."""
+    """Return the location of an error: file, step and, if given, array and tensor."""
     tensor_part = f", {array} of tensor {tensor!r}" if array and tensor else f", {array}" if array else ""
     return f"{step.storage}, step {step.number}{tensor_part}"
 
 
 def vanished(what: str, step: LoggedStep, array: str = "", tensor: str = "") -> InputError:
-    """Return the refusal of a step whose files are gone since they were listed."""
+    """Return the error for a step whose files were removed after they were listed."""
     return InputError(
         what,
         where=where(step, array, tensor),
-        why="the training run removed it while it was read (checkpoint rotation), or it was moved",
-        remedy="run again; what was committed is kept",
+        why="the training run removed them while they were read (checkpoint rotation), or they were moved",
+        remedy="run again; committed results are kept",
     )

@@ -1,4 +1,4 @@
-"""Many runs of one model, as a hyper-parameter sweep logs them: a folder with the log of each."""
+"""Read several runs of one model, such as a hyperparameter sweep, from a folder that contains a log per run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ __all__ = ["Sweep"]
 
 
 class Sweep:
-    """The runs of a sweep, one after the other.
+    """The runs of a sweep, one after another.
 
     Parameters
     ----------
     location : Storage
-        Folder of the sweep.
+        Folder that contains the runs.
     runs : mapping of str to Source
-        Log of each run.
+        Run name to its log.
     """
 
     def __init__(self, location: Storage, runs: Mapping[str, Source]) -> None:
         self.location, self._runs = location, dict(runs)
 
     def steps(self) -> list[LoggedStep]:
-        """List the steps of all runs, run by run; see `natgrad.sources.base.Source`."""
+        """List the steps of all runs, grouped by run; see `natgrad.sources.base.Source`."""
         return [replace(step, run=name) for name, source in self._runs.items() for step in source.steps()]
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
-        """Open a step of its run; see `natgrad.sources.base.Source`."""
+        """Open a step with the log of its run; see `natgrad.sources.base.Source`."""
         return self._runs[step.run].open(step)

@@ -1,1 +1,1 @@
-"""Readers of checkpoints and other files that hold tensors, one module per container or layout."""
+"""Readers of checkpoints and other files with tensors, one module per container or layout."""

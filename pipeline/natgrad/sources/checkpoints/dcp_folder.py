@@ -1,8 +1,8 @@
-"""A folder of ``torch.distributed.checkpoint``, read in one process without torch, chunk by chunk.
+"""Read folders of ``torch.distributed.checkpoint`` in one process without torch, chunk by chunk.
 
-``.metadata`` is a pickle (read as data, `natgrad.sources.checkpoints.pickle_data`) that says which chunks each
-tensor has and where they lie; each chunk is a small torch archive in a ``.distcp`` file. The number of ranks that
-wrote them does not matter.
+``.metadata`` is a pickle (read as data, `natgrad.sources.checkpoints.pickle_data`) that lists the chunks of each
+tensor and their positions. Each chunk is a small torch archive in a ``.distcp`` file. The checkpoint may have been
+written by any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from natgrad.sources.checkpoints.torch_archive import (
     flat_numbers,
     group_texts,
 )
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
@@ -40,7 +40,7 @@ __all__ = ["DCP_KIND", "DcpFolder"]
 _METADATA = ".metadata"
 _EXTRAS = ("meta.pt", "common.pt")
 _FORM = "a torch.distributed.checkpoint folder"
-_PIECE = 1 << 16
+_GATHER_LIMIT = 1 << 16
 _OPEN_FILES = 32
 
 _CLASSES = [
@@ -54,7 +54,7 @@ _CLASSES = [
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
 ]
-# Megatron-LM keeps the plans of its ranks in the metadata, to save the next time by them.
+# Megatron-LM stores the save plans of its ranks in the metadata, to reuse them for the next save.
 _PLANS = ("torch.distributed.checkpoint.planner.*", "megatron.*")
 _ENCODINGS = (
     "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
@@ -75,7 +75,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class _Blob:
-    """Bytes in a file: an archive of torch."""
+    """Byte range of a file that contains a torch archive."""
 
     file: str
     offset: int
@@ -84,7 +84,7 @@ class _Blob:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A box of a tensor, and where it lies."""
+    """A box of a tensor, and its position in the files."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -92,7 +92,7 @@ class _Chunk:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Folders with committed metadata: a folder itself, or those directly in it, which are no steps of a run."""
+    """Return the folders with committed metadata: the folder itself, or those in it that are not steps of a run."""
     try:
         if (path / _METADATA).is_file():
             return [path]
@@ -104,7 +104,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _state(path: Path) -> str:
-    """Whether a folder is a checkpoint: "", "unfinished" or "finished"."""
+    """Return "finished" or "unfinished" if a folder is a checkpoint, otherwise ""."""
     if _folders(path):
         return "finished"
     try:
@@ -131,14 +131,14 @@ DCP_KIND = Kind(
 
 
 class DcpFolder(Container):
-    """One checkpoint: one folder, or several side by side (model, optimizer), and one file beside them.
+    """One checkpoint: one folder, or several folders (model, optimizer), and an optional additional file.
 
-    The file is ``meta.pt`` of Lightning, or ``common.pt`` of Megatron-LM.
+    This file is ``meta.pt`` of Lightning or ``common.pt`` of Megatron-LM.
 
     Raises
     ------
     InputError
-        Where metadata are damaged, name what is no data, or claim what the files do not hold.
+        If metadata are corrupt, contain objects that are not data, or do not match the files.
     """
 
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
@@ -147,10 +147,10 @@ class DcpFolder(Container):
         self._chunks: dict[str, tuple[Path, list[_Chunk]]] = {}
         self._files: OrderedDict[Path, tuple[int, dict[_Blob, TorchArchive]]] = OrderedDict()
         try:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 folders = _folders(step.path)
                 if not folders:
-                    raise FileNotFoundError(f"no {_METADATA} in {step.path.name}")
+                    raise FileNotFoundError(f"there is no {_METADATA} in {step.path.name}")
                 for folder in folders:
                     try:
                         self._describe(folder)
@@ -174,7 +174,7 @@ class DcpFolder(Container):
             path.read_bytes(), functions=_FUNCTIONS, values=METADATA_VALUES, inert=self._inert
         )
         if not isinstance(metadata, Record) or not metadata.name.endswith(".Metadata"):
-            raise ValueError(f"{_METADATA} is of something else")
+            raise ValueError(f"{_METADATA} does not describe a checkpoint")
         blobs = _blobs(metadata.get("storage_data"))
         paths = metadata.get("planner_data")
         paths = paths if isinstance(paths, dict) else {}
@@ -182,13 +182,13 @@ class DcpFolder(Container):
             levels = paths.get(name)
             key = "/".join(map(str, levels)) if isinstance(levels, tuple) and levels else str(name)
             if key in self._chunks or key in self.numbers:
-                raise ValueError(f"{key!r} is there twice")
+                raise ValueError(f"it contains {key!r} twice")
             if not isinstance(entry, Record):
-                raise ValueError(f"{key!r} is described by something else")
+                raise ValueError(f"the description of {key!r} has an unknown type")
             if entry.name.endswith(".BytesStorageMetadata"):
                 blob = blobs.get((name, None))
                 if blob is None:
-                    raise ValueError(f"{key!r} is in no file")
+                    raise ValueError(f"no file contains {key!r}")
                 self._add_numbers(folder, key, blob)
             else:
                 self._add_tensor(folder, key, name, entry, blobs)
@@ -197,7 +197,7 @@ class DcpFolder(Container):
         try:
             tree = self._archive(folder, blob).tree
         except ValueError as error:
-            # An object of a class of the user's own, a data loader's say: no tensor.
+            # An object of a user-defined class, such as a data loader, is not a tensor.
             self.unread[key] = str(error)
             return
         self.numbers |= {f"{key}/{inner}".rstrip("/"): n for inner, n in flat_numbers(tree).items()}
@@ -220,13 +220,13 @@ class DcpFolder(Container):
             if not len(offsets) == len(sizes) == len(shape) or any(
                 first + size > length for first, size, length in zip(offsets, sizes, shape, strict=True)
             ):
-                raise ValueError(f"a chunk of {key!r} lies outside of its shape {shape}")
+                raise ValueError(f"a chunk of {key!r} is outside of its shape {shape}")
             if not math.prod(sizes):
                 continue
             if blob is None:
-                raise ValueError(f"the chunk of {key!r} at {offsets} is in no file")
+                raise ValueError(f"no file contains the chunk of {key!r} at {offsets}")
             if math.prod(sizes) * itemsize > blob.length:
-                raise ValueError(f"the chunk of {key!r} at {offsets} claims more than its {blob.length} bytes")
+                raise ValueError(f"the chunk of {key!r} at {offsets} exceeds the {blob.length} bytes stored for it")
             chunks.append(_Chunk(offsets, sizes, blob))
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {key!r} do not add up to its shape {shape}")
@@ -252,7 +252,7 @@ class DcpFolder(Container):
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         folder, chunks = self._chunks[key]
         logged = self.tensors[key]
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             missing = np.ones(out.size, np.bool_)
             for chunk in chunks:
 
@@ -264,12 +264,12 @@ class DcpFolder(Container):
                         or tensor.shape != chunk.sizes
                         or tensor.dtype != logged.dtype
                     ):
-                        raise ValueError(f"the chunk at {chunk.offsets} is not what the metadata say")
+                        raise ValueError(f"the chunk at {chunk.offsets} does not match the metadata")
                     archive.read(tensor, first, buffer)
 
                 _copy_box(chunk.offsets, chunk.sizes, logged.shape, fetch, start, out, missing)
             if missing.any():
-                raise ValueError("its chunks overlap, and leave elements out")
+                raise ValueError("its chunks overlap and do not contain all elements")
 
     def close(self) -> None:
         """Close the files."""
@@ -290,64 +290,64 @@ def _copy_box(
     out: NDArray[Any],
     missing: NDArray[np.bool_],
 ) -> None:
-    """Copy what a box of a tensor has of the tensor's elements ``start`` and on, both in C order.
+    """Copy the elements of a box that are among the elements ``start`` and following of the tensor, in C order.
 
-    In C order a box is a row of runs, each without a gap in the tensor, all of one length and ascending.
+    In C order, a box is a sequence of runs of equal length, each contiguous in the tensor, in ascending order.
     """
-    # The last level that the box does not fill: it and what is below make up a run.
+    # A run consists of the last dimension that the box does not fill, and the following ones.
     level = next((i for i in range(len(shape) - 1, -1, -1) if sizes[i] != shape[i]), 0)
     length = math.prod(sizes[level:])
     runs = math.prod(sizes[:level])
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
 
-    def place(run: Any) -> Any:
+    def position(run: Any) -> Any:
         index = np.unravel_index(run, sizes[:level]) if level else ()
         return base + sum(i * stride for i, stride in zip(index, strides, strict=False))
 
     stop = start + out.size
-    first = bisect_right(range(runs), start - length, key=place)
-    last = bisect_left(range(runs), stop, key=place)
-    together = max(1, _PIECE // length)
-    for low in range(first, last, together):
-        high = min(low + together, last)
+    first = bisect_right(range(runs), start - length, key=position)
+    last = bisect_left(range(runs), stop, key=position)
+    runs_per_read = max(1, _GATHER_LIMIT // length)
+    for low in range(first, last, runs_per_read):
+        high = min(low + runs_per_read, last)
         if high - low == 1:
-            here = int(place(low))
-            begin, end = max(here, start), min(here + length, stop)
-            fetch(low * length + begin - here, out[begin - start : end - start])
-            missing[begin - start : end - start] = False
+            run_start = int(position(low))
+            first_element, last_element = max(run_start, start), min(run_start + length, stop)
+            fetch(low * length + first_element - run_start, out[first_element - start : last_element - start])
+            missing[first_element - start : last_element - start] = False
         else:
             words = np.empty((high - low) * length, out.dtype)
             fetch(low * length, words)
-            places = (place(np.arange(low, high))[:, None] + np.arange(length)).ravel() - start
-            inside = (places >= 0) & (places < out.size)
-            out[places[inside]] = words[inside]
-            missing[places[inside]] = False
+            positions = (position(np.arange(low, high))[:, None] + np.arange(length)).ravel() - start
+            inside = (positions >= 0) & (positions < out.size)
+            out[positions[inside]] = words[inside]
+            missing[positions[inside]] = False
 
 
 def _dict(value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{_METADATA} has a {type(value).__name__} in place of a dict")
+        raise ValueError(f"{_METADATA} contains a {type(value).__name__} instead of a dict")
     return value
 
 
 def _integers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
-        raise ValueError(f"{_METADATA} describes a tensor that cannot be")
+        raise ValueError(f"{_METADATA} describes an impossible tensor")
     return value
 
 
 def _blobs(storage: Any) -> dict[tuple[str, Any], _Blob]:
-    """Places in files, by name and offsets of the chunk."""
+    """Return positions in files, by name and offsets of the chunk."""
     blobs = {}
     for index, info in _dict(storage).items():
         if not isinstance(index, Record) or not isinstance(info, Record):
-            raise ValueError(f"{_METADATA} says where data are in a way that is not known")
+            raise ValueError(f"{_METADATA} describes the location of data in an unknown way")
         file = info.get("relative_path")
         if not isinstance(file, str) or not file or Path(file).name != file or file == "..":
-            raise ValueError(f"{_METADATA} leads to {str(file)[:80]!r}, which is outside of the folder")
+            raise ValueError(f"{_METADATA} refers to {str(file)[:80]!r}, which is outside of the folder")
         if info.get("transform_descriptors"):
-            raise ValueError(f"{file} is packed by an extension: save the checkpoint without one")
+            raise ValueError(f"{file} is encoded by an extension: save the checkpoint without it")
         offset, length = _integers((info.get("offset"), info.get("length")))
         blobs[str(index.get("fqn")), index.get("offset")] = _Blob(file, offset, length)
     return blobs

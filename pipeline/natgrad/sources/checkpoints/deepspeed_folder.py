@@ -1,9 +1,9 @@
-"""A checkpoint folder of DeepSpeed, ZeRO stages 0 to 3, read in one process without it, slice by slice.
+"""Read checkpoint folders of DeepSpeed, ZeRO stages 0 to 3, in one process without DeepSpeed, slice by slice.
 
-The float32 master weights lie flat in one ``*_optim_states.pt`` per data parallel rank; ``param_shapes`` of
-``*_model_states.pt`` has names and shapes in their order. Up to stage 2 the ranks, end to end, are the weights of a
-group of parameters; in stage 3 every rank has its share of every parameter. What the optimizer keeps of a group
-lies as its weights do.
+The flat float32 master weights are stored in one ``*_optim_states.pt`` per data parallel rank. Their names and
+shapes are listed in the same order in ``param_shapes`` of ``*_model_states.pt``. Up to stage 2, the concatenated
+ranks are the weights of a parameter group. In stage 3, every rank has its share of every parameter. The optimizer
+state of a group has the same layout as its weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.sources.checkpoints.pickle_data import UnknownName
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
@@ -38,17 +38,17 @@ _MODEL_STATES = "_model_states.pt"
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt")
 _ARRAYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What optimizers keep of each element."""
+"""Arrays that optimizers keep for each element."""
 _SHARDED = {
-    r"layer_\d+-.*model_states\.pt": "its layers are split over the stages of a pipeline",
+    r"layer_\d+-.*model_states\.pt": "its layers are split over pipeline stages",
     r"layer_\d+_expert_.*|expp_rank_.*": "its experts are split over ranks",
 }
 
 _OFFICIAL = (
-    "let DeepSpeed gather it: python zero_to_fp32.py RUN step-N --safe_serialization -t TAG (DeepSpeed puts the "
-    "script into RUN), and give the folder that holds the step-N/"
+    "let DeepSpeed merge it: python zero_to_fp32.py RUN step-N --safe_serialization -t TAG (DeepSpeed saves the "
+    "script in RUN), and give the folder that contains step-N/"
 )
-_UNIVERSAL = "let DeepSpeed gather it (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
+_UNIVERSAL = "let DeepSpeed merge it (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
 
 
 def _number(path: Path) -> int | None:
@@ -74,8 +74,8 @@ DEEPSPEED_KIND = Kind(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Elements of a vector that lie without a gap in a file."""
+class _Segment:
+    """A contiguous range of elements of a vector in a file."""
 
     path: Path
     position: int
@@ -83,78 +83,78 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What the optimizer of a rank keeps of a group of parameters.
+class _OptimizerShard:
+    """Optimizer state of a rank for a parameter group.
 
     Attributes
     ----------
     arrays : dict
-        Some of `_ARRAYS`, each its part and dtype.
+        Arrays in `_ARRAYS`, each with its range and dtype.
     updates : float, optional
     options : int, optional
-        Number of the group of the optimizer that has its options.
+        Number of the optimizer group that has its options.
     """
 
-    arrays: dict[str, tuple[_Part, str]]
+    arrays: dict[str, tuple[_Segment, str]]
     updates: float | None
     options: int | None
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """What a rank has.
+    """Contents of the optimizer file of a rank.
 
     Attributes
     ----------
-    third : bool
-        Whether it is of stage 3.
-    parts : list of _Part
-        Its weights, for each group of parameters.
+    stage_3 : bool
+        True for stage 3.
+    segments : list of _Segment
+        Weights of each parameter group.
     dtype : str
-        Of the weights.
+        Dtype of the weights.
     gaps
-        Elements that are left out behind parameters.
-    kept : list of _Kept
-        State of the optimizer, for each group of parameters.
+        Numbers of padding elements after the parameters.
+    shards : list of _OptimizerShard
+        Optimizer state for each parameter group.
     options : dict
-        Options of the groups of the optimizer, by their keys below ``param_groups``.
+        Options of the optimizer groups, by their keys below ``param_groups``.
     """
 
-    third: bool
-    parts: list[_Part]
+    stage_3: bool
+    segments: list[_Segment]
     dtype: str
     gaps: Any
-    kept: list[_Kept]
+    shards: list[_OptimizerShard]
     options: dict[str, float]
 
 
 class _Vector:
-    """Parts of several files, end to end."""
+    """A vector that is split over several files."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self._parts = [part for part in parts if part.size]
-        self._ends = list(accumulate(part.size for part in self._parts))
+    def __init__(self, segments: Sequence[_Segment]) -> None:
+        self._segments = [segment for segment in segments if segment.size]
+        self._ends = list(accumulate(segment.size for segment in self._segments))
         self.size = self._ends[-1] if self._ends else 0
 
     def fill(self, start: int, out: NDArray[Any]) -> None:
-        """Fill an array with the elements from one on."""
+        """Fill an array with the elements that start at an index."""
         done = 0
         while done < out.size:
             index = bisect_right(self._ends, start + done)
-            part = self._parts[index]
-            first = start + done - (self._ends[index] - part.size)
-            piece = out[done : done + min(out.size - done, part.size - first)]
-            descriptor = os.open(part.path, os.O_RDONLY)
+            segment = self._segments[index]
+            first = start + done - (self._ends[index] - segment.size)
+            block = out[done : done + min(out.size - done, segment.size - first)]
+            descriptor = os.open(segment.path, os.O_RDONLY)
             try:
-                Region(descriptor).fill(part.position + first * out.itemsize, piece)
+                Region(descriptor).fill(segment.position + first * out.itemsize, block)
             finally:
                 os.close(descriptor)
-            done += piece.size
+            done += block.size
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the elements of a tensor lie: ``share`` of them from ``offset`` on in each vector, in that order."""
+class _TensorLocation:
+    """Position of the elements of a tensor: ``share`` elements from ``offset`` on in each vector, in this order."""
 
     vectors: Sequence[_Vector]
     offset: int
@@ -164,9 +164,9 @@ class _Place:
 class DeepSpeedFolder(Container):
     """One checkpoint.
 
-    Under ``parameter`` are the master weights, where ranks have them, and under ``optimizer`` what the optimizer
-    keeps, by the names of the tensors; the other keys are those of the model states, which ``module`` and the
-    user's ``client_state`` are among.
+    The keys below ``parameter`` are the master weights, if the ranks have them, and those below ``optimizer`` are
+    the optimizer state, by tensor name. The other keys are those of the model states, including ``module`` and the
+    ``client_state`` of the user.
 
     Parameters
     ----------
@@ -174,13 +174,13 @@ class DeepSpeedFolder(Container):
     inert : collection of str
         Classes whose pickled objects are skipped.
     masters : bool
-        The master weights are a part of the state of the optimizer too: the parameters are meant to be others.
+        Also treat the master weights as a part of the optimizer state, because other parameters are used.
 
     Raises
     ------
     InputError
-        Where files are missing, damaged or too many, do not hold what the shapes say, or are the parts of a model
-        whose tensors are split in a way that the files do not record.
+        If files are missing, corrupt or unexpected, if they do not contain what the shapes imply, or if tensors of
+        the model are split in a way that the files do not record.
     """
 
     ordered = True
@@ -188,10 +188,10 @@ class DeepSpeedFolder(Container):
     def __init__(self, step: LoggedStep, inert: Collection[str] = (), *, masters: bool = False) -> None:
         super().__init__(step)
         self._inert, self._masters = (*_CLASSES, *inert), masters
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _TensorLocation] = {}
         self._model: TorchFile | None = None
         try:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 try:
                     self._describe(sorted(path.name for path in step.path.iterdir()))
                 except (TypeError, AttributeError, LookupError) as error:
@@ -211,7 +211,7 @@ class DeepSpeedFolder(Container):
         models = _ranked(_MODEL, names)
         optimizers = _ranked(_OPTIMIZER, names)
         if any(model_rank for _, model_rank in (*models, *optimizers)):
-            raise self._split("its tensors are split over model parallel ranks, and no file says along which axis")
+            raise self._split("its tensors are split over model parallel ranks, and no file records the axis")
         first = models.get((0, 0))
         if first is None:
             raise ValueError("it has no model states of rank 0")
@@ -223,92 +223,96 @@ class DeepSpeedFolder(Container):
             partitioned = self._add_partitions(states, [optimizers[key] for key in sorted(optimizers)])
         for key, logged in self._model.tensors.items():
             array, _, name = key.partition("/")
-            # In stage 3 a parameter is an empty place holder here, and a frozen one the share of rank 0.
+            # In stage 3, the parameters here are empty placeholders, and frozen ones are the share of rank 0.
             if not (array == "module" and name in partitioned) and array != "frozen_param_fragments":
                 self._add(key, logged)
         self.ties |= {
-            key: kept for key, kept in self._model.ties.items() if key in self.tensors and kept in self.tensors
+            key: target
+            for key, target in self._model.ties.items()
+            if key in self.tensors and target in self.tensors
         }
 
     def _split(self, why: str) -> InputError:
-        return InputError(
-            f"this checkpoint cannot be put together: {why}", where=where(self.step), remedy=_UNIVERSAL
-        )
+        return InputError(f"this checkpoint cannot be merged: {why}", where=where(self.step), remedy=_UNIVERSAL)
 
     def _add(self, key: str, logged: LoggedTensor) -> None:
         if key in self.tensors:
-            raise ValueError(f"{key!r} is there twice")
+            raise ValueError(f"it contains {key!r} twice")
         self.tensors[key] = logged
 
     def _add_partitions(self, states: Mapping[str, Any], files: Sequence[str]) -> set[str]:
-        """Add the master weights; return the names of those that the model states do not have themselves."""
+        """Add the master weights. Return the names of those that the model states do not contain."""
         groups = states["param_shapes"]
         groups = [groups] if isinstance(groups, dict) else list(groups)
         shared = dict(states.get("shared_params") or {})
         ranks = [self._rank(file, len(files)) for file in files]
-        if len({(rank.third, rank.dtype) for rank in ranks}) != 1:
-            raise ValueError("its ranks hold weights of different stages or dtypes")
-        third, dtype = ranks[0].third, ranks[0].dtype
-        parts = [rank.parts for rank in ranks]
+        if len({(rank.stage_3, rank.dtype) for rank in ranks}) != 1:
+            raise ValueError("its ranks contain weights of different stages or dtypes")
+        stage_3, dtype = ranks[0].stage_3, ranks[0].dtype
+        segments = [rank.segments for rank in ranks]
 
-        def placed(parts: Sequence[Sequence[_Part]]) -> dict[str, tuple[tuple[int, ...], _Place]]:
-            return _of_stage_3(groups, parts) if third else _of_stage_2(groups, parts, ranks[0].gaps)
+        def locate(segments: Sequence[Sequence[_Segment]]) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
+            return (
+                _locate_stage_3(groups, segments) if stage_3 else _locate_stage_2(groups, segments, ranks[0].gaps)
+            )
 
-        places = placed(parts)
-        for name, (shape, place) in places.items():
+        locations = locate(segments)
+        for name, (shape, location) in locations.items():
             self._add(f"parameter/{name}", LoggedTensor(shape, dtype))
-            self._places[f"parameter/{name}"] = place
+            self._locations[f"parameter/{name}"] = location
         for alias, name in shared.items():
-            if name in places and alias not in places:
+            if name in locations and alias not in locations:
                 self._add(f"parameter/{alias}", self.tensors[f"parameter/{name}"])
-                self._places[f"parameter/{alias}"] = places[name][1]
+                self._locations[f"parameter/{alias}"] = locations[name][1]
                 self.ties[f"parameter/{alias}"] = f"parameter/{name}"
-        self._add_optimizer(groups, ranks, placed)
-        return {*places, *shared, *(states.get("frozen_param_shapes") or {})} if third else set()
+        self._add_optimizer(groups, ranks, locate)
+        return {*locations, *shared, *(states.get("frozen_param_shapes") or {})} if stage_3 else set()
 
     def _add_optimizer(
         self,
         groups: Sequence[Mapping[str, Any]],
         ranks: Sequence[_Rank],
-        placed: Callable[[Sequence[Sequence[_Part]]], dict[str, tuple[tuple[int, ...], _Place]]],
+        locate: Callable[[Sequence[Sequence[_Segment]]], dict[str, tuple[tuple[int, ...], _TensorLocation]]],
     ) -> None:
-        """Add what the optimizer keeps, under the keys that torch gives it where it knows names."""
-        if not all(rank.kept for rank in ranks):
+        """Add the optimizer state, under the keys that torch uses when it saves names."""
+        if not all(rank.shards for rank in ranks):
             return
         for array in _ARRAYS:
-            dtypes = {kept.arrays[array][1] for rank in ranks for kept in rank.kept if array in kept.arrays}
+            dtypes = {shard.arrays[array][1] for rank in ranks for shard in rank.shards if array in shard.arrays}
             if not dtypes:
                 continue
             lacking = [
                 index
                 for rank in ranks
-                for index, (part, kept) in enumerate(zip(rank.parts, rank.kept, strict=True))
-                if part.size and array not in kept.arrays
+                for index, (segment, shard) in enumerate(zip(rank.segments, rank.shards, strict=True))
+                if segment.size and array not in shard.arrays
             ]
             if lacking or len(dtypes) > 1:
-                # What is there of it lies behind what is not: nothing can be told by its place.
-                why = f"group {lacking[0]} of a rank has none that fits its weights" if lacking else ""
-                self.unread[f"optimizer/{array}"] = why or "it is of several dtypes"
+                # The offsets of the remaining parts depend on the missing ones.
+                why = f"group {lacking[0]} of a rank has none that matches its weights" if lacking else ""
+                self.unread[f"optimizer/{array}"] = why or "it has several dtypes"
                 continue
-            none = _Part(self.step.path, 0, 0)
-            parts = [[kept.arrays.get(array, (none, ""))[0] for kept in rank.kept] for rank in ranks]
-            self._add_state(array, placed(parts), dtypes.pop())
+            none = _Segment(self.step.path, 0, 0)
+            segments = [[shard.arrays.get(array, (none, ""))[0] for shard in rank.shards] for rank in ranks]
+            self._add_state(array, locate(segments), dtypes.pop())
         if self._masters:
-            self._add_state("master_param", placed([rank.parts for rank in ranks]), ranks[0].dtype)
+            self._add_state("master_param", locate([rank.segments for rank in ranks]), ranks[0].dtype)
         self.numbers |= {f"optimizer/{key}": value for key, value in ranks[0].options.items()}
         members: dict[int, int] = {}
-        for group, kept in zip(groups, ranks[0].kept, strict=True):
+        for group, shard in zip(groups, ranks[0].shards, strict=True):
             for name in group:
-                if kept.updates is not None:
-                    self.numbers[f"optimizer/state/{name}/step"] = kept.updates
-                if kept.options is not None:
-                    place = members[kept.options] = members.get(kept.options, -1) + 1
-                    self.texts[f"optimizer/param_groups/{kept.options}/params/{place}"] = name
+                if shard.updates is not None:
+                    self.numbers[f"optimizer/state/{name}/step"] = shard.updates
+                if shard.options is not None:
+                    index = members[shard.options] = members.get(shard.options, -1) + 1
+                    self.texts[f"optimizer/param_groups/{shard.options}/params/{index}"] = name
 
-    def _add_state(self, array: str, places: dict[str, tuple[tuple[int, ...], _Place]], dtype: str) -> None:
-        for name, (shape, place) in places.items():
+    def _add_state(
+        self, array: str, locations: dict[str, tuple[tuple[int, ...], _TensorLocation]], dtype: str
+    ) -> None:
+        for name, (shape, location) in locations.items():
             self._add(f"optimizer/state/{name}/{array}", LoggedTensor(shape, dtype))
-            self._places[f"optimizer/state/{name}/{array}"] = place
+            self._locations[f"optimizer/state/{name}/{array}"] = location
 
     def _rank(self, file: str, ranks: int) -> _Rank:
         path = self.step.path / file
@@ -316,39 +320,39 @@ class DeepSpeedFolder(Container):
         try:
             archive = TorchArchive(Region(descriptor), self._inert)
             state = archive.tree["optimizer_state_dict"]
-            third = "fp32_flat_groups" in state
-            flat = state["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
+            stage_3 = "fp32_flat_groups" in state
+            flat = state["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"]
             count = state["partition_count"]
             counts = set(count) if isinstance(count, list) else {count}
             if len(counts) != 1:
                 raise self._split("its groups of parameters are split over different numbers of ranks")
             if counts != {ranks}:
                 raise ValueError(
-                    f"{counts.pop()} ranks wrote it, and {ranks} *_optim_states.pt are there: one was not saved, "
-                    f"or was left by an earlier save"
+                    f"it was written by {counts.pop()} ranks, but there are {ranks} *_optim_states.pt: one was "
+                    "not saved, or remains from an earlier save"
                 )
             flat = [flat] if isinstance(flat, TorchTensor) else flat
             if not all(isinstance(t, TorchTensor) and len(t.shape) == 1 and t.contiguous for t in flat):
                 raise ValueError(
-                    f"the master weights in {file} are not flat tensors (offloaded ones are not there)"
+                    f"the master weights in {file} are not flat tensors (offloaded weights are not supported)"
                 )
             dtypes = {tensor.dtype for tensor in flat}
             if len(dtypes) != 1:
                 raise ValueError(
-                    f"the master weights in {file} are of dtypes {', '.join(sorted(dtypes)) or 'none'}"
+                    f"the master weights in {file} have the dtypes {', '.join(sorted(dtypes)) or 'none'}"
                 )
-            parts = [_Part(path, archive.position(tensor), tensor.shape[0]) for tensor in flat]
-            optimizer = state.get("optimizer_state_dict" if third else "base_optimizer_state")
+            segments = [_Segment(path, archive.position(tensor), tensor.shape[0]) for tensor in flat]
+            optimizer = state.get("optimizer_state_dict" if stage_3 else "base_optimizer_state")
             step = state.get("base_optimizer_state_step")
             padding = state.get("group_paddings") or []
-            kept = _kept(archive, path, optimizer, step, parts, padding)
+            shards = _optimizer_shards(archive, path, optimizer, step, segments, padding)
             options = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
             return _Rank(
-                third,
-                parts,
+                stage_3,
+                segments,
                 dtypes.pop(),
                 state.get("param_alignment_paddings"),
-                kept,
+                shards,
                 flat_numbers({"param_groups": _without_members(options)}),
             )
         finally:
@@ -358,18 +362,18 @@ class DeepSpeedFolder(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        if key not in self._places:
+        if key not in self._locations:
             assert self._model is not None
             self._model.read(key, start, out)
             return
-        place = self._places[key]
-        with refused(self.step, _FORM, key):
+        location = self._locations[key]
+        with read_errors(self.step, _FORM, key):
             done = 0
             while done < out.size:
-                vector, first = divmod(start + done, place.share)
-                piece = out[done : done + min(out.size - done, place.share - first)]
-                place.vectors[vector].fill(place.offset + first, piece)
-                done += piece.size
+                vector, first = divmod(start + done, location.share)
+                block = out[done : done + min(out.size - done, location.share - first)]
+                location.vectors[vector].fill(location.offset + first, block)
+                done += block.size
 
     def close(self) -> None:
         """Close the files."""
@@ -378,21 +382,21 @@ class DeepSpeedFolder(Container):
 
 
 def _ranked(pattern: re.Pattern[str], names: Sequence[str]) -> dict[tuple[int, int], str]:
-    """File names by data parallel and model parallel rank."""
+    """Return file names by data parallel and model parallel rank."""
     found: dict[tuple[int, int], str] = {}
     for name in names:
         match = pattern.fullmatch(name)
         if match:
             rank = int(match[1] or 0), int(match[2])
             if rank in found:
-                raise ValueError(f"rank {rank[0]} is there twice, as {found[rank]} and {name}")
+                raise ValueError(f"there are two files for rank {rank[0]}: {found[rank]} and {name}")
             found[rank] = name
     return found
 
 
 def _count(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 1 << 60:
-        raise ValueError(f"{str(number)[:80]} is no number of elements")
+        raise ValueError(f"{str(number)[:80]} is not a number of elements")
     return number
 
 
@@ -404,18 +408,23 @@ def _shapes(group: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], in
 
 
 def _without_members(groups: Any) -> list[Any]:
-    """Return the options of the groups of an optimizer; their members are flat, not the tensors of the model."""
+    """Return the options of the optimizer groups without their members, which are not tensors of the model."""
     groups = groups if isinstance(groups, list) else []
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-def _kept(
-    archive: TorchArchive, path: Path, optimizer: Any, step: Any, weights: Sequence[_Part], padding: Sequence[Any]
-) -> list[_Kept]:
-    """State of the optimizer of a rank, for each group of weights; none where it was not saved for each.
+def _optimizer_shards(
+    archive: TorchArchive,
+    path: Path,
+    optimizer: Any,
+    step: Any,
+    weights: Sequence[_Segment],
+    padding: Sequence[Any],
+) -> list[_OptimizerShard]:
+    """Return the optimizer state of a rank for each group of weights; empty if it was not saved for each.
 
-    It is that of torch, whose parameters are the flat weights, or (elastic checkpoints) a list of their states. An
-    array is taken where it has as many elements as the weights, or as these with their padding at the end.
+    The optimizer is one of torch whose parameters are the flat weights, or (elastic checkpoints) a list of their
+    states. An array is used if its size is that of the weights, with or without the padding at the end.
     """
     groups: list[Any] = []
     if isinstance(optimizer, dict):
@@ -423,30 +432,30 @@ def _kept(
         states = optimizer.get("state") or {}
     else:
         states = dict(enumerate(optimizer)) if isinstance(optimizer, list) else {}
-    # Torch counts the parameters of all groups on end, in the order in which DeepSpeed lists the weights.
+    # Torch numbers the parameters consecutively across groups, in the order in which DeepSpeed lists the weights.
     owner = {member: number for number, group in enumerate(groups) for member in group["params"]}
     if groups and sorted(owner) != list(range(len(weights))):
         return []
-    kept = []
-    for index, part in enumerate(weights):
+    shards = []
+    for index, segment in enumerate(weights):
         state, arrays = states.get(index) or {}, {}
-        sizes = part.size, part.size + _count(padding[index] if index < len(padding) else 0)
+        sizes = segment.size, segment.size + _count(padding[index] if index < len(padding) else 0)
         for array in _ARRAYS:
             tensor = state.get(array)
             if not isinstance(tensor, TorchTensor) or not tensor.contiguous or len(tensor.shape) != 1:
                 continue
             if tensor.shape[0] in sizes and tensor.dtype in STORAGE_DTYPES:
-                arrays[array] = _Part(path, archive.position(tensor), part.size), tensor.dtype
+                arrays[array] = _Segment(path, archive.position(tensor), segment.size), tensor.dtype
         updates = state.get("step", groups[owner[index]].get("step", step) if groups else step)
         if isinstance(updates, TorchTensor):
             updates = _scalar(archive, updates)
         known = isinstance(updates, int | float) and not isinstance(updates, bool)
-        kept.append(_Kept(arrays, float(updates) if known else None, owner.get(index)))
-    return kept
+        shards.append(_OptimizerShard(arrays, float(updates) if known else None, owner.get(index)))
+    return shards
 
 
 def _scalar(archive: TorchArchive, tensor: TorchTensor) -> float | None:
-    """Value of a tensor of one number."""
+    """Return the value of a tensor with one number, or None for other tensors."""
     if math.prod(tensor.shape) != 1 or tensor.dtype not in ("float32", "float64", "int32", "int64"):
         return None
     value = np.zeros(1, tensor.dtype)
@@ -454,40 +463,42 @@ def _scalar(archive: TorchArchive, tensor: TorchTensor) -> float | None:
     return float(value[0])
 
 
-def _of_stage_2(
-    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Part]], gaps: Any
-) -> dict[str, tuple[tuple[int, ...], _Place]]:
-    """Parameters of each group, one after another in the ranks end to end, which are padded at the end."""
-    if {len(parts) for parts in ranks} != {len(groups)}:
-        raise ValueError(f"param_shapes has {len(groups)} groups, the ranks have others")
-    places: dict[str, tuple[tuple[int, ...], _Place]] = {}
+def _locate_stage_2(
+    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Segment]], gaps: Any
+) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
+    """Return the positions of parameters that are concatenated per group, split over ranks and padded."""
+    if {len(segments) for segments in ranks} != {len(groups)}:
+        raise ValueError(f"param_shapes has {len(groups)} groups, but the ranks have a different number")
+    locations: dict[str, tuple[tuple[int, ...], _TensorLocation]] = {}
     for index, group in enumerate(groups):
-        vector = _Vector([parts[index] for parts in ranks])
-        behind = gaps[index] if gaps else [0] * len(group)
+        vector = _Vector([segments[index] for segments in ranks])
+        paddings = gaps[index] if gaps else [0] * len(group)
         offset = 0
-        for (name, shape, size), gap in zip(_shapes(group), behind, strict=True):
-            places[name] = shape, _Place([vector], offset, max(size, 1))
+        for (name, shape, size), gap in zip(_shapes(group), paddings, strict=True):
+            locations[name] = shape, _TensorLocation([vector], offset, max(size, 1))
             offset += size + _count(gap)
-        # Some optimizers save the padding, to a multiple of twice the number of ranks.
+        # Some optimizers save padding to a multiple of twice the number of ranks.
         alignment = 2 * len(ranks)
         if not offset <= vector.size <= -(-offset // alignment) * alignment:
-            raise ValueError(f"the shapes of group {index} have {offset} elements, its ranks {vector.size}")
-    return places
+            raise ValueError(
+                f"the shapes of group {index} have {offset} elements, but its ranks have {vector.size}"
+            )
+    return locations
 
 
-def _of_stage_3(
-    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Part]]
-) -> dict[str, tuple[tuple[int, ...], _Place]]:
-    """Parameters that have an equal share in every rank, one after another; the last share is padded."""
-    vectors = [_Vector(parts) for parts in ranks]
-    places: dict[str, tuple[tuple[int, ...], _Place]] = {}
+def _locate_stage_3(
+    groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Segment]]
+) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
+    """Return the positions of parameters of which each rank has an equal share; the last share is padded."""
+    vectors = [_Vector(segments) for segments in ranks]
+    locations: dict[str, tuple[tuple[int, ...], _TensorLocation]] = {}
     offset = 0
     for group in groups:
         for name, shape, size in _shapes(group):
             share = -(-size // len(ranks))
-            places[name] = shape, _Place(vectors, offset, max(share, 1))
+            locations[name] = shape, _TensorLocation(vectors, offset, max(share, 1))
             offset += share
     for rank, vector in enumerate(vectors):
         if vector.size != offset:
-            raise ValueError(f"the shapes have {offset} elements a rank, rank {rank} has {vector.size}")
-    return places
+            raise ValueError(f"the shapes have {offset} elements per rank, but rank {rank} has {vector.size}")
+    return locations

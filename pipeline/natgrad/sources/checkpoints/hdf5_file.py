@@ -1,4 +1,4 @@
-"""An HDF5 file, read with h5py (an extra of the package: ``pip install natgrad-pipeline[hdf5]``)."""
+"""Read HDF5 files with h5py (an extra of the package: ``pip install natgrad-pipeline[hdf5]``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.container import Container, boxes, refused
+from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
 __all__ = ["Hdf5File"]
@@ -22,16 +22,16 @@ _DATASETS_LIMIT = 1 << 20
 
 
 class Hdf5File(Container):
-    """One HDF5 file: its datasets by their paths.
+    """One HDF5 file, with its datasets by path.
 
-    uint16 with the attribute ``ml_dtype`` of ``bfloat16`` is taken as that, as HDF5 has no such type. Links are not
-    followed; data that lie in other files are refused.
+    HDF5 has no bfloat16: uint16 with the attribute ``ml_dtype`` = ``bfloat16`` is interpreted as bfloat16. Links
+    are not followed. Datasets stored in other files are refused.
 
     Raises
     ------
     InputError
-        Where the file cannot be read or is no HDF5 file, a dataset lies outside of it or in chunks that are too
-        large to unpack, or h5py is not installed.
+        If the file cannot be read or is not an HDF5 file, if a dataset is stored in another file or in chunks that
+        are too large to decompress, or if h5py is not installed.
     """
 
     def __init__(self, step: LoggedStep) -> None:
@@ -43,7 +43,7 @@ class Hdf5File(Container):
                 "reading HDF5 needs h5py", where=where(step), remedy="pip install natgrad-pipeline[hdf5]"
             ) from error
         self._datasets: dict[str, Any] = {}
-        with refused(step, _FORM), _damaged():
+        with read_errors(step, _FORM), _damaged():
             self._file = h5py.File(step.path, "r")
             try:
                 self._file.visititems(self._describe)
@@ -55,13 +55,13 @@ class Hdf5File(Container):
         if not hasattr(item, "read_direct"):
             return
         if not isinstance(key, str):
-            raise ValueError(f"the name {key!r} of a dataset is no text")
+            raise ValueError(f"the dataset name {key!r} is not text")
         if len(self._datasets) >= _DATASETS_LIMIT:
-            raise ValueError(f"it holds more than {_DATASETS_LIMIT} datasets")
+            raise ValueError(f"it contains more than {_DATASETS_LIMIT} datasets")
         if item.external or item.is_virtual:
-            raise ValueError(f"the data of {key!r} lie in other files: copy them into this one (h5repack)")
+            raise ValueError(f"the data of {key!r} are in other files: copy them into this one (h5repack)")
         if item.chunks and math.prod(item.chunks) * item.dtype.itemsize > _CHUNK_LIMIT:
-            raise ValueError(f"{key!r} has chunks of {item.chunks}, more than {_CHUNK_LIMIT} bytes each")
+            raise ValueError(f"{key!r} has chunks of shape {item.chunks}, more than {_CHUNK_LIMIT} bytes each")
         if item.shape is None:
             return
         bits = item.dtype == np.uint16 and item.attrs.get("ml_dtype") == "bfloat16"
@@ -70,7 +70,7 @@ class Hdf5File(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key), _damaged():
+        with read_errors(self.step, _FORM, key), _damaged():
             dataset = self._datasets[key]
             done = 0
             for box in boxes(dataset.shape, start, start + out.size):
@@ -86,7 +86,7 @@ class Hdf5File(Container):
 
 @contextmanager
 def _damaged() -> Iterator[None]:
-    # h5py passes on what the library says of a damaged file under several of Python's names.
+    # For corrupt files, h5py converts errors of the HDF5 library to several Python exceptions.
     try:
         yield
     except (LookupError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Output folders of the Hugging Face Trainer: ``checkpoint-<N>/`` with a model, an optimizer and the log so far."""
+"""Read output folders of the Hugging Face Trainer: ``checkpoint-<N>/`` with model, optimizer and log history."""
 
 from __future__ import annotations
 
@@ -31,29 +31,31 @@ _STATE, _STATE_LIMIT = "trainer_state.json", 1 << 27
 def _number(path: Path) -> int | None:
     if not path.name.startswith("checkpoint-") or not path.is_dir():
         return None
-    # A gradient store of Bergson is called after the checkpoint that it was built of.
+    # A gradient store of Bergson is named after the checkpoint from which it was built.
     bergson = (path / "gradients.bin").is_file() and not (path / _STATE).is_file()
     return None if bergson else step_number(path.name)
 
 
 def _unfinished(path: Path) -> str:
-    # The Trainer writes the state last.
-    return "" if (path / _STATE).is_file() else f"it has no {_STATE}: it is still being written, or removed"
+    # The Trainer writes this file last.
+    return "" if (path / _STATE).is_file() else f"it has no {_STATE}: it is still being written, or being removed"
 
 
 def _open(step: LoggedStep, names: Names) -> Container:
-    # In stage 3 of ZeRO the weights may be in DeepSpeed's own checkpoint alone.
+    # In stage 3 of ZeRO, the weights may exist only in the checkpoint of DeepSpeed.
     inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
     if len(inner) != 1:
         return ModelFolder(step, names.inert)
-    within = LoggedStep(step.number, LocalStorage(inner[0]))
-    return _WithState(step, within, names) if holds_model(step.path) else DeepSpeedFolder(within, names.inert)
+    inner_step = LoggedStep(step.number, LocalStorage(inner[0]))
+    return (
+        _WithState(step, inner_step, names) if holds_model(step.path) else DeepSpeedFolder(inner_step, names.inert)
+    )
 
 
 class _WithState(Container):
-    """A model, and the state of its optimizer from the checkpoint of DeepSpeed that lies beside it."""
+    """A model with the optimizer state from the DeepSpeed checkpoint in the same folder."""
 
-    def __init__(self, step: LoggedStep, within: LoggedStep, names: Names) -> None:
+    def __init__(self, step: LoggedStep, inner_step: LoggedStep, names: Names) -> None:
         super().__init__(step)
         self._stack = ExitStack()
         with ExitStack() as stack:
@@ -63,10 +65,10 @@ class _WithState(Container):
             self._state: dict[str, Container] = {}
             if optimizer_root(model) is None:
                 try:
-                    # What cannot be put together is no reason to refuse the model.
-                    state = stack.enter_context(DeepSpeedFolder(within, names.inert, masters=True))
+                    # If the optimizer state cannot be merged, the model can still be read.
+                    state = stack.enter_context(DeepSpeedFolder(inner_step, names.inert, masters=True))
                 except InputError as error:
-                    self.unread[f"{within.path.name}/optimizer"] = error.what
+                    self.unread[f"{inner_step.path.name}/optimizer"] = error.what
                 else:
                     self._take(state)
             self._stack = stack.pop_all()
@@ -98,11 +100,11 @@ TRAINER_KIND = Kind(
 
 
 class TrainerFolder(StepFolder):
-    """A Trainer's output folder.
+    """An output folder of the Trainer.
 
-    ``checkpoint-N`` is the state after N updates. Loss and learning rate of the update that follows are those that
-    the log has at step N + 1, in the newest checkpoint. The Trainer logs the mean loss since its last entry: that
-    of one update (``logging_steps=1``) is taken, with a note where it is rounded; a mean over more is not.
+    ``checkpoint-N`` is the state after N updates. The loss and learning rate of the next update are those at step
+    N + 1 in the log history of the newest checkpoint. The Trainer logs the mean loss since its last entry. It is
+    used if it covers one update (``logging_steps=1``), with a note if it is rounded, and ignored otherwise.
     """
 
     def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
@@ -110,7 +112,7 @@ class TrainerFolder(StepFolder):
         self._history: dict[int, dict[str, Any]] = {}
 
     def steps(self) -> list[LoggedStep]:
-        """List the steps; see `natgrad.sources.base.Source`. The newest ``trainer_state.json`` is read too."""
+        """List the steps; see `natgrad.sources.base.Source`. This also reads the newest ``trainer_state.json``."""
         steps = super().steps()
         self._history = _history(steps[-1])
         return steps
@@ -123,7 +125,7 @@ class TrainerFolder(StepFolder):
 
 
 def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
-    """Entries of the training log by step; of those that a restart repeats, the last."""
+    """Return the entries of the log history by step. If a restart repeated a step, the last entry is used."""
     path = step.path / _STATE
     try:
         if path.stat().st_size > _STATE_LIMIT:
@@ -132,15 +134,15 @@ def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
         return {int(entry["step"]): dict(entry) for entry in entries if "loss" in entry}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"cannot read the Trainer's state: {error}",
+            f"cannot read the state of the Trainer: {error}",
             where=str(path),
-            why="it is still being written, was removed by checkpoint rotation, or is damaged",
+            why="it is still being written, was removed by checkpoint rotation, or is corrupt",
             remedy="run again",
         ) from error
 
 
 class _TrainerStep:
-    """Reader of one checkpoint, with what the log says of the update that follows."""
+    """Reader of one checkpoint that adds the logged scalars of the next update."""
 
     def __init__(self, reader: NamedStep, step: LoggedStep, history: Mapping[int, Mapping[str, Any]]) -> None:
         self._reader, self._step, self._history = reader, step, history
@@ -166,7 +168,7 @@ class _TrainerStep:
             if _rounded(self._history):
                 notes.append("losses are rounded to 4 decimals by the Trainer: differences of losses are not exact")
         elif self._history:
-            notes.append("there are steps whose loss the Trainer did not log alone (logging_steps is not 1)")
+            notes.append("the Trainer did not log the loss of every single step (logging_steps is not 1)")
         return replace(content, scalars=scalars, notes=tuple(notes))
 
 

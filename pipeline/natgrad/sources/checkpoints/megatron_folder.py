@@ -1,6 +1,6 @@
-"""A checkpoint folder of Megatron-LM in its format ``torch``: ``mp_rank_<T>[_<P>]/model_optim_rng.pt``.
+"""Read checkpoint folders of Megatron-LM in its format ``torch``: ``mp_rank_<T>[_<P>]/model_optim_rng.pt``.
 
-Its format ``torch_dist`` is one of ``torch.distributed.checkpoint`` (`natgrad.sources.checkpoints.dcp_folder`).
+Its format ``torch_dist`` is read by `natgrad.sources.checkpoints.dcp_folder`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.pickle_data import Record
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchFile
-from natgrad.sources.container import Container, refused
+from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import CHECKPOINT, step_number
 from natgrad.sources.steps import LoggedStep, where
 
 __all__ = ["MEGATRON_KIND", "MegatronFolder"]
 
 _CLASSES = ("megatron.*", "transformer_engine.*", "_io.BytesIO")
-"""Classes that Megatron-LM pickles beside its tensors."""
+"""Classes that Megatron-LM pickles in addition to tensors."""
 
 _FORM = "a Megatron-LM checkpoint"
 _FILE = "model_optim_rng.pt"
@@ -62,36 +62,36 @@ MEGATRON_KIND = Kind(
 
 
 class MegatronFolder(Container):
-    """One checkpoint: the files of the stages of a pipeline, or one.
+    """One checkpoint: one file, or one file per pipeline stage.
 
-    Stages number their layers anew, so where there are several the names of their tensors begin with ``stage<P>.``;
-    those of the chunks of a virtual pipeline begin with ``model<V>.``.
+    Each stage numbers its layers from 0. If there are several stages, tensor names therefore start with
+    ``stage<P>.``. Tensor names in chunks of a virtual pipeline start with ``model<V>.``.
 
     Raises
     ------
     InputError
-        Where a file is missing or damaged, or tensors are split over ranks.
+        If a file is missing or corrupt, or if tensors are split over ranks.
     """
 
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
-        self._places: dict[str, tuple[TorchFile, str]] = {}
+        self._origins: dict[str, tuple[TorchFile, str]] = {}
         inert = (*_CLASSES, *inert)
         with ExitStack() as stack:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 names = sorted(entry.name for entry in step.path.iterdir() if _RANK.fullmatch(entry.name))
-                if any(int(_parts(name)[0]) for name in names):
-                    raise self._split(f"its tensors are split over {len(names)} ranks")
+                if any(int(_ranks(name)[0]) for name in names):
+                    raise self._split_error(f"its tensors are split over {len(names)} ranks")
                 files = [
                     stack.enter_context(TorchFile(LoggedStep(step.number, step.storage / name / _FILE), inert))
                     for name in names
                 ]
                 trees = [file.tree for file in files]
                 if not all(isinstance(tree, dict) for tree in trees):
-                    raise ValueError("its files hold no dictionaries")
+                    raise ValueError("its files do not contain dictionaries")
                 stages = self._stages(trees[0].get("args"))
                 if len(files) != stages or [_stage(name) for name in names] != list(range(stages)):
-                    raise ValueError(f"{stages} stages wrote it, and {', '.join(names)} are there")
+                    raise ValueError(f"it was written by {stages} stages, but the folders are {', '.join(names)}")
                 for stage, file in enumerate(files):
                     self._add(file, f"stage{stage}." if stages > 1 else "")
                 if stages > 1:
@@ -100,20 +100,20 @@ class MegatronFolder(Container):
             self._stack = stack.pop_all()
 
     def _stages(self, arguments: Any) -> int:
-        """Return the number of stages, of the arguments of the run, which say too whether tensors are split."""
+        """Return the number of stages from the arguments of the run, which also show if tensors are split."""
         if not isinstance(arguments, Record):
             return 1
         for why, names in _SIZES.items():
             for name in names:
                 size = arguments.get(name)
                 if isinstance(size, int) and size > 1:
-                    raise self._split(why.format(size))
+                    raise self._split_error(why.format(size))
         stages = arguments.get("pipeline_model_parallel_size")
         return stages if isinstance(stages, int) and stages > 0 else 1
 
-    def _split(self, why: str) -> InputError:
+    def _split_error(self, why: str) -> InputError:
         return InputError(
-            f"this checkpoint cannot be put together: {why}, and no file says along which axis",
+            f"this checkpoint cannot be merged: {why}, and no file records the axis",
             where=where(self.step),
             remedy=_OFFICIAL,
         )
@@ -126,13 +126,13 @@ class MegatronFolder(Container):
             array, name = ("model", f"{array}.{name}") if chunk else (array, name)
             keys[key] = f"{array}{slash}{stage}{name}" if slash else f"{stage}{array}"
             if keys[key] in self.tensors:
-                raise ValueError(f"{keys[key]!r} is there twice")
+                raise ValueError(f"it contains {keys[key]!r} twice")
             self.tensors[keys[key]] = logged
-            self._places[keys[key]] = file, key
-        self.ties |= {keys[key]: keys[kept] for key, kept in file.ties.items()}
+            self._origins[keys[key]] = file, key
+        self.ties |= {keys[key]: keys[target] for key, target in file.ties.items()}
 
     def _tie_head(self, arguments: Record, stages: int) -> None:
-        """Tie the embedding that the last stage holds once more to that of the first, where the run ties both."""
+        """Tie the copy of the embedding in the last stage to that in the first stage, if the run ties them."""
         if arguments.get("untie_embeddings_and_output_weights"):
             return
         first = [key for key in self.tensors if key.startswith("model/stage0.") and _EMBEDDING.fullmatch(key)]
@@ -142,7 +142,7 @@ class MegatronFolder(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        file, inner = self._places[key]
+        file, inner = self._origins[key]
         file.read(inner, start, out)
 
     def close(self) -> None:
@@ -150,11 +150,11 @@ class MegatronFolder(Container):
         self._stack.close()
 
 
-def _parts(name: str) -> tuple[str, str | None, str | None]:
+def _ranks(name: str) -> tuple[str, str | None, str | None]:
     match = _RANK.fullmatch(name)
     assert match is not None
     return match[1], match[2], match[3]
 
 
 def _stage(name: str) -> int:
-    return int(_parts(name)[1] or 0)
+    return int(_ranks(name)[1] or 0)

@@ -1,4 +1,4 @@
-"""A step that is a folder of files: safetensors or torch archives, single or in shards that an index lists."""
+"""Read steps that are folders of safetensors files or torch archives, single or in shards listed by an index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
-from natgrad.sources.container import Container, refused
+from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import MODEL, step_number
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage
@@ -21,7 +21,7 @@ from natgrad.storage import LocalStorage
 __all__ = ["MODELS", "MODEL_KIND", "ModelFolder", "holds_model"]
 
 MODELS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
-"""Stems of files whose keys stand at the root; those of ``gradient.safetensors`` stand under ``gradient``."""
+"""Stems of files whose keys are at the root; the keys of ``gradient.safetensors`` are below ``gradient``."""
 
 _INDEX = ".index.json"
 _INDEX_LIMIT = 1 << 27
@@ -30,7 +30,7 @@ _FORM = "a checkpoint folder"
 
 
 def holds_model(path: Path) -> bool:
-    """Whether a folder has the weights of a model, in one file or in shards."""
+    """Return True if a folder contains the weights of a model, in one file or in shards."""
     endings = [suffix + end for suffix in _SUFFIXES for end in ("", _INDEX)]
     return any((path / (stem + ending)).is_file() for stem in MODELS for ending in endings)
 
@@ -40,7 +40,7 @@ def _number(path: Path) -> int | None:
     if number is None or not path.is_dir():
         return None
     files = list(path.glob("*.safetensors"))
-    # A folder of steps is a run, though its own name has a number: run-1, seed-2.
+    # A folder of step files is a run, even if its own name contains a number: run-1, seed-2.
     if any(NATIVE_KINDS["safetensors"].number(file) is not None for file in files):
         return None
     return number if files or (path / "model.safetensors.index.json").exists() else None
@@ -52,21 +52,21 @@ MODEL_KIND = Kind("step-<N>/model.safetensors", _number, lambda step, names: Mod
 class ModelFolder(Container):
     """The files of one step.
 
-    Read are every ``<name>.safetensors`` and ``<name>.safetensors.index.json`` with its shards, or, where a model
-    has none, ``<model>.bin`` and its index; and ``optimizer.pt``. Other files are left alone.
+    The reader opens every ``<name>.safetensors``, every ``<name>.safetensors.index.json`` with its shards, and
+    ``optimizer.pt``. If a model has no such file, it opens ``<model>.bin`` or its index. Other files are ignored.
 
     Raises
     ------
     InputError
-        Where a file is missing, damaged or lies outside of the folder.
+        If a file is missing, corrupt or outside of the folder.
     """
 
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._inert = tuple(inert)
-        self._places: dict[str, tuple[Container, str]] = {}
+        self._origins: dict[str, tuple[Container, str]] = {}
         with ExitStack() as stack:
-            with refused(step, _FORM):
+            with read_errors(step, _FORM):
                 names = sorted(path.name for path in step.path.iterdir() if path.is_file())
                 files = self._files(names)
                 self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
@@ -75,7 +75,7 @@ class ModelFolder(Container):
             self._stack = stack.pop_all()
 
     def _files(self, names: list[str]) -> dict[str, tuple[str, set[str] | None]]:
-        """Files to read: the prefix of their keys, and the keys that an index says they hold."""
+        """Return the files to read, each with the prefix of its keys and, if an index lists them, its keys."""
         files: dict[str, tuple[str, set[str] | None]] = {}
         shards: set[str] = set()
         stems: set[str] = set()
@@ -97,7 +97,7 @@ class ModelFolder(Container):
         if "optimizer.pt" in names:
             files["optimizer.pt"] = ("optimizer/", None)
         if not files:
-            raise ValueError("it holds no model.safetensors, no shards with an index, and no pytorch_model.bin")
+            raise ValueError("it contains no model.safetensors, no shards with an index, and no pytorch_model.bin")
         return files
 
     def _index(self, name: str) -> dict[str, set[str]]:
@@ -108,11 +108,11 @@ class ModelFolder(Container):
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             pairs = [(str(key), str(shard)) for key, shard in weight_map.items()]
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{name} is no index of shards") from error
+            raise ValueError(f"{name} is not an index of shards") from error
         shards: dict[str, set[str]] = {}
         for key, shard in pairs:
             if not shard or Path(shard).name != shard or shard == "..":
-                raise ValueError(f"{name} sends {key!r} to {shard!r}, which is outside of the folder")
+                raise ValueError(f"{name} maps {key!r} to {shard!r}, which is outside of the folder")
             shards.setdefault(shard, set()).add(key)
         return shards
 
@@ -125,20 +125,20 @@ class ModelFolder(Container):
     def _add(self, container: Container, name: str, prefix: str, wanted: set[str] | None) -> None:
         if wanted is not None and wanted != container.tensors.keys():
             key = sorted(wanted ^ container.tensors.keys())[0]
-            verb = "lacks" if key in wanted else "holds"
-            raise ValueError(f"{name} {verb} {key!r}, against what the index says")
+            verb = "does not contain" if key in wanted else "contains"
+            raise ValueError(f"{name} {verb} {key!r}, unlike its index")
         for key, logged in container.tensors.items():
             if prefix + key in self.tensors:
-                raise ValueError(f"two files hold {prefix + key!r}")
+                raise ValueError(f"two files contain {prefix + key!r}")
             self.tensors[prefix + key] = logged
-            self._places[prefix + key] = container, key
+            self._origins[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
         self.texts |= {prefix + key: text for key, text in container.texts.items()}
-        self.ties |= {prefix + key: prefix + kept for key, kept in container.ties.items()}
+        self.ties |= {prefix + key: prefix + target for key, target in container.ties.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        container, inner = self._places[key]
+        container, inner = self._origins[key]
         container.read(inner, start, out)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A step in an npz file, as written by ``numpy.savez`` or ``numpy.savez_compressed``."""
+"""Read steps in npz files, as written by ``numpy.savez`` or ``numpy.savez_compressed``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
 __all__ = ["NpzFile", "NpzStack"]
@@ -23,8 +23,8 @@ _FORM = "an npz file"
 class NpzFile(Container):
     """One npz file.
 
-    A pickled array is refused, never loaded. The member read last stays open, so that reading a tensor from
-    its start to its end reads (and unpacks) it once.
+    Pickled arrays are refused and never loaded. The member that was read last stays open, so that reading a tensor
+    from start to end reads and decompresses it once.
     """
 
     def __init__(self, step: LoggedStep) -> None:
@@ -33,11 +33,11 @@ class NpzFile(Container):
         Raises
         ------
         InputError
-            Where the file cannot be read, or is not a whole npz file.
+            If the file cannot be read, or is not a complete npz file.
         """
         super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             self._file = step.storage.open()
             try:
                 self._archive = zipfile.ZipFile(self._file)
@@ -58,7 +58,7 @@ class NpzFile(Container):
     def _describe(self) -> None:
         for name in self._archive.namelist():
             key = name.removesuffix(".npy")
-            with refused(self.step, _FORM, key), self._archive.open(name) as file:
+            with read_errors(self.step, _FORM, key), self._archive.open(name) as file:
                 shape, _, dtype = self._header(file)
             self.tensors[key] = LoggedTensor(shape, dtype.name)
 
@@ -80,7 +80,7 @@ class NpzFile(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._read(f"{key}.npy", start, out)
 
     def _read(self, name: str, start: int, out: NDArray[Any]) -> None:
@@ -90,11 +90,11 @@ class NpzFile(Container):
             self._member = (name, file, 0)
             shape, fortran, dtype = self._header(file)
             if (fortran and len(shape) > 1) or not dtype.isnative:
-                # Not the order or the bytes of the store: the whole tensor is loaded and rearranged.
+                # The order or the byte order differs from that of the store: load and convert the complete tensor.
                 file.close()
                 self._member = None
-                with self._archive.open(name) as whole:
-                    values = npy.read_array(whole, allow_pickle=False).ravel()
+                with self._archive.open(name) as member:
+                    values = npy.read_array(member, allow_pickle=False).ravel()
                 out[:] = values[start : start + out.size]
                 return
         _, file, position = self._member
@@ -110,15 +110,15 @@ class NpzFile(Container):
             if not count:
                 raise EOFError("the array ends early")
             view = view[count:]
-        # The archive checks a member's CRC when it meets its end: let it meet it.
+        # The archive checks the CRC of a member when it reaches its end: make sure that it does.
         file.peek(1)
         self._member = (name, file, start + out.size)
 
 
 class NpzStack(NpzFile):
-    """An npz file that is read anywhere, not from start to end: uncompressed, in C order, native bytes.
+    """An npz file with random access: uncompressed, in C order, in native byte order.
 
-    Reading anywhere, the archive's checksums cannot be verified.
+    The checksums of the archive cannot be verified with random access.
     """
 
     def _describe(self) -> None:
@@ -128,7 +128,7 @@ class NpzStack(NpzFile):
         super()._describe()
         for member in self._archive.infolist():
             key = member.filename.removesuffix(".npy")
-            with refused(self.step, _FORM, key):
+            with read_errors(self.step, _FORM, key):
                 with self._archive.open(member) as file:
                     shape, fortran, dtype = self._header(file)
                     header = file.tell()
@@ -147,7 +147,7 @@ class NpzStack(NpzFile):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._region.fill(self._starts[key] + start * out.itemsize, out)
 
     def close(self) -> None:

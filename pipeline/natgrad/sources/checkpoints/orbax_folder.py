@@ -1,7 +1,7 @@
-"""A checkpoint of Orbax (an extra of the package: ``pip install natgrad-pipeline[orbax]``).
+"""Read checkpoints of Orbax (an extra of the package: ``pip install natgrad-pipeline[orbax]``).
 
-``_METADATA`` of an item lists the leaves of a tree of arrays. Each is a Zarr array: in a folder of its own, or all
-in the key-value store OCDBT, whose files any number of processes wrote.
+``_METADATA`` of an item lists the leaves of a tree of arrays. Each leaf is a Zarr array, either in its own folder
+or in the key-value store OCDBT, whose files may have been written by any number of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.zarr_group import ZarrArrays, read_object
-from natgrad.sources.container import refused
+from natgrad.sources.container import read_errors
 from natgrad.sources.names import CHECKPOINT, ROOT, is_step, step_number
 from natgrad.sources.steps import LoggedStep
 
@@ -22,12 +22,12 @@ _FORM = "an Orbax checkpoint"
 _METADATA, _CHECKPOINT, _COMMIT = "_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DEPTH_LIMIT = 16
-# Leaves that are no arrays.
-_NO_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
+# Leaves that are not arrays.
+_NON_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
 
 
 def _number(path: Path) -> int | None:
-    """Step of a checkpoint folder, also of one that is being written; None where it is none."""
+    """Return the step of a checkpoint folder, even if it is still being written; None for other folders."""
     name, temporary, _ = path.name.partition(_TEMPORARY)
     number = step_number(name)
     if number is None or not path.is_dir():
@@ -36,27 +36,27 @@ def _number(path: Path) -> int | None:
 
 
 def _unfinished(path: Path) -> str:
-    """Why a checkpoint cannot be read yet: it is renamed, or has a file put into it, when it is whole."""
+    """Return why a checkpoint is not complete: Orbax renames it, or adds a file to it, at the end."""
     if _TEMPORARY in path.name:
-        return "its name says that it is being written"
+        return "its name means that it is being written"
     if (path / _COMMIT).is_file() or not (path / _CHECKPOINT).is_file():
         return ""
     try:
         written = read_object(path / _CHECKPOINT).get("commit_timestamp_nsecs", 0)
     except (OSError, ValueError):
         written = None
-    return "" if written is not None else f"{_CHECKPOINT} has no time of its commit: it is being written"
+    return "" if written is not None else f"{_CHECKPOINT} has no commit time: it is being written"
 
 
 def _items(path: Path) -> list[Path]:
-    """Folders of the trees of a checkpoint: those in it, or itself."""
+    """Return the folders of the trees of a checkpoint: those in it, or the checkpoint itself."""
     try:
         if (path / _METADATA).is_file():
             return [path]
         items = sorted(item for item in path.iterdir() if (item / _METADATA).is_file())
-        # A folder of steps is a run, though its own name has a number: run-1, seed-2.
-        whole = (path / _CHECKPOINT).is_file()
-        return [item for item in items if whole or not is_step(item.name)]
+        # A folder of steps is a run, even if its own name contains a number: run-1, seed-2.
+        complete = (path / _CHECKPOINT).is_file()
+        return [item for item in items if complete or not is_step(item.name)]
     except OSError:
         return []
 
@@ -83,18 +83,18 @@ ORBAX_KIND = Kind(
 class OrbaxFolder(ZarrArrays):
     """One checkpoint: its trees of arrays, and the numbers of its JSON items.
 
-    Levels of a tree are joined by a slash. Where there are several trees, the name of the item stands before.
+    Levels of a tree are joined by slashes. If there are several trees, keys start with the name of the item.
 
     Raises
     ------
     InputError
-        Where metadata are damaged or lead out of the folder, an array is not there or in chunks that are too large
-        to unpack, or TensorStore is not installed.
+        If metadata are corrupt or refer to files outside of the folder, an array is missing or in chunks that are
+        too large to decompress, or TensorStore is not installed.
     """
 
     def __init__(self, step: LoggedStep) -> None:
         super().__init__(step, _FORM)
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             try:
                 self._describe()
             except (TypeError, AttributeError, LookupError) as error:
@@ -103,7 +103,7 @@ class OrbaxFolder(ZarrArrays):
     def _describe(self) -> None:
         items = _items(self.step.path)
         if not items:
-            raise ValueError(f"it holds no item with {_METADATA}")
+            raise ValueError(f"it contains no item with {_METADATA}")
         specs: dict[str, dict[str, Any]] = {}
         for item in items:
             self._add_tree(item, f"{item.name}/" if len(items) > 1 else "", specs)
@@ -118,22 +118,22 @@ class OrbaxFolder(ZarrArrays):
         packed = (item / "manifest.ocdbt").is_file()
         for entry in tree["tree_metadata"].values():
             value = entry["value_metadata"]
-            if value.get("skip_deserialize") or value.get("value_type") in _NO_ARRAYS:
+            if value.get("skip_deserialize") or value.get("value_type") in _NON_ARRAYS:
                 continue
             levels = [str(level["key"]) for level in entry["key_metadata"]]
             if not levels or len(levels) > _DEPTH_LIMIT:
-                raise ValueError(f"{_METADATA} has a leaf of {len(levels)} levels")
+                raise ValueError(f"{_METADATA} has a leaf with {len(levels)} levels")
             key, name = prefix + "/".join(levels), ".".join(levels)
             if key in specs:
-                raise ValueError(f"{key!r} is there twice")
+                raise ValueError(f"it contains {key!r} twice")
             if any(part in ("", ".", "..") for part in name.split("/")):
-                raise ValueError(f"{_METADATA} leads to {name[:80]!r}, which is outside of the folder")
+                raise ValueError(f"{_METADATA} refers to {name[:80]!r}, which is outside of the folder")
             if packed:
                 base = {"driver": "file", "path": f"{item.absolute()}/"}
                 store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             else:
                 store = {"driver": "file", "path": f"{item.absolute()}/{name}/"}
-            # Where chunks of zeros are stored too, one that is not there was lost.
+            # If chunks of zeros are stored too, a missing chunk was lost.
             lost = bool(tree.get("store_array_data_equal_to_fill_value"))
             specs[key] = {"driver": driver, "kvstore": store, "fill_missing_data_reads": not lost}
 

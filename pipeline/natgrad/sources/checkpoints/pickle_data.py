@@ -1,8 +1,8 @@
-"""Pickles as data: a machine that rebuilds plain containers and never imports or calls what a file names.
+"""Interpret pickles as data: rebuild plain containers, and never import or call anything that a file names.
 
-The standard library decodes the opcodes (`pickletools.genops`); what they do is done here. A name in the pickle
-is looked up in the tables of the caller and nowhere else: it is a function of ours, a value of ours, or a class
-whose objects are skipped unread. Anything else is refused. Time and memory are bounded by the length of the pickle.
+The standard library decodes the opcodes (`pickletools.genops`), and this module executes them. A name in the pickle
+is looked up only in the tables of the caller: it is one of our functions, one of our values, or a class whose
+objects are skipped without reading them. Any other name is refused. Time and memory are bounded by its length.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = [
 ]
 
 PICKLE_LIMIT = 1 << 27
-"""Largest pickle that is read, in bytes."""
+"""Maximum size of a pickle, in bytes."""
 
 _LEAVES_LIMIT, _DEPTH_LIMIT, _NAMES_LIMIT = 1 << 20, 64, 1 << 28
-_TOO_MUCH = f"its pickle holds more than {_LEAVES_LIMIT} values or {_DEPTH_LIMIT} levels, or too long keys"
+_TOO_MUCH = f"its pickle has more than {_LEAVES_LIMIT} values or {_DEPTH_LIMIT} levels, or its keys are too long"
 
 INERT = frozenset(
     {
@@ -61,50 +61,50 @@ INERT = frozenset(
         "types.SimpleNamespace",
     }
 )
-"""Classes that trainers pickle beside their tensors: objects of them are skipped."""
+"""Classes that trainers pickle in addition to tensors. Their objects are skipped."""
 
 
 @dataclass(eq=False)
 class Record:
-    """An object of a known data class: its name and state, and no behaviour.
+    """An object of a known data class, represented by its name and state without behavior.
 
     Attributes
     ----------
     name : str
     state : dict or other
-        As pickled.
+        State as pickled.
     """
 
     name: str
     state: Any = field(default_factory=dict)
 
     def get(self, attribute: str, default: Any = None) -> Any:
-        """Value of an attribute."""
+        """Return the value of an attribute."""
         return self.state.get(attribute, default) if isinstance(self.state, dict) else default
 
     def build(self, state: Any) -> None:
-        """Take the state that was pickled."""
+        """Set the pickled state."""
         self.state = state
 
 
 class Attributes(Record):
-    """A record whose attributes are walked as the items of a dict are; see `flatten`."""
+    """A record whose attributes `flatten` visits like the items of a dict."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An object that was not read: the name of its class."""
+    """An object that was not read, represented by the name of its class."""
 
     name: str
 
 
 class UnknownName(ValueError):
-    """A pickle names what is in none of the tables."""
+    """A pickle contains a name that is in none of the tables."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A function that is known, as an argument of another one: its name."""
+    """A known function that is an argument of another one, represented by its name."""
 
     name: str
 
@@ -117,27 +117,27 @@ def load(
     persistent: Callable[[Any], Any] | None = None,
     inert: Collection[str] = (),
 ) -> Any:
-    """Rebuild what a pickle holds.
+    """Rebuild the contents of a pickle.
 
     Parameters
     ----------
     pickle : bytes
     functions : mapping
-        Name ``module.attribute`` to a function of ours that is called in its place.
+        Name ``module.attribute`` to the function that is called in its place.
     values : mapping
-        The same to a value.
+        Name ``module.attribute`` to the value that replaces it.
     persistent : callable, optional
-        Persistent identifier to what it stands for.
+        Function of a persistent identifier that returns the object.
     inert : collection of str
-        Further names, as `INERT`; ``package.*`` is all names of a package.
+        Additional names, as in `INERT`; ``package.*`` matches all names of a package.
 
     Raises
     ------
     ValueError
-        Where the pickle is malformed, too long, or (`UnknownName`) names what is not in the tables.
+        If the pickle is malformed or too long, or (`UnknownName`) contains a name that is not in the tables.
     """
     if len(pickle) > PICKLE_LIMIT:
-        raise ValueError(f"its pickle has {len(pickle)} bytes, the limit is {PICKLE_LIMIT}")
+        raise ValueError(f"its pickle has {len(pickle)} bytes, but the limit is {PICKLE_LIMIT}")
     machine = _Machine(functions, values, persistent, INERT.union(inert))
     try:
         return machine.run(pickle)
@@ -171,9 +171,9 @@ class _Machine:
             else:
                 step = getattr(self, f"_{name.lower()}", None)
                 if step is None:
-                    raise ValueError(f"its pickle holds the opcode {name}, which checkpoints do not need")
+                    raise ValueError(f"its pickle contains the opcode {name}, which checkpoints do not need")
                 step(argument)
-        raise ValueError("its pickle does not stop")
+        raise ValueError("its pickle has no STOP opcode")
 
     def _proto(self, version: int) -> None:
         pass
@@ -270,7 +270,7 @@ class _Machine:
 
     _long_binget = _binget
 
-    # Names, and what is made of them
+    # Names and objects
 
     def _global(self, argument: str) -> None:
         self._name(*argument.split(" ", 1))
@@ -290,7 +290,7 @@ class _Machine:
         else:
             raise UnknownName(
                 f"its pickle names {name}, which is neither a tensor nor a plain container and was not imported "
-                f"(where it is known to be harmless, list it under inert in the mapping file, to skip its objects)"
+                f"(if it is known to be harmless, add it to the list inert in the mapping file to skip its objects)"
             )
 
     def _reduce(self, _: None) -> None:
@@ -311,7 +311,7 @@ class _Machine:
 
     def _binpersid(self, _: None) -> None:
         if self._persistent is None:
-            raise ValueError("its pickle refers to what is outside of it")
+            raise ValueError("its pickle refers to an external object")
         self._stack.append(self._persistent(self._stack.pop()))
 
 
@@ -327,21 +327,21 @@ _PYTHON_2 = {"__builtin__": "builtins"}
 
 
 def _key(key: Any) -> Any:
-    # Numbers chosen to collide would make a dict quadratic; these cannot.
+    # Integers chosen to have equal hashes would make a dict quadratic; these cannot.
     if isinstance(key, str | bool | Record | None) or (isinstance(key, int) and abs(key) < 1 << 60):
         return key
     if isinstance(key, tuple) and len(key) <= 16 and all(isinstance(part, str | int) for part in key):
         return "/".join(map(str, key))
-    raise ValueError(f"its pickle has a {type(key).__name__} as key of a dict")
+    raise ValueError(f"its pickle has a dict key of type {type(key).__name__}")
 
 
 def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Walk the leaves of nested dicts, lists, tuples and `Attributes`, their levels joined by a slash.
+    """Yield the leaves of nested dicts, lists, tuples and `Attributes`, with their levels joined by slashes.
 
     Raises
     ------
     ValueError
-        Where there are more leaves or levels than any checkpoint has (lists that hold themselves, for one).
+        If there are more leaves or levels than in any checkpoint, for example because a list contains itself.
     """
     stack: list[tuple[str, Any, int]] = [("", tree, 0)]
     visited = characters = 0

@@ -1,7 +1,7 @@
-"""A safetensors file.
+"""Read safetensors files.
 
-The library validates the file (header, no overlap, nothing missing); tensors are then read by offset, as its
-NumPy interface neither reads bfloat16 nor fills a given buffer.
+The safetensors library validates the file (header, no overlaps, no gaps). Tensors are then read by offset, because
+the NumPy interface of the library does not support bfloat16 and cannot fill an existing buffer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from natgrad.sources.container import Container, ObjectRegion, Region, refused
+from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
 
@@ -24,7 +24,7 @@ __all__ = ["SafetensorsFile"]
 
 _FORM = "a safetensors file"
 _LONGEST_HEADER = 100_000_008
-"""The library takes no longer one."""
+"""Maximum length of a header that the library accepts."""
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool"}
 _DTYPES |= {f"F{bits}": f"float{bits}" for bits in (64, 32, 16)}
 _DTYPES |= {f"I{bits}": f"int{bits}" for bits in (64, 32, 16, 8)}
@@ -38,12 +38,12 @@ class SafetensorsFile(Container):
     ----------
     step : LoggedStep
     file : Storage, optional
-        The file, where it is not the step itself.
+        File to read. By default, the file of the step.
 
     Raises
     ------
     InputError
-        Where the file cannot be read, or is not a whole safetensors file.
+        If the file cannot be read, or is not a complete safetensors file.
     """
 
     def __init__(self, step: LoggedStep, file: Storage | None = None) -> None:
@@ -51,7 +51,7 @@ class SafetensorsFile(Container):
         file = step.storage if file is None else file
         self._descriptor: int | None = None
         self._region: Region | ObjectRegion
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             if file.local_path is None:
                 self._region = ObjectRegion(file)
                 head = _head(self._region)
@@ -73,7 +73,7 @@ class SafetensorsFile(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._region.fill(self._data + self._offsets[key] + start * out.itemsize, out)
 
     def close(self) -> None:
@@ -85,12 +85,12 @@ class SafetensorsFile(Container):
 
 
 def _head(region: Region | ObjectRegion) -> bytes:
-    """Read the header, and its length before it."""
+    """Read the length of the header, and the header."""
     length = np.empty(8, np.uint8)
     region.fill(0, length)
     size = 8 + int(length.view("<u8")[0])
     if size > min(region.length, _LONGEST_HEADER):
-        raise ValueError(f"the header claims {size} bytes, the file has {region.length}")
+        raise ValueError(f"the header should have {size} bytes, but the file has {region.length}")
     head = np.empty(size, np.uint8)
     region.fill(0, head)
     return head.tobytes()
@@ -105,7 +105,7 @@ def _require_valid(path: Path) -> None:
 
 
 def _require_complete(head: bytes, size: int) -> None:
-    """Let the library validate the header of a remote file: in a local file of that size without data."""
+    """Validate the header of a remote file with the library, in a local sparse file of the same size."""
     with tempfile.NamedTemporaryFile(prefix="natgrad-") as hollow:
         hollow.write(head)
         hollow.truncate(size)

@@ -1,4 +1,4 @@
-"""A log that is one file: every array of the run with a leading step dimension; and how it is kept open."""
+"""Read a log that is one file, in which every array of the run has a leading step dimension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import Source, StepReader
-from natgrad.sources.container import Container, refused
+from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import NATIVE, NamedStep
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import LocalStorage
@@ -27,21 +27,21 @@ _STEPS_LIMIT = 1 << 24
 class StackedFile:
     """A run in one file: ``parameter/<tensor>`` (step, ...), ``gradient/<tensor>`` (step, ...), ``loss`` (step).
 
-    ``step`` (step) has the numbers of the steps, which count from 0 where it is not there.
+    ``step`` (step) contains the step numbers. By default, steps are counted from 0.
 
     Parameters
     ----------
     location : Path
         The file.
     open_container : callable
-        Opens it.
+        Function that opens it.
     mapping : mapping, optional
-        Quantity to the key it stands under, before what the mapping file beside the log says.
+        Quantity to its key. Takes precedence over the mapping file in the folder of the log.
 
     Notes
     -----
-    Steps that are open at one time share the open file, as long as its size and time stay what they were. Where one
-    step is opened before another is left (`KeptOpen`), the file is opened once for all.
+    Steps that are open at the same time share the open file, as long as its size and time do not change. If each
+    step is opened before the previous one is closed (`KeptOpen`), the file is opened only once.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class StackedFile:
         self._shared: _Shared | None = None
 
     def steps(self) -> list[LoggedStep]:
-        """List the steps; see `natgrad.sources.base.Source`. The file is opened for their numbers."""
+        """List the steps; see `natgrad.sources.base.Source`. This opens the file to read the step numbers."""
         with self._open(LoggedStep(0, self.location)) as container:
             numbers = self._numbers(container)
         self._rows = {number: row for row, number in enumerate(numbers)}
         if not numbers or len(self._rows) != len(numbers) or min(numbers) < 0:
             raise InputError(
-                f"the steps of this file are {str(numbers)[:80]}: none, negative, or twice the same",
+                f"the steps of this file are {str(numbers)[:80]}: they are empty, negative or not unique",
                 where=str(self.location),
-                remedy="give each row of the leading dimension a step of its own",
+                remedy="give each row of the leading dimension a unique step number",
             )
         return [LoggedStep(number, self.location) for number in sorted(numbers)]
 
@@ -73,20 +73,20 @@ class StackedFile:
         key = self._names.keys["step"][0]
         logged = container.tensors.get(key)
         if logged is None:
-            # Every array has the same leading length in the end; the commonest is that of the run.
+            # All arrays should have the same leading length; the most frequent one is that of the run.
             lengths = [tensor.shape[0] for tensor in container.tensors.values() if tensor.shape]
             rows = max(set(lengths), key=lengths.count) if lengths else 0
             if rows > _STEPS_LIMIT:
                 raise InputError(
-                    f"the arrays of this file claim {rows} steps",
+                    f"the arrays of this file would have {rows} steps",
                     where=str(self.location),
-                    why=f"they are damaged, or their first dimension is no step; the limit is {_STEPS_LIMIT}",
+                    why=f"they are corrupt, or their first dimension is not the step; the limit is {_STEPS_LIMIT}",
                     remedy="log every array with a leading step dimension",
                 )
             return list(range(rows))
         if len(logged.shape) != 1 or np.dtype(logged.dtype).kind not in "iu" or logged.shape[0] > _STEPS_LIMIT:
             raise InputError(
-                f"{key!r} is {logged.dtype} of shape {logged.shape}, not a list of step numbers",
+                f"{key!r} has dtype {logged.dtype} and shape {logged.shape}, so it is not a list of step numbers",
                 where=str(self.location),
                 remedy="log it as integers, one per row of the leading dimension",
             )
@@ -102,8 +102,8 @@ class StackedFile:
         return NamedStep(_Row(step, self._share(step), self._rows[step.number], rows, key), self._names)
 
     def _share(self, step: LoggedStep) -> _Shared:
-        """Open the file, or take it as another step that is still open has it, where it is the same by now."""
-        with refused(step, "the log"):
+        """Open the file, or share it with another open step if it has not changed."""
+        with read_errors(step, "the log"):
             status = self.location.local_path.stat()
         state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if self._shared is None or not self._shared.users or self._shared.state != state:
@@ -112,13 +112,13 @@ class StackedFile:
 
 
 class _Shared:
-    """An open file and how many steps use it: the last one closes it."""
+    """An open file and the number of steps that use it. The last one closes it."""
 
     def __init__(self, container: Container, state: tuple[int, ...]) -> None:
         self.container, self.state, self.users = container, state, 0
 
     def leave(self) -> None:
-        """Use it no longer."""
+        """Release the file."""
         self.users -= 1
         if not self.users:
             self.container.close()
@@ -130,36 +130,36 @@ class _Row(Container):
     def __init__(self, step: LoggedStep, shared: _Shared, row: int, rows: int, step_key: str) -> None:
         super().__init__(step)
         shared.users += 1
-        self._shared, self._whole, self._row = shared, shared.container, row
-        whole = self._whole
-        self.unread = whole.unread
+        self._shared, self._container, self._row = shared, shared.container, row
+        container = self._container
+        self.unread = container.unread
         self.tensors = {
             key: LoggedTensor(logged.shape[1:], logged.dtype)
-            for key, logged in whole.tensors.items()
+            for key, logged in container.tensors.items()
             if logged.shape[:1] == (rows,) and key != step_key
         }
-        # What is not of the run's length is described, so that it is refused where it is meant to be read.
+        # Describe arrays of another length with an invalid dtype, so that using them is refused.
         self.tensors |= {
             key: LoggedTensor(logged.shape, f"{logged.dtype} of {logged.shape[:1]} steps, not {rows},")
-            for key, logged in whole.tensors.items()
+            for key, logged in container.tensors.items()
             if key not in self.tensors and key != step_key
         }
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        # Messages are of the step that is read, whichever opened the file.
-        self._whole.step = self.step
-        self._whole.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
+        # Errors must name the step that is read, not the one that opened the file.
+        self._container.step = self.step
+        self._container.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
 
     def close(self) -> None:
-        """Leave the file, which the last of its users closes."""
+        """Release the file; its last user closes it."""
         self._shared.leave()
 
 
 class KeptOpen:
-    """A log whose step opened last stays open until another one is, or its context ends.
+    """A log that keeps the last opened step open until another one is opened or its context ends.
 
-    Steps that lie in one file then follow each other without the file being opened for each.
+    Consecutive steps in one file then do not reopen the file.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ class KeptOpen:
 
     @contextmanager
     def open(self, step: LoggedStep) -> Iterator[StepReader]:
-        """Open a step; it is closed when it is left and another one has been opened."""
+        """Open a step. It is closed once it has been left and another step has been opened."""
         users = 2
 
         def leave() -> None:

@@ -1,4 +1,4 @@
-"""A log that is one folder with a file or folder per step."""
+"""Read a log that is one folder with a file or folder per step."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _NATIVE = re.compile(r"step_(\d{1,18})")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of steps in a folder.
+    """A kind of step in a folder.
 
     Attributes
     ----------
     layout : str
-        For messages: ``step_<N>.npz``.
+        Used in messages, such as ``step_<N>.npz``.
     number : callable
-        Path to the step that its name says, None where it is none of this kind.
+        Function of a path that returns the step in its name, or None if it is not of this kind.
     open : callable
-        Step and names to a `Container`.
+        Function of a step and names that returns a `Container`.
     unfinished : callable
-        Path to why it cannot be read yet, empty where it can.
+        Function of a path that returns why it cannot be read yet, empty if it can.
     names : Names
-        What its keys mean.
+        Meaning of its keys.
     """
 
     layout: str
@@ -52,19 +52,19 @@ class Kind:
 
 
 def not_latest_yet(path: Path, tracker: str) -> str:
-    """Say why a step cannot be read yet where a file beside it names the last step that is complete.
+    """Return why a step cannot be read yet, if a tracker file in the same folder names an earlier step as the last.
 
     Parameters
     ----------
     path : Path
-        The step.
+        Path of the step.
     tracker : str
-        Name of the file.
+        Name of the tracker file.
 
     Returns
     -------
     str
-        Empty where the step can be read, or nothing has changed in it lately: not every run writes such a file.
+        Empty if the step can be read, or if it has not changed recently: not every run writes a tracker file.
     """
     try:
         with (path.parent / tracker).open(encoding="utf-8", errors="replace") as file:
@@ -74,12 +74,12 @@ def not_latest_yet(path: Path, tracker: str) -> str:
     last, number = step_number(name), step_number(path.name)
     if last is None or number is None or number <= last:
         return ""
-    late = changed_lately(identity(LoggedStep(number, LocalStorage(path)))["time"])
-    return f"{tracker} still names {name[:80]}: it is being written" if late else ""
+    recent = changed_lately(identity(LoggedStep(number, LocalStorage(path)))["time"])
+    return f"{tracker} still contains {name[:80]}: the step is being written" if recent else ""
 
 
 def native_number(suffix: str) -> Callable[[PurePath], int | None]:
-    """Return what finds the number in ``step_<N>`` of files with a suffix."""
+    """Return a function that returns N for files ``step_<N>`` with a suffix, and None for other files."""
 
     def number(path: PurePath) -> int | None:
         match = _NATIVE.fullmatch(path.stem) if path.suffix == suffix else None
@@ -103,18 +103,18 @@ class StepFolder:
     Parameters
     ----------
     location : Storage
-        The folder. In an object store, kinds find their steps by name alone.
+        The folder. In an object store, kinds detect their steps only by name.
     kinds : sequence of Kind
-        What to look for.
+        Kinds of steps to look for.
     mapping : mapping, optional
-        Quantity to the key it stands under, before what the kinds and the mapping file of the folder say.
+        Quantity to its key. Takes precedence over the kinds and the mapping file of the folder.
     own_map_file : bool
-        The mapping file is not read, as it says other things of these kinds.
+        Do not read the mapping file here, because it has another meaning for these kinds.
 
     Raises
     ------
     InputError
-        Where the mapping, or the mapping file, cannot be understood.
+        If the mapping or the mapping file is not valid.
     """
 
     def __init__(
@@ -128,13 +128,14 @@ class StepFolder:
         self.location = location
         names = (kind.names if own_map_file else kind.names.of_folder(self.location) for kind in kinds)
         self._kinds = tuple(
-            replace(kind, names=of_kind.mapped(mapping or {})) for kind, of_kind in zip(kinds, names, strict=True)
+            replace(kind, names=kind_names.mapped(mapping or {}))
+            for kind, kind_names in zip(kinds, names, strict=True)
         )
 
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`.
 
-        Files are opened only where the user says that they hold their step number themselves.
+        Files are opened only if the user specified the key of their step number.
         """
         found: dict[int, LoggedStep] = {}
         for entry in self._entries():
@@ -144,19 +145,19 @@ class StepFolder:
             step = LoggedStep(number, entry)
             if step.number in found:
                 raise InputError(
-                    f"step {step.number} is there twice: {found[step.number].storage.name} and {entry.name}",
+                    f"step {step.number} exists twice: {found[step.number].storage.name} and {entry.name}",
                     where=f"{entry}, step {step.number}",
-                    why="the run was logged into one folder twice, in two formats or with padded numbers",
-                    remedy="keep one of the files, or say with --map step=KEY where the files hold their step",
+                    why="the run was logged twice into one folder, in two formats or with padded numbers",
+                    remedy="keep one of the files, or specify the key of the step number with --map step=KEY",
                 )
             found[step.number] = step
         if not found:
             names = ", ".join(kind.layout for kind in self._kinds)
             raise NotYet(
-                f"no step files ({names}) in this folder",
+                f"there are no step files ({names}) in this folder",
                 where=str(self.location),
-                why="it is empty, or the log is of another format",
-                remedy="give the folder that holds the step files; natgrad formats lists what can be read",
+                why="it is empty, or the log has another format",
+                remedy="give the folder that contains the step files; see natgrad formats for the formats",
             )
         return sorted(found.values())
 
@@ -170,7 +171,7 @@ class StepFolder:
             raise InputError(
                 f"cannot list the log folder: {error.strerror}",
                 where=str(self.location),
-                remedy="give the folder that holds the step files",
+                remedy="give the folder that contains the step files",
             ) from error
         return [self.location / name for name in names]
 
@@ -183,40 +184,40 @@ class StepFolder:
             self._require_writer(entry, reason)
             _log.warning("%s is left for the next pass: %s", entry, reason)
             return None
-        if "step" not in kind.names.given:
-            return kind.number(_named(entry))
+        if "step" not in kind.names.required:
+            return kind.number(_path(entry))
         with NamedStep(kind.open(LoggedStep(-1, entry), kind.names), kind.names) as reader:
             number = reader.number("step")
         if number is None or number != int(number) or number < 0:
             raise InputError(
-                f"{kind.names.keys['step'][0]!r} is {number}, not the number of a step",
+                f"{kind.names.keys['step'][0]!r} is {number}, which is not a step number",
                 where=str(entry),
-                remedy="say with --map step=KEY where the files hold their step",
+                remedy="specify the key of the step number with --map step=KEY",
             )
         return int(number)
 
     def _require_writer(self, entry: Storage, reason: str) -> None:
-        """Refuse an unfinished step that nobody finishes."""
+        """Refuse an incomplete step that is not being written any more."""
         if not changed_lately(identity(LoggedStep(-1, entry))["time"]):
             raise InputError(
-                f"a step was never finished: {reason}",
+                f"a step was never completed: {reason}",
                 where=str(entry),
-                why="the run was stopped while it wrote it, or while it removed it (checkpoint rotation)",
-                remedy="remove it, or have it written again",
+                why="the run was stopped while it wrote the step, or while it removed it (checkpoint rotation)",
+                remedy="remove it, or write it again",
             )
 
     def _kind(self, entry: Storage) -> Kind | None:
-        path = _named(entry)
+        path = _path(entry)
         return next((kind for kind in self._kinds if kind.number(path) is not None), None)
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `natgrad.sources.base.Source`."""
         kind = self._kind(step.storage)
         if kind is None:
-            raise vanished("the step cannot be found any more", step)
+            raise vanished("cannot find the step any more", step)
         return NamedStep(kind.open(step, kind.names), kind.names)
 
 
-def _named(entry: Storage) -> Path:
-    """Return what a kind finds the number of a step in: the path, or the name of an object."""
+def _path(entry: Storage) -> Path:
+    """Return the path in which kinds look for the number of a step: the local path, or the name of an object."""
     return entry.local_path or Path(entry.name)

@@ -1,7 +1,7 @@
-"""The archive that ``torch.save`` writes, read without torch and without running its pickle.
+"""Read the archives that ``torch.save`` writes, without torch and without executing their pickles.
 
-It is a zip of uncompressed members: ``data.pkl``, a pickle that describes the tensors, and one member per storage
-with the bytes. Slices of tensors are read from the storages by offset, in any strides.
+An archive is a zip file of uncompressed members: ``data.pkl``, a pickle that describes the tensors, and one member
+with the bytes of each storage. Slices of tensors with any strides are read from the storages by offset.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
-from natgrad.sources.container import Container, Region, refused
+from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "group_texts",
 ]
 
-# Elements of a strided tensor that are gathered at once, and unwanted elements that are read on the way.
-_PIECE, _GAP = 1 << 16, 64
+# Elements of a strided tensor that are gathered at once; largest gap between elements that is read, not skipped.
+_GATHER_LIMIT, _GAP = 1 << 16, 64
 _EXPANDED_LIMIT = 1 << 24
 _DIMENSIONS_LIMIT = 32
 _BYTES_LIMIT = 1 << 10
@@ -63,7 +63,7 @@ TORCH_DTYPES: dict[str, tuple[str, int]] = {
     "float8_e5m2fnuz": ("float8_e5m2fnuz", 1),
     "float8_e8m0fnu": ("float8_e8m0fnu", 1),
 }
-"""Dtypes of torch: name of ours, and bytes of an element."""
+"""Dtypes of torch, to the name of our dtype and the size of an element in bytes."""
 
 _STORAGES = {
     "Double": "float64",
@@ -95,17 +95,17 @@ class _Storage:
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """A tensor as pickled: where its elements lie in a storage.
+    """A tensor as pickled: the position of its elements in a storage.
 
     Attributes
     ----------
     storage : str
-        Member of the archive.
+        Name of the member of the archive.
     dtype : str
     offset : int
-        First element in the storage.
+        Index of the first element in the storage.
     shape, stride : tuple of int
-        In elements.
+        Shape and strides, in elements.
     """
 
     storage: str
@@ -116,7 +116,7 @@ class TorchTensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie in C order without gaps."""
+        """True if the elements are stored in C order without gaps."""
         expected = 1
         for length, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if length != 1 and step != expected:
@@ -130,14 +130,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str) -> T
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
-        raise ValueError("its pickle describes a tensor that cannot be")
+        raise ValueError("its pickle describes an impossible tensor")
     itemsize = TORCH_DTYPES[dtype][1]
     elements = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if elements else offset - 1
     if (last + 1) * itemsize > storage.size:
-        raise ValueError(f"a tensor of shape {shape[:8]} claims more than the {storage.size} bytes of its storage")
+        raise ValueError(f"a tensor of shape {shape[:8]} exceeds the {storage.size} bytes of its storage")
     if elements * itemsize > max(storage.size, _EXPANDED_LIMIT):
-        raise ValueError(f"a tensor of {elements} elements lies in {storage.size} bytes: it is expanded")
+        raise ValueError(f"a tensor with {elements} elements has only {storage.size} bytes: it is expanded")
     return TorchTensor(storage.key, dtype, offset, tuple(shape), tuple(stride))
 
 
@@ -165,21 +165,21 @@ def _rebuild_of_dtype(
 
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor:
-    """Rebuild a tensor that has attributes of Python; these are left out."""
+    """Rebuild a tensor that has Python attributes; the attributes are ignored."""
     if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
-        raise ValueError("its pickle rebuilds a tensor in a way that is not known")
+        raise ValueError("its pickle rebuilds a tensor in an unknown way")
     if kind not in _PLAIN.values():
-        raise ValueError(f"its pickle holds a tensor of the class {kind}")
+        raise ValueError(f"its pickle contains a tensor of the class {kind}")
     tensor: TorchTensor = _FUNCTIONS[function.name](*arguments)
     return tensor
 
 
-# What follows must not let a few bytes of a pickle make many: a long value can be named again and again.
+# The following functions must not amplify memory: a pickle can refer to a long value many times in few bytes.
 
 
 def _size(shape: Any = ()) -> tuple[Any, ...]:
     if len(shape) > _DIMENSIONS_LIMIT:
-        raise ValueError(f"a shape of {len(shape)} dimensions")
+        raise ValueError(f"a shape has {len(shape)} dimensions")
     return tuple(shape)
 
 
@@ -198,10 +198,10 @@ def _numpy_scalar(dtype: Any, words: Any) -> Any:
 
 
 class _NumpyDtype(Record):
-    """A pickled numpy dtype: its code, and the byte order that comes as its state."""
+    """A pickled NumPy dtype: its code, and the byte order from its state."""
 
     def build(self, state: Any) -> None:
-        """Take the byte order out of the state."""
+        """Take the byte order from the state."""
         self.state["order"] = ">" if state[1] == ">" else "<"
 
 
@@ -225,10 +225,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
 }
 METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
-"""Functions that metadata need: none makes a tensor."""
+"""Functions that metadata need. None of them creates a tensor."""
 
 METADATA_VALUES: dict[str, Any] = {f"torch.{name}": _Dtype(name) for name in TORCH_DTYPES}
-"""Dtypes of torch by their pickled names."""
+"""Dtypes of torch, by their pickled names."""
 
 _PLAIN = {name: Skipped(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")}
 _VALUES = {**METADATA_VALUES, **_PLAIN}
@@ -237,7 +237,7 @@ _VALUES |= {"torch.storage.UntypedStorage": _Dtype("uint8"), "torch.UntypedStora
 
 
 class TorchArchive:
-    """A torch archive in a region of a file.
+    """A torch archive in a byte range of a file.
 
     Parameters
     ----------
@@ -248,12 +248,12 @@ class TorchArchive:
     Attributes
     ----------
     tree
-        What was saved: nested dicts, lists and tuples of numbers, strings, `TorchTensor`, and `Skipped`.
+        Saved object: nested dicts, lists and tuples of numbers, strings, `TorchTensor` and `Skipped`.
 
     Raises
     ------
     ValueError, zipfile.BadZipFile, OSError
-        Where it is no such archive, or claims what it does not hold.
+        If the region is not such an archive, or if its members do not match the pickle.
     """
 
     def __init__(self, region: Region, inert: Collection[str] = ()) -> None:
@@ -262,19 +262,19 @@ class TorchArchive:
         start = np.zeros(min(10, region.length), np.uint8)
         region.fill(0, start)
         if start.tobytes()[:1] == b"\x80":
-            raise ValueError("it is a bare pickle, as torch wrote before 1.6: save it again with a newer torch")
+            raise ValueError("it is a bare pickle, as written before torch 1.6: save it again with a newer torch")
         with zipfile.ZipFile(region) as archive:
             members = archive.infolist()
         pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"it holds {len(pickles)} members data.pkl, a torch archive has one")
+            raise ValueError(f"it contains {len(pickles)} members data.pkl, but a torch archive has one")
         root = pickles[0].removesuffix("data.pkl")
         self._members = {member.filename.removeprefix(root): member for member in members}
         if len(self._members) != len(members):
-            raise ValueError("two of its members have one name")
+            raise ValueError("two of its members have the same name")
         order = self._bytes("byteorder", 16) if "byteorder" in self._members else b"little"
         if order != b"little":
-            raise ValueError(f"its bytes are in the order {order!r}: save it again on a little-endian machine")
+            raise ValueError(f"its byte order is {order!r}: save it again on a little-endian machine")
         self.tree = pickle_data.load(
             self._bytes("data.pkl", pickle_data.PICKLE_LIMIT),
             functions=_FUNCTIONS,
@@ -284,20 +284,20 @@ class TorchArchive:
         )
 
     def _start(self, name: str) -> int:
-        """Offset of the bytes of a member, which is checked to be whole and not packed."""
+        """Return the offset of the bytes of a member, after checking that it is complete and not compressed."""
         if name not in self._starts:
             member = self._members[name]
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                raise ValueError(f"its member {name} is packed, which torch does not do")
+                raise ValueError(f"its member {name} is compressed or encrypted, unlike those that torch writes")
             header = np.zeros(30, np.uint8)
             self._region.fill(member.header_offset, header)
             raw = header.tobytes()
             if raw[:4] != b"PK\x03\x04":
-                raise ValueError(f"its member {name} is not where the table says")
+                raise ValueError(f"its member {name} is not at the offset in the table")
             start = member.header_offset + 30 + int.from_bytes(raw[26:28], "little")
             start += int.from_bytes(raw[28:30], "little")
             if start + member.file_size > self._region.length or member.file_size != member.compress_size:
-                raise ValueError(f"its member {name} claims {member.file_size} bytes and is cut short")
+                raise ValueError(f"its member {name} should have {member.file_size} bytes and is truncated")
             self._starts[name] = start
         return self._starts[name]
 
@@ -305,7 +305,7 @@ class TorchArchive:
         size = self._members[name].file_size
         start = self._start(name)
         if size > limit:
-            raise ValueError(f"its member {name} has {size} bytes, the limit is {limit}")
+            raise ValueError(f"its member {name} has {size} bytes, but the limit is {limit}")
         words = np.zeros(size, np.uint8)
         self._region.fill(start, words)
         return words.tobytes()
@@ -314,14 +314,14 @@ class TorchArchive:
         kind, dtype, key, _, elements = identifier
         name = f"data/{key}"
         if kind != "storage" or not isinstance(dtype, _Dtype) or name not in self._members:
-            raise ValueError(f"its pickle refers to a storage {key!r} that is not there")
+            raise ValueError(f"its pickle refers to the storage {key!r}, which does not exist")
         claimed, size = elements * TORCH_DTYPES[dtype.name][1], self._members[name].file_size
         if claimed > size:
-            raise ValueError(f"storage {key!r} claims {claimed} bytes and has {size}")
+            raise ValueError(f"storage {key!r} should have {claimed} bytes, but has {size}")
         return _Storage(name, dtype.name, claimed)
 
     def position(self, tensor: TorchTensor) -> int:
-        """Offset in the region of the first element of a tensor, in bytes."""
+        """Return the offset in bytes of the first element of a tensor in the region."""
         return self._start(tensor.storage) + tensor.offset * TORCH_DTYPES[tensor.dtype][1]
 
     def read(self, tensor: TorchTensor, start: int, out: NDArray[Any]) -> None:
@@ -330,24 +330,24 @@ class TorchArchive:
         Raises
         ------
         ValueError, EOFError, OSError
-            Where the archive does not hold them.
+            If the archive does not contain the elements.
         """
         if tensor.contiguous:
             self._region.fill(self.position(tensor) + start * out.itemsize, out)
             return
         base = self._start(tensor.storage)
-        for first in range(0, out.size, _PIECE):
-            part = out[first : first + _PIECE]
+        for first in range(0, out.size, _GATHER_LIMIT):
+            part = out[first : first + _GATHER_LIMIT]
             index = np.unravel_index(np.arange(start + first, start + first + part.size), tensor.shape)
-            places = sum((i * s for i, s in zip(index, tensor.stride, strict=True)), np.int64(tensor.offset))
-            self._gather(base, np.asarray(places), part)
+            indices = sum((i * s for i, s in zip(index, tensor.stride, strict=True)), np.int64(tensor.offset))
+            self._gather(base, np.asarray(indices), part)
 
-    def _gather(self, base: int, places: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Read single elements, those near each other at once."""
-        order = np.argsort(places, kind="stable")
-        ascending = places[order]
+    def _gather(self, base: int, indices: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Read single elements, with one access for elements that are close to each other."""
+        order = np.argsort(indices, kind="stable")
+        ascending = indices[order]
         cuts = np.flatnonzero(np.diff(ascending) > _GAP) + 1
-        for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
+        for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(indices)], strict=True):
             run = ascending[low:high]
             words = np.empty(int(run[-1] - run[0]) + 1, out.dtype)
             self._region.fill(base + int(run[0]) * out.itemsize, words)
@@ -360,7 +360,7 @@ class TorchFile(Container):
     Raises
     ------
     InputError
-        Where it is no torch archive, or its pickle names anything but tensors and plain containers.
+        If the file is not a torch archive, or its pickle contains names other than tensors and plain containers.
     """
 
     ordered = True
@@ -369,7 +369,7 @@ class TorchFile(Container):
         super().__init__(step)
         self._tensors: dict[str, TorchTensor] = {}
         self._descriptor = -1
-        with refused(step, _FORM):
+        with read_errors(step, _FORM):
             self._descriptor = os.open(step.path, os.O_RDONLY)
             try:
                 self._archive = TorchArchive(Region(self._descriptor), inert)
@@ -379,26 +379,26 @@ class TorchFile(Container):
                 raise
 
     def _describe(self) -> None:
-        places: dict[TorchTensor, str] = {}
+        first_keys: dict[TorchTensor, str] = {}
         for key, leaf in pickle_data.flatten(self._archive.tree):
             if isinstance(leaf, TorchTensor):
                 if key in self._tensors:
                     raise ValueError(f"two tensors have the key {key!r}")
                 self._tensors[key] = leaf
                 self.tensors[key] = LoggedTensor(leaf.shape, leaf.dtype)
-                if math.prod(leaf.shape) and places.setdefault(leaf, key) != key:
-                    self.ties[key] = places[leaf]
+                if math.prod(leaf.shape) and first_keys.setdefault(leaf, key) != key:
+                    self.ties[key] = first_keys[leaf]
         self.numbers |= flat_numbers(self._archive.tree)
         self.texts |= group_texts(self._archive.tree)
 
     @property
     def tree(self) -> Any:
-        """What was saved; see `TorchArchive`."""
+        """The saved object; see `TorchArchive`."""
         return self._archive.tree
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, _FORM, key):
+        with read_errors(self.step, _FORM, key):
             self._archive.read(self._tensors[key], start, out)
 
     def close(self) -> None:
@@ -409,16 +409,16 @@ class TorchFile(Container):
 
 
 def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
-    """Plain numbers of nested containers by their keys, but for the keys that are known."""
+    """Return the plain numbers in nested containers by their keys, except the keys in ``known``."""
     return {
-        key: _float(leaf)
+        key: _to_float(leaf)
         for key, leaf in pickle_data.flatten(tree)
         if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
     }
 
 
 def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Strings and truth values in the parameter groups of optimizers, by their keys, and how K-FAC is damped."""
+    """Return the strings and Booleans in optimizer parameter groups and in the options of K-FAC, by their keys."""
     return {
         key: str(leaf)
         for path, leaf in pickle_data.flatten(tree)
@@ -427,7 +427,7 @@ def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
     }
 
 
-def _float(number: float) -> float:
+def _to_float(number: float) -> float:
     try:
         return float(number)
     except OverflowError:

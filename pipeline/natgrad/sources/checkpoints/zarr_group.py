@@ -1,7 +1,7 @@
-"""Zarr arrays in folders or key-value stores, read with TensorStore (an extra of the package).
+"""Read Zarr arrays in folders or key-value stores with TensorStore (an extra of the package).
 
-It is TensorStore, because Zarr's own library gives the fill value for a chunk that was lost; and it reads into the
-buffer, in bfloat16, and from the key-value store of Orbax too.
+TensorStore is used because the Zarr library returns the fill value for chunks that were lost. TensorStore also
+reads into a buffer, supports bfloat16, and reads the key-value store of Orbax.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.container import Container, boxes, refused
+from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
 __all__ = ["ZarrArrays", "ZarrGroup", "holds_zarr", "read_object"]
@@ -26,31 +26,31 @@ _FORM = "a Zarr group"
 _JSON_LIMIT = 1 << 27
 _CHUNK_LIMIT, _ARRAY_LIMIT = 1 << 29, 1 << 48
 _ARRAYS_LIMIT = 1 << 16
-_SECOND, _THIRD = ".zarray", "zarr.json"
+_VERSION_2, _VERSION_3 = ".zarray", "zarr.json"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
+    """Read a JSON file that contains an object.
 
     Raises
     ------
     ValueError, OSError
-        Where it does not.
+        If the file cannot be read or does not contain an object.
     """
     if path.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{path.name} has more than {_JSON_LIMIT} bytes")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deep") from error
+        raise ValueError(f"{path.name} is nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object")
+        raise ValueError(f"{path.name} does not contain a JSON object")
     return found
 
 
 @contextmanager
-def _short() -> Iterator[None]:
-    # TensorStore repeats the specification of the array behind what went wrong.
+def _short_errors() -> Iterator[None]:
+    # TensorStore appends the specification of the array to its messages.
     try:
         yield
     except ValueError as error:
@@ -58,20 +58,20 @@ def _short() -> Iterator[None]:
 
 
 class ZarrArrays(Container):
-    """Arrays by their keys; what they are is added by `open_arrays`.
+    """Arrays by their keys. `open_arrays` adds arrays.
 
     Parameters
     ----------
     step : LoggedStep
     form : str
-        For messages: "a Zarr group".
+        Used in messages, such as "a Zarr group".
     stacked : bool
-        The first dimension is that of steps, and one is read of it.
+        The first dimension is the step; one step is read at a time.
 
     Raises
     ------
     InputError
-        Where TensorStore is not installed.
+        If TensorStore is not installed.
     """
 
     def __init__(self, step: LoggedStep, form: str, *, stacked: bool = False) -> None:
@@ -87,29 +87,29 @@ class ZarrArrays(Container):
         self._caches: dict[str, int] = {}
         self._open: tuple[str, Any] = ("", None)
 
-    def open_arrays(self, specs: Mapping[str, Mapping[str, Any]], *, all_of_them: bool = True) -> None:
-        """Describe arrays.
+    def open_arrays(self, specs: Mapping[str, Mapping[str, Any]], *, required: bool = True) -> None:
+        """Open arrays and add their descriptions.
 
         Parameters
         ----------
         specs : mapping
-            Key to the specification of TensorStore.
-        all_of_them : bool
-            One that cannot be opened is an error; else it is listed as unread.
+            Key to the TensorStore specification.
+        required : bool
+            Raise an error for arrays that cannot be opened. If False, list them in ``unread``.
 
         Raises
         ------
         ValueError
-            Where one is not there, or in chunks that are too large to unpack.
+            If an array cannot be opened, or if its chunks are too large to decompress.
         """
         pending = {key: self._tensorstore.open(spec, open=True, read=True) for key, spec in specs.items()}
         self._specs |= specs
         for key, future in pending.items():
             try:
-                with _short():
+                with _short_errors():
                     store = future.result()
             except ValueError as error:
-                if all_of_them:
+                if required:
                     raise
                 self.unread[key] = str(error)
                 continue
@@ -118,11 +118,11 @@ class ZarrArrays(Container):
     def _add(self, key: str, store: Any) -> None:
         shape, itemsize = tuple(store.shape), store.dtype.numpy_dtype.itemsize
         if math.prod(shape) * itemsize > _ARRAY_LIMIT:
-            raise ValueError(f"{key!r} claims to be of shape {shape}")
+            raise ValueError(f"{key!r} would have the shape {shape}, which is too large")
         chunk = tuple(store.chunk_layout.read_chunk.shape or ())
         if math.prod(chunk) * itemsize > _CHUNK_LIMIT:
             raise ValueError(
-                f"{key!r} lies in chunks of {chunk}, more than {_CHUNK_LIMIT} bytes each: save it in smaller ones"
+                f"{key!r} has chunks of shape {chunk}, more than {_CHUNK_LIMIT} bytes each: use smaller chunks"
             )
         self.tensors[key] = LoggedTensor(shape, store.dtype.name)
         row = _row(shape, chunk) if not self._stacked else chunk[0] * _row(shape[1:], chunk[1:]) if shape else 1
@@ -130,7 +130,7 @@ class ZarrArrays(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with refused(self.step, self._form, key), _short():
+        with read_errors(self.step, self._form, key), _short_errors():
             store = self._store(key)
             words = out.view(store.dtype.numpy_dtype)
             done = 0
@@ -150,12 +150,12 @@ class ZarrArrays(Container):
         return store
 
     def close(self) -> None:
-        """Let go of what was unpacked."""
+        """Release the cached chunks."""
         self._open = "", None
 
 
 def _row(shape: Sequence[int], chunk: Sequence[int]) -> int:
-    """Elements of a row of chunks, which is unpacked once for all slices that it is cut into.
+    """Return the number of elements in a row of chunks, which is decompressed once for all slices that it contains.
 
     Examples
     --------
@@ -167,12 +167,12 @@ def _row(shape: Sequence[int], chunk: Sequence[int]) -> int:
 
 
 def holds_zarr(path: Path) -> bool:
-    """Whether a folder is a Zarr group, of version 2 or 3."""
-    return path.suffix == ".zarr" and any((path / name).is_file() for name in (".zgroup", _THIRD))
+    """Return True if a folder is a Zarr group of version 2 or 3."""
+    return path.suffix == ".zarr" and any((path / name).is_file() for name in (".zgroup", _VERSION_3))
 
 
 class ZarrGroup(ZarrArrays):
-    """A Zarr group: its arrays by their paths.
+    """A Zarr group, with its arrays by path.
 
     Parameters
     ----------
@@ -180,19 +180,20 @@ class ZarrGroup(ZarrArrays):
     stacked : bool
         See `ZarrArrays`.
 
-    uint16 with the attribute ``ml_dtype`` of ``bfloat16`` is taken as that. Links to folders are not followed.
+    uint16 with the attribute ``ml_dtype`` = ``bfloat16`` is interpreted as bfloat16. Links to folders are not
+    followed.
 
     Raises
     ------
     InputError
-        Where metadata are damaged, an array is in chunks that are too large to unpack, or TensorStore is not
+        If metadata are corrupt, an array has chunks that are too large to decompress, or TensorStore is not
         installed.
     """
 
     def __init__(self, step: LoggedStep, *, stacked: bool = False) -> None:
         super().__init__(step, _FORM, stacked=stacked)
-        with refused(step, _FORM):
-            self.open_arrays(self._found(), all_of_them=False)
+        with read_errors(step, _FORM):
+            self.open_arrays(self._found(), required=False)
             for key, logged in self.tensors.items():
                 if logged.dtype == "uint16" and self._attributes(key).get("ml_dtype") == "bfloat16":
                     self.tensors[key] = LoggedTensor(logged.shape, "bfloat16")
@@ -202,23 +203,23 @@ class ZarrGroup(ZarrArrays):
         root = self.step.path
         for folder, folders, files in os.walk(root):
             path = Path(folder)
-            second = _SECOND in files
-            if second or (_THIRD in files and read_object(path / _THIRD).get("node_type") == "array"):
-                # What lies below is its chunks.
+            is_version_2 = _VERSION_2 in files
+            if is_version_2 or (_VERSION_3 in files and read_object(path / _VERSION_3).get("node_type") == "array"):
+                # The content of the folder is the chunks of this array.
                 folders.clear()
                 store = {"driver": "file", "path": f"{path.absolute()}/"}
                 specs[path.relative_to(root).as_posix()] = {
-                    "driver": "zarr" if second else "zarr3",
+                    "driver": "zarr" if is_version_2 else "zarr3",
                     "kvstore": store,
                     "fill_missing_data_reads": False,
                 }
             if len(specs) > _ARRAYS_LIMIT:
-                raise ValueError(f"it holds more than {_ARRAYS_LIMIT} arrays")
+                raise ValueError(f"it contains more than {_ARRAYS_LIMIT} arrays")
         return specs
 
     def _attributes(self, key: str) -> dict[str, Any]:
         folder = self.step.path / key
         if (folder / ".zattrs").is_file():
             return read_object(folder / ".zattrs")
-        found = read_object(folder / _THIRD).get("attributes") if (folder / _THIRD).is_file() else None
+        found = read_object(folder / _VERSION_3).get("attributes") if (folder / _VERSION_3).is_file() else None
         return found if isinstance(found, dict) else {}

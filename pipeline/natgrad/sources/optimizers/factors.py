@@ -1,13 +1,13 @@
-"""Which metric a rule with factors uses for a tensor: what is saved, and what its writer's code makes of it.
+"""Derive the metric of factored update rules from their saved state, following the code of their authors.
 
 ========================================  ==================================================================
-Shampoo (torch-optimizer,                 the update is ``inv_precond_0 G inv_precond_1`` (of pytorch-optimizer
-pytorch-optimizer)                        ``inv_pre_cond``): M is the product of the inverses of what acted,
-                                          S^(1/k) and S^(1/2k) of the statistics of k dimensions
-ScalableShampoo (pytorch-optimizer)       the same with ``pre_conditioners``, on each block of a tensor
-PSGD Kron (pytorch-optimizer)             the update is Q'Q of the momentum: M is the product of (Q'Q)^-1
-SOAP (pytorch-optimizer, and its authors')  Adam in the basis Q: ``exp_avg_sq`` lies in it, ``exp_avg`` does not
-K-FAC (kfac-pytorch, curvlinops)          G (x) A with damping: of each factor, or of their product
+Shampoo (torch-optimizer,                 the update is ``inv_precond_0 G inv_precond_1`` (``inv_pre_cond`` in
+pytorch-optimizer)                        pytorch-optimizer): M is the product of the inverses of these matrices,
+                                          S^(1/k) and S^(1/2k) for the statistics S of k dimensions
+ScalableShampoo (pytorch-optimizer)       the same with ``pre_conditioners``, for each block of a tensor
+PSGD Kron (pytorch-optimizer)             the update is Q'Q times the momentum: M is the product of (Q'Q)^-1
+SOAP (pytorch-optimizer, and its authors')  Adam in the basis Q: ``exp_avg_sq`` is in this basis, ``exp_avg`` is not
+K-FAC (kfac-pytorch, curvlinops)          G (x) A with damping of each factor, or of their product
 ========================================  ==================================================================
 """
 
@@ -23,19 +23,19 @@ from natgrad.sources.container import Container
 from natgrad.sources.optimizers.state import Factor, FactoredMetric, RotatedMetric
 from natgrad.sources.steps import LoggedTensor
 
-__all__ = ["ENTRY", "OPTIONS", "SAID", "Entry", "kfac_metrics", "rule_of", "shape_of"]
+__all__ = ["ENTRY", "OPTIONS", "USER_OPTIONS", "Entry", "kfac_metrics", "rule_of", "shape_of"]
 
 ENTRY = (
     r"inv_precond_\d+|inv_pre_cond_\d+|(?:GG|Q)[/.]\d+|shampoo_beta|"
     r"momentum|max_exp_avg_sq|pre_conditioner[/.](?:rank|pre_conditioners(?:[/.]\d+)?)"
 )
-"""Keys of an entry that say what its metric is, as a regular expression."""
+"""Regular expression for the keys of an entry that determine its metric."""
 
 OPTIONS = ("step", "correct_bias", "normalize_gradient", "normalize_grads")
-"""Options of a group that say it too."""
+"""Options of a group that affect the metric."""
 
-SAID = ("compute_method", "start_preconditioning_step")
-"""What no file says and a user may: how kfac-pytorch inverts, and from which step on ScalableShampoo does."""
+USER_OPTIONS = ("compute_method", "start_preconditioning_step")
+"""Options that no file contains: the inversion method of kfac-pytorch, the first step of ScalableShampoo."""
 
 _KFAC_ROOTS = "preconditioner|preconditioner_state_dict|kfac|kfac_state_dict"
 _LAYER = re.compile(rf"({_KFAC_ROOTS})/layers/(.+)/([AG])")
@@ -48,15 +48,15 @@ class Entry:
     Parameters
     ----------
     keys : mapping
-        Name within the entry to the key in the container.
+        Name within the entry to its key in the container.
     tensors : mapping
-        Of the container.
+        Tensors of the container.
     numbers : mapping
-        Name within the entry to value.
+        Name within the entry to its value.
     options : mapping
-        Of its group: those of `OPTIONS` and ``beta2``, ``epsilon``; truth values are 0 and 1.
-    said : mapping
-        What the user says of `SAID`.
+        Options of its group: those in `OPTIONS`, ``beta2`` and ``epsilon``. Booleans are 0 and 1.
+    user_options : mapping
+        Options in `USER_OPTIONS` that the user specified.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Entry:
         tensors: Mapping[str, LoggedTensor],
         numbers: Mapping[str, float],
         options: Mapping[str, float],
-        said: Mapping[str, str | int],
+        user_options: Mapping[str, str | int],
     ) -> None:
         self._keys, self._tensors, self._numbers = keys, tensors, numbers
-        self._options, self._said = options, said
+        self._options, self._user_options = options, user_options
 
     def metric(self, rule: str, shape: tuple[int, ...]) -> FactoredMetric | RotatedMetric:
-        """Metric of a tensor of this shape under a rule of `rule_of`."""
+        """Return the metric of a tensor of this shape under a rule from `rule_of`."""
         if rule == "AMSGrad":
-            return FactoredMetric(rule, problem="its metric is made of max_exp_avg_sq, which is not stored")
+            return FactoredMetric(rule, problem="its metric depends on max_exp_avg_sq, which is not stored")
         if rule == "SOAP":
             return self._soap()
         if rule == "ScalableShampoo":
@@ -82,7 +82,9 @@ class Entry:
         factors = next((found for name in names if (found := self._numbered(name))), ())
         if tuple(_size(factor) for factor in factors) != (shape if rule == "Shampoo" else shape or (1,)):
             sizes = [list(factor.shape) for factor in factors]
-            return FactoredMetric(rule, problem=f"the factors have the shapes {sizes}, the tensor {list(shape)}")
+            return FactoredMetric(
+                rule, problem=f"the factors have shapes {sizes}, but the tensor has {list(shape)}"
+            )
         root = rule == "PSGD"
         return FactoredMetric(rule, (factors,), exponent=-1.0, root=root, rescaled=root)
 
@@ -92,7 +94,7 @@ class Entry:
 
     def _soap(self) -> RotatedMetric:
         options = self._options
-        # Its authors count the updates in each entry; pytorch-optimizer calls, of which the first makes no update.
+        # The authors' SOAP counts updates per entry; pytorch-optimizer counts calls, the first without an update.
         updates = self._numbers.get("step", options.get("step", math.nan) - 1)
         beta2, corrected = options.get("beta2", math.nan), options.get("correct_bias")
         if not updates > 0 or not 0 <= beta2 < 1 or "epsilon" not in options or corrected is None:
@@ -102,15 +104,15 @@ class Entry:
         return RotatedMetric(options["epsilon"], bias, bool(normalized))
 
     def _scalable_shampoo(self) -> FactoredMetric:
-        rule, start = "ScalableShampoo", self._said.get("start_preconditioning_step")
+        rule, start = "ScalableShampoo", self._user_options.get("start_preconditioning_step")
         if start is None:
             return FactoredMetric(
                 rule,
-                problem="its state does not say from which step on it preconditions: write "
+                problem="its state does not contain the first step with preconditioning: write "
                 "start_preconditioning_step = N under [optimizer] in natgrad.toml",
             )
         if not self._options.get("step", math.nan) >= int(start):
-            return FactoredMetric(rule, problem=f"it preconditions from step {start} on")
+            return FactoredMetric(rule, problem=f"it starts preconditioning at step {start}")
         name = "pre_conditioner/pre_conditioners"
         factors = self._numbered(name + "/{}")
         stacked = self._tensors.get(self._keys.get(name, ""))
@@ -121,13 +123,13 @@ class Entry:
         number = self._numbers.get("pre_conditioner/rank", 0.0)
         rank = int(number) if 1 <= number <= len(factors) else 0
         if not rank or len(factors) % rank:
-            return FactoredMetric(rule, problem="no factors: its graft alone moves it, or the file has objects")
+            return FactoredMetric(rule, problem="there are no factors: only grafting is used, or they are objects")
         blocks = tuple(factors[first : first + rank] for first in range(0, len(factors), rank))
         return FactoredMetric(rule, blocks, exponent=-1.0, rescaled=True)
 
 
 def rule_of(entries: Iterable[Mapping[str, str]]) -> str | None:
-    """Rule with factors that an optimizer is, by the keys within all of its entries; None where it is none."""
+    """Return the factored rule of an optimizer, from the keys of all its entries; None if it has none."""
     names = {name for entry in entries for name in entry}
     if "pre_conditioner/rank" in names:
         return "ScalableShampoo"
@@ -141,7 +143,7 @@ def rule_of(entries: Iterable[Mapping[str, str]]) -> str | None:
 
 
 def shape_of(keys: Mapping[str, str], tensors: Mapping[str, LoggedTensor]) -> tuple[int, ...] | None:
-    """Shape of the tensor that an entry is of, by its factors or momentum of Shampoo; None where it has neither."""
+    """Return the shape of the tensor of an entry, from its Shampoo factors or momentum; None if it has neither."""
     if (momentum := tensors.get(keys.get("momentum", ""))) is not None:
         return momentum.shape
     for name in ("inv_precond_{}", "inv_pre_cond_{}"):
@@ -151,9 +153,9 @@ def shape_of(keys: Mapping[str, str], tensors: Mapping[str, LoggedTensor]) -> tu
 
 
 def kfac_metrics(
-    container: Container, parameters: Mapping[str, LoggedTensor], said: Mapping[str, str | int]
+    container: Container, parameters: Mapping[str, LoggedTensor], user_options: Mapping[str, str | int]
 ) -> tuple[str | None, dict[str, FactoredMetric]]:
-    """Metrics of K-FAC that a file holds, by tensor, and the key that they stand under."""
+    """Return the K-FAC metrics in a file, by tensor, and the key under which they are saved."""
     layers: dict[str, dict[str, Factor]] = {}
     roots: set[str] = set()
     curvature: dict[str, dict[str, Factor]] = {}
@@ -169,27 +171,27 @@ def kfac_metrics(
     (root,) = roots
     found: dict[str, FactoredMetric] = {}
     for name, factors in (layers or curvature).items():
-        blank = _kfac_pytorch(container, root, said) if layers else _curvlinops(container, root)
-        found |= _blocks(name, factors, parameters, blank)
+        template = _kfac_pytorch(container, root, user_options) if layers else _curvlinops(container, root)
+        found |= _blocks(name, factors, parameters, template)
     return root.split("/")[0], found
 
 
-def _kfac_pytorch(container: Container, root: str, said: Mapping[str, str | int]) -> FactoredMetric:
-    """Damping of kfac-pytorch; what it saved after ``step()`` is what the update to this state was made with."""
+def _kfac_pytorch(container: Container, root: str, user_options: Mapping[str, str | int]) -> FactoredMetric:
+    """Return the damping of kfac-pytorch. State saved after ``step()`` is that of the update to this state."""
     numbers, rule = container.numbers, "K-FAC"
     steps, every = numbers.get(f"{root}/steps", math.nan), numbers.get(f"{root}/inv_update_steps", math.nan)
-    damping, method = numbers.get(f"{root}/damping"), said.get("compute_method")
+    damping, method = numbers.get(f"{root}/damping"), user_options.get("compute_method")
     if method is None:
         problem = (
-            'its state does not say how it inverts: write compute_method = "eigen" (the default of kfac-pytorch) '
-            'or "inverse" under [optimizer] in natgrad.toml'
+            'its state does not contain the inversion method: write compute_method = "eigen" (the default of '
+            'kfac-pytorch) or "inverse" under [optimizer] in natgrad.toml'
         )
     elif damping is None or not every >= 1:
-        problem = "its damping, or how often it inverts, is a function, and not saved"
+        problem = "its damping or inversion interval is a function, which is not saved"
     elif not steps >= 1:
         problem = "it has made no update yet"
     elif (steps - 1) % every:
-        problem = f"it inverts at every {every:g}th step, and what it then used is not saved"
+        problem = f"it computes inverses every {every:g} steps, and those that it used here are not saved"
     elif method == "eigen":
         return FactoredMetric(rule, shift=damping)
     else:
@@ -198,7 +200,7 @@ def _kfac_pytorch(container: Container, root: str, said: Mapping[str, str | int]
 
 
 def _curvlinops(container: Container, root: str) -> FactoredMetric:
-    """Damping of a ``KFACInverseLinearOperator``, whose factors are taken at the state that they are saved with."""
+    """Return the damping of a ``KFACInverseLinearOperator``, whose factors belong to the state saved with them."""
     numbers, rule = container.numbers, "K-FAC"
     above = root.removesuffix("/A")
     damping = numbers.get(f"{above}/damping")
@@ -206,39 +208,41 @@ def _curvlinops(container: Container, root: str) -> FactoredMetric:
     options = {name: container.texts.get(f"{above}/use_{name}_damping") for name in ("exact", "heuristic")}
     if above == root or None in both or None in options.values():
         return FactoredMetric(rule, problem="its damping is not saved: save a KFACInverseLinearOperator")
-    of_input, of_gradient = (float(number or 0.0) for number in both)
+    input_damping, gradient_damping = (float(number or 0.0) for number in both)
     if options["exact"] == "True":
-        return FactoredMetric(rule, shift=of_input, follows=True)
+        return FactoredMetric(rule, shift=input_damping, follows=True)
     if options["heuristic"] == "True":
-        least = numbers.get(f"{above}/min_damping", math.nan)
-        return FactoredMetric(rule, damping=(of_input, least), balanced=True, follows=True)
-    return FactoredMetric(rule, damping=(of_gradient, of_input), follows=True)
+        minimum = numbers.get(f"{above}/min_damping", math.nan)
+        return FactoredMetric(rule, damping=(input_damping, minimum), balanced=True, follows=True)
+    return FactoredMetric(rule, damping=(gradient_damping, input_damping), follows=True)
 
 
 def _blocks(
-    name: str, factors: Mapping[str, Factor], parameters: Mapping[str, LoggedTensor], blank: FactoredMetric
+    name: str, factors: Mapping[str, Factor], parameters: Mapping[str, LoggedTensor], template: FactoredMetric
 ) -> dict[str, FactoredMetric]:
-    """Metrics of the weight and the bias of a layer: one that they share, or one for each."""
+    """Return the metrics of the weight and bias of a layer: one that they share, or one for each."""
     weight, bias = f"{name}.weight", f"{name}.bias"
-    there = [tensor for tensor in (weight, bias) if tensor in parameters]
-    if blank.problem or "G" not in factors:
-        problem = blank.problem or "its factors are not saved"
-        return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
-    shape = parameters[there[0]].shape if there else ()
-    inputs = math.prod(shape[1:]) if weight in there else -1
+    present = [tensor for tensor in (weight, bias) if tensor in parameters]
+    if template.problem or "G" not in factors:
+        problem = template.problem or "its factors are not saved"
+        return {tensor: FactoredMetric(template.rule, problem=problem) for tensor in present}
+    shape = parameters[present[0]].shape if present else ()
+    inputs = math.prod(shape[1:]) if weight in present else -1
     size = _size(factors["A"]) if "A" in factors else 0
-    fits = there and shape and _size(factors["G"]) == shape[0] and (inputs < 0 or size in (inputs, inputs + 1))
+    fits = present and shape and _size(factors["G"]) == shape[0] and (inputs < 0 or size in (inputs, inputs + 1))
     if not fits:
-        problem = f"the factors of layer {name!r} do not fit its weight or bias of shape {list(shape)}"
-        return {tensor: FactoredMetric(blank.rule, problem=problem) for tensor in there}
+        problem = f"the factors of layer {name!r} do not match its weight or bias of shape {list(shape)}"
+        return {tensor: FactoredMetric(template.rule, problem=problem) for tensor in present}
     product = (factors["G"], factors["A"]) if "A" in factors else (factors["G"],)
     if size == inputs + 1:
-        return {tensor: replace(blank, blocks=(product,), tensors=tuple(there)) for tensor in there}
-    found = {weight: replace(blank, blocks=(product,))} if weight in there else {}
-    if bias in there:
-        found[bias] = replace(blank, blocks=((factors["G"],),), damping=blank.damping[:1])
-        if blank.balanced:
-            found[bias] = FactoredMetric(blank.rule, problem="heuristic damping of a bias of its own is not read")
+        return {tensor: replace(template, blocks=(product,), tensors=tuple(present)) for tensor in present}
+    found = {weight: replace(template, blocks=(product,))} if weight in present else {}
+    if bias in present:
+        found[bias] = replace(template, blocks=((factors["G"],),), damping=template.damping[:1])
+        if template.balanced:
+            found[bias] = FactoredMetric(
+                template.rule, problem="heuristic damping of a separate bias is not supported"
+            )
     return found
 
 
@@ -247,6 +251,6 @@ def _factor(key: str, tensor: LoggedTensor, start: int = 0) -> Factor:
 
 
 def _size(factor: Factor) -> int:
-    """Dimension that a factor acts on; 0 where it is no square matrix or diagonal of floats."""
+    """Return the dimension on which a factor acts; 0 if it is not a square matrix or a diagonal."""
     square = len(factor.shape) < 2 or (len(factor.shape) == 2 and factor.shape[0] == factor.shape[1])
     return math.prod(factor.shape[:1]) if square else 0

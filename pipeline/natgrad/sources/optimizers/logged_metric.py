@@ -1,6 +1,6 @@
-"""The metric of an optimizer, from the factors that a log holds: its extreme eigenvalues, or an operator.
+"""Compute the metric of an optimizer from logged factors: its extreme eigenvalues, or an operator.
 
-One factor at a time is loaded, and nothing of the log is executed.
+Factors are loaded one at a time. Nothing in the log is executed.
 """
 
 from __future__ import annotations
@@ -46,33 +46,35 @@ def extremes(
     tensor : str
     metric : FactoredMetric
     largest_factor : int, optional
-        Most rows of a factor, see `natgrad.schema.layout.IngestLimits`.
+        Maximum number of rows of a factor; see `natgrad.schema.layout.IngestLimits`.
 
     Raises
     ------
     InputError
-        Where the metric is not known, not symmetric positive definite, or a factor is too large.
+        If the metric is unknown or not symmetric positive definite, or if a factor is too large.
     """
     if metric.problem:
         raise InputError(metric.problem)
     try:
         return _extremes(reader, tensor, metric, largest_factor)
     except np.linalg.LinAlgError as error:
-        raise InputError(f"LAPACK finds no eigenvalues of a factor ({error})") from error
+        raise InputError(f"LAPACK failed to compute the eigenvalues of a factor ({error})") from error
 
 
 def _extremes(reader: StepReader, tensor: str, metric: FactoredMetric, largest: int) -> tuple[float, float]:
     index, found = 0, []
     for block in metric.blocks:
         damping = _damping(reader, tensor, metric, block, index, largest)
-        ends = []
+        eigenvalue_ranges = []
         for factor, term in zip(block, damping, strict=True):
             matrix = _loaded(reader, tensor, metric, factor, index, largest)
             index += 1
-            ends.append(factor_eigenvalues(matrix, exponent=metric.exponent, damping=term, root=metric.root))
-        # Of inverses each factor was found definite beyond its rounding.
+            eigenvalue_ranges.append(
+                factor_eigenvalues(matrix, exponent=metric.exponent, damping=term, root=metric.root)
+            )
+        # Inverse factors have already been checked to be definite beyond rounding errors.
         rows = sum(factor.shape[0] for factor in block if len(factor.shape) == 2) if metric.exponent > 0 else 0
-        found.append(kronecker_eigenvalues(ends, metric.shift, rows=rows))
+        found.append(kronecker_eigenvalues(eigenvalue_ranges, metric.shift, rows=rows))
     return min(low for low, _ in found), max(high for _, high in found)
 
 
@@ -84,39 +86,42 @@ def read_metric(
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
 ) -> Kronecker:
-    """Metric that an optimizer used for a tensor in the update from a step, as an operator.
+    """Return the metric that an optimizer used for a tensor in the update from a step, as an operator.
 
     Parameters
     ----------
     source : path
-        Log, as of `natgrad.sources.opening.open_source`.
+        Location of the log; see `natgrad.sources.opening.open_source`.
     tensor : str
     step : int
-        Step of the state before the update.
+        Step number of the state before the update.
     format, mapping
-        As of `natgrad.sources.opening.open_source`.
+        See `natgrad.sources.opening.open_source`.
 
     Returns
     -------
     Kronecker
-        Of the tensor's elements in C order; its factors are the symmetric parts of what was saved. Where weight and
-        bias share a block of K-FAC it acts on both: on ``np.column_stack([W.reshape(len(W), -1), b]).ravel()``.
+        Operator on the elements of the tensor in C order. Its factors are the symmetric parts of the saved factors.
+        If weight and bias share a K-FAC block, the operator acts on both:
+        ``np.column_stack([W.reshape(len(W), -1), b]).ravel()``.
 
     Raises
     ------
     InputError
-        Where the step or the tensor is not there, or its metric is not known, no Kronecker product or not positive
+        If the step or tensor does not exist, or if its metric is unknown, not a Kronecker product or not positive
         definite.
     """
-    from natgrad.theory.symmetric_operators import Kronecker  # SciPy, which what ingests does not need
+    from natgrad.theory.symmetric_operators import Kronecker  # imports SciPy, which ingestion does not need
 
     log = open_source(open_storage(source), format, mapping)
     steps = list(log.steps())
-    places = [index for index, logged in enumerate(steps) if logged.number == step]
-    if not places:
-        raise InputError(f"step {step} is not in the log", where=str(source), remedy="give one that is")
-    # Curvature is saved with the state it was taken at, what an optimizer keeps with the state after the update.
-    for logged in steps[places[0] : places[0] + 2]:
+    indices = [index for index, logged in enumerate(steps) if logged.number == step]
+    if not indices:
+        raise InputError(
+            f"step {step} is not in the log", where=str(source), remedy="choose a step that is in the log"
+        )
+    # Curvature is saved with the state where it was computed; optimizer state with the state after the update.
+    for logged in steps[indices[0] : indices[0] + 2]:
         with log.open(logged) as reader:
             state = reader.content().optimizer
             metric = None if state is None else state.metrics.get(tensor)
@@ -126,19 +131,19 @@ def read_metric(
                 try:
                     return _operator(reader, tensor, metric, Kronecker)
                 except InputError as error:
-                    place = where(logged, f"{metric.rule} metric", tensor)
-                    raise InputError(error.what, where=place, remedy=error.remedy) from error
+                    location = where(logged, f"{metric.rule} metric", tensor)
+                    raise InputError(error.what, where=location, remedy=error.remedy) from error
     raise InputError(
-        f"no metric of Kronecker factors was saved of tensor {tensor!r} for the update from step {step}",
+        f"no metric with Kronecker factors is saved for tensor {tensor!r} and the update from step {step}",
         where=str(source),
-        why="the optimizer has none (that of SOAP is rotated, that of Adam a diagonal), or the state after the "
-        "update is not in the log",
+        why="the optimizer has no such metric (that of SOAP is rotated, that of Adam is diagonal), or the state "
+        "after the update is not in the log",
     )
 
 
 def _operator(reader: StepReader, tensor: str, metric: FactoredMetric, kind: type[Kronecker]) -> Kronecker:
     if metric.problem or len(metric.blocks) != 1:
-        raise InputError(metric.problem or f"the tensor is parted into {len(metric.blocks)} blocks")
+        raise InputError(metric.problem or f"the tensor is split into {len(metric.blocks)} blocks")
     (block,) = metric.blocks
     largest = IngestLimits.largest_factor
     damping = _damping(reader, tensor, metric, block, 0, largest)
@@ -156,7 +161,7 @@ def _gram(root: Array) -> Array:
 def _damping(
     reader: StepReader, tensor: str, metric: FactoredMetric, block: tuple[Factor, ...], first: int, largest: int
 ) -> list[float]:
-    """Damping of each factor of a product."""
+    """Return the damping of each factor of a product."""
     if not metric.balanced:
         return list(metric.damping) or [0.0] * len(block)
     left, right = (
@@ -168,11 +173,11 @@ def _damping(
 def _loaded(
     reader: StepReader, tensor: str, metric: FactoredMetric, factor: Factor, index: int, largest: int
 ) -> Array:
-    """Load a factor as float64, its symmetric part where it is no root."""
+    """Load a factor as float64. Return its symmetric part, unless it is a root."""
     size, dimensions = math.prod(factor.shape[:1]), len(factor.shape)
     square = dimensions < 2 or (dimensions == 2 and factor.shape[0] == factor.shape[1])
     if factor.dtype not in STORAGE_DTYPES or not square or not size:
-        raise InputError(f"a factor is {factor.dtype} of shape {list(factor.shape)}")
+        raise InputError(f"a factor has dtype {factor.dtype} and shape {list(factor.shape)}")
     if len(factor.shape) > 1 and size > largest:
         raise InputError(f"a factor of {size} x {size} is too large: the limit is {largest} rows")
     words: NDArray[Any] = np.empty(math.prod(factor.shape), storage_dtype(factor.dtype))

@@ -1,7 +1,8 @@
-"""Which tensor each entry of a saved optimizer belongs to.
+"""Assign the entries of a saved optimizer to tensors.
 
-Torch numbers the parameters of an optimizer, group after group, and saves no names unless it was given some: so
-the numbers are matched by order, where that is known, or by shape, where that decides, and always checked by shape.
+Torch numbers the parameters of an optimizer across its groups, and saves no names unless it was given some.
+The numbers are therefore matched by order, if it is known, or by shape, if this is unique. Shapes are always
+checked.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ _NUMBERS = {
     "weight_decay": "weight_decay",
     "momentum": "momentum",
 }
-# Levels are joined by a slash, or by a dot where torch flattened the optimizer's dict.
+# Levels are joined by slashes, or by dots if torch flattened the dict of the optimizer.
 _ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join(_ARRAYS)}|step|{factors.ENTRY})")
 _OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *factors.OPTIONS))})")
 _MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
 
-# What trainers do not decay: those of these names (Hugging Face), or those of one dimension (nanoGPT).
+# Tensors without weight decay: selected by name (Hugging Face), or those with one dimension (nanoGPT).
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """State of an optimizer, by tensor.
+    """The state of an optimizer, by tensor.
 
     Attributes
     ----------
     roots : tuple of str
-        Keys that it stands under.
+        Keys under which it is saved.
     state : OptimizerState
     keys : mapping
-        Array to tensor to the key in the container.
+        Array to a mapping of tensor to its key in the container.
     """
 
     roots: tuple[str, ...]
@@ -62,7 +63,7 @@ class SavedOptimizer:
 
 
 def optimizer_root(container: Container) -> str | None:
-    """Key that the state of the optimizer stands under, None where none was saved."""
+    """Return the key under which the state of the optimizer is saved, or None if there is none."""
     for root in _ROOTS:
         starts = tuple(f"{root}/{part}{separator}" for part in ("state", "param_groups") for separator in "/.")
         if any(key.startswith(starts) for keys in (container.numbers, container.tensors) for key in keys):
@@ -75,30 +76,30 @@ def saved_optimizer(
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str] = (),
     order: Sequence[str] = (),
-    said: Mapping[str, str | int] | None = None,
+    user_options: Mapping[str, str | int] | None = None,
 ) -> SavedOptimizer | None:
-    """Find the state of the optimizer in a step, by tensor, and that of K-FAC before it.
+    """Return the state of the optimizer of a step, and of a K-FAC preconditioner in front of it, by tensor.
 
     Parameters
     ----------
     container : Container
     parameters : mapping
-        Tensors of the model, in the order of the file.
+        Tensors of the model, in file order.
     trained : collection of str
-        Those that have a gradient, where that is known.
+        Tensors that have a gradient, if known.
     order : sequence of str
-        Names in the order in which the optimizer was given them, where the user says so.
-    said : mapping, optional
-        What the user says of `natgrad.sources.optimizers.factors.SAID`.
+        Tensor names in the order in which they were passed to the optimizer, if the user specified it.
+    user_options : mapping, optional
+        Options in `natgrad.sources.optimizers.factors.USER_OPTIONS` that the user specified.
 
     Returns
     -------
     SavedOptimizer or None
-        Where there is neither. Of one that cannot be matched, ``state.problem`` says why.
+        None if there is no state. If the state cannot be matched, ``state.problem`` gives the reason.
     """
     root = optimizer_root(container)
-    kfac_root, metrics = factors.kfac_metrics(container, parameters, said or {})
-    saved = None if root is None else _matched(container, root, parameters, trained, order, said or {})
+    kfac_root, metrics = factors.kfac_metrics(container, parameters, user_options or {})
+    saved = None if root is None else _matched(container, root, parameters, trained, order, user_options or {})
     if kfac_root is None or (saved is not None and saved.state.problem):
         return saved
     saved = saved or SavedOptimizer((), OptimizerState())
@@ -108,12 +109,12 @@ def saved_optimizer(
     for tensor in parameters:
         problem = ""
         if tensor not in metrics:
-            problem = "" if tensor in own else "it has no factors of it"
+            problem = "" if tensor in own else "the preconditioner has no factors for it"
         elif tensor in own:
-            # It is moved by a product of two matrices, which is not symmetric.
-            problem = "the optimizer behind it has a metric of its own"
+            # The update is a product of two matrices, which is not symmetric.
+            problem = "the optimizer after the preconditioner has its own metric"
         elif len({rates.get(other) for other in metrics[tensor].tensors}) > 1:
-            problem = "weight and bias move at different rates"
+            problem = "weight and bias have different learning rates"
         if problem:
             metrics[tensor] = FactoredMetric("K-FAC", problem=problem)
     state = OptimizerState(state.arrays, state.numbers, {**state.metrics, **metrics})
@@ -121,7 +122,7 @@ def saved_optimizer(
 
 
 def _factor_keys(metrics: Mapping[str, FactoredMetric | RotatedMetric]) -> dict[str, dict[str, str]]:
-    """Keys of the factors, by the arrays that they are read as."""
+    """Return the keys of the factors, by the arrays under which they are read."""
     keys: dict[str, dict[str, str]] = {}
     for tensor, metric in metrics.items():
         if isinstance(metric, FactoredMetric):
@@ -136,7 +137,7 @@ def _matched(
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str],
     order: Sequence[str],
-    said: Mapping[str, str | int],
+    user_options: Mapping[str, str | int],
 ) -> SavedOptimizer:
     start = f"{root}/"
     entries: dict[str, dict[str, str]] = {}
@@ -153,33 +154,38 @@ def _matched(
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
     rule = factors.rule_of(entries.values())
     for entry, tensor in owners.items():
-        of_entry, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
+        entry_keys, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
         counts: dict[str, float] = {}
-        for what, key in of_entry.items():
-            if what in _ARRAYS:
+        for name, key in entry_keys.items():
+            if name in _ARRAYS:
                 logged = container.tensors.get(key)
                 if logged is None or logged.shape != parameters[tensor].shape or logged.dtype not in STORAGE_DTYPES:
-                    what_is = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
-                    problem = f"{key} is {what_is}, its parameter {tensor!r} has shape {parameters[tensor].shape}"
+                    actual = "a number" if logged is None else f"{logged.dtype} of shape {logged.shape}"
+                    problem = (
+                        f"{key} is {actual}, but its parameter {tensor!r} has shape {parameters[tensor].shape}"
+                    )
                     return SavedOptimizer((root,), OptimizerState(problem=problem))
-                keys.setdefault(_ARRAYS[what], {})[tensor] = key
-            elif (what == "step" or key in container.numbers) and (count := container.number(key)) is not None:
-                counts[what] = count
+                keys.setdefault(_ARRAYS[name], {})[tensor] = key
+            elif (name == "step" or key in container.numbers) and (count := container.number(key)) is not None:
+                counts[name] = count
         if "step" in counts:
             numbers.setdefault("updates", {})[tensor] = counts["step"]
         for name, value in options.items():
             if name not in factors.OPTIONS:
                 numbers.setdefault(name, {})[tensor] = value
-        if rule is not None and of_entry:
-            saved = factors.Entry(of_entry, container.tensors, counts, options, said)
+        if rule is not None and entry_keys:
+            saved = factors.Entry(entry_keys, container.tensors, counts, options, user_options)
             metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
-    arrays = {array: {tensor: container.tensors[key] for tensor, key in of.items()} for array, of in keys.items()}
+    arrays = {
+        array: {tensor: container.tensors[key] for tensor, key in array_keys.items()}
+        for array, array_keys in keys.items()
+    }
     return SavedOptimizer((root,), OptimizerState(arrays, numbers, metrics), keys | _factor_keys(metrics))
 
 
 @dataclass
 class _Group:
-    """A group of parameters: its members by number or name, in order, and its options."""
+    """A parameter group: its members by number or name, in order, and its options."""
 
     members: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
@@ -214,7 +220,7 @@ def _groups(container: Container, start: str) -> dict[str, _Group]:
 
 
 def _options_of(entry: str, tensor: str, groups: Mapping[str, _Group]) -> Mapping[str, float]:
-    """Options of an entry: of the group it is a member of, of one named after it, or of the only one."""
+    """Return the options of an entry: those of its group, of a group named after it, or of the only group."""
     for name, group in groups.items():
         if entry in group.members.values() or name in (entry, tensor):
             return group.options
@@ -230,7 +236,7 @@ def _owners(
     trained: Collection[str],
     order: Sequence[str],
 ) -> dict[str, str] | str:
-    """Entry to the tensor it belongs to, or why that cannot be told."""
+    """Return a mapping of entry to tensor, or the reason why there is none."""
     members = [group.ordered() for group in groups.values()]
     flat = [entry for group in members for entry in group] or list(entries)
     if all(entry in parameters for entry in flat):
@@ -238,13 +244,13 @@ def _owners(
     if all(set(group.names) == set(group.members) for group in groups.values()):
         named = {group.members[index]: name for group in groups.values() for index, name in group.names.items()}
         unknown = [name for name in named.values() if name not in parameters]
-        return f"the optimizer names {unknown[0]!r}, the model has no such tensor" if unknown else named
+        return f"the optimizer names {unknown[0]!r}, but the model has no such tensor" if unknown else named
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry, of in entries.items():
-        for what, key in of.items():
-            if what in _ARRAYS and key in container.tensors:
+    for entry, keys_by_name in entries.items():
+        for name, key in keys_by_name.items():
+            if name in _ARRAYS and key in container.tensors:
                 shapes[entry] = container.tensors[key].shape
-        if entry not in shapes and (shape := factors.shape_of(of, container.tensors)) is not None:
+        if entry not in shapes and (shape := factors.shape_of(keys_by_name, container.tensors)) is not None:
             shapes[entry] = shape
 
     def fits(names: Sequence[str]) -> bool:
@@ -255,43 +261,46 @@ def _owners(
 
     unknown = [name for name in order if name not in parameters]
     if unknown:
-        return f"the order names {unknown[0]!r}, the model has no such tensor"
+        return f"the order contains {unknown[0]!r}, but the model has no such tensor"
     names = list(order) or [name for name in parameters if (not trained or name in trained)]
     if order or container.ordered:
-        ways = _arrangements(names, parameters, list(map(len, members)))
-        # The user may give the order of the model, or that of the optimizer.
-        fitting = {tuple(way) for way in [*ways, *([names] if order else [])] if fits(way)}
+        arrangements = _arrangements(names, parameters, list(map(len, members)))
+        # The order may be that of the model or that of the optimizer.
+        fitting = {
+            tuple(arrangement) for arrangement in [*arrangements, *([names] if order else [])] if fits(arrangement)
+        }
         if len(fitting) == 1:
             return dict(zip(flat, fitting.pop(), strict=True))
         if order:
-            why = "in two ways" if fitting else "in none"
-            return (
-                f"the order of {len(order)} tensors fits the {len(flat)} parameters and {len(members)} groups {why}"
-            )
+            verb, often = ("matches", " in two ways") if fitting else ("does not match", "")
+            optimizer_text = f"{len(flat)} parameters in {len(members)} groups"
+            return f"the order of {len(order)} tensors {verb} the {optimizer_text}{often}"
     by_shape = {parameters[name].shape: name for name in names}
     counts = Counter(parameters[name].shape for name in names)
     if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):
         return {entry: by_shape[shapes[entry]] for entry in flat}
     return (
-        f"it is not known which of {len(names)} tensors the {len(flat)} parameters of the optimizer are: it was "
-        "saved without names, and neither the order of the file nor the shapes decide"
+        f"the {len(flat)} parameters of the optimizer cannot be assigned to the {len(names)} tensors: it was "
+        "saved without names, and neither the order of the file nor the shapes are sufficient"
     )
 
 
 def _arrangements(
     names: Sequence[str], parameters: Mapping[str, LoggedTensor], sizes: Sequence[int]
 ) -> list[list[str]]:
-    """Orders that trainers give the tensors of a model in: as they come, or those that are decayed first."""
+    """Return the orders in which trainers pass tensors to an optimizer: unchanged, or decayed tensors first."""
     if len(sizes) < 2:
         return [list(names)]
-    ways = []
+    arrangements = []
     if len(sizes) == 2:
         for decayed in (
             [not _NOT_DECAYED.search(name) for name in names],
             [len(parameters[name].shape) > 1 for name in names],
             [not _NOT_DECAYED.search(name) and len(parameters[name].shape) > 1 for name in names],
         ):
-            first = [name for name, is_so in zip(names, decayed, strict=True) if is_so]
+            first = [name for name, is_decayed in zip(names, decayed, strict=True) if is_decayed]
             if len(first) == sizes[0]:
-                ways.append([*first, *(name for name, is_so in zip(names, decayed, strict=True) if not is_so)])
-    return ways
+                arrangements.append(
+                    [*first, *(name for name, is_decayed in zip(names, decayed, strict=True) if not is_decayed)]
+                )
+    return arrangements

@@ -1,4 +1,4 @@
-"""The state of an optimizer as a log holds it, with the metrics of K-FAC, Shampoo, PSGD and SOAP."""
+"""Represent a logged optimizer state, including the metrics of K-FAC, Shampoo, PSGD and SOAP."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of a metric as logged, not loaded.
+    """A logged factor of a metric that is not loaded.
 
     Attributes
     ----------
     key : str
         Key in the file.
     shape : tuple of int
-        (n, n) of a matrix, (n,) of a diagonal; () of a number.
+        (n, n) for a matrix, (n,) for a diagonal, () for a number.
     dtype : str
     start : int
-        First element under the key, where several matrices are stacked.
+        First element under the key, if several matrices are stacked.
     """
 
     key: str
@@ -40,33 +40,33 @@ class Factor:
 
 @dataclass(frozen=True)
 class FactoredMetric:
-    """The metric M that an optimizer uses for a tensor, as Kronecker products of factors that it saves.
+    """The metric M that an optimizer uses for a tensor, as Kronecker products of saved factors.
 
-    With F_i = (S_i + damping_i)^exponent, where S_i is the factor, or Q'Q of a factor Q that is a ``root``, it is
-    F_0 (x) F_1 (x) .. + shift on each of its blocks: the first factor is of the first dimension of the tensor.
+    On each block, M = F_0 (x) F_1 (x) ... + shift with F_i = (S_i + damping_i)^exponent, where S_i is the factor,
+    or Q'Q for a factor Q if ``root`` is set. The first factor acts on the first dimension of the tensor.
 
     Attributes
     ----------
-    rule : str
+    Name of the update rule.
         Name of the rule.
     blocks : tuple of tuple of Factor
-        One product, or several where the tensor was parted; a product of no factors is 1.
+        One product, or several if the tensor was split into blocks. A product without factors is 1.
     exponent, shift : float
     damping : tuple of float
-        One for each factor of a product; none where there is no damping.
+        One value per factor of a product; empty if there is no damping.
     balanced : bool
-        Damping is divided between the two factors by their mean eigenvalues (Martens and Grosse, 2015, section
-        6.3): ``damping`` is that of the product and the least.
+        The damping is distributed over the two factors according to their mean eigenvalues (Martens and Grosse,
+        2015, section 6.3): ``damping`` contains the damping of the product and its minimum.
     root : bool
     tensors : tuple of str
-        Those that share the block, where there are more: weight and bias of a layer, of which the bias is the last
+        Tensors that share the block, if there are several: weight and bias of a layer, with the bias as the last
         column.
     follows : bool
-        It is the metric of the update from this state, not of that to it.
+        M is the metric of the update from this state, not of the update to it.
     rescaled : bool
-        The update was multiplied by a positive factor that is not saved: M is known up to it.
+        The update was multiplied by a positive factor that is not saved, so M is known only up to this factor.
     problem : str
-        Why the metric is not known; then nothing else is there.
+        Why the metric is unknown. The other attributes are then not set.
     """
 
     rule: str
@@ -84,14 +84,14 @@ class FactoredMetric:
 
 @dataclass(frozen=True)
 class RotatedMetric:
-    """The metric Q diag(sqrt(v) + epsilon) Q' / bias of SOAP: ``exp_avg_sq`` is v, in the basis of Q.
+    """The metric Q diag(sqrt(v) + epsilon) Q' / bias of SOAP, where v is ``exp_avg_sq`` in the basis Q.
 
     Attributes
     ----------
     epsilon, bias : float
-        ``bias`` is sqrt(1 - beta2^updates), or 1 where it is not corrected.
+        ``bias`` is sqrt(1 - beta2^updates), or 1 without bias correction.
     rescaled, problem
-        As of `FactoredMetric`.
+        See `FactoredMetric`.
     """
 
     epsilon: float = math.nan
@@ -101,7 +101,7 @@ class RotatedMetric:
 
 
 def factor_array(index: int) -> str:
-    """Array under which a step gives the factor of a metric, counted through all blocks.
+    """Return the name of the array of a factor of a metric. Factors are numbered across all blocks.
 
     Examples
     --------
@@ -113,19 +113,19 @@ def factor_array(index: int) -> str:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What the optimizer kept between steps, by tensor.
+    """State that an optimizer keeps between steps, by tensor.
 
     Attributes
     ----------
     arrays : mapping
-        Some of `natgrad.schema.names.OPTIMIZER_STATES`, each a mapping of tensor name to `LoggedTensor`.
+        Arrays in `natgrad.schema.names.OPTIMIZER_STATES`, each a mapping of tensor name to `LoggedTensor`.
     numbers : mapping
-        Some of `natgrad.schema.names.OPTIMIZER_NUMBERS`, each a mapping of tensor name to value.
+        Numbers in `natgrad.schema.names.OPTIMIZER_NUMBERS`, each a mapping of tensor name to value.
     metrics : mapping
-        Tensor name to the metric of a rule whose metric is no diagonal of ``exp_avg_sq``; its factors are read as
-        `factor_array` says.
+        Tensor name to its metric, for rules whose metric is not a diagonal of ``exp_avg_sq``. `factor_array`
+        returns the names of the arrays of its factors.
     problem : str
-        Why it is not known which tensor an entry belongs to; then nothing else is there.
+        Why the entries cannot be assigned to tensors. The other attributes are then not set.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class OptimizerState:
 
     @property
     def readable(self) -> list[str]:
-        """Names of all arrays that a step gives of it."""
+        """Names of all arrays of this state that a step can read."""
         products = [metric.blocks for metric in self.metrics.values() if isinstance(metric, FactoredMetric)]
         most = max((sum(map(len, blocks)) for blocks in products), default=0)
         return [*self.arrays, *map(factor_array, range(most))]

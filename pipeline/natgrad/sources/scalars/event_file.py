@@ -1,6 +1,7 @@
-"""TensorBoard's event files: records with checksums, each a protocol buffer. Every point is read.
+"""Read all scalars of TensorBoard event files: records with checksums, each a protocol buffer.
 
-A record is its length (8 bytes), the masked CRC-32C of the length, the data, and their masked CRC-32C.
+A record consists of its length (8 bytes), the masked CRC-32C of the length, the data, and the masked CRC-32C of the
+data.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from natgrad.storage import Storage
 __all__ = ["event_files", "read_events"]
 
 DATA_LIMIT = 1 << 26
-"""Default size of a record above which it is taken for an image or graph: only its checksum is compared."""
-_PIECE = 1 << 20
+"""Default size above which a record is assumed to be an image or graph. Only its checksum is verified."""
+_READ_BLOCK = 1 << 20
 _STEP, _SUMMARY, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 1, 1, 2, 8
 _TENSOR_DTYPE, _TENSOR_CONTENT = 1, 4
 _DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
-"""Of a tensor: DT_FLOAT and DT_DOUBLE as numpy's dtype, and the field and wire type of their values."""
+"""Tensor dtypes DT_FLOAT and DT_DOUBLE: NumPy dtype, and field and wire type of their values."""
 
 
 def event_files(location: Storage) -> list[Storage]:
-    """Return the event files at a location or in it, in the order in which they were started."""
+    """Return the event files at or in a location, sorted by the time at which they were started."""
     found = location.files()
     if found == [location]:
         return found if _is_event_file(location) else []
@@ -43,7 +44,7 @@ def _is_event_file(file: Storage) -> bool:
 
 
 def _start_time(file: Storage) -> float:
-    """Return the time of the first record, which orders the files of a folder: names hold it in seconds only."""
+    """Return the time of the first record, for sorting the files of a folder: file names contain only seconds."""
     for record in _records(file, []):
         for number, kind, value in fields(record):
             if number == 1 and kind == FIXED64:
@@ -57,7 +58,7 @@ def _masked(crc: int) -> int:
 
 
 def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[bytes]:
-    """Give the data of the records; a last one that is cut short is left out, with a note."""
+    """Yield the data of the records. A truncated last record is left out, with a note."""
     with log.open() as file:
         file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(0)
@@ -65,19 +66,19 @@ def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterato
             head = file.read(12)
             length = int.from_bytes(head[:8], "little")
             if len(head) == 12 and _masked(crc32c(head[:8])) != int.from_bytes(head[8:], "little"):
-                raise ValueError(f"the checksum of the length of the record at byte {position} does not match")
+                raise ValueError(f"checksum mismatch in the length of the record at byte {position}")
             if len(head) < 12 or position + 12 + length + 4 > size:
-                notes.append(f"the last record of {log.name} is cut short and left out: it is still being written")
+                notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
                 return
             crc, data, rest = 0, b"", length
             while rest:
-                piece = file.read(min(rest, _PIECE))
-                if not piece:
-                    raise EOFError("the file was cut while it was read")
-                crc, rest = crc32c(piece, crc), rest - len(piece)
-                data += piece if length <= limit else b""
+                block = file.read(min(rest, _READ_BLOCK))
+                if not block:
+                    raise EOFError("the file was truncated while it was read")
+                crc, rest = crc32c(block, crc), rest - len(block)
+                data += block if length <= limit else b""
             if _masked(crc) != int.from_bytes(file.read(4), "little"):
-                raise ValueError(f"the checksum of the record at byte {position} does not match")
+                raise ValueError(f"checksum mismatch in the record at byte {position}")
             yield data
             position += 12 + length + 4
 
@@ -85,7 +86,7 @@ def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterato
 def read_events(
     log: Storage, wanted: Callable[[str], bool], notes: list[str], *, data_limit: int = DATA_LIMIT
 ) -> Iterator[Mapping[str, Any]]:
-    """Read the scalars of an event file: ``step``, and the values of the tags."""
+    """Yield the scalars of an event file: ``step``, and the value of each tag."""
     for data in _records(log, notes, data_limit):
         step, summaries = 0, []
         for number, kind, value in fields(data):
@@ -105,7 +106,7 @@ def read_events(
 
 
 def _scalar(data: bytes) -> tuple[str, float | None]:
-    """Tag and value of a summary; None where it is no scalar of floats."""
+    """Return the tag and the value of a summary. The value is None if it is not a scalar float."""
     tag, scalar = "", None
     for number, kind, value in fields(data):
         if (number, kind) == (_TAG, BYTES):
@@ -118,13 +119,13 @@ def _scalar(data: bytes) -> tuple[str, float | None]:
 
 
 def _tensor(data: bytes) -> float | None:
-    """Value of a tensor of one float."""
+    """Return the value of a tensor with one float, or None for other tensors."""
     found = list(fields(data))
     dtype = next((value for number, kind, value in found if (number, kind) == (_TENSOR_DTYPE, VARINT)), 0)
     if dtype not in _DTYPES:
         return None
     name, field, single = _DTYPES[dtype]
-    # One value alone, many packed, or the bytes of all.
+    # The values are a single one, several packed ones, or the bytes of all.
     content = [
         value
         for number, kind, value in found

@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers: fields by their numbers, whatever these mean."""
+"""Decode the wire format of protocol buffers into numbered fields, without a schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if position >= len(data) or shift > 63:
-            raise ValueError("a number in a record does not end")
+            raise ValueError("a varint in a record is not terminated")
         byte = data[position]
         value |= (byte & 0x7F) << shift
         position, shift = position + 1, shift + 7
@@ -24,18 +24,18 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
-    """Fields of a protocol buffer, in the order written.
+    """Yield the fields of a protocol buffer, in file order.
 
     Yields
     ------
     number, type : int
     value : int or bytes
-        An unsigned number of 64 bits, or the bytes.
+        Unsigned 64-bit integer, or bytes.
 
     Raises
     ------
     ValueError
-        Where it is none, or ends early.
+        If the data are not a protocol buffer or are truncated.
     """
     position = 0
     while position < len(data):
@@ -50,7 +50,7 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
                 length, position = _varint(data, position)
             value, position = data[position : position + length], position + length
             if len(value) < length:
-                raise ValueError("a field of a record ends early")
+                raise ValueError("a field of a record is truncated")
         else:
-            raise ValueError(f"a field of a record has the wire type {kind}")
+            raise ValueError(f"a field of a record has the unsupported wire type {kind}")
         yield number, kind, value

@@ -1,6 +1,6 @@
-"""Files of records, as loggers of scalars write them: CSV, lines of JSON, Parquet, SQLite.
+"""Read the record files that scalar loggers write: CSV, JSON lines, Parquet and SQLite.
 
-A last record that is cut short is still being written: it is left out, with a note.
+A truncated last record is assumed to be in progress. It is left out, with a note.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from natgrad.storage import Storage
 __all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
 
 LINE_LIMIT = 1 << 24
-"""Default limit of the characters of a line, which may be one of gigabytes."""
+"""Default limit on the number of characters per line, to bound the memory."""
 
 _BATCH = 1 << 16
 COLUMN_LIMIT = 1 << 30
-"""Default limit of the bytes to which a column of a row group unpacks."""
+"""Default limit on the uncompressed size in bytes of a column in a row group."""
 
 _SQLITE = b"SQLite format 3\0"
 
@@ -34,7 +34,7 @@ Wanted = Callable[[str], bool]
 
 
 def _complete_lines(log: Storage, notes: list[str], limit: int = LINE_LIMIT) -> Iterator[str]:
-    """Yield the lines of a text file that have an end."""
+    """Yield the lines of a text file that end with a newline."""
     content = log.open()
     content.widen()
     with TextIOWrapper(cast(BinaryIO, content), encoding="utf-8-sig", newline="") as file:
@@ -43,21 +43,21 @@ def _complete_lines(log: Storage, notes: list[str], limit: int = LINE_LIMIT) -> 
                 if len(line) >= limit:
                     raise ValueError(f"it has a line of more than {limit} characters")
                 notes.append(
-                    f"the last line of {log.name} has no end and is left out: it is being written, or was cut"
+                    f"the last line of {log.name} has no newline and is left out: it is being written or truncated"
                 )
                 return
             yield line
 
 
 def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
-    """Read a file with a header and values parted by commas, semicolons or tabs; empty ones are missing."""
+    """Yield the records of a file with a header and commas, semicolons or tabs. Empty values are missing."""
     lines = _complete_lines(log, notes)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
     header = next(csv.reader([first], delimiter=delimiter), [])
-    places = [(place, name.strip()) for place, name in enumerate(header) if wanted(name.strip())]
-    if len({name for _, name in places}) != len(places):
-        raise ValueError(f"two of its columns have one name: {', '.join(name for _, name in places)}")
+    positions = [(position, name.strip()) for position, name in enumerate(header) if wanted(name.strip())]
+    if len({name for _, name in positions}) != len(positions):
+        raise ValueError(f"two columns have the same name: {', '.join(name for _, name in positions)}")
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
@@ -70,24 +70,24 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
         if not row or row == header:
             continue
         if len(row) != len(header):
-            raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, the header {len(header)}")
-        yield {name: row[place] for place, name in places}
+            raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, but the header has {len(header)}")
+        yield {name: row[position] for position, name in positions}
 
 
 def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
-    """Read a file with an object in each line; levels of nested objects are joined by a slash."""
+    """Yield the records of a file with a JSON object on each line. Nested keys are joined by slashes."""
     for number, line in enumerate(_complete_lines(log, notes, line_limit), 1):
         if line.strip():
             yield _json_object(line, wanted, f"line {number}")
 
 
-def _json_object(text: str, wanted: Wanted, place: str) -> dict[str, Any]:
+def _json_object(text: str, wanted: Wanted, position: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{position}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{place} is no JSON object")
+        raise ValueError(f"{position} is not a JSON object")
     return {key: value for key, value in _flat(values) if wanted(key)}
 
 
@@ -103,7 +103,7 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit: int = COLUMN_LIMIT) -> Records:
-    """Read the columns of numbers and text of a Parquet file with pyarrow (the extra ``parquet``)."""
+    """Yield the records of a Parquet file, read with pyarrow (needs the extra ``parquet``)."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -114,18 +114,20 @@ def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit
         schema, metadata = file.schema_arrow, file.metadata
         names = [name for name in schema.names if wanted(name)]
         if len(set(names)) != len(names):
-            raise ValueError(f"two of its columns have one name: {', '.join(names)}")
+            raise ValueError(f"two columns have the same name: {', '.join(names)}")
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
             for column in columns:
                 if column.path_in_schema in names and column.total_uncompressed_size > column_limit:
-                    raise ValueError(f"column {column.path_in_schema} unpacks to more than {column_limit} bytes")
+                    raise ValueError(
+                        f"the uncompressed size of column {column.path_in_schema} exceeds {column_limit} bytes"
+                    )
         for batch in file.iter_batches(_BATCH, columns=names) if names else ():
             yield from batch.to_pylist()
 
 
 def holds_metrics(log: Storage) -> bool:
-    """Return whether a file is an SQLite database with a table of metrics, as trackio writes it."""
+    """Return True if a file is a SQLite database with the metrics table that trackio writes."""
     with log.open() as file:
         if file.read(len(_SQLITE)) != _SQLITE:
             return False
@@ -139,7 +141,7 @@ def holds_metrics(log: Storage) -> bool:
 def _connect(log: Storage) -> sqlite3.Connection:
     path = local_file(log).absolute()
     database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
-    # Nothing that a schema names is run: views and functions in it are not trusted.
+    # Views and functions in the schema are not trusted: do not run them.
     database.execute("PRAGMA trusted_schema=OFF")
     database.execute("PRAGMA cell_size_check=ON")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LINE_LIMIT)
@@ -147,7 +149,7 @@ def _connect(log: Storage) -> sqlite3.Connection:
 
 
 def _columns(database: sqlite3.Connection) -> set[str]:
-    """Columns of the table of metrics; none where it is a view or virtual, or computes some."""
+    """Return the columns of the metrics table; empty if it is a view, a virtual table or has computed columns."""
     (tables,) = database.execute(
         "SELECT count(*) FROM sqlite_master WHERE name='metrics' AND type='table' AND rootpage > 0"
     ).fetchone()
@@ -158,11 +160,11 @@ def _columns(database: sqlite3.Connection) -> set[str]:
 
 
 def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
-    """Read trackio's database: a table ``metrics`` with a JSON object of metrics in each row."""
+    """Yield the records of the trackio database: table ``metrics`` with a JSON object of metrics in each row."""
     try:
         with closing(_connect(log)) as database:
             if not _columns(database) >= {"run_name", "step", "metrics"}:
-                raise ValueError("it has no table metrics with run_name, step and metrics")
+                raise ValueError("it has no table metrics with the columns run_name, step and metrics")
             rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY rowid")
             for number, (run, step, metrics) in enumerate(rows, 1):
                 if isinstance(metrics, bytes):

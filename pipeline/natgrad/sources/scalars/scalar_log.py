@@ -1,4 +1,4 @@
-"""Logs of scalars: loss, learning rate and their like by step, as loggers write them beside the checkpoints."""
+"""Read logs of scalars such as loss and learning rate by step, which loggers write in addition to checkpoints."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["RUN_KEY", "Kind", "ScalarLog"]
 
 Wanted = Callable[[str], bool]
 Decoder = Callable[[Storage, Wanted, list[str]], Iterator[Mapping[str, Any]]]
-"""File, which keys are wanted, and where to put notes, to the records in the order written, wanted keys alone."""
+"""Function of a file, a predicate for wanted keys and a list for notes. Yields records with the wanted keys."""
 
 RUN_KEY = "run_name"
-"""Key of the run that a record is of, in logs that hold several."""
+"""Key for the name of the run of a record, in logs that contain several runs."""
 
 _STEP = (
     "trainer global step",
@@ -37,38 +37,38 @@ _STEP = (
     "iteration",
     "iter",
 )
-_USUAL: dict[str, tuple[str, ...]] = {
+_COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "train loss", "training loss", "loss train", "train loss step", "loss step"),
     "learning_rate": ("learning rate", "lr", "train learning rate", "train lr"),
     "loss_time_derivative": ("loss time derivative",),
     "hessian_min_eigenvalue": ("hessian min eigenvalue",),
     "step": _STEP,
 }
-_RATES_OF_LIGHTNING = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
-"""Keys of its LearningRateMonitor: one for each optimizer and group of parameters."""
+_LIGHTNING_RATES = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
+"""Keys of Lightning's LearningRateMonitor, one for each optimizer and parameter group."""
 
 RECORDS_LIMIT = 1 << 24
-"""Default limit of the values of one key."""
+"""Default limit on the number of values per key."""
 
 _EXACT = 1 << 53
-_SINGLE_PRECISION = "numbers of this log are of single precision: differences of losses are off by 6e-8 of a loss"
+_SINGLE_PRECISION = "this log has single precision: differences of losses have a relative error of 6e-8 of the loss"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of scalar logs.
+    """A kind of scalar log.
 
     Attributes
     ----------
     form : str
-        For messages: "a CSV log".
+        Used in messages, such as "a CSV log".
     files : callable
-        Location to the files of the log, in the order written; empty where it holds none.
+        Function of a location that returns the files of the log in the order written, empty if there are none.
     decode : Decoder
     step : str
-        Key of the step, where the format knows one.
+        Key of the step, if the format defines one.
     single : bool
-        Most of its writers store numbers in single precision.
+        Most writers of this format store single precision.
     """
 
     form: str
@@ -80,28 +80,28 @@ class Kind:
 
 @dataclass
 class _Column:
-    """The values of one key, at most ``limit``, and their records; the first value that is not a number."""
+    """The values of one key (at most ``limit``), their record numbers, and the first value that is not a number."""
 
     limit: int
     records: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
-    wrong: tuple[int, str] | None = None
+    invalid: tuple[int, str] | None = None
 
     def append(self, record: int, value: Any) -> None:
         if value is None or (isinstance(value, str) and not value.strip()):
             return
         number = _number(value)
         if number is None:
-            self.wrong = self.wrong or (record, str(value)[:40])
+            self.invalid = self.invalid or (record, str(value)[:40])
             return
         if len(self.records) >= self.limit:
-            raise ValueError(f"it holds more than {self.limit} records")
+            raise ValueError(f"it contains more than {self.limit} records")
         self.records.append(record)
         self.values.append(number)
 
 
 def _number(value: Any) -> float | None:
-    """Value of a number or of text that is one."""
+    """Return the value of a number or numeric string, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | np.number):
         return None
     if isinstance(value, str) and "_" in value:
@@ -115,26 +115,26 @@ def _number(value: Any) -> float | None:
 class ScalarLog:
     """A log of the scalars of a run.
 
-    A record has the number of its step and some quantities; records of one step add up. Where the step falls back
-    the run was restarted: of the values of one step the last one written counts.
+    A record contains a step number and some quantities. Records of the same step are merged. If the step number
+    decreases, the run was restarted, and the last value written for a step is used.
 
     Parameters
     ----------
     location : Storage
-        File or folder.
+        File or folder of the log.
     kind : Kind
     mapping : mapping, optional
-        Quantity, or ``step``, to the key that it stands under, ``*`` any one level of it; ``run`` to the name of
-        the run, where the log holds several.
+        Quantity, or ``step``, to its key, in which ``*`` matches any single level; ``run`` to the name of the run,
+        if the log contains several.
     shift : mapping, optional
-        Quantity to what is added to the step that its values are logged at.
+        Quantity to the number added to the step at which its values are logged.
     records_limit : int
-        Number of values of one key above which the log is refused.
+        Maximum number of values per key. A log with more values is refused.
 
     Raises
     ------
     InputError
-        Where the mapping names what a log of scalars has not.
+        If the mapping contains a quantity that is not a scalar.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ScalarLog:
         for quantity, key in self._mapping.items():
             if quantity not in (*SCALARS, "step", "run") or not isinstance(key, str) or not key:
                 raise InputError(
-                    f"{quantity}={key} is not in a log of scalars",
+                    f"{quantity}={key} cannot be mapped in a log of scalars",
                     where=str(location),
                     remedy=f"map one of {', '.join(SCALARS)}, step, run",
                 )
@@ -159,12 +159,12 @@ class ScalarLog:
         self._notes: list[str] = []
 
     def steps(self) -> list[LoggedStep]:
-        """List the steps of which there is a scalar; the files are read.
+        """List the steps that have a scalar. This reads the files.
 
         Raises
         ------
         InputError
-            Where the log cannot be read, has none of the scalars, or one under a key that is not there.
+            If the log cannot be read, has none of the scalars, or lacks a key that the user specified.
         """
         scalars = self._read()
         return [
@@ -181,7 +181,7 @@ class ScalarLog:
         return _Scalars(StepContent({}, self._read().get(step.number, {}), notes=tuple(self._notes)))
 
     def growing(self) -> bool:
-        """Whether somebody wrote to it lately, so that more may come."""
+        """Return True if the log was modified recently, so that it may still grow."""
         return any(changed_lately(change_time(file)) for file in self._files())
 
     def _files(self) -> Sequence[Storage]:
@@ -194,7 +194,7 @@ class ScalarLog:
             raise InputError(
                 f"this is not {self._kind.form}",
                 where=str(self.location),
-                remedy="natgrad formats lists what can be read",
+                remedy="see natgrad formats for the formats that can be read",
             )
         return files
 
@@ -206,13 +206,13 @@ class ScalarLog:
         return self._scalars
 
     def _columns(self) -> dict[str, _Column]:
-        """Columns of all keys that may be meant."""
+        """Read the columns of all keys that may be needed."""
         columns: dict[str, _Column] = {}
         runs: dict[str, None] = {}
         chosen = self._mapping.get("run")
         record = 0
         for file in self._files():
-            with _refused(file, self._kind.form):
+            with _read_errors(file, self._kind.form):
                 for values in self._kind.decode(file, self._wanted, self._notes):
                     record += 1
                     run = values.get(RUN_KEY)
@@ -225,10 +225,10 @@ class ScalarLog:
                             columns.setdefault(key, _Column(self._records_limit)).append(record, value)
         if (chosen is None and len(runs) > 1) or (chosen is not None and chosen not in runs):
             raise InputError(
-                f"the log holds the runs {', '.join(list(runs)[:8]) or 'of nobody'}"
+                f"the log contains the runs {', '.join(list(runs)[:8]) or '(none)'}"
                 + (f", not {chosen}" if chosen is not None else ""),
                 where=str(self.location),
-                remedy="say which one is meant: --map run=NAME, or in a run file",
+                remedy="select one with --map run=NAME, or in a run file",
             )
         return columns
 
@@ -236,39 +236,43 @@ class ScalarLog:
         return key == RUN_KEY or any(_matches(q, key, self._mapping.get(q)) for q in (*SCALARS, "step"))
 
     def _keys(self, quantity: str, columns: Mapping[str, _Column]) -> list[str]:
-        """Keys of a quantity: those the user gave, or the first usual ones that are there."""
-        given = self._mapping.get(quantity)
-        if given is not None:
-            found = [key for key in columns if _matches(quantity, key, given)]
+        """Return the keys of a quantity: those that the user specified, or the first common ones that exist."""
+        mapped_key = self._mapping.get(quantity)
+        if mapped_key is not None:
+            found = [key for key in columns if _matches(quantity, key, mapped_key)]
             if not found:
-                raise self._missing(f"no {quantity} under the key {given!r}", columns)
+                raise self._missing(f"there is no {quantity} under the key {mapped_key!r}", columns)
             return found
         if quantity == "step" and self._kind.step:
             return [self._kind.step]
-        for usual in _USUAL[quantity]:
-            found = [key for key in columns if _normal(key) == usual]
+        for common_key in _COMMON_KEYS[quantity]:
+            found = [key for key in columns if _normal(key) == common_key]
             if found:
                 return found
-        return [key for key in columns if quantity == "learning_rate" and _RATES_OF_LIGHTNING.fullmatch(key)]
+        return [key for key in columns if quantity == "learning_rate" and _LIGHTNING_RATES.fullmatch(key)]
 
     def _missing(self, what: str, columns: Mapping[str, _Column]) -> InputError:
         kind = NotYet if self.growing() else InputError
-        keys = ", ".join(sorted(columns)) or "none of the usual ones"
+        keys = ", ".join(sorted(columns)) or "none of the common ones"
         return kind(
             what,
             where=str(self.location),
-            why=f"keys that may be meant are {keys}",
-            remedy="say where it is: --map loss=KEY, learning_rate=KEY, step=KEY",
+            why=f"the candidate keys are {keys}",
+            remedy="specify the keys with --map loss=KEY, learning_rate=KEY, step=KEY",
         )
 
     def _by_step(self, columns: Mapping[str, _Column]) -> dict[int, dict[str, float]]:
-        """Scalars of each step."""
+        """Return the scalars of each step."""
         found = {quantity: self._keys(quantity, columns) for quantity in SCALARS}
         if not any(found.values()):
-            raise self._missing("no scalar is in this log", columns)
+            raise self._missing("there is no known scalar in this log", columns)
         step_keys = self._keys("step", columns)
         if len(step_keys) != 1:
-            what = f"the step is under {', '.join(step_keys)}" if step_keys else "no step is in this log"
+            what = (
+                f"the step is ambiguous: the log has {', '.join(step_keys)}"
+                if step_keys
+                else "this log has no step numbers"
+            )
             raise self._missing(what, columns)
         records, steps = self._numbers(step_keys[0], columns[step_keys[0]])
         scalars: dict[int, dict[str, float]] = {}
@@ -282,61 +286,63 @@ class ScalarLog:
                         unequal.add(step)
             if unequal:
                 self._notes.append(
-                    f"{quantity} is not the same under {', '.join(keys)}: at {len(unequal)} steps none is taken"
+                    f"{quantity} differs between {', '.join(keys)} at {len(unequal)} steps: no value is used there"
                 )
             if keys and keys != [quantity] and quantity not in self._mapping:
-                self._notes.append(f"{quantity} is what the log calls {', '.join(keys)}")
+                self._notes.append(f"{quantity} is read from {', '.join(keys)}")
             for step, value in merged.items():
                 if step not in unequal:
                     scalars.setdefault(step, {})[quantity] = value
-        values = np.array([value for of_step in scalars.values() for value in of_step.values()])
+        values = np.array([value for at_step in scalars.values() for value in at_step.values()])
         if self._kind.single and np.array_equal(values.astype(np.float32), values, equal_nan=True):
             self._notes.append(_SINGLE_PRECISION)
         return scalars
 
     def _numbers(self, key: str, column: _Column) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the records, and the number of the step of each."""
+        """Return the record numbers, and the step number of each record."""
         self._require_numbers(key, column)
         values = np.frombuffer(column.values)
-        whole = (values == np.floor(values)) & (values >= 0) & (values < _EXACT)
-        if not whole.all():
+        valid = (values == np.floor(values)) & (values >= 0) & (values < _EXACT)
+        if not valid.all():
             raise InputError(
-                f"{key!r} is {values[~whole][0]:g}, not the number of a step",
+                f"{key!r} contains {values[~valid][0]:g}, which is not a step number",
                 where=str(self.location),
-                remedy="say with --map step=KEY where the number of updates stands",
+                remedy="specify the key of the number of updates with --map step=KEY",
             )
         return np.frombuffer(column.records, np.int64), values.astype(np.int64)
 
     def _require_numbers(self, key: str, column: _Column) -> None:
-        if column.wrong is not None:
+        if column.invalid is not None:
             raise InputError(
-                f"{column.wrong[1]!r} is no number",
-                where=f"{self.location}, {key}, record {column.wrong[0]}",
-                why="the file is damaged, or something else stands under this key",
-                remedy="mend the file, or say with --map which key is meant",
+                f"{column.invalid[1]!r} is not a number",
+                where=f"{self.location}, {key}, record {column.invalid[0]}",
+                why="the file is corrupt, or this key contains other values",
+                remedy="repair the file, or select another key with --map",
             )
 
     def _series(
         self, quantity: str, key: str, column: _Column, records: NDArray[np.int64], steps: NDArray[np.int64]
     ) -> dict[int, float]:
-        """Value of a key at each step, the last one written."""
+        """Return the value of a key at each step; the last one written if there are several."""
         self._require_numbers(key, column)
-        mine, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
-        places = np.minimum(np.searchsorted(records, mine), len(records) - 1)
-        known = records[places] == mine
+        own_records, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
+        indices = np.minimum(np.searchsorted(records, own_records), len(records) - 1)
+        known = records[indices] == own_records
         if not known.all():
             self._notes.append(f"{(~known).sum()} records of {key} have no step and are left out")
-        numbers, values = steps[places[known]], values[known]
+        numbers, values = steps[indices[known]], values[known]
         back = np.flatnonzero(np.diff(numbers) < 0)
         if len(back):
             times = "once" if len(back) == 1 else f"{len(back)} times"
             self._notes.append(
-                f"the step of {key} falls back {times}, from {numbers[back[0]]} to {numbers[back[0] + 1]} first: "
-                "the run was restarted, and of two values of a step the later one counts"
+                f"the step of {key} decreases {times}, first from {numbers[back[0]]} to {numbers[back[0] + 1]}: "
+                "the run was restarted, and the later of two values of a step is used"
             )
         numbers = numbers + self._shift.get(quantity, 0)
         if (numbers < 0).any():
-            self._notes.append(f"{(numbers < 0).sum()} records of {key} are shifted before step 0 and left out")
+            self._notes.append(
+                f"{(numbers < 0).sum()} records of {key} are left out: their shifted steps are negative"
+            )
         return {n: v for n, v in zip(numbers.tolist(), values.tolist(), strict=True) if n >= 0}
 
 
@@ -357,27 +363,27 @@ class _Scalars:
         return self._content
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
-        """Refuse: there are no tensors (KeyError)."""
+        """Raise KeyError: a log of scalars has no tensors."""
         raise KeyError(f"{array}/{tensor}")
 
 
 def _normal(key: str) -> str:
-    """Key in lower case, its words parted by spaces."""
+    """Return a key in lower case, with its words separated by spaces."""
     return re.sub(r"[\s._/-]+", " ", key.lower()).strip()
 
 
-def _matches(quantity: str, key: str, given: str | None) -> bool:
-    """Whether a key may be that of a quantity."""
-    if given is not None:
-        return re.fullmatch("[^/]+".join(map(re.escape, given.split("*"))), key) is not None
-    if quantity == "learning_rate" and _RATES_OF_LIGHTNING.fullmatch(key):
+def _matches(quantity: str, key: str, mapped_key: str | None) -> bool:
+    """Return True if a key may be that of a quantity."""
+    if mapped_key is not None:
+        return re.fullmatch("[^/]+".join(map(re.escape, mapped_key.split("*"))), key) is not None
+    if quantity == "learning_rate" and _LIGHTNING_RATES.fullmatch(key):
         return True
-    return _normal(key) in _USUAL[quantity]
+    return _normal(key) in _COMMON_KEYS[quantity]
 
 
 @contextmanager
-def _refused(file: Storage, form: str) -> Iterator[None]:
-    """Turn what a damaged or hostile file raises into a refusal."""
+def _read_errors(file: Storage, form: str) -> Iterator[None]:
+    """Convert the exceptions that corrupt or malicious files raise to InputError."""
     try:
         with network_errors(file):
             yield
@@ -387,6 +393,6 @@ def _refused(file: Storage, form: str) -> Iterator[None]:
         raise Unreadable(
             f"cannot read {form}: {error}",
             where=str(file),
-            why=f"it is damaged, not {form}, or not readable",
-            remedy="mend the file, say of which format it is (--format), or leave it out",
+            why=f"the file is corrupt, not {form}, or not readable",
+            remedy="repair the file, specify its format (--format), or omit it",
         ) from error

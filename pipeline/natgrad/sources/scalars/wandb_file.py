@@ -1,8 +1,9 @@
-"""W&B's own file of a run, ``run-<id>.wandb``: records in the blocks of a LevelDB log, each a protocol buffer.
+"""Read the W&B file of a run, ``run-<id>.wandb``: records in the blocks of a LevelDB log, each a protocol buffer.
 
-The file begins with seven bytes of its own and is parted into blocks of 32 KiB. A record lies in one piece, or in
-several where it crosses blocks; a piece is the CRC-32 of its type and data (4 bytes), the length of the data (2),
-the type (1) and the data. What is too short for a piece at the end of a block is zeros.
+The file starts with a header of seven bytes and is divided into blocks of 32 KiB. A record is stored in one
+fragment, or in several if it crosses block boundaries. A fragment consists of the CRC-32 of its type and data (4
+bytes), the length of the data (2), the type (1) and the data. If the rest of a block is too short for a fragment,
+it is filled with zeros.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from natgrad.storage import Storage
 __all__ = ["WANDB_START", "read_wandb"]
 
 WANDB_START = b":W&B\xe1\xbe\x00"
-"""First bytes of a file: its mark, and the version of its layout."""
+"""First bytes of a file: magic number, and version of the layout."""
 
 _BLOCK, _HEAD = 1 << 15, 7
-_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _RECORD_LIMIT = 1 << 26
-"""Longer records are not looked into: their checksums are compared."""
+"""Longer records are not decoded; only their checksums are verified."""
 
 _HISTORY, _ITEM, _STEP, _NUMBER = 2, 1, 2, 1
 _KEY, _NESTED_KEY, _INTEGER, _FLOAT, _JSON = 1, 2, 5, 6, (8, 16)
 
 
 def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes]]:
-    """Give place, type and data of the pieces; a last one that is cut short is left out, with a note."""
+    """Yield position, type and data of the fragments. A truncated last fragment is left out, with a note."""
     with log.open() as file:
         file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(len(WANDB_START))
@@ -41,57 +42,57 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
             room = _BLOCK - position % _BLOCK
             if room < _HEAD:
                 if any(file.read(room)):
-                    raise ValueError(f"there is something at byte {position}, where no piece has room")
+                    raise ValueError(f"there are data at byte {position}, where no fragment fits")
                 position += room
                 continue
             head = file.read(_HEAD)
             if len(head) < _HEAD:
                 break
             if not any(head):
-                # Zeros to the end of the file are room that its writer has not filled yet.
+                # The writer has allocated the zeros at the end of the file but not filled them yet.
                 while rest := file.read(_BLOCK):
                     if any(rest):
-                        raise ValueError(f"there are zeros at byte {position}, in place of a piece")
+                        raise ValueError(f"there are zeros at byte {position} in place of a fragment")
                 break
             crc, count, kind = struct.unpack("<IHB", head)
             if count > room - _HEAD:
-                raise ValueError(f"the piece at byte {position} passes the end of its block")
+                raise ValueError(f"the fragment at byte {position} crosses the end of its block")
             data = file.read(count)
             if len(data) < count:
                 break
             if zlib.crc32(data, zlib.crc32(head[-1:])) != crc:
-                raise ValueError(f"the checksum of the piece at byte {position} does not match")
+                raise ValueError(f"checksum mismatch in the fragment at byte {position}")
             yield position, kind, data
             position += _HEAD + count
         else:
             return
-        notes.append(f"the last record of {log.name} is cut short and left out: it is still being written")
+        notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
 
 
 def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
-    """Give the data of the records; of those that are too long, none."""
+    """Yield the data of the records. Records that are too long yield no data."""
     parts: list[bytes] = []
-    begun, told = False, len(notes)
+    continues, notes_before = False, len(notes)
     for position, kind, data in _fragments(log, notes):
-        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or begun != (kind in (_MIDDLE, _LAST)):
-            raise ValueError(f"the piece at byte {position} is of type {kind}, which cannot stand there")
-        if not begun:
+        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or continues != (kind in (_MIDDLE, _LAST)):
+            raise ValueError(f"the fragment at byte {position} has type {kind}, which is not valid there")
+        if not continues:
             parts, length = [], 0
         length += len(data)
         parts = [*parts, data] if length <= _RECORD_LIMIT else []
-        begun = kind in (_FIRST, _MIDDLE)
-        if not begun:
+        continues = kind in (_FIRST, _MIDDLE)
+        if not continues:
             yield b"".join(parts)
-    if begun and len(notes) == told:
-        notes.append(f"the last record of {log.name} is cut short and left out: it is still being written")
+    if continues and len(notes) == notes_before:
+        notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
 
 
 def read_wandb(log: Storage, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
-    """Read the history of a run: what was logged at each ``_step``; levels of nested keys are joined by a slash."""
+    """Yield the history of a run: the values logged at each ``_step``. Nested keys are joined by slashes."""
     with log.open() as file:
         file.widen()
         if file.read(len(WANDB_START)) != WANDB_START:
-            raise ValueError("it does not begin as a W&B run file of the layout that is known")
+            raise ValueError("it does not start with the header of a W&B run file of the supported version")
     for record in _records(log, notes):
         for number, kind, value in fields(record):
             if (number, kind) == (_HISTORY, BYTES):
@@ -106,28 +107,30 @@ def _history(data: bytes, wanted: Callable[[str], bool]) -> dict[str, Any]:
             if wanted(key) or key == "_step":
                 values[key] = logged()
         elif (number, kind) == (_STEP, BYTES):
-            values["_step"] = next((n for field, of, n in fields(value) if (field, of) == (_NUMBER, VARINT)), 0)
+            values["_step"] = next(
+                (n for field, wire_type, n in fields(value) if (field, wire_type) == (_NUMBER, VARINT)), 0
+            )
     return values
 
 
 def _item(data: bytes) -> tuple[str, Callable[[], Any]]:
-    """Key of an item, and what reads its value; None where that is no number or text."""
+    """Return the key of an item and a function that decodes its value (None if it is not a number or text)."""
     keys: list[str] = []
     read: Callable[[], Any] = lambda: None  # noqa: E731
     for number, kind, value in fields(data):
         if number in (_KEY, _NESTED_KEY) and kind == BYTES:
             keys.append(value.decode())
         elif number in _JSON and kind == BYTES:
-            read = partial(_of_json, value)
+            read = partial(_decode_json, value)
         elif (number, kind) == (_FLOAT, FIXED64):
             read = partial(lambda words: struct.unpack("<d", words)[0], value)
         elif (number, kind) == (_INTEGER, VARINT):
-            # Zigzag: the sign is the last bit.
+            # Zigzag encoding: the lowest bit is the sign.
             read = partial(lambda word: (word >> 1) ^ -(word & 1), value)
     return "/".join(keys), read
 
 
-def _of_json(text: bytes) -> Any:
+def _decode_json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
