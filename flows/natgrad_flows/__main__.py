@@ -16,7 +16,7 @@ import typer
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for logs, runs and the page.")] = Path("demo"),
-    workers: Annotated[int, typer.Option(help="Dask worker processes.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Dask worker processes.")] = 2,
 ) -> None:
     """Run the demonstration and print where its results are."""
     from natgrad_flows.demo import demo

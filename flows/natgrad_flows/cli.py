@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,12 @@ def scan(root: Root, out: RunsFolder, as_json: Json = False, quiet: Quiet = Fals
     """Process the runs below ROOT that changed since the last scan. Exits with 1 if a run failed."""
     checked = options.validated(options.ScanOptions, values)
     output = Output(as_json, quiet)
-    # Prefect is loaded once the options are valid.
+    # Prefect, and its server, are started only if the options and the folders are valid.
+    from natgrad.app.scan import check_folders
+
+    check_folders(root, out, checked["store"])
+    if quiet:
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from natgrad_flows.scan import scan_runs
 
     summary = scan_runs(root, out, **checked)

@@ -160,7 +160,7 @@ class DeclaredOption:
             if isinstance(value, bool | str):
                 raise TypeError
             number = operator.index(value) if kind is int else float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             words = "a whole number" if kind is int else "a number"
             raise self._refusal(f"must be {words}, got {value!r}") from error
         if not math.isfinite(number):

@@ -7,6 +7,7 @@ None of these functions needs a Prefect server. They take options that are valid
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -45,6 +46,8 @@ RUNS_SHOWN = 8
 
 _log = logging.getLogger(__name__)
 
+_ADDRESS = re.compile(r"(?:[a-z]+://)?(?:\[[^]/]+\]|[^:/]+):\d+(?:/.*)?")
+
 _DEFAULTS = {name: option.option.default for name, option in options.declared(options.AnalyzeOptions).items()}
 
 
@@ -60,6 +63,22 @@ class Analysis:
     cluster: str | None = None
     memory_limit: int = _DEFAULTS["memory_limit"]
     attempt: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what no log can make right, before any log is read (InputError)."""
+        least = PlanLimits().reserved_bytes
+        if self.memory_limit <= least:
+            raise InputError(
+                f"a worker needs more than {least} bytes before it reads anything, got {self.memory_limit}",
+                where="option memory_limit",
+                remedy="raise --memory-limit, for example to 512MiB",
+            )
+        if self.scheduler is not None and not _ADDRESS.fullmatch(self.scheduler):
+            raise InputError(
+                f"{self.scheduler!r} is not the address of a Dask scheduler",
+                where="option scheduler",
+                remedy="give its protocol, host and port, for example tcp://host:8786",
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Analysis:
@@ -233,10 +252,7 @@ def report_run(
     # Matplotlib takes a second to load, which only a page is worth.
     from natgrad.reporting import page as report
 
-    pairs = (
-        outs.items() if isinstance(outs, Mapping) else ((open_storage(out).absolute().name, out) for out in outs)
-    )
-    named = {name: RunFolder.of(out, version=version) for name, out in pairs}
+    named = {name: RunFolder.of(out, version=version) for name, out in _named(outs).items()}
     if version is not None and page is None:
         raise InputError(
             "the page of an old version needs a file name",
@@ -247,6 +263,18 @@ def report_run(
     with network_errors(*(folder.storage for folder in named.values())):
         page = next(iter(named.values())).report if page is None else open_storage(page)
         return Report(report=str(report.write_report(_trees(named), page)))
+
+
+def _named(outs: Sequence[Location] | Mapping[str, Location]) -> dict[str, Location]:
+    """Name runs after their folders, or after their complete locations if two folders have the same name."""
+    if not outs:
+        raise InputError("no run is given", where="OUT", remedy="give the folder of one run or of several")
+    if isinstance(outs, Mapping):
+        return dict(outs)
+    names = [open_storage(out).absolute().name for out in outs]
+    if len(set(names)) < len(names):
+        names = [str(open_storage(out).absolute()) for out in outs]
+    return dict(zip(names, outs, strict=True))
 
 
 def process_run(

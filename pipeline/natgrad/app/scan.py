@@ -33,13 +33,14 @@ from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
 from natgrad.sources.run_file import RUN_FILE
-from natgrad.storage import Location, Storage, network_errors, open_all, open_storage, require_local
+from natgrad.storage import Location, Storage, network_errors, open_all, open_out, open_storage, require_local
 from natgrad.store import Trajectory
 
 __all__ = [
     "Busy",
     "FoundRun",
     "Outcome",
+    "check_folders",
     "error_parts",
     "find_runs",
     "listing",
@@ -55,8 +56,8 @@ _OUTCOME, _LOCK, _ROOT = ".outcome.json", ".processing.lock", ".scan.json"
 
 _log = logging.getLogger(__name__)
 
-_EXECUTION = ("workers", "scheduler", "cluster")
-"""Options that say where a run is processed: they do not change the results."""
+_EXECUTION = ("workers", "scheduler", "cluster", "memory_limit")
+"""Options of the machines that process a run: they do not change the results."""
 
 
 # Runs --------------------------------------------------------------------------------------------------------
@@ -98,14 +99,38 @@ def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list
     InputError
         If the root is not a folder that can be listed.
     """
-    root, out = require_local(root, "ROOT"), require_local(out, "OUT")
-    if not root.is_dir():
-        raise InputError(
-            "no such folder", where=str(root), remedy="give the folder below which the runs are logged"
-        )
+    root, out = check_folders(root, out)
     seen = {_inode(out)} if out.is_dir() else set()
     found = set(_names(root, out, ".", seen, sweep))
     return [FoundRun(name, root / name, out / name) for name in sorted(found)]
+
+
+def check_folders(root: Location, out: Location, store: str | None = None) -> tuple[Path, Path]:
+    """Check the folders of a scan without reading or writing anything in them.
+
+    Parameters
+    ----------
+    root, out : path
+        See `find_runs`.
+    store : str, optional
+        Requested kind of storage of a new OUT.
+
+    Returns
+    -------
+    root, out : Path
+
+    Raises
+    ------
+    InputError
+        If one of them is not on this machine, ROOT is not a folder, or OUT cannot be of this kind.
+    """
+    found, local_out = require_local(root, "ROOT"), require_local(out, "OUT")
+    if not found.is_dir():
+        raise InputError(
+            "no such folder", where=str(found), remedy="give the folder below which the runs are logged"
+        )
+    open_out(local_out, kind=store)
+    return found, local_out
 
 
 def _inode(folder: Path) -> tuple[int, int]:
@@ -122,7 +147,8 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
         seen.add(_inode(folder))
         # A run with an outcome stays a run even if its log is gone: its error then says what is missing.
         outcome = Outcome.of(out / name)
-        if outcome is not None and outcome.options.get("sweep", False) == sweep:
+        recorded = outcome is not None and outcome.options.get("sweep", False) == sweep
+        if recorded and outcome is not None and not outcome.error:
             yield name
             return
         if holds_run(folder):
@@ -139,8 +165,13 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
         for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen, sweep):
             empty = False
             yield found
+    if not empty:
+        return
+    # The error of a failed run says what is missing, unless runs were found below its folder.
+    if recorded:
+        yield name
     # One file of all steps, where there is nothing else that it could belong to.
-    if empty and holds_run(folder, in_one_file=True):
+    elif holds_run(folder, in_one_file=True):
         yield Path(name).parent.as_posix() if sweep else name
 
 
@@ -391,6 +422,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
     process : callable
         Processes one run. It is called from ``at_once`` threads, each with the context variables of the caller.
     """
+    check_folders(root, out, values["store"])
     found = find_runs(root, out, sweep=values["sweep"])
     (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute()), "sweep": values["sweep"]}))
     of_run = options.selected(options.RunOptions, values) | {"cluster": None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,9 +153,13 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
         if not items:  # no reason to wait for a scheduler
             return
         from distributed import CancelledError, Client, KilledWorker
+        from distributed.comm.addressing import get_address_host_port
         from distributed.comm.core import CommClosedError
 
         try:
+            # A client that cannot connect keeps trying until the interpreter ends, so the port is tried first.
+            with socket.create_connection(get_address_host_port(address), connect_seconds):
+                pass
             client = Client(address, timeout=connect_seconds, set_as_default=False)
         except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without certificates
             raise Unavailable(

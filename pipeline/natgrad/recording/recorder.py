@@ -91,6 +91,9 @@ class Recorder:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def __repr__(self) -> str:
+        return f"Recorder({str(self.folder)!r}, {self.container!r})"
+
     def record(
         self,
         step: int,

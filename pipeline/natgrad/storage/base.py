@@ -573,6 +573,12 @@ def open_storage(location: Location) -> Storage:
     """
     if isinstance(location, Storage):
         return location
+    if not isinstance(location, str | Path) or not str(location).strip():
+        raise InputError(
+            f"{location!r} is not a path or URL",
+            where="location",
+            remedy="give the path of a file or folder, or a URL",
+        )
     text = str(location)
     found = _SCHEME.match(text)
     opener = None if found is None else _opener(found[1])
@@ -628,7 +634,16 @@ def _opener(scheme: str) -> Opener | None:
         module, _, name = _BUILT_IN[scheme].partition(":")
         return cast(Opener, getattr(import_module(module), name))
     for point in entry_points(group=_GROUP, name=scheme):
-        return cast(Opener, point.load())
+        try:
+            return cast(Opener, point.load())
+        except Exception as error:  # code of another distribution may raise anything
+            owner = "an unknown distribution" if point.dist is None else point.dist.name
+            raise InputError(
+                f"the storage for {scheme}:// cannot be loaded: {type(error).__name__}: {error}",
+                where=f"entry point {point.value!r} of {owner}",
+                why="the distribution is broken, or one of its requirements is missing",
+                remedy=f"install {owner} again, or copy the data to a folder",
+            ) from error
     return None
 
 

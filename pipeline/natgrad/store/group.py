@@ -29,6 +29,7 @@ from natgrad.storage import Location, Storage, open_storage
 __all__ = [
     "SCALAR_CHUNK",
     "ArrayPlan",
+    "OtherVersion",
     "array_digest",
     "chunk_entry",
     "damaged",
@@ -281,6 +282,10 @@ _MADE_BY = {
 """How each kind of store is made again."""
 
 
+class OtherVersion(InputError):
+    """A store has another layout version than this natgrad reads."""
+
+
 def require_version(version: Any, kind: str, where: str, *, replaced: bool = False) -> None:
     """Refuse a store of another layout version.
 
@@ -299,7 +304,7 @@ def require_version(version: Any, kind: str, where: str, *, replaced: bool = Fal
     have = "have" if kind == "results" else "has"
     known = isinstance(version, int) and not isinstance(version, bool) and version > 0
     if known and version > LAYOUT_VERSION:
-        raise InputError(
+        raise OtherVersion(
             f"the {kind} {have} layout version {version}, but this natgrad reads version {LAYOUT_VERSION}",
             where=where,
             why="it was written by a newer natgrad",
@@ -307,7 +312,7 @@ def require_version(version: Any, kind: str, where: str, *, replaced: bool = Fal
         )
     if version != LAYOUT_VERSION and not replaced:
         found = "no layout version" if version is None else f"layout version {version!r}"
-        raise InputError(
+        raise OtherVersion(
             f"the {kind} {have} {found}, but this natgrad reads version {LAYOUT_VERSION}",
             where=where,
             why="it was written by an older natgrad" if known or version is None else "the version was changed",

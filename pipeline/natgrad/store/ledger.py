@@ -90,6 +90,9 @@ class Ledger:
         self._updates = cache(lambda: stored_rows(storage / "gram"))
         self.journal = Journal(storage / "commits")
 
+    def __repr__(self) -> str:
+        return f"<Ledger {self.storage}: {self.n_updates} updates of {len(self.layout.tensors)} tensors>"
+
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
         """Names in each array of names."""

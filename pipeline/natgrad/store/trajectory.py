@@ -199,6 +199,12 @@ class Trajectory(States):
         """Remove a trajectory; anything else is refused (InputError)."""
         remove_group(storage, "trajectory")
 
+    def __repr__(self) -> str:
+        return (
+            f"<Trajectory {self.storage}: {self.n_states} states of {self.layout.elements} elements in "
+            f"{len(self.layout.tensors)} tensors>"
+        )
+
     @property
     def numbers(self) -> tuple[str, ...]:
         """Names of the arrays (step), which number the states or are scalars, and of those (step, tensor)."""

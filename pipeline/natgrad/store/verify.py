@@ -19,7 +19,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.storage import Storage
-from natgrad.store.group import array_digest, chunk_entry, document_of, open_group, stored_rows
+from natgrad.store.group import OtherVersion, array_digest, chunk_entry, document_of, open_group, stored_rows
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
@@ -69,9 +69,16 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
     Yields
     ------
     Damage
+
+    Raises
+    ------
+    InputError
+        If another layout version wrote the store.
     """
     try:
         states = Trajectory(storage)
+    except OtherVersion:
+        raise
     except InputError as error:
         yield _damage(error)
         return
@@ -210,9 +217,16 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
     Yields
     ------
     Damage
+
+    Raises
+    ------
+    InputError
+        If another layout version wrote the store.
     """
     try:
         ledger = Ledger(storage)
+    except OtherVersion:
+        raise
     except InputError as error:
         yield _damage(error)
         return
