@@ -35,7 +35,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").symlink_to(ROOT / "data")
     parsers = [PythonCodeBlockParser(), CodeBlockParser(language="sh", evaluator=run_shell)]
     examples = list(Sybil(parsers).parse(ROOT / "README.md"))
-    assert len(examples) == 6
+    assert len(examples) == 5
     for example in examples:
         example.evaluate()
     printed = capsys.readouterr().out

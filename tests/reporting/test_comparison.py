@@ -54,7 +54,7 @@ def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_numb
                 np.testing.assert_array_equal(line.get_xdata(), run.steps)
                 np.testing.assert_array_equal(line.get_ydata(), expected)
                 colours.add((run.name, line.get_color()))
-        assert figure.axes[2 * row].get_title(loc="left").endswith(name or "whole model")
+        assert figure.axes[2 * row].get_title(loc="left").endswith(name or "model")
     assert len(colours) == len({colour for _, colour in colours}) == len(runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "climbing"]
     # The obtuse half is in sight where a run is there.
@@ -65,7 +65,7 @@ def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_numb
 def test_of_runs_of_different_models_the_tensors_that_all_have_are_drawn(compared):
     figure, _ = compared("first", "smaller")
     titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
-    assert titles == ["whole model", "1  two"]
+    assert titles == ["model", "1  two"]
 
 
 def test_the_one_tensor_of_a_model_is_not_drawn_twice(compared):
@@ -89,7 +89,7 @@ def test_a_page_compares_several_runs_and_says_where_there_are_too_many(trees, t
     def says(*names, most=figures.COMPARED_RUNS):
         chosen = {name: trees[name] for name in names}
         page = report.write_report(chosen, tmp_path / "page.html", compared_runs=most).read_text("utf-8")
-        return page.count('id="comparison"'), page.count(f"Curves of {most} runs at most")
+        return page.count('id="comparison"'), page.count(f"At most {most} runs can be distinguished")
 
     assert says("first") == (0, 0)
     assert says("first", "smaller") == (1, 0)

@@ -319,7 +319,7 @@ def test_axes_have_labels_and_the_log_scales_of_the_paper(drawn):
 
 def test_results_without_a_finite_value_give_a_page_that_says_so(tree, tmp_path):
     seen = Page(report.write_report({"lost": without_values(tree)}, tmp_path / "page.html"))
-    assert "No update is effective: there is no metric to draw." in seen.text
+    assert "No update is effective, so there is no metric to draw." in seen.text
     assert "No finite loss was logged" in seen.text
     assert "59 of 59 updates (100 %) are non finite, at steps 0–58. " in seen.text
     assert all(seen.cells[f"run-1-{name}"][1:] == ["none"] for name in METRICS)
@@ -327,7 +327,7 @@ def test_results_without_a_finite_value_give_a_page_that_says_so(tree, tmp_path)
 
 def test_results_without_a_step_give_a_page_that_says_so(tree, tmp_path):
     seen = Page(report.write_report({"empty": with_steps(tree, 0)}, tmp_path / "page.html"))
-    assert "There is no update: a run needs two logged states." in seen.text
+    assert "The run has no update: an update requires two logged states." in seen.text
     assert all(int(seen.cells[f"run-1-{member.name.lower()}"][1]) == 0 for member in Status)
 
 
