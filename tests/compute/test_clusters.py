@@ -139,7 +139,7 @@ def test_nothing_to_do_asks_for_no_job(slurm):
 def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
     with (
         dask.config.set({f"jobqueue.{name}.cores": None, f"jobqueue.{name}.memory": None}),
-        pytest.raises(InputError, match="cannot be made") as refusal,
+        pytest.raises(InputError, match="cannot be started") as refusal,
         clusters.named_scheduler(name, 1),
     ):
         raise AssertionError
@@ -177,7 +177,7 @@ def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
 
 
 def test_what_is_no_cluster_or_not_installed_is_refused(monkeypatch):
-    with pytest.raises(InputError, match="'mainframe' is not known"), clusters.named_scheduler("mainframe", 1):
+    with pytest.raises(InputError, match="unknown cluster 'mainframe'"), clusters.named_scheduler("mainframe", 1):
         raise AssertionError
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(InputError, match=r"natgrad-pipeline\[batch\]"), clusters.named_scheduler("slurm", 1):

@@ -404,7 +404,7 @@ def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplo
     limits = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
     with caplog.at_level("DEBUG", "natgrad.compute"), pytest.raises(InputError, match="bytes early"):
         compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executors.threads(1), limits=limits)
-    started = {tuple(record.updates) for record in caplog.records if record.message == "tile begins"}
+    started = {tuple(record.updates) for record in caplog.records if record.message == "tile starts"}
     # Two of nineteen ledger chunks are in flight.
     assert (0, 1) in started <= {(0, 1), (1, 2)}
 
@@ -612,7 +612,7 @@ def test_new_steps_cost_their_own_updates_only(tmp_path, caplog):
             write_trajectory(trajectory, new, SHAPES, CHUNK)
         caplog.clear()
         summary = compute_small(trajectory, ledger)
-        tiles = [record.updates for record in caplog.records if record.message == "tile begins"]
+        tiles = [record.updates for record in caplog.records if record.message == "tile starts"]
         computed = {update for first, last in tiles for update in range(first, last)}
         assert (summary.chunks, summary.computed_chunks) == counts
         assert summary.n_updates == stop - 1
@@ -728,14 +728,14 @@ def test_a_trajectory_of_another_kind_gets_a_new_ledger(tmp_path, shapes, dtypes
 @pytest.mark.parametrize("rows", [0, 1])
 def test_less_than_two_states_make_no_update(tmp_path, rows):
     arrays = walk_arrays(rows, ELEMENTS)
-    with pytest.raises(InputError, match=f"{rows} logged step.* an update needs two") as caught:
+    with pytest.raises(InputError, match=f"{rows} logged step.* an update requires two") as caught:
         ledger_of(tmp_path, arrays)
     assert caught.value.where == str(tmp_path / "trajectory.zarr")
     assert not (tmp_path / "ledger.zarr").exists()
 
 
 def test_a_model_without_elements_is_refused(tmp_path):
-    with pytest.raises(InputError, match="without elements"):
+    with pytest.raises(InputError, match="no elements"):
         ledger_of(tmp_path, walk_arrays(2, 0), chunk=(64, 1), shapes={"none": (0,)})
 
 

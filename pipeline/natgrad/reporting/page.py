@@ -28,8 +28,8 @@ STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist.",
     Status.ORTHOGONAL: "y·g = 0: to first order the update does not change the loss. No metric exists.",
     Status.OBTUSE: "y·g < 0: to first order the update raises the loss. No metric exists.",
-    Status.ZERO_UPDATE: "The parameters did not change. The update has no direction, so there is no angle and no metric.",
-    Status.ZERO_GRADIENT: "The gradient is zero. It has no direction, so there is no angle and no metric.",
+    Status.ZERO_UPDATE: "The parameters did not change, so the update has no direction, no angle and no metric.",
+    Status.ZERO_GRADIENT: "The gradient is zero, so it has no direction, and there is no angle and no metric.",
     Status.NON_FINITE: "A parameter or a gradient is NaN or infinite, for example because the run diverged.",
     Status.NO_LEARNING_RATE: "The log has no positive learning rate. Set it with natgrad analyze --learning-rate.",
     Status.UNVERIFIABLE: "The update is not larger than the rounding of the stored parameters, so its direction "
@@ -263,7 +263,8 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
             complete = max(len(run.steps) - m + 1, 0)
             status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:complete]
             effective = int((status == Status.EFFECTIVE).sum())
-            # If no update has a known status, data that this gradient needs were not logged, and 0 % would be wrong.
+            # If no update has a known status, data that this gradient needs were not logged, and 0 % would be
+            # wrong.
             known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
             shares[descent].append(
                 {

@@ -281,7 +281,7 @@ def described(dataset: xr.Dataset, variables: Sequence[Variable]) -> xr.Dataset:
 
 
 def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
-    """Return the results of each run of a sweep, without steps that only other runs logged; or those of a single run."""
+    """Return the results of each run by name. A run of a sweep does not have steps that only other runs logged."""
     if RUN not in tree["model"].dims:
         return {"": tree}
     logged = (tree["model"]["status"] != Status.NOT_LOGGED).all([DESCENT, WINDOW])
@@ -309,7 +309,8 @@ def write(tree: xr.DataTree, storage: Storage) -> None:
     """
     # All threads share the warning filters, so another thread could restore them in the meantime.
     with storage.replace_tree("zarr.json") as folder, _FILTERS, warnings.catch_warnings():
-        # Zarr warns that other programs may ignore consolidated metadata. They then read the metadata of each array.
+        # Zarr warns that other programs may ignore consolidated metadata. They then read the metadata of each
+        # array.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         tree.to_zarr(folder, zarr_format=3, consolidated=True, mode="w")
 

@@ -102,7 +102,7 @@ class UpdateTable:
         return np.pad(consecutive(self.follows(), m - 1).all(axis=-1), (0, m - 1))
 
     def follows(self) -> NDArray[np.bool_]:
-        """Return True for each update except the first that starts at the end of the one before, shape (updates - 1,)."""
+        """Return True for each update after the first that starts where the last ended, shape (updates - 1,)."""
         follows: NDArray[np.bool_] = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
         if self.run is not None:
             follows &= self.run[:-1] == self.run[1:]
@@ -216,7 +216,7 @@ def update_table(
 def _learning_rates(
     states: Trajectory, updates: NDArray[np.int64], default: float | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Return the learning rate of each update, and of each of its tensors if the parameter groups have different rates.
+    """Return the learning rate of each update, and of each of its tensors if parameter groups have different rates.
 
     If only the groups have rates, the rate of the model is the largest of them, provided that all are known. This
     does not apply to a loss that changes with time, because its unit of time is that of the learning rate.

@@ -51,10 +51,10 @@ class Aggregation:
     """The pairs of all updates, of the model or of each tensor, and the largest errors caused by rounding.
 
     If parameter groups have different learning rates, each tensor has its own eta, and eq. (2) holds for the tensor
-    with that eta. The model has one eta. Its g is parallel to the displacement, so y.g > 0 if and only if the update
-    descends. The ratios between the etas of the tensors are a part of the learning rule, as in the metric of an
-    optimizer. The g of the tensors, each with its own eta, stack to another vector: the loss may decrease along it
-    and increase along the update.
+    with that eta. The model has one eta. Its g is parallel to the displacement, so y.g > 0 if and only if the
+    update descends. The ratios between the etas of the tensors are a part of the learning rule, as in the metric of
+    an optimizer. The g of the tensors, each with its own eta, stack to another vector: the loss may decrease along
+    it and increase along the update.
 
     Attributes
     ----------

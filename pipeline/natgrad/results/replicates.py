@@ -81,7 +81,7 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
     if len(shapes) != 1 or len(shape) < 2 or not shape[-2] or shape[:-2] + shape[-1:] != np.shape(gradient):
         raise InputError(
             f"the shapes of the gradient {np.shape(gradient)} and of the replicates {sorted(shapes)} do not match",
-            remedy="pass arrays of equal shapes, with replicates on the second to last axis and elements on the last axis",
+            remedy="pass replicates on the second to last axis and elements on the last axis, in equal shapes",
         )
     parts = [np.asarray(gradient, np.float64)[..., None, :]]
     for array in logged:
@@ -595,7 +595,7 @@ def _of_losses(changes: Array) -> Columns:
 
 
 def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> tuple[Pair, Pair, Array]:
-    """Return the pairs (y, <g>) and (<Hg>, <g>) of a weighted mean update, and the product of y and <Hg> across it."""
+    """Return the pairs (y, <g>) and (<Hg>, <g>) of a weighted mean, and the product of y and <Hg> across <g>."""
     known = 2 + len(weights)
     # The deviations add up to 0, so only the differences of their weights from the mean weight matter.
     mean = np.concatenate([[weights.sum()], weights - weights.mean()])

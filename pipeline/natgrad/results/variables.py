@@ -174,7 +174,7 @@ class Updates:
 
     @cached_property
     def learning_rate_bounds(self) -> tuple[Array, Array]:
-        """Bounds of eq. (18) for the Hessian of the averaged loss, whose blocks are the Hessians of the steps over m."""
+        """Bounds of eq. (18) for the Hessian of the averaged loss: a block for each step, divided by m."""
         table, m = self.table, self.m
         if table.hessian_min_eigenvalue is None:
             weakest = np.full(self.pair.alignment.shape, np.nan)
@@ -263,7 +263,7 @@ class UpdateVariable(Variable):
         if unknown:
             raise InputError(
                 f"variable {self.name!r} needs unknown quantities: {', '.join(sorted(unknown))}",
-                remedy="use names of vectors of the ledger (natgrad.schema.names.VECTORS) or of columns of UpdateTable",
+                remedy="use vectors of the ledger (natgrad.schema.names.VECTORS) or columns of UpdateTable",
             )
         if self.dimensions != tuple(axis for axis in _AXES if axis in self.dimensions):
             raise InputError(
@@ -275,7 +275,7 @@ class UpdateVariable(Variable):
         if not required <= {*self.dimensions}:
             raise InputError(
                 f"variable {self.name!r} lacks dimensions on which its definition depends",
-                why=f"it has {self.dimensions}, but it is not defined everywhere, which depends on {sorted(required)}",
+                why=f"it has {self.dimensions}, but its values are defined depending on {sorted(required)}",
                 remedy="declare these dimensions, or declare the variable as defined everywhere",
             )
 
@@ -424,8 +424,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="learning_rate",
             equation="eta, eq. (2)",
             long_name="learning rate of the update",
-            description="Logged learning rate, or the option --learning-rate for steps without one. NaN if it is not "
-            "known. The group /tensor has the dimension tensor only if the rates of parameter groups differ.",
+            description="Logged learning rate, or the option --learning-rate for steps without one. NaN if it is "
+            "not known. The group /tensor has the dimension tensor only if the rates of parameter groups differ.",
             comment=_learning_rate_comment,
         ),
         UpdateVariable(
@@ -453,8 +453,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="parameter learning_rate-1",
             equation="|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
             long_name="norm of the mean update over the window",
-            description="Norm of the update divided by the learning rate. For a window, norm of its stacked updates. "
-            "NaN if the learning rate is not known.",
+            description="Norm of the update divided by the learning rate. For a window, norm of its stacked "
+            "updates. NaN if the learning rate is not known.",
         ),
         UpdateVariable(
             name="gradient_norm",
@@ -537,8 +537,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             needs=("optimizer",),
             dimensions=_SINGLE,
             units="1",
-            equation="kappa(diag(sqrt(v) + epsilon)) for Adam, kappa of the Kronecker factors for Shampoo, PSGD and "
-            "K-FAC",
+            equation="kappa(diag(sqrt(v) + epsilon)) for Adam, kappa of the Kronecker factors for Shampoo, PSGD "
+            "and K-FAC",
             long_name="condition number of the metric that the optimizer used",
             description="Compare it with condition_number, the smallest that any metric of the update can have. "
             "Present only if the optimizer state was stored. NaN at updates whose metric is not known.",
@@ -652,8 +652,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="(eta g.y + dL) / |dL|, eq. (12)",
             long_name="relative error of the discrete gradient identity",
-            description="0 if the estimate of the gradient explains the change of the loss exactly. NaN if the loss is "
-            "not known or does not change.",
+            description="0 if the estimate of the gradient explains the change of the loss exactly. NaN if the "
+            "loss is not known or does not change.",
         ),
         # A tensor has no Hessian of its own either: only that of the model includes the effect of other tensors on
         # its gradient.
@@ -713,7 +713,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss",
             equation="L(t) - L(t+m), eq. (3)",
             long_name="decrease of the loss over the window",
-            description="Positive if the loss is lower after the m updates. NaN if one of the two losses was not logged.",
+            description="Positive if the loss is lower after the m updates. NaN if a loss was not logged.",
         ),
         UpdateVariable(
             name="status",
@@ -725,8 +725,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="y.g > 0, section 2.1",
             long_name="reason why the metric exists or not",
-            description="Reason for missing values. Unverifiable if the update is not larger than its rounding error, "
-            "a loss or a Hessian-vector product is missing, or the window passes the end of the run or a restart.",
+            description="Reason for missing values. Unverifiable if the update is not larger than its rounding "
+            "error, a loss or a Hessian-vector product is missing, or the window passes the end of the run or a "
+            "restart.",
         ),
         UpdateVariable(
             name="effective_window",
@@ -735,8 +736,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m with y.g > 0 for all t, eq. (3)",
             long_name="smallest window length for which all windows are effective",
-            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are tried, "
-            "and up to the longest requested window if that is longer.",
+            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are "
+            "tried, and up to the longest requested window if that is longer.",
         ),
         UpdateVariable(
             name="effective_window_count",
@@ -754,8 +755,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m of eq. (3)",
             long_name="smallest window length over which the loss always decreases",
-            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are tried, "
-            "and up to the longest requested window if that is longer.",
+            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are "
+            "tried, and up to the longest requested window if that is longer.",
         ),
         UpdateVariable(
             name="decreasing_window_count",
