@@ -75,7 +75,7 @@ def runs(pytestconfig):
 
 
 def resident_bytes(process):
-    """Return the resident bytes of a process and of each of its children. A process that has just ended has none."""
+    """Return the resident bytes of a process and of each of its children. A process that has ended has none."""
     found = []
     try:
         for member in [process, *process.children(recursive=True)]:
@@ -93,7 +93,7 @@ def processor_seconds():
 
 
 def memory_of(name, files):
-    """Measure the resident bytes of a process that runs a task: initial, peak of all processes, peak of the largest.
+    """Measure the resident bytes of a process that runs a task: initial bytes, peak, and peak of one process.
 
     The peak of a process cannot be reset, so each task has its own process. The peak is sampled, because the peak
     that the system records for a child starts with the memory of its parent.

@@ -1,4 +1,4 @@
-"""Define the sizes of generated runs. This module imports no package, because pytest would warn about early imports."""
+"""Define the sizes of generated runs. This module imports no package: pytest would warn about early imports."""
 
 from dataclasses import dataclass
 

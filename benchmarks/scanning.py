@@ -135,7 +135,7 @@ def main(runs=1000):
         scan_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
         done = json.loads((base / "one" / ".outcome.json").read_text())
         for found in scan.find_runs(base / "logs", base / "out"):
-            for path in (run.RunFolder(found.out).results, run.RunFolder(found.out).report):
+            for path in (found.out / "results.zarr", found.out / "report.html"):
                 path.mkdir(parents=True)
             options = {**done["options"], "cluster": None}
             scan.Outcome(str(found.source), scan.listing(found.source), options).remember(found.out)

@@ -36,6 +36,7 @@ from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums, stream
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ledger_vectors
+from natgrad.storage import open_storage
 from natgrad.store import open_ledger, open_store, open_trajectory
 
 THREADS = 2
@@ -279,7 +280,7 @@ def check_products(files: Files, found: xr.DataArray) -> None:
 
 @contextmanager
 def ingest_log(files: Files, sweep: bool = False) -> Iterator[Callable[[], Any]]:
-    yield partial(ingest, files.log, files.written / "trajectory.zarr", sweep=sweep)
+    yield partial(ingest, [open_storage(files.log)], open_store(files.written / "trajectory.zarr"), sweep=sweep)
 
 
 def check_trajectory(files: Files, _: Any) -> None:

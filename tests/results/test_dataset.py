@@ -22,6 +22,7 @@ from natgrad.schema.layout import Layout
 from natgrad.schema.names import DESCENTS, ledger_vectors
 from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.schema.version import RESULTS_VERSION, __version__
+from natgrad.store import open_store
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
@@ -657,7 +658,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     extremes = np.ones((len(table.steps), len(TENSORS)))
     table = replace(table, optimizer=Optimizer(extremes, extremes, extremes))
     tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
-    dataset.write(tree, tmp_path / "results.zarr")
+    dataset.write(tree, open_store(tmp_path / "results.zarr"))
     code = """
 import sys, json, xarray
 tree = xarray.open_datatree(sys.argv[1])
@@ -687,26 +688,26 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
 
 def test_results_are_read_back_as_they_were_and_replaced_whole(tmp_path):
     first, second = dataset.label(table_of(walk())), dataset.label(table_of(walk(seed=2)), gammas=[2.0])
-    dataset.write(first, tmp_path / "results.zarr")
-    dataset.write(second, tmp_path / "results.zarr")
-    xr.testing.assert_identical(dataset.read(tmp_path / "results.zarr").load(), second)
+    dataset.write(first, open_store(tmp_path / "results.zarr"))
+    dataset.write(second, open_store(tmp_path / "results.zarr"))
+    xr.testing.assert_identical(dataset.read(open_store(tmp_path / "results.zarr")).load(), second)
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
 
 def test_no_results_are_refused_with_the_remedy(tmp_path):
-    with pytest.raises(InputError, match=r"no results here[\s\S]*natgrad analyze"):
-        dataset.read(tmp_path / "results.zarr")
+    with pytest.raises(InputError, match=r"there are no results here[\s\S]*natgrad analyze"):
+        dataset.read(open_store(tmp_path / "results.zarr"))
 
 
 @pytest.mark.parametrize("gammas", [[0.0], [-1.0], [np.nan], [np.inf], []])
 def test_a_gamma_that_is_no_weight_is_refused(gammas):
-    with pytest.raises(InputError, match="gamma must be positive"):
+    with pytest.raises(InputError, match="gammas must be positive and finite"):
         dataset.label(table_of(walk()), gammas=gammas)
 
 
 @pytest.mark.parametrize("window", [0, -2, 6])
 def test_a_window_that_does_not_fit_the_run_is_refused(window):
-    with pytest.raises(InputError, match="do not fit a run of 5 updates"):
+    with pytest.raises(InputError, match="must be from 1 to 5 for a run of 5 updates"):
         dataset.label(table_of(walk()), windows=[window])
 
 
@@ -731,13 +732,13 @@ def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(se
     tree = dataset.label(replace(table, tensor_learning_rate=own), windows=[1, 3])
     whole = dataset.label(table, windows=[1, 3])["model"].to_dataset()
     model = tree["model"].to_dataset()
-    assert "largest of the tensors'" in model["learning_rate"].attrs.pop("comment")
+    assert "largest rate of the tensors" in model["learning_rate"].attrs.pop("comment")
     assert model.identical(whole)
     for position, tensor in enumerate(TENSORS):
         of_tensor = replace(table, learning_rate=own[:, position])
         expected = dataset.label(of_tensor, windows=[1, 3])["tensor"].to_dataset().sel(tensor=tensor)
         found = tree["tensor"].to_dataset().sel(tensor=tensor)
-        assert found["learning_rate"].attrs.pop("comment").startswith("groups of the optimizer have several")
+        assert found["learning_rate"].attrs.pop("comment").startswith("The parameter groups of the optimizer")
         assert found.equals(expected)
 
 

@@ -170,14 +170,14 @@ def test_of_one_replicate_no_error_is_told():
 
 def test_what_does_not_fit_is_refused():
     gradient, displacement, hvp, change = drawn(4)
-    with pytest.raises(InputError, match="beside replicates of shapes"):
+    with pytest.raises(InputError, match="shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement[..., :3])
-    with pytest.raises(InputError, match="beside replicates of shapes"):
+    with pytest.raises(InputError, match="shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement, hvp[:, :2])
     gram = by_tensor(gradient, displacement, hvp)
-    with pytest.raises(InputError, match="is none of 4 replicates and 3 tensors"):
+    with pytest.raises(InputError, match="is wrong for 4 replicates and 3 tensors"):
         replicates.label(gram, LAYOUT, replicates=4, learning_rate=0.1)
     with pytest.raises(InputError, match="a learning rate is not positive"):
         replicates.label(gram, LAYOUT, replicates=5, learning_rate=[0.1, 0.0, 0.1])
-    with pytest.raises(InputError, match="give one per step and replicate, 3 x 5"):
+    with pytest.raises(InputError, match=r"pass one value for each update and replicate, shape \(3, 5\)"):
         replicates.label(gram, LAYOUT, replicates=5, learning_rate=0.1, loss_change=change[:2])

@@ -139,11 +139,11 @@ def test_without_what_a_variable_needs_it_is_left_out():
 @pytest.mark.parametrize(
     ("dimensions", "options", "message"),
     [
-        (COMPARED, {"needs": ("gradient", "momentum")}, "needs momentum, which no ledger has"),
-        (("tensor", "step"), {}, r"has the dimensions \('tensor', 'step'\)"),
-        (("step", "layer"), {}, r"has the dimensions \('step', 'layer'\)"),
-        (("step",), {"defined": Defined.WITH_METRIC}, "is not defined everywhere, but lacks dimensions"),
-        (("step", "tensor"), {"descents": ("corrected",)}, "is not defined everywhere, but lacks dimensions"),
+        (COMPARED, {"needs": ("gradient", "momentum")}, "needs unknown quantities: momentum"),
+        (("tensor", "step"), {}, r"has unknown or unordered dimensions \('tensor', 'step'\)"),
+        (("step", "layer"), {}, r"has unknown or unordered dimensions \('step', 'layer'\)"),
+        (("step",), {"defined": Defined.WITH_METRIC}, "lacks dimensions on which its definition depends"),
+        (("step", "tensor"), {"descents": ("corrected",)}, "lacks dimensions on which its definition depends"),
     ],
 )
 def test_a_declaration_that_contradicts_itself_is_refused(dimensions, options, message):
@@ -153,10 +153,10 @@ def test_a_declaration_that_contradicts_itself_is_refused(dimensions, options, m
 
 def test_values_of_another_shape_are_refused_with_the_name_of_the_variable():
     with pytest.raises(
-        InputError, match=r"'own' has values of shape \(4,\), not \(5,\)[\s\S]*model, descent gradient"
+        InputError, match=r"'own' has values of shape \(4,\), but \(5,\) is required[\s\S]*model, descent gradient"
     ):
         labelled(declared(lambda updates: np.ones(4), ("step",)))
-    with pytest.raises(InputError, match=r"not \(3,\)"):
+    with pytest.raises(InputError, match=r"but \(3,\) is required"):
         labelled(declared(lambda updates: 1.0, ("tensor",), aggregations=("tensor",)))
     assert len(TENSORS) == 3
 
