@@ -74,7 +74,7 @@ def main(
     print(plan)
     print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(items)} ledger chunks")
     print(
-        f"{wire / 1e9:.2f} GB of segment ledgers sent to the scheduler, {wire / plan.read_bytes:.1e} of the bytes read"
+        f"{wire / 1e9:.2f} GB of segment ledgers sent to the scheduler, {wire / plan.read_bytes:.1e} of the input"
     )
     job = Job.of(Path("trajectory"), Path("ledger"), plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)

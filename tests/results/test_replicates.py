@@ -170,9 +170,9 @@ def test_of_one_replicate_no_error_is_told():
 
 def test_what_does_not_fit_is_refused():
     gradient, displacement, hvp, change = drawn(4)
-    with pytest.raises(InputError, match="shapes of the gradient .* do not match"):
+    with pytest.raises(InputError, match=r"shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement[..., :3])
-    with pytest.raises(InputError, match="shapes of the gradient .* do not match"):
+    with pytest.raises(InputError, match=r"shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement, hvp[:, :2])
     gram = by_tensor(gradient, displacement, hvp)
     with pytest.raises(InputError, match="is wrong for 4 replicates and 3 tensors"):
