@@ -171,7 +171,7 @@ def test_equation_15_holds_with_every_discrete_gradient(drawn):
 def test_what_is_no_objective_is_refused():
     good = Quartic(2, 0)
     start, end = np.zeros(2), np.ones(2)
-    with pytest.raises(InputError, match="two vectors of one length"):
+    with pytest.raises(InputError, match="two vectors of equal length"):
         gonzalez(good.loss, good.gradient, start, np.ones(3))
     with pytest.raises(InputError, match="a state is not finite"):
         gonzalez(good.loss, good.gradient, start, end * np.nan)

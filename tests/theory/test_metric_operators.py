@@ -269,7 +269,7 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.0, "alpha": 1.0}, "are both the weight"),
+        ({"gamma": 1.0, "alpha": 1.0}, "exclude each other"),
         ({"alpha": 0.0}, "would not be positive definite: its smallest weight across g is 0"),
         ({"alpha": -1.0}, "would not be positive definite"),
         ({"gamma": np.nan}, "would not be positive definite"),
@@ -277,10 +277,13 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
         ({"directions": ACROSS[:, None]}, "the directions span too little"),
         ({"alpha": 1.0, "directions": ACROSS[:, None], "weights": [-1.0]}, "smallest weight across g is -16"),
         ({"alpha": 1.0, "directions": np.eye(4)}, "direction 2 is not orthogonal to g: its cosine is 0.8"),
-        ({"alpha": 1.0, "directions": ACROSS}, r"directions of shape \(4,\)"),
+        ({"alpha": 1.0, "directions": ACROSS}, r"invalid directions of shape \(4,\)"),
         ({"alpha": 1.0, "directions": np.nan * ACROSS[:, None]}, "pass finite columns"),
-        ({"alpha": 1.0, "directions": ACROSS[:, None], "weights": [1.0, 2.0]}, "pass one for each"),
-        ({"weights": [1.0]}, "pass one for each"),
+        (
+            {"alpha": 1.0, "directions": ACROSS[:, None], "weights": [1.0, 2.0]},
+            "pass one weight for each direction",
+        ),
+        ({"weights": [1.0]}, "pass one weight for each direction"),
     ],
 )
 def test_options_that_make_no_metric_are_refused(options, message):
@@ -290,15 +293,15 @@ def test_options_that_make_no_metric_are_refused(options, message):
 
 def test_shapes_that_do_not_fit_are_refused():
     for y, g in ((Y, G[:3]), (np.zeros(0), np.zeros(0)), (np.float64(1), np.float64(1))):
-        with pytest.raises(InputError, match="are not a pair"):
+        with pytest.raises(InputError, match="invalid shapes: y has"):
             pair_of(y, g)
-    with pytest.raises(InputError, match="make one for each step"):
+    with pytest.raises(InputError, match="create one metric for each step"):
         Metric(np.stack([Y, Y]), np.stack([G, G]))
-    with pytest.raises(InputError, match="does not act on shape"):
+    with pytest.raises(InputError, match="cannot act on shape"):
         Metric(Y, G).solve(Y[:2])
-    with pytest.raises(InputError, match="does not act on g"):
+    with pytest.raises(InputError, match="cannot act on g"):
         canonical_form(np.eye(3), G)
-    with pytest.raises(InputError, match="not a matrix"):
+    with pytest.raises(InputError, match="is not a finite matrix"):
         extreme_eigenvalues(np.full((2, 2), np.nan))
     with pytest.raises(InputError, match="is not symmetric"):
         Kronecker(np.array([[1.0, 2.0], [0.0, 1.0]]), np.eye(2))
@@ -426,7 +429,7 @@ def test_replicates_that_do_not_belong_together_are_refused():
     assert value == 3.0
     assert np.isnan(error)
     for samples in ((np.ones(3), np.ones(2)), (np.ones(0),), (np.float64(1),), ()):
-        with pytest.raises(InputError, match="replicates of shapes"):
+        with pytest.raises(InputError, match="replicates have shapes"):
             jackknife(lambda *means: means[0], *samples)
 
 
@@ -438,7 +441,7 @@ def test_a_stochastic_metric_that_is_not_definite_says_which_weight_would_do():
     assert stochastic_metric(Y, G, curvature, 0.5, alpha=1.001 * needed).condition_number() > 1
     with pytest.raises(InputError, match="not positive definite"):
         stochastic_metric(Y, G, curvature, 0.5, alpha=0.999 * needed)
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="the term is not defined"):
         stochastic_metric(Y, G, ACROSS, 0.5)
 
 
