@@ -21,7 +21,7 @@ def chunk_bytes(store, *arrays):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, dtype):
+def test_inspection_agrees_with_ingest_and_projected_sizes_with_written_sizes(tmp_path, dtype):
     log = write_log(tmp_path / "log", random_walk(70, dtype=dtype))
     found = inspect_source([log])
     summary = ingest_run(log, tmp_path / "out")
@@ -40,7 +40,7 @@ def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, d
     assert found.ledger_bytes == rows * per_row
 
 
-def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path):
+def test_missing_quantities_are_listed_with_their_uses_and_remedies(tmp_path):
     states = random_walk(4)
     for state in states:
         for key in [key for key in state if not key.startswith("parameter/")]:
@@ -74,7 +74,7 @@ def test_a_sweep_is_counted_by_runs(tmp_path):
     assert (found.runs, found.steps, found.gaps, found.format) == (2, 8, 0, "npz")
 
 
-def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_path):
+def test_a_low_memory_limit_is_reported_and_a_missing_log_is_an_error(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
     assert inspect_source([log], memory_limit=1).worker_memory.startswith(
         "more than --memory-limit: a worker would need"
@@ -86,7 +86,7 @@ def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_p
         inspect_source([log])
 
 
-def test_the_command_says_it_line_by_line(tmp_path):
+def test_the_command_prints_one_line_per_entry(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
     natgrad = Path(sys.executable).with_name("natgrad")
     shown = subprocess.run([natgrad, "inspect", log], check=True, capture_output=True, text=True).stdout

@@ -95,7 +95,7 @@ def assert_is_ledger_of(ledger, arrays):
 
 
 @pytest.mark.parametrize("chunk", [CHUNK, (64, 40), (7, 123), (1, 1000)])
-def test_the_ledger_is_that_of_complete_vectors_wherever_they_are_cut(tmp_path, chunk):
+def test_the_ledger_is_that_of_complete_vectors_for_every_division(tmp_path, chunk):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, summary = ledger_of(tmp_path, arrays, chunk)
     plan = summary.plan
@@ -160,7 +160,7 @@ def shifted(located, array):
         pytest.param(lambda located: shifted(located, "parameter"), id="parameter shifted"),
     ],
 )
-def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_complete_vectors(
+def test_the_comparison_with_complete_vectors_detects_a_dropped_halo_or_a_shifted_step(
     tmp_path, monkeypatch, mutant
 ):
     arrays = walk_arrays(ROWS, ELEMENTS)
@@ -174,7 +174,7 @@ def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_complet
         assert_is_ledger_of(ledger, arrays)
 
 
-def test_the_bits_depend_on_the_columns_of_chunks_alone(tmp_path):
+def test_the_bits_depend_only_on_the_columns_of_chunks(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, summary = ledger_of(tmp_path / "one chunk", arrays, (64, 40), limits=PlanLimits())
     assert (summary.chunks, summary.plan.tile_columns) == (1, 4)
@@ -229,7 +229,7 @@ def test_two_tilings_agree_to_rounding(tmp_path):
         assert_gram_close(moved[:, tensor], other[:, tensor], elements, slack=4.0)
 
 
-def test_a_nan_spoils_its_own_tensor_and_rows_only(tmp_path):
+def test_a_nan_affects_only_its_own_tensor_and_updates(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     clean, _ = open_ledger(ledger_of(tmp_path / "clean", arrays)[0]).read()
     arrays["gradient"][6, 41] = (
@@ -275,7 +275,7 @@ def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp, limits):
 @pytest.mark.parametrize(
     "chunk", [CHUNK, (3, 123)], ids=["ledger chunks of two tiles", "ledger chunks of one tile"]
 )
-def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_same(tmp_path, cluster, chunk):
+def test_a_killed_worker_is_replaced_and_the_bits_are_the_same(tmp_path, cluster, chunk):
     from distributed import Client
 
     arrays = walk_arrays(ROWS, ELEMENTS)
@@ -303,9 +303,7 @@ def test_a_worker_that_is_killed_at_its_work_is_replaced_and_the_bits_are_the_sa
 
 
 @pytest.mark.parametrize("replicates", [0, 1], ids=["compiled", "row by row"])
-def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was_interrupted_goes_on(
-    tmp_path, monkeypatch, replicates
-):
+def test_a_truncated_chunk_is_named_and_an_interrupted_read_continues(tmp_path, monkeypatch, replicates):
     arrays = walk_arrays(ROWS, ELEMENTS)
     if replicates:
         arrays["replicate_parameter/0"], arrays["replicate_parameter/1"] = arrays["parameter"], arrays["gradient"]
@@ -337,7 +335,7 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
     assert caught.value.where == str(chunk)
 
 
-def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go_on(tmp_path, executor):
+def test_a_damaged_chunk_is_named_and_the_pass_continues_after_its_repair(tmp_path, executor):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, _ = ledger_of(tmp_path / "whole", arrays)
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
@@ -355,7 +353,7 @@ def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go
     assert bits(tmp_path / "ledger.zarr") == bits(ledger)
 
 
-def test_runs_of_one_name_on_one_scheduler_are_not_taken_for_one(tmp_path, cluster):
+def test_runs_with_the_same_name_on_one_scheduler_are_kept_apart(tmp_path, cluster):
     arrays = walk_arrays(ROWS, ELEMENTS)
     executor = executors.existing_cluster(cluster)
     jobs = []
@@ -439,7 +437,7 @@ def test_a_pass_of_one_task_starts_nothing(tmp_path, started):
     assert (summary.plan.tasks, started) == (1, [])
 
 
-def test_threads_are_as_many_as_a_pass_has_tasks_and_memory_keeps(tmp_path, started):
+def test_the_number_of_threads_is_limited_by_tasks_and_memory(tmp_path, started):
     arrays = walk_arrays(ROWS, ELEMENTS)
     executor = executors.local(8, 512 * MEBIBYTE)
     ledger, summary = ledger_of(tmp_path / "four", arrays, limits=FOUR_TILES, executor=executor)
@@ -461,7 +459,7 @@ def test_threads_are_as_many_as_a_pass_has_tasks_and_memory_keeps(tmp_path, star
         (None, 4, 3, "processes"),
     ],
 )
-def test_a_long_pass_is_for_processes_unless_threads_need_no_interpreter(
+def test_a_long_pass_uses_processes_unless_threads_need_no_interpreter(
     tmp_path, started, codec, together, most, kind
 ):
     arrays = walk_arrays(ROWS, ELEMENTS)
@@ -477,12 +475,12 @@ def test_a_long_pass_is_for_processes_unless_threads_need_no_interpreter(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_second_cluster_on_one_machine_is_no_reason_for_a_warning():
+def test_a_second_cluster_on_one_machine_causes_no_warning():
     with clusters.local_scheduler(0) as address:
         assert address.startswith("tcp://127.0.0.1:")
 
 
-def test_our_own_workers_are_bounded_by_the_plan_and_not_paused_below_it(cluster):
+def test_local_workers_are_bounded_by_the_plan_and_not_paused_below_it(cluster):
     from distributed import Client
 
     with Client(cluster, set_as_default=False) as client:
@@ -522,7 +520,7 @@ def stopped_after(chunks):
 
 
 @pytest.mark.parametrize("finished", [0, 1, 3])
-def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
+def test_a_stopped_pass_continues_where_it_ended(tmp_path, finished):
     arrays = walk_arrays(ROWS, ELEMENTS)
     undisturbed, _ = ledger_of(tmp_path / "undisturbed", arrays)
     with pytest.raises(KeyboardInterrupt):
@@ -568,9 +566,7 @@ compute_ledger(Path(sys.argv[1]), Path(sys.argv[2]), limits={limits})
         ),
     ],
 )
-def test_a_process_that_was_killed_in_its_third_band_leaves_those_that_were_written(
-    tmp_path, owner, name, call, kept
-):
+def test_a_process_killed_in_its_third_ledger_chunk_keeps_the_written_chunks(tmp_path, owner, name, call, kept):
     arrays = walk_arrays(ROWS, ELEMENTS)
     undisturbed, _ = ledger_of(tmp_path / "undisturbed", arrays)
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
@@ -586,7 +582,7 @@ def test_a_process_that_was_killed_in_its_third_band_leaves_those_that_were_writ
     assert bits(ledger) == bits(undisturbed)
 
 
-def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp_path):
+def test_a_second_pass_over_a_ledger_is_an_error_while_the_first_runs(tmp_path):
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", walk_arrays(ROWS, ELEMENTS), SHAPES, CHUNK)
     ledger = tmp_path / "ledger.zarr"
 
@@ -599,7 +595,7 @@ def test_a_second_pass_over_one_ledger_is_refused_while_the_first_is_at_work(tmp
     assert compute_small(trajectory, ledger).computed_chunks == 0
 
 
-def test_new_steps_cost_their_own_updates_only(tmp_path, caplog):
+def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
     caplog.set_level("DEBUG", "natgrad.compute")
     arrays = walk_arrays(ROWS + 17, ELEMENTS)
     rows = {ROWS: (4, 4), ROWS + 5: (4, 1), ROWS + 13: (6, 2), ROWS + 17: (6, 1)}
@@ -642,7 +638,7 @@ def grown_by_three(folder):
         pytest.param("journal.Journal", "write", id="between its data and its record"),
     ],
 )
-def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp_path, owner, name):
+def test_a_process_killed_in_a_growing_ledger_chunk_keeps_its_older_updates(tmp_path, owner, name):
     ledger, arrays = grown_by_three(tmp_path)
     code = KILLED.format(limits=SMALL, owner=owner, name=name, call=1)
     process = subprocess.run([sys.executable, "-c", code, tmp_path / "trajectory.zarr", ledger], check=False)
@@ -654,7 +650,7 @@ def test_a_process_that_was_killed_in_a_band_that_grew_leaves_its_older_rows(tmp
 
 
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
-def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, array):
+def test_a_ledger_chunk_with_damaged_updates_is_not_continued(tmp_path, caplog, array):
     ledger, arrays = grown_by_three(tmp_path)
     chunk = open_ledger(ledger).chunk_path(array, 18)
     content = bytearray(chunk.read_bytes())
@@ -667,7 +663,7 @@ def test_a_band_whose_rows_were_damaged_is_not_gone_on_with(tmp_path, caplog, ar
 
 
 @pytest.mark.parametrize(("state", "computed"), [(17, (2, 9)), (18, (2, 10)), (19, (1, 4)), (20, (1, 3))])
-def test_a_band_of_other_states_is_not_gone_on_with(tmp_path, state, computed):
+def test_a_ledger_chunk_of_other_states_is_not_continued(tmp_path, state, computed):
     ledger, arrays = grown_by_three(tmp_path)
     arrays["gradient"][state] *= 2
     write_trajectory(tmp_path / "trajectory.zarr", arrays, SHAPES, CHUNK)
@@ -677,7 +673,7 @@ def test_a_band_of_other_states_is_not_gone_on_with(tmp_path, state, computed):
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
 
 
-def test_the_ledger_of_a_trajectory_that_was_replaced_is_not_read_for_that_of_the_new_one(tmp_path):
+def test_the_ledger_of_a_replaced_trajectory_is_not_used_for_the_new_one(tmp_path):
     ledger, _ = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
     arrays = walk_arrays(ROWS, ELEMENTS, seed=1)
     arrays["parameter"][:7] = walk_arrays(ROWS, ELEMENTS)["parameter"][:7]
@@ -690,7 +686,7 @@ def test_the_ledger_of_a_trajectory_that_was_replaced_is_not_read_for_that_of_th
     assert_is_ledger_of(ledger, arrays)
 
 
-def test_a_trajectory_that_shrank_and_grew_again_has_no_rows_of_nothing(tmp_path):
+def test_a_trajectory_that_shrank_and_grew_again_has_no_stale_updates(tmp_path):
     arrays = walk_arrays(ROWS, ELEMENTS)
     ledger, _ = ledger_of(tmp_path, arrays)
     before = bits(ledger)
@@ -726,7 +722,7 @@ def test_a_trajectory_of_another_kind_gets_a_new_ledger(tmp_path, shapes, dtypes
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_less_than_two_states_make_no_update(tmp_path, rows):
+def test_fewer_than_two_states_are_an_error(tmp_path, rows):
     arrays = walk_arrays(rows, ELEMENTS)
     with pytest.raises(InputError, match=f"{rows} logged step.* an update requires two") as caught:
         ledger_of(tmp_path, arrays)
@@ -745,13 +741,13 @@ def test_a_pass_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "ledger.zarr").exists()
 
 
-def test_an_amount_of_memory_is_read_as_dask_writes_it():
+def test_an_amount_of_memory_is_parsed_in_the_notation_of_dask():
     amounts = {"512MiB": 512 << 20, "2GB": 2 * 10**9, "1.5 GiB": 3 << 29, "4096": 4096}
     assert {amount: clusters.memory_bytes(amount) for amount in amounts} == amounts
 
 
 @pytest.mark.parametrize("amount", ["", "MiB", "much", "5 apples", "0", "-1GB", "nan", "inf", "1e400", "0.1"])
-def test_what_is_no_amount_of_memory_is_refused(amount):
+def test_an_invalid_amount_of_memory_is_an_error(amount):
     with pytest.raises(InputError, match="is not an amount of memory") as caught:
         clusters.memory_bytes(amount)
     assert repr(amount) in caught.value.what
@@ -782,7 +778,7 @@ print(idle, peak(), summary.plan.projected_bytes)
         pytest.param(7200, {f"block.{i}": (1024,) for i in range(4)}, 330 * MEBIBYTE, id="tall"),
     ],
 )
-def test_a_real_pass_takes_no_more_memory_than_it_projects(tmp_path, rows, shapes, limit):
+def test_a_real_pass_takes_no_more_memory_than_projected(tmp_path, rows, shapes, limit):
     elements = sum(int(np.prod(shape)) for shape in shapes.values())
     block = np.random.default_rng(0).standard_normal((rows, 1 << 10), dtype=np.float32)
     state = np.tile(block, -(-elements // (1 << 10)))[:, :elements]

@@ -32,7 +32,7 @@ def copied(tmp_path):
     return tmp_path
 
 
-def test_a_new_import_is_found_missing_in_the_diagram_and_then_drawn(copied):
+def test_a_new_import_fails_the_check_and_is_then_drawn(copied):
     with (copied / "pipeline" / "natgrad" / "kernel" / "gram.py").open("a") as file:
         file.write("\n\ndef later():\n    from natgrad.theory import geometry\n    return geometry\n")
     checked = generate(copied, "--check")
@@ -44,7 +44,7 @@ def test_a_new_import_is_found_missing_in_the_diagram_and_then_drawn(copied):
     assert generate(copied, "--check").returncode == 0
 
 
-def test_a_table_that_was_edited_is_written_anew(copied):
+def test_an_edited_table_is_written_again(copied):
     page = copied / "docs" / "variables.md"
     text = page.read_text()
     page.write_text(text.replace("| `angle` |", "| `angel` |"))

@@ -57,7 +57,7 @@ def test_every_example_of_the_mathematics_holds(page, examples, tmp_path, monkey
         example.evaluate()
 
 
-def test_every_known_slip_of_the_paper_has_a_counter_example():
+def test_every_erratum_has_a_counterexample():
     page = (ROOT / "docs" / "errata.md").read_text()
     sections = re.split(r"^### (\d+)\. ", page, flags=re.MULTILINE)[1:]
     assert sorted(map(int, sections[::2])) == list(range(1, 20))
@@ -65,7 +65,7 @@ def test_every_known_slip_of_the_paper_has_a_counter_example():
         assert ">>>" in text, f"erratum {number} has none"
 
 
-def test_the_documents_link_to_what_is_there():
+def test_links_in_the_documents_exist():
     pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
     for page in (*pages, *(ROOT / "docs").glob("*.md")):
         text = page.read_text()

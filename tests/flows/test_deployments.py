@@ -64,7 +64,7 @@ def root(tmp_path):
     return tmp_path / "logs"
 
 
-def test_a_schedule_fires_and_takes_what_is_new_while_a_bad_run_fails_alone(server, root, tmp_path):
+def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, root, tmp_path):
     out = tmp_path / "out"
     serve = (NATGRAD, "serve", root, out, "--every", "8", "--workers", "1", "--name", "scheduled")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
@@ -123,7 +123,7 @@ runs.process_run(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
 """
 
 
-def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
+def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
     log, out = write_log(tmp_path / "logs" / "killed", random_walk(5)), tmp_path / "out"
     command = [sys.executable, "-c", KILLED, log, out / "killed"]
     dead = subprocess.run(
@@ -153,14 +153,14 @@ def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
         (["deploy", "ROOT", "OUT", "--every", "9", "--pool", "none"], "no work pool 'none'"),
     ],
 )
-def test_what_cannot_be_scheduled_is_refused_before_anything_is(server, arguments, what):
+def test_an_invalid_schedule_is_rejected_before_anything_is_deployed(server, arguments, what):
     done = natgrad(server, *arguments)
     assert done.returncode == 2, done.stderr
     assert what in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_deployment_has_the_descriptions_and_an_old_one_is_named(server, root, tmp_path):
+def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server, root, tmp_path):
     address = server.environment["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
         old = client.create_flow_from_name("watch-runs")

@@ -98,7 +98,9 @@ def in_memory(arrays, boundaries, leads):
         (("float64", "float64"), 7, 4),
     ],
 )
-def test_what_is_read_has_the_bits_of_what_is_in_memory(logged, put, cutting, dtypes, together, batch):
+def test_states_read_from_files_give_the_same_bits_as_states_in_memory(
+    logged, put, cutting, dtypes, together, batch
+):
     arrays = [logged[dtype][position] for position, dtype in enumerate(dtypes)]
     boundaries, stride = CUTS[cutting]
     # An hvp belongs to an update: that of the last state is not asked for, and need not be there.
@@ -119,9 +121,7 @@ def test_what_is_read_has_the_bits_of_what_is_in_memory(logged, put, cutting, dt
 
 
 @given(leads=st.lists(st.booleans(), min_size=STATES - 1, max_size=STATES - 1), batch=st.integers(1, STATES + 1))
-def test_wherever_no_update_leads_and_however_many_states_are_read_the_others_are_as_they_were(
-    logged, tmp_path_factory, leads, batch
-):
+def test_missing_updates_do_not_change_the_other_updates_for_any_batch(logged, tmp_path_factory, leads, batch):
     arrays, leads = logged["float32"][:2], np.array(leads)
     path = tmp_path_factory.mktemp("rows") / "both"
     path.write_bytes(b"".join(array.tobytes() for array in arrays))
@@ -142,7 +142,7 @@ def test_wherever_no_update_leads_and_however_many_states_are_read_the_others_ar
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("array", [0, 1, 2])
-def test_the_state_that_cannot_be_read_is_named(logged, put, tmp_path, array, batch):
+def test_the_state_that_cannot_be_read_is_returned(logged, put, tmp_path, array, batch):
     arrays = logged["float32"]
     files = [put(rows, 1) for rows in arrays]
     leads, dtypes = np.ones(STATES - 1, bool), [np.dtype("<f4")] * 3

@@ -62,7 +62,7 @@ def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_numb
     assert figure.axes[0].get_ylim()[1] > np.pi
 
 
-def test_of_runs_of_different_models_the_tensors_that_all_have_are_drawn(compared):
+def test_runs_of_different_models_are_compared_by_their_common_tensors(compared):
     figure, _ = compared("first", "smaller")
     titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
     assert titles == ["model", "1  two"]
@@ -73,7 +73,7 @@ def test_the_one_tensor_of_a_model_is_not_drawn_twice(compared):
     assert len(figure.axes) == 2
 
 
-def test_as_many_runs_as_are_compared_are_told_apart(compared):
+def test_all_compared_runs_can_be_distinguished(compared):
     figure, runs = compared(*figures.COMPARED_RUNS * ["smaller"])
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
     assert len(looks) == len(runs) == figures.COMPARED_RUNS
@@ -85,7 +85,7 @@ def test_runs_without_any_condition_number_are_drawn(compared):
     assert len(figure.axes) == 6
 
 
-def test_a_page_compares_several_runs_and_says_where_there_are_too_many(trees, tmp_path):
+def test_a_page_compares_several_runs_and_states_if_there_are_too_many(trees, tmp_path):
     def says(*names, most=figures.COMPARED_RUNS):
         chosen = {name: trees[name] for name in names}
         page = report.write_report(chosen, tmp_path / "page.html", compared_runs=most).read_text("utf-8")

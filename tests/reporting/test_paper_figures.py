@@ -78,7 +78,7 @@ def test_the_command_writes_every_figure_and_the_numbers(folders, capsys):
     assert (top / "figures" / "figure_1.svg").read_bytes() == first
 
 
-def test_the_numbers_stand_beside_those_of_the_printed_formulas(folders, plane, runs):
+def test_the_numbers_agree_with_those_of_the_printed_formulas(folders, plane, runs):
     rows = {statement: (printed, ours) for statement, printed, ours in paper.comparisons(plane, *runs)}
     for letter in "AB":
         # Points lie half a degree apart in the circle; the ball stretches that by its condition number's root.
@@ -148,7 +148,7 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
         assert line.get_xydata() == pytest.approx(np.column_stack([rates, values]))
 
 
-def test_what_the_results_call_the_trapezoid_is_the_limit_of_the_figure(sweep):
+def test_the_trapezoid_of_the_results_is_the_limit_of_the_figure(sweep):
     for folder in sweep[::3]:
         run.analyze_run(folder, run.Analysis(workers=1))
         angle = dataset.read(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
@@ -158,7 +158,7 @@ def test_what_the_results_call_the_trapezoid_is_the_limit_of_the_figure(sweep):
         assert off == pytest.approx(turned, rel=1e-7)
 
 
-def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_path):
+def test_runs_that_start_differently_are_an_error(folders, sweep, runs, tmp_path):
     plane, other = (Plane.read(path / "trajectory.zarr") for path in sweep[:2])
     with pytest.raises(InputError, match="do not start with the same gradient and update"):
         paper.write_figures(tmp_path, plane, *runs, [replace(other, states=2 * other.states)])
@@ -168,7 +168,7 @@ def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_pat
     assert "2.2: ψ̄ − ψ in rad from η = 0.05 to 0.00625 | → 0 |" in numbers
 
 
-def test_what_cannot_be_drawn_is_refused(folders, plane, runs, tmp_path, capsys):
+def test_runs_that_cannot_be_drawn_are_an_error(folders, plane, runs, tmp_path, capsys):
     _, top = folders
     with pytest.raises(InputError, match="a run of 8 parameters cannot be drawn in a plane"):
         Plane.read(top / "linear" / "trajectory.zarr")

@@ -98,7 +98,7 @@ def test_everything_is_that_of_the_mean_vectors(seed, spread):
             assert dataset["loss_decrease_error"].values == pytest.approx(error)
 
 
-def test_up_to_the_bound_of_the_learning_rate_eq_19_is_definite_and_beyond_it_is_not():
+def test_eq_19_is_definite_up_to_the_bound_of_the_learning_rate_and_not_above():
     seen = 0
     for seed in range(40):
         gradient, displacement, hvp, _ = drawn(seed, rows=1)
@@ -119,7 +119,7 @@ def test_up_to_the_bound_of_the_learning_rate_eq_19_is_definite_and_beyond_it_is
     assert seen >= 5
 
 
-def test_a_rule_may_descend_on_average_where_its_mean_update_does_not():
+def test_a_rule_may_descend_on_average_although_its_mean_update_does_not():
     # Erratum 3: two replicates that jump either way along a concave direction, and a little uphill together.
     hessian, theta, rate = np.diag([1.0, -4.0]), np.array([1.0, 0.0]), 0.1
     displacement = rate * np.array([[0.2, 3.0], [0.2, -3.0]])
@@ -161,14 +161,14 @@ def test_without_hvps_only_the_metric_19_is_not_known():
             xr.testing.assert_allclose(without[group][name], with_hvp[group][name])
 
 
-def test_of_one_replicate_no_error_is_told():
+def test_one_replicate_has_no_standard_error():
     gradient, displacement, hvp, _ = drawn(3, count=1)
     tree = replicates.label(by_tensor(gradient, displacement, hvp), LAYOUT, replicates=1, learning_rate=0.1)
     assert np.isnan(tree["model"]["angle_error"]).all()
     assert np.isfinite(tree["model"]["angle"]).all()
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_match_are_an_error():
     gradient, displacement, hvp, change = drawn(4)
     with pytest.raises(InputError, match=r"shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement[..., :3])
