@@ -1,4 +1,4 @@
-"""The public names: importing them is cheap, no submodule replaces them, they work on the sample log."""
+"""Test the public names: they import quickly, no submodule replaces them, and they work on the sample log."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""The command line as a user calls it: exit codes, one JSON object, nothing else on standard output.
+"""Test the command line as a user calls it: exit codes, one JSON object, nothing else on standard output.
 
 What only a process shows (a terminal, real exit codes) is tried in processes; the rest calls the same entry
 point in this one.
@@ -31,13 +31,13 @@ Done = namedtuple("Done", "returncode stdout stderr")
 
 
 def natgrad_process(*arguments):
-    """Run the installed command in a process of its own."""
+    """Run the installed command in a new process."""
     done = subprocess.run([NATGRAD, *map(str, arguments)], capture_output=True, text=True, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def natgrad(*arguments):
-    """Run the command's entry point in this process."""
+    """Run the entry point of the command in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["natgrad", *map(str, arguments)])
@@ -56,7 +56,7 @@ def answer(*arguments, run=natgrad):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A log and the folder that `natgrad process` made of it."""
+    """Return a log and the output folder of `natgrad process`."""
     folder = tmp_path_factory.mktemp("run")
     log = write_log(folder / "log", random_walk(12))
     return (
@@ -152,7 +152,7 @@ def test_version_and_shell_completion():
 
 
 def bad_logs(folder, case):
-    """Write a log with one thing wrong; return what the message must name."""
+    """Write a log with one error, and return the text that the message must contain."""
     states = random_walk(6)
     log = folder / "log"
     if case == "empty folder":
@@ -189,7 +189,7 @@ def bad_logs(folder, case):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """Results of a good run in a new folder."""
+    """Return the results of a valid run in a new folder."""
     folder = tmp_path_factory.mktemp("clean")
     answer("ingest", write_log(folder / "log", random_walk(6)), folder / "out")
     answer("analyze", folder / "out")

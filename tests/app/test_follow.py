@@ -1,4 +1,4 @@
-"""Logs that are being written: what is not whole is left for later, and is an error when nobody writes any more."""
+"""Test logs that are being written: incomplete steps are left for later, and are errors if they stay incomplete."""
 
 import os
 import signal
@@ -137,7 +137,7 @@ def test_a_file_with_a_temporary_name_is_not_a_step(log, store):
 
 
 def once(log, out):
-    """A pass that waits for the next steps."""
+    """Return a pass that waits for the next steps."""
 
     def ingest_once(first):
         found = ingest_run(log, out, wait=True)

@@ -1,4 +1,4 @@
-"""What a log is said to hold, and what processing it is said to take, against what it holds and took."""
+"""Compare the reported contents of a log and the projected cost of processing with the actual ones."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""One declaration per option: every interface lists it, validates it and describes it in the same way."""
+"""Test that every interface lists, validates and describes an option in the same way."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Many runs below one folder: finding, processing and showing them. No Prefect here."""
+"""Test finding, processing and showing many runs below one folder, without Prefect."""
 
 import os
 import subprocess
@@ -142,7 +142,7 @@ def outcome(log, out, options, **kept):
 
 @pytest.fixture
 def processed(root, out):
-    """A processed run, and the options of it."""
+    """Return a processed run and its options."""
     log = write_log(root / "a", random_walk(3))
     run.ingest_run(log, out / "a")
     run.analyze_run(out / "a", run.Analysis(workers=1))

@@ -1,4 +1,4 @@
-"""Dask clusters by name and by address: what jobs ask for, and a pass whose workers and scheduler die.
+"""Test Dask clusters by name and by address: requests of jobs, and a pass whose workers and scheduler die.
 
 Slurm is a stub: its `sbatch` starts the job script, which starts real workers.
 """
@@ -41,7 +41,7 @@ for job in "$@"; do kill -- -"$job"; done
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A stub of Slurm, with Dask's configuration of it."""
+    """Provide a stub of Slurm, with its configuration for Dask."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     (folder / "jobs").touch()
@@ -75,7 +75,7 @@ def arrays():
 
 @pytest.fixture
 def expected(tmp_path, arrays):
-    """Bits of the serial pass."""
+    """Return the bits of the serial pass."""
     trajectory = write_trajectory(tmp_path / "serial.zarr", arrays, SHAPES, CHUNK)
     compute_small(trajectory, tmp_path / "serial" / "ledger.zarr")
     return bits(tmp_path / "serial" / "ledger.zarr")
@@ -133,7 +133,7 @@ def test_no_job_is_requested_if_there_is_nothing_to_compute(slurm):
     assert (slurm / "jobs").read_text() == ""
 
 
-# What Dask began to make and could not is told when it is collected.
+# Objects that Dask could not finish creating emit warnings when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["slurm", "pbs", "lsf", "sge", "oar", "htcondor"])
 def test_an_unconfigured_batch_system_is_reported_with_its_section(name):
@@ -152,7 +152,7 @@ def test_an_unconfigured_batch_system_is_reported_with_its_section(name):
 def test_a_pass_on_kubernetes_requests_pods_of_one_thread_and_has_the_same_bits(
     tmp_path, arrays, expected, monkeypatch, form
 ):
-    """Dask's operator is a stub: its pods are processes of this machine."""
+    """Replace the operator of Dask by a stub, whose pods are processes of this machine."""
     asked, scaled = [], []
 
     class KubeCluster(LocalCluster):

@@ -1,4 +1,4 @@
-"""The pass against whole vectors in exact arithmetic, on every executor, through kills, resumes and bad disks."""
+"""Compare the pass with complete vectors in exact arithmetic, on every executor, with kills and bad disks."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ SHAPES = {"first": (37,), "second": (5, 9), "none": (0,), "third": (40,), "scala
 ELEMENTS = 37 + 45 + 0 + 40 + 1
 ROWS = 20
 CHUNK = (3, 40)
-"""Four chunk columns; the boundaries cut the second and the third tensor in two, and the last column is a part."""
+"""Four chunk columns: the boundaries divide the second and the third tensor, and the last column is partial."""
 
 RESIDUAL = VECTORS.index("residual")
 
@@ -43,7 +43,7 @@ SMALL = PlanLimits(
     least_read_states=1,
     least_updates=5,
 )
-"""Limits that cut twenty states of a hundred elements as the defaults cut a large run."""
+"""Limits that divide twenty states of a hundred elements like the defaults divide a large run."""
 
 SHORT_BLOCKS = dataclasses.replace(SMALL, read_block_elements=7)
 
@@ -64,12 +64,12 @@ def executor(request):
 
 
 def bits(ledger):
-    """Everything that a ledger holds."""
+    """Return the complete contents of a ledger."""
     return [array.tobytes() for array in (*open_ledger(ledger).read(), *open_ledger(ledger).steps())]
 
 
 def ledger_of(folder, arrays, chunk=CHUNK, shapes=SHAPES, limits=SMALL, **options):
-    """Ledger of arrays, and the summary of the pass."""
+    """Compute the ledger of arrays, and return it with the summary of the pass."""
     trajectory = write_trajectory(folder / "trajectory.zarr", arrays, shapes, chunk)
     return folder / "ledger.zarr", compute_ledger(trajectory, folder / "ledger.zarr", limits=limits, **options)
 
@@ -80,7 +80,7 @@ def tensor_slices():
 
 
 def assert_is_ledger_of(ledger, arrays):
-    """Compare with the definition: whole vectors of every row and tensor, in exact arithmetic."""
+    """Compare with the definition: complete vectors of every update and tensor, in exact arithmetic."""
     gram, ratio = open_ledger(ledger).read()
     assert gram.shape[:2] == (len(arrays["parameter"]) - 1, len(SHAPES))
     for row, (tensor, part) in itertools.product(range(len(gram)), enumerate(tensor_slices())):
@@ -238,7 +238,7 @@ def test_a_nan_affects_only_its_own_tensor_and_updates(tmp_path):
     gram, ratio = open_ledger(ledger_of(tmp_path / "nan", arrays)[0]).read()
     spoiled = np.zeros_like(gram, dtype=bool)
     change, gradient = VECTORS.index("gradient_change"), VECTORS.index("gradient")
-    # Row 5 meets it as its next gradient, row 6 as its gradient and so in all that is formed of it.
+    # Update 5 has it as its next gradient, and update 6 as its gradient and in all vectors formed from it.
     for row, vector in [(5, change), (6, change), (6, gradient), (6, RESIDUAL)]:
         spoiled[row, 1, vector, :] = spoiled[row, 1, :, vector] = True
     np.testing.assert_array_equal(np.isnan(gram), spoiled)
@@ -267,7 +267,7 @@ def test_every_executor_gives_the_same_bits(tmp_path, cluster, hvp, limits):
             limits=limits,
             progress=lambda done, total, reports=reports: reports.append((done, total)),
         )
-        assert summary == reference  # workers are no part of the plan
+        assert summary == reference  # workers are not part of the plan
         assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
         assert bits(other) == bits(ledger)
 
@@ -409,7 +409,7 @@ def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplo
 
 @pytest.fixture
 def started(cluster, monkeypatch):
-    """What `executors.local` starts: ("threads", how many) and ("processes", how many)."""
+    """Record the numbers of threads and processes that `executors.local` starts."""
     found, in_threads = [], executors.threads
 
     @contextlib.contextmanager
@@ -427,7 +427,7 @@ def started(cluster, monkeypatch):
 
 
 FOUR_TILES = PlanLimits(tile_bytes=1, least_updates=99)
-"""Limits that make one ledger chunk of four tiles."""
+"""Limits that give one ledger chunk with four tiles."""
 
 
 def test_a_pass_of_one_task_starts_nothing(tmp_path, started):
@@ -510,7 +510,7 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, address):
 
 
 def stopped_after(chunks):
-    """Serial executor that stops early, as a user or a machine would."""
+    """Return a serial executor that stops early, as if interrupted."""
 
     def run(job, tasks, digests):
         yield from itertools.islice(executors.serial(job, tasks, digests), chunks)
@@ -623,7 +623,7 @@ def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
 
 
 def grown_by_three(folder):
-    """A trajectory with three more states than its ledger, whose last chunk has one row, and its arrays."""
+    """Return a trajectory with three more states than its ledger (its last chunk has one update), and its arrays."""
     arrays = walk_arrays(ROWS + 3, ELEMENTS)
     ledger, summary = ledger_of(folder, {name: array[:ROWS] for name, array in arrays.items()})
     assert summary.n_updates % summary.plan.updates_per_chunk == 1

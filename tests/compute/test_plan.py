@@ -1,4 +1,4 @@
-"""The plan of a pass: what it covers, what it costs, what it refuses."""
+"""Test the plan of a pass: its coverage, its cost and its errors."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ LIMITS, INGEST = PlanLimits(), IngestLimits()
 
 @st.composite
 def trajectories(draw):
-    """Shapes of trajectories and of their ledgers, chunked as `chunk_shape` does or in any other way."""
+    """Draw shapes of trajectories and of their ledgers, with chunks of `chunk_shape` or any other chunks."""
     states = draw(st.integers(2, 1000))
     elements = draw(st.integers(1, 5_000_000) | st.integers(1, 300))
     widths = st.integers(max(1, elements // 20), elements)

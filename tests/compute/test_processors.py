@@ -1,4 +1,4 @@
-"""The count of usable processors, with and without the calls that only some platforms have."""
+"""Test the count of usable processors, with and without the calls that only some platforms have."""
 
 import os
 import subprocess

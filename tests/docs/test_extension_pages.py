@@ -1,4 +1,4 @@
-"""The pages on extensions: their examples are installed as distributions of their own, and used by the command."""
+"""Test the examples of the pages on extensions: install them as distributions and use them with the command."""
 
 import json
 import re

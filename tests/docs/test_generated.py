@@ -1,4 +1,4 @@
-"""The generated parts of the documentation are up to date, and the check of this fails where they are not."""
+"""Test that the generated parts of the documentation are up to date, and that the check detects if they are not."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ def test_the_generated_parts_are_up_to_date():
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the code and of the pages."""
+    """Copy the code and the pages."""
     for name in ("pipeline", "flows", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path

@@ -1,4 +1,4 @@
-"""The examples of the README, run in their order in an empty folder beside the data."""
+"""Run the examples of the README and the documentation in an empty folder with the data."""
 
 import re
 import shlex
@@ -19,10 +19,10 @@ def run_shell(example):
     for line in example.parsed.splitlines():
         program, *arguments = shlex.split(line, comments=True)
         if program == "make":
-            # The two commands that set everything up: this test is part of one of them.
+            # These commands set up everything, and this test is part of one of them.
             assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
         elif program == "pip":
-            # tests/packaging installs the wheel of this name, and runs the demonstration after it.
+            # tests/packaging installs the wheel of this name and then runs the demonstration.
             assert arguments == ["install", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]]
         else:
             assert program == "natgrad"

@@ -1,4 +1,4 @@
-"""compose.yaml as far as no Docker engine is needed: its commands are understood, and what it names is there."""
+"""Test compose.yaml without a Docker engine: its commands are valid, and its references exist."""
 
 import re
 from pathlib import Path

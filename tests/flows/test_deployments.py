@@ -1,4 +1,4 @@
-"""Flows of many runs on a real Prefect server: a process of its own with SQLite."""
+"""Test flows of many runs on a real Prefect server, a separate process with SQLite."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def flow_runs(server):
 
 
 def states(out):
-    """State and last step of every run below OUT."""
+    """Return the state and the last step of every run below OUT."""
     try:
         return {row["run"]: (row["state"], row["last_step"]) for row in scan.status(out)}
     except InputError:
@@ -54,7 +54,7 @@ def natgrad(server, *arguments):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two good runs and a bad one."""
+    """Write the logs of two valid runs and an invalid one."""
     write_log(tmp_path / "logs" / "first", random_walk(STEPS)[:2])
     write_log(tmp_path / "logs" / "group" / "second", random_walk(2, seed=1))
     bad = write_step(tmp_path / "logs" / "bad", 0, random_walk(1)[0])

@@ -1,4 +1,4 @@
-"""The flows on Prefect's embedded server, one for the whole file."""
+"""Test the flows on Prefect's embedded server, one for all tests of this file."""
 
 import os
 import subprocess
@@ -161,7 +161,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
     (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n2,0.125\n")
     (folder / "run.toml").write_text('[[source]]\npath = "."\n[[source]]\npath = "metrics.csv"\n')
-    # A logger's file alone is no run.
+    # The file of a logger alone is not a run.
     (tmp_path / "logs" / "scalars").mkdir()
     (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
 
@@ -266,7 +266,7 @@ def test_many_runs_at_once_fail_alone_and_compute_only_new_steps(tmp_path):
 
 
 def test_a_scan_does_not_repeat_a_run_started_with_default_parameters(log, tmp_path):
-    # So a deployment starts it: what is not said has its default.
+    # A deployment starts it in this way: options that are not set have their defaults.
     out = tmp_path / "out" / "log"
     run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
     answer = scan_runs(log.parent, out.parent, workers=1)

@@ -1,4 +1,4 @@
-"""The kernel against exact arithmetic."""
+"""Compare the kernel with exact arithmetic."""
 
 import itertools
 
@@ -83,7 +83,7 @@ def test_every_entry_of_segments_of_few_elements_is_exact_to_rounding(dtype, wit
     ],
 )
 def test_every_entry_is_exact_to_rounding_where_a_sample_or_a_block_begins_or_ends(dtype, length):
-    # The short ones beside it begin a new group of short segments, before and after.
+    # The short segments before and after it form separate groups.
     assert_exact_segments((3, length, 5), dtype, with_hvp=True)
 
 
@@ -207,7 +207,7 @@ def test_a_poor_estimate_of_the_ratio_is_corrected_for_every_position_of_missed_
         for d, g in zip(displacement, gradient, strict=True)
     ]
     for out, ratio in pairs:
-        # Of the best ratio, -3 but for 4e-8 n, the residual is what the small ones leave: (4e-4)**2 each.
+        # With the best ratio, -3 up to 4e-8 n, the residual consists of the small elements: (4e-4)**2 each.
         assert abs(ratio[0, 0] + 3.0) <= 1e-7 * elements
         assert out[0, 0, RESIDUAL, RESIDUAL] <= 1.7e-7 * elements
 

@@ -1,4 +1,4 @@
-"""Rows read and computed in one compiled loop: the bits of rows in memory, and no number of what cannot be read."""
+"""Test reading and computing states in one compiled loop: the bits are those of states in memory."""
 
 import os
 
@@ -15,13 +15,13 @@ LONG_BLOCK = 2100  # longer than what the ratio is sampled of, and than two bloc
 
 
 def words(array):
-    """Stored words of values."""
+    """Return the stored words of values."""
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 @pytest.fixture(scope="module")
 def logged():
-    """Stored words of each array in each dtype."""
+    """Return the stored words of each array in each dtype."""
     found = {}
     for dtype in DTYPES:
         arrays = walk_arrays(STATES, ELEMENTS, dict.fromkeys(("parameter", "gradient", "hvp"), dtype))
@@ -31,7 +31,7 @@ def logged():
 
 @pytest.fixture
 def put(tmp_path):
-    """Write rows to files, so many in each, some bytes after its start, and open them."""
+    """Write a number of states to each of several files, at an offset, and open the files."""
     opened = []
 
     def write(rows, together, padding=0):
@@ -69,7 +69,7 @@ def computed(files, dtypes, boundaries, stride, batch, leads):
 
 
 def in_memory(arrays, boundaries, leads):
-    """Products of pairs of states one by one, block by block; NaN where there is no update."""
+    """Compute the products of pairs of states one by one, block by block; NaN if there is no update."""
     parts = []
     for block in boundaries:
         held = [array[:, block[0] : block[-1]] for array in arrays]

@@ -1,4 +1,4 @@
-"""The wheel in a fresh environment, without the repository: the demonstration, and the recorder by itself."""
+"""Test the wheel in a new environment without the repository: the demonstration, and the recorder alone."""
 
 import subprocess
 import sys
@@ -89,7 +89,7 @@ def test_the_recorder_imports_only_numpy_safetensors_and_the_standard_library(wh
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Source archive of the work tree, unpacked."""
+    """Build and unpack a source archive of the work tree."""
     folder = tmp_path_factory.mktemp("sdist")
     archive = build(copy_sources(tmp_path_factory.mktemp("source")), "sdist", tmp_path_factory.mktemp("archive"))
     with tarfile.open(archive) as file:

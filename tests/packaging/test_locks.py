@@ -1,4 +1,4 @@
-"""The lock files agree with each other and with pyproject.toml, and leave out only what the Makefile names."""
+"""Test that the lock files agree with each other, with pyproject.toml and with the exclusions in the Makefile."""
 
 import os
 import re
@@ -33,7 +33,7 @@ class Pin:
 
 
 def pins(lock):
-    """Pins of a lock file."""
+    """Return the pins of a lock file."""
     entries = re.split(
         r"\n(?=\S)", re.sub(r"\n?^ *#.*$", "", (ROOT / lock).read_text(), flags=re.MULTILINE).strip()
     )
@@ -49,7 +49,7 @@ def pins(lock):
 
 
 def left_out(variable):
-    """Packages that a variable of the Makefile lists."""
+    """Return the packages in a variable of the Makefile."""
     return set(re.search(rf"^{variable} := (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 
 

@@ -1,4 +1,4 @@
-"""The installed package in a folder with a user's own modules pipeline and flows."""
+"""Test the installed package in a folder that contains modules of a user named pipeline and flows."""
 
 import json
 from pathlib import Path

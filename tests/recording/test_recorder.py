@@ -1,4 +1,4 @@
-"""The recorder: what it writes is what the pipeline reads, whole or not at all."""
+"""Test that the pipeline reads the states that the recorder writes, and that a reader sees only complete steps."""
 
 import resource
 from pathlib import Path
@@ -22,13 +22,13 @@ shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3).map(tupl
 
 
 def words(array):
-    """Array as the reader gives it: flat, bfloat16 as its bits."""
+    """Return an array as the reader does: flat, bfloat16 as its bits."""
     flat = array.ravel()
     return flat.view(np.uint16) if flat.dtype == ml_dtypes.bfloat16 else flat
 
 
 def read(folder):
-    """Number of each step to its content and its arrays, through the reader of the pipeline."""
+    """Return the content and the arrays of each step by number, with the reader of the pipeline."""
     steps = {}
     source = open_source(folder)
     for step in source.steps():

@@ -1,4 +1,4 @@
-"""Several runs side by side: what is drawn against their results."""
+"""Compare the drawings of several runs with their results."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ TENSORS = {"one": (4, 3), "two": (5,)}
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
-    """Results of two runs of two tensors, and of one that has but one of them; the second climbs."""
+    """Return the results of two runs with two tensors (the second ascends), and of a run with one of these."""
     folder = tmp_path_factory.mktemp("compared")
     logs = {
         "first": random_walk(12, TENSORS, "float64"),
@@ -30,7 +30,7 @@ def trees(tmp_path_factory):
 
 @pytest.fixture
 def compared(trees):
-    """A function from names of runs to matplotlib's figure of them, with the runs."""
+    """Return a function from names of runs to their figure and the runs."""
 
     def draw(*names):
         runs = [RunResults.of(name, trees[name]) for name in names]

@@ -1,4 +1,4 @@
-"""The page: what it says against the results it was made of, and how a real browser shows it."""
+"""Compare the report page with the results, and open it in a real browser."""
 
 import base64
 import html.parser
@@ -32,7 +32,7 @@ METRICS = ("angle", "angle_uncertainty", "condition_number")
 
 
 def with_faults(states):
-    """Spoil a log so that it has updates of several statuses: a NaN, a zero gradient, and no update."""
+    """Change a log so that it has updates of several statuses: a NaN, a zero gradient, and a zero update."""
     states[7]["gradient/scale"] = np.full_like(states[7]["gradient/scale"], np.nan)
     for key, value in states[11].items():
         if key.startswith("gradient/"):
@@ -44,7 +44,7 @@ def with_faults(states):
 
 
 def processed(folder, states, windows=(1, WINDOW)):
-    """Results of a log, through the pipeline."""
+    """Process a log and return the results."""
     run.ingest_run(write_log(folder / "log", states), folder / "out")
     run.analyze_run(folder / "out", run.Analysis(windows=windows, workers=1))
     with xr.open_datatree(folder / "out" / "results.zarr", engine="zarr") as tree:
@@ -53,13 +53,13 @@ def processed(folder, states, windows=(1, WINDOW)):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Results of a run with updates of several statuses."""
+    """Return the results of a run with updates of several statuses."""
     return processed(tmp_path_factory.mktemp("faults"), with_faults(random_walk(60)))
 
 
 @pytest.fixture(scope="module")
 def wide_tree(tmp_path_factory):
-    """Results of a run of forty tensors, the later the larger."""
+    """Return the results of a run with forty tensors of increasing gradient norm."""
     states = random_walk(6, {f"encoder.blocks.{index}.attention.weight": (3,) for index in range(40)})
     for state in states:
         for key in state:
@@ -70,19 +70,19 @@ def wide_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tree, tmp_path_factory):
-    """The page of one run."""
+    """Write the page of one run."""
     return report.write_report({NAME: tree}, tmp_path_factory.mktemp("page") / "report.html")
 
 
 @pytest.fixture(scope="module")
 def pages(tree, wide_tree, tmp_path_factory):
-    """The page of three runs, one of them without a finite value."""
+    """Write the page of three runs, one of them without a finite value."""
     runs = {NAME: tree, "wide " + 8 * "long_name_without_a_space_": wide_tree, "lost": without_values(tree)}
     return report.write_report(runs, tmp_path_factory.mktemp("pages") / "report.html")
 
 
 def without_values(tree):
-    """Results of a run that diverged at once."""
+    """Return the results of a run that diverged at the first step."""
 
     def lost(dataset):
         values = {name: variable * np.nan for name, variable in dataset.items() if variable.dtype.kind == "f"}
@@ -92,7 +92,7 @@ def without_values(tree):
 
 
 def with_steps(tree, rows):
-    """Results with other steps of the same run, as many as wanted."""
+    """Return results with a number of steps, which repeat those of the run."""
 
     def chosen(dataset):
         if "step" not in dataset.dims:
@@ -135,7 +135,7 @@ class Page(html.parser.HTMLParser):
 
 
 def graphics(path):
-    """Vector graphics of a page, as text."""
+    """Return the vector graphics of a page as text."""
     start = "data:image/svg+xml;base64,"
     images = Page(path).images
     assert all(image["src"].startswith(start) for image in images)
@@ -188,9 +188,9 @@ def test_numbers_agree_with_the_results(page, tree):
         finite = values[np.isfinite(values)]
         assert numbers[f"run-1-{name}"] == [finite.min(), np.median(finite), finite.max()]
     for descent in ("gradient", "corrected", "trapezoid"):
-        held = (model["status"].sel(descent=descent) == Status.EFFECTIVE).sum("step")
-        # A window of m updates is whole at 59 - m + 1 steps.
-        shares = [int(held.sel(window=m)) / (59 - m + 1) for m in (1, WINDOW)]
+        effective = (model["status"].sel(descent=descent) == Status.EFFECTIVE).sum("step")
+        # A window of m updates is complete at 59 - m + 1 steps.
+        shares = [int(effective.sel(window=m)) / (59 - m + 1) for m in (1, WINDOW)]
         assert numbers[f"run-1-share-{descent}"] == shares
     assert Page(page).cells["run-1-share-taylor"][1:] == ["not known"] * 2
 
@@ -254,10 +254,10 @@ def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_opt
     page = Page(path)
     (numbers,) = [numbers for row, numbers in page.numbers.items() if row and "preconditioner" in row]
     assert numbers == [float(kappa.min()), float(kappa.median()), float(kappa.max())]
-    told = page.cells[None]
+    cells = page.cells[None]
     for name, text in report.WINDOW_FACTS.items():
         found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
-        smallest = told[told.index(text) + 1]
+        smallest = cells[cells.index(text) + 1]
         assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} update")
 
 
@@ -266,7 +266,7 @@ def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_opt
 
 @pytest.fixture
 def drawn(tree):
-    """A function from the name of a panel to its axes."""
+    """Return a function from the name of a panel to its axes."""
     one = figures.RunResults.of("run", tree)
 
     def axes(panel):
@@ -403,7 +403,7 @@ def test_numbers_read_back_to_four_digits(value):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A real browser, never skipped: nobody has seen a page that no browser has shown."""
+    """Start a real browser. The tests fail without one, because only a browser shows the page."""
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     path = next((path for path in found if path), None)
     if path is None:

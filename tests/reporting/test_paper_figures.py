@@ -1,4 +1,4 @@
-"""Figures 1 to 3: what is drawn and written against the systems that made the runs."""
+"""Compare Figures 1 to 3 and the numbers with the systems that generated the runs."""
 
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -21,7 +21,7 @@ FIGURES = {f"figure_{name}.svg" for name in ("1", "2", "3a", "3b", "3c", "3d", "
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three processed runs and the system of the first: of a plane, linear, and one that is no descent."""
+    """Process three runs (in a plane, linear, and one that does not descend); return the system of the first."""
     top = tmp_path_factory.mktemp("paper")
     system = log_linear_system(top / "logs" / "plane", dimension=2, steps=30)
     log_linear_system(top / "logs" / "linear", seed=1, steps=60)
@@ -39,7 +39,7 @@ def plane(folders):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Runs of the plane from one state, each at half the learning rate of the one before."""
+    """Log runs in the plane from one state, each with half the learning rate of the one before."""
     top = tmp_path_factory.mktemp("sweep")
     planes = []
     for halvings in range(8):
@@ -136,7 +136,8 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
     # In a plane y - eta H g turns by exactly this; ten digits are left of updates divided by their learning rate.
     exact = np.arctan2(rates * (y[0] * bent[1] - y[1] * bent[0]), y @ y - rates * (y @ bent))
     assert turned == pytest.approx(np.abs(exact), rel=1e-9)
-    # Half the learning rate halves both, but for terms of second order: eta against where ybar.g vanishes.
+    # Halving the learning rate halves both, up to terms of second order: eta relative to the value at which ybar.g
+    # is 0.
     second = rates[1:] * np.linalg.norm(bent) * np.linalg.norm(g) / (y @ g)
     assert second[0] < 0.02
     for values in (turned, moved):

@@ -1,4 +1,4 @@
-"""Labelled results against the definition: whole vectors, one update at a time."""
+"""Compare labelled results with the definition: complete vectors, one update at a time."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
 
 
 def table_of(states, numbers=None, learning_rate=None, dtype="float64"):
-    """UpdateTable of `dataset.label` from a log, by the kernel on whole vectors."""
+    """Compute the UpdateTable of a log for `dataset.label`, with the kernel on complete vectors."""
     shapes = {k.partition("/")[2]: (np.shape(v), dtype) for k, v in states[0].items() if k.startswith("parameter/")}
     layout = Layout.from_shapes(shapes)
     parameter, gradient = (
@@ -65,7 +65,7 @@ def walk(steps=6, dtype="float64", **options):
 
 
 def update_of(states, row, tensor=None, span=1, learning_rate=0.25):
-    """Negative gradient and update of a row, of one tensor or of the model."""
+    """Return the negative gradient and the update of a step, for a tensor or for the model."""
     names = [tensor] if tensor else list(TENSORS)
 
     def vector(kind, state):
@@ -278,7 +278,7 @@ def test_bounds_are_defined_for_discrete_gradients_and_logged_hessian_eigenvalue
 
 
 def brute_force_smallest(found, longest):
-    """Smallest m of which every window that can be judged is effective, from the status of windows of every m."""
+    """Return the smallest m for which all windows with a known status are effective, from windows of every m."""
     for m in range(1, longest + 1):
         status = found["status"].sel(window=m).values
         judged = status[~np.isin(status, (Status.UNVERIFIABLE, Status.NO_LEARNING_RATE))]
@@ -347,7 +347,7 @@ def test_the_smallest_window_is_found_although_windows_are_not_monotone():
 
 
 def test_a_window_across_a_restart_does_not_count():
-    # Within each part two updates always descend together; the two beside the restart would not.
+    # Within each part two updates always descend together; the two next to the restart would not.
     moves = [2.0, -1.0, 2.0, -1.0, -1.0, 2.0, -1.0, 2.0]
     theta = np.concatenate([[0.0], np.cumsum(moves)])
     states = [
@@ -397,7 +397,7 @@ def quadratic_walk(steps=6, seed=0, rate=0.25, noise=0.5, dtype="float64"):
 
 
 def discrete_of(states, row, descent, tensor=None, learning_rate=0.25):
-    """Negative discrete gradient and update of a row, by the definition: the correction is that of the model."""
+    """Return the negative discrete gradient and the update of a step by definition, corrected for the model."""
 
     def vectors(names):
         parts = [
@@ -725,7 +725,7 @@ def with_hvp(states):
 @given(seed=st.integers(0, 1000), powers=st.lists(st.integers(-6, 0), min_size=15, max_size=15))
 @settings(max_examples=25)
 def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(seed, powers):
-    """Powers of two, so that other rates round to the same bits: what is not equal is another formula."""
+    """With powers of two, different rates round to the same bits, so only another formula gives other results."""
     table = table_of(with_hvp(walk(seed=seed)), numbers=[0, 1, 3, 4, 8, 9])
     own = 2.0 ** np.reshape(powers, (5, 3))
     table = replace(table, learning_rate=own.max(axis=1))
@@ -756,7 +756,7 @@ def test_learning_rates_that_are_all_equal_give_the_same_bits():
 
 
 def test_updates_divided_by_their_own_learning_rates_could_descend_while_the_model_ascends():
-    """Why the model has one rate: y.g > 0 must say that the loss falls along what was added to the parameters."""
+    """The model has one rate because y.g > 0 must imply that the loss decreases along the displacement."""
     layout = {"fast": 1.0, "slow": 0.125}
     before = {"parameter/fast": [0.0, 0.0], "parameter/slow": [0.0, 0.0]}
     gradient = {"gradient/fast": [1.0, 0.0], "gradient/slow": [1.0, 0.0]}

@@ -1,4 +1,4 @@
-"""Replicates of stochastic rules: what the ledger says against real vectors, one mean at a time."""
+"""Compare the results of replicates with vectors, one mean at a time."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ PARTS = [slice(tensor.offset, tensor.stop) for tensor in LAYOUT.tensors]
 
 
 def drawn(seed, rows=3, count=5, spread=1.0, size=7):
-    """Gradients, displacements and hvps of a noisy rule on a quadratic loss, and the losses' changes."""
+    """Return gradients, displacements, hvps and changes of the loss of a noisy rule on a quadratic loss."""
     rng = np.random.default_rng(seed)
     hessian = rng.standard_normal((size, size))
     hessian = hessian + hessian.T
@@ -40,13 +40,13 @@ def by_tensor(gradient, displacement, hvp=None):
 
 
 def lost(y, vectors):
-    """Relative rounding of products of a mean: those of the replicates are larger as the mean is shorter."""
+    """Return the relative rounding error of products of a mean. It is larger if the mean is shorter."""
     spread = np.linalg.norm(vectors, axis=-1).mean() / np.linalg.norm(vectors.mean(axis=0))
     return 8 * roundoff_bound(len(y)) * spread**2
 
 
 def angle_tolerance(y, updates):
-    """Of an angle by plain products: what is across g has the error of |y|^2 in its square."""
+    """Return the error of an angle from plain products, in which across^2 has the rounding error of |y|^2."""
     sine = np.sin(float(geometry.angle(pair_of(y, updates.mean(axis=0)))))
     relative = lost(y, updates)
     return min(np.sqrt(relative), relative / sine if sine else np.inf)

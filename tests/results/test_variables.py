@@ -1,4 +1,4 @@
-"""Variables that are declared outside of the package: where they are defined, and what is refused."""
+"""Test variables that are declared outside of the package: their missing values, and invalid declarations."""
 
 import enum
 from dataclasses import replace

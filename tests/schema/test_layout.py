@@ -1,4 +1,4 @@
-"""The words of the pipeline: layout table, dtypes, errors."""
+"""Test the layout table, dtypes and errors."""
 
 import itertools
 import pickle
@@ -50,7 +50,7 @@ def test_the_unit_roundoff_is_half_the_spacing_at_one(dtype):
 
 
 def values(dtype):
-    """Every value of a two-byte dtype; of a wider one its extremes and neighbours of one."""
+    """Return all values of a two-byte dtype, or the extremes and the neighbours of one of a wider dtype."""
     words = np.dtype(DTYPES[dtype])
     if words.itemsize == 2:
         every = np.arange(1 << 16, dtype=np.uint16).view(words)

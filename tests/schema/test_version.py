@@ -1,4 +1,4 @@
-"""The version: derived from git at build time, read from files afterwards, and true in an editable install."""
+"""Test the version: derived from git at build time, then read from files, and correct in an editable install."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Discrete gradients of objectives: eq. (12) for every one, and what each is known to be."""
+"""Test discrete gradients of objectives: eq. (12) for each, and known values."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ class Quartic:
         return self.hessian @ v + 12.0 * self.weights * x**2 * v + bent
 
     def rounding(self, *states):
-        """Of a loss at one of the states: a few roundings of every term, of which there are D^2 + 3 D."""
+        """Error of a loss at one of the states: a few roundings of each of its D^2 + 3 D terms."""
         sizes = [np.abs(x) for x in states]
         terms = [
             x @ np.abs(self.hessian) @ x

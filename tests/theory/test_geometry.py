@@ -1,4 +1,4 @@
-"""The paper's formulas against explicit matrices in 60 digits."""
+"""Compare the formulas of the paper with explicit matrices in 60 digits."""
 
 import functools
 
@@ -44,7 +44,7 @@ def exact_pair(angle, size, seed=0):
 
 
 def spectrum(angle, size, gamma):
-    """Eigenvalues of the explicit matrix of eq. (22), ascending."""
+    """Return the eigenvalues of the explicit matrix of eq. (22), ascending."""
     with mp.workdps(60):
         y, g, _, _ = exact_pair(angle, size)
         alignment, square = (y.T * g)[0], (g.T * g)[0]
@@ -329,7 +329,7 @@ def test_rounding_of_the_states_stays_below_the_floor_of_the_displacement(dtype)
 
 
 def chain(parameter, gradient, learning_rate=1.0):
-    """Pair of one row by the kernel, from states of two steps."""
+    """Compute the pair of one update with the kernel, from two states."""
     out = np.empty((1, 1, len(VECTORS), len(VECTORS)))
     ratio = np.empty((1, 1))
     gram.products([parameter], [gradient], np.array([0, parameter.shape[1]]), out, ratio)
@@ -337,7 +337,7 @@ def chain(parameter, gradient, learning_rate=1.0):
 
 
 def assert_chain_keeps_the_promises(parameter, gradient):
-    """Angle and condition number of a float64 run of two states against exact arithmetic."""
+    """Compare the angle and condition number of a float64 run of two states with exact arithmetic."""
     pair = chain(parameter, gradient)
     with mp.workdps(60):
         _, displacement, y, _, _ = exact_vectors(parameter[0], parameter[1], gradient[0], gradient[1], 0.0)

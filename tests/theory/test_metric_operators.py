@@ -1,4 +1,4 @@
-"""Metrics that act on vectors against their matrices in 60 digits, and against logged runs."""
+"""Compare metrics that act on vectors with their matrices in 60 digits, and with logged runs."""
 
 import doctest
 import tracemalloc
@@ -50,7 +50,7 @@ def error_of(actual, matrix, x):
 
 
 def assert_acts_as(metric, matrix, tolerance, seed=0):
-    """Compare everything that a metric does and says with its matrix."""
+    """Compare all methods of a metric with its matrix."""
     size = matrix.rows
     x = np.random.default_rng(seed).standard_normal(size)
     for action, exponent in (

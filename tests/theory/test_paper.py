@@ -1,4 +1,4 @@
-"""The paper, statement by statement: each holds for random and adversarial vectors, in 60 digits.
+"""Test each statement of the paper for random and adversarial vectors, in 60 digits.
 
 docs/paper.md has the table from statement to function, test and variable; docs/errata.md what does not hold as
 printed.
@@ -450,7 +450,7 @@ def test_where_there_is_no_metric_there_is_no_number(case):
             refused(y, g)
 
 
-def test_an_unknown_hessian_gives_no_bound_of_the_learning_rate():
+def test_undefined_bounds_of_the_learning_rate_are_nan():
     pair = pair_of(np.array([3.0, 1.0]), ONE)
     assert np.isnan(discrete_time.learning_rate_bounds(pair, np.nan)).all()
     assert discrete_time.learning_rate_bounds(pair, [0.0, 2.0])[0].tolist() == [np.inf, np.inf]
