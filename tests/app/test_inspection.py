@@ -32,12 +32,14 @@ def test_inspection_agrees_with_ingest_and_projected_sizes_with_written_sizes(tm
     assert found.holds["parameter"] == f"{len(TENSORS)} tensors"
     assert set(found.missing) == {"hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
     assert (found.gaps, found.changes, found.notes, found.unused_keys) == (0, [], [], [])
-    assert found.trajectory_bytes == chunk_bytes(RunFolder.of(tmp_path / "out").trajectory, "parameter", "gradient")
+    assert found.trajectory_bytes == chunk_bytes(
+        RunFolder.of(tmp_path / "out").trajectory.local_path, "parameter", "gradient"
+    )
     assert found.worker_memory == analyzed.projected_memory
-    ledger = RunFolder.of(tmp_path / "out").ledger
-    rows = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
-    per_row = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # rows of a chunk of this run
-    assert found.ledger_bytes == rows * per_row
+    ledger = RunFolder.of(tmp_path / "out").ledger.local_path
+    updates = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
+    per_update = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # updates of a chunk of this run
+    assert found.ledger_bytes == updates * per_update
 
 
 def test_missing_quantities_are_listed_with_their_uses_and_remedies(tmp_path):
@@ -51,10 +53,10 @@ def test_missing_quantities_are_listed_with_their_uses_and_remedies(tmp_path):
     log = write_log(tmp_path / "log", states, numbers=[0, 10, 20, 40])
     found = inspect_source([log])
     assert set(found.missing) == {"gradient", "loss", "learning_rate", "hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
-    assert "further SOURCE" in found.missing["gradient"]
+    assert "another SOURCE" in found.missing["gradient"]
     assert found.changes == [
         "parameter 'more': none, then float64 [2]",
-        "loss: not at the first step",
+        "loss: missing at the first step",
     ]
     assert (found.step_span, found.gaps) == (10, 1)
     assert "worker_memory" not in found.to_json()
@@ -77,7 +79,7 @@ def test_a_sweep_is_counted_by_runs(tmp_path):
 def test_a_low_memory_limit_is_reported_and_a_missing_log_is_an_error(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
     assert inspect_source([log], memory_limit=1).worker_memory.startswith(
-        "more than --memory-limit: a worker would need"
+        "exceeds --memory-limit: a worker would need"
     )
     with pytest.raises(InputError, match="no such file or folder"):
         inspect_source([tmp_path / "no"])

@@ -53,8 +53,8 @@ def test_an_older_run_is_processed_again_with_overwrite(out, log, version):
         ):
             command(out)
     assert "layout version" in verify_run(out)[0].what
-    assert run.ingest_run(log, out, overwrite=True)["new_steps"] == 6
-    assert run.analyze_run(out, Serial())["computed_chunks"] == 1
+    assert run.ingest_run(log, out, overwrite=True).new_steps == 6
+    assert run.analyze_run(out, Serial()).computed_chunks == 1
     assert describe_run(out)["updates"] == 5
     assert verify_run(out) == []
 

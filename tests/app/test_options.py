@@ -135,7 +135,7 @@ sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if ev
         ({"windows": [0]}, "--window must be at least 1", False),
         ({"workers": 0}, "--workers must be at least 1", False),
         ({"windows": [12]}, "--window 12 is longer than the run, which has 11 updates", True),
-        ({"attempt": 1}, "there is no attempt 1, the last is 0", True),
+        ({"attempt": 1}, "there is no attempt 1; the last attempt is 0", True),
     ],
 )
 def test_a_real_log_stays_closed_and_nothing_is_stored(tmp_path, values, message, may_list):

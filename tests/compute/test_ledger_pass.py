@@ -615,7 +615,7 @@ def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
         # The update from the state that was the last is new too.
         assert computed == set(range(max(done - 1, 0), stop - 1))
         assert summary.computed_updates == len(computed)
-        assert (f"{len(computed)} of these updates are missing in the ledger" in caplog.text) == (done > 0)
+        assert (f"{len(computed)} of these updates are missing from the ledger" in caplog.text) == (done > 0)
         done = stop
     assert summary.plan.updates_per_chunk == 6  # as of the first steps
     at_once, _ = ledger_of(tmp_path / "at once", arrays)
@@ -623,7 +623,7 @@ def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
 
 
 def grown_by_three(folder):
-    """Return a trajectory with three more states than its ledger (its last chunk has one update), and its arrays."""
+    """Return a trajectory with three more states than its ledger (last chunk has one update), and its arrays."""
     arrays = walk_arrays(ROWS + 3, ELEMENTS)
     ledger, summary = ledger_of(folder, {name: array[:ROWS] for name, array in arrays.items()})
     assert summary.n_updates % summary.plan.updates_per_chunk == 1

@@ -144,9 +144,9 @@ def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["serve", "ROOT", "OUT"], "no schedule is given"),
-        (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are given"),
-        (["serve", "ROOT", "OUT", "--cron", "now and then"], "cannot be scheduled"),
+        (["serve", "ROOT", "OUT"], "no schedule is set"),
+        (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are set"),
+        (["serve", "ROOT", "OUT", "--cron", "now and then"], "the schedule is not valid"),
         (["serve", "ROOT", "OUT", "--every", "0"], "--every must be greater than 0"),
         (["serve", "ROOT", "OUT", "--every", "9", "--window", "0"], "--window must be at least 1"),
         (["scan", "ROOT", "OUT", "--gamma", "-1"], "--gamma must be greater than 0"),
@@ -168,7 +168,7 @@ def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server,
         client.create_work_pool(WorkPoolCreate(name="here", type="process"))
         done = natgrad(server, "deploy", root, tmp_path / "out", "--pool", "here", "--every", "9", "--json")
         assert json.loads(done.stdout)["deployments"][0] == "scan-runs/natgrad", done.stderr
-        assert "deployment watch-runs/natgrad was made by an older version" in done.stderr
+        assert "deployment watch-runs/natgrad was created by an older version" in done.stderr
         assert "prefect deployment delete watch-runs/natgrad" in done.stderr
         made = client.read_deployment_by_name("scan-runs/natgrad")
         form = made.parameter_openapi_schema["properties"]

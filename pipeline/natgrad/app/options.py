@@ -238,7 +238,7 @@ def _parsed_map(value: Any) -> dict[str, str]:
     for quantity, key in mapping.items():
         if quantity not in (*QUANTITIES, "run") or not isinstance(key, str) or not key:
             raise InputError(
-                f"--map: {quantity}={key} is not a quantity and its key",
+                f"--map: {quantity}={key} does not name a quantity and its key",
                 where="option mapping",
                 remedy=f"write QUANTITY=KEY; the quantities are {', '.join((*QUANTITIES, 'run'))}",
             )
