@@ -14,6 +14,7 @@ from natgrad.reporting.figures import RunResults
 from natgrad.reporting.paper import Plane
 from natgrad.results import dataset
 from natgrad.schema.errors import InputError
+from natgrad.store import open_store
 from natgrad.theory.metric_operators import Metric
 
 FIGURES = {f"figure_{name}.svg" for name in ("1", "2", "3a", "3b", "3c", "3d", "3e")}
@@ -52,7 +53,10 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folders):
-    return [RunResults.of(name, dataset.read(folders[1] / name / "results.zarr")) for name in ("linear", "network")]
+    return [
+        RunResults.of(name, dataset.read(open_store(folders[1] / name / "results.zarr")))
+        for name in ("linear", "network")
+    ]
 
 
 def test_the_loss_of_the_plane_is_that_of_the_system(folders, plane):
@@ -152,7 +156,7 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
 def test_the_trapezoid_of_the_results_is_the_limit_of_the_figure(sweep):
     for folder in sweep[::3]:
         run.analyze_run(folder, run.Analysis(workers=1))
-        angle = dataset.read(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
+        angle = dataset.read(open_store(folder / "results.zarr"))["model"]["angle"].isel(step=0).sel(window=1)
         turned, _ = Plane.read(folder / "trajectory.zarr").distance()
         # The loss is of D terms and its change cancels; the step divides it.
         off = abs(float(angle.sel(descent="trapezoid") - angle.sel(descent="gradient")))
