@@ -360,7 +360,7 @@ class ReadOptions(LogOptions, total=False):
 class OverwriteOptions(TypedDict, total=False):
     """Option to replace the contents of OUT."""
 
-    overwrite: Annotated[bool, Option("Delete the contents of OUT and start from scratch.", False)]
+    overwrite: Annotated[bool, Option("Start from scratch and replace the stores in OUT.", False)]
 
 
 class FollowOptions(TypedDict, total=False):
