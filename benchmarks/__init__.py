@@ -1,1 +1,1 @@
-"""How fast the pipeline is, beside what bounds it and what it replaces, measured in one run: ``make bench``."""
+"""Measure the speed of the pipeline, its limits and its alternatives in one run: ``make bench``."""

@@ -1,4 +1,4 @@
-"""The generated runs, and what goes into the JSON beside the times."""
+"""Generate the runs, and add rates, ratios and memory to the JSON report."""
 
 import os
 import statistics
@@ -35,18 +35,18 @@ SAMPLING_SECONDS = 0.002
 
 def pytest_addoption(parser):
     default = Scale()
-    parser.addoption("--size", type=float, default=default.size, help="gigabytes of training state, about")
+    parser.addoption("--size", type=float, default=default.size, help="approximate gigabytes of training state")
     parser.addoption("--states", type=int, default=default.states, help="logged states")
     parser.addoption("--sizes", type=float, nargs="*", default=default.sizes, help="gigabytes of longer runs")
-    parser.addoption("--tall", type=int, default=default.tall, help="states of the run of 1,000 parameters")
-    parser.addoption("--wide", type=int, default=default.wide, help="parameters of the run of 64 states")
+    parser.addoption("--tall", type=int, default=default.tall, help="states of the run with 1,000 parameters")
+    parser.addoption("--wide", type=int, default=default.wide, help="parameters of the run with 64 states")
     parser.addoption("--sweep", type=int, default=default.sweep, help="runs of the sweep")
-    parser.addoption("--rounds", type=int, default=5, help="times that each work is run and timed")
+    parser.addoption("--rounds", type=int, default=5, help="number of times that each task is timed")
 
 
 def pytest_generate_tests(metafunc):
-    # All works of a group in the first turn, all in the second, and so on: what else happens on the machine
-    # meanwhile meets all of them alike. Group after group, as each has runs of its own on disk.
+    # All tasks of a group run in the first turn, then all in the second turn, and so on, so that other load on the
+    # machine affects all of them equally. Groups run one after the other, because each has its own runs on disk.
     if "turn" in metafunc.fixturenames:
         option = metafunc.config.option
         works = [
@@ -71,11 +71,11 @@ def runs(pytestconfig):
         generated.clear()
 
 
-# Processes of their own ---------------------------------------------------------------------------------------
+# Separate processes -------------------------------------------------------------------------------------------
 
 
 def resident_bytes(process):
-    """Bytes of a process and of each of those that it started; one that has just ended has none."""
+    """Return the resident bytes of a process and of each of its children. A process that has ended has none."""
     found = []
     try:
         for member in [process, *process.children(recursive=True)]:
@@ -86,17 +86,17 @@ def resident_bytes(process):
 
 
 def processor_seconds():
-    """Seconds that processors worked for this process and those that it started."""
+    """Return the processor time in seconds of this process and its children."""
     own = psutil.Process()
     started = sum(sum(member.cpu_times()[:2]) for member in own.children(recursive=True))
     return time.process_time() + started + sum(own.cpu_times()[2:4])
 
 
 def memory_of(name, files):
-    """Resident bytes of a process that runs a work: before it begins, and at most, of all and of the largest.
+    """Measure the resident bytes of a process that runs a task: initial bytes, peak, and peak of one process.
 
-    The peak of a process cannot be set back, so each work has its own. It is sampled: the system's own record of
-    the peak of a child begins with the memory of the parent that started it.
+    The peak of a process cannot be reset, so each task has its own process. The peak is sampled, because the peak
+    that the system records for a child starts with the memory of its parent.
     """
     files.clear()
     command = [sys.executable, "-m", "benchmarks.works", str(files.folder), name]
@@ -117,19 +117,19 @@ def memory_of(name, files):
 
 @pytest.fixture(scope="session")
 def memory():
-    """Memory of a work, measured once, before it is timed."""
+    """Function that measures the memory of a task once, before the task is timed."""
     return cache(memory_of)
 
 
 @pytest.fixture(scope="session")
 def fixed_cost(runs):
-    """Where the time of the whole command goes on a tiny run."""
+    """Times of the phases of the complete command on a tiny run."""
     return fixed_cost_of(runs.folder / "tiny")
 
 
 @pytest.fixture(scope="session")
 def first_call(runs):
-    """Seconds of the kernel's first call in a process: compiled, and loaded from the cache which that filled."""
+    """Seconds of the first call of the kernel in a process: with compilation, and from the cache."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(runs.folder / "compiled")}
 
     def seconds():
@@ -139,7 +139,7 @@ def first_call(runs):
     return {"compiled": seconds(), "from_cache": seconds()}
 
 
-# What goes into the JSON --------------------------------------------------------------------------------------
+# JSON report --------------------------------------------------------------------------------------------------
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -155,7 +155,7 @@ def spread(values):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Take the turns of a work together, and add its rate and the ratios of rates, turn by turn."""
+    """Merge the turns of each task, and add rates and ratios of rates in the same turn."""
     merged, rates, used = {}, {}, {}
     for entry in sorted(output_json["benchmarks"], key=lambda entry: entry["extra_info"]["turn"]):
         name, facts = entry["group"], entry["extra_info"]
@@ -185,7 +185,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 
 def compared(rates, used, group, above, below):
-    """Spread of the ratios of rates, turn by turn: by the clock, and by the time that processors worked."""
+    """Return the spread of the ratios of rates in the same turn, by elapsed time and by processor time."""
     by_clock, by_work = (
         spread([a / b for a, b in zip(found[f"{group}/{above}"], found[f"{group}/{below}"], strict=True)])
         for found in (rates, used)

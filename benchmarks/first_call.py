@@ -1,4 +1,4 @@
-"""Print the seconds that the kernel's first call takes, beyond those of its second."""
+"""Print the seconds of the first call of the kernel, minus those of the second call."""
 
 import sys
 import tempfile
@@ -14,11 +14,13 @@ def seconds_of_a_call() -> float:
     with tempfile.TemporaryFile() as file:
         file.write(np.ones((2, 64), "<f4").tobytes())
         file.flush()
-        rows = np.full(2, file.fileno(), np.int32), np.array([0, 256])
+        located = np.full(2, file.fileno(), np.int32), np.array([0, 256])
         buffer = np.empty(stream.buffer_bytes(64, 1, [4, 4]), np.uint8)
         products, ratio = np.empty((1, 1, 5, 5)), np.empty((1, 1))
         begin = time.perf_counter()
-        stream.products([rows] * 2, dtypes, [np.array([0, 64])], 64, 1, np.ones(1, bool), buffer, products, ratio)
+        stream.products(
+            [located] * 2, dtypes, [np.array([0, 64])], 64, 1, np.ones(1, bool), buffer, products, ratio
+        )
         return time.perf_counter() - begin
 
 

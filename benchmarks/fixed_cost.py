@@ -1,8 +1,8 @@
-"""Measure the fixed cost of ``natgrad process`` on a tiny run, in a process of its own, and where the time goes.
+"""Measure the fixed cost of ``natgrad process`` on a tiny run in a new process, and the time of each phase.
 
     python -m benchmarks.fixed_cost LOG OUT
 
-processes a log phase by phase in this process and prints the seconds of each as JSON.
+processes a log phase by phase and prints the seconds of each phase as JSON.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TURNS = 3
 _SHOWN = 8
 
 
-# In a process of its own: nothing heavy is imported above, so that the phases see all of it -------------------
+# In a new process: nothing heavy is imported above, so that the phases include all imports --------------------
 
 
 def phases(log: Path, out: Path) -> dict[str, float]:
-    """Process a log, and return the seconds of each phase; their sum is the time of the process."""
+    """Process a log and return the seconds of each phase. Their sum is the time of the process."""
     import psutil
 
     found: dict[str, float] = {}
@@ -86,7 +86,7 @@ def write_tiny_log(folder: Path) -> None:
 
 
 def seconds_of(command: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """Return the seconds of a command by the clock and of the processors, and its standard output."""
+    """Return the elapsed time and the processor time of a command in seconds, and its standard output."""
     begin, before = time.perf_counter(), os.times()
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     after = os.times()
@@ -95,7 +95,7 @@ def seconds_of(command: list[str], environment: dict[str, str]) -> tuple[float, 
 
 
 def imported(code: str) -> list[tuple[str, float]]:
-    """Packages by the seconds that importing their own modules takes, those that take longest."""
+    """Return the packages whose own modules take the longest to import, with the seconds."""
     command = [sys.executable, "-X", "importtime", "-c", code]
     timings = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
     seconds: Counter[str] = Counter()
@@ -107,7 +107,7 @@ def imported(code: str) -> list[tuple[str, float]]:
 
 
 def fixed_cost_of(folder: Path) -> dict[str, Any]:
-    """Measure the command on a tiny log, in new processes: the kernel compiled, and from the cache."""
+    """Measure the command on a tiny log in new processes, with compilation and with a cached kernel."""
     log = folder / "log"
     write_tiny_log(log)
     natgrad = [sys.executable, "-c", "from natgrad_flows.cli import main; main()", "process", str(log), "--quiet"]

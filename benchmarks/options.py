@@ -1,42 +1,43 @@
-"""How much is generated. Nothing is imported here: pytest would warn of what was loaded before it."""
+"""Define the sizes of generated runs. This module imports no package: pytest would warn about early imports."""
 
 from dataclasses import dataclass
 
 HIDDEN = 1024
 STEP_BYTES = 8
-"""Bytes that an element takes in a logged state: float32 parameter and gradient."""
+"""Bytes of an element in a logged state: float32 parameter and gradient."""
 
 SWEEP_STEPS, SWEEP_ELEMENTS = 200, 5000
 RUN_BYTES = SWEEP_STEPS * SWEEP_ELEMENTS * STEP_BYTES
 """Bytes of training state of each run of a sweep."""
 
 ONE_RUN, LOGGED_SWEEP = 250, 200
-"""Runs whose states one run by itself has, and those of the sweep that is ingested, at most.
-Memory keeps the first beside a whole sweep, and the disk two logs and what is made of them."""
+"""Number of runs of a sweep with as many states as the single run, and largest number of runs of the ingested
+sweep. The single run fits into memory together with a complete sweep. Both logs and their stores fit on the
+disk."""
 
 TALL_ELEMENTS, WIDE_STATES = 1000, 64
 
 MANY_LOGS, IN_MEMORY = "many_logs", "in_memory"
 MEMORY_DISK = "/dev/shm"
-"""A file system in memory: what is written there need not wait for a disk."""
+"""A file system in memory, where writes need not wait for a disk."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is generated.
+    """Sizes of generated runs.
 
     Attributes
     ----------
     size : float
-        Gigabytes of the run that is logged and ingested, about.
+        Approximate gigabytes of the run that is logged and ingested.
     states : int
-        Its logged states.
+        Logged states of this run.
     sizes : tuple of float
         Gigabytes of the longer runs of the same model.
     tall : int
-        Logged states of the run of 1,000 parameters.
+        Logged states of the run with 1,000 parameters.
     wide : int
-        Parameters of the run of 64 states.
+        Parameters of the run with 64 states.
     sweep : int
         Runs of the sweep.
     """
@@ -49,7 +50,7 @@ class Scale:
     sweep: int = 500
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of the model: a row of square layers with biases, across the boundaries of chunks."""
+        """Return the tensors of the model: square layers with biases, which cross the boundaries of chunks."""
         layers = max(1, round(self.size * 1e9 / (self.states * STEP_BYTES * (HIDDEN + 1) * HIDDEN)))
         return {f"layer.{k}.{name}": shape for k in range(layers) for name, shape in _LAYER.items()}
 

@@ -1,4 +1,4 @@
-"""The runs that works are done on: generated in a folder, and removed when the next ones are."""
+"""Generate the runs on which tasks are measured. They are removed when the next runs are generated."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CODECS = {name: BloscCodec(cname=name, shuffle="shuffle", typesize=4) for name 
 
 @dataclass(frozen=True)
 class Files:
-    """A generated run: its log, its trajectory, the ledger that results are checked by, and what works write."""
+    """A generated run: its log, its trajectory, the reference ledger, and the output of tasks."""
 
     folder: Path
 
@@ -62,7 +62,7 @@ class Files:
         return folder / "written"
 
     def clear(self) -> None:
-        """Remove what a work wrote, before the next round and outside its time."""
+        """Remove the output of a task before the next round, outside of the timed part."""
         shutil.rmtree(self.written, ignore_errors=True)
         self.written.mkdir(parents=True)
 
@@ -70,11 +70,11 @@ class Files:
         return sorted(path for path in self.log.rglob("*") if path.is_file())
 
     def chunks(self) -> list[Path]:
-        """Files of the chunks of training state, which are all that the pass must read."""
+        """Return the files of the chunks of training state, which the pass must read."""
         return sorted(path for name in ("parameter", "gradient") for path in (self.trajectory / name).glob("c/*/*"))
 
     def runs(self) -> int:
-        """Runs that are in the trajectory."""
+        """Return the number of runs in the trajectory."""
         return len(open_trajectory(self.trajectory).runs)
 
 
@@ -82,21 +82,22 @@ class Files:
 
 
 def descent(elements: int, states: int, seed: int = 0) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """Parameters and gradients of noisy gradient descent on a quadratic loss, state by state, flat.
+    """Yield the flat parameters and gradients of noisy gradient descent on a quadratic loss, state by state.
 
-    The noise of a state is a piece of one pool of random numbers: drawing it anew would take longer than the works.
+    The noise of a state is a slice of one pool of random numbers. Drawing new numbers would take longer than the
+    measured tasks.
     """
     generator = np.random.default_rng(seed)
     pool = generator.standard_normal(_POOL, np.float32)
     theta = _noise(pool, 0, elements)
     for _ in range(states):
-        seen, step = (_noise(pool, shift, elements) for shift in generator.integers(_POOL, size=2))
-        yield {"parameter": theta, "gradient": theta + seen / 8}
-        theta = theta - (theta + step / 2) / 100
+        of_gradient, of_step = (_noise(pool, shift, elements) for shift in generator.integers(_POOL, size=2))
+        yield {"parameter": theta, "gradient": theta + of_gradient / 8}
+        theta = theta - (theta + of_step / 2) / 100
 
 
 def _noise(pool: NDArray[np.float32], shift: int, elements: int) -> NDArray[np.float32]:
-    """Elements of the pool from a place on, from its start again where it ends."""
+    """Return elements of the pool from an offset, continuing from its start at its end."""
     parts, wanted = [], elements
     while wanted:
         parts.append(pool[shift : shift + wanted])
@@ -105,7 +106,7 @@ def _noise(pool: NDArray[np.float32], shift: int, elements: int) -> NDArray[np.f
 
 
 def stacked_descent(elements: int, states: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Return the same for a small run, all states at once: arrays (step, element)."""
+    """Return the states of a small run like `descent` at once, as arrays (step, element)."""
     generator = np.random.default_rng(seed)
     theta = generator.standard_normal(elements, np.float32)
     noise = generator.standard_normal((states, elements), np.float32)
@@ -114,7 +115,7 @@ def stacked_descent(elements: int, states: int, seed: int) -> dict[str, NDArray[
 
 
 def as_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Upper half of each word."""
+    """Return the upper half of each word."""
     return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
@@ -127,7 +128,7 @@ def write_states(
     dtype: str = "float32",
     codec: BloscCodec | None = None,
 ) -> None:
-    """Write a trajectory as ingest would, without a log: states as they come, in commits of some megabytes."""
+    """Write states to a trajectory as ingest does, without a log, in commits of some megabytes."""
     layout = Layout.from_shapes({name: (shape, dtype) for name, shape in shapes.items()})
     dtypes = dict.fromkeys(("parameter", "gradient"), dtype)
     chunk = chunk_shape(count, layout.elements)
@@ -136,41 +137,41 @@ def write_states(
     together = max(1, _COMMIT_BYTES // (chunk[0] * layout.elements * STEP_BYTES)) * chunk[0]
     words = {name: np.empty((together, layout.elements), storage_dtype(dtype)) for name in dtypes}
     while trajectory.n_states < count:
-        rows = min(together, count - trajectory.n_states)
-        for row in range(rows):
+        length = min(together, count - trajectory.n_states)
+        for index in range(length):
             state = next(states)
             for name, array in words.items():
-                array[row] = as_bfloat16(state[name]) if dtype == "bfloat16" else state[name]
-        commit(trajectory, {name: array[:rows] for name, array in words.items()})
+                array[index] = as_bfloat16(state[name]) if dtype == "bfloat16" else state[name]
+        commit(trajectory, {name: array[:length] for name, array in words.items()})
 
 
 def commit(trajectory: Trajectory, words: Mapping[str, NDArray[Any]]) -> None:
-    """Write rows behind those that are there, and make them visible."""
-    start, rows = trajectory.n_states, len(words["parameter"])
-    checksums: dict[str, list[list[int]]] = {name: [[] for _ in range(rows)] for name in words}
+    """Append states to a trajectory and make them visible."""
+    start, count = trajectory.n_states, len(words["parameter"])
+    checksums: dict[str, list[list[int]]] = {name: [[] for _ in range(count)] for name in words}
     for column in range(trajectory.columns):
         first, last = trajectory.column(column)
         for name, array in words.items():
-            block = np.zeros((rows, trajectory.chunk[1]), array.dtype)
+            block = np.zeros((count, trajectory.chunk[1]), array.dtype)
             block[:, : last - first] = array[:, first:last]
             trajectory.write(name, start, column, block)
-            for row in range(rows):
-                checksums[name][row].append(checksum(block[row, : last - first]))
-    numbers = range(start, start + rows)
-    scalars = {"loss": [1.0 / (step + 1) for step in numbers], "learning_rate": [0.01] * rows}
-    trajectory.commit(numbers, scalars, [{}] * rows, checksums)
+            for index in range(count):
+                checksums[name][index].append(checksum(block[index, : last - first]))
+    numbers = range(start, start + count)
+    scalars = {"loss": [1.0 / (step + 1) for step in numbers], "learning_rate": [0.01] * count}
+    trajectory.commit(numbers, scalars, [{}] * count, checksums)
 
 
 def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
-    """States of a trajectory, one after the other."""
+    """Yield the states of a trajectory."""
     trajectory = open_trajectory(path)
     width = trajectory.chunk[1]
-    for row in range(trajectory.n_states):
+    for index in range(trajectory.n_states):
         state = {}
         for name, dtype in trajectory.dtypes.items():
             blocks = np.zeros((trajectory.columns, width), storage_dtype(dtype))
             for column in range(trajectory.columns):
-                trajectory.read(name, row, row + 1, column, blocks[column : column + 1])
+                trajectory.read(name, index, index + 1, column, blocks[column : column + 1])
             columns = (trajectory.column(column) for column in range(trajectory.columns))
             state[name] = np.concatenate([block[: b - a] for block, (a, b) in zip(blocks, columns, strict=True)])
         yield state
@@ -181,11 +182,11 @@ def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
 Maker = Callable[[Files, Scale], None]
 
 _STORED_OTHERWISE = ("zstd", "lz4", "bfloat16")
-"""Codecs and dtypes in which the main run is stored again."""
+"""Codecs and dtypes of further copies of the main run."""
 
 
 def logged_run(files: Files, scale: Scale) -> None:
-    """Write the log of a run, a file a step, and ingest it."""
+    """Write the log of a run with one file per step, and ingest it."""
     shapes = scale.shapes()
     layout = Layout.from_shapes({name: (shape, "float32") for name, shape in shapes.items()})
     files.log.mkdir(parents=True)
@@ -200,7 +201,7 @@ def logged_run(files: Files, scale: Scale) -> None:
 
 
 def longer_run(files: Files, scale: Scale, size: float) -> None:
-    """Write a run of the same model that is logged for longer: so many gigabytes."""
+    """Write a longer run of the same model, with a size in gigabytes."""
     shapes = scale.shapes()
     elements = sum(int(np.prod(shape)) for shape in shapes.values())
     states = max(2, round(size * 1e9 / (elements * STEP_BYTES)))
@@ -220,32 +221,32 @@ def wide_run(files: Files, scale: Scale) -> None:
 
 
 def stored_otherwise(files: Files, scale: Scale, run: Files, *, codec: str = "", dtype: str = "float32") -> None:
-    """Write the states of a run that is there, compressed or in another precision."""
+    """Write the states of an existing run with compression or in another dtype."""
     states = states_of(run.trajectory)
     write_states(files.trajectory, scale.shapes(), states, scale.states, dtype=dtype, codec=_CODECS.get(codec))
 
 
 def sweep(files: Files, scale: Scale, runs: int | None = None) -> None:
-    """Write the logs of many small runs, a file each, and ingest them as one."""
+    """Write the logs of many small runs, one file each, and ingest them as a sweep."""
     for run in range(min(runs or scale.sweep, scale.sweep)):
         stacked_log(files.log / f"run_{run:05d}.npz", SWEEP_STEPS, run)
     ingest([open_storage(files.log)], open_store(files.trajectory), sweep=True)
 
 
 def one_run(files: Files, scale: Scale, runs: int) -> None:
-    """Write the log of one run of as many states as runs of a sweep have, in one file, and ingest it."""
+    """Write the log of one run with as many states as a number of runs of the sweep, in one file, and ingest it."""
     stacked_log(files.log / "run.npz", SWEEP_STEPS * min(runs, scale.sweep), 0)
     ingest([open_storage(files.log)], open_store(files.trajectory))
 
 
 def without_log(make: Maker, files: Files, scale: Scale) -> None:
-    """Make a run, and remove its log."""
+    """Generate a run, and remove its log."""
     make(files, scale)
     shutil.rmtree(files.log)
 
 
 def stacked_log(path: Path, steps: int, seed: int) -> None:
-    """Write a log that is one file of arrays (step, ...)."""
+    """Write a log as one file with arrays (step, ...)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {"step": np.arange(steps), "loss": 1.0 / np.arange(1, steps + 1)}
     arrays["learning_rate"] = np.full(steps, 0.01)
@@ -257,12 +258,12 @@ def stacked_log(path: Path, steps: int, seed: int) -> None:
 
 
 class Runs:
-    """The runs that are on disk now.
+    """The runs on disk.
 
     Parameters
     ----------
     folder : Path
-        Emptied at first and at the end.
+        Folder of the runs, which is emptied at the start and at the end.
     scale : Scale
     """
 
@@ -271,19 +272,19 @@ class Runs:
         self.clear()
 
     def clear(self) -> None:
-        """Remove all."""
+        """Remove all runs."""
         for folder in (self.folder, Files(self.folder / IN_MEMORY).written.parent):
             shutil.rmtree(folder, ignore_errors=True)
 
     def need(self, names: Collection[str]) -> None:
-        """Remove those that are not named, nor needed to make these."""
+        """Remove all runs except the named ones and those from which they are generated."""
         kept = {*names, *(["run"] if set(names) & {*_STORED_OTHERWISE, IN_MEMORY} else [])}
         for path in self.folder.glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path)
 
     def get(self, name: str) -> Files:
-        """Return a run, generated where it is not there, with the ledger that works are checked by."""
+        """Return a run and its reference ledger, and generate them if they do not exist."""
         files = Files(self.folder / name)
         if not files.written.exists():
             files.folder.mkdir(parents=True, exist_ok=True)

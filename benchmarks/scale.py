@@ -1,8 +1,9 @@
-"""Simulate a pass too large for this machine: the real plan on the real scheduler, with a sleep as the kernel.
+"""Simulate a pass too large for this machine, with the real plan and scheduler and a sleep instead of the kernel.
 
     python -m benchmarks.scale [--parameters 1e9] [--steps 1e4] [--tensors 500] [--workers 4] [--seconds 0]
 
-It prints the numbers of `docs/scale.md`: tasks, bytes over the wire, pace and memory of the scheduler.
+It prints the numbers in `docs/scale.md`: tasks, bytes sent over the network, throughput and memory of the
+scheduler.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ ITEMSIZES = (4, 4)
 
 
 def segments_in(tile: Tile, tensors: int, columns: int) -> int:
-    """Segments of a tile, where tensors are of one size: those it holds, and one more where it cuts one."""
+    """Return the number of segments of a tile, for tensors of equal size, if each column divides one tensor."""
     return (tile.last - tile.first) * max(1, round(tensors / columns)) + (tile.last - tile.first)
 
 
 def slept_tile(job: Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> Segments:
-    """Replace `natgrad.compute.tasks.tile_segments`: take the time of a tile and return zeros of its shape."""
+    """Replace `natgrad.compute.tasks.tile_segments`: sleep for the time of a tile and return zeros in its shape."""
     time.sleep(seconds)
-    count, rows = segments_in(tile, tensors, columns), tile.stop - tile.start
-    return np.arange(count), np.zeros((rows, count, VECTORS, VECTORS)), np.zeros((rows, count))
+    count, updates = segments_in(tile, tensors, columns), tile.stop - tile.start
+    return np.arange(count), np.zeros((updates, count, VECTORS, VECTORS)), np.zeros((updates, count))
 
 
 def unwritten_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: list[Segments]) -> LedgerChunk:
-    """Replace `natgrad.compute.tasks.write_chunk`: all segments arrive, and none is written."""
+    """Replace `natgrad.compute.tasks.write_chunk`: receive all segments and write nothing."""
     assert sum(len(indices) for indices, _, _ in parts) > 0
     return chunk
 
 
 def main(
-    parameters: Annotated[float, typer.Option(help="Elements of the model.")] = 1e9,
-    steps: Annotated[float, typer.Option(help="Logged states.")] = 1e4,
-    tensors: Annotated[int, typer.Option(help="Tensors of the model.")] = 500,
-    workers: Annotated[int, typer.Option(help="Workers, threads of this process.")] = 4,
-    seconds: Annotated[float, typer.Option(help="How long a tile sleeps.")] = 0.0,
+    parameters: Annotated[float, typer.Option(help="Number of elements of the model.")] = 1e9,
+    steps: Annotated[float, typer.Option(help="Number of logged states.")] = 1e4,
+    tensors: Annotated[int, typer.Option(help="Number of tensors of the model.")] = 500,
+    workers: Annotated[int, typer.Option(help="Number of workers, which are threads of this process.")] = 4,
+    seconds: Annotated[float, typer.Option(help="Seconds that each tile sleeps.")] = 0.0,
 ) -> None:
     """Simulate a pass and print its tasks, bytes, time and memory."""
     elements, states = int(parameters), int(steps)
@@ -72,7 +73,9 @@ def main(
     )
     print(plan)
     print(f"{len(cut)} tiles of {plan.read_bytes / len(cut) / 1e6:.0f} MB, {len(items)} ledger chunks")
-    print(f"{wire / 1e9:.2f} GB of segment ledgers over the wire, {wire / plan.read_bytes:.1e} of what is read")
+    print(
+        f"{wire / 1e9:.2f} GB of segment ledgers sent to the scheduler, {wire / plan.read_bytes:.1e} of the input"
+    )
     job = Job.of(Path("trajectory"), Path("ledger"), plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
     digests = dict.fromkeys((item.chunk.start for item in items), "")
@@ -88,7 +91,7 @@ def main(
             peak = max(peak, process.memory_info().rss)
         took = time.perf_counter() - begin
     tasks = len(cut) + len(items)
-    print(f"{tasks} tasks in {took:.0f} s: {tasks / took:.0f} a second")
+    print(f"{tasks} tasks in {took:.0f} s: {tasks / took:.0f} per second")
     memory = f"{peak / MEBIBYTE:.0f} MiB, {before / MEBIBYTE:.0f} before"
     print(f"scheduler, client and {workers} workers in one process: {memory}")
 

@@ -1,7 +1,7 @@
-"""Measure what flows cost beside the work: a run as a flow and by hand, and a scan of 1,000 unchanged runs.
+"""Measure the overhead of flows: a run with and without a flow, and a scan of 1,000 unchanged runs.
 
-Run as ``python -m benchmarks.scanning [RUNS]``. A Prefect server with SQLite is started for it, and is up before
-anything is timed. The numbers are medians of a few turns on the machine as it is: others may use it too.
+Run as ``python -m benchmarks.scanning [RUNS]``. It starts a Prefect server with SQLite before anything is timed.
+The numbers are medians of a few turns, and other load on the machine affects them.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def write_log(folder, seed):
 
 @contextlib.contextmanager
 def server(folder):
-    """Prefect's server on a free port, set as the one to use."""
+    """Start a Prefect server on a free port, and select it in the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +94,7 @@ def by_hand(log, out):
 
 
 def main(runs=1000):
-    """Measure, and print a table."""
+    """Run the measurements and print their results."""
     with tempfile.TemporaryDirectory() as folder, server(Path(folder) / "prefect"):
         from prefect import flow
 
@@ -107,17 +107,17 @@ def main(runs=1000):
 
         base = Path(folder)
         log = write_log(base / "log", 0)
-        # The first of each loads libraries and compiles, which is not measured here.
+        # The first run of each kind loads libraries and compiles the kernel, which is not measured here.
         by_hand(log, base / "warm-by-hand")
         process_run(log, base / "warm-flow", workers=1)
         bare = [seconds(empty) for _ in range(TURNS)]
-        print("a flow that does nothing:", spread(bare))
+        print("empty flow:", spread(bare))
         extra = [
             seconds(process_run, log, base / f"flow-{turn}", workers=1)
             - seconds(by_hand, log, base / f"hand-{turn}")
             for turn in range(TURNS)
         ]
-        print("a run as a flow, beyond the work:", spread(extra))
+        print("overhead of a run as a flow:", spread(extra))
         for number in range(RUNS_OF_A_SCAN):
             write_log(base / "few" / f"run-{number}", number)
         beyond = []
@@ -128,21 +128,21 @@ def main(runs=1000):
                 for number in range(RUNS_OF_A_SCAN)
             )
             beyond.append((scanned - hand) / RUNS_OF_A_SCAN)
-        print(f"each of {RUNS_OF_A_SCAN} runs of a scan, beyond the work:", spread(beyond))
+        print(f"overhead of each of the {RUNS_OF_A_SCAN} runs of a scan:", spread(beyond))
         for number in range(runs):
             write_log(base / "logs" / f"group-{number % 10}" / f"run-{number}", number)
-        # One is processed. Of the others only the recorded outcome is written, because a scan reads nothing else.
+        # One run is processed. For the others only the outcome is recorded, because a scan reads nothing else.
         scan_runs(base / "logs" / "group-0" / "run-0", base / "one", workers=1)
         done = json.loads((base / "one" / ".outcome.json").read_text())
         for found in scan.find_runs(base / "logs", base / "out"):
-            for path in (run.RunFolder(found.out).results, run.RunFolder(found.out).report):
+            for path in (found.out / "results.zarr", found.out / "report.html"):
                 path.mkdir(parents=True)
             options = {**done["options"], "cluster": None}
             scan.Outcome(str(found.source), scan.listing(found.source), options).remember(found.out)
         scans = []
         for _ in range(TURNS):
             scans.append(seconds(lambda: _all_unchanged(scan_runs(base / "logs", base / "out", workers=1), runs)))
-        print(f"a scan of {runs} unchanged runs:", spread(scans))
+        print(f"scan of {runs} unchanged runs:", spread(scans))
 
 
 def _all_unchanged(answer, runs):

@@ -1,4 +1,4 @@
-"""Time the works, in turns."""
+"""Time the tasks in turns."""
 
 from benchmarks.conftest import FIRST_CALL, FIXED_COST, processor_seconds
 from benchmarks.works import groups
@@ -25,7 +25,7 @@ def test_throughput(benchmark, runs, memory, pytestconfig, group, name, turn):
     facts |= memory(benchmark.group, files)
     with work.prepare(files) as run:
         files.clear()
-        # The first run warms all caches, and shows that the work is done before its time is taken.
+        # The first run fills all caches, and its result is checked before the task is timed.
         answer = run()
         work.check(files, answer)
         if isinstance(answer, PassSummary):

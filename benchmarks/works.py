@@ -1,8 +1,8 @@
-"""The works that are measured: each is prepared in a context, checked once, and run again in every round.
+"""Define the measured tasks. Each is prepared in a context, checked once, and timed in every round.
 
     python -m benchmarks.works FOLDER GROUP/NAME
 
-runs one work in a process of its own, for its memory to be watched; it prints a line when it is about to begin.
+runs one task in its own process, so that its memory can be measured. It prints a line before the task starts.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums, stream
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ledger_vectors
+from natgrad.storage import open_storage
 from natgrad.store import open_ledger, open_store, open_trajectory
 
 THREADS = 2
 STEPS_OF_A_BLOCK = 16
-"""Steps in a Dask block: the fastest blocks for xarray here; of one step each it takes nearly twice as long."""
+"""Steps in a Dask block: the fastest size for xarray here. Blocks of one step take nearly twice as long."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A work to measure.
+    """A task to measure.
 
     Attributes
     ----------
     title : str
     prepare : callable
-        Files to a context of the function that is timed.
+        Takes the files and returns a context of the function that is timed.
     check : callable
-        Called with the files and what the function returned: raises where the work was not done.
+        Called with the files and the result of the function. Raises an error if the result is wrong.
     reads : callable
-        Files to the paths whose bytes the work must read.
+        Takes the files and returns the paths that the task must read.
     run : str
-        Name of the run that it is done on; see `benchmarks.runs`.
+        Name of the run; see `benchmarks.runs`.
     """
 
     title: str
@@ -67,23 +68,23 @@ class Work:
     run: str = "run"
 
     def size(self, files: Files) -> int:
-        """Bytes that the work must read: its rate is by these, whatever it reads twice."""
+        """Return the bytes that the task must read, which determine its rate even if it reads some twice."""
         return sum(path.stat().st_size for path in self.reads(files))
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
-    """Map in threads; one thread is this one."""
+    """Map a function over items in threads, or in the current thread if there is only one."""
     if threads == 1:
         return list(map(function, items))
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
 
 
-# The reading limit --------------------------------------------------------------------------------------------
+# Limit of reads -----------------------------------------------------------------------------------------------
 
 
 def read_file(path: Path, out: Any) -> int:
-    """Read a file to its end into a buffer, and return its bytes."""
+    """Read a file to its end into a buffer, and return the number of bytes."""
     view = memoryview(out).cast("B")
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -98,7 +99,7 @@ def read_file(path: Path, out: Any) -> int:
 @contextmanager
 def bare_reads(files: Files, threads: int) -> Iterator[Callable[[], int]]:
     paths = files.chunks()
-    # One byte more than the largest file, or the read that finds its end would have nowhere to go.
+    # One byte more than the largest file, for the last read, which detects its end.
     buffers = [bytearray(max(path.stat().st_size for path in paths) + 1) for _ in range(threads)]
 
     def part(index: int) -> int:
@@ -116,9 +117,9 @@ def check_bytes(files: Files, count: int) -> None:
 
 @contextmanager
 def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments]]]:
-    """Files opened and the compiled loop over them, column by column: no store, plan or ledger."""
+    """Open files and run the compiled loop over them, column by column, without a store, plan or ledger."""
     states = open_trajectory(files.trajectory)
-    rows, steps, count = states.n_states - 1, states.chunk[0], len(ledger_vectors(False))
+    updates, steps, count = states.n_states - 1, states.chunk[0], len(ledger_vectors(False))
     block_elements = PlanLimits().read_block_elements
     together = max(1, block_elements // states.chunk[1])
     stride = min(block_elements, states.chunk[1])
@@ -140,14 +141,17 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments
         first, last = states.column(number)
         opened = [[os.open(path, os.O_RDONLY) for path in of_array] for of_array in paths[number]]
         located = [
-            (np.repeat(np.array(descriptors, np.int32), steps)[: rows + 1], np.arange(rows + 1) % steps * row)
-            for descriptors, row in zip(opened, [states.chunk[1] * size for size in sizes], strict=True)
+            (
+                np.repeat(np.array(descriptors, np.int32), steps)[: updates + 1],
+                np.arange(updates + 1) % steps * size,
+            )
+            for descriptors, size in zip(opened, [states.chunk[1] * size for size in sizes], strict=True)
         ]
         segments = [states.layout.segments(*block) for block in read_blocks(first, last, block_elements)]
         cut = [np.array([*(start for _, start, _ in block), block[-1][2]]) - first for block in segments]
         indices = np.array([index for block in segments for index, _, _ in block])
-        products, ratio = np.empty((rows, len(indices), count, count)), np.empty((rows, len(indices)))
-        leads, shape = np.ones(rows, bool), (stride, together)
+        products, ratio = np.empty((updates, len(indices), count, count)), np.empty((updates, len(indices)))
+        leads, shape = np.ones(updates, bool), (stride, together)
         failed = stream.products(located, list(dtypes.values()), cut, *shape, leads, buffer(), products, ratio)
         assert failed is None
         for descriptor in itertools.chain.from_iterable(opened):
@@ -167,14 +171,14 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments
 def add_up(
     indices: NDArray[np.int64], products: NDArray[np.float64], ratio: NDArray[np.float64], tensors: int
 ) -> Segments:
-    """Ledger of the tensors of a column from those of its read blocks."""
+    """Return the ledgers of the tensors of a column from those of its read blocks."""
     present = np.unique(indices)
     gram, ratio = ledger_sums.add_segments(len(present), np.searchsorted(present, indices), products, ratio)
     return present, gram, ratio
 
 
 def check_segments(files: Files, segments: list[Segments]) -> None:
-    """The bits of the pass: it runs the same kernel on the same read blocks."""
+    """Require the same bits as those of the pass, which runs the same kernel on the same read blocks."""
     reference = open_ledger(files.reference)
     indices, *parts = zip(*segments, strict=True)
     joined = (np.concatenate(arrays, axis=1) for arrays in parts)
@@ -194,7 +198,7 @@ def metrics_pass(files: Files, executor: executors.Executor) -> Iterator[Callabl
 
 @contextmanager
 def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], Any]]:
-    """On worker processes that run already, as those of a user's cluster do."""
+    """Run the pass on existing worker processes, like those of a user's cluster."""
     with (
         dask.config.set(temporary_directory=files.folder),
         clusters.local_scheduler(workers) as address,
@@ -204,29 +208,30 @@ def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], An
 
 
 def check_ledger(files: Files, _: Any) -> None:
-    """Every executor gives the same bits."""
+    """Require the same bits from every executor."""
     for array, expected in zip(
         open_ledger(files.written / "ledger.zarr").read(), open_ledger(files.reference).read(), strict=True
     ):
         np.testing.assert_array_equal(array, expected)
 
 
-# The same in xarray -------------------------------------------------------------------------------------------
+# The same computation in xarray -------------------------------------------------------------------------------
 
 
 @contextmanager
 def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
-    """The same quantities as a user of xarray and Dask would write them.
+    """Compute the same quantities with xarray and Dask, as a user would.
 
-    `xarray.dot` is the fastest way found: sums of products, (x * y).sum(), took twice as long and more memory.
-    The residual's ratio is taken from the ledger, so that its products can be compared; this work need not find it.
+    `xarray.dot` was the fastest method: sums of products, (x * y).sum(), took twice as long and more memory. The
+    ratio of the residual is read from the ledger, so that its products can be compared. This task need not compute
+    it.
     """
     layout = open_trajectory(files.trajectory).layout
     _, ratio = open_ledger(files.reference).read()
 
     def run() -> xr.DataArray:
         with warnings.catch_warnings():
-            # The blocks are cut across chunks of the numbers of a step, of which there are a few kilobytes.
+            # The blocks divide chunks of the scalars of a step, which are only a few kilobytes.
             warnings.filterwarnings("ignore", "The specified chunks separate the stored chunks", UserWarning)
             data = xr.open_zarr(files.trajectory, consolidated=False, chunks={"step": STEPS_OF_A_BLOCK})
         state = data[["parameter", "gradient"]].astype("float64")
@@ -247,14 +252,14 @@ def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
 
 
 def check_products(files: Files, found: xr.DataArray) -> None:
-    """The entries of the ledger, x.y within a multiple of |x||y|.
+    """Require the entries x.y of the ledger up to a multiple of |x||y|.
 
-    The multiple is `natgrad.kernel.ledger_sums.roundoff_bound` for our sums, which are compensated, and
-    n u / (1 - n u) for those of n terms here (Higham, Accuracy and Stability, section 3.1). Less does not hold for
-    them: where products of like size and sign are added one by one the rounding errors are not independent.
-    Displacement and gradient change are the same difference on both sides, rounded once. A residual is a
-    difference rounded once or twice, so its error goes with the norms of what it is the difference of: u (|g| +
-    2 |c d|) at most, less than n u of them.
+    The multiple is `natgrad.kernel.ledger_sums.roundoff_bound` for the compensated sums of the ledger, and
+    n u / (1 - n u) for the sums of n terms here (Higham, Accuracy and Stability, section 3.1). A smaller bound does
+    not hold for these: if products of similar size and sign are added one by one, their rounding errors are not
+    independent. Displacement and gradient change are the same difference on both sides, rounded once. A residual is
+    a difference that is rounded once or twice, so its error is at most u (|g| + 2 |c d|), which is less than n u of
+    the sum of the two norms.
     """
     expected, ratio = open_ledger(files.reference).read()
     sizes = np.array([tensor.size for tensor in open_trajectory(files.trajectory).layout.tensors])
@@ -275,7 +280,7 @@ def check_products(files: Files, found: xr.DataArray) -> None:
 
 @contextmanager
 def ingest_log(files: Files, sweep: bool = False) -> Iterator[Callable[[], Any]]:
-    yield partial(ingest, files.log, files.written / "trajectory.zarr", sweep=sweep)
+    yield partial(ingest, [open_storage(files.log)], open_store(files.written / "trajectory.zarr"), sweep=sweep)
 
 
 def check_trajectory(files: Files, _: Any) -> None:
@@ -327,7 +332,7 @@ _PASSES = {
     "pass_threads": _pass(f"metrics pass, {THREADS} threads", executor=executors.threads(THREADS)),
     "pass_dask": _pass_on_dask(THREADS),
 }
-_BESIDE_THE_LOOP = {**_LOOPS, **_PASSES, "pass_dask_single": _pass_on_dask(1)}
+_LOOPS_AND_PASSES = {**_LOOPS, **_PASSES, "pass_dask_single": _pass_on_dask(1)}
 _RATIOS_TO_THE_LOOP = [
     ("pass", "loop"),
     ("pass_threads", "loop_threads"),
@@ -343,13 +348,13 @@ _INGEST = Work("ingest of the log", ingest_log, check_trajectory, Files.logged)
 
 @dataclass(frozen=True)
 class Group:
-    """Works that are run in turns, one after the other in each turn.
+    """Tasks that run in turns, one after the other in each turn.
 
     Attributes
     ----------
     works : dict of str to Work
     ratios : list of (str, str)
-        Works whose rates are compared: only rates of one turn are.
+        Pairs of tasks whose rates are compared. Only rates of the same turn are compared.
     """
 
     works: dict[str, Work]
@@ -357,23 +362,23 @@ class Group:
 
 
 def _size(size: float) -> Group:
-    """Pass and bare loop on a run of so many gigabytes."""
+    """Return the pass and the bare loop on a run of a size in gigabytes."""
     works = {
         name: replace(work, title=f"{work.title}, {size:g} GB", run=f"size_{size:g}")
-        for name, work in _BESIDE_THE_LOOP.items()
+        for name, work in _LOOPS_AND_PASSES.items()
     }
     return Group(works, _RATIOS_TO_THE_LOOP)
 
 
 def groups(sizes: Sequence[float]) -> dict[str, Group]:
-    """All works, in groups.
+    """Return all tasks, in groups.
 
-    What takes the memory of the system's cache comes last: pages that were read anew from the disk lie there in
-    smaller parts than those that were written, and whatever reads them takes twice as long.
+    Tasks that evict the page cache come last. Pages that are read again from the disk are cached in smaller units
+    than pages that were written, and reading them takes twice as long.
     """
     return {
         "throughput": Group(
-            {**_READS, **_BESIDE_THE_LOOP, "pass_dask_four": _pass_on_dask(4)},
+            {**_READS, **_LOOPS_AND_PASSES, "pass_dask_four": _pass_on_dask(4)},
             [
                 ("pass", "read"),
                 ("pass_threads", "read_threads"),
@@ -392,9 +397,11 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 "wide": _pass("metrics pass, wide", "wide"),
                 "tall_loop": _loop("bare loop, tall", "tall"),
                 "wide_loop": _loop("bare loop, wide", "wide"),
-                "pass_threads": _pass("for both, 2 threads", executor=executors.threads(THREADS)),
-                "tall_threads": _pass("tall, 2 threads", "tall", executors.threads(THREADS)),
-                "wide_threads": _pass("wide, 2 threads", "wide", executors.threads(THREADS)),
+                "pass_threads": _pass(
+                    "metrics pass, for tall and wide, 2 threads", executor=executors.threads(THREADS)
+                ),
+                "tall_threads": _pass("metrics pass, tall, 2 threads", "tall", executors.threads(THREADS)),
+                "wide_threads": _pass("metrics pass, wide, 2 threads", "wide", executors.threads(THREADS)),
             },
             [
                 ("tall", "pass"),
@@ -414,7 +421,7 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
             },
             [("zstd", "pass"), ("lz4", "pass"), ("bfloat16", "pass")],
         ),
-        # Both read the log from the page cache, and neither waits for a disk.
+        # Both tasks read the log from the page cache, and neither waits for a disk.
         IN_MEMORY: Group(
             {
                 "copy": replace(_COPY, title="copy of the log, to memory", run=IN_MEMORY),
@@ -425,7 +432,7 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
         "sweep": Group(
             {
                 "sweep": _pass("metrics pass, sweep", "sweep"),
-                "one_run": _pass("metrics pass, one run of such states", "one_run"),
+                "one_run": _pass("metrics pass, one run of the same size", "one_run"),
             },
             [("sweep", "one_run")],
         ),
@@ -437,7 +444,7 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                     prepare=partial(ingest_log, sweep=True),
                     run="logged_sweep",
                 ),
-                "one_run": replace(_INGEST, title="ingest of one run of its bytes", run="logged_one_run"),
+                "one_run": replace(_INGEST, title="ingest of one run of the same size", run="logged_one_run"),
             },
             [("sweep", "one_run")],
         ),
@@ -460,7 +467,7 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
 
 
 def find(name: str) -> Work:
-    """Work of a name GROUP/WORK."""
+    """Return the task with the name GROUP/TASK."""
     group, _, work = name.partition("/")
     sizes = [float(group.removeprefix("size_"))] if group.startswith("size_") else []
     return groups(sizes)[group].works[work]

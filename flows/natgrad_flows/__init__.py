@@ -1,18 +1,18 @@
-"""Prefect flows: one task per run or per batch of steps; they pass paths, never arrays.
+"""Run natgrad as Prefect flows. Each stage of a run is one task; tasks pass paths, never arrays.
 
 ``natgrad_flows.runs``
     `ingest_run`, `analyze_run`, `process_run`.
 ``natgrad_flows.scan``
-    `scan_runs`: the runs below a folder that changed.
+    `scan_runs`: process the runs below a folder that changed.
 ``natgrad_flows.parameters``
-    The parameters of the flows, made of `natgrad.app.options`.
+    The parameters of the flows, derived from `natgrad.app.options`.
 ``natgrad_flows.deployments``, ``natgrad_flows.cli``
-    The flows on a schedule; the command ``natgrad``.
+    The flows on a schedule, and the command ``natgrad``.
 ``natgrad_flows.demo``, ``python -m natgrad_flows``
     The experiments of the paper, logged and processed.
 
-The flows run on Prefect's embedded server (SQLite) where ``PREFECT_API_URL`` is not set. Nothing is sent
-anywhere: the defaults below are set before Prefect is imported, and the environment takes precedence.
+If ``PREFECT_API_URL`` is not set, the flows run on Prefect's embedded server (SQLite). The defaults below disable
+telemetry. They are set before Prefect is imported, and environment variables take precedence.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""Command line of the demonstration: ``python -m natgrad_flows``.
+"""Run the demonstration from the command line: ``python -m natgrad_flows``.
 
-Every process of a Dask cluster imports the module with which the program was started, unless that is the
-``__main__`` of a package. If the program were `natgrad_flows.demo`, each process would import Prefect, which takes
-seconds.
+Every process of a Dask cluster imports the module that started the program, unless that is the ``__main__`` of a
+package. If the program started from `natgrad_flows.demo`, each process would import Prefect, which takes seconds.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import typer
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder for logs, runs and the page.")] = Path("demo"),
-    workers: Annotated[int, typer.Option(min=1, help="Dask worker processes.")] = 2,
+    out: Annotated[Path, typer.Argument(help="Folder for the logs, the runs and the report.")] = Path("demo"),
+    workers: Annotated[int, typer.Option(min=1, help="Number of Dask worker processes.")] = 2,
 ) -> None:
-    """Run the demonstration and print where its results are."""
+    """Run the demonstration and print the paths of its results."""
     from natgrad_flows.demo import demo
 
     for name in ("natgrad_flows", "natgrad.experiments"):

@@ -1,4 +1,4 @@
-"""The command ``natgrad``: `natgrad.app.cli` and the commands that need Prefect, which import it on demand."""
+"""Define the command ``natgrad``: `natgrad.app.cli`, and commands that import Prefect when they run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ScheduledScanOptions(options.ScheduleOptions, options.ScanOptions, total=F
 @app.command()
 @command_options(options.ScanOptions)
 def scan(root: Root, out: RunsFolder, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
-    """Process the runs below ROOT that changed since the last scan. Exits with 1 if a run failed."""
+    """Process all runs below ROOT that changed since the last scan. Exits with 1 if a run failed."""
     checked = options.validated(options.ScanOptions, values)
     output = Output(as_json, quiet)
     # Prefect, and its server, are started only if the options and the folders are valid.
@@ -46,11 +46,11 @@ def scan(root: Root, out: RunsFolder, as_json: Json = False, quiet: Quiet = Fals
 def serve(
     root: Root,
     out: RunsFolder,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Flows that run at the same time.")] = 1,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Number of flows that run at the same time.")] = 1,
     quiet: Quiet = False,
     **values: Any,
 ) -> None:
-    """Serve the flows for a Prefect server: scan ROOT on a schedule until this process ends."""
+    """Serve the flows to a Prefect server: scan ROOT on a schedule until this process ends."""
     Output(as_json=False, quiet=quiet)
     options.validated(ScheduledScanOptions, values)
     from natgrad_flows.deployments import serve_flows

@@ -1,4 +1,4 @@
-"""The demonstration as flows: the experiments of the paper, logged, processed and drawn."""
+"""Run the demonstration as flows: log, process and report the experiments of the paper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORKERS = 2
 class DemoOptions(TypedDict, total=False):
     """Options of the demonstration."""
 
-    workers: Annotated[int, options.Option("Dask worker processes.", WORKERS, metavar="N", minimum=1)]
+    workers: Annotated[int, options.Option("Number of Dask worker processes.", WORKERS, metavar="N", minimum=1)]
 
 
 _log = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ _log = logging.getLogger(__name__)
 @flow(name="demo")
 @with_parameters(DemoOptions)
 def demo(out: Out = Path("demo"), **values: Unpack[DemoOptions]) -> dict[str, Any]:
-    """Log the experiments, process every log on one local Dask cluster, and draw all on one page.
+    """Log the experiments, process every log on one local Dask cluster, and write one report of all.
 
     Parameters
     ----------
     out : path
-        Folder for logs, runs and the page.
+        Folder for the logs, the runs and the report.
     **options
     """
     checked = options.validated(DemoOptions, values)

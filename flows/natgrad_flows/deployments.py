@@ -1,4 +1,4 @@
-"""Deployments of the flows: served by one process, or given to the workers of a work pool."""
+"""Deploy the flows: serve them from one process, or submit them to the workers of a work pool."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serve_flows(root: Path, out: Path, values: Mapping[str, Any], *, limit: int 
     values : mapping
         Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
     limit : int
-        Flows that run at the same time.
+        Number of flows that run at the same time.
 
     Raises
     ------
@@ -54,12 +54,12 @@ def serve_flows(root: Path, out: Path, values: Mapping[str, Any], *, limit: int 
 
 
 def deploy_flows(root: Path, out: Path, values: Mapping[str, Any], *, pool: str) -> list[str]:
-    """Deploy the flows to a work pool, whose workers need this package and the paths.
+    """Deploy the flows to a work pool. Its workers need this package and access to the paths.
 
     Parameters
     ----------
     root, out : Path
-        See `natgrad_flows.scan.scan_runs`; as the workers see them.
+        Paths as the workers see them; see `natgrad_flows.scan.scan_runs`.
     values : mapping
         Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
     pool : str
@@ -68,7 +68,7 @@ def deploy_flows(root: Path, out: Path, values: Mapping[str, Any], *, pool: str)
     Returns
     -------
     list of str
-        Names of the deployments: flow and name.
+        Full names of the deployments, flow/name.
 
     Raises
     ------
@@ -112,9 +112,9 @@ def deployments(root: Path, out: Path, values: Mapping[str, Any]) -> list[Runner
     cron, every, name = schedule["cron"], schedule["every"], schedule["name"]
     if (cron is None) == (every is None):
         raise InputError(
-            "two schedules are given" if cron else "no schedule is given",
+            "two schedules are set" if cron else "no schedule is set",
             where="--cron, --every",
-            remedy="give one of both: --cron '*/10 * * * *', or --every 600 (seconds)",
+            remedy="use one of them: --cron '*/10 * * * *', or --every 600 (seconds)",
         )
     root, out = require_local(root, "ROOT"), require_local(out, "OUT")
     paths = {"root": str(root.absolute()), "out": str(out.absolute())}
@@ -125,27 +125,27 @@ def deployments(root: Path, out: Path, values: Mapping[str, Any]) -> list[Runner
             cron=cron,
             interval=None if every is None else timedelta(seconds=every),
             parameters={**paths, **scanning},
-            # A scan that takes longer than the schedule's interval is not joined by another one.
+            # If a scan takes longer than the interval of the schedule, no second scan starts.
             concurrency_limit=ConcurrencyLimitConfig(
                 limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
             ),
         )
-    except ValueError as error:  # pydantic's is one
+    except ValueError as error:  # a ValidationError of pydantic is a ValueError
         raise InputError(
-            f"this cannot be scheduled: {error}", where=f"deployment {name}", remedy="see natgrad serve --help"
+            f"the schedule is not valid: {error}", where=f"deployment {name}", remedy="see natgrad serve --help"
         ) from error
     return [scan, *(_deployment(flow, name) for flow in (process_run, ingest_run, analyze_run))]
 
 
 def _deployment(flow: Any, name: str, **settings: Any) -> RunnerDeployment:
-    # A module that is given by file name is loaded a second time, and its guard against two scans has no effect.
+    # Prefect would load a module specified by file name a second time, and the guard against two scans would fail.
     made = flow.to_deployment(name, tags=[_TAG], entrypoint_type=EntrypointType.MODULE_PATH, **settings)
-    # Prefect annotates its functions for both a synchronous and an asynchronous caller.
+    # Prefect annotates its functions for both synchronous and asynchronous callers.
     return cast(RunnerDeployment, made)
 
 
 def _warn_of_old_deployments(current: set[str]) -> None:
-    """Warn of deployments on the server whose flows are modules of an older version."""
+    """Warn about deployments on the server whose flows are modules of an older version."""
     package = __name__.partition(".")[0]
     with get_client(sync_client=True) as client:
         flow_names = {flow.id: flow.name for flow in client.read_flows()}
@@ -156,8 +156,8 @@ def _warn_of_old_deployments(current: set[str]) -> None:
         if name not in current and not entrypoint.startswith(f"{package}."):
             module = entrypoint.partition(".")[0]
             _log.warning(
-                "deployment %s was made by an older version: its runs fail with \"No module named '%s'\", or run "
-                "other code of that name. Delete it: prefect deployment delete %s; and deploy again "
+                "deployment %s was created by an older version: its runs fail with \"No module named '%s'\", or "
+                "run other code of that name. Delete it (prefect deployment delete %s) and deploy again "
                 "(natgrad serve or natgrad deploy)",
                 name,
                 module,
@@ -166,11 +166,13 @@ def _warn_of_old_deployments(current: set[str]) -> None:
 
 
 def _require_server() -> None:
-    """Require a server: the embedded one ends with this process, and its schedules with it."""
+    """Require a server, because the embedded server and its schedules end with this process."""
     address = get_current_settings().api.url
-    remedy = "start one (prefect server start), and set its address: export PREFECT_API_URL=http://HOST:4200/api"
+    remedy = (
+        "start a server (prefect server start) and set its address: export PREFECT_API_URL=http://HOST:4200/api"
+    )
     if address is None:
-        raise InputError("schedules need a Prefect server", where="PREFECT_API_URL is not set", remedy=remedy)
+        raise InputError("schedules require a Prefect server", where="PREFECT_API_URL is not set", remedy=remedy)
     with get_client(sync_client=True) as client:
         problem = client.api_healthcheck()
     if problem is not None:

@@ -1,7 +1,7 @@
-"""Parameters of the flows, made of the options of `natgrad.app.options`: types, descriptions and validation.
+"""Derive the parameters of the flows (types, descriptions and validation) from `natgrad.app.options`.
 
-Prefect shows the descriptions in its form, and its server refuses values that the JSON schema excludes before a run
-is started. What a schema cannot express is checked by the same functions as on the command line.
+Prefect shows the descriptions in its forms, and its server rejects values that the JSON schema excludes before a
+run starts. Conditions that a schema cannot express are checked by the same functions as on the command line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _locations(value: Any) -> Location | list[Location]:
     if isinstance(value, str | Path):
         return _location(value)
     if not isinstance(value, Sequence) or not value:
-        raise ValueError(f"must be one or several folders or URLs, got {value!r}")
+        raise ValueError(f"must be one or more folders or URLs, got {value!r}")
     return [_location(one) for one in value]
 
 
@@ -48,7 +48,7 @@ RunsFolder = Annotated[Location, PlainValidator(_location), WithJsonSchema({**_P
 
 
 def with_parameters(kind: Any) -> Callable[[F], F]:
-    """Decorate the function of a flow that takes ``**options``: list them in its signature and its docstring.
+    """Decorate the function of a flow that takes ``**options``: add the options to its signature and docstring.
 
     Parameters
     ----------
@@ -59,5 +59,5 @@ def with_parameters(kind: Any) -> Callable[[F], F]:
 
 
 def _parameter_type(declared: options.DeclaredOption) -> Any:
-    # An InputError is a ValueError: pydantic reports its text.
+    # An InputError is a ValueError, so pydantic reports its text.
     return Annotated[Any, PlainValidator(declared.validated), WithJsonSchema(declared.json_schema())]

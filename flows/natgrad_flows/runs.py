@@ -1,9 +1,10 @@
-"""The flows of a run: thin interfaces of `natgrad.app.run`.
+"""Define the flows of a run, which call `natgrad.app.run`.
 
-Each step is one task. A task can run twice (Prefect delivers at least once): ingest and analysis keep finished
-work, so the second time costs little and changes nothing. The parameters are the options of `natgrad.app.options`.
+Each stage is one task. A task can run twice, because Prefect delivers at least once. Ingest and analysis keep
+finished work, so the second run is cheap and changes nothing. The parameters are the options of
+`natgrad.app.options`.
 
-The flows have no ``follow``: a schedule repeats them (`natgrad serve`).
+The flows have no option ``follow``, because a schedule repeats them (`natgrad serve`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ProcessParameters(options.RunOptions, options.OverwriteOptions, total=Fals
 
 
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Return whether to retry: not after invalid input, and not for steps that are still to come."""
+    """Return True if a retry may succeed: not after invalid input, and not if a step is not logged yet."""
     try:
         state.result()
     except NotYet:
@@ -80,16 +81,16 @@ def _task_name() -> str:
 
 
 class ProgressArtifact:
-    """A progress bar on the page of a flow; short work has none.
+    """Progress bar on the page of a flow run. Short work has no progress bar.
 
     Parameters
     ----------
     what : str
-        Items that are counted.
+        Name of the items that are counted.
     out : path
         Folder of the run.
     interval : float
-        Seconds between two changes, and until it appears.
+        Seconds between updates, and until the progress bar appears.
     """
 
     def __init__(self, what: str, out: str | Path, interval: float = 5.0) -> None:
@@ -98,14 +99,14 @@ class ProgressArtifact:
         self.updated = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that some of the items are done."""
+        """Show the number of items done."""
         ended = done == total and self.artifact is not None
         if not ended and time.monotonic() - self.updated < self.interval:
             return
         self.updated, percent = time.monotonic(), 100 * done / max(total, 1)
         if self.artifact is None:
-            description = f"{self.out.name}: {self.what}, {total} in all"
-            # Prefect annotates its functions for both a synchronous and an asynchronous caller.
+            description = f"{self.out.name}: {self.what}, {total} in total"
+            # Prefect annotates its functions for both synchronous and asynchronous callers.
             made = create_progress_artifact(percent, _key(self.what, self.out), description)
             self.artifact = cast(UUID, made)
         else:
@@ -146,7 +147,7 @@ def _report(out: Out) -> dict[str, Any]:
 @flow(name="ingest-run", flow_run_name=_flow_name)
 @with_parameters(IngestParameters)
 def ingest_run(source: Source, out: Out, **values: Unpack[IngestParameters]) -> dict[str, Any]:
-    """Read the new steps of a log into OUT's trajectory.
+    """Read the new steps of a log into the trajectory of OUT.
 
     Parameters
     ----------
@@ -173,7 +174,7 @@ def _ingested(source: Source, out: Out, values: dict[str, Any], analysis: Analys
 @flow(name="analyze-run", flow_run_name=_flow_name)
 @with_parameters(options.AnalyzeOptions)
 def analyze_run(out: Out, **values: Unpack[options.AnalyzeOptions]) -> dict[str, Any]:
-    """Compute the missing part of OUT's ledger on Dask, its results, and its report.
+    """Compute the missing part of the ledger of OUT, the results and the report.
 
     Parameters
     ----------
@@ -209,8 +210,8 @@ def _analyzed(out: Out, analysis: Analysis) -> dict[str, Any]:
 def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -> Any:
     """Ingest, analyze and report a run, and record the outcome in OUT.
 
-    If another flow works on this OUT, the run ends at once in the state ``Skipped``. If the process of an earlier
-    flow died, that flow is marked as crashed, and this one continues its work.
+    If another flow is working on this OUT, the flow run ends at once in the state ``Skipped``. If the process of an
+    earlier flow run died, that flow run is marked as crashed, and this one continues its work.
 
     Parameters
     ----------
@@ -223,18 +224,18 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
     Returns
     -------
     dict
-        `natgrad.app.summaries.ProcessSummary` in its JSON form, or ``skipped`` and why.
+        `natgrad.app.summaries.ProcessSummary` in its JSON form, or ``skipped`` with the reason.
     """
     checked = options.validated(ProcessParameters, values)
     analysis = Analysis.of(checked)
     try:
-        # For each tag of a task the server is asked whether there is a place, and SQLite answers that only after
-        # seconds while another request writes: the flow has the tags, its tasks have none.
+        # For each tag of a task, Prefect asks the server for a concurrency slot. SQLite takes seconds to answer
+        # while another request writes. Therefore the flow has the tags, and its tasks have none.
         with only_processor(out), TagsContext(current_tags=set()):
             with get_client(sync_client=True) as client:
                 own = UUID(flow_run.get_id())
                 client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
-                _end_the_dead(client, open_storage(out))
+                _mark_crashed(client, open_storage(out))
             return process_once(
                 source,
                 out,
@@ -244,12 +245,12 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
                 on_failure=lambda parts: _report_failure(Path(out), parts),
             )
     except Busy as busy:
-        get_run_logger().warning("%s is skipped: %s", out, busy.what)
+        get_run_logger().warning("skipping %s: %s", out, busy.what)
         return Completed(name="Skipped", message=str(busy), data={"skipped": busy.what})
 
 
-def _end_the_dead(client: SyncPrefectClient, out: Storage) -> None:
-    """Mark flows as crashed that the server shows as running on OUT: none can run, as this flow has the lock."""
+def _mark_crashed(client: SyncPrefectClient, out: Storage) -> None:
+    """Mark flow runs on OUT that the server lists as running as crashed. This flow has the lock, so they died."""
     running = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
     )
@@ -258,7 +259,7 @@ def _end_the_dead(client: SyncPrefectClient, out: Storage) -> None:
         ours = str(other.id) == flow_run.get_id()
         if ours or open_storage(other.parameters.get("out", "")).absolute() != out.absolute():
             continue
-        message = f"Its process died. {flow_run.get_name()} continues its work."
+        message = f"The process died. {flow_run.get_name()} continues the work."
         client.set_flow_run_state(other.id, Crashed(message=message), force=True)
         get_run_logger().warning("%s: %s", other.name, message)
 

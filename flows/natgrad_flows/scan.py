@@ -1,4 +1,4 @@
-"""The flow that scans a folder for runs that changed, and processes each as a flow."""
+"""Define the flow that scans a folder for changed runs and processes each run as a flow."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _flow_name() -> str:
 def scan_runs(root: Root, out: RunsFolder, **values: Unpack[options.ScanOptions]) -> Any:
     """Process the runs below ROOT that changed since the last scan.
 
-    A run that fails does not stop the others; the table shows its error and remedy. It is tried again if its log or
-    an option changes, and at every scan if the error may heal by itself. A run that another flow works on is
-    skipped. No run that is unchanged is opened.
+    A run that fails does not stop the others; the table shows its error and remedy. It is processed again if its
+    log or an option changes, or at every scan if the error may heal by itself. A run that another flow is working
+    on is skipped. Unchanged runs are not opened.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def _process(found: FoundRun, known: Outcome | None, values: dict[str, Any]) -> 
     """Process a run as a flow."""
     SCANNED.set(known)
     try:
-        # The flow ends with this one, which has a heartbeat: its own would cost up to a second.
+        # The flow ends with this one, which has a heartbeat. A heartbeat of its own would take up to a second.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             summary: dict[str, Any] = process_run(found.source, found.out, **values)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Which metric makes a logged training run natural gradient descent.
+"""Find the metric that makes a logged training run natural gradient descent.
 
 Process a log, and open the results:
 
@@ -7,19 +7,19 @@ Process a log, and open the results:
 >>> natgrad.open_results("runs/run")["model"]  # doctest: +SKIP
 
 ``process``, ``ingest``, ``analyze``, ``report``
-    One run: all steps, or one of them.
+    Process one run completely, or do one stage.
 ``inspect``, ``verify``
-    Describe a log before it is processed; compare stored data with its checksums.
+    Describe a log before it is processed; verify stored data against its checksums.
 ``scan``
-    All runs below a folder.
+    Process all runs below a folder.
 ``open_results``, ``open_trajectory``, ``open_ledger``
-    The stores of a run.
+    Open the stores of a run.
 ``Recorder``, ``Metric``
-    Log a training run; a metric as an operator.
+    Log a training run; apply a metric as an operator.
 ``InputError``, ``Unavailable``
-    The errors.
+    Errors for invalid input, and for resources that are temporarily unavailable.
 
-The names are loaded when they are used: ``import natgrad`` imports no other library.
+The names are loaded on first use: ``import natgrad`` imports no other library.
 """
 
 from importlib import import_module
@@ -76,7 +76,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# A type checker that saw this function would take any name for a public one.
+# If a type checker saw this function, it would accept any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -1,4 +1,4 @@
-"""The public names: importing them is cheap, no submodule replaces them, they work on the sample log."""
+"""Test the public names: they import quickly, no submodule replaces them, and they work on the sample log."""
 
 import importlib
 import json
@@ -110,14 +110,14 @@ def test_a_summary_in_a_notebook_escapes_what_a_log_contains(tmp_path):
     assert "<b>" not in natgrad.inspect(tmp_path / "<b>")._repr_html_()
 
 
-def test_progress_is_told_by_stage(tmp_path):
+def test_progress_is_reported_by_stage(tmp_path):
     calls = []
     natgrad.process(LOG, tmp_path, progress=lambda stage, done, total: calls.append((stage, done, total)))
     assert ("ingest", 41, 41) in calls
     assert ("analyze", 1, 1) in calls
 
 
-def test_no_text_names_the_packages_as_they_were_called_before():
+def test_no_text_uses_the_old_package_names():
     # A logger of another name would suppress every INFO line; a template or an entry point would not be found.
     older = re.compile(r"(?<![\w./-])(pipeline|flows)\.[a-z_]+|getLogger\(.(pipeline|flows)\b")
     for folder in ("pipeline", "flows"):

@@ -1,4 +1,4 @@
-"""The command line as a user calls it: exit codes, one JSON object, nothing else on standard output.
+"""Test the command line as a user calls it: exit codes, one JSON object, nothing else on standard output.
 
 What only a process shows (a terminal, real exit codes) is tried in processes; the rest calls the same entry
 point in this one.
@@ -31,13 +31,13 @@ Done = namedtuple("Done", "returncode stdout stderr")
 
 
 def natgrad_process(*arguments):
-    """Run the installed command in a process of its own."""
+    """Run the installed command in a new process."""
     done = subprocess.run([NATGRAD, *map(str, arguments)], capture_output=True, text=True, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def natgrad(*arguments):
-    """Run the command's entry point in this process."""
+    """Run the entry point of the command in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["natgrad", *map(str, arguments)])
@@ -56,7 +56,7 @@ def answer(*arguments, run=natgrad):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A log and the folder that `natgrad process` made of it."""
+    """Return a log and the output folder of `natgrad process`."""
     folder = tmp_path_factory.mktemp("run")
     log = write_log(folder / "log", random_walk(12))
     return (
@@ -66,7 +66,7 @@ def run(tmp_path_factory):
     )
 
 
-def test_process_does_all_and_says_where_it_is(run):
+def test_process_runs_all_stages_and_prints_the_paths(run):
     log, out, said = run
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
         "trajectory.zarr",
@@ -86,13 +86,13 @@ def test_process_does_all_and_says_where_it_is(run):
     assert said["angle"] == [float(f(angle.dropna("step"))) for f in (np.min, np.median, np.max)]
 
 
-def test_a_second_time_nothing_is_read_or_computed(run):
+def test_processing_again_reads_and_computes_nothing(run):
     log, out, _ = run
     said = answer("process", log, out, *WINDOWS)
     assert (said["new_steps"], said["computed_chunks"], said["computed_updates"]) == (0, 0, 0)
 
 
-def test_info_says_what_a_folder_holds(run):
+def test_info_describes_the_contents_of_a_folder(run):
     _, out, _ = run
     said = answer("info", out)
     assert (said["steps"], said["first_step"], said["last_step"], said["elements"]) == (12, 0, 11, 17)
@@ -101,7 +101,7 @@ def test_info_says_what_a_folder_holds(run):
     assert "angle" in natgrad("info", out).stdout
 
 
-def test_the_commands_one_by_one_give_the_same_results(run, tmp_path):
+def test_separate_commands_give_the_same_results_as_process(run, tmp_path):
     log, out, _ = run
     for arguments in (["ingest", log, tmp_path], ["analyze", tmp_path, "--window", "3"], ["report", tmp_path]):
         assert natgrad(*arguments).returncode == 0
@@ -110,7 +110,7 @@ def test_the_commands_one_by_one_give_the_same_results(run, tmp_path):
     assert one.attrs["fingerprint"] == other.attrs["fingerprint"]
 
 
-def test_a_learning_rate_is_taken_where_the_log_has_none(tmp_path):
+def test_the_learning_rate_option_applies_if_the_log_has_no_rate(tmp_path):
     states = random_walk(4)
     for state in states:
         del state["learning_rate"]
@@ -123,7 +123,7 @@ def test_a_learning_rate_is_taken_where_the_log_has_none(tmp_path):
     assert "no_learning_rate" not in given["status"]
 
 
-def test_remarks_go_to_standard_error_and_quiet_leaves_warnings_only(run, tmp_path):
+def test_log_messages_go_to_standard_error_and_quiet_shows_only_warnings(run, tmp_path):
     log, _, _ = run
     loud = natgrad_process("process", log, tmp_path / "a")
     quiet = natgrad_process("process", log, tmp_path / "b", "--quiet")
@@ -140,7 +140,7 @@ def test_help_and_formats():
     assert set(answer("formats")) >= {"steps", "torch", "dcp", "huggingface", "lightning"}
 
 
-def test_the_version_and_the_completion_of_the_shell():
+def test_version_and_shell_completion():
     assert natgrad_process("--version").stdout == f"natgrad {__version__}\n"
     assert "--install-completion" in natgrad("--help").stdout
     words = {"_NATGRAD_COMPLETE": "complete_bash", "COMP_WORDS": "natgrad ver", "COMP_CWORD": "1"}
@@ -152,7 +152,7 @@ def test_the_version_and_the_completion_of_the_shell():
 
 
 def bad_logs(folder, case):
-    """Write a log with one thing wrong; return what the message must name."""
+    """Write a log with one error, and return the text that the message must contain."""
     states = random_walk(6)
     log = folder / "log"
     if case == "empty folder":
@@ -189,7 +189,7 @@ def bad_logs(folder, case):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """Results of a good run in a new folder."""
+    """Return the results of a valid run in a new folder."""
     folder = tmp_path_factory.mktemp("clean")
     answer("ingest", write_log(folder / "log", random_walk(6)), folder / "out")
     answer("analyze", folder / "out")
@@ -209,7 +209,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_told_with_code_2_and_leaves_nothing_to_trip_over(tmp_path, clean, case):
+def test_invalid_input_exits_with_2_and_leaves_no_files_behind(tmp_path, clean, case):
     named = bad_logs(tmp_path, case)
     call = natgrad_process if case == "truncated" else natgrad
     done = call("process", tmp_path / "log", tmp_path / "out", "--json")
@@ -227,7 +227,7 @@ def test_bad_input_is_told_with_code_2_and_leaves_nothing_to_trip_over(tmp_path,
     assert results.attrs["fingerprint"] == clean.attrs["fingerprint"]
 
 
-def test_a_nan_gradient_is_data_and_warned_of(tmp_path):
+def test_a_nan_gradient_is_processed_with_a_warning(tmp_path):
     states = random_walk(6)
     states[2]["gradient/layer.bias"] = np.array([0, np.nan, 0, 0], np.float32)
     done = natgrad("process", write_log(tmp_path / "log", states), tmp_path / "out", "--json")
@@ -253,7 +253,7 @@ def test_a_nan_gradient_is_data_and_warned_of(tmp_path):
         (["--no-such-option"], "No such option"),
     ],
 )
-def test_bad_options_are_told_with_code_2(run, tmp_path, options, message):
+def test_invalid_options_exit_with_2(run, tmp_path, options, message):
     log, _, _ = run
     done = natgrad("process", log, tmp_path / "out", *options)
     assert done.returncode == 2
@@ -276,7 +276,7 @@ def test_a_foreign_folder_is_not_overwritten(run, tmp_path):
     assert (tmp_path / "trajectory.zarr" / "thesis.txt").read_text() == "irreplaceable"
 
 
-def test_what_is_not_bad_input_has_code_1(run, tmp_path):
+def test_other_errors_exit_with_1(run, tmp_path):
     log, _, _ = run
     (tmp_path / "out").write_text("a file where a folder must be")
     assert natgrad_process("process", log, tmp_path / "out").returncode == 1
@@ -341,7 +341,7 @@ def test_commands_take_shifts(tmp_path):
     assert "gradient=next is not a valid shift" in done.stderr
 
 
-def test_of_several_sources_each_takes_the_part_of_a_map_that_is_meant_for_it(tmp_path):
+def test_each_of_several_sources_takes_its_own_part_of_a_map(tmp_path):
     states = [{key.replace("gradient/", "g/"): v for key, v in state.items()} for state in random_walk(6)]
     log = write_log(tmp_path / "log", [{k: v for k, v in state.items() if k != "loss"} for state in states])
     metrics = tmp_path / "metrics.csv"

@@ -1,4 +1,4 @@
-"""Logs that are being written: what is not whole is left for later, and is an error when nobody writes any more."""
+"""Test logs that are being written: incomplete steps are left for later, and are errors if they stay incomplete."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def steps(store):
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 @pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
 @pytest.mark.parametrize("first", [True, False], ids=["first ingest", "later"])
-def test_a_last_step_that_is_still_being_written_is_left_for_the_next_pass(log, store, container, part, first):
+def test_an_incomplete_last_step_is_left_for_the_next_pass(log, store, container, part, first):
     states = random_walk(5)
     if not first:
         ingest(write_log(log, states[:2], container=container), store)
@@ -70,7 +70,7 @@ def test_a_last_step_that_is_still_being_written_is_left_for_the_next_pass(log, 
     assert steps(store) == [0, 1, 2, 3, 4]
 
 
-def test_several_last_steps_may_be_in_writing_at_a_time(log, store):
+def test_several_last_steps_may_be_incomplete_at_a_time(log, store):
     write_log(log, random_walk(6))
     for number in (4, 5):
         truncate(log / f"step_{number}.safetensors")
@@ -78,7 +78,7 @@ def test_several_last_steps_may_be_in_writing_at_a_time(log, store):
     assert steps(store) == [0, 1, 2, 3]
 
 
-def test_a_last_step_that_stays_truncated_is_an_error_that_names_it(log, store):
+def test_a_last_step_that_remains_truncated_is_an_error_with_its_name(log, store):
     write_log(log, random_walk(5))
     path = log / "step_4.safetensors"
     truncate(path)
@@ -100,7 +100,7 @@ def test_a_truncated_step_in_the_middle_is_an_error_at_once(log, store):
     assert not store.exists()
 
 
-def test_a_first_step_that_is_still_being_written_is_not_there_yet(log, store):
+def test_an_incomplete_first_step_is_not_available_yet(log, store):
     write_log(log, random_walk(1))
     truncate(log / "step_0.safetensors")
     with pytest.raises(NotYet, match="cannot read a safetensors file"):
@@ -113,7 +113,7 @@ def test_a_first_step_that_is_still_being_written_is_not_there_yet(log, store):
     assert not store.parent.exists()
 
 
-def test_a_step_that_a_restarted_run_writes_over_is_left_until_it_is_whole(log, store):
+def test_a_step_that_a_restarted_run_overwrites_is_left_until_it_is_complete(log, store):
     states, again = random_walk(6), random_walk(6, seed=1)
     ingest(write_log(log, states), store)
     path = write_step(log, 4, again[4])
@@ -125,7 +125,7 @@ def test_a_step_that_a_restarted_run_writes_over_is_left_until_it_is_whole(log, 
     assert open_trajectory(store).scalar("attempt").tolist() == [0] * 6 + [1, 1]
 
 
-def test_a_file_of_another_name_until_it_is_whole_is_no_step(log, store):
+def test_a_file_with_a_temporary_name_is_not_a_step(log, store):
     write_log(log, random_walk(3))
     (log / "step_3.safetensors.tmp").write_bytes(b"begun")
     (log / ".step_3.safetensors").write_bytes(b"begun")
@@ -137,7 +137,7 @@ def test_a_file_of_another_name_until_it_is_whole_is_no_step(log, store):
 
 
 def once(log, out):
-    """A pass that waits for the next steps."""
+    """Return a pass that waits for the next steps."""
 
     def ingest_once(first):
         found = ingest_run(log, out, wait=True)
@@ -146,7 +146,7 @@ def once(log, out):
     return ingest_once
 
 
-def test_following_ends_when_nothing_new_came_for_so_long(log, tmp_path):
+def test_following_ends_after_the_idle_timeout(log, tmp_path):
     states = random_walk(6)
     write_log(log, states[:2])
     writer = threading.Timer(0.3, lambda: write_log(log, states))
@@ -169,7 +169,7 @@ def test_following_waits_for_a_gap_to_close(log, store):
     assert steps(store) == list(range(7))
 
 
-def test_following_does_not_wait_where_waiting_does_not_help(log, store):
+def test_following_does_not_wait_if_waiting_cannot_help(log, store):
     write_log(log, random_walk(7), numbers=[0, 10, 20, 25, 30, 40, 50])
     with pytest.raises(InputError, match="steps are uneven"):
         ingest(log, store, wait=True)
@@ -184,13 +184,13 @@ def test_following_waits_for_the_first_step(log, tmp_path):
     assert answer.steps == 2
 
 
-def test_following_nothing_says_so_in_the_end(log, tmp_path):
+def test_following_an_empty_log_raises_an_error_at_the_end(log, tmp_path):
     log.mkdir()
     with pytest.raises(NotYet, match="no step files"):
         follow(once(log, tmp_path / "out"), interval=0.01, idle_timeout=0.05)
 
 
-def test_only_the_first_pass_starts_anew(log, tmp_path):
+def test_only_the_first_pass_overwrites(log, tmp_path):
     requested = []
     found = ingest_run(write_log(log, random_walk(2)), tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""What a log is said to hold, and what processing it is said to take, against what it holds and took."""
+"""Compare the reported contents of a log and the projected cost of processing with the actual ones."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def chunk_bytes(store, *arrays):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, dtype):
+def test_inspection_agrees_with_ingest_and_projected_sizes_with_written_sizes(tmp_path, dtype):
     log = write_log(tmp_path / "log", random_walk(70, dtype=dtype))
     found = inspect_source([log])
     summary = ingest_run(log, tmp_path / "out")
@@ -37,12 +37,12 @@ def test_what_is_found_and_projected_is_what_is_ingested_and_written(tmp_path, d
     )
     assert found.worker_memory == analyzed.projected_memory
     ledger = RunFolder.of(tmp_path / "out").ledger.local_path
-    rows = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
-    per_row = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # rows of a chunk of this run
-    assert found.ledger_bytes == rows * per_row
+    updates = json.loads((ledger / "gram" / "zarr.json").read_text())["shape"][0]
+    per_update = chunk_bytes(ledger, "gram", "residual_ratio") / 128  # updates of a chunk of this run
+    assert found.ledger_bytes == updates * per_update
 
 
-def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path):
+def test_missing_quantities_are_listed_with_their_uses_and_remedies(tmp_path):
     states = random_walk(4)
     for state in states:
         for key in [key for key in state if not key.startswith("parameter/")]:
@@ -53,10 +53,10 @@ def test_what_is_missing_is_named_with_what_needs_it_and_how_to_get_it(tmp_path)
     log = write_log(tmp_path / "log", states, numbers=[0, 10, 20, 40])
     found = inspect_source([log])
     assert set(found.missing) == {"gradient", "loss", "learning_rate", "hvp", REPLICATE_PARAMETER, *SCALARS[2:]}
-    assert "further SOURCE" in found.missing["gradient"]
+    assert "another SOURCE" in found.missing["gradient"]
     assert found.changes == [
         "parameter 'more': none, then float64 [2]",
-        "loss: not at the first step",
+        "loss: missing at the first step",
     ]
     assert (found.step_span, found.gaps) == (10, 1)
     assert "worker_memory" not in found.to_json()
@@ -76,10 +76,10 @@ def test_a_sweep_is_counted_by_runs(tmp_path):
     assert (found.runs, found.steps, found.gaps, found.format) == (2, 8, 0, "npz")
 
 
-def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_path):
+def test_a_low_memory_limit_is_reported_and_a_missing_log_is_an_error(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
     assert inspect_source([log], memory_limit=1).worker_memory.startswith(
-        "more than --memory-limit: a worker would need"
+        "exceeds --memory-limit: a worker would need"
     )
     with pytest.raises(InputError, match="no such file or folder"):
         inspect_source([tmp_path / "no"])
@@ -88,7 +88,7 @@ def test_memory_that_does_not_suffice_is_told_and_nothing_there_is_refused(tmp_p
         inspect_source([log])
 
 
-def test_the_command_says_it_line_by_line(tmp_path):
+def test_the_command_prints_one_line_per_entry(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
     natgrad = Path(sys.executable).with_name("natgrad")
     shown = subprocess.run([natgrad, "inspect", log], check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""A run whose stores have another layout version: every command refuses it, and the remedy it names works."""
+"""Test stores of another layout version: every command rejects them, and the remedy in the message works."""
 
 import json
 
@@ -26,7 +26,7 @@ def out(tmp_path, log):
 
 
 def change(document, version):
-    """Replace the layout version in a document, wherever it is."""
+    """Replace the layout version everywhere in a document."""
     for key, value in list(document.items()):
         if isinstance(value, dict):
             change(value, version)

@@ -1,4 +1,4 @@
-"""One declaration per option: every interface lists it, validates it and describes it in the same way."""
+"""Test that every interface lists, validates and describes an option in the same way."""
 
 import inspect
 import re
@@ -69,7 +69,7 @@ def test_defaults_are_those_of_the_results():
 
 
 @given(st.integers(-3, 3), st.floats(-1, 1), st.floats())
-def test_numbers_are_accepted_in_their_range_alone(window, rate, gamma):
+def test_numbers_are_accepted_only_in_their_range(window, rate, gamma):
     values = {"windows": [window], "learning_rate": rate, "gammas": [gamma]}
     valid = window >= 1 and rate > 0 and 0 < gamma < float("inf")
     if valid:
@@ -112,7 +112,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("values", "message"), REFUSED)
-def test_an_option_is_refused_before_the_log_is_opened(tmp_path, values, message):
+def test_an_invalid_option_is_rejected_before_the_log_is_opened(tmp_path, values, message):
     # There is no log: it would be refused for that reason otherwise.
     with pytest.raises(InputError, match=re.escape(message)) as refusal:
         natgrad.process(tmp_path / "no log", tmp_path / "out", **values)
@@ -120,7 +120,7 @@ def test_an_option_is_refused_before_the_log_is_opened(tmp_path, values, message
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_option_is_named_with_the_nearest_one(tmp_path):
+def test_an_unknown_option_is_reported_with_the_closest_match(tmp_path):
     with pytest.raises(TypeError, match="unknown option 'window'; did you mean 'windows'"):
         natgrad.process(tmp_path, tmp_path, window=[1])
 
@@ -135,7 +135,7 @@ sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if ev
         ({"windows": [0]}, "--window must be at least 1", False),
         ({"workers": 0}, "--workers must be at least 1", False),
         ({"windows": [12]}, "--window 12 is longer than the run, which has 11 updates", True),
-        ({"attempt": 1}, "there is no attempt 1, the last is 0", True),
+        ({"attempt": 1}, "there is no attempt 1; the last attempt is 0", True),
     ],
 )
 def test_a_real_log_stays_closed_and_nothing_is_stored(tmp_path, values, message, may_list):
@@ -148,7 +148,7 @@ def test_a_real_log_stays_closed_and_nothing_is_stored(tmp_path, values, message
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and log not in path.parents]
 
 
-def test_options_that_depend_on_the_steps_count_those_that_are_stored_and_those_that_are_new(tmp_path):
+def test_options_that_depend_on_the_steps_count_stored_and_new_steps(tmp_path):
     states = random_walk(12)
     log = write_log(tmp_path / "log", states[:6])
     natgrad.process(log, tmp_path / "out", windows=[5])
@@ -176,7 +176,7 @@ def test_a_window_of_an_earlier_attempt_is_counted_in_that_attempt(tmp_path):
     assert natgrad.process(log, tmp_path / "out", windows=[7]).updates == 7
 
 
-def test_a_scheduler_is_not_asked_when_there_is_nothing_to_compute(tmp_path):
+def test_no_scheduler_is_contacted_if_there_is_nothing_to_compute(tmp_path):
     log = write_log(tmp_path / "log", random_walk(4))
     natgrad.process(log, tmp_path / "out")
     assert natgrad.process(log, tmp_path / "out", scheduler="tcp://127.0.0.1:9").computed_chunks == 0

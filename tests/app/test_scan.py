@@ -1,4 +1,4 @@
-"""Many runs below one folder: finding, processing and showing them. No Prefect here."""
+"""Test finding, processing and showing many runs below one folder, without Prefect."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def found(root, out):
 # Which runs there are ----------------------------------------------------------------------------------------
 
 
-def test_runs_are_found_by_what_folders_hold_at_any_depth(root, out):
+def test_runs_are_found_by_the_contents_of_folders_at_any_depth(root, out):
     write_log(root / "a", random_walk(2))
     write_log(root / "group" / "deeper" / "b", random_walk(2), container="npz")
     (root / "checkpoints" / "checkpoint-5").mkdir(parents=True)
@@ -49,7 +49,7 @@ def test_runs_with_a_number_in_their_names_are_not_the_steps_of_one(root, out):
     assert set(found(root, out)) == {"seed-0", "seed-1", "seed-2"}
 
 
-def test_a_folder_with_one_file_of_all_steps_is_a_run_where_no_run_is_below_it(root, out):
+def test_a_folder_with_one_file_of_all_steps_is_a_run_unless_it_contains_runs(root, out):
     states = random_walk(3)
     for folder in ("alone", "above"):
         (root / folder).mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_a_root_that_is_a_run_itself_is_the_only_one(root, out):
     assert found(root, out) == {".": (root, out)}
 
 
-def test_what_is_made_of_runs_is_not_taken_for_runs(root):
+def test_outputs_of_runs_are_not_found_as_runs(root):
     write_log(root / "a", random_walk(3))
     out = root / "made"
     run.ingest_run(root / "a", out / "a")
@@ -76,7 +76,7 @@ def test_what_is_made_of_runs_is_not_taken_for_runs(root):
     assert set(found(root, out)) == {"a"}
 
 
-def test_links_are_entered_once_and_hidden_folders_never(root, out):
+def test_links_are_searched_once_and_hidden_folders_never(root, out):
     write_log(root / "a", random_walk(2))
     write_log(root / ".trash" / "b", random_walk(2))
     elsewhere = write_log(root.parent / "elsewhere" / "c", random_walk(2))
@@ -86,14 +86,14 @@ def test_links_are_entered_once_and_hidden_folders_never(root, out):
     assert set(found(root, out)) == {"a", "linked"}
 
 
-def test_a_run_that_was_met_is_one_even_when_its_log_is_cleared_away(root, out):
+def test_a_processed_run_is_still_found_if_its_log_was_removed(root, out):
     log = write_log(root / "a", random_walk(1))
     scan.Outcome(str(log), "", {}).remember(out / "a")
     next(log.iterdir()).unlink()
     assert set(found(root, out)) == {"a"}
 
 
-def test_a_root_that_is_not_there_is_refused(root, out):
+def test_a_missing_root_is_an_error(root, out):
     with pytest.raises(InputError, match="no such folder"):
         scan.find_runs(root, out)
 
@@ -125,7 +125,7 @@ def deeper(log):
 
 
 @pytest.mark.parametrize("change", [appended, rewritten_with_its_old_time, renamed, cleared, deeper])
-def test_the_identity_of_a_log_tells_every_change(root, change):
+def test_the_identity_of_a_log_changes_with_every_change(root, change):
     log = write_log(root, random_walk(3))
     (log / "part").mkdir()
     (log / "part" / "file").write_text("some")
@@ -142,7 +142,7 @@ def outcome(log, out, options, **kept):
 
 @pytest.fixture
 def processed(root, out):
-    """A processed run, and the options of it."""
+    """Return a processed run and its options."""
     log = write_log(root / "a", random_walk(3))
     run.ingest_run(log, out / "a")
     run.analyze_run(out / "a", run.Analysis(workers=1))
@@ -150,7 +150,7 @@ def processed(root, out):
     return log, {"windows": [1], "workers": 1, "scheduler": None, "cluster": None}
 
 
-def test_what_is_done_stands_until_log_options_version_or_(processed, out):
+def test_an_outcome_is_valid_until_log_options_version_or_(processed, out):
     (log, options), out = processed, out / "a"
     done = outcome(log, out, options, summary={"updates": 2})
     assert done.stands(scan.listing(log), options, out)
@@ -163,7 +163,7 @@ def test_what_is_done_stands_until_log_options_version_or_(processed, out):
     assert not done.stands(scan.listing(log), options, out)
 
 
-def test_bad_input_stands_and_what_can_heal_does_not(root, out):
+def test_an_outcome_of_invalid_input_is_valid_and_one_that_may_heal_is_not(root, out):
     log = write_log(root / "a", random_walk(3))
     for error, stands in (
         (InputError("truncated"), True),
@@ -174,7 +174,7 @@ def test_bad_input_stands_and_what_can_heal_does_not(root, out):
         assert failed.stands(scan.listing(log), {}, out) == stands
 
 
-def test_an_outcome_that_cannot_be_read_is_none(out):
+def test_an_unreadable_outcome_is_none(out):
     assert scan.Outcome.of(out) is None
     out.mkdir()
     (out / ".outcome.json").write_text('{"listing": "half a')
@@ -194,7 +194,7 @@ with only_processor(sys.argv[1]):
 """
 
 
-def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
+def test_one_process_works_on_a_run_and_the_lock_ends_with_its_holder(out):
     with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with pytest.raises(scan.Busy, match="another process") as refusal, scan.only_processor(out):
@@ -209,7 +209,7 @@ def test_one_processing_at_a_time_and_the_lock_ends_with_its_holder(out):
 # Status ------------------------------------------------------------------------------------------------------
 
 
-def test_status_says_how_far_each_run_is_and_what_failed(root, out, processed, capsys):
+def test_status_shows_progress_and_failures_of_each_run(root, out, processed, capsys):
     log, _ = processed
     assert natgrad.scan(root, out, workers=1).processed == 1
     write_log(root / "new", random_walk(4))
@@ -282,7 +282,7 @@ def test_a_scan_processes_what_changed_and_a_bad_run_fails_alone(root, out):
     assert "runs" not in summary.to_json()
 
 
-def test_a_scan_with_other_options_processes_again_and_the_defaults_are_not_other_options(root, out):
+def test_a_scan_with_other_options_processes_again_and_explicit_defaults_do_not(root, out):
     write_log(root / "a", random_walk(5))
     assert numbers(natgrad.scan(root, out)) == (1, 0, 0, 0)
     assert numbers(natgrad.scan(root, out, windows=[1], gammas=[0.01, 0.1, 1, 10, 100])) == (0, 1, 0, 0)

@@ -1,4 +1,4 @@
-"""Dask clusters by name and by address: what jobs ask for, and a pass whose workers and scheduler die.
+"""Test Dask clusters by name and by address: requests of jobs, and a pass whose workers and scheduler die.
 
 Slurm is a stub: its `sbatch` starts the job script, which starts real workers.
 """
@@ -41,7 +41,7 @@ for job in "$@"; do kill -- -"$job"; done
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A stub of Slurm, with Dask's configuration of it."""
+    """Provide a stub of Slurm, with its configuration for Dask."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     (folder / "jobs").touch()
@@ -75,7 +75,7 @@ def arrays():
 
 @pytest.fixture
 def expected(tmp_path, arrays):
-    """Bits of the serial pass."""
+    """Return the bits of the serial pass."""
     trajectory = write_trajectory(tmp_path / "serial.zarr", arrays, SHAPES, CHUNK)
     compute_small(trajectory, tmp_path / "serial" / "ledger.zarr")
     return bits(tmp_path / "serial" / "ledger.zarr")
@@ -91,7 +91,7 @@ def run_pass(tmp_path, arrays, executor, **options):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_pass_on_slurm_asks_for_what_is_configured_replaces_a_dead_job_and_has_the_same_bits(
+def test_a_pass_on_slurm_requests_configured_jobs_replaces_a_dead_job_and_has_the_same_bits(
     slurm, tmp_path, arrays, expected, processes
 ):
     jobs = []
@@ -128,18 +128,18 @@ def _is_zombie(number):
 
 
 @pytest.mark.usefixtures("slurm")
-def test_nothing_to_do_asks_for_no_job(slurm):
+def test_no_job_is_requested_if_there_is_nothing_to_compute(slurm):
     assert list(executors.named_cluster("slurm", 2)(None, [], dict)) == []
     assert (slurm / "jobs").read_text() == ""
 
 
-# What Dask began to make and could not is told when it is collected.
+# Objects that Dask could not finish creating emit warnings when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["slurm", "pbs", "lsf", "sge", "oar", "htcondor"])
-def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
+def test_an_unconfigured_batch_system_is_reported_with_its_section(name):
     with (
         dask.config.set({f"jobqueue.{name}.cores": None, f"jobqueue.{name}.memory": None}),
-        pytest.raises(InputError, match="cannot be made") as refusal,
+        pytest.raises(InputError, match="cannot be started") as refusal,
         clusters.named_scheduler(name, 1),
     ):
         raise AssertionError
@@ -149,10 +149,10 @@ def test_a_batch_system_that_is_not_configured_is_told_by_its_section(name):
 
 
 @pytest.mark.parametrize("form", ["mapping", "list"])
-def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
+def test_a_pass_on_kubernetes_requests_pods_of_one_thread_and_has_the_same_bits(
     tmp_path, arrays, expected, monkeypatch, form
 ):
-    """Dask's operator is a stub: its pods are processes of this machine."""
+    """Replace the operator of Dask by a stub, whose pods are processes of this machine."""
     asked, scaled = [], []
 
     class KubeCluster(LocalCluster):
@@ -176,15 +176,15 @@ def test_a_pass_on_kubernetes_asks_for_pods_of_one_thread_and_has_the_same_bits(
     assert got == {**clusters.ONE_THREAD, "OF_THE_SITE": "1"}
 
 
-def test_what_is_no_cluster_or_not_installed_is_refused(monkeypatch):
-    with pytest.raises(InputError, match="'mainframe' is not known"), clusters.named_scheduler("mainframe", 1):
+def test_an_unknown_or_missing_cluster_package_is_an_error(monkeypatch):
+    with pytest.raises(InputError, match="unknown cluster 'mainframe'"), clusters.named_scheduler("mainframe", 1):
         raise AssertionError
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(InputError, match=r"natgrad-pipeline\[batch\]"), clusters.named_scheduler("slurm", 1):
         raise AssertionError
 
 
-def test_our_own_workers_have_one_thread_of_each_kind():
+def test_local_workers_have_one_thread_of_each_kind():
     with clusters.local_scheduler(1) as address, Client(address, set_as_default=False) as client:
         names = list(clusters.ONE_THREAD)
         (seen,) = client.run(lambda: {name: os.environ.get(name) for name in names}).values()
@@ -222,7 +222,7 @@ def worker(address, folder, *options):
         yield running
 
 
-def test_a_lost_scheduler_ends_the_pass_with_how_to_go_on_and_it_goes_on(tmp_path, arrays, expected):
+def test_a_lost_scheduler_ends_the_pass_with_a_remedy_that_works(tmp_path, arrays, expected):
     port = free_port()
     executor = executors.existing_cluster(f"tcp://127.0.0.1:{port}")
     with scheduler(port, tmp_path) as running, worker(f"tcp://127.0.0.1:{port}", tmp_path):
@@ -245,14 +245,14 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_task_whose_workers_die_again_and_again_is_told_with_how_to_go_on(tmp_path, arrays, monkeypatch):
+def test_a_task_whose_workers_die_repeatedly_is_reported_with_a_remedy(tmp_path, arrays, monkeypatch):
     monkeypatch.setattr(executors, "tile_segments", die)
     with clusters.local_scheduler(2) as address, pytest.raises(Unavailable, match="died 4 times") as dead:
         run_pass(tmp_path, arrays, executors.existing_cluster(address))
     assert f"natgrad analyze {tmp_path}" in dead.value.remedy
 
 
-def test_a_pass_over_tls_takes_the_certificates_of_dasks_configuration(tmp_path, arrays, expected):
+def test_a_pass_over_tls_uses_the_certificates_of_the_configuration_of_dask(tmp_path, arrays, expected):
     port = free_port()
     temporary = Security.temporary()
     files = {

@@ -1,4 +1,4 @@
-"""The plan of a pass: what it covers, what it costs, what it refuses."""
+"""Test the plan of a pass: its coverage, its cost and its errors."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ LIMITS, INGEST = PlanLimits(), IngestLimits()
 
 @st.composite
 def trajectories(draw):
-    """Shapes of trajectories and of their ledgers, chunked as `chunk_shape` does or in any other way."""
+    """Draw shapes of trajectories and of their ledgers, with chunks of `chunk_shape` or any other chunks."""
     states = draw(st.integers(2, 1000))
     elements = draw(st.integers(1, 5_000_000) | st.integers(1, 300))
     widths = st.integers(max(1, elements // 20), elements)
@@ -68,7 +68,7 @@ def test_ledger_chunks_cover_every_update_once_and_their_tiles_every_column_once
 
 
 @given(trajectories(), st.data())
-def test_the_work_after_an_update_is_the_rest_of_every_tile(shape, data):
+def test_the_work_after_an_update_is_the_remainder_of_every_tile(shape, data):
     item = data.draw(st.sampled_from(list(plan_pass(**shape).work_items())))
     update = data.draw(st.integers(item.chunk.start, item.chunk.stop - 1))
     rest = item.after(update)
@@ -105,7 +105,7 @@ def test_read_blocks_cover_the_elements_of_a_column_once(first, elements, size):
         pytest.param((1, 2_500_000), True, (3, 2_500_000), id="the least number of states"),
     ],
 )
-def test_what_is_read_at_a_time(chunk, complete_chunks, read):
+def test_the_amount_read_at_a_time(chunk, complete_chunks, read):
     shape = {"states": 400, "elements": 2_500_000, "itemsizes": (4, 4), "tensors": 6, "vectors": 5}
     plan = plan_pass(**shape, chunk=chunk, complete_chunks=complete_chunks)
     assert (plan.read_states, plan.read_elements) == read
@@ -150,7 +150,7 @@ def test_a_billion_parameters_and_ten_thousand_steps_are_some_fifty_thousand_til
     assert 0.5 * LIMITS.most_tiles < tiles < 1.5 * LIMITS.most_tiles
 
 
-def test_the_ledger_of_a_short_run_has_no_room_for_a_hundred_thousand_updates():
+def test_the_ledger_of_a_short_run_has_no_capacity_for_a_hundred_thousand_updates():
     plan = plan_pass(states=3, elements=10, chunk=(64, 10), itemsizes=(4, 4), tensors=1, vectors=5)
     assert plan.updates_per_chunk == LIMITS.minimum_updates
 
@@ -180,7 +180,7 @@ def test_a_run_shorter_than_a_ledger_chunk_takes_the_memory_of_its_updates():
 
 
 @given(trajectories(), st.integers(1, 1 << 30))
-def test_an_accepted_limit_is_kept_and_a_refused_plan_names_the_least_that_is_accepted(shape, limit):
+def test_an_accepted_limit_is_kept_and_a_rejected_plan_states_the_smallest_accepted_limit(shape, limit):
     try:
         plan = plan_pass(**shape, memory_limit=limit)
     except InputError as error:
@@ -223,7 +223,7 @@ def test_a_run_without_an_update_has_nothing_to_read(states):
     assert (plan.n_updates, plan.read_bytes, plan.halo_bytes, list(plan.work_items())) == (0, 0, 0, [])
 
 
-def test_a_plan_says_what_it_reads_and_what_it_takes():
+def test_a_plan_prints_its_reads_and_its_memory():
     plan = plan_pass(
         states=9, elements=1000, chunk=(4, 250), itemsizes=(4, 4), tensors=1, vectors=5, updates_per_chunk=4
     )

@@ -1,4 +1,4 @@
-"""The count of usable processors, with and without the calls that only some platforms have."""
+"""Test the count of usable processors, with and without the calls that only some platforms have."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_without_an_affinity_all_processors_count(monkeypatch):
     assert usable_processors() == 1
 
 
-def test_newer_versions_of_python_count_themselves(monkeypatch):
+def test_newer_versions_of_python_provide_the_count(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "process_cpu_count", lambda: 5, raising=False)
     assert usable_processors() == 5

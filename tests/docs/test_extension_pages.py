@@ -1,4 +1,4 @@
-"""The pages on extensions: their examples are installed as distributions of their own, and used by the command."""
+"""Test the examples of the pages on extensions: install them as distributions and use them with the command."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def write_f64(folder, states):
     return folder
 
 
-def test_the_reader_of_the_page_on_readers_reads_its_format_to_the_bits_of_the_native_one(tmp_path):
+def test_the_example_reader_gives_the_same_bits_as_the_native_format(tmp_path):
     installed = example_of("custom_readers.md", tmp_path / "site")
     formats = json.loads(natgrad("formats", "--json", installed=[installed]).stdout)
     assert formats["f64"]["layout"] == "folder of state_<N>.f64"
@@ -53,7 +53,7 @@ def test_the_reader_of_the_page_on_readers_reads_its_format_to_the_bits_of_the_n
         assert trees["named"][group].to_dataset().identical(expected)
 
 
-def test_the_variable_of_the_page_on_variables_is_in_the_results_of_a_run_and_of_no_other(tmp_path):
+def test_the_example_variable_is_in_the_results_only_if_it_is_installed(tmp_path):
     installed = example_of("variables.md", tmp_path / "site")
     log = write_log(tmp_path / "log", random_walk(6, TENSORS, "float64"))
     natgrad("process", log, tmp_path / "with", "--workers", 1, installed=[installed])

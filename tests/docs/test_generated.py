@@ -1,4 +1,4 @@
-"""The generated parts of the documentation are up to date, and the check of this fails where they are not."""
+"""Test that the generated parts of the documentation are up to date, and that the check detects if they are not."""
 
 import shutil
 import subprocess
@@ -26,13 +26,13 @@ def test_the_generated_parts_are_up_to_date():
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the code and of the pages."""
+    """Copy the code and the pages."""
     for name in ("pipeline", "flows", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
-def test_a_new_import_is_found_missing_in_the_diagram_and_then_drawn(copied):
+def test_a_new_import_fails_the_check_and_is_then_drawn(copied):
     with (copied / "pipeline" / "natgrad" / "kernel" / "gram.py").open("a") as file:
         file.write("\n\ndef later():\n    from natgrad.theory import geometry\n    return geometry\n")
     checked = generate(copied, "--check")
@@ -44,7 +44,7 @@ def test_a_new_import_is_found_missing_in_the_diagram_and_then_drawn(copied):
     assert generate(copied, "--check").returncode == 0
 
 
-def test_a_table_that_was_edited_is_written_anew(copied):
+def test_an_edited_table_is_written_again(copied):
     page = copied / "docs" / "variables.md"
     text = page.read_text()
     page.write_text(text.replace("| `angle` |", "| `angel` |"))

@@ -1,4 +1,4 @@
-"""The examples of the README, run in their order in an empty folder beside the data."""
+"""Run the examples of the README and the documentation in an empty folder with the data."""
 
 import re
 import shlex
@@ -19,10 +19,10 @@ def run_shell(example):
     for line in example.parsed.splitlines():
         program, *arguments = shlex.split(line, comments=True)
         if program == "make":
-            # The two commands that set everything up: this test is part of one of them.
+            # These commands set up everything, and this test is part of one of them.
             assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
         elif program == "pip":
-            # tests/packaging installs the wheel of this name, and runs the demonstration after it.
+            # tests/packaging installs the wheel of this name and then runs the demonstration.
             assert arguments == ["install", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]]
         else:
             assert program == "natgrad"
@@ -35,7 +35,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").symlink_to(ROOT / "data")
     parsers = [PythonCodeBlockParser(), CodeBlockParser(language="sh", evaluator=run_shell)]
     examples = list(Sybil(parsers).parse(ROOT / "README.md"))
-    assert len(examples) == 7
+    assert len(examples) == 5
     for example in examples:
         example.evaluate()
     printed = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_every_example_of_the_mathematics_holds(page, examples, tmp_path, monkey
         example.evaluate()
 
 
-def test_every_known_slip_of_the_paper_has_a_counter_example():
+def test_every_erratum_has_a_counterexample():
     page = (ROOT / "docs" / "errata.md").read_text()
     sections = re.split(r"^### (\d+)\. ", page, flags=re.MULTILINE)[1:]
     assert sorted(map(int, sections[::2])) == list(range(1, 20))
@@ -65,7 +65,7 @@ def test_every_known_slip_of_the_paper_has_a_counter_example():
         assert ">>>" in text, f"erratum {number} has none"
 
 
-def test_the_documents_link_to_what_is_there():
+def test_links_in_the_documents_exist():
     pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
     for page in (*pages, *(ROOT / "docs").glob("*.md")):
         text = page.read_text()

@@ -1,4 +1,4 @@
-"""compose.yaml as far as no Docker engine is needed: its commands are understood, and what it names is there."""
+"""Test compose.yaml without a Docker engine: its commands are valid, and its references exist."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_every_service_depends_on_services_and_mounts_volumes_that_are_there():
             assert source.startswith("/") or source in COMPOSE["volumes"]
 
 
-def test_a_service_is_waited_for_only_where_it_says_when_it_is_healthy():
+def test_services_are_awaited_only_if_they_have_a_health_check():
     for service in COMPOSE["services"].values():
         wanted = service.get("depends_on", ())
         for name in wanted:
@@ -32,7 +32,7 @@ def test_a_service_is_waited_for_only_where_it_says_when_it_is_healthy():
                 assert "healthcheck" in COMPOSE["services"][name]
 
 
-def test_the_scanners_command_is_understood():
+def test_the_command_of_the_scanner_is_valid():
     program, name, *arguments = COMPOSE["services"]["scanner"]["command"].split()
     command = typer.main.get_command(app).commands[name]
     context = command.make_context(program, arguments)

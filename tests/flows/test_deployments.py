@@ -1,4 +1,4 @@
-"""Flows of many runs on a real Prefect server: a process of its own with SQLite."""
+"""Test flows of many runs on a real Prefect server, a separate process with SQLite."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def flow_runs(server):
 
 
 def states(out):
-    """State and last step of every run below OUT."""
+    """Return the state and the last step of every run below OUT."""
     try:
         return {row["run"]: (row["state"], row["last_step"]) for row in scan.status(out)}
     except InputError:
@@ -54,7 +54,7 @@ def natgrad(server, *arguments):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two good runs and a bad one."""
+    """Write the logs of two valid runs and an invalid one."""
     write_log(tmp_path / "logs" / "first", random_walk(STEPS)[:2])
     write_log(tmp_path / "logs" / "group" / "second", random_walk(2, seed=1))
     bad = write_step(tmp_path / "logs" / "bad", 0, random_walk(1)[0])
@@ -64,7 +64,7 @@ def root(tmp_path):
     return tmp_path / "logs"
 
 
-def test_a_schedule_fires_and_takes_what_is_new_while_a_bad_run_fails_alone(server, root, tmp_path):
+def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, root, tmp_path):
     out = tmp_path / "out"
     serve = (NATGRAD, "serve", root, out, "--every", "8", "--workers", "1", "--name", "scheduled")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
@@ -123,7 +123,7 @@ runs.process_run(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
 """
 
 
-def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
+def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
     log, out = write_log(tmp_path / "logs" / "killed", random_walk(5)), tmp_path / "out"
     command = [sys.executable, "-c", KILLED, log, out / "killed"]
     dead = subprocess.run(
@@ -144,23 +144,23 @@ def test_a_flow_that_was_killed_is_found_and_its_run_goes_on(server, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["serve", "ROOT", "OUT"], "no schedule is given"),
-        (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are given"),
-        (["serve", "ROOT", "OUT", "--cron", "now and then"], "cannot be scheduled"),
+        (["serve", "ROOT", "OUT"], "no schedule is set"),
+        (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are set"),
+        (["serve", "ROOT", "OUT", "--cron", "now and then"], "the schedule is not valid"),
         (["serve", "ROOT", "OUT", "--every", "0"], "--every must be greater than 0"),
         (["serve", "ROOT", "OUT", "--every", "9", "--window", "0"], "--window must be at least 1"),
         (["scan", "ROOT", "OUT", "--gamma", "-1"], "--gamma must be greater than 0"),
         (["deploy", "ROOT", "OUT", "--every", "9", "--pool", "none"], "no work pool 'none'"),
     ],
 )
-def test_what_cannot_be_scheduled_is_refused_before_anything_is(server, arguments, what):
+def test_an_invalid_schedule_is_rejected_before_anything_is_deployed(server, arguments, what):
     done = natgrad(server, *arguments)
     assert done.returncode == 2, done.stderr
     assert what in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_deployment_has_the_descriptions_and_an_old_one_is_named(server, root, tmp_path):
+def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server, root, tmp_path):
     address = server.environment["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
         old = client.create_flow_from_name("watch-runs")
@@ -168,7 +168,7 @@ def test_a_deployment_has_the_descriptions_and_an_old_one_is_named(server, root,
         client.create_work_pool(WorkPoolCreate(name="here", type="process"))
         done = natgrad(server, "deploy", root, tmp_path / "out", "--pool", "here", "--every", "9", "--json")
         assert json.loads(done.stdout)["deployments"][0] == "scan-runs/natgrad", done.stderr
-        assert "deployment watch-runs/natgrad was made by an older version" in done.stderr
+        assert "deployment watch-runs/natgrad was created by an older version" in done.stderr
         assert "prefect deployment delete watch-runs/natgrad" in done.stderr
         made = client.read_deployment_by_name("scan-runs/natgrad")
         form = made.parameter_openapi_schema["properties"]

@@ -1,4 +1,4 @@
-"""The flows on Prefect's embedded server, one for the whole file."""
+"""Test the flows on Prefect's embedded server, one for all tests of this file."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def flow_runs():
         return {flow_run.name: flow_run for flow_run in client.read_flow_runs()}
 
 
-def test_the_flow_gives_what_the_command_line_gives(log, tmp_path):
+def test_the_flow_gives_the_same_results_as_the_command_line(log, tmp_path):
     summary = runs.process_run(log, tmp_path / "by-flow", windows=[1, 2], workers=1)
     natgrad.process(log, tmp_path / "by-hand", windows=(1, 2), workers=1)
     one, other = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("by-flow", "by-hand"))
@@ -67,7 +67,7 @@ def test_the_flow_gives_what_the_command_line_gives(log, tmp_path):
     assert (tmp_path / "by-flow" / "report.html").exists()
 
 
-def test_run_names_and_artifacts_say_which_run_it_was(log, tmp_path):
+def test_run_names_and_artifacts_identify_the_run(log, tmp_path):
     out = tmp_path / "Run 7"
     runs.process_run(log, out, workers=1)
     assert {"ingest Run 7", "analyze Run 7", "report Run 7"} <= set(task_runs())
@@ -100,7 +100,7 @@ def _empty(folder):
     return folder
 
 
-def test_a_second_flow_takes_what_is_new(log, tmp_path):
+def test_a_second_flow_processes_new_steps(log, tmp_path):
     runs.process_run(log, tmp_path / "grows", workers=1)
     for number, state in enumerate(random_walk(11)[8:], start=8):
         write_step(log, number, state)
@@ -108,7 +108,7 @@ def test_a_second_flow_takes_what_is_new(log, tmp_path):
     assert (summary["new_steps"], summary["updates"]) == (3, 10)
 
 
-def test_what_can_heal_is_tried_again(log, tmp_path):
+def test_an_error_that_may_heal_is_retried(log, tmp_path):
     # Another process holds the lock of the trajectory until the first try has failed.
     out = tmp_path / "heals"
     with subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE, text=True) as writer:
@@ -119,7 +119,7 @@ def test_what_can_heal_is_tried_again(log, tmp_path):
     assert task_runs()["ingest heals"].run_count > 1
 
 
-def test_what_takes_longer_shows_its_progress(tmp_path):
+def test_longer_work_shows_its_progress(tmp_path):
     @flow
     def work(interval):
         progress = runs.ProgressArtifact("items", tmp_path / f"run-{interval}", interval)
@@ -132,7 +132,7 @@ def test_what_takes_longer_shows_its_progress(tmp_path):
     assert artifacts("items-run-60") == []
 
 
-def test_a_run_that_another_process_works_on_is_skipped_in_a_word(log, tmp_path):
+def test_a_run_that_another_process_works_on_is_skipped_with_a_message(log, tmp_path):
     with scan.only_processor(tmp_path / "held"):
         answer = runs.process_run(log, tmp_path / "held", workers=1)
     assert answer == {"skipped": "another process is working on this run"}
@@ -141,7 +141,7 @@ def test_a_run_that_another_process_works_on_is_skipped_in_a_word(log, tmp_path)
     assert str(tmp_path / "held") in skipped.message
 
 
-def test_a_flow_takes_several_sources_as_the_command_line_does(log, tmp_path):
+def test_a_flow_accepts_several_sources_like_the_command_line(log, tmp_path):
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("step,nll\n" + "".join(f"{step + 1},{step / 8}\n" for step in range(8)))
     os.utime(metrics, (1, 1))
@@ -160,7 +160,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
     (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n2,0.125\n")
     (folder / "run.toml").write_text('[[source]]\npath = "."\n[[source]]\npath = "metrics.csv"\n')
-    # A logger's file alone is no run.
+    # The file of a logger alone is not a run.
     (tmp_path / "logs" / "scalars").mkdir()
     (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
 
@@ -238,7 +238,7 @@ def test_the_parameter_form_has_every_option_with_its_description(flow):
         assert form["windows"]["anyOf"][0] == {"type": "array", "items": {"type": "integer", "minimum": 1}}
 
 
-def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
+def test_many_runs_at_once_fail_alone_and_compute_only_new_steps(tmp_path):
     logs, out = tmp_path / "logs", tmp_path / "out"
     for number in range(3):
         write_log(logs / f"many-{number}", random_walk(4, seed=number))
@@ -264,15 +264,15 @@ def test_many_runs_at_once_fail_alone_and_cost_what_is_new(tmp_path):
     assert any("truncated" in table or "incomplete" in table for table in tables)
 
 
-def test_what_was_started_with_few_parameters_is_not_done_again_by_a_scan(log, tmp_path):
-    # So a deployment starts it: what is not said has its default.
+def test_a_scan_does_not_repeat_a_run_started_with_default_parameters(log, tmp_path):
+    # A deployment starts it in this way: options that are not set have their defaults.
     out = tmp_path / "out" / "log"
     run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
     answer = scan_runs(log.parent, out.parent, workers=1)
     assert (answer["processed"], answer["unchanged"]) == (0, 1)
 
 
-def test_telemetry_is_off_unless_the_environment_says_otherwise():
+def test_telemetry_is_off_unless_the_environment_enables_it():
     names = "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"
     code = f"import natgrad_flows, os; print(*map(os.environ.get, {names}))"
     clean = {
@@ -288,7 +288,7 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise():
 
 
 @pytest.mark.usefixtures("s3_server")
-def test_a_flow_takes_urls(log):
+def test_a_flow_accepts_urls(log):
     out = "s3://bucket/out"
     for file in sorted(log.iterdir()):
         open_storage(f"s3://bucket/log/{file.name}").put(file.read_bytes())

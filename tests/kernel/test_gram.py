@@ -1,4 +1,4 @@
-"""The kernel against exact arithmetic."""
+"""Compare the kernel with exact arithmetic."""
 
 import itertools
 
@@ -83,7 +83,7 @@ def test_every_entry_of_segments_of_few_elements_is_exact_to_rounding(dtype, wit
     ],
 )
 def test_every_entry_is_exact_to_rounding_where_a_sample_or_a_block_begins_or_ends(dtype, length):
-    # The short ones beside it begin a new group of short segments, before and after.
+    # The short segments before and after it form separate groups.
     assert_exact_segments((3, length, 5), dtype, with_hvp=True)
 
 
@@ -124,7 +124,7 @@ def test_every_word_of_a_two_byte_dtype_has_its_value(dtype):
     np.testing.assert_array_equal(out[0, :, 0, GRADIENT], np.where(np.isfinite(square), square, np.nan))
 
 
-def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it():
+def test_the_bits_of_an_update_do_not_depend_on_other_updates():
     parameter, gradient = states(9, 5000, "float32", seed=7)
     whole, ratio = products(parameter, gradient, cuts=(17, 2000))
     for row in range(8):
@@ -134,7 +134,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it():
 
 
 @pytest.mark.parametrize("with_hvp", [False, True])
-def test_the_bits_of_a_segment_do_not_depend_on_the_segments_beside_it(with_hvp):
+def test_the_bits_of_a_segment_do_not_depend_on_other_segments(with_hvp):
     # Blocks and less of more than a stretch in all, and longer ones between them.
     lengths = [*LENGTHS, *[gram.BLOCK] * 9, gram.BLOCK + 1, 700, *[900] * 9, 0, 3000, 2]
     cuts = np.cumsum(lengths)
@@ -151,7 +151,7 @@ def test_the_bits_of_a_segment_do_not_depend_on_the_segments_beside_it(with_hvp)
 
 
 @given(cuts=st.lists(st.integers(1, 2999), unique=True, max_size=6).map(sorted), seed=st.integers(0, 99))
-def test_segments_add_up_to_the_whole(cuts, seed):
+def test_segments_add_up_to_the_complete_tensor(cuts, seed):
     parameter, gradient = states(2, 3000, "float32", seed)
     whole, _ = products(parameter, gradient)
     parts, ratios = products(parameter, gradient, cuts)
@@ -187,7 +187,7 @@ def test_the_residual_is_small_where_gradient_and_displacement_are_nearly_parall
     assert relative < 1e-6
 
 
-def test_an_update_that_moves_few_elements_has_a_ratio_all_the_same():
+def test_an_update_that_moves_few_elements_has_a_ratio():
     elements = 100_000
     gradient = np.full((2, elements), 2.0)
     parameter = np.zeros((2, elements))
@@ -197,7 +197,7 @@ def test_an_update_that_moves_few_elements_has_a_ratio_all_the_same():
 
 
 @pytest.mark.parametrize("elements", [64, 600, gram.BLOCK, gram.BLOCK + 1])
-def test_a_sample_that_misled_is_put_right_wherever_it_missed_what_counts(elements):
+def test_a_poor_estimate_of_the_ratio_is_corrected_for_every_position_of_missed_elements(elements):
     # Row k moves element k most, by gradient / -3; the others, which any sample sees, by the gradient itself.
     displacement = np.full((elements, elements), 1e-4)
     np.fill_diagonal(displacement, 1.0)
@@ -207,12 +207,12 @@ def test_a_sample_that_misled_is_put_right_wherever_it_missed_what_counts(elemen
         for d, g in zip(displacement, gradient, strict=True)
     ]
     for out, ratio in pairs:
-        # Of the best ratio, -3 but for 4e-8 n, the residual is what the small ones leave: (4e-4)**2 each.
+        # With the best ratio, -3 up to 4e-8 n, the residual consists of the small elements: (4e-4)**2 each.
         assert abs(ratio[0, 0] + 3.0) <= 1e-7 * elements
         assert out[0, 0, RESIDUAL, RESIDUAL] <= 1.7e-7 * elements
 
 
-def test_no_displacement_has_ratio_zero():
+def test_a_zero_displacement_has_ratio_zero():
     parameter, gradient = np.ones((2, 10)), np.ones((2, 10))
     out, ratio = products(parameter, gradient)
     assert ratio[0, 0] == 0.0
@@ -221,7 +221,7 @@ def test_no_displacement_has_ratio_zero():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_spoils_its_own_rows_and_segments_only(bad):
+def test_values_that_are_not_finite_affect_only_their_own_updates_and_segments(bad):
     parameter, gradient = states(4, 3000, "float32", seed=11)
     clean, clean_ratio = products(parameter, gradient, cuts=(1000,))
     gradient[2, 1500] = bad
@@ -239,7 +239,7 @@ def test_what_is_not_finite_spoils_its_own_rows_and_segments_only(bad):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
 @pytest.mark.parametrize("elements", [1, 9, 40, 600, gram.BLOCK, 5000])
-def test_a_displacement_that_is_not_finite_has_ratio_zero_wherever_it_lies(elements, bad):
+def test_a_displacement_that_is_not_finite_has_ratio_zero_at_every_position(elements, bad):
     # Its square of 1e200 is infinite, so it leaves no ratio either; but such a gradient is what it was.
     for element in sorted({0, elements // 4, elements - 1}):
         parameter, gradient = states(2, elements, "float64", seed=17)
@@ -255,7 +255,7 @@ def test_a_displacement_that_is_not_finite_has_ratio_zero_wherever_it_lies(eleme
 
 
 @pytest.mark.parametrize("elements", [1, 8, 600, gram.BLOCK, 5000])
-def test_a_gradient_that_is_not_finite_spoils_its_products_and_no_others(elements):
+def test_a_gradient_that_is_not_finite_affects_only_its_own_products(elements):
     parameter, gradient = states(2, elements, "float32", seed=19)
     hvp = states(1, elements, "float32", seed=20)[1]
     clean, _ = products(parameter, gradient, hvp=hvp)

@@ -1,4 +1,4 @@
-"""Rows read and computed in one compiled loop: the bits of rows in memory, and no number of what cannot be read."""
+"""Test reading and computing states in one compiled loop: the bits are those of states in memory."""
 
 import os
 
@@ -15,13 +15,13 @@ LONG_BLOCK = 2100  # longer than what the ratio is sampled of, and than two bloc
 
 
 def words(array):
-    """Stored words of values."""
+    """Return the stored words of values."""
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 @pytest.fixture(scope="module")
 def logged():
-    """Stored words of each array in each dtype."""
+    """Return the stored words of each array in each dtype."""
     found = {}
     for dtype in DTYPES:
         arrays = walk_arrays(STATES, ELEMENTS, dict.fromkeys(("parameter", "gradient", "hvp"), dtype))
@@ -31,7 +31,7 @@ def logged():
 
 @pytest.fixture
 def put(tmp_path):
-    """Write rows to files, so many in each, some bytes after its start, and open them."""
+    """Write a number of states to each of several files, at an offset, and open the files."""
     opened = []
 
     def write(rows, together, padding=0):
@@ -69,7 +69,7 @@ def computed(files, dtypes, boundaries, stride, batch, leads):
 
 
 def in_memory(arrays, boundaries, leads):
-    """Products of pairs of states one by one, block by block; NaN where there is no update."""
+    """Compute the products of pairs of states one by one, block by block; NaN if there is no update."""
     parts = []
     for block in boundaries:
         held = [array[:, block[0] : block[-1]] for array in arrays]
@@ -98,7 +98,9 @@ def in_memory(arrays, boundaries, leads):
         (("float64", "float64"), 7, 4),
     ],
 )
-def test_what_is_read_has_the_bits_of_what_is_in_memory(logged, put, cutting, dtypes, together, batch):
+def test_states_read_from_files_give_the_same_bits_as_states_in_memory(
+    logged, put, cutting, dtypes, together, batch
+):
     arrays = [logged[dtype][position] for position, dtype in enumerate(dtypes)]
     boundaries, stride = CUTS[cutting]
     # An hvp belongs to an update: that of the last state is not asked for, and need not be there.
@@ -119,9 +121,7 @@ def test_what_is_read_has_the_bits_of_what_is_in_memory(logged, put, cutting, dt
 
 
 @given(leads=st.lists(st.booleans(), min_size=STATES - 1, max_size=STATES - 1), batch=st.integers(1, STATES + 1))
-def test_wherever_no_update_leads_and_however_many_states_are_read_the_others_are_as_they_were(
-    logged, tmp_path_factory, leads, batch
-):
+def test_missing_updates_do_not_change_the_other_updates_for_any_batch(logged, tmp_path_factory, leads, batch):
     arrays, leads = logged["float32"][:2], np.array(leads)
     path = tmp_path_factory.mktemp("rows") / "both"
     path.write_bytes(b"".join(array.tobytes() for array in arrays))
@@ -142,7 +142,7 @@ def test_wherever_no_update_leads_and_however_many_states_are_read_the_others_ar
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("array", [0, 1, 2])
-def test_the_state_that_cannot_be_read_is_named(logged, put, tmp_path, array, batch):
+def test_the_state_that_cannot_be_read_is_returned(logged, put, tmp_path, array, batch):
     arrays = logged["float32"]
     files = [put(rows, 1) for rows in arrays]
     leads, dtypes = np.ones(STATES - 1, bool), [np.dtype("<f4")] * 3

@@ -1,4 +1,4 @@
-"""The wheel of the work tree, and an environment with it, made once per session (and process)."""
+"""Provide the wheel of the work tree and an environment with it, built once per session and process."""
 
 from importlib import metadata
 
@@ -11,14 +11,14 @@ from environments import build, copy_sources, make_environment, required
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """Wheel of the work tree."""
+    """Build the wheel of the work tree."""
     source = copy_sources(tmp_path_factory.mktemp("source"))
     return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")
 def requirements_of_the_wheel(wheel):
-    """Installed distributions that ``pip install natgrad-pipeline`` would install with it, extras excluded."""
+    """Return the distributions that ``pip install natgrad-pipeline`` installs, without extras."""
     (metadata_folder,) = metadata.distributions(path=[str(wheel)])
     lines = map(Requirement, metadata_folder.requires)
     return required(*(canonicalize_name(line.name) for line in lines if line.marker is None))
@@ -26,5 +26,5 @@ def requirements_of_the_wheel(wheel):
 
 @pytest.fixture(scope="session")
 def installed(wheel, requirements_of_the_wheel, tmp_path_factory):
-    """Environment after ``pip install natgrad-pipeline``, without extras."""
+    """Create an environment after ``pip install natgrad-pipeline``, without extras."""
     return make_environment(tmp_path_factory.mktemp("installed"), wheel, requirements_of_the_wheel)

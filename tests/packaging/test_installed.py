@@ -1,4 +1,4 @@
-"""The wheel in a fresh environment, without the repository: the demonstration, and the recorder by itself."""
+"""Test the wheel in a new environment without the repository: the demonstration, and the recorder alone."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from environments import build, copy_sources, make_environment, required
 from natgrad.schema.version import FALLBACK_VERSION
 
 
-def test_the_demonstration_runs_after_pip_install_and_says_how_to_get_the_rest(installed, tmp_path):
+def test_the_demonstration_runs_after_pip_install_and_explains_how_to_get_the_rest(installed, tmp_path):
     done = installed.run("natgrad", "demo", "--workers", 1, cwd=tmp_path)
     assert sum("natgrad-pipeline[experiments]" in line for line in done.stderr.splitlines()) == 1
     runs = sorted(path.name for path in (tmp_path / "demo" / "runs").iterdir())
@@ -25,7 +25,7 @@ def test_the_demonstration_runs_after_pip_install_and_says_how_to_get_the_rest(i
     assert "feedback-alignment" not in page
 
 
-def test_the_wheel_holds_what_is_no_module_too(wheel):
+def test_the_wheel_contains_files_that_are_not_modules(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"natgrad/py.typed", "natgrad_flows/py.typed", "natgrad/reporting/templates/report.html"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
@@ -67,7 +67,7 @@ for name in ("zarr", "numba", "scipy", "xarray", "prefect", "dask", "typer", "ml
 """
 
 
-def test_a_trainer_needs_the_wheel_numpy_safetensors_and_torch_alone(wheel, tmp_path):
+def test_a_trainer_needs_only_the_wheel_numpy_safetensors_and_torch(wheel, tmp_path):
     training = make_environment(tmp_path / "training", wheel, required("numpy", "safetensors", "torch"))
     training.run("python", "-c", TRAINING, cwd=tmp_path)
     process = [sys.executable, "-m", "natgrad_flows.cli", "process", "log", "out", "--workers", "1"]
@@ -79,7 +79,7 @@ def test_a_trainer_needs_the_wheel_numpy_safetensors_and_torch_alone(wheel, tmp_
     assert (model["effective"] == 1).all()
 
 
-def test_the_recorder_imports_numpy_safetensors_and_the_standard_library_alone(wheel, tmp_path):
+def test_the_recorder_imports_only_numpy_safetensors_and_the_standard_library(wheel, tmp_path):
     environment = make_environment(tmp_path / "environment", wheel, required("numpy", "safetensors"))
     code = "import sys, natgrad.recording; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = set(environment.run("python", "-I", "-c", code, cwd=tmp_path).stdout.split())
@@ -89,7 +89,7 @@ def test_the_recorder_imports_numpy_safetensors_and_the_standard_library_alone(w
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Source archive of the work tree, unpacked."""
+    """Build and unpack a source archive of the work tree."""
     folder = tmp_path_factory.mktemp("sdist")
     archive = build(copy_sources(tmp_path_factory.mktemp("source")), "sdist", tmp_path_factory.mktemp("archive"))
     with tarfile.open(archive) as file:

@@ -1,4 +1,4 @@
-"""The lock files agree with each other and with pyproject.toml, and leave out only what the Makefile names."""
+"""Test that the lock files agree with each other, with pyproject.toml and with the exclusions in the Makefile."""
 
 import os
 import re
@@ -33,7 +33,7 @@ class Pin:
 
 
 def pins(lock):
-    """Pins of a lock file."""
+    """Return the pins of a lock file."""
     entries = re.split(
         r"\n(?=\S)", re.sub(r"\n?^ *#.*$", "", (ROOT / lock).read_text(), flags=re.MULTILINE).strip()
     )
@@ -49,7 +49,7 @@ def pins(lock):
 
 
 def left_out(variable):
-    """Packages that a variable of the Makefile lists."""
+    """Return the packages in a variable of the Makefile."""
     return set(re.search(rf"^{variable} := (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 
 
@@ -70,14 +70,14 @@ def test_the_demo_installs_at_most_150_packages():
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_names_no_index_and_no_address(lock):
+def test_a_lock_contains_no_index_and_no_url(lock):
     assert not re.search(
         r"://|^\s*-{1,2}(i|f|index|extra-index|find-links)", (ROOT / lock).read_text(), re.MULTILINE
     )
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_holds_what_is_declared_and_what_the_build_needs(lock):
+def test_a_lock_contains_declared_and_build_requirements(lock):
     declared = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"]]
     queue = list(EXTRAS[lock])
     while queue:
@@ -94,7 +94,7 @@ def test_a_lock_holds_what_is_declared_and_what_the_build_needs(lock):
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_leaves_out_only_what_the_makefile_names(lock):
+def test_a_lock_omits_only_packages_listed_in_the_makefile(lock):
     # Set-up tells pip not to report missing requirements, because these are missing on purpose.
     names = {pin.name for pin in pins(lock) if pin.is_for_this_platform}
     assert not names & LOCKS[lock]
@@ -108,7 +108,7 @@ def test_a_lock_leaves_out_only_what_the_makefile_names(lock):
     assert not missing
 
 
-def test_set_up_ends_with_the_errors_of_pip_and_names_its_log(tmp_path):
+def test_set_up_prints_the_errors_of_pip_and_the_path_of_its_log(tmp_path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "set_up.py", tmp_path / ".ci")
     (tmp_path / "some.lock").write_text(f"no-such-package==1.0 --hash=sha256:{'0' * 64}\n")

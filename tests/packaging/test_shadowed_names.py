@@ -1,4 +1,4 @@
-"""The installed package in a folder with a user's own modules pipeline and flows."""
+"""Test the installed package in a folder that contains modules of a user named pipeline and flows."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_the_command_works_in_a_folder_with_other_modules_of_the_old_names(insta
 
 
 @pytest.mark.timeout(600)
-def test_a_flow_and_its_dask_workers_do_so_too(installed, folder):
+def test_a_flow_and_its_dask_workers_run_there(installed, folder):
     (folder / "script.py").write_text(SCRIPT)
     quiet = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_LOGGING_LEVEL": "ERROR"}
     done = installed.run("python", "script.py", LOG, cwd=folder, environment=quiet)

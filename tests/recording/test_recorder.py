@@ -1,4 +1,4 @@
-"""The recorder: what it writes is what the pipeline reads, whole or not at all."""
+"""Test that the pipeline reads the states that the recorder writes, and that a reader sees only complete steps."""
 
 import resource
 from pathlib import Path
@@ -22,13 +22,13 @@ shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3).map(tupl
 
 
 def words(array):
-    """Array as the reader gives it: flat, bfloat16 as its bits."""
+    """Return an array as the reader does: flat, bfloat16 as its bits."""
     flat = array.ravel()
     return flat.view(np.uint16) if flat.dtype == ml_dtypes.bfloat16 else flat
 
 
 def read(folder):
-    """Number of each step to its content and its arrays, through the reader of the pipeline."""
+    """Return the content and the arrays of each step by number, with the reader of the pipeline."""
     steps = {}
     source = open_source(folder)
     for step in source.steps():
@@ -46,7 +46,9 @@ def read(folder):
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @given(shapes=shapes, step=st.integers(0, 10**12), seed=st.integers(0, 9), with_hvp=st.booleans())
-def test_what_is_recorded_is_read_back_to_the_last_bit(tmp_path_factory, container, shapes, step, seed, with_hvp):
+def test_recorded_states_are_read_back_with_the_same_bits(
+    tmp_path_factory, container, shapes, step, seed, with_hvp
+):
     folder = tmp_path_factory.mktemp("run")
     random = np.random.default_rng(seed)
     dtypes = [dtype for dtype in DTYPES if container == "safetensors" or dtype != "bfloat16"]
@@ -82,7 +84,7 @@ def test_a_transposed_or_strided_tensor_is_recorded_by_its_values(tmp_path, cont
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_keys_that_were_not_given_are_not_written(tmp_path, container):
+def test_omitted_keys_are_not_written(tmp_path, container):
     Recorder(tmp_path, container).record(0, parameter={"theta": [1.0]}, gradient={"theta": [np.nan]})
     content, arrays = read(tmp_path)[0]
     assert content.scalars == {}
@@ -91,7 +93,7 @@ def test_keys_that_were_not_given_are_not_written(tmp_path, container):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_step_that_is_being_written_is_not_seen(tmp_path, container, monkeypatch):
+def test_an_incomplete_step_is_not_visible(tmp_path, container, monkeypatch):
     one = Recorder(tmp_path, container)
     one.record(3, parameter={"theta": [1.0]}, gradient={"theta": [1.0]})
     source = open_source(tmp_path)
@@ -139,7 +141,7 @@ def test_the_loss_is_a_0_d_float64_also_from_an_array_of_one_number(tmp_path):
         one.record(1, loss=[0.1, 0.2], **tensors)
 
 
-def test_every_number_that_a_store_knows_can_be_recorded_and_no_other(tmp_path):
+def test_every_known_scalar_can_be_recorded_and_no_other(tmp_path):
     tensors = {"parameter": {"theta": [1.0]}, "gradient": {"theta": [1.0]}}
     numbers = {name: float(index) for index, name in enumerate(SCALARS)}
     Recorder(tmp_path).record(0, **tensors, **numbers)
@@ -164,7 +166,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_resumed_one_replaces_its_st
     assert [arrays["parameter", "theta"][0] for _, arrays in read(tmp_path).values()] == [0.0, 0.0, 5.0]
 
 
-def test_files_that_are_no_steps_do_not_keep_a_run_from_its_folder(tmp_path):
+def test_other_files_do_not_prevent_a_run_in_the_folder(tmp_path):
     (tmp_path / "step_notes.txt").write_text("notes")
     (tmp_path / ".step_7.npz.1.partial").write_bytes(b"left by a killed writer")
     Recorder(tmp_path).record(0, parameter={"theta": [0.0]}, gradient={"theta": [1.0]})
@@ -190,14 +192,14 @@ GOOD = {"layer": np.ones((2, 3))}
     ],
 )
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_what_cannot_be_read_back_is_refused_and_not_written(tmp_path, container, arguments, message):
+def test_data_that_cannot_be_read_back_is_rejected_and_not_written(tmp_path, container, arguments, message):
     arguments = {"step": 0, "parameter": GOOD, "gradient": GOOD} | arguments
     with pytest.raises(InputError, match=message):
         Recorder(tmp_path, container).record(arguments.pop("step"), **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bfloat16_in_npz_is_refused_with_the_dtypes_it_can_hold(tmp_path):
+def test_bfloat16_in_npz_is_an_error_that_lists_the_possible_dtypes(tmp_path):
     tensors = {"theta": np.ones(2, ml_dtypes.bfloat16)}
     with pytest.raises(InputError, match=r"(?s)bfloat16 cannot be recorded in npz.*float16, float32, float64"):
         Recorder(tmp_path, "npz").record(0, parameter=tensors, gradient=tensors)

@@ -1,4 +1,4 @@
-"""Several runs side by side: what is drawn against their results."""
+"""Compare the drawings of several runs with their results."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ TENSORS = {"one": (4, 3), "two": (5,)}
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
-    """Results of two runs of two tensors, and of one that has but one of them; the second climbs."""
+    """Return the results of two runs with two tensors (the second ascends), and of a run with one of these."""
     folder = tmp_path_factory.mktemp("compared")
     logs = {
         "first": random_walk(12, TENSORS, "float64"),
@@ -30,7 +30,7 @@ def trees(tmp_path_factory):
 
 @pytest.fixture
 def compared(trees):
-    """A function from names of runs to matplotlib's figure of them, with the runs."""
+    """Return a function from names of runs to their figure and the runs."""
 
     def draw(*names):
         runs = [RunResults.of(name, trees[name]) for name in names]
@@ -54,7 +54,7 @@ def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_numb
                 np.testing.assert_array_equal(line.get_xdata(), run.steps)
                 np.testing.assert_array_equal(line.get_ydata(), expected)
                 colours.add((run.name, line.get_color()))
-        assert figure.axes[2 * row].get_title(loc="left").endswith(name or "whole model")
+        assert figure.axes[2 * row].get_title(loc="left").endswith(name or "model")
     assert len(colours) == len({colour for _, colour in colours}) == len(runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "climbing"]
     # The obtuse half is in sight where a run is there.
@@ -62,10 +62,10 @@ def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_numb
     assert figure.axes[0].get_ylim()[1] > np.pi
 
 
-def test_of_runs_of_different_models_the_tensors_that_all_have_are_drawn(compared):
+def test_runs_of_different_models_are_compared_by_their_common_tensors(compared):
     figure, _ = compared("first", "smaller")
     titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
-    assert titles == ["whole model", "1  two"]
+    assert titles == ["model", "1  two"]
 
 
 def test_the_one_tensor_of_a_model_is_not_drawn_twice(compared):
@@ -73,7 +73,7 @@ def test_the_one_tensor_of_a_model_is_not_drawn_twice(compared):
     assert len(figure.axes) == 2
 
 
-def test_as_many_runs_as_are_compared_are_told_apart(compared):
+def test_all_compared_runs_can_be_distinguished(compared):
     figure, runs = compared(*figures.COMPARED_RUNS * ["smaller"])
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
     assert len(looks) == len(runs) == figures.COMPARED_RUNS
@@ -85,11 +85,11 @@ def test_runs_without_any_condition_number_are_drawn(compared):
     assert len(figure.axes) == 6
 
 
-def test_a_page_compares_several_runs_and_says_where_there_are_too_many(trees, tmp_path):
+def test_a_page_compares_several_runs_and_states_if_there_are_too_many(trees, tmp_path):
     def says(*names, most=figures.COMPARED_RUNS):
         chosen = {name: trees[name] for name in names}
         page = report.write_report(chosen, tmp_path / "page.html", compared_runs=most).read_text("utf-8")
-        return page.count('id="comparison"'), page.count(f"Curves of {most} runs at most")
+        return page.count('id="comparison"'), page.count(f"At most {most} runs can be distinguished")
 
     assert says("first") == (0, 0)
     assert says("first", "smaller") == (1, 0)

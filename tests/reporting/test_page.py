@@ -1,4 +1,4 @@
-"""The page: what it says against the results it was made of, and how a real browser shows it."""
+"""Compare the report page with the results, and open it in a real browser."""
 
 import base64
 import html.parser
@@ -32,7 +32,7 @@ METRICS = ("angle", "angle_uncertainty", "condition_number")
 
 
 def with_faults(states):
-    """Spoil a log so that it has updates of several statuses: a NaN, a zero gradient, and no update."""
+    """Change a log so that it has updates of several statuses: a NaN, a zero gradient, and a zero update."""
     states[7]["gradient/scale"] = np.full_like(states[7]["gradient/scale"], np.nan)
     for key, value in states[11].items():
         if key.startswith("gradient/"):
@@ -44,7 +44,7 @@ def with_faults(states):
 
 
 def processed(folder, states, windows=(1, WINDOW)):
-    """Results of a log, through the pipeline."""
+    """Process a log and return the results."""
     run.ingest_run(write_log(folder / "log", states), folder / "out")
     run.analyze_run(folder / "out", run.Analysis(windows=windows, workers=1))
     with xr.open_datatree(folder / "out" / "results.zarr", engine="zarr") as tree:
@@ -53,13 +53,13 @@ def processed(folder, states, windows=(1, WINDOW)):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Results of a run with updates of several statuses."""
+    """Return the results of a run with updates of several statuses."""
     return processed(tmp_path_factory.mktemp("faults"), with_faults(random_walk(60)))
 
 
 @pytest.fixture(scope="module")
 def wide_tree(tmp_path_factory):
-    """Results of a run of forty tensors, the later the larger."""
+    """Return the results of a run with forty tensors of increasing gradient norm."""
     states = random_walk(6, {f"encoder.blocks.{index}.attention.weight": (3,) for index in range(40)})
     for state in states:
         for key in state:
@@ -70,19 +70,19 @@ def wide_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tree, tmp_path_factory):
-    """The page of one run."""
+    """Write the page of one run."""
     return report.write_report({NAME: tree}, tmp_path_factory.mktemp("page") / "report.html")
 
 
 @pytest.fixture(scope="module")
 def pages(tree, wide_tree, tmp_path_factory):
-    """The page of three runs, one of them without a finite value."""
+    """Write the page of three runs, one of them without a finite value."""
     runs = {NAME: tree, "wide " + 8 * "long_name_without_a_space_": wide_tree, "lost": without_values(tree)}
     return report.write_report(runs, tmp_path_factory.mktemp("pages") / "report.html")
 
 
 def without_values(tree):
-    """Results of a run that diverged at once."""
+    """Return the results of a run that diverged at the first step."""
 
     def lost(dataset):
         values = {name: variable * np.nan for name, variable in dataset.items() if variable.dtype.kind == "f"}
@@ -92,7 +92,7 @@ def without_values(tree):
 
 
 def with_steps(tree, rows):
-    """Results with other steps of the same run, as many as wanted."""
+    """Return results with a number of steps, which repeat those of the run."""
 
     def chosen(dataset):
         if "step" not in dataset.dims:
@@ -135,7 +135,7 @@ class Page(html.parser.HTMLParser):
 
 
 def graphics(path):
-    """Vector graphics of a page, as text."""
+    """Return the vector graphics of a page as text."""
     start = "data:image/svg+xml;base64,"
     images = Page(path).images
     assert all(image["src"].startswith(start) for image in images)
@@ -145,7 +145,7 @@ def graphics(path):
 # What it says ------------------------------------------------------------------------------------------------
 
 
-def test_one_run_has_figure_3_and_its_own_figures_each_with_a_text_in_its_place(page):
+def test_one_run_has_figure_3_and_its_own_figures_each_with_an_alternative_text(page):
     alts = [image["alt"] for image in Page(page).images]
     begins = ["Largest", "Eigenvalues", "Loss", "Angle", "Condition number", "Angle", "Condition number"]
     assert len(alts) == len(begins)
@@ -159,7 +159,7 @@ def test_several_runs_share_panel_a_and_have_a_pair_of_panels_each(pages):
     assert all(name in alts[0] for name in (NAME, "long_name_without_a_space_", "lost"))
 
 
-def test_counts_of_statuses_are_those_of_the_results_and_each_is_explained(page, tree):
+def test_counts_of_statuses_agree_with_the_results_and_each_is_explained(page, tree):
     status = tree["model"]["status"].sel(descent="gradient", window=1).values
     cells = Page(page).cells
     for member in Status:
@@ -171,7 +171,7 @@ def test_counts_of_statuses_are_those_of_the_results_and_each_is_explained(page,
     assert all((status == fault).any() for fault in faults)
 
 
-def test_a_reader_learns_of_every_hole_with_its_number_its_steps_and_its_reason(page, tree):
+def test_every_gap_is_explained_with_its_number_its_steps_and_its_reason(page, tree):
     status = tree["model"]["status"].sel(descent="gradient", window=1)
     text = " ".join(Page(page).text.split())
     for member in (Status.NON_FINITE, Status.ZERO_GRADIENT, Status.ZERO_UPDATE):
@@ -180,7 +180,7 @@ def test_a_reader_learns_of_every_hole_with_its_number_its_steps_and_its_reason(
         assert re.search(rf"\b1 of 59 updates \(1.7 %\) are {named}, at step {step}\. ", text)
 
 
-def test_numbers_are_those_of_the_results(page, tree):
+def test_numbers_agree_with_the_results(page, tree):
     numbers = Page(page).numbers
     model = tree["model"].to_dataset()
     for name in METRICS:
@@ -188,9 +188,9 @@ def test_numbers_are_those_of_the_results(page, tree):
         finite = values[np.isfinite(values)]
         assert numbers[f"run-1-{name}"] == [finite.min(), np.median(finite), finite.max()]
     for descent in ("gradient", "corrected", "trapezoid"):
-        held = (model["status"].sel(descent=descent) == Status.EFFECTIVE).sum("step")
-        # A window of m updates is whole at 59 - m + 1 steps.
-        shares = [int(held.sel(window=m)) / (59 - m + 1) for m in (1, WINDOW)]
+        effective = (model["status"].sel(descent=descent) == Status.EFFECTIVE).sum("step")
+        # A window of m updates is complete at 59 - m + 1 steps.
+        shares = [int(effective.sel(window=m)) / (59 - m + 1) for m in (1, WINDOW)]
         assert numbers[f"run-1-share-{descent}"] == shares
     assert Page(page).cells["run-1-share-taylor"][1:] == ["not known"] * 2
 
@@ -208,7 +208,7 @@ def test_names_are_text_and_never_markup(page):
     assert NAME in Page(page).text
 
 
-def test_only_the_tensors_with_the_largest_gradient_are_shown_and_the_rest_is_counted(wide_tree, tmp_path):
+def test_only_tensors_with_the_largest_gradient_are_shown_and_the_others_are_counted(wide_tree, tmp_path):
     seen = Page(report.write_report({"wide": wide_tree}, tmp_path / "page.html"))
     largest = [f"encoder.blocks.{index}.attention.weight" for index in range(39, 39 - figures.SHOWN_TENSORS, -1)]
     assert [name for name in re.findall(r"encoder\S+weight", seen.text)] == largest
@@ -229,7 +229,7 @@ def test_an_older_page_is_replaced_and_nothing_else_is_left(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_page_that_cannot_be_put_in_its_place_leaves_nothing_behind(tmp_path):
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     target = tmp_path / "report.html"
     target.mkdir()
     with pytest.raises(OSError, match=r"report\.html"):
@@ -246,7 +246,7 @@ def test_nothing_points_outside_the_page(pages):
     assert not re.search(r"""(url\(|href=["']?|src=["']?)(?!["']?(#|data:))""", outside)
 
 
-def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned_the_optimizer_is(tree, tmp_path):
+def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_optimizer(tree, tmp_path):
     kappa = xr.zeros_like(tree["model"]["parameter_norm"]) + np.arange(2.0, 2.0 + tree["model"].sizes["step"])
     model = tree["model"].to_dataset().assign(preconditioner_condition_number=kappa)
     groups = {"/model": model, "/tensor": tree["tensor"].to_dataset()}
@@ -254,10 +254,10 @@ def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned
     page = Page(path)
     (numbers,) = [numbers for row, numbers in page.numbers.items() if row and "preconditioner" in row]
     assert numbers == [float(kappa.min()), float(kappa.median()), float(kappa.max())]
-    told = page.cells[None]
+    cells = page.cells[None]
     for name, text in report.WINDOW_FACTS.items():
         found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
-        smallest = told[told.index(text) + 1]
+        smallest = cells[cells.index(text) + 1]
         assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} update")
 
 
@@ -266,7 +266,7 @@ def test_the_page_says_from_which_window_on_the_run_descends_and_how_conditioned
 
 @pytest.fixture
 def drawn(tree):
-    """A function from the name of a panel to its axes."""
+    """Return a function from the name of a panel to its axes."""
     one = figures.RunResults.of("run", tree)
 
     def axes(panel):
@@ -295,7 +295,7 @@ def test_measured_points_lie_on_the_curves_of_equation_9(drawn, tree):
     assert set(points[0].get_xdata()) <= set(measured)
 
 
-def test_the_spectrum_and_the_loss_are_drawn_as_they_are_in_the_results(drawn, tree):
+def test_the_spectrum_and_the_loss_are_drawn_from_the_results(drawn, tree):
     model = tree["model"].to_dataset()
     at = {"descent": "gradient", "window": 1}
     spectrum = [line for line in drawn("spectrum").lines if line.get_marker() == "None"]
@@ -317,21 +317,21 @@ def test_axes_have_labels_and_the_log_scales_of_the_paper(drawn):
 # Where there is little to show -------------------------------------------------------------------------------
 
 
-def test_results_without_a_finite_value_give_a_page_that_says_so(tree, tmp_path):
+def test_results_without_a_finite_value_give_a_page_that_states_this(tree, tmp_path):
     seen = Page(report.write_report({"lost": without_values(tree)}, tmp_path / "page.html"))
-    assert "No update is effective: there is no metric to draw." in seen.text
+    assert "No update is effective, so there is no metric to draw." in seen.text
     assert "No finite loss was logged" in seen.text
     assert "59 of 59 updates (100 %) are non finite, at steps 0–58. " in seen.text
     assert all(seen.cells[f"run-1-{name}"][1:] == ["none"] for name in METRICS)
 
 
-def test_results_without_a_step_give_a_page_that_says_so(tree, tmp_path):
+def test_results_without_a_step_give_a_page_that_states_this(tree, tmp_path):
     seen = Page(report.write_report({"empty": with_steps(tree, 0)}, tmp_path / "page.html"))
-    assert "There is no update: a run needs two logged states." in seen.text
+    assert "The run has no update: an update requires two logged states." in seen.text
     assert all(int(seen.cells[f"run-1-{member.name.lower()}"][1]) == 0 for member in Status)
 
 
-def test_no_run_gives_a_page_that_says_so(tmp_path):
+def test_no_run_gives_a_page_that_states_this(tmp_path):
     seen = Page(report.write_report({}, tmp_path / "page.html"))
     assert "There is no run to report." in seen.text
     assert seen.images == []
@@ -344,7 +344,7 @@ def test_a_run_of_one_or_two_updates_is_drawn(tree, tmp_path, rows):
     assert len(seen.images) == 7
 
 
-def test_what_is_no_results_is_refused_with_the_name_of_the_run(tree, tmp_path):
+def test_a_tree_without_results_is_an_error_with_the_name_of_the_run(tree, tmp_path):
     broken = tree.copy()
     broken["model"] = xr.DataTree(tree["model"].to_dataset().drop_vars("angle"))
     with pytest.raises(InputError, match=r"(?s)angle.*where: run first.*natgrad analyze"):
@@ -382,7 +382,7 @@ def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
 @given(
     st.lists(st.floats(0, np.pi / 2), min_size=1, max_size=200).map(np.array), st.floats(0, 1), st.integers(1, 48)
 )
-def test_points_of_panel_a_are_few_and_hold_the_smallest_and_the_largest_angle(angle, shift, columns):
+def test_points_of_panel_a_are_few_and_include_the_smallest_and_the_largest_angle(angle, shift, columns):
     chosen = angle[paper.spread_points(angle, shift, columns)]
     assert chosen.min() == angle.min()
     assert chosen.max() == angle.max()
@@ -403,7 +403,7 @@ def test_numbers_read_back_to_four_digits(value):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A real browser, never skipped: nobody has seen a page that no browser has shown."""
+    """Start a real browser. The tests fail without one, because only a browser shows the page."""
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     path = next((path for path in found if path), None)
     if path is None:
@@ -419,9 +419,7 @@ def browser():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_every_figure_asks_for_nothing_and_has_nothing_beyond_its_edge(
-    browser, pages, width, scheme
-):
+def test_a_browser_shows_every_figure_without_requests_or_overflow(browser, pages, width, scheme):
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     view = context.new_page()
     complaints, requests = [], []
@@ -444,7 +442,7 @@ def test_a_browser_shows_every_figure_asks_for_nothing_and_has_nothing_beyond_it
     assert titles == "3 runs: natural gradient report"
 
 
-def test_figures_follow_the_screen_from_light_to_dark(browser, page):
+def test_figures_adapt_to_light_and_dark_screens(browser, page):
     shots = {}
     for scheme in ("light", "dark"):
         context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)

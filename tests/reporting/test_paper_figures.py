@@ -1,4 +1,4 @@
-"""Figures 1 to 3: what is drawn and written against the systems that made the runs."""
+"""Compare Figures 1 to 3 and the numbers with the systems that generated the runs."""
 
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -12,16 +12,17 @@ from natgrad.experiments.linear_system import log_linear_system
 from natgrad.reporting import figures, paper
 from natgrad.reporting.figures import RunResults
 from natgrad.reporting.paper import Plane
+from natgrad.results import dataset
 from natgrad.schema.errors import InputError
+from natgrad.store import open_store
 from natgrad.theory.metric_operators import Metric
-from opened import read_results
 
 FIGURES = {f"figure_{name}.svg" for name in ("1", "2", "3a", "3b", "3c", "3d", "3e")}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three processed runs and the system of the first: of a plane, linear, and one that is no descent."""
+    """Process three runs (in a plane, linear, and one that does not descend); return the system of the first."""
     top = tmp_path_factory.mktemp("paper")
     system = log_linear_system(top / "logs" / "plane", dimension=2, steps=30)
     log_linear_system(top / "logs" / "linear", seed=1, steps=60)
@@ -39,7 +40,7 @@ def plane(folders):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Runs of the plane from one state, each at half the learning rate of the one before."""
+    """Log runs in the plane from one state, each with half the learning rate of the one before."""
     top = tmp_path_factory.mktemp("sweep")
     planes = []
     for halvings in range(8):
@@ -52,7 +53,10 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folders):
-    return [RunResults.of(name, read_results(folders[1] / name / "results.zarr")) for name in ("linear", "network")]
+    return [
+        RunResults.of(name, dataset.read(open_store(folders[1] / name / "results.zarr")))
+        for name in ("linear", "network")
+    ]
 
 
 def test_the_loss_of_the_plane_is_that_of_the_system(folders, plane):
@@ -78,7 +82,7 @@ def test_the_command_writes_every_figure_and_the_numbers(folders, capsys):
     assert (top / "figures" / "figure_1.svg").read_bytes() == first
 
 
-def test_the_numbers_stand_beside_those_of_the_printed_formulas(folders, plane, runs):
+def test_the_numbers_agree_with_those_of_the_printed_formulas(folders, plane, runs):
     rows = {statement: (printed, ours) for statement, printed, ours in paper.comparisons(plane, *runs)}
     for letter in "AB":
         # Points lie half a degree apart in the circle; the ball stretches that by its condition number's root.
@@ -136,7 +140,8 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
     # In a plane y - eta H g turns by exactly this; ten digits are left of updates divided by their learning rate.
     exact = np.arctan2(rates * (y[0] * bent[1] - y[1] * bent[0]), y @ y - rates * (y @ bent))
     assert turned == pytest.approx(np.abs(exact), rel=1e-9)
-    # Half the learning rate halves both, but for terms of second order: eta against where ybar.g vanishes.
+    # Halving the learning rate halves both, up to terms of second order: eta relative to the value at which ybar.g
+    # is 0.
     second = rates[1:] * np.linalg.norm(bent) * np.linalg.norm(g) / (y @ g)
     assert second[0] < 0.02
     for values in (turned, moved):
@@ -148,17 +153,17 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
         assert line.get_xydata() == pytest.approx(np.column_stack([rates, values]))
 
 
-def test_what_the_results_call_the_trapezoid_is_the_limit_of_the_figure(sweep):
+def test_the_trapezoid_of_the_results_is_the_limit_of_the_figure(sweep):
     for folder in sweep[::3]:
         run.analyze_run(folder, run.Analysis(workers=1))
-        angle = read_results(folder / "results.zarr")["model"]["angle"].isel(step=0).sel(window=1)
+        angle = dataset.read(open_store(folder / "results.zarr"))["model"]["angle"].isel(step=0).sel(window=1)
         turned, _ = Plane.read(folder / "trajectory.zarr").distance()
         # The loss is of D terms and its change cancels; the step divides it.
         off = abs(float(angle.sel(descent="trapezoid") - angle.sel(descent="gradient")))
         assert off == pytest.approx(turned, rel=1e-7)
 
 
-def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_path):
+def test_runs_that_start_differently_are_an_error(folders, sweep, runs, tmp_path):
     plane, other = (Plane.read(path / "trajectory.zarr") for path in sweep[:2])
     with pytest.raises(InputError, match="do not start with the same gradient and update"):
         paper.write_figures(tmp_path, plane, *runs, [replace(other, states=2 * other.states)])
@@ -168,7 +173,7 @@ def test_runs_that_do_not_start_alike_are_no_limit(folders, sweep, runs, tmp_pat
     assert "2.2: ψ̄ − ψ in rad from η = 0.05 to 0.00625 | → 0 |" in numbers
 
 
-def test_what_cannot_be_drawn_is_refused(folders, plane, runs, tmp_path, capsys):
+def test_runs_that_cannot_be_drawn_are_an_error(folders, plane, runs, tmp_path, capsys):
     _, top = folders
     with pytest.raises(InputError, match="a run of 8 parameters cannot be drawn in a plane"):
         Plane.read(top / "linear" / "trajectory.zarr")

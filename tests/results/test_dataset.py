@@ -1,4 +1,4 @@
-"""Labelled results against the definition: whole vectors, one update at a time."""
+"""Compare labelled results with the definition: complete vectors, one update at a time."""
 
 import json
 import subprocess
@@ -22,16 +22,16 @@ from natgrad.schema.layout import Layout
 from natgrad.schema.names import DESCENTS, ledger_vectors
 from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.schema.version import RESULTS_VERSION, __version__
+from natgrad.store import open_store
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
-from opened import read_results, write_results
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
 
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
 
 
 def table_of(states, numbers=None, learning_rate=None, dtype="float64"):
-    """UpdateTable of `dataset.label` from a log, by the kernel on whole vectors."""
+    """Compute the UpdateTable of a log for `dataset.label`, with the kernel on complete vectors."""
     shapes = {k.partition("/")[2]: (np.shape(v), dtype) for k, v in states[0].items() if k.startswith("parameter/")}
     layout = Layout.from_shapes(shapes)
     parameter, gradient = (
@@ -65,7 +65,7 @@ def walk(steps=6, dtype="float64", **options):
 
 
 def update_of(states, row, tensor=None, span=1, learning_rate=0.25):
-    """Negative gradient and update of a row, of one tensor or of the model."""
+    """Return the negative gradient and the update of a step, for a tensor or for the model."""
     names = [tensor] if tensor else list(TENSORS)
 
     def vector(kind, state):
@@ -76,7 +76,7 @@ def update_of(states, row, tensor=None, span=1, learning_rate=0.25):
 
 
 @pytest.mark.parametrize("tensor", [None, *TENSORS])
-def test_every_row_is_the_pair_of_its_update(tensor):
+def test_every_result_is_computed_from_the_pair_of_its_update(tensor):
     states = walk()
     tree = dataset.label(table_of(states))
     group = tree["model"] if tensor is None else tree["tensor"].sel(tensor=tensor)
@@ -103,7 +103,7 @@ def test_every_row_is_the_pair_of_its_update(tensor):
             np.testing.assert_allclose(at[name], value if effective else np.nan, rtol=relative, err_msg=name)
 
 
-def test_the_last_state_has_no_row_and_spans_are_told():
+def test_the_last_state_has_no_update_and_spans_are_reported():
     states = walk(4)
     tree = dataset.label(table_of(states, numbers=[0, 10, 20, 50]))
     model = tree["model"].to_dataset().sel(window=1, descent="gradient")
@@ -252,7 +252,7 @@ def test_the_shifted_metric_is_what_the_dense_matrices_of_the_extended_state_are
             assert max(shifted) <= 2.0**-40
 
 
-def test_a_bound_is_of_discrete_gradients_and_of_what_was_logged():
+def test_bounds_are_defined_for_discrete_gradients_and_logged_hessian_eigenvalues():
     states, hessian = quadratic_walk()
     least = np.full(5, np.linalg.eigvalsh(hessian)[0])
     least[2] = np.nan
@@ -278,7 +278,7 @@ def test_a_bound_is_of_discrete_gradients_and_of_what_was_logged():
 
 
 def brute_force_smallest(found, longest):
-    """Smallest m of which every window that can be judged is effective, from the status of windows of every m."""
+    """Return the smallest m for which all windows with a known status are effective, from windows of every m."""
     for m in range(1, longest + 1):
         status = found["status"].sel(window=m).values
         judged = status[~np.isin(status, (Status.UNVERIFIABLE, Status.NO_LEARNING_RATE))]
@@ -330,7 +330,7 @@ def test_the_smallest_effective_window_is_the_first_of_all_that_were_tried(seed,
     np.testing.assert_equal((float(model["decreasing_window"]), int(model["decreasing_window_count"])), expected)
 
 
-def test_windows_are_not_monotone_and_the_smallest_is_found_all_the_same():
+def test_the_smallest_window_is_found_although_windows_are_not_monotone():
     losses = [3, 1, 2.5, 0.5, 2, 0.25]
     states = [
         {"parameter/w": np.array([float(k)]), "gradient/w": np.array([1.0]), "loss": loss, "learning_rate": 1.0}
@@ -346,8 +346,8 @@ def test_windows_are_not_monotone_and_the_smallest_is_found_all_the_same():
     assert np.isnan(model.sel(descent="gradient")["effective_window"])
 
 
-def test_a_window_across_a_restart_counts_for_nothing():
-    # Within each part two updates always descend together; the two beside the restart would not.
+def test_a_window_across_a_restart_does_not_count():
+    # Within each part two updates always descend together; the two next to the restart would not.
     moves = [2.0, -1.0, 2.0, -1.0, -1.0, 2.0, -1.0, 2.0]
     theta = np.concatenate([[0.0], np.cumsum(moves)])
     states = [
@@ -364,7 +364,7 @@ def test_a_window_across_a_restart_counts_for_nothing():
             assert (at["effective_window"], at["effective_window_count"]) == (window, count)
 
 
-def test_the_search_goes_to_half_the_run_or_as_far_as_is_asked():
+def test_the_search_goes_to_half_the_run_or_to_the_longest_requested_window():
     # Only over nine updates does this loss always fall.
     losses = [float(k % 9 == 0) - k / 1000 for k in range(14)]
     states = [
@@ -397,7 +397,7 @@ def quadratic_walk(steps=6, seed=0, rate=0.25, noise=0.5, dtype="float64"):
 
 
 def discrete_of(states, row, descent, tensor=None, learning_rate=0.25):
-    """Negative discrete gradient and update of a row, by the definition: the correction is that of the model."""
+    """Return the negative discrete gradient and the update of a step by definition, corrected for the model."""
 
     def vectors(names):
         parts = [
@@ -436,7 +436,7 @@ def test_every_descent_is_the_pair_of_its_discrete_gradient(descent, tensor):
             assert at["gradient_norm"] == pytest.approx(np.linalg.norm(y / m), rel=2.0**-44)
 
 
-def test_of_a_quadratic_loss_both_ends_and_the_hvp_explain_the_change_of_loss():
+def test_trapezoid_and_hvp_explain_the_change_of_a_quadratic_loss():
     states, _ = quadratic_walk()
     model = dataset.label(table_of(states))["model"].to_dataset().sel(window=1)
     residual = np.abs(model["discrete_identity_residual"])
@@ -459,7 +459,7 @@ def test_without_hessian_vector_products_only_eq_16_is_unverifiable():
     assert all(np.isnan(lost[name]).all() for name in ("angle", "alignment", "gradient_norm", "condition_number"))
 
 
-def test_a_gradient_that_is_not_finite_spoils_the_trapezoid_of_the_row_before_it_as_well():
+def test_a_gradient_that_is_not_finite_also_affects_the_trapezoid_of_the_update_before():
     states = walk()
     states[2]["gradient/plane"] = np.array([np.nan, 1.0])
     status = status_of(states)["status"] == Status.NON_FINITE
@@ -470,7 +470,7 @@ def test_a_gradient_that_is_not_finite_spoils_the_trapezoid_of_the_row_before_it
 @pytest.mark.parametrize("descent", DESCENTS)
 @pytest.mark.parametrize("group", ["model", "tensor"])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_the_uncertainty_of_every_descent_covers_what_storage_moved(descent, group, noise):
+def test_the_uncertainty_of_every_descent_covers_the_error_of_storage(descent, group, noise):
     states, _ = quadratic_walk(12, seed=3, rate=0.01, noise=noise)
     stored, _ = quadratic_walk(12, seed=3, rate=0.01, noise=noise, dtype="float32")
     rates = np.full(11, 0.01)
@@ -486,7 +486,7 @@ def test_the_uncertainty_of_every_descent_covers_what_storage_moved(descent, gro
     assert (moved <= rounded["angle_uncertainty"] + 1e-13).where(seen, True).all()
 
 
-def test_of_a_step_across_a_valley_rounding_turns_the_corrected_gradient_more_than_the_update():
+def test_rounding_of_a_step_across_a_valley_affects_the_corrected_gradient_more_than_the_update():
     # The loss hardly changes, so nearly all of a gradient along the step is taken away again.
     rng = np.random.default_rng(2)
     step, across = rng.standard_normal((2, 50))
@@ -516,7 +516,7 @@ def test_of_a_step_across_a_valley_rounding_turns_the_corrected_gradient_more_th
     assert moved.sel(descent="corrected") > rounded["angle_uncertainty"].sel(descent="gradient")
 
 
-def test_a_trapezoid_nearly_along_the_update_is_known_to_what_the_ledger_leaves():
+def test_a_trapezoid_nearly_along_the_update_is_accurate_to_the_precision_of_the_ledger():
     # The gradients at both ends lie nearly along the update, and so does their difference.
     rng = np.random.default_rng(5)
     step, across = rng.standard_normal((2, 400))
@@ -560,7 +560,7 @@ def status_of(states, group="model", **options):
     return tree[group].to_dataset().sel(window=1)
 
 
-def test_a_gradient_that_is_not_finite_spoils_its_own_row_only():
+def test_a_gradient_that_is_not_finite_affects_only_its_own_update():
     states = walk()
     clean = status_of(states).sel(descent="gradient")
     states[2]["gradient/plane"] = np.array([np.nan, 1.0])
@@ -580,7 +580,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_row_only():
     ]
 
 
-def test_without_a_learning_rate_no_metric_is_told():
+def test_without_a_learning_rate_there_is_no_metric():
     model = status_of(walk(), learning_rate=[0.25, np.nan, 0.0, 0.25, 0.25]).sel(descent="gradient")
     assert (model["status"] == Status.NO_LEARNING_RATE).values.tolist() == [False, True, True, False, False]
     for name in ("angle", "condition_number", "update_norm", "alignment"):
@@ -615,7 +615,7 @@ def test_an_update_within_the_rounding_of_bfloat16_is_unverifiable():
     assert (same["status"] == Status.EFFECTIVE).all()
 
 
-def test_the_uncertainty_of_the_angle_covers_what_float32_storage_moved():
+def test_the_uncertainty_of_the_angle_covers_the_error_of_float32_storage():
     exact = status_of(random_walk(20, {"w": (50,)}, "float64", learning_rate=1e-4)).sel(descent="gradient")
     stored = random_walk(20, {"w": (50,)}, "float32", learning_rate=1e-4)
     rounded = status_of(stored, dtype="float32").sel(descent="gradient")
@@ -626,7 +626,7 @@ def test_the_uncertainty_of_the_angle_covers_what_float32_storage_moved():
 
 @given(seed=st.integers(0, 10_000), tensors=st.integers(1, 4))
 @settings(max_examples=25)
-def test_metrics_exist_where_the_status_is_effective_and_nowhere_else(seed, tensors):
+def test_metrics_exist_if_and_only_if_the_status_is_effective(seed, tensors):
     rng = np.random.default_rng(seed)
     states = random_walk(5, {f"t{k}": (int(rng.integers(1, 5)),) for k in range(tensors)}, "float64", seed)
     for value in (np.nan, np.inf, 0.0):
@@ -658,7 +658,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     extremes = np.ones((len(table.steps), len(TENSORS)))
     table = replace(table, optimizer=Optimizer(extremes, extremes, extremes))
     tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
-    write_results(tree, tmp_path / "results.zarr")
+    dataset.write(tree, open_store(tmp_path / "results.zarr"))
     code = """
 import sys, json, xarray
 tree = xarray.open_datatree(sys.argv[1])
@@ -686,28 +686,28 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
         assert variables[group]["status"][1]["flag_meanings"].split()[Status.OBTUSE] == "obtuse"
 
 
-def test_results_are_read_back_as_they_were_and_replaced_whole(tmp_path):
+def test_results_are_read_back_identically_and_replaced_completely(tmp_path):
     first, second = dataset.label(table_of(walk())), dataset.label(table_of(walk(seed=2)), gammas=[2.0])
-    write_results(first, tmp_path / "results.zarr")
-    write_results(second, tmp_path / "results.zarr")
-    xr.testing.assert_identical(read_results(tmp_path / "results.zarr").load(), second)
+    dataset.write(first, open_store(tmp_path / "results.zarr"))
+    dataset.write(second, open_store(tmp_path / "results.zarr"))
+    xr.testing.assert_identical(dataset.read(open_store(tmp_path / "results.zarr")).load(), second)
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
 
-def test_no_results_are_refused_with_the_remedy(tmp_path):
-    with pytest.raises(InputError, match=r"no results here[\s\S]*natgrad analyze"):
-        read_results(tmp_path / "results.zarr")
+def test_missing_results_are_an_error_with_the_remedy(tmp_path):
+    with pytest.raises(InputError, match=r"there are no results here[\s\S]*natgrad analyze"):
+        dataset.read(open_store(tmp_path / "results.zarr"))
 
 
 @pytest.mark.parametrize("gammas", [[0.0], [-1.0], [np.nan], [np.inf], []])
-def test_a_gamma_that_is_no_weight_is_refused(gammas):
-    with pytest.raises(InputError, match="gamma must be positive"):
+def test_an_invalid_gamma_is_an_error(gammas):
+    with pytest.raises(InputError, match="gammas must be positive and finite"):
         dataset.label(table_of(walk()), gammas=gammas)
 
 
 @pytest.mark.parametrize("window", [0, -2, 6])
-def test_a_window_that_does_not_fit_the_run_is_refused(window):
-    with pytest.raises(InputError, match="do not fit a run of 5 updates"):
+def test_a_window_that_does_not_fit_the_run_is_an_error(window):
+    with pytest.raises(InputError, match="must be from 1 to 5 for a run of 5 updates"):
         dataset.label(table_of(walk()), windows=[window])
 
 
@@ -725,20 +725,20 @@ def with_hvp(states):
 @given(seed=st.integers(0, 1000), powers=st.lists(st.integers(-6, 0), min_size=15, max_size=15))
 @settings(max_examples=25)
 def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(seed, powers):
-    """Powers of two, so that other rates round to the same bits: what is not equal is another formula."""
+    """With powers of two, different rates round to the same bits, so only another formula gives other results."""
     table = table_of(with_hvp(walk(seed=seed)), numbers=[0, 1, 3, 4, 8, 9])
     own = 2.0 ** np.reshape(powers, (5, 3))
     table = replace(table, learning_rate=own.max(axis=1))
     tree = dataset.label(replace(table, tensor_learning_rate=own), windows=[1, 3])
     whole = dataset.label(table, windows=[1, 3])["model"].to_dataset()
     model = tree["model"].to_dataset()
-    assert "largest of the tensors'" in model["learning_rate"].attrs.pop("comment")
+    assert "largest rate of the tensors" in model["learning_rate"].attrs.pop("comment")
     assert model.identical(whole)
     for position, tensor in enumerate(TENSORS):
         of_tensor = replace(table, learning_rate=own[:, position])
         expected = dataset.label(of_tensor, windows=[1, 3])["tensor"].to_dataset().sel(tensor=tensor)
         found = tree["tensor"].to_dataset().sel(tensor=tensor)
-        assert found["learning_rate"].attrs.pop("comment").startswith("groups of the optimizer have several")
+        assert found["learning_rate"].attrs.pop("comment").startswith("The parameter groups of the optimizer")
         assert found.equals(expected)
 
 
@@ -755,8 +755,8 @@ def test_learning_rates_that_are_all_equal_give_the_same_bits():
     assert tree["tensor"]["learning_rate"].dims == ("step", "tensor")
 
 
-def test_updates_per_learning_rates_of_their_own_would_descend_where_the_model_ascends():
-    """Why the model has one rate: y.g > 0 must say that the loss falls along what was added to the parameters."""
+def test_updates_divided_by_their_own_learning_rates_could_descend_while_the_model_ascends():
+    """The model has one rate because y.g > 0 must imply that the loss decreases along the displacement."""
     layout = {"fast": 1.0, "slow": 0.125}
     before = {"parameter/fast": [0.0, 0.0], "parameter/slow": [0.0, 0.0]}
     gradient = {"gradient/fast": [1.0, 0.0], "gradient/slow": [1.0, 0.0]}

@@ -1,4 +1,4 @@
-"""Replicates of stochastic rules: what the ledger says against real vectors, one mean at a time."""
+"""Compare the results of replicates with vectors, one mean at a time."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ PARTS = [slice(tensor.offset, tensor.stop) for tensor in LAYOUT.tensors]
 
 
 def drawn(seed, rows=3, count=5, spread=1.0, size=7):
-    """Gradients, displacements and hvps of a noisy rule on a quadratic loss, and the losses' changes."""
+    """Return gradients, displacements, hvps and changes of the loss of a noisy rule on a quadratic loss."""
     rng = np.random.default_rng(seed)
     hessian = rng.standard_normal((size, size))
     hessian = hessian + hessian.T
@@ -40,13 +40,13 @@ def by_tensor(gradient, displacement, hvp=None):
 
 
 def lost(y, vectors):
-    """Relative rounding of products of a mean: those of the replicates are larger as the mean is shorter."""
+    """Return the relative rounding error of products of a mean. It is larger if the mean is shorter."""
     spread = np.linalg.norm(vectors, axis=-1).mean() / np.linalg.norm(vectors.mean(axis=0))
     return 8 * roundoff_bound(len(y)) * spread**2
 
 
 def angle_tolerance(y, updates):
-    """Of an angle by plain products: what is across g has the error of |y|^2 in its square."""
+    """Return the error of an angle from plain products, in which across^2 has the rounding error of |y|^2."""
     sine = np.sin(float(geometry.angle(pair_of(y, updates.mean(axis=0)))))
     relative = lost(y, updates)
     return min(np.sqrt(relative), relative / sine if sine else np.inf)
@@ -98,7 +98,7 @@ def test_everything_is_that_of_the_mean_vectors(seed, spread):
             assert dataset["loss_decrease_error"].values == pytest.approx(error)
 
 
-def test_up_to_the_bound_of_the_learning_rate_eq_19_is_definite_and_beyond_it_is_not():
+def test_eq_19_is_definite_up_to_the_bound_of_the_learning_rate_and_not_above():
     seen = 0
     for seed in range(40):
         gradient, displacement, hvp, _ = drawn(seed, rows=1)
@@ -119,7 +119,7 @@ def test_up_to_the_bound_of_the_learning_rate_eq_19_is_definite_and_beyond_it_is
     assert seen >= 5
 
 
-def test_a_rule_may_descend_on_average_where_its_mean_update_does_not():
+def test_a_rule_may_descend_on_average_although_its_mean_update_does_not():
     # Erratum 3: two replicates that jump either way along a concave direction, and a little uphill together.
     hessian, theta, rate = np.diag([1.0, -4.0]), np.array([1.0, 0.0]), 0.1
     displacement = rate * np.array([[0.2, 3.0], [0.2, -3.0]])
@@ -161,23 +161,23 @@ def test_without_hvps_only_the_metric_19_is_not_known():
             xr.testing.assert_allclose(without[group][name], with_hvp[group][name])
 
 
-def test_of_one_replicate_no_error_is_told():
+def test_one_replicate_has_no_standard_error():
     gradient, displacement, hvp, _ = drawn(3, count=1)
     tree = replicates.label(by_tensor(gradient, displacement, hvp), LAYOUT, replicates=1, learning_rate=0.1)
     assert np.isnan(tree["model"]["angle_error"]).all()
     assert np.isfinite(tree["model"]["angle"]).all()
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_match_are_an_error():
     gradient, displacement, hvp, change = drawn(4)
-    with pytest.raises(InputError, match="beside replicates of shapes"):
+    with pytest.raises(InputError, match=r"shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement[..., :3])
-    with pytest.raises(InputError, match="beside replicates of shapes"):
+    with pytest.raises(InputError, match=r"shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement, hvp[:, :2])
     gram = by_tensor(gradient, displacement, hvp)
-    with pytest.raises(InputError, match="is none of 4 replicates and 3 tensors"):
+    with pytest.raises(InputError, match="is wrong for 4 replicates and 3 tensors"):
         replicates.label(gram, LAYOUT, replicates=4, learning_rate=0.1)
     with pytest.raises(InputError, match="a learning rate is not positive"):
         replicates.label(gram, LAYOUT, replicates=5, learning_rate=[0.1, 0.0, 0.1])
-    with pytest.raises(InputError, match="give one per step and replicate, 3 x 5"):
+    with pytest.raises(InputError, match=r"pass one value for each update and replicate, shape \(3, 5\)"):
         replicates.label(gram, LAYOUT, replicates=5, learning_rate=0.1, loss_change=change[:2])

@@ -1,4 +1,4 @@
-"""Variables that are declared outside of the package: where they are defined, and what is refused."""
+"""Test variables that are declared outside of the package: their missing values, and invalid declarations."""
 
 import enum
 from dataclasses import replace
@@ -29,7 +29,7 @@ def labelled(variable, table=None, **options):
 
 
 @given(seed=st.integers(0, 99), m=st.integers(1, 4), defined=st.sampled_from(list(Defined)))
-def test_a_variable_is_nan_exactly_where_it_is_not_defined(seed, m, defined):
+def test_a_variable_is_nan_exactly_if_it_is_not_defined(seed, m, defined):
     states, _ = quadratic_walk(7, seed, noise=3.0)
     states[2]["gradient/plane"] = np.array([np.nan, 1.0])
     table = replace(table_of(states), steps=np.array([0, 1, 2, 3, 9, 10]))
@@ -82,7 +82,7 @@ def test_one_value_for_all_tensors_is_stored_once():
     np.testing.assert_array_equal(np.isfinite(found["own"]), found["effective"].sel(window=1))
 
 
-def test_whole_numbers_become_floats_where_they_may_be_missing():
+def test_integers_become_floats_if_they_may_be_missing():
     always = labelled(declared(lambda updates: updates.table.spans, ("step",)))
     assert always["model"]["own"].dtype == np.int64
     sometimes = labelled(declared(lambda updates: np.ones(updates.status.shape, int), defined=Defined.WITH_METRIC))[
@@ -97,7 +97,7 @@ class Colour(enum.IntEnum):
     GREEN = 1
 
 
-def test_flags_are_explained_and_have_the_fill_value_where_they_are_not_defined():
+def test_flags_are_explained_and_have_the_fill_value_if_they_are_not_defined():
     green = declared(
         lambda updates: np.full(updates.status.shape, np.int8(Colour.GREEN)),
         defined=Defined.WITH_METRIC,
@@ -126,7 +126,7 @@ def test_a_variable_belongs_to_the_groups_that_it_declares(group):
     assert [name for name in ("model", "tensor") if "own" in tree[name]] == [group]
 
 
-def test_without_what_a_variable_needs_it_is_left_out():
+def test_a_variable_is_omitted_if_its_needs_are_missing():
     hvp = declared(lambda updates: updates.table.gram[..., -1, -1].sum(axis=1), ("step",), needs=("hvp",))
     states, _ = quadratic_walk()
     assert (labelled(hvp, table_of(states))["model"]["own"] > 0).all()
@@ -139,24 +139,24 @@ def test_without_what_a_variable_needs_it_is_left_out():
 @pytest.mark.parametrize(
     ("dimensions", "options", "message"),
     [
-        (COMPARED, {"needs": ("gradient", "momentum")}, "needs momentum, which no ledger has"),
-        (("tensor", "step"), {}, r"has the dimensions \('tensor', 'step'\)"),
-        (("step", "layer"), {}, r"has the dimensions \('step', 'layer'\)"),
-        (("step",), {"defined": Defined.WITH_METRIC}, "is not defined everywhere, but lacks dimensions"),
-        (("step", "tensor"), {"descents": ("corrected",)}, "is not defined everywhere, but lacks dimensions"),
+        (COMPARED, {"needs": ("gradient", "momentum")}, "needs unknown quantities: momentum"),
+        (("tensor", "step"), {}, r"has unknown or unordered dimensions \('tensor', 'step'\)"),
+        (("step", "layer"), {}, r"has unknown or unordered dimensions \('step', 'layer'\)"),
+        (("step",), {"defined": Defined.WITH_METRIC}, "lacks dimensions on which its definition depends"),
+        (("step", "tensor"), {"descents": ("corrected",)}, "lacks dimensions on which its definition depends"),
     ],
 )
-def test_a_declaration_that_contradicts_itself_is_refused(dimensions, options, message):
+def test_a_contradictory_declaration_is_an_error(dimensions, options, message):
     with pytest.raises(InputError, match=message):
         declared(lambda updates: updates.status, dimensions, **options)
 
 
-def test_values_of_another_shape_are_refused_with_the_name_of_the_variable():
+def test_values_of_another_shape_are_an_error_with_the_name_of_the_variable():
     with pytest.raises(
-        InputError, match=r"'own' has values of shape \(4,\), not \(5,\)[\s\S]*model, descent gradient"
+        InputError, match=r"'own' has values of shape \(4,\), but \(5,\) is required[\s\S]*model, descent gradient"
     ):
         labelled(declared(lambda updates: np.ones(4), ("step",)))
-    with pytest.raises(InputError, match=r"not \(3,\)"):
+    with pytest.raises(InputError, match=r"but \(3,\) is required"):
         labelled(declared(lambda updates: 1.0, ("tensor",), aggregations=("tensor",)))
     assert len(TENSORS) == 3
 

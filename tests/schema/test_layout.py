@@ -1,4 +1,4 @@
-"""The words of the pipeline: layout table, dtypes, errors."""
+"""Test the layout table, dtypes and errors."""
 
 import itertools
 import pickle
@@ -23,7 +23,7 @@ shapes = st.dictionaries(
 
 
 @given(shapes)
-def test_tensors_lie_end_to_end_and_the_table_survives_its_attribute(table):
+def test_tensors_are_contiguous_and_the_table_survives_its_attribute(table):
     layout = Layout.from_shapes(table)
     assert layout.names == tuple(table)
     edges = [0, *(tensor.stop for tensor in layout.tensors)]
@@ -50,7 +50,7 @@ def test_the_unit_roundoff_is_half_the_spacing_at_one(dtype):
 
 
 def values(dtype):
-    """Every value of a two-byte dtype; of a wider one its extremes and neighbours of one."""
+    """Return all values of a two-byte dtype, or the extremes and the neighbours of one of a wider dtype."""
     words = np.dtype(DTYPES[dtype])
     if words.itemsize == 2:
         every = np.arange(1 << 16, dtype=np.uint16).view(words)
@@ -72,7 +72,7 @@ def test_the_promoted_dtype_holds_both_exactly_and_no_smaller_one_does(dtypes):
     assert not any(holds(dtype) for dtype in STORAGE_DTYPES if np.dtype(DTYPES[dtype]).itemsize < width)
 
 
-def test_a_refusal_says_what_where_why_and_what_to_do_also_after_it_crossed_to_another_process():
+def test_an_error_keeps_its_four_parts_when_it_is_pickled():
     error = InputError("truncated", where="step_3.npz, step 3", why="the disk was full", remedy="write it again")
     lines = ["truncated", "  where: step_3.npz, step 3", "  why:   the disk was full", "  do:    write it again"]
     assert str(error).splitlines() == lines

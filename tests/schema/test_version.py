@@ -1,4 +1,4 @@
-"""The version: derived from git at build time, read from files afterwards, and true in an editable install."""
+"""Test the version: derived from git at build time, then read from files, and correct in an editable install."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def repository(tmp_path):
     return folder
 
 
-def test_without_a_tag_the_version_counts_all_commits_and_names_the_last(repository):
+def test_without_a_tag_the_version_has_the_number_of_commits_and_the_last_commit(repository):
     last = commit(repository)
     assert git_version(repository) == f"0.1.dev2+g{last[:7]}"
 
@@ -66,7 +66,7 @@ def test_a_shallow_clone_without_tags_has_a_version_that_names_its_commit(reposi
     assert git_version(tmp_path / "shallow") == f"0.1.dev1+g{last[:7]}"
 
 
-def test_without_a_repository_the_version_is_the_fallback_and_without_git_the_commit_follows(
+def test_without_a_repository_the_version_is_the_fallback_and_without_git_it_has_the_commit(
     repository, tmp_path, monkeypatch
 ):
     unpacked = repository / "archive"
@@ -86,7 +86,7 @@ def test_a_hook_of_another_repository_does_not_change_the_version(repository, tm
     assert git_version(repository) == expected
 
 
-def test_an_editable_install_says_when_its_repository_has_moved_on(repository):
+def test_an_editable_install_shows_that_its_repository_has_moved(repository):
     recorded = git_version(repository)
     assert installed_version(recorded, repository) == recorded
     new = commit(repository)

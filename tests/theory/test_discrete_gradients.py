@@ -1,4 +1,4 @@
-"""Discrete gradients of objectives: eq. (12) for every one, and what each is known to be."""
+"""Test discrete gradients of objectives: eq. (12) for each, and known values."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ class Quartic:
         return self.hessian @ v + 12.0 * self.weights * x**2 * v + bent
 
     def rounding(self, *states):
-        """Of a loss at one of the states: a few roundings of every term, of which there are D^2 + 3 D."""
+        """Error of a loss at one of the states: a few roundings of each of its D^2 + 3 D terms."""
         sizes = [np.abs(x) for x in states]
         terms = [
             x @ np.abs(self.hessian) @ x
@@ -102,7 +102,7 @@ def test_every_discrete_gradient_goes_to_the_gradient_in_proportion_to_the_step(
 
 
 @given(size=st.integers(1, 4), seed=st.integers(0, 10_000), length=st.sampled_from([0.01, 1.0]))
-def test_of_a_quadratic_loss_all_but_itoh_abe_are_the_gradient_at_the_midpoint(size, seed, length):
+def test_all_except_itoh_abe_are_the_gradient_at_the_midpoint_of_a_quadratic_loss(size, seed, length):
     function, (start, end) = Quartic(size, seed, strength=0.0), segment(size, seed, length)
     middle = function.gradient((start + end) / 2.0)
     step = np.linalg.norm(end - start)
@@ -113,7 +113,7 @@ def test_of_a_quadratic_loss_all_but_itoh_abe_are_the_gradient_at_the_midpoint(s
     assert taylor_points(function.loss, function.gradient, function.hvp, start, end).tolist() == [0.5]
 
 
-def test_itoh_abe_is_what_it_is_for_a_product():
+def test_itoh_abe_has_the_known_value_for_a_product():
     # L = x y from (1, 2) to (3, 5): (L(3, 2) - L(1, 2)) / 2, then (L(3, 5) - L(3, 2)) / 3.
     discrete = itoh_abe(lambda x: x[0] * x[1], lambda x: x[::-1], [1.0, 2.0], [3.0, 5.0])
     assert discrete.tolist() == [2.0, 3.0]
@@ -168,10 +168,10 @@ def test_equation_15_holds_with_every_discrete_gradient(drawn):
         assert np.linalg.norm(metric.solve(-make(function, start, end)) - update) <= bound
 
 
-def test_what_is_no_objective_is_refused():
+def test_an_invalid_objective_is_an_error():
     good = Quartic(2, 0)
     start, end = np.zeros(2), np.ones(2)
-    with pytest.raises(InputError, match="two vectors of one length"):
+    with pytest.raises(InputError, match="two vectors of equal length"):
         gonzalez(good.loss, good.gradient, start, np.ones(3))
     with pytest.raises(InputError, match="a state is not finite"):
         gonzalez(good.loss, good.gradient, start, end * np.nan)
@@ -189,7 +189,7 @@ def test_a_gradient_of_another_loss_has_no_lambda():
         taylor_points(good.loss, lambda x: good.gradient(x) + 1.0, good.hvp, np.zeros(2), np.ones(2))
 
 
-def test_a_curvature_that_jumps_over_zero_is_no_root():
+def test_a_curvature_that_jumps_over_zero_has_no_root():
     # L = |x| x: the curvature is -2 and 2, and from -1 to 3 neither is what eq. (11) asks for.
     with pytest.raises(InputError, match=r"no lambda of eq\. \(11\) was found"):
         taylor_points(
@@ -201,13 +201,13 @@ def test_a_curvature_that_jumps_over_zero_is_no_root():
         )
 
 
-def test_a_gradient_that_cannot_be_integrated_says_so():
+def test_a_gradient_that_cannot_be_integrated_is_an_error():
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match="the error of the mean gradient is"):
         mean_value(lambda x: 0.0, lambda x: rng.standard_normal(1), [0.0], [1.0])
 
 
-def test_the_residual_of_a_change_that_is_none_is_not_known():
+def test_the_residual_is_nan_if_the_loss_does_not_change():
     assert np.isnan(identity_residual(lambda x: 1.0, [0.0], [0.0], [1.0]))
     assert identity_residual(lambda x: float(x[0]), [1.5], [0.0], [2.0]) == 0.5
     assert set(discrete_gradients.__all__) == {*MAKES, "identity_residual", "taylor_points"}

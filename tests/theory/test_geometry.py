@@ -1,4 +1,4 @@
-"""The paper's formulas against explicit matrices in 60 digits."""
+"""Compare the formulas of the paper with explicit matrices in 60 digits."""
 
 import functools
 
@@ -44,7 +44,7 @@ def exact_pair(angle, size, seed=0):
 
 
 def spectrum(angle, size, gamma):
-    """Eigenvalues of the explicit matrix of eq. (22), ascending."""
+    """Return the eigenvalues of the explicit matrix of eq. (22), ascending."""
     with mp.workdps(60):
         y, g, _, _ = exact_pair(angle, size)
         alignment, square = (y.T * g)[0], (g.T * g)[0]
@@ -218,7 +218,7 @@ def test_the_corrected_gradient_obeys_equation_12(seed, change):
 
 
 @given(seed=st.integers(0, 50), ratio=st.sampled_from([-1.0, 0.0, 0.5, 3.0]), angle=st.floats(0.1, 3.0))
-def test_half_of_another_vector_is_added_to_the_gradient_whatever_the_residual_is_of(seed, ratio, angle):
+def test_half_of_another_vector_is_added_to_the_gradient_for_any_residual(seed, ratio, angle):
     y, g = vectors_at(angle, 12, seed)
     change = np.random.default_rng(seed).standard_normal(12)
     # With a rough ratio the residual lies along the displacement as well.
@@ -278,7 +278,7 @@ def test_every_status_is_reached_and_only_effective_updates_have_a_metric(expect
         (0 * Y, 0 * G, 0.5, Status.ZERO_GRADIENT),
     ],
 )
-def test_of_several_reasons_the_first_is_told(y, g, rate, first):
+def test_the_first_of_several_reasons_is_the_status(y, g, rate, first):
     with np.errstate(invalid="ignore"):
         products = np.array([[a @ b for b in (g, -y, -y)] for a in (g, -y, -y)])
     pair = geometry.pair(products, ("displacement", "gradient", "residual"), rate, 3)
@@ -308,7 +308,7 @@ def test_errors_of_the_stated_norms_turn_the_angle_by_no_more_than_its_uncertain
 
 
 @pytest.mark.parametrize("error", [1.0, 2.0])
-def test_an_error_as_long_as_the_vector_leaves_nothing_known(error):
+def test_an_error_as_long_as_the_vector_makes_the_angle_unknown(error):
     pair = Pair(*map(np.array, (1.0, 1.0, 0.0, 2)))
     assert geometry.angle_uncertainty(pair, error, 0.0) == np.pi
 
@@ -329,7 +329,7 @@ def test_rounding_of_the_states_stays_below_the_floor_of_the_displacement(dtype)
 
 
 def chain(parameter, gradient, learning_rate=1.0):
-    """Pair of one row by the kernel, from states of two steps."""
+    """Compute the pair of one update with the kernel, from two states."""
     out = np.empty((1, 1, len(VECTORS), len(VECTORS)))
     ratio = np.empty((1, 1))
     gram.products([parameter], [gradient], np.array([0, parameter.shape[1]]), out, ratio)
@@ -337,7 +337,7 @@ def chain(parameter, gradient, learning_rate=1.0):
 
 
 def assert_chain_keeps_the_promises(parameter, gradient):
-    """Angle and condition number of a float64 run of two states against exact arithmetic."""
+    """Compare the angle and condition number of a float64 run of two states with exact arithmetic."""
     pair = chain(parameter, gradient)
     with mp.workdps(60):
         _, displacement, y, _, _ = exact_vectors(parameter[0], parameter[1], gradient[0], gradient[1], 0.0)
@@ -366,7 +366,7 @@ def test_kernel_and_formulas_keep_the_promises_of_accuracy(size, angle):
 
 
 @pytest.mark.parametrize("share", [1e-7, 1e-10, 1e-13])
-def test_a_segment_whose_sample_misleads_keeps_the_promises_too(share):
+def test_a_segment_with_a_poor_sample_keeps_the_promises_of_accuracy(share):
     size = 20_000
     rng = np.random.default_rng(0)
     g = rng.standard_normal(size)

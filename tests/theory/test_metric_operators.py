@@ -1,4 +1,4 @@
-"""Metrics that act on vectors against their matrices in 60 digits, and against logged runs."""
+"""Compare metrics that act on vectors with their matrices in 60 digits, and with logged runs."""
 
 import doctest
 import tracemalloc
@@ -50,7 +50,7 @@ def error_of(actual, matrix, x):
 
 
 def assert_acts_as(metric, matrix, tolerance, seed=0):
-    """Compare everything that a metric does and says with its matrix."""
+    """Compare all methods of a metric with its matrix."""
     size = matrix.rows
     x = np.random.default_rng(seed).standard_normal(size)
     for action, exponent in (
@@ -201,7 +201,7 @@ def test_every_logged_update_is_natural_gradient_descent(gamma):
         assert error <= bound * eta * np.linalg.norm(grad) / values[-1] + 2.0**-52 * np.linalg.norm(theta)
 
 
-def test_the_numbers_of_many_steps_come_at_once():
+def test_the_numbers_of_many_steps_are_computed_at_once():
     parameter, gradient, rate = logged(DATA / "linear_system")
     update = np.diff(parameter, axis=0) / rate[:-1, None]
     pairs = pair_of(-gradient[:-1], update)
@@ -232,7 +232,7 @@ def test_vectors_and_ledger_give_the_same_pair(angle, size):
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200, 1e-155])
-def test_lengths_whose_squares_leave_float64_give_no_number(scale):
+def test_lengths_whose_squares_are_out_of_range_give_nan(scale):
     for y, g in ((Y * scale, G), (Y, G * scale)):
         pair = pair_of(y, g)
         assert geometry.status(pair, 1.0) == Status.NON_FINITE
@@ -256,7 +256,7 @@ def test_lengths_whose_squares_leave_float64_give_no_number(scale):
         (np.array([-1.0]), np.array([2.0]), "obtuse"),
     ],
 )
-def test_where_no_metric_exists_it_says_why(y, g, reason):
+def test_the_error_states_why_no_metric_exists(y, g, reason):
     with pytest.raises(InputError, match=f"no metric maps g to y: the update is {reason}"):
         Metric(y, g)
     with pytest.raises(InputError, match=r"no metric maps g to y|finite"):
@@ -269,7 +269,7 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.0, "alpha": 1.0}, "are both the weight"),
+        ({"gamma": 1.0, "alpha": 1.0}, "exclude each other"),
         ({"alpha": 0.0}, "would not be positive definite: its smallest weight across g is 0"),
         ({"alpha": -1.0}, "would not be positive definite"),
         ({"gamma": np.nan}, "would not be positive definite"),
@@ -277,28 +277,31 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
         ({"directions": ACROSS[:, None]}, "the directions span too little"),
         ({"alpha": 1.0, "directions": ACROSS[:, None], "weights": [-1.0]}, "smallest weight across g is -16"),
         ({"alpha": 1.0, "directions": np.eye(4)}, "direction 2 is not orthogonal to g: its cosine is 0.8"),
-        ({"alpha": 1.0, "directions": ACROSS}, r"directions of shape \(4,\)"),
+        ({"alpha": 1.0, "directions": ACROSS}, r"invalid directions of shape \(4,\)"),
         ({"alpha": 1.0, "directions": np.nan * ACROSS[:, None]}, "pass finite columns"),
-        ({"alpha": 1.0, "directions": ACROSS[:, None], "weights": [1.0, 2.0]}, "pass one for each"),
-        ({"weights": [1.0]}, "pass one for each"),
+        (
+            {"alpha": 1.0, "directions": ACROSS[:, None], "weights": [1.0, 2.0]},
+            "pass one weight for each direction",
+        ),
+        ({"weights": [1.0]}, "pass one weight for each direction"),
     ],
 )
-def test_options_that_make_no_metric_are_refused(options, message):
+def test_options_that_define_no_metric_are_an_error(options, message):
     with pytest.raises(InputError, match=message):
         Metric(Y, G, **options)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_invalid_shapes_are_an_error():
     for y, g in ((Y, G[:3]), (np.zeros(0), np.zeros(0)), (np.float64(1), np.float64(1))):
-        with pytest.raises(InputError, match="are not a pair"):
+        with pytest.raises(InputError, match="invalid shapes: y has"):
             pair_of(y, g)
-    with pytest.raises(InputError, match="make one for each step"):
+    with pytest.raises(InputError, match="create one metric for each step"):
         Metric(np.stack([Y, Y]), np.stack([G, G]))
-    with pytest.raises(InputError, match="does not act on shape"):
+    with pytest.raises(InputError, match="cannot act on shape"):
         Metric(Y, G).solve(Y[:2])
-    with pytest.raises(InputError, match="does not act on g"):
+    with pytest.raises(InputError, match="cannot act on g"):
         canonical_form(np.eye(3), G)
-    with pytest.raises(InputError, match="not a matrix"):
+    with pytest.raises(InputError, match="is not a finite matrix"):
         extreme_eigenvalues(np.full((2, 2), np.nan))
     with pytest.raises(InputError, match="is not symmetric"):
         Kronecker(np.array([[1.0, 2.0], [0.0, 1.0]]), np.eye(2))
@@ -339,7 +342,7 @@ def test_the_smallest_eigenvalue_of_a_hessian_comes_from_its_products_with_vecto
     assert extreme_eigenvalues(hessian) == (smallest, largest)
 
 
-def test_a_lanczos_iteration_that_does_not_converge_is_refused():
+def test_a_lanczos_iteration_that_does_not_converge_is_an_error():
     # The smallest eigenvalues lie closer together than rounding of the largest resolves.
     values = np.geomspace(1e-12, 1.0, 257)
     operator = LinearOperator((257, 257), matvec=lambda x: values * x.ravel(), dtype=float)
@@ -365,7 +368,7 @@ def test_the_preconditioner_of_adam_is_a_metric_of_its_own_momentum_only(seed):
         assert other.mapping_residual > 1e-3
 
 
-def test_a_preconditioner_of_kronecker_factors_pays_beyond_need():
+def test_a_preconditioner_of_kronecker_factors_is_worse_conditioned_than_necessary():
     rng = np.random.default_rng(3)
     left, right = (
         a @ a.T + 0.1 * np.eye(len(a)) for a in (rng.standard_normal((4, 4)), rng.standard_normal((6, 6)))
@@ -380,7 +383,7 @@ def test_a_preconditioner_of_kronecker_factors_pays_beyond_need():
     assert form.rest_eigenvalue_min() > 0
 
 
-def test_what_is_no_metric_is_not_called_valid():
+def test_a_matrix_that_is_not_a_metric_is_not_valid():
     metric = Metric(Y, G).to_dense()
     assert canonical_form(metric, G, Y).valid
     across = ACROSS / np.linalg.norm(ACROSS)
@@ -421,16 +424,16 @@ def test_the_jackknife_of_an_angle_of_means_covers_the_true_angle():
     assert within >= 190 - 12
 
 
-def test_replicates_that_do_not_belong_together_are_refused():
+def test_replicates_of_different_numbers_are_an_error():
     value, error = jackknife(lambda mean: mean, [3.0])
     assert value == 3.0
     assert np.isnan(error)
     for samples in ((np.ones(3), np.ones(2)), (np.ones(0),), (np.float64(1),), ()):
-        with pytest.raises(InputError, match="replicates of shapes"):
+        with pytest.raises(InputError, match="replicates have shapes"):
             jackknife(lambda *means: means[0], *samples)
 
 
-def test_a_stochastic_metric_that_is_not_definite_says_which_weight_would_do():
+def test_the_error_of_an_indefinite_stochastic_metric_states_a_sufficient_weight():
     curvature = -np.array([1.0, 2.0, 3.0, 0.0]) + 5 * ACROSS
     with pytest.raises(InputError, match=r"is not positive definite.*(\n.*)*pass an alpha above") as refusal:
         stochastic_metric(Y, G, curvature, 0.5, alpha=1e-3)
@@ -438,7 +441,7 @@ def test_a_stochastic_metric_that_is_not_definite_says_which_weight_would_do():
     assert stochastic_metric(Y, G, curvature, 0.5, alpha=1.001 * needed).condition_number() > 1
     with pytest.raises(InputError, match="not positive definite"):
         stochastic_metric(Y, G, curvature, 0.5, alpha=0.999 * needed)
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="the term is not defined"):
         stochastic_metric(Y, G, ACROSS, 0.5)
 
 

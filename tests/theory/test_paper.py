@@ -1,4 +1,4 @@
-"""The paper, statement by statement: each holds for random and adversarial vectors, in 60 digits.
+"""Test each statement of the paper for random and adversarial vectors, in 60 digits.
 
 docs/paper.md has the table from statement to function, test and variable; docs/errata.md what does not hold as
 printed.
@@ -450,7 +450,7 @@ def test_where_there_is_no_metric_there_is_no_number(case):
             refused(y, g)
 
 
-def test_what_is_not_known_of_a_learning_rate_is_not_a_bound():
+def test_undefined_bounds_of_the_learning_rate_are_nan():
     pair = pair_of(np.array([3.0, 1.0]), ONE)
     assert np.isnan(discrete_time.learning_rate_bounds(pair, np.nan)).all()
     assert discrete_time.learning_rate_bounds(pair, [0.0, 2.0])[0].tolist() == [np.inf, np.inf]
@@ -468,7 +468,7 @@ def test_what_is_not_known_of_a_learning_rate_is_not_a_bound():
 # The table of the documentation ------------------------------------------------------------------------------
 
 
-def test_the_table_of_statements_names_what_there_is():
+def test_the_table_of_statements_refers_to_existing_functions_and_tests():
     rows = [
         line.split(" | ")
         for line in (ROOT / "docs" / "paper.md").read_text().splitlines()

@@ -1,1 +1,1 @@
-"""The command line and the operations on one run or many runs."""
+"""The command line, and the operations on one run or on many runs."""

@@ -1,7 +1,7 @@
-"""The public functions of the package, which ``import natgrad`` makes available under these names.
+"""Define the public functions of the package, which ``import natgrad`` exposes under the same names.
 
-Each validates all its options before any work starts. The command line calls these functions. Libraries that only
-some of them need are imported by those: `inspect` and `verify` load neither the compiler nor xarray.
+Each function validates all its options before any work starts. The command line calls these functions. A library
+that only some functions need is imported inside them: `inspect` and `verify` load neither the compiler nor xarray.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def process(
     out : path
         Folder or URL of the run's stores, results and report.
     progress : callable, optional
-        Called with the stage (``ingest``, ``analyze``), items done and items in all.
+        Called with the stage (``ingest``, ``analyze``), the items done and the total number of items.
     **options
 
     Returns
@@ -70,7 +70,7 @@ def process(
     Raises
     ------
     InputError
-        If an option or the log is not valid. Nothing is stored of a log that is refused.
+        If an option or the log is not valid. Nothing of an invalid log is stored.
     """
     checked = options.validated(options.ProcessOptions, values)
     from natgrad.app import run
@@ -106,7 +106,7 @@ def ingest(
     out : path
         Folder or URL of the run's stores, results and report.
     progress : callable, optional
-        Called with the stage (``ingest``), steps done and steps in all.
+        Called with the stage (``ingest``), the steps done and the total number of steps.
     **options
 
     Returns
@@ -116,7 +116,7 @@ def ingest(
     Raises
     ------
     InputError
-        If an option or the log is not valid. Nothing is stored of a log that is refused.
+        If an option or the log is not valid. Nothing of an invalid log is stored.
     """
     checked = options.validated(options.IngestOptions, values)
     from natgrad.app import run
@@ -136,8 +136,8 @@ def ingest(
 
 
 def _repeated(once: Callable[[bool], T | None], checked: Mapping[str, Any]) -> T:
-    """Do a pass once, or with ``follow`` whenever the log has new steps."""
-    # A pass that may not wait for new steps is the last one.
+    """Run a pass once, or repeatedly with ``follow``, whenever the log has new steps."""
+    # Without follow, the first pass is the last one.
     idle_timeout = checked["idle_timeout"] if checked["follow"] else 0.0
     return follow(once, interval=checked["interval"], idle_timeout=idle_timeout)
 
@@ -156,7 +156,7 @@ def analyze(
     out : path
         Folder or URL of the run's stores, results and report.
     progress : callable, optional
-        Called with the stage (``analyze``), chunks done and chunks in all.
+        Called with the stage (``analyze``), the chunks done and the total number of chunks.
     **options
 
     Returns
@@ -166,7 +166,7 @@ def analyze(
     Raises
     ------
     InputError
-        If an option is not valid, OUT holds no two steps, or memory does not suffice.
+        If an option is not valid, OUT contains fewer than two steps, or the memory limit is too low.
     """
     checked = options.validated(options.AnalyzeOptions, values)
     from natgrad.app import run
@@ -186,7 +186,7 @@ def report(
     Parameters
     ----------
     outs : path, sequence of path, or mapping of str to path
-        Folders or URLs of the runs; without names, each run is named after its folder.
+        Folders or URLs of the runs. Without names, each run is named after its folder.
     page : path, optional
         File of the page. Default: ``report.html`` in the first OUT.
     **options
@@ -208,7 +208,7 @@ def report(
 
 @options.with_options(options.InspectOptions)
 def inspect(source: str | Path | Sequence[str | Path], **values: Unpack[options.InspectOptions]) -> Inspection:
-    """Describe a log: its contents, the quantities it lacks, and the cost of processing it. Nothing is written.
+    """Describe a log: its contents, missing quantities, and the cost of processing it. Nothing is written.
 
     Parameters
     ----------
@@ -250,7 +250,7 @@ def verify(out: str | Path, **values: Unpack[options.VersionOptions]) -> Verific
     Raises
     ------
     InputError
-        If OUT holds no trajectory.
+        If OUT contains no trajectory.
     """
     from natgrad.app.verification import verify_run
 
@@ -271,7 +271,7 @@ def open_results(out: str | Path, **values: Unpack[options.VersionOptions]) -> x
     Returns
     -------
     xarray.DataTree
-        Groups ``/model`` and ``/tensor``, and ``/replicates`` of a stochastic rule.
+        Groups ``/model`` and ``/tensor``, and ``/replicates`` if the log has replicates of a stochastic rule.
 
     Raises
     ------
@@ -287,7 +287,7 @@ def open_results(out: str | Path, **values: Unpack[options.VersionOptions]) -> x
 
 @options.with_options(options.VersionOptions)
 def open_trajectory(out: str | Path, **values: Unpack[options.VersionOptions]) -> Trajectory:
-    """Open the trajectory of a run: its states as they were logged.
+    """Open the trajectory of a run, which contains its logged states.
 
     Parameters
     ----------
@@ -307,7 +307,7 @@ def open_trajectory(out: str | Path, **values: Unpack[options.VersionOptions]) -
 
 @options.with_options(options.VersionOptions)
 def open_ledger(out: str | Path, **values: Unpack[options.VersionOptions]) -> Ledger:
-    """Open the ledger of a run: the Gram matrices of its updates.
+    """Open the ledger of a run, which contains the Gram matrices of its updates.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The command line. Heavy libraries are imported by the commands that need them, so help answers at once."""
+"""Define the command line. Commands import heavy libraries only when they run, so ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Json", "Output", "Quiet", "app", "command_options", "main"]
 
 app = typer.Typer(
     name="natgrad",
-    help="Which metric makes a logged training run natural gradient descent, step by step and tensor by tensor.",
+    help="Find the metric that makes a logged training run natural gradient descent, for each step and tensor.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,11 +39,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only warnings and errors.")]
 
 _LAST = ("as_json", "quiet")
-"""Parameters of commands that help lists after all others."""
+"""Parameters that the help of a command lists last."""
 
 
 def command_options(kind: Any) -> Callable[[F], F]:
-    """Decorate a command that takes ``**values``: list the options of a set in its signature, for Typer."""
+    """Decorate a command that takes ``**values``: add the options of a set to its signature, for Typer."""
 
     def decorate(function: F) -> F:
         signature = options.signature_of(function, kind, _typer_option, _typer_default)
@@ -56,14 +56,14 @@ def command_options(kind: Any) -> Callable[[F], F]:
 
 
 def _typer_default(declared: options.DeclaredOption) -> Any:
-    """Return the default for Typer: None if an option is not given, which the validation replaces."""
+    """Return the default for Typer. It is None for options that the validation sets to their own default."""
     return False if declared.kinds == (bool,) else None
 
 
 def _typer_option(declared: options.DeclaredOption) -> Any:
-    """Return the annotation that describes an option to Typer; the values are validated later, with all others."""
+    """Return the annotation that describes an option to Typer. Its value is validated later, with all others."""
     option, kind = declared.option, declared.kinds[-1]
-    # Typer parses numbers and flags; pairs and amounts of memory stay text.
+    # Typer parses numbers and flags. Pairs and amounts of memory remain text.
     kind = str if option.parse is not None else kind
     with_default = kind is not bool and (option.unset or option.default is not None)
     default = f"  [default: {declared.default_text}]" if with_default else ""
@@ -77,7 +77,7 @@ def _typer_option(declared: options.DeclaredOption) -> Any:
 
 
 class Output:
-    """Output of a command: progress and remarks on standard error, the summary on standard output.
+    """Print progress and log messages of a command to standard error, and its summary to standard output.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class Output:
 
     @contextmanager
     def progress(self, prefix: str = "") -> Iterator[StageProgress]:
-        """Draw a progress bar for each stage on a terminal, and nothing elsewhere."""
+        """Draw a progress bar for each stage on a terminal, and nothing otherwise."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -133,7 +133,7 @@ class Output:
 
 
 def _split_arguments(sources: list[Path], out: Path, values: dict[str, Any]) -> tuple[list[Path], Path]:
-    """Move the pairs that follow the pair of ``--map`` from the arguments to the mapping."""
+    """Move QUANTITY=KEY pairs that follow the first pair of ``--map`` from the arguments to the mapping."""
     from natgrad.sources.names import QUANTITIES
 
     words = [*sources, out]
@@ -144,7 +144,7 @@ def _split_arguments(sources: list[Path], out: Path, values: dict[str, Any]) -> 
     ]
     paths = [word for word in words if word not in pairs]
     if len(paths) < 2:
-        raise typer.BadParameter("give a SOURCE and OUT")
+        raise typer.BadParameter("SOURCE and OUT are required")
     values["mapping"] = [*(values["mapping"] or []), *map(str, pairs)]
     return paths[:-1], paths[-1]
 
@@ -164,7 +164,7 @@ def _global_options(
         typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    """Hold the options of the program itself."""
+    """Declare the options of the program itself."""
 
 
 @app.command()
@@ -208,7 +208,7 @@ def analyze(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any
 @app.command()
 @command_options(options.VersionOptions)
 def report(
-    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders or URLs of one or several runs.")],
+    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders or URLs of one or more runs.")],
     page: Annotated[
         Path | None,
         typer.Option(help="File of the page.", show_default="report.html in the first OUT"),
@@ -253,7 +253,7 @@ def versions(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the versions of OUT, the newest first, if it is an Icechunk repository (--store icechunk)."""
+    """List the versions of OUT, newest first. OUT must be an Icechunk repository (--store icechunk)."""
     from natgrad.storage import network_errors, open_out
 
     output = Output(as_json, quiet)
@@ -269,7 +269,7 @@ def versions(
 
 @app.command()
 def status(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the OUT of many runs.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder that contains the OUT of many runs.")],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -293,14 +293,14 @@ def status(
 @app.command()
 @command_options(options.WorkerOptions)
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for logs, runs and the report.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for the logs, the runs and the report.")
+    ] = Path("demo"),
     as_json: Json = False,
     quiet: Quiet = False,
     **values: Any,
 ) -> None:
-    """Log the experiments of the paper, process the logs, and draw them on one page."""
+    """Log the experiments of the paper, process the logs, and write one report of them."""
     from natgrad.app import run
     from natgrad.app.folder import RunFolder
     from natgrad.experiments.demo import WINDOW, write_demo_logs
@@ -324,7 +324,7 @@ def inspect(
     as_json: Json = False,
     **values: Any,
 ) -> None:
-    """Describe a log: its contents, the quantities it lacks, and the cost of processing it."""
+    """Describe a log: its contents, missing quantities, and the cost of processing it."""
     from natgrad.app import api
 
     output = Output(as_json)
@@ -333,7 +333,7 @@ def inspect(
 
 @app.command()
 def formats(as_json: Json = False, quiet: Quiet = False) -> None:
-    """List the log formats that can be read, and what each contains."""
+    """List the log formats that can be read, and the contents of each."""
     from natgrad.sources.formats import FORMATS
 
     table = {
@@ -355,9 +355,9 @@ def formats(as_json: Json = False, quiet: Quiet = False) -> None:
 def main() -> None:
     """Run the command line.
 
-    The exit status is 0 on success, 2 if an option or the input is not valid (the message says what is wrong,
-    where, why, and what to do), and 1 on any other error, on a failed run of a scan, and if ``verify`` finds
-    corrupt data.
+    The exit status is 0 on success and 2 if an option or the input is not valid; the message then states what is
+    wrong, where, why, and what to do. It is 1 after any other error, if a run of a scan failed, and if ``verify``
+    found corrupt data.
     """
     try:
         app()

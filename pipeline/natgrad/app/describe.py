@@ -1,4 +1,4 @@
-"""Describe the contents of a run's folder OUT."""
+"""Describe the contents of the folder OUT of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
-    """Describe OUT, now or at a version: steps, model and state of the analysis."""
+    """Describe OUT or one of its versions: steps, model and state of the analysis."""
     folder = RunFolder.of(out, version=version)
     with network_errors(folder.storage):
         return _describe(folder)

@@ -1,4 +1,4 @@
-"""The folder OUT of a run, and the names of the stores and files in it."""
+"""Define the folder OUT of a run, and the names of its stores and files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder OUT of a run and the names in it."""
+    """The folder OUT of a run."""
 
     storage: Storage
 
@@ -39,5 +39,5 @@ class RunFolder:
 
     @property
     def report(self) -> Storage:
-        """Report page: a file that a browser opens, so it is never part of a version."""
+        """Report page. It is a file that a browser opens, so it is never part of a version."""
         return self.storage.beside() / "report.html"

@@ -1,4 +1,4 @@
-"""Repeat a pass over a log that is still being written, until it is interrupted or the log ends."""
+"""Repeat a pass over a log that is still being written, until interrupted or until the log ends."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ T = TypeVar("T", bound=IngestSummary)
 
 
 def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_timeout: float | None = None) -> T:
-    """Repeat a pass over a log that is being written, until interrupted or until no new step comes for a while.
+    """Repeat a pass over a log that is being written, until interrupted or until no new step appears for a while.
 
     Parameters
     ----------
     once : callable
-        The pass. Its argument is True until a pass has returned a summary; it returns None if the log has no new
+        The pass. Its argument is True until a pass has returned a summary. It returns None if the log has no new
         step.
     interval : float
         Seconds between passes.
     idle_timeout : float, optional
-        Seconds without a new step after which the log is taken to be at its end.
+        Seconds without a new step after which the log is considered complete. Default: no limit.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_tim
     Raises
     ------
     InputError
-        If a pass raises one. A step that is not there yet (`NotYet`) ends nothing, unless none came at all.
+        If a pass raises it. `NotYet` (a step is still missing) is raised only if no pass ever succeeded.
     """
     summary: T | None = None
     new_steps, last = 0, time.monotonic()
@@ -69,7 +69,7 @@ def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_tim
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Record that the user interrupted, as libraries swallow the exception in their callbacks."""
+    """Record an interrupt by the user, because some libraries swallow the exception in their callbacks."""
     interrupted = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -38,28 +38,34 @@ from natgrad.storage import Location, Storage, open_all
 __all__ = ["NEEDED_FOR", "inspect_source"]
 
 NEEDED_FOR: dict[str, tuple[str, str]] = {
-    "parameter": ("everything", "name their key with --map parameter=KEY, or give the log that has them"),
+    "parameter": ("all results", "set their key with --map parameter=KEY, or add the log that contains them"),
     "gradient": (
-        "everything but parameter_norm and update_norm",
-        "log them (natgrad.recording.recorder, or a hook of the trainer), and give that log as a further SOURCE",
+        "all results except parameter_norm and update_norm",
+        "log them (natgrad.Recorder, or a hook of the trainer), and add that log as another SOURCE",
     ),
-    "learning_rate": ("every metric, as g is the update per learning rate", "give it with --learning-rate"),
+    "learning_rate": (
+        "all metrics, because g is the update divided by the learning rate",
+        "set it with --learning-rate",
+    ),
     "loss": (
         "the descents 'corrected' and 'trapezoid', loss_average, loss_decrease, discrete_identity_residual",
-        "log it, or give a log of scalars as a further SOURCE",
+        "log it, or add a log of scalars as another SOURCE",
     ),
     HVP: ("the descent 'taylor', eq. (16)", "log H (theta_{t+1} - theta_t) as hvp"),
     "hessian_min_eigenvalue": ("learning_rate_bound, eq. (18)", "log it, for example by Lanczos"),
-    "loss_time_derivative": ("losses that change with time, section 2.1", "log dL/dt where yours does"),
-    REPLICATE_PARAMETER: ("stochastic rules, eqs. (19), (20)", "log the states of several draws of the update"),
+    "loss_time_derivative": (
+        "losses that change with time, section 2.1",
+        "log dL/dt if the loss changes with time",
+    ),
+    REPLICATE_PARAMETER: ("stochastic rules, eqs. (19), (20)", "log the states after several draws of the update"),
     REPLICATE_HVP: ("the metric of eq. (19)", "log H (theta_{t+1} - theta_t) of each of these draws"),
     REPLICATE_LOSS: ("the mean loss_decrease of a stochastic rule", "log the loss of each of these states"),
 }
-"""Quantity of a log to the results that need it, and how to get it if it is missing."""
+"""For each quantity of a log: the results that require it, and how to provide it."""
 
 _SAMPLE_BYTES = 64 * MEBIBYTE
 _PASS_RATE = 2e9
-"""Assumed bytes per second of the pass; measured on two cores were 5e9 to 7e9."""
+"""Assumed bytes per second of the pass. On two cores, 5e9 to 7e9 were measured."""
 
 
 def inspect_source(
@@ -71,7 +77,7 @@ def inspect_source(
     sweep: bool = False,
     memory_limit: int | None = None,
 ) -> Inspection:
-    """Describe the logs of a run and the cost of processing them; nothing is written.
+    """Describe the logs of a run and the cost of processing them. Nothing is written.
 
     Parameters
     ----------
@@ -118,7 +124,7 @@ def inspect_source(
         found["optimizer"] = last.optimizer.problem or (
             f"{', '.join((*last.optimizer.arrays, *_rules(last.optimizer))) or 'options'} of "
             f"{_tensors_of(last.optimizer)} tensors at step "
-            f"{listed[-1].number}: stored with --include optimizer"
+            f"{listed[-1].number}; store it with --include optimizer"
         )
     found["changes"] = _changes(first, last)
     found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
@@ -145,7 +151,7 @@ def _content(log: Source, step: LoggedStep) -> StepContent:
 
 
 def _changes(first: StepContent, last: StepContent) -> list[str]:
-    """List the differences between the first and the last step; an ingest refuses such a log."""
+    """List the differences between the first and the last step. Ingest rejects a log with such differences."""
     changes = []
     for name in (*STATES, *REPLICATE_STATES):
         before, after = first.arrays.get(name, {}), last.arrays.get(name, {})
@@ -154,7 +160,7 @@ def _changes(first: StepContent, last: StepContent) -> list[str]:
                 changes.append(f"{name} {tensor!r}: {_shape(before.get(tensor))}, then {_shape(after.get(tensor))}")
     for name in (*SCALARS, REPLICATE_LOSS):
         if (name in first.numbers) != (name in last.numbers):
-            changes.append(f"{name}: not at the {'first' if name in last.numbers else 'last'} step")
+            changes.append(f"{name}: missing at the {'first' if name in last.numbers else 'last'} step")
     return changes
 
 
@@ -164,7 +170,7 @@ def _tensors_of(optimizer: OptimizerState) -> int:
 
 
 def _rules(optimizer: OptimizerState) -> list[str]:
-    """Return the rules whose metrics are in the log as factors, or in another basis."""
+    """Return the rules whose metrics the log contains, as factors or in another basis."""
     metrics = optimizer.metrics.values()
     rules = dict.fromkeys(m.rule if isinstance(m, FactoredMetric) else "SOAP" for m in metrics)
     return [f"the metric of {rule}" for rule in rules]
@@ -213,7 +219,7 @@ def _plan(
                 memory_limit=memory_limit,
             )
         except InputError as error:
-            found["worker_memory"] = f"more than --memory-limit: {error.what}"
+            found["worker_memory"] = f"exceeds --memory-limit: {error.what}"
         else:
             found["worker_memory"] = plan.projected_bytes
     return found

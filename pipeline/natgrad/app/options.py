@@ -1,11 +1,11 @@
-"""Options of every interface: each is declared once, for the command line, for the flows and for Python.
+"""Declare each option once, for the command line, the flows and Python.
 
-A set of options is a ``TypedDict``: a type checker reads from it what keyword arguments a public function takes
-(``**options: Unpack[ProcessOptions]``). The `Option` in the annotation of an entry holds the rest: description,
-default and validation. From these the command line makes its options, the flows make Prefect's parameter form, and
-`with_options` makes the signature and the docstring of a function.
+A set of options is a ``TypedDict``, from which a type checker derives the keyword arguments of a public function
+(``**options: Unpack[ProcessOptions]``). The `Option` in the annotation of an entry has its description, default and
+validation. The command line, the parameter forms of Prefect, and the signatures and docstrings of functions
+(`with_options`) are derived from these declarations.
 
-Nothing heavy is imported here, so that ``natgrad --help`` answers at once.
+This module imports nothing heavy, so ``natgrad --help`` is fast.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ __all__ = [
     "with_options",
 ]
 
-SOURCE = "Folder or URL of a training log; several logs of one run; or a run file that lists them."
-OUT = "Folder or URL of the run's stores, results and report."
+SOURCE = "Folder or URL of a training log, several logs of one run, or a run file that lists them."
+OUT = "Folder or URL for the stores, results and report of the run."
 ROOT = "Folder below which the runs are logged."
 RUNS = "Folder for the results: one folder for each run."
 
@@ -66,19 +66,19 @@ class Option:
     description : str
         One or two sentences.
     default : object
-        Value if the option is not given.
+        Value if the option is not set.
     unset : str
         Meaning of the default in words, for help texts.
     flag : str
-        Name on the command line. Default: two dashes and the name.
+        Name on the command line. Default: the name with two leading dashes.
     metavar : str, optional
         Placeholder of the value in help texts.
     minimum, above : float, optional
-        Smallest value; largest value that is too small.
+        Inclusive and exclusive lower bound of the value.
     choices : callable, optional
-        Returns the accepted values. It is called for validation only, as it may load libraries.
+        Returns the accepted values. It is called only for validation and forms, because it may load libraries.
     parse : callable, optional
-        Reads the text of the command line, or validates values that need more than the checks above.
+        Parses the text of the command line, and validates values for which the checks above are not sufficient.
     """
 
     description: str
@@ -102,7 +102,7 @@ class DeclaredOption:
         Name of the keyword argument.
     option : Option
     kinds : tuple of type
-        Types of a value, or of each item.
+        Types of the value, or of each item.
     container : type or None
         ``list`` or ``dict`` for options with several values.
     optional : bool
@@ -121,7 +121,7 @@ class DeclaredOption:
         return self.option.flag or f"--{self.name.replace('_', '-')}"
 
     def validated(self, value: Any) -> Any:
-        """Return a value in its normal form; None and empty collections become the default.
+        """Return a value in its normal form. None and empty collections are replaced by the default.
 
         Raises
         ------
@@ -129,7 +129,7 @@ class DeclaredOption:
             If the value is not valid.
         """
         if value is None or (isinstance(value, str | Sequence | Mapping) and len(value) == 0):
-            # A copy: lists are given away.
+            # A copy, because the caller may change a list.
             return copy(self.option.default)
         if self.option.parse is not None:
             return self.option.parse(value)
@@ -178,14 +178,14 @@ class DeclaredOption:
             raise InputError(
                 f"unknown value {value!r} for {self.flag}; {choose}: {known}",
                 where=f"option {self.name}",
-                remedy=f"give one of these values, or leave {self.flag} out",
+                remedy=f"use one of these values, or omit {self.flag}",
             )
 
     def _refusal(self, problem: str) -> InputError:
         return InputError(
             f"{self.flag} {problem}",
             where=f"option {self.name}",
-            remedy=f"correct the value, or leave {self.flag} out to use the default ({self.default_text})",
+            remedy=f"correct the value, or omit {self.flag} to use the default ({self.default_text})",
         )
 
     @property
@@ -228,7 +228,7 @@ class DeclaredOption:
         return "\n".join([f"{self.name} : {words}, optional", *(f"    {line}" for line in lines)])
 
 
-# Values that need more than a range ---------------------------------------------------------------------------
+# Validation of single options -------------------------------------------------------------------------------
 
 
 def _parsed_map(value: Any) -> dict[str, str]:
@@ -290,7 +290,7 @@ MEBIBYTE = 1 << 20
 _MemoryLimit = Annotated[
     int | str,
     Option(
-        "Memory of each worker process: bytes, or text such as 2GB.",
+        "Memory limit of each worker process, in bytes or as text such as 2GB.",
         512 * MEBIBYTE,
         unset="512MiB",
         metavar="BYTES",
@@ -301,7 +301,7 @@ _MemoryLimit = Annotated[
 
 
 class LogOptions(TypedDict, total=False):
-    """How a log is opened."""
+    """Options for opening a log."""
 
     format: Annotated[
         str | None,
@@ -323,18 +323,18 @@ class LogOptions(TypedDict, total=False):
     shift: Annotated[
         Mapping[str, int] | None,
         Option(
-            "The value of a quantity that is logged at step s belongs to the state s+K, for example gradient=-1. "
+            "A value of the quantity logged at step s belongs to the state of step s+K, for example gradient=-1. "
             "Repeatable.",
             unset="no shift",
             metavar="QUANTITY=K",
             parse=_parsed_shift,
         ),
     ]
-    sweep: Annotated[bool, Option("The log is a folder with the logs of many runs of one model.", False)]
+    sweep: Annotated[bool, Option("Read a folder that contains the logs of many runs of one model.", False)]
 
 
 class ReadOptions(LogOptions, total=False):
-    """How a log is opened, and which of its steps and arrays are stored."""
+    """Options for opening a log and for storing its steps and arrays."""
 
     allow_gaps: Annotated[bool, Option("Accept steps that are not evenly spaced.", False)]
     include: Annotated[
@@ -349,7 +349,7 @@ class ReadOptions(LogOptions, total=False):
     store: Annotated[
         str | None,
         Option(
-            "Storage of a new OUT: plain, or icechunk (object stores only), which keeps every version.",
+            "Storage of a new OUT: plain, or icechunk (object stores only), which keeps all versions.",
             unset="plain",
             metavar="KIND",
             choices=_storage_kinds,
@@ -358,31 +358,33 @@ class ReadOptions(LogOptions, total=False):
 
 
 class OverwriteOptions(TypedDict, total=False):
-    """Replacement of what OUT holds."""
+    """Option to replace the contents of OUT."""
 
-    overwrite: Annotated[bool, Option("Start again: drop the present contents of OUT.", False)]
+    overwrite: Annotated[bool, Option("Start from scratch and replace the stores in OUT.", False)]
 
 
 class FollowOptions(TypedDict, total=False):
-    """How to follow a log that is being written."""
+    """Options for following a log that is being written."""
 
-    follow: Annotated[bool, Option("Continue with the steps that are logged later, until interrupted.", False)]
+    follow: Annotated[bool, Option("Keep running, and process new steps as they are logged.", False)]
     interval: Annotated[
         float, Option("Seconds between two passes over the log, with --follow.", 10.0, metavar="SECONDS", minimum=0)
     ]
     idle_timeout: Annotated[
         float | None,
-        Option("Seconds without a new step until --follow ends.", unset="never", metavar="SECONDS", minimum=0),
+        Option(
+            "Seconds without a new step after which --follow ends.", unset="no limit", metavar="SECONDS", minimum=0
+        ),
     ]
 
 
 class WorkerOptions(TypedDict, total=False):
-    """Workers of this machine."""
+    """Options for the workers of this machine."""
 
     workers: Annotated[
         int | None,
         Option(
-            "Threads or processes on this machine, or processes of --cluster.",
+            "Number of threads or processes on this machine, or of processes of --cluster.",
             unset="the number of processors of this machine",
             metavar="N",
             minimum=1,
@@ -392,7 +394,7 @@ class WorkerOptions(TypedDict, total=False):
 
 
 class AnalyzeOptions(WorkerOptions, total=False):
-    """How results are computed, and where."""
+    """Options for computing the results."""
 
     scheduler: Annotated[
         str | None,
@@ -409,7 +411,7 @@ class AnalyzeOptions(WorkerOptions, total=False):
     ]
     learning_rate: Annotated[
         float | None,
-        Option("Learning rate of the steps whose log has none.", unset="that of the log", metavar="RATE", above=0),
+        Option("Learning rate of steps without a logged one.", unset="not known", metavar="RATE", above=0),
     ]
     gammas: Annotated[
         Sequence[float] | None,
@@ -428,7 +430,7 @@ class AnalyzeOptions(WorkerOptions, total=False):
     attempt: Annotated[
         int | None,
         Option(
-            "Analyze a restarted run as it stood at this attempt, counted from 0.",
+            "Attempt of a restarted run to analyze, counted from 0.",
             unset="the newest",
             metavar="K",
             minimum=0,
@@ -437,7 +439,7 @@ class AnalyzeOptions(WorkerOptions, total=False):
 
 
 class RunOptions(ReadOptions, AnalyzeOptions, total=False):
-    """How one run is ingested and analyzed."""
+    """Options for ingesting and analyzing one run."""
 
 
 class ProcessOptions(RunOptions, OverwriteOptions, FollowOptions, total=False):
@@ -455,18 +457,20 @@ class InspectOptions(LogOptions, total=False):
 
 
 class ScanOptions(RunOptions, total=False):
-    """Options of `natgrad.scan`: those of one run, for every run, and how many are processed at a time."""
+    """Options of `natgrad.scan`: those of each run, and the number of runs that are processed at a time."""
 
-    at_once: Annotated[int, Option("Runs that are processed at the same time.", 1, metavar="N", minimum=1)]
+    at_once: Annotated[
+        int, Option("Number of runs that are processed at the same time.", 1, metavar="N", minimum=1)
+    ]
 
 
 class VersionOptions(TypedDict, total=False):
-    """Which version of OUT is read."""
+    """Option for reading a version of OUT."""
 
     version: Annotated[
         str | None,
         Option(
-            "Version of an Icechunk repository: id, tag or time (natgrad versions).",
+            "Version of an Icechunk repository: id, tag or time (see 'natgrad versions').",
             unset="the newest",
             metavar="VERSION",
         ),
@@ -474,21 +478,23 @@ class VersionOptions(TypedDict, total=False):
 
 
 class ScheduleOptions(TypedDict, total=False):
-    """When a deployment scans."""
+    """Options for the schedule of a deployment."""
 
     cron: Annotated[
         str | None,
-        Option("Times of the scans, for example '*/10 * * * *'.", metavar="CRON"),
+        Option("Schedule of the scans in cron syntax, for example '*/10 * * * *'.", metavar="CRON"),
     ]
     every: Annotated[
         float | None,
         Option(
-            "Seconds between two scans, in place of --cron.",
+            "Seconds between two scans, instead of --cron.",
             metavar="SECONDS",
             above=0,
         ),
     ]
-    name: Annotated[str, Option("Name of the deployments: one for each ROOT.", "natgrad", metavar="NAME")]
+    name: Annotated[
+        str, Option("Name of the deployments. Use a different name for each ROOT.", "natgrad", metavar="NAME")
+    ]
 
 
 # Reading the declarations -------------------------------------------------------------------------------------
@@ -496,7 +502,7 @@ class ScheduleOptions(TypedDict, total=False):
 
 @cache
 def declared(kind: Any) -> dict[str, DeclaredOption]:
-    """Return the options of a set by name, in the order in which help texts list them."""
+    """Return the options of a set by name, in the order of help texts."""
     found = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner, option = get_args(hint)
@@ -511,21 +517,21 @@ def declared(kind: Any) -> dict[str, DeclaredOption]:
 
 
 def validated(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a set in their normal form, with defaults; no log and no store is opened.
+    """Return all options of a set in their normal form, with defaults. This opens no log and no store.
 
     Parameters
     ----------
     kind : type
         Set of options, for example `ProcessOptions`.
     values : mapping
-        Options that are given, as the command line, a flow or Python code has them.
+        Options that are set, from the command line, a flow or Python code.
 
     Raises
     ------
     InputError
         If a value is not valid, or two options exclude each other.
     TypeError
-        If there is no such option.
+        If an option is unknown.
     """
     options = declared(kind)
     for name in values:
@@ -538,7 +544,7 @@ def validated(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             "--scheduler and --cluster exclude each other",
             where="options scheduler, cluster",
-            remedy="give --scheduler to use an existing Dask cluster, or --cluster to start one",
+            remedy="use --scheduler for an existing Dask cluster, or --cluster to start one",
         )
     return checked
 
@@ -568,7 +574,7 @@ def signature_of(
     """
     signature = inspect.signature(function)
     own = [
-        # The type of the result stays text: its library may not be loaded.
+        # The return type remains text, because its library may not be loaded.
         one.replace(annotation=eval(one.annotation, function.__globals__))
         if isinstance(one.annotation, str)
         else one
@@ -588,7 +594,7 @@ def signature_of(
 
 
 def with_options(kind: Any, parameter_type: Callable[[DeclaredOption], Any] | None = None) -> Callable[[F], F]:
-    """Decorate a function that takes ``**options``: list them in its signature and its docstring.
+    """Decorate a function that takes ``**options``: add the options to its signature and its docstring.
 
     The line ``**options`` in the docstring is replaced by an entry for each option.
     """

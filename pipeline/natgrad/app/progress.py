@@ -1,4 +1,4 @@
-"""Progress callbacks: of one stage, and of an operation with several stages."""
+"""Define progress callbacks for one stage, and for an operation with several stages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 __all__ = ["Progress", "StageProgress", "stage"]
 
 Progress = Callable[[int, int], None]
-"""Called with items done and items in all."""
+"""Callback with the number of items done and the total number."""
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with the stage (``ingest``, ``analyze``), items done and items in all."""
+"""Callback with the stage (``ingest``, ``analyze``), the number of items done and the total number."""
 
 
 def stage(progress: StageProgress | None, name: str) -> Progress | None:

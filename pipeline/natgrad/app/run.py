@@ -1,7 +1,7 @@
-"""Steps of processing one run: ingest, analyze, report. `natgrad.app.api` puts them together for users.
+"""Ingest, analyze and report one run. `natgrad.app.api` combines these stages for users.
 
-None of these functions needs a Prefect server. They take options that are validated already
-(`natgrad.app.options.validated`) and return small summaries; they pass paths, never arrays.
+The functions need no Prefect server. They take options that are already validated
+(`natgrad.app.options.validated`), pass paths and never arrays, and return small summaries.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 RUNS_SHOWN = 8
-"""Runs of a sweep that a page shows."""
+"""Number of runs of a sweep that a page shows."""
 
 _log = logging.getLogger(__name__)
 
@@ -104,17 +104,17 @@ class Analysis:
         """
         if self.attempt is not None and self.attempt >= extent.attempts:
             raise InputError(
-                f"there is no attempt {self.attempt}, the last is {extent.attempts - 1}",
+                f"there is no attempt {self.attempt}; the last attempt is {extent.attempts - 1}",
                 where="option attempt",
-                remedy="leave --attempt out to analyze the newest attempt",
+                remedy="omit --attempt to analyze the newest attempt",
             )
         updates, window = extent.updates(self.attempt), max(self.windows)
-        # A run without an update is refused for that reason, whatever its windows are.
+        # A run without an update is rejected later for that reason, whatever its windows are.
         if window > max(updates, 1):
             raise InputError(
                 f"--window {window} is longer than the run, which has {updates} updates",
                 where="option windows",
-                remedy=f"give windows from 1 to {updates}, or log more steps first",
+                remedy=f"use windows from 1 to {updates}, or log more steps first",
             )
 
 
@@ -135,7 +135,7 @@ def ingest_run(
     check: Callable[[Extent], None] | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
-    """Read the new steps of one run's log or logs into OUT's trajectory; see `natgrad.ingestion.ingest`."""
+    """Read the new steps of the logs of a run into the trajectory of OUT; see `natgrad.ingestion.ingest`."""
     folder = RunFolder.of(out, store=store)
     sources = open_all(source)
     with network_errors(*sources, folder.storage):
@@ -163,12 +163,12 @@ def analyze_run(
     limits: PlanLimits = PlanLimits(),
     progress: Progress | None = None,
 ) -> AnalysisSummary:
-    """Compute the missing part of OUT's ledger, and OUT's results from it.
+    """Compute the missing part of the ledger of OUT, and the results from it.
 
     Raises
     ------
     InputError
-        If OUT holds no trajectory of two steps, an option does not fit it, or memory does not suffice.
+        If OUT has no trajectory with two steps, an option does not fit it, or the memory limit is too low.
     """
     folder = RunFolder.of(out)
     with network_errors(folder.storage):
@@ -206,7 +206,7 @@ def _analyze(
     }
     tree = results.label(inputs, gammas=analysis.gammas, windows=analysis.windows, provenance=provenance)
     if states.replicates:
-        # SciPy's operators, which it needs, take a third of a second to load.
+        # This imports SciPy's operators, which take a third of a second to load.
         from natgrad.results import replicates
 
         losses = states.scalar(REPLICATE_LOSS)[rows]
@@ -233,32 +233,32 @@ def report_run(
     page: Location | None = None,
     version: str | None = None,
 ) -> Report:
-    """Write the page of one run, or of several together.
+    """Write the report page of one or several runs.
 
     Parameters
     ----------
     outs : sequence or mapping of str to path
-        Folders OUT; without names, each run is named after its folder.
+        Folders OUT. Without names, each run is named after its folder.
     page : path, optional
         Default: ``report.html`` in the first OUT.
     version : str, optional
-        Version of an Icechunk repository to draw: id, tag or time; requires a page.
+        Version of an Icechunk repository to draw: id, tag or time. Requires ``page``.
 
     Raises
     ------
     InputError
         If there are no results.
     """
-    # Matplotlib takes a second to load, which only a page is worth.
+    # Imported here, because Matplotlib takes a second to load.
     from natgrad.reporting import page as report
 
     named = {name: RunFolder.of(out, version=version) for name, out in _named(outs).items()}
     if version is not None and page is None:
         raise InputError(
-            "the page of an old version needs a file name",
+            "the page of an old version requires a file name",
             where="option version",
             why="report.html in OUT is the page of the newest version",
-            remedy="give the file to write: --page PAGE",
+            remedy="set the file to write with --page PAGE",
         )
     with network_errors(*(folder.storage for folder in named.values())):
         page = next(iter(named.values())).report if page is None else open_storage(page)
@@ -300,7 +300,7 @@ def process_run(
     skip_unchanged : bool
         Return None, without an analysis, if the log has no new step.
     progress : callable, optional
-        Called with the stage, items done and items in all.
+        Called with the stage, the items done and the total number of items.
     """
     analysis = Analysis.of(values)
     ingested = ingest_run(
@@ -327,13 +327,13 @@ def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
             trees[f"{name}/{run}" if run else name] = of_each[run]
         if len(of_each) > RUNS_SHOWN:
             _log.warning(
-                "the page shows the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage
+                "the page shows only the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage
             )
     return trees
 
 
 def draw_run(out: Location) -> str:
-    """Draw the angle over the steps of OUT (of a sweep: of its first run) as an image in a ``data:`` URL."""
+    """Draw the angle over the steps of OUT, or of the first run of a sweep, as an image in a ``data:`` URL."""
     from natgrad.reporting import figures
 
     folder = RunFolder.of(out)

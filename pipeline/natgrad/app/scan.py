@@ -1,7 +1,7 @@
-"""Many runs below one folder: find them, process those that changed, and show the state of each.
+"""Scan a folder for runs: find them, process those that changed, and show the state of each.
 
-The outcome of processing a run is recorded in its OUT, with the identity of the log at that time. A run of which
-nothing changed is left after one listing of the names, sizes and times of its files.
+The outcome of processing a run is recorded in its OUT, with the identity of the log at that time. For an unchanged
+run, only the names, sizes and times of its files are listed.
 
 The Prefect flows use the same functions: `scan_root` processes a run through a callback.
 """
@@ -65,7 +65,7 @@ _EXECUTION = ("workers", "scheduler", "cluster", "memory_limit")
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run below a root: its log, and the folder of its results.
+    """A run below a root: its log and the folder of its results.
 
     Attributes
     ----------
@@ -80,24 +80,24 @@ class FoundRun:
 
 
 def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list[FoundRun]:
-    """Find the runs below a folder, by content, in the order of their names.
+    """Find the runs below a folder by their contents, and return them in the order of their names.
 
-    A folder that holds a log of any of `natgrad.sources.formats.FORMATS` is a run with all its subfolders. OUT,
-    hidden folders and Zarr stores are not entered; links are entered once.
+    A folder that contains a log in any of `natgrad.sources.formats.FORMATS` is a run, including its subfolders.
+    OUT, hidden folders and Zarr stores are not searched, and linked folders are searched once.
 
     Parameters
     ----------
     root : path
         Folder of logs.
     out : path
-        Folder of the results: the run ``root/a/b`` is processed into ``out/a/b``. It may be below the root.
+        Folder for the results: the run ``root/a/b`` is processed into ``out/a/b``. It may be below the root.
     sweep : bool
-        Return the folders that hold runs: each is a sweep.
+        Return the folders that contain runs; each is a sweep.
 
     Raises
     ------
     InputError
-        If the root is not a folder that can be listed.
+        If the root is not an existing folder.
     """
     root, out = check_folders(root, out)
     seen = {_inode(out)} if out.is_dir() else set()
@@ -145,7 +145,7 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
         if _inode(folder) in seen or (folder / "zarr.json").exists():
             return
         seen.add(_inode(folder))
-        # A run with an outcome stays a run even if its log is gone: its error then says what is missing.
+        # A run with an outcome remains a run even if its log is gone. Its error then states what is missing.
         outcome = Outcome.of(out / name)
         recorded = outcome is not None and outcome.options.get("sweep", False) == sweep
         if recorded and outcome is not None and not outcome.error:
@@ -157,7 +157,7 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
         with os.scandir(folder) as entries:
             below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
-        # A folder that cannot be listed may be a run: it fails alone, under its name.
+        # A folder that cannot be listed may be a run. It then fails under its own name, without affecting others.
         yield name
         return
     empty = True
@@ -176,10 +176,10 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
 
 
 def listing(source: Location) -> str:
-    """Compute the identity of a log: a digest of name, size, modification and status time of every file in it.
+    """Compute the identity of a log: a digest of the name, size, modification and status time of every file.
 
-    The identity of a run file changes once more when its logs have settled: then steps are ingested that a log of
-    scalars did not have before.
+    The identity of a run file changes once more when its logs stop changing. Steps that a log of scalars did not
+    contain before are then ingested.
     """
     digest, newest = hashlib.sha256(), 0
     storage = open_storage(source)
@@ -201,13 +201,14 @@ def _objects(folder: Storage) -> Iterator[tuple[str, tuple[Any, ...]]]:
 def _files(folder: Path | str, below: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            # A file that is gone by now shows in the next listing.
+            # The next listing shows that the file was deleted.
             with suppress(FileNotFoundError):
                 if entry.is_dir(follow_symlinks=False):
                     yield from _files(entry.path, f"{below}{entry.name}/")
                 else:
                     status = entry.stat()
-                    # The status time shows files that were made readable, or copied with their times.
+                    # The status time reveals files that became readable, or that were copied with their
+                    # modification times.
                     yield below + entry.name, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -229,15 +230,16 @@ class Outcome:
     summary : dict
         Summary; empty if processing failed.
     error : dict
-        Error: ``what``, ``where``, ``why``, ``do``, and whether it ``heals``; empty if processing succeeded.
+        Error: ``what``, ``where``, ``why``, ``do``, and ``heals`` (a retry may succeed); empty if processing
+        succeeded.
     version : str
         Version of natgrad, for information.
     results_version : int
-        Version of the results: runs with another one are processed again.
+        Version of the results. A run with another version is processed again.
     time : str
-        When it ended, ISO 8601 in UTC.
+        Time at which processing ended, ISO 8601 in UTC.
     others : list of str
-        Further logs of the run.
+        Additional logs of the run.
     """
 
     source: str
@@ -263,9 +265,10 @@ class Outcome:
         (open_storage(out) / _OUTCOME).put(_json(asdict(self)))
 
     def stands(self, listing: str, values: Mapping[str, Any], out: Location) -> bool:
-        """Return whether processing again gives the same: log, options, results version and stores are unchanged.
+        """Return True if the log, the options, the results version and the stores are unchanged.
 
-        Invalid input stays refused until the log or an option changes. An error that may heal is tried again.
+        Processing the run again would then change nothing. After an error in the input, this is True until the log
+        or an option changes. After an error that may heal by itself, it is False.
         """
         here = (listing, RESULTS_VERSION, _comparable(values))
         if (self.listing, self.results_version, _comparable(self.options)) != here:
@@ -277,22 +280,22 @@ class Outcome:
 
 
 def recorded_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that an outcome records: those of a run, without how a new OUT is stored."""
+    """Return the options that an outcome records: those of a run, except the storage kind of a new OUT."""
     selected = options.selected(options.RunOptions, values)
     return {name: value for name, value in selected.items() if name != "store"}
 
 
 def _comparable(values: Mapping[str, Any]) -> Any:
-    """Return the options that change results, as they are read back from a file."""
+    """Return the options that affect the results, in the form in which they are read from a file."""
     return json.loads(json.dumps({n: v for n, v in values.items() if n not in _EXECUTION}, default=str))
 
 
 def error_parts(error: BaseException) -> dict[str, Any]:
-    """Split an error for an `Outcome`: what, where, why, do, and whether trying again may heal it."""
+    """Return the parts of an error for an `Outcome`: what, where, why, do, and heals."""
     heals = not isinstance(error, InputError) or isinstance(error, Unavailable)
     if isinstance(error, InputError):
         return {"what": error.what, "where": error.where, "why": error.why, "do": error.remedy, "heals": heals}
-    again = "run again: what is finished is kept"
+    again = "run it again; finished work is kept"
     return {"what": f"{type(error).__name__}: {error}", "where": "", "why": "", "do": again, "heals": heals}
 
 
@@ -306,9 +309,9 @@ class Busy(Unavailable):
 
 @contextmanager
 def only_processor(out: Location) -> Iterator[None]:
-    """Lock OUT: one process works on a run at a time, on any host that locks files on this file system.
+    """Lock OUT, so that one process works on a run at a time, on any host that supports locks on this file system.
 
-    The lock ends with the process that holds it, however it ends.
+    The lock is released when the process that holds it ends, even if it is killed.
 
     Raises
     ------
@@ -324,14 +327,14 @@ def only_processor(out: Location) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        # `status` takes the lock for an instant, to find out whether it is free.
+        # `status` acquires the lock for an instant to test it.
         lock.acquire(timeout=0.2)
     except Timeout as error:
         raise Busy(
             "another process is working on this run",
             where=str(out),
-            why="two scans found it, or it was also started by hand",
-            remedy="nothing: the other process continues, and the next scan processes later steps",
+            why="two scans found the run, or it was also started by hand",
+            remedy="no action is needed: the other process continues, and the next scan processes later steps",
         ) from error
     try:
         yield
@@ -374,7 +377,7 @@ def process_once(
     known : Outcome, optional
         Outcome seen before scheduling. If it changed since, another process has already processed the run.
     on_failure : callable, optional
-        Called with the parts of an error, before it is raised.
+        Called with the parts of an error before it is raised.
 
     Raises
     ------
@@ -390,8 +393,8 @@ def process_once(
         raise Busy(
             "another process has already processed this run",
             where=str(out),
-            why="two scans found it",
-            remedy="nothing: the next scan processes later steps",
+            why="two scans found the run",
+            remedy="no action is needed: the next scan processes later steps",
         )
     common: dict[str, Any] = {"options": recorded, "others": list(map(str, others))}
     try:
@@ -407,7 +410,7 @@ def process_once(
 
 
 RunProcessor = Callable[[FoundRun, "Outcome | None", dict[str, Any]], dict[str, Any]]
-"""Processes a run that changed: the run, its outcome seen before, the options. Returns the summary."""
+"""Function that processes a changed run: takes the run, its known outcome and the options; returns the summary."""
 
 
 def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], process: RunProcessor) -> ScanSummary:
@@ -427,7 +430,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
     (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute()), "sweep": values["sweep"]}))
     of_run = options.selected(options.RunOptions, values) | {"cluster": None}
     with ExitStack() as stack:
-        # A cluster is started only if there is work for it.
+        # A cluster is started only if a run changed.
         if values["cluster"] is not None and not all(_standing(one, of_run) for one in found):
             scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
             of_run["scheduler"] = stack.enter_context(scheduler)
@@ -437,11 +440,11 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
 
 
 def _standing(found: FoundRun, values: Mapping[str, Any]) -> Outcome | None:
-    """Return the outcome of a run that is unchanged since it was processed, else None."""
+    """Return the outcome of a run that has not changed since it was processed, else None."""
     outcome = Outcome.of(found.out)
     try:
         stands = outcome is not None and outcome.stands(listing(found.source), recorded_options(values), found.out)
-    except OSError:  # processing it reports the problem
+    except OSError:  # processing the run reports the problem
         return None
     return outcome if stands else None
 
@@ -469,8 +472,8 @@ def _scan_run(found: FoundRun, values: dict[str, Any], process: RunProcessor) ->
 def scan(root: str | Path, out: str | Path, **values: Unpack[options.ScanOptions]) -> ScanSummary:
     """Process the runs below a folder that changed since the last scan.
 
-    A run that fails does not stop the others. It is tried again if its log or an option changes, and at every scan
-    if the error may heal by itself. A run that another process works on is skipped.
+    A run that fails does not stop the others. It is processed again if its log or an option changes, or at every
+    scan if the error may heal by itself. A run that another process is working on is skipped.
 
     Parameters
     ----------
@@ -512,14 +515,14 @@ def status(out: str | Path) -> list[dict[str, Any]]:
     Parameters
     ----------
     out : path
-        Folder with the OUT of many runs, made by `natgrad scan` or by hand.
+        Folder that contains the OUT of many runs.
 
     Returns
     -------
     list of dict
         ``run``; ``state`` (``done``, ``behind``, ``failed``, ``working``, ``waiting``); ``last_step`` and ``steps``
-        in its trajectory; ``lag``, steps logged since (None if the log cannot be listed); ``processed``, the time
-        of the last outcome; ``error`` and ``do``, the last error and its remedy.
+        of its trajectory; ``lag``, the number of steps logged since (None if the log cannot be listed);
+        ``processed``, the time of the last outcome; ``error`` and ``do``, the last error and its remedy.
 
     Raises
     ------
@@ -534,7 +537,9 @@ def status(out: str | Path) -> list[dict[str, Any]]:
         runs |= {one.name: one.source for one in found}
     if not runs:
         raise InputError(
-            "no run below this folder", where=str(out), remedy="give the OUT of natgrad scan, serve or deploy"
+            "there is no run below this folder",
+            where=str(out),
+            remedy="pass the OUT of natgrad scan, serve or deploy",
         )
     return [{"run": name, **_status(out / name, source)} for name, source in sorted(runs.items())]
 
@@ -555,7 +560,7 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
         steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
     if outcome:
         logs = [open_storage(log) for log in (outcome.source, *outcome.others)]
-    # The steps of a sweep are counted, as its runs have steps of the same numbers.
+    # For a sweep, the number of steps counts, because its runs have the same step numbers.
     reached = steps if sweep else last
     lag = _lag(logs, reached, outcome.options if outcome else {}, sweep) if logs else None
     error = outcome.error if outcome else {}
@@ -582,7 +587,7 @@ def _status(out: Path, source: Path | None) -> dict[str, Any]:
 
 
 def _lag(sources: Sequence[Storage], reached: int | None, values: Mapping[str, Any], sweep: bool) -> int | None:
-    """Count the steps logged after the last one reached; of a sweep, those beyond the number reached."""
+    """Count the steps logged after the last ingested step; for a sweep, those beyond the number ingested."""
     try:
         with network_errors(*sources):
             log = open_sources(sources, *(values.get(name) for name in ("format", "mapping", "shift")), sweep=sweep)
@@ -602,5 +607,5 @@ def _is_locked(out: Path) -> bool:
             return False
     except Busy:
         return True
-    except OSError:  # it may be another user's
+    except OSError:  # the lock file may belong to another user
         return False

@@ -1,4 +1,4 @@
-"""Summaries that the public functions return: frozen dataclasses; the command line prints their JSON form."""
+"""Define the summaries that the public functions return. The command line prints their JSON form."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class AnalysisSummary(Summary):
     Attributes
     ----------
     ledger, results : str
-        The stores.
+        Paths of the stores.
     updates : int
-        Updates with results.
+        Number of updates with results.
     chunks, computed_chunks : int
-        Chunks of the ledger, and how many were computed now.
+        Number of chunks of the ledger, and of those that were computed now.
     computed_updates : int
-        Updates that were computed now.
+        Number of updates that were computed now.
     projected_memory : int
-        Bytes of a worker, projected before the pass.
+        Memory of a worker in bytes, projected before the pass.
     status : mapping of str to int
         Number of updates with each status.
     angle, condition_number : list of float, optional
-        Minimum, median and maximum over the updates of the model, compared with the gradient.
+        Minimum, median and maximum over the updates of the model, with the gradient itself as the estimate.
     """
 
     ledger: str
@@ -59,7 +59,7 @@ class AnalysisSummary(Summary):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Report(Summary):
-    """A page with the figures of one or several runs.
+    """The report page of one or several runs.
 
     Attributes
     ----------
@@ -83,34 +83,34 @@ class ProcessSummary(Report, AnalysisSummary, IngestSummary):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Summary):
-    """Contents of a log, the quantities it lacks, and the cost of processing it.
+    """Contents of a log, missing quantities, and the cost of processing it.
 
-    Entries that do not apply are None and are left out of the JSON form.
+    Entries that do not apply are None, and the JSON form omits them.
 
     Attributes
     ----------
     source, format : str
     runs : int, optional
-        Runs of a sweep.
+        Number of runs of a sweep.
     steps, first_step, last_step : int
     step_span : int
         Usual distance between two steps.
     gaps : int
-        Other distances.
+        Number of other distances.
     holds, missing : mapping
-        Quantity to what the log has of it; quantity to the results that need it and how to get it.
+        For each quantity, its contents in the log; or the results that require it and how to provide it.
     optimizer : str, optional
         State of the optimizer in the log.
     changes, notes, unused_keys : list of str
-        Differences between the first and the last step; remarks; keys of the files that are not read.
+        Differences between the first and the last step; notes; keys of the files that are not read.
     tensors, elements : int, optional
     dtypes : mapping, optional
     trajectory_bytes, ledger_bytes : int, optional
-        Sizes of the stores.
+        Projected sizes of the stores.
     ingest_seconds, pass_seconds : float, optional
-        Estimates, from a timed read of the first step.
+        Estimated times. That of the ingest follows from a timed read of the first step.
     worker_memory : int or str, optional
-        Bytes of a worker process, or why the memory limit does not suffice.
+        Memory of a worker process in bytes, or the reason why the memory limit is too low.
     """
 
     source: str
@@ -137,18 +137,18 @@ class Inspection(Summary):
     worker_memory: int | str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, without those that do not apply."""
+        """Return plain values, without entries that do not apply."""
         return {name: value for name, value in super().to_json().items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Verification(Summary):
-    """Comparison of stored data with its checksums.
+    """Result of verifying stored data against its checksums.
 
     Attributes
     ----------
     damages : tuple of Damage
-        Everything that is corrupt.
+        All corrupt data.
     """
 
     damages: tuple[Damage, ...]
@@ -171,7 +171,7 @@ class Verification(Summary):
 
 @dataclass(frozen=True, kw_only=True)
 class ScannedRun:
-    """Outcome of a scan for one run.
+    """Outcome of one run in a scan.
 
     Attributes
     ----------
@@ -179,7 +179,7 @@ class ScannedRun:
         Path of the log below ROOT.
     state : {"processed", "unchanged", "skipped", "failed"}
     what : str
-        New steps, or the error.
+        Number of new steps, or the error.
     do : str
         Remedy of the error.
     """
@@ -201,9 +201,9 @@ class ScanSummary(Summary):
     failures : mapping of str to str
         Run to error.
     message : str
-        One line for logs.
+        One line for log messages.
     runs : tuple of ScannedRun
-        All runs; not in the JSON form, as there may be many.
+        All runs. The JSON form omits them, because there may be many.
     """
 
     processed: int
@@ -224,7 +224,7 @@ class ScanSummary(Summary):
         return cls(
             **numbers,
             failures={run.run: run.what for run in runs if run.state == "failed"},
-            message=f"{len(runs)} runs: {counts}" if runs else "no run",
+            message=f"{len(runs)} runs: {counts}" if runs else "no runs",
             runs=runs,
         )
 

@@ -15,9 +15,9 @@ __all__ = [
 
 
 def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
-    """Verify OUT's trajectory and ledger against the checksums recorded when they were written.
+    """Verify the trajectory and the ledger of OUT against the checksums recorded when they were written.
 
-    Memory does not grow with the run: chunks are read one after the other.
+    Memory does not grow with the run, because chunks are read one after the other.
 
     Parameters
     ----------
@@ -28,12 +28,12 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
     Returns
     -------
     list of Damage
-        Everything that is corrupt; empty if all checksums match.
+        All corrupt data; empty if all checksums match.
 
     Raises
     ------
     InputError
-        If OUT holds no trajectory.
+        If OUT contains no trajectory.
     """
     folder = RunFolder.of(out, version=version)
     with network_errors(folder.storage):
@@ -41,6 +41,6 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
             Trajectory(folder.trajectory)
         damages = list(verify_trajectory(folder.trajectory))
         if exists(folder.ledger):
-            # The steps are compared with the trajectory's only if that is undamaged.
+            # The steps are compared with those of the trajectory only if it is not damaged.
             damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
     return damages

@@ -1,6 +1,6 @@
-"""Start Dask clusters: on this machine, on a batch system, on Kubernetes. All yield the address of a scheduler.
+"""Start Dask clusters on this machine, on a batch system or on Kubernetes. Each yields the address of a scheduler.
 
-The resources of a job or a pod, and TLS, are set in Dask's own configuration (``~/.config/dask/*.yaml``); see
+Dask's own configuration (``~/.config/dask/*.yaml``) sets the resources of jobs and pods, and TLS; see
 ``docs/cluster.md``.
 """
 
@@ -23,9 +23,9 @@ _WORKER_CONFIG = {
         "worker": {"memory": {"target": False, "spill": False, "pause": False}, "profile": {"enabled": False}}
     }
 }
-"""Configuration of our own workers. The plan bounds their memory. A worker that paused below its limit would not
-resume, because its memory is buffers, and those cannot be spilled. The profile costs three percent, and without a
-dashboard nobody can see it."""
+"""Configuration of local workers. The plan bounds their memory. A worker that paused below its limit would never
+resume, because its memory consists of buffers that cannot be spilled. Profiling takes three percent of the time,
+and without a dashboard nobody sees the result."""
 
 ONE_THREAD = {
     name: "1"
@@ -38,7 +38,7 @@ ONE_THREAD = {
         "ZARR_THREADING__MAX_WORKERS",
     )
 }
-"""Environment of a worker. It does the work of one core, so BLAS, the kernel and the codecs get one thread each."""
+"""Environment of a worker. A worker uses one core, so BLAS, the kernel and the codecs get one thread each."""
 
 CLUSTERS = {
     "slurm": ("dask_jobqueue", "SLURMCluster"),
@@ -49,7 +49,7 @@ CLUSTERS = {
     "htcondor": ("dask_jobqueue", "HTCondorCluster"),
     "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
 }
-"""Name of a cluster to the module and class that makes it."""
+"""Module and class of each kind of cluster, by name."""
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
     import dask.config
     from distributed import LocalCluster
 
-    # Where Prefect has set up logging, each start and stop of a worker would be logged: by the scheduler in this
-    # process, and by the workers, which set up logging before they get any other configuration.
+    # If Prefect has set up logging, each start and stop of a worker would be logged: by the scheduler in this
+    # process, and by the workers, which set up logging before they receive any other configuration.
     logging.getLogger("distributed").setLevel(logging.WARNING)
     environment = ONE_THREAD | {"DASK_LOGGING__DISTRIBUTED": "warning"}
     with (
@@ -79,7 +79,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
             processes=True,
             memory_limit=memory_limit or "auto",
             config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
-            # Dask serves its health page even without a dashboard, and warns if another process has the port.
+            # Dask serves its health page even without a dashboard, and warns if another process uses the port.
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             silence_logs=logging.ERROR,
         ) as cluster,
@@ -101,11 +101,11 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
     Raises
     ------
     InputError
-        If the name is not known, its package is not installed, or the cluster cannot be started.
+        If the name is unknown, its package is not installed, or the cluster cannot be started.
     """
     if name not in CLUSTERS:
         raise InputError(
-            f"cluster {name!r} is not known", where="--cluster", remedy=f"choose one of {', '.join(CLUSTERS)}"
+            f"unknown cluster {name!r}", where="--cluster", remedy=f"choose one of: {', '.join(CLUSTERS)}"
         )
     module, kind = CLUSTERS[name]
     extra = "kubernetes" if name == "kubernetes" else "batch"
@@ -113,7 +113,7 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
         make = getattr(importlib.import_module(module), kind)
     except ImportError as error:
         raise InputError(
-            f"--cluster {name} needs a package that is not installed: {error}",
+            f"--cluster {name} requires a package that is not installed: {error}",
             where="--cluster",
             remedy=f"pip install 'natgrad-pipeline[{extra}]'",
         ) from error
@@ -122,28 +122,28 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
         made = make(**_pod_options() if name == "kubernetes" else job_options(name))
     except Exception as error:  # batch systems and Kubernetes share no class of errors
         raise InputError(
-            f"the cluster cannot be made: {error}",
+            f"the cluster cannot be started: {error}",
             where=f"--cluster {name}",
             why=f"the section {section} of Dask's configuration is incomplete, or {name} cannot be reached",
             remedy=f"see docs/cluster.md for the section {section}",
         ) from error
     with made as cluster:
-        if name != "kubernetes":  # its operator replaces pods by itself
+        if name != "kubernetes":  # the operator of Kubernetes replaces pods
             _replace_lost_jobs(cluster, workers)
         cluster.scale(workers)
         yield cluster.scheduler_address
 
 
 def _replace_lost_jobs(cluster: Any, workers: int) -> None:
-    """Request another job when the workers of one are lost: it ran out of time, or it or its host failed.
+    """Request another job when the workers of a job are lost, because of its time limit or a failure.
 
-    Dask forgets a lost job of one process and requests no other. It does not forget a lost job of several.
+    Dask removes a lost job of one process and requests no other. It never removes a lost job of several processes.
     """
     import dask.config
     from dask.utils import parse_timedelta
     from distributed.diagnostics.plugin import SchedulerPlugin
 
-    # A nanny restarts its worker under the same name. Dask itself checks at the end of this time.
+    # A nanny restarts its worker under the same name. Dask itself checks after this time.
     grace = parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout")) + 1.0
 
     def is_of(worker: str, job: Any) -> bool:
@@ -175,12 +175,12 @@ def _replace_lost_jobs(cluster: Any, workers: int) -> None:
 
 
 def job_options(name: str) -> dict[str, Any]:
-    """Return the options of jobs besides those of the configuration: one thread each, and TLS if it is configured.
+    """Return the options of jobs in addition to those of the configuration: one thread, and TLS if configured.
 
     Parameters
     ----------
     name : str
-        A batch system, one of `CLUSTERS`.
+        Name of a batch system in `CLUSTERS`.
     """
     import dask.config
     from distributed.security import Security
@@ -218,12 +218,12 @@ def memory_bytes(amount: str) -> int:
         # Dask parses "MiB" without a number as one MiB, and the empty string as one byte.
         parsed = int(parse_bytes(amount)) if any(map(str.isdigit, amount)) else 0
         if parsed < 1:
-            raise ValueError("it is less than a byte")
+            raise ValueError("it is less than one byte")
     except (ValueError, OverflowError) as error:
         raise InputError(
             f"{amount!r} is not an amount of memory",
             where="--memory-limit",
             why=str(error),
-            remedy="write for example 512MiB or 2GB",
+            remedy="use a form such as 512MiB or 2GB",
         ) from error
     return parsed

@@ -1,8 +1,8 @@
-"""Executors of a pass: run its tiles serially, in threads, in processes or on a Dask cluster.
+"""Execute the tiles of a pass serially, in threads, in processes or on a Dask cluster.
 
 The serial executor is the reference: the others run the same functions (`natgrad.compute.tasks`). Workers write the
-ledger and return only the address of a finished ledger chunk to the client. (For an Icechunk repository they return
-the ledger chunk itself, because only one process may commit there.)
+ledger and return only the address of a finished ledger chunk to the client. For an Icechunk repository they return
+the ledger chunk itself, because only one process may commit there.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["Digests", "Executor", "existing_cluster", "local", "named_cluster", 
 _log = logging.getLogger(__name__)
 
 Digests = Callable[[], Mapping[int, str]]
-"""Wait until the ledger is ready to be written, and return the digest of the states of each ledger chunk, by its
-first update. An executor calls it once for each ledger chunk, when it schedules the write."""
+"""Function that waits until the ledger is ready to be written, and returns the digest of the states of each ledger
+chunk, by its first update. An executor calls it once for each ledger chunk, when it schedules the write."""
 
 Executor = Callable[[Job, "list[WorkItem]", Digests], Iterator[Finished]]
-"""Run ledger chunks, and yield each when its ledger is on disk, or is to be written by the client."""
+"""Function that computes ledger chunks. It yields each when it is on disk, or when the client must write it."""
 
 
 def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
-    """Run one ledger chunk after the other in this process, each written while the next one is computed."""
+    """Compute ledger chunks one after the other in this process, and write each while the next is computed."""
     written: Future[Finished] | None = None
     with ThreadPoolExecutor(1) as pool:
         for item in items:
@@ -49,7 +49,7 @@ def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finish
 
 
 def threads(workers: int) -> Executor:
-    """Run tiles in threads of this process, and as many that write; the kernel releases the interpreter lock."""
+    """Compute tiles in threads of this process, with as many threads for writing. The kernel releases the GIL."""
 
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
         pool, writers = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
@@ -67,7 +67,8 @@ def threads(workers: int) -> Executor:
                 pending.append((item.chunk, [pool.submit(tile_segments, job, tile) for tile in item.tiles]))
                 if len(pending) >= ahead:
                     write_oldest()
-                # What waits for the disk is in memory: there is room for a ledger chunk of each worker.
+                # Ledger chunks that wait for the disk take memory, which is planned for one ledger chunk of each
+                # worker.
                 if len(written) > workers:
                     yield written.popleft().result()
             while pending:
@@ -75,7 +76,7 @@ def threads(workers: int) -> Executor:
             while written:
                 yield written.popleft().result()
         finally:
-            # If a ledger chunk failed, or the caller wants no more, tasks that have not started are dropped.
+            # If a ledger chunk failed or the caller stops, tasks that have not started are cancelled.
             for each in (pool, writers):
                 each.shutdown(cancel_futures=True)
 
@@ -83,17 +84,17 @@ def threads(workers: int) -> Executor:
 
 
 def local(workers: int, memory_limit: int | None = None) -> Executor:
-    """Run ledger chunks on this machine: in threads of this process or in single-thread Dask worker processes.
+    """Compute ledger chunks on this machine, in threads of this process or in single-thread Dask worker processes.
 
-    Processes take a second or more to start, on every core, but have an interpreter lock each. They are therefore
-    used for long passes (`PlanLimits.least_cluster_bytes`) that need it: if chunks are compressed or objects, if
-    there are replicates, if workers are many (`PlanLimits.most_threads`), or if they do not fit into the memory of
-    one.
+    Processes take a second or more to start, on every core, but each has its own interpreter lock. They are used
+    only for long passes (`PlanLimits.least_cluster_bytes`) that benefit from them: if chunks are compressed or in
+    an object store, if there are replicates, if there are many workers (`PlanLimits.most_threads`), or if the
+    workers do not fit into the memory limit of one process.
 
     Parameters
     ----------
     workers : int
-        Threads or processes, at most.
+        Largest number of threads or processes.
     memory_limit : int, optional
         Bytes of each process.
     """
@@ -114,7 +115,7 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
 
 
 def named_cluster(name: str, workers: int) -> Executor:
-    """Run ledger chunks on a cluster of a batch system or of Kubernetes that lasts as long as the pass.
+    """Compute ledger chunks on a cluster of a batch system or of Kubernetes that exists during the pass.
 
     Parameters
     ----------
@@ -133,24 +134,24 @@ def named_cluster(name: str, workers: int) -> Executor:
 
 
 def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor:
-    """Run ledger chunks on the workers of a Dask scheduler that is running already.
+    """Compute ledger chunks on the workers of a running Dask scheduler.
 
     Parameters
     ----------
     address : str
-        For example ``tcp://host:8786``. Its workers need this package, and the paths of the stores.
+        For example ``tcp://host:8786``. The workers need this package and access to the paths of the stores.
     connect_seconds : float
         Seconds within which the scheduler must answer.
 
     Raises
     ------
     Unavailable
-        While running, if the scheduler does not answer or is lost, or the workers of a task die again and again.
+        If the scheduler does not answer or is lost during the pass, or if the workers of a task die repeatedly.
         Finished ledger chunks are kept.
     """
 
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
-        if not items:  # no reason to wait for a scheduler
+        if not items:  # there is no need to wait for a scheduler
             return
         from distributed import CancelledError, Client, KilledWorker
         from distributed.comm.addressing import get_address_host_port
@@ -166,7 +167,7 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
                 f"the Dask scheduler does not answer: {error}",
                 where=address,
                 why="it is not running, the address is wrong, or it requires TLS",
-                remedy="start one (dask scheduler) and give its address, or omit --scheduler",
+                remedy="start a scheduler (dask scheduler) and pass its address, or omit --scheduler",
             ) from error
         finished = 0
 
@@ -183,22 +184,22 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
             raise Unavailable(
                 f"the Dask scheduler was lost: {error}",
                 where=address,
-                why="it ended, or the network to it was cut",
+                why="the scheduler ended, or the network connection was lost",
                 remedy=f"check that it is running, and {resuming()}",
             ) from error
         except KilledWorker as error:
             raise Unavailable(
-                f"the workers of one task died {error.allowed_failures + 1} times, {error.last_worker} the last",
+                f"the workers of one task died {error.allowed_failures + 1} times, last {error.last_worker}",
                 where=f"{address}, task {error.task}",
-                why="they had less memory than the pass projects, or their jobs or hosts ended",
-                remedy=f"look at the worker's log, give workers the memory of --memory-limit, and {resuming()}",
+                why="they had less memory than projected for the pass, or their jobs or hosts ended",
+                remedy=f"check the log of the worker, give workers at least --memory-limit, and {resuming()}",
             ) from error
 
     return run
 
 
 def _chunks_in_flight(tasks: int, items: list[WorkItem]) -> int:
-    """Return the number of ledger chunks for so many tasks: at least two, so that workers do not wait for a sum."""
+    """Return the number of ledger chunks for a number of tasks: at least two, so that workers need not wait."""
     return max(2, math.ceil(tasks / max((len(item.tiles) for item in items), default=1)))
 
 
@@ -210,7 +211,7 @@ def _run_on(client: Any, job: Job, items: list[WorkItem], digests: Digests) -> I
     if "dashboard" in known["services"]:
         _log.info("Dask dashboard: %s", client.dashboard_link)
     if not workers:
-        _log.warning("the Dask scheduler has no worker yet: waiting for one")
+        _log.warning("the Dask scheduler has no workers yet; waiting for the first one")
     ahead = _chunks_in_flight(job.limits.tasks_per_worker * max(1, workers), items)
     waiting = iter(items)
     first = [_submit(client, job, item, digests) for item in itertools.islice(waiting, ahead)]

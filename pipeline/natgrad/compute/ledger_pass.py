@@ -1,6 +1,6 @@
-"""Compute the ledger of a trajectory, or what is missing of it.
+"""Compute the missing part of the ledger of a trajectory.
 
-`compute_ledger` plans the pass, finds the ledger chunks that are missing, and hands them to an executor
+`compute_ledger` plans the pass, finds the missing ledger chunks, and passes them to an executor
 (`natgrad.compute.executors`).
 """
 
@@ -36,11 +36,11 @@ class PassSummary:
     Attributes
     ----------
     n_updates : int
-        Updates in the ledger.
+        Number of updates in the ledger.
     chunks, computed_chunks : int
-        Chunks of the ledger, and those computed now; the others were complete.
+        Number of chunks of the ledger, and of those computed now; the others were complete.
     computed_updates : int
-        Updates computed now. A chunk that was the last one of a shorter trajectory contributes its new updates.
+        Number of updates computed now. If a chunk was the last of a shorter trajectory, only its new updates count.
     plan : PassPlan
     """
 
@@ -60,7 +60,7 @@ def compute_ledger(
     limits: PlanLimits = PlanLimits(),
     progress: Callable[[int, int], None] | None = None,
 ) -> PassSummary:
-    """Compute the Gram ledger of a trajectory, or what is missing of it.
+    """Compute the missing part of the Gram ledger of a trajectory.
 
     Parameters
     ----------
@@ -71,29 +71,29 @@ def compute_ledger(
     memory_limit : int, optional
         Bytes that a worker process may use.
     limits : PlanLimits, optional
-        How the pass is cut into tasks and reads.
+        Limits by which the pass is divided into tasks and reads.
     progress : callable, optional
-        Called with ledger chunks done and ledger chunks to do.
+        Called with the number of ledger chunks done and the total number to compute.
 
     Raises
     ------
     InputError
-        If there are fewer than two states, or no elements, or the plan does not fit the memory limit, if another
-        process writes this ledger, or if the disk refuses.
+        If there are fewer than two states or no elements, the plan exceeds the memory limit, another process is
+        writing this ledger, or the storage cannot be read or written.
     """
     states = Trajectory(trajectory)
     if states.n_states < 2:
         raise InputError(
-            f"{states.n_states} logged step(s), but an update needs two",
+            f"the trajectory has {states.n_states} logged step(s), but an update requires two",
             where=str(trajectory),
             why="the displacement of a step is the difference to the next logged state",
             remedy="ingest more steps",
         )
     if not states.layout.elements:
         raise InputError(
-            "a model without elements has no updates",
+            "the model has no elements, so it has no updates",
             where=str(trajectory),
-            why="all its tensors are empty",
+            why="all tensors are empty",
             remedy="log at least one element",
         )
     reads_parts = all(map(states.reads_parts, states.logged))
@@ -117,12 +117,12 @@ def compute_ledger(
     items = list(plan.work_items())
     with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as beside:
         new = not Ledger.is_current(ledger)
-        # All ledger chunks of a new ledger are missing: their tiles need not wait until it is there.
+        # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
         preparing = beside.submit(_prepare, ledger, states, vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:
-            _log.info("%d of these updates are missing in the ledger", updates)
+            _log.info("%d of these updates are missing from the ledger", updates)
         run = executor or serial
         for done, found in enumerate(run(job, missing, lambda: preparing.result().digests), start=1):
             prepared = preparing.result()
@@ -143,7 +143,7 @@ def compute_ledger(
 
 
 class _Prepared(NamedTuple):
-    """A ledger that is ready to be written, with the work that is missing in it.
+    """A ledger that is ready to be written, with the work items that are missing from it.
 
     ``digests`` maps the first update of each ledger chunk to the digest of its states, and ``steps`` is the step of
     the state before each update.
@@ -158,14 +158,14 @@ class _Prepared(NamedTuple):
 def _prepare(
     storage: Storage, states: Trajectory, vectors: tuple[str, ...], updates_per_chunk: int, items: list[WorkItem]
 ) -> _Prepared:
-    """Open or make the ledger, drop what was computed from other states, and find what is missing."""
+    """Open or create the ledger, discard chunks computed from other states, and find the missing chunks."""
     steps, spans = states.scalar(STEP)[:-1], states.spans()
     ledger = Ledger.prepare(
         storage, states.layout, vectors, steps, spans, updates_per_chunk, states.replicate_vectors
     )
     parts = ledger.partial_chunks()
     digests = states.digests([*(item.chunk for item in items), *parts])
-    # If the trajectory was replaced, an interrupted pass must leave no valid updates of the old one.
+    # If the trajectory was replaced, an interrupted pass must not leave valid updates of the old trajectory.
     ledger.discard_others(digests)
     lacking = set(ledger.missing(digests))
     reached = {part.start: part.stop for part in parts if part not in lacking}
@@ -176,7 +176,7 @@ def _prepare(
 
 
 def _updates_per_chunk(ledger: Storage, states: Trajectory, vectors: tuple[str, ...]) -> int | None:
-    """Return the updates of a chunk of the ledger that exists, if it is this trajectory's and can grow."""
+    """Return the updates of a chunk of an existing ledger, if it belongs to this trajectory and can grow."""
     if not Ledger.is_current(ledger):
         return None
     found = Ledger(ledger)

@@ -1,15 +1,15 @@
-"""Plan the pass: which tiles, in what order, with how much memory. Integers in, integers out.
+"""Plan the pass: its tiles, their order and their memory. Inputs and outputs are integers.
 
-The step axis and the element axis are cut at the chunks of the store. An *update* leads from one logged state to
-the next, so n states give n - 1 updates, and a tile of updates needs one more state, the halo::
+The step axis and the element axis are divided at the chunks of the store. An *update* leads from one logged state
+to the next, so n states give n - 1 updates, and a tile of updates needs one more state, the halo::
 
     states    0   1   2   3   4   5   6   7   8          tile A: updates 0..4 reads states 0..4
     updates     0   1   2   3   4   5   6   7            tile B: updates 4..8 reads states 4..8
                |--- tile A ---|--- tile B ---|           state 4 is read twice, all others once
 
-The plan follows from the shape of the store and from `PlanLimits` alone, never from the number of workers. The bits
-of an update depend on the chunk columns and on `PlanLimits.read_block_elements` alone. Every executor therefore
-computes the same bits.
+The plan depends only on the shape of the store and on `PlanLimits`, never on the number of workers. The bits of an
+update depend only on the chunk columns and on `PlanLimits.read_block_elements`. Every executor therefore computes
+the same bits.
 """
 
 from __future__ import annotations
@@ -26,47 +26,48 @@ __all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "plan_pass", "read_bloc
 
 @dataclass(frozen=True)
 class PlanLimits:
-    """Limits of a pass: how it is cut into tasks and reads, and what a worker may take.
+    """Limits by which a pass is divided into tasks and reads, and limits of workers.
 
-    The defaults are measured. Tests and benchmarks pass other values to cut a small run like a large one.
+    The defaults are measured. Tests and benchmarks pass other values to divide a small run like a large one.
 
     Attributes
     ----------
     tile_bytes : int
-        Bytes that a task reads in a large run. It reads them in about 40 ms; a scheduler needs 2 ms for a task.
+        Bytes that a task reads in a large run. Reading takes about 40 ms, and scheduling a task about 2 ms.
     least_tile_bytes : int
-        Bytes that a task reads at least, where a small run is cut into tasks for several workers.
+        Smallest number of bytes that a task reads, if a small run is divided into tasks for several workers.
     most_tiles : int
-        Tiles of a pass, about, however large the run is. A scheduler keeps a record of each.
+        Approximate largest number of tiles of a pass, for any size of run. A scheduler keeps a record of each.
     chunks_of_small_run, tasks_of_small_run : int
-        Ledger chunks, and tasks, of a run whose tasks would read less than ``tile_bytes``, about.
+        Approximate numbers of ledger chunks and tasks of a run whose tasks would read less than ``tile_bytes``.
     ledger_bytes : int
-        Bytes of the ledger that a task writes, about. A ledger chunk holds at least one update.
+        Approximate bytes of the ledger that a task writes. A ledger chunk has at least one update.
     least_updates : int
-        Updates of a ledger chunk at least, however short the run is so far. The halo is one state in this many.
+        Smallest number of updates of a ledger chunk, even if the run is still short. One state in this many is a
+        halo.
     minimum_updates : int
-        Updates for which a ledger chunk of a small model has room, even if the run is shorter.
+        Capacity of a ledger chunk of a small model, even if the run has fewer updates.
     read_block_elements : int
         Elements of each array that are read at a time, from one state or from several short ones. Two such read
-        blocks stay in the cache of a core. Sums start anew in each read block, so this determines the bits.
+        blocks fit into the cache of a core. Each read block has its own sums, so this determines the bits.
     complete_chunk_bytes : int
-        Bytes of training state that are read at a time where only complete chunks can be read (because they are
-        compressed, or objects), about. Few chunks are then read in two calls.
+        Approximate bytes of training state that are read at a time if only complete chunks can be read, because
+        they are compressed or objects. Few chunks are then read in two calls.
     least_read_states : int
-        States that are read at a time there, at least, where memory allows. The last state of a read is copied for
-        the next one.
+        Smallest number of states that are read at a time in this case, if memory allows. The last state of a read
+        is copied for the next one.
     reserved_bytes : int
-        Memory of a worker process before it computes anything: interpreter, libraries, compiled kernel.
+        Memory of an idle worker process: interpreter, libraries, compiled kernel.
     icechunk_bytes : int
-        Memory of Icechunk in a worker, about. Measured were 21 MiB, because it reads four ranges of 4 MiB.
+        Approximate memory of Icechunk in a worker. It reads four ranges of 4 MiB; 21 MiB were measured.
     tasks_per_worker : int
-        Tasks in flight for each Dask worker: enough to keep it busy, few enough to cost the scheduler nothing.
+        Tasks in flight for each Dask worker: enough to keep it busy, and few enough not to load the scheduler.
     least_cluster_bytes : int
-        Bytes from which a pass is worth worker processes. A smaller pass takes less time than they take to start:
-        a second or more, on every core.
+        Smallest size of a pass that uses worker processes. A smaller pass takes less time than the processes take
+        to start, which is a second or more on every core.
     most_threads : int
-        Most threads of one process. Each needs the interpreter for a twentieth of its time (to open files), so this
-        many threads wait little.
+        Largest number of threads of one process. Each needs the interpreter for a twentieth of its time (to open
+        files), so this many threads rarely wait.
     """
 
     tile_bytes: int = 512 * MEBIBYTE
@@ -89,7 +90,7 @@ class PlanLimits:
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """Work of one task: the updates ``start`` to ``stop`` of the chunk columns ``first`` to ``last``.
+    """The work of one task: the updates ``start`` to ``stop`` of the chunk columns ``first`` to ``last``.
 
     Both ranges are half open.
     """
@@ -102,18 +103,18 @@ class Tile:
 
 @dataclass(frozen=True, order=True)
 class WorkItem:
-    """A ledger chunk to compute, and the tiles from which it is made."""
+    """A ledger chunk to compute, and its tiles."""
 
     chunk: LedgerChunk
     tiles: tuple[Tile, ...]
 
     def after(self, update: int) -> WorkItem:
-        """Return the work that is left where the ledger has the updates of the chunk before this one."""
+        """Return the remaining work if the ledger already has the updates of the chunk before this update."""
         return replace(self, tiles=tuple(replace(tile, start=update) for tile in self.tiles))
 
     @property
     def n_updates(self) -> int:
-        """Updates to compute."""
+        """Number of updates to compute."""
         return self.chunk.stop - self.tiles[0].start
 
 
@@ -124,13 +125,13 @@ class PassPlan:
     Attributes
     ----------
     n_updates, columns : int
-        Updates, and columns of chunks.
+        Number of updates, and of columns of chunks.
     updates_per_chunk, tile_columns : int
-        Updates of a ledger chunk, and chunk columns of a tile; the last ones may have fewer.
+        Updates of a ledger chunk, and chunk columns of a tile. The last ones may have fewer.
     read_states, read_elements : int
         States, and elements of a chunk, that a worker reads and computes at a time.
     halo_bytes, read_bytes : int
-        Bytes read twice because of halos, and bytes read in all.
+        Bytes read twice because of halos, and total bytes read.
     projected_bytes : int
         Projected peak memory of a worker process.
     """
@@ -147,7 +148,7 @@ class PassPlan:
 
     @property
     def tasks(self) -> int:
-        """Tiles in all."""
+        """Total number of tiles."""
         return math.ceil(self.n_updates / self.updates_per_chunk) * math.ceil(self.columns / self.tile_columns)
 
     def work_items(self) -> Iterator[WorkItem]:
@@ -161,7 +162,7 @@ class PassPlan:
             yield WorkItem(LedgerChunk(start, stop), tiles)
 
     def __str__(self) -> str:
-        """Return what will be read and how much memory it takes."""
+        """Return a line with the size of the pass and its projected memory."""
         return (
             f"{self.n_updates} updates in {self.tasks} task{'s' if self.tasks > 1 else ''}, "
             f"{self.read_bytes / 1e6:.1f} MB to read ({self.halo_bytes / max(self.read_bytes, 1):.1%} of it "
@@ -170,16 +171,16 @@ class PassPlan:
 
 
 def read_blocks(first: int, stop: int, elements: int) -> Iterator[tuple[int, int]]:
-    """Cut the elements of a chunk column into read blocks, each of which has inner products of its own.
+    """Divide the elements of a chunk column into read blocks, each with its own inner products.
 
-    The cut does not depend on how much is read at a time, because the bits of the products depend on it.
+    The division does not depend on how much is read at a time, because it determines the bits of the products.
 
     Parameters
     ----------
     first, stop : int
         Elements of the column.
     elements : int
-        Most elements of a read block, see `PlanLimits.read_block_elements`.
+        Largest number of elements of a read block, see `PlanLimits.read_block_elements`.
 
     Examples
     --------
@@ -210,9 +211,9 @@ def plan_pass(
     Parameters
     ----------
     states : int
-        Logged states.
+        Number of logged states.
     elements : int
-        Elements of the model.
+        Number of elements of the model.
     chunk : (int, int)
         Steps and elements of a chunk.
     itemsizes : sequence of int
@@ -220,13 +221,13 @@ def plan_pass(
     tensors, vectors : int
         Size of the ledger: tensors of the model, vectors of the Gram matrix.
     replicate_vectors : int
-        Vectors of the Gram matrix of the replicates, 0 where there are none.
+        Vectors of the Gram matrix of the replicates, 0 without replicates.
     memory_limit : int, optional
         Bytes that a worker process may use.
     updates_per_chunk : int, optional
         Updates of a chunk of an existing ledger, which the plan must keep.
     complete_chunks : bool
-        Read complete chunks only, because some are compressed or objects.
+        Read only complete chunks, because some are compressed or objects.
     library_bytes : int
         Memory of a library that not every worker loads.
     limits : PlanLimits, optional
@@ -240,14 +241,14 @@ def plan_pass(
     -----
     Projected memory of a worker is the sum of
 
-    - the reserve of an idle worker process, and of what else it loads,
-    - training state read at a time: read_states x read_elements x bytes of an element, for every array, twice,
-      because what was read before is still needed; where only complete chunks are read (read_states + 1) x
+    - the reserved memory of an idle worker process, and that of other libraries,
+    - the training state read at a time: read_states x read_elements x bytes of an element, for every array, twice,
+      because the previous read is still needed; if only complete chunks are read, (read_states + 1) x
       read_elements,
-    - three times the segment ledgers of a ledger chunk (as the tiles return them, joined, and those of another
-      chunk that wait for their last tile), and twice the ledger of a ledger chunk (tensors, and its encoded chunk):
+    - three times the segment ledgers of a ledger chunk (as returned by the tiles, joined, and those of another
+      chunk that wait for their last tile), and twice the ledger of a ledger chunk (tensors, and the encoded chunk):
       updates x (3 segments + 2 tensors) x (vectors^2 + replicate_vectors^2 + 1) x 8, with the updates of a ledger
-      chunk of this run, and segments at most tensors + chunk columns + read blocks of a column - 1.
+      chunk of this run, and at most tensors + chunk columns + read blocks of a column - 1 segments.
     """
     steps, width = chunk
     updates, columns = max(states - 1, 0), math.ceil(elements / width)
@@ -262,7 +263,7 @@ def plan_pass(
         # If a ledger chunk covers complete chunks of states, only the chunk of the halo is read twice.
         updates_per_chunk = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
     column_bytes = min(updates_per_chunk, updates) * width * sum(itemsizes)
-    # A run that is not large gets so many tasks that workers finish at nearly the same time.
+    # A small run gets enough tasks for workers to finish at nearly the same time.
     small = max(updates * state_bytes // limits.tasks_of_small_run, limits.least_tile_bytes)
     tile_bytes = max(min(limits.tile_bytes, small), updates * state_bytes // limits.most_tiles)
     tile_columns = min(columns, max(1, round(tile_bytes / max(column_bytes, 1)))) if columns else 1
@@ -274,7 +275,7 @@ def plan_pass(
     else:
         read_states = max(1, limits.read_block_elements // read_elements)
     read_states = min(updates_per_chunk, read_states)
-    # Every boundary of a chunk column, and of a read block of one, can cut one tensor in two.
+    # Every boundary of a chunk column, or of a read block in it, can divide one tensor in two.
     segments = tensors + columns + math.ceil(width / limits.read_block_elements) - 1
     reserved = limits.reserved_bytes + library_bytes
     fixed = reserved + min(updates_per_chunk, updates) * entry_bytes * (3 * segments + 2 * tensors)
@@ -288,7 +289,7 @@ def plan_pass(
             raise InputError(
                 f"a worker would need {least} MiB, but memory_limit is {memory_limit / MEBIBYTE:.0f} MiB",
                 where=f"two states of one {unit} ({2 * block_bytes / MEBIBYTE:.1f} MiB), the ledger of "
-                f"{updates_per_chunk} updates and {reserved / MEBIBYTE:.0f} MiB of an idle worker",
+                f"{updates_per_chunk} updates, and {reserved / MEBIBYTE:.0f} MiB of an idle worker",
                 remedy=f"raise --memory-limit to {least}MiB or more",
             )
         projected = fixed + _buffered_states(read_states, complete_chunks) * block_bytes
@@ -308,5 +309,5 @@ def plan_pass(
 
 
 def _buffered_states(read_states: int, complete_chunks: bool) -> int:
-    """Return the states in the memory of a worker."""
+    """Return the number of states in the memory of a worker."""
     return read_states + 1 if complete_chunks else 2 * read_states

@@ -1,4 +1,4 @@
-"""The number of processors that this process may use, on every platform."""
+"""Determine the number of processors that this process may use, on every platform."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["usable_processors"]
 def usable_processors() -> int:
     """Return the number of processors that this process may run on, at least 1.
 
-    Python 3.13 counts them itself. In older versions the count is the affinity of the process, which batch systems
-    and ``taskset`` set. macOS has no affinity, and there every processor is usable.
+    Python 3.13 provides this number. Older versions use the affinity of the process, which batch systems and
+    ``taskset`` set. macOS has no affinity, so every processor is usable there.
     """
     if hasattr(os, "process_cpu_count"):
         return os.process_cpu_count() or 1

@@ -1,7 +1,7 @@
 """Tasks of the pass: compute the inner products of a tile, and write a ledger chunk from those of its tiles.
 
-A task reads its tiles. Where a tile does not span the model, a second task on a worker adds the segments up in the
-order of the element axis. Tasks get paths and addresses, and what they return is small.
+A task reads one tile. If a tile does not span the model, a second task adds up the segments in the order of the
+element axis. Tasks receive paths and addresses, and return small results.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_seg
 _log = logging.getLogger(__name__)
 
 _thread_cache = threading.local()
-"""Buffers of a worker thread and the trajectory of its job, which it keeps from task to task."""
+"""Buffers of a worker thread and the trajectory of its job, which are kept between tasks."""
 
 Segments = tuple[NDArray[Any], ...]
-"""Tensor of each segment, gram (updates, segments, vectors, vectors), ratio (updates, segments); and of replicates,
-if any, their gram (updates, segments, replicate vectors, replicate vectors)."""
+"""Tensor of each segment, gram (updates, segments, vectors, vectors), ratio (updates, segments) and, if there are
+replicates, their gram (updates, segments, replicate vectors, replicate vectors)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One pass, as its tasks need to know it: two locations, the plan and its limits, never an array.
+    """The description of a pass for its tasks: two locations, the plan and its limits, and no array.
 
-    It travels with every task, so that a worker process needs nothing but its own installation. A ledger in a
-    storage with versions is committed by one process: there, tasks return their ledger chunks to that process.
+    It is sent with every task, so that a worker process needs only its own installation. In a storage with
+    versions, one process commits the ledger, and tasks return their ledger chunks to that process.
 
     Attributes
     ----------
     trajectory, ledger : Storage
     name : str
-        Unique to this job, also on a scheduler that several users share.
+        Unique name of this job, also on a scheduler that several users share.
     plan : PassPlan
     limits : PlanLimits
     compiled : bool
         Read and compute chunks in one compiled loop that does not need the interpreter lock. This requires plain
-        files and no replicates. Otherwise Python hands states to the kernel, with the same bits.
+        files and no replicates. Otherwise Python passes states to the kernel, with the same bits.
     """
 
     trajectory: Storage
@@ -64,17 +64,17 @@ class Job:
 
     @property
     def run(self) -> str:
-        """Name of the run, for the log."""
+        """Name of the run, for log messages."""
         return self.trajectory.parent.name
 
     @property
     def task_bytes(self) -> int:
-        """Bytes that a task reads, about."""
+        """Approximate number of bytes that a task reads."""
         return math.ceil(self.plan.read_bytes / self.plan.tasks)
 
     @property
     def worker_bytes(self) -> int:
-        """Memory of a worker beyond that of an idle process."""
+        """Memory of a worker in addition to that of an idle process."""
         return self.plan.projected_bytes - self.limits.reserved_bytes
 
     @classmethod
@@ -107,12 +107,12 @@ Finished = LedgerChunk | Computed
 
 
 def tile_segments(job: Job, tile: Tile) -> Segments:
-    """Compute the segment ledgers of a tile: of each tensor, or of the part of a tensor in the tile.
+    """Compute the segment ledgers of a tile: one for each tensor, or for the part of a tensor in the tile.
 
-    Each state is read once. Only the last state of the tile, the halo, is read by another task too.
+    Each state is read once. Only the last state of the tile, the halo, is also read by another task.
     """
     fields = {"run": job.run, "updates": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
-    _log.debug("tile begins", extra=fields)
+    _log.debug("tile starts", extra=fields)
     states = _trajectory(job)
     return _joined([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
 
@@ -134,7 +134,7 @@ def _summed(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
 
 
 def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
-    """Compute the segment ledgers of a chunk column, all updates of a read block before the next block."""
+    """Compute the segment ledgers of a chunk column: all updates of a read block, then the next read block."""
     first, last = states.column(column)
     with states.opened(column, tile.last):
         if job.compiled:
@@ -145,7 +145,7 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
                 _block_segments(job, states, tile, column, low, min(low + step, last))
                 for low in range(first, last, step)
             )
-    # Added up here, column by column, so that it does not matter which columns are in one tile.
+    # Sums are taken column by column, so that the bits do not depend on which columns are in one tile.
     indices, *products = parts
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
@@ -176,19 +176,19 @@ def _compiled_segments(job: Job, states: Trajectory, tile: Tile, column: int) ->
 def _read_again(states: Trajectory, name: str, state: int, column: int) -> None:
     """Read a state that the compiled code could not read, to raise the reason.
 
-    Where the read had only been interrupted, it succeeds now, and the pass goes on.
+    If the read was only interrupted, it now succeeds, and the pass continues.
     """
     buffer = np.empty((1, states.chunk[1]), storage_dtype(states.dtypes[name]))
     states.read(name, state, state + 1, column, buffer)
 
 
 def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
-    """Compute the segment ledgers of the elements ``low`` to ``high`` of the model, which are read at a time."""
+    """Compute the segment ledgers of the elements ``low`` to ``high`` of the model, which are read together."""
     blocks = read_blocks(low, high, job.limits.read_block_elements)
     segments = [part for block in blocks for part in states.layout.segments(*block)]
     starts = np.array([start - low for _, start, _ in segments] + [high - low], dtype=np.int64)
     updates, count = tile.stop - tile.start, len(ledger_vectors(HVP in states.dtypes))
-    # No update leads from a state to one of another run or attempt: its products stay NaN.
+    # No update leads from a state to a state of another run or attempt: its products stay NaN.
     products = np.full((updates, len(segments), count, count), np.nan)
     ratio = np.full((updates, len(segments)), np.nan)
     count = len(states.replicate_vectors)
@@ -198,7 +198,7 @@ def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
         start = tile.start + done
         read = {}
         for name in states.logged:
-            # The states that replicates lead to are no states of the run: there is no halo.
+            # The states that replicates lead to are not states of the run, so they have no halo.
             halo = replicate_of(name)[1] is None
             stop = start + more + halo
             read[name] = _read(job, states, name, start, stop, column, (low, high), carried=halo and done > 0)
@@ -236,7 +236,7 @@ def _read(
     *,
     carried: bool,
 ) -> NDArray[Any]:
-    """Read states of a part of a chunk column into a buffer of the worker, the first one carried over."""
+    """Read states of a part of a chunk column into a buffer of the worker; the first may be carried over."""
     first, last = elements
     most = job.plan.read_states
     buffer = _buffer(name, (most + 1, job.plan.read_elements), storage_dtype(states.dtypes[name]))
@@ -253,7 +253,7 @@ def _read(
 
 
 def _trajectory(job: Job) -> Trajectory:
-    """Return the trajectory of a job, which a worker thread opens once for all tasks of the job."""
+    """Return the trajectory of a job. A worker thread opens it once for all tasks of the job."""
     kept: dict[str, Any] = _thread_cache.__dict__
     if kept.get("job") != job:
         kept["job"], kept["trajectory"] = job, Trajectory(job.trajectory)
@@ -262,7 +262,7 @@ def _trajectory(job: Job) -> Trajectory:
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the buffer of this worker thread, made anew where its shape or dtype changes."""
+    """Return the buffer of this worker thread, allocated again if its shape or dtype changes."""
     kept: dict[str, NDArray[Any]] = _thread_cache.__dict__.setdefault("buffers", {})
     if name not in kept or (kept[name].shape, kept[name].dtype) != (shape, dtype):
         kept[name] = np.empty(shape, dtype)
@@ -270,7 +270,7 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[
 
 
 def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segments]) -> Finished:
-    """Add up the segments of a ledger chunk's tiles in the order of the element axis, and write its ledger."""
+    """Add up the segments of the tiles of a ledger chunk in the order of the element axis, and write the chunk."""
     if job.ledger.keeps_versions:
         tensors = len(_trajectory(job).layout.tensors)
         products, ratio, *replicate_products = _summed(tensors, _joined(parts))

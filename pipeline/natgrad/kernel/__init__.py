@@ -1,4 +1,4 @@
-"""The kernel that turns neighbouring states into inner products, and the sums of its results.
+"""Compute inner products of the vectors of neighbouring states, and sum them.
 
-``gram`` and ``stream`` are compiled with numba. ``ledger_sums`` needs NumPy alone.
+``gram`` and ``stream`` are compiled with numba. ``ledger_sums`` needs only NumPy.
 """

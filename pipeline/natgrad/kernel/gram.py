@@ -1,26 +1,26 @@
 """Compute the inner products of the vectors of neighbouring states, in one pass over a tile of training state.
 
-For two neighbouring states of a segment (a tensor, or the part of one that lies in the tile) the vectors are
-formed element by element in float64 and every inner product is accumulated in the same loop, so each stored
-byte is read once and nothing as large as the tile is ever allocated::
+For two neighbouring states of a segment (a tensor, or the part of a tensor in the tile), the vectors are formed
+element by element in float64, and every inner product is accumulated in the same loop. Each stored byte is read
+once, and nothing as large as the tile is allocated::
 
     parameter        p = theta_t                      gradient         g = grad L(theta_t)
     displacement     d = theta_{t+1} - theta_t        gradient_change  e = grad L(theta_{t+1}) - g
-    residual         r = g - c d                      hvp              h = H d, where logged
+    residual         r = g - c d                      hvp              h = H d, if logged
 
-The residual keeps small angles: the part of g orthogonal to d is that of r, and with c near g.d / d.d the
-products r.r and r.d carry it without the cancellation that g.g, g.d and d.d suffer. c is found from a sample
-of the segment and kept beside the products. It need not be exact, but if it is off by one part in n, the angle
-has a floor of 1e-8 / n. If the sums show that the sample misled, the segment is therefore summed once more.
+The residual preserves small angles. The component of g orthogonal to d equals that of r. With c near g.d / d.d, the
+products r.r and r.d contain it without the cancellation that affects g.g, g.d and d.d. c is estimated from a sample
+of the segment and stored with the products. It need not be exact, but if it is off by one part in n, the angle has
+a floor of 1e-8 / n. If the sums show that the estimate is poor, the segment is therefore summed again.
 
-Sums run over blocks of `BLOCK` elements; the blocks' sums are added with their rounding errors carried along,
-so the error does not grow with the length of a segment. The gradient is summed as its two parts,
-r and c d, which costs ten products in place of fifteen.
+Sums run over blocks of `BLOCK` elements. The sums of blocks are added with compensation for their rounding errors,
+so the error does not grow with the length of a segment. The gradient is summed as its two parts, r and c d, which
+takes ten products instead of fifteen.
 
-Why numba: NumPy would write each of the differences and products to memory and read it again, several passes in
-place of one, and the pass is limited by memory bandwidth. A compiled extension would need a build for every
-platform. The intrinsics are there because numba has neither bfloat16 nor float16, and because passing array slices
-to a function of compiled code costs more than summing a short segment (reference counts).
+The kernel uses numba because NumPy would write each difference and product to memory and read it again, which takes
+several passes instead of one, and memory bandwidth limits the pass. A compiled extension would need a build for
+every platform. The intrinsics exist because numba has neither bfloat16 nor float16, and because passing array
+slices to a compiled function takes longer than summing a short segment (reference counts).
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ __all__ = [
 ]
 
 BLOCK = 1024
-"""Elements summed in plain float64 before the sum is carried over to the compensated total."""
+"""Elements summed in plain float64 before the sum is added to the compensated total."""
 
 _CACHE_BLOCK = 16 * BLOCK
-"""Elements that are taken through all updates before the next ones. They are few enough that the next update finds
-its first state in the cache, and many enough that the processor detects sequential reads and reads ahead."""
+"""Elements that are processed for all updates before the next elements. They are few enough for the next update to
+find its first state in the cache, and many enough for the processor to detect sequential reads and prefetch."""
 
 _SAMPLE, _SAMPLES = 64, 16
 """The ratio c is estimated from at most 16 samples of 64 elements, spread evenly over a segment."""
 
 _NEARLY_PARALLEL = 2.0**-40
-"""Residuals below 1e-6 of the gradient carry the angle to 1e-14 even where they lie along the displacement."""
+"""A residual below 1e-6 of the gradient gives the angle to 1e-14 even if it is parallel to the displacement."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def entry(**options: Any) -> Callable[[_Function], _Function]:
-    """Compile a function that Python calls. No wrapper for calls by address is made.
+    """Compile a function that Python calls. It has no wrapper for calls by address.
 
     Parameters
     ----------
     **options
-        Further options of `numba.njit`.
+        Additional options of `numba.njit`.
     """
     compiler: Any = njit  # its annotations lack the options for wrappers
     function: Callable[[_Function], _Function] = compiler(cache=True, nogil=True, no_cfunc_wrapper=True, **options)
@@ -80,17 +80,17 @@ def inner(**options: Any) -> Callable[[_Function], _Function]:
     Parameters
     ----------
     **options
-        Further options of `numba.njit`.
+        Additional options of `numba.njit`.
     """
     return entry(no_cpython_wrapper=True, **options)
 
 
-# Sums may be reordered, which lets the compiler use vector registers; NaN and infinity stay what they are.
+# Sums may be reordered, so that the compiler can use vector registers. NaN and infinity are preserved.
 _REORDER = {"reassoc", "contract", "nsz"}
 
 
 # Stored words to float64 --------------------------------------------------------------------------------------
-# bfloat16 arrives as uint16 and float16 as int16 (its bits), as the compiler has neither type.
+# bfloat16 is passed as uint16 and float16 as int16 (its bits), because the compiler has neither type.
 
 
 def _bfloat16(typing_context: Any, bits: Any) -> Any:
@@ -127,7 +127,7 @@ def _widen_compiled(word: Any) -> Any:
 
 
 def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any:
-    """Make the code of `pointer`."""
+    """Generate the code of `pointer`."""
     pointer = types.CPointer(like.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -140,9 +140,9 @@ pointer: Any = intrinsic(_to_pointer)
 """Return a pointer to the elements of a state from the first on: ``pointer(address, first, like)``.
 
 It is for compiled code; ``like`` is an array or pointer with elements of the same type. A slice of an array would
-do, but compiled code counts the references to an array at each call that gets one, and that takes longer than the
-sums of a short segment. For the same reason the steps that run once for each short segment are inlined by force;
-inlining more would take longer to compile than it saves.
+also work, but compiled code counts the references to an array at each call that takes one, which takes longer than
+the sums of a short segment. For the same reason, functions that run once for each short segment are always inlined;
+inlining more functions would take longer to compile than it saves.
 """
 
 
@@ -213,7 +213,7 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> 
             dg += more[0]
             dd += more[1]
     if dd == 0.0:
-        # Fewer than two samples, or a sparse update that they missed: take all elements.
+        # Fewer than two samples, or a sparse update that they missed: use all elements.
         dg, dd = _sample(pointer(p0, first, like[0]), pointer(p1, first, like[0]), pointer(g0, first, like[1]), n)
     ratio = dg / dd if dd > 0.0 else 0.0
     return ratio if np.isfinite(ratio) else 0.0
@@ -221,14 +221,14 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> 
 
 @inner(forceinline=True)
 def _missing(c: float, sums: Any) -> Any:
-    """Return the correction of a ratio: zero, unless the sums show that the sample misled."""
+    """Return the correction of a ratio: zero, unless the sums show that the estimate is poor."""
     dd, rd, rr = sums[4], sums[6], sums[9]
     if not np.isfinite(dd):
-        # The sample missed it: a displacement that is not finite has no ratio.
+        # The sample missed an element that is not finite: such a displacement has no ratio.
         return -c
     gg = rr + 2.0 * c * rd + c * c * dd
     if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
-        # Most of the residual lies along the displacement, so its own sums give a better ratio.
+        # Most of the residual is parallel to the displacement, so its own sums give a better ratio.
         return rd / dd
     return 0.0
 
@@ -247,10 +247,10 @@ def _sum_blocks(
     error: Any,
     part: Any,
 ) -> None:
-    """Sum the products of all vectors but the gradient over the blocks of a segment.
+    """Sum the products of all vectors except the gradient over the blocks of a segment.
 
-    A cache block is taken through all updates before the next one. The state after an update is then still in the
-    cache when it is the state before the next update.
+    A cache block is processed for all updates before the next cache block. The state after an update is then still
+    in the cache when it is the state before the next update.
     """
     sums = total.shape[1]
     for t in rows:
@@ -274,7 +274,7 @@ def _sum_blocks(
                     total[t, k] = new
     for t in rows:
         for k in range(sums):
-            # An overflow leaves inf - inf in the error: the infinite total is then the right result.
+            # After an overflow the error is inf - inf; the infinite total is then the correct result.
             if np.isfinite(error[t, k]):
                 total[t, k] += error[t, k]
 
@@ -332,14 +332,14 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
     rows, segments = gram.shape[0], gram.shape[1]
     sums = _SUMS_WITH_HVP if gram.shape[2] == 6 else _SUMS
     total, error, part = np.empty((rows, sums)), np.empty((rows, sums)), np.empty(sums)
-    # Only the types of `like` are needed, and pointers carry them at no cost.
+    # Only the types of `like` are needed, and pointers have them at no cost.
     null = np.uintp(0)
     words = pointer(null, 0, like[0]), pointer(null, 0, like[1]), pointer(null, 0, like[2])
     end = 0
     for begin in range(segments):
         if begin < end:
             continue
-        # Segments of a block or less go through all updates together, as many as a cache block holds.
+        # Segments of at most one block are processed together for all updates, as many as fit into a cache block.
         end = begin
         while end < segments and starts[end + 1] <= min(starts[end] + BLOCK, starts[begin] + _CACHE_BLOCK):
             end += 1
@@ -350,7 +350,7 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
                 g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
                 c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n)
                 for attempt in range(2):
-                    # There is one block only, so there is no rounding error to carry along.
+                    # There is only one block, so there is no rounding error to compensate.
                     _block(p0, p1, g0, g1, n, c, part)
                     if h is not None:
                         _hvp_block(p0, p1, g0, g1, pointer(h[t], first, words[2]), n, c, part)
@@ -384,10 +384,10 @@ def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
 
 
 def _addresses(blocks: Sequence[NDArray[Any]], elements: int) -> NDArray[np.uintp]:
-    """Return the address of each state of the blocks. The compiled code reads them without further checks."""
+    """Return the address of each state of the blocks. The compiled code reads there without further checks."""
     for block in blocks:
         if block.dtype != blocks[0].dtype or block.strides[1] != block.itemsize or block.shape[1] < elements:
-            raise ValueError(f"states must be of one dtype, contiguous, and have {elements} elements")
+            raise ValueError(f"states must have one dtype, be contiguous, and have at least {elements} elements")
     first = [block.__array_interface__["data"][0] for block in blocks]
     rows = [start + np.arange(len(block)) * block.strides[0] for start, block in zip(first, blocks, strict=True)]
     return np.concatenate(rows).astype(np.uintp)
@@ -406,38 +406,36 @@ def products(
     Parameters
     ----------
     parameter, gradient : sequence of arrays, shape (some states, elements)
-        States of updates + 1 consecutive logged steps, in one block of states or in several that lie anywhere: the
-        last state is the halo. float16, float32, float64, bfloat16, or bfloat16 as its bits in uint16; contiguous
-        along the elements.
+        States of updates + 1 consecutive logged steps, in one block of states or in several at any address. The
+        last state is the halo. The dtype is float16, float32, float64, bfloat16, or uint16 with the bits of
+        bfloat16. The elements of a state are contiguous.
     starts : int64 array, shape (segments + 1,)
-        Segment s is the elements ``starts[s]`` to ``starts[s + 1]``; elements beyond the last are padding.
+        Segment s has the elements ``starts[s]`` to ``starts[s + 1]``. Elements after the last segment are padding.
     gram : float64 array, shape (updates, segments, vectors, vectors)
-        Written: the inner products, in the order of `natgrad.schema.names.VECTORS`.
+        Output: the inner products, in the order of `natgrad.schema.names.VECTORS`.
     ratio : float64 array, shape (updates, segments)
-        Written: the ratio c of the residual, gradient per displacement.
+        Output: the ratio c of the residual, gradient per displacement.
     hvp : sequence of arrays, shape (some updates, elements), optional
-        Hessian-vector products H (theta_{t+1} - theta_t) of at least as many updates, where logged.
+        Hessian-vector products H (theta_{t+1} - theta_t) of at least as many updates, if logged.
 
     Raises
     ------
     ValueError
         If there are too few states or elements, or they are not contiguous.
 
-    Notes
-    -----
-    Releases the interpreter lock. The bits of an update depend on its two states and `starts` alone, not on how
-    many updates are computed together. A segment whose displacement is zero or not finite has ratio 0. If the
-    displacement is not finite, every product with the gradient is NaN or infinite.
+    Notes ----- The function releases the interpreter lock. The bits of an update depend only on its two states and
+    `starts`, not on the number of updates computed together. A segment whose displacement is zero or not finite has
+    ratio 0. If the displacement is not finite, every product with the gradient is NaN or infinite.
 
-    Ten products are summed (fifteen with the Hessian-vector product); those of the gradient follow from
-    g = r + c d. Neither part is longer than g but for a small factor, so they are as accurate as sums of their own.
+    Ten products are summed (fifteen with the Hessian-vector product). Those of the gradient follow from g = r + c
+    d. Neither part exceeds g by more than a small factor, so they are as accurate as direct sums.
     """
     rows = len(gram)
     blocks = [words_of(array) for array in (parameter, gradient, hvp or parameter)]
     parameters, gradients, hvps = (_addresses(array, int(starts[-1])) for array in blocks)
     if min(len(parameters), len(gradients)) <= rows or len(hvps) < rows:
         raise ValueError(f"{rows} updates need {rows + 1} states")
-    # The compiled code gets addresses, and an empty array for the type of each.
+    # The compiled code receives addresses, and an empty array for the type of each array.
     like = tuple(np.empty(0, array[0].dtype) for array in blocks)
     row_products(parameters, gradients, None if hvp is None else hvps, like, starts, gram, ratio)
 
@@ -445,7 +443,7 @@ def products(
 # Replicates ---------------------------------------------------------------------------------------------------
 
 _REPLICATE_VALUES = 16 * BLOCK
-"""Values of all vectors of the replicates that are formed at a time, about. They stay in the cache."""
+"""Approximate number of values of all replicate vectors that are formed at a time. They fit into the cache."""
 
 
 @inner()
@@ -516,7 +514,7 @@ def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, 
                 for j in range(count):
                     _dots(values, j, n, part)
                     for k in range(j, count):
-                        # As in the sums of the ledger, the rounding error of each is carried along (Knuth).
+                        # As in the sums of the ledger, the rounding error of each sum is compensated (Knuth).
                         new = total[j, k] + part[k]
                         added = new - total[j, k]
                         error[j, k] += (total[j, k] - (new - added)) + (part[k] - added)
@@ -543,12 +541,12 @@ def replicate_products(
     parameter, gradient : sequence of arrays, shape (some states, elements)
         States and their gradients, as for `products`; no halo is needed.
     replicates : sequence, length R, of the same
-        States that each replicate of the update leads to.
+        States to which each replicate of the update leads.
     starts : int64 array, shape (segments + 1,)
     gram : float64 array, shape (updates, segments, vectors, vectors)
-        Written: the inner products, in the order of `natgrad.schema.names.replicate_vectors`.
+        Output: the inner products, in the order of `natgrad.schema.names.replicate_vectors`.
     hvps : sequence, length R, of the same, optional
-        Hessian times the displacement of each replicate, where logged.
+        Hessian times the displacement of each replicate, if logged.
 
     Raises
     ------
@@ -557,19 +555,19 @@ def replicate_products(
 
     Notes
     -----
-    Releases the interpreter lock. The bits of an update depend on its states and `starts` alone. Means and
-    deviations are formed in float64, some hundred elements at a time.
+    The function releases the interpreter lock. The bits of an update depend only on its states and `starts`. Means
+    and deviations are formed in float64, some hundred elements at a time.
     """
     rows, elements = len(gram), int(starts[-1])
     words = [words_of(array) for array in (parameter, gradient, *replicates, *hvps)]
     found = [_addresses(array, elements)[:rows] for array in words]
     if min(map(len, found)) < rows:
-        raise ValueError(f"{rows} updates need as many states of each replicate")
+        raise ValueError(f"{rows} updates need {rows} states of each replicate")
     first_hvp = 2 + len(replicates)
     dtypes = {index: words[index][0].dtype for index in (0, 1, 2, first_hvp if hvps else 2)}
     for index, array in enumerate(words[2:], start=2):
         if array[0].dtype != dtypes[2 if index < first_hvp else first_hvp]:
-            raise ValueError("replicates must be of one dtype")
+            raise ValueError("all replicates must have the same dtype")
     like = tuple(np.empty(0, dtypes[index]) for index in (0, 1, 2, first_hvp if hvps else 2))
     hvp_addresses = np.stack(found[first_hvp:]) if hvps else np.empty((0, rows), np.uintp)
     _replicate_products(found[0], found[1], np.stack(found[2:first_hvp]), hvp_addresses, like, starts, gram)

@@ -1,4 +1,4 @@
-"""Sum ledgers of segments to ledgers of tensors, with NumPy alone, and bound their rounding error."""
+"""Sum the ledgers of segments to ledgers of tensors with NumPy, and bound their rounding error."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DISPLACEMENT, _GRADIENT, _RESIDUAL = map(VECTORS.index, ("displacement", "gradi
 
 
 def roundoff_bound(elements: int) -> float:
-    """Return the bound of the rounding error of an inner product x.y, as a multiple of |x||y|.
+    """Return a bound of the rounding error of an inner product x.y, as a multiple of |x||y|.
 
     Sums of ``n`` float64 products in any order differ from each other and from the exact value by at most
-    ``4 sqrt(n) u`` with u = 2**-53 (rounding errors of a long sum behave as independent; the
-    worst case is ``n u / (1 - n u)``, Higham, Accuracy and Stability, section 3.1).
+    ``4 sqrt(n) u`` with u = 2**-53, because rounding errors of a long sum behave as if independent. The worst case
+    is ``n u / (1 - n u)`` (Higham, Accuracy and Stability, section 3.1).
 
     Parameters
     ----------
@@ -35,10 +35,10 @@ def roundoff_bound(elements: int) -> float:
 def combine(
     gram: NDArray[np.float64], ratio: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the ledger of several segments as one, for example of the parts of one tensor.
+    """Combine the ledgers of several segments, for example of the parts of one tensor.
 
-    Inner products of stacked vectors are sums. The residuals must first be brought to one ratio, by
-    r' = r + (c - c') d with c' = sum(g.d) / sum(d.d), the ratio that makes the joint residual smallest.
+    The inner products of stacked vectors are sums. The residuals must first be converted to one ratio, by
+    r' = r + (c - c') d with c' = sum(g.d) / sum(d.d), the ratio that minimizes the joint residual.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def combine(
     with np.errstate(invalid="ignore", over="ignore"):
         moved[..., _RESIDUAL, :] += shift * gram[..., _DISPLACEMENT, :]
         moved[..., :, _RESIDUAL] += shift * moved[..., :, _DISPLACEMENT]
-        # Both updates have reached the corner: r.r + shift d.r, then shift (r.d + shift d.d) on top.
+        # The element r.r receives both terms: r.r + shift d.r, and then shift (r.d + shift d.d).
         return moved.sum(axis=-3), common
 
 
@@ -71,14 +71,14 @@ def add_segments(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the ledger of each tensor from the ledgers of its segments, in the order of the element axis.
 
-    If every tensor is one segment, the ledgers are returned, not copied.
+    If every tensor is one segment, the ledgers are returned without a copy.
 
     Parameters
     ----------
     tensors : int
-        Number of tensors; one without a segment (no elements) has products 0.
+        Number of tensors. The products of a tensor without elements, which has no segment, are 0.
     indices : int64 array, shape (segments,)
-        Tensor of each segment, not decreasing.
+        Tensor of each segment, non-decreasing.
     gram : float64 array, shape (updates, segments, vectors, vectors)
     ratio : float64 array, shape (updates, segments)
 

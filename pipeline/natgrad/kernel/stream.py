@@ -1,10 +1,10 @@
-"""Read states from files into a small buffer and compute their inner products from there, in one compiled loop.
+"""Read states from files into a small buffer and compute their inner products there, in one compiled loop.
 
-Two states of a read block stay in the cache of a core, so memory is read once and nothing else crosses it. Short
-states are read many at once.
+Two states of a read block fit into the cache of a core, so memory is read only once. Short states are read
+together.
 
-Why a compiled loop: between one state and the next there is neither Python nor the interpreter lock. Threads do not
-wait for each other, and short states do not pay for calls from Python.
+The loop is compiled because neither Python nor the interpreter lock is then needed between states. Threads do not
+wait for each other, and short states do not incur the cost of calls from Python.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from natgrad.kernel.gram import entry, inner, pointer, row_products, words_of
 __all__ = ["Located", "buffer_bytes", "products", "read"]
 
 Located = tuple[NDArray[np.int32], NDArray[np.int64]]
-"""Location of states: the descriptor of an open file and the first byte there; two arrays of shape (states,)."""
+"""Location of states: descriptors of open files, and offsets of the first bytes; two arrays of shape (states,)."""
 
-# The function of the C library. Python's function takes the interpreter lock before and after each call.
+# The function of the C library. Python's function acquires and releases the interpreter lock at each call.
 _pread: Any = types.ExternalFunction(
     "pread", types.intp(types.intc, types.CPointer(types.uint8), types.uintp, types.int64)
 )
@@ -48,9 +48,9 @@ def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
 def _read_states(
     descriptors: Any, offsets: Any, first: int, stop: int, shift: int, size: int, stride: int, address: Any
 ) -> int:
-    """Read a part of states to addresses ``stride`` bytes apart: complete ones that follow each other, at once.
+    """Read a part of each state to addresses ``stride`` bytes apart; contiguous complete states are read at once.
 
-    Returns the first state that cannot be read, -1 if all can.
+    Returns the first state that cannot be read, or -1 if all were read.
     """
     state = first
     while state < stop:
@@ -83,16 +83,16 @@ def _read_batch(
     buffer: Any,
     addresses: Any,
 ) -> Any:
-    """Read a part of states of every array to its buffer; note their addresses after that of the last one before.
+    """Read a part of states of every array to its buffer, and record their addresses after that of the last batch.
 
-    Returns array and state of the first failure, (-1, -1) if all can be read.
+    Returns the array and state of the first failure, or (-1, -1) if all were read.
     """
     batch = addresses.shape[1] - 1
     for array in range(descriptors.shape[0]):
         size = itemsizes[array]
-        # Batches alternate between the halves of a buffer, because the last state before is needed once more.
+        # Batches alternate between the halves of a buffer, because the last state of a batch is needed again.
         address = buffer + np.uintp(begin // batch % 2 * batch * stride * size)
-        # A Hessian-vector product belongs to an update: the last state has none.
+        # A Hessian-vector product belongs to an update, so the last state has none.
         stop = min(end, descriptors.shape[1] - 1) if array == 2 else end
         failed = _read_states(
             descriptors[array], offsets[array], begin, stop, low * size, width * size, stride * size, address
@@ -125,7 +125,7 @@ def _stream(
     gram: Any,
     ratio: Any,
 ) -> Any:
-    """Return array and state of the first failure, else (-1, -1); p, g and h are the rows of ``addresses``."""
+    """Return the array and state of the first failure, or (-1, -1). p, g and h are the rows of ``addresses``."""
     updates, batch = leads.size, addresses.shape[1] - 1
     last_segment = 0
     for block in range(lows.size):
@@ -183,12 +183,12 @@ def products(
     dtypes : sequence of dtype
         Dtype of each.
     boundaries : sequence of int64 arrays, shape (segments of the read block + 1,)
-        For each read block of the states: the elements where its segments begin, and where the last one ends.
+        For each read block of the states: the first elements of its segments, and the end of the last segment.
     stride : int
-        Elements from one state in the buffer to the next: those of the longest read block. If a state in its file
-        is one read block of this length, states are read together.
+        Elements from one state in the buffer to the next: the length of the longest read block. If a state in its
+        file is one read block of this length, states are read together.
     batch : int
-        States read before they are computed.
+        Number of states that are read before their products are computed.
     leads : bool array, shape (updates,)
         True if an update leads from a state to the next. Otherwise its products are NaN.
     buffer : uint8 array, of `buffer_bytes`
@@ -199,13 +199,13 @@ def products(
     Returns
     -------
     (int, int) or None
-        Array and state where reading failed: the file is too short, or the system reports an error. The outputs are
-        then undefined.
+        Array and state for which reading failed, because the file is too short or the system reports an error. The
+        outputs are then undefined.
 
     Raises
     ------
     ValueError
-        If a read block is longer than ``stride``, or the buffer too small.
+        If a read block is longer than ``stride``, or the buffer is too small.
     """
     if max(int(block[-1] - block[0]) for block in boundaries) > stride:
         raise ValueError(f"a read block is longer than {stride} elements")
@@ -242,13 +242,13 @@ def products(
 
 
 def read(file: Located, first: int, out: NDArray[Any]) -> int | None:
-    """Read a part of states, from an element on.
+    """Read a part of each state, starting at an element.
 
     Parameters
     ----------
     file : Located
     first : int
-        First element to read of each state.
+        First element of each state to read.
     out : array, shape (states, elements)
         Written; elements of a state are contiguous.
 

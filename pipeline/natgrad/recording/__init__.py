@@ -1,4 +1,4 @@
-"""Recorders that run inside a training process. They need only NumPy and safetensors."""
+"""Record training runs from inside the training process. This package needs only NumPy and safetensors."""
 
 from natgrad.recording.recorder import Recorder
 

@@ -28,20 +28,20 @@ def _write_npz(file: IO[bytes], arrays: dict[str, Any]) -> None:
     np.savez(file, **arrays)
 
 
-# Container to its writer and the dtypes of STORAGE_DTYPES that it cannot store.
+# Writer of each container, and the dtypes of STORAGE_DTYPES that the container cannot store.
 _WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays], None], frozenset[str]]] = {
     "safetensors": (_write_safetensors, frozenset()),
     "npz": (_write_npz, frozenset({"bfloat16"})),
 }
 
 CONTAINERS = tuple(_WRITERS)
-"""Containers of a step: the suffixes of ``step_<N>.<container>``."""
+"""Containers of a step, which are the suffixes of ``step_<N>.<container>``."""
 
 
 class Recorder:
     """Write one run into a folder, with one file ``step_<N>.<container>`` per step.
 
-    A step is written under a temporary name and then renamed, so a reader sees a complete file or none.
+    A step is written under a temporary name and then renamed, so a reader sees either the complete file or no file.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Recorder:
             raise InputError(
                 f"the folder already contains steps ({', '.join(sorted(present))})",
                 where=str(self.folder),
-                why="another run was logged there, and two runs in one folder would be read as one",
+                why="another run was logged there, and two runs in one folder would be read as one run",
                 remedy="use an empty folder, or resume the run (resume=True) in the container of its first steps",
             )
         self.folder.mkdir(parents=True, exist_ok=True)

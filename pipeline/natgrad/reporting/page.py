@@ -1,7 +1,7 @@
-"""The report page: Figure 3 of the paper from the results of one or several runs, with tables and warnings.
+"""Write the report page: Figure 3 of the paper for one or several runs, with tables and warnings.
 
 The page is one self-contained file: figures are vector graphics, there is no script, and nothing is downloaded. It
-is made from results alone, so equal results give equal bytes.
+depends only on the results, so equal results give equal bytes.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from natgrad.storage import Location, open_storage
 __all__ = ["STATUS_MEANING", "WINDOW_FACTS", "write_report"]
 
 STATUS_MEANING: dict[Status, str] = {
-    Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist and are drawn.",
-    Status.ORTHOGONAL: "y·g = 0: to first order the update leaves the loss alone; no metric exists.",
-    Status.OBTUSE: "y·g < 0: to first order the update raises the loss logged with its gradient; no metric exists.",
-    Status.ZERO_UPDATE: "The parameters did not change: there is no direction, hence no angle and no metric.",
-    Status.ZERO_GRADIENT: "The gradient is zero: there is no direction to descend, hence no angle and no metric.",
-    Status.NON_FINITE: "A parameter or a gradient is NaN or infinite, as in a run that diverged.",
-    Status.NO_LEARNING_RATE: "No positive learning rate was logged or given (natgrad analyze --learning-rate).",
-    Status.UNVERIFIABLE: "The update is no larger than the rounding of the stored parameters, so its direction "
-    "cannot be told; log the parameters in a wider type.",
-    Status.NOT_LOGGED: "Another run of the sweep has logged this step, this one has not.",
+    Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist.",
+    Status.ORTHOGONAL: "y·g = 0: to first order the update does not change the loss. No metric exists.",
+    Status.OBTUSE: "y·g < 0: to first order the update raises the loss. No metric exists.",
+    Status.ZERO_UPDATE: "The parameters did not change, so the update has no direction, no angle and no metric.",
+    Status.ZERO_GRADIENT: "The gradient is zero, so it has no direction, and there is no angle and no metric.",
+    Status.NON_FINITE: "A parameter or a gradient is NaN or infinite, for example because the run diverged.",
+    Status.NO_LEARNING_RATE: "The log has no positive learning rate. Set it with natgrad analyze --learning-rate.",
+    Status.UNVERIFIABLE: "The update is not larger than the rounding of the stored parameters, so its direction "
+    "is not known. Log the parameters in a wider dtype.",
+    Status.NOT_LOGGED: "This run of the sweep did not log the step; another run did.",
 }
 """Meaning of each status, for readers of the curves."""
 
 _AGAINST = {
-    "gradient": "against the gradient",
-    "corrected": "against the discrete gradient of eq. (12): the loss fell",
-    "trapezoid": "against the mean gradient of both ends, so corrected: the loss fell",
-    "taylor": "against the discrete gradient of eq. (16), where Hessian-vector products were logged",
+    "gradient": "with the gradient",
+    "corrected": "with the discrete gradient of eq. (12): the loss decreased",
+    "trapezoid": "with the corrected mean gradient of both states, eq. (12): the loss decreased",
+    "taylor": "with the discrete gradient of eq. (16), if Hessian-vector products were logged",
 }
 
 
 def write_report(
     trees: Mapping[str, xr.DataTree], page: Location, *, compared_runs: int = figures.COMPARED_RUNS
 ) -> Location:
-    """Write the page of one run or of several together.
+    """Write the report page of one or several runs.
 
-    Panel A of Figure 3 has the points of all runs. Each run then has its spectrum and its loss (the paper's B and
-    C, D and E), its angles and condition numbers, and tables. If results have no finite value, or no step, the page
-    says so.
+    Panel A of Figure 3 has the points of all runs. Each run has its spectrum and its loss (panels B and C, D and E
+    of the paper), its angles and condition numbers, and tables. If results have no finite value or no step, the
+    page states this.
 
     Parameters
     ----------
@@ -62,12 +62,12 @@ def write_report(
     page : str, Path or Storage
         The HTML file. It is replaced atomically.
     compared_runs : int
-        Number of runs up to which they are drawn side by side.
+        Largest number of runs that are drawn in one figure for comparison.
 
     Returns
     -------
     str, Path or Storage
-        The page, as given.
+        The argument ``page``.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[
     """Return the variables of the template for one run."""
     status = run["status"]
     letter_of_spectrum, letter_of_loss = next(letters), next(letters)
-    # If a model has one tensor, the tensor is the model, which has been drawn.
+    # If a model has one tensor, the tensor is the model, which is drawn already.
     shown = run.largest_tensors() if len(run.steps) and run.tensors.sizes[TENSOR] > 1 else []
     return {
         "anchor": anchor,
@@ -189,7 +189,7 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     facts |= _window_facts(run)
     bounded = run.model.get("shifted_metric")
     if bounded is not None:
-        # With the discrete gradient, to which the metric Mbar of eq. (17) belongs.
+        # The metric Mbar of eq. (17) belongs to the discrete gradient.
         flags = bounded.sel({DESCENT: "corrected", WINDOW: 1}).values
         known = int((flags != ShiftedMetric.UNKNOWN).sum())
         if known:
@@ -199,7 +199,7 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
 
 
 def _window_facts(run: figures.RunResults) -> dict[str, str]:
-    """Return the number of updates over which the run always descends."""
+    """Return the smallest windows over which the run always descends."""
     facts = {}
     for name, text in WINDOW_FACTS.items():
         if name not in run.model:
@@ -214,17 +214,17 @@ def _window_facts(run: figures.RunResults) -> dict[str, str]:
 
 
 WINDOW_FACTS = {
-    "effective_window": "Smallest window that is always effective",
-    "decreasing_window": "Smallest window over which the loss always falls",
+    "effective_window": "Smallest window over which updates are always effective",
+    "decreasing_window": "Smallest window over which the loss always decreases",
 }
-"""Variables that the page shows as facts, and their labels."""
+"""Labels of the variables of windows that the page shows as facts."""
 
 
 def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
     """Explain the gaps of the curves."""
     updates = len(status)
     if not updates:
-        return ["There is no update: a run needs two logged states."]
+        return ["The run has no update: an update requires two logged states."]
     found = []
     for member, meaning in STATUS_MEANING.items():
         missing = status == member
@@ -235,21 +235,21 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
                 f"{_step_ranges(run.steps, missing)}. {meaning}"
             )
     if found and not (status == Status.EFFECTIVE).any():
-        found.insert(0, "No update is effective: there is no metric to draw.")
+        found.insert(0, "No update is effective, so there is no metric to draw.")
     if not np.isfinite(run["loss"]).any():
-        found.append("No finite loss was logged: there is no loss curve, and the discrete gradient is not defined.")
+        found.append("No finite loss was logged, so there is no loss curve and no discrete gradient.")
     return found
 
 
 def _step_ranges(steps: NDArray[np.float64], mask: NDArray[np.bool_], most: int = 4) -> str:
-    """Name the steps of a mask as ranges."""
+    """Format the steps of a mask as ranges."""
     masked = np.flatnonzero(mask)
     ranges = np.split(masked, np.flatnonzero(np.diff(masked) > 1) + 1)
     texts = [
         f"{steps[part[0]]:.0f}" + (f"–{steps[part[-1]]:.0f}" if len(part) > 1 else "") for part in ranges[:most]
     ]
     more = len(ranges) - most
-    tail = f" and {more} more {'place' if more == 1 else 'places'}" if more > 0 else ""
+    tail = f" and {more} more {'range' if more == 1 else 'ranges'}" if more > 0 else ""
     return f"{'step' if len(masked) == 1 else 'steps'} {', '.join(texts)}{tail}"
 
 
@@ -263,7 +263,8 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
             complete = max(len(run.steps) - m + 1, 0)
             status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:complete]
             effective = int((status == Status.EFFECTIVE).sum())
-            # If no update can be judged, data that this gradient needs were not logged: 0 % would be wrong.
+            # If no update has a known status, data that this gradient needs were not logged, and 0 % would be
+            # wrong.
             known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
             shares[descent].append(
                 {
@@ -293,15 +294,15 @@ def _replicates(found: xr.Dataset) -> dict[str, Any]:
 
 _REPLICATE_LABELS = {
     "angle": "Angle ψ of the mean update (rad)",
-    "angle_error": "Its standard error (rad)",
+    "angle_error": "Standard error of ψ (rad)",
     "replicate_angle": "Angle ψ of each draw (rad)",
     "condition_number": "Condition number κ of the mean update",
-    "condition_number_error": "Its standard error",
+    "condition_number_error": "Standard error of κ",
     "loss_decrease": "Mean decrease of the loss",
-    "loss_decrease_error": "Its standard error",
-    "learning_rate_bound": "Learning rate up to which eq. (19) is a metric",
+    "loss_decrease_error": "Standard error of the mean decrease",
+    "learning_rate_bound": "Largest learning rate for which eq. (19) is a metric",
 }
-"""Variables of the replicates, and their labels."""
+"""Labels of the variables of replicates."""
 
 
 def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Figures 1 to 3 of the paper from the user's own runs, and the paper's numbers beside theirs.
+"""Draw Figures 1 to 3 of the paper from runs, and compare the numbers of the paper with those of the runs.
 
-``python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]`` draws from the folders of three
-processed runs: one of two parameters and a quadratic loss (Figures 1 and 2), and one for each half of Figure 3.
-From further runs like the first, from the same state at other learning rates, it draws the convergence of the
-discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories and
-results.
+``python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]`` uses the folders of three processed
+runs: one with two parameters and a quadratic loss (Figures 1 and 2), and one for each half of Figure 3. From
+additional runs that start at the same state as the first but have other learning rates, it draws the convergence of
+the discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories
+and results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _POINTS = 721
 
 @dataclass(frozen=True)
 class Plane:
-    """A run of two parameters, with the quadratic loss that its gradients determine.
+    """A run with two parameters, and the quadratic loss that its gradients determine.
 
     Attributes
     ----------
@@ -57,20 +57,22 @@ class Plane:
         Raises
         ------
         InputError
-            If the run does not have two parameters, in float64.
+            If the run does not have exactly two parameters, in float64.
         """
         trajectory = open_trajectory(path)
         if trajectory.layout.elements != 2:
             raise InputError(
                 f"a run of {trajectory.layout.elements} parameters cannot be drawn in a plane",
                 where=str(path),
-                remedy="log one: python -m natgrad.experiments linear-system FOLDER --dimension 2",
+                remedy="log a run of two: python -m natgrad.experiments linear-system FOLDER --dimension 2",
             )
         arrays = []
         for name in ("parameter", "gradient"):
             if trajectory.dtypes[name] != "float64":
                 raise InputError(
-                    f"{name} of dtype {trajectory.dtypes[name]}", where=str(path), remedy="log float64"
+                    f"{name} has dtype {trajectory.dtypes[name]}, not float64",
+                    where=str(path),
+                    remedy="log float64",
                 )
             arrays.append(np.empty((trajectory.n_states, 2)))
             trajectory.read(name, 0, trajectory.n_states, 0, arrays[-1])
@@ -88,18 +90,18 @@ class Plane:
         known = np.column_stack([self.states, np.ones(len(self.states))])
         solution, _, rank, _ = np.linalg.lstsq(known, self.gradients)
         hessian = solution[:2].T
-        # The square root of the unit roundoff: rounding stays far below it, other losses do not.
+        # The square root of the unit roundoff: rounding errors are far smaller, deviations of other losses are not.
         off = max(np.abs(known @ solution - self.gradients).max(), np.abs(hessian - hessian.T).max())
         if rank < 3 or not off <= 2.0**-26 * np.abs(self.gradients).max():
             raise InputError(
                 "no quadratic loss has the gradients of the run",
-                why=f"the best one is off by {off:.3g}, from states of rank {rank}",
+                why=f"the best fit is off by {off:.3g}, and the states have rank {rank}",
                 remedy="pass a linear system of dimension 2",
             )
         return np.asarray((hessian + hessian.T) / 2.0)
 
     def loss(self, points: Array) -> Array:
-        """Return the loss of points of the plane, shape (..., 2), from the first state."""
+        """Return the loss at points of the plane, shape (..., 2), expanded at the first state."""
         away = points - self.states[0]
         quadratic = np.einsum("...i,ij,...j->...", away, self.hessian(), away) / 2.0
         return np.asarray(self.losses[0] + away @ self.gradients[0] + quadratic)
@@ -110,13 +112,13 @@ class Plane:
         return -self.gradients[step], moved / self.learning_rates[step]
 
     def distance(self) -> tuple[float, float]:
-        """Measure how far the first discrete gradient and its metric are from those of the gradient.
+        """Measure the distance of the first discrete gradient and its metric from the gradient and its metric.
 
         Returns
         -------
         turned, moved : float
-            |psi_bar - psi|, in radian, and |Mbar - M| / |M| of the metrics of smallest condition number. H of a
-            quadratic loss does not depend on the point, so eq. (16) has only one ybar.
+            |psi_bar - psi| in radian, and |Mbar - M| / |M| of the metrics with the smallest condition number. The H
+            of a quadratic loss does not depend on the point, so eq. (16) has only one ybar.
         """
         y, g = self.update(0)
         discrete = y - self.learning_rates[0] * self.hessian() @ g / 2.0
@@ -134,7 +136,7 @@ class Plane:
 def write_figures(
     folder: Path, plane: Plane, linear: RunResults, network: RunResults, others: Sequence[Plane] = ()
 ) -> list[Path]:
-    """Write Figures 1, 2, 3A to 3E as SVG, and ``numbers.md``: the paper's numbers beside those of the runs.
+    """Write Figures 1, 2, 3A to 3E as SVG, and the numbers of the paper and of the runs to ``numbers.md``.
 
     Parameters
     ----------
@@ -142,14 +144,14 @@ def write_figures(
         Created if it does not exist.
     plane : Plane
     linear, network : RunResults
-        Runs of panels B and C, and of D and E.
+        Runs for panels B and C, and for panels D and E.
     others : sequence of Plane
-        Runs like the first, from the same state at other learning rates, for ``limit.svg``.
+        Runs from the same state as ``plane`` with other learning rates, for ``limit.svg``.
 
     Returns
     -------
     list of Path
-        Written files.
+        The written files.
 
     Raises
     ------
@@ -158,7 +160,7 @@ def write_figures(
     """
     step = shown_step(plane)
     y, g = plane.update(step)
-    # Half of the step of steepest descent along the stiffest direction.
+    # Half of the step of steepest descent in the direction of largest curvature.
     size = float(np.linalg.norm(y) / np.linalg.norm(plane.hessian(), 2)) / 2.0
     every = range(0, len(plane.states) - 1, max(1, (len(plane.states) - 1) // 24))
     with figures.drawing():
@@ -198,10 +200,10 @@ def shown_step(plane: Plane) -> int:
 
 
 def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[tuple[str, str, str]]:
-    """List the paper's statements with its numbers, and those of the runs.
+    """List the statements of the paper with its numbers and those of the runs.
 
-    The paper's numbers are its printed formulas at the measured angle. They cancel near pi/2 (docs/errata.md, 14);
-    those of the runs do not.
+    The numbers of the paper are its printed formulas at the measured angle. These formulas cancel near pi/2
+    (docs/errata.md, 14); the formulas for the runs do not.
 
     Returns
     -------
@@ -234,7 +236,7 @@ def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[t
 
 
 def limit_distances(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
-    """Return the learning rates of runs, ascending, and the distances of their first updates.
+    """Return the ascending learning rates of runs, and the distances of their first updates.
 
     Parameters
     ----------
@@ -253,12 +255,13 @@ def limit_distances(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
     """
     first = np.stack(planes[0].update(0))
     for plane in planes[1:]:
-        # The square root of the unit roundoff, because an update is rounded and then divided by its learning rate.
+        # The tolerance is the square root of the unit roundoff, because a rounded update is divided by its learning
+        # rate.
         if not np.linalg.norm(np.stack(plane.update(0)) - first) <= 2.0**-26 * np.linalg.norm(first):
             raise InputError(
                 "the runs of the plane do not start with the same gradient and update",
-                why="they have other systems, seeds, or methods than explicit Euler steps",
-                remedy="log them again, and change only the learning rate",
+                why="they have different systems or seeds, or a method other than explicit Euler steps",
+                remedy="log the runs again, and change only the learning rate",
             )
     order = sorted(planes, key=lambda plane: float(plane.learning_rates[0]))
     turned, moved = np.array([plane.distance() for plane in order]).T
@@ -275,7 +278,7 @@ def _limit_rows(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
 
 
 def _figure_1_rows(plane: Plane) -> list[tuple[str, str, str]]:
-    """Return the direction in which the loss falls most on each ball, found among all its points."""
+    """Return rows with the direction in which the loss decreases most on each ball, among all its points."""
     step = shown_step(plane)
     (y, g), ball = plane.update(step), plane.ball(step)
     turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
@@ -299,7 +302,7 @@ def _rises(losses: NDArray[np.float64]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw the figures from the folders of three runs, and of further runs of the plane."""
+    """Draw the figures from the folders of three runs, and of additional runs of the plane."""
     if len(arguments) < 4:
         sys.stderr.write("usage: python -m natgrad.reporting.paper PLANE LINEAR NETWORK FOLDER [PLANE ..]\n")
         raise SystemExit(2)

@@ -1,8 +1,7 @@
-"""Results as labelled xarray datasets: computed from the ledger, written to ``results.zarr`` and read from it.
+"""Compute labelled results as xarray datasets, write them to ``results.zarr`` and read them.
 
-`label` turns a table of updates into a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``. The
-variables are those of `natgrad.results.variables`, each of which declares how it is computed and where it is
-defined.
+`label` converts a table of updates to a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``. Each
+variable of `natgrad.results.variables` declares how it is computed and where it is defined.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ def label(
     gammas : sequence of float
         Positive weights of the one-parameter family.
     windows : sequence of int
-        Windows m of consecutive logged updates; 1 is always included. An update whose window passes the end of the
-        run, or a restart, has NaN and the status ``unverifiable``. The search for the smallest effective window
-        goes up to the longest of them, and at least to the smaller of `natgrad.results.variables.LONGEST_WINDOW`
-        and half the run.
+        Windows m of consecutive logged updates; 1 is always included. If a window passes the end of the run or a
+        restart, its values are NaN and its status is ``unverifiable``. The search for the smallest effective window
+        tries lengths up to the longest of these windows, and at least up to the smaller of
+        `natgrad.results.variables.LONGEST_WINDOW` and half the run.
     provenance : mapping, optional
         Attributes of the root.
     variables : sequence of UpdateVariable, optional
-        Further variables. Default: those that other packages register under the entry-point group
+        Additional variables. Default: the variables that other packages register under the entry-point group
         ``natgrad.variables``.
 
     Returns
@@ -75,16 +74,20 @@ def label(
     windows = sorted({1, *windows})
     gammas = sorted({float(gamma) for gamma in gammas})
     if not gammas or not all(np.isfinite(gamma) and gamma > 0 for gamma in gammas):
-        raise InputError(f"gamma must be positive, got {gammas}", where="--gamma", remedy="give values above 0")
+        raise InputError(
+            f"gammas must be positive and finite, got {gammas}",
+            where="--gamma",
+            remedy="give finite values above 0",
+        )
     if windows[0] < 1 or windows[-1] > updates:
         raise InputError(
-            f"windows {windows} do not fit a run of {updates} updates",
+            f"windows must be from 1 to {updates} for a run of {updates} updates, got {windows}",
             where="--window",
-            remedy=f"give numbers of updates from 1 to {updates}",
+            remedy="give other windows, or log more steps first",
         )
     extensions = registered_variables() if variables is None else []
     chosen = [*VARIABLES.values(), *(variables or ()), *(extension.value for extension in extensions)]
-    # A run that diverged holds infinities; what follows from them is NaN, and the status says why.
+    # A run that diverged contains infinities. Results that depend on them are NaN, and the status gives the reason.
     with np.errstate(all="ignore"):
         aggregations = {descent: model_and_tensors(table, descent) for descent in DESCENTS}
         groups = {
@@ -102,7 +105,7 @@ def label(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of those that the numbers depend on."""
+    """Return the versions of this package and of the packages that affect the results."""
     packages = ("numpy", "numba", "xarray", "zarr", "dask")
     others = {package: importlib.metadata.version(package) for package in packages}
     return {"natgrad-pipeline": __version__} | others
@@ -156,7 +159,7 @@ def _by_update(
     gammas: Sequence[float],
     windows: Sequence[int],
 ) -> tuple[dict[str, xr.Variable], dict[str, str]]:
-    """Compute variables of updates for all estimates of the gradient and all windows, and their comments."""
+    """Compute variables of updates, and their comments, for all estimates of the gradient and all windows."""
     columns: dict[str, xr.Variable] = {}
     comments: dict[str, str] = {}
     for at_window, m in enumerate(windows):
@@ -187,7 +190,7 @@ def _by_update(
 def _empty(
     variable: UpdateVariable, values: NDArray[Any], updates: Updates, descents: int, windows: int
 ) -> xr.Variable:
-    """Return an array for all estimates and windows; ``values`` are those of the first of them."""
+    """Return an empty array for all estimates and windows; ``values`` is the first result."""
     axes = [axis for axis in variable.dimensions if axis not in (DESCENT, WINDOW)]
     if values.ndim < len(axes):
         axes.remove(TENSOR)
@@ -227,7 +230,7 @@ def _of_runs(
 
 
 def by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable]) -> xr.Dataset:
-    """Give the results of a sweep the dimension ``run``; steps that a run has not logged are missing.
+    """Add the dimension ``run`` to the results of a sweep. Steps that a run did not log have missing values.
 
     Parameters
     ----------
@@ -236,7 +239,7 @@ def by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable
     table : UpdateTable
         Table of the updates.
     variables : sequence of Variable
-        Entries of the variables, with the values of missing steps.
+        Entries of the variables, which declare the values of missing steps.
 
     Returns
     -------
@@ -278,7 +281,7 @@ def described(dataset: xr.Dataset, variables: Sequence[Variable]) -> xr.Dataset:
 
 
 def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
-    """Return the results of each run of a sweep, without steps that only others logged; those of one run as is."""
+    """Return the results of each run by name. A run of a sweep does not have steps that only other runs logged."""
     if RUN not in tree["model"].dims:
         return {"": tree}
     logged = (tree["model"]["status"] != Status.NOT_LOGGED).all([DESCENT, WINDOW])
@@ -293,7 +296,7 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
 
 
 def write(tree: xr.DataTree, storage: Storage) -> None:
-    """Replace results: a reader finds the old ones or the new ones.
+    """Replace the results atomically: a reader finds either the old results or the new results.
 
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them with one request.
 
@@ -302,11 +305,12 @@ def write(tree: xr.DataTree, storage: Storage) -> None:
     tree : DataTree
         From `label`.
     storage : Storage
-        Its lock is held by the caller.
+        The caller must hold its lock.
     """
-    # The warning filters are shared by all threads: another thread would restore them meanwhile.
+    # All threads share the warning filters, so another thread could restore them in the meantime.
     with storage.replace_tree("zarr.json") as folder, _FILTERS, warnings.catch_warnings():
-        # Zarr warns that other programs may ignore consolidated metadata; they then read those of each array.
+        # Zarr warns that other programs may ignore consolidated metadata. They then read the metadata of each
+        # array.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         tree.to_zarr(folder, zarr_format=3, consolidated=True, mode="w")
 
@@ -333,7 +337,7 @@ def read(storage: Storage) -> xr.DataTree:
         if isinstance(error, PermissionError):
             raise
         raise InputError(
-            "no results here", where=str(storage), remedy="compute them first: natgrad analyze OUT"
+            "there are no results here", where=str(storage), remedy="compute them first: natgrad analyze OUT"
         ) from error
     version = tree.attrs.get("layout_version")
     require_version(version.item() if isinstance(version, np.generic) else version, "results", str(storage))

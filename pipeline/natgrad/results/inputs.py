@@ -1,4 +1,4 @@
-"""The updates of a run as a table: the ledger and the scalars of every update, and what its optimizer used."""
+"""Collect the updates of a run in a table: the ledger, the scalars and the optimizer's metric of each update."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Optimizer:
     Attributes
     ----------
     smallest, largest : float64 array, shape (updates, tensors)
-        Its eigenvalues, NaN if not known.
+        Smallest and largest eigenvalue of the metric, NaN if not known.
     learning_rate : float64 array, shape (updates, tensors)
         Learning rate of the parameter group of each tensor.
     """
@@ -40,21 +40,21 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class UpdateTable:
-    """The ledger and the scalars of every update of a run; its size does not depend on the number of parameters.
+    """The ledger and the scalars of every update of a run. Its size does not depend on the number of parameters.
 
     Attributes
     ----------
     gram : float64 array, shape (updates, tensors, vectors, vectors)
         The Gram ledger.
     vectors : tuple of str
-        Names of its vectors.
+        Names of the vectors of the ledger.
     layout : Layout
     steps, spans : int64 array, shape (updates,)
         Step before the update, and number of updates to the next logged state.
     loss, next_loss : float64 array, shape (updates,)
         Loss before and after the update, NaN if not logged.
     learning_rate : float64 array, shape (updates,)
-        eta of the model, NaN if neither logged nor passed as an option.
+        eta of the model, NaN if it was neither logged nor set by an option.
     dtypes : mapping of str to str
         Stored dtype of ``gradient``, and of ``hvp`` if it was logged.
     attempts : int64 array, shape (updates,), optional
@@ -64,10 +64,10 @@ class UpdateTable:
     runs : tuple of str, optional
         Names of the runs of a sweep.
     run : int64 array, shape (updates,), optional
-        Index into ``runs``. The updates of a run are contiguous, and runs are in order.
+        Index into ``runs``. The updates of a run are contiguous, and the runs are in order.
     loss_time_derivative : float64 array, shape (updates,), optional
         dL/dt of a loss that changes with time (section 2.1), NaN if not logged. The model of a run that logs it is
-        extended by time: y gets the further element -dL/dt, and g the element 1.
+        extended by time: y has the additional element -dL/dt, and g the additional element 1.
     optimizer : Optimizer, optional
         The metric of the optimizer, if its state was stored.
     tensor_learning_rate : float64 array, shape (updates, tensors), optional
@@ -96,13 +96,13 @@ class UpdateTable:
         return all(name in self.vectors or getattr(self, name, None) is not None for name in names)
 
     def complete(self, m: int) -> NDArray[np.bool_]:
-        """Return True for each update that m - 1 further updates follow without a gap, shape (updates,)."""
+        """Return True for each update that is followed by m - 1 updates without a gap, shape (updates,)."""
         if m == 1:
             return np.ones(len(self.steps), bool)
         return np.pad(consecutive(self.follows(), m - 1).all(axis=-1), (0, m - 1))
 
     def follows(self) -> NDArray[np.bool_]:
-        """Return True for each update but the first that starts where the one before led, shape (updates - 1,)."""
+        """Return True for each update after the first that starts where the last ended, shape (updates - 1,)."""
         follows: NDArray[np.bool_] = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
         if self.run is not None:
             follows &= self.run[:-1] == self.run[1:]
@@ -137,7 +137,7 @@ def replicate_products(
     Yields
     ------
     positions, products
-        Positions in ``updates`` of those in the ledger chunk, and their products.
+        Positions in ``updates`` of the updates in the ledger chunk, and their products.
     """
     for start in range(0, ledger.n_updates, ledger.updates_per_chunk):
         stop = min(start + ledger.updates_per_chunk, ledger.n_updates)
@@ -176,17 +176,17 @@ def update_table(
     attempts = states.scalar(ATTEMPT)
     if attempt is not None and not 0 <= attempt <= attempts.max():
         raise InputError(
-            f"there is no attempt {attempt}, the last is {attempts.max()}",
+            f"there is no attempt {attempt}; the last attempt is {attempts.max()}",
             where="--attempt",
-            remedy="leave it out for the run as it stands",
+            remedy="omit --attempt to analyze the newest attempt",
         )
     current = states.current(attempt)[: len(steps) + 1]
     updates = np.flatnonzero((spans > 0) & current[:-1] & current[1:])
     if not len(updates):
         raise InputError(
-            "no two logged states follow each other, but an update needs two",
+            "no two logged states follow each other, but an update requires two",
             where=str(states.storage),
-            why="the run was restarted, and one state was logged since",
+            why="the run was restarted, and only one state was logged since then",
             remedy="ingest more steps",
         )
     run = states.scalar(RUN)
@@ -216,10 +216,10 @@ def update_table(
 def _learning_rates(
     states: Trajectory, updates: NDArray[np.int64], default: float | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Return the learning rate of each update, and of each of its tensors if parameter groups differ in it.
+    """Return the learning rate of each update, and of each of its tensors if parameter groups have different rates.
 
-    If only the groups have rates, the model's rate is the largest of them, provided that all are known. This does
-    not apply to a loss that changes with time, because its unit of time is that of the learning rate.
+    If only the groups have rates, the rate of the model is the largest of them, provided that all are known. This
+    does not apply to a loss that changes with time, because its unit of time is that of the learning rate.
     """
     rate, own = states.scalar("learning_rate")[updates], states.scalar("tensor_learning_rate")[updates]
     missing = np.isnan(own)
@@ -234,10 +234,11 @@ def _learning_rates(
 
 
 def _optimizer(states: Trajectory, updates: NDArray[np.int64], learning_rate: NDArray[np.float64]) -> Optimizer:
-    """Return the metric that the optimizer used in each update; its state is saved after it, its rate before.
+    """Return the metric that the optimizer used in each update.
 
-    The metric is that of the factors, if the rule has some, and otherwise that of Adam's second moment. A tensor
-    whose update was rescaled by a factor that is not saved has no rate.
+    The state of the optimizer is saved after the update, and the learning rate before it. The metric is that of the
+    factors if the rule has factors, and otherwise that of Adam's second moment. If the update of a tensor was
+    rescaled by a factor that is not saved, the tensor has no rate.
     """
     after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
     low, high = adam_eigenvalues(

@@ -1,7 +1,7 @@
-"""Pairs of the model and of each tensor: the few numbers of (y, g) from which all results are computed.
+"""Reduce the Gram matrices of updates to pairs: the few numbers of (y, g) that determine all results.
 
-The Gram matrix of an update becomes one pair for each estimate of the negative gradient (eq. 12), together with the
-largest error that rounding can have made in it. `natgrad.results.variables` computes the variables from them.
+The Gram matrix of an update gives one pair for each estimate of the negative gradient (eq. 12), and the largest
+error of this pair caused by rounding. `natgrad.results.variables` computes the variables from the pairs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class GradientEstimate:
     Attributes
     ----------
     half : str, optional
-        Vector of which one half is added to the gradient.
+        Vector, half of which is added to the gradient.
     corrected : bool
-        True if the estimate is then corrected along the displacement.
+        True if the sum is then corrected along the displacement.
     """
 
     half: str | None = None
@@ -48,28 +48,29 @@ _ESTIMATES = {
 
 @dataclass(frozen=True)
 class Aggregation:
-    """The pairs of all updates, of the model or of each tensor, and the largest errors by rounding.
+    """The pairs of all updates, of the model or of each tensor, and the largest errors caused by rounding.
 
-    Each tensor has its own eta if parameter groups differ in it, and eq. (2) holds for it with that eta. The model
-    has one eta. Its g lies along the displacement, and y.g > 0 thus decides whether the update descends: the ratios
-    between the etas of the tensors are a part of the learning rule, as they are in the metric of an optimizer.
-    Stacked g, each per its own eta, would be another vector. The loss may fall along it and rise along the update.
+    If parameter groups have different learning rates, each tensor has its own eta, and eq. (2) holds for the tensor
+    with that eta. The model has one eta. Its g is parallel to the displacement, so y.g > 0 if and only if the
+    update descends. The ratios between the etas of the tensors are a part of the learning rule, as in the metric of
+    an optimizer. The g of the tensors, each with its own eta, stack to another vector: the loss may decrease along
+    it and increase along the update.
 
     Attributes
     ----------
     dimensions : tuple of str
-        Those of the arrays: (step,) for the model, (step, tensor) for tensors.
+        Dimensions of the arrays: (step,) for the model, (step, tensor) for tensors.
     rate : array
         eta times the number of updates between the two logged states.
     pair : Pair
     finite : bool array
         False if the parameters or gradients are not finite.
     known : bool array
-        False if a loss or a vector that the estimate needs was not logged.
+        False if a loss or a vector that the estimate requires was not logged.
     update_floor, gradient_floor : array
-        Largest norm of the error of g and of y, by rounding of the stored values.
+        Largest norm of the error of g and of y, caused by rounding of the stored values.
     gradient_norm : array, optional
-        |y|, if it is known without a learning rate.
+        |y| if it is known without a learning rate.
     parameter_norm : array
     """
 
@@ -96,13 +97,13 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     Returns
     -------
     model, tensors : Aggregation
-        With arrays of shape (updates,) and (updates, tensors).
+        Arrays have the shapes (updates,) and (updates, tensors).
     """
     gram, vectors, layout = table.gram, table.vectors, table.layout
     estimate = _ESTIMATES[descent]
     half, logged = estimate.half, estimate.half is None or estimate.half in vectors
     if not logged:
-        # NaN in its place, marked as not known: a vector that was not logged is no failure of the run.
+        # A vector that was not logged is replaced by NaN and marked as not known: the run has not failed.
         gram = np.pad(gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
         vectors = (*vectors, str(half))
     index = {name: position for position, name in enumerate(vectors)}
@@ -110,7 +111,7 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     def norm(vector: str) -> Array:
         return np.sqrt(gram[..., index[vector], index[vector]])
 
-    # Between two logged states there may be k updates: then g is their mean (eq. 2).
+    # If there are k updates between two logged states, g is their mean (eq. 2).
     rate = (table.learning_rate * table.spans)[:, None]
     own = table.tensor_learning_rate
     own_rate = rate if own is None else own * table.spans[:, None]
@@ -125,7 +126,7 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     gradient_floor = unit_roundoff(table.dtypes["gradient"]) * norm("gradient")
     finite = np.isfinite(norm("displacement") + norm("gradient"))
     if half is not None and logged:
-        # The other gradient is at most as long as this one and their difference together.
+        # The norm of the other gradient is at most the sum of the norms of this one and of their difference.
         stored = unit_roundoff(table.dtypes[half if half == HVP else "gradient"]) * norm(half) / 2.0
         gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, of_tensors)
         finite &= np.isfinite(norm(half))
@@ -156,7 +157,7 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
         return model, tensors
     # A tensor's share of the loss change is computed from the model's pair.
     tensors = replace(tensors, known=tensors.known & model.known[:, None])
-    # The model's g per the learning rate of the tensor, as the tensor's own g is.
+    # The g of the model divided by the learning rate of the tensor, as the g of the tensor is.
     factor = np.where(own_rate == rate, 1.0, rate / own_rate)
     return (
         _corrected(model, change[:, 0], model.pair, model.update_floor),
@@ -167,7 +168,7 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
 
 
 def _corrected(aggregation: Aggregation, change: Array, model: Pair, model_floor: Array) -> Aggregation:
-    """Correct the negative gradient along the displacement, for which the losses at both ends are needed."""
+    """Correct the negative gradient along the displacement, which requires the losses of both states."""
     floors = aggregation.update_floor, model_floor
     floor = discrete_time.correction_floor(aggregation.pair, aggregation.rate, change, model, floors)
     return replace(
@@ -180,7 +181,7 @@ def _corrected(aggregation: Aggregation, change: Array, model: Pair, model_floor
 
 
 def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimate) -> Aggregation:
-    """Extend the model by time, in the runs that log how their loss changes with it."""
+    """Extend the model by time, in the runs that log dL/dt."""
     extended, slope = table.extended(), table.loss_time_derivative
     if slope is None:
         return model
@@ -189,7 +190,7 @@ def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimat
     return replace(
         model,
         pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
-        # A Hessian-vector product of the parameters alone lacks the change of the gradient with time.
+        # A Hessian-vector product of the parameters does not include the change of the gradient with time.
         known=model.known & ~(extended & (np.isnan(slope) | (estimate.half == HVP))),
         gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),
     )

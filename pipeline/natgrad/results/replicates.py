@@ -1,14 +1,14 @@
-"""Stochastic learning rules, eqs. (19), (20): from replicates of an update to labelled results.
+"""Compute and label the results of stochastic learning rules, eqs. (19), (20), from replicates of an update.
 
-From one state theta_t a stochastic rule goes to many theta_{t+1}. Its theory is again algebra on inner products: of
-the gradient, of the replicates' displacements p_r and, if logged, of their hvp_r = 2 H p_r. Means over replicates,
-and means that leave one out, are linear combinations of these. One Gram matrix of all vectors, as means and
-deviations from them, therefore gives the metric of the mean update, the definiteness of eq. (19), and standard
-errors by the jackknife. The means are taken before any product, so they lose no digits if they are much shorter
-than the replicates.
+A stochastic rule leads from one state theta_t to many possible theta_{t+1}. All results are algebra on inner
+products of the gradient, the displacements p_r of the replicates and, if logged, hvp_r = 2 H p_r. Means over
+replicates, and means that leave one out, are linear combinations of these vectors. One Gram matrix of the means and
+the deviations from them therefore gives the metric of the mean update, the definiteness of eq. (19), and jackknife
+standard errors. Means are taken before any product, so they lose no digits if they are much shorter than the
+replicates.
 
-This ledger has no residual: an angle within 1e-8 rad of 0 or pi is not resolved. Standard errors of means are far
-larger.
+This ledger has no residual, so an angle within 1e-8 rad of 0 or pi is not resolved. Standard errors of means are
+much larger.
 
 References
 ----------
@@ -54,7 +54,7 @@ Columns = dict[str, tuple[tuple[str, ...], NDArray[Any]]]
 
 
 def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None = None) -> Array:
-    """Return the Gram matrix of the gradient and all replicates' vectors, summed in float64.
+    """Return the Gram matrix of the gradient and the vectors of all replicates, summed in float64.
 
     Parameters
     ----------
@@ -74,14 +74,14 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
     Raises
     ------
     InputError
-        If the shapes do not fit.
+        If the shapes do not match.
     """
     logged = [np.asarray(array, np.float64) for array in (displacement, hvp) if array is not None]
     shapes, shape = {array.shape for array in logged}, logged[0].shape
     if len(shapes) != 1 or len(shape) < 2 or not shape[-2] or shape[:-2] + shape[-1:] != np.shape(gradient):
         raise InputError(
-            f"a gradient of shape {np.shape(gradient)} beside replicates of shapes {sorted(shapes)}",
-            remedy="pass arrays with replicates on the last but one axis and elements on the last, of equal shapes",
+            f"the shapes of the gradient {np.shape(gradient)} and of the replicates {sorted(shapes)} do not match",
+            remedy="pass replicates on the second to last axis and elements on the last axis, in equal shapes",
         )
     parts = [np.asarray(gradient, np.float64)[..., None, :]]
     for array in logged:
@@ -118,30 +118,30 @@ def label(
     loss_change : array, shape (updates, R), optional
         L(theta_{t+1}) - L(theta_t) of each replicate.
     parameter_norm : array, shape (updates, tensors), optional
-        |theta_t|, from which the rounding of an update to the dtypes of the layout follows. The status of an update
-        that is not larger than its rounding is ``unverifiable``. Default: the parameters are exact.
+        |theta_t|. It determines the rounding error of an update in the dtypes of the layout. The status of an
+        update that is not larger than this error is ``unverifiable``. Default: the parameters are exact.
 
     Returns
     -------
     DataTree
-        Groups ``/model`` and ``/tensor`` with `REPLICATE_VARIABLES`. Without hvps those of the metric (19) are NaN,
-        and ``stochastic_definite`` is false.
+        Groups ``/model`` and ``/tensor`` with `REPLICATE_VARIABLES`. Without hvps the variables of the metric of
+        eq. (19) are NaN, and ``stochastic_definite`` is False.
 
     Raises
     ------
     InputError
-        If the shapes do not fit, or a learning rate is not positive.
+        If the shapes do not match, or a learning rate is not positive.
     """
     gram, rate = np.asarray(gram, np.float64), np.asarray(learning_rate, np.float64)
     updates = len(gram)
     _require_ledger(gram, layout, replicates)
     if (rate <= 0).any():
-        raise InputError("a learning rate is not positive", remedy="pass one above 0 for each step")
+        raise InputError("a learning rate is not positive", remedy="pass a learning rate above 0 for each step")
     changes = np.full((updates, replicates), np.nan) if loss_change is None else np.asarray(loss_change, np.float64)
     if changes.shape != (updates, replicates):
         raise InputError(
-            f"loss_change of shape {changes.shape}",
-            remedy=f"give one per step and replicate, {updates} x {replicates}",
+            f"loss_change has the wrong shape {changes.shape}",
+            remedy=f"pass one value for each update and replicate, shape ({updates}, {replicates})",
         )
     norm = None if parameter_norm is None else np.asarray(parameter_norm, np.float64)
     roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
@@ -176,7 +176,7 @@ def label_run(
 
     Notes
     -----
-    A replicate is one update from theta_t, also if the log holds only every k-th state.
+    A replicate is one update from theta_t, even if the log contains only every k-th state.
     """
     own = table.learning_rate[:, None] if table.tensor_learning_rate is None else table.tensor_learning_rate
     rate, own = (np.where(rates > 0, rates, np.nan) for rates in (table.learning_rate, own))
@@ -209,16 +209,17 @@ def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
     shapes = [(len(layout.tensors), count, count) for count in counts]
     if replicates < 1 or gram.shape[1:] not in shapes:
         raise InputError(
-            f"a ledger of shape {gram.shape} is none of {replicates} replicates and {len(layout.tensors)} tensors",
+            f"the ledger has shape {gram.shape}, which is wrong for {replicates} replicates and "
+            f"{len(layout.tensors)} tensors",
             remedy="pass the output of natgrad.results.replicates.ledger: (updates, tensors, vectors, vectors)",
         )
 
 
-# What a variable is computed from ----------------------------------------------------------------------------
+# Inputs of variables -----------------------------------------------------------------------------------------
 
 
 class Draws:
-    """The replicates of some updates, of the model or of each tensor.
+    """The replicates of some updates, for the model or for each tensor.
 
     Attributes
     ----------
@@ -238,7 +239,7 @@ class Draws:
         self._unit = np.eye(replicates)
 
     def mean(self, weights: Array) -> MeanUpdate:
-        """Return the mean update with some weights of the replicates."""
+        """Return the mean update with the given weights of the replicates."""
         return MeanUpdate(*_pairs(self.gram, self.size, self.rate, weights), self.rate)
 
     @cached_property
@@ -248,13 +249,13 @@ class Draws:
 
     @cached_property
     def each(self) -> Pair:
-        """Pair of each replicate, on a last axis."""
+        """Pair of each replicate, on the last axis."""
         single = [self.mean(weights).pair for weights in self._unit]
         return Pair(*(np.stack([getattr(pair, name) for pair in single], axis=-1) for name in vars(single[0])))
 
     @cached_property
     def each_angle(self) -> Array:
-        """Angle of each replicate, NaN if its update is not larger than its rounding."""
+        """Angle of each replicate, NaN if its update is not larger than its rounding error."""
         floor = self._update_floor[..., None]
         verifiable = ~((floor >= self.each.update_norm) & (floor > 0))
         return np.where(verifiable, geometry.angle(self.each), np.nan)
@@ -266,7 +267,7 @@ class Draws:
         return geometry.status(
             self.pair,
             self.rate,
-            # A hvp that is not finite leaves only its own results unknown.
+            # An hvp that is not finite affects only the results that use it.
             finite=np.isfinite(squares[..., : 2 + self.replicates]).all(axis=-1),
             verifiable=~((self._update_floor >= self.pair.update_norm) & (self._update_floor > 0)),
         )
@@ -285,7 +286,7 @@ class Draws:
             update = self.mean(weights)
             return np.stack([np.where(exists[v.defined], v.compute(update), np.nan) for v in variables])
 
-        # The means of rows of the identity are the weights of the replicates; a replicate left out has weight 0.
+        # The mean of rows of the identity is the weights of the replicates. An omitted replicate has weight 0.
         found, errors = jackknife(values, self._unit)
         return {v.name: (value, error) for v, value, error in zip(variables, found, errors, strict=True)}
 
@@ -301,7 +302,7 @@ class MeanUpdate:
     curvature : Pair
         Pair of <Hg> and <g>, NaN if no hvps were logged.
     across_product : array
-        Inner product of the components of y and <Hg> across <g>.
+        Inner product of the components of y and <Hg> orthogonal to <g>.
     rate : array
         eta.
     """
@@ -313,7 +314,7 @@ class MeanUpdate:
 
     @cached_property
     def alpha(self) -> Array:
-        """Weight of the best conditioned Mbar, |<ybar>|^2 / <ybar>.<g>; NaN if there is none."""
+        """Weight of the best conditioned Mbar, |<ybar>|^2 / <ybar>.<g>; NaN if there is no Mbar."""
         pair, curvature, rate = self.pair, self.curvature, self.rate
         discrete = Pair(
             pair.update_square,
@@ -333,18 +334,18 @@ class ComputedFrom(enum.Enum):
     """The argument of the function of a variable."""
 
     DRAWS = enum.auto()
-    """`Draws`: values of the shape of the group, with the replicates on a last axis if the variable has them."""
+    """`Draws`: values in the shape of the group, with the replicates on the last axis if the variable has them."""
     MEAN_UPDATE = enum.auto()
-    """`MeanUpdate`: a statistic of the mean update, masked by ``defined``, with an error by the jackknife."""
+    """`MeanUpdate`: a statistic of the mean update, masked by ``defined``, with a jackknife error."""
     LOSS_CHANGES = enum.auto()
     """Changes of the loss, shape (updates, R)."""
     MEAN_LOSS_CHANGE = enum.auto()
-    """Means of these over some replicates, shape (updates,), with an error by the jackknife."""
+    """Means of these over some replicates, shape (updates,), with a jackknife error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicateVariable(Variable):
-    """A result variable of replicates: its metadata, and how it is computed.
+    """A result variable of replicates: its metadata and the function that computes it.
 
     Attributes
     ----------
@@ -352,9 +353,9 @@ class ReplicateVariable(Variable):
         Argument of ``compute``.
     compute : callable
     defined : Defined
-        Updates at which a statistic of the mean update is defined; elsewhere it is NaN.
+        Updates at which a statistic of the mean update is defined. At others it is NaN.
     error : bool
-        True if the results have the standard error as ``<name>_error``.
+        True if the results have the standard error ``<name>_error``.
     """
 
     compute: Callable[[Any], Any]
@@ -364,7 +365,7 @@ class ReplicateVariable(Variable):
 
 
 def _as_of_updates(name: str, description: str, **declared: Any) -> ReplicateVariable:
-    """Declare a variable with the metadata of the variable of updates of this name."""
+    """Declare a variable with the metadata of the variable of updates that has this name."""
     known = VARIABLES[name]
     return ReplicateVariable(
         name=name,
@@ -392,14 +393,14 @@ _DECLARED = (
     _as_of_updates("gradient_norm", "Norm of the gradient.", compute=lambda draws: draws.pair.gradient_norm),
     _as_of_updates(
         "alignment",
-        "Rate at which the loss falls along the mean update.",
+        "Rate at which the loss decreases along the mean update.",
         computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: update.pair.alignment,
         error=True,
     ),
     _as_of_updates(
         "angle",
-        "Angle of the mean update. NaN if there is none; status says why.",
+        "Angle of the mean update. NaN if there is no angle; status gives the reason.",
         computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: geometry.angle(update.pair),
         defined=Defined.WITH_ANGLE,
@@ -425,8 +426,8 @@ _DECLARED = (
         units=METRIC_UNIT,
         equation="eq. (19)",
         long_name="weight alpha above which the metric of the mean update is positive definite",
-        description="0 if every positive weight is sufficient. NaN without Hessian-vector products of the draws, "
-        "or if the mean update is not effective.",
+        description="0 if every positive weight is sufficient. NaN if no Hessian-vector products of the draws were "
+        "logged, or if the mean update is not effective.",
     ),
     ReplicateVariable(
         name="stochastic_alpha",
@@ -437,7 +438,8 @@ _DECLARED = (
         units=METRIC_UNIT,
         equation="eqs. (9), (19)",
         long_name="weight alpha of the best conditioned Mbar",
-        description="NaN without Hessian-vector products of the draws, or if the mean update is not effective.",
+        description="NaN if no Hessian-vector products of the draws were logged, or if the mean update is not "
+        "effective.",
     ),
     ReplicateVariable(
         name="stochastic_definite",
@@ -445,8 +447,8 @@ _DECLARED = (
         dimensions=(STEP, TENSOR),
         units="1",
         equation="eq. (19)",
-        long_name="with it the metric of the mean update is positive definite",
-        description="True if stochastic_alpha is greater than stochastic_weight. False also if one is not known.",
+        long_name="the metric of the mean update with weight stochastic_alpha is positive definite",
+        description="True if stochastic_alpha is greater than stochastic_weight. False also if one of them is NaN.",
     ),
     ReplicateVariable(
         name="learning_rate_bound",
@@ -459,9 +461,10 @@ _DECLARED = (
         dimensions=(STEP, TENSOR),
         units="learning_rate",
         equation="eq. (19)",
-        long_name="learning rate up to which it is, with y, <Hg> and alpha held",
-        description="Largest learning rate for which the metric of eq. (19) is positive definite. NaN without "
-        "Hessian-vector products of the draws, or if the mean update is not effective.",
+        long_name="learning rate up to which the metric of the mean update is positive definite",
+        description="Largest learning rate for which the metric of eq. (19) is positive definite, with y, <Hg> and "
+        "alpha fixed. NaN if no Hessian-vector products of the draws were logged, or if the mean update is not "
+        "effective.",
     ),
     ReplicateVariable(
         name="loss_decrease",
@@ -481,7 +484,7 @@ _DECLARED = (
         dimensions=(STEP, REPLICATE),
         units="loss",
         equation="-dL",
-        long_name="decrease of the loss in each replicate",
+        long_name="decrease of the loss of each replicate",
         description="NaN if a loss was not logged.",
     ),
     ReplicateVariable(
@@ -491,7 +494,7 @@ _DECLARED = (
         units="loss learning_rate-1",
         equation="y.g",
         long_name="y.g of each replicate",
-        description="Rate at which the loss falls along the update of a replicate.",
+        description="Rate at which the loss decreases along the update of a replicate.",
     ),
     ReplicateVariable(
         name="replicate_angle",
@@ -500,7 +503,7 @@ _DECLARED = (
         units="radian",
         equation="psi in [0, pi], eq. (9)",
         long_name="angle between y and g of each replicate",
-        description="NaN if the update of the replicate is zero or not larger than its rounding.",
+        description="NaN if the update of the replicate is zero or not larger than its rounding error.",
     ),
     ReplicateVariable(
         name="replicate_update_norm",
@@ -509,7 +512,7 @@ _DECLARED = (
         units="parameter learning_rate-1",
         equation="|g|",
         long_name="norm of the update of each replicate",
-        description="Norm of the update per learning rate. NaN if the learning rate is not known.",
+        description="Norm of the update divided by the learning rate. NaN if the learning rate is not known.",
     ),
 )
 
@@ -521,7 +524,7 @@ def _error_of(variable: ReplicateVariable) -> ReplicateVariable:
         name=f"{variable.name}_error",
         equation="jackknife over replicates",
         long_name=f"standard error of {variable.name}",
-        description=f"Standard error of {variable.name}, the value of the mean update. NaN for one replicate.",
+        description=f"Standard error of {variable.name} of the mean update. NaN if there is only one replicate.",
         error=False,
     )
 
@@ -529,7 +532,7 @@ def _error_of(variable: ReplicateVariable) -> ReplicateVariable:
 REPLICATE_VARIABLES: dict[str, ReplicateVariable] = {variable.name: variable for variable in _DECLARED} | {
     error.name: error for error in (_error_of(variable) for variable in _DECLARED if variable.error)
 }
-"""The variables of the groups of replicates, by name; g stands for its mean over replicates."""
+"""The variables of the groups of replicates, by name. g denotes its mean over replicates."""
 
 
 # From the ledger to variables --------------------------------------------------------------------------------
@@ -543,10 +546,10 @@ def _groups(
     parameter_norm: Array | None,
     roundoff: Array,
 ) -> dict[str, Columns]:
-    """Compute the variables of the model and of the tensors, each with its learning rates."""
+    """Compute the variables of the model and of the tensors, with their learning rates."""
     sizes = np.array([tensor.size for tensor in layout.tensors])
     with np.errstate(all="ignore"):
-        # The mean of the lengths is at most the root of their mean square.
+        # The mean length is at most the root mean square length.
         length = np.sqrt(gram[..., 1, 1] + _spread(gram, replicates))
         floor = np.zeros(length.shape)
         if parameter_norm is not None:
@@ -592,17 +595,17 @@ def _of_losses(changes: Array) -> Columns:
 
 
 def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> tuple[Pair, Pair, Array]:
-    """Return the pairs of a weighted mean update with y and with its <Hg>, and their product across the update."""
+    """Return the pairs (y, <g>) and (<Hg>, <g>) of a weighted mean, and the product of y and <Hg> across <g>."""
     known = 2 + len(weights)
-    # The deviations add up to 0, so only the differences of their weights from the mean weight count.
+    # The deviations add up to 0, so only the differences of their weights from the mean weight matter.
     mean = np.concatenate([[weights.sum()], weights - weights.mean()])
     blocks = np.zeros((2, known))
     blocks[0, 0], blocks[1, 1:] = 1.0, mean
-    # Products of gradient, update and hvp; those of hvps are NaN if they were not logged or are not finite.
+    # Products of gradient, update and hvp. Those of hvps are NaN if hvps were not logged or are not finite.
     small = np.full((*gram.shape[:-2], 3, 3), np.nan)
     small[..., :2, :2] = blocks @ gram[..., :known, :known] @ blocks.T
     if gram.shape[-1] > known:
-        # Matrix by matrix, not all updates at once: the bits do not depend on how many are computed together.
+        # Matrix by matrix, not all updates at once, so that the bits do not depend on the number of updates.
         small[..., :2, 2] = small[..., 2, :2] = blocks @ gram[..., :known, known:] @ mean
         small[..., 2, 2] = np.vecdot(gram[..., known:, known:] @ mean, mean)
     square, along, bent = small[..., 1, 1], small[..., 0, 1], small[..., 1, 2]

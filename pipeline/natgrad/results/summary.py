@@ -1,4 +1,4 @@
-"""Plain numbers that summarize results, for terminals and logs."""
+"""Summarize results in a few numbers, for terminals and logs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``status``: number of updates by status. ``angle`` and ``condition_number``: smallest, median and largest
-        finite value, or None if there is none.
+        ``status``: number of updates with each status. ``angle`` and ``condition_number``: smallest, median and
+        largest finite value, or None if there is no finite value.
     """
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     status, counts = np.unique(model["status"].values, return_counts=True)

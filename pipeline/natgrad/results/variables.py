@@ -1,12 +1,12 @@
-"""The result variables of updates: one entry each, with its metadata and the function that computes it.
+"""Declare the result variables of updates, each with its metadata and the function that computes it.
 
-An entry (`UpdateVariable`) declares what a variable is computed from, where it is defined, and how it is described.
-`natgrad.results.dataset` computes, masks, stacks and labels all entries in the same way, so a new variable needs a
-new entry and nothing else. The function and the metadata stand together here, and not in `natgrad.schema`, because
-neither is understood without the other.
+An entry (`UpdateVariable`) declares the inputs of a variable, the updates at which it is defined, and its
+description. `natgrad.results.dataset` computes, masks, stacks and labels all entries in the same way, so a new
+variable needs only a new entry. The function and the metadata are kept together here, and not in `natgrad.schema`,
+because neither can be understood without the other.
 
-Another package adds variables through the entry-point group ``natgrad.variables``; each entry point names an
-`UpdateVariable`. They appear in ``results.zarr`` of every run that is analyzed where the package is installed::
+Another package adds variables through the entry-point group ``natgrad.variables``. Each entry point refers to an
+`UpdateVariable`. If the package is installed, the variables appear in ``results.zarr`` of every analyzed run::
 
     [project.entry-points."natgrad.variables"]
     relative_update = "my_package:relative_update"
@@ -49,21 +49,21 @@ VARIABLES_GROUP = "natgrad.variables"
 """Entry-point group of the variables of other packages."""
 
 LONGEST_WINDOW = 256
-"""Longest window in the search for the smallest one; the limit is half the run if that is less."""
+"""Longest window in the search for the smallest one, or half the run if that is less."""
 
 MODEL_AND_TENSORS = ("model", "tensor")
 _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
 
 
-# What a variable is computed from ----------------------------------------------------------------------------
+# Inputs of variables ------------------------------------------------------------------------------------------
 
 
 class Updates:
-    """The updates of a run, of the model or of each tensor, in windows of m with one estimate of the gradient.
+    """The updates of a run in windows of m, for one aggregation and one estimate of the gradient.
 
-    Functions of variables take this as their argument. Properties are computed once and shared by all variables.
-    Arrays have the shape (updates,) for the model and (updates, tensors) for tensors; those of windows have
-    m - 1 updates fewer.
+    This is the argument of the functions of variables. Properties are computed once and shared by all variables.
+    Arrays have the shape (updates,) for the model and (updates, tensors) for tensors. Arrays of windows have m - 1
+    updates fewer.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ class Updates:
 
     @cached_property
     def gradient_norm(self) -> Array:
-        """Norm of the negative gradient; that of the gradient itself is known without a learning rate."""
+        """Norm of the negative gradient. The norm of the gradient itself is known without a learning rate."""
         if self.aggregation.gradient_norm is None:
             return self.pair.gradient_norm
         return windows.rolling_norm(self.aggregation.gradient_norm, self.m) / self.m
@@ -132,10 +132,10 @@ class Updates:
         known = windows.consecutive(self.aggregation.known, self.m).all(axis=-1)
         return geometry.status(
             self.pair,
-            # The smallest rate stands for the window: it is NaN if one is missing, and not positive if one is not.
+            # The smallest rate represents the window: it is NaN if one is missing, and not positive if one is not.
             learning_rate=windows.consecutive(self.aggregation.rate, self.m).min(axis=-1),
             finite=windows.consecutive(self.aggregation.finite, self.m).all(axis=-1),
-            # An update that is not larger than its rounding error cannot be told from it.
+            # An update that is not larger than its rounding error cannot be distinguished from it.
             verifiable=known & ~(self.update_floor >= self.pair.update_norm),
         )
 
@@ -174,20 +174,20 @@ class Updates:
 
     @cached_property
     def learning_rate_bounds(self) -> tuple[Array, Array]:
-        """Bounds of eq. (18) for the Hessian of the averaged loss, whose blocks are those of the steps over m."""
+        """Bounds of eq. (18) for the Hessian of the averaged loss: a block for each step, divided by m."""
         table, m = self.table, self.m
         if table.hessian_min_eigenvalue is None:
             weakest = np.full(self.pair.alignment.shape, np.nan)
         else:
-            # The Hessian of the parameters extended by time is another one.
+            # The logged Hessian is not that of the parameters extended by time.
             of_parameters = np.where(table.extended(), np.nan, table.hessian_min_eigenvalue)
             weakest = windows.consecutive(of_parameters, m).min(axis=-1) / m
-        # g is the mean of the updates between two logged states, and moves by that many learning rates.
+        # g is the mean of the updates between two logged states, so a span of k steps moves by k learning rates.
         spans = windows.consecutive(table.spans, m).max(axis=-1)
         supremum, optimal = discrete_time.learning_rate_bounds(self.pair, weakest)
         return supremum / spans, optimal / spans
 
-    # Of one run, for variables without the dimension step ----------------------------------------------------
+    # One run, for variables without the dimension step --------------------------------------------------------
 
     @property
     def _longest_tried(self) -> int:
@@ -199,7 +199,7 @@ class Updates:
 
     @cached_property
     def smallest_effective_window(self) -> tuple[Array, NDArray[np.int64]]:
-        """Smallest window of which all are effective, and the number of windows that support it."""
+        """Smallest length of which all windows are effective, and the number of these windows."""
         own, run = self.aggregation, self.run
         terms = windows.WindowTerms(
             own.pair[run], own.rate[run], own.update_floor[run], own.finite[run], own.known[run]
@@ -208,16 +208,16 @@ class Updates:
 
     @cached_property
     def smallest_decreasing_window(self) -> tuple[float, int]:
-        """Smallest window over which the loss always falls, and the number of windows that support it."""
+        """Smallest length of windows over which the loss always decreases, and the number of these windows."""
         loss, next_loss = self.table.loss[self.run], self.table.next_loss[self.run]
         return windows.smallest_decreasing(loss, next_loss, self._follows, self._longest_tried)
 
 
-# How a variable is declared ----------------------------------------------------------------------------------
+# Declaration of a variable ------------------------------------------------------------------------------------
 
 
 class Defined(enum.Enum):
-    """The updates at which a variable is defined; elsewhere it has the fill value of its entry."""
+    """The updates at which a variable is defined. At others it has the fill value of its entry."""
 
     ALWAYS = enum.auto()
     WITH_ANGLE = enum.auto()
@@ -226,26 +226,26 @@ class Defined(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateVariable(Variable):
-    """A result variable of updates: its metadata, and how it is computed.
+    """A result variable of updates: its metadata and the function that computes it.
 
     Attributes
     ----------
     compute : callable
-        Takes `Updates` and returns an array with the dimensions of the variable except ``descent`` and ``window``:
-        it is called once for each estimate of the gradient and each window, if the variable has these dimensions.
-        The dimension ``tensor`` may be left out of the array if all tensors have the same value. A variable without
-        ``step`` is a number of the run (of each tensor), computed for ``updates.run``.
+        Takes `Updates` and returns an array with the dimensions of the variable except ``descent`` and ``window``.
+        If the variable has these dimensions, the function is called once for each estimate of the gradient and each
+        window. The array may omit the dimension ``tensor`` if all tensors have the same value. A variable without
+        ``step`` has one value for the run (or for each tensor), computed for ``updates.run``.
     needs : tuple of str
-        Vectors of the ledger and columns of `natgrad.results.inputs.UpdateTable` without which the variable is left
-        out of the results.
+        Vectors of the ledger and columns of `natgrad.results.inputs.UpdateTable` that the variable requires. If one
+        is missing, the results do not have the variable.
     aggregations : tuple of str
-        ``model``, ``tensor`` or both: the groups that have the variable.
+        Groups that have the variable: ``model``, ``tensor`` or both.
     descents : tuple of str
-        Estimates of the negative gradient with which it is defined.
+        Estimates of the negative gradient for which it is defined.
     defined : Defined
         Updates at which it is defined.
     fill : float, int or bool
-        Value where it is not defined, and of windows that pass the end of the run or a restart.
+        Value at updates where it is not defined, and of windows that pass the end of the run or a restart.
     comment : callable, optional
         Takes `Updates` and returns the attribute ``comment``, or an empty string if it has none.
     """
@@ -262,21 +262,21 @@ class UpdateVariable(Variable):
         unknown = {*self.needs} - {*VECTORS, *(field.name for field in fields(UpdateTable))}
         if unknown:
             raise InputError(
-                f"variable {self.name!r} needs {', '.join(sorted(unknown))}, which no ledger has",
-                remedy="use the names of the ledger's vectors and of the columns of UpdateTable",
+                f"variable {self.name!r} needs unknown quantities: {', '.join(sorted(unknown))}",
+                remedy="use vectors of the ledger (natgrad.schema.names.VECTORS) or columns of UpdateTable",
             )
         if self.dimensions != tuple(axis for axis in _AXES if axis in self.dimensions):
             raise InputError(
-                f"variable {self.name!r} has the dimensions {self.dimensions}",
-                remedy=f"use some of {', '.join(_AXES)}, in this order",
+                f"variable {self.name!r} has unknown or unordered dimensions {self.dimensions}",
+                remedy=f"use dimensions from {', '.join(_AXES)}, in this order",
             )
         required = {STEP, TENSOR} if self.defined is not Defined.ALWAYS else set()
         required |= {STEP, TENSOR, DESCENT} if self.descents != DESCENTS else set()
         if not required <= {*self.dimensions}:
             raise InputError(
-                f"variable {self.name!r} is not defined everywhere, but lacks dimensions",
-                why=f"it has {self.dimensions}, and whether it is defined depends on {sorted(required)}",
-                remedy="declare these dimensions, or declare it as defined everywhere",
+                f"variable {self.name!r} lacks dimensions on which its definition depends",
+                why=f"it has {self.dimensions}, but its values are defined depending on {sorted(required)}",
+                remedy="declare these dimensions, or declare the variable as defined everywhere",
             )
 
     def values(self, updates: Updates) -> NDArray[Any]:
@@ -326,7 +326,7 @@ class UpdateVariable(Variable):
         without_tensors = tuple(sizes[axis] for axis in axes if axis != TENSOR)
         if values.shape != shape and not (STEP in axes and values.shape == without_tensors):
             raise InputError(
-                f"variable {self.name!r} has values of shape {values.shape}, not {shape}",
+                f"variable {self.name!r} has values of shape {values.shape}, but {shape} is required",
                 where=f"{updates.aggregation_name}, descent {updates.descent}, window {updates.m}",
                 why=f"its dimensions are {self.dimensions}",
                 remedy="correct the function or the dimensions of the variable",
@@ -334,7 +334,7 @@ class UpdateVariable(Variable):
 
 
 def registered_variables() -> list[Extension[UpdateVariable]]:
-    """Return the variables that other packages register; those that cannot be used are skipped with a warning."""
+    """Return the variables of other packages. Variables that cannot be used are skipped with a warning."""
     return list(registered(VARIABLES_GROUP, UpdateVariable, VARIABLES).values())
 
 
@@ -350,19 +350,23 @@ def _learning_rate_comment(updates: Updates) -> str:
     if updates.table.tensor_learning_rate is None:
         return ""
     if updates.aggregation_name == "tensor":
-        return "groups of the optimizer have several: each tensor has its own, and g of the tensor is per that"
+        return (
+            "The parameter groups of the optimizer have different learning rates. Each tensor has the rate of its "
+            "group, and g of the tensor is its displacement divided by this rate."
+        )
     return (
-        "groups of the optimizer have several: that logged or given for the step, else the largest of the "
-        "tensors'; g of the model is the displacement per this one, so that y.g > 0 says that the update descends, "
-        "and the ratios of the others to it are a part of the rule. Angle and condition number do not depend on "
-        "it; update_norm, alignment, eigenvalues and bounds are per this one"
+        "The parameter groups of the optimizer have different learning rates. This is the rate logged for the step "
+        "or set with --learning-rate, or else the largest rate of the tensors. g of the model is the displacement "
+        "divided by this rate, so y.g > 0 if and only if the update descends; the ratios between the rates are a "
+        "part of the learning rule. Angle and condition number do not depend on this rate. update_norm, alignment, "
+        "eigenvalues and bounds do."
     )
 
 
 def _preconditioner_condition_number(updates: Updates) -> Array:
     used = updates.table.optimizer
     if used is None:
-        raise InputError("the state of the optimizer is not stored", remedy="ingest with --include optimizer")
+        raise InputError("the optimizer state is not stored", remedy="ingest the log with --include optimizer")
     of_tensors, of_model = condition_number(used.smallest, used.largest, used.learning_rate)
     return of_model if updates.aggregation_name == "model" else of_tensors
 
@@ -392,7 +396,7 @@ def _shifted_metric(updates: Updates) -> NDArray[np.int8]:
 # The variables -----------------------------------------------------------------------------------------------
 
 # y is a loss per parameter and g a parameter per learning rate (eq. 2), so a metric M with M g = y has this unit.
-# The units of a run are not known: the words stand for them.
+# The units of a run are not known, so these words represent them.
 METRIC_UNIT = "loss learning_rate parameter-2"
 
 _SINGLE = (STEP, TENSOR)
@@ -411,7 +415,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss",
             equation="L(theta_t)",
             long_name="loss before the update",
-            description="Loss at the state before the update, as logged. NaN if it was not logged.",
+            description="Logged loss of the state before the update. NaN if it was not logged.",
         ),
         UpdateVariable(
             name="learning_rate",
@@ -420,8 +424,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="learning_rate",
             equation="eta, eq. (2)",
             long_name="learning rate of the update",
-            description="Learning rate as logged, or as passed for steps without one. NaN if it is not known. "
-            "Tensors have the dimension tensor only if the parameter groups of the optimizer differ.",
+            description="Logged learning rate, or the option --learning-rate for steps without one. NaN if it is "
+            "not known. The group /tensor has the dimension tensor only if the rates of parameter groups differ.",
             comment=_learning_rate_comment,
         ),
         UpdateVariable(
@@ -429,9 +433,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.table.spans,
             dimensions=(STEP,),
             units="1",
-            equation="t' - t for logged neighbours t, t'",
-            long_name="number of updates between this logged state and the next",
-            description="1 if every step was logged. 0 at a step that this run of a sweep has not logged.",
+            equation="t' - t for consecutive logged states t, t'",
+            long_name="number of updates from this logged state to the next",
+            description="1 if every step was logged. 0 at a step that this run of a sweep did not log.",
         ),
         UpdateVariable(
             name="parameter_norm",
@@ -448,9 +452,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=(STEP, TENSOR, WINDOW),
             units="parameter learning_rate-1",
             equation="|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
-            long_name="norm of the mean update over the window's steps",
-            description="Norm of the update per learning rate; of a window, of its updates stacked. NaN if the "
-            "learning rate is not known.",
+            long_name="norm of the mean update over the window",
+            description="Norm of the update divided by the learning rate. For a window, norm of its stacked "
+            "updates. NaN if the learning rate is not known.",
         ),
         UpdateVariable(
             name="gradient_norm",
@@ -459,7 +463,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss parameter-1",
             equation="|y|",
             long_name="norm of the negative gradient",
-            description="Norm of the estimate of the negative gradient that the dimension descent names.",
+            description="Norm of the estimate of the negative gradient selected by the dimension descent.",
         ),
         UpdateVariable(
             name="alignment",
@@ -468,7 +472,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss learning_rate-1",
             equation="y.g",
             long_name="inner product of negative gradient and update",
-            description="Rate at which the loss falls along the update. Positive if the update is effective.",
+            description="Rate at which the loss decreases along the update. Positive if the update is effective.",
         ),
         UpdateVariable(
             name="cosine",
@@ -478,7 +482,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="cos(psi)",
             long_name="cosine of the angle between negative gradient and update",
-            description="Cosine of angle. NaN if there is no angle; status says why.",
+            description="Cosine of the variable angle. NaN if there is no angle; status gives the reason.",
         ),
         UpdateVariable(
             name="angle",
@@ -488,8 +492,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="radian",
             equation="psi in [0, pi], eq. (9)",
             long_name="angle between negative gradient and update",
-            description="0 for gradient descent; beyond pi/2 the update is not effective. NaN if the update or the "
-            "gradient is zero, not finite or not known; status says why.",
+            description="0 for gradient descent. Above pi/2 the update is not effective. NaN if the update or the "
+            "gradient is zero, not finite or not known; status gives the reason.",
         ),
         UpdateVariable(
             name="angle_uncertainty",
@@ -499,11 +503,11 @@ VARIABLES: dict[str, UpdateVariable] = {
             defined=Defined.WITH_ANGLE,
             dimensions=_COMPARED,
             units="radian",
-            equation="asin(|dy| / |y|) + asin(|dg| / |g|), dy and dg what rounding to the stored dtypes makes at "
-            "most",
-            long_name="largest error of the angle by rounding of the stored values",
-            description="Bound of the error of angle that rounding to the stored dtypes can cause. Errors of "
-            "logged losses, which move corrected gradients, are not included.",
+            equation="asin(|dy| / |y|) + asin(|dg| / |g|), with the largest errors dy and dg of rounding to the "
+            "stored dtypes",
+            long_name="largest error of the angle caused by rounding of the stored values",
+            description="Upper bound of the error of angle caused by rounding to the stored dtypes. Errors of "
+            "logged losses, which affect corrected gradients, are not included.",
         ),
         UpdateVariable(
             name="effective",
@@ -512,9 +516,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="1",
             equation="y.g > 0, section 2.1",
-            long_name="the update descends: y.g > 0",
-            description="True if a symmetric positive definite metric turns the gradient into the update. False "
-            "also if this cannot be decided; status says why.",
+            long_name="the update descends (y.g > 0)",
+            description="True if a symmetric positive definite metric M with M g = y exists. False also if this "
+            "cannot be decided; status gives the reason.",
         ),
         UpdateVariable(
             name="condition_number",
@@ -524,7 +528,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="kappa(M_opt), below eq. (9), Prop. 1",
             long_name="smallest condition number of any metric M with M g = y",
-            description=f"1 for gradient descent; it grows without bound as the angle approaches pi/2. "
+            description=f"1 for gradient descent. It grows without bound as the angle approaches pi/2. "
             f"{_NO_METRIC}",
         ),
         UpdateVariable(
@@ -533,11 +537,11 @@ VARIABLES: dict[str, UpdateVariable] = {
             needs=("optimizer",),
             dimensions=_SINGLE,
             units="1",
-            equation="kappa(diag(sqrt(v) + epsilon)) of Adam, of the factors of Shampoo, PSGD and K-FAC, beside "
-            "kappa(M_opt) of eq. (9)",
+            equation="kappa(diag(sqrt(v) + epsilon)) for Adam, kappa of the Kronecker factors for Shampoo, PSGD "
+            "and K-FAC",
             long_name="condition number of the metric that the optimizer used",
-            description="To be compared with condition_number, the least that the update needs. Only if the state "
-            "of the optimizer was stored; NaN at updates whose metric is not known.",
+            description="Compare it with condition_number, the smallest that any metric of the update can have. "
+            "Present only if the optimizer state was stored. NaN at updates whose metric is not known.",
         ),
         UpdateVariable(
             name="similarity",
@@ -557,7 +561,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units=METRIC_UNIT,
             equation="eq. (9)",
             long_name="largest eigenvalue of the optimal metric",
-            description=f"The optimal metric is the one of smallest condition number. {_NO_METRIC}",
+            description=f"The optimal metric is the metric with the smallest condition number. {_NO_METRIC}",
         ),
         UpdateVariable(
             name="eigenvalue_mid",
@@ -566,8 +570,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units=METRIC_UNIT,
             equation="eq. (9)",
-            long_name="eigenvalue of the optimal metric of multiplicity D - 2 (none where D <= 2)",
-            description=f"Eigenvalue across both y and g. NaN if D <= 2. {_NO_METRIC}",
+            long_name="eigenvalue of the optimal metric with multiplicity D - 2",
+            description=f"Eigenvalue of the directions orthogonal to y and g. NaN if D <= 2. {_NO_METRIC}",
         ),
         UpdateVariable(
             name="eigenvalue_min",
@@ -606,8 +610,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_FAMILY,
             units=METRIC_UNIT,
             equation="Lemma 1, eq. (22)",
-            long_name="largest eigenvalue over the one-parameter family",
-            description=f"Largest eigenvalue of the metric of weight gamma. {_NO_METRIC}",
+            long_name="largest eigenvalue of the one-parameter family",
+            description=f"Largest eigenvalue of the metric with weight gamma. {_NO_METRIC}",
         ),
         UpdateVariable(
             name="family_eigenvalue_mid",
@@ -616,8 +620,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_FAMILY,
             units=METRIC_UNIT,
             equation="Lemma 1, eq. (22)",
-            long_name="eigenvalue of multiplicity D - 2 over the one-parameter family",
-            description=f"Eigenvalue across both y and g. NaN if D <= 2. {_NO_METRIC}",
+            long_name="eigenvalue of the one-parameter family with multiplicity D - 2",
+            description=f"Eigenvalue of the directions orthogonal to y and g. NaN if D <= 2. {_NO_METRIC}",
         ),
         UpdateVariable(
             name="family_eigenvalue_min",
@@ -626,8 +630,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_FAMILY,
             units=METRIC_UNIT,
             equation="Lemma 1, eq. (22)",
-            long_name="smallest eigenvalue over the one-parameter family",
-            description=f"Smallest eigenvalue of the metric of weight gamma. {_NO_METRIC}",
+            long_name="smallest eigenvalue of the one-parameter family",
+            description=f"Smallest eigenvalue of the metric with weight gamma. {_NO_METRIC}",
         ),
         UpdateVariable(
             name="family_condition_number",
@@ -636,10 +640,10 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_FAMILY,
             units="1",
             equation="Lemma 1, eq. (22)",
-            long_name="condition number over the one-parameter family",
-            description=f"Smallest at gamma = 1, where it is condition_number. {_NO_METRIC}",
+            long_name="condition number of the one-parameter family",
+            description=f"Smallest at gamma = 1, where it equals condition_number. {_NO_METRIC}",
         ),
-        # A tensor has no loss of its own with which its share could be compared, so this one is of the model.
+        # A tensor has no loss of its own with which its share could be compared, so only the model has a residual.
         UpdateVariable(
             name="discrete_identity_residual",
             compute=_discrete_identity_residual,
@@ -647,12 +651,12 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="1",
             equation="(eta g.y + dL) / |dL|, eq. (12)",
-            long_name="relative failure of the discrete gradient identity",
-            description="0 if the estimate of the gradient explains the change of the loss. NaN if the loss is not "
-            "known or does not change.",
+            long_name="relative error of the discrete gradient identity",
+            description="0 if the estimate of the gradient explains the change of the loss exactly. NaN if the "
+            "loss is not known or does not change.",
         ),
-        # Nor does it have a Hessian of its own: the effect of other tensors on its gradient is in the model's
-        # alone.
+        # A tensor has no Hessian of its own either: only that of the model includes the effect of other tensors on
+        # its gradient.
         UpdateVariable(
             name="learning_rate_bound",
             compute=lambda updates: updates.learning_rate_bounds[0],
@@ -662,7 +666,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="learning_rate",
             equation="eta < |ybar| cos(psi_bar) / (h |g|), below eq. (17)",
-            long_name="learning rate below which some metric Mbar + eta H is one of the true gradient",
+            long_name="learning rate below which Mbar + eta H is a metric of the true gradient for some Mbar",
             description="Infinite if the loss is convex. NaN for the gradient itself, if no smallest eigenvalue of "
             "the Hessian was logged, or if the update is not effective.",
         ),
@@ -675,9 +679,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="learning_rate",
             equation="eta < lambda_min(Mbar) / h",
-            long_name="learning rate below which that of the optimal Mbar is",
-            description="Bound for the metric Mbar of smallest condition number. Missing as learning_rate_bound "
-            "is.",
+            long_name="learning rate below which Mbar + eta H is positive definite for the optimal Mbar",
+            description="Bound for the metric Mbar with the smallest condition number. NaN in the same cases as "
+            "learning_rate_bound.",
         ),
         UpdateVariable(
             name="shifted_metric",
@@ -690,9 +694,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="1",
             equation="Mbar + eta H, eq. (17)",
-            long_name="what Mbar + eta H is, the metric of the true gradient",
-            description="Definiteness of Mbar + eta H at the learning rate of the update. Unknown where "
-            "learning_rate_bound is NaN.",
+            long_name="definiteness of Mbar + eta H, the metric of the true gradient",
+            description="Definiteness at the learning rate of the update. Unknown if learning_rate_bound is NaN.",
         ),
         UpdateVariable(
             name="loss_average",
@@ -701,7 +704,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss",
             equation="L_avg(t), below eq. (3)",
             long_name="mean loss over the window",
-            description="Mean of the losses before the m updates of the window. NaN if one was not logged.",
+            description="Mean of the losses before the m updates of the window. NaN if a loss was not logged.",
         ),
         UpdateVariable(
             name="loss_decrease",
@@ -710,7 +713,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss",
             equation="L(t) - L(t+m), eq. (3)",
             long_name="decrease of the loss over the window",
-            description="Positive if the loss is lower after the m updates. NaN if one of the two was not logged.",
+            description="Positive if the loss is lower after the m updates. NaN if a loss was not logged.",
         ),
         UpdateVariable(
             name="status",
@@ -721,9 +724,10 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="1",
             equation="y.g > 0, section 2.1",
-            long_name="why the metric exists or not",
-            description="Reason for missing values. Unverifiable if the update is smaller than its rounding, a "
-            "loss or a Hessian-vector product is missing, or the window passes the end of the run or a restart.",
+            long_name="reason why the metric exists or not",
+            description="Reason for missing values. Unverifiable if the update is not larger than its rounding "
+            "error, a loss or a Hessian-vector product is missing, or the window passes the end of the run or a "
+            "restart.",
         ),
         UpdateVariable(
             name="effective_window",
@@ -731,9 +735,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=(TENSOR, DESCENT),
             units="1",
             equation="m with y.g > 0 for all t, eq. (3)",
-            long_name="smallest window of which all are effective, NaN where none is",
-            description="Tried are lengths up to 256 or half the run, if that is less, or up to the longest "
-            "requested window.",
+            long_name="smallest window length for which all windows are effective",
+            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are "
+            "tried, and up to the longest requested window if that is longer.",
         ),
         UpdateVariable(
             name="effective_window_count",
@@ -741,8 +745,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=(TENSOR, DESCENT),
             units="1",
             equation="number of t, eq. (3)",
-            long_name="windows that support effective_window",
-            description="Windows of that length that can be judged. 0 if there is no such length.",
+            long_name="number of windows that support effective_window",
+            description="Number of windows of that length with a known status. 0 if there is no such length.",
         ),
         UpdateVariable(
             name="decreasing_window",
@@ -750,9 +754,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=(),
             units="1",
             equation="m of eq. (3)",
-            long_name="smallest window over which the loss always decreases, NaN where none is",
-            description="Tried are lengths up to 256 or half the run, if that is less, or up to the longest "
-            "requested window.",
+            long_name="smallest window length over which the loss always decreases",
+            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are "
+            "tried, and up to the longest requested window if that is longer.",
         ),
         UpdateVariable(
             name="decreasing_window_count",
@@ -760,8 +764,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=(),
             units="1",
             equation="number of t, eq. (3)",
-            long_name="windows that support decreasing_window",
-            description="Windows of that length whose two losses were logged. 0 if there is no such length.",
+            long_name="number of windows that support decreasing_window",
+            description="Number of windows of that length with both losses logged. 0 if there is no such length.",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The errors that every package raises: bad input, and resources that are temporarily unavailable."""
+"""Define the errors of all packages: invalid input, and resources that are temporarily unavailable."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = [
 
 
 class InputError(ValueError):
-    """Input that is refused: what, where, why usually, and what to do.
+    """Error for invalid input, which states what is wrong, where, why, and what to do.
 
     Parameters
     ----------
     what : str
-        What is wrong, with the values found.
+        The problem, with the values found.
     where : str, optional
         File, step and tensor.
     why : str, optional
-        Why this usually happens.
+        The usual reason.
     remedy : str, optional
-        What to do.
+        The remedy.
     """
 
     def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
@@ -34,12 +34,12 @@ class InputError(ValueError):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with all four parts, as the error may cross to another process."""
+        """Pickle the error with all four parts, because it may be sent to another process."""
         return (_input_error, (type(self), self.what, self.where, self.why, self.remedy))
 
 
 class Unavailable(InputError):
-    """What is refused now and may be taken later, unchanged: a lock that is held, a scheduler that is lost."""
+    """Error for input that may be accepted later without a change, for example because a lock is held."""
 
 
 def _input_error(kind: type[InputError], what: str, where: str, why: str, remedy: str) -> InputError:

@@ -1,4 +1,4 @@
-"""Objects that other distributions register under an entry-point group: log formats and result variables."""
+"""Load objects that other distributions register as entry points: log formats and result variables."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _log = logging.getLogger(__name__)
 
 
 class Named(Protocol):
-    """An object with a name of its own."""
+    """An object with a name."""
 
     @property
     def name(self) -> str:
-        """Name, unique among the objects of its kind."""
+        """Name, which is unique among the objects of its kind."""
         ...
 
 
@@ -44,14 +44,14 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
     """Load the objects that installed distributions register under an entry-point group.
 
     An entry point is skipped with a warning if it cannot be loaded, is not an instance of ``kind``, or has a name
-    that is taken: a broken extension must not stop users who do not need it.
+    that is taken. A broken extension must not affect users who do not need it.
 
     Parameters
     ----------
     group : str
         Entry-point group, for example ``natgrad.formats``.
     kind : type
-        Class of all objects of the group.
+        Class of the objects of the group.
     taken : container of str
         Names of the objects of this package.
 
@@ -60,7 +60,7 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
     dict
         Extensions by the name of the object, in the order of the entry points' names.
     """
-    # Imported here: the command line starts without it.
+    # Imported here, because the command line does not need it to start.
     from importlib.metadata import entry_points
 
     found: dict[str, Extension[T]] = {}
@@ -70,7 +70,7 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
         reason = ""
         try:
             value = entry_point.load()
-        except Exception as error:  # code of others may raise anything
+        except Exception as error:  # code of other packages may raise any exception
             reason = f"it cannot be loaded ({type(error).__name__}: {error})"
         else:
             if not isinstance(value, kind):
@@ -82,7 +82,7 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
                 found[value.name] = Extension(value, owner, version)
         if reason:
             _log.warning(
-                "entry point %r of %s (group %s) is skipped: %s. Update or uninstall %s.",
+                "skipping entry point %r of %s (group %s): %s. Update or uninstall %s.",
                 entry_point.name,
                 owner,
                 group,

@@ -1,4 +1,4 @@
-"""The tensors of a model on one element axis, the dtypes of their elements, and the shapes of stored chunks."""
+"""Define the layout of tensors on one element axis, the dtypes of elements, and the shapes of stored chunks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = [
 MEBIBYTE = 1 << 20
 
 LAYOUT_VERSION = 4
-"""Version of the layout of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``; others are refused."""
+"""Layout version of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``. Other versions are rejected."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
-"""Dtypes that are stored as they are, with the bits of their significand (the implicit one included)."""
+"""Dtypes that are stored without conversion, with the bits of their significand, including the implicit bit."""
 
 
 def unit_roundoff(dtype: str) -> float:
-    """Largest relative error of rounding to a dtype, 2**-p for p bits of significand.
+    """Return the largest relative error of rounding to a dtype: 2**-p for a significand of p bits.
 
     Examples
     --------
@@ -48,7 +48,7 @@ def unit_roundoff(dtype: str) -> float:
 
 
 def promote(dtypes: Sequence[str]) -> str:
-    """Smallest storage dtype that holds every value of the given ones exactly.
+    """Return the smallest storage dtype that represents all values of the given dtypes exactly.
 
     Examples
     --------
@@ -63,7 +63,7 @@ def promote(dtypes: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the model: where its elements lie on the element axis.
+    """A tensor of the model, and the position of its elements on the element axis.
 
     Attributes
     ----------
@@ -74,9 +74,9 @@ class Tensor:
     shape : tuple of int
         Shape; its product is the number of elements (1 for a scalar).
     dtype : str
-        Dtype in which the *parameter* was logged: it sets the rounding floor of the displacement.
+        Dtype of the logged *parameter*, which determines the rounding floor of the displacement.
     group : str
-        Parameter group, empty where the log knows none.
+        Parameter group, empty if the log has no groups.
     """
 
     name: str
@@ -92,24 +92,24 @@ class Tensor:
 
     @property
     def stop(self) -> int:
-        """One past the last element on the element axis."""
+        """End of the elements on the element axis (exclusive)."""
         return self.offset + self.size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout table of a model: its tensors, end to end on one element axis."""
+    """The layout table of a model: its tensors, concatenated on one element axis."""
 
     tensors: tuple[Tensor, ...]
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> Layout:
-        """Lay tensors end to end in the order given.
+        """Concatenate tensors in the order of the mapping.
 
         Parameters
         ----------
         shapes : mapping
-            Name to (shape, dtype).
+            Shape and dtype of each tensor, by name.
         """
         tensors, offset = [], 0
         for name, (shape, dtype) in shapes.items():
@@ -119,11 +119,11 @@ class Layout:
 
     @classmethod
     def from_json(cls, table: Sequence[Mapping[str, Any]]) -> Layout:
-        """Rebuild a layout from the attribute of a store."""
+        """Return the layout in the attribute of a store."""
         return cls(tuple(Tensor(**{**row, "shape": tuple(row["shape"])}) for row in table))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Rows of the layout table, for the attribute of a store."""
+        """Return the rows of the layout table, for the attribute of a store."""
         return [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors]
 
     @property
@@ -137,31 +137,31 @@ class Layout:
         return self.tensors[-1].stop if self.tensors else 0
 
     def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Pieces of tensors within a range of the element axis.
+        """Return the segments of tensors in a range of the element axis.
 
         Returns
         -------
         list of (tensor index, first element, stop element)
-            In order, not empty ones only; elements count from the start of the axis.
+            The segments that are not empty, in order. Elements are counted from the start of the axis.
         """
-        pieces = []
+        segments = []
         for index in range(bisect_right(self.tensors, start, key=lambda tensor: tensor.stop), len(self.tensors)):
             tensor = self.tensors[index]
             if tensor.offset >= stop:
                 break
             low, high = max(start, tensor.offset), min(stop, tensor.stop)
             if low < high:
-                pieces.append((index, low, high))
-        return pieces
+                segments.append((index, low, high))
+        return segments
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
-    """Dtype of the words in which values are stored: bfloat16 as uint16, the others as they are."""
+    """Return the dtype of stored words: uint16 for bfloat16, and otherwise the dtype itself, little-endian."""
     return np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<")
 
 
 def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Values of elements of a dtype, as `StepReader.read` gives them: of bfloat16 in float32, which is exact."""
+    """Return the values of elements that `StepReader.read` returned: bfloat16 is converted to float32, exactly."""
     return (words.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype == "bfloat16" else words
 
 
@@ -170,21 +170,21 @@ def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class IngestLimits:
-    """Limits of an ingest: how a new trajectory is cut into chunks, and how much is copied at a time.
+    """Limits of an ingest: the chunks of a new trajectory, and the amount of data copied at a time.
 
     Attributes
     ----------
     chunk_elements : int
-        Most elements in a chunk of the trajectory. The default makes 4 MiB of float32.
+        Largest number of elements in a chunk of the trajectory. The default is 4 MiB of float32.
     minimum_steps : int
-        Steps for which a chunk of a small model has room, even if the run is shorter.
+        Capacity of a chunk of a small model in steps, even if the run is shorter.
     chunk : (int, int), optional
-        Steps and elements of a chunk, in place of the shape that `chunk_shape` computes.
+        Steps and elements of a chunk, instead of the shape that `chunk_shape` computes.
     commit_bytes : int
-        Training state that one commit makes visible, about. A commit holds at least one row of chunks.
+        Approximate training state that one commit makes visible. A commit has at least one row of chunks.
     largest_factor : int
-        Rows of the largest optimizer factor whose eigenvalues are computed. LAPACK's copies and the complex matrix
-        of the skew part take up to 70 bytes per element, which is 1.1 GiB for the default.
+        Largest number of rows of an optimizer factor whose eigenvalues are computed. LAPACK's copies and the
+        complex matrix of the skew part take up to 70 bytes per element, which is 1.1 GiB for the default.
     """
 
     chunk_elements: int = 1 << 20
@@ -196,7 +196,7 @@ class IngestLimits:
 
 @dataclass(frozen=True, order=True)
 class LedgerChunk:
-    """Updates ``start`` to ``stop`` (half open), whose inner products are one chunk of the ledger."""
+    """The updates ``start`` to ``stop`` (half open), whose inner products are one chunk of the ledger."""
 
     start: int
     stop: int
@@ -205,23 +205,23 @@ class LedgerChunk:
 def chunk_shape(
     states: int, elements: int, replicates: int = 0, limits: IngestLimits = IngestLimits()
 ) -> tuple[int, int]:
-    """Return the shape of the chunks of a trajectory: complete steps of about a million elements.
+    """Return the shape of the chunks of a trajectory: complete steps, with about a million elements.
 
     Parameters
     ----------
     states : int
-        Logged states so far.
+        Number of logged states so far.
     elements : int
         Elements of the model.
     replicates : int
-        Replicates that are logged with each state. A step of a chunk holds that many more states.
+        Number of replicates that are logged with each state. Each step of a chunk then has that many more states.
     limits : IngestLimits, optional
 
     Returns
     -------
     (steps, elements) of a chunk
-        Columns have nearly one width, so that the last one contains little padding. Small models share a chunk
-        between many steps, but not many more than the run has.
+        Columns have nearly the same width, so that the last one contains little padding. A chunk of a small model
+        has many steps, but not many more than the run.
 
     Examples
     --------
@@ -243,12 +243,12 @@ def chunk_shape(
 
 
 def room_to_grow(count: int, minimum: int) -> int:
-    """Return the size of a chunk that holds a complete run and as much again as it may grow by.
+    """Return the size of a chunk that contains the complete run and leaves space for new steps.
 
     Parameters
     ----------
     count : int
-        States or updates of the run so far.
+        Number of states or updates of the run so far.
     minimum : int
         Size for a run that is shorter than this.
 

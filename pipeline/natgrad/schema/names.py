@@ -1,4 +1,4 @@
-"""Names that are part of a contract: dimensions, stored arrays, scalars and vectors of the ledger."""
+"""Define the names of dimensions, stored arrays, scalars and vectors of the ledger, which are a contract."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ REPLICATE = "replicate"
 REPLICATE_VECTOR, WITH_REPLICATE_VECTOR = "replicate_vector", "with_replicate_vector"
 
 DESCENTS = ("gradient", "corrected", "trapezoid", "taylor")
-"""Negative gradients y: of the loss; and three discrete ones, eq. (12): the gradient corrected along the
-displacement, the mean of the gradients at both ends so corrected, and the gradient plus hvp / 2, eq. (16)."""
+"""Estimates of the negative gradient y: the gradient of the loss, and three discrete gradients, eq. (12): the
+gradient corrected along the displacement, the corrected mean of the gradients of both states, and the gradient plus
+hvp / 2, eq. (16)."""
 
 HVP = "hvp"
 
@@ -59,7 +60,7 @@ STATES = ("parameter", "gradient", HVP)
 """Arrays (step, element) of a trajectory; ``hvp`` is optional."""
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master_parameter")
-"""Arrays (step, element) of what an optimizer keeps; stored where asked for, NaN at steps that have none."""
+"""Arrays (step, element) of the optimizer state. They are stored on request, and NaN at steps without a state."""
 
 METRIC_EIGENVALUES = (
     "metric_eigenvalue_min",
@@ -67,8 +68,9 @@ METRIC_EIGENVALUES = (
     "next_metric_eigenvalue_min",
     "next_metric_eigenvalue_max",
 )
-"""Eigenvalues of Kronecker-factored and rotated metrics (Shampoo, SOAP, PSGD, K-FAC): of the metric that was used
-in the update to this state; and where curvature is saved with the state it was taken at, in the update from it."""
+"""Eigenvalues of Kronecker-factored and rotated metrics (Shampoo, SOAP, PSGD, K-FAC). The first two are those of
+the metric used in the update to this state. If curvature is saved with the state at which it was measured, the
+others are those of the metric used in the update from this state."""
 
 OPTIMIZER_NUMBERS = (
     "tensor_learning_rate",
@@ -84,34 +86,34 @@ OPTIMIZER_NUMBERS = (
     "metric_factored",
     "metric_rescaled",
 )
-"""Arrays (step, tensor) beside them: the options of each tensor's group, the updates that an entry has seen, the
-smallest and largest element of ``exp_avg_sq`` and eigenvalue of the metric, 1 where the metric is not Adam's, and 1
-where the update was rescaled by what is not saved. NaN where there is none."""
+"""Arrays (step, tensor) of the optimizer state: the options of the group of each tensor, the number of updates of
+the state, the smallest and largest element of ``exp_avg_sq``, the eigenvalues of the metric, 1 if the metric is not
+that of Adam, and 1 if the update was rescaled by a factor that is not saved. NaN if a value is not known."""
 
 SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
-"""Numbers of a step that a log may hold; arrays (step) of a trajectory, NaN where the log has none."""
+"""Numbers of a step that a log may contain. They are arrays (step) of a trajectory, NaN if they were not logged."""
 
 USUAL_SCALARS = SCALARS[:2]
-"""Those that every trajectory has; the others only where they are logged."""
+"""Scalars that every trajectory has. The others exist only if they were logged."""
 
 VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual", HVP)
-"""Vectors of the Gram ledger; ``hvp`` only where it was logged."""
+"""Vectors of the Gram ledger. ``hvp`` exists only if it was logged."""
 
 REPLICATE_PARAMETER, REPLICATE_HVP = "replicate_parameter", "replicate_hvp"
 
 REPLICATE_STATES = (REPLICATE_PARAMETER, REPLICATE_HVP)
-"""Arrays (step, replicate, element) of a trajectory, where a stochastic rule logs them: the states that R draws of
-the update lead to from theta_t, and the Hessian times the displacement of each."""
+"""Arrays (step, replicate, element) of a trajectory, if a stochastic rule logs them: the states to which R draws of
+the update from theta_t lead, and the Hessian times the displacement of each draw."""
 
 REPLICATE_LOSS = "replicate_loss"
 """Array (step, replicate) of a trajectory: the loss of each of these states."""
 
 REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
-"""All that a log may hold of replicates."""
+"""All arrays of replicates that a log may contain."""
 
 
 def of_replicate(array: str, replicate: int) -> str:
-    """Name of one replicate of an array, which is an array (step, element).
+    """Return the name of one replicate of an array. The replicate is an array (step, element).
 
     Examples
     --------
@@ -122,7 +124,7 @@ def of_replicate(array: str, replicate: int) -> str:
 
 
 def replicate_of(name: str) -> tuple[str, int | None]:
-    """Array and replicate that a name is of; no replicate where the array has none.
+    """Return the array and the replicate to which a name belongs; the replicate is None if the array has none.
 
     Examples
     --------
@@ -134,10 +136,10 @@ def replicate_of(name: str) -> tuple[str, int | None]:
 
 
 def replicate_vectors(replicates: int, hvp: bool) -> tuple[str, ...]:
-    """Vectors of the ledger of a stochastic rule, for R replicates, with or without their Hessian-vector products.
+    """Return the vectors of the ledger of R replicates, with or without their Hessian-vector products.
 
-    A deviation is that of a replicate from the mean: means are taken before any product, so they lose no digits
-    where they are much shorter than the replicates.
+    A deviation is the difference between a replicate and the mean. Means are taken before any product, so they lose
+    no digits if they are much shorter than the replicates.
 
     Examples
     --------
@@ -152,5 +154,5 @@ def replicate_vectors(replicates: int, hvp: bool) -> tuple[str, ...]:
 
 
 def ledger_vectors(hvp: bool) -> tuple[str, ...]:
-    """Names of the ledger's vectors, with or without the Hessian-vector product."""
+    """Return the names of the vectors of the ledger, with or without the Hessian-vector product."""
     return tuple(name for name in VECTORS if hvp or name != HVP)

@@ -1,4 +1,4 @@
-"""The base of the summaries that public functions return: plain values, as JSON, as lines and as an HTML table."""
+"""Define the base of the summaries that public functions return, with JSON, text and HTML forms."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 __all__ = ["Summary", "summary_lines"]
 
 _LONGEST_INLINE = 60
-"""Characters of an entry of a mapping; longer entries get a line each."""
+"""Largest number of characters of an inline entry of a mapping. A longer entry gets its own line."""
 
 
 class Summary:
     """Base of frozen dataclasses that summarize an operation."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: the object that the command line prints with ``--json``."""
+        """Return plain values, which the command line prints with ``--json``."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
 
     def __str__(self) -> str:
@@ -37,13 +37,13 @@ class Summary:
 
 
 def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None = None) -> Iterator[str]:
-    """Yield one aligned line per value; mappings with long entries get a line per entry.
+    """Yield one aligned line per value. Mappings with long entries get one line per entry.
 
     Parameters
     ----------
     values : mapping
     label : callable, optional
-        Returns the words for a name. Default: underscores become spaces.
+        Returns the label of a name. Default: underscores are replaced by spaces.
 
     Examples
     --------
@@ -56,7 +56,7 @@ def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None 
     for name, value in values.items():
         if isinstance(value, Mapping) and any(len(str(item)) > _LONGEST_INLINE for item in value.values()):
             yield f"{label(name)}\n"
-            # The entries of a mapping are names of a log or of results, which stay as they are.
+            # The keys of a mapping are names of a log or of results, which are not changed.
             yield from (f"  {line}" for line in summary_lines(value, str))
         else:
             yield f"{label(name):<{width}}  {_inline(name, value)}\n"

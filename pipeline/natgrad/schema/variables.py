@@ -1,7 +1,7 @@
-"""The metadata of the variables of ``results.zarr``, their dimensions, and the flags that explain missing values.
+"""Define the metadata of result variables, their dimensions, and the flags that explain missing values.
 
-Each variable is one entry that also names the function that computes it: `natgrad.results.variables` has those of
-updates, `natgrad.results.replicates` those of stochastic rules. This module has what an entry is made of.
+Each variable of ``results.zarr`` is one entry, which also has the function that computes it.
+`natgrad.results.variables` has the entries of updates, and `natgrad.results.replicates` those of stochastic rules.
 
 References
 ----------
@@ -42,23 +42,23 @@ DIMENSIONS: dict[str, str] = {
     STEP: "step number, as logged, of the state before the update",
     ATTEMPT: "number of restarts before this step was logged",
     RUN: "name of the run",
-    ELEMENT: "element of the flattened model, tensors in the order of the layout table",
+    ELEMENT: "element of the flattened model, with tensors in the order of the layout table",
     TENSOR: "name of the tensor",
     VECTOR: "first vector of an inner product",
     WITH_VECTOR: "second vector of an inner product",
-    DESCENT: "which negative gradient is meant",
-    WINDOW: "number m of consecutive updates taken together, eq. (3)",
-    REPLICATE: "one of many updates that a stochastic rule makes from the same state",
-    REPLICATE_VECTOR: "first vector of an inner product of the replicates of an update",
-    WITH_REPLICATE_VECTOR: "second vector of an inner product of the replicates of an update",
-    GAMMA: "weight of the one-parameter family of metrics, eq. (22)",
+    DESCENT: "estimate of the negative gradient",
+    WINDOW: "number m of consecutive updates in a window, eq. (3)",
+    REPLICATE: "one of several draws of the update of a stochastic rule from the same state",
+    REPLICATE_VECTOR: "first vector of an inner product of replicates",
+    WITH_REPLICATE_VECTOR: "second vector of an inner product of replicates",
+    GAMMA: "weight in the one-parameter family of metrics, eq. (22)",
 }
 
 
 class Status(enum.IntEnum):
-    """Reasons why a metric exists or not; CF flag values of the variable ``status``.
+    """Reasons why a metric exists or not: the CF flag values of the variable ``status``.
 
-    If several apply, the first of this order counts: not_logged (this run of a sweep has not logged the step),
+    If several apply, the first in this order is used: not_logged (this run of a sweep did not log the step),
     non_finite, no_learning_rate, zero_gradient, zero_update, unverifiable, and then the sign of the alignment.
     """
 
@@ -76,9 +76,9 @@ class Status(enum.IntEnum):
 class ShiftedMetric(enum.IntEnum):
     """Definiteness of Mbar + eta H, the metric of the true gradient of eq. (17); flags of ``shifted_metric``.
 
-    It is unknown if no smallest Hessian eigenvalue was logged or Mbar does not exist. It is indefinite for every
-    Mbar if y.g <= 0. Otherwise it is definite with the Mbar of smallest condition number, or definite with some
-    Mbar, or undecided: a metric of the true gradient exists, but the learning rate is not below the bound.
+    It is unknown if no smallest Hessian eigenvalue was logged, or if Mbar does not exist. It is indefinite for
+    every Mbar if y.g <= 0. Otherwise it is definite for the Mbar with the smallest condition number, definite for
+    some Mbar, or undecided: a metric of the true gradient exists, but the learning rate is not below the bound.
     """
 
     UNKNOWN = 0
@@ -96,15 +96,15 @@ class Variable:
     ----------
     name : str
     dimensions : tuple of str
-        Some of `DIMENSIONS`, in the order step, replicate or tensor, descent, window, gamma. The group ``/model``
-        has the same variable without the dimension ``tensor``.
+        Dimensions from `DIMENSIONS`, in the order step, replicate or tensor, descent, window, gamma. In the group
+        ``/model`` the variable does not have the dimension ``tensor``.
     units, equation, long_name, description : str
         Attributes of the variable: the unit as a product of ``loss``, ``parameter`` and ``learning_rate``, the
-        equation or definition, a label of a few words, and a sentence on its meaning and its missing values.
+        equation or definition, a short label, and a description of its meaning and its missing values.
     flags : type, optional
-        Enumeration of the values of a variable of flags.
+        Enumeration of the values, if the variable has flags.
     absent : int, optional
-        Value at the steps that a run of a sweep has not logged. Default: NaN, False or 0, by the dtype.
+        Value at steps that a run of a sweep did not log. Default: NaN, False or 0, depending on the dtype.
     """
 
     name: str

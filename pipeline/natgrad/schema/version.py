@@ -1,10 +1,10 @@
-"""The version of the package, derived from git, and the version of the results.
+"""Derive the version of the package from git, and define the version of the results.
 
-hatchling runs `git_version` at build time (``[tool.hatch.version]`` in pyproject.toml) and writes the answer into
-``_version.py`` beside this file. Importing this module reads that file and never runs git. A tag ``v1.2.3`` gives
+hatchling runs `git_version` at build time (``[tool.hatch.version]`` in pyproject.toml) and writes the result to
+``_version.py`` next to this file. Importing this module reads that file and never runs git. A tag ``v1.2.3`` gives
 1.2.3, and the fifth commit after it 1.2.4.dev5+g<commit>. Without a tag the base is 0.1, so the 300th commit gives
 0.1.dev300+g<commit>. Without a repository the version is `FALLBACK_VERSION`; without the program git, as in a small
-container image, the commit follows it.
+container image, the commit is appended to it.
 
 An editable install keeps the ``_version.py`` of its installation while the code moves on. Therefore the commit is
 compared with HEAD, by reading files of ``.git``. If HEAD has moved, the version names both commits:
@@ -35,7 +35,7 @@ FALLBACK_VERSION = "0.1.dev0"
 
 _PACKAGES = Path(__file__).resolve().parents[2]
 
-# None in an installed wheel. Only a checkout has the packages in a folder "pipeline" beside pyproject.toml.
+# None in an installed wheel. Only a checkout has the packages in a folder "pipeline" next to pyproject.toml.
 _REPOSITORY = (
     _PACKAGES.parent if _PACKAGES.name == "pipeline" and (_PACKAGES.parent / "pyproject.toml").is_file() else None
 )

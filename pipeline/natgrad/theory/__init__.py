@@ -1,1 +1,1 @@
-"""The mathematics of the paper, on inner products and on vectors."""
+"""Implement the mathematics of the paper for inner products and for vectors."""

@@ -1,16 +1,16 @@
-"""Discrete gradients of an objective that can be evaluated, for models of few parameters (section 2.2).
+"""Compute discrete gradients of an objective function, for models with few parameters (section 2.2).
 
-The ledger has the loss only at the states of a run; `natgrad.theory.discrete_time` is what follows from it. With
-the objective as a function there are the discrete gradients of the literature. Each is a vector with ``(theta1 -
-theta0).result = L(theta1) - L(theta0)`` that goes to the gradient as theta1 -> theta0 (eq. 12)::
+The ledger has the loss only at the states of a run, which `natgrad.theory.discrete_time` uses. This module
+evaluates the objective as a function to compute the discrete gradients of the literature. Each is a vector with
+``(theta1 - theta0).result = L(theta1) - L(theta0)`` that converges to the gradient as theta1 -> theta0 (eq. 12)::
 
     gonzalez      gradient at the midpoint, corrected along the displacement
     mean_value    mean of the gradient along the segment
     itoh_abe      difference quotients, one coordinate after the other
-    taylor        grad L(theta0) + hvp / 2 with the hvp at the point of eq. (11), the paper's (eq. 16)
+    taylor        grad L(theta0) + hvp / 2 with the hvp at the point of eq. (11), as in the paper (eq. 16)
 
 ``Metric(-result, (theta1 - theta0) / eta)`` of `natgrad.theory.metric_operators` is then the metric of
-eqs. (14), (15), wherever the loss decreased. No two of the four agree in general; all agree along the displacement.
+eqs. (14), (15), if the loss decreased. The four differ in general, but agree along the displacement.
 
 References
 ----------
@@ -38,7 +38,7 @@ Gradient = Callable[[Array], ArrayLike]
 
 _UNIT = 2.0**-53
 _ROOT = 2.0**-26
-"""Square root of the unit roundoff: rounding stays far below it, mistakes do not."""
+"""Square root of the unit roundoff: rounding errors are far smaller, mistakes are not."""
 _MOST_POINTS = 64
 """Largest number of points between theta0 and theta1 at which eq. (11) is evaluated."""
 
@@ -51,7 +51,7 @@ def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1
     objective : callable
         Loss of a state, shape (D,) to a number.
     gradient : callable
-        Its gradient, shape (D,) to shape (D,).
+        Gradient of the loss, shape (D,) to shape (D,).
     theta0, theta1 : array, shape (D,)
 
     Returns
@@ -63,7 +63,7 @@ def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1
     Raises
     ------
     InputError
-        If the states are not vectors of one length, or a loss or gradient is not finite.
+        If the states are not vectors of equal length, or a loss or gradient is not finite.
     """
     start, end, step = _segment(theta0, theta1)
     middle = _gradient(gradient, start + step / 2.0)
@@ -92,11 +92,11 @@ def mean_value(
     Raises
     ------
     InputError
-        See `gonzalez`; and if the quadrature does not reach the tolerance.
+        See `gonzalez`; also if the quadrature does not reach the tolerance.
 
     Notes
     -----
-    The only one of the four that commutes with linear changes of the parameters.
+    This is the only one of the four that commutes with linear changes of the parameters.
     """
     start, _, step = _segment(theta0, theta1)
     first = _gradient(gradient, start)
@@ -173,7 +173,7 @@ def taylor(
     Returns
     -------
     array, shape (D,)
-        That of the smallest lambda that was found.
+        The discrete gradient for the smallest lambda that was found.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def taylor_points(
     theta0: ArrayLike,
     theta1: ArrayLike,
 ) -> Array:
-    """Find lambda of Taylor's theorem (eq. 11), where p' H(theta0 + lambda p) p / 2 completes L(theta1).
+    """Find lambda of Taylor's theorem (eq. 11), for which p' H(theta0 + lambda p) p / 2 is the remainder.
 
     Parameters
     ----------
@@ -211,21 +211,20 @@ def taylor_points(
     -------
     array, shape (lambdas,)
         In ascending order, within (0, 1): one from each interval between evaluated points in which the sign
-        changes. There may be more. Only 1/2 if the curvature is constant to rounding, as of a quadratic loss: every
-        lambda is then a solution.
+        changes. There may be more. If the curvature is constant up to rounding, as for a quadratic loss, every
+        lambda is a solution, and the result is only 1/2.
 
     Raises
     ------
     InputError
-        See `gonzalez`; and if none is found: the loss is not twice continuously differentiable, the gradient or the
-        products are not of this loss, or the curvature changes on a scale below 1/64 of the step.
+        See `gonzalez`; also if no lambda is found, because the loss is not twice continuously differentiable, the
+        gradient or the products do not belong to this loss, or the curvature changes on a scale below 1/64 of the
+        step.
 
-    Notes
-    -----
-    The remainder of L(theta1) is half the mean of p' H p over the segment with the weight 2 (1 - lambda). This
-    integral, computed by Gauss-Jacobi rules, does not drown in the rounding of the losses if the step is small. The
-    points of the rule bracket lambda, because a mean lies between the least and the greatest value. The losses then
-    show whether the gradient and the products belong to them.
+    Notes ----- The remainder of L(theta1) is half the mean of p' H p over the segment with the weight 2 (1 -
+    lambda). This integral is computed by Gauss-Jacobi rules, so the rounding of the losses does not affect it if
+    the step is small. The points of the rule bracket lambda, because a mean lies between the smallest and the
+    largest value. The losses then show whether the gradient and the products belong to them.
     """
     start, end, step = _segment(theta0, theta1)
     first, length = _gradient(gradient, start), float(np.linalg.norm(step))
@@ -238,7 +237,7 @@ def taylor_points(
         size = max(size, length * float(np.linalg.norm(product)))
         return float(step @ product)
 
-    # The error of a Gauss rule is about squared when its points are doubled, so this one leaves rounding.
+    # Doubling the points of a Gauss rule roughly squares its error, so the last rule has only rounding errors.
     while not abs(mean - last) <= _ROOT * size and count <= _MOST_POINTS:
         nodes, weights = roots_jacobi(count, 1.0, 0.0)
         nodes, values = (1.0 + nodes) / 2.0, np.array([curvature((1.0 + node) / 2.0) for node in nodes])
@@ -248,7 +247,7 @@ def taylor_points(
     if not (abs(mean - last) <= _ROOT * size and abs(missed) <= _ROOT * scale):
         raise InputError(
             "no lambda of eq. (11) was found",
-            where=f"the loss changes by {after - before:.6g}; {missed:.3g} of this is not explained",
+            where=f"the loss changes by {after - before:.6g}, of which {missed:.3g} is not explained",
             why="the gradient or the products are not those of the loss, or its curvature jumps",
             remedy="compare the gradient with differences of the loss, or use another discrete gradient",
         )
@@ -262,7 +261,7 @@ def taylor_points(
 
 
 def identity_residual(objective: Objective, discrete: ArrayLike, theta0: ArrayLike, theta1: ArrayLike) -> float:
-    """Return the relative failure of eq. (12), (p.discrete - dL) / |dL|, the ``discrete_identity_residual``.
+    """Return the relative error of eq. (12), (p.discrete - dL) / |dL|, as in ``discrete_identity_residual``.
 
     Parameters
     ----------
@@ -290,7 +289,9 @@ def _segment(theta0: ArrayLike, theta1: ArrayLike) -> tuple[Array, Array, Array]
     """Return start, end and displacement of an update."""
     start, end = np.asarray(theta0, dtype=np.float64), np.asarray(theta1, dtype=np.float64)
     if start.ndim != 1 or start.shape != end.shape or not start.size:
-        raise InputError(f"states of shapes {start.shape} and {end.shape}", remedy="pass two vectors of one length")
+        raise InputError(
+            f"states have shapes {start.shape} and {end.shape}", remedy="pass two vectors of equal length"
+        )
     if not (np.isfinite(start).all() and np.isfinite(end).all()):
         raise InputError("a state is not finite", remedy="pass finite states")
     return start, end, end - start
@@ -299,7 +300,7 @@ def _segment(theta0: ArrayLike, theta1: ArrayLike) -> tuple[Array, Array, Array]
 def _loss(objective: Objective, state: Array) -> float:
     loss = float(objective(state))
     if not np.isfinite(loss):
-        raise InputError(f"the loss is {loss}", where=f"at {state}", remedy="pass states at which it is finite")
+        raise InputError(f"the loss is {loss}", where=f"at {state}", remedy="pass states with a finite loss")
     return loss
 
 
@@ -309,6 +310,6 @@ def _gradient(gradient: Gradient, state: Array) -> Array:
         raise InputError(
             f"a gradient or product of shape {value.shape} is not a finite vector of {len(state)} elements",
             where=f"at {state}",
-            remedy="pass functions of a state that return vectors of its length",
+            remedy="pass functions that map a state to a vector of the same length",
         )
     return value

@@ -1,7 +1,7 @@
-"""Learning rules in discrete time (section 2.2), as algebra on the pairs of `natgrad.theory.geometry`.
+"""Analyze learning rules in discrete time (section 2.2) by algebra on the pairs of `natgrad.theory.geometry`.
 
-Over an update that is not small the loss changes by ybar.(theta_{t+1} - theta_t) with a *discrete* gradient ybar in
-place of the gradient (eq. 12). The ledger provides gradients plus multiples of its vectors:
+Over an update that is not small, the loss changes by ybar.(theta_{t+1} - theta_t) with a *discrete* gradient ybar
+instead of the gradient (eq. 12). The ledger provides gradients plus multiples of its vectors:
 
 - `corrected`: gradient + c displacement, with c fixed by eq. (12);
 - trapezoid: gradient + gradient_change / 2, corrected in the same way;
@@ -10,10 +10,8 @@ place of the gradient (eq. 12). The ledger provides gradients plus multiples of 
 Pairs of the last two are `geometry.pair` with ``half``. The bounds of learning rates and the metrics of stochastic
 rules follow from these pairs.
 
-References
-----------
-Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's. Where
-the paper is wrong, the docstring says so.
+References ---------- Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are
+the paper's. Docstrings state where the paper is wrong.
 """
 
 from __future__ import annotations
@@ -40,8 +38,8 @@ Array = NDArray[np.float64]
 def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair) -> Pair:
     """Return the pair of the update and the negative discrete gradient, corrected along the displacement (eq. 12).
 
-    With p = eta g the discrete gradient is grad L + s p, and s is fixed by p.(grad L + s p) = dL. That changes
-    the component of y along g alone. At p = 0 the correction is 0/0; the value is then the gradient.
+    With p = eta g the discrete gradient is grad L + s p, and s is fixed by p.(grad L + s p) = dL. This changes
+    only the component of y along g. At p = 0 the correction is 0/0; the value is then the gradient.
 
     Parameters
     ----------
@@ -55,7 +53,7 @@ def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, mode
     rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         wanted = safe_divide(-change / rate, model.update_square)
-        # In this order the model's own ratio drops out exactly, and its y.g is -dL / eta as eq. (12) has it.
+        # In this order the ratio of the model cancels exactly, and its y.g is -dL / eta as in eq. (12).
         alignment = ((pair.ratio - model.ratio) + wanted) * pair.update_square
     return Pair(pair.update_square, alignment, pair.across_square, pair.size)
 
@@ -63,7 +61,7 @@ def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, mode
 def correction_floor(
     pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair, floors: tuple[Array, Array]
 ) -> Array:
-    """Return the largest norm of the error of the correction of `corrected`, by errors of the displacement.
+    """Return the largest norm of the error of the correction in `corrected`, caused by errors of the displacement.
 
     The correction is k g with k = (-dL / eta - x.g) / g.g of the model, where x is y before the correction. If g is
     off by at most f, k is off by at most ``(|x| f + |k| (2 |g| f + f^2)) / (|g| - f)^2``, and k g accordingly.
@@ -78,7 +76,7 @@ def correction_floor(
     Returns
     -------
     array
-        Infinite if g is not known, f >= |g|.
+        Infinite if f >= |g|, so that g is not known.
     """
     rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
     own, of_model = floors
@@ -93,7 +91,7 @@ def correction_floor(
 
 
 def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple[Array, Array]:
-    """Return the learning rates below which Mbar + eta H is a metric of the true gradient; NaN where y.g <= 0.
+    """Return the learning rates below which Mbar + eta H is a metric of the true gradient; NaN if y.g <= 0.
 
     See eqs. (17) and (18).
 
@@ -110,12 +108,12 @@ def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple
         (1 / h) (|ybar| / |g|) cos(psi_bar) with h = -lambda_min(H), the paper's bound. It belongs to
         gamma -> infinity: below it, *some* metric Mbar has this property.
     optimal : array
-        lambda_min(Mbar) / h for Mbar of smallest condition number: below it, that metric has it.
+        lambda_min(Mbar) / h for the Mbar with the smallest condition number: below it, this Mbar has the property.
 
     Notes
     -----
     Both are infinite if the loss is convex, h <= 0. Both are sufficient, not necessary: a metric that maps g to the
-    true y exists exactly if y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). Because ybar and H
+    true y exists if and only if y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). Because ybar and H
     themselves depend on eta, a bound applies to the eta of this update, and does not predict another one.
     """
     concavity = np.maximum(-np.asarray(hessian_min_eigenvalue, dtype=np.float64) / 2.0, 0.0)
@@ -127,17 +125,17 @@ def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple
 def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, learning_rate: ArrayLike) -> Array:
     """Return the smallest alpha for which the metric of a stochastic rule (eq. 19) is positive definite.
 
-    With n = <Hg>, ybar = y - eta n, b = n.<g>, c = y.<g> and a = c - eta b, eq. (19) adds
-    ``alpha (I - g g' / g.g) + eta d d' / (a b c)`` with d = b y - c n, which lies across g, to y y' / c. The sum is
-    definite exactly if c > 0 and either a b > 0 or alpha > eta |d|^2 / (|a b| c). The paper assumes it "for small
-    enough eta", but the term is negative for b < 0, and |n|^2 / b may be large.
+    With n = <Hg>, ybar = y - eta n, b = n.<g>, c = y.<g> and a = c - eta b, eq. (19) adds ``alpha (I - g g' / g.g)
+    + eta d d' / (a b c)`` with d = b y - c n, which is orthogonal to g, to y y' / c. The sum is definite if and
+    only if c > 0 and either a b > 0 or alpha > eta |d|^2 / (|a b| c). The paper assumes it "for small enough eta",
+    but the term is negative for b < 0, and |n|^2 / b may be large.
 
     Parameters
     ----------
     pair : Pair
         Pair of the mean update <g> and the negative gradient y = -grad L (not the discrete one).
     curvature : Pair
-        Pair of the mean update and <Hg>, in place of y.
+        Pair of the mean update and <Hg>, which replaces y.
     across_product : array
         Inner product of the components of y and <Hg> across <g>, ``y.n - (y.g) (n.g) / g.g``.
     learning_rate : array
@@ -146,8 +144,8 @@ def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, le
     Returns
     -------
     array
-        alpha must be greater; 0 if every positive alpha is sufficient. NaN if there is none, y.<g> <= 0, or if
-        eq. (19) is not defined, <Hg>.<g> = 0 or <ybar>.<g> = 0.
+        alpha must be greater than this. 0 if every positive alpha is sufficient. NaN if there is no such alpha
+        (y.<g> <= 0), or if eq. (19) is not defined (<Hg>.<g> = 0 or <ybar>.<g> = 0).
     """
     rate = np.asarray(learning_rate, dtype=np.float64)
     remaining = pair.alignment - rate * curvature.alignment
@@ -178,7 +176,8 @@ def stochastic_learning_rate_bound(
     array
         The metric is definite for all smaller eta. If <Hg>.<g> > 0, the bound is y.<g> / <Hg>.<g>, at which
         <ybar>.<g> becomes negative. Otherwise it is the eta at which alpha is no longer sufficient, or infinity. It
-        goes to 0 with <Hg>.<g> from below, against the paper's "arbitrarily small". NaN as in `stochastic_weight`.
+        goes to 0 as <Hg>.<g> approaches 0 from below, contrary to the "arbitrarily small" of the paper. NaN as in
+        `stochastic_weight`.
     """
     weight = np.asarray(alpha, dtype=np.float64)
     slope = curvature.alignment
@@ -190,7 +189,7 @@ def stochastic_learning_rate_bound(
 
 
 def _stochastic_deviation(pair: Pair, curvature: Pair, across_product: ArrayLike) -> Array:
-    """Return the squared norm of (n.g) y - (y.g) n, which lies across g."""
+    """Return the squared norm of (n.g) y - (y.g) n, which is orthogonal to g."""
     one, other = curvature.alignment, pair.alignment
     mixed = 2.0 * one * other * np.asarray(across_product, dtype=np.float64)
     return np.maximum(one**2 * pair.across_square - mixed + other**2 * curvature.across_square, 0.0)

@@ -1,8 +1,8 @@
-"""The paper, as algebra on a few numbers per update.
+"""Compute the results of the paper from a few numbers per update.
 
-For an update g and a negative gradient y the paper asks for the symmetric positive definite matrices M with
-M g = y. Whether one exists, and how well conditioned it can be, depends on the *pair* (y, g) alone: on their
-lengths and on the angle psi between them::
+For an update g and a negative gradient y, the paper studies the symmetric positive definite matrices M with M g =
+y. Their existence and their smallest condition number depend only on the *pair* (y, g): on the lengths of the two
+vectors and the angle psi between them::
 
                     y                          along  = y.g / |g|           (signed)
                   / |                          across = |y - (y.g / g.g) g|
@@ -12,16 +12,15 @@ lengths and on the angle psi between them::
            +--------+------> g
              along
 
-A pair is stored as g.g, y.g and across^2, each of any leading shape. The component of y across g comes from the
-ledger's residual and not from a difference of large numbers. psi is therefore exact also near 0 and pi, where an
-arccos loses all digits below 1e-8 rad. All functions are formulas in these numbers; undefined values are NaN.
+A pair is stored as g.g, y.g and across^2, each with any leading shape. The component of y across (orthogonal to) g
+is computed from the residual of the ledger, not from a difference of large numbers. Therefore psi is also accurate
+near 0 and pi, where an arccos loses all digits below 1e-8 rad. All functions are formulas in these numbers.
+Undefined values are NaN.
 
-Only NumPy is needed, and no cost depends on the number of parameters.
+This module needs only NumPy, and no cost depends on the number of parameters.
 
-References
-----------
-Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's. Where
-the paper is wrong, the docstring says so.
+References ---------- Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are
+the paper's. Docstrings state where the paper is wrong.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ LEDGER_ERROR = 1e-14
 
 
 def safe_divide(numerator: Array, denominator: Array) -> Array:
-    """Divide, returning 0 where the denominator is 0 (projection onto a zero vector)."""
+    """Divide, and return 0 if the denominator is 0 (projection onto a zero vector)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(denominator == 0, 0.0, numerator / denominator)
 
@@ -89,7 +88,7 @@ class Pair:
     across_square : float64 array
         Squared norm of the component of y across g.
     size : int64 array
-        Dimension D of the parameter space. All four are of one shape.
+        Dimension D of the parameter space. All four arrays have the same shape.
     """
 
     update_square: Array
@@ -98,7 +97,7 @@ class Pair:
     size: NDArray[np.int64]
 
     def __getitem__(self, index: Any) -> Pair:
-        """Select or reshape pairs by NumPy's indexing."""
+        """Select or reshape pairs with NumPy indexing."""
         return Pair(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
@@ -108,7 +107,7 @@ class Pair:
 
     @property
     def along(self) -> Array:
-        """Component of y along g, signed; 0 where there is no update."""
+        """Signed component of y along g; 0 if the update is zero."""
         return safe_divide(self.alignment, self.update_norm)
 
     @property
@@ -123,7 +122,7 @@ class Pair:
 
     @property
     def ratio(self) -> Array:
-        """Component of y along g in units of g, y.g / g.g; 0 where there is no update."""
+        """Component of y along g in units of g, y.g / g.g; 0 if the update is zero."""
         return safe_divide(self.alignment, self.update_square)
 
 
@@ -142,20 +141,20 @@ def pair(
     gram : array, shape (..., vectors, vectors)
         Inner products, see `natgrad.kernel.gram`.
     vectors : sequence of str
-        Names of the vectors: ``displacement``, ``gradient`` and ``residual`` are needed.
+        Names of the vectors. ``displacement``, ``gradient`` and ``residual`` are required.
     learning_rate : array, broadcasts to shape (...)
-        eta of eq. (2), times the number of updates between the two states: g is then their mean. If it is not
+        eta of eq. (2), times the number of updates between the two states, so that g is their mean. If it is not
         positive, g is NaN.
     size : int array, broadcasts to shape (...)
         Dimension D.
     half : str, optional
-        Vector of which one half is added to the gradient: ``gradient_change`` gives the mean of the gradients at
-        both ends, ``hvp`` eq. (16). `across_floor` bounds the error of its component across g.
+        Vector, half of which is added to the gradient: ``gradient_change`` gives the mean of the gradients of both
+        states, ``hvp`` gives eq. (16). `across_floor` bounds the error of its component across g.
 
     Notes
     -----
-    The residual is r = gradient - c displacement with any c: its component across the displacement is that of
-    the gradient, and with c near the best ratio r.r - (r.d)^2 / d.d does not cancel.
+    The residual is r = gradient - c displacement with any c. Its component across the displacement is that of the
+    gradient, and if c is near the best ratio, r.r - (r.d)^2 / d.d does not cancel.
     """
     gram = np.asarray(gram, dtype=np.float64)
     index = {name: position for position, name in enumerate(vectors)}
@@ -176,22 +175,22 @@ def pair(
             residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
             residual_along = residual_along + product(half, "displacement") / 2.0
         across = residual_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
-        # On a line there is no component across g, only rounding. (0 x NaN stays NaN.) Adding zero makes a negative
-        # zero positive: with it the angle of -g would be -pi.
+        # If D = 1, there is no component across g, only rounding. (0 x NaN remains NaN.) Adding zero makes a
+        # negative zero positive; with a negative zero the angle of -g would be -pi.
         across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0)) + 0.0
         return Pair(displacement_square / rate**2, descent / rate, across, dimension)
 
 
 def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
-    """Return the largest error of the component of y across g in a ledger, if half a vector v was added.
+    """Return the largest error of the component of y across g in a ledger, if half of a vector v was added.
 
-    The residual r is nearly across g, so its products do not cancel. v is not: if v is nearly along g, its
-    component across g is a difference of entries, each off by 1e-14 of |v|^2, which makes ``4e-14 (|r| + |v| /
-    2)^2`` in across^2. The root is off by at most e = 2e-7 (|r| + |v| / 2), and by at most e^2 / across if that is
-    less.
+    The residual r is nearly orthogonal to g, so its products do not cancel. v may be nearly parallel to g. Its
+    component across g is then a difference of entries, each off by 1e-14 of |v|^2, which causes an error of
+    ``4e-14 (|r| + |v| / 2)^2`` in across^2. The root is off by at most e = 2e-7 (|r| + |v| / 2), and by at most
+    e^2 / across if that is smaller.
 
-    With rho = (|r| + |v| / 2) / |y|, the angle is thus as good as the gradient's, 1e-13, if sin psi >= 0.4 rho^2,
-    and good to 2e-7 rho below. rho shrinks with the learning rate. The ledger carries no further precision.
+    With rho = (|r| + |v| / 2) / |y|, the error of the angle is thus 1e-13, as for the gradient, if sin psi >= 0.4
+    rho^2, and 2e-7 rho otherwise. rho shrinks with the learning rate. The ledger carries no further precision.
 
     Parameters
     ----------
@@ -217,12 +216,12 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
     """Return the pair of stacked vectors, for example of the model from its tensors.
 
     With r_k = y_k.g_k / g_k.g_k, and r the same ratio of the sums, the component of y across g has the square
-    ``sum across_k^2 + (r_k - r)^2 g_k.g_k``: all terms have one sign, so they do not cancel.
+    ``sum across_k^2 + (r_k - r)^2 g_k.g_k``. All terms have the same sign, so they do not cancel.
 
     Parameters
     ----------
-    parts : sequence of Pair, of one shape
-        Added in this order.
+    parts : sequence of Pair, of the same shape
+        Parts, which are added in this order.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         square = _sum([part.update_square for part in parts])
@@ -233,7 +232,7 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
 
 
 def scaled(pair: Pair, factor: ArrayLike) -> Pair:
-    """Return the pair of y and a positive multiple of g: the same displacement, per another learning rate.
+    """Return the pair of y and a positive multiple of g: the same displacement, divided by another learning rate.
 
     Parameters
     ----------
@@ -247,10 +246,10 @@ def scaled(pair: Pair, factor: ArrayLike) -> Pair:
 
 
 def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:
-    """Return the pair of the parameters extended by time, v = (theta, t), for a loss that changes with it.
+    """Return the pair of the parameters extended by time, v = (theta, t), for a loss that changes with time.
 
-    y gets the further element -dL/dt at constant theta, and g the element 1 (section 2.1). y.g is then the rate at
-    which the loss falls along the update, and not only the part of it that the update causes.
+    y has the additional element -dL/dt at constant theta, and g the additional element 1 (section 2.1). y.g is then
+    the rate at which the loss decreases, and not only the part that the update causes.
 
     Parameters
     ----------
@@ -278,7 +277,7 @@ def _sum(terms: Sequence[NDArray[Any]]) -> NDArray[Any]:
 def window(pair: Pair, m: int) -> Pair:
     """Return the pair of each window of m consecutive updates, for the averaged loss (eq. 3 and below).
 
-    The state of a window is (theta_t, .., theta_{t+m-1}) and its loss is the mean of their losses, so y has the
+    The state of a window is (theta_t, .., theta_{t+m-1}), and its loss is the mean of the losses, so y has the
     blocks y_i / m and g the blocks g_i. This is *not* the mean gradient at theta_t, which does not descend L_avg in
     general, although the paper argues "without loss of generality".
 
@@ -303,7 +302,7 @@ def window(pair: Pair, m: int) -> Pair:
 def angle(pair: Pair) -> Array:
     """Return the angle psi between y and g, in radian, from 0 to pi; NaN if either is zero.
 
-    The paper's psi lies in (-pi/2, pi/2), but its sign has no meaning. Beyond pi/2 the update is not effective.
+    The psi of the paper lies in (-pi/2, pi/2), but its sign has no meaning. Above pi/2 the update is not effective.
     """
     defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
     return np.where(defined, np.arctan2(pair.across, pair.along), np.nan)
@@ -316,7 +315,7 @@ def cosine(pair: Pair) -> Array:
 
 
 def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, roundoff: ArrayLike) -> Array:
-    """Return the largest norm of the rounding error of a displacement, by the dtype of the stored parameters.
+    """Return the largest norm of the rounding error of a displacement, for the dtype of the stored parameters.
 
     Each element of both states is rounded to within u |theta_i|, so their difference d is off by at most
     u (|theta_t| + |theta_{t+1}|) <= u (2 |theta_t| + |d|).
@@ -332,9 +331,9 @@ def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, 
 
 
 def angle_uncertainty(pair: Pair, update_floor: ArrayLike, gradient_floor: ArrayLike) -> Array:
-    """Return the largest change of psi, in radian, by errors of y and g.
+    """Return the largest change of psi, in radian, caused by errors of y and g.
 
-    An error of norm e turns a vector v by at most asin(e / |v|), or by up to pi if e >= |v|.
+    An error of norm e rotates a vector v by at most asin(e / |v|), or by up to pi if e >= |v|.
 
     Parameters
     ----------
@@ -356,37 +355,35 @@ def _largest_turn(error: ArrayLike, norm: Array) -> Array:
 
 
 def where_effective(pair: Pair, value: Array) -> Array:
-    """Return the value where a metric exists, y.g > 0, and NaN elsewhere."""
+    """Return the value if a metric exists (y.g > 0), and NaN otherwise."""
     return np.where(pair.alignment > 0, value, np.nan)
 
 
 def condition_number(pair: Pair) -> Array:
-    """Return the smallest condition number of any metric M with M g = y; NaN where y.g <= 0.
+    """Return the smallest condition number of any metric M with M g = y; NaN if y.g <= 0.
 
-    kappa = ((1 + |sin psi|) / |cos psi|)^2, the paper's (1 + |sin psi|) / (1 - |sin psi|) (below eq. 9, Prop. 1)
-    in a form that does not cancel near pi/2.
+    kappa = ((1 + |sin psi|) / |cos psi|)^2 equals (1 + |sin psi|) / (1 - |sin psi|) of the paper (below eq. 9,
+    Prop. 1), but does not cancel near pi/2.
     """
     return where_effective(pair, safe_divide(pair.gradient_norm + pair.across, pair.along) ** 2)
 
 
 def similarity(pair: Pair) -> Array:
-    """Return the similarity of update and steepest descent, 1 / kappa in (0, 1]; NaN where y.g <= 0."""
+    """Return the similarity of update and steepest descent, 1 / kappa in (0, 1]; NaN if y.g <= 0."""
     return where_effective(pair, safe_divide(pair.along, pair.gradient_norm + pair.across) ** 2)
 
 
 def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
-    """Return the eigenvalues of the metric of smallest condition number, eq. (9); NaN where y.g <= 0.
+    """Return the eigenvalues of the metric with the smallest condition number, eq. (9); NaN if y.g <= 0.
 
     Returns
     -------
     maximum, middle, minimum
-        With multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1, the other two
-        are the one eigenvalue y / g.
+        Eigenvalues with multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1,
+        both others are the only eigenvalue y / g.
 
-    Notes
-    -----
-    It is the metric of the family (22) with gamma = 1. The paper's 1 / cos psi - |tan psi| cancels near pi/2;
-    here it is cos psi / (1 + |sin psi|).
+    Notes ----- This is the metric of the family (22) with gamma = 1. The expression 1 / cos psi - |tan psi| of the
+    paper cancels near pi/2; this function uses cos psi / (1 + |sin psi|).
     """
     maximum, middle, minimum = family_eigenvalues(pair, [1.0])
     return maximum[..., 0], middle[..., 0], minimum[..., 0]
@@ -395,7 +392,7 @@ def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
 def multiplicities(size: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the multiplicities of the largest, middle and smallest eigenvalue of a metric of the family (22).
 
-    Lemma 1 has 1, D - 2, 1, which does not apply to D = 1: there M = y / g has one eigenvalue, the largest.
+    Lemma 1 states 1, D - 2, 1, which does not apply to D = 1: then M = y / g has only one eigenvalue, the largest.
 
     Examples
     --------
@@ -407,7 +404,7 @@ def multiplicities(size: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def eigenvalue_bounds(pair: Pair) -> tuple[Array, Array]:
-    """Return bounds of the spectrum of *every* metric M with M g = y; NaN where y.g <= 0.
+    """Return bounds of the spectrum of *every* metric M with M g = y; NaN if y.g <= 0.
 
     Returns
     -------
@@ -437,19 +434,19 @@ def _family_sum(pair: Pair, gamma: Array) -> Array:
 
 
 def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Array]:
-    """Return the eigenvalues of the one-parameter family (eq. 22, Lemma 1); NaN where y.g <= 0.
+    """Return the eigenvalues of the one-parameter family (eq. 22, Lemma 1); NaN if y.g <= 0.
 
     Parameters
     ----------
     pair : Pair, shape (...)
     gamma : array, shape (gammas,)
-        Positive; 1 is the metric of smallest condition number.
+        Positive weights; 1 gives the metric with the smallest condition number.
 
     Returns
     -------
     maximum, middle, minimum : arrays, shape (..., gammas)
-        With multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1, the other two
-        are the one eigenvalue y / g, for every gamma.
+        Eigenvalues with multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1,
+        both others are the only eigenvalue y / g, for every gamma.
     """
     weight = np.asarray(gamma, dtype=np.float64)
     total = _family_sum(pair, weight)
@@ -458,15 +455,15 @@ def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Arra
     on_line = column.size == 1
     maximum = np.where(on_line, column.ratio, 0.5 * scale * total)
     middle = np.where(column.size > 2, weight * scale, np.nan)
-    # The product of the two is gamma (|y| / |g|)^2.
+    # The product of maximum and minimum is gamma (|y| / |g|)^2.
     minimum = np.where(on_line, column.ratio, 2.0 * weight * column.ratio / total)
     return where_effective(column, maximum), where_effective(column, middle), where_effective(column, minimum)
 
 
 def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
-    """Return the condition number over the one-parameter family (appendix A); NaN where y.g <= 0.
+    """Return the condition numbers of the one-parameter family (appendix A); NaN if y.g <= 0.
 
-    It is smallest at gamma = 1, where it is `condition_number`.
+    The smallest is that for gamma = 1, which equals `condition_number`.
 
     Parameters
     ----------
@@ -486,10 +483,10 @@ def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
 def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
     """Return the asymptotes of the largest and smallest eigenvalue of the family.
 
-    The largest lies above ``max(1, gamma)`` times the infimum of Prop. 3, the smallest below ``min(1, gamma)``
-    times the supremum of Prop. 2. Both approach these lines as gamma -> 0 and as gamma -> infinity, where the
-    condition number becomes ``max(gamma, 1 / gamma) / cos^2 psi``. Both are farthest from them, by a factor of 1 +
-    |sin psi|, at the optimum gamma = 1.
+    The largest eigenvalue is above ``max(1, gamma)`` times the infimum of Prop. 3, and the smallest is below
+    ``min(1, gamma)`` times the supremum of Prop. 2. Both approach these lines as gamma -> 0 and as gamma ->
+    infinity, where the condition number becomes ``max(gamma, 1 / gamma) / cos^2 psi``. They are farthest from the
+    lines, by a factor of 1 + |sin psi|, at the optimum gamma = 1.
 
     Parameters
     ----------
@@ -499,7 +496,7 @@ def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
     Returns
     -------
     maximum, minimum : arrays, shape (..., gammas)
-        NaN where y.g <= 0.
+        NaN if y.g <= 0.
     """
     weight = np.asarray(gamma, dtype=np.float64)
     infimum, supremum = eigenvalue_bounds(pair[..., None])
@@ -509,9 +506,9 @@ def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
 
 
 def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
-    """Return the logarithm of the determinant over the one-parameter family; NaN where y.g <= 0.
+    """Return the logarithms of the determinants of the one-parameter family; NaN if y.g <= 0.
 
-    By block elimination, a metric is y.g / g.g along g and alpha = gamma |y|^2 / y.g across it:
+    By block elimination, a metric is y.g / g.g along g and alpha = gamma |y|^2 / y.g across g. The result is
     ``log(y.g / g.g) + (D - 1) log(alpha)``.
 
     Parameters
@@ -535,7 +532,7 @@ def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
 def status(
     pair: Pair, learning_rate: ArrayLike, finite: ArrayLike = True, verifiable: ArrayLike = True
 ) -> NDArray[np.int8]:
-    """Return why a metric exists or not, as values of `natgrad.schema.variables.Status`.
+    """Return the reason why a metric exists or not, as values of `natgrad.schema.variables.Status`.
 
     Parameters
     ----------
@@ -545,7 +542,8 @@ def status(
     finite : bool array
         False if the parameters or gradients are not finite.
     verifiable : bool array
-        False if the data do not suffice: an update below its own rounding, a discrete gradient without a loss.
+        False if the data are not sufficient, because the update is not larger than its rounding error or a discrete
+        gradient lacks a loss.
     """
     known = np.asarray(learning_rate, dtype=np.float64) > 0
     computed = np.isfinite(pair.update_square) & np.isfinite(pair.alignment) & np.isfinite(pair.across_square)

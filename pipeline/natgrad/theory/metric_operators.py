@@ -1,7 +1,7 @@
-"""Metrics of real vectors: the matrices M with M g = y as SciPy operators.
+"""Apply metrics to vectors: the matrices M with M g = y as SciPy operators.
 
-`natgrad.theory.geometry` describes a metric by its numbers; an operator of this module acts on vectors. By one step
-of block elimination along g, every metric has the paper's canonical form (eqs. 6, 8, 14)::
+`natgrad.theory.geometry` describes a metric by numbers; an operator of this module acts on vectors. By one step of
+block elimination along g, every metric has the canonical form of the paper (eqs. 6, 8, 14)::
 
     M = y y' / y.g + B,    B g = 0,  B positive definite across g,
 
@@ -40,17 +40,17 @@ _UNIT = 2.0**-53
 
 
 def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
-    """Compute the pairs of negative gradients and updates that are vectors, one for each leading index.
+    """Compute the pairs of vectors of negative gradients and updates, one for each leading index.
 
     Parameters
     ----------
     y, g : array, shape (..., D)
-        In float64, or converted to it.
+        Vectors, which are converted to float64.
 
     Returns
     -------
     Pair, shape (...)
-        NaN if a squared length leaves the range of normal float64: its status is then ``non_finite``.
+        NaN if a squared length is out of the range of normal float64. Its status is then ``non_finite``.
 
     Raises
     ------
@@ -60,8 +60,8 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
     y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
     if y.shape != g.shape or not y.ndim or not y.shape[-1]:
         raise InputError(
-            f"y of shape {y.shape} and g of shape {g.shape} are not a pair",
-            remedy="pass two arrays of one shape, with elements on the last axis",
+            f"invalid shapes: y has {y.shape}, g has {g.shape}",
+            remedy="pass two nonempty arrays of equal shape, with elements on the last axis",
         )
     size = np.full(y.shape[:-1], y.shape[-1])
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -73,7 +73,7 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
 
 
 def _across(y: Array, g: Array) -> Array:
-    """Return the component of y across g. Subtracting twice leaves its own rounding error, not that of y."""
+    """Return the component of y across g. Subtracting twice leaves only its own rounding error, not that of y."""
     if y.shape[-1] == 1:
         return 0.0 * y
     for _ in range(2):
@@ -82,7 +82,7 @@ def _across(y: Array, g: Array) -> Array:
 
 
 def _inexact(vector: Array, square: Array) -> NDArray[np.bool_]:
-    """Return True where terms of a squared length are lost below or above the range of float64."""
+    """Return True if terms of a squared length underflow or overflow in float64."""
     return (square < np.finfo(np.float64).tiny / _UNIT) & vector.any(axis=-1) | ~np.isfinite(square)
 
 
@@ -94,8 +94,8 @@ def effective_pair(y: Array, g: Array) -> Pair:
         raise InputError(
             f"no metric maps g to y: the update is {status.name.lower()}",
             where=f"|g|^2 = {pair.update_square:.4g}, y.g = {pair.alignment:.4g}, D = {pair.size}",
-            why="a symmetric positive definite M with M g = y exists exactly if y.g > 0",
-            remedy="pass the negative gradient, and vectors that are finite, not zero, and of ordinary scale",
+            why="a symmetric positive definite M with M g = y exists if and only if y.g > 0",
+            remedy="pass the negative gradient, and finite nonzero vectors whose squares are in range",
         )
     return pair
 
@@ -112,12 +112,12 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         Negative (discrete) gradient and update, y.g > 0.
     gamma, alpha : float, optional
         Weight across g: either alpha itself (eq. 8), or gamma = alpha y.g / y.y (eq. 22). Default: gamma is 1, the
-        metric of smallest condition number. With directions the default is alpha = 0, eq. (6), whose directions
-        must span the complement of g.
+        metric with the smallest condition number. With directions the default is alpha = 0 (eq. 6), and the
+        directions must span the complement of g.
     directions : array, shape (D, k), optional
         Columns u_i orthogonal to g.
     weights : array, shape (k,), optional
-        w_i; they may be negative if M stays positive definite. Default: 1.
+        w_i, which may be negative if M remains positive definite. Default: 1.
 
     Attributes
     ----------
@@ -127,13 +127,13 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     Raises
     ------
     InputError
-        If no metric maps g to y (`geometry.status` says why), a direction is not orthogonal to g to rounding, or M
-        would not be positive definite.
+        If no metric maps g to y (`geometry.status` gives the reason), a direction is not orthogonal to g up to
+        rounding, or M would not be positive definite.
 
     Notes
     -----
-    It is a `scipy.sparse.linalg.LinearOperator`: use ``metric @ x``, ``metric + eta * H``, and functions that take
-    one. x is a vector (D,) or has vectors as its columns (D, n).
+    A metric is a `scipy.sparse.linalg.LinearOperator`: use ``metric @ x``, ``metric + eta * H``, and functions that
+    accept operators. x is a vector (D,), or an array (D, n) whose columns are vectors.
 
     Examples
     --------
@@ -156,10 +156,10 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
         if y.ndim != 1:
             raise InputError(
-                f"a metric belongs to two vectors, not to shape {y.shape}", remedy="make one for each step"
+                f"a metric requires two vectors, got shape {y.shape}", remedy="create one metric for each step"
             )
         if gamma is not None and alpha is not None:
-            raise InputError(f"gamma = {gamma} and alpha = {alpha} are both the weight", remedy="pass one of them")
+            raise InputError(f"gamma = {gamma} and alpha = {alpha} exclude each other", remedy="pass one of them")
         self.pair = effective_pair(y, g)
         optimum = float(geometry.eigenvalue_bounds(self.pair)[0])
         if alpha is None:
@@ -198,8 +198,8 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     _transpose = _adjoint
 
     def solve(self, x: ArrayLike) -> Array:
-        """Return M^-1 x; the update is ``theta + eta * metric.solve(y)`` (eqs. 4, 15, 18, 20)."""
-        return self._act(x, self._backward, self._beside_inverse)
+        """Return M^-1 x. The next state is ``theta + eta * metric.solve(y)`` (eqs. 4, 15, 18, 20)."""
+        return self._act(x, self._backward, self._complement_inverse)
 
     @property
     def inverse(self) -> LinearOperator:
@@ -217,10 +217,10 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         inverse = np.eye(self._basis.shape[1])
         inverse[1:, 0] = -self._slope
         root = _root((inverse / np.sqrt([[self._pivot], *self._weights[:, None]])).T)
-        return self._act(x, lambda c: root @ c, np.sqrt(self._beside_inverse))
+        return self._act(x, lambda c: root @ c, np.sqrt(self._complement_inverse))
 
     def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
-        """Return the eigenvalues, descending, and their multiplicities; in the family those of Lemma 1.
+        """Return the eigenvalues in descending order, and their multiplicities; for the family, those of Lemma 1.
 
         Returns
         -------
@@ -232,14 +232,14 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
             counts = np.stack(geometry.multiplicities(self.shape[0]))
         else:
             block = np.linalg.svd(self._factor, compute_uv=False) ** 2
-            beside = self.shape[0] - len(block)
-            values, counts = np.append(block, self.alpha), np.append(np.ones(len(block), int), beside)
+            complement = self.shape[0] - len(block)
+            values, counts = np.append(block, self.alpha), np.append(np.ones(len(block), int), complement)
         values, counts = values[counts > 0], counts[counts > 0]
         order = np.argsort(-values, kind="stable")
         return values[order], counts[order]
 
     def condition_number(self) -> float:
-        """Return the condition number; `geometry.condition_number` of the pair is the least possible."""
+        """Return the condition number. `geometry.condition_number` of the pair is the smallest possible."""
         if self._gamma is not None:
             return float(geometry.family_condition_number(self.pair, [self._gamma])[0])
         values, _ = self.eigenvalues()
@@ -247,9 +247,9 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
 
     def logdet(self) -> float:
         """Return the logarithm of the determinant."""
-        beside = self.shape[0] - len(self._weights) - 1
+        complement = self.shape[0] - len(self._weights) - 1
         logarithms = np.log([self._pivot, *self._weights])
-        return float(logarithms.sum() + (beside * np.log(self.alpha) if beside else 0.0))
+        return float(logarithms.sum() + (complement * np.log(self.alpha) if complement else 0.0))
 
     def to_dense(self) -> Array:
         """Return a D x D array, symmetric to the last bit."""
@@ -257,17 +257,17 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         dense = self.alpha * np.eye(self.shape[0]) + self._basis @ block @ self._basis.T
         return np.asarray((dense + dense.T) / 2.0)
 
-    # Inside the basis M is its block, beside it a scalar -----------------------------------------------------
+    # In the basis M is a block, and on its complement a scalar -----------------------------------------------
 
-    def _act(self, x: ArrayLike, block: Callable[[Array], Array], beside: float) -> Array:
+    def _act(self, x: ArrayLike, block: Callable[[Array], Array], complement: float) -> Array:
         x = np.asarray(x, dtype=np.float64)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
             raise InputError(
-                f"a metric of D = {self.shape[0]} does not act on shape {x.shape}",
+                f"a metric with D = {self.shape[0]} cannot act on shape {x.shape}",
                 remedy="pass a vector of D elements, or vectors as the columns of an array",
             )
         inside = self._basis.T @ x
-        return np.asarray(beside * (x - self._basis @ inside) + self._basis @ block(inside))
+        return np.asarray(complement * (x - self._basis @ inside) + self._basis @ block(inside))
 
     def _forward(self, c: Array) -> Array:
         first = self._pivot * (c[0] + self._slope @ c[1:])
@@ -284,8 +284,8 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         return np.asarray(lower * np.sqrt([self._pivot, *self._weights]))
 
     @property
-    def _beside_inverse(self) -> float:
-        # Without alpha the directions span everything: they have no complement.
+    def _complement_inverse(self) -> float:
+        # Without alpha, the directions span the complement of g, so that the basis has no complement.
         return 1.0 / self.alpha if self.alpha else 0.0
 
 
@@ -294,25 +294,29 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
     size = len(unit)
     columns = np.zeros((size, 0)) if directions is None else np.asarray(directions, dtype=np.float64)
     if columns.ndim != 2 or len(columns) != size or not np.isfinite(columns).all():
-        raise InputError(f"directions of shape {columns.shape}", remedy=f"pass finite columns, shape ({size}, k)")
+        raise InputError(
+            f"invalid directions of shape {columns.shape}", remedy=f"pass finite columns, shape ({size}, k)"
+        )
     if weights is not None and np.shape(weights) != columns.shape[1:]:
         raise InputError(
-            f"{np.shape(weights)} weights of {columns.shape[1]} directions", remedy="pass one for each"
+            f"weights have shape {np.shape(weights)}, but there are {columns.shape[1]} directions",
+            remedy="pass one weight for each direction",
         )
     along, lengths = unit @ columns, np.linalg.norm(columns, axis=0)
-    # An inner product of D terms, and the two roundings by which the columns were made orthogonal.
+    # The rounding of an inner product of D terms, and of the two operations that made the columns orthogonal.
     slipped = np.abs(along) > 2 * (size + 2) * _UNIT * lengths
     if slipped.any():
         worst = int(np.argmax(np.abs(along) / np.where(lengths > 0, lengths, 1.0)))
         raise InputError(
             f"direction {worst} is not orthogonal to g: its cosine is {along[worst] / lengths[worst]:.3g}",
             why="M would not map g to y",
-            remedy="subtract from each direction its part along g",
+            remedy="subtract from each direction its component along g",
         )
     signed = np.ones(columns.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
-    # The weights go into the columns, so that a short direction of great weight is not lost beside a long one.
+    # The columns are scaled by the weights, so that a short direction with a large weight is not lost.
     columns = columns * np.sqrt(np.abs(signed))
-    # Reflected so that g is the first axis, which is left out: also the weakest directions stay across g.
+    # A reflection makes g the first axis, which is omitted, so that even the weakest directions stay orthogonal to
+    # g.
     rows, lengths, mixing = np.linalg.svd(_reflected(unit, columns)[1:], full_matrices=False)
     kept = lengths > 2 * max(columns.shape) * _UNIT * lengths.max(initial=0.0)
     rows, lengths, mixing = rows[:, kept], lengths[kept], mixing[kept]
@@ -325,14 +329,14 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
 
 
 def _reflected(unit: Array, x: Array) -> Array:
-    """Reflect so that a unit vector and the first axis are exchanged, up to sign (Householder)."""
+    """Apply the Householder reflection that exchanges a unit vector and the first axis, up to sign."""
     normal = unit.copy()
     normal[0] += np.copysign(1.0, unit[0])
     return x - np.outer(normal, (2.0 / (normal @ normal)) * (normal @ x))
 
 
 def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[Array, Array]:
-    """Add the direction of y across g to the basis, unless it is in it, with 0 on the diagonal."""
+    """Add the direction of y across g to the basis, with 0 on the diagonal, unless the basis contains it."""
     rest = across - basis @ (basis.T @ across)
     length = np.linalg.norm(rest)
     if basis.shape[1] == len(unit) - 1 or length <= 2 * len(unit) * _UNIT * np.linalg.norm(across):
@@ -340,7 +344,7 @@ def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[
     rest = rest / length
     rest = rest - basis @ (basis.T @ rest) - unit * (unit @ rest)
     length = np.linalg.norm(rest)
-    # If it nearly vanishes now, it was only rounding: y is parallel to g.
+    # If it nearly vanishes now, it consisted of rounding errors: y is parallel to g.
     return (np.column_stack([basis, rest / length]), np.append(added, 0.0)) if length > 0.5 else (basis, added)
 
 
@@ -349,7 +353,7 @@ def _root(factor: Array) -> Array:
     if len(factor) != 2:
         vectors, lengths, _ = np.linalg.svd(factor)
         return np.asarray((vectors * lengths) @ vectors.T)
-    # For two dimensions in terms of one sign, so that it holds to rounding however ill-conditioned F is.
+    # In two dimensions all terms have one sign, so the root is accurate even if F is ill-conditioned.
     square, volume = factor @ factor.T, abs(factor[0, 0] * factor[1, 1])
     return np.asarray((square + volume * np.eye(2)) / np.sqrt(np.trace(square) + 2.0 * volume))
 
@@ -360,7 +364,7 @@ def _root(factor: Array) -> Array:
 def stochastic_metric(
     y: ArrayLike, g: ArrayLike, curvature: ArrayLike, learning_rate: float, *, alpha: float | None = None
 ) -> Metric:
-    """Return the metric of a stochastic rule, Mbar + eta <Hg> <Hg>' / <Hg>.<g> (eq. 19): it maps <g> to y.
+    """Return the metric of a stochastic rule, Mbar + eta <Hg> <Hg>' / <Hg>.<g> (eq. 19), which maps <g> to y.
 
     Parameters
     ----------
@@ -369,11 +373,11 @@ def stochastic_metric(
     g : array, shape (D,)
         Mean update <g>.
     curvature : array, shape (D,)
-        Mean <Hg> of Hessian/2 times update; not <H><g>.
+        Mean <Hg> of half the Hessian times the update; not <H><g>.
     learning_rate : float
         eta.
     alpha : float, optional
-        Weight across <g>. Default: that of the best conditioned Mbar.
+        Weight across <g>. Default: the weight of the best conditioned Mbar.
 
     Returns
     -------
@@ -382,13 +386,13 @@ def stochastic_metric(
     Raises
     ------
     InputError
-        If eq. (19) is not defined or not positive definite, with the alpha that is needed
-        (`discrete_time.stochastic_weight`), or no metric maps <g> to y. `Metric` of y and <g> exists nevertheless
-        if y.<g> > 0.
+        If eq. (19) is not defined or not positive definite (the message has the required alpha, see
+        `discrete_time.stochastic_weight`), or no metric maps <g> to y. If y.<g> > 0, `Metric` of y and <g> exists
+        nevertheless.
 
     Notes
     -----
-    The paper's eq. (20) lacks a minus: <g> = -M^-1 grad L, here ``metric.solve(y)``.
+    Eq. (20) of the paper lacks a minus sign: <g> = -M^-1 grad L, here ``metric.solve(y)``.
     """
     y, g, curvature = (np.asarray(vector, dtype=np.float64) for vector in (y, g, curvature))
     pair, mean = effective_pair(y, g), pair_of(curvature, g)
@@ -402,10 +406,10 @@ def stochastic_metric(
         raise InputError(
             f"the metric (19) is not positive definite with alpha = {alpha}",
             where=f"<Hg>.<g> = {mean.alignment:.4g}, <ybar>.<g> = {remaining:.4g}, eta = {learning_rate:.4g}",
-            why="if <Hg>.<g> is negative, the term of the curvature is subtracted; if it is 0, there is none",
+            why="if <Hg>.<g> is negative, the curvature term is subtracted; if it is 0, the term is not defined",
             remedy=f"pass an alpha above {needed:.4g}" if needed < np.inf else "use Metric(y, g), which exists",
         )
-    # The term added to y y' / y.<g> has one direction, which does not depend on eta.
+    # The term added to y y' / y.<g> has rank one, and its direction does not depend on eta.
     parts = mean.alignment * y, pair.alignment * curvature
     direction = _across(parts[0] - parts[1], g)
     if np.linalg.norm(direction) <= eigenvalue_rounding(len(g)) * sum(map(np.linalg.norm, parts)):
@@ -427,7 +431,7 @@ def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tu
     Returns
     -------
     value, error : arrays
-        The value of the means, and its error by leaving out one replicate after the other, which is NaN for R = 1.
+        The value for the means, and its error from the values with one replicate left out; NaN if R = 1.
 
     Raises
     ------
@@ -448,13 +452,13 @@ def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tu
     counts = {len(array) if array.ndim else 0 for array in arrays}
     if len(counts) != 1 or 0 in counts:
         raise InputError(
-            f"replicates of shapes {[array.shape for array in arrays]}", remedy="pass arrays of the same R >= 1"
+            f"replicates have shapes {[array.shape for array in arrays]}", remedy="pass arrays with equal R >= 1"
         )
     value = np.asarray(statistic(*(array.mean(axis=0) for array in arrays)), dtype=np.float64)
     (count,) = counts
     if count == 1:
         return value, np.full_like(value, np.nan)
-    # Each mean is summed anew: subtracting a replicate from the mean of all would cancel if the others agree.
+    # Each mean is summed separately: subtracting a replicate from the total would cancel if the others agree.
     others = [~np.eye(count, dtype=bool)[left_out] for left_out in range(count)]
     values = np.stack([statistic(*(array[kept].mean(axis=0) for array in arrays)) for kept in others])
     return value, np.asarray(np.sqrt((count - 1) * values.var(axis=0)))

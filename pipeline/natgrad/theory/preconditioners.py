@@ -1,8 +1,8 @@
-"""Condition numbers of the metrics that adaptive optimizers use, to be compared with the least possible (eq. 9).
+"""Compute the condition numbers of the metrics of adaptive optimizers, to compare them with the smallest (eq. 9).
 
-Adam moves by -eta m / (sqrt(v) + epsilon): the metric diag(sqrt(v) + epsilon) maps its update to the momentum m. If
-m is not the gradient, this is not a metric of eq. (6) for the gradient, but its condition number is what the rule
-uses. Shampoo, PSGD and K-FAC use Kronecker products of factors, SOAP a diagonal in another basis.
+Adam moves by -eta m / (sqrt(v) + epsilon), so the metric diag(sqrt(v) + epsilon) maps its update to the momentum m.
+If m is not the gradient, this is not a metric of eq. (6) for the gradient, but it is the metric that the rule uses.
+Shampoo, PSGD and K-FAC use Kronecker products of factors, and SOAP uses a diagonal in another basis.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 _UNIT = 2.0**-53
 ASYMMETRY = 0.1
 """Largest asymmetric part of a preconditioner, measured in its own metric. The eigenvalues of the symmetric part
-are off by the square of it, because a skew matrix does not move singular values to first order."""
+are off by its square, because a skew matrix does not change singular values to first order."""
 
 
 def adam_eigenvalues(
@@ -69,15 +69,15 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
     roundoff : float
         Unit roundoff of the dtype in which it was computed.
     definite : bool
-        True if it is the root of an inverse, which acts on the gradient directly. The singular value decomposition
-        that it comes from gives two bases for the smallest singular values of the statistics, where the root is
-        largest. Its asymmetry is therefore measured as |S^(-1/2) K S^(-1/2)| for F = S + K, and may be `ASYMMETRY`.
-        Otherwise |F - F'| may be the rounding of n terms.
+        True if the factor is the root of an inverse, which acts on the gradient directly. It is computed from a
+        singular value decomposition, whose two bases differ for the smallest singular values of the statistics, for
+        which the root is largest. Its asymmetry is therefore measured as |S^(-1/2) K S^(-1/2)| for F = S + K, and
+        may be up to `ASYMMETRY`. Otherwise |F - F'| may be up to the rounding of n terms.
 
     Raises
     ------
     InputError
-        If it is not finite, not symmetric, or, with ``definite``, not positive definite.
+        If the factor is not finite, not symmetric, or, with ``definite``, not positive definite.
     """
     factor = np.asarray(factor, np.float64)
     if not np.isfinite(factor).all():
@@ -91,13 +91,15 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
     size, norm = len(factor), float(np.linalg.norm(symmetric))
     if not definite:
         if np.linalg.norm(skew) > size * roundoff * norm:
-            raise InputError(f"a factor is not symmetric: {np.linalg.norm(skew) / norm:.3g} of it is not")
+            raise InputError(
+                f"a factor is not symmetric: its asymmetric part is {np.linalg.norm(skew) / norm:.3g} of it"
+            )
         return symmetric
     values = np.linalg.eigvalsh(symmetric)
     if not values[0] > 2.0 * size * _UNIT * norm:
         why = "is zero: it was not computed yet" if not factor.any() else "is not positive definite"
         raise InputError(f"a factor {why}; its eigenvalues are {values[0]:.3g} to {values[-1]:.3g}")
-    # Two bounds of the norm, each more expensive and sharper than the one before, and then the norm itself.
+    # Two bounds of the norm, the second sharper and more expensive than the first, and then the norm itself.
     part = float(np.linalg.norm(skew) / values[0])
     if part > ASYMMETRY:
         values, vectors = np.linalg.eigh(symmetric)
@@ -107,7 +109,9 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
     if part > ASYMMETRY:
         part = float(np.abs(np.linalg.eigvalsh(1j * skew)).max())
     if part > ASYMMETRY:
-        raise InputError(f"a factor is not symmetric: {part:.3g} of it is not, measured in itself")
+        raise InputError(
+            f"a factor is not symmetric: its asymmetric part is {part:.3g}, measured in the metric of the factor"
+        )
     return symmetric
 
 
@@ -126,11 +130,12 @@ def factor_eigenvalues(
     Raises
     ------
     InputError
-        If it is not finite, or not positive definite and the exponent is negative.
+        If the factor is not finite, or if it is not positive definite and the exponent is negative.
 
     Notes
     -----
-    Computed by LAPACK in float64: an eigenvalue of F is off by at most about n 2^-53 of the largest.
+    LAPACK computes the eigenvalues in float64. The error of an eigenvalue of F is at most about n 2^-53 of the
+    largest.
     """
     factor = np.asarray(factor, np.float64)
     if not np.isfinite(factor).all():
@@ -151,7 +156,7 @@ def factor_eigenvalues(
 
 
 def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least: float) -> tuple[float, float]:
-    """Return the damping of the two factors of K-FAC by their mean eigenvalues.
+    """Return the damping of the two factors of K-FAC, balanced by their mean eigenvalues.
 
     Parameters
     ----------
@@ -160,13 +165,13 @@ def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least
     damping : float
         Damping of their product.
     least : float
-        Least damping of each factor.
+        Smallest damping of each factor.
 
     Notes
     -----
-    With pi^2 the ratio of the mean eigenvalue of the second to that of the first, sqrt(damping) is divided and
-    multiplied by pi: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature,
-    section 6.3.
+    If pi^2 is the ratio of the mean eigenvalue of the second factor to that of the first, the dampings are
+    sqrt(damping) divided and multiplied by pi (Martens and Grosse, Optimizing Neural Networks with
+    Kronecker-factored Approximate Curvature, section 6.3).
     """
     of_gradients, of_inputs = (float(np.trace(np.asarray(f, np.float64))) / len(np.asarray(f)) for f in factors)
     if not (of_gradients > 0 and of_inputs >= 0 and damping >= 0):
@@ -185,23 +190,23 @@ def kronecker_eigenvalues(
     Parameters
     ----------
     factors : sequence of (smallest, largest)
-        Eigenvalues of each factor; the product of no factors is 1.
+        Eigenvalues of each factor. The product of no factors is 1.
     shift : float
     rows : int
-        Total number of rows of the factors whose smallest eigenvalue has the rounding error of their largest. The
-        product must be positive definite beyond this error.
+        Total number of rows of the factors whose smallest eigenvalue has the rounding error of their largest
+        eigenvalue. The product must be positive definite beyond this error.
 
     Raises
     ------
     InputError
-        If it is not positive definite, or not finite.
+        If the product is not positive definite, or not finite.
 
     Examples
     --------
     >>> kronecker_eigenvalues([(1.0, 4.0), (0.5, 2.0)], shift=1.0)
     (1.5, 9.0)
     """
-    # If a factor has negative eigenvalues, the extremes are at other corners than (smallest, smallest).
+    # If a factor has negative eigenvalues, the extremes are not at (smallest, smallest) and (largest, largest).
     corners = [math.prod(corner) for corner in itertools.product(*factors)]
     low, high = min(corners) + shift, max(corners) + shift
     floor = 2.0 * rows * _UNIT * max(map(abs, corners))
@@ -222,7 +227,7 @@ def rotated_eigenvalues(smallest: float, largest: float, epsilon: float, bias: f
     Raises
     ------
     InputError
-        If one is not known or negative.
+        If a value is not known or negative.
     """
     if not 0 <= smallest <= largest < math.inf or not bias > 0 or not math.sqrt(smallest) + epsilon > 0:
         raise InputError(f"exp_avg_sq is {smallest:.3g} to {largest:.3g}, epsilon {epsilon:.3g}")
@@ -230,20 +235,20 @@ def rotated_eigenvalues(smallest: float, largest: float, epsilon: float, bias: f
 
 
 def condition_number(smallest: ArrayLike, largest: ArrayLike, learning_rate: ArrayLike) -> tuple[Array, Array]:
-    """Return the condition numbers of a diagonal metric, of each tensor and of the model.
+    """Return the condition numbers of a block-diagonal metric, for each tensor and for the model.
 
     Parameters
     ----------
     smallest, largest : array, shape (updates, tensors)
         Eigenvalues of the block of each tensor.
     learning_rate : array, shape (updates, tensors)
-        Learning rate of each tensor: a tensor that moves ten times as fast has a tenth of the metric.
+        Learning rate of each tensor. A tensor with ten times the rate has a tenth of the metric.
 
     Returns
     -------
     tensors : array, shape (updates, tensors)
     model : array, shape (updates,)
-        NaN if it is not known for one tensor.
+        NaN if it is not known for a tensor.
     """
     low, high = np.asarray(smallest, np.float64), np.asarray(largest, np.float64)
     rate = np.asarray(learning_rate, np.float64)

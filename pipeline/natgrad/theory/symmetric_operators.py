@@ -1,4 +1,4 @@
-"""Symmetric matrices as operators: their extreme eigenvalues, and the test for being a metric of an update.
+"""Compute extreme eigenvalues of symmetric operators, and test whether an operator is a metric of an update.
 
 A preconditioner is an array, its diagonal, or an operator such as a `Kronecker` product. `canonical_form`
 decomposes it into the paper's form (eq. 7) and returns the residuals of this decomposition.
@@ -30,11 +30,11 @@ __all__ = ["CanonicalForm", "Kronecker", "canonical_form", "extreme_eigenvalues"
 Array = NDArray[np.float64]
 
 _SMALL = 256
-"""Dimension up to which eigenvalues of an operator are those of its matrix, not of a Krylov space."""
+"""Largest dimension for which the eigenvalues of an operator are computed from its dense matrix."""
 
 
 class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
-    """A Kronecker product of powers of symmetric matrices, as of K-FAC for a layer and of Shampoo for a tensor.
+    """A Kronecker product of powers of symmetric matrices, as in K-FAC for a layer and in Shampoo for a tensor.
 
     It is (F_0 + damping_0)^exponent (x) (F_1 + damping_1)^exponent (x) .. + shift.
 
@@ -45,11 +45,11 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         on weights W of shape (m, n), flattened in C order, as vec(left W right): left belongs to the outputs
         (gradients), right to the inputs (activations).
     exponent : float
-        -1 for a preconditioner's own factors, 1/4 for the statistics of Shampoo's matrices.
+        -1 for the factors of a preconditioner, 1/4 for the statistics of Shampoo.
     damping : float or sequence of float
-        Number added to all factors, or one for each.
+        Number added to all factors, or one number for each.
     shift : float
-        Number added to the product, as in K-FAC's exact damping.
+        Number added to the product, as in the exact damping of K-FAC.
 
     Raises
     ------
@@ -67,7 +67,9 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         arrays = [np.asarray(factor, dtype=np.float64) for factor in factors]
         added = [damping] * len(arrays) if isinstance(damping, int | float) else list(damping)
         if len(added) != len(arrays):
-            raise InputError(f"{len(added)} dampings of {len(arrays)} factors", remedy="pass one for each, or one")
+            raise InputError(
+                f"got {len(added)} dampings for {len(arrays)} factors", remedy="pass one, or one for each factor"
+            )
         self.shift, self.exponent = shift, exponent
         self._sizes = [len(array) for array in arrays]
         self._values, self._powers = [], []
@@ -91,7 +93,7 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         return self
 
     def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
-        """Return all eigenvalues, descending, and their multiplicities: products of eigenvalues of the factors."""
+        """Return all eigenvalues (products of those of the factors), descending, and their multiplicities."""
         values = np.ones(1)
         for of_factor in self._values:
             values = np.multiply.outer(values, of_factor).ravel()
@@ -108,9 +110,9 @@ def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array
     values, vectors = (damped, np.eye(0)) if factor.ndim == 1 else np.linalg.eigh(damped)
     if not values.min() > 0:
         raise InputError(
-            f"a factor has no power {exponent:g}: its smallest eigenvalue is {values.min():.3g}",
+            f"the power {exponent:g} of a factor does not exist: its smallest eigenvalue is {values.min():.3g}",
             where=f"shape {factor.shape}, damping {damping:g}",
-            remedy="pass a positive definite factor, or a greater damping",
+            remedy="pass a positive definite factor, or a larger damping",
         )
     raised = np.asarray(values**exponent, dtype=np.float64)
     if factor.ndim == 1:
@@ -122,13 +124,13 @@ def _power(factor: Array, damping: float, exponent: float) -> tuple[Array, Array
 def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
     """Return the smallest and the largest eigenvalue of a symmetric matrix.
 
-    The smallest eigenvalue of a Hessian is an argument of `discrete_time.learning_rate_bounds`. That of
-    ``metric + eta * H`` decides whether eq. (17) is definite.
+    The smallest eigenvalue of a Hessian is an argument of `discrete_time.learning_rate_bounds`. The smallest
+    eigenvalue of ``metric + eta * H`` is positive if and only if eq. (17) is definite.
 
     Parameters
     ----------
     matrix : array, operator or sparse array
-        The diagonal of a diagonal matrix, shape (D,); a matrix, shape (D, D), taken as symmetric; `Metric`,
+        The diagonal of a diagonal matrix, shape (D,); a matrix, shape (D, D), assumed to be symmetric; `Metric`,
         `Kronecker`, or any argument of `scipy.sparse.linalg.aslinearoperator`. For a function ``hvp`` pass
         ``LinearOperator((D, D), matvec=hvp, dtype=float)``.
 
@@ -139,8 +141,8 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
 
     Notes
     -----
-    Above D = 256 the eigenvalues of an operator are Ritz values (`scipy.sparse.linalg.eigsh`): the smallest lies
-    above the true one by at most its residual. Equal operators give equal numbers.
+    For D > 256 the eigenvalues of an operator are Ritz values (`scipy.sparse.linalg.eigsh`). The smallest exceeds
+    the true eigenvalue by at most its residual. Equal operators give equal numbers.
     """
     if hasattr(matrix, "eigenvalues"):
         values, _ = matrix.eigenvalues()
@@ -162,7 +164,7 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
         raise InputError(
             "the extreme eigenvalues did not converge",
             where=f"operator of D = {size}",
-            why="its smallest eigenvalues lie close together beside its largest",
+            why="its smallest eigenvalues are close to each other compared with the largest",
             remedy="pass an array, a diagonal, or a shifted operator",
         ) from error
     return smallest, largest
@@ -170,7 +172,7 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class CanonicalForm:
-    """The decomposition of a matrix into y y' / y.g and the rest B, with its residuals.
+    """The decomposition of a matrix into y y' / y.g and the remainder B, with its residuals.
 
     Attributes
     ----------
@@ -200,7 +202,7 @@ class CanonicalForm:
 
     @property
     def valid(self) -> bool:
-        """True for a metric that maps g to y: symmetric, positive definite beyond rounding, M g = y."""
+        """True for a metric that maps g to y: symmetric, positive definite beyond rounding, and M g = y."""
         rounding = eigenvalue_rounding(len(self.g))
         exact = self.mapping_residual <= rounding and self.symmetry_residual <= rounding
         return exact and self.eigenvalue_min > self.floor
@@ -212,20 +214,21 @@ class CanonicalForm:
 
     @property
     def smallest_condition_number(self) -> float:
-        """Least condition number of any metric of the same y and g (Prop. 1)."""
+        """Smallest condition number of any metric with the same y and g (Prop. 1)."""
         return float(geometry.condition_number(self.pair))
 
     def rest_eigenvalue_min(self) -> float:
         """Return the smallest eigenvalue of B across g, which is positive for a metric; NaN for D = 1.
 
-        The paper proves that it is positive if that of M is. For a large D it is computed by Lanczos iteration.
+        The paper proves that it is positive if the smallest eigenvalue of M is positive. For large D it is computed
+        by Lanczos iteration.
         """
         if len(self.g) == 1:
             return np.nan
         unit = self.g / self.pair.update_norm
 
         def across(x: Array) -> Array:
-            # B across g. Along g, where B is 0, a value that is not its smallest eigenvalue.
+            # B across g. Along g, B is 0 and is replaced by a value that is not the smallest eigenvalue.
             along = unit * (unit @ x.ravel())
             mapped = self.rest @ (x.ravel() - along)
             return np.asarray(mapped - unit * (unit @ mapped) + self.eigenvalue_max * along)
@@ -234,10 +237,10 @@ class CanonicalForm:
 
 
 def canonical_form(matrix: Any, g: ArrayLike, y: ArrayLike | None = None) -> CanonicalForm:
-    """Decompose a symmetric matrix with M g = y into the paper's only form (section 2.1).
+    """Decompose a symmetric matrix with M g = y into the canonical form of the paper (section 2.1).
 
-    For a preconditioner, such as ``sqrt(v) + eps`` of Adam or a `Kronecker` of K-FAC, the result compares the
-    condition number in use with the least that explains the update.
+    For a preconditioner, such as ``sqrt(v) + eps`` of Adam or a `Kronecker` of K-FAC, the result compares its
+    condition number with the smallest condition number that explains the update.
 
     Parameters
     ----------
@@ -247,8 +250,8 @@ def canonical_form(matrix: Any, g: ArrayLike, y: ArrayLike | None = None) -> Can
         Update.
     y : array, shape (D,), optional
         Negative gradient. Default: M g, the y that the matrix explains. With the gradient itself,
-        ``mapping_residual`` measures how far the preconditioner is from explaining the update: the preconditioner
-        of a rule with momentum maps g to the momentum.
+        ``mapping_residual`` measures how far the preconditioner is from mapping the update to the gradient. The
+        preconditioner of a rule with momentum maps g to the momentum.
 
     Returns
     -------
@@ -271,7 +274,7 @@ def canonical_form(matrix: Any, g: ArrayLike, y: ArrayLike | None = None) -> Can
     operator = _operator(matrix)
     if g.ndim != 1 or operator.shape != (len(g), len(g)):
         raise InputError(
-            f"a matrix of shape {operator.shape} does not act on g of shape {g.shape}",
+            f"a matrix of shape {operator.shape} cannot act on g of shape {g.shape}",
             remedy="pass a square matrix, or a diagonal, with as many rows as g has elements",
         )
     image = np.asarray(operator @ g, dtype=np.float64)
@@ -310,7 +313,10 @@ def _operator(matrix: Any) -> LinearOperator:
         return aslinearoperator(matrix)
     array = np.asarray(matrix, dtype=np.float64)
     if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
-        raise InputError(f"not a matrix: shape {array.shape}", remedy="pass a finite square matrix or its diagonal")
+        raise InputError(
+            f"an array of shape {array.shape} is not a finite matrix",
+            remedy="pass a finite square matrix or its diagonal",
+        )
     return aslinearoperator(diags_array(array) if array.ndim == 1 else array)
 
 

@@ -1,9 +1,9 @@
-"""Smallest window over which a learning rule is effective, for rules that need not improve at every step (eq. 3).
+"""Find the smallest window over which a learning rule is effective, even if single updates are not (eq. 3).
 
-A window of m updates may descend although single updates do not; the paper's argument starts from such an m.
-Windows are not monotone in m: of the losses 3, 1, 2.5, 0.5, 2, 0.25 all windows of 2, 4 and 5 descend, those of 3
-do not. Every m is therefore tried, from 1 up to a longest one. The number of windows that support the answer is
-returned with it: an m near the length of the run has almost none.
+A window of m updates may descend although single updates do not. The argument of the paper starts from such an m.
+Windows are not monotone in m: for the losses 3, 1, 2.5, 0.5, 2, 0.25, all windows of 2, 4 and 5 descend, but those
+of 3 do not. Therefore every m is tried, from 1 up to a limit. The result includes the number of windows that
+support it, because an m near the length of the run has few windows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WindowSearch = tuple[Array, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class WindowTerms:
-    """The terms of each update from which the status of a window follows.
+    """The terms of each update that determine the status of a window.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     ----------
     terms : WindowTerms
     follows : bool array, shape (updates - 1,)
-        True if an update starts from the state that the one before it led to.
+        True if an update starts from the state to which the update before it led.
     longest : int
         Largest m to try.
 
@@ -65,9 +65,9 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     smallest : float64 array, shape (...)
         NaN if there is no such m.
     count : int64 array, shape (...)
-        Number of windows that support it: all windows of that m, except those that cannot be judged because a
-        learning rate or a loss is missing or because they move no more than their rounding. 0 if there is no such
-        m.
+        Number of windows that support it: all windows of that m, except those whose status is not known because a
+        learning rate or a loss is missing, or because their update is not larger than its rounding error. 0 if
+        there is no such m.
     """
     shape = terms.pair.alignment.shape
     smallest, count = np.full(shape[1:], np.nan), np.zeros(shape[1:], np.int64)
@@ -92,7 +92,7 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
             flat_smallest[open_columns[solved]], flat_count[open_columns[solved]] = m, windows[solved]
             if solved.all():
                 break
-            # Most columns are solved by a small m: only the others are summed further.
+            # Most columns are solved by a small m. Only the others are summed further.
             open_columns = open_columns[~solved]
             single, total = _columns(single, ~solved), _columns(total, ~solved)
     return smallest, count
@@ -135,7 +135,7 @@ def smallest_decreasing(
 
 
 def _longer(total: WindowTerms, single: WindowTerms, m: int) -> WindowTerms:
-    """Extend windows of m - 1 updates to m; y.g is summed in the order of `geometry.window`, to the same bits."""
+    """Extend windows of m - 1 updates to m. y.g is summed in the order of `geometry.window`, with the same bits."""
     pair = Pair(*(getattr(total.pair, f.name)[:-1] + getattr(single.pair, f.name)[m - 1 :] for f in fields(Pair)))
     return WindowTerms(
         pair,
@@ -161,5 +161,5 @@ def consecutive(values: NDArray[Any], m: int) -> NDArray[Any]:
 
 
 def rolling_norm(values: Array, m: int) -> Array:
-    """Return the norm of m consecutive updates together."""
+    """Return the norm of m consecutive updates stacked."""
     return np.asarray(np.sqrt(consecutive(np.square(values), m).sum(axis=-1)))

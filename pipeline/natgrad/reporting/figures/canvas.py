@@ -1,6 +1,7 @@
-"""Elements that all figures share: style, panels, axes, curves, and the conversion to vector graphics.
+"""Shared elements of the figures: style, panels, axes, curves, and the conversion to vector graphics.
 
-Only matplotlib's objects are used, so figures of the caller are not affected. Equal results give equal bytes.
+Only matplotlib's object interface is used, so figures of the caller are not affected. Equal results give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ _STYLE: dict[str, Any] = {
     "legend.handlelength": 1.8,
     "lines.linewidth": 1.1,
     "savefig.facecolor": "none",
-    # Otherwise the names of clip paths are random, and equal results do not give equal pages.
+    # Without a salt, the names of clip paths are random, and equal results do not give equal pages.
     "svg.fonttype": "path",
     "svg.hashsalt": "natgrad",
     "text.color": INK,
@@ -136,13 +137,13 @@ _STYLE: dict[str, Any] = {
 }
 
 WIDTH, HEIGHT = 4.2, 2.9
-"""Inches of a panel: about its natural size on a phone, two side by side on a desktop."""
+"""Size of a panel in inches: about the width of a phone; two fit side by side on a desktop."""
 
 COLUMNS, SMALL_COLUMNS, MARKERS = 360, 150, 48
-"""Number of columns to which curves of a panel and of a small panel are thinned, and of points in panel A."""
+"""Number of columns to which the curves of a panel and of a small panel are thinned, and of points in panel A."""
 
 _DRAWING = threading.Lock()
-"""Matplotlib's style is global to the process, and flows may draw in several threads."""
+"""Lock for Matplotlib's style, which is global to the process. Flows may draw in several threads."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ class Picture:
     Attributes
     ----------
     uri : str
-        The vector graphic as a ``data:`` address.
+        The vector graphic as a ``data:`` URL.
     alt : str
-        Text in place of the figure.
+        Text alternative of the figure.
     width, height : int
         Pixels.
     figure : Figure
@@ -170,7 +171,7 @@ class Picture:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Set the style of the figures, for one thread at a time; use it around all drawing."""
+    """Set the style of the figures, for one thread at a time. All drawing must happen in this context."""
     with _DRAWING, matplotlib.style.context(["default", _STYLE]):
         yield
 
@@ -211,16 +212,16 @@ def _superscript(digits: str) -> str:
 
 
 def panel(letter: str) -> tuple[Figure, Axes]:
-    """Make a figure of one panel, with a letter above it that may be empty."""
+    """Make a figure with one panel. The letter above it may be empty."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
-    # Without a letter the title still takes up space, so all panels have one size.
+    # A blank title takes up the same space as a letter, so all panels have the same size.
     axes.set_title(letter or " ", loc="left", fontweight="bold", fontsize=11)
     return figure, axes
 
 
 def curve(axes: Axes, steps: Array, values: Array, columns: int = COLUMNS, **style: Any) -> Line2D:
-    """Draw values over steps; a value without neighbours is a dot, because a line would not show it."""
+    """Draw values over steps. A value without neighbours is drawn as a dot, because a line would not show it."""
     x, y = thinned(steps, np.where(np.isfinite(values), values, np.nan), columns)
     (line,) = axes.plot(x, y, **style)
     finite = np.concatenate([[False], np.isfinite(y), [False]])
@@ -264,7 +265,7 @@ def positive(values: Array) -> Array:
 
 
 def log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
-    """Set the limits of a log axis, with space below for marks and with numbers however short it is."""
+    """Set the limits of a log axis, with space below for marks. Even a short axis has numbers."""
     bottom, top = math.log10(low), math.log10(high)
     if top - bottom < 0.5:
         bottom, top = (bottom + top) / 2 - 0.25, (bottom + top) / 2 + 0.25
@@ -316,7 +317,7 @@ def legend_above(axes: Axes, handles: Sequence[Any]) -> None:
 
 
 def placeholder(axes: Axes, reason: str) -> None:
-    """Write in place of the data why there are none."""
+    """Write in the panel why it has no data."""
     axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_yticks([])
 
@@ -339,7 +340,7 @@ def picture(figure: Figure, alt: str) -> Picture:
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     graphic = file.getvalue()
     graphic = graphic[graphic.index("<svg") :]
-    # Hundredths of a point are finer than any screen, and take half of the bytes.
+    # Hundredths of a point are finer than any screen, and halve the size.
     graphic = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), graphic)
     dark = "".join(
         f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'
@@ -353,7 +354,7 @@ def picture(figure: Figure, alt: str) -> Picture:
 
 
 def draw_angle(axes: Axes, steps: Array, angle: Array, uncertainty: Array, columns: int) -> list[Any]:
-    """Draw angles over steps, with the range of their rounding; return the entries of the legend."""
+    """Draw angles over steps with their uncertainty, and return the entries of the legend."""
     lines: list[Any] = [curve(axes, steps, angle, columns=columns, color=INK, label="ψ")]
     reach = np.where(np.isfinite(angle), uncertainty, np.nan)
     # A band thinner than the line would not be visible.
@@ -371,8 +372,6 @@ def draw_angle(axes: Axes, steps: Array, angle: Array, uncertainty: Array, colum
         )
         lines.append(band)
     lines.append(
-        axes.axhline(
-            np.pi / 2, color=ALARM, linewidth=0.8, linestyle=(0, (4, 2)), label="π/2, not effective beyond"
-        )
+        axes.axhline(np.pi / 2, color=ALARM, linewidth=0.8, linestyle=(0, (4, 2)), label="π/2, not effective above")
     )
     return lines

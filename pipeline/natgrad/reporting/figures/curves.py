@@ -73,7 +73,7 @@ class RunResults:
 
     @classmethod
     def of(cls, name: str, tree: xr.DataTree) -> RunResults:
-        """Take the groups of a DataTree; raise InputError if they are not results."""
+        """Return the results in a DataTree; raise InputError if it does not hold results."""
         try:
             model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
             needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status")
@@ -82,7 +82,9 @@ class RunResults:
                     dataset[variable]
         except KeyError as error:
             raise InputError(
-                f"results without {error}", where=f"run {name}", remedy="compute them again: natgrad analyze OUT"
+                f"the results lack the variable {error}",
+                where=f"run {name}",
+                remedy="compute them again: natgrad analyze OUT",
             ) from error
         replicates = tree["replicates/model"].to_dataset() if "replicates" in tree.children else None
         return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates)
@@ -103,7 +105,7 @@ class RunResults:
 
     @property
     def loss_average(self) -> Array | None:
-        """Average loss over the largest window; None if no window has several updates."""
+        """Mean loss over the largest window; None if no window has several updates."""
         if max(self.windows) == 1:
             return None
         return np.asarray(self.model["loss_average"].sel({WINDOW: max(self.windows)}).values)
@@ -133,18 +135,20 @@ def _at(variable: xr.DataArray) -> xr.DataArray:
 
 
 def angle_curve(run: RunResults) -> Picture:
-    """Draw the angle of the model over the steps, with the range of rounding of the stored values."""
+    """Draw the angle of the model over the steps, with the uncertainty caused by rounding of the stored values."""
     figure, axes = panel("")
     angle, uncertainty = run["angle"], run["angle_uncertainty"]
     spread = extent(angle)
     if spread is None:
-        placeholder(axes, "no angle is defined")
+        placeholder(axes, "no update has an angle")
     lines = draw_angle(axes, run.steps, angle, uncertainty, COLUMNS)
     angle_limits(axes, spread)
     step_axis(axes, run.steps)
     axes.set_ylabel("angle ψ (rad)")
     legend_above(axes, lines if spread is not None else [])
-    extremes = f" from {number(spread[0])} to {number(spread[2])} rad" if spread else ", defined nowhere"
+    extremes = (
+        f" from {number(spread[0])} to {number(spread[2])} rad" if spread else "; it is not defined at any step"
+    )
     return picture(figure, f"Angle between update and negative gradient over the steps of {run.name}{extremes}.")
 
 
@@ -164,7 +168,7 @@ def condition_curve(run: RunResults) -> Picture:
     step_axis(axes, run.steps)
     axes.set_ylabel("condition number κ (1)")
     legend_above(axes, lines)
-    extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else ", defined nowhere"
+    extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else "; it is not defined at any step"
     return picture(figure, f"Condition number of the optimal metric over the steps of {run.name}{extremes}.")
 
 
@@ -172,8 +176,7 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
     """Draw the angle or condition number of each tensor, on common axes."""
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    # Margins in inches instead of a layout engine, which measures every text of every panel and takes twice as
-    # long.
+    # Margins in inches: a layout engine measures every text of every panel, which takes twice as long.
     height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
     figure = Figure(figsize=(WIDTH, height))
     left, right, lower, upper = 0.72 / WIDTH, 1 - 0.14 / WIDTH, 0.5 / height, 1 - 0.25 / height
@@ -205,7 +208,7 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
         log_limits(first, spread[0], spread[2], most=4)
     step_axis(first, run.steps, most=3)
     first.set_xlabel("")
-    # If the last row is shorter, the panel above the gap carries the numbers of the steps.
+    # If the last row is shorter, the panel above the gap shows the step numbers.
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
         grid[rows - 2, columns - 1].xaxis.set_tick_params(labelbottom=True)
@@ -223,7 +226,7 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
     Parameters
     ----------
     runs : sequence of RunResults
-        At most `COMPARED_RUNS`. Each has its colour; from the tenth on, lines are dashed.
+        At most `COMPARED_RUNS`. Each has its own colour; the lines of the tenth and later runs are dashed.
     """
     shared = set.intersection(*({str(name) for name in run.tensors[TENSOR].values} for run in runs))
     tensors = [name for name in runs[0].largest_tensors() if name in shared]
@@ -249,7 +252,7 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
             conditions.append(positive(condition))
             for axes, values in zip(row, (angle, conditions[-1]), strict=True):
                 curve(axes, run.steps, values, columns=SMALL_COLUMNS, **style)
-    for row, label in zip(grid, ("whole model", *_tensor_labels(tensors, 52)), strict=True):
+    for row, label in zip(grid, ("model", *_tensor_labels(tensors, 52)), strict=True):
         title = row[0].set_title(" ", loc="left", fontsize=8.5, pad=3)
         title.set_parse_math(False)
         title.set_text(label)
@@ -275,7 +278,7 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
 
 
 def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
-    """Return number and name of each tensor; of long names, without the parts that all have in common.
+    """Return the number and name of each tensor, without the parts that all names share if names are long.
 
     Examples
     --------

@@ -71,7 +71,7 @@ def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, siz
     ball : array, shape (points, 2)
         Ball of the metric around 0, v' M v = 1.
     size : float
-        Radius of the Euclidean ball. That of the metric is drawn with the same area.
+        Radius of the Euclidean ball. The ball of the metric is drawn with the same area.
     """
     figure = Figure(figsize=(2 * WIDTH, HEIGHT + 0.6), layout="constrained")
     turn = np.linspace(0.0, 2.0 * np.pi, len(ball))
@@ -92,7 +92,7 @@ def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, siz
     return picture(
         figure,
         "Contours of the loss around one state, its update g and its negative gradient y. A: the ball of the "
-        "metric in which g is steepest descent. B: the Euclidean ball, in which y is.",
+        "metric in which g is steepest descent. B: the Euclidean ball, in which y is steepest descent.",
     )
 
 
@@ -105,7 +105,7 @@ def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
     states : array, shape (steps, 2)
         Trajectory.
     balls : array, shape (steps, points, 2)
-        Ball of the metric around 0 at each state, in one unit for all; NaN if there is none.
+        Ball of the metric around 0 at each state, with the same scale for all; NaN if there is no metric.
     """
     figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
     axes = figure.subplots()
@@ -119,8 +119,8 @@ def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
         axes.plot(*(state + size * ball).T, color="#0072b2", linewidth=0.9)
     return picture(
         figure,
-        f"Contours of the loss, a trajectory of {len(states)} states, and at each the ball of the metric in which "
-        "its update is steepest descent.",
+        f"Contours of the loss, a trajectory of {len(states)} states, and at each state the ball of the metric in "
+        "which its update is steepest descent.",
     )
 
 
@@ -156,9 +156,9 @@ def limit_curve(rates: Array, turned: Array, moved: Array) -> Picture:
     ]
     spread = extent(positive(np.concatenate([turned, moved])))
     if spread is None:
-        placeholder(axes, "the discrete gradient is the gradient")
+        placeholder(axes, "the discrete gradient equals the gradient")
     else:
-        # A line in proportion to the learning rate, which the curves approach.
+        # The curves approach this line, which is proportional to the learning rate.
         line = axes.plot(rates, spread[2] * rates / rates[-1], color=MUTED, linewidth=0.7, label="∝ η")[0]
         log_limits(axes, min(spread[0], spread[2] * rates[0] / rates[-1]), spread[2])
         legend_above(axes, [*lines, line])
@@ -199,7 +199,7 @@ def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:
             axes.plot(angle[columns], points, zorder=3, **style)
             if np.isfinite(points).any():
                 low, high = min(low, np.nanmin(points)), max(high, np.nanmax(points))
-    # Measured from pi/2, where the curves leave the page, so that they reach its edge.
+    # Angles are measured from pi/2, where the curves diverge, so that the curves reach the edge of the panel.
     rest = np.geomspace(max(low * 1e-2, 1e-300), np.pi / 2, 400)
     unit = np.ones_like(rest)
     pair = Pair(unit, np.sin(rest), np.cos(rest) ** 2, np.full(rest.shape, 3))
@@ -229,7 +229,7 @@ def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:
 
 
 def spread_points(angle: Array, shift: float, columns: int) -> NDArray[np.int64]:
-    """Choose points that lie apart: the ends, and in each column the one closest to its middle.
+    """Choose points that do not overlap: both ends, and the point closest to the middle of each column.
 
     All points lie on the curves, so the points of several runs would cover each other and the curves. The columns
     of each run are therefore shifted by a fraction of a column.
@@ -267,7 +267,7 @@ def spectrum(run: RunResults, letter: str) -> Picture:
     step_axis(axes, run.steps)
     axes.set_ylabel("eigenvalue of optimal metric\n(loss · learning rate / parameter²)")
     legend_above(axes, lines)
-    span = f" from {number(low)} to {number(high)}" if lines else ", of which there is none"
+    span = f" from {number(low)} to {number(high)}" if lines else "; no update has one"
     return picture(figure, f"Eigenvalues of the optimal metric over the steps of {run.name}{span}.")
 
 
@@ -292,5 +292,5 @@ def loss_curve(run: RunResults, letter: str) -> Picture:
     step_axis(axes, run.steps)
     axes.set_ylabel("loss")
     legend_above(axes, lines if average is not None else [])
-    ends = f" from {number(loss[0])} to {number(loss[-1])}" if spread is not None else ", which was not logged"
+    ends = f" from {number(loss[0])} to {number(loss[-1])}" if spread is not None else "; no finite loss was logged"
     return picture(figure, f"Loss over the steps of {run.name}{ends}.")
