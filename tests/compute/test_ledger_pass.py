@@ -332,7 +332,7 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
         return found
 
     monkeypatch.setattr(Trajectory, "located", cut_short)
-    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+    with pytest.raises(InputError, match=r"is \d+ bytes too short") as caught:
         compute_small(trajectory, other)
     assert caught.value.where == str(chunk)
 
@@ -344,11 +344,11 @@ def test_a_damaged_chunk_ends_the_pass_with_its_name_and_a_mended_one_lets_it_go
     chunk = trajectory / "gradient/c/3/1"
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:100])
-    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+    with pytest.raises(InputError, match=r"is \d+ bytes too short") as caught:
         compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
     assert caught.value.where == str(chunk)
     assert caught.value.remedy
-    with pytest.raises(InputError, match="not complete"):
+    with pytest.raises(InputError, match="incomplete"):
         open_ledger(tmp_path / "ledger.zarr").read()
     chunk.write_bytes(whole)
     compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
@@ -528,7 +528,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, finished):
     with pytest.raises(KeyboardInterrupt):
         ledger_of(tmp_path, arrays, executor=stopped_after(finished))
     ledger, trajectory = tmp_path / "ledger.zarr", tmp_path / "trajectory.zarr"
-    with pytest.raises(InputError, match="not complete"):
+    with pytest.raises(InputError, match="incomplete"):
         open_ledger(ledger).read()
     summary = compute_small(trajectory, ledger)
     assert (summary.chunks, summary.computed_chunks) == (4, 4 - finished)

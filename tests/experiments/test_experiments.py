@@ -191,11 +191,11 @@ def test_the_log_holds_the_system_step_by_step(tmp_path, method, container):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "heun"}, r"(?s)'heun' is not known.*euler, exponential"),
+        ({"method": "heun"}, r"(?s)unknown method 'heun'.*euler, exponential"),
         ({"dimension": 1}, "dimension 1 is too small"),
-        ({"steps": 0}, "make no trajectory"),
-        ({"learning_rate": -0.1}, "make no trajectory"),
-        ({"learning_rate": np.inf}, "make no trajectory"),
+        ({"steps": 0}, "do not form a trajectory"),
+        ({"learning_rate": -0.1}, "do not form a trajectory"),
+        ({"learning_rate": np.inf}, "do not form a trajectory"),
         ({"learning_rate": 3.0}, "(?s)Euler steps of learning rate 3.0 grow.*smaller learning rate"),
         ({"container": "pt"}, "unknown container 'pt'"),
     ],
@@ -400,12 +400,12 @@ def test_the_log_holds_the_gradient_of_one_objective_and_the_update_another_rule
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "0 steps"),
-        ({"hidden": 0}, "0 hidden units"),
-        ({"images": 40}, "(?s)40 images of the objective: it must be above 0 and 39 at most.*held out"),
-        ({"images": 20, "mini_batch": 21}, "21 images of a mini-batch"),
-        ({"images": 20, "mini_batch": 0}, "0 images of a mini-batch"),
-        ({"images": 20, "learning_rate": np.nan}, "nan as learning rate"),
+        ({"steps": 0}, "^steps must be greater than 0 .*, got 0"),
+        ({"hidden": 0}, "hidden units must be greater than 0 .*, got 0"),
+        ({"images": 40}, "(?s)images in the objective must be greater than 0 and at most 39, got 40.*held out"),
+        ({"images": 20, "mini_batch": 21}, "images in a mini-batch must be .* at most 20, got 21"),
+        ({"images": 20, "mini_batch": 0}, "images in a mini-batch must be .*, got 0"),
+        ({"images": 20, "learning_rate": np.nan}, "learning rate must be .*, got nan"),
     ],
 )
 def test_options_of_the_training_out_of_range_are_refused(tmp_path, options, message):
@@ -466,9 +466,9 @@ def test_idx_files_are_read_plain_or_packed(tmp_path, joint, packed):
         ({"images": idx(IMAGES) + b"x"}, "has 161 bytes, not 160"),
         ({"images": idx(IMAGES)[:9]}, "not an idx file of 3 dimensions"),
         ({"images": b""}, "not an idx file of 3 dimensions"),
-        ({"images": idx(LABELS)}, "begins with 00000801, not 00000803"),
-        ({"labels": idx(IMAGES)}, "begins with 00000803, not 00000801"),
-        ({"labels": idx(LABELS[:-1])}, "12 images have 11 labels"),
+        ({"images": idx(LABELS)}, "starts with 00000801, not 00000803"),
+        ({"labels": idx(IMAGES)}, "starts with 00000803, not 00000801"),
+        ({"labels": idx(LABELS[:-1])}, "12 images but 11 labels"),
         ({"labels": idx(LABELS + np.uint8(1))}, "label 10 is not a digit"),
     ],
 )
@@ -627,4 +627,4 @@ def test_bad_input_on_the_command_line_exits_with_2_and_says_why(tmp_path, monke
     with pytest.raises(SystemExit) as exit:
         command_line.main()
     assert exit.value.code == 2
-    assert "method 'heun' is not known" in capsys.readouterr().err
+    assert "unknown method 'heun'" in capsys.readouterr().err

@@ -298,10 +298,10 @@ def test_where_the_loss_rises_the_discrete_gradient_says_so_and_the_energy_does_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rules": ["hope"]}, "(?s)rule 'hope' is not known.*nesterov"),
-        ({"objectives": ["sine"]}, "(?s)objective 'sine' is not known.*log-cosh"),
-        ({"steps": 0}, "make no trajectory"),
-        ({"dimension": 1}, "make no trajectory"),
+        ({"rules": ["hope"]}, "(?s)unknown rule 'hope'.*nesterov"),
+        ({"objectives": ["sine"]}, "(?s)unknown objective 'sine'.*log-cosh"),
+        ({"steps": 0}, "do not form a trajectory"),
+        ({"dimension": 1}, "do not form a trajectory"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):
@@ -313,10 +313,10 @@ def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, option
 def test_rules_whose_energy_is_not_known_to_decrease_are_refused():
     objective = objective_of("quadratic", 0)
     for rate, decay in ((0.2, 0.9), (0.0, 0.9), (0.1, 1.0), (0.1, -0.1)):
-        with pytest.raises(InputError, match="has no energy that is known to decrease"):
+        with pytest.raises(InputError, match="no decreasing energy is known for the heavy ball"):
             HeavyBall(objective, rate, decay)
     assert HeavyBall(objective, 0.199, 0.9).learning_rate == 0.199
-    with pytest.raises(InputError, match=r"(?s)has no energy.*four times as fast"):
+    with pytest.raises(InputError, match=r"(?s)no decreasing energy is known for Adam.*four times as fast"):
         Adam(objective, decay=0.99, square_decay=0.9)
 
 

@@ -394,10 +394,10 @@ def test_on_real_digits_every_rule_learns_and_the_control_unlearns(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rules": ["adam", "hope"]}, r"(?s)rules \['hope'\] are not known.*partial-ascent"),
-        ({"steps": 0}, "0 steps"),
-        ({"hidden": 0}, "0 hidden units"),
-        ({"images": 40}, "40 images of the objective"),
+        ({"rules": ["adam", "hope"]}, r"(?s)unknown rules 'hope'.*partial-ascent"),
+        ({"steps": 0}, "^steps must be greater than 0 .*, got 0"),
+        ({"hidden": 0}, "hidden units must be greater than 0 .*, got 0"),
+        ({"images": 40}, "images in the objective must be .*, got 40"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):

@@ -203,10 +203,10 @@ def test_only_the_runs_of_a_sweep_that_log_the_derivative_are_extended(tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "hope"}, "(?s)rule 'hope' is not known.*gradient, tracking"),
-        ({"steps": 0}, "make no trajectory"),
-        ({"learning_rate": 0.0}, "make no trajectory"),
-        ({"frequency": np.nan}, "make no trajectory"),
+        ({"rule": "hope"}, "(?s)unknown rule 'hope'.*gradient, tracking"),
+        ({"steps": 0}, "do not form a trajectory"),
+        ({"learning_rate": 0.0}, "do not form a trajectory"),
+        ({"frequency": np.nan}, "do not form a trajectory"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):

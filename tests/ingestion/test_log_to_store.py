@@ -222,11 +222,11 @@ def next_after(value):
 
 
 CHANGES = {
-    "another parameter": lambda s: s.update({"parameter/scale": next_after(s["parameter/scale"])}),
-    "another gradient": lambda s: s.update({"gradient/layer.weight": -s["gradient/layer.weight"]}),
+    "a different parameter": lambda s: s.update({"parameter/scale": next_after(s["parameter/scale"])}),
+    "a different gradient": lambda s: s.update({"gradient/layer.weight": -s["gradient/layer.weight"]}),
     "loss": lambda s: s.update({"loss": s["loss"] + 1}),
     "learning_rate": lambda s: s.pop("learning_rate"),
-    "other tensors": lambda s: s.update({"parameter/more": np.ones(1), "gradient/more": np.ones(1)}),
+    "different tensors": lambda s: s.update({"parameter/more": np.ones(1), "gradient/more": np.ones(1)}),
     # The stored float32 are the rounded values of these: not the same content.
     "dtypes": lambda s: s.update({"gradient/scale": s["gradient/scale"].astype(np.float64) * (1 + 1e-12)}),
 }
@@ -239,7 +239,7 @@ def test_a_step_that_changed_after_it_was_ingested_is_refused(ingest, log, store
     before = content(store)
     CHANGES[what](states[3])
     os.utime(write_step(log, 3, states[3]), ns=(1, 1))
-    with pytest.raises(InputError, match=f"step 3 is ingested already, with .*{what}") as caught:
+    with pytest.raises(InputError, match=f"step 3 is already ingested, with .*{what}") as caught:
         ingest(log, store)
     assert caught.value.where == f"{log / 'step_3.safetensors'}, step 3"
     assert content(store) == before
@@ -253,7 +253,7 @@ def test_a_step_before_the_last_ingested_one_is_refused(log, store):
     write_log(log, [*states[:2], *states[3:]], numbers=[0, 1, 3, 4])
     ingest(log, store, allow_gaps=True)
     write_step(log, 2, states[2])
-    with pytest.raises(InputError, match="step 2 is new, but steps up to 4 are ingested already"):
+    with pytest.raises(InputError, match="step 2 is new, but steps up to 4 are already ingested"):
         ingest(log, store)
     ingest(log, store, overwrite=True)
     assert_holds(store, states)
@@ -297,7 +297,7 @@ def test_steps_logged_evenly_are_taken(log, store, numbers):
         ([0, 1, 2, 4, 5], "step 3 is missing: steps are 1 apart, but 4 follows 2", 4),
         ([0, 2, 3, 4], "step 1 is missing: steps are 1 apart, but 2 follows 0", 2),
         ([0, 10, 20, 40], "step 30 is missing: steps are 10 apart, but 40 follows 20", 40),
-        ([0, 10, 20, 25, 30, 40, 50], "steps are uneven: steps are 10 apart, but 25 follows 20", 25),
+        ([0, 10, 20, 25, 30, 40, 50], "the steps are not evenly spaced: steps are 10 apart, but 25 follows 20", 25),
     ],
 )
 def test_a_gap_is_refused_by_name_and_kept_where_it_is_allowed(log, store, numbers, what, file):
@@ -352,7 +352,7 @@ def rename(state):
 BAD_STEPS = {
     "shape": (reshape, r"shape changes from \(4, 3\) to \(3, 4\)", "layer.weight"),
     "dtype": (retype, "dtype changes from float32 to float64", "scale"),
-    "name": (rename, "tensor 'scale' is gone at step 3", "scale"),
+    "name": (rename, "tensor 'scale' is missing at step 3", "scale"),
     "new tensor": (put(parameter__more=np.ones(2), gradient__more=np.ones(2)), "'more' is new at step 3", "more"),
     "no gradient": (drop("gradient/scale"), "tensor 'scale' has no gradient", "scale"),
     "integers": (put(gradient__scale=np.int64(3)), "is not a float", "scale"),
@@ -405,7 +405,7 @@ def test_tensors_that_swap_their_dtypes_are_not_appended(log, store):
 
     ingest(write_log(log, [state("float32", "bfloat16")] * 2), store)
     write_step(log, 2, state("bfloat16", "float32"))
-    with pytest.raises(InputError, match=r"float32 of shape \(2,\) in place of bfloat16 of shape \(2,\)") as caught:
+    with pytest.raises(InputError, match=r"float32 of shape \(2,\) instead of bfloat16 of shape \(2,\)") as caught:
         ingest(log, store)
     assert "step 2, parameter of tensor 'bias'" in caught.value.where
 
@@ -556,7 +556,7 @@ def test_keys_that_are_not_used_are_warned_of(log, store):
     states = random_walk(3)
     states[1]["accuracy"] = np.float64(0.5)
     (warning,) = ingest(write_log(log, states), store).warnings
-    assert warning == "1 keys are not used, 'accuracy' (in step_1.safetensors) the first of them"
+    assert warning == "1 keys are not used; the first is 'accuracy' (in step_1.safetensors)"
 
 
 def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_where_they_came_late(log, store):
@@ -566,7 +566,7 @@ def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_
     states[3]["loss_time_derivative"] = np.float64(0.25)
     write_step(log, 3, states[3])
     (warning,) = ingest(log, store).warnings
-    assert warning.startswith("loss_time_derivative is logged from step 3 on, and not stored")
+    assert warning.startswith("loss_time_derivative is logged from step 3 on, but is not stored")
     trajectory = open_trajectory(store)
     assert trajectory.scalars == ("loss", "learning_rate", "hessian_min_eigenvalue")
     np.testing.assert_array_equal(trajectory.scalar("hessian_min_eigenvalue"), [np.nan, -0.5, np.nan, np.nan])

@@ -102,7 +102,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_pat
     folder = tmp_path / "restarted" if elsewhere else log
     (warning,) = ingest_run(log_steps(folder, second, range(6, 13)), out).warnings
     assert warning == (
-        "the run was restarted before step 6: from there on it is attempt 1; "
+        "the run was restarted before step 6: steps from there on belong to attempt 1; "
         "4 steps of attempt 0 are kept (--attempt 0)"
     )
     rows = held(out)
@@ -148,7 +148,9 @@ def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(ingest_
     ingest_run(log_steps(log, first, range(10)), out)
     log_steps(log, second, [5])
     # One file alone may as well be one that somebody changed.
-    with pytest.raises(InputError, match=r"(?s)step 5 is ingested already, with .*run again once a restarted run"):
+    with pytest.raises(
+        InputError, match=r"(?s)step 5 is already ingested, with .*run again after it has logged more steps"
+    ):
         ingest_run(log, out)
     log_steps(log, second, [6, 7])
     assert ingest_run(log, out).new_steps == 3
@@ -177,7 +179,7 @@ def test_a_change_in_the_middle_is_refused_by_name_and_nothing_is_written(log, o
     if changed == [4, 5]:
         for number in (4, 5):
             os.utime(log / f"step_{number}.safetensors", ns=(number, number))
-    with pytest.raises(InputError, match=f"step {step} is ingested already, with .*") as caught:
+    with pytest.raises(InputError, match=f"step {step} is already ingested, with .*") as caught:
         ingest_run(log, out)
     assert f"step_{step}" in caught.value.where
     assert [row[:2] for row in held(out)] == [row[:2] for row in before]
@@ -186,7 +188,7 @@ def test_a_change_in_the_middle_is_refused_by_name_and_nothing_is_written(log, o
 def test_another_run_is_refused_and_one_begun_anew_in_its_place_is_an_attempt(tmp_path, log, out):
     ingest_run(log_steps(log, random_walk(4), range(4)), out)
     other = log_steps(tmp_path / "other", random_walk(5, seed=1), range(5))
-    with pytest.raises(InputError, match="step 0 is ingested already, with "):
+    with pytest.raises(InputError, match="step 0 is already ingested, with "):
         ingest_run(other, out)
     log_steps(log, random_walk(4, seed=2), range(3))
     (log / "step_3.safetensors").unlink()
@@ -320,7 +322,7 @@ def test_runs_that_go_on_after_others_lose_no_update(tmp_path, out):
     analyze_run(at_once, SERIAL)
     for group in ("model", "tensor"):
         assert_same(variables(out, group), variables(at_once, group))
-    with pytest.raises(InputError, match="the trajectory is of a sweep, the log is not"):
+    with pytest.raises(InputError, match="the trajectory contains a sweep, but the log does not"):
         ingest_run(sweep / "run_0", out)
 
 

@@ -58,7 +58,7 @@ def test_another_reading_is_refused_and_changes_nothing(tmp_path, out, made, giv
     before = held(out)
     for step, state in enumerate(renamed(random_walk(STEPS))):
         write_step(log, step, state)
-    with pytest.raises(InputError, match="not read on in another way") as refusal:
+    with pytest.raises(InputError, match="the read options of a trajectory cannot change") as refusal:
         ingest(log, out, **given)
     assert told in refusal.value.what
     assert "--overwrite" in refusal.value.remedy
@@ -98,7 +98,7 @@ def test_a_scalar_that_lies_in_the_file_of_a_later_step_comes_later(tmp_path, ou
     write_log(tmp_path / "log", random_walk(STEPS)[-2:], range(STEPS - 2, STEPS))
     summary = ingest(log, out)
     assert (summary.new_steps, summary.attempts) == (2, 1)
-    assert any("1 steps were ingested without scalars that the log has now" in told for told in summary.warnings)
+    assert any("the scalars of 1 ingested steps were added to the log" in warning for warning in summary.warnings)
     write_step(log, 7, random_walk(STEPS, seed=1)[7])  # but another state, whose loss had not come, is another
     assert ingest(log, out).attempts == 2
 
@@ -131,7 +131,7 @@ def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
     write(0)
     ingest(file, out)
     write(-1)
-    with pytest.raises(InputError, match=r"for 'metrics.jsonl' its run file had .*and now") as refusal:
+    with pytest.raises(InputError, match=r"the run file had .* for 'metrics.jsonl', and now it has") as refusal:
         ingest(file, out)
     assert "'shift': {'loss': -1}" in refusal.value.what
     write(0, '[[source]]\npath = "more.jsonl"\n')
@@ -160,7 +160,7 @@ def test_keys_of_scalars_of_one_source_are_not_given_to_another(tmp_path, out):
     log = write_log(tmp_path / "log", states)
     ingest(log, out, mapping={"loss": "my_loss"})
     scalars = write_scalars(tmp_path, states)
-    with pytest.raises(InputError, match="loss=my_loss of its one SOURCE, and now there are several"):
+    with pytest.raises(InputError, match="from one SOURCE with --map loss=my_loss, but now there are several"):
         ingest([log, scalars], out)
     plain = tmp_path / "plain.zarr"
     ingest(log, plain)

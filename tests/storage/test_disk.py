@@ -112,7 +112,7 @@ def undisturbed(log, tmp_path_factory):
 @pytest.mark.parametrize("size", ["600k", "1500k", "2900k"])
 def test_a_full_disk_is_told_and_what_was_committed_is_kept_and_a_rerun_completes(tmp_path, log, undisturbed, size):
     (told, kept, again), stores = on_a_small_disk(tmp_path, log, size)
-    assert told == "no space is left: No space left on device|True|True"
+    assert told == "no space left: No space left on device|True|True"
     rows, _, damages = kept.partition("|")
     assert 0 <= int(rows) < STEPS
     assert damages == "[]"
@@ -168,7 +168,7 @@ def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         Failing(patch, calls, errno.EDQUOT)
-        with pytest.raises(InputError, match="the quota is exceeded"):
+        with pytest.raises(InputError, match="the disk quota is exceeded"):
             ingest_run(log, out, limits=SMALL)
     store = RunFolder.of(out).trajectory
     before = open_trajectory(store).scalar("step").tolist() if store.exists() else []

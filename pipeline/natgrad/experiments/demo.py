@@ -61,7 +61,7 @@ def write_demo_logs(folder: Path) -> dict[str, Path]:
     logs = {name: Path(folder) / name for name in linear | networks}
     if not images_installed() and not all(logs[name].exists() for name in networks):
         _log.warning(
-            "The feedback alignment runs are left out, because their MNIST images are not installed. "
+            "The feedback alignment runs are omitted, because their MNIST images are not installed. "
             'To include them: pip install "natgrad-pipeline[experiments]"'
         )
         logs = {name: logs[name] for name in linear}

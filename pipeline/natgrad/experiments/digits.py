@@ -80,9 +80,9 @@ def load_digits(folder: Path | None = None) -> Digits:
         labels = _read_idx(Path(folder), "train-labels", 1)
         if len(pixels) != len(labels):
             raise InputError(
-                f"{len(pixels)} images have {len(labels)} labels",
+                f"there are {len(pixels)} images but {len(labels)} labels",
                 where=str(folder),
-                why="the two files are of different sets",
+                why="the two files belong to different sets",
                 remedy="give both files of the training set",
             )
         if labels.max(initial=0) >= CLASSES:
@@ -104,16 +104,16 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
             f"cannot read an idx file: {error}",
             where=str(path),
             why="it is truncated or not readable",
-            remedy="fetch the file again",
+            remedy="download the file again",
         ) from error
     # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, in big-endian order.
     start = 4 + 4 * dimensions
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic or len(content) < start:
         raise InputError(
-            f"not an idx file of {dimensions} dimensions: it begins with {content[:4].hex()}, not {magic.hex()}",
+            f"not an idx file of {dimensions} dimensions: it starts with {content[:4].hex()}, not {magic.hex()}",
             where=str(path),
-            remedy="give the files of MNIST under their own names",
+            remedy="give the MNIST files with their original names",
         )
     shape = [int(length) for length in np.frombuffer(content, ">u4", dimensions, offset=4)]
     expected = start + int(np.prod(shape, dtype=object))
@@ -121,8 +121,8 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         raise InputError(
             f"an idx file of shape {shape} has {len(content)} bytes, not {expected}",
             where=str(path),
-            why="it is truncated or was altered",
-            remedy="fetch the file again",
+            why="it is truncated or was changed",
+            remedy="download the file again",
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -185,10 +185,10 @@ def split_digits(
         If an option is out of its range, or no held-out image remains.
     """
     available = len(digits.labels)
-    for what, value, limit in (("images of the objective", images, available - 1), *options):
+    for what, value, limit in (("images in the objective", images, available - 1), *options):
         if not 0 < value <= limit:
             raise InputError(
-                f"{value} {what}: it must be above 0 and {limit} at most",
+                f"{what} must be greater than 0 and at most {limit}, got {value}",
                 why=f"there are {available} images, and at least one is held out for the accuracy",
                 remedy="give a value in this range",
             )

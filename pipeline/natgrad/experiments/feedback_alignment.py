@@ -99,15 +99,15 @@ def log_feedback_alignment(
     Raises
     ------
     InputError
-        Where an option is out of its range, or there are no images to load.
+        If an option is out of its range, or there are no images to load.
     """
     digits = digits or load_digits()
     random = np.random.default_rng(seed)
     options = (
         ("steps", steps, np.inf),
         ("hidden units", hidden, np.inf),
-        ("images of a mini-batch", images if mini_batch is None else mini_batch, images),
-        ("as learning rate", learning_rate, float(np.finfo(np.float32).max)),
+        ("images in a mini-batch", images if mini_batch is None else mini_batch, images),
+        ("learning rate", learning_rate, float(np.finfo(np.float32).max)),
     )
     split = split_digits(digits, images, random, options)
     inputs, labels = split.inputs, split.labels

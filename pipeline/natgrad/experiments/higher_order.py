@@ -170,7 +170,7 @@ class HeavyBall:
     Raises
     ------
     InputError
-        Where eta is not below 2 (1 - beta) / L, and the energy not known to decrease.
+        If eta is not below 2 (1 - beta) / L, and the energy not known to decrease.
     """
 
     objective: Objective
@@ -181,8 +181,8 @@ class HeavyBall:
         limit = 2.0 * (1.0 - self.decay) / self.objective.smoothness
         if not (0 <= self.decay < 1 and 0 < self.learning_rate < limit):
             raise InputError(
-                f"heavy ball of learning rate {self.learning_rate} and decay {self.decay} has no energy that is "
-                "known to decrease",
+                f"no decreasing energy is known for the heavy ball with learning rate {self.learning_rate} "
+                f"and decay {self.decay}",
                 why=f"the learning rate must be below 2 (1 - decay) / L = {limit:.3g}",
                 remedy="give a smaller learning rate",
             )
@@ -271,7 +271,7 @@ class Adam:
     Raises
     ------
     InputError
-        Where 1 - beta_2 > 4 (1 - beta_1), and the energy does not even decrease along the differential equation.
+        If 1 - beta_2 > 4 (1 - beta_1), and the energy does not even decrease along the differential equation.
     """
 
     objective: Objective
@@ -283,9 +283,9 @@ class Adam:
     def __post_init__(self) -> None:
         if not 1.0 - self.square_decay <= 4.0 * (1.0 - self.decay):
             raise InputError(
-                f"Adam of decays {self.decay} and {self.square_decay} has no energy that is known to decrease",
-                why="the squares must be forgotten at most four times as fast as the gradients",
-                remedy="give a larger decay of the squares",
+                f"no decreasing energy is known for Adam with decays {self.decay} and {self.square_decay}",
+                why="the squares must decay at most four times as fast as the gradients",
+                remedy="give a larger decay for the squares",
             )
 
     @property
@@ -368,15 +368,15 @@ def log_higher_order(
     Raises
     ------
     InputError
-        Where an option is out of its range, or a name is not known.
+        If an option is out of its range, or a name is not known.
     """
     for what, names, known in (("rule", rules, tuple(RULES)), ("objective", objectives, OBJECTIVES)):
         if unknown := [name for name in names if name not in known]:
-            raise InputError(f"{what} {unknown[0]!r} is not known", remedy=f"choose of {', '.join(known)}")
+            raise InputError(f"unknown {what} {unknown[0]!r}", remedy=f"choose from: {', '.join(known)}")
     if steps < 1 or dimension < 2:
         raise InputError(
-            f"{steps} steps in {dimension} dimensions make no trajectory",
-            remedy="give one step or more, and two dimensions or more",
+            f"{steps} steps in {dimension} dimensions do not form a trajectory",
+            remedy="give at least one step and at least two dimensions",
         )
     followed: dict[str, Rule] = {}
     for objective in objectives:

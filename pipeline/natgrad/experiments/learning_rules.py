@@ -314,10 +314,12 @@ def log_learning_rules(
     Raises
     ------
     InputError
-        Where an option is out of its range, a rule is not known, or there are no images to load.
+        If an option is out of its range, a rule is not known, or there are no images to load.
     """
     if unknown := [name for name in rules if name not in RULES]:
-        raise InputError(f"rules {unknown} are not known", remedy=f"choose of {', '.join(RULES)}")
+        raise InputError(
+            f"unknown rules {', '.join(map(repr, unknown))}", remedy=f"choose from: {', '.join(RULES)}"
+        )
     random = np.random.default_rng(seed)
     options = (("steps", steps, np.inf), ("hidden units", hidden, np.inf))
     split = split_digits(digits or load_digits(), images, random, options)

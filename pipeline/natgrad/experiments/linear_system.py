@@ -54,13 +54,13 @@ def random_dynamics(dimension: int, random: np.random.Generator) -> Floats:
     Raises
     ------
     InputError
-        Where the dimension is below 2: every matrix is then symmetric.
+        If the dimension is below 2: every matrix is then symmetric.
     """
     if dimension < 2:
         raise InputError(
             f"dimension {dimension} is too small",
-            why="a system of one dimension is symmetric, so it is gradient descent already",
-            remedy="give a dimension of 2 or more",
+            why="a one-dimensional system is symmetric, so it is already gradient descent",
+            remedy="give a dimension of at least 2",
         )
     pairs = dimension // 2
     # Scaled so that the pairs above are driven with about the same strength whatever the dimension.
@@ -177,23 +177,23 @@ def log_linear_system(
     Raises
     ------
     InputError
-        Where an option is out of its range, or Euler steps of this size leave the stable flow and grow.
+        If an option is out of its range, or Euler steps of this size leave the stable flow and grow.
     """
     if method not in METHODS:
-        raise InputError(f"method {method!r} is not known", remedy=f"choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {method!r}", remedy=f"choose one of: {', '.join(METHODS)}")
     if steps < 1 or not 0 < learning_rate < np.inf:
         raise InputError(
-            f"{steps} steps of learning rate {learning_rate} make no trajectory",
-            remedy="give one step or more and a positive learning rate",
+            f"{steps} steps with learning rate {learning_rate} do not form a trajectory",
+            remedy="give at least one step and a positive learning rate",
         )
     random = np.random.default_rng(seed)
     dynamics = random_dynamics(dimension, random)
     growth = float(np.abs(1.0 + learning_rate * np.linalg.eigvals(dynamics)).max())
     if method == "euler" and growth >= 1.0:
         raise InputError(
-            f"Euler steps of learning rate {learning_rate} grow by {growth:.3g} a step",
+            f"Euler steps with learning rate {learning_rate} grow by a factor of {growth:.3g} per step",
             why="the step is too long for the oscillations of the system: |1 + eta lambda| >= 1",
-            remedy="give a smaller learning rate, or the method exponential",
+            remedy="give a smaller learning rate, or use the method exponential",
         )
     system = LinearSystem(dynamics, lyapunov_matrix(dynamics))
     theta = random.standard_normal(dimension)

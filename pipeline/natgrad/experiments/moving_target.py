@@ -114,14 +114,14 @@ def log_moving_target(
     Raises
     ------
     InputError
-        Where an option is out of its range.
+        If an option is out of its range.
     """
     if rule not in RULES:
-        raise InputError(f"rule {rule!r} is not known", remedy=f"choose of {', '.join(RULES)}")
+        raise InputError(f"unknown rule {rule!r}", remedy=f"choose one of: {', '.join(RULES)}")
     if steps < 1 or not 0 < learning_rate < np.inf or not np.isfinite(frequency):
         raise InputError(
-            f"{steps} steps of learning rate {learning_rate} at frequency {frequency} make no trajectory",
-            remedy="give one step or more, a positive learning rate and a finite frequency",
+            f"{steps} steps with learning rate {learning_rate} and frequency {frequency} do not form a trajectory",
+            remedy="give at least one step, a positive learning rate and a finite frequency",
         )
     random = np.random.default_rng(seed)
     turn = random.uniform(0.0, np.pi)

@@ -19,7 +19,7 @@ __all__ = [
     "parameters_of",
     "scalar_of",
     "stored_dtypes",
-    "tensor_told",
+    "tensor_text",
     "with_optimizer",
 ]
 
@@ -53,9 +53,9 @@ def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -
     stored = bool(trajectory.tables)
     if "optimizer" in include and not stored:
         raise InputError(
-            "the trajectory was made without the state of the optimizer",
+            "the trajectory was created without the optimizer state",
             where=str(trajectory.storage),
-            remedy="start anew with --overwrite, or leave --include optimizer out",
+            remedy="start from scratch with --overwrite, or omit --include optimizer",
         )
     return stored
 
@@ -88,7 +88,7 @@ def describe_steps(
     warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
-        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.storage.name}) the first of them")
+        warnings.append(f"{len(unused)} keys are not used; the first is {key!r} (in {step.storage.name})")
     return contents
 
 
@@ -101,12 +101,12 @@ def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, mod
             raise InputError(
                 f"{name} is not logged at every step",
                 where=where(lacking, name),
-                remedy=f"log {name} at every step, or at none",
+                remedy=f"log {name} at every step or at no step",
             )
         for tensor in {**expect, **have}:
             if tensor not in have or tensor not in expect:
-                verb = "is gone" if tensor not in have else "is new"
-                what = f"tensor {tensor!r} {verb} at step {step.number}"
+                adjective = "missing" if tensor not in have else "new"
+                what = f"tensor {tensor!r} is {adjective} at step {step.number}"
             elif have[tensor].shape != expect[tensor].shape:
                 what = f"shape changes from {expect[tensor].shape} to {have[tensor].shape}"
             elif have[tensor].dtype != expect[tensor].dtype:
@@ -116,11 +116,11 @@ def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, mod
             raise InputError(
                 what,
                 where=where(step, name, tensor),
-                why=f"the run was restarted with another model; the first step here is {first.number}",
-                remedy="process the steps of each model as a run of its own",
+                why=f"the run was restarted with another model; the first step read here is {first.number}",
+                remedy="process the steps of each model as a separate run",
             )
 
 
-def tensor_told(tensor: LoggedTensor | None) -> str:
+def tensor_text(tensor: LoggedTensor | None) -> str:
     """Dtype and shape of a tensor, for messages."""
     return "no tensor" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"

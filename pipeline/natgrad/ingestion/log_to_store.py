@@ -14,7 +14,7 @@ from natgrad.ingestion.description import (
     optimizer_dtypes,
     parameters_of,
     stored_dtypes,
-    tensor_told,
+    tensor_text,
     with_optimizer,
 )
 from natgrad.ingestion.new_updates import Extent, finished_steps, rows_to_write
@@ -144,7 +144,7 @@ def ingest(
     ------
     InputError
         Bad input. All steps are described and compared before the first byte is written; what a later error
-        interrupts is either committed completely or invisible. As `NotYet` where no step is finished yet, or one is
+        interrupts is either committed completely or invisible. `NotYet` if no step is finished yet, or one is
         written while it is read.
     """
     options = given_options(sources, mapping, shift)
@@ -186,7 +186,7 @@ def ingest(
             raise NotYet(
                 "no step is finished yet",
                 where=str(log.location),
-                why="the training run is writing its first",
+                why="the training run is still writing its first step",
                 remedy="run again later, or with --follow",
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
@@ -245,33 +245,33 @@ def _matching_trajectory(
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(
-            f"the trajectory is of {'a sweep' if trajectory.sweep else 'one run'}, the log is not",
+            f"the trajectory contains {'a sweep' if trajectory.sweep else 'one run'}, but the log does not",
             where=str(store),
-            remedy="choose another OUT, or say with --sweep that SOURCE is a folder of runs",
+            remedy="choose another OUT; if SOURCE is a folder of runs, pass --sweep",
         )
     logged, stored = content.arrays["parameter"], parameters_of(trajectory)
     for tensor in {**stored, **logged}:
         if logged.get(tensor) != stored.get(tensor):
             raise InputError(
-                "this step is of another model than the trajectory's: "
-                f"{tensor_told(logged.get(tensor))} in place of {tensor_told(stored.get(tensor))}",
+                "the model of this step differs from that of the trajectory: "
+                f"{tensor_text(logged.get(tensor))} instead of {tensor_text(stored.get(tensor))}",
                 where=where(first, "parameter", tensor),
-                why="the run was restarted with another model, or OUT holds another run",
-                remedy="choose another OUT, or start anew with --overwrite",
+                why="the run was restarted with another model, or OUT contains another run",
+                remedy="choose another OUT, or start from scratch with --overwrite",
             )
     if content.replicates != trajectory.replicates:
         raise InputError(
-            f"replicates change from {trajectory.replicates} to {content.replicates}",
+            f"the number of replicates changes from {trajectory.replicates} to {content.replicates}",
             where=where(first),
-            why="the run was restarted with another number of replicates, or OUT holds another run",
-            remedy="choose another OUT, or start anew with --overwrite",
+            why="the run was restarted with another number of replicates, or OUT contains another run",
+            remedy="choose another OUT, or start from scratch with --overwrite",
         )
     if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
         raise InputError(
-            f"dtypes change from {trajectory.array_dtypes} to {dtypes}",
+            f"the dtypes change from {trajectory.array_dtypes} to {dtypes}",
             where=where(first),
-            why="the run was restarted in another precision, or OUT holds another run",
-            remedy="choose another OUT, or start anew with --overwrite",
+            why="the run was restarted with another precision, or OUT contains another run",
+            remedy="choose another OUT, or start from scratch with --overwrite",
         )
     return trajectory
 
@@ -287,10 +287,10 @@ def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[
     begun = len(contents) > 1 or any(state.arrays or state.metrics for state in states)
     if not found or not begun:
         raise NotYet(
-            "no state of an optimizer is in these steps",
+            "these steps contain no optimizer state",
             where=where(first),
             why="the trainer does not save it, or has not made its first update yet",
-            remedy="run again once a step has it, or leave --include optimizer out",
+            remedy="run again once a step contains it, or omit --include optimizer",
         )
     return [name for name in OPTIMIZER_NUMBERS if name in found]
 
@@ -313,8 +313,8 @@ def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep
     for step, content in contents.items():
         if missing := sorted(_metric_tables([content]) - set(trajectory.tables)):
             yield (
-                f"{', '.join(missing)} follow from the optimizer's state from step {step.number} on, and are not "
-                "stored, as the steps before have none: start anew with --overwrite to have them"
+                f"{', '.join(missing)} are available from step {step.number} on, but are not stored, because "
+                "earlier steps do not have them; to store them, start from scratch with --overwrite"
             )
             return
 
@@ -325,15 +325,15 @@ def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep
     for name, step in found.items():
         if trajectory is not None and name not in trajectory.scalars:
             yield (
-                f"{name} is logged from step {step.number} on, and not stored, as the steps before have none: "
-                "start anew with --overwrite to have it"
+                f"{name} is logged from step {step.number} on, but is not stored, because earlier steps do not "
+                "have it; to store it, start from scratch with --overwrite"
             )
 
 
 def _missing_scalars(trajectory: Trajectory) -> list[str]:
     remedies = {
         "loss": "results that need it are NaN with status unverifiable",
-        "learning_rate": "give it with --learning-rate; without it no metric exists",
+        "learning_rate": "pass it with --learning-rate; without it no metric exists",
     }
     missing = []
     for name in USUAL_SCALARS:

@@ -104,7 +104,9 @@ def finished_steps(
         elif len(listed) == 1 and trajectory is None:
             raise NotYet(unread.what, where=unread.where, why=unread.why, remedy=unread.remedy) from unread
         else:
-            warnings.append(f"{where(step)} is left for the next pass, as it is still being written: {unread.what}")
+            warnings.append(
+                f"{where(step)} is left for the next pass, because it is still being written: {unread.what}"
+            )
     return kept[::-1]
 
 
@@ -214,19 +216,19 @@ def _steps_to_come(
             other_values.append(step)
     if other_values:
         warnings.append(
-            f"{len(other_values)} steps were ingested without scalars that the log has now, or with some that it "
-            f"has no longer, {other_values[0].number} the first: they are kept as they are; start anew with "
-            "--overwrite to take the log as it is now"
+            f"the scalars of {len(other_values)} ingested steps were added to the log or removed from it since "
+            f"(the first is step {other_values[0].number}); the stored values are kept. To ingest the current log, "
+            "start from scratch with --overwrite"
         )
     last = max(view.rows)
     begin = min((step.number for step in differing), default=last + 1)
     for step in new:
         if step.number < begin:
             raise InputError(
-                f"step {step.number} is new, but steps up to {last} are ingested already",
+                f"step {step.number} is new, but steps up to {last} are already ingested",
                 where=where(step),
-                why="the file was added later, or OUT holds another run",
-                remedy="choose another OUT, or start anew with --overwrite",
+                why="the file was added later, or OUT contains another run",
+                remedy="choose another OUT, or start from scratch with --overwrite",
             )
     if not differing:
         return new, view.attempt
@@ -236,16 +238,18 @@ def _steps_to_come(
     )
     if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
         raise InputError(
-            f"step {begin} is ingested already, with {differing[first]}",
+            f"step {begin} is already ingested, with {differing[first]}",
             where=where(first),
-            why="OUT holds another run, the step was logged again with other values, or the run was restarted "
+            why="OUT contains another run, the step was logged again with other values, or the run was restarted "
             "before it and has not logged a second step since",
-            remedy="choose another OUT, start anew with --overwrite, or run again once a restarted run went on",
+            remedy="choose another OUT, start from scratch with --overwrite, or, if the run was restarted, "
+            "run again after it has logged more steps",
         )
     superseded = sum(number >= begin for number in view.rows)
     warnings.append(
-        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: from there on it is attempt "
-        f"{view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept (--attempt {view.attempt})"
+        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: steps from there on belong to "
+        f"attempt {view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept "
+        f"(--attempt {view.attempt})"
     )
     return sorted([*differing, *new]), view.attempt + 1
 
@@ -276,7 +280,7 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
     trajectory = committed.trajectory
     content = next(iter(describe_steps(log, [step], [], with_optimizer(trajectory)).values()))
     if content.arrays["parameter"] != parameters_of(trajectory):
-        return "other tensors", False
+        return "different tensors", False
     dtypes = stored_dtypes([content])
     if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
         return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}", False
@@ -300,7 +304,7 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
                 first, last = trajectory.column(column)
                 fill_row(reader, content, name, dtype, trajectory.layout, first, last, buffer)
                 if checksum(buffer[: last - first]) != trajectory.recorded_checksums(name)[row, column]:
-                    return f"another {name}", False
+                    return f"a different {name}", False
     return "", other_scalars
 
 
@@ -320,11 +324,11 @@ def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, In
     position = int(np.flatnonzero(spans != usual)[0]) + 1
     last, here = numbers[position - 1], numbers[position]
     error = InputError(
-        f"{f'step {last + usual} is missing' if here - last > usual else 'steps are uneven'}: "
+        f"{f'step {last + usual} is missing' if here - last > usual else 'the steps are not evenly spaced'}: "
         f"steps are {usual} apart, but {here} follows {last}",
         where=where(steps[position - len(before)]),
-        why="a file was lost or is still to come, or the run was logged at changing intervals",
-        remedy="restore the file, or pass --allow-gaps to keep the gap: step_span then says how wide it is",
+        why="a file was lost or is not written yet, or the logging interval of the run changed",
+        remedy="restore the file, or pass --allow-gaps to keep the gap; step_span then contains its width",
     )
     if here - last < usual:
         raise error

@@ -37,7 +37,7 @@ def given_options(
     Raises
     ------
     InputError
-        Where a run file cannot be read.
+        If a run file cannot be read.
     """
     of_file = run_file_options(sources[0]) if len(sources) == 1 else None
     if of_file is not None:
@@ -58,7 +58,7 @@ def agreed_options(store: Storage, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     InputError
-        Where other options are given than the trajectory was made with, or where they do not determine which of
+        If other options are given than the trajectory was made with, or if they do not determine which of
         several sources is meant.
     """
     trajectory = Trajectory(store) if exists(store) else None
@@ -69,7 +69,9 @@ def agreed_options(store: Storage, given: Mapping[str, Any]) -> dict[str, Any]:
         # A source by itself and a run file are not compared: the folder of a restarted run is given alone.
         for path, options in given.get("sources", {}).items():
             if made.get("sources", {}).get(path, options) != options:
-                raise _refusal(store, f"for {path!r} its run file had {made['sources'][path]}, and now {options}")
+                raise _refusal(
+                    store, f"the run file had {made['sources'][path]} for {path!r}, and now it has {options}"
+                )
         return dict(given)
     agreed: dict[str, Any] = {"several": given["several"]}
     for what, option in _OPTIONS.items():
@@ -78,25 +80,25 @@ def agreed_options(store: Storage, given: Mapping[str, Any]) -> dict[str, Any]:
         for quantity, value in given[what].items():
             before = made[what].get(quantity, 0 if what == "shift" else None)
             if before != value and quantity not in elsewhere:
-                told = f"with {option} {quantity}={before}" if before else f"without {option} of {quantity}"
-                raise _refusal(store, f"it was made {told}, and {option} {quantity}={value} is given now")
+                original = f"with {option} {quantity}={before}" if before else f"without {option} for {quantity}"
+                raise _refusal(store, f"it was created {original}, but {option} {quantity}={value} is passed now")
         kept = {quantity: value for quantity, value in made[what].items() if quantity not in elsewhere}
         unclear = sorted(set(made[what]) - set(kept) - set(given[what])) if given["several"] else []
         if unclear:
             raise InputError(
-                f"the trajectory was made with --map {unclear[0]}={made['map'][unclear[0]]} of its one SOURCE, and "
-                "now there are several",
+                f"the trajectory was created from one SOURCE with --map {unclear[0]}={made['map'][unclear[0]]}, "
+                "but now there are several sources",
                 where=str(store),
-                remedy="say in a run file which keys of each are meant (map)",
+                remedy="list the sources in a run file that maps the keys of each (map)",
             )
         agreed[what] = {**kept, **given[what]}
     return agreed
 
 
-def _refusal(store: Storage, how: str) -> InputError:
+def _refusal(store: Storage, difference: str) -> InputError:
     return InputError(
-        f"the trajectory is not read on in another way: {how}",
+        f"the read options of a trajectory cannot change: {difference}",
         where=str(store),
-        why="the same steps would have other values, as if the training had been restarted",
-        remedy="leave the option out, which goes on as OUT was made, or start anew with --overwrite",
+        why="the same steps would have different values, as if the training had been restarted",
+        remedy="omit the option to keep the original setting of OUT, or start from scratch with --overwrite",
     )

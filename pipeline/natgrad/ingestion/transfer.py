@@ -181,14 +181,14 @@ class Writer:
             more = len(self._not_finite) - _NOTES_SHOWN
             self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
         for note in itertools.islice(self._no_metric.values(), _NOTES_SHOWN):
-            steps = f"in {len(note.steps)} steps, the first" if len(note.steps) > 1 else "in"
             first, several = repr(note.tensors[0]), len(note.tensors) > 1
-            of = f"{len(note.tensors)} tensors, the first {first}," if several else f"tensor {first}"
+            subject = f"{len(note.tensors)} tensors, first {first}," if several else f"tensor {first}"
+            steps = f"in {len(note.steps)} steps, first" if len(note.steps) > 1 else "in"
             place = f"{steps} {note.steps[0].storage.name}"
-            self._warnings.append(f"the metric of {of} is not known: {note.why} ({place})")
+            self._warnings.append(f"the metric of {subject} is not known: {note.why} ({place})")
         more = len(self._no_metric) - _NOTES_SHOWN
         if more > 0:
-            self._warnings.append(f"metrics are not known for {more} more reasons")
+            self._warnings.append(f"for {more} other reasons, more metrics are not known")
 
     def _commit(self, new: Sequence[NewRow]) -> None:
         trajectory = self._trajectory
@@ -256,7 +256,7 @@ class Writer:
                 f"step {step.number} changed while it was read",
                 where=where(step),
                 why="the training run is still writing this file",
-                remedy="write steps to another name and rename them; run again",
+                remedy="let the training run write each step under a temporary name and rename it; run again",
             )
 
     def _write_chunks(

@@ -132,7 +132,7 @@ class Writes:
         Raises
         ------
         Exception
-            Where an earlier write failed.
+            If an earlier write failed.
         """
         while len(self._under_way) >= self.AT_ONCE:
             self._under_way.popleft().result()
@@ -145,7 +145,7 @@ class Writes:
         Raises
         ------
         Exception
-            Where one of them failed.
+            If one of them failed.
         """
         while self._under_way:
             self._under_way.popleft().result()
@@ -167,14 +167,14 @@ class Writes:
         Raises
         ------
         EOFError
-            Where the entry has fewer than ``offset`` bytes.
+            If the entry has fewer than ``offset`` bytes.
         """
         before = b""
         if offset:
             self.wait()
             (before,) = entry.get_ranges([(0, offset)])
             if len(before) != offset:
-                raise EOFError(f"it ends {offset - len(before)} bytes early")
+                raise EOFError(f"it is {offset - len(before)} bytes too short")
         self.start(entry.put, b"".join((before, content, bytes(size - offset - len(content)))))
 
     def settle(self, entries: Iterable[Storage] = ()) -> None:
@@ -255,7 +255,7 @@ class Storage(ABC):
         Raises
         ------
         FileNotFoundError
-            Where there is no file or object.
+            If there is no file or object.
         """
 
     def get(self) -> bytes:
@@ -312,7 +312,7 @@ class Storage(ABC):
         Raises
         ------
         FileNotFoundError
-            Where there is none.
+            If there is none.
         """
 
     @abstractmethod
@@ -451,8 +451,8 @@ class Storage(ABC):
         Raises
         ------
         InputError
-            Where another process holds the lock (the message names it, and the time since when), or one of another
-            machine may hold it, and where the disk refuses a write.
+            If another process holds the lock (the message names it, and the time since when), or one of another
+            machine may hold it, or if the disk refuses a write.
         """
         from natgrad.storage.locks import lock_by_object
 
@@ -478,8 +478,8 @@ class Storage(ABC):
             raise InputError(
                 "OUT cannot be an Icechunk repository",
                 where=str(self),
-                why="Icechunk commits safely in object stores only",
-                remedy="give a URL (s3://, gs://), or leave --store out",
+                why="Icechunk commits are only safe in object stores",
+                remedy="give a URL (s3://, gs://), or omit --store",
             )
         if version is not None:
             raise no_versions(str(self))
@@ -495,7 +495,7 @@ class Storage(ABC):
         Raises
         ------
         Unavailable
-            Where another process has published the same entries.
+            If another process has published the same entries.
         """
 
     def versions(self, last: int | None = None) -> builtins.list[dict[str, Any]]:
@@ -509,7 +509,7 @@ class Storage(ABC):
         Raises
         ------
         InputError
-            Where this storage keeps no versions.
+            If this storage keeps no versions.
         """
         raise no_versions(str(self))
 
@@ -529,8 +529,8 @@ def no_versions(where: str) -> InputError:
     return InputError(
         "a plain store has no versions",
         where=where,
-        why="it keeps the attempts of a run (--attempt), but not what a commit replaces",
-        remedy="process into a new OUT in an object store with --store icechunk to keep every commit as a version",
+        why="it keeps the attempts of a run (--attempt), but not the data that a commit replaces",
+        remedy="to keep every commit as a version, process into a new OUT in an object store with --store icechunk",
     )
 
 
@@ -569,7 +569,7 @@ def open_storage(location: Location) -> Storage:
     Raises
     ------
     InputError
-        Where the scheme is unknown, or its library is not installed.
+        If the scheme is unknown, or its library is not installed.
     """
     if isinstance(location, Storage):
         return location
@@ -610,7 +610,7 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
     Raises
     ------
     InputError
-        Where the location cannot be opened, OUT is of another kind, or there is no such version.
+        If the location cannot be opened, OUT is of another kind, or there is no such version.
     """
     if kind is not None and kind not in KINDS:
         raise InputError(
@@ -651,14 +651,14 @@ def require_local(location: Location, what: str) -> Path:
     Raises
     ------
     InputError
-        Where the location is not on this machine.
+        If the location is not on this machine.
     """
     storage = open_storage(location)
     if storage.local_path is None:
         raise InputError(
-            f"{what} must be a folder of this machine",
+            f"{what} must be a folder on this machine",
             where=str(storage),
-            why="many runs are found and locked by means that object stores do not have",
-            remedy="give a folder, or process each run by itself: natgrad process SOURCE OUT, which may be URLs",
+            why="finding and locking many runs needs features that object stores do not have",
+            remedy="give a folder, or process each run separately: natgrad process SOURCE OUT, which accepts URLs",
         )
     return storage.local_path

@@ -124,10 +124,10 @@ def _made(url: str) -> icechunk.Repository:
         if "clean prefixes" not in str(error):
             raise
         raise InputError(
-            f"no repository can be made here: {_reason(error)}",
+            f"cannot create a repository here: {_reason(error)}",
             where=url,
-            why="a process ended while it made one, or these are objects of something else",
-            remedy="remove what is below this URL, or choose another OUT",
+            why="a process ended while it created one, or the prefix contains unrelated objects",
+            remedy="remove the objects below this URL, or choose another OUT",
         ) from error
 
 
@@ -171,7 +171,7 @@ def _find_version(url: str, version: str) -> str:
     Raises
     ------
     InputError
-        Where there is none.
+        If there is none.
     """
     repository = _repository(url)
     try:
@@ -189,8 +189,8 @@ def _find_version(url: str, version: str) -> str:
         raise InputError(
             f"there is no version {version!r}: {_reason(error)}",
             where=url,
-            why="it is no id, no tag and no time of one, or it has expired",
-            remedy="choose one that natgrad versions OUT lists, a tag, or a time (ISO 8601, UTC)",
+            why="no identifier, tag or time of a version matches it, or the version has expired",
+            remedy="choose an identifier or a tag listed by natgrad versions OUT, or a time (ISO 8601, UTC)",
         ) from error
 
 
@@ -235,7 +235,7 @@ class _Transaction:
         Raises
         ------
         Unavailable
-            Where they wrote the same.
+            If they wrote the same.
         """
         if self._session is None or not self._session.has_uncommitted_changes:
             return
@@ -243,10 +243,10 @@ class _Transaction:
             self._session.commit(message, rebase_with=icechunk.ConflictDetector())
         except (icechunk.ConflictError, icechunk.RebaseFailedError) as error:
             raise Unavailable(
-                f"another process has committed meanwhile: {_reason(error)}",
+                f"another process has committed in the meantime: {_reason(error)}",
                 where=self._url,
-                why="the lock of this one was removed while it was writing",
-                remedy="see that one process writes, and run again: what is committed is kept",
+                why="the lock of this process was removed while it was writing",
+                remedy="make sure that only one process writes, and run again: committed data are kept",
             ) from error
         self._session = None
 
@@ -328,7 +328,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     @property
     def _writer(self) -> _Transaction:
         if self.writer not in _transactions:
-            raise PermissionError(f"a version of {self.repository} cannot be changed")
+            raise PermissionError(f"versions of {self.repository} are read-only")
         return _transactions[self.writer]
 
     def _store(self) -> _Store:
@@ -546,10 +546,10 @@ class IcechunkStorage(ObjectStorage):
         """Hold the lock of this location, and start a transaction; what is not published is dropped."""
         if self.fs.pinned:
             raise InputError(
-                "an old version can only be read",
+                "an old version is read-only",
                 where=str(self),
-                why="a commit does not change",
-                remedy="leave the version out: what is written becomes a new one",
+                why="a version never changes after its commit",
+                remedy="omit the version: a write then creates a new version",
             )
         transaction = uuid.uuid4().hex
         _transactions[transaction] = _Transaction(self.fs.repository)

@@ -29,18 +29,26 @@ from natgrad.storage.base import Stat, Storage, StoredFile, Writes
 __all__ = ["ChunkFile", "LocalStorage", "disk_errors", "open_local", "read_at"]
 
 _REFUSALS = {
-    errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
+    errno.ENOSPC: ("no space left", "the disk is full", "free some space, or choose another OUT"),
     errno.EDQUOT: (
-        "the quota is exceeded",
-        "the user may not store more here",
-        "free some space, or have it raised",
+        "the disk quota is exceeded",
+        "the user has reached the quota of this file system",
+        "free some space, or request a higher quota",
     ),
-    errno.EFBIG: ("a file becomes too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
-    errno.EROFS: ("the disk is read-only", "it is mounted so, or was after a failure", "choose another OUT"),
-    errno.EACCES: ("writing is not permitted", "the folder belongs to another user", "choose another OUT"),
-    errno.EPERM: ("writing is not permitted", "the folder is protected", "choose another OUT"),
-    errno.EIO: ("the disk fails", "it is damaged, or no longer connected", "check the disk (dmesg)"),
-    errno.ENOENT: ("the store is gone", "it was removed or moved while it was written", "leave it in its place"),
+    errno.EFBIG: ("a file would become too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
+    errno.EROFS: (
+        "the file system is read-only",
+        "it was mounted read-only, or became read-only after a failure",
+        "choose another OUT",
+    ),
+    errno.EACCES: ("write permission denied", "the folder belongs to another user", "choose another OUT"),
+    errno.EPERM: ("write permission denied", "the folder is protected", "choose another OUT"),
+    errno.EIO: ("the disk failed", "it is damaged, or no longer connected", "check the disk (dmesg)"),
+    errno.ENOENT: (
+        "the store no longer exists",
+        "it was removed or moved during a write",
+        "do not move or remove it while natgrad runs",
+    ),
 }
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -150,7 +158,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{what}: {error.strerror}",
             where=str(error.filename or path),
             why=why,
-            remedy=f"{remedy}; then run again: what is committed is kept",
+            remedy=f"{remedy}; then run again: committed data are kept",
         ) from error
 
 
@@ -344,9 +352,9 @@ class LocalStorage(Storage):
             raise InputError(
                 "a folder cannot be an Icechunk repository",
                 where=str(self),
-                why="Icechunk commits safely in object stores only: in a folder, commits that succeeded are lost "
-                "where two processes commit (issues 804 and 1494 of earth-mover/icechunk)",
-                remedy="give a URL (s3://, gs://), or leave --store out: attempts are kept in a folder too",
+                why="Icechunk commits are only safe in object stores: in a folder, successful commits are lost if "
+                "two processes commit (issues 804 and 1494 of earth-mover/icechunk)",
+                remedy="give a URL (s3://, gs://), or omit --store: a folder keeps the attempts, too",
             )
         return super().stores(kind, version)
 
@@ -436,7 +444,7 @@ class ChunkFile:
     Raises
     ------
     OSError
-        Where it cannot be opened.
+        If it cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
@@ -473,7 +481,7 @@ class ChunkFile:
         Raises
         ------
         OSError
-            Where it cannot be read.
+            If it cannot be read.
         """
         # A read of many bytes, or an interrupted one, may return a part.
         while out:

@@ -85,7 +85,7 @@ def _locked(store: str, kind: str, holder: str) -> Unavailable:
         f"another process is writing this {kind}: {holder}",
         where=store,
         why="two commands were started for one OUT",
-        remedy="wait until the other one is done, then run again: what it committed is kept",
+        remedy="wait until the other process ends, then run again: its commits are kept",
     )
 
 
@@ -161,9 +161,9 @@ def _require_free(path: Path, store: Path, kind: str) -> None:
     raise InputError(
         f"another process may be writing this {kind}: {holder}",
         where=str(store),
-        why="it never released the lock, and a free lock is no proof on a file system that machines share "
-        f"({file_system or 'unknown'}): its machine stopped, or is cut off and goes on",
-        remedy=f"make sure that it does not run any more, remove {path}, and run again",
+        why="it never released the lock: its machine stopped, or lost its connection and continues to run. On a "
+        f"file system that several machines can share ({file_system or 'unknown'}), a free lock does not tell which",
+        remedy=f"make sure that it no longer runs, remove {path}, and run again",
     )
 
 
@@ -206,7 +206,7 @@ def _put_lock(lock: Storage, signed: bytes, store: Storage, kind: str) -> None:
     try:
         content, tag = lock.get_tagged()
     except FileNotFoundError as error:
-        raise _locked(str(store), kind, "it ended just now") from error
+        raise _locked(str(store), kind, "it has just ended") from error
     if content == signed:  # of a request whose answer was lost, and that the library repeated
         return
     try:
@@ -220,15 +220,15 @@ def _put_lock(lock: Storage, signed: bytes, store: Storage, kind: str) -> None:
         raise Unavailable(
             f"another process is writing this {kind}: {holder}",
             where=str(store),
-            why="it is dead, but this object store has no conditions by which its lock can be taken over safely"
+            why="it has ended, but without conditional writes in this object store its lock cannot be taken over"
             if dead
-            else "it runs on another machine, which may have stopped: an object store does not show that",
-            remedy=f"wait until it is done; if it does not run any more, remove {lock}, and run again",
+            else "it runs on another machine, which may have stopped: an object store cannot tell",
+            remedy=f"wait until it ends; if it no longer runs, remove {lock}, and run again",
         )
     try:
         lock.put_if(signed, tag)
     except FileExistsError as error:
-        raise _locked(str(store), kind, "it took over just now") from error
+        raise _locked(str(store), kind, "it has just taken over the lock") from error
 
 
 def _is_dead(name: Mapping[str, Any]) -> bool:
@@ -248,10 +248,10 @@ def _require_conditions(lock: Storage, signed: bytes) -> None:
     except FileExistsError:
         return
     raise InputError(
-        "this object store ignores the condition that an object is new",
+        "this object store ignores conditional writes",
         where=str(lock),
-        why="it does not know the header If-None-Match, so it cannot keep two writers apart",
-        remedy="process into a folder, and copy that; or use a store that knows conditional writes",
+        why="it does not support the header If-None-Match, so two writers could overwrite each other",
+        remedy="process into a folder and copy it, or use a store that supports conditional writes",
     )
 
 

@@ -26,7 +26,7 @@ def network_errors(*storages: Storage) -> Iterator[None]:
     Raises
     ------
     InputError
-        Where a bucket or an object is missing, or access is denied. As `Unavailable` where the storage does not
+        If a bucket or an object is missing, or access is denied. `Unavailable` if the storage does not
         answer, or fails: a later run may succeed.
     """
     try:
@@ -56,8 +56,8 @@ def network_refusal(error: Exception, where: str) -> InputError | None:
         return Unavailable(
             f"the object changed while it was read: {error}",
             where=where,
-            why="another one was put in its place",
-            remedy="run again: what is committed is kept",
+            why="another object was written in its place",
+            remedy="run again: committed data are kept",
         )
     # Icechunk reports in one text the places of the error, line by line, and its cause at the end.
     reason = str(error).strip().rpartition("-> ")[2] if library == "icechunk" else str(error)
@@ -66,20 +66,20 @@ def network_refusal(error: Exception, where: str) -> InputError | None:
         return InputError(
             f"the object store denies access: {reason}",
             where=where,
-            why="no credentials were found, or they do not allow this",
+            why="no credentials were found, or they do not permit this operation",
             remedy="set the credentials of the library (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile; "
-            "docs/objects.md), or have access granted",
+            "see docs/objects.md), or request access",
         )
     if isinstance(error, FileNotFoundError):
         return InputError(
-            f"it is not in the object store: {error}",
+            f"not found in the object store: {error}",
             where=where,
-            why="the bucket was never made, its name is misspelt, or the object was removed meanwhile",
-            remedy="make the bucket, or give another URL",
+            why="the bucket does not exist, its name is misspelled, or the object was removed in the meantime",
+            remedy="create the bucket, or give another URL",
         )
     return Unavailable(
         f"the object store does not answer: {type(error).__name__}: {reason}",
         where=where,
         why="the network or the store failed, or the address of the store is wrong (AWS_ENDPOINT_URL)",
-        remedy="run again: what is committed is kept",
+        remedy="run again: committed data are kept",
     )

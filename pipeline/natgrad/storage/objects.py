@@ -222,15 +222,15 @@ class ObjectStorage(Storage):
                 raise InputError(
                     "this is an Icechunk repository",
                     where=str(self),
-                    why="it was made with --store icechunk",
-                    remedy="leave --store out, or choose another OUT",
+                    why="it was created with --store icechunk",
+                    remedy="omit --store, or choose another OUT",
                 )
             if kind == "icechunk" and REPOSITORY not in names and names.intersection(_STORES):
                 raise InputError(
                     "this is a plain store",
                     where=str(self),
-                    why="it was made without --store icechunk",
-                    remedy="leave --store out, or choose another OUT",
+                    why="it was created without --store icechunk",
+                    remedy="omit --store, or choose another OUT",
                 )
             if REPOSITORY in names or kind == "icechunk":
                 return _open_repository(self, version)
@@ -280,7 +280,7 @@ def _open_repository(plain: ObjectStorage, version: str | None) -> Storage:
         raise InputError(
             f"the library for Icechunk is not installed: {error}",
             where=str(plain),
-            why="OUT is an Icechunk repository, or --store icechunk asks for one",
+            why="OUT is an Icechunk repository, or --store icechunk requests one",
             remedy="pip install 'natgrad-pipeline[icechunk]'",
         ) from error
     return open_repository(plain, version)

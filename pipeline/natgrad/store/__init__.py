@@ -37,7 +37,7 @@ def open_trajectory(location: Location, version: str | None = None) -> Trajector
     Raises
     ------
     InputError
-        Where there is none, or another version of natgrad wrote it.
+        If there is none, or another version of natgrad wrote it.
     """
     return Trajectory(open_store(location, version))
 

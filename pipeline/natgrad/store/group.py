@@ -55,7 +55,7 @@ SCALAR_CHUNK = 8192
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
 _UNFINISHED = "unfinished"
-_NOT_OURS = "choose another folder; only stores of natgrad are overwritten"
+_NOT_OURS = "choose another folder; natgrad overwrites only its own stores"
 
 
 def _digest(document: Any) -> str:
@@ -160,7 +160,7 @@ def is_current(store: Storage, kind: str) -> bool:
     Raises
     ------
     InputError
-        Where the location holds something else, or a newer natgrad wrote it.
+        If the location holds something else, or a newer natgrad wrote it.
     """
     return exists(store) and _attributes(store, kind, _NOT_OURS, replaced=True).get("version") == LAYOUT_VERSION
 
@@ -179,7 +179,7 @@ def make_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays:
     Raises
     ------
     InputError
-        Where the location holds something else, or a newer natgrad wrote it.
+        If the location holds something else, or a newer natgrad wrote it.
     """
     if store.exists():
         _attributes(store, kind, _NOT_OURS, replaced=True)
@@ -206,11 +206,11 @@ def document_of(store: Storage) -> dict[str, Any]:
     Raises
     ------
     OSError, ValueError
-        Where it cannot be read.
+        If it cannot be read.
     """
     document = json.loads((store / _DOCUMENT).get())
     if not isinstance(document, dict):
-        raise ValueError("it is not a JSON object")
+        raise ValueError("not a JSON object")
     return document
 
 
@@ -220,7 +220,7 @@ def array_digest(array: Storage) -> str:
     Raises
     ------
     OSError, ValueError, LookupError, TypeError
-        Where they cannot be read.
+        If they cannot be read.
     """
     document = document_of(array)
     return _digest({**document, "shape": document["shape"][1:]})
@@ -239,7 +239,7 @@ def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
     Raises
     ------
     InputError
-        Where there is none, it is of another kind or layout version, or it was changed.
+        If there is none, it is of another kind or layout version, or it was changed.
     """
     attributes = _attributes(store, kind, remedy)
     if attributes.get(_UNFINISHED):
@@ -247,10 +247,10 @@ def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
     described = {key: value for key, value in attributes.items() if key != "crc32c"}
     if attributes.get("crc32c") != _digest(described):
         raise InputError(
-            f"the description of the {kind} has another checksum than recorded",
+            f"the metadata of the {kind} does not match its checksum",
             where=str(store / _DOCUMENT),
-            why="the file was changed or the disk failed",
-            remedy="restore the file, or remove the store and make it again",
+            why="the file was changed, or the disk failed",
+            remedy="restore the file, or remove the store and create it again",
         )
     return attributes
 
@@ -278,7 +278,7 @@ _MADE_BY = {
     "ledger": "compute it again: natgrad analyze OUT",
     "results": "compute them again: natgrad analyze OUT",
 }
-"""How each kind of store is made again."""
+"""Remedy that creates each kind of store again."""
 
 
 def require_version(version: Any, kind: str, where: str, *, replaced: bool = False) -> None:
@@ -336,15 +336,15 @@ def is_plain(array: Storage) -> bool:
     Raises
     ------
     InputError
-        Where there is no array.
+        If there is no array.
     """
     try:
         return [codec["name"] for codec in document_of(array)["codecs"]] == ["bytes"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            "the metadata of an array cannot be read",
+            "cannot read the metadata of an array",
             where=str(array / _DOCUMENT),
-            why="the file was changed or the disk failed",
+            why="the file was changed, or the disk failed",
             remedy="ingest the run again with --overwrite",
         ) from error
 
@@ -370,7 +370,7 @@ def stored_rows(array: Storage) -> int:
     Raises
     ------
     OSError, ValueError, LookupError, TypeError
-        Where they cannot be read.
+        If they cannot be read.
     """
     return int(document_of(array)["shape"][0])
 
@@ -392,9 +392,9 @@ def chunk_entry(array: Storage, *index: int) -> Storage:
 def damaged(chunk: Storage, what: str, remedy: str) -> InputError:
     """Return the refusal of a recorded chunk that has changed."""
     return InputError(
-        f"a chunk cannot be read: {what}",
+        f"cannot read a chunk: {what}",
         where=str(chunk),
-        why="a recorded chunk was complete and durable, so the file was changed, moved or the disk failed",
+        why="a recorded chunk was complete and durable, so the file was changed or moved, or the disk failed",
         remedy=remedy,
     )
 
@@ -426,4 +426,4 @@ def read_complete_chunks(
 def _require_size(chunk: Storage, size: int, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
     expected = math.prod(elements) * dtype.itemsize
     if size != expected:
-        raise damaged(chunk, f"it has {size} bytes of {expected}", remedy)
+        raise damaged(chunk, f"it has {size} of {expected} bytes", remedy)

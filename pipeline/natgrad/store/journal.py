@@ -78,13 +78,13 @@ class Journal:
         Raises
         ------
         InputError
-            Where it cannot be read.
+            If it cannot be read.
         """
         entry = self._entry(name)
         try:
             content = entry.get()
             if content[:_SEAL_BYTES] != _seal(content[_SEAL_BYTES:]):
-                raise ValueError("it has another checksum than its bytes")
+                raise ValueError("checksum mismatch")
             record: dict[str, Any] = json.loads(content)
             if "checksums" in record:
                 rows, covered = record["stop"] - record["start"], record.get("checksum_rows", {})
@@ -96,7 +96,7 @@ class Journal:
             raise InputError(
                 f"cannot read a commit record: {error}",
                 where=str(entry),
-                why="records are written atomically, so the file was changed or the disk failed",
+                why="records are written atomically, so the file was changed, or the disk failed",
                 remedy="ingest again with --overwrite",
             ) from error
         return record
@@ -115,7 +115,7 @@ class Journal:
         Raises
         ------
         Unavailable
-            Where there is another record of a new name.
+            If there is another record of a new name.
         """
         written = {key: value for key, value in record.items() if key != "crc32c"}
         if "checksums" in written:
@@ -132,10 +132,10 @@ class Journal:
             entry.put_once(content)
         except FileExistsError as error:
             raise Unavailable(
-                "another process has committed meanwhile",
+                "another process has committed in the meantime",
                 where=str(entry),
-                why="the lock of this one was removed while it was writing",
-                remedy="make sure that one process writes, run natgrad verify OUT, and run again",
+                why="the lock of this process was removed while it was writing",
+                remedy="make sure that only one process writes, run natgrad verify OUT, and run again",
             ) from error
 
     def clear(self) -> None:

@@ -78,7 +78,7 @@ class Ledger:
         Raises
         ------
         InputError
-            Where there is none, or another version of natgrad wrote it.
+            If there is none, or another version of natgrad wrote it.
         """
         self.storage = storage
         attributes = open_group(storage, "ledger", "compute it first: natgrad analyze OUT")
@@ -112,7 +112,7 @@ class Ledger:
         Raises
         ------
         InputError
-            Where the location holds something else, or a newer natgrad wrote it.
+            If the location holds something else, or a newer natgrad wrote it.
         """
         return is_current(storage, "ledger")
 
@@ -259,7 +259,7 @@ class Ledger:
             kept = self._recorded(self.journal.read(f"{chunk.start:012d}"))
             arrays = {name: np.concatenate([kept[name], values]) for name, values in arrays.items()}
         if any(len(values) != chunk.stop - chunk.start for values in arrays.values()):
-            raise ValueError(f"updates {chunk.start} to {chunk.stop} are not as many as are written")
+            raise ValueError(f"the arrays do not have one row for each of updates {chunk.start} to {chunk.stop}")
         covered = {name: _updates_of_a_checksum(values) for name, values in arrays.items()}
         record: dict[str, Any] = {"start": chunk.start, "stop": chunk.stop, "digest": digest}
         record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
@@ -296,7 +296,7 @@ class Ledger:
                 try:
                     self._recorded(record)
                 except InputError as error:
-                    _log.warning("%s: it is computed again", error)
+                    _log.warning("%s: computing it again", error)
                     return []
                 return [LedgerChunk(record["start"], record["stop"])]
         return []
@@ -307,9 +307,7 @@ class Ledger:
         for name in self.products:
             found[name], changed = self.compared(record, name)
             if changed:
-                raise damaged(
-                    self.chunk_entry(name, record["start"]), "it has another checksum than recorded", _ANALYZE_AGAIN
-                )
+                raise damaged(self.chunk_entry(name, record["start"]), "checksum mismatch", _ANALYZE_AGAIN)
         return found
 
     def compared(self, record: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
@@ -357,17 +355,17 @@ class Ledger:
         Raises
         ------
         InputError
-            Where a ledger chunk is not recorded (the pass was interrupted), or a chunk is missing or too short.
+            If a ledger chunk is not recorded (the pass was interrupted), or a chunk is missing or too short.
         """
         recorded = {(r["start"], r["stop"]) for r in map(self.journal.read, self.journal.names())}
         for start in range(0, self.n_updates, self.updates_per_chunk):
             stop = min(start + self.updates_per_chunk, self.n_updates)
             if (start, stop) not in recorded:
                 raise InputError(
-                    f"the ledger is not complete: updates {start} to {stop} are missing",
+                    f"the ledger is incomplete: updates {start} to {stop} are missing",
                     where=str(self.storage),
                     why="the analysis was interrupted",
-                    remedy="run natgrad analyze OUT again; what is finished is kept",
+                    remedy="run natgrad analyze OUT again; finished ledger chunks are kept",
                 )
             for name in self.products:
                 array = self._array(name)
@@ -380,7 +378,7 @@ class Ledger:
         Raises
         ------
         InputError
-            Where its chunk is missing or too short.
+            If its chunk is missing or too short.
         """
         array = self._array(name)
         require_complete_chunk(self.chunk_entry(name, start), array.chunks, array.dtype, _ANALYZE_AGAIN)

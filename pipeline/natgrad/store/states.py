@@ -250,7 +250,7 @@ class States:
         Raises
         ------
         InputError
-            Where a state is not committed, or a chunk is missing or too short.
+            If a state is not committed, or a chunk is missing or too short.
         """
         self._require_committed(name, start, stop)
         steps = self.chunk[0]
@@ -277,7 +277,7 @@ class States:
         Raises
         ------
         InputError
-            Where a state is not committed, or a chunk is missing, too short or (where checksums are compared)
+            If a state is not committed, or a chunk is missing, too short or (where checksums are compared)
             damaged.
         """
         self._require_committed(name, start, stop)
@@ -299,7 +299,7 @@ class States:
             try:
                 for position, words in enumerate([out] if together else out, start - index * self.chunk[0]):
                     if missing := file.read(position * state_bytes, words.data.cast("B")):
-                        raise self._damaged(name, index, column, f"it ends {missing} bytes early")
+                        raise self._damaged(name, index, column, f"it is {missing} bytes too short")
             except OSError as error:
                 raise self._damaged(name, index, column, str(error)) from error
 
@@ -316,7 +316,7 @@ class States:
         missing = self._chunk_bytes[name] - file.size
         if missing > 0:
             file.close()
-            raise self._damaged(name, index, column, f"it ends {missing} bytes early")
+            raise self._damaged(name, index, column, f"it is {missing} bytes too short")
         return file
 
     def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
@@ -330,7 +330,7 @@ class States:
     def _require_committed(self, name: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_states:
             raise InputError(
-                f"states {start} to {stop} of {name} are not committed, {self.n_states} are",
+                f"states {start} to {stop} of {name} are not committed; {self.n_states} states are",
                 where=str(self.storage),
             )
 
@@ -363,7 +363,7 @@ class States:
                 raise damaged(chunk, "it is missing", INGEST_AGAIN) from error
             for (low, high), content in zip(ranges, contents, strict=True):
                 if missing := (high - low) * state_bytes - len(content):
-                    raise damaged(chunk, f"it ends {missing} bytes early", INGEST_AGAIN)
+                    raise damaged(chunk, f"it is {missing} bytes too short", INGEST_AGAIN)
                 words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
                 out[low:high] = words[:, : out.shape[1]]
         self._require_recorded(name, column, start, out, chunk)
@@ -372,7 +372,7 @@ class States:
         recorded = self.recorded_checksums(name)
         for state, words in enumerate(out, start):
             if checksum(words) != recorded[state, column]:
-                raise damaged(chunk, f"state {state} has another checksum than recorded", INGEST_AGAIN)
+                raise damaged(chunk, f"checksum mismatch in state {state}", INGEST_AGAIN)
 
     def recorded_checksums(self, name: str) -> NDArray[np.uint32]:
         """Return the checksums of the committed states of an array, shape (states, columns); see `checksum`."""

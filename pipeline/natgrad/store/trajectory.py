@@ -98,7 +98,7 @@ class Trajectory(States):
         Raises
         ------
         InputError
-            Where there is none, or another version of natgrad wrote it.
+            If there is none, or another version of natgrad wrote it.
         """
         attributes = open_group(storage, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         super().__init__(
@@ -162,7 +162,7 @@ class Trajectory(States):
         Raises
         ------
         InputError
-            Where the location holds something else.
+            If the location holds something else.
         """
         attributes = {
             "source": source,
@@ -231,7 +231,7 @@ class Trajectory(States):
         Raises
         ------
         InputError
-            Where a chunk is missing or too short.
+            If a chunk is missing or too short.
         """
         if name not in self.numbers:
             shape: tuple[int, ...] = (self.n_states,)

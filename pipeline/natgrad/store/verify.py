@@ -86,7 +86,7 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
             break
         before = records[-1]["stop"] if records else 0
         if record["start"] != before:
-            yield Damage(str(states.journal.folder), f"states {before} to {record['start']} have no record")
+            yield Damage(str(states.journal.folder), f"there is no record of states {before} to {record['start']}")
         records.append(record)
     damages = list(_description(states.storage, "trajectory", states.arrays))
     yield from damages
@@ -97,7 +97,7 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
         rows = stored_rows(states.storage / name)
         before = records[-1]["start"] if records else 0
         if rows not in (before, states.n_states) and not _committed_since(states, rows):
-            what = f"its shape has {rows} states, recorded are {states.n_states}"
+            what = f"the shape has {rows} states, but {states.n_states} are recorded"
             yield Damage(str(states.storage / name), what, name)
     numbers = _numbers(states) if STEP in described else np.arange(states.n_states)
     for name in described:
@@ -130,17 +130,17 @@ def _description(storage: Storage, kind: str, names: Iterable[str]) -> Iterator[
         try:
             found = document_of(group)
         except (OSError, ValueError) as error:
-            yield Damage(where, f"it cannot be read: {error}")
+            yield Damage(where, f"cannot read it: {error}")
             continue
         if {**found, "attributes": found.get("attributes") if group is not storage else {}} != _GROUP:
-            yield Damage(where, "the description of the group has changed")
+            yield Damage(where, "the metadata of the group has changed")
     for name in names:
         where = str(storage / name / "zarr.json")
         try:
             if array_digest(storage / name) != attributes["arrays"][name]:
-                yield Damage(where, "the description of the array has another checksum than recorded", name)
+                yield Damage(where, "checksum mismatch in the metadata of the array", name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            yield Damage(where, f"the description of the array cannot be read: {error}", name)
+            yield Damage(where, f"cannot read the metadata of the array: {error}", name)
 
 
 def _numbers(states: Trajectory) -> NDArray[Any]:
@@ -167,7 +167,7 @@ def _scalar(
     for record in records:
         start, stop = record["start"], record["stop"]
         if checksum(values[start:stop]) != record["scalars"][name]:
-            yield Damage(where, "another checksum than recorded", name, _ends(numbers, start, stop))
+            yield Damage(where, "checksum mismatch", name, _ends(numbers, start, stop))
 
 
 def _column(
@@ -191,11 +191,11 @@ def _column(
             yield Damage(str(chunk), error.what, name, _ends(numbers, start, stop), tensors)
             continue
         if not states.is_compressed(name) and (size := chunk.stat().size) != buffer.nbytes:
-            yield Damage(str(chunk), f"it has {size} bytes of {buffer.nbytes}", name)
+            yield Damage(str(chunk), f"it has {size} of {buffer.nbytes} bytes", name)
         for state in range(start, stop):
             if state in recorded and checksum(buffer[state - start, : last - first]) != recorded[state]:
                 steps_of = _ends(numbers, state, state + 1)
-                yield Damage(str(chunk), "another checksum than recorded", name, steps_of, tensors)
+                yield Damage(str(chunk), "checksum mismatch", name, steps_of, tensors)
 
 
 def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterator[Damage]:
@@ -222,7 +222,7 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
         return
     lengths = {name: stored_rows(storage / name) for name in ledger.by_step}
     if len(set(lengths.values())) > 1:
-        what = f"its arrays have different lengths, {lengths}: run natgrad analyze OUT again"
+        what = f"the arrays have different lengths {lengths}: run natgrad analyze OUT again"
         yield Damage(str(storage), what)
         return
     for name, texts in ledger.names.items():
@@ -236,7 +236,7 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
         for name, found in zip(expected, ledger.steps(), strict=True):
             wrong = np.flatnonzero(found != expected[name][: ledger.n_updates])
             if wrong.size:
-                what = "it differs from the trajectory: run natgrad analyze OUT again"
+                what = "the steps differ from those of the trajectory: run natgrad analyze OUT again"
                 steps = _ends(states.scalar(STEP), wrong[0], wrong[-1] + 1)
                 yield Damage(str(storage / name), what, name, steps)
     for name in ledger.journal.names():
@@ -264,4 +264,4 @@ def _chunk(ledger: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> 
             continue
         where = str(ledger.chunk_entry(name, start))
         for updates in changed:
-            yield Damage(where, "another checksum than recorded", name, _ends(numbers, *updates))
+            yield Damage(where, "checksum mismatch", name, _ends(numbers, *updates))
