@@ -130,7 +130,7 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
 
 
 def halo_repeated(located, boundaries):
-    """`Trajectory.located` that gives the last row of a ledger chunk in place of the halo."""
+    """`Trajectory.locate` that gives the last row of a ledger chunk in place of the halo."""
 
     def mutant(self, name, start, stop, column):
         descriptors, offsets = located(self, name, start, stop, column)
@@ -142,7 +142,7 @@ def halo_repeated(located, boundaries):
 
 
 def shifted(located, array):
-    """`Trajectory.located` that gives one array one step late."""
+    """`Trajectory.locate` that gives one array one step late."""
 
     def mutant(self, name, start, stop, column):
         late = name == array and start > 0
@@ -168,7 +168,7 @@ def test_a_dropped_halo_or_a_shifted_step_is_seen_by_the_comparison_with_complet
     assert {item.chunk.stop for item in summary.plan.work_items()} == {6, 12, 18, 19}
     assert_is_ledger_of(ledger, arrays)
     Ledger.remove(ledger)
-    monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
+    monkeypatch.setattr(Trajectory, "locate", mutant(Trajectory.locate))
     compute_small(tmp_path / "trajectory.zarr", ledger)
     with pytest.raises(AssertionError, match="entry"):
         assert_is_ledger_of(ledger, arrays)
@@ -324,14 +324,14 @@ def test_a_chunk_that_is_cut_short_while_it_is_read_is_named_and_a_read_that_was
     assert len(interrupted) > 1
     assert bits(other) == bits(ledger)
     Ledger.remove(other)
-    located, chunk = Trajectory.located, trajectory / "gradient/c/3/1"
+    located, chunk = Trajectory.locate, trajectory / "gradient/c/3/1"
 
     def cut_short(self, *args):
         found = located(self, *args)
         os.truncate(chunk, 100)
         return found
 
-    monkeypatch.setattr(Trajectory, "located", cut_short)
+    monkeypatch.setattr(Trajectory, "locate", cut_short)
     with pytest.raises(InputError, match=r"is \d+ bytes too short") as caught:
         compute_small(trajectory, other)
     assert caught.value.where == str(chunk)

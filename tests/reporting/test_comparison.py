@@ -29,7 +29,7 @@ def trees(tmp_path_factory):
 
 
 @pytest.fixture
-def compared(trees):
+def compare(trees):
     """A function from names of runs to matplotlib's figure of them, with the runs."""
 
     def draw(*names):

@@ -492,5 +492,5 @@ def test_locations_in_a_repository_are_shown_as_urls(both):
     folder = open_out(both[1])
     assert isinstance(folder, IcechunkStorage)
     assert str(folder / "ledger.zarr") == "s3://bucket/both/ledger.zarr"
-    assert str((folder / "a").beside()) == str(both[1] / "a")
-    assert type((folder / "a").beside()) is ObjectStorage
+    assert str((folder / "a").unversioned()) == str(both[1] / "a")
+    assert type((folder / "a").unversioned()) is ObjectStorage

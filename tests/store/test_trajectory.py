@@ -359,7 +359,7 @@ def test_any_part_of_a_chunk_column_is_where_it_is_located(twins, dtype, rows, c
     for name, array in arrays.items():
         out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
         with trajectory.opened(column):
-            located = trajectory.located(name, start, stop, column)
+            located = trajectory.locate(name, start, stop, column)
             assert stream.read(located, low, out[:, : high - low]) is None
         assert out[:, : high - low].tobytes() == words(array)[start:stop, first + low : first + high].tobytes()
         assert (out[:, high - low :] == 77).all()
@@ -370,7 +370,7 @@ def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     reader, out = open_trajectory(path), np.empty((2, 5), np.float32)
     with reader.opened(0):
-        located = reader.located("parameter", 0, 2, 0)
+        located = reader.locate("parameter", 0, 2, 0)
         append_states(path, {name: array[2:] for name, array in arrays.items()})
         assert stream.read(located, 0, out) is None
     np.testing.assert_array_equal(out, arrays["parameter"][:2, :5])
@@ -405,11 +405,11 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
     monkeypatch.setattr(os, "posix_fadvise", advise)
     let_the_cache_hold(monkeypatch, lambda: cached)
     with reader.opened(0, columns):
-        reader.located("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 6, 0)
     assert not found
     cached = False
     with reader.opened(0, columns):
-        reader.located("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 6, 0)
     assert found == {path / f"parameter/c/{row}/{column}" for row in (0, 1) for column in asked}
 
 
@@ -422,16 +422,16 @@ def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_t
     let_the_cache_hold(monkeypatch, lambda: False)
     reader, before = open_trajectory(path), len(descriptors())
     with reader.opened(0, 2):
-        reader.located("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 6, 0)
         assert len(descriptors()) == before + 4
     assert len(descriptors()) == before + 2
     with reader.opened(1, 2):
-        reader.located("parameter", 0, 6, 1)
+        reader.locate("parameter", 0, 6, 1)
         assert len(descriptors()) == before + 2
     assert len(descriptors()) == before
     with contextlib.suppress(InputError), reader.opened(0, 2):
-        reader.located("parameter", 0, 6, 0)
-        reader.located("parameter", 0, 7, 0)
+        reader.locate("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 7, 0)
     assert len(descriptors()) == before
 
 
@@ -439,7 +439,7 @@ def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
     reader, out, before = open_trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
     with reader.opened(0):
-        located = reader.located("parameter", 0, 3, 0)
+        located = reader.locate("parameter", 0, 3, 0)
         os.truncate(path / "parameter/c/0/0", 24)
         assert stream.read(located, 0, out[:3]) == 0
         with pytest.raises(InputError, match=r"it is \d+ bytes too short") as caught:

@@ -456,7 +456,7 @@ class Storage(ABC):
         """
         from natgrad.storage.locks import lock_by_object
 
-        with lock_by_object(self.beside(), kind):
+        with lock_by_object(self.unversioned(), kind):
             yield self
 
     # Zarr
@@ -513,7 +513,7 @@ class Storage(ABC):
         """
         raise no_versions(str(self))
 
-    def beside(self) -> Storage:
+    def unversioned(self) -> Storage:
         """Return the location for what is not part of a version: locks, pages, and the outcome of a scan."""
         return self
 

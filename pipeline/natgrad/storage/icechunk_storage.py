@@ -531,7 +531,7 @@ class IcechunkStorage(ObjectStorage):
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
         """Return this storage, or OUT at another version."""
-        return self if version is None else self.beside().stores(kind, version)
+        return self if version is None else self.unversioned().stores(kind, version)
 
     def latest(self) -> Self:
         """Return the latest version, or the pinned version if one was requested."""
@@ -555,7 +555,7 @@ class IcechunkStorage(ObjectStorage):
         _transactions[transaction] = _Transaction(self.fs.repository)
         try:
             # The transaction opens nothing before it is used, under the lock.
-            with lock_by_object(self.beside(), kind):
+            with lock_by_object(self.unversioned(), kind):
                 files = RepositoryFiles(repository=self.fs.repository, transaction=transaction)
                 yield type(self)(files, self.scheme, self.key)
         finally:
@@ -569,7 +569,7 @@ class IcechunkStorage(ObjectStorage):
         """List the versions, the newest first."""
         return _history(self.fs.repository, last)
 
-    def beside(self) -> Storage:
+    def unversioned(self) -> Storage:
         """Return the same location in the object store itself."""
         return open_storage(str(self))
 
