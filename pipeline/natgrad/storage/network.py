@@ -1,4 +1,4 @@
-"""Translate the errors of object stores for their users."""
+"""Translate errors of object stores into messages for users."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from natgrad.storage.base import Storage
 __all__ = ["network_errors", "network_refusal"]
 
 _LIBRARIES = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
-"""Libraries whose errors are those of an object store."""
+"""Libraries whose errors come from an object store."""
 
 
 @contextmanager
 def network_errors(*storages: Storage) -> Iterator[None]:
-    """Translate what a storage refuses, or does not answer; errors of local files pass.
+    """Translate errors of remote storages into messages for users; errors of local files are not changed.
 
     Parameters
     ----------
     *storages : Storage
-        All that are used.
+        The storages in use.
 
     Raises
     ------
     InputError
-        If a bucket or an object is missing, or access is denied. `Unavailable` if the storage does not
-        answer, or fails: a later run may succeed.
+        If a bucket or an object is missing, or access is denied.
+    Unavailable
+        If the storage fails or does not answer; a later run may succeed.
     """
     try:
         yield
@@ -44,13 +45,13 @@ def network_errors(*storages: Storage) -> Iterator[None]:
 
 
 def network_refusal(error: Exception, where: str) -> InputError | None:
-    """Return the refusal for an error of an object store; None where it is another error."""
+    """Return the message for an error of an object store; None for other errors."""
     names = {kind.__name__ for kind in type(error).__mro__}
     library = type(error).__module__.partition(".")[0]
     if library not in _LIBRARIES and not isinstance(error, OSError):
         return None
     if isinstance(error, OSError) and error.filename is not None:
-        # An error of a local file, at the other end of a run.
+        # The error concerns a local file: only one of SOURCE and OUT is remote.
         return None
     if "FileExpired" in names:
         return Unavailable(
@@ -59,7 +60,7 @@ def network_refusal(error: Exception, where: str) -> InputError | None:
             why="another object was written in its place",
             remedy="run again: committed data are kept",
         )
-    # Icechunk reports in one text the places of the error, line by line, and its cause at the end.
+    # The text of an Icechunk error lists code locations line by line, and the cause at the end.
     reason = str(error).strip().rpartition("-> ")[2] if library == "icechunk" else str(error)
     denied = library == "icechunk" and any(word in reason for word in ("AccessDenied", "Forbidden"))
     if denied or isinstance(error, PermissionError) or any("Credential" in name for name in names):
