@@ -44,12 +44,12 @@ MAPPING = {"parameter": "net/parameter", "gradient": "net/gradient", "loss": "my
 @pytest.mark.parametrize(
     ("made", "given", "told"),
     [
-        ({}, {"shift": {"gradient": -1}}, "made without --shift of gradient, and --shift gradient=-1 is given now"),
-        ({"shift": {"loss": -1}}, {"shift": {"loss": -2}}, "made with --shift loss=-1, and --shift loss=-2 is"),
-        ({"shift": {"loss": -1}}, {"shift": {"loss": 0}}, "made with --shift loss=-1, and --shift loss=0 is"),
-        ({"shift": {"loss": -1}}, {"shift": {"loss": -1, "hvp": 1}}, "made without --shift of hvp"),
-        ({}, {"mapping": {"loss": "my_loss"}}, "made without --map of loss, and --map loss=my_loss is given now"),
-        ({"mapping": MAPPING}, {"mapping": {"loss": "loss"}}, "made with --map loss=my_loss, and --map loss=loss"),
+        ({}, {"shift": {"gradient": -1}}, "without --shift for gradient, but --shift gradient=-1 is passed now"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": -2}}, "created with --shift loss=-1, but --shift loss=-2 is"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": 0}}, "created with --shift loss=-1, but --shift loss=0 is"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": -1, "hvp": 1}}, "created without --shift for hvp"),
+        ({}, {"mapping": {"loss": "my_loss"}}, "without --map for loss, but --map loss=my_loss is passed now"),
+        ({"mapping": MAPPING}, {"mapping": {"loss": "loss"}}, "created with --map loss=my_loss, but --map loss="),
     ],
 )
 def test_another_reading_is_refused_and_changes_nothing(tmp_path, out, made, given, told):
@@ -160,7 +160,7 @@ def test_keys_of_scalars_of_one_source_are_not_given_to_another(tmp_path, out):
     log = write_log(tmp_path / "log", states)
     ingest(log, out, mapping={"loss": "my_loss"})
     scalars = write_scalars(tmp_path, states)
-    with pytest.raises(InputError, match="from one SOURCE with --map loss=my_loss, but now there are several"):
+    with pytest.raises(InputError, match="from one SOURCE with --map loss=my_loss, but there are several now"):
         ingest([log, scalars], out)
     plain = tmp_path / "plain.zarr"
     ingest(log, plain)

@@ -1,4 +1,4 @@
-"""Describe the steps of a log, and require that they are of one model."""
+"""Describe the steps of a log, and require that all belong to the same model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = [
     "parameters_of",
     "scalar_of",
     "stored_dtypes",
+    "stores_optimizer",
     "tensor_text",
-    "with_optimizer",
 ]
 
 
 def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
-    """Dtype that each array is stored in: the smallest that holds all of its tensors exactly."""
+    """Return the dtype of each stored array: the smallest that represents all of its tensors exactly."""
     logged: dict[str, set[str]] = {}
-    # Equal descriptions are kept once.
+    # Steps with equal descriptions share one object.
     for arrays in {id(content.arrays): content.arrays for content in contents}.values():
         for name, tensors in arrays.items():
             logged.setdefault(name, set()).update(tensor.dtype for tensor in tensors.values())
@@ -36,17 +36,17 @@ def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
 
 
 def scalar_of(content: StepContent, name: str) -> float | Sequence[float]:
-    """Scalar of a step, or the losses of its replicates; NaN where it has none."""
+    """Return a scalar of a step, or the losses of its replicates; NaN if the step has none."""
     missing: float | Sequence[float] = [math.nan] * content.replicates if name == REPLICATE_LOSS else math.nan
     return content.numbers.get(name, missing)
 
 
 def optimizer_dtypes(trajectory: Trajectory) -> dict[str, str]:
-    """Dtypes of what the optimizer keeps, which not every step has."""
+    """Return the dtypes of the arrays of the optimizer state, which not every step has."""
     return {name: dtype for name, dtype in trajectory.array_dtypes.items() if name in OPTIMIZER_STATES}
 
 
-def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
+def stores_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
     """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
@@ -61,14 +61,22 @@ def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -
 
 
 def parameters_of(trajectory: Trajectory) -> dict[str, LoggedTensor]:
-    """Tensors of a trajectory, as a log has them."""
+    """Return the tensors of a trajectory in the form in which a log describes them."""
     return {tensor.name: LoggedTensor(tensor.shape, tensor.dtype) for tensor in trajectory.layout.tensors}
 
 
 def describe_steps(
     log: Source, steps: Sequence[LoggedStep], warnings: list[str], optimizer: bool
 ) -> dict[LoggedStep, StepContent]:
-    """Describe steps, all with the tensors of the first."""
+    """Describe steps, and require that each has the tensors of the first one.
+
+    Warnings are appended to ``warnings``.
+
+    Raises
+    ------
+    InputError
+        If the arrays, tensors, shapes or dtypes of a step differ from those of the first step.
+    """
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
     notes: dict[str, LoggedStep] = {}
@@ -78,8 +86,8 @@ def describe_steps(
             content = complete(step, reader.content(), optimizer=optimizer)
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
-        _require_like(step, content, first, contents.get(first, content))
-        # Equal descriptions are kept once: a long run of a large model has many.
+        _require_same_model(step, content, first, contents.get(first, content))
+        # Steps with equal descriptions share one object, because a long run of a large model has many steps.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
         contents[step] = StepContent(
@@ -92,7 +100,7 @@ def describe_steps(
     return contents
 
 
-def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
+def _require_same_model(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
     names = (*STATES, *REPLICATE_STATES)
     for name in (name for name in names if name in model.arrays or name in content.arrays):
         have, expect = content.arrays.get(name), model.arrays.get(name)
@@ -122,5 +130,5 @@ def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, mod
 
 
 def tensor_text(tensor: LoggedTensor | None) -> str:
-    """Dtype and shape of a tensor, for messages."""
+    """Return the dtype and shape of a tensor, for messages."""
     return "no tensor" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
