@@ -402,7 +402,7 @@ def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplo
     for chunk in (trajectory / "gradient/c/0").iterdir():
         os.truncate(chunk, 100)
     limits = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
-    with caplog.at_level("DEBUG", "natgrad.compute"), pytest.raises(InputError, match="bytes early"):
+    with caplog.at_level("DEBUG", "natgrad.compute"), pytest.raises(InputError, match="bytes too short"):
         compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executors.threads(1), limits=limits)
     started = {tuple(record.updates) for record in caplog.records if record.message == "tile begins"}
     # Two of nineteen ledger chunks are in flight.

@@ -196,7 +196,7 @@ def test_the_log_holds_the_system_step_by_step(tmp_path, method, container):
         ({"steps": 0}, "do not form a trajectory"),
         ({"learning_rate": -0.1}, "do not form a trajectory"),
         ({"learning_rate": np.inf}, "do not form a trajectory"),
-        ({"learning_rate": 3.0}, "(?s)Euler steps of learning rate 3.0 grow.*smaller learning rate"),
+        ({"learning_rate": 3.0}, "(?s)Euler steps with learning rate 3.0 grow.*smaller learning rate"),
         ({"container": "pt"}, "unknown container 'pt'"),
     ],
 )

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from natgrad.ingestion import Extent
 from natgrad.schema.layout import Layout
-from natgrad.store import Trajectory, checksum
+from natgrad.store import checksum, open_trajectory
+from opened import create_trajectory
 
 pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
@@ -29,7 +30,7 @@ def restarted_runs(draw):
 def test_updates_are_counted_as_the_trajectory_has_them(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("extent") / "trajectory.zarr"
     dtypes = {"parameter": "float32", "gradient": "float32"}
-    trajectory = Trajectory.create(path, Layout.from_shapes({"a": ((2,), "float32")}), dtypes, (16, 2))
+    trajectory = create_trajectory(path, Layout.from_shapes({"a": ((2,), "float32")}), dtypes, (16, 2))
     states = np.zeros((len(rows), 2), np.uint32)
     for name in dtypes:
         trajectory.write(name, 0, 0, states)
@@ -37,7 +38,7 @@ def test_updates_are_counted_as_the_trajectory_has_them(tmp_path_factory, rows):
     numbers = np.ones(len(rows))
     sums = {name: [[checksum(state)] for state in states] for name in dtypes}
     trajectory.commit(steps, {"loss": numbers, "learning_rate": numbers}, [{}] * len(rows), sums, attempts)
-    extent = Extent.of(Trajectory(path))
+    extent = Extent.of(open_trajectory(path))
     assert extent == Extent(tuple(("", *row) for row in rows))
     assert extent.attempts == max(attempts) + 1
     for attempt in (None, *range(extent.attempts)):

@@ -182,7 +182,7 @@ def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(ingest, tmp
     ingest(log, tmp_path / "once" / "trajectory.zarr")
     once = open_trajectory(tmp_path / "once" / "trajectory.zarr")
     assert open_trajectory(store).fingerprint() == once.fingerprint()
-    assert content(store, commits=False) == content(once.path, commits=False)
+    assert content(store, commits=False) == content(once.storage.local_path, commits=False)
 
 
 def test_an_ingest_of_nothing_new_opens_no_step_and_changes_no_file(log, store, opened):
@@ -545,7 +545,7 @@ def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, con
     assert summary.warnings == [
         "loss is missing or NaN in 2 of 4 steps: results that need it are NaN with status unverifiable",
         "learning_rate is missing or NaN in 4 of 4 steps: "
-        "give it with --learning-rate; without it no metric exists",
+        "pass it with --learning-rate; without it no metric exists",
     ]
     loss = [states[0]["loss"], np.nan, states[2]["loss"], np.nan]
     np.testing.assert_array_equal(open_trajectory(store).scalar("loss"), loss)
@@ -579,14 +579,15 @@ ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 WAITING_INGEST = """
 import sys
-from pathlib import Path
+from natgrad.ingestion import ingest
+from natgrad.storage import open_storage
 
 def wait(done, total):
     sys.stdout.write("writing\\n")
     sys.stdout.flush()
     sys.stdin.readline()
 
-ingest(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+ingest([open_storage(sys.argv[1])], open_storage(sys.argv[2]), progress=wait)
 """
 
 
@@ -614,7 +615,9 @@ def test_a_second_writer_is_refused_while_the_first_is_at_work_and_readers_are_n
 KILLED_INGESTS = """
 import os, signal, sys, time
 from pathlib import Path
+from natgrad.ingestion import ingest
 from natgrad.schema.layout import IngestLimits
+from natgrad.storage import open_storage
 
 os.fsync = lambda descriptor: None
 limits = IngestLimits(chunk_elements=int(sys.argv[3]), commit_bytes=1)
@@ -637,7 +640,7 @@ def run(name, last_change=None, delay=None):
 
         sys.addaudithook(watch)
         os.write(ready, b"!")
-        ingest(log, folder / name / "trajectory.zarr", limits=limits)
+        ingest([open_storage(log)], open_storage(folder / name / "trajectory.zarr"), limits=limits)
         (folder / (name + ".changes")).write_text(str(changes))
         os._exit(0)
     os.read(started, 1)

@@ -16,7 +16,7 @@ from natgrad.app.run import Analysis, analyze_run, ingest_run, report_run
 from natgrad.compute.plan import PlanLimits
 from natgrad.results import dataset as results
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import LAYOUT_VERSION, IngestLimits, storage_dtype
+from natgrad.schema.layout import IngestLimits, storage_dtype
 from natgrad.schema.variables import Status
 from natgrad.store import open_ledger, open_trajectory
 from opened import read_results
@@ -261,20 +261,6 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
     spans = trajectory.spans()
     for row, (step, attempt, _) in enumerate(everything[1:]):
         assert spans[row] == ((step - everything[row][0]) if attempt == everything[row][1] else 0)
-
-
-def test_a_store_of_the_version_before_is_read_and_goes_on_as_one_of_this(log, out):
-    states, second = random_walk(8), random_walk(8, seed=1)
-    ingest_run(log_steps(log, states, range(5)), out)
-    store = RunFolder.of(out).trajectory
-    shutil.rmtree(store / "attempt")
-    document = (store / "zarr.json").read_text()
-    (store / "zarr.json").write_text(document.replace(f'"version": {LAYOUT_VERSION}', '"version": 1'))
-    assert open_trajectory(store).scalar("attempt").tolist() == [0] * 5
-    analyze_run(out, SERIAL)
-    ingest_run(log_steps(log, second, range(3, 8)), out)
-    assert (store / "zarr.json").read_text() == document
-    assert [row[:2] for row in held(out)] == [*((n, 0) for n in range(5)), *((n, 1) for n in range(3, 8))]
 
 
 # Many runs -----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_a_storage_that_a_package_registers_holds_a_run(in_memory, tmp_path):
         run.analyze_run(given_out, Serial())
     logs.write_log(log, states)
     for given_out in (out, tmp_path / "out"):
-        assert run.ingest_run(log, given_out)["new_steps"] == 3
+        assert run.ingest_run(log, given_out).new_steps == 3
         run.analyze_run(given_out, Serial())
         run.report_run([given_out])
     assert verify_run(out) == []
@@ -80,7 +80,7 @@ def test_a_log_is_read_from_a_storage_that_a_package_registers(in_memory, tmp_pa
     log = logs.write_log(tmp_path / "log", logs.random_walk(4))
     for file in log.iterdir():
         (open_storage(in_memory) / "log" / file.name).put(file.read_bytes())
-    assert run.ingest_run(f"{in_memory}/log", tmp_path / "out")["new_steps"] == 4
+    assert run.ingest_run(f"{in_memory}/log", tmp_path / "out").new_steps == 4
 
 
 def test_a_url_whose_slashes_were_collapsed_is_repaired(in_memory):

@@ -123,7 +123,7 @@ def test_a_full_disk_is_told_and_what_was_committed_is_kept_and_a_rerun_complete
 def test_a_read_only_disk_is_told_and_what_was_committed_is_kept(tmp_path, log, undisturbed):
     (told, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
     assert (told, kept) == ("no error", f"{STEPS}|[]")
-    assert again.startswith("the disk is read-only")
+    assert again.startswith("the file system is read-only")
     assert stores == undisturbed
 
 
@@ -140,7 +140,7 @@ def test_a_limit_on_the_size_of_files_is_told_by_the_command(tmp_path, log):
     command = [sys.executable, "-c", LIMITED, "50000", "ingest", log, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "natgrad: a file becomes too large: File too large" in done.stderr
+    assert "natgrad: a file would become too large: File too large" in done.stderr
     assert "ulimit -f" in done.stderr
     assert "Traceback" not in done.stderr
     assert ingest(log, tmp_path / "out" / "trajectory.zarr").new_steps == STEPS

@@ -576,7 +576,7 @@ def test_a_bucket_that_is_not_there(s3_server, tmp_path):
     ) as refusal:
         run.ingest_run(log, "s3://nowhere/run")
     assert not isinstance(refusal.value, Unavailable)
-    assert "make the bucket" in refusal.value.remedy
+    assert "create the bucket" in refusal.value.remedy
 
 
 @pytest.fixture

@@ -643,7 +643,8 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
 
 
 def _schemes() -> list[str]:
-    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))})
+    names = {*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))}
+    return [f"{name}://" for name in sorted(names)]
 
 
 def _opener(scheme: str) -> Opener | None:
