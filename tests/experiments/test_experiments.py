@@ -83,7 +83,7 @@ def test_the_lyapunov_matrix_solves_the_equation_of_the_paper(dynamics):
 
 
 @given(systems, st.sampled_from([1.0, -1.0]))
-def test_the_call_that_suggests_itself_does_not_solve_it(dynamics, sign):
+def test_the_obvious_call_does_not_solve_it(dynamics, sign):
     naive = solve_continuous_lyapunov(dynamics, sign * np.eye(len(dynamics)))
     assert residual(dynamics, naive) > residual_bound(dynamics, naive)
 
@@ -472,7 +472,7 @@ def test_idx_files_are_read_plain_or_packed(tmp_path, joint, packed):
         ({"labels": idx(LABELS + np.uint8(1))}, "label 10 is not a digit"),
     ],
 )
-def test_an_idx_file_that_is_not_whole_or_not_of_mnist_is_refused(tmp_path, files, message):
+def test_an_incomplete_or_foreign_idx_file_is_rejected(tmp_path, files, message):
     write_idx(tmp_path, **files)
     with pytest.raises(InputError, match=message):
         load_digits(tmp_path)
@@ -551,7 +551,7 @@ def test_the_demonstration_is_small_and_a_second_run_leaves_it_alone(demo_logs, 
     assert {path: path.stat() for path in folder.rglob("*")} == before
 
 
-def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatch):
+def test_an_interrupted_demonstration_is_completed(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "load_digits", lambda: toy_digits(1200))
     monkeypatch.setattr(
         demo, "log_feedback_alignment", lambda log, **options: log_feedback_alignment(log, steps=2, **options)
@@ -570,7 +570,7 @@ def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatc
     assert len(list(logs["linear-euler"].iterdir())) == 301
 
 
-def test_without_the_images_the_demonstration_logs_the_linear_system_and_says_how_to_get_the_rest(
+def test_without_images_the_demonstration_logs_the_linear_system_with_a_hint(
     tmp_path, demo_logs, monkeypatch, caplog
 ):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
@@ -599,7 +599,7 @@ def test_every_documented_command_logs(tmp_path, monkeypatch):
         assert len(list(Path(arguments[1]).rglob("step_1.safetensors"))) >= 1
 
 
-def test_the_command_line_trains_on_idx_files_and_says_what_came_of_it(tmp_path):
+def test_the_command_line_trains_on_idx_files_and_reports_the_outcome(tmp_path):
     write_idx(tmp_path)
     arguments = ["feedback-alignment", str(tmp_path / "log"), "--digits", str(tmp_path), "--images", "8"]
     arguments += [
@@ -622,7 +622,7 @@ def test_the_command_line_trains_on_idx_files_and_says_what_came_of_it(tmp_path)
     assert (rates == 0.1).all()
 
 
-def test_bad_input_on_the_command_line_exits_with_2_and_says_why(tmp_path, monkeypatch, capsys):
+def test_bad_input_on_the_command_line_exits_with_2_and_a_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiments", "linear-system", str(tmp_path), "--method", "heun"])
     with pytest.raises(SystemExit) as exit:
         command_line.main()

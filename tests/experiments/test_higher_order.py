@@ -234,7 +234,7 @@ def models(logs, tmp_path_factory):
     return {name: tree["model"].to_dataset() for name, tree in trees.items()}
 
 
-def test_the_logs_are_one_trajectory_seen_twice(logs):
+def test_both_logs_describe_one_trajectory(logs):
     folder, followed = logs
     assert set(followed) == set(RUNS)
     assert {path.name for path in folder.iterdir()} == {
@@ -287,7 +287,7 @@ def test_the_documented_counts_are_those_of_the_results(models):
         assert list(map(int, counts)) == found
 
 
-def test_where_the_loss_rises_the_discrete_gradient_says_so_and_the_energy_does_not(models):
+def test_the_discrete_gradient_shows_a_rise_of_the_loss_but_not_of_the_energy(models):
     for run in RUNS:
         alone = models[f"{run}-loss"].sel(window=1, descent="corrected")
         rises = alone["loss_decrease"] < 0
@@ -320,7 +320,7 @@ def test_rules_whose_energy_is_not_known_to_decrease_are_refused():
         Adam(objective, decay=0.99, square_decay=0.9)
 
 
-def test_the_command_line_logs_what_is_asked_for(tmp_path):
+def test_the_command_line_logs_the_requested_rules(tmp_path):
     arguments = ["higher-order", str(tmp_path), "--rule", "nesterov", "--objective", "quadratic", "--steps", "3"]
     answer = CliRunner().invoke(command_line.app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0

@@ -109,7 +109,7 @@ def test_every_row_of_the_model_is_the_pair_of_whole_vectors_and_time(runs, rule
         assert tensor.isel(step=step)["angle"] == pytest.approx(float(geometry.angle(pair_of(y, g))), abs=1e-13)
 
 
-def test_steepest_descent_on_the_loss_as_it_stands_need_not_descend_the_loss_that_moves(runs):
+def test_steepest_descent_on_the_current_loss_may_not_decrease_the_moving_loss(runs):
     _, _, tree = runs["gradient"]
     tensor, model = at(tree, "tensor").sel(tensor="theta"), at(tree, "model")
     assert (tensor["status"] == Status.EFFECTIVE).all()
@@ -119,7 +119,7 @@ def test_steepest_descent_on_the_loss_as_it_stands_need_not_descend_the_loss_tha
     assert 0.2 < float(model["effective"][100:].mean()) < 0.8
 
 
-def test_a_rule_that_knows_the_motion_is_effective_throughout_though_it_climbs_the_loss_as_it_stands(runs):
+def test_the_tracking_rule_is_effective_even_if_it_climbs_the_current_loss(runs):
     _, _, tree = runs["tracking"]
     tensor, model = at(tree, "tensor").sel(tensor="theta"), at(tree, "model")
     assert (model["status"] == Status.EFFECTIVE).all()
@@ -164,7 +164,7 @@ def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_i
     assert (model["update_norm"] ** 2).values == pytest.approx(squares.values, rel=10 * U)
 
 
-def test_what_a_hessian_of_the_parameters_alone_would_say_is_not_said(tmp_path):
+def test_results_of_the_hessian_of_the_parameters_alone_are_omitted(tmp_path):
     states = random_walk(6)
     for state in states:
         state |= {key.replace("gradient/", "hvp/"): value for key, value in state.items() if "gradient/" in key}
@@ -215,7 +215,7 @@ def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, option
     assert not (tmp_path / "log").exists()
 
 
-def test_the_command_line_logs_the_rule_asked_for(tmp_path):
+def test_the_command_line_logs_the_requested_rule(tmp_path):
     arguments = ["moving-target", str(tmp_path / "log"), "--rule", "tracking", "--steps", "4"]
     answer = CliRunner().invoke(command_line.app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0

@@ -115,7 +115,7 @@ def random_bits(steps, dtype, tensors=TENSORS, seed=0):
     ("dtype", "container"),
     [case for case in itertools.product(DTYPES, ["safetensors", "npz"]) if case != ("bfloat16", "npz")],
 )
-def test_every_dtype_lands_bit_for_bit(ingest, log, store, dtype, container):
+def test_each_dtype_is_stored_bit_for_bit(ingest, log, store, dtype, container):
     states = random_bits(5, dtype)
     summary = ingest(write_log(log, states, container=container), store)
     assert_holds(store, states)
@@ -168,7 +168,7 @@ def opened(monkeypatch):
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 5])
-def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(ingest, tmp_path, log, store, opened, first):
+def test_two_ingests_give_the_same_bytes_as_one(ingest, tmp_path, log, store, opened, first):
     states = random_walk(8)
     write_log(log, states[:first])
     ingest(log, store)
@@ -195,7 +195,7 @@ def test_an_ingest_of_nothing_new_opens_no_step_and_changes_no_file(log, store, 
     assert content(store) == before
 
 
-def test_steps_that_the_run_cleared_away_stay_ingested(log, store):
+def test_steps_deleted_from_the_log_remain_ingested(log, store):
     states = random_walk(6)
     ingest(write_log(log, states[:3]), store)
     shutil.rmtree(log)
@@ -203,7 +203,7 @@ def test_steps_that_the_run_cleared_away_stay_ingested(log, store):
     assert_holds(store, states)
 
 
-def test_a_touched_file_of_the_same_content_is_accepted(ingest, log, store, opened):
+def test_a_touched_file_with_the_same_content_is_accepted(ingest, log, store, opened):
     states = random_walk(5)
     ingest(write_log(log, states[:4]), store)
     before = content(store)
@@ -259,7 +259,7 @@ def test_a_step_before_the_last_ingested_one_is_refused(log, store):
     assert_holds(store, states)
 
 
-def test_starting_anew_from_a_bad_log_keeps_what_was_there(log, store):
+def test_overwriting_from_a_bad_log_keeps_the_old_trajectory(log, store):
     states = random_walk(4)
     ingest(write_log(log, states), store)
     (log / "step_2.safetensors").write_bytes(b"")
@@ -268,7 +268,7 @@ def test_starting_anew_from_a_bad_log_keeps_what_was_there(log, store):
     assert_holds(store, states)
 
 
-def test_a_folder_that_is_no_trajectory_is_kept(log, store):
+def test_a_folder_that_is_not_a_trajectory_is_kept(log, store):
     store.mkdir(parents=True)
     (store / "thesis.tex").write_text("years of work")
     write_log(log, random_walk(2))
@@ -285,7 +285,7 @@ def test_a_folder_that_is_no_trajectory_is_kept(log, store):
     "numbers",
     [[0], [7], [0, 1, 2], [5, 6, 7], [0, 10, 20, 30], [3, 103], [1000, 1500, 2000]],
 )
-def test_steps_logged_evenly_are_taken(log, store, numbers):
+def test_evenly_spaced_steps_are_ingested(log, store, numbers):
     states = random_walk(len(numbers))
     ingest(write_log(log, states, numbers), store)
     assert_holds(store, states, numbers)
@@ -300,7 +300,7 @@ def test_steps_logged_evenly_are_taken(log, store, numbers):
         ([0, 10, 20, 25, 30, 40, 50], "the steps are not evenly spaced: steps are 10 apart, but 25 follows 20", 25),
     ],
 )
-def test_a_gap_is_refused_by_name_and_kept_where_it_is_allowed(log, store, numbers, what, file):
+def test_a_gap_is_rejected_unless_gaps_are_allowed(log, store, numbers, what, file):
     states = random_walk(len(numbers))
     write_log(log, states, numbers)
     with pytest.raises(InputError, match=what) as caught:
@@ -313,7 +313,7 @@ def test_a_gap_is_refused_by_name_and_kept_where_it_is_allowed(log, store, numbe
 
 
 @pytest.mark.parametrize(("before", "after"), [([0, 1, 2], [4]), ([0, 10], [11]), ([0, 1], [3, 5])])
-def test_a_gap_to_what_was_ingested_before_is_refused(log, store, before, after):
+def test_a_gap_after_the_ingested_steps_is_rejected(log, store, before, after):
     states = random_walk(len(before) + len(after))
     ingest(write_log(log, states[: len(before)], before), store)
     write_log(log, states[len(before) :], after)
@@ -428,7 +428,7 @@ DAMAGES = [("safetensors", damage_truncated), ("npz", damage_truncated), ("npz",
 @pytest.mark.parametrize(("container", "damage"), DAMAGES)
 @pytest.mark.parametrize("bad", [0, 4, 6])
 @pytest.mark.parametrize("out_is_there", [False, True])
-def test_a_damaged_file_leaves_nothing_that_a_good_run_trips_over(
+def test_a_damaged_file_does_not_affect_the_next_run(
     ingest, tmp_path, log, store, container, damage, bad, out_is_there
 ):
     states = random_walk(7)
@@ -497,7 +497,7 @@ def test_a_file_that_changes_between_description_and_reading_is_refused(log, sto
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_is_ingested_and_warned_of_by_name(ingest, log, store, caplog, dtype, value):
+def test_a_gradient_that_is_not_finite_is_ingested_with_a_warning(ingest, log, store, caplog, dtype, value):
     states = random_walk(5, dtype=dtype)
     states[2]["gradient/layer.weight"][3, 1] = value
     states[4]["parameter/scale"] = np.asarray(value, DTYPES[dtype])
@@ -511,7 +511,7 @@ def test_a_gradient_that_is_not_finite_is_ingested_and_warned_of_by_name(ingest,
     assert [record.getMessage() for record in caplog.records if record.name == "natgrad.ingestion"] == [warning]
 
 
-def test_a_diverged_run_is_warned_of_in_one_line(log, store):
+def test_a_diverged_run_causes_one_warning(log, store):
     states = random_walk(9)
     for state in states[2:]:
         state["gradient/layer.bias"][:] = np.nan
@@ -535,7 +535,7 @@ def test_the_largest_numbers_are_finite(log, store, dtype):
 
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, container):
+def test_missing_scalars_cause_warnings_with_their_consequences(log, store, container):
     states = random_walk(4)
     for state in states:
         del state["learning_rate"]
@@ -552,14 +552,14 @@ def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, con
     np.testing.assert_array_equal(open_trajectory(store).scalar("learning_rate"), np.nan)
 
 
-def test_keys_that_are_not_used_are_warned_of(log, store):
+def test_unused_keys_cause_a_warning(log, store):
     states = random_walk(3)
     states[1]["accuracy"] = np.float64(0.5)
     (warning,) = ingest(write_log(log, states), store).warnings
     assert warning == "1 keys are not used; the first is 'accuracy' (in step_1.safetensors)"
 
 
-def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_where_they_came_late(log, store):
+def test_optional_scalars_are_stored_or_reported_if_they_are_logged_too_late(log, store):
     states = random_walk(4)
     states[1]["hessian_min_eigenvalue"] = np.float64(-0.5)
     ingest(write_log(log, states[:3]), store)
@@ -591,7 +591,7 @@ ingest([open_storage(sys.argv[1])], open_storage(sys.argv[2]), progress=wait)
 """
 
 
-def test_a_second_writer_is_refused_while_the_first_is_at_work_and_readers_are_not(log, store):
+def test_a_second_writer_is_rejected_but_readers_are_not(log, store):
     states = random_walk(3)
     write_log(log, states)
     command = [sys.executable, "-c", WAITING_INGEST, str(log), str(store)]

@@ -96,7 +96,7 @@ def alone(folder, states, numbers, ingest=ingest_run, **options):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["overwritten", "second folder"])
-def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_path, log, out, elsewhere):
+def test_a_restarted_run_continues_as_a_new_attempt(ingest_run, tmp_path, log, out, elsewhere):
     first, second = random_walk(10), random_walk(13, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     folder = tmp_path / "restarted" if elsewhere else log
@@ -129,7 +129,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_pat
     assert ingest_run(folder, out).new_steps == 0
 
 
-def test_no_window_reaches_across_a_restart(tmp_path, log, out):
+def test_no_window_spans_a_restart(tmp_path, log, out):
     ingest_run(log_steps(log, random_walk(6), range(6)), out)
     ingest_run(log_steps(log, random_walk(9, seed=1), range(4, 9)), out)
     analyze_run(out, Analysis(workers=1, windows=(1, 2, 3)))
@@ -143,7 +143,7 @@ def test_no_window_reaches_across_a_restart(tmp_path, log, out):
             assert (np.isnan(at[name]) == unverifiable).all(), name
 
 
-def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(ingest_run, log, out):
+def test_a_restarted_run_is_followed_before_it_reaches_its_former_end(ingest_run, log, out):
     first, second = random_walk(10), random_walk(12, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     log_steps(log, second, [5])
@@ -185,7 +185,7 @@ def test_a_change_in_the_middle_is_refused_by_name_and_nothing_is_written(log, o
     assert [row[:2] for row in held(out)] == [row[:2] for row in before]
 
 
-def test_another_run_is_refused_and_one_begun_anew_in_its_place_is_an_attempt(tmp_path, log, out):
+def test_another_run_is_rejected_but_a_run_restarted_from_the_first_step_is_an_attempt(tmp_path, log, out):
     ingest_run(log_steps(log, random_walk(4), range(4)), out)
     other = log_steps(tmp_path / "other", random_walk(5, seed=1), range(5))
     with pytest.raises(InputError, match="step 0 is already ingested, with "):
@@ -294,7 +294,7 @@ def test_a_sweep_is_the_results_of_its_runs_on_an_axis_of_their_own(tmp_path, ou
     report_run([out])
 
 
-def test_runs_that_go_on_after_others_lose_no_update(tmp_path, out):
+def test_runs_that_continue_after_others_lose_no_update(tmp_path, out):
     sweep = tmp_path / "sweep"
     ingest_run(write_sweep(sweep, [3, 4]), out, sweep=True)
     assert ingest_run(sweep, out, sweep=True).new_steps == 0

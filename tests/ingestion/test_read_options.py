@@ -52,7 +52,7 @@ MAPPING = {"parameter": "net/parameter", "gradient": "net/gradient", "loss": "my
         ({"mapping": MAPPING}, {"mapping": {"loss": "loss"}}, "created with --map loss=my_loss, but --map loss="),
     ],
 )
-def test_another_reading_is_refused_and_changes_nothing(tmp_path, out, made, given, told):
+def test_changed_read_options_are_rejected_and_change_nothing(tmp_path, out, made, given, told):
     log = write_log(tmp_path / "log", renamed(random_walk(STEPS - 2)))
     ingest(log, out, **made)
     before = held(out)
@@ -70,7 +70,7 @@ def test_another_reading_is_refused_and_changes_nothing(tmp_path, out, made, giv
 
 
 @pytest.mark.parametrize("said", ["nothing", "a part", "all"])
-def test_a_run_goes_on_as_it_was_begun(tmp_path, out, said):
+def test_a_run_resumes_with_its_original_read_options(tmp_path, out, said):
     options = {"mapping": MAPPING, "shift": {"loss": 1, "gradient": -1}}
     log = write_log(tmp_path / "log", renamed(random_walk(STEPS - 2)))
     ingest(log, out, **options)
@@ -83,7 +83,7 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path, out, said):
     assert ingest(log, out).new_steps == 0
 
 
-def test_what_was_said_is_known(tmp_path):
+def test_stored_read_options_are_described(tmp_path):
     log = write_log(tmp_path / "log", random_walk(STEPS))
     run.ingest_run(log, tmp_path / "plain")
     assert not {"map", "shift"} & set(describe_run(tmp_path / "plain"))
@@ -92,7 +92,7 @@ def test_what_was_said_is_known(tmp_path):
     assert (described["map"], described["shift"]) == ({"loss": "loss"}, {"loss": -1})
 
 
-def test_a_scalar_that_lies_in_the_file_of_a_later_step_comes_later(tmp_path, out):
+def test_a_shifted_scalar_is_available_one_step_later(tmp_path, out):
     log = write_log(tmp_path / "log", random_walk(STEPS - 2))
     ingest(log, out, shift={"loss": -1})
     write_log(tmp_path / "log", random_walk(STEPS)[-2:], range(STEPS - 2, STEPS))
@@ -118,7 +118,7 @@ def write_tensors(folder, states):
     return write_log(folder, [{k: v for k, v in state.items() if "/" in k} for state in states])
 
 
-def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
+def test_options_of_a_run_file_are_compared_by_path(tmp_path, out):
     states = random_walk(STEPS)
     write_tensors(tmp_path / "log", states)
     write_scalars(tmp_path, states)
@@ -140,7 +140,7 @@ def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
     assert ingest(file, out).new_steps == 0
 
 
-def test_keys_of_a_log_of_scalars_are_not_looked_for_in_tensors(tmp_path, out):
+def test_keys_of_a_scalar_log_do_not_apply_to_tensors(tmp_path, out):
     """The folder of a restarted run is given alone, and goes on with what was said of its own kind."""
     states = random_walk(STEPS)
     log = write_tensors(tmp_path / "log", [{f"net/{k}": v for k, v in state.items()} for state in states[:5]])
@@ -155,7 +155,7 @@ def test_keys_of_a_log_of_scalars_are_not_looked_for_in_tensors(tmp_path, out):
     assert ingest(again, out).attempts == 2
 
 
-def test_keys_of_scalars_of_one_source_are_not_given_to_another(tmp_path, out):
+def test_scalar_keys_of_a_single_source_do_not_apply_to_several_sources(tmp_path, out):
     states = [{**state, "my_loss": state["loss"]} for state in random_walk(STEPS)]
     log = write_log(tmp_path / "log", states)
     ingest(log, out, mapping={"loss": "my_loss"})

@@ -151,7 +151,7 @@ def gram_bound(run):
 # From the log to the ledger -----------------------------------------------------------------------------------
 
 
-def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
+def test_the_store_contains_each_logged_replicate(run, out):
     states = open_trajectory(RunFolder.of(out).trajectory)
     assert (states.replicates, states.array_dtypes["replicate_hvp"]) == (COUNT, "float32")
     for name in ("replicate_parameter", "replicate_hvp"):
@@ -165,7 +165,7 @@ def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
     assert group["replicate_parameter"].metadata.dimension_names == ("step", "replicate", "element")
 
 
-def test_the_ledger_of_a_log_is_that_of_the_arrays_in_memory(run, out):
+def test_the_ledger_of_a_log_equals_that_of_arrays_in_memory(run, out):
     book = open_ledger(RunFolder.of(out).ledger)
     assert book.replicate_vectors == replicate_vectors(COUNT, hvp=True)
     found, expected, bound = book.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
@@ -295,7 +295,7 @@ def bits(ledger):
     return [array.tobytes() for array in (*book.read(), *book.steps(), np.concatenate(chunks))]
 
 
-def test_a_run_that_grew_costs_its_new_rows_and_has_the_bits_of_one_pass(tmp_path):
+def test_a_longer_run_computes_only_new_updates_with_the_bits_of_one_pass(tmp_path):
     arrays = drawn_arrays()
     whole = write_trajectory(tmp_path / "whole.zarr", arrays, CUT, (1, 40))
     compute_ledger(whole, tmp_path / "at_once.zarr", limits=SMALL)
@@ -354,7 +354,7 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
         assert np.abs(found[row, tensor] - expected).max() <= bound * largest**2
 
 
-def test_a_run_without_replicates_knows_nothing_of_them(tmp_path):
+def test_a_run_without_replicates_has_no_replicate_results(tmp_path):
     tree = process(record(tmp_path / "log", noisy_run(steps=3), only=()), tmp_path / "out")
     assert "replicates" not in tree
     assert not [path for path in (tmp_path / "out").rglob("*replicate*")]
@@ -429,7 +429,7 @@ def test_every_format_gives_the_same_trajectory(run, out, tmp_path, write):
     assert states.dtypes == others.dtypes
 
 
-def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
+def test_replicates_are_mapped_by_key(run, out, tmp_path):
     names = {"replicate_parameter": "draws/theta", "replicate_hvp": "draws/bent", "replicate_loss": "draws/loss"}
     steps = [
         {
@@ -447,7 +447,7 @@ def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
             ingest(log, tmp_path / "other.zarr", mapping={quantity: "elsewhere"})
 
 
-def test_replicates_may_lie_in_a_log_of_their_own(run, out, tmp_path):
+def test_replicates_may_be_in_a_separate_log(run, out, tmp_path):
     logs = []
     for name in ("states", "draws"):
         parts = [
@@ -540,7 +540,7 @@ def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_pat
         ({"parameter": {"theta": np.ones((3, 2), int)}}, "cannot be recorded"),
     ],
 )
-def test_the_recorder_writes_no_replicates_that_do_not_fit(tmp_path, replicates, message):
+def test_the_recorder_rejects_replicates_that_do_not_fit(tmp_path, replicates, message):
     theta = {"theta": np.ones(2)}
     with pytest.raises(InputError, match=message):
         Recorder(tmp_path).record(0, parameter=theta, gradient=theta, replicates=replicates)
@@ -697,7 +697,7 @@ def test_replicates_of_each_tensor_are_per_its_own_learning_rate(out):
         assert tree["tensor"].to_dataset().sel(tensor=tensor).identical(expected.sel(tensor=tensor))
 
 
-def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):
+def test_an_update_within_rounding_is_not_an_update(tmp_path):
     run = noisy_run(dtype="float64", noise=1e-3)
     # Updates by one unit in the last place of a float32, at most.
     run["parameter"] = run["parameter"].astype(np.float32)
@@ -741,7 +741,7 @@ def test_replicates_of_states_alone_lack_what_needs_hvps_and_losses(run, out, tm
 # Before and after ---------------------------------------------------------------------------------------------
 
 
-def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
+def test_inspect_and_describe_count_and_size_replicates(log, out):
     found = inspect_source([log])
     assert found.holds["replicate_parameter"] == f"{COUNT} replicates of {len(SHAPES)} tensors"
     assert found.holds["replicate_loss"] == f"{COUNT} replicates"

@@ -99,13 +99,13 @@ def before(both):
     return found["version"]
 
 
-def test_every_byte_is_that_of_a_folder(both):
+def test_all_bytes_equal_those_of_a_folder(both):
     here, there = map(content, both[:2])
     assert len(here) > 100
     assert there == here
 
 
-def test_every_commit_is_a_version_that_says_what_it_brought(both):
+def test_each_commit_is_a_version_that_describes_its_changes(both):
     assert [row["message"] for row in versions(both[1])] == [
         "results of both: 8 updates",
         "ledger of both: 1 of 1 chunks computed",
@@ -123,7 +123,7 @@ def test_every_commit_is_a_version_that_says_what_it_brought(both):
     assert times[0].tzinfo is not None
 
 
-def test_an_old_version_is_what_it_was(both, before):
+def test_an_old_version_does_not_change(both, before):
     then = open_trajectory("s3://bucket/both/trajectory.zarr", before)
     kept = open_trajectory(both[2] / "trajectory.zarr")
     assert (then.n_states, then.fingerprint()) == (12, kept.fingerprint())
@@ -137,7 +137,7 @@ def test_an_old_version_is_what_it_was(both, before):
     assert verify_run(both[1], before) == verify_run(both[1]) == []
 
 
-def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
+def test_a_version_is_selected_by_identifier_tag_or_time(s3_server, both, before):
     repository = opened(s3_server, both[1])
     repository.create_tag("paper", before)
     assert {"paper"} == {tag for row in versions(both[1]) if row["version"] == before for tag in row["tags"]}
@@ -151,7 +151,7 @@ def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
         assert "natgrad versions OUT" in refusal.value.remedy
 
 
-def test_an_old_version_is_only_read(both, before):
+def test_an_old_version_is_read_only(both, before):
     path = open_out(both[1], version=before)
     for work in (
         lambda: run.ingest_run("any", path),
@@ -167,7 +167,7 @@ def test_an_old_version_is_only_read(both, before):
     assert not [name for name in both[1].list() if name.endswith(".lock")]
 
 
-def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch):
+def test_the_commands_accept_versions(both, before, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
 
     def said(*words):
@@ -185,7 +185,7 @@ def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch)
     assert (tmp_path / "then.html").read_text() == (tmp_path / "kept.html").read_text()
 
 
-def test_icechunk_and_what_reads_zarr_open_it(s3_server, both, before):
+def test_icechunk_and_zarr_readers_open_a_repository(s3_server, both, before):
     repository = opened(s3_server, both[1])
     for version, folder in (({"branch": "main"}, both[0]), ({"snapshot_id": before}, both[2])):
         store = repository.readonly_session(**version).store
@@ -200,13 +200,13 @@ def test_icechunk_and_what_reads_zarr_open_it(s3_server, both, before):
         assert list(records) == [file.read_text() for file in files]
 
 
-def test_what_comes_to_the_same_is_no_version(both):
+def test_unchanged_data_create_no_version(both):
     before = versions(both[1])
     run.analyze_run(both[1], Serial())
     assert versions(both[1]) == before
 
 
-def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
+def test_overwriting_starts_from_scratch_and_keeps_old_versions(s3_server, url, tmp_path):
     states = logs.random_walk(9)
     log = logs.write_log(tmp_path / "log", states[:4])
     run.ingest_run(log, url, store="icechunk")
@@ -243,7 +243,7 @@ def test_worker_processes_read_the_version_that_is_computed(url, tmp_path):
     assert versions(url)[0]["message"].startswith("ledger of ")
 
 
-def test_a_reader_sees_what_is_committed(url):
+def test_a_reader_sees_new_commits(url):
     store = written(url, rows=2)
     reader = open_trajectory(store)
     with store.lock("trajectory") as path:
@@ -285,7 +285,7 @@ run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk", limits=limits)
 """
 
 
-def test_a_run_that_is_killed_goes_on(url, tmp_path):
+def test_a_killed_run_is_resumed(url, tmp_path):
     """Killed when the second record is written, and before it is committed."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     done = subprocess.run([sys.executable, "-c", KILLED, str(log), str(url), "2"], check=False)
@@ -349,7 +349,7 @@ def test_two_writers_of_a_trajectory(held, url):
     assert run.ingest_run(log, url).new_steps == 0
 
 
-def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
+def test_a_ledger_is_written_while_a_trajectory_is_written(held, url, tmp_path):
     process, log = held
     stores = str(url / "trajectory.zarr"), str(url / "ledger.zarr")
     assert compute_ledger(*stores).n_updates == 3
@@ -412,7 +412,7 @@ def test_documents_have_the_names_of_files(url):
             (folder / "00000008.json").get()
 
 
-def test_what_a_commit_writes_does_not_grow_with_the_run(url):
+def test_the_size_of_a_commit_does_not_grow_with_the_run(url):
     """A manifest lists some chunks, though the array has more: those of 64 random float32 are kept in it."""
     rows, elements = 600, 64
     store = written(url, rows=rows, elements=elements, chunk=(1, elements))
@@ -431,7 +431,7 @@ def test_what_a_commit_writes_does_not_grow_with_the_run(url):
 # Refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_no_repository(tmp_path):
+def test_a_folder_cannot_be_a_repository(tmp_path):
     with pytest.raises(InputError, match="a folder cannot be an Icechunk repository") as refusal:
         run.ingest_run("any", tmp_path / "out", store="icechunk")
     assert "804 and 1494" in refusal.value.why
@@ -441,7 +441,7 @@ def test_a_folder_is_no_repository(tmp_path):
     assert "plain, icechunk" in refusal.value.remedy
 
 
-def test_what_is_stored_otherwise_is_refused(url, tmp_path):
+def test_another_kind_of_store_is_rejected(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     run.ingest_run(log, url / "plain", store="plain")
     run.ingest_run(log, url / "versions", store="icechunk")
@@ -458,7 +458,7 @@ def test_what_is_stored_otherwise_is_refused(url, tmp_path):
             assert "attempts" in refusal.value.why
 
 
-def test_what_is_refused_makes_no_repository(url, tmp_path):
+def test_rejected_input_creates_no_repository(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     (log / "step_1.safetensors").write_bytes(b"no")
     with pytest.raises(InputError):
@@ -466,7 +466,7 @@ def test_what_is_refused_makes_no_repository(url, tmp_path):
     assert url.list() == []
 
 
-def test_a_place_where_something_else_is(url, tmp_path):
+def test_a_location_with_unrelated_objects_is_rejected(url, tmp_path):
     """As what a process leaves that is killed while it makes a repository."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     (url / "stores.icechunk" / "snapshots" / "any").put(b"any")

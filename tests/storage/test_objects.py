@@ -64,13 +64,13 @@ def both(s3_server, tmp_path_factory):
     return outs
 
 
-def test_every_byte_is_that_of_a_folder(both):
+def test_all_bytes_equal_those_of_a_folder(both):
     here, there = map(content, both)
     assert len(here) > 100
     assert there == here
 
 
-def test_what_reads_zarr_reads_the_results(both):
+def test_zarr_readers_open_the_results(both):
     here, there = (xr.open_datatree(str(out / "results.zarr"), engine="zarr")["model"] for out in both)
     assert there["angle"].identical(here["angle"])
 
@@ -163,7 +163,7 @@ def left_lock(url, **changes):
     (url / ".t.zarr.lock").put(json.dumps(signed).encode())
 
 
-def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over(url):
+def test_a_lock_of_a_dead_process_on_this_machine_is_taken_over(url):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     # Its number is nobody's; or it is another's by now, that began at another time.
     for changes in ({"process": int(dead.stdout)}, {"started": 1.0}):
@@ -175,7 +175,7 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over(url):
         raise AssertionError("the process lives")
 
 
-def test_a_lock_of_another_machine_is_not_guessed(url):
+def test_a_lock_of_another_machine_is_not_taken_over(url):
     left_lock(url, host="elsewhere", started=1.0)
     with (
         pytest.raises(Unavailable, match="on elsewhere of user somebody, since 2026-11-26T10:00:00") as refusal,
@@ -185,7 +185,7 @@ def test_a_lock_of_another_machine_is_not_guessed(url):
     assert str(url / ".t.zarr.lock") in refusal.value.remedy
 
 
-def test_who_takes_over_second_is_refused(url, monkeypatch):
+def test_the_second_process_to_take_over_a_lock_is_rejected(url, monkeypatch):
     left_lock(url, started=1.0)
     real = psutil.Process
 
@@ -201,7 +201,7 @@ def test_who_takes_over_second_is_refused(url, monkeypatch):
     assert (url / ".t.zarr.lock").get() == b"another"
 
 
-def test_a_store_without_conditions_is_refused(url, monkeypatch):
+def test_a_store_without_conditional_writes_is_rejected(url, monkeypatch):
     whole = url.fs.pipe_file
     monkeypatch.setattr(url.fs, "pipe_file", lambda path, value, mode="overwrite": whole(path, value))
     with (
@@ -211,7 +211,7 @@ def test_a_store_without_conditions_is_refused(url, monkeypatch):
         raise AssertionError("two writers could not be told")
 
 
-def test_a_commit_beside_another_is_refused(url):
+def test_a_concurrent_commit_is_rejected(url):
     """Whoever removes a lock by hand: the second record of a number is not taken for the first."""
     store = logs.write_trajectory(url / "t.zarr", logs.walk_arrays(2, 8), {"a": (8,)}, (4, 8))
     late = open_trajectory(store)
@@ -285,7 +285,7 @@ for count in map(int, sys.argv[3:]):
 """
 
 
-def test_a_run_that_is_killed_goes_on(url, tmp_path):
+def test_a_killed_run_is_resumed(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     counts = (3, 8, 5, 4, 1000)
     command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
@@ -331,7 +331,7 @@ def test_a_log_is_read_where_it_is(url, tmp_path, container):
     assert open_trajectory(tmp_path / "there" / "trajectory.zarr").source == str(there)
 
 
-def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
+def test_an_unchanged_log_costs_one_listing(url, tmp_path, monkeypatch):
     log = put_log(url / "log", logs.random_walk(5), "safetensors")
     run.ingest_run(log, tmp_path / "out")
     monkeypatch.setattr(url.fs, "info", lambda *_, **__: pytest.fail("an object is looked at"))
@@ -340,7 +340,7 @@ def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
     assert run.ingest_run(log, tmp_path / "out").new_steps == 0
 
 
-def test_what_another_process_puts_is_seen(url, tmp_path):
+def test_objects_of_another_process_are_found(url, tmp_path):
     states = logs.random_walk(4)
     log = put_log(url / "log", states[:3], "safetensors")
     run.ingest_run(log, tmp_path / "out")
@@ -358,7 +358,7 @@ class WithinASecond(ObjectStorage):
         return super().stat(fresh=fresh)._replace(time=0)
 
 
-def test_a_step_that_is_put_again_is_another(url, tmp_path):
+def test_a_rewritten_step_has_a_new_identity(url, tmp_path):
     # As long as before, and within the same second.
     states = logs.random_walk(5)
     log = put_log(WithinASecond(url.fs, url.scheme, f"{url.key}/log"), states[:4], "safetensors")
@@ -472,7 +472,7 @@ def scalars_of(out):
 
 
 @pytest.mark.parametrize("write", [write_csv, write_json_lines, write_parquet, write_events])
-def test_scalars_beside_tensors_grow_with_them(url, tmp_path, write):
+def test_scalars_and_tensors_grow_together(url, tmp_path, write):
     log = put_without_scalars(url / "log", 5)
     source = put_scalars(url / "scalars", write, VALUES[:4])
     # The log was put just now, so what it lacks may come.
@@ -501,7 +501,7 @@ def test_scalars_are_found_in_their_folder_and_by_the_format_that_is_named(url, 
         run.ingest_run(url / "scalars" / "metrics.csv", tmp_path / "alone")
 
 
-def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, tmp_path):
+def test_unfinished_records_wait_and_damaged_ones_are_named(url, tmp_path):
     log = put_without_scalars(url / "log", 4)
     source = put_scalars(url / "scalars", write_csv, VALUES[:4])
     whole = source.get()
@@ -535,7 +535,7 @@ def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(u
         run.ingest_run([log, PutAgain(source.fs, source.scheme, source.key)], tmp_path / "out")
 
 
-def test_what_needs_files_is_refused(url, tmp_path):
+def test_formats_that_need_local_files_are_rejected(url, tmp_path):
     (url / "log" / "model-1.pt").put(b"any")
     for format in (None, "torch"):
         with pytest.raises(InputError, match="copy the log to a folder first"):
@@ -559,7 +559,7 @@ def test_paths_and_urls(tmp_path):
     assert "s3://" in refusal.value.remedy
 
 
-def test_folders_of_many_runs_are_of_this_machine(tmp_path):
+def test_folders_of_many_runs_must_be_local(tmp_path):
     for look in (
         lambda: watch.find_runs("s3://bucket/logs", tmp_path),
         lambda: watch.find_runs(tmp_path, "s3://bucket/runs"),
@@ -569,7 +569,7 @@ def test_folders_of_many_runs_are_of_this_machine(tmp_path):
             look()
 
 
-def test_a_bucket_that_is_not_there(s3_server, tmp_path):
+def test_a_missing_bucket_is_reported(s3_server, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     with pytest.raises(
         InputError, match="not found in the object store: The specified bucket does not exist"
@@ -587,7 +587,7 @@ def newly_opened(s3_server):
     forget_object_stores()
 
 
-def test_a_store_that_does_not_answer_may_later(newly_opened, monkeypatch):
+def test_a_store_that_does_not_answer_is_a_temporary_error(newly_opened, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(newly_opened, "retries", 1)
@@ -597,7 +597,7 @@ def test_a_store_that_does_not_answer_may_later(newly_opened, monkeypatch):
     assert watch.error_parts(refusal.value)["heals"]
 
 
-def test_who_has_no_credentials_is_told_so(newly_opened, tmp_path, monkeypatch):
+def test_missing_credentials_are_reported(newly_opened, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -609,7 +609,7 @@ def test_who_has_no_credentials_is_told_so(newly_opened, tmp_path, monkeypatch):
     assert not watch.error_parts(refusal.value)["heals"]
 
 
-def test_a_library_that_is_not_installed_is_named(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(InputError, match="the library for s3:// is not installed") as refusal:
         open_storage("s3://bucket/run")

@@ -73,7 +73,7 @@ def is_read_by_nobody(path, before, after):
 
 
 @given(data=st.data())
-def test_any_flipped_bit_is_found_or_read_by_nobody(out, data):
+def test_each_flipped_bit_is_found_or_unused(out, data):
     path = data.draw(st.sampled_from(files(out)), "file")
     before = path.read_bytes()
     bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
@@ -105,7 +105,7 @@ class Overtaken(LocalStorage):
         return names
 
 
-def test_what_a_writer_commits_meanwhile_is_no_damage(tmp_path):
+def test_concurrent_commits_are_not_damage(tmp_path):
     arrays = walk_arrays(ROWS, 13, MIXED)
     path = tmp_path / "trajectory.zarr"
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
@@ -130,7 +130,7 @@ def test_a_damaged_state_is_named_by_array_step_and_tensors(out, tmp_path):
     assert str(verify_run(run)[0]).startswith("gradient, step 2, tensors a to b: checksum mismatch")
 
 
-def test_a_missing_and_a_short_chunk_are_among_all_damages(out, tmp_path):
+def test_missing_and_short_chunks_are_damage(out, tmp_path):
     run = shutil.copytree(out, tmp_path / "run")
     (run / "trajectory.zarr/parameter/c/0/0").unlink()
     chunk = run / "trajectory.zarr/hvp/c/1/1"
@@ -146,7 +146,7 @@ def test_a_missing_and_a_short_chunk_are_among_all_damages(out, tmp_path):
     }
 
 
-def test_a_record_that_is_gone_is_missed(out, tmp_path):
+def test_a_missing_record_is_found(out, tmp_path):
     run = shutil.copytree(out, tmp_path / "run")
     (run / "trajectory.zarr/commits/00000000.json").unlink()
     assert any("there is no record of states 0 to 3" in damage.what for damage in verify_run(run))
@@ -183,7 +183,7 @@ def states_of(run):
     return b"".join(buffer.tobytes() for buffer in buffers)
 
 
-def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
+def test_a_damaged_ledger_chunk_names_the_updates_of_the_checksum(tmp_path):
     layout = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
     rows, start = 1000, 7
     steps = np.arange(start, start + 2 * rows)
@@ -232,7 +232,7 @@ def natgrad(monkeypatch, *words):
     return 0
 
 
-def test_the_command_lists_all_damages_and_fails_where_there_are_any(out, tmp_path, monkeypatch, capsys):
+def test_the_command_lists_all_damage_and_fails_if_there_is_any(out, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(out, tmp_path / "run")
     assert natgrad(monkeypatch, "verify", run) == 0
     assert capsys.readouterr().out == "OK: all checksums match\n"
