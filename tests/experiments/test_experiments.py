@@ -1,4 +1,4 @@
-"""The experiments: their mathematics against exact arithmetic, and their logs as the pipeline reads them."""
+"""The experiments: their mathematics compared with exact arithmetic, and their logs in the pipeline."""
 
 import gzip
 import itertools

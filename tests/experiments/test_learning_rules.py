@@ -1,4 +1,4 @@
-"""Learning rules compared: what theory says of each, on logs that went through the whole pipeline."""
+"""Compare learning rules with theory, on logs that went through the complete pipeline."""
 
 import numpy as np
 import pytest
@@ -327,7 +327,7 @@ def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs
         for layer, slope in carry_back(sweep, list(weights.values())[1:]).items():
             bent = arrays["replicate_hvp", layer].reshape(STEPS + 1, learning_rules.DRAWS, -1)[step, draw]
             np.testing.assert_array_equal(bent, slope.ravel() - arrays["gradient", layer][step])
-    # The mean of the draws is the update: so are its angles, but for the rounding of the states.
+    # The mean of the draws is the update, so its angles agree up to the rounding of the states.
     turned = np.abs(found["angle"] - model(trees[name])["angle"])
     assert (turned <= learning_rules.DRAWS * model(trees[name])["angle_uncertainty"]).all()
     # Each draw descends by the mean square of its slopes, as the mean does, at a larger angle in the mean.

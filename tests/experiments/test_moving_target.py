@@ -153,7 +153,7 @@ def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_i
         assert status[3] == Status.UNVERIFIABLE
         assert (status[[0, 1, 2, 4]] != Status.UNVERIFIABLE).all()
     assert (at(tree, "tensor")["status"] != Status.UNVERIFIABLE).all()
-    # The share of a tensor in the change of the loss is told by the model's pair.
+    # A tensor's share of the loss change is computed from the model's pair.
     assert (at(tree, "tensor", "corrected")["status"][3] == Status.UNVERIFIABLE).all()
     windows = process(write_log(tmp_path / "more", states), tmp_path / "more-out", windows=(2,))
     status = windows["model"]["status"].sel(window=2, descent="gradient").values

@@ -1,4 +1,4 @@
-"""The updates that a trajectory will have, counted before it is written, are those of the written one."""
+"""The extent of a trajectory, computed before it is written, equals that of the written trajectory."""
 
 import numpy as np
 import pytest

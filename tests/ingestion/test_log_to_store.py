@@ -1,4 +1,4 @@
-"""Logs into a trajectory: every step exactly once, or a refusal that leaves nothing to trip over."""
+"""Ingest of logs into a trajectory: each step exactly once, or an error that leaves nothing behind."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def store(tmp_path):
 
 
 def read(trajectory, name):
-    """All committed rows of an array, as words."""
+    """All committed states of an array, as words."""
     parts = []
     for column in range(trajectory.columns):
         out = np.zeros((trajectory.n_states, trajectory.chunk[1]), storage_dtype(trajectory.dtypes[name]))
@@ -59,7 +59,7 @@ def read(trajectory, name):
 
 
 def stored(store, row, key):
-    """A tensor of a row by its key in the log, in the dtype of the store."""
+    """A tensor of a state by its key in the log, in the dtype of the store."""
     array, _, name = key.partition("/")
     trajectory = open_trajectory(store)
     (tensor,) = (tensor for tensor in trajectory.layout.tensors if tensor.name == name)
@@ -68,7 +68,7 @@ def stored(store, row, key):
 
 
 def assert_holds(store, states, numbers=None):
-    """A trajectory is these states, bit for bit."""
+    """Assert that a trajectory contains exactly these states, bit for bit."""
     trajectory = open_trajectory(store)
     numbers = list(range(len(states))) if numbers is None else numbers
     assert trajectory.scalar("step").tolist() == numbers
@@ -81,7 +81,7 @@ def assert_holds(store, states, numbers=None):
 
 
 def content(store, commits=True):
-    """Files of a store, without what a killed writer may have left aside."""
+    """Files of a store, without temporary files of a killed writer."""
     return {
         path.relative_to(store): path.read_bytes()
         for path in store.rglob("*")
@@ -94,7 +94,7 @@ def names(folder):
 
 
 def random_bits(steps, dtype, tensors=TENSORS, seed=0):
-    """States of any bits at all: NaNs of every payload, infinities, subnormals."""
+    """States with arbitrary bits: NaNs of every payload, infinities, subnormals."""
     rng = np.random.default_rng(seed)
     words = np.dtype(DTYPES[dtype])
     return [
@@ -243,9 +243,9 @@ def test_a_step_that_changed_after_it_was_ingested_is_refused(ingest, log, store
         ingest(log, store)
     assert caught.value.where == f"{log / 'step_3.safetensors'}, step 3"
     assert content(store) == before
-    anew = random_walk(5, seed=1)
-    ingest(write_log(log, anew), store, overwrite=True)
-    assert_holds(store, anew)
+    new_states = random_walk(5, seed=1)
+    ingest(write_log(log, new_states), store, overwrite=True)
+    assert_holds(store, new_states)
 
 
 def test_a_step_before_the_last_ingested_one_is_refused(log, store):
@@ -375,9 +375,9 @@ def test_a_step_of_another_model_is_refused_before_a_byte_is_written(tmp_path, l
     store = tmp_path / "deep" / "out" / "trajectory.zarr"
     with pytest.raises(InputError, match=what) as caught:
         ingest(log, store)
-    # Where hvp is logged at one step only, the others lack it, the first of them first.
-    place = "step 0" if bad == "curvature" else f"{log / f'step_3.{container}'}, step 3"
-    assert place in caught.value.where
+    # If hvp is logged at one step only, the error names the first step without it.
+    location = "step 0" if bad == "curvature" else f"{log / f'step_3.{container}'}, step 3"
+    assert location in caught.value.where
     assert not tensor or f"tensor {tensor!r}" in caught.value.where
     assert names(tmp_path) == names(log.parent) == {"log", *(f"log/step_{n}.{container}" for n in range(6))}
     write_step(log, 3, good, container)
@@ -398,7 +398,7 @@ def test_a_step_of_another_model_is_not_appended(log, store, bad):
 
 
 def test_tensors_that_swap_their_dtypes_are_not_appended(log, store):
-    # The dtypes of the arrays stay; but the rounding floor of each tensor is that of its own.
+    # The dtypes of the arrays do not change, but the rounding floor of each tensor follows its own dtype.
     def state(weight, bias):
         tensors = {"weight": np.ones(3, DTYPES[weight]), "bias": np.ones(2, DTYPES[bias])}
         return {f"{array}/{name}": value for array in ("parameter", "gradient") for name, value in tensors.items()}
@@ -415,7 +415,7 @@ def damage_truncated(path):
 
 
 def damage_one_byte(path):
-    """Change the data of a tensor of an archive: described without fault, and found out when it is read."""
+    """Change the data of a tensor in an archive, which is detected only when the data are read."""
     whole = path.read_bytes()
     start = whole.index(b"gradient/layer.weight.npy")
     value = whole.index(b"\n", start) + 1

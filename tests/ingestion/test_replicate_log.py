@@ -166,9 +166,9 @@ def test_the_store_contains_each_logged_replicate(run, out):
 
 
 def test_the_ledger_of_a_log_equals_that_of_arrays_in_memory(run, out):
-    book = open_ledger(RunFolder.of(out).ledger)
-    assert book.replicate_vectors == replicate_vectors(COUNT, hvp=True)
-    found, expected, bound = book.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
+    gram_ledger = open_ledger(RunFolder.of(out).ledger)
+    assert gram_ledger.replicate_vectors == replicate_vectors(COUNT, hvp=True)
+    found, expected, bound = gram_ledger.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
     assert (np.abs(found - expected) <= 2 * bound).all()
     # The bound is worth the name: it tells the vectors of one step from those of the next.
     assert (np.abs(found[1:] - expected[:-1]) > 2 * bound[:-1]).mean() > 0.9
@@ -196,7 +196,7 @@ def test_the_results_of_a_log_are_those_of_the_arrays_in_memory(run, out):
         assert found["step"].values.tolist() == list(range(STEPS - 1))
         assert found["replicate"].values.tolist() == list(range(COUNT))
     assert tree["tensor"]["tensor"].values.tolist() == list(SHAPES)
-    # Of products that are summed in another order, the same but for what their rounding can do.
+    # The products are summed in another order, so the results agree up to rounding.
     found, rounding = tree["model"].to_dataset(), relative_rounding(run)
     expected = replicates.label(gram_of(run), LAYOUT, replicates=COUNT, **options)["model"].to_dataset()
     np.testing.assert_array_equal(found["status"], expected["status"])
@@ -287,12 +287,12 @@ def drawn_arrays(dtype="float32", hvp=True):
 
 def bits(ledger):
     """Everything that a ledger holds."""
-    book = open_ledger(ledger)
+    gram_ledger = open_ledger(ledger)
     chunks = [
-        book.read_chunk("replicate_gram", start, start + book.updates_per_chunk)
-        for start in range(0, book.n_updates, book.updates_per_chunk)
+        gram_ledger.read_chunk("replicate_gram", start, start + gram_ledger.updates_per_chunk)
+        for start in range(0, gram_ledger.n_updates, gram_ledger.updates_per_chunk)
     ]
-    return [array.tobytes() for array in (*book.read(), *book.steps(), np.concatenate(chunks))]
+    return [array.tobytes() for array in (*gram_ledger.read(), *gram_ledger.steps(), np.concatenate(chunks))]
 
 
 def test_a_longer_run_computes_only_new_updates_with_the_bits_of_one_pass(tmp_path):
@@ -303,7 +303,7 @@ def test_a_longer_run_computes_only_new_updates_with_the_bits_of_one_pass(tmp_pa
         tmp_path / "grown.zarr", {name: array[:13] for name, array in arrays.items()}, CUT, (1, 40)
     )
     updates_per_chunk = compute_ledger(grown, tmp_path / "ledger.zarr", limits=SMALL).plan.updates_per_chunk
-    assert 12 % updates_per_chunk  # so the last ledger chunk was begun
+    assert 12 % updates_per_chunk  # so the last ledger chunk was incomplete
     append_states(grown, {name: array[13:] for name, array in arrays.items()})
     assert compute_ledger(grown, tmp_path / "ledger.zarr", limits=SMALL).computed_updates == ROWS - 13
     assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "at_once.zarr")
@@ -583,7 +583,7 @@ def test_a_ledger_of_other_replicates_is_not_kept(run, log, out, tmp_path):
     compute_ledger(tmp_path / "run/trajectory.zarr", tmp_path / "run/ledger.zarr")
     found, before = (open_ledger(RunFolder.of(folder).ledger) for folder in (tmp_path / "run", out))
     assert [array.tobytes() for array in found.read()] == [array.tobytes() for array in before.read()]
-    found, before = (book.read_chunk("replicate_gram", 0, STEPS - 1) for book in (found, before))
+    found, before = (gram_ledger.read_chunk("replicate_gram", 0, STEPS - 1) for gram_ledger in (found, before))
     assert (np.abs(found - gram_of(other)) <= 2 * gram_bound(other)).all()
     assert (found != before).any()
 
@@ -591,14 +591,14 @@ def test_a_ledger_of_other_replicates_is_not_kept(run, log, out, tmp_path):
 def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
     copy = shutil.copytree(out, tmp_path / "run")
     assert verify_run(copy) == []
-    places = {
+    changes = {
         # A chunk of one replicate is of all steps. Of the ledger 64 KiB have one checksum: here that is all.
         "trajectory.zarr/replicate_hvp/c/0/2/0": (2 * SIZE * 4, "replicate_hvp/2", (2, 2)),
         "trajectory.zarr/replicate_loss/c/0/0": (3 * COUNT * 8, "replicate_loss", (0, STEPS - 1)),
         "ledger.zarr/replicate_gram/c/0/0/0/0": (4 * 3 * 11**2 * 8 + 9, "replicate_gram", (0, STEPS - 2)),
         "ledger.zarr/replicate_vector/c/0": (30, "replicate_vector", ()),
     }
-    for name, (offset, array, steps) in places.items():
+    for name, (offset, array, steps) in changes.items():
         path = copy / name
         whole = path.read_bytes()
         path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
@@ -642,8 +642,8 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
     assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
     for name, of_run in results.runs(tree).items():
         assert of_run["replicates/model"]["step"].values.tolist() == list(range(lengths[name] - 1))
-        book = open_ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
-        stored = book.read_chunk("replicate_gram", 0, book.n_updates)
+        gram_ledger = open_ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
+        stored = gram_ledger.read_chunk("replicate_gram", 0, gram_ledger.n_updates)
         change = (runs[name]["replicate_loss"] - runs[name]["loss"][:, None])[:-1]
         alone = replicates.label(stored, LAYOUT, replicates=COUNT, learning_rate=RATE, loss_change=change)
         for group in ("model", "tensor"):
@@ -746,9 +746,9 @@ def test_inspect_and_describe_count_and_size_replicates(log, out):
     assert found.holds["replicate_parameter"] == f"{COUNT} replicates of {len(SHAPES)} tensors"
     assert found.holds["replicate_loss"] == f"{COUNT} replicates"
     assert not [name for name in found.missing if name.startswith("replicate")]
-    told = describe_run(out)
-    assert told["replicates"] == COUNT
-    assert told["dtypes"] == found.dtypes
+    description = describe_run(out)
+    assert description["replicates"] == COUNT
+    assert description["dtypes"] == found.dtypes
     folder = RunFolder.of(out)
     arrays = ("parameter", "gradient", "replicate_parameter", "replicate_hvp")
     stored = sum(

@@ -1,4 +1,4 @@
-"""The storage protocol: the same verbs everywhere, and a storage that is added from outside the package."""
+"""The storage protocol: the same methods for each storage, and a storage registered by another package."""
 
 import errno
 import itertools
@@ -44,7 +44,7 @@ def in_memory(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["local", "in_memory", "url"])
 def storage(request, tmp_path):
-    """A location of the test's own in each kind of storage."""
+    """A separate location for each test in each kind of storage."""
     if request.param == "local":
         return LocalStorage(tmp_path / "storage")
     return open_storage(request.getfixturevalue(request.param)) / "storage"
@@ -110,7 +110,7 @@ def test_entries_are_put_read_listed_and_deleted(storage):
     assert (entry.get(), entry.get_tagged()[0], entry.stat().size) == (b"content", b"content", 7)
     assert entry.get_ranges([(0, 3), (5, 9), (7, 9)]) == [b"con", b"nt", b""]
     assert storage.get_entries(["b/c", "none", "a"]) == [b"content", None, b""]
-    assert [place.is_folder() for place in (storage, storage / "b", entry)] == [True, True, False]
+    assert [location.is_folder() for location in (storage, storage / "b", entry)] == [True, True, False]
     with entry.open() as file:
         file.seek(3)
         assert (file.size, file.read(2), file.tell(), file.read()) == (7, b"te", 5, b"nt")

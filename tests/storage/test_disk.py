@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or limited: what is committed stays, the reason is told, and a rerun completes."""
+"""Disks that are full, read-only or limited: commits are kept, the error is reported, and a rerun completes."""
 
 import contextlib
 import ctypes
@@ -36,7 +36,7 @@ def log(tmp_path_factory):
 
 
 def content(out):
-    """Files of a run's stores, but for what says when and with what they were made."""
+    """Files of the stores of a run, except the time and the version that created them."""
     return {
         path.relative_to(out): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -44,8 +44,8 @@ def content(out):
     }
 
 
-# A small disk of its own: a tmpfs in a mount namespace, which is gone with the process. It is filled until the
-# command under test has no room left for its next step, and made larger for the rerun.
+# A small disk: a tmpfs in a mount namespace, which ends with the process. It is filled until the command under
+# test has no space for its next step, and enlarged for the rerun.
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
@@ -86,7 +86,7 @@ run(["cp", "-r", out, sys.argv[5]], check=True)
 
 
 def on_a_small_disk(tmp_path, log, size, remount="size=64m"):
-    """Run and rerun a command on a small disk; return what it said, and the stores in the end."""
+    """Run and rerun a command on a small disk; return its messages and the final stores."""
     (tmp_path / "disk").mkdir()
     copy = tmp_path / "copy"
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
@@ -108,11 +108,11 @@ def undisturbed(log, tmp_path_factory):
     return content(out)
 
 
-# A state is 240 kB, and with what belongs to it a run is 3.1 MB: the first steps, and all but the last, fit.
+# A state has 240 kB, and a run with all its data 3.1 MB. The sizes fit the first steps, or all except the last.
 @pytest.mark.parametrize("size", ["600k", "1500k", "2900k"])
 def test_a_full_disk_is_reported_commits_are_kept_and_a_rerun_completes(tmp_path, log, undisturbed, size):
-    (told, kept, again), stores = on_a_small_disk(tmp_path, log, size)
-    assert told == "no space left: No space left on device|True|True"
+    (message, kept, again), stores = on_a_small_disk(tmp_path, log, size)
+    assert message == "no space left: No space left on device|True|True"
     rows, _, damages = kept.partition("|")
     assert 0 <= int(rows) < STEPS
     assert damages == "[]"
@@ -121,8 +121,8 @@ def test_a_full_disk_is_reported_commits_are_kept_and_a_rerun_completes(tmp_path
 
 
 def test_a_read_only_disk_is_reported_and_commits_are_kept(tmp_path, log, undisturbed):
-    (told, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
-    assert (told, kept) == ("no error", f"{STEPS}|[]")
+    (message, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
+    assert (message, kept) == ("no error", f"{STEPS}|[]")
     assert again.startswith("the file system is read-only")
     assert stores == undisturbed
 
@@ -147,7 +147,7 @@ def test_the_command_reports_a_file_size_limit(tmp_path, log):
 
 
 class Failing:
-    """Let system calls that write fail from some call on, as a quota does."""
+    """Make writing system calls fail from some call on, as a quota does."""
 
     def __init__(self, monkeypatch, calls, code):
         self._count, self._calls, self._code = itertools.count(), calls, code
@@ -240,7 +240,7 @@ def test_a_forked_process_flushes_with_its_own_threads(tmp_path):
 
 
 class System:
-    """In place of the C library: one that can start to flush a file, and no more."""
+    """C library that can only start to flush a file."""
 
     def __init__(self):
         self.sizes = []
@@ -289,7 +289,7 @@ except OSError as error:
 
 
 def test_a_partly_written_file_does_not_replace_the_old_one(tmp_path):
-    # What fits is written, and only what is then left of it is refused.
+    # A write fills the available space; only the next write fails.
     done = subprocess.run([sys.executable, "-c", SHORT, tmp_path], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("File too large\n", "")
     assert not list(tmp_path.iterdir())

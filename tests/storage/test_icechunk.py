@@ -30,7 +30,7 @@ from processing import Serial
 
 
 def opened(server, out):
-    """The repository of OUT, opened by Icechunk as its user would."""
+    """The repository in OUT, opened with Icechunk directly."""
     storage = icechunk.s3_storage(
         bucket="bucket",
         prefix=f"{out.key.partition('/')[2]}/stores.icechunk",
@@ -170,17 +170,17 @@ def test_an_old_version_is_read_only(both, before):
 def test_the_commands_accept_versions(both, before, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
 
-    def said(*words):
+    def output(*words):
         cli.app([*map(str, words)], standalone_mode=False)
         return capsys.readouterr().out
 
     out = "s3://bucket/both"
-    assert f"{before}  " in said("versions", out)
-    assert json.loads(said("versions", out, "--json"))["versions"] == versions(out)
-    assert said("versions", out, "--last", 2).count("\n") == 2
-    assert json.loads(said("info", out, "--version", before, "--json"))["attempts"] == 1
-    assert said("verify", out, "--version", before) == "OK: all checksums match\n"
-    said("report", out, "--page", tmp_path / "then.html", "--version", before)
+    assert f"{before}  " in output("versions", out)
+    assert json.loads(output("versions", out, "--json"))["versions"] == versions(out)
+    assert output("versions", out, "--last", 2).count("\n") == 2
+    assert json.loads(output("info", out, "--version", before, "--json"))["attempts"] == 1
+    assert output("verify", out, "--version", before) == "OK: all checksums match\n"
+    output("report", out, "--page", tmp_path / "then.html", "--version", before)
     run.report_run({"both": both[2]}, tmp_path / "kept.html")
     assert (tmp_path / "then.html").read_text() == (tmp_path / "kept.html").read_text()
 
@@ -221,7 +221,7 @@ def test_overwriting_starts_from_scratch_and_keeps_old_versions(s3_server, url, 
     assert open_trajectory(url / "trajectory.zarr", version).n_states == 6
     store = opened(s3_server, url).readonly_session("main").store
     assert zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r").shape == (1,)
-    # What is refused changes nothing, not even where it begins anew.
+    # Rejected input changes nothing, even with overwrite.
     (log / "step_3.safetensors").write_bytes(b"no")
     with pytest.raises(InputError):
         run.ingest_run(log, url, overwrite=True)
@@ -299,17 +299,17 @@ def test_a_killed_run_is_resumed(url, tmp_path):
     assert content(url) == content(tmp_path / "out")
 
 
-HELD = """
+WAITING_WRITER = """
 import sys
 from natgrad.app import run
 from natgrad.storage.icechunk_storage import IcechunkStorage
 
-whole = IcechunkStorage.publish
+original = IcechunkStorage.publish
 
 def publish(storage, message):
     print("written", flush=True)
     sys.stdin.readline()
-    whole(storage, message)
+    original(storage, message)
 
 IcechunkStorage.publish = publish
 try:
@@ -320,12 +320,12 @@ except Exception as error:
 
 
 @pytest.fixture
-def held(url, tmp_path):
+def waiting_writer(url, tmp_path):
     """A process that has written four more steps of a run and waits before it commits them."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(8)[:4])
     run.ingest_run(log, url, store="icechunk")
     logs.write_log(log, logs.random_walk(8))
-    command = [sys.executable, "-c", HELD, str(log), str(url)]
+    command = [sys.executable, "-c", WAITING_WRITER, str(log), str(url)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "written\n"
@@ -334,12 +334,12 @@ def held(url, tmp_path):
             process.kill()
 
 
-def test_two_writers_of_a_trajectory(held, url):
-    process, log = held
+def test_two_writers_of_a_trajectory(waiting_writer, url):
+    process, log = waiting_writer
     assert describe_run(url)["steps"] == 4
     with pytest.raises(Unavailable, match=f"another process is writing this trajectory: process {process.pid} on"):
         run.ingest_run(log, url)
-    # Whoever removes the lock by hand: Icechunk refuses the second commit of the same rows.
+    # If a user removes the lock by hand, Icechunk rejects the second commit of the same states.
     (url / ".trajectory.zarr.lock").delete()
     assert run.ingest_run(log, url).new_steps == 4
     answer = process.communicate("\n")[0]
@@ -349,8 +349,8 @@ def test_two_writers_of_a_trajectory(held, url):
     assert run.ingest_run(log, url).new_steps == 0
 
 
-def test_a_ledger_is_written_while_a_trajectory_is_written(held, url, tmp_path):
-    process, log = held
+def test_a_ledger_is_written_while_a_trajectory_is_written(waiting_writer, url, tmp_path):
+    process, log = waiting_writer
     stores = str(url / "trajectory.zarr"), str(url / "ledger.zarr")
     assert compute_ledger(*stores).n_updates == 3
     assert process.communicate("\n")[0] == "8 steps\n"
@@ -363,10 +363,10 @@ def test_a_ledger_is_written_while_a_trajectory_is_written(held, url, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [("changed", "checksum mismatch"), ("missing", "it is missing"), ("short", "bytes too short")],
 )
-def test_a_damaged_object_is_found(url, damage, said):
+def test_a_damaged_object_is_found(url, damage, message):
     store = written(url)
     chunk = (store / "gradient" / "c" / "1" / "0").get()
     folder = url / "stores.icechunk" / "chunks"
@@ -375,9 +375,9 @@ def test_a_damaged_object_is_found(url, damage, said):
         found.delete()
     else:
         found.put(chunk[:-8] if damage == "short" else chunk[:40] + bytes([chunk[40] ^ 1]) + chunk[41:])
-    (told,) = verify_run(url)
-    assert said in told.what
-    assert (told.array, told.path) == ("gradient", f"{url}/trajectory.zarr/gradient/c/1/0")
+    (found,) = verify_run(url)
+    assert message in found.what
+    assert (found.array, found.path) == ("gradient", f"{url}/trajectory.zarr/gradient/c/1/0")
     with pytest.raises(InputError, match="cannot read a chunk"):
         compute_ledger(store, store.parent / "ledger.zarr")
 
@@ -386,7 +386,7 @@ def test_a_damaged_object_is_found(url, damage, said):
 
 
 def test_documents_have_the_names_of_files(url):
-    """Whatever a store has beside its arrays, Icechunk keeps as arrays."""
+    """Icechunk stores documents of any name as arrays."""
     store = written(url, rows=1)
     documents = {"00000007.json": b"{}", "00000007.sums": bytes(range(256)), "12.json": b"[]", "notes.txt": b""}
     with store.lock("trajectory") as path:
@@ -467,7 +467,7 @@ def test_rejected_input_creates_no_repository(url, tmp_path):
 
 
 def test_a_location_with_unrelated_objects_is_rejected(url, tmp_path):
-    """As what a process leaves that is killed while it makes a repository."""
+    """Leave the objects of a process that was killed while it created a repository."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     (url / "stores.icechunk" / "snapshots" / "any").put(b"any")
     with pytest.raises(InputError, match="cannot create a repository here") as refusal:

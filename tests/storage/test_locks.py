@@ -1,4 +1,4 @@
-"""One writer at a time: who holds the lock is told, and what a dead process left is taken over or not guessed."""
+"""One writer at a time: the holder is named, and a lock of a dead process is taken over only if that is safe."""
 
 import errno
 import getpass
@@ -44,7 +44,7 @@ def store(tmp_path):
 
 @pytest.fixture(params=["lock", "softlock"])
 def kind(request, monkeypatch):
-    """Locks of the system, and those of a file system that has none."""
+    """System locks, and the locks of a file system without them."""
     if request.param == "softlock":
         flock = os.strerror(errno.ENOLCK)
 
@@ -106,7 +106,7 @@ def psutil_partition(mountpoint, fstype):
 
 
 def mount_everything(monkeypatch, fstype):
-    """Let the system say that all files are on one file system."""
+    """Pretend that all files are on one file system."""
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [psutil_partition("/", fstype)])
 
 

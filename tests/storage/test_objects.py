@@ -1,4 +1,4 @@
-"""OUT and SOURCE in an object store: a real server that speaks S3, on this machine."""
+"""OUT and SOURCE in an object store: a real S3 server on this machine."""
 
 import contextlib
 import json
@@ -36,11 +36,11 @@ from processing import Serial
 from servers import forget_object_stores, free_port
 
 STEPS = 12
-"""Of the log: two thirds of them are there at first."""
+"""Steps of the log; two thirds of them exist at first."""
 
 
 def content(folder):
-    """Path below a location to bytes, of all in it but locks, and pages, which tell their names."""
+    """Relative path to content of all files, except locks, and except pages, which contain their location."""
     storage = open_storage(folder)
     names = [name for name in storage.walk() if not name.endswith((".lock", ".html"))]
     return dict(zip(names, storage.get_entries(names), strict=True))
@@ -80,14 +80,14 @@ def test_nothing_is_left_locked(both):
 
 
 def test_the_commands_take_a_url(both, capsys, monkeypatch):
-    # Its handler of the log would write to what is captured, later on too.
+    # Its log handler would keep writing to the captured stream.
     monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
-    for command, said in {
+    for command, message in {
         "info": "s3://bucket/both/trajectory.zarr",
         "verify": "OK: all checksums match",
     }.items():
         cli.app([command, "s3://bucket/both"], standalone_mode=False)
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out
 
 
 # Reading -----------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_one_process_writes(url):
 
 
 def left_lock(url, **changes):
-    """A lock that was not given back, by this process if nothing else is said."""
+    """Write a lock that was not released, by default by this process."""
     signed = {
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -165,7 +165,7 @@ def left_lock(url, **changes):
 
 def test_a_lock_of_a_dead_process_on_this_machine_is_taken_over(url):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    # Its number is nobody's; or it is another's by now, that began at another time.
+    # No process has its number, or another process that started at another time.
     for changes in ({"process": int(dead.stdout)}, {"started": 1.0}):
         left_lock(url, **changes)
         with (url / "t.zarr").lock("trajectory"):
@@ -190,7 +190,7 @@ def test_the_second_process_to_take_over_a_lock_is_rejected(url, monkeypatch):
     real = psutil.Process
 
     def slow(*number):
-        # Another process takes the lock over while this one looks whether its holder is dead.
+        # Another process takes over the lock while this one checks if its holder is dead.
         if number:
             (url / ".t.zarr.lock").put(b"another")
         return real(*number)
@@ -208,11 +208,11 @@ def test_a_store_without_conditional_writes_is_rejected(url, monkeypatch):
         pytest.raises(InputError, match="ignores conditional writes"),
         (url / "t.zarr").lock("trajectory"),
     ):
-        raise AssertionError("two writers could not be told")
+        raise AssertionError("two writers were not detected")
 
 
 def test_a_concurrent_commit_is_rejected(url):
-    """Whoever removes a lock by hand: the second record of a number is not taken for the first."""
+    """If a user removes a lock by hand, a second record with the same number is rejected."""
     store = logs.write_trajectory(url / "t.zarr", logs.walk_arrays(2, 8), {"a": (8,)}, (4, 8))
     late = open_trajectory(store)
     logs.append_states(store, logs.walk_arrays(1, 8, seed=1))
@@ -314,7 +314,7 @@ def put_step(folder, number, state, container):
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 def test_a_log_is_read_where_it_is(url, tmp_path, container):
-    # So many tensors that the header is longer than a block of it, and so large that they end within blocks.
+    # The header is longer than a block, and the tensors end within blocks.
     states = logs.random_walk(6, {f"tensor.{number}": (1501,) for number in range(700)})
     here = logs.write_log(tmp_path / "log", states[:4], container=container)
     there = put_log(url / "log", states[:4], container)
@@ -359,7 +359,7 @@ class WithinASecond(ObjectStorage):
 
 
 def test_a_rewritten_step_has_a_new_identity(url, tmp_path):
-    # As long as before, and within the same second.
+    # The object has the same size and is written within the same second.
     states = logs.random_walk(5)
     log = put_log(WithinASecond(url.fs, url.scheme, f"{url.key}/log"), states[:4], "safetensors")
     run.ingest_run(log, tmp_path / "out")
@@ -395,13 +395,13 @@ def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("container", "said"), [("safetensors", "header.*not fully covered"), ("npz", "not a zip")]
+    ("container", "message"), [("safetensors", "header.*not fully covered"), ("npz", "not a zip")]
 )
-def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, said):
+def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, message):
     log = put_log(url / "log", logs.random_walk(3), container)
     step = log / f"step_1.{container}"
     step.put(step.get()[:-40])
-    with pytest.raises(InputError, match=f"cannot read an? {container} file: .*{said}") as refusal:
+    with pytest.raises(InputError, match=f"cannot read an? {container} file: .*{message}") as refusal:
         run.ingest_run(log, tmp_path / "out")
     assert refusal.value.where.startswith(f"{step}, step 1")
 
@@ -451,7 +451,7 @@ def write_events(folder, values):
 
 
 def put_scalars(url, write, values):
-    """Put what a writer writes in place of what is there, and return the SOURCE."""
+    """Replace a log with the output of a writer, and return the SOURCE."""
     with tempfile.TemporaryDirectory() as here:
         name = write(Path(here), values)
         for old in url.files():
@@ -475,7 +475,7 @@ def scalars_of(out):
 def test_scalars_and_tensors_grow_together(url, tmp_path, write):
     log = put_without_scalars(url / "log", 5)
     source = put_scalars(url / "scalars", write, VALUES[:4])
-    # The log was put just now, so what it lacks may come.
+    # The log was just written, so missing data may still come.
     assert run.ingest_run([log, source], tmp_path / "out").new_steps == 4
     put_without_scalars(url / "log", 8)
     assert put_scalars(url / "scalars", write, VALUES) == source
@@ -520,7 +520,7 @@ def test_unfinished_records_wait_and_damaged_ones_are_named(url, tmp_path):
 
 
 class PutAgain(ObjectStorage):
-    """An object that is put again, with another record, after it has been opened."""
+    """An object that is replaced after it has been opened."""
 
     def open(self):
         file = super().open()
@@ -550,8 +550,10 @@ def test_formats_that_need_local_files_are_rejected(url, tmp_path):
 def test_paths_and_urls(tmp_path):
     assert open_storage(tmp_path) == open_storage(str(tmp_path)) == LocalStorage(tmp_path)
     assert open_storage("file:///a%20b/c") == open_storage(Path("file:/a%20b/c")) == LocalStorage("/a b/c")
-    # What pathlib makes of a URL, as the command line and Prefect do before we see it.
-    found = [open_storage(given) for given in (Path("s3://bucket/run"), "s3://bucket/run/", "s3://bucket/run")]
+    # The command line and Prefect pass URLs through pathlib, which collapses slashes.
+    found = [
+        open_storage(location) for location in (Path("s3://bucket/run"), "s3://bucket/run/", "s3://bucket/run")
+    ]
     assert {str(storage) for storage in found} == {"s3://bucket/run"}
     assert len(set(found)) == 1
     with pytest.raises(InputError, match="unknown URL scheme ftp://") as refusal:
@@ -581,7 +583,7 @@ def test_a_missing_bucket_is_reported(s3_server, tmp_path):
 
 @pytest.fixture
 def newly_opened(s3_server):
-    """What opens object stores anew: by the environment of the test, and then by that of the others again."""
+    """Open object stores with the environment of the test, and afterwards with the usual one again."""
     forget_object_stores()
     yield type(open_storage("s3://bucket/any").fs)
     forget_object_stores()

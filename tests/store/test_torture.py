@@ -1,4 +1,4 @@
-"""Processes that are killed, race and look on at random moments; `make torture` does so at length."""
+"""Processes that are killed, race and read at random moments; `make torture` runs this longer."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def counted():
-    """Counts of a short run, in a process of its own: it forks, and this one has threads."""
+    """Counts of a short run, in a separate process, because it forks and this process has threads."""
     command = [
         sys.executable,
         Path(__file__).parents[1] / "torture.py",

@@ -1,4 +1,4 @@
-"""The trajectory store and the Gram ledger: what is committed is whole, what is not is invisible."""
+"""The trajectory store and the Gram ledger: committed data are complete, other data are invisible."""
 
 import contextlib
 import json
@@ -35,14 +35,14 @@ MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_wait_for_the_disk():
-    """No power is lost here; that data is flushed, and when, is watched where it matters."""
+    """Skip flushes; the tests that need them observe them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 def random_bits(rows, elements, dtypes, seed=0):
-    """Any bits at all: NaNs of every payload, infinities, subnormals."""
+    """Arbitrary bits: NaNs of every payload, infinities, subnormals."""
     rng = np.random.default_rng(seed)
     return {
         name: np.frombuffer(rng.bytes(rows * elements * np.dtype(DTYPES[dtype]).itemsize), storage_dtype(dtype))
@@ -53,7 +53,7 @@ def random_bits(rows, elements, dtypes, seed=0):
 
 
 def read(trajectory, name, start=0, stop=None):
-    """Committed rows of an array, whole, as words."""
+    """Committed states of an array, complete, as words."""
     stop = trajectory.n_states if stop is None else stop
     parts = []
     for column in range(trajectory.columns):
@@ -69,7 +69,7 @@ def words(array):
 
 
 def assert_holds(trajectory, arrays, rows=None):
-    """A trajectory has these rows, bit for bit, and no others."""
+    """Assert that a trajectory contains exactly these states, bit for bit."""
     rows = len(arrays["parameter"]) if rows is None else rows
     assert trajectory.n_states == rows
     for name, array in arrays.items():
@@ -82,16 +82,16 @@ def files(folder):
 
 
 def rows_on_disk(path):
-    """Rows of each array by its shape, which is no evidence of data."""
+    """Length of each array according to its shape, which does not imply that the data exist."""
     return {name: array.shape[0] for name, array in zarr.open_group(path, mode="r").arrays()}
 
 
 class Stopped(Exception):
-    """In place of a process that is killed."""
+    """Stands for the kill of a process."""
 
 
 def stopping(function, calls):
-    """Let a function be called so many times, then stop in its place."""
+    """Let a function be called ``count`` times, then raise instead."""
     left = iter(range(calls))
 
     def stopped(*arguments, **options):
@@ -108,7 +108,7 @@ def path(tmp_path):
 
 
 class Watch:
-    """Calls a function around every rename and write in place, and before every flush, in whatever thread."""
+    """Call a function around every rename and in-place write, and before every flush, in any thread."""
 
     def __init__(self, monkeypatch, look):
         replace, link, fsync, pwrite = Path.replace, os.link, os.fsync, os.pwrite
@@ -145,7 +145,7 @@ class Watch:
 
 
 def write_only(trajectory, arrays):
-    """Write rows after the committed ones, and do not commit them."""
+    """Write states after the committed ones, without committing them."""
     for name, array in arrays.items():
         for column in range(trajectory.columns):
             first, last = trajectory.column(column)
@@ -173,7 +173,7 @@ def test_written_states_are_invisible_until_all_arrays_are_committed(path):
 
 def test_a_reader_opened_during_a_write_sees_only_complete_steps(path, monkeypatch):
     arrays = walk_arrays(9, ELEMENTS, MIXED)
-    # Three rows leave a chunk half full, so the second commit rewrites a chunk with rows that readers trust.
+    # Three states leave a chunk incomplete, so the second commit rewrites a chunk with states that readers use.
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
     seen = []
 
@@ -355,7 +355,7 @@ def test_each_part_of_a_chunk_column_is_at_its_offset(twins, dtype, rows, column
     start, stop = rows
     trajectory, _, arrays = twins[dtype]
     first, last = trajectory.column(column)
-    low, high = (min(place, last - first) for place in part)
+    low, high = (min(position, last - first) for position in part)
     for name, array in arrays.items():
         out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
         with trajectory.opened(column):
@@ -467,7 +467,7 @@ def test_a_folder_instead_of_a_chunk_is_rejected_by_name(path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chunk_of_fill_values_is_stored(path, dtype):
-    # Zarr leaves such chunks out unless told otherwise, also after the store was opened again.
+    # Zarr omits such chunks by default, also after the store was opened again.
     arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
     arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
     assert_holds(open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
@@ -556,7 +556,7 @@ def test_a_changed_state_changes_the_digests_of_its_ledger_chunks(tmp_path, row)
     )
     append_states(in_two, {name: array[2:] for name, array in arrays.items()})
     assert open_trajectory(in_two).digests(chunks) == new
-    # Rows of a ledger chunk, and the halo: the state after its last.
+    # States of a ledger chunk, and the halo: the state after the last one.
     assert [chunk for chunk in chunks if old[chunk] != new[chunk]] == [
         b for b in chunks if b.start <= row <= b.stop
     ]
@@ -898,14 +898,14 @@ def test_the_numbers_of_a_long_run_share_a_file_and_grow_beyond_it(tmp_path):
 @pytest.mark.parametrize(("tensors", "rows"), [(1, 1), (1, 5000), (2, 164), (2, 165), (300, 3), (327, 4), (328, 4)])
 def test_a_checksum_covers_64_kib_or_an_update_and_each_update_once(tmp_path, tensors, rows):
     layout = Layout.from_shapes({f"t{number}": ((1,), "float32") for number in range(tensors)})
-    book = prepare_ledger(tmp_path / "ledger.zarr", np.arange(rows + 1), FIVE, rows, layout)
+    gram_ledger = prepare_ledger(tmp_path / "ledger.zarr", np.arange(rows + 1), FIVE, rows, layout)
     rng = np.random.default_rng(0)
     arrays = {
         "gram": rng.standard_normal((rows, tensors, 5, 5)),
         "residual_ratio": rng.standard_normal((rows, tensors)),
     }
-    book.write(LedgerChunk(0, rows), *arrays.values(), "digest")
-    record = book.journal.read("0" * 12)
+    gram_ledger.write(LedgerChunk(0, rows), *arrays.values(), "digest")
+    record = gram_ledger.journal.read("0" * 12)
     for name, values in arrays.items():
         covered = record["checksum_rows"][name]
         groups = [values[low : low + covered] for low in range(0, rows, covered)]

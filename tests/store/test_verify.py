@@ -1,4 +1,4 @@
-"""Any bit of a store that changes is found, and named by array, step and tensors, or is one that nobody reads."""
+"""Each changed bit of a store is found, with its array, step and tensors, unless no reader uses it."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def files(folder):
 
 
 def is_read_by_nobody(path, before, after):
-    """Whether a change of a file leaves everything that a reader is given as it was."""
+    """Return True if a change of a file does not change any data that a reader receives."""
     parts = path.parts[path.parts.index(next(part for part in path.parts if part.endswith(".zarr"))) :]
     if path.suffix == ".json":
         if parts[1] == "commits" and path.name != "zarr.json":
@@ -56,7 +56,7 @@ def is_read_by_nobody(path, before, after):
             then, now = json.loads(before), json.loads(after)
         except ValueError:
             return False
-        # A shape may lag behind by a commit: nobody believes it.
+        # A shape may lag behind by one commit; readers do not use it.
         return now == then or (
             parts[0] == "trajectory.zarr" and now == {**then, "shape": [3, *then.get("shape", [])[1:]]}
         )
@@ -188,15 +188,15 @@ def test_a_damaged_ledger_chunk_names_the_updates_of_the_checksum(tmp_path):
     rows, start = 1000, 7
     steps = np.arange(start, start + 2 * rows)
     path = tmp_path / "ledger.zarr"
-    book = prepare_ledger(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
+    gram_ledger = prepare_ledger(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
     gram = np.random.default_rng(0).standard_normal((rows, 3, 5, 5))
     for chunk in (LedgerChunk(0, rows), LedgerChunk(rows, 2 * rows)):
-        book.write(chunk, gram, gram[:, :, 0, 0], "digest")
+        gram_ledger.write(chunk, gram, gram[:, :, 0, 0], "digest")
     assert list(verify_ledger(path)) == []
     covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a ledger chunk nine groups, and one of 10 rows
     damages = {"gram": (0, covered - 1, covered, rows - 1), "residual_ratio": (rows - 1,)}
     for name, damaged in damages.items():
-        chunk = book.chunk_entry(name, rows).local_path
+        chunk = gram_ledger.chunk_entry(name, rows).local_path
         content = bytearray(chunk.read_bytes())
         for row in damaged:
             content[row * len(content) // rows] ^= 1
@@ -255,7 +255,7 @@ def test_a_folder_without_stores_is_refused(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
-    """A chunk at a time: no read asks for more rows than a chunk has."""
+    """One chunk at a time: no read requests more states than a chunk has."""
     make_run(tmp_path)
     asked, read = [], Trajectory.read
     monkeypatch.setattr(
