@@ -542,7 +542,7 @@ class Storage(ABC):
 
     # Errors
 
-    def refusal(self, error: Exception, where: str) -> InputError | None:
+    def user_error(self, error: Exception, where: str) -> InputError | None:
         """Return an error message for users; None if the error does not come from this storage."""
         return None
 

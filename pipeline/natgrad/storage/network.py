@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage.base import Storage
 
-__all__ = ["network_errors", "network_refusal"]
+__all__ = ["network_errors", "user_error"]
 
 _LIBRARIES = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
 """Libraries whose errors come from an object store."""
@@ -38,13 +38,13 @@ def network_errors(*storages: Storage) -> Iterator[None]:
         remote = [storage for storage in storages if storage.local_path is None]
         where = ", ".join(map(str, remote))
         for storage in remote:
-            refusal = storage.refusal(error, where)
-            if refusal is not None:
-                raise refusal from error
+            translated = storage.user_error(error, where)
+            if translated is not None:
+                raise translated from error
         raise
 
 
-def network_refusal(error: Exception, where: str) -> InputError | None:
+def user_error(error: Exception, where: str) -> InputError | None:
     """Return the message for an error of an object store; None for other errors."""
     names = {kind.__name__ for kind in type(error).__mro__}
     library = type(error).__module__.partition(".")[0]

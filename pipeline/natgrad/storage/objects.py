@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 
 from natgrad.schema.errors import InputError
 from natgrad.storage.base import Stat, Storage, StoredFile
-from natgrad.storage.network import network_errors, network_refusal
+from natgrad.storage.network import network_errors, user_error
 
 __all__ = ["ObjectStorage", "open_objects"]
 
@@ -244,9 +244,9 @@ class ObjectStorage(Storage):
             self.fs.unstrip_protocol(self.key), storage_options=dict(self.fs.storage_options)
         )
 
-    def refusal(self, error: Exception, where: str) -> InputError | None:
+    def user_error(self, error: Exception, where: str) -> InputError | None:
         """Return the message for an error of an object store; None for other errors."""
-        return network_refusal(error, where)
+        return user_error(error, where)
 
 
 def _stat(entry: Mapping[str, Any]) -> Stat:

@@ -279,8 +279,8 @@ class States:
         Raises
         ------
         InputError
-            If a state is not committed, or a chunk is missing, too short or (where checksums are compared)
-            damaged.
+            If a state is not committed, a chunk is missing or too short, or its bytes are compared with checksums
+            and differ.
         """
         self._require_committed(name, start, stop)
         first, last = self.column(column)
