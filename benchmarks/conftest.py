@@ -184,7 +184,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["fixed_cost"] = config.stash.get(FIXED_COST, None)
 
 
-def compare(rates, used, group, above, below):
+def compared(rates, used, group, above, below):
     """Spread of the ratios of rates, turn by turn: by the clock, and by the time that processors worked."""
     by_clock, by_work = (
         spread([a / b for a, b in zip(found[f"{group}/{above}"], found[f"{group}/{below}"], strict=True)])

@@ -698,7 +698,7 @@ def test_a_missing_store_is_rejected_and_not_created(tmp_path, kind):
 def test_an_incompletely_created_store_does_not_exist(tmp_path, monkeypatch, kind, arrays):
     create, cls = KINDS[kind]
     with monkeypatch.context() as patch:
-        patch.setattr(ArrayPlan, "make", stopping(ArrayPlan.make, arrays))
+        patch.setattr(ArrayPlan, "create", stopping(ArrayPlan.create, arrays))
         with pytest.raises(Stopped):
             create(tmp_path / "store")
     assert not (tmp_path / "store").exists()
