@@ -12,7 +12,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(scope="session")
 def prefect_server():
-    """Prefect's embedded server on a database of its own, started once."""
+    """Prefect's embedded server with its own database, started once."""
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):
@@ -21,7 +21,7 @@ def prefect_server():
 
 @pytest.fixture(autouse=True, scope="module")
 def no_handlers_of_prefect_left():
-    """A flow makes Prefect write all logs to what is standard error then, which for the next module is closed."""
+    """A flow makes Prefect write all logs to the current standard error, which is closed in the next module."""
     yield
     for handler in logging.root.handlers[:]:
         if type(handler).__module__.startswith("prefect"):
@@ -30,13 +30,13 @@ def no_handlers_of_prefect_left():
 
 @pytest.fixture
 def no_wait_for_the_disk(monkeypatch):
-    """No power is lost here; what is flushed, and when, is a matter of the store's tests."""
+    """Skip flushes; the tests of the store check what is flushed, and when."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
 def s3_server(tmp_path_factory):
-    """Start a server that speaks S3, with a bucket of the name "bucket", where the environment leads."""
+    """Start an S3 server with a bucket named "bucket", and set the environment to use it."""
     from natgrad.storage import open_storage
     from servers import S3Server
 
@@ -49,7 +49,7 @@ def s3_server(tmp_path_factory):
 
 @pytest.fixture
 def url(s3_server, request):
-    """A location of the test's own in the bucket."""
+    """A separate location in the bucket for each test."""
     from natgrad.storage import open_storage
 
     return open_storage(f"s3://bucket/{request.node.name}")

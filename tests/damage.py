@@ -1,4 +1,4 @@
-"""Files that are damaged, or made to do harm: what the readers of every format are tried with."""
+"""Damaged and malicious files, for the tests of the readers of all formats."""
 
 import os
 
@@ -6,19 +6,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 reads_only = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-"""Of a test whose examples may share a folder, as none of them leaves anything there."""
+"""Settings of a test whose examples may share a folder, because none of them leaves files there."""
 
 LENGTHS = st.none() | st.integers(0)
-"""Where a file is cut, if it is."""
+"""Position at which a file is cut, or None."""
 
 
 def changes(most=4):
-    """Up to so many positions in a file and the bytes that are written there."""
+    """Return a strategy of positions in a file and the bytes that are written there."""
     return st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=most)
 
 
 def damage(whole, changes, length=None):
-    """Change some bytes and cut them, anywhere: positions and lengths go round."""
+    """Change some bytes and truncate them; positions and lengths wrap around."""
     damaged = bytearray(whole)
     for position, byte in changes:
         damaged[position % len(damaged)] = byte
@@ -26,7 +26,7 @@ def damage(whole, changes, length=None):
 
 
 class Payload:
-    """Leaves a trace where it is unpickled.
+    """Object that leaves a trace when it is unpickled.
 
     Parameters
     ----------

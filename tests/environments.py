@@ -1,4 +1,4 @@
-"""Environments as users have them: a wheel, installed without network beside links to chosen packages."""
+"""Environments like those of users: a wheel, installed offline, and links to chosen packages."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def build(source, kind, out):
 
 
 def required(*names):
-    """Return the installed distributions with these names and all that they require on this platform."""
+    """Return the installed distributions with these names and all their requirements on this platform."""
     found, queue = {}, [(name, "") for name in names]
     seen = set(queue)
     while queue:

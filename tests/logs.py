@@ -20,7 +20,7 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 
 
 def run_writer(name, *arguments, **environment):
-    """Run a script beside this one, in which a library writes its own format, in a process of its own."""
+    """Run a script in this folder, in which a library writes its own format, in a separate process."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", Path(__file__).with_name(name), *arguments],
         env={**os.environ, **environment},

@@ -1,4 +1,4 @@
-"""What a call takes of memory at its highest."""
+"""Peak memory of a call."""
 
 import gc
 import re

@@ -45,7 +45,7 @@ def exact_gram(vectors):
 def assert_gram_close(actual, expected, elements, slack=1.0):
     """Compare Gram matrices: each entry x.y within the bound of rounding, a multiple of |x||y|.
 
-    ``slack`` counts roundings that an entry meets beside those of the sum: forming a difference or a residual
+    ``slack`` counts roundings of an entry in addition to those of the sum: forming a difference or a residual
     in float64 costs a few units roundoff of the vectors it is made of.
     """
     norms = np.sqrt(np.einsum("...ii->...i", expected))
@@ -121,7 +121,7 @@ def exact_metric(y, g, gamma=None, alpha=None, directions=(), weights=()):
 def pair_of(y, g, learning_rate=0.5):
     """Pair of a ledger of one row, computed by the definition and rounded once."""
     displacement = learning_rate * g  # exact: the rate is a power of two
-    # The kernel's ratio is the best one but for 1e-6 of |y| (natgrad.kernel.gram).
+    # The kernel's ratio is optimal up to 1e-6 of |y| (natgrad.kernel.gram).
     ratio = float(-(y @ g) / (g @ g) / learning_rate * (1 + 1e-6)) if g.any() else 0.0
     states = exact_vectors(np.zeros_like(g), displacement, -y, -y, ratio)
     return geometry.pair(exact_gram(states), ledger_vectors(hvp=False), learning_rate, len(g))

@@ -1,4 +1,4 @@
-"""Real servers for tests, as processes of their own: Prefect's, and one that speaks S3."""
+"""Real servers for tests, in separate processes: Prefect, and an S3 server."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ QUIET = {
     # What the tests do not ask for, and what costs a busy machine.
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
-    # The least that Prefect takes: how long a flow that died keeps the place of its deployment.
+    # The least that Prefect takes: how long a dead flow occupies its deployment.
     "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "30",
 }
 
@@ -35,7 +35,7 @@ def free_port():
 
 
 def wait_for(condition, seconds=500.0):
-    """Return the first true value of a condition; fail where there is none in time."""
+    """Return the first true value of a condition; fail after a timeout."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
@@ -47,7 +47,7 @@ def wait_for(condition, seconds=500.0):
 
 @contextlib.contextmanager
 def process(*arguments, environment=None, log=None):
-    """Run a process in a session of its own, which ends with the context."""
+    """Run a process in its own session until the end of the context."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(Path(log).open("ab")) if log else subprocess.DEVNULL
         running = subprocess.Popen(
@@ -64,14 +64,14 @@ def process(*arguments, environment=None, log=None):
 
 
 def kill(running):
-    """Kill a process and all that it started."""
+    """Kill a process and all its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)
     running.wait()
 
 
 class PrefectServer:
-    """Prefect's server on a port, with a database that outlives it.
+    """Prefect server on a port, with a database that outlives it.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class PrefectServer:
         return False
 
     def kill(self):
-        """Kill it, as a host does that loses power."""
+        """Kill the server, as a power failure does."""
         self._stack.close()
 
     def __enter__(self):
@@ -121,18 +121,18 @@ _FORGOTTEN = []
 
 
 def forget_object_stores():
-    """Open object stores anew, by the environment as it is now; those before stay, as nobody closes them."""
+    """Forget the open object stores, so that they are opened again with the current environment."""
     _FORGOTTEN.append(s3fs.S3FileSystem._cache)
     s3fs.S3FileSystem._cache = {}
 
 
 class S3Server:
-    """moto's server: buckets and objects in memory, behind the interface of S3.
+    """moto server: buckets and objects in memory, with the S3 interface.
 
     Parameters
     ----------
     log : Path
-        File for what it says.
+        File for the output.
     """
 
     def __init__(self, log):

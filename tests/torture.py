@@ -1,10 +1,10 @@
-"""Kill ingest and analysis at random moments, again and again until they are done, and count what that does.
+"""Kill ingest and analysis at random moments, repeatedly until they finish, and count the consequences.
 
-Every process is a fork of this one, which has imported and compiled everything but has no threads. It is killed
-after a random part of the time that the undisturbed work takes. After every kill a fresh process looks at the
-stores: what was committed before must be there (else it is lost), once (else doubled), with the checksums of the
-undisturbed run (else differing) and with data that have them (else damaged). When the work is done at last, all
-bytes must be those of the undisturbed run.
+Each process is a fork of this one, which has imported and compiled everything but has no threads. It is killed
+after a random fraction of the time that the undisturbed work takes. After each kill, a fresh process inspects the
+stores. Committed data must exist (otherwise they are lost), exist once (otherwise doubled), have the checksums of
+the undisturbed run (otherwise differing), and match these checksums (otherwise damaged). When the work is
+finished, all bytes must equal those of the undisturbed run.
 
     python tests/torture.py --kills 200 --seed 0
 """
@@ -36,11 +36,11 @@ STEPS = 24
 TENSORS = {"layer.weight": (20, 30), "layer.bias": (20,), "scale": ()}
 INGEST = IngestLimits(chunk_elements=700, commit_bytes=1)
 PLAN = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
-"""Several chunks, ledger chunks and tiles of everything, and a commit for each row of chunks."""
+"""Limits with several chunks, ledger chunks and tiles, and a commit for each row of chunks."""
 
 
 def warm():
-    """Compile, so that the time of a process is that of its work; no thread is started."""
+    """Compile the kernel, so that processes spend their time on the work; no thread is started."""
     os.fsync = lambda descriptor: None  # no power is lost here
     state = np.ones((2, 3), np.float32)
     products = np.empty((1, 1, len(VECTORS[:5]), len(VECTORS[:5])))
@@ -53,7 +53,7 @@ def work(log, out):
 
 
 def fork(task, *arguments):
-    """Start a task in a process of its own; return its id and the end of a pipe that its answer comes through."""
+    """Start a task in a separate process; return its id and the pipe that delivers its answer."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -70,7 +70,7 @@ def fork(task, *arguments):
 
 
 def answer(task, *arguments):
-    """Run a task in a process of its own, and return its answer."""
+    """Run a task in a separate process, and return its answer."""
     process, read = fork(task, *arguments)
     with open(read) as pipe:  # noqa: PTH123
         text = pipe.read()
@@ -79,7 +79,7 @@ def answer(task, *arguments):
 
 
 def files(out):
-    """Files of the stores, but for the results' own words of when they were made."""
+    """Files of the stores, except the creation times in the results."""
     return {
         str(path.relative_to(out)): path.read_bytes().hex()
         for store in ("trajectory.zarr", "ledger.zarr")
@@ -89,7 +89,7 @@ def files(out):
 
 
 def look(out):
-    """What a reader finds: committed steps, their checksums, ledger chunks, and damages."""
+    """Return what a reader finds: committed steps, their checksums, ledger chunks and damage."""
     folder = RunFolder.of(out)
     if not folder.trajectory.exists():
         return {"steps": [], "checksums": [], "ledger chunks": {}, "damages": []}
@@ -112,7 +112,7 @@ def look(out):
 
 
 def torture(folder, kills, seed):
-    """Kill so many processes, and count."""
+    """Kill the given number of processes, and count the consequences."""
     rng = np.random.default_rng(seed)
     log, undisturbed = folder / "log", folder / "undisturbed"
     write_log(log, random_walk(STEPS, TENSORS, seed=seed))
@@ -167,7 +167,7 @@ def try_to_work(log, out):
 
 
 def race(folder, rounds, seed):
-    """Start two writers at a time; return how each ended, and how many stores differ from that of one writer."""
+    """Start two writers at once; return how each ended, and how many stores differ from that of one writer."""
     log, alone = folder / "log", folder / "alone"
     write_log(log, random_walk(STEPS, TENSORS, seed=seed))
     answer(try_to_work, log, alone)
@@ -184,7 +184,7 @@ def race(folder, rounds, seed):
 
 
 def poll(out, truth, stop):
-    """Open a store again and again while it is written, and compare all that is in it; count looks and kinds."""
+    """Open a store repeatedly while it is written, and verify its content; count the reads and their results."""
     looks, torn, seen = 0, 0, set()
     while not stop.exists() or not seen:
         if not (out / "trajectory.zarr").exists():

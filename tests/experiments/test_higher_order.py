@@ -234,7 +234,7 @@ def models(logs, tmp_path_factory):
     return {name: tree["model"].to_dataset() for name, tree in trees.items()}
 
 
-def test_the_logs_are_one_trajectory_seen_twice(logs):
+def test_both_logs_describe_one_trajectory(logs):
     folder, followed = logs
     assert set(followed) == set(RUNS)
     assert {path.name for path in folder.iterdir()} == {
@@ -287,7 +287,7 @@ def test_the_documented_counts_are_those_of_the_results(models):
         assert list(map(int, counts)) == found
 
 
-def test_where_the_loss_rises_the_discrete_gradient_says_so_and_the_energy_does_not(models):
+def test_the_discrete_gradient_shows_a_rise_of_the_loss_but_not_of_the_energy(models):
     for run in RUNS:
         alone = models[f"{run}-loss"].sel(window=1, descent="corrected")
         rises = alone["loss_decrease"] < 0
@@ -298,10 +298,10 @@ def test_where_the_loss_rises_the_discrete_gradient_says_so_and_the_energy_does_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rules": ["hope"]}, "(?s)rule 'hope' is not known.*nesterov"),
-        ({"objectives": ["sine"]}, "(?s)objective 'sine' is not known.*log-cosh"),
-        ({"steps": 0}, "make no trajectory"),
-        ({"dimension": 1}, "make no trajectory"),
+        ({"rules": ["hope"]}, "(?s)unknown rule 'hope'.*nesterov"),
+        ({"objectives": ["sine"]}, "(?s)unknown objective 'sine'.*log-cosh"),
+        ({"steps": 0}, "do not form a trajectory"),
+        ({"dimension": 1}, "do not form a trajectory"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):
@@ -313,14 +313,14 @@ def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, option
 def test_rules_whose_energy_is_not_known_to_decrease_are_refused():
     objective = objective_of("quadratic", 0)
     for rate, decay in ((0.2, 0.9), (0.0, 0.9), (0.1, 1.0), (0.1, -0.1)):
-        with pytest.raises(InputError, match="has no energy that is known to decrease"):
+        with pytest.raises(InputError, match="no decreasing energy is known for the heavy ball"):
             HeavyBall(objective, rate, decay)
     assert HeavyBall(objective, 0.199, 0.9).learning_rate == 0.199
-    with pytest.raises(InputError, match=r"(?s)has no energy.*four times as fast"):
+    with pytest.raises(InputError, match=r"(?s)no decreasing energy is known for Adam.*four times as fast"):
         Adam(objective, decay=0.99, square_decay=0.9)
 
 
-def test_the_command_line_logs_what_is_asked_for(tmp_path):
+def test_the_command_line_logs_the_requested_rules(tmp_path):
     arguments = ["higher-order", str(tmp_path), "--rule", "nesterov", "--objective", "quadratic", "--steps", "3"]
     answer = CliRunner().invoke(command_line.app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0

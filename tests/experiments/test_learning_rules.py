@@ -1,4 +1,4 @@
-"""Learning rules compared: what theory says of each, on logs that went through the whole pipeline."""
+"""Compare learning rules with theory, on logs that went through the complete pipeline."""
 
 import numpy as np
 import pytest
@@ -195,7 +195,7 @@ def test_a_rule_does_the_same_whichever_others_are_trained(logs, tmp_path):
 
 
 @pytest.mark.parametrize("name", DESCENDING)
-def test_what_descends_by_construction_is_effective_at_every_step(trees, name):
+def test_rules_that_descend_by_construction_are_always_effective(trees, name):
     assert (model(trees[name])["status"] == Status.EFFECTIVE).all()
 
 
@@ -327,7 +327,7 @@ def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs
         for layer, slope in carry_back(sweep, list(weights.values())[1:]).items():
             bent = arrays["replicate_hvp", layer].reshape(STEPS + 1, learning_rules.DRAWS, -1)[step, draw]
             np.testing.assert_array_equal(bent, slope.ravel() - arrays["gradient", layer][step])
-    # The mean of the draws is the update: so are its angles, but for the rounding of the states.
+    # The mean of the draws is the update, so its angles agree up to the rounding of the states.
     turned = np.abs(found["angle"] - model(trees[name])["angle"])
     assert (turned <= learning_rules.DRAWS * model(trees[name])["angle_uncertainty"]).all()
     # Each draw descends by the mean square of its slopes, as the mean does, at a larger angle in the mean.
@@ -335,7 +335,7 @@ def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs
     assert (found["replicate_angle"].mean("replicate") > found["angle"]).all()
 
 
-def test_the_subspace_rule_of_oja_rests_where_it_should_and_gets_there():
+def test_the_subspace_rule_of_oja_converges_to_its_fixed_points():
     random = np.random.default_rng(0)
     basis = np.linalg.qr(random.standard_normal((5, 5)))[0]
     sources = random.standard_normal((200, 5)) * [4, 3, 1, 0.5, 0.2] @ basis.T
@@ -350,7 +350,7 @@ def test_the_subspace_rule_of_oja_rests_where_it_should_and_gets_there():
     assert weight.T @ weight == pytest.approx(principal.T @ principal, abs=worst_case(200 * 25) * size / 0.01)
 
 
-def test_the_hebbian_rule_knows_no_error(logs):
+def test_the_hebbian_rule_does_not_use_errors(logs):
     weights, inputs, labels = small_network(0)
     sweep = learning_rules.sweep_forward(weights, inputs, labels)
     gradient = carry_back(sweep, list(weights.values())[1:])
@@ -394,10 +394,10 @@ def test_on_real_digits_every_rule_learns_and_the_control_unlearns(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rules": ["adam", "hope"]}, r"(?s)rules \['hope'\] are not known.*partial-ascent"),
-        ({"steps": 0}, "0 steps"),
-        ({"hidden": 0}, "0 hidden units"),
-        ({"images": 40}, "40 images of the objective"),
+        ({"rules": ["adam", "hope"]}, r"(?s)unknown rules 'hope'.*partial-ascent"),
+        ({"steps": 0}, "^steps must be greater than 0 .*, got 0"),
+        ({"hidden": 0}, "hidden units must be greater than 0 .*, got 0"),
+        ({"images": 40}, "images in the objective must be .*, got 40"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):
@@ -406,7 +406,7 @@ def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, option
     assert not (tmp_path / "logs").exists()
 
 
-def test_the_command_line_logs_the_rules_asked_for(tmp_path, monkeypatch):
+def test_the_command_line_logs_the_requested_rules(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "load_digits", lambda folder: toy_digits())
     arguments = ["learning-rules", str(tmp_path), "--rule", "adam", "--rule", "hebbian", "--steps", "2"]
     arguments += ["--images", "20", "--hidden", "3", "--container", "npz"]

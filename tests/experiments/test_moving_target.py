@@ -109,7 +109,7 @@ def test_every_row_of_the_model_is_the_pair_of_whole_vectors_and_time(runs, rule
         assert tensor.isel(step=step)["angle"] == pytest.approx(float(geometry.angle(pair_of(y, g))), abs=1e-13)
 
 
-def test_steepest_descent_on_the_loss_as_it_stands_need_not_descend_the_loss_that_moves(runs):
+def test_steepest_descent_on_the_current_loss_may_not_decrease_the_moving_loss(runs):
     _, _, tree = runs["gradient"]
     tensor, model = at(tree, "tensor").sel(tensor="theta"), at(tree, "model")
     assert (tensor["status"] == Status.EFFECTIVE).all()
@@ -119,7 +119,7 @@ def test_steepest_descent_on_the_loss_as_it_stands_need_not_descend_the_loss_tha
     assert 0.2 < float(model["effective"][100:].mean()) < 0.8
 
 
-def test_a_rule_that_knows_the_motion_is_effective_throughout_though_it_climbs_the_loss_as_it_stands(runs):
+def test_the_tracking_rule_is_effective_even_if_it_climbs_the_current_loss(runs):
     _, _, tree = runs["tracking"]
     tensor, model = at(tree, "tensor").sel(tensor="theta"), at(tree, "model")
     assert (model["status"] == Status.EFFECTIVE).all()
@@ -153,7 +153,7 @@ def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_i
         assert status[3] == Status.UNVERIFIABLE
         assert (status[[0, 1, 2, 4]] != Status.UNVERIFIABLE).all()
     assert (at(tree, "tensor")["status"] != Status.UNVERIFIABLE).all()
-    # The share of a tensor in the change of the loss is told by the model's pair.
+    # A tensor's share of the loss change is computed from the model's pair.
     assert (at(tree, "tensor", "corrected")["status"][3] == Status.UNVERIFIABLE).all()
     windows = process(write_log(tmp_path / "more", states), tmp_path / "more-out", windows=(2,))
     status = windows["model"]["status"].sel(window=2, descent="gradient").values
@@ -164,7 +164,7 @@ def test_a_step_without_the_derivative_is_not_verifiable_and_a_run_without_any_i
     assert (model["update_norm"] ** 2).values == pytest.approx(squares.values, rel=10 * U)
 
 
-def test_what_a_hessian_of_the_parameters_alone_would_say_is_not_said(tmp_path):
+def test_results_of_the_hessian_of_the_parameters_alone_are_omitted(tmp_path):
     states = random_walk(6)
     for state in states:
         state |= {key.replace("gradient/", "hvp/"): value for key, value in state.items() if "gradient/" in key}
@@ -203,10 +203,10 @@ def test_only_the_runs_of_a_sweep_that_log_the_derivative_are_extended(tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "hope"}, "(?s)rule 'hope' is not known.*gradient, tracking"),
-        ({"steps": 0}, "make no trajectory"),
-        ({"learning_rate": 0.0}, "make no trajectory"),
-        ({"frequency": np.nan}, "make no trajectory"),
+        ({"rule": "hope"}, "(?s)unknown rule 'hope'.*gradient, tracking"),
+        ({"steps": 0}, "do not form a trajectory"),
+        ({"learning_rate": 0.0}, "do not form a trajectory"),
+        ({"frequency": np.nan}, "do not form a trajectory"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, options, message):
@@ -215,7 +215,7 @@ def test_options_out_of_range_are_refused_and_nothing_is_logged(tmp_path, option
     assert not (tmp_path / "log").exists()
 
 
-def test_the_command_line_logs_the_rule_asked_for(tmp_path):
+def test_the_command_line_logs_the_requested_rule(tmp_path):
     arguments = ["moving-target", str(tmp_path / "log"), "--rule", "tracking", "--steps", "4"]
     answer = CliRunner().invoke(command_line.app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0

@@ -1,4 +1,4 @@
-"""The updates that a trajectory will have, counted before it is written, are those of the written one."""
+"""The extent of a trajectory, computed before it is written, equals that of the written trajectory."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def restarted_runs(draw):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(restarted_runs())
-def test_updates_are_counted_as_the_trajectory_has_them(tmp_path_factory, rows):
+def test_extent_counts_the_updates_of_the_trajectory(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("extent") / "trajectory.zarr"
     dtypes = {"parameter": "float32", "gradient": "float32"}
     trajectory = create_trajectory(path, Layout.from_shapes({"a": ((2,), "float32")}), dtypes, (16, 2))
@@ -47,7 +47,7 @@ def test_updates_are_counted_as_the_trajectory_has_them(tmp_path_factory, rows):
         assert extent.updates(attempt) == updates.sum()
 
 
-def test_the_longest_run_of_a_sweep_counts():
+def test_extent_counts_the_longest_run_of_a_sweep():
     extent = Extent((("a", 0, 0), ("a", 1, 0), ("b", 0, 0), ("b", 10, 0), ("b", 20, 0)))
     assert (extent.attempts, extent.updates()) == (1, 2)
     assert Extent(()).updates() == 0

@@ -1,4 +1,4 @@
-"""Logs into a trajectory: every step exactly once, or a refusal that leaves nothing to trip over."""
+"""Ingest of logs into a trajectory: each step exactly once, or an error that leaves nothing behind."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def store(tmp_path):
 
 
 def read(trajectory, name):
-    """All committed rows of an array, as words."""
+    """All committed states of an array, as words."""
     parts = []
     for column in range(trajectory.columns):
         out = np.zeros((trajectory.n_states, trajectory.chunk[1]), storage_dtype(trajectory.dtypes[name]))
@@ -59,7 +59,7 @@ def read(trajectory, name):
 
 
 def stored(store, row, key):
-    """A tensor of a row by its key in the log, in the dtype of the store."""
+    """A tensor of a state by its key in the log, in the dtype of the store."""
     array, _, name = key.partition("/")
     trajectory = open_trajectory(store)
     (tensor,) = (tensor for tensor in trajectory.layout.tensors if tensor.name == name)
@@ -68,7 +68,7 @@ def stored(store, row, key):
 
 
 def assert_holds(store, states, numbers=None):
-    """A trajectory is these states, bit for bit."""
+    """Assert that a trajectory contains exactly these states, bit for bit."""
     trajectory = open_trajectory(store)
     numbers = list(range(len(states))) if numbers is None else numbers
     assert trajectory.scalar("step").tolist() == numbers
@@ -81,7 +81,7 @@ def assert_holds(store, states, numbers=None):
 
 
 def content(store, commits=True):
-    """Files of a store, without what a killed writer may have left aside."""
+    """Files of a store, without temporary files of a killed writer."""
     return {
         path.relative_to(store): path.read_bytes()
         for path in store.rglob("*")
@@ -94,7 +94,7 @@ def names(folder):
 
 
 def random_bits(steps, dtype, tensors=TENSORS, seed=0):
-    """States of any bits at all: NaNs of every payload, infinities, subnormals."""
+    """States with arbitrary bits: NaNs of every payload, infinities, subnormals."""
     rng = np.random.default_rng(seed)
     words = np.dtype(DTYPES[dtype])
     return [
@@ -115,7 +115,7 @@ def random_bits(steps, dtype, tensors=TENSORS, seed=0):
     ("dtype", "container"),
     [case for case in itertools.product(DTYPES, ["safetensors", "npz"]) if case != ("bfloat16", "npz")],
 )
-def test_every_dtype_lands_bit_for_bit(ingest, log, store, dtype, container):
+def test_each_dtype_is_stored_bit_for_bit(ingest, log, store, dtype, container):
     states = random_bits(5, dtype)
     summary = ingest(write_log(log, states, container=container), store)
     assert_holds(store, states)
@@ -168,7 +168,7 @@ def opened(monkeypatch):
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 5])
-def test_what_is_logged_later_is_appended_to_the_bytes_of_one_ingest(ingest, tmp_path, log, store, opened, first):
+def test_two_ingests_give_the_same_bytes_as_one(ingest, tmp_path, log, store, opened, first):
     states = random_walk(8)
     write_log(log, states[:first])
     ingest(log, store)
@@ -195,7 +195,7 @@ def test_an_ingest_of_nothing_new_opens_no_step_and_changes_no_file(log, store, 
     assert content(store) == before
 
 
-def test_steps_that_the_run_cleared_away_stay_ingested(log, store):
+def test_steps_deleted_from_the_log_remain_ingested(log, store):
     states = random_walk(6)
     ingest(write_log(log, states[:3]), store)
     shutil.rmtree(log)
@@ -203,7 +203,7 @@ def test_steps_that_the_run_cleared_away_stay_ingested(log, store):
     assert_holds(store, states)
 
 
-def test_a_touched_file_of_the_same_content_is_accepted(ingest, log, store, opened):
+def test_a_touched_file_with_the_same_content_is_accepted(ingest, log, store, opened):
     states = random_walk(5)
     ingest(write_log(log, states[:4]), store)
     before = content(store)
@@ -222,11 +222,11 @@ def next_after(value):
 
 
 CHANGES = {
-    "another parameter": lambda s: s.update({"parameter/scale": next_after(s["parameter/scale"])}),
-    "another gradient": lambda s: s.update({"gradient/layer.weight": -s["gradient/layer.weight"]}),
+    "a different parameter": lambda s: s.update({"parameter/scale": next_after(s["parameter/scale"])}),
+    "a different gradient": lambda s: s.update({"gradient/layer.weight": -s["gradient/layer.weight"]}),
     "loss": lambda s: s.update({"loss": s["loss"] + 1}),
     "learning_rate": lambda s: s.pop("learning_rate"),
-    "other tensors": lambda s: s.update({"parameter/more": np.ones(1), "gradient/more": np.ones(1)}),
+    "different tensors": lambda s: s.update({"parameter/more": np.ones(1), "gradient/more": np.ones(1)}),
     # The stored float32 are the rounded values of these: not the same content.
     "dtypes": lambda s: s.update({"gradient/scale": s["gradient/scale"].astype(np.float64) * (1 + 1e-12)}),
 }
@@ -239,13 +239,13 @@ def test_a_step_that_changed_after_it_was_ingested_is_refused(ingest, log, store
     before = content(store)
     CHANGES[what](states[3])
     os.utime(write_step(log, 3, states[3]), ns=(1, 1))
-    with pytest.raises(InputError, match=f"step 3 is ingested already, with .*{what}") as caught:
+    with pytest.raises(InputError, match=f"step 3 is already ingested, with .*{what}") as caught:
         ingest(log, store)
     assert caught.value.where == f"{log / 'step_3.safetensors'}, step 3"
     assert content(store) == before
-    anew = random_walk(5, seed=1)
-    ingest(write_log(log, anew), store, overwrite=True)
-    assert_holds(store, anew)
+    new_states = random_walk(5, seed=1)
+    ingest(write_log(log, new_states), store, overwrite=True)
+    assert_holds(store, new_states)
 
 
 def test_a_step_before_the_last_ingested_one_is_refused(log, store):
@@ -253,13 +253,13 @@ def test_a_step_before_the_last_ingested_one_is_refused(log, store):
     write_log(log, [*states[:2], *states[3:]], numbers=[0, 1, 3, 4])
     ingest(log, store, allow_gaps=True)
     write_step(log, 2, states[2])
-    with pytest.raises(InputError, match="step 2 is new, but steps up to 4 are ingested already"):
+    with pytest.raises(InputError, match="step 2 is new, but steps up to 4 are already ingested"):
         ingest(log, store)
     ingest(log, store, overwrite=True)
     assert_holds(store, states)
 
 
-def test_starting_anew_from_a_bad_log_keeps_what_was_there(log, store):
+def test_overwriting_from_a_bad_log_keeps_the_old_trajectory(log, store):
     states = random_walk(4)
     ingest(write_log(log, states), store)
     (log / "step_2.safetensors").write_bytes(b"")
@@ -268,7 +268,7 @@ def test_starting_anew_from_a_bad_log_keeps_what_was_there(log, store):
     assert_holds(store, states)
 
 
-def test_a_folder_that_is_no_trajectory_is_kept(log, store):
+def test_a_folder_that_is_not_a_trajectory_is_kept(log, store):
     store.mkdir(parents=True)
     (store / "thesis.tex").write_text("years of work")
     write_log(log, random_walk(2))
@@ -285,7 +285,7 @@ def test_a_folder_that_is_no_trajectory_is_kept(log, store):
     "numbers",
     [[0], [7], [0, 1, 2], [5, 6, 7], [0, 10, 20, 30], [3, 103], [1000, 1500, 2000]],
 )
-def test_steps_logged_evenly_are_taken(log, store, numbers):
+def test_evenly_spaced_steps_are_ingested(log, store, numbers):
     states = random_walk(len(numbers))
     ingest(write_log(log, states, numbers), store)
     assert_holds(store, states, numbers)
@@ -297,10 +297,10 @@ def test_steps_logged_evenly_are_taken(log, store, numbers):
         ([0, 1, 2, 4, 5], "step 3 is missing: steps are 1 apart, but 4 follows 2", 4),
         ([0, 2, 3, 4], "step 1 is missing: steps are 1 apart, but 2 follows 0", 2),
         ([0, 10, 20, 40], "step 30 is missing: steps are 10 apart, but 40 follows 20", 40),
-        ([0, 10, 20, 25, 30, 40, 50], "steps are uneven: steps are 10 apart, but 25 follows 20", 25),
+        ([0, 10, 20, 25, 30, 40, 50], "the steps are not evenly spaced: steps are 10 apart, but 25 follows 20", 25),
     ],
 )
-def test_a_gap_is_refused_by_name_and_kept_where_it_is_allowed(log, store, numbers, what, file):
+def test_a_gap_is_rejected_unless_gaps_are_allowed(log, store, numbers, what, file):
     states = random_walk(len(numbers))
     write_log(log, states, numbers)
     with pytest.raises(InputError, match=what) as caught:
@@ -313,7 +313,7 @@ def test_a_gap_is_refused_by_name_and_kept_where_it_is_allowed(log, store, numbe
 
 
 @pytest.mark.parametrize(("before", "after"), [([0, 1, 2], [4]), ([0, 10], [11]), ([0, 1], [3, 5])])
-def test_a_gap_to_what_was_ingested_before_is_refused(log, store, before, after):
+def test_a_gap_after_the_ingested_steps_is_rejected(log, store, before, after):
     states = random_walk(len(before) + len(after))
     ingest(write_log(log, states[: len(before)], before), store)
     write_log(log, states[len(before) :], after)
@@ -352,7 +352,7 @@ def rename(state):
 BAD_STEPS = {
     "shape": (reshape, r"shape changes from \(4, 3\) to \(3, 4\)", "layer.weight"),
     "dtype": (retype, "dtype changes from float32 to float64", "scale"),
-    "name": (rename, "tensor 'scale' is gone at step 3", "scale"),
+    "name": (rename, "tensor 'scale' is missing at step 3", "scale"),
     "new tensor": (put(parameter__more=np.ones(2), gradient__more=np.ones(2)), "'more' is new at step 3", "more"),
     "no gradient": (drop("gradient/scale"), "tensor 'scale' has no gradient", "scale"),
     "integers": (put(gradient__scale=np.int64(3)), "is not a float", "scale"),
@@ -375,9 +375,9 @@ def test_a_step_of_another_model_is_refused_before_a_byte_is_written(tmp_path, l
     store = tmp_path / "deep" / "out" / "trajectory.zarr"
     with pytest.raises(InputError, match=what) as caught:
         ingest(log, store)
-    # Where hvp is logged at one step only, the others lack it, the first of them first.
-    place = "step 0" if bad == "curvature" else f"{log / f'step_3.{container}'}, step 3"
-    assert place in caught.value.where
+    # If hvp is logged at one step only, the error names the first step without it.
+    location = "step 0" if bad == "curvature" else f"{log / f'step_3.{container}'}, step 3"
+    assert location in caught.value.where
     assert not tensor or f"tensor {tensor!r}" in caught.value.where
     assert names(tmp_path) == names(log.parent) == {"log", *(f"log/step_{n}.{container}" for n in range(6))}
     write_step(log, 3, good, container)
@@ -398,14 +398,14 @@ def test_a_step_of_another_model_is_not_appended(log, store, bad):
 
 
 def test_tensors_that_swap_their_dtypes_are_not_appended(log, store):
-    # The dtypes of the arrays stay; but the rounding floor of each tensor is that of its own.
+    # The dtypes of the arrays do not change, but the rounding floor of each tensor follows its own dtype.
     def state(weight, bias):
         tensors = {"weight": np.ones(3, DTYPES[weight]), "bias": np.ones(2, DTYPES[bias])}
         return {f"{array}/{name}": value for array in ("parameter", "gradient") for name, value in tensors.items()}
 
     ingest(write_log(log, [state("float32", "bfloat16")] * 2), store)
     write_step(log, 2, state("bfloat16", "float32"))
-    with pytest.raises(InputError, match=r"float32 of shape \(2,\) in place of bfloat16 of shape \(2,\)") as caught:
+    with pytest.raises(InputError, match=r"float32 of shape \(2,\) instead of bfloat16 of shape \(2,\)") as caught:
         ingest(log, store)
     assert "step 2, parameter of tensor 'bias'" in caught.value.where
 
@@ -415,7 +415,7 @@ def damage_truncated(path):
 
 
 def damage_one_byte(path):
-    """Change the data of a tensor of an archive: described without fault, and found out when it is read."""
+    """Change the data of a tensor in an archive, which is detected only when the data are read."""
     whole = path.read_bytes()
     start = whole.index(b"gradient/layer.weight.npy")
     value = whole.index(b"\n", start) + 1
@@ -428,7 +428,7 @@ DAMAGES = [("safetensors", damage_truncated), ("npz", damage_truncated), ("npz",
 @pytest.mark.parametrize(("container", "damage"), DAMAGES)
 @pytest.mark.parametrize("bad", [0, 4, 6])
 @pytest.mark.parametrize("out_is_there", [False, True])
-def test_a_damaged_file_leaves_nothing_that_a_good_run_trips_over(
+def test_a_damaged_file_does_not_affect_the_next_run(
     ingest, tmp_path, log, store, container, damage, bad, out_is_there
 ):
     states = random_walk(7)
@@ -497,7 +497,7 @@ def test_a_file_that_changes_between_description_and_reading_is_refused(log, sto
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_is_ingested_and_warned_of_by_name(ingest, log, store, caplog, dtype, value):
+def test_a_gradient_that_is_not_finite_is_ingested_with_a_warning(ingest, log, store, caplog, dtype, value):
     states = random_walk(5, dtype=dtype)
     states[2]["gradient/layer.weight"][3, 1] = value
     states[4]["parameter/scale"] = np.asarray(value, DTYPES[dtype])
@@ -511,7 +511,7 @@ def test_a_gradient_that_is_not_finite_is_ingested_and_warned_of_by_name(ingest,
     assert [record.getMessage() for record in caplog.records if record.name == "natgrad.ingestion"] == [warning]
 
 
-def test_a_diverged_run_is_warned_of_in_one_line(log, store):
+def test_a_diverged_run_causes_one_warning(log, store):
     states = random_walk(9)
     for state in states[2:]:
         state["gradient/layer.bias"][:] = np.nan
@@ -535,7 +535,7 @@ def test_the_largest_numbers_are_finite(log, store, dtype):
 
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, container):
+def test_missing_scalars_cause_warnings_with_their_consequences(log, store, container):
     states = random_walk(4)
     for state in states:
         del state["learning_rate"]
@@ -545,28 +545,28 @@ def test_missing_scalars_are_warned_of_with_what_follows_from_it(log, store, con
     assert summary.warnings == [
         "loss is missing or NaN in 2 of 4 steps: results that need it are NaN with status unverifiable",
         "learning_rate is missing or NaN in 4 of 4 steps: "
-        "give it with --learning-rate; without it no metric exists",
+        "pass it with --learning-rate; without it no metric exists",
     ]
     loss = [states[0]["loss"], np.nan, states[2]["loss"], np.nan]
     np.testing.assert_array_equal(open_trajectory(store).scalar("loss"), loss)
     np.testing.assert_array_equal(open_trajectory(store).scalar("learning_rate"), np.nan)
 
 
-def test_keys_that_are_not_used_are_warned_of(log, store):
+def test_unused_keys_cause_a_warning(log, store):
     states = random_walk(3)
     states[1]["accuracy"] = np.float64(0.5)
     (warning,) = ingest(write_log(log, states), store).warnings
-    assert warning == "1 keys are not used, 'accuracy' (in step_1.safetensors) the first of them"
+    assert warning == "1 keys are not used; the first is 'accuracy' (in step_1.safetensors)"
 
 
-def test_numbers_that_few_runs_log_are_stored_where_they_are_logged_and_told_of_where_they_came_late(log, store):
+def test_optional_scalars_are_stored_or_reported_if_they_are_logged_too_late(log, store):
     states = random_walk(4)
     states[1]["hessian_min_eigenvalue"] = np.float64(-0.5)
     ingest(write_log(log, states[:3]), store)
     states[3]["loss_time_derivative"] = np.float64(0.25)
     write_step(log, 3, states[3])
     (warning,) = ingest(log, store).warnings
-    assert warning.startswith("loss_time_derivative is logged from step 3 on, and not stored")
+    assert warning.startswith("loss_time_derivative is logged from step 3 on, but is not stored")
     trajectory = open_trajectory(store)
     assert trajectory.scalars == ("loss", "learning_rate", "hessian_min_eigenvalue")
     np.testing.assert_array_equal(trajectory.scalar("hessian_min_eigenvalue"), [np.nan, -0.5, np.nan, np.nan])
@@ -580,18 +580,18 @@ ONE_THREAD = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 WAITING_INGEST = """
 import sys
 from natgrad.ingestion import ingest
-from natgrad.storage import LocalStorage
+from natgrad.storage import open_storage
 
 def wait(done, total):
     sys.stdout.write("writing\\n")
     sys.stdout.flush()
     sys.stdin.readline()
 
-ingest([LocalStorage(sys.argv[1])], LocalStorage(sys.argv[2]), progress=wait)
+ingest([open_storage(sys.argv[1])], open_storage(sys.argv[2]), progress=wait)
 """
 
 
-def test_a_second_writer_is_refused_while_the_first_is_at_work_and_readers_are_not(log, store):
+def test_a_second_writer_is_rejected_but_readers_are_not(log, store):
     states = random_walk(3)
     write_log(log, states)
     command = [sys.executable, "-c", WAITING_INGEST, str(log), str(store)]
@@ -617,7 +617,7 @@ import os, signal, sys, time
 from pathlib import Path
 from natgrad.ingestion import ingest
 from natgrad.schema.layout import IngestLimits
-from natgrad.storage import LocalStorage
+from natgrad.storage import open_storage
 
 os.fsync = lambda descriptor: None
 limits = IngestLimits(chunk_elements=int(sys.argv[3]), commit_bytes=1)
@@ -640,7 +640,7 @@ def run(name, last_change=None, delay=None):
 
         sys.addaudithook(watch)
         os.write(ready, b"!")
-        ingest([LocalStorage(log)], LocalStorage(folder / name / "trajectory.zarr"), limits=limits)
+        ingest([open_storage(log)], open_storage(folder / name / "trajectory.zarr"), limits=limits)
         (folder / (name + ".changes")).write_text(str(changes))
         os._exit(0)
     os.read(started, 1)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 @pytest.fixture(name="ingest_run", params=[8, 3 * ELEMENTS], ids=["wide", "deep"])
 def small_ingest_run(request):
-    """`ingest_run` with chunks so small that a short run has several."""
+    """`ingest_run` with small chunks, so that a short run has several."""
     return functools.partial(ingest_run, limits=IngestLimits(chunk_elements=request.param))
 
 
@@ -55,8 +55,8 @@ def log_steps(folder, states, numbers):
     return folder
 
 
-def held(out):
-    """Rows of a trajectory: step, attempt and the parameters."""
+def stored_states(out):
+    """States of a trajectory: step, attempt and parameters."""
     trajectory = open_trajectory(RunFolder.of(out).trajectory)
     parts = []
     for column in range(trajectory.columns):
@@ -96,24 +96,24 @@ def alone(folder, states, numbers, ingest=ingest_run, **options):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["overwritten", "second folder"])
-def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_path, log, out, elsewhere):
+def test_a_restarted_run_continues_as_a_new_attempt(ingest_run, tmp_path, log, out, elsewhere):
     first, second = random_walk(10), random_walk(13, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     folder = tmp_path / "restarted" if elsewhere else log
     (warning,) = ingest_run(log_steps(folder, second, range(6, 13)), out).warnings
     assert warning == (
-        "the run was restarted before step 6: from there on it is attempt 1; "
+        "the run was restarted before step 6: steps from there on belong to attempt 1; "
         "4 steps of attempt 0 are kept (--attempt 0)"
     )
-    rows = held(out)
+    rows = stored_states(out)
     assert [row[:2] for row in rows] == [*((n, 0) for n in range(10)), *((n, 1) for n in range(6, 13))]
     for (step, attempt, parameter), state in zip(rows, [*first, *second[6:]], strict=True):
         np.testing.assert_array_equal(parameter, flat(state), err_msg=f"{step} {attempt}")
-    # The run as it stands is the first attempt up to the restart, then the second; as it stood, the first.
+    # The current run is the first attempt up to the restart, then the second; with --attempt 0 it is the first.
     analyze_run(out, SERIAL)
     before = variables(alone(tmp_path / "a", first, range(6), ingest=ingest_run))
     after = variables(alone(tmp_path / "b", second, range(6, 13), ingest=ingest_run))
-    # But for the smallest windows, which are of the run as a whole.
+    # The smallest windows are excluded, because they depend on the complete run.
     of_steps = [name for name in before if not name.startswith(("effective_window", "decreasing_window"))]
     found = variables(out)
     assert_same(
@@ -129,7 +129,7 @@ def test_a_run_that_was_restarted_goes_on_as_another_attempt(ingest_run, tmp_pat
     assert ingest_run(folder, out).new_steps == 0
 
 
-def test_no_window_reaches_across_a_restart(tmp_path, log, out):
+def test_no_window_spans_a_restart(tmp_path, log, out):
     ingest_run(log_steps(log, random_walk(6), range(6)), out)
     ingest_run(log_steps(log, random_walk(9, seed=1), range(4, 9)), out)
     analyze_run(out, Analysis(workers=1, windows=(1, 2, 3)))
@@ -143,20 +143,22 @@ def test_no_window_reaches_across_a_restart(tmp_path, log, out):
             assert (np.isnan(at[name]) == unverifiable).all(), name
 
 
-def test_a_restarted_run_is_followed_before_it_has_come_to_the_end_again(ingest_run, log, out):
+def test_a_restarted_run_is_followed_before_it_reaches_its_former_end(ingest_run, log, out):
     first, second = random_walk(10), random_walk(12, seed=1)
     ingest_run(log_steps(log, first, range(10)), out)
     log_steps(log, second, [5])
-    # One file alone may as well be one that somebody changed.
-    with pytest.raises(InputError, match=r"(?s)step 5 is ingested already, with .*run again once a restarted run"):
+    # A single file may also have been changed by a user.
+    with pytest.raises(
+        InputError, match=r"(?s)step 5 is already ingested, with .*run again after it has logged more steps"
+    ):
         ingest_run(log, out)
     log_steps(log, second, [6, 7])
     assert ingest_run(log, out).new_steps == 3
-    assert [row[:2] for row in held(out)[10:]] == [(5, 1), (6, 1), (7, 1)]
+    assert [row[:2] for row in stored_states(out)[10:]] == [(5, 1), (6, 1), (7, 1)]
     assert ingest_run(log, out).new_steps == 0  # 8 and 9 are those of the attempt before
     assert ingest_run(log_steps(log, second, range(8, 12)), out).last_step == 11
-    assert [row[:2] for row in held(out)[10:]] == [(n, 1) for n in range(5, 12)]
-    for (step, _, parameter), state in zip(held(out), [*first, *second[5:]], strict=True):
+    assert [row[:2] for row in stored_states(out)[10:]] == [(n, 1) for n in range(5, 12)]
+    for (step, _, parameter), state in zip(stored_states(out), [*first, *second[5:]], strict=True):
         np.testing.assert_array_equal(parameter, flat(state), err_msg=str(step))
 
 
@@ -172,26 +174,26 @@ def test_steps_that_a_restart_logged_with_the_same_content_are_the_same_steps(lo
 )
 def test_a_change_in_the_middle_is_refused_by_name_and_nothing_is_written(log, out, changed, step):
     ingest_run(log_steps(log, random_walk(9), range(9)), out)
-    before = held(out)
+    before = stored_states(out)
     log_steps(log, random_walk(9, seed=1), changed)
     if changed == [4, 5]:
         for number in (4, 5):
             os.utime(log / f"step_{number}.safetensors", ns=(number, number))
-    with pytest.raises(InputError, match=f"step {step} is ingested already, with .*") as caught:
+    with pytest.raises(InputError, match=f"step {step} is already ingested, with .*") as caught:
         ingest_run(log, out)
     assert f"step_{step}" in caught.value.where
-    assert [row[:2] for row in held(out)] == [row[:2] for row in before]
+    assert [row[:2] for row in stored_states(out)] == [row[:2] for row in before]
 
 
-def test_another_run_is_refused_and_one_begun_anew_in_its_place_is_an_attempt(tmp_path, log, out):
+def test_another_run_is_rejected_but_a_run_restarted_from_the_first_step_is_an_attempt(tmp_path, log, out):
     ingest_run(log_steps(log, random_walk(4), range(4)), out)
     other = log_steps(tmp_path / "other", random_walk(5, seed=1), range(5))
-    with pytest.raises(InputError, match="step 0 is ingested already, with "):
+    with pytest.raises(InputError, match="step 0 is already ingested, with "):
         ingest_run(other, out)
     log_steps(log, random_walk(4, seed=2), range(3))
     (log / "step_3.safetensors").unlink()
     assert ingest_run(log, out).attempts == 2
-    assert [row[:2] for row in held(out)] == [*((n, 0) for n in range(4)), *((n, 1) for n in range(3))]
+    assert [row[:2] for row in stored_states(out)] == [*((n, 0) for n in range(4)), *((n, 1) for n in range(3))]
     analyze_run(out, SERIAL)
     assert variables(out)["step"].tolist() == [0, 1]
 
@@ -238,12 +240,12 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
         begin = min(begin, last + 1)
         states = [*states[:begin], *random_walk(30, seed=attempt)[begin:]]
         if attempt and begin <= last:
-            # As a run that starts again from a checkpoint clears what it had logged since.
+            # A run that restarts from a checkpoint may remove its later logs.
             for number in range(begin, last + 1):
                 (log / f"step_{number}.safetensors").unlink()
         for number in range(begin, begin + count):
             log_steps(log, states, [number])
-            # A look at a run that has one new state, or none: nothing is lost, and nothing taken twice.
+            # A scan of a run with one new state, or none: nothing is lost or ingested twice.
             if next(looked) and number > begin:
                 ingest_run(log, out, limits=limits)
         ingest_run(log, out, limits=limits)
@@ -252,7 +254,7 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
         model |= {n: (attempt, n) for n in range(begin, last + 1)}
     trajectory = open_trajectory(RunFolder.of(out).trajectory)
     rows = np.flatnonzero(trajectory.current())
-    everything = held(out)
+    everything = stored_states(out)
     assert [everything[row][0] for row in rows] == sorted(model)
     for row in rows:
         np.testing.assert_array_equal(everything[row][2], flat(states[everything[row][0]]))
@@ -265,7 +267,7 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
 
 
 def write_sweep(folder, lengths, begin=0):
-    """Log runs of some lengths, or what they have logged since the steps in ``begin``."""
+    """Log runs of the given lengths, or only their steps from ``begin`` on."""
     for index, length in enumerate(lengths):
         log_steps(folder / f"run_{index}", random_walk(length, seed=index), range(begin, length))
     return folder
@@ -292,7 +294,7 @@ def test_a_sweep_is_the_results_of_its_runs_on_an_axis_of_their_own(tmp_path, ou
     report_run([out])
 
 
-def test_runs_that_go_on_after_others_lose_no_update(tmp_path, out):
+def test_runs_that_continue_after_others_lose_no_update(tmp_path, out):
     sweep = tmp_path / "sweep"
     ingest_run(write_sweep(sweep, [3, 4]), out, sweep=True)
     assert ingest_run(sweep, out, sweep=True).new_steps == 0
@@ -306,7 +308,7 @@ def test_runs_that_go_on_after_others_lose_no_update(tmp_path, out):
     analyze_run(at_once, SERIAL)
     for group in ("model", "tensor"):
         assert_same(variables(out, group), variables(at_once, group))
-    with pytest.raises(InputError, match="the trajectory is of a sweep, the log is not"):
+    with pytest.raises(InputError, match="the trajectory contains a sweep, but the log does not"):
         ingest_run(sweep / "run_0", out)
 
 

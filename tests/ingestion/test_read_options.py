@@ -1,4 +1,4 @@
-"""How a log is read is kept with its trajectory: what was said once holds, and nothing else is taken."""
+"""Read options are stored with the trajectory: they apply to later ingests, and cannot change."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from opened import ingest
 
 STEPS = 8
 LONG_AGO = 10**9
-"""Of logs of scalars: nothing more comes."""
+"""Modification time of scalar logs that are complete."""
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def out(tmp_path):
     return tmp_path / "trajectory.zarr"
 
 
-def held(out):
+def stored_data(out):
     states = open_trajectory(out)
-    # As text: a number that is missing is NaN, which equals nothing.
+    # Numbers are compared as text, because missing numbers are NaN.
     numbers = [str(states.scalar(name).tolist()) for name in ("step", "attempt", "loss", "learning_rate")]
     return states.fingerprint(), *numbers
 
 
 def renamed(states):
-    """States whose quantities lie under other keys, and other values under the usual ones."""
+    """States with quantities under other keys, and with different values under the usual keys."""
     return [
         {f"net/{key}" if "/" in key else f"my_{key}": value for key, value in state.items()}
         | {key: -value for key, value in state.items()}
@@ -42,64 +42,64 @@ MAPPING = {"parameter": "net/parameter", "gradient": "net/gradient", "loss": "my
 
 
 @pytest.mark.parametrize(
-    ("made", "given", "told"),
+    ("original", "requested", "message"),
     [
-        ({}, {"shift": {"gradient": -1}}, "made without --shift of gradient, and --shift gradient=-1 is given now"),
-        ({"shift": {"loss": -1}}, {"shift": {"loss": -2}}, "made with --shift loss=-1, and --shift loss=-2 is"),
-        ({"shift": {"loss": -1}}, {"shift": {"loss": 0}}, "made with --shift loss=-1, and --shift loss=0 is"),
-        ({"shift": {"loss": -1}}, {"shift": {"loss": -1, "hvp": 1}}, "made without --shift of hvp"),
-        ({}, {"mapping": {"loss": "my_loss"}}, "made without --map of loss, and --map loss=my_loss is given now"),
-        ({"mapping": MAPPING}, {"mapping": {"loss": "loss"}}, "made with --map loss=my_loss, and --map loss=loss"),
+        ({}, {"shift": {"gradient": -1}}, "without --shift for gradient, but --shift gradient=-1 is passed now"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": -2}}, "created with --shift loss=-1, but --shift loss=-2 is"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": 0}}, "created with --shift loss=-1, but --shift loss=0 is"),
+        ({"shift": {"loss": -1}}, {"shift": {"loss": -1, "hvp": 1}}, "created without --shift for hvp"),
+        ({}, {"mapping": {"loss": "my_loss"}}, "without --map for loss, but --map loss=my_loss is passed now"),
+        ({"mapping": MAPPING}, {"mapping": {"loss": "loss"}}, "created with --map loss=my_loss, but --map loss="),
     ],
 )
-def test_another_reading_is_refused_and_changes_nothing(tmp_path, out, made, given, told):
+def test_changed_read_options_are_rejected_and_change_nothing(tmp_path, out, original, requested, message):
     log = write_log(tmp_path / "log", renamed(random_walk(STEPS - 2)))
-    ingest(log, out, **made)
-    before = held(out)
+    ingest(log, out, **original)
+    before = stored_data(out)
     for step, state in enumerate(renamed(random_walk(STEPS))):
         write_step(log, step, state)
-    with pytest.raises(InputError, match="not read on in another way") as refusal:
-        ingest(log, out, **given)
-    assert told in refusal.value.what
+    with pytest.raises(InputError, match="the read options of a trajectory cannot change") as refusal:
+        ingest(log, out, **requested)
+    assert message in refusal.value.what
     assert "--overwrite" in refusal.value.remedy
     assert refusal.value.where == str(out)
-    assert held(out) == before
-    ingest(log, out, overwrite=True, **given)
-    ingest(log, tmp_path / "other.zarr", **given)
-    assert held(out) == held(tmp_path / "other.zarr") != before
+    assert stored_data(out) == before
+    ingest(log, out, overwrite=True, **requested)
+    ingest(log, tmp_path / "other.zarr", **requested)
+    assert stored_data(out) == stored_data(tmp_path / "other.zarr") != before
 
 
-@pytest.mark.parametrize("said", ["nothing", "a part", "all"])
-def test_a_run_goes_on_as_it_was_begun(tmp_path, out, said):
+@pytest.mark.parametrize("repeated", ["nothing", "a part", "all"])
+def test_a_run_resumes_with_its_original_read_options(tmp_path, out, repeated):
     options = {"mapping": MAPPING, "shift": {"loss": 1, "gradient": -1}}
     log = write_log(tmp_path / "log", renamed(random_walk(STEPS - 2)))
     ingest(log, out, **options)
     for step, state in list(enumerate(renamed(random_walk(STEPS))))[-2:]:
         write_step(log, step, state)
     part = {"mapping": {"loss": "my_loss"}, "shift": {"gradient": -1}}
-    assert ingest(log, out, **{"nothing": {}, "a part": part, "all": options}[said]).new_steps == 2
+    assert ingest(log, out, **{"nothing": {}, "a part": part, "all": options}[repeated]).new_steps == 2
     ingest(log, tmp_path / "whole.zarr", **options)
-    assert held(out) == held(tmp_path / "whole.zarr")
+    assert stored_data(out) == stored_data(tmp_path / "whole.zarr")
     assert ingest(log, out).new_steps == 0
 
 
-def test_what_was_said_is_known(tmp_path):
+def test_stored_read_options_are_described(tmp_path):
     log = write_log(tmp_path / "log", random_walk(STEPS))
     run.ingest_run(log, tmp_path / "plain")
     assert not {"map", "shift"} & set(describe_run(tmp_path / "plain"))
-    run.ingest_run(log, tmp_path / "said", shift={"loss": -1}, mapping={"loss": "loss"})
-    described = describe_run(tmp_path / "said")
+    run.ingest_run(log, tmp_path / "mapped", shift={"loss": -1}, mapping={"loss": "loss"})
+    described = describe_run(tmp_path / "mapped")
     assert (described["map"], described["shift"]) == ({"loss": "loss"}, {"loss": -1})
 
 
-def test_a_scalar_that_lies_in_the_file_of_a_later_step_comes_later(tmp_path, out):
+def test_a_shifted_scalar_is_available_one_step_later(tmp_path, out):
     log = write_log(tmp_path / "log", random_walk(STEPS - 2))
     ingest(log, out, shift={"loss": -1})
     write_log(tmp_path / "log", random_walk(STEPS)[-2:], range(STEPS - 2, STEPS))
     summary = ingest(log, out)
     assert (summary.new_steps, summary.attempts) == (2, 1)
-    assert any("1 steps were ingested without scalars that the log has now" in told for told in summary.warnings)
-    write_step(log, 7, random_walk(STEPS, seed=1)[7])  # but another state, whose loss had not come, is another
+    assert any("the scalars of 1 ingested steps were added to the log" in warning for warning in summary.warnings)
+    write_step(log, 7, random_walk(STEPS, seed=1)[7])  # a changed state is still detected
     assert ingest(log, out).attempts == 2
 
 
@@ -118,7 +118,7 @@ def write_tensors(folder, states):
     return write_log(folder, [{k: v for k, v in state.items() if "/" in k} for state in states])
 
 
-def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
+def test_options_of_a_run_file_are_compared_by_path(tmp_path, out):
     states = random_walk(STEPS)
     write_tensors(tmp_path / "log", states)
     write_scalars(tmp_path, states)
@@ -131,7 +131,7 @@ def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
     write(0)
     ingest(file, out)
     write(-1)
-    with pytest.raises(InputError, match=r"for 'metrics.jsonl' its run file had .*and now") as refusal:
+    with pytest.raises(InputError, match=r"the run file had .* for 'metrics.jsonl', and now it has") as refusal:
         ingest(file, out)
     assert "'shift': {'loss': -1}" in refusal.value.what
     write(0, '[[source]]\npath = "more.jsonl"\n')
@@ -140,8 +140,8 @@ def test_a_run_file_is_read_as_it_said_of_each_path(tmp_path, out):
     assert ingest(file, out).new_steps == 0
 
 
-def test_keys_of_a_log_of_scalars_are_not_looked_for_in_tensors(tmp_path, out):
-    """The folder of a restarted run is given alone, and goes on with what was said of its own kind."""
+def test_keys_of_a_scalar_log_do_not_apply_to_tensors(tmp_path, out):
+    """The folder of a restarted run is passed alone, and is read with the options of the log of its kind."""
     states = random_walk(STEPS)
     log = write_tensors(tmp_path / "log", [{f"net/{k}": v for k, v in state.items()} for state in states[:5]])
     scalars = write_scalars(tmp_path, states[:5])
@@ -155,12 +155,12 @@ def test_keys_of_a_log_of_scalars_are_not_looked_for_in_tensors(tmp_path, out):
     assert ingest(again, out).attempts == 2
 
 
-def test_keys_of_scalars_of_one_source_are_not_given_to_another(tmp_path, out):
+def test_scalar_keys_of_a_single_source_do_not_apply_to_several_sources(tmp_path, out):
     states = [{**state, "my_loss": state["loss"]} for state in random_walk(STEPS)]
     log = write_log(tmp_path / "log", states)
     ingest(log, out, mapping={"loss": "my_loss"})
     scalars = write_scalars(tmp_path, states)
-    with pytest.raises(InputError, match="loss=my_loss of its one SOURCE, and now there are several"):
+    with pytest.raises(InputError, match="from one SOURCE with --map loss=my_loss, but there are several now"):
         ingest([log, scalars], out)
     plain = tmp_path / "plain.zarr"
     ingest(log, plain)

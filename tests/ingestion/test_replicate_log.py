@@ -151,7 +151,7 @@ def gram_bound(run):
 # From the log to the ledger -----------------------------------------------------------------------------------
 
 
-def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
+def test_the_store_contains_each_logged_replicate(run, out):
     states = open_trajectory(RunFolder.of(out).trajectory)
     assert (states.replicates, states.array_dtypes["replicate_hvp"]) == (COUNT, "float32")
     for name in ("replicate_parameter", "replicate_hvp"):
@@ -160,15 +160,15 @@ def test_the_store_holds_every_replicate_as_it_was_logged(run, out):
             states.read(of_replicate(name, replicate), 0, STEPS, 0, words)
             np.testing.assert_array_equal(words[:, :SIZE], run[name][:, replicate])
     np.testing.assert_array_equal(states.scalar("replicate_loss"), run["replicate_loss"])
-    group = zarr.open_group(RunFolder.of(out).trajectory.local_path, mode="r")
+    group = zarr.open_group(RunFolder.of(out).trajectory.zarr_store(), mode="r")
     np.testing.assert_array_equal(group["replicate_parameter"][:], run["replicate_parameter"])
     assert group["replicate_parameter"].metadata.dimension_names == ("step", "replicate", "element")
 
 
-def test_the_ledger_of_a_log_is_that_of_the_arrays_in_memory(run, out):
-    book = open_ledger(RunFolder.of(out).ledger)
-    assert book.replicate_vectors == replicate_vectors(COUNT, hvp=True)
-    found, expected, bound = book.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
+def test_the_ledger_of_a_log_equals_that_of_arrays_in_memory(run, out):
+    gram_ledger = open_ledger(RunFolder.of(out).ledger)
+    assert gram_ledger.replicate_vectors == replicate_vectors(COUNT, hvp=True)
+    found, expected, bound = gram_ledger.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
     assert (np.abs(found - expected) <= 2 * bound).all()
     # The bound is worth the name: it tells the vectors of one step from those of the next.
     assert (np.abs(found[1:] - expected[:-1]) > 2 * bound[:-1]).mean() > 0.9
@@ -196,7 +196,7 @@ def test_the_results_of_a_log_are_those_of_the_arrays_in_memory(run, out):
         assert found["step"].values.tolist() == list(range(STEPS - 1))
         assert found["replicate"].values.tolist() == list(range(COUNT))
     assert tree["tensor"]["tensor"].values.tolist() == list(SHAPES)
-    # Of products that are summed in another order, the same but for what their rounding can do.
+    # The products are summed in another order, so the results agree up to rounding.
     found, rounding = tree["model"].to_dataset(), relative_rounding(run)
     expected = replicates.label(gram_of(run), LAYOUT, replicates=COUNT, **options)["model"].to_dataset()
     np.testing.assert_array_equal(found["status"], expected["status"])
@@ -287,15 +287,15 @@ def drawn_arrays(dtype="float32", hvp=True):
 
 def bits(ledger):
     """Everything that a ledger holds."""
-    book = open_ledger(ledger)
+    gram_ledger = open_ledger(ledger)
     chunks = [
-        book.read_chunk("replicate_gram", start, start + book.updates_per_chunk)
-        for start in range(0, book.n_updates, book.updates_per_chunk)
+        gram_ledger.read_chunk("replicate_gram", start, start + gram_ledger.updates_per_chunk)
+        for start in range(0, gram_ledger.n_updates, gram_ledger.updates_per_chunk)
     ]
-    return [array.tobytes() for array in (*book.read(), *book.steps(), np.concatenate(chunks))]
+    return [array.tobytes() for array in (*gram_ledger.read(), *gram_ledger.steps(), np.concatenate(chunks))]
 
 
-def test_a_run_that_grew_costs_its_new_rows_and_has_the_bits_of_one_pass(tmp_path):
+def test_a_longer_run_computes_only_new_updates_with_the_bits_of_one_pass(tmp_path):
     arrays = drawn_arrays()
     whole = write_trajectory(tmp_path / "whole.zarr", arrays, CUT, (1, 40))
     compute_ledger(whole, tmp_path / "at_once.zarr", limits=SMALL)
@@ -303,7 +303,7 @@ def test_a_run_that_grew_costs_its_new_rows_and_has_the_bits_of_one_pass(tmp_pat
         tmp_path / "grown.zarr", {name: array[:13] for name, array in arrays.items()}, CUT, (1, 40)
     )
     updates_per_chunk = compute_ledger(grown, tmp_path / "ledger.zarr", limits=SMALL).plan.updates_per_chunk
-    assert 12 % updates_per_chunk  # so the last ledger chunk was begun
+    assert 12 % updates_per_chunk  # so the last ledger chunk was incomplete
     append_states(grown, {name: array[13:] for name, array in arrays.items()})
     assert compute_ledger(grown, tmp_path / "ledger.zarr", limits=SMALL).computed_updates == ROWS - 13
     assert bits(tmp_path / "ledger.zarr") == bits(tmp_path / "at_once.zarr")
@@ -324,7 +324,7 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
         yield from executors.threads(2)(job, items[::2], digests)
 
     compute_ledger(trajectory, tmp_path / "resumed.zarr", executor=half, limits=SMALL)
-    with pytest.raises(InputError, match="not complete"):
+    with pytest.raises(InputError, match="incomplete"):
         open_ledger(tmp_path / "resumed.zarr").read()
     resumed = compute_ledger(trajectory, tmp_path / "resumed.zarr", limits=SMALL)
     assert resumed.computed_chunks == summary.chunks // 2
@@ -354,7 +354,7 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
         assert np.abs(found[row, tensor] - expected).max() <= bound * largest**2
 
 
-def test_a_run_without_replicates_knows_nothing_of_them(tmp_path):
+def test_a_run_without_replicates_has_no_replicate_results(tmp_path):
     tree = process(record(tmp_path / "log", noisy_run(steps=3), only=()), tmp_path / "out")
     assert "replicates" not in tree
     assert not [path for path in (tmp_path / "out").rglob("*replicate*")]
@@ -429,7 +429,7 @@ def test_every_format_gives_the_same_trajectory(run, out, tmp_path, write):
     assert states.dtypes == others.dtypes
 
 
-def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
+def test_replicates_are_mapped_by_key(run, out, tmp_path):
     names = {"replicate_parameter": "draws/theta", "replicate_hvp": "draws/bent", "replicate_loss": "draws/loss"}
     steps = [
         {
@@ -447,7 +447,7 @@ def test_replicates_are_found_under_keys_of_their_own(run, out, tmp_path):
             ingest(log, tmp_path / "other.zarr", mapping={quantity: "elsewhere"})
 
 
-def test_replicates_may_lie_in_a_log_of_their_own(run, out, tmp_path):
+def test_replicates_may_be_in_a_separate_log(run, out, tmp_path):
     logs = []
     for name in ("states", "draws"):
         parts = [
@@ -510,7 +510,7 @@ def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_pat
     log = write_npz(tmp_path / "log", steps[:2])
     assert ingest(log, tmp_path / "out.zarr").replicates == COUNT
     np.savez(log / "step_2.npz", **fewer)
-    with pytest.raises(InputError, match="replicates change from 4 to 2"):
+    with pytest.raises(InputError, match="number of replicates changes from 4 to 2"):
         ingest(log, tmp_path / "out.zarr")
     np.savez(log / "step_2.npz", **steps[2])
     assert ingest(log, tmp_path / "out.zarr").new_steps == 1
@@ -522,25 +522,25 @@ def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_pat
         key: value + np.float32(1) if key == "replicate_hvp/scale" else value for key, value in steps[1].items()
     }
     np.savez(log / "step_1.npz", **changed)
-    with pytest.raises(InputError, match="another replicate_hvp/0"):
+    with pytest.raises(InputError, match="a different replicate_hvp/0"):
         ingest(log, tmp_path / "out.zarr")
 
 
 @pytest.mark.parametrize(
     ("replicates", "message"),
     [
-        ({"hvp": {"theta": np.ones((3, 2))}}, "replicates of hvp"),
-        ({"parameter": {"theta": np.ones((3, 2))}, "gradient": {}}, "replicates of parameter, gradient"),
-        ({"parameter": {"theta": np.ones(2)}}, "replicates of the parameter are"),
-        ({"parameter": {"theta": np.ones((0, 2))}}, "replicates of the parameter are"),
-        ({"parameter": {"other": np.ones((3, 2))}}, "replicates of the parameter are"),
-        ({"parameter": {"theta": np.ones((3, 2))}, "hvp": {"theta": np.ones((4, 2))}}, "are .*3.*4"),
-        ({"parameter": {"theta": np.ones((3, 2))}, "loss": [1.0, 2.0]}, "are .*2.*3"),
+        ({"hvp": {"theta": np.ones((3, 2))}}, "invalid replicates: hvp"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "gradient": {}}, "invalid replicates: parameter, gradient"),
+        ({"parameter": {"theta": np.ones(2)}}, r"replicates of the parameter have .* shapes {'theta': \(\)}"),
+        ({"parameter": {"theta": np.ones((0, 2))}}, r"replicates of the parameter have numbers \[\(0,\)\]"),
+        ({"parameter": {"other": np.ones((3, 2))}}, "replicates of the parameter have .* shapes {'other'"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "hvp": {"theta": np.ones((4, 2))}}, "numbers .*3.*4"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "loss": [1.0, 2.0]}, "numbers .*2.*3"),
         ({"parameter": {"theta": np.ones((3, 2))}, "loss": np.ones((3, 2))}, "losses of replicates have shape"),
         ({"parameter": {"theta": np.ones((3, 2), int)}}, "cannot be recorded"),
     ],
 )
-def test_the_recorder_writes_no_replicates_that_do_not_fit(tmp_path, replicates, message):
+def test_the_recorder_rejects_replicates_that_do_not_fit(tmp_path, replicates, message):
     theta = {"theta": np.ones(2)}
     with pytest.raises(InputError, match=message):
         Recorder(tmp_path).record(0, parameter=theta, gradient=theta, replicates=replicates)
@@ -583,7 +583,7 @@ def test_a_ledger_of_other_replicates_is_not_kept(run, log, out, tmp_path):
     compute_ledger(tmp_path / "run/trajectory.zarr", tmp_path / "run/ledger.zarr")
     found, before = (open_ledger(RunFolder.of(folder).ledger) for folder in (tmp_path / "run", out))
     assert [array.tobytes() for array in found.read()] == [array.tobytes() for array in before.read()]
-    found, before = (book.read_chunk("replicate_gram", 0, STEPS - 1) for book in (found, before))
+    found, before = (gram_ledger.read_chunk("replicate_gram", 0, STEPS - 1) for gram_ledger in (found, before))
     assert (np.abs(found - gram_of(other)) <= 2 * gram_bound(other)).all()
     assert (found != before).any()
 
@@ -591,14 +591,14 @@ def test_a_ledger_of_other_replicates_is_not_kept(run, log, out, tmp_path):
 def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
     copy = shutil.copytree(out, tmp_path / "run")
     assert verify_run(copy) == []
-    places = {
+    changes = {
         # A chunk of one replicate is of all steps. Of the ledger 64 KiB have one checksum: here that is all.
         "trajectory.zarr/replicate_hvp/c/0/2/0": (2 * SIZE * 4, "replicate_hvp/2", (2, 2)),
         "trajectory.zarr/replicate_loss/c/0/0": (3 * COUNT * 8, "replicate_loss", (0, STEPS - 1)),
         "ledger.zarr/replicate_gram/c/0/0/0/0": (4 * 3 * 11**2 * 8 + 9, "replicate_gram", (0, STEPS - 2)),
         "ledger.zarr/replicate_vector/c/0": (30, "replicate_vector", ()),
     }
-    for name, (offset, array, steps) in places.items():
+    for name, (offset, array, steps) in changes.items():
         path = copy / name
         whole = path.read_bytes()
         path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
@@ -642,8 +642,8 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
     assert tree["replicates/tensor"]["replicate_angle"].dims == ("run", "step", "tensor", "replicate")
     for name, of_run in results.runs(tree).items():
         assert of_run["replicates/model"]["step"].values.tolist() == list(range(lengths[name] - 1))
-        book = open_ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
-        stored = book.read_chunk("replicate_gram", 0, book.n_updates)
+        gram_ledger = open_ledger(ledger_alone(tmp_path / "sweep" / name, tmp_path / name))
+        stored = gram_ledger.read_chunk("replicate_gram", 0, gram_ledger.n_updates)
         change = (runs[name]["replicate_loss"] - runs[name]["loss"][:, None])[:-1]
         alone = replicates.label(stored, LAYOUT, replicates=COUNT, learning_rate=RATE, loss_change=change)
         for group in ("model", "tensor"):
@@ -697,7 +697,7 @@ def test_replicates_of_each_tensor_are_per_its_own_learning_rate(out):
         assert tree["tensor"].to_dataset().sel(tensor=tensor).identical(expected.sel(tensor=tensor))
 
 
-def test_an_update_that_is_all_rounding_is_not_taken_for_one(tmp_path):
+def test_an_update_within_rounding_is_not_an_update(tmp_path):
     run = noisy_run(dtype="float64", noise=1e-3)
     # Updates by one unit in the last place of a float32, at most.
     run["parameter"] = run["parameter"].astype(np.float32)
@@ -741,24 +741,24 @@ def test_replicates_of_states_alone_lack_what_needs_hvps_and_losses(run, out, tm
 # Before and after ---------------------------------------------------------------------------------------------
 
 
-def test_inspect_and_info_say_how_many_there_are_and_what_they_take(log, out):
+def test_inspect_and_describe_count_and_size_replicates(log, out):
     found = inspect_source([log])
     assert found.holds["replicate_parameter"] == f"{COUNT} replicates of {len(SHAPES)} tensors"
     assert found.holds["replicate_loss"] == f"{COUNT} replicates"
     assert not [name for name in found.missing if name.startswith("replicate")]
-    told = describe_run(out)
-    assert told["replicates"] == COUNT
-    assert told["dtypes"] == found.dtypes
+    description = describe_run(out)
+    assert description["replicates"] == COUNT
+    assert description["dtypes"] == found.dtypes
     folder = RunFolder.of(out)
     arrays = ("parameter", "gradient", "replicate_parameter", "replicate_hvp")
     stored = sum(
         path.stat().st_size
         for name in arrays
-        for path in (folder.trajectory / name / "c").local_path.rglob("*")
+        for path in ((folder.trajectory / name).local_path / "c").rglob("*")
         if path.is_file()
     )
     assert found.trajectory_bytes == stored
-    shape = json.loads((folder.ledger / "replicate_gram" / "zarr.json").read_text())["shape"]
+    shape = json.loads((folder.ledger / "replicate_gram" / "zarr.json").get())["shape"]
     assert found.ledger_bytes == (STEPS - 1) * len(SHAPES) * (5 * 5 + shape[-1] ** 2 + 1) * 8
     assert analyze_run(out, Serial()).projected_memory == found.worker_memory
 
@@ -787,7 +787,7 @@ def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
         assert shown == [float(f(found[name])) for f in (np.nanmin, np.nanmedian, np.nanmax)]
     process(record(tmp_path / "log", noisy_run(steps=3), only=()), tmp_path / "out")
     report_run([tmp_path / "out"])
-    assert "replicates-" not in RunFolder.of(tmp_path / "out").report.get().decode()
+    assert b"replicates-" not in RunFolder.of(tmp_path / "out").report.get()
 
 
 def test_the_memory_of_a_pass_is_that_of_all_replicates():

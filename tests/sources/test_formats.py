@@ -593,7 +593,7 @@ def test_a_change_in_either_source_is_detected(tmp_path):
     path = sources[1] / "step_2" / "gradient.safetensors"
     tensors = safetensors.torch.load_file(path)
     safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
-    with pytest.raises(InputError, match="step 2 is ingested already, with another gradient"):
+    with pytest.raises(InputError, match="step 2 is already ingested, with a different gradient"):
         ingest(sources, tmp_path / "trajectory.zarr")
 
 

@@ -375,7 +375,7 @@ def test_a_scalar_that_changed_in_the_middle_is_refused(growing):
     metrics = settled(growing / "metrics.csv")
     ingest_again(growing, metrics)
     metrics.write_text(metrics.read_text().replace("1,4.0", "1,4.5"))
-    with pytest.raises(InputError, match=r"step 1 is ingested already, with loss 4.0, and now has 4.5"):
+    with pytest.raises(InputError, match=r"step 1 is already ingested, with loss 4.0, and now has 4.5"):
         ingest_again(growing, settled(metrics))
 
 

@@ -1,4 +1,4 @@
-"""A storage in the memory of one process, as somebody outside the package would write it."""
+"""A storage in the memory of one process, as a third-party package would implement it."""
 
 import itertools
 from threading import Lock
@@ -76,7 +76,7 @@ class MemoryStorage(Storage):
 
 
 class _Buffers:
-    """The objects as Zarr sees them: key to buffer."""
+    """The objects as a Zarr store: key to buffer."""
 
     def __getitem__(self, key):
         return _objects[key][0]
@@ -107,5 +107,5 @@ class _Buffers:
 
 
 def open_memory(location):
-    """What the entry point names."""
+    """Open a URL; the entry point names this function."""
     return MemoryStorage(location.removeprefix("inmemory://"))

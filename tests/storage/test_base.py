@@ -1,4 +1,4 @@
-"""The storage protocol: the same verbs everywhere, and a storage that is added from outside the package."""
+"""The storage protocol: the same methods for each storage, and a storage registered by another package."""
 
 import errno
 import itertools
@@ -44,7 +44,7 @@ def in_memory(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["local", "in_memory", "url"])
 def storage(request, tmp_path):
-    """A location of the test's own in each kind of storage."""
+    """A separate location for each test in each kind of storage."""
     if request.param == "local":
         return LocalStorage(tmp_path / "storage")
     return open_storage(request.getfixturevalue(request.param)) / "storage"
@@ -53,7 +53,7 @@ def storage(request, tmp_path):
 # A storage from outside ------------------------------------------------------------------------------------------
 
 
-def test_a_storage_that_a_package_registers_holds_a_run(in_memory, tmp_path):
+def test_a_registered_storage_stores_a_run(in_memory, tmp_path):
     states = logs.with_replicates(logs.random_walk(9))
     log = logs.write_log(tmp_path / "log", states[:6])
     out = f"{in_memory}/out"
@@ -76,7 +76,7 @@ def test_a_storage_that_a_package_registers_holds_a_run(in_memory, tmp_path):
     assert found["angle"].identical(expected["angle"])
 
 
-def test_a_log_is_read_from_a_storage_that_a_package_registers(in_memory, tmp_path):
+def test_a_log_is_read_from_a_registered_storage(in_memory, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(4))
     for file in log.iterdir():
         (open_storage(in_memory) / "log" / file.name).put(file.read_bytes())
@@ -97,7 +97,7 @@ def test_a_storage_in_memory_keeps_no_versions(in_memory):
 # The verbs -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_put_is_got_listed_and_deleted(storage):
+def test_entries_are_put_read_listed_and_deleted(storage):
     assert not storage.exists()
     assert storage.list() == storage.walk() == storage.files() == []
     (storage / "b/c").put(b"content")
@@ -110,7 +110,7 @@ def test_what_is_put_is_got_listed_and_deleted(storage):
     assert (entry.get(), entry.get_tagged()[0], entry.stat().size) == (b"content", b"content", 7)
     assert entry.get_ranges([(0, 3), (5, 9), (7, 9)]) == [b"con", b"nt", b""]
     assert storage.get_entries(["b/c", "none", "a"]) == [b"content", None, b""]
-    assert [place.is_folder() for place in (storage, storage / "b", entry)] == [True, True, False]
+    assert [location.is_folder() for location in (storage, storage / "b", entry)] == [True, True, False]
     with entry.open() as file:
         file.seek(3)
         assert (file.size, file.read(2), file.tell(), file.read()) == (7, b"te", 5, b"nt")
@@ -121,7 +121,7 @@ def test_what_is_put_is_got_listed_and_deleted(storage):
             ask()
 
 
-def test_what_is_new_is_put_once(storage):
+def test_a_new_entry_is_put_once(storage):
     entry = storage / "record"
     entry.put_new(b"first")
     with pytest.raises(FileExistsError):
@@ -133,7 +133,7 @@ def test_what_is_new_is_put_once(storage):
     assert storage.list() == ["record"]
 
 
-def test_what_others_changed_is_not_replaced(storage):
+def test_an_entry_changed_by_others_is_not_replaced(storage):
     entry = storage / "lock"
     entry.put(b"first")
     tag = entry.get_tagged()[1]
@@ -165,7 +165,7 @@ def test_a_tree_is_replaced_and_removed(storage):
     assert storage.walk() == []
 
 
-def test_segments_of_an_entry_are_written_one_after_the_other(storage):
+def test_segments_of_an_entry_are_written_in_sequence(storage):
     entry, writes = storage / "c/0", storage.writes()
     writes.write_segment(entry, 0, memoryview(b"abc"), 6)
     writes.settle()
@@ -195,7 +195,7 @@ def test_handles_are_pickled_compared_and_sorted(storage):
     assert entry != LocalStorage("a")
 
 
-def test_of_threads_that_put_a_new_file_one_succeeds(tmp_path):
+def test_only_one_of_several_threads_puts_a_new_file(tmp_path):
     entry, outcomes, barrier = LocalStorage(tmp_path / "record"), [], threading.Barrier(8)
 
     def put(content):
@@ -246,7 +246,7 @@ LINUX_ONLY = ("posix_fadvise", "preadv", "RWF_NOWAIT", "POSIX_FADV_WILLNEED")
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=100), offset=st.integers(0, 100), size=st.integers(0, 100))
-def test_bytes_are_read_without_the_calls_of_linux(tmp_path, content, offset, size):
+def test_bytes_are_read_without_linux_calls(tmp_path, content, offset, size):
     (tmp_path / "file").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         for name in LINUX_ONLY:
@@ -289,7 +289,7 @@ print(open_trajectory(store).fingerprint())
 """
 
 
-def test_a_log_is_stored_without_the_calls_of_linux(tmp_path):
+def test_a_log_is_stored_without_linux_calls(tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(4))
     command = [sys.executable, "-c", WITHOUT_LINUX, log, tmp_path / "trajectory.zarr"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

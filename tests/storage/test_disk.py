@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or limited: what is committed stays, the reason is told, and a rerun completes."""
+"""Disks that are full, read-only or limited: commits are kept, the error is reported, and a rerun completes."""
 
 import contextlib
 import ctypes
@@ -36,7 +36,7 @@ def log(tmp_path_factory):
 
 
 def content(out):
-    """Files of a run's stores, but for what says when and with what they were made."""
+    """Files of the stores of a run, except the time and the version that created them."""
     return {
         path.relative_to(out): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -44,8 +44,8 @@ def content(out):
     }
 
 
-# A small disk of its own: a tmpfs in a mount namespace, which is gone with the process. It is filled until the
-# command under test has no room left for its next step, and made larger for the rerun.
+# A small disk: a tmpfs in a mount namespace, which ends with the process. It is filled until the command under
+# test has no space for its next step, and enlarged for the rerun.
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
@@ -86,7 +86,7 @@ run(["cp", "-r", out, sys.argv[5]], check=True)
 
 
 def on_a_small_disk(tmp_path, log, size, remount="size=64m"):
-    """Run and rerun a command on a small disk; return what it said, and the stores in the end."""
+    """Run and rerun a command on a small disk; return its messages and the final stores."""
     (tmp_path / "disk").mkdir()
     copy = tmp_path / "copy"
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
@@ -108,11 +108,11 @@ def undisturbed(log, tmp_path_factory):
     return content(out)
 
 
-# A state is 240 kB, and with what belongs to it a run is 3.1 MB: the first steps, and all but the last, fit.
+# A state has 240 kB, and a run with all its data 3.1 MB. The sizes fit the first steps, or all except the last.
 @pytest.mark.parametrize("size", ["600k", "1500k", "2900k"])
-def test_a_full_disk_is_told_and_what_was_committed_is_kept_and_a_rerun_completes(tmp_path, log, undisturbed, size):
-    (told, kept, again), stores = on_a_small_disk(tmp_path, log, size)
-    assert told == "no space is left: No space left on device|True|True"
+def test_a_full_disk_is_reported_commits_are_kept_and_a_rerun_completes(tmp_path, log, undisturbed, size):
+    (message, kept, again), stores = on_a_small_disk(tmp_path, log, size)
+    assert message == "no space left: No space left on device|True|True"
     rows, _, damages = kept.partition("|")
     assert 0 <= int(rows) < STEPS
     assert damages == "[]"
@@ -120,10 +120,10 @@ def test_a_full_disk_is_told_and_what_was_committed_is_kept_and_a_rerun_complete
     assert stores == undisturbed
 
 
-def test_a_read_only_disk_is_told_and_what_was_committed_is_kept(tmp_path, log, undisturbed):
-    (told, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
-    assert (told, kept) == ("no error", f"{STEPS}|[]")
-    assert again.startswith("the disk is read-only")
+def test_a_read_only_disk_is_reported_and_commits_are_kept(tmp_path, log, undisturbed):
+    (message, kept, again), stores = on_a_small_disk(tmp_path, log, "64m", "ro")
+    assert (message, kept) == ("no error", f"{STEPS}|[]")
+    assert again.startswith("the file system is read-only")
     assert stores == undisturbed
 
 
@@ -136,18 +136,18 @@ main()
 """
 
 
-def test_a_limit_on_the_size_of_files_is_told_by_the_command(tmp_path, log):
+def test_the_command_reports_a_file_size_limit(tmp_path, log):
     command = [sys.executable, "-c", LIMITED, "50000", "ingest", log, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "natgrad: a file becomes too large: File too large" in done.stderr
+    assert "natgrad: a file would become too large: File too large" in done.stderr
     assert "ulimit -f" in done.stderr
     assert "Traceback" not in done.stderr
     assert ingest(log, tmp_path / "out" / "trajectory.zarr").new_steps == STEPS
 
 
 class Failing:
-    """Let system calls that write fail from some call on, as a quota does."""
+    """Make writing system calls fail from some call on, as a quota does."""
 
     def __init__(self, monkeypatch, calls, code):
         self._count, self._calls, self._code = itertools.count(), calls, code
@@ -164,11 +164,11 @@ class Failing:
 
 
 @pytest.mark.parametrize("calls", range(0, 120, 13))
-def test_a_quota_that_is_exceeded_at_any_call_leaves_what_was_committed(tmp_path, log, monkeypatch, calls):
+def test_a_quota_exceeded_at_any_call_keeps_commits(tmp_path, log, monkeypatch, calls):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         Failing(patch, calls, errno.EDQUOT)
-        with pytest.raises(InputError, match="the quota is exceeded"):
+        with pytest.raises(InputError, match="the disk quota is exceeded"):
             ingest_run(log, out, limits=SMALL)
     store = RunFolder.of(out).trajectory
     before = open_trajectory(store).scalar("step").tolist() if store.exists() else []
@@ -196,7 +196,7 @@ def test_each_file_and_folder_is_flushed_once(tmp_path, monkeypatch, count):
 
 
 @pytest.mark.parametrize("failing", range(4))
-def test_what_one_flush_of_several_says_is_told_when_all_are_done(tmp_path, monkeypatch, failing):
+def test_an_error_of_one_flush_is_raised_after_all_flushes(tmp_path, monkeypatch, failing):
     files, done, failed = [tmp_path / str(number) for number in range(4)], [], threading.Event()
     for file in files:
         file.write_text("")
@@ -233,14 +233,14 @@ assert os.waitpid(process, 0)[1] == 0
 """
 
 
-def test_a_process_that_was_forked_waits_for_the_disk_with_threads_of_its_own(tmp_path):
+def test_a_forked_process_flushes_with_its_own_threads(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, tmp_path / "file"]
     assert subprocess.run(command, capture_output=True, text=True).stderr == ""
 
 
 class System:
-    """In place of the C library: one that can start to flush a file, and no more."""
+    """C library that can only start to flush a file."""
 
     def __init__(self):
         self.sizes = []
@@ -288,8 +288,8 @@ except OSError as error:
 """
 
 
-def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
-    # What fits is written, and only what is then left of it is refused.
+def test_a_partly_written_file_does_not_replace_the_old_one(tmp_path):
+    # A write fills the available space; only the next write fails.
     done = subprocess.run([sys.executable, "-c", SHORT, tmp_path], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("File too large\n", "")
     assert not list(tmp_path.iterdir())
@@ -299,7 +299,7 @@ def test_a_file_that_the_system_writes_a_part_of_is_not_put_in_place(tmp_path):
 
 
 @pytest.mark.parametrize("possible", [True, False], ids=["exchanged", "renamed"])
-def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, possible):
+def test_a_folder_is_replaced_atomically(tmp_path, monkeypatch, possible):
     if not possible:
         monkeypatch.setattr(ctypes, "CDLL", lambda name: System())
     path = tmp_path / "results"
@@ -310,7 +310,7 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, possible):
         assert [entry.name for entry in tmp_path.rglob("*")] == ["results", str(number)]
 
 
-def test_a_folder_that_cannot_be_written_replaces_none(tmp_path):
+def test_a_folder_that_cannot_be_written_replaces_nothing(tmp_path):
     storage = LocalStorage(tmp_path / "results")
     (storage / "which").put(b"old")
     with pytest.raises(FileNotFoundError), storage.replace_tree("which") as folder:
@@ -338,7 +338,7 @@ with LocalStorage(Path(sys.argv[1]) / "results").replace_tree("which") as folder
 """
 
 
-def test_there_are_results_at_any_moment_of_their_replacement(tmp_path):
+def test_results_are_readable_at_any_time_during_their_replacement(tmp_path):
     outcomes = set()
     for left in range(12):
         folder = tmp_path / str(left)

@@ -30,7 +30,7 @@ from processing import Serial
 
 
 def opened(server, out):
-    """The repository of OUT, opened by Icechunk as its user would."""
+    """The repository in OUT, opened with Icechunk directly."""
     storage = icechunk.s3_storage(
         bucket="bucket",
         prefix=f"{out.key.partition('/')[2]}/stores.icechunk",
@@ -99,13 +99,13 @@ def before(both):
     return found["version"]
 
 
-def test_every_byte_is_that_of_a_folder(both):
+def test_all_bytes_equal_those_of_a_folder(both):
     here, there = map(content, both[:2])
     assert len(here) > 100
     assert there == here
 
 
-def test_every_commit_is_a_version_that_says_what_it_brought(both):
+def test_each_commit_is_a_version_that_describes_its_changes(both):
     assert [row["message"] for row in versions(both[1])] == [
         "results of both: 8 updates",
         "ledger of both: 1 of 1 chunks computed",
@@ -123,7 +123,7 @@ def test_every_commit_is_a_version_that_says_what_it_brought(both):
     assert times[0].tzinfo is not None
 
 
-def test_an_old_version_is_what_it_was(both, before):
+def test_an_old_version_does_not_change(both, before):
     then = open_trajectory("s3://bucket/both/trajectory.zarr", before)
     kept = open_trajectory(both[2] / "trajectory.zarr")
     assert (then.n_states, then.fingerprint()) == (12, kept.fingerprint())
@@ -137,7 +137,7 @@ def test_an_old_version_is_what_it_was(both, before):
     assert verify_run(both[1], before) == verify_run(both[1]) == []
 
 
-def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
+def test_a_version_is_selected_by_identifier_tag_or_time(s3_server, both, before):
     repository = opened(s3_server, both[1])
     repository.create_tag("paper", before)
     assert {"paper"} == {tag for row in versions(both[1]) if row["version"] == before for tag in row["tags"]}
@@ -151,41 +151,41 @@ def test_a_version_has_an_id_a_tag_or_a_time(s3_server, both, before):
         assert "natgrad versions OUT" in refusal.value.remedy
 
 
-def test_an_old_version_is_only_read(both, before):
+def test_an_old_version_is_read_only(both, before):
     path = open_out(both[1], version=before)
     for work in (
         lambda: run.ingest_run("any", path),
         lambda: compute_ledger(path / "trajectory.zarr", path / "ledger.zarr"),
         lambda: run.analyze_run(path, Serial()),
     ):
-        with pytest.raises(InputError, match=r"an old version can only be read|no such file or folder"):
+        with pytest.raises(InputError, match=r"an old version is read-only|no such file or folder"):
             work()
     with pytest.raises(InputError, match="the page of an old version needs a file name"):
         run.report_run([both[1]], version=before)
-    with pytest.raises(PermissionError, match="cannot be changed"):
+    with pytest.raises(PermissionError, match="are read-only"):
         (path / "trajectory.zarr" / "zarr.json").put(b"{}")
     assert not [name for name in both[1].list() if name.endswith(".lock")]
 
 
-def test_the_commands_know_versions(both, before, tmp_path, capsys, monkeypatch):
+def test_the_commands_accept_versions(both, before, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
 
-    def said(*words):
+    def output(*words):
         cli.app([*map(str, words)], standalone_mode=False)
         return capsys.readouterr().out
 
     out = "s3://bucket/both"
-    assert f"{before}  " in said("versions", out)
-    assert json.loads(said("versions", out, "--json"))["versions"] == versions(out)
-    assert said("versions", out, "--last", 2).count("\n") == 2
-    assert json.loads(said("info", out, "--version", before, "--json"))["attempts"] == 1
-    assert said("verify", out, "--version", before) == "OK: all checksums match\n"
-    said("report", out, "--page", tmp_path / "then.html", "--version", before)
+    assert f"{before}  " in output("versions", out)
+    assert json.loads(output("versions", out, "--json"))["versions"] == versions(out)
+    assert output("versions", out, "--last", 2).count("\n") == 2
+    assert json.loads(output("info", out, "--version", before, "--json"))["attempts"] == 1
+    assert output("verify", out, "--version", before) == "OK: all checksums match\n"
+    output("report", out, "--page", tmp_path / "then.html", "--version", before)
     run.report_run({"both": both[2]}, tmp_path / "kept.html")
     assert (tmp_path / "then.html").read_text() == (tmp_path / "kept.html").read_text()
 
 
-def test_icechunk_and_what_reads_zarr_open_it(s3_server, both, before):
+def test_icechunk_and_zarr_readers_open_a_repository(s3_server, both, before):
     repository = opened(s3_server, both[1])
     for version, folder in (({"branch": "main"}, both[0]), ({"snapshot_id": before}, both[2])):
         store = repository.readonly_session(**version).store
@@ -200,13 +200,13 @@ def test_icechunk_and_what_reads_zarr_open_it(s3_server, both, before):
         assert list(records) == [file.read_text() for file in files]
 
 
-def test_what_comes_to_the_same_is_no_version(both):
+def test_unchanged_data_create_no_version(both):
     before = versions(both[1])
     run.analyze_run(both[1], Serial())
     assert versions(both[1]) == before
 
 
-def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
+def test_overwriting_starts_from_scratch_and_keeps_old_versions(s3_server, url, tmp_path):
     states = logs.random_walk(9)
     log = logs.write_log(tmp_path / "log", states[:4])
     run.ingest_run(log, url, store="icechunk")
@@ -221,7 +221,7 @@ def test_overwriting_begins_anew_and_keeps_what_was(s3_server, url, tmp_path):
     assert open_trajectory(url / "trajectory.zarr", version).n_states == 6
     store = opened(s3_server, url).readonly_session("main").store
     assert zarr.open_array(store, path="trajectory.zarr/commits/documents-8.json", mode="r").shape == (1,)
-    # What is refused changes nothing, not even where it begins anew.
+    # Rejected input changes nothing, even with overwrite.
     (log / "step_3.safetensors").write_bytes(b"no")
     with pytest.raises(InputError):
         run.ingest_run(log, url, overwrite=True)
@@ -243,7 +243,7 @@ def test_worker_processes_read_the_version_that_is_computed(url, tmp_path):
     assert versions(url)[0]["message"].startswith("ledger of ")
 
 
-def test_a_reader_sees_what_is_committed(url):
+def test_a_reader_sees_new_commits(url):
     store = written(url, rows=2)
     reader = open_trajectory(store)
     with store.lock("trajectory") as path:
@@ -285,7 +285,7 @@ run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk", limits=limits)
 """
 
 
-def test_a_run_that_is_killed_goes_on(url, tmp_path):
+def test_a_killed_run_is_resumed(url, tmp_path):
     """Killed when the second record is written, and before it is committed."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     done = subprocess.run([sys.executable, "-c", KILLED, str(log), str(url), "2"], check=False)
@@ -299,17 +299,17 @@ def test_a_run_that_is_killed_goes_on(url, tmp_path):
     assert content(url) == content(tmp_path / "out")
 
 
-HELD = """
+WAITING_WRITER = """
 import sys
 from natgrad.app import run
 from natgrad.storage.icechunk_storage import IcechunkStorage
 
-whole = IcechunkStorage.publish
+original = IcechunkStorage.publish
 
 def publish(storage, message):
     print("written", flush=True)
     sys.stdin.readline()
-    whole(storage, message)
+    original(storage, message)
 
 IcechunkStorage.publish = publish
 try:
@@ -320,12 +320,12 @@ except Exception as error:
 
 
 @pytest.fixture
-def held(url, tmp_path):
+def waiting_writer(url, tmp_path):
     """A process that has written four more steps of a run and waits before it commits them."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(8)[:4])
     run.ingest_run(log, url, store="icechunk")
     logs.write_log(log, logs.random_walk(8))
-    command = [sys.executable, "-c", HELD, str(log), str(url)]
+    command = [sys.executable, "-c", WAITING_WRITER, str(log), str(url)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "written\n"
@@ -334,23 +334,23 @@ def held(url, tmp_path):
             process.kill()
 
 
-def test_two_writers_of_a_trajectory(held, url):
-    process, log = held
+def test_two_writers_of_a_trajectory(waiting_writer, url):
+    process, log = waiting_writer
     assert describe_run(url)["steps"] == 4
     with pytest.raises(Unavailable, match=f"another process is writing this trajectory: process {process.pid} on"):
         run.ingest_run(log, url)
-    # Whoever removes the lock by hand: Icechunk refuses the second commit of the same rows.
+    # If a user removes the lock by hand, Icechunk rejects the second commit of the same states.
     (url / ".trajectory.zarr.lock").delete()
     assert run.ingest_run(log, url).new_steps == 4
     answer = process.communicate("\n")[0]
-    assert answer.startswith("Unavailable another process has committed meanwhile")
+    assert answer.startswith("Unavailable another process has committed in the meantime")
     assert describe_run(url)["steps"] == 8
     assert verify_run(url) == []
     assert run.ingest_run(log, url).new_steps == 0
 
 
-def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
-    process, log = held
+def test_a_ledger_is_written_while_a_trajectory_is_written(waiting_writer, url, tmp_path):
+    process, log = waiting_writer
     stores = str(url / "trajectory.zarr"), str(url / "ledger.zarr")
     assert compute_ledger(*stores).n_updates == 3
     assert process.communicate("\n")[0] == "8 steps\n"
@@ -363,10 +363,10 @@ def test_a_ledger_is_written_beside_a_trajectory(held, url, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [("changed", "another checksum than recorded"), ("missing", "it is missing"), ("short", "bytes early")],
+    ("damage", "message"),
+    [("changed", "checksum mismatch"), ("missing", "it is missing"), ("short", "bytes too short")],
 )
-def test_a_damaged_object_is_found(url, damage, said):
+def test_a_damaged_object_is_found(url, damage, message):
     store = written(url)
     chunk = (store / "gradient" / "c" / "1" / "0").get()
     folder = url / "stores.icechunk" / "chunks"
@@ -375,10 +375,10 @@ def test_a_damaged_object_is_found(url, damage, said):
         found.delete()
     else:
         found.put(chunk[:-8] if damage == "short" else chunk[:40] + bytes([chunk[40] ^ 1]) + chunk[41:])
-    (told,) = verify_run(url)
-    assert said in told.what
-    assert (told.array, told.path) == ("gradient", f"{url}/trajectory.zarr/gradient/c/1/0")
-    with pytest.raises(InputError, match="a chunk cannot be read"):
+    (found,) = verify_run(url)
+    assert message in found.what
+    assert (found.array, found.path) == ("gradient", f"{url}/trajectory.zarr/gradient/c/1/0")
+    with pytest.raises(InputError, match="cannot read a chunk"):
         compute_ledger(store, store.parent / "ledger.zarr")
 
 
@@ -386,7 +386,7 @@ def test_a_damaged_object_is_found(url, damage, said):
 
 
 def test_documents_have_the_names_of_files(url):
-    """Whatever a store has beside its arrays, Icechunk keeps as arrays."""
+    """Icechunk stores documents of any name as arrays."""
     store = written(url, rows=1)
     documents = {"00000007.json": b"{}", "00000007.sums": bytes(range(256)), "12.json": b"[]", "notes.txt": b""}
     with store.lock("trajectory") as path:
@@ -412,7 +412,7 @@ def test_documents_have_the_names_of_files(url):
             (folder / "00000008.json").get()
 
 
-def test_what_a_commit_writes_does_not_grow_with_the_run(url):
+def test_the_size_of_a_commit_does_not_grow_with_the_run(url):
     """A manifest lists some chunks, though the array has more: those of 64 random float32 are kept in it."""
     rows, elements = 600, 64
     store = written(url, rows=rows, elements=elements, chunk=(1, elements))
@@ -431,7 +431,7 @@ def test_what_a_commit_writes_does_not_grow_with_the_run(url):
 # Refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_no_repository(tmp_path):
+def test_a_folder_cannot_be_a_repository(tmp_path):
     with pytest.raises(InputError, match="a folder cannot be an Icechunk repository") as refusal:
         run.ingest_run("any", tmp_path / "out", store="icechunk")
     assert "804 and 1494" in refusal.value.why
@@ -441,7 +441,7 @@ def test_a_folder_is_no_repository(tmp_path):
     assert "plain, icechunk" in refusal.value.remedy
 
 
-def test_what_is_stored_otherwise_is_refused(url, tmp_path):
+def test_another_kind_of_store_is_rejected(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     run.ingest_run(log, url / "plain", store="plain")
     run.ingest_run(log, url / "versions", store="icechunk")
@@ -458,7 +458,7 @@ def test_what_is_stored_otherwise_is_refused(url, tmp_path):
             assert "attempts" in refusal.value.why
 
 
-def test_what_is_refused_makes_no_repository(url, tmp_path):
+def test_rejected_input_creates_no_repository(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     (log / "step_1.safetensors").write_bytes(b"no")
     with pytest.raises(InputError):
@@ -466,11 +466,11 @@ def test_what_is_refused_makes_no_repository(url, tmp_path):
     assert url.list() == []
 
 
-def test_a_place_where_something_else_is(url, tmp_path):
-    """As what a process leaves that is killed while it makes a repository."""
+def test_a_location_with_unrelated_objects_is_rejected(url, tmp_path):
+    """Leave the objects of a process that was killed while it created a repository."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
     (url / "stores.icechunk" / "snapshots" / "any").put(b"any")
-    with pytest.raises(InputError, match="no repository can be made here") as refusal:
+    with pytest.raises(InputError, match="cannot create a repository here") as refusal:
         run.ingest_run(log, url)
     assert refusal.value.where == str(url / "stores.icechunk")
 
@@ -492,5 +492,5 @@ def test_locations_in_a_repository_are_shown_as_urls(both):
     folder = open_out(both[1])
     assert isinstance(folder, IcechunkStorage)
     assert str(folder / "ledger.zarr") == "s3://bucket/both/ledger.zarr"
-    assert str((folder / "a").beside()) == str(both[1] / "a")
-    assert type((folder / "a").beside()) is ObjectStorage
+    assert str((folder / "a").unversioned()) == str(both[1] / "a")
+    assert type((folder / "a").unversioned()) is ObjectStorage

@@ -1,4 +1,4 @@
-"""One writer at a time: who holds the lock is told, and what a dead process left is taken over or not guessed."""
+"""One writer at a time: the holder is named, and a lock of a dead process is taken over only if that is safe."""
 
 import errno
 import getpass
@@ -44,7 +44,7 @@ def store(tmp_path):
 
 @pytest.fixture(params=["lock", "softlock"])
 def kind(request, monkeypatch):
-    """Locks of the system, and those of a file system that has none."""
+    """System locks, and the locks of a file system without them."""
     if request.param == "softlock":
         flock = os.strerror(errno.ENOLCK)
 
@@ -72,7 +72,7 @@ def enter(store):
         pass
 
 
-def test_a_second_writer_is_told_who_the_first_is_and_since_when(store, kind):
+def test_a_second_writer_learns_the_holder_and_start_time(store, kind):
     with holder(store, kind) as first:
         with pytest.raises(InputError, match="another process is writing this trajectory") as caught:
             enter(store)
@@ -89,7 +89,7 @@ def test_a_second_writer_is_told_who_the_first_is_and_since_when(store, kind):
     assert not lock_file(store, kind).exists() or not lock_file(store, kind).read_text()
 
 
-def test_the_lock_of_a_dead_process_of_this_host_is_taken_over(store, kind):
+def test_the_lock_of_a_dead_process_on_this_host_is_taken_over(store, kind):
     with holder(store, kind) as first:
         first.send_signal(signal.SIGKILL)
     assert str(first.pid) in lock_file(store, kind).read_text()
@@ -106,11 +106,11 @@ def psutil_partition(mountpoint, fstype):
 
 
 def mount_everything(monkeypatch, fstype):
-    """Let the system say that all files are on one file system."""
+    """Pretend that all files are on one file system."""
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [psutil_partition("/", fstype)])
 
 
-def test_a_free_lock_that_another_host_left_is_not_guessed_on_a_shared_file_system(store, monkeypatch):
+def test_a_free_lock_of_another_host_is_not_taken_on_a_shared_file_system(store, monkeypatch):
     left_by_another_host(store)
     mount_everything(monkeypatch, "nfs4")
     for _ in range(2):
@@ -122,13 +122,13 @@ def test_a_free_lock_that_another_host_left_is_not_guessed_on_a_shared_file_syst
     enter(store)
 
 
-def test_a_free_lock_is_proof_on_a_disk_of_this_machine_whatever_it_was_called(store, monkeypatch):
+def test_a_free_lock_on_a_local_disk_is_taken_for_any_host_name(store, monkeypatch):
     left_by_another_host(store)
     mount_everything(monkeypatch, "ext4")
     enter(store)
 
 
-def test_a_free_lock_of_this_host_is_proof_everywhere(store, monkeypatch):
+def test_a_free_lock_of_this_host_is_taken_everywhere(store, monkeypatch):
     with holder(store, "lock") as first:
         first.kill()
     mount_everything(monkeypatch, "nfs4")
@@ -136,13 +136,13 @@ def test_a_free_lock_of_this_host_is_proof_everywhere(store, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["softlock"], indirect=True)
-def test_a_file_for_a_lock_that_another_host_left_is_not_guessed(store, kind):
+def test_a_lock_file_of_another_host_is_not_taken_over(store, kind):
     lock_file(store, kind).write_text("1234\nnode17\n")
     with pytest.raises(InputError, match="process 1234 on node17, since"):
         enter(store)
 
 
-def test_a_free_lock_is_proof_where_the_nearest_mount_is_of_this_machine(store, monkeypatch):
+def test_a_free_lock_is_taken_if_the_nearest_mount_is_local(store, monkeypatch):
     left_by_another_host(store)
     monkeypatch.setattr(
         psutil,
@@ -152,7 +152,7 @@ def test_a_free_lock_is_proof_where_the_nearest_mount_is_of_this_machine(store, 
     enter(store)
 
 
-def test_a_writer_that_fails_gives_the_lock_back(store):
+def test_a_failed_writer_releases_the_lock(store):
     with pytest.raises(KeyboardInterrupt), LocalStorage(store).lock("trajectory"):
         raise KeyboardInterrupt
     with holder(store, "lock") as next_one:
@@ -167,15 +167,15 @@ def test_a_writer_that_fails_gives_the_lock_back(store):
         *(errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
     ],
 )
-def test_what_the_disk_refuses_is_told_with_the_file_and_what_to_do(store, code):
+def test_disk_errors_name_the_file_and_a_remedy(store, code):
     with pytest.raises(InputError, match=os.strerror(code)) as caught, disk_errors(store):
         raise OSError(code, os.strerror(code), str(store / "file"))
     assert caught.value.where == str(store / "file")
     assert caught.value.why
-    assert "what is committed is kept" in caught.value.remedy
+    assert "committed data are kept" in caught.value.remedy
 
 
-def test_what_is_not_of_the_disk_passes(store):
+def test_other_errors_are_not_translated(store):
     with pytest.raises(ConnectionResetError), disk_errors(store):
         raise ConnectionResetError(errno.ECONNRESET, "of a scheduler")
     with pytest.raises(OSError, match="of a scheduler"), disk_errors(store):

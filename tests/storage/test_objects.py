@@ -1,4 +1,4 @@
-"""OUT and SOURCE in an object store: a real server that speaks S3, on this machine."""
+"""OUT and SOURCE in an object store: a real S3 server on this machine."""
 
 import contextlib
 import json
@@ -36,11 +36,11 @@ from processing import Serial
 from servers import forget_object_stores, free_port
 
 STEPS = 12
-"""Of the log: two thirds of them are there at first."""
+"""Steps of the log; two thirds of them exist at first."""
 
 
 def content(folder):
-    """Path below a location to bytes, of all in it but locks, and pages, which tell their names."""
+    """Relative path to content of all files, except locks, and except pages, which contain their location."""
     storage = open_storage(folder)
     names = [name for name in storage.walk() if not name.endswith((".lock", ".html"))]
     return dict(zip(names, storage.get_entries(names), strict=True))
@@ -64,13 +64,13 @@ def both(s3_server, tmp_path_factory):
     return outs
 
 
-def test_every_byte_is_that_of_a_folder(both):
+def test_all_bytes_equal_those_of_a_folder(both):
     here, there = map(content, both)
     assert len(here) > 100
     assert there == here
 
 
-def test_what_reads_zarr_reads_the_results(both):
+def test_zarr_readers_open_the_results(both):
     here, there = (xr.open_datatree(str(out / "results.zarr"), engine="zarr")["model"] for out in both)
     assert there["angle"].identical(here["angle"])
 
@@ -80,14 +80,14 @@ def test_nothing_is_left_locked(both):
 
 
 def test_the_commands_take_a_url(both, capsys, monkeypatch):
-    # Its handler of the log would write to what is captured, later on too.
+    # Its log handler would keep writing to the captured stream.
     monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
-    for command, said in {
+    for command, message in {
         "info": "s3://bucket/both/trajectory.zarr",
         "verify": "OK: all checksums match",
     }.items():
         cli.app([command, "s3://bucket/both"], standalone_mode=False)
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out
 
 
 # Reading -----------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_a_damaged_object_is_named(url, damage):
         chunk.delete()
     else:
         chunk.put(whole[:-8] if damage == "short" else whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(InputError, match="a chunk cannot be read") as refusal:
+    with pytest.raises(InputError, match="cannot read a chunk") as refusal:
         compute_ledger(store, url / "l.zarr")
     assert refusal.value.where == str(chunk)
 
@@ -151,7 +151,7 @@ def test_one_process_writes(url):
 
 
 def left_lock(url, **changes):
-    """A lock that was not given back, by this process if nothing else is said."""
+    """Write a lock that was not released, by default by this process."""
     signed = {
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -163,9 +163,9 @@ def left_lock(url, **changes):
     (url / ".t.zarr.lock").put(json.dumps(signed).encode())
 
 
-def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over(url):
+def test_a_lock_of_a_dead_process_on_this_machine_is_taken_over(url):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    # Its number is nobody's; or it is another's by now, that began at another time.
+    # No process has its number, or another process that started at another time.
     for changes in ({"process": int(dead.stdout)}, {"started": 1.0}):
         left_lock(url, **changes)
         with (url / "t.zarr").lock("trajectory"):
@@ -175,7 +175,7 @@ def test_a_lock_of_a_dead_process_of_this_machine_is_taken_over(url):
         raise AssertionError("the process lives")
 
 
-def test_a_lock_of_another_machine_is_not_guessed(url):
+def test_a_lock_of_another_machine_is_not_taken_over(url):
     left_lock(url, host="elsewhere", started=1.0)
     with (
         pytest.raises(Unavailable, match="on elsewhere of user somebody, since 2026-11-26T10:00:00") as refusal,
@@ -185,41 +185,41 @@ def test_a_lock_of_another_machine_is_not_guessed(url):
     assert str(url / ".t.zarr.lock") in refusal.value.remedy
 
 
-def test_who_takes_over_second_is_refused(url, monkeypatch):
+def test_the_second_process_to_take_over_a_lock_is_rejected(url, monkeypatch):
     left_lock(url, started=1.0)
     real = psutil.Process
 
     def slow(*number):
-        # Another process takes the lock over while this one looks whether its holder is dead.
+        # Another process takes over the lock while this one checks if its holder is dead.
         if number:
             (url / ".t.zarr.lock").put(b"another")
         return real(*number)
 
     monkeypatch.setattr(psutil, "Process", slow)
-    with pytest.raises(Unavailable, match="just now"), (url / "t.zarr").lock("trajectory"):
+    with pytest.raises(Unavailable, match="has just taken over the lock"), (url / "t.zarr").lock("trajectory"):
         raise AssertionError("two writers")
     assert (url / ".t.zarr.lock").get() == b"another"
 
 
-def test_a_store_without_conditions_is_refused(url, monkeypatch):
+def test_a_store_without_conditional_writes_is_rejected(url, monkeypatch):
     whole = url.fs.pipe_file
     monkeypatch.setattr(url.fs, "pipe_file", lambda path, value, mode="overwrite": whole(path, value))
     with (
-        pytest.raises(InputError, match="ignores the condition that an object is new"),
+        pytest.raises(InputError, match="ignores conditional writes"),
         (url / "t.zarr").lock("trajectory"),
     ):
-        raise AssertionError("two writers could not be told")
+        raise AssertionError("two writers were not detected")
 
 
-def test_a_commit_beside_another_is_refused(url):
-    """Whoever removes a lock by hand: the second record of a number is not taken for the first."""
+def test_a_concurrent_commit_is_rejected(url):
+    """If a user removes a lock by hand, a second record with the same number is rejected."""
     store = logs.write_trajectory(url / "t.zarr", logs.walk_arrays(2, 8), {"a": (8,)}, (4, 8))
     late = open_trajectory(store)
     logs.append_states(store, logs.walk_arrays(1, 8, seed=1))
     names = late.journal.names()
     late.journal.names = lambda: names[:1]
     numbers = {"loss": [0.0], "learning_rate": [0.1]}
-    with pytest.raises(Unavailable, match="another process has committed meanwhile"):
+    with pytest.raises(Unavailable, match="another process has committed in the meantime"):
         late.commit([2], numbers, [{}], {"parameter": [[0]], "gradient": [[0]]})
     record = open_trajectory(store).records()[1]
     late.journal.write("00000001", {key: value for key, value in record.items() if key != "crc32c"}, new=True)
@@ -285,7 +285,7 @@ for count in map(int, sys.argv[3:]):
 """
 
 
-def test_a_run_that_is_killed_goes_on(url, tmp_path):
+def test_a_killed_run_is_resumed(url, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(20))
     counts = (3, 8, 5, 4, 1000)
     command = [sys.executable, "-c", KILLED, str(log), str(url), *map(str, counts)]
@@ -314,7 +314,7 @@ def put_step(folder, number, state, container):
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 def test_a_log_is_read_where_it_is(url, tmp_path, container):
-    # So many tensors that the header is longer than a block of it, and so large that they end within blocks.
+    # The header is longer than a block, and the tensors end within blocks.
     states = logs.random_walk(6, {f"tensor.{number}": (1501,) for number in range(700)})
     here = logs.write_log(tmp_path / "log", states[:4], container=container)
     there = put_log(url / "log", states[:4], container)
@@ -331,7 +331,7 @@ def test_a_log_is_read_where_it_is(url, tmp_path, container):
     assert open_trajectory(tmp_path / "there" / "trajectory.zarr").source == str(there)
 
 
-def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
+def test_an_unchanged_log_costs_one_listing(url, tmp_path, monkeypatch):
     log = put_log(url / "log", logs.random_walk(5), "safetensors")
     run.ingest_run(log, tmp_path / "out")
     monkeypatch.setattr(url.fs, "info", lambda *_, **__: pytest.fail("an object is looked at"))
@@ -340,7 +340,7 @@ def test_what_was_not_put_again_costs_a_listing(url, tmp_path, monkeypatch):
     assert run.ingest_run(log, tmp_path / "out").new_steps == 0
 
 
-def test_what_another_process_puts_is_seen(url, tmp_path):
+def test_objects_of_another_process_are_found(url, tmp_path):
     states = logs.random_walk(4)
     log = put_log(url / "log", states[:3], "safetensors")
     run.ingest_run(log, tmp_path / "out")
@@ -358,13 +358,13 @@ class WithinASecond(ObjectStorage):
         return super().stat(fresh=fresh)._replace(time=0)
 
 
-def test_a_step_that_is_put_again_is_another(url, tmp_path):
-    # As long as before, and within the same second.
+def test_a_rewritten_step_has_a_new_identity(url, tmp_path):
+    # The object has the same size and is written within the same second.
     states = logs.random_walk(5)
     log = put_log(WithinASecond(url.fs, url.scheme, f"{url.key}/log"), states[:4], "safetensors")
     run.ingest_run(log, tmp_path / "out")
     put_step(log, 1, states[4], "safetensors")
-    with pytest.raises(InputError, match="step 1 is ingested already, with loss"):
+    with pytest.raises(InputError, match="step 1 is already ingested, with loss"):
         run.ingest_run(log, tmp_path / "out")
 
 
@@ -395,13 +395,13 @@ def test_a_step_that_changes_while_it_is_read_is_left(url, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("container", "said"), [("safetensors", "header.*not fully covered"), ("npz", "not a zip")]
+    ("container", "message"), [("safetensors", "header.*not fully covered"), ("npz", "not a zip")]
 )
-def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, said):
+def test_an_object_that_is_cut_off_is_named(url, tmp_path, container, message):
     log = put_log(url / "log", logs.random_walk(3), container)
     step = log / f"step_1.{container}"
     step.put(step.get()[:-40])
-    with pytest.raises(InputError, match=f"cannot read an? {container} file: .*{said}") as refusal:
+    with pytest.raises(InputError, match=f"cannot read an? {container} file: .*{message}") as refusal:
         run.ingest_run(log, tmp_path / "out")
     assert refusal.value.where.startswith(f"{step}, step 1")
 
@@ -451,7 +451,7 @@ def write_events(folder, values):
 
 
 def put_scalars(url, write, values):
-    """Put what a writer writes in place of what is there, and return the SOURCE."""
+    """Replace a log with the output of a writer, and return the SOURCE."""
     with tempfile.TemporaryDirectory() as here:
         name = write(Path(here), values)
         for old in url.files():
@@ -472,10 +472,10 @@ def scalars_of(out):
 
 
 @pytest.mark.parametrize("write", [write_csv, write_json_lines, write_parquet, write_events])
-def test_scalars_beside_tensors_grow_with_them(url, tmp_path, write):
+def test_scalars_and_tensors_grow_together(url, tmp_path, write):
     log = put_without_scalars(url / "log", 5)
     source = put_scalars(url / "scalars", write, VALUES[:4])
-    # The log was put just now, so what it lacks may come.
+    # The log was just written, so missing data may still come.
     assert run.ingest_run([log, source], tmp_path / "out").new_steps == 4
     put_without_scalars(url / "log", 8)
     assert put_scalars(url / "scalars", write, VALUES) == source
@@ -501,7 +501,7 @@ def test_scalars_are_found_in_their_folder_and_by_the_format_that_is_named(url, 
         run.ingest_run(url / "scalars" / "metrics.csv", tmp_path / "alone")
 
 
-def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, tmp_path):
+def test_unfinished_records_wait_and_damaged_ones_are_named(url, tmp_path):
     log = put_without_scalars(url / "log", 4)
     source = put_scalars(url / "scalars", write_csv, VALUES[:4])
     whole = source.get()
@@ -520,7 +520,7 @@ def test_what_a_logger_has_not_finished_waits_and_what_is_damaged_is_named(url, 
 
 
 class PutAgain(ObjectStorage):
-    """An object that is put again, with another record, after it has been opened."""
+    """An object that is replaced after it has been opened."""
 
     def open(self):
         file = super().open()
@@ -535,7 +535,7 @@ def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(u
         run.ingest_run([log, PutAgain(source.fs, source.scheme, source.key)], tmp_path / "out")
 
 
-def test_what_needs_files_is_refused(url, tmp_path):
+def test_formats_that_need_local_files_are_rejected(url, tmp_path):
     (url / "log" / "model-1.pt").put(b"any")
     for format in (None, "torch"):
         with pytest.raises(InputError, match="copy the log to a local folder first"):
@@ -550,8 +550,10 @@ def test_what_needs_files_is_refused(url, tmp_path):
 def test_paths_and_urls(tmp_path):
     assert open_storage(tmp_path) == open_storage(str(tmp_path)) == LocalStorage(tmp_path)
     assert open_storage("file:///a%20b/c") == open_storage(Path("file:/a%20b/c")) == LocalStorage("/a b/c")
-    # What pathlib makes of a URL, as the command line and Prefect do before we see it.
-    found = [open_storage(given) for given in (Path("s3://bucket/run"), "s3://bucket/run/", "s3://bucket/run")]
+    # The command line and Prefect pass URLs through pathlib, which collapses slashes.
+    found = [
+        open_storage(location) for location in (Path("s3://bucket/run"), "s3://bucket/run/", "s3://bucket/run")
+    ]
     assert {str(storage) for storage in found} == {"s3://bucket/run"}
     assert len(set(found)) == 1
     with pytest.raises(InputError, match="unknown URL scheme ftp://") as refusal:
@@ -559,33 +561,35 @@ def test_paths_and_urls(tmp_path):
     assert "schemes file, gs, s3" in refusal.value.remedy
 
 
-def test_folders_of_many_runs_are_of_this_machine(tmp_path):
+def test_folders_of_many_runs_must_be_local(tmp_path):
     for look in (
         lambda: watch.find_runs("s3://bucket/logs", tmp_path),
         lambda: watch.find_runs(tmp_path, "s3://bucket/runs"),
         lambda: watch.status("s3://bucket/runs"),
     ):
-        with pytest.raises(InputError, match="must be a folder of this machine"):
+        with pytest.raises(InputError, match="must be a folder on this machine"):
             look()
 
 
-def test_a_bucket_that_is_not_there(s3_server, tmp_path):
+def test_a_missing_bucket_is_reported(s3_server, tmp_path):
     log = logs.write_log(tmp_path / "log", logs.random_walk(3))
-    with pytest.raises(InputError, match="not in the object store: The specified bucket does not exist") as refusal:
+    with pytest.raises(
+        InputError, match="not found in the object store: The specified bucket does not exist"
+    ) as refusal:
         run.ingest_run(log, "s3://nowhere/run")
     assert not isinstance(refusal.value, Unavailable)
-    assert "make the bucket" in refusal.value.remedy
+    assert "create the bucket" in refusal.value.remedy
 
 
 @pytest.fixture
 def newly_opened(s3_server):
-    """What opens object stores anew: by the environment of the test, and then by that of the others again."""
+    """Open object stores with the environment of the test, and afterwards with the usual one again."""
     forget_object_stores()
     yield type(open_storage("s3://bucket/any").fs)
     forget_object_stores()
 
 
-def test_a_store_that_does_not_answer_may_later(newly_opened, monkeypatch):
+def test_a_store_that_does_not_answer_is_a_temporary_error(newly_opened, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(newly_opened, "retries", 1)
@@ -595,7 +599,7 @@ def test_a_store_that_does_not_answer_may_later(newly_opened, monkeypatch):
     assert watch.error_parts(refusal.value)["heals"]
 
 
-def test_who_has_no_credentials_is_told_so(newly_opened, tmp_path, monkeypatch):
+def test_missing_credentials_are_reported(newly_opened, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -607,7 +611,7 @@ def test_who_has_no_credentials_is_told_so(newly_opened, tmp_path, monkeypatch):
     assert not watch.error_parts(refusal.value)["heals"]
 
 
-def test_a_library_that_is_not_installed_is_named(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(InputError, match="the library for s3:// is not installed") as refusal:
         open_storage("s3://bucket/run")

@@ -1,4 +1,4 @@
-"""A run that goes on, restarts and is ingested by processes that die, against a list of rows in memory."""
+"""A run that continues, restarts and is ingested by processes that die, compared with states in memory."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.trun
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: from some change of a file on, none is made any more, not in clearing up either."""
+    """Stands for SIGKILL: no file is changed any more, not even by clean-up code."""
 
 
 class Reaper:
@@ -60,7 +60,7 @@ def _writes_that_are_counted(monkeypatch):
 
 
 def state(version):
-    """A state that is told by its loss."""
+    """A state that is identified by its loss."""
     values = np.random.default_rng(version).standard_normal((2, *SHAPE)).astype(np.float32)
     return {
         "parameter/weight": values[0],
@@ -71,7 +71,7 @@ def state(version):
 
 
 class Run(RuleBasedStateMachine):
-    """The log holds a version of each step; the model holds a row for each that was committed."""
+    """The log contains one version of each step; the model contains each committed state."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class Run(RuleBasedStateMachine):
         write_step(self.log, step, state(self.versions))
 
     def to_come(self):
-        """Rows that an ingest adds to the model."""
+        """States that an ingest adds to the model."""
         view, attempt = {}, 0
         for step, number, version in self.rows:
             if number > attempt:

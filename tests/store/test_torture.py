@@ -1,4 +1,4 @@
-"""Processes that are killed, race and look on at random moments; `make torture` does so at length."""
+"""Processes that are killed, race and read at random moments; `make torture` runs this longer."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def counted():
-    """Counts of a short run, in a process of its own: it forks, and this one has threads."""
+    """Counts of a short run, in a separate process, because it forks and this process has threads."""
     command = [
         sys.executable,
         Path(__file__).parents[1] / "torture.py",
@@ -31,13 +31,13 @@ def test_nothing_is_lost_doubled_or_different_when_processes_are_killed(counted)
     assert {counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes")} == {0}
 
 
-def test_of_two_writers_one_at_least_is_done_and_the_other_done_after_it_or_refused(counted):
+def test_at_least_one_of_two_writers_succeeds(counted):
     assert set(counted["races"]) <= {"done", "refused"}
     assert sum(counted["races"].values()) == 6
     assert counted["races"]["done"] >= 3
     assert counted["race_other_bytes"] == 0
 
 
-def test_a_reader_that_looks_on_never_sees_a_torn_step(counted):
+def test_a_concurrent_reader_never_sees_a_torn_step(counted):
     assert counted["reader"]["torn"] == 0
     assert counted["reader"]["looks"] >= len(counted["reader"]["seen"]) > 1

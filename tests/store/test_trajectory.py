@@ -1,4 +1,4 @@
-"""The trajectory store and the Gram ledger: what is committed is whole, what is not is invisible."""
+"""The trajectory store and the Gram ledger: committed data are complete, other data are invisible."""
 
 import contextlib
 import json
@@ -35,14 +35,14 @@ MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_wait_for_the_disk():
-    """No power is lost here; that data is flushed, and when, is watched where it matters."""
+    """Skip flushes; the tests that need them observe them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 def random_bits(rows, elements, dtypes, seed=0):
-    """Any bits at all: NaNs of every payload, infinities, subnormals."""
+    """Arbitrary bits: NaNs of every payload, infinities, subnormals."""
     rng = np.random.default_rng(seed)
     return {
         name: np.frombuffer(rng.bytes(rows * elements * np.dtype(DTYPES[dtype]).itemsize), storage_dtype(dtype))
@@ -53,7 +53,7 @@ def random_bits(rows, elements, dtypes, seed=0):
 
 
 def read(trajectory, name, start=0, stop=None):
-    """Committed rows of an array, whole, as words."""
+    """Committed states of an array, complete, as words."""
     stop = trajectory.n_states if stop is None else stop
     parts = []
     for column in range(trajectory.columns):
@@ -69,7 +69,7 @@ def words(array):
 
 
 def assert_holds(trajectory, arrays, rows=None):
-    """A trajectory has these rows, bit for bit, and no others."""
+    """Assert that a trajectory contains exactly these states, bit for bit."""
     rows = len(arrays["parameter"]) if rows is None else rows
     assert trajectory.n_states == rows
     for name, array in arrays.items():
@@ -82,16 +82,16 @@ def files(folder):
 
 
 def rows_on_disk(path):
-    """Rows of each array by its shape, which is no evidence of data."""
+    """Length of each array according to its shape, which does not imply that the data exist."""
     return {name: array.shape[0] for name, array in zarr.open_group(path, mode="r").arrays()}
 
 
 class Stopped(Exception):
-    """In place of a process that is killed."""
+    """Stands for the kill of a process."""
 
 
 def stopping(function, calls):
-    """Let a function be called so many times, then stop in its place."""
+    """Let a function be called ``count`` times, then raise instead."""
     left = iter(range(calls))
 
     def stopped(*arguments, **options):
@@ -108,7 +108,7 @@ def path(tmp_path):
 
 
 class Watch:
-    """Calls a function around every rename and write in place, and before every flush, in whatever thread."""
+    """Call a function around every rename and in-place write, and before every flush, in any thread."""
 
     def __init__(self, monkeypatch, look):
         replace, link, fsync, pwrite = Path.replace, os.link, os.fsync, os.pwrite
@@ -145,7 +145,7 @@ class Watch:
 
 
 def write_only(trajectory, arrays):
-    """Write rows after the committed ones, and do not commit them."""
+    """Write states after the committed ones, without committing them."""
     for name, array in arrays.items():
         for column in range(trajectory.columns):
             first, last = trajectory.column(column)
@@ -154,7 +154,7 @@ def write_only(trajectory, arrays):
             trajectory.write(name, trajectory.n_states, column, block)
 
 
-def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_once(path):
+def test_written_states_are_invisible_until_all_arrays_are_committed(path):
     arrays = walk_arrays(6, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
     writer = open_trajectory(path)
@@ -171,9 +171,9 @@ def test_written_rows_are_invisible_until_they_are_committed_in_all_arrays_at_on
     assert_holds(reader, arrays)
 
 
-def test_a_reader_opened_at_any_moment_of_a_write_sees_whole_steps_only(path, monkeypatch):
+def test_a_reader_opened_during_a_write_sees_only_complete_steps(path, monkeypatch):
     arrays = walk_arrays(9, ELEMENTS, MIXED)
-    # Three rows leave a chunk half full, so the second commit rewrites a chunk with rows that readers trust.
+    # Three states leave a chunk incomplete, so the second commit rewrites a chunk with states that readers use.
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
     seen = []
 
@@ -220,7 +220,7 @@ attempts = st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max
 @pytest.mark.parametrize("chunk", [(1, 8), (4, 5), (64, 13)])
 @settings(max_examples=6)  # each makes a store
 @given(attempts=attempts, seed=st.integers(0, 9))
-def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_factory, chunk, attempts, seed):
+def test_data_of_an_interrupted_write_are_overwritten(tmp_path_factory, chunk, attempts, seed):
     path = tmp_path_factory.mktemp("store") / "trajectory.zarr"
     dtypes = {"parameter": "float32", "gradient": "bfloat16"}
     committed = write = random_bits(1, ELEMENTS, dtypes, seed)
@@ -238,7 +238,7 @@ def test_what_an_interrupted_attempt_left_is_overwritten_by_the_next(tmp_path_fa
 
 
 @pytest.mark.parametrize("resizes", [0, 2, 5])
-def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeypatch, resizes):
+def test_recover_sets_shapes_after_an_interrupted_commit(path, monkeypatch, resizes):
     arrays = walk_arrays(5, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     replace, resize = Path.replace, stopping(Path.replace, resizes)
@@ -260,7 +260,7 @@ def test_a_writer_stopped_between_record_and_shapes_is_made_up_for(path, monkeyp
         assert dataset.sizes == {"step": 5, "element": ELEMENTS}
 
 
-def test_a_committed_row_is_not_written_again(path):
+def test_a_committed_state_cannot_be_written_again(path):
     arrays = walk_arrays(2, ELEMENTS)
     trajectory = open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK))
     block = np.zeros((1, CHUNK[1]), np.float32)
@@ -270,7 +270,7 @@ def test_a_committed_row_is_not_written_again(path):
     assert_holds(open_trajectory(path), arrays)
 
 
-def test_a_damaged_record_is_refused_by_name(path):
+def test_a_damaged_record_is_rejected_by_name(path):
     arrays = walk_arrays(2, ELEMENTS)
     write_trajectory(path, arrays, SHAPES, CHUNK)
     record = path / "commits" / "00000000.json"
@@ -283,11 +283,11 @@ def test_a_damaged_record_is_refused_by_name(path):
 # What is read ------------------------------------------------------------------------------------------------
 
 
-def test_the_checksum_is_the_one_of_castagnoli():
+def test_the_checksum_is_crc_32c():
     assert checksum(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
 
 
-def test_checksums_of_every_row_and_column_are_recorded(path):
+def test_checksums_of_each_state_and_column_are_recorded(path):
     arrays = random_bits(6, ELEMENTS, MIXED)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     append_states(path, {name: array[2:] for name, array in arrays.items()})
@@ -334,7 +334,7 @@ def twins(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted), column=st.integers(0, 2))
-def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bits(twins, dtype, rows, column):
+def test_direct_reads_and_zarr_reads_give_the_same_bits(twins, dtype, rows, column):
     start, stop = rows
     raw, packed, arrays = twins[dtype]
     first, last = raw.column(column)
@@ -351,26 +351,26 @@ def test_any_rows_read_straight_from_the_files_and_through_zarr_are_the_same_bit
     column=st.integers(0, 2),
     part=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted),
 )
-def test_any_part_of_a_chunk_column_is_where_it_is_located(twins, dtype, rows, column, part):
+def test_each_part_of_a_chunk_column_is_at_its_offset(twins, dtype, rows, column, part):
     start, stop = rows
     trajectory, _, arrays = twins[dtype]
     first, last = trajectory.column(column)
-    low, high = (min(place, last - first) for place in part)
+    low, high = (min(position, last - first) for position in part)
     for name, array in arrays.items():
         out = np.full((stop - start, CHUNK[1]), 77, storage_dtype(dtype))
         with trajectory.opened(column):
-            located = trajectory.located(name, start, stop, column)
+            located = trajectory.locate(name, start, stop, column)
             assert stream.read(located, low, out[:, : high - low]) is None
         assert out[:, : high - low].tobytes() == words(array)[start:stop, first + low : first + high].tobytes()
         assert (out[:, high - low :] == 77).all()
 
 
-def test_what_is_written_after_the_rows_that_a_reader_sees_leaves_those_as_they_are(path):
+def test_later_writes_do_not_change_states_that_a_reader_sees(path):
     arrays = walk_arrays(4, ELEMENTS)
     write_trajectory(path, {name: array[:2] for name, array in arrays.items()}, SHAPES, CHUNK)
     reader, out = open_trajectory(path), np.empty((2, 5), np.float32)
     with reader.opened(0):
-        located = reader.located("parameter", 0, 2, 0)
+        located = reader.locate("parameter", 0, 2, 0)
         append_states(path, {name: array[2:] for name, array in arrays.items()})
         assert stream.read(located, 0, out) is None
     np.testing.assert_array_equal(out, arrays["parameter"][:2, :5])
@@ -391,9 +391,7 @@ def let_the_cache_hold(monkeypatch, everything):
 
 
 @pytest.mark.parametrize(("columns", "asked"), [(0, {0}), (1, {0}), (2, {0, 1}), (3, {0, 1})])
-def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahead(
-    path, monkeypatch, columns, asked
-):
+def test_uncached_chunks_of_the_next_column_are_read_ahead(path, monkeypatch, columns, asked):
     arrays = walk_arrays(6, ELEMENTS)
     write_trajectory(path, arrays, SHAPES, CHUNK)
     reader, cached, found = open_trajectory(path), True, set()
@@ -405,11 +403,11 @@ def test_of_chunks_that_come_from_the_disk_those_of_the_next_column_are_read_ahe
     monkeypatch.setattr(os, "posix_fadvise", advise)
     let_the_cache_hold(monkeypatch, lambda: cached)
     with reader.opened(0, columns):
-        reader.located("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 6, 0)
     assert not found
     cached = False
     with reader.opened(0, columns):
-        reader.located("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 6, 0)
     assert found == {path / f"parameter/c/{row}/{column}" for row in (0, 1) for column in asked}
 
 
@@ -417,38 +415,38 @@ def descriptors():
     return {path.name for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
 
 
-def test_files_are_closed_with_their_column_and_those_that_are_read_ahead_with_the_next(path, monkeypatch):
+def test_files_are_closed_with_their_column_or_after_read_ahead_with_the_next(path, monkeypatch):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
     let_the_cache_hold(monkeypatch, lambda: False)
     reader, before = open_trajectory(path), len(descriptors())
     with reader.opened(0, 2):
-        reader.located("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 6, 0)
         assert len(descriptors()) == before + 4
     assert len(descriptors()) == before + 2
     with reader.opened(1, 2):
-        reader.located("parameter", 0, 6, 1)
+        reader.locate("parameter", 0, 6, 1)
         assert len(descriptors()) == before + 2
     assert len(descriptors()) == before
     with contextlib.suppress(InputError), reader.opened(0, 2):
-        reader.located("parameter", 0, 6, 0)
-        reader.located("parameter", 0, 7, 0)
+        reader.locate("parameter", 0, 6, 0)
+        reader.locate("parameter", 0, 7, 0)
     assert len(descriptors()) == before
 
 
-def test_a_file_that_became_shorter_is_refused_by_name_and_closed(path):
+def test_a_truncated_file_is_rejected_by_name_and_closed(path):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
     reader, out, before = open_trajectory(path), np.empty((6, 5), np.float32), len(descriptors())
     with reader.opened(0):
-        located = reader.located("parameter", 0, 3, 0)
+        located = reader.locate("parameter", 0, 3, 0)
         os.truncate(path / "parameter/c/0/0", 24)
         assert stream.read(located, 0, out[:3]) == 0
-        with pytest.raises(InputError, match=r"it ends \d+ bytes early") as caught:
+        with pytest.raises(InputError, match=r"it is \d+ bytes too short") as caught:
             reader.read("parameter", 0, 6, 0, out)
     assert caught.value.where == str(path / "parameter/c/0/0")
     assert len(descriptors()) == before
 
 
-def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):
+def test_damaged_array_metadata_are_rejected_by_name(path):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     document = path / "gradient/zarr.json"
     document.write_text(document.read_text()[:-9])
@@ -457,19 +455,19 @@ def test_an_array_whose_metadata_are_damaged_is_refused_by_name(path):
     assert caught.value.where == str(document)
 
 
-def test_a_folder_in_place_of_a_chunk_is_refused_by_name(path):
+def test_a_folder_instead_of_a_chunk_is_rejected_by_name(path):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     chunk = path / "parameter/c/0/0"
     chunk.unlink()
     chunk.mkdir()
-    with pytest.raises(InputError, match="a chunk cannot be read") as caught:
+    with pytest.raises(InputError, match="cannot read a chunk") as caught:
         read(open_trajectory(path), "parameter")
     assert caught.value.where == str(chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_chunk_of_fill_values_is_data_like_any_other(path, dtype):
-    # Zarr leaves such chunks out unless told otherwise, also after the store was opened again.
+def test_a_chunk_of_fill_values_is_stored(path, dtype):
+    # Zarr omits such chunks by default, also after the store was opened again.
     arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
     arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
     assert_holds(open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
@@ -509,7 +507,7 @@ def test_the_columns_cover_the_elements_once(path):
 
 @pytest.mark.parametrize("codec", [None, *CODECS])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_chunk_is_refused_by_name(path, codec, damage):
+def test_a_damaged_chunk_is_rejected_by_name(path, codec, damage):
     arrays = walk_arrays(6, ELEMENTS)
     if codec is None:
         write_trajectory(path, arrays, SHAPES, CHUNK)
@@ -537,7 +535,7 @@ def spoil(chunk, damage):
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 @pytest.mark.parametrize("name", ["step", "attempt", "loss", "learning_rate"])
-def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
+def test_a_damaged_scalar_is_rejected_by_name(path, name, damage):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
     spoil(path / name / "c" / "0", damage)
     with pytest.raises(InputError) as caught:
@@ -546,7 +544,7 @@ def test_a_damaged_scalar_is_refused_by_name(path, name, damage):
 
 
 @pytest.mark.parametrize("row", range(7))
-def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path, row):
+def test_a_changed_state_changes_the_digests_of_its_ledger_chunks(tmp_path, row):
     arrays = walk_arrays(7, ELEMENTS)
     chunks = [LedgerChunk(0, 2), LedgerChunk(2, 4), LedgerChunk(4, 6)]
     before = open_trajectory(write_trajectory(tmp_path / "before.zarr", arrays, SHAPES, CHUNK))
@@ -558,7 +556,7 @@ def test_a_changed_state_changes_the_digests_of_the_bands_that_read_it(tmp_path,
     )
     append_states(in_two, {name: array[2:] for name, array in arrays.items()})
     assert open_trajectory(in_two).digests(chunks) == new
-    # Rows of a ledger chunk, and the halo: the state after its last.
+    # States of a ledger chunk, and the halo: the state after the last one.
     assert [chunk for chunk in chunks if old[chunk] != new[chunk]] == [
         b for b in chunks if b.start <= row <= b.stop
     ]
@@ -615,7 +613,7 @@ def foreign_array(path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [foreign_folder, foreign_file, foreign_zarr, foreign_array])
-def test_what_is_not_ours_is_neither_opened_nor_removed(tmp_path, kind, make):
+def test_foreign_data_are_neither_opened_nor_removed(tmp_path, kind, make):
     create, cls = KINDS[kind]
     path = tmp_path / "precious"
     make(path)
@@ -629,7 +627,7 @@ def test_what_is_not_ours_is_neither_opened_nor_removed(tmp_path, kind, make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_store_of_the_other_kind_is_neither_opened_nor_removed(tmp_path, kind):
+def test_a_store_of_another_kind_is_neither_opened_nor_removed(tmp_path, kind):
     other = {"trajectory": "ledger", "ledger": "trajectory"}[kind]
     KINDS[other][0](tmp_path / "store")
     for action in (*reversed(KINDS[kind]), remover(kind)):
@@ -669,7 +667,7 @@ def test_a_store_of_a_newer_version_is_refused_and_kept(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", [*range(1, LAYOUT_VERSION), None, 0, -1, "4", 4.5, True, [4]])
-def test_a_store_of_another_version_is_refused_until_it_is_made_again(tmp_path, kind, version):
+def test_a_store_of_another_version_is_rejected_until_it_is_replaced(tmp_path, kind, version):
     create, cls = KINDS[kind]
     create(tmp_path / "store")
     made = files(tmp_path / "store")
@@ -688,7 +686,7 @@ def test_a_store_of_another_version_is_refused_until_it_is_made_again(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_there_is_refused_and_nothing_is_made(tmp_path, kind):
+def test_a_missing_store_is_rejected_and_not_created(tmp_path, kind):
     with pytest.raises(InputError, match=f"no {kind} here"):
         KINDS[kind][1](tmp_path / "nowhere")
     remover(kind)(tmp_path / "nowhere")
@@ -697,10 +695,10 @@ def test_nothing_there_is_refused_and_nothing_is_made(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arrays", [0, 3])
-def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch, kind, arrays):
+def test_an_incompletely_created_store_does_not_exist(tmp_path, monkeypatch, kind, arrays):
     create, cls = KINDS[kind]
     with monkeypatch.context() as patch:
-        patch.setattr(ArrayPlan, "make", stopping(ArrayPlan.make, arrays))
+        patch.setattr(ArrayPlan, "create", stopping(ArrayPlan.create, arrays))
         with pytest.raises(Stopped):
             create(tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -710,7 +708,7 @@ def test_a_store_whose_making_was_interrupted_is_not_there(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatch, kind):
+def test_an_incompletely_removed_store_does_not_exist(tmp_path, monkeypatch, kind):
     create, _ = KINDS[kind]
     create(tmp_path / "store")
 
@@ -728,7 +726,7 @@ def test_a_store_whose_removal_was_interrupted_is_not_there(tmp_path, monkeypatc
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
 
 
-def test_an_empty_trajectory_is_made_in_place_of_another(path):
+def test_an_empty_trajectory_replaces_another(path):
     write_trajectory(path, walk_arrays(3, ELEMENTS, MIXED), SHAPES, CHUNK)
     trajectory = create_trajectory(path)
     assert (trajectory.n_states, set(trajectory.dtypes)) == (0, {"parameter", "gradient"})
@@ -762,7 +760,7 @@ def fill(ledger, chunks=BANDS):
         ledger.write(chunk, *products(chunk), DIGESTS[chunk])
 
 
-def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledger):
+def test_a_ledger_is_read_when_all_chunks_are_recorded_in_any_order(ledger):
     for chunk in (BANDS[2], BANDS[0]):
         open_ledger(ledger.storage.local_path).write(chunk, *products(chunk), DIGESTS[chunk])
     assert ledger.missing(DIGESTS) == [BANDS[1]]
@@ -778,14 +776,14 @@ def test_a_ledger_is_read_when_its_last_band_is_recorded_in_whatever_order(ledge
 
 
 @pytest.mark.parametrize("rows", [(0, 2), (1, 3), (1, 4), (0, 6), (0, 7), (3, 7), (6, 9), (6, 6)])
-def test_a_band_that_is_not_one_whole_chunk_is_refused(ledger, rows):
+def test_an_incomplete_ledger_chunk_is_rejected(ledger, rows):
     chunk = LedgerChunk(*rows)
     with pytest.raises(ValueError, match="are not a chunk of 3"):
         ledger.write(chunk, *products(chunk), "digest")
     assert ledger.missing(DIGESTS) == BANDS
 
 
-def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
+def test_a_ledger_chunk_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
     chunks = [
         ledger.storage.local_path / "gram" / "c" / "1" / "0" / "0" / "0",
         ledger.storage.local_path / "residual_ratio" / "c" / "1" / "0",
@@ -808,7 +806,7 @@ def test_a_band_is_recorded_after_its_data_is_on_disk(ledger, monkeypatch):
     assert sorted(flushed) == sorted([*folders, record.parent])
 
 
-def test_no_file_of_a_band_waits_for_the_disk_before_all_are_written(ledger, monkeypatch):
+def test_files_of_a_ledger_chunk_are_flushed_together(ledger, monkeypatch):
     written = []
 
     def look(kind, target, before):
@@ -828,7 +826,7 @@ def test_no_file_of_a_band_waits_for_the_disk_before_all_are_written(ledger, mon
     assert written == [{"gram": 3 * 3 * 25 * 8, "residual_ratio": 3 * 3 * 8}] * 2
 
 
-def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkeypatch):
+def test_a_ledger_chunk_without_a_record_is_missing(ledger, monkeypatch):
     fill(ledger, BANDS[:2])
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "write", stopping(Journal.write, 0))
@@ -839,12 +837,12 @@ def test_a_band_that_was_interrupted_before_its_record_is_missing(ledger, monkey
         open_ledger(ledger.storage.local_path).read()
 
 
-def test_a_band_of_other_states_is_missing(ledger):
+def test_a_ledger_chunk_of_other_states_is_missing(ledger):
     fill(ledger)
     assert ledger.missing(DIGESTS | {BANDS[1]: "other"}) == [BANDS[1]]
 
 
-def test_a_band_of_a_diverged_run_is_data_like_any_other(ledger):
+def test_a_ledger_chunk_of_a_diverged_run_is_stored(ledger):
     for chunk in BANDS:
         ledger.write(
             chunk,
@@ -854,7 +852,7 @@ def test_a_band_of_a_diverged_run_is_data_like_any_other(ledger):
     assert all(np.isnan(values).all() and len(values) == 7 for values in ledger.read())
 
 
-def test_a_grown_ledger_keeps_its_whole_bands(ledger):
+def test_an_extended_ledger_keeps_its_complete_chunks(ledger):
     fill(ledger)
     grown = prepare_ledger(ledger.storage.local_path, np.append(STEPS, [9, 10]))
     chunks = {
@@ -870,7 +868,7 @@ def test_a_grown_ledger_keeps_its_whole_bands(ledger):
     assert spans.tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 1]
 
 
-def test_the_numbers_of_new_updates_are_on_disk_before_a_band_can_be_recorded(ledger, monkeypatch):
+def test_the_numbers_of_new_updates_are_on_disk_before_a_ledger_chunk_is_recorded(ledger, monkeypatch):
     flushed = {}
 
     def look(kind, target, before):
@@ -898,16 +896,16 @@ def test_the_numbers_of_a_long_run_share_a_file_and_grow_beyond_it(tmp_path):
 
 
 @pytest.mark.parametrize(("tensors", "rows"), [(1, 1), (1, 5000), (2, 164), (2, 165), (300, 3), (327, 4), (328, 4)])
-def test_a_checksum_covers_64_kib_or_a_row_and_all_rows_are_covered_once(tmp_path, tensors, rows):
+def test_a_checksum_covers_64_kib_or_an_update_and_each_update_once(tmp_path, tensors, rows):
     layout = Layout.from_shapes({f"t{number}": ((1,), "float32") for number in range(tensors)})
-    book = prepare_ledger(tmp_path / "ledger.zarr", np.arange(rows + 1), FIVE, rows, layout)
+    gram_ledger = prepare_ledger(tmp_path / "ledger.zarr", np.arange(rows + 1), FIVE, rows, layout)
     rng = np.random.default_rng(0)
     arrays = {
         "gram": rng.standard_normal((rows, tensors, 5, 5)),
         "residual_ratio": rng.standard_normal((rows, tensors)),
     }
-    book.write(LedgerChunk(0, rows), *arrays.values(), "digest")
-    record = book.journal.read("0" * 12)
+    gram_ledger.write(LedgerChunk(0, rows), *arrays.values(), "digest")
+    record = gram_ledger.journal.read("0" * 12)
     for name, values in arrays.items():
         covered = record["checksum_rows"][name]
         groups = [values[low : low + covered] for low in range(0, rows, covered)]
@@ -920,7 +918,7 @@ def test_a_checksum_covers_64_kib_or_a_row_and_all_rows_are_covered_once(tmp_pat
     "other",
     [{"vectors": VECTORS}, {"updates_per_chunk": 4}, {"layout": Layout.from_shapes({"a": ((13,), "float32")})}],
 )
-def test_a_ledger_of_other_tensors_vectors_or_bands_is_replaced(ledger, other):
+def test_a_ledger_with_other_tensors_vectors_or_chunks_is_replaced(ledger, other):
     fill(ledger)
     replaced = prepare_ledger(ledger.storage.local_path, **other)
     assert len(replaced.missing(DIGESTS)) == len(BANDS)
@@ -930,7 +928,7 @@ def test_a_ledger_of_other_tensors_vectors_or_bands_is_replaced(ledger, other):
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 @pytest.mark.parametrize("chunk", ["gram/c/1/0/0/0", "residual_ratio/c/2/0"])
-def test_a_damaged_chunk_of_the_ledger_is_refused_by_name(ledger, chunk, damage):
+def test_a_damaged_ledger_chunk_is_rejected_by_name(ledger, chunk, damage):
     fill(ledger)
     spoil(ledger.storage.local_path / chunk, damage)
     with pytest.raises(InputError) as caught:

@@ -1,4 +1,4 @@
-"""Any bit of a store that changes is found, and named by array, step and tensors, or is one that nobody reads."""
+"""Each changed bit of a store is found, with its array, step and tensors, unless no reader uses it."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def files(folder):
 
 
 def is_read_by_nobody(path, before, after):
-    """Whether a change of a file leaves everything that a reader is given as it was."""
+    """Return True if a change of a file does not change any data that a reader receives."""
     parts = path.parts[path.parts.index(next(part for part in path.parts if part.endswith(".zarr"))) :]
     if path.suffix == ".json":
         if parts[1] == "commits" and path.name != "zarr.json":
@@ -56,7 +56,7 @@ def is_read_by_nobody(path, before, after):
             then, now = json.loads(before), json.loads(after)
         except ValueError:
             return False
-        # A shape may lag behind by a commit: nobody believes it.
+        # A shape may lag behind by one commit; readers do not use it.
         return now == then or (
             parts[0] == "trajectory.zarr" and now == {**then, "shape": [3, *then.get("shape", [])[1:]]}
         )
@@ -73,7 +73,7 @@ def is_read_by_nobody(path, before, after):
 
 
 @given(data=st.data())
-def test_any_flipped_bit_is_found_or_read_by_nobody(out, data):
+def test_each_flipped_bit_is_found_or_unused(out, data):
     path = data.draw(st.sampled_from(files(out)), "file")
     before = path.read_bytes()
     bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
@@ -105,7 +105,7 @@ class Overtaken(LocalStorage):
         return names
 
 
-def test_what_a_writer_commits_meanwhile_is_no_damage(tmp_path):
+def test_concurrent_commits_are_not_damage(tmp_path):
     arrays = walk_arrays(ROWS, 13, MIXED)
     path = tmp_path / "trajectory.zarr"
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
@@ -127,10 +127,10 @@ def test_a_damaged_state_is_named_by_array_step_and_tensors(out, tmp_path):
         ("hvp", (4, 4), ("c", "c")),
         ("hvp", (5, 5), ("c", "c")),
     ]
-    assert str(verify_run(run)[0]).startswith("gradient, step 2, tensors a to b: another checksum than recorded")
+    assert str(verify_run(run)[0]).startswith("gradient, step 2, tensors a to b: checksum mismatch")
 
 
-def test_a_missing_and_a_short_chunk_are_among_all_damages(out, tmp_path):
+def test_missing_and_short_chunks_are_damage(out, tmp_path):
     run = shutil.copytree(out, tmp_path / "run")
     (run / "trajectory.zarr/parameter/c/0/0").unlink()
     chunk = run / "trajectory.zarr/hvp/c/1/1"
@@ -146,10 +146,10 @@ def test_a_missing_and_a_short_chunk_are_among_all_damages(out, tmp_path):
     }
 
 
-def test_a_record_that_is_gone_is_missed(out, tmp_path):
+def test_a_missing_record_is_found(out, tmp_path):
     run = shutil.copytree(out, tmp_path / "run")
     (run / "trajectory.zarr/commits/00000000.json").unlink()
-    assert any("states 0 to 3 have no record" in damage.what for damage in verify_run(run))
+    assert any("there is no record of states 0 to 3" in damage.what for damage in verify_run(run))
 
 
 @given(data=st.data())
@@ -183,20 +183,20 @@ def states_of(run):
     return b"".join(buffer.tobytes() for buffer in buffers)
 
 
-def test_a_damaged_band_names_the_updates_that_the_checksum_covers(tmp_path):
+def test_a_damaged_ledger_chunk_names_the_updates_of_the_checksum(tmp_path):
     layout = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
     rows, start = 1000, 7
     steps = np.arange(start, start + 2 * rows)
     path = tmp_path / "ledger.zarr"
-    book = prepare_ledger(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
+    gram_ledger = prepare_ledger(path, layout, VECTORS[:5], steps, np.ones_like(steps), rows)
     gram = np.random.default_rng(0).standard_normal((rows, 3, 5, 5))
     for chunk in (LedgerChunk(0, rows), LedgerChunk(rows, 2 * rows)):
-        book.write(chunk, gram, gram[:, :, 0, 0], "digest")
+        gram_ledger.write(chunk, gram, gram[:, :, 0, 0], "digest")
     assert list(verify_ledger(path)) == []
     covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a ledger chunk nine groups, and one of 10 rows
     damages = {"gram": (0, covered - 1, covered, rows - 1), "residual_ratio": (rows - 1,)}
     for name, damaged in damages.items():
-        chunk = book.chunk_entry(name, rows).local_path
+        chunk = gram_ledger.chunk_entry(name, rows).local_path
         content = bytearray(chunk.read_bytes())
         for row in damaged:
             content[row * len(content) // rows] ^= 1
@@ -232,7 +232,7 @@ def natgrad(monkeypatch, *words):
     return 0
 
 
-def test_the_command_lists_all_damages_and_fails_where_there_are_any(out, tmp_path, monkeypatch, capsys):
+def test_the_command_lists_all_damage_and_fails_if_there_is_any(out, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(out, tmp_path / "run")
     assert natgrad(monkeypatch, "verify", run) == 0
     assert capsys.readouterr().out == "OK: all checksums match\n"
@@ -255,7 +255,7 @@ def test_a_folder_without_stores_is_refused(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
-    """A chunk at a time: no read asks for more rows than a chunk has."""
+    """One chunk at a time: no read requests more states than a chunk has."""
     make_run(tmp_path)
     asked, read = [], Trajectory.read
     monkeypatch.setattr(

@@ -40,4 +40,4 @@ class RunFolder:
     @property
     def report(self) -> Storage:
         """Report page. It is a file that a browser opens, so it is never part of a version."""
-        return self.storage.beside() / "report.html"
+        return self.storage.unversioned() / "report.html"

@@ -96,7 +96,7 @@ def compute_ledger(
             why="all tensors are empty",
             remedy="log at least one element",
         )
-    reads_parts = all(map(states.reads_parts, states.logged))
+    allows_partial_reads = all(map(states.allows_partial_reads, states.logged))
     vectors = ledger_vectors(HVP in states.dtypes)
     plan = plan_pass(
         states=states.n_states,
@@ -108,12 +108,12 @@ def compute_ledger(
         replicate_vectors=len(states.replicate_vectors),
         memory_limit=memory_limit,
         updates_per_chunk=_updates_per_chunk(ledger, states, vectors),
-        complete_chunks=not reads_parts,
+        complete_chunks=not allows_partial_reads,
         library_bytes=limits.icechunk_bytes if states.storage.keeps_versions else 0,
         limits=limits,
     )
     _log.info("%s", plan)
-    job = Job.of(states.storage, ledger, plan, limits, compiled=reads_parts and not states.replicates)
+    job = Job.of(states.storage, ledger, plan, limits, compiled=allows_partial_reads and not states.replicates)
     items = list(plan.work_items())
     with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as beside:
         new = not Ledger.is_current(ledger)

@@ -163,7 +163,7 @@ def _compiled_segments(job: Job, states: Trajectory, tile: Tile, column: int) ->
     updates, count = tile.stop - tile.start, len(ledger_vectors(HVP in names))
     products, ratio = np.empty((updates, len(indices), count, count)), np.empty((updates, len(indices)))
     dtypes = [storage_dtype(states.dtypes[name]) for name in names]
-    files = [states.located(name, tile.start, tile.stop + 1, column) for name in names]
+    files = [states.locate(name, tile.start, tile.stop + 1, column) for name in names]
     shape = job.plan.read_elements, job.plan.read_states
     size = stream.buffer_bytes(*shape, [dtype.itemsize for dtype in dtypes])
     buffer = _buffer("stream", (size,), np.dtype(np.uint8))
@@ -243,10 +243,10 @@ def _read(
     if carried:
         buffer[0] = buffer[most]
     out = buffer[carried : stop - start, : last - first]
-    if not states.reads_parts(name):
+    if not states.allows_partial_reads(name):
         states.read(name, start + carried, stop, column, out)
         return buffer[: stop - start, : last - first]
-    file = states.located(name, start + carried, stop, column)
+    file = states.locate(name, start + carried, stop, column)
     while (failed := stream.read(file, first - states.column(column)[0], out)) is not None:
         _read_again(states, name, start + carried + failed, column)
     return buffer[: stop - start, : last - first]

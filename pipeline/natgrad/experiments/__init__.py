@@ -1,1 +1,1 @@
-"""Experiments on what the paper says, as training programs that log themselves as any user's would."""
+"""Experiments that illustrate the paper: training programs that record logs as any user's program would."""

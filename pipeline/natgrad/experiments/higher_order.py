@@ -1,26 +1,28 @@
-"""Higher-order learning rules: effective in the state extended by their memory, if not for the loss alone.
+"""Higher-order learning rules, which may be effective only in the state extended by their memory.
 
-A rule with a memory may step uphill, and no metric of the loss alone explains such an update. The paper extends the
-state by the memory (section 1, footnote 1). Where a Lyapunov function E of that state is known, it is the loss to
-take: the rule is natural gradient descent on E. With d = theta_t - theta_{t-1}, what is known is this:
+A rule with memory may step uphill, and no metric explains such an update in terms of the loss alone. The paper
+extends the state by the memory (section 1, footnote 1). If a Lyapunov function E of the extended state is known,
+it replaces the loss, and the rule is natural gradient descent on E. With d = theta_t - theta_{t-1}, the following
+is known:
 
 *Heavy ball*, on any f whose gradient has the Lipschitz constant L, convex or not:
-E = f(theta) + (1/eta - L/2)/2 |d|^2 decreases where eta < 2 (1 - beta) / L (Ochs et al.). There y.g > 0 as well:
-with d' the next d,
+E = f(theta) + (1/eta - L/2)/2 |d|^2 decreases if eta < 2 (1 - beta) / L (Ochs et al.). In this case y.g > 0 also
+holds: with the next d denoted d',
 
     -grad E . (z' - z) = (|d'|^2 - (beta + s) d.d' + s |d|^2) / eta,    s = 1 - eta L / 2,
 
-is a positive definite form as beta < s < 1.
+is a positive definite form, because beta < s < 1.
 
-*Nesterov's method* with eta = 1/L and beta = (sqrt(kappa) - 1)/(sqrt(kappa) + 1), kappa = L/mu, on f of strong
-convexity mu with the minimum 0 at 0: E = f(theta) + mu/2 |theta + (sqrt(kappa) - 1) d|^2 shrinks by the factor
-1 - 1/sqrt(kappa) or more (Bansal, Gupta; Wilson et al.). As E is convex, y.g > 0 follows.
+*Nesterov's method* with eta = 1/L and beta = (sqrt(kappa) - 1)/(sqrt(kappa) + 1), kappa = L/mu, on f with strong
+convexity mu and the minimum 0 at 0: E = f(theta) + mu/2 |theta + (sqrt(kappa) - 1) d|^2 shrinks at least by the
+factor 1 - 1/sqrt(kappa) per step (Bansal, Gupta; Wilson et al.). E is convex, so y.g > 0 follows.
 
-*Adam*: along the differential equation to which small learning rates lead,
-E = f(theta) + eta/(2 (1 - beta_1)) sum m^2/(sqrt(s) + epsilon) decreases where 1 - beta_2 <= 4 (1 - beta_1)
-(Barakat, Bianchi). The rule itself, of steps of finite length, has no Lyapunov function on all of its states: it
-has cycles even on quadratics (Bock, Weiß), as with epsilon = 0 from theta = eta (1 - beta_1)/(2 (1 + beta_1)) to
--theta and back. So with this E, what is effective is measured and not promised.
+*Adam*: along the differential equation that is the limit of small learning rates,
+E = f(theta) + eta/(2 (1 - beta_1)) sum m^2/(sqrt(s) + epsilon) decreases if 1 - beta_2 <= 4 (1 - beta_1)
+(Barakat, Bianchi). The rule itself, with steps of finite length, has no Lyapunov function on all of its states,
+because it has cycles even on quadratics (Bock, Weiß). With epsilon = 0, for example, a cycle leads from
+theta = eta (1 - beta_1)/(2 (1 + beta_1)) to -theta and back. Therefore it is not guaranteed, but measured, which
+updates are effective with this E.
 
 References
 ----------
@@ -64,10 +66,10 @@ __all__ = [
 ]
 
 DIMENSION, STEPS = 8, 200
-"""Elements of theta, and number of updates, by default."""
+"""Defaults: number of elements of theta and number of updates."""
 
 CONVEXITY, SMOOTHNESS = 1e-3, 1.0
-"""Strong convexity mu, and Lipschitz constant L of the gradient, of the objectives drawn."""
+"""Strong convexity mu, and Lipschitz constant L of the gradient, of the drawn objectives."""
 
 OBJECTIVES = ("quadratic", "log-cosh")
 
@@ -77,10 +79,11 @@ State = Mapping[str, Floats]
 
 @dataclass(frozen=True)
 class Objective:
-    """Function f with the minimum 0 at 0: in a rotated basis, x = R theta, a sum of one function of each x_i.
+    """Function f with the minimum 0 at 0: a sum of one function for each x_i in a rotated basis x = R theta.
 
-    With curvatures h_i it is sum h_i x_i^2 / 2, or, where it is not quadratic,
-    sum mu x_i^2 / 2 + (h_i - mu) log cosh x_i, whose curvature falls from h_i at 0 to mu, the least h_i, far out.
+    With curvatures h_i, f is sum h_i x_i^2 / 2 if it is quadratic, and otherwise
+    sum mu x_i^2 / 2 + (h_i - mu) log cosh x_i, whose curvature decreases from h_i at 0 to the smallest h_i, mu, far
+    from 0.
 
     Attributes
     ----------
@@ -106,17 +109,17 @@ class Objective:
         return float(self.curvatures.max())
 
     def value(self, theta: Floats) -> float:
-        """Value at a state, shape (dimension,)."""
+        """Return the value at a state, shape (dimension,)."""
         x = self.rotation @ theta
         if self.quadratic:
             return float(self.curvatures @ x**2 / 2.0)
         size = np.abs(x)
-        # log cosh x, which would overflow and cancel.
+        # This is log cosh x in a form that neither overflows nor cancels.
         bowl = size + np.log1p(np.expm1(-2.0 * size) / 2.0)
         return float(self.convexity * (x @ x) / 2.0 + (self.curvatures - self.convexity) @ bowl)
 
     def gradient(self, theta: Floats) -> Floats:
-        """Gradient at a state, shape (dimension,)."""
+        """Return the gradient at a state, shape (dimension,)."""
         x = self.rotation @ theta
         slope = self.curvatures * x
         if not self.quadratic:
@@ -126,15 +129,15 @@ class Objective:
 
 
 def draw_objective(name: str, dimension: int, random: np.random.Generator) -> Objective:
-    """Draw a rotation for an objective with curvatures from mu to L, in equal ratios.
+    """Draw an objective with a random rotation and geometrically spaced curvatures from mu to L.
 
     Parameters
     ----------
     name : {"quadratic", "log-cosh"}
     dimension : int
-        2 or more.
+        At least 2.
     random : numpy.random.Generator
-        Source of chance.
+        Random number generator.
     """
     rotation, _ = np.linalg.qr(random.standard_normal((dimension, dimension)))
     return Objective(np.geomspace(CONVEXITY, SMOOTHNESS, dimension), rotation, name == "quadratic")
@@ -144,23 +147,23 @@ def draw_objective(name: str, dimension: int, random: np.random.Generator) -> Ob
 
 
 class Rule(Protocol):
-    """A rule with a memory, as a rule without one on the extended state: ``theta`` and the tensors it remembers."""
+    """A rule with memory, as a rule without memory on the extended state (``theta`` and the memory)."""
 
     @property
     def learning_rate(self) -> float:
         """Learning rate eta of all tensors of the state."""
 
     def start(self, theta: Floats) -> State:
-        """Give the extended state from which the rule sets out."""
+        """Return the initial extended state."""
 
     def step(self, state: State) -> State:
-        """Make an update of the extended state."""
+        """Return the extended state after an update."""
 
     def energy(self, state: State) -> float:
-        """Lyapunov function E."""
+        """Return the Lyapunov function E."""
 
     def energy_gradient(self, state: State) -> State:
-        """Gradient of E by every tensor of the state."""
+        """Return the gradient of E with respect to each tensor of the state."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class HeavyBall:
     Raises
     ------
     InputError
-        Where eta is not below 2 (1 - beta) / L, and the energy not known to decrease.
+        If eta is not below 2 (1 - beta) / L, because the energy is then not known to decrease.
     """
 
     objective: Objective
@@ -181,8 +184,8 @@ class HeavyBall:
         limit = 2.0 * (1.0 - self.decay) / self.objective.smoothness
         if not (0 <= self.decay < 1 and 0 < self.learning_rate < limit):
             raise InputError(
-                f"heavy ball of learning rate {self.learning_rate} and decay {self.decay} has no energy that is "
-                "known to decrease",
+                f"no decreasing energy is known for the heavy ball with learning rate {self.learning_rate} "
+                f"and decay {self.decay}",
                 why=f"the learning rate must be below 2 (1 - decay) / L = {limit:.3g}",
                 remedy="give a smaller learning rate",
             )
@@ -193,20 +196,20 @@ class HeavyBall:
         return (self.learning_rate - self.learning_rate**2 * self.objective.smoothness / 2.0) / 2.0
 
     def start(self, theta: Floats) -> State:
-        """Begin at rest."""
+        """Return the initial state, with velocity 0."""
         return {"theta": theta, "velocity": np.zeros_like(theta)}
 
     def step(self, state: State) -> State:
-        """Make an update of the extended state."""
+        """Return the extended state after an update."""
         velocity = self.decay * state["velocity"] - self.objective.gradient(state["theta"])
         return {"theta": state["theta"] + self.learning_rate * velocity, "velocity": velocity}
 
     def energy(self, state: State) -> float:
-        """Loss and kinetic energy."""
+        """Return the sum of the loss and a kinetic energy."""
         return self.objective.value(state["theta"]) + self._weight * float(state["velocity"] @ state["velocity"])
 
     def energy_gradient(self, state: State) -> State:
-        """Gradient of the energy."""
+        """Return the gradient of the energy."""
         return {
             "theta": self.objective.gradient(state["theta"]),
             "velocity": 2.0 * self._weight * state["velocity"],
@@ -230,15 +233,15 @@ class Nesterov:
 
     @property
     def rate(self) -> float:
-        """Factor by which the energy shrinks at least, 1 - 1 / sqrt(kappa)."""
+        """Upper bound of the factor by which the energy changes per step, 1 - 1 / sqrt(kappa)."""
         return 1.0 - 1.0 / self._root
 
     def start(self, theta: Floats) -> State:
-        """Begin at rest."""
+        """Return the initial state, with velocity 0."""
         return {"theta": theta, "velocity": np.zeros_like(theta)}
 
     def step(self, state: State) -> State:
-        """Make an update of the extended state."""
+        """Return the extended state after an update."""
         eta, decay = self.learning_rate, (self._root - 1.0) / (self._root + 1.0)
         ahead = state["theta"] + decay * eta * state["velocity"]
         velocity = decay * state["velocity"] - self.objective.gradient(ahead)
@@ -248,12 +251,12 @@ class Nesterov:
         return state["theta"] + (self._root - 1.0) * self.learning_rate * state["velocity"]
 
     def energy(self, state: State) -> float:
-        """Loss, and distance of the minimum from where the momentum leads."""
+        """Return the loss plus the squared distance of the minimum from the extrapolated state, times mu / 2."""
         estimate = self._estimate(state)
         return self.objective.value(state["theta"]) + self.objective.convexity / 2.0 * float(estimate @ estimate)
 
     def energy_gradient(self, state: State) -> State:
-        """Gradient of the energy."""
+        """Return the gradient of the energy."""
         pull = self.objective.convexity * self._estimate(state)
         return {
             "theta": self.objective.gradient(state["theta"]) + pull,
@@ -263,15 +266,15 @@ class Nesterov:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam: m' = beta_1 m + (1 - beta_1) grad f, s' alike of its square, theta' = theta - eta m'/(sqrt(s') + eps).
+    """Adam: m' = beta_1 m + (1 - beta_1) grad f, theta' = theta - eta m'/(sqrt(s') + eps).
 
-    It begins with the first gradient and its square in the place of zeros, so it has no bias to correct, which
-    would make the rule another one at every step.
+    s' is computed like m', from the square of the gradient with beta_2. The initial m and s are the first gradient
+    and its square instead of zeros. Thus no bias correction is needed, which would change the rule at every step.
 
     Raises
     ------
     InputError
-        Where 1 - beta_2 > 4 (1 - beta_1), and the energy does not even decrease along the differential equation.
+        If 1 - beta_2 > 4 (1 - beta_1), because the energy then may increase even along the differential equation.
     """
 
     objective: Objective
@@ -283,9 +286,9 @@ class Adam:
     def __post_init__(self) -> None:
         if not 1.0 - self.square_decay <= 4.0 * (1.0 - self.decay):
             raise InputError(
-                f"Adam of decays {self.decay} and {self.square_decay} has no energy that is known to decrease",
-                why="the squares must be forgotten at most four times as fast as the gradients",
-                remedy="give a larger decay of the squares",
+                f"no decreasing energy is known for Adam with decays {self.decay} and {self.square_decay}",
+                why="the squares must decay at most four times as fast as the gradients",
+                remedy="give a larger decay for the squares",
             )
 
     @property
@@ -293,12 +296,12 @@ class Adam:
         return self.learning_rate / (2.0 * (1.0 - self.decay))
 
     def start(self, theta: Floats) -> State:
-        """Begin with the first gradient as if it had always been the same."""
+        """Return the initial state, with the mean and the square of a gradient that has always been the same."""
         gradient = self.objective.gradient(theta)
         return {"theta": theta, "mean": gradient, "square": gradient**2}
 
     def step(self, state: State) -> State:
-        """Make an update of the extended state."""
+        """Return the extended state after an update."""
         gradient = self.objective.gradient(state["theta"])
         mean = self.decay * state["mean"] + (1.0 - self.decay) * gradient
         square = self.square_decay * state["square"] + (1.0 - self.square_decay) * gradient**2
@@ -306,15 +309,15 @@ class Adam:
         return {"theta": theta, "mean": mean, "square": square}
 
     def energy(self, state: State) -> float:
-        """Loss, and the mean gradient measured in Adam's own metric."""
+        """Return the loss plus the squared norm of the mean gradient in Adam's metric, times a weight."""
         kinetic = np.sum(state["mean"] ** 2 / (np.sqrt(state["square"]) + self.epsilon))
         return self.objective.value(state["theta"]) + self._weight * float(kinetic)
 
     def energy_gradient(self, state: State) -> State:
-        """Gradient of the energy."""
+        """Return the gradient of the energy."""
         root = np.sqrt(state["square"])
         steepness = state["mean"] / (root + self.epsilon)
-        # Where a gradient has been 0 all the time, its mean and square are 0 and nothing moves.
+        # If a gradient has always been 0, its mean and square are 0, and its element does not change.
         falls = np.divide(steepness**2, 2.0 * root, out=np.zeros_like(root), where=root > 0)
         return {
             "theta": self.objective.gradient(state["theta"]),
@@ -324,7 +327,7 @@ class Adam:
 
 
 RULES: dict[str, type[HeavyBall | Nesterov | Adam]] = {"heavy-ball": HeavyBall, "nesterov": Nesterov, "adam": Adam}
-"""Name to rule."""
+"""Rule by name."""
 
 
 # Logs --------------------------------------------------------------------------------------------------------
@@ -340,21 +343,21 @@ def log_higher_order(
     seed: int = 0,
     container: str = "safetensors",
 ) -> dict[str, Rule]:
-    """Follow every rule on every objective and log each trajectory twice, in float64.
+    """Run each rule on each objective and log each trajectory twice, in float64.
 
-    ``RULE-OBJECTIVE-loss`` has the tensor ``theta``, the loss f and its gradient; ``RULE-OBJECTIVE-extended`` has
-    the extended state, the energy E as its loss and the gradient of E.
+    ``RULE-OBJECTIVE-loss`` contains the tensor ``theta``, the loss f and its gradient. ``RULE-OBJECTIVE-extended``
+    contains the extended state, the energy E as its loss, and the gradient of E.
 
     Parameters
     ----------
     folder : Path
         Folder of the logs.
     rules, objectives : sequence of str
-        Names of `RULES` and `OBJECTIVES`.
+        Names from `RULES` and `OBJECTIVES`.
     steps : int
-        Number of updates; one state more is logged, as the last update needs the state after it.
+        Number of updates. One more state is logged, because the last update needs the state after it.
     dimension : int
-        Number of elements D of theta, 2 or more.
+        Number of elements D of theta, at least 2.
     seed : int
         Seed of the objectives and the first state.
     container : {"safetensors", "npz"}
@@ -363,34 +366,34 @@ def log_higher_order(
     Returns
     -------
     dict
-        ``RULE-OBJECTIVE`` to the rule that was followed.
+        ``RULE-OBJECTIVE`` to the rule that was logged.
 
     Raises
     ------
     InputError
-        Where an option is out of its range, or a name is not known.
+        If an option is out of range, or a name is unknown.
     """
-    for what, names, known in (("rule", rules, tuple(RULES)), ("objective", objectives, OBJECTIVES)):
+    for kind, names, known in (("rule", rules, tuple(RULES)), ("objective", objectives, OBJECTIVES)):
         if unknown := [name for name in names if name not in known]:
-            raise InputError(f"{what} {unknown[0]!r} is not known", remedy=f"choose of {', '.join(known)}")
+            raise InputError(f"unknown {kind} {unknown[0]!r}", remedy=f"choose from: {', '.join(known)}")
     if steps < 1 or dimension < 2:
         raise InputError(
-            f"{steps} steps in {dimension} dimensions make no trajectory",
-            remedy="give one step or more, and two dimensions or more",
+            f"{steps} steps in {dimension} dimensions do not form a trajectory",
+            remedy="give at least one step and at least two dimensions",
         )
-    followed: dict[str, Rule] = {}
+    logged: dict[str, Rule] = {}
     for objective in objectives:
         random = np.random.default_rng(seed)
         drawn = draw_objective(objective, dimension, random)
         theta = 3.0 * random.standard_normal(dimension)
         for name in rules:
             run = f"{name}-{objective}"
-            followed[run] = RULES[name](drawn)
-            _follow(followed[run], drawn, theta, steps, Path(folder) / run, container)
-    return followed
+            logged[run] = RULES[name](drawn)
+            _log_rule(logged[run], drawn, theta, steps, Path(folder) / run, container)
+    return logged
 
 
-def _follow(rule: Rule, objective: Objective, theta: Floats, steps: int, path: Path, container: str) -> None:
+def _log_rule(rule: Rule, objective: Objective, theta: Floats, steps: int, path: Path, container: str) -> None:
     alone, extended = (Recorder(path.with_name(f"{path.name}-{end}"), container) for end in ("loss", "extended"))
     state = rule.start(theta)
     for step in range(steps + 1):

@@ -1,8 +1,8 @@
-"""Learning rules compared: one network on real MNIST digits, trained by nine rules on one objective.
+"""Compare learning rules: nine rules train one network on real MNIST digits, with the same objective.
 
-Some rules descend by construction, some only happen to, and one does not. All start from the same weights and see
-the same images at every step; what is logged as the gradient is the gradient of that one objective by
-backpropagation, whatever the rule makes of it.
+Some rules descend by construction, some only in practice, and one does not descend. All rules start from the same
+weights and use the same images at every step. The logged gradient is always the gradient of the objective,
+computed by backpropagation, even if the rule does not use it.
 
 References
 ----------
@@ -46,19 +46,20 @@ __all__ = [
 ]
 
 HIDDEN, IMAGES, STEPS = 16, 1000, 100
-"""Units of each hidden layer, images of the objective, and number of updates, by default."""
+"""Defaults: units in each hidden layer, images in the objective and number of updates."""
 
 LAYERS = ("layer_1.weight", "layer_2.weight", "layer_3.weight")
-"""Tensors of the network, each (target, source): two layers of tanh units, and the scores of the classes."""
+"""Tensors of the network, shape (target, source) each: two layers of tanh units, and the scores of the classes."""
 
 DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
-"""Decay of past gradients in momentum and Adam, decay of their squares in Adam, and its epsilon."""
+"""Decay of past gradients in momentum and Adam, decay of their squares in Adam, and epsilon of Adam."""
 
 PERTURBATIONS, AMPLITUDE = 32, 1e-2
-"""Perturbations tried for one update, and the standard deviation of an element of each."""
+"""Number of perturbations for one update, and the standard deviation of their elements."""
 
 DRAWS = 8
-"""Draws that an update of weight perturbation is the mean of, each of as many perturbations; all are logged."""
+"""Number of draws whose mean is an update of weight perturbation. The perturbations are divided equally among the
+draws, and all draws are logged."""
 
 Floats = NDArray[np.floating[Any]]
 Weights = Mapping[str, Floats]
@@ -80,7 +81,7 @@ class Sweep:
     scores : (image, class) array
         Outputs of the last layer.
     errors : (image, class) array
-        Derivative of the loss by the scores.
+        Derivative of the loss with respect to the scores.
     """
 
     loss: float
@@ -90,7 +91,7 @@ class Sweep:
 
 
 def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -> Sweep:
-    """Run images, shape (image, pixel), of classes, shape (image,), through the network."""
+    """Evaluate the network for images, shape (image, pixel), with class labels, shape (image,)."""
     *hidden, last = weights.values()
     activities = [inputs]
     for weight in hidden:
@@ -101,17 +102,18 @@ def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -
 
 
 def carry_back(sweep: Sweep, backward: Sequence[Floats], *, direct: bool = False) -> dict[str, Floats]:
-    """Return the gradient of every layer when errors propagate back through other weights.
+    """Return the gradient of each layer when errors propagate back through given weights.
 
-    It is the true one (backpropagation) where these are the weights of the layers above.
+    It is the true gradient (backpropagation) if these are the weights of the layers above.
 
     Parameters
     ----------
     sweep : Sweep
     backward : sequence of arrays
-        For each hidden layer the weights that bring it the errors of the layer above, shape (unit above, unit).
+        For each hidden layer, the weights that propagate the errors of the layer above, shape (unit above, unit).
     direct : bool
-        The errors brought are those of the outputs, shape (class, unit), past all layers between.
+        Propagate the errors of the outputs to each hidden layer directly; the weights then have shape (class,
+        unit).
     """
     errors = [sweep.errors]
     for units, weight in zip(reversed(sweep.activities[1:]), reversed(backward), strict=True):
@@ -130,23 +132,23 @@ class Situation:
     Attributes
     ----------
     updates : int
-        Number of updates done.
+        Number of previous updates.
     weights, gradient : mapping
-        Name to tensor: theta_t and the gradient of the objective there.
+        Name to tensor: theta_t and the gradient of the objective at theta_t.
     sweep : Sweep
-        Of the images of the objective.
+        Forward pass for the images of the objective.
     labels : (image,) array of int
-        Their classes.
+        Classes of these images.
     loss : callable
-        Objective of any weights.
+        Objective as a function of weights.
     feedback, direct_feedback : sequence of arrays
-        Fixed weights for `carry_back`, drawn as those of the layers are and independent of them.
+        Fixed weights for `carry_back`, with the distribution of the layers' weights but independent of them.
     random : numpy.random.Generator
-        Source of chance.
+        Random number generator.
     memory : dict
-        The rule's own, empty at first.
+        Memory of the rule, initially empty.
     draws : list of mapping
-        Filled by a stochastic rule: the updates that it drew and gives the mean of.
+        Updates drawn by a stochastic rule, which fills this list and returns their mean.
     """
 
     updates: int
@@ -162,53 +164,54 @@ class Situation:
     draws: list[Weights] = field(default_factory=list)
 
     def remember(self, name: str, share: float, new: Weights) -> Weights:
-        """Keep a share of what is remembered, add the new, and return it."""
+        """Multiply a memory by ``share``, add ``new``, and return the result."""
         past = self.memory.get(name) or {layer: np.zeros_like(value) for layer, value in new.items()}
         self.memory[name] = {layer: share * past[layer] + value for layer, value in new.items()}
         return self.memory[name]
 
 
 def backpropagation(now: Situation) -> Weights:
-    """Steepest descent: g = y, so psi = 0 and kappa = 1."""
+    """Return the update of steepest descent: g = y, so psi = 0 and kappa = 1."""
     return {layer: -slope for layer, slope in now.gradient.items()}
 
 
 def momentum(now: Situation) -> Weights:
-    """Steepest descent with momentum: g is a decaying sum of all y so far, and only the first is y."""
+    """Return the update with momentum: a decaying sum of all y so far, so only the first g is y."""
     return now.remember("velocity", DECAY, backpropagation(now))
 
 
 def adam(now: Situation) -> Weights:
-    """Adam: a running mean of y over the root of one of its squares, both without bias."""
+    """Return the update of Adam: a running mean of y divided by the root of a running mean of its square."""
     mean = now.remember("mean", DECAY, {k: -(1.0 - DECAY) * slope for k, slope in now.gradient.items()})
     square = now.remember(
         "square", SQUARE_DECAY, {k: (1.0 - SQUARE_DECAY) * slope**2 for k, slope in now.gradient.items()}
     )
-    of_mean, of_square = (1.0 - decay ** (now.updates + 1) for decay in (DECAY, SQUARE_DECAY))
-    return {k: mean[k] / of_mean / (np.sqrt(square[k] / of_square) + EPSILON) for k in mean}
+    # Both means are corrected for the bias of their initial value 0.
+    mean_bias, square_bias = (1.0 - decay ** (now.updates + 1) for decay in (DECAY, SQUARE_DECAY))
+    return {k: mean[k] / mean_bias / (np.sqrt(square[k] / square_bias) + EPSILON) for k in mean}
 
 
 def sign_descent(now: Situation) -> Weights:
-    """Descent by signs alone: y.g = |y|_1 > 0, so cos psi = |y|_1 / (sqrt(n) |y|) with n elements of y not 0."""
+    """Return the signs of y: y.g = |y|_1 > 0, so cos psi = |y|_1 / (sqrt(n) |y|) if n elements of y are not 0."""
     return {layer: -np.sign(slope) for layer, slope in now.gradient.items()}
 
 
 def feedback_alignment(now: Situation) -> Weights:
-    """Errors come back layer by layer through fixed weights; the last layer needs none and descends."""
+    """Return the update if errors propagate back through fixed weights; the last layer needs none and descends."""
     return {layer: -slope for layer, slope in carry_back(now.sweep, now.feedback).items()}
 
 
 def direct_feedback_alignment(now: Situation) -> Weights:
-    """Errors of the outputs come to every hidden layer through fixed weights of its own."""
+    """Return the update if output errors reach each hidden layer through its own fixed weights."""
     return {layer: -slope for layer, slope in carry_back(now.sweep, now.direct_feedback, direct=True).items()}
 
 
 def weight_perturbation(now: Situation) -> Weights:
-    """Perturbations of all weights, each as far as it lowers the loss, in the mean (section 2.2, stochastic rules).
+    """Return the mean of random perturbations, each weighted by how much it lowers the loss (section 2.2).
 
-    Of a perturbation v the slope s = y.v is measured on both sides of theta; s v has the mean y over all v. The
-    mean over n of them has y.g = (s_1^2 + .. + s_n^2) / n: it descends, at an angle with cos^2 psi of about
-    n / (n + D).
+    The slope s = y.v along a perturbation v is measured by a central difference. The expected value of s v is y.
+    The mean over n perturbations has y.g = (s_1^2 + .. + s_n^2) / n, so it descends, with cos^2 psi of about n /
+    (n + D).
     """
     each = PERTURBATIONS // DRAWS
     now.draws = [{layer: np.zeros_like(weight) for layer, weight in now.weights.items()} for _ in range(DRAWS)]
@@ -224,17 +227,20 @@ def weight_perturbation(now: Situation) -> Weights:
 
 
 def oja(weight: Floats, sources: Floats, targets: Floats) -> Floats:
-    """Oja's subspace rule: what fires together wires together, less what keeps the weights finite.
+    """Return the update of Oja's subspace rule: a Hebbian term minus a term that keeps the weights finite.
 
-    Where the targets are W times the sources, it rests where the rows of W are orthonormal and span a principal
-    subspace of the sources.
+    If the targets are W times the sources, the update vanishes if the rows of W are orthonormal and span a
+    principal subspace of the sources.
     """
     update: Floats = (targets.T @ sources - (targets.T @ targets) @ weight) / len(sources)
     return update
 
 
 def hebbian(now: Situation) -> Weights:
-    """`oja` in every layer; the right classes, less their mean, stand for the last units. No error is used."""
+    """Return the update of `oja` in each layer, with the centered labels as activities of the last units.
+
+    No error is propagated.
+    """
     teacher = np.eye(CLASSES, dtype=now.sweep.scores.dtype)[now.labels]
     units = [*now.sweep.activities[1:], teacher - teacher.mean(axis=0)]
     layers = zip(now.weights.items(), now.sweep.activities, units, strict=True)
@@ -242,7 +248,7 @@ def hebbian(now: Situation) -> Weights:
 
 
 def partial_ascent(now: Situation) -> Weights:
-    """Control: every second element ascends, the others rest, so y.g < 0 and no metric exists at any step."""
+    """Return an update that ascends in every second element, as a control: y.g < 0, so no metric exists."""
     update = {layer: slope.copy() for layer, slope in now.gradient.items()}
     for slope in update.values():
         slope.reshape(-1)[1::2] = 0.0
@@ -267,7 +273,7 @@ RULES: dict[str, Rule] = {
     "hebbian": Rule(hebbian, 0.1),
     "partial-ascent": Rule(partial_ascent, 0.03),
 }
-"""Name to rule, with learning rates at which each does what it can."""
+"""Rule by name, each with a learning rate that suits it."""
 
 
 # Training ----------------------------------------------------------------------------------------------------
@@ -284,40 +290,42 @@ def log_learning_rules(
     container: str = "safetensors",
     digits: Digits | None = None,
 ) -> dict[str, Training]:
-    """Train one network by several rules and log every state, in float32, each rule in a folder of its own.
+    """Train one network with several rules and log every state, in float32, with a separate folder for each rule.
 
     Parameters
     ----------
     folder : Path
         Folder of the logs, which are named after the rules.
     rules : sequence of str
-        Names of `RULES`.
+        Names from `RULES`.
     steps : int
-        Number of updates; one state more is logged, as the last update needs the state after it.
+        Number of updates. One more state is logged, because the last update needs the state after it.
     hidden : int
-        Units of each hidden layer.
+        Number of units in each hidden layer.
     images : int
-        Images of the objective, drawn at random; the accuracy is of all others.
+        Number of images in the objective, drawn at random. The accuracy is measured on all other images.
     seed : int
-        Seed of the images drawn, the weights, the feedback and the perturbations. A rule does the same
-        whichever others are trained.
+        Seed of the drawn images, the weights, the feedback and the perturbations. The result of a rule does not
+        depend on the other rules.
     container : {"safetensors", "npz"}
         Container of a step.
     digits : Digits, optional
-        The default is `load_digits`.
+        The default is the result of `load_digits`.
 
     Returns
     -------
     dict
-        Name of the rule to `Training`.
+        Name of each rule to its `Training`.
 
     Raises
     ------
     InputError
-        Where an option is out of its range, a rule is not known, or there are no images to load.
+        If an option is out of range, a rule is unknown, or the images cannot be loaded.
     """
     if unknown := [name for name in rules if name not in RULES]:
-        raise InputError(f"rules {unknown} are not known", remedy=f"choose of {', '.join(RULES)}")
+        raise InputError(
+            f"unknown rules {', '.join(map(repr, unknown))}", remedy=f"choose from: {', '.join(RULES)}"
+        )
     random = np.random.default_rng(seed)
     options = (("steps", steps, np.inf), ("hidden units", hidden, np.inf))
     split = split_digits(digits or load_digits(), images, random, options)
@@ -395,7 +403,10 @@ def _train(
 
 
 def _replicates(now: Situation, learning_rate: float, sweep: Callable[[Weights], Sweep]) -> dict[str, Any] | None:
-    """States that the draws of a stochastic rule lead to, their losses, and how the gradient changes on the way."""
+    """Return the states after each draw of a stochastic rule, their losses, and the changes of the gradient.
+
+    Return None for a rule that is not stochastic.
+    """
     if not now.draws:
         return None
     states = [{k: w + learning_rate * draw[k] for k, w in now.weights.items()} for draw in now.draws]
@@ -403,7 +414,7 @@ def _replicates(now: Situation, learning_rate: float, sweep: Callable[[Weights],
     gradients = [carry_back(there, list(state.values())[1:]) for there, state in zip(swept, states, strict=True)]
     return {
         "parameter": {k: np.stack([state[k] for state in states]) for k in now.weights},
-        # The change is the mean Hessian along the displacement times it.
+        # The change of the gradient is the mean Hessian along the displacement times the displacement.
         "hvp": {k: np.stack([there[k] - now.gradient[k] for there in gradients]) for k in now.weights},
         "loss": [there.loss for there in swept],
     }

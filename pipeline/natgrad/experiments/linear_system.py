@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 METHODS = ("euler", "exponential")
-"""Methods to follow the flow: explicit Euler steps, or the exact matrix exponential."""
+"""Integration methods: explicit Euler steps, or the exact matrix exponential."""
 
 DIMENSION, LEARNING_RATE, STEPS = 8, 0.05, 300
-"""Elements of theta, time per step, and number of updates, by default."""
+"""Defaults: number of elements of theta, time per step and number of updates."""
 
 Floats = NDArray[np.float64]
 
@@ -35,35 +35,36 @@ Floats = NDArray[np.float64]
 def random_dynamics(dimension: int, random: np.random.Generator) -> Floats:
     """Draw a stable matrix A that is asymmetric, oscillating and not normal.
 
-    Its real Schur form is drawn and then reflected at random, so the eigenvalues are known: pairs -d +- i f with
-    decay d in [1/2, 3/2] and frequency f in [1/2, 2] per unit of time. Each pair turns on an ellipse (axes 2 : 1)
-    and drives the pairs above it, so the angle psi between flow and steepest descent changes along a trajectory.
+    The real Schur form of A is drawn, and then a random reflection is applied. Thus the eigenvalues are known:
+    pairs -d +- i f with decay d in [1/2, 3/2] and frequency f in [1/2, 2] per unit of time. Each pair rotates on
+    an ellipse (axes 2 : 1) and drives the pairs above it, so the angle psi between the flow and steepest descent
+    changes along a trajectory.
 
     Parameters
     ----------
     dimension : int
-        Number of elements D of theta; where it is odd, one eigenvalue is real.
+        Number of elements D of theta; if it is odd, one eigenvalue is real.
     random : numpy.random.Generator
-        Source of chance.
+        Random number generator.
 
     Returns
     -------
     (dimension, dimension) array
-        Per unit of time.
+        A, per unit of time.
 
     Raises
     ------
     InputError
-        Where the dimension is below 2: every matrix is then symmetric.
+        If the dimension is less than 2, because every matrix is then symmetric.
     """
     if dimension < 2:
         raise InputError(
             f"dimension {dimension} is too small",
-            why="a system of one dimension is symmetric, so it is gradient descent already",
-            remedy="give a dimension of 2 or more",
+            why="a one-dimensional system is symmetric, so it is already gradient descent",
+            remedy="give a dimension of at least 2",
         )
     pairs = dimension // 2
-    # Scaled so that the pairs above are driven with about the same strength whatever the dimension.
+    # With this scale, the strength of the coupling between pairs hardly depends on the dimension.
     schur = np.triu(random.standard_normal((dimension, dimension)), 1) / np.sqrt(dimension)
     decay = random.uniform(0.5, 1.5, pairs + dimension % 2)
     frequency = random.uniform(0.5, 2.0, pairs)
@@ -88,12 +89,14 @@ def lyapunov_matrix(dynamics: Floats) -> Floats:
     Returns
     -------
     (dimension, dimension) array
-        P, symmetric to the last bit.
+        P, exactly symmetric.
     """
-    # SciPy solves a X + X a' = q. With a = A', q = -Q that is A' X + X A = -Q, the equation of the paper; the call
-    # that suggests itself, (A, Q), solves A X + X A' = Q, whose X is negative definite and of another system.
+    # SciPy solves a X + X a' = q. With a = A' and q = -Q, this is A' X + X A = -Q, the equation of the paper. The
+    # more obvious call with (A, Q) solves A X + X A' = Q; its solution is negative definite and belongs to another
+    # system.
     solution = solve_continuous_lyapunov(dynamics.T, -np.eye(len(dynamics)))
-    # 2 P theta is the gradient of theta' P theta only where P is symmetric, and the solution is so to rounding.
+    # 2 P theta is the gradient of theta' P theta only if P is symmetric, and the solution is symmetric only up to
+    # rounding.
     symmetric: Floats = (solution + solution.T) / 2.0
     return symmetric
 
@@ -107,32 +110,32 @@ class LinearSystem:
     dynamics : (dimension, dimension) array
         A, per unit of time.
     lyapunov : (dimension, dimension) array
-        P of `lyapunov_matrix`.
+        P from `lyapunov_matrix`.
     """
 
     dynamics: Floats
     lyapunov: Floats
 
     def loss(self, theta: Floats) -> float:
-        """Lyapunov function theta' P theta of a state, shape (dimension,)."""
+        """Return the Lyapunov function theta' P theta of a state, shape (dimension,)."""
         return float(theta @ self.lyapunov @ theta)
 
     def gradient(self, theta: Floats) -> Floats:
-        """Gradient 2 P theta of the loss at a state, shape (dimension,); -y of eq. (2)."""
+        """Return the gradient 2 P theta of the loss at a state, shape (dimension,); it is -y of eq. (2)."""
         return 2.0 * (self.lyapunov @ theta)
 
     def update(self, theta: Floats, learning_rate: float, method: str) -> Floats:
-        """State after one step, shape (dimension,).
+        """Return the state after one step, shape (dimension,).
 
         Parameters
         ----------
         theta : (dimension,) array
-            State before it.
+            State before the step.
         learning_rate : float
             Time eta per step.
         method : {"euler", "exponential"}
-            theta + eta A theta, for which g of eq. (2) is A theta itself and y.g = |theta|^2 > 0; or
-            expm(A eta) theta, the state that the flow reaches, for which g is the mean flow over the step.
+            ``euler`` returns theta + eta A theta: g of eq. (2) is A theta, and y.g = |theta|^2 > 0. ``exponential``
+            returns expm(A eta) theta, the exact solution: g is the mean flow during the step.
         """
         if method == "euler":
             return theta + learning_rate * (self.dynamics @ theta)
@@ -150,18 +153,18 @@ def log_linear_system(
     seed: int = 0,
     container: str = "safetensors",
 ) -> LinearSystem:
-    """Follow a random system from a random state and log every state, in float64, as the tensor ``theta``.
+    """Simulate a random system from a random state and log every state, in float64, as the tensor ``theta``.
 
     Parameters
     ----------
     folder : Path
         Folder of the log.
     steps : int
-        Number of updates; one state more is logged, as the last update needs the state after it.
+        Number of updates. One more state is logged, because the last update needs the state after it.
     dimension : int
-        Number of elements D of theta, 2 or more.
+        Number of elements D of theta, at least 2.
     learning_rate : float
-        Time eta per step; logged as the learning rate, as theta_{t+1} = theta_t + eta g.
+        Time eta per step. It is logged as the learning rate, because theta_{t+1} = theta_t + eta g.
     method : {"euler", "exponential"}
         See `LinearSystem.update`.
     seed : int
@@ -172,28 +175,28 @@ def log_linear_system(
     Returns
     -------
     LinearSystem
-        The system that was followed.
+        The simulated system.
 
     Raises
     ------
     InputError
-        Where an option is out of its range, or Euler steps of this size leave the stable flow and grow.
+        If an option is out of range, or the Euler method is unstable with this learning rate.
     """
     if method not in METHODS:
-        raise InputError(f"method {method!r} is not known", remedy=f"choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {method!r}", remedy=f"choose one of: {', '.join(METHODS)}")
     if steps < 1 or not 0 < learning_rate < np.inf:
         raise InputError(
-            f"{steps} steps of learning rate {learning_rate} make no trajectory",
-            remedy="give one step or more and a positive learning rate",
+            f"{steps} steps with learning rate {learning_rate} do not form a trajectory",
+            remedy="give at least one step and a positive learning rate",
         )
     random = np.random.default_rng(seed)
     dynamics = random_dynamics(dimension, random)
     growth = float(np.abs(1.0 + learning_rate * np.linalg.eigvals(dynamics)).max())
     if method == "euler" and growth >= 1.0:
         raise InputError(
-            f"Euler steps of learning rate {learning_rate} grow by {growth:.3g} a step",
+            f"Euler steps with learning rate {learning_rate} grow by a factor of {growth:.3g} per step",
             why="the step is too long for the oscillations of the system: |1 + eta lambda| >= 1",
-            remedy="give a smaller learning rate, or the method exponential",
+            remedy="give a smaller learning rate, or use the method exponential",
         )
     system = LinearSystem(dynamics, lyapunov_matrix(dynamics))
     theta = random.standard_normal(dimension)

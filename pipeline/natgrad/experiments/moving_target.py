@@ -1,15 +1,16 @@
-"""A loss that changes with time (section 2.1): a quadratic bowl whose minimum runs on a circle.
+"""A loss that changes with time (section 2.1): a quadratic function whose minimum moves on a circle.
 
-L(theta, t) = (theta - c(t))' H (theta - c(t)) / 2. Two rules follow it, by Euler steps of the length eta in time:
+L(theta, t) = (theta - c(t))' H (theta - c(t)) / 2. Two rules follow the minimum, with Euler steps of length eta in
+time:
 
-*gradient*: d theta/dt = -grad L. It is steepest descent on the loss as it stands, and yet the loss may rise, as its
-minimum moves on: dL/dt = -|grad L|^2 + partial L/partial t.
+*gradient*: d theta/dt = -grad L. This is steepest descent on the current loss, and yet the loss may increase,
+because its minimum moves: dL/dt = -|grad L|^2 + partial L/partial t.
 
-*tracking*: d theta/dt = -grad L + dc/dt. It knows how the minimum moves, so dL/dt = -|grad L|^2 < 0, though against
-the loss as it stands a step may point uphill.
+*tracking*: d theta/dt = -grad L + dc/dt. The rule knows the velocity of the minimum, so dL/dt = -|grad L|^2 < 0,
+although a step may point uphill on the current loss.
 
-So the extended pair y = (-grad L, -partial L/partial t), g = (d theta/dt, 1) says of both what the loss does, and
-the pair of theta alone says it of neither. (The paper prints theta' for v' in dL/dt; see docs/errata.md, 16.)
+For both rules, the extended pair y = (-grad L, -partial L/partial t), g = (d theta/dt, 1) determines how the loss
+changes; the pair of theta alone does not. (The paper prints theta' for v' in dL/dt; see docs/errata.md, 16.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RULES = ("gradient", "tracking")
 """Rules that follow the target."""
 
 FREQUENCY, LEARNING_RATE, STEPS = 1.0, 0.05, 200
-"""Radian per unit of time of the target, time per step, and number of updates, by default."""
+"""Defaults: frequency of the target in radians per unit of time, time per step and number of updates."""
 
 Floats = NDArray[np.float64]
 
@@ -43,37 +44,37 @@ class MovingTarget:
     hessian : (2, 2) array
         H, symmetric positive definite.
     frequency : float
-        Radian per unit of time of the target c(t) = (cos, sin) on the unit circle.
+        Frequency of the target c(t) = (cos, sin) on the unit circle, in radians per unit of time.
     """
 
     hessian: Floats
     frequency: float
 
     def target(self, time: float) -> Floats:
-        """Minimum c(t)."""
-        turn = self.frequency * time
-        return np.array([np.cos(turn), np.sin(turn)])
+        """Return the minimum c(t)."""
+        angle = self.frequency * time
+        return np.array([np.cos(angle), np.sin(angle)])
 
     def velocity(self, time: float) -> Floats:
-        """Velocity dc/dt of the minimum."""
-        turn = self.frequency * time
-        return self.frequency * np.array([-np.sin(turn), np.cos(turn)])
+        """Return the velocity dc/dt of the minimum."""
+        angle = self.frequency * time
+        return self.frequency * np.array([-np.sin(angle), np.cos(angle)])
 
     def loss(self, theta: Floats, time: float) -> float:
-        """L(theta, t)."""
-        away = theta - self.target(time)
-        return float(away @ self.hessian @ away) / 2.0
+        """Return the loss L(theta, t)."""
+        offset = theta - self.target(time)
+        return float(offset @ self.hessian @ offset) / 2.0
 
     def gradient(self, theta: Floats, time: float) -> Floats:
-        """Gradient by theta."""
+        """Return the gradient with respect to theta."""
         return self.hessian @ (theta - self.target(time))
 
     def time_derivative(self, theta: Floats, time: float) -> float:
-        """Partial derivative by time, at a theta that rests."""
+        """Return the partial derivative with respect to time, at constant theta."""
         return -float(self.gradient(theta, time) @ self.velocity(time))
 
     def flow(self, theta: Floats, time: float, rule: str) -> Floats:
-        """Give the flow d theta/dt of a rule."""
+        """Return the flow d theta/dt of a rule."""
         descent = -self.gradient(theta, time)
         return descent + self.velocity(time) if rule == "tracking" else descent
 
@@ -88,7 +89,7 @@ def log_moving_target(
     seed: int = 0,
     container: str = "safetensors",
 ) -> MovingTarget:
-    """Follow the target from a random state and log every state, in float64, with ``loss_time_derivative``.
+    """Follow the target from a random state, and log every state in float64, including ``loss_time_derivative``.
 
     Parameters
     ----------
@@ -96,36 +97,36 @@ def log_moving_target(
         Folder of the log.
     rule : {"gradient", "tracking"}
     steps : int
-        Number of updates; one state more is logged, as the last update needs the state after it.
+        Number of updates. One more state is logged, because the last update needs the state after it.
     frequency : float
-        Radian per unit of time of the target; at 0 the loss does not change with time.
+        Frequency of the target in radians per unit of time; with 0 the loss does not change with time.
     learning_rate : float
-        Time eta per step: the logged learning rate, and what t grows by in a step.
+        Time eta per step: the logged learning rate, and the increment of t.
     seed : int
-        Seed of the bowl and the first state.
+        Seed of the loss and the first state.
     container : {"safetensors", "npz"}
         Container of a step.
 
     Returns
     -------
     MovingTarget
-        The loss that was followed.
+        The loss and its moving minimum.
 
     Raises
     ------
     InputError
-        Where an option is out of its range.
+        If an option is out of range.
     """
     if rule not in RULES:
-        raise InputError(f"rule {rule!r} is not known", remedy=f"choose of {', '.join(RULES)}")
+        raise InputError(f"unknown rule {rule!r}", remedy=f"choose one of: {', '.join(RULES)}")
     if steps < 1 or not 0 < learning_rate < np.inf or not np.isfinite(frequency):
         raise InputError(
-            f"{steps} steps of learning rate {learning_rate} at frequency {frequency} make no trajectory",
-            remedy="give one step or more, a positive learning rate and a finite frequency",
+            f"{steps} steps with learning rate {learning_rate} and frequency {frequency} do not form a trajectory",
+            remedy="give at least one step, a positive learning rate and a finite frequency",
         )
     random = np.random.default_rng(seed)
-    turn = random.uniform(0.0, np.pi)
-    axes = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    angle = random.uniform(0.0, np.pi)
+    axes = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     moving = MovingTarget(axes @ np.diag([1.0, 4.0]) @ axes.T, frequency)
     theta = 3.0 * random.standard_normal(2)
     recorder = Recorder(folder, container)

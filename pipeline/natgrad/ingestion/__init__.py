@@ -1,6 +1,7 @@
-"""Logs to store: read a training log into a trajectory, every step exactly once.
+"""Read a training log into a trajectory, every step exactly once.
 
-Memory does not grow with the run or the model: tensors are read slice by slice into one chunk per array.
+Memory use does not grow with the run or the model, because tensors are read slice by slice into one chunk per
+array.
 """
 
 from natgrad.ingestion.log_to_store import INCLUDES, IngestSummary, ingest

@@ -1,4 +1,4 @@
-"""Describe the steps of a log, and require that they are of one model."""
+"""Describe the steps of a log, and require that all belong to the same model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = [
     "parameters_of",
     "scalar_of",
     "stored_dtypes",
-    "tensor_told",
-    "with_optimizer",
+    "stores_optimizer",
+    "tensor_text",
 ]
 
 
 def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
-    """Dtype that each array is stored in: the smallest that holds all of its tensors exactly."""
+    """Return the dtype of each stored array: the smallest that represents all of its tensors exactly."""
     logged: dict[str, set[str]] = {}
-    # Equal descriptions are kept once.
+    # Steps with equal descriptions share one object.
     for arrays in {id(content.arrays): content.arrays for content in contents}.values():
         for name, tensors in arrays.items():
             logged.setdefault(name, set()).update(tensor.dtype for tensor in tensors.values())
@@ -36,39 +36,47 @@ def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
 
 
 def scalar_of(content: StepContent, name: str) -> float | Sequence[float]:
-    """Scalar of a step, or the losses of its replicates; NaN where it has none."""
+    """Return a scalar of a step, or the losses of its replicates; NaN if the step has none."""
     missing: float | Sequence[float] = [math.nan] * content.replicates if name == REPLICATE_LOSS else math.nan
     return content.numbers.get(name, missing)
 
 
 def optimizer_dtypes(trajectory: Trajectory) -> dict[str, str]:
-    """Dtypes of what the optimizer keeps, which not every step has."""
+    """Return the dtypes of the arrays of the optimizer state, which not every step has."""
     return {name: dtype for name, dtype in trajectory.array_dtypes.items() if name in OPTIMIZER_STATES}
 
 
-def with_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
+def stores_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ()) -> bool:
     """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
     stored = bool(trajectory.tables)
     if "optimizer" in include and not stored:
         raise InputError(
-            "the trajectory was made without the state of the optimizer",
+            "the trajectory was created without the optimizer state",
             where=str(trajectory.storage),
-            remedy="start anew with --overwrite, or leave --include optimizer out",
+            remedy="start from scratch with --overwrite, or omit --include optimizer",
         )
     return stored
 
 
 def parameters_of(trajectory: Trajectory) -> dict[str, LoggedTensor]:
-    """Tensors of a trajectory, as a log has them."""
+    """Return the tensors of a trajectory in the form in which a log describes them."""
     return {tensor.name: LoggedTensor(tensor.shape, tensor.dtype) for tensor in trajectory.layout.tensors}
 
 
 def describe_steps(
     log: Source, steps: Sequence[LoggedStep], warnings: list[str], optimizer: bool
 ) -> dict[LoggedStep, StepContent]:
-    """Describe steps, all with the tensors of the first."""
+    """Describe steps, and require that each has the tensors of the first one.
+
+    Warnings are appended to ``warnings``.
+
+    Raises
+    ------
+    InputError
+        If the arrays, tensors, shapes or dtypes of a step differ from those of the first step.
+    """
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
     notes: dict[str, LoggedStep] = {}
@@ -78,8 +86,8 @@ def describe_steps(
             content = complete(step, reader.content(), optimizer=optimizer)
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
-        _require_like(step, content, first, contents.get(first, content))
-        # Equal descriptions are kept once: a long run of a large model has many.
+        _require_same_model(step, content, first, contents.get(first, content))
+        # Steps with equal descriptions share one object, because a long run of a large model has many steps.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
         contents[step] = StepContent(
@@ -88,11 +96,11 @@ def describe_steps(
     warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
     if unused:
         key, step = next(iter(unused.items()))
-        warnings.append(f"{len(unused)} keys are not used, {key!r} (in {step.storage.name}) the first of them")
+        warnings.append(f"{len(unused)} keys are not used; the first is {key!r} (in {step.storage.name})")
     return contents
 
 
-def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
+def _require_same_model(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
     names = (*STATES, *REPLICATE_STATES)
     for name in (name for name in names if name in model.arrays or name in content.arrays):
         have, expect = content.arrays.get(name), model.arrays.get(name)
@@ -101,12 +109,12 @@ def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, mod
             raise InputError(
                 f"{name} is not logged at every step",
                 where=where(lacking, name),
-                remedy=f"log {name} at every step, or at none",
+                remedy=f"log {name} at every step or at no step",
             )
         for tensor in {**expect, **have}:
             if tensor not in have or tensor not in expect:
-                verb = "is gone" if tensor not in have else "is new"
-                what = f"tensor {tensor!r} {verb} at step {step.number}"
+                adjective = "missing" if tensor not in have else "new"
+                what = f"tensor {tensor!r} is {adjective} at step {step.number}"
             elif have[tensor].shape != expect[tensor].shape:
                 what = f"shape changes from {expect[tensor].shape} to {have[tensor].shape}"
             elif have[tensor].dtype != expect[tensor].dtype:
@@ -116,11 +124,11 @@ def _require_like(step: LoggedStep, content: StepContent, first: LoggedStep, mod
             raise InputError(
                 what,
                 where=where(step, name, tensor),
-                why=f"the run was restarted with another model; the first step here is {first.number}",
-                remedy="process the steps of each model as a run of its own",
+                why=f"the run was restarted with another model; the first step read here is {first.number}",
+                remedy="process the steps of each model as a separate run",
             )
 
 
-def tensor_told(tensor: LoggedTensor | None) -> str:
-    """Dtype and shape of a tensor, for messages."""
+def tensor_text(tensor: LoggedTensor | None) -> str:
+    """Return the dtype and shape of a tensor, for messages."""
     return "no tensor" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"

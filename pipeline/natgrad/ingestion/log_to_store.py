@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -14,11 +13,11 @@ from natgrad.ingestion.description import (
     optimizer_dtypes,
     parameters_of,
     stored_dtypes,
-    tensor_told,
-    with_optimizer,
+    stores_optimizer,
+    tensor_text,
 )
-from natgrad.ingestion.new_updates import Extent, finished_steps, rows_to_write
-from natgrad.ingestion.read_options import agreed_options, given_options
+from natgrad.ingestion.new_updates import Extent, finished_steps, states_to_write
+from natgrad.ingestion.read_options import ReadOptions
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, chunk_shape
@@ -47,7 +46,7 @@ __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 _log = logging.getLogger("natgrad.ingestion")
 
 INCLUDES = ("optimizer",)
-"""Data that can be stored besides parameters, gradients and hvp."""
+"""Optional data that can be stored in addition to parameters, gradients and hvp."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -61,19 +60,19 @@ class IngestSummary(Summary):
     trajectory : str
         The store.
     new_steps, steps : int
-        Steps read now, and those of the run as it stands.
+        Number of steps that were read, and number of steps of the current attempt.
     first_step, last_step : int
-        Of the run as it stands.
+        First and last step of the current attempt.
     attempts : int
-        Number of starts, restarts included.
+        Number of starts of the run, including restarts.
     tensors, elements : int
         Size of the model.
     dtypes : dict
         Stored dtype of each array.
     replicates : int
-        Replicates of a stochastic rule, 0 where none are logged.
+        Number of replicates of a stochastic rule, 0 if none are logged.
     warnings : list of str
-        What a user should know: values that are not finite, keys that were not used, missing scalars.
+        Warnings for the user, about values that are not finite, unused keys and missing scalars, for example.
     """
 
     source: str
@@ -106,78 +105,83 @@ def ingest(
     check: Callable[[Extent], None] | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
-    """Read the steps of a training log that the trajectory does not have yet.
+    """Read the steps of a training log that are not in the trajectory yet.
 
     Parameters
     ----------
     sources : sequence of Storage
-        The log, or the logs of one run that are joined by step.
+        The log, or several logs of one run that are joined by step.
     store : Storage
-        The trajectory; made where there is none.
+        The trajectory; created if it does not exist.
     format : str, optional
-        Log format; found by content where not given.
+        Log format; detected by content by default.
     mapping : mapping, optional
-        Quantity to the key that it stands under in the log; see `natgrad.sources.names`.
+        Quantity to its key in the log; see `natgrad.sources.names`.
     shift : mapping, optional
-        Quantity to K: what is logged of it at step s belongs to the state s + K. A trajectory keeps the ``mapping``
-        and ``shift`` that it was made with.
+        Quantity to K: values logged at step s belong to the state s + K. ``mapping`` and ``shift`` are fixed when
+        the trajectory is created.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
-        Take a log whose steps are not evenly spaced; the results then carry each update's ``step_span``.
+        Accept a log whose steps are not evenly spaced; the results then contain the ``step_span`` of each update.
     overwrite : bool
-        Replace the trajectory, also one of an older natgrad, once the steps are described and compared.
+        Replace the trajectory, even one of an older natgrad, after the steps have been described and compared.
     wait : bool
-        Leave what follows a gap for a later pass, rather than refuse it.
+        Leave the steps after a gap for a later pass instead of raising an error.
     include : sequence of str
-        Data to store besides parameters, gradients and hvp, of `INCLUDES`. An existing trajectory keeps its
-        original setting.
+        Optional data to store, from `INCLUDES`. An existing trajectory keeps its original setting.
     limits : IngestLimits, optional
-        Sizes of the chunks of a new trajectory, and of what is copied at a time.
+        Sizes of the chunks of a new trajectory and of the commits.
     check : callable, optional
-        Called with the extent that the trajectory will have, once the steps are listed and before anything is
-        stored. It raises an InputError to refuse the ingest.
+        Called with the future extent of the trajectory, after the steps are listed and before anything is stored.
+        It may raise an InputError to reject the ingest.
     progress : callable, optional
-        Called with steps done and steps in all.
+        Called with the number of steps done and the total number of steps.
+
+    Returns
+    -------
+    IngestSummary
 
     Raises
     ------
     InputError
-        Bad input. All steps are described and compared before the first byte is written; what a later error
-        interrupts is either committed completely or invisible. As `NotYet` where no step is finished yet, or one is
-        written while it is read.
+        If the input is invalid. All steps are described and compared before the first byte is written. If an error
+        occurs later, each commit is either complete or invisible.
+    NotYet
+        If no step is finished yet, or a step changes while it is read.
     """
-    options = given_options(sources, mapping, shift)
-    options = options if overwrite else agreed_options(store, options)
-    mapping, shift = options.get("map", mapping), options.get("shift", shift)
-    log = open_sources(sources, format, mapping, shift, sweep=sweep)
+    options = ReadOptions.requested(sources, mapping, shift)
+    options = options if overwrite else options.for_resuming(store)
+    log = open_sources(sources, format, options.mapping, options.shift, sweep=sweep)
     listed = log.steps()
     with store.lock("trajectory") as store, KeptOpen(log) as log:
         if not overwrite:
-            agreed_options(store, options)
+            # Another process may have created the trajectory before the lock was acquired.
+            options.for_resuming(store)
         trajectory = Trajectory(store) if exists(store) and not overwrite else None
         if trajectory is not None and not trajectory.n_states:
             trajectory = None
         if trajectory is not None:
             trajectory.recover()
-        optimizer = with_optimizer(trajectory, include)
+        optimizer = stores_optimizer(trajectory, include)
         warnings: list[str] = []
         listed = finished_steps(log, listed, trajectory, warnings)
-        rows = rows_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
-        steps = [row.step for row in rows if row.repeats is None]
+        new = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
+        steps = [state.step for state in new if state.repeats is None]
         if check is not None and (steps or trajectory is not None):
-            check(Extent.of(trajectory, rows))
+            check(Extent.of(trajectory, new))
         if steps:
-            # Taken before a step is opened: what is described and what is written must be the same file.
+            # Identities are determined before the steps are opened, to detect a file that changes before it is
+            # copied.
             identities = {step: identity(step) for step in steps}
             contents = describe_steps(log, steps, warnings, optimizer)
-            told = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
-            warnings += [told] if told else []
+            misaligned = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
+            warnings += [misaligned] if misaligned else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, options, limits)
             try:
-                Writer(log, trajectory, contents, identities, warnings, limits).write(rows, progress)
+                Writer(log, trajectory, contents, identities, warnings, limits).write(new, progress)
             finally:
                 trajectory.abandon()
                 if not trajectory.n_states:
@@ -186,7 +190,7 @@ def ingest(
             raise NotYet(
                 "no step is finished yet",
                 where=str(log.location),
-                why="the training run is writing its first",
+                why="the training run is still writing its first step",
                 remedy="run again later, or with --follow",
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
@@ -217,10 +221,10 @@ def _matching_trajectory(
     first: LoggedStep,
     contents: Mapping[LoggedStep, StepContent],
     optimizer: bool,
-    read_options: Mapping[str, Any],
+    options: ReadOptions,
     limits: IngestLimits,
 ) -> Trajectory:
-    """Return the trajectory to append to, or a new one laid out for these steps."""
+    """Return the trajectory to which these steps are appended, or a new one with a suitable layout."""
     content = contents[first]
     dtypes = stored_dtypes(contents.values())
     layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
@@ -241,62 +245,62 @@ def _matching_trajectory(
             sweep=sweep,
             tables=tables,
             replicates=replicates,
-            read_options=read_options,
+            read_options=options.to_json(),
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(
-            f"the trajectory is of {'a sweep' if trajectory.sweep else 'one run'}, the log is not",
+            f"the trajectory contains {'a sweep' if trajectory.sweep else 'one run'}, but the log does not",
             where=str(store),
-            remedy="choose another OUT, or say with --sweep that SOURCE is a folder of runs",
+            remedy="choose another OUT; if SOURCE is a folder of runs, pass --sweep",
         )
     logged, stored = content.arrays["parameter"], parameters_of(trajectory)
     for tensor in {**stored, **logged}:
         if logged.get(tensor) != stored.get(tensor):
             raise InputError(
-                "this step is of another model than the trajectory's: "
-                f"{tensor_told(logged.get(tensor))} in place of {tensor_told(stored.get(tensor))}",
+                "the model of this step differs from that of the trajectory: "
+                f"{tensor_text(logged.get(tensor))} instead of {tensor_text(stored.get(tensor))}",
                 where=where(first, "parameter", tensor),
-                why="the run was restarted with another model, or OUT holds another run",
-                remedy="choose another OUT, or start anew with --overwrite",
+                why="the run was restarted with another model, or OUT contains another run",
+                remedy="choose another OUT, or start from scratch with --overwrite",
             )
     if content.replicates != trajectory.replicates:
         raise InputError(
-            f"replicates change from {trajectory.replicates} to {content.replicates}",
+            f"the number of replicates changes from {trajectory.replicates} to {content.replicates}",
             where=where(first),
-            why="the run was restarted with another number of replicates, or OUT holds another run",
-            remedy="choose another OUT, or start anew with --overwrite",
+            why="the run was restarted with another number of replicates, or OUT contains another run",
+            remedy="choose another OUT, or start from scratch with --overwrite",
         )
     if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
         raise InputError(
-            f"dtypes change from {trajectory.array_dtypes} to {dtypes}",
+            f"the dtypes change from {trajectory.array_dtypes} to {dtypes}",
             where=where(first),
-            why="the run was restarted in another precision, or OUT holds another run",
-            remedy="choose another OUT, or start anew with --overwrite",
+            why="the run was restarted with another precision, or OUT contains another run",
+            remedy="choose another OUT, or start from scratch with --overwrite",
         )
     return trajectory
 
 
 def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[str, str]) -> list[str]:
-    """Numbers of the optimizer that these steps have, and those that are made of its arrays."""
+    """Return the names of the optimizer numbers that these steps contain, or that are computed from its arrays."""
     states = [content.optimizer for content in contents if content.optimizer is not None]
     found = {name for state in states for name in state.numbers}
     if "exp_avg_sq" in dtypes:
         found |= set(EXTREMES)
     found |= _metric_tables(contents)
-    # Before the first update there are options alone: from one such step it cannot be known what will be kept.
-    begun = len(contents) > 1 or any(state.arrays or state.metrics for state in states)
-    if not found or not begun:
+    # Before the first update the state contains only options, which do not show what later states will contain.
+    started = len(contents) > 1 or any(state.arrays or state.metrics for state in states)
+    if not found or not started:
         raise NotYet(
-            "no state of an optimizer is in these steps",
+            "these steps contain no optimizer state",
             where=where(first),
             why="the trainer does not save it, or has not made its first update yet",
-            remedy="run again once a step has it, or leave --include optimizer out",
+            remedy="run again once a step contains it, or omit --include optimizer",
         )
     return [name for name in OPTIMIZER_NUMBERS if name in found]
 
 
 def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
-    """Tables that the metrics of an optimizer's factors go to."""
+    """Return the names of the tables for the metrics of the optimizer's factors."""
     found: set[str] = set()
     for content in contents:
         for metric in {} if content.optimizer is None else content.optimizer.metrics.values():
@@ -307,33 +311,33 @@ def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
 
 
 def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
-    """Tell of metrics that the log began to hold after the trajectory was made without them."""
+    """Warn about metrics that the log contains only since the trajectory was created without them."""
     if trajectory is None or not trajectory.tables:
         return
     for step, content in contents.items():
         if missing := sorted(_metric_tables([content]) - set(trajectory.tables)):
             yield (
-                f"{', '.join(missing)} follow from the optimizer's state from step {step.number} on, and are not "
-                "stored, as the steps before have none: start anew with --overwrite to have them"
+                f"{', '.join(missing)} are available from step {step.number} on, but are not stored, because "
+                "earlier steps do not have them; to store them, start from scratch with --overwrite"
             )
             return
 
 
 def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
-    """Tell of numbers that the log began to hold after the trajectory was made without them."""
+    """Warn about numbers that the log contains only since the trajectory was created without them."""
     found = {name: step for step, content in reversed(contents.items()) for name in content.numbers}
     for name, step in found.items():
         if trajectory is not None and name not in trajectory.scalars:
             yield (
-                f"{name} is logged from step {step.number} on, and not stored, as the steps before have none: "
-                "start anew with --overwrite to have it"
+                f"{name} is logged from step {step.number} on, but is not stored, because earlier steps do not "
+                "have it; to store it, start from scratch with --overwrite"
             )
 
 
 def _missing_scalars(trajectory: Trajectory) -> list[str]:
     remedies = {
         "loss": "results that need it are NaN with status unverifiable",
-        "learning_rate": "give it with --learning-rate; without it no metric exists",
+        "learning_rate": "pass it with --learning-rate; without it no metric exists",
     }
     missing = []
     for name in USUAL_SCALARS:

@@ -1,4 +1,4 @@
-"""Which rows a trajectory lacks: new steps, and those that a restarted run has logged again."""
+"""Find the states that a trajectory lacks: new steps, and steps that a restarted run has logged again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from natgrad.ingestion.description import (
     parameters_of,
     scalar_of,
     stored_dtypes,
-    with_optimizer,
+    stores_optimizer,
 )
-from natgrad.ingestion.transfer import NewRow, fill_row
+from natgrad.ingestion.transfer import NewState, fill_state
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ATTEMPT, RUN, STEP
@@ -26,53 +26,59 @@ from natgrad.sources.changes import changed_lately, identity
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
 from natgrad.store import Trajectory, checksum
 
-__all__ = ["Extent", "finished_steps", "rows_to_write"]
+__all__ = ["Extent", "finished_steps", "states_to_write"]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Steps of a trajectory, without its arrays: what options that depend on the steps are checked against.
+    """Runs, steps and attempts of a trajectory. Options that depend on the steps are validated against them.
 
     Attributes
     ----------
-    rows : tuple of tuple
+    states : tuple of tuple
         Run, step and attempt of each state, in the order in which the states were logged.
     """
 
-    rows: tuple[tuple[str, int, int], ...]
+    states: tuple[tuple[str, int, int], ...]
 
     @classmethod
-    def of(cls, trajectory: Trajectory | None, new: Sequence[NewRow] = ()) -> Extent:
-        """Return the extent of a trajectory once new rows are written."""
-        rows: list[tuple[str, int, int]] = []
+    def of(cls, trajectory: Trajectory | None, new: Sequence[NewState] = ()) -> Extent:
+        """Return the extent of a trajectory after new states are written."""
+        states: list[tuple[str, int, int]] = []
         if trajectory is not None:
             runs = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
             columns = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT))
-            rows += zip(runs, *columns, strict=True)
-        return cls((*rows, *((row.step.run, row.step.number, row.attempt) for row in new)))
+            states += zip(runs, *columns, strict=True)
+        return cls((*states, *((state.step.run, state.step.number, state.attempt) for state in new)))
 
     @property
     def attempts(self) -> int:
         """Number of attempts."""
-        return 1 + max((attempt for _, _, attempt in self.rows), default=0)
+        return 1 + max((attempt for _, _, attempt in self.states), default=0)
 
     def updates(self, attempt: int | None = None) -> int:
-        """Return the number of updates of the longest run, as it stood at an attempt (default: the newest)."""
+        """Return the number of updates of the longest run.
+
+        Parameters
+        ----------
+        attempt : int, optional
+            Ignore attempts after this one; by default all attempts count.
+        """
         runs: dict[str, dict[int, int]] = {}
-        for run, step, of_attempt in self.rows:
-            if attempt is not None and of_attempt > attempt:
+        for run, step, state_attempt in self.states:
+            if attempt is not None and state_attempt > attempt:
                 continue
-            states = runs.setdefault(run, {})
-            # A new attempt supersedes the steps from its first one on.
-            if of_attempt > max(states.values(), default=of_attempt):
-                for later in [number for number in states if number >= step]:
-                    del states[later]
-            states[step] = of_attempt
+            attempts = runs.setdefault(run, {})
+            # A new attempt supersedes the steps from its first step on.
+            if state_attempt > max(attempts.values(), default=state_attempt):
+                for later in [number for number in attempts if number >= step]:
+                    del attempts[later]
+            attempts[step] = state_attempt
         # No update leads from a state of one attempt to a state of the next.
         return max(
             (
-                sum(states[a] == states[b] for a, b in itertools.pairwise(sorted(states)))
-                for states in runs.values()
+                sum(attempts[a] == attempts[b] for a, b in itertools.pairwise(sorted(attempts)))
+                for attempts in runs.values()
             ),
             default=0,
         )
@@ -81,9 +87,10 @@ class Extent:
 def finished_steps(
     log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory | None, warnings: list[str]
 ) -> list[LoggedStep]:
-    """Leave out what is still being written: at the end of a run, or over a step that is ingested already.
+    """Return the listed steps without those that are still being written.
 
-    In the middle of what is new an unreadable step is an error, as it is where nobody has written to it for long.
+    An unreadable step is omitted, with a warning, if it is the last one of a run or replaces an ingested step, and
+    was changed recently. Other unreadable steps cause an error later, when they are read.
     """
     identities = [identity(step) for step in listed]
     if not any(changed_lately(found["time"]) for found in identities):
@@ -94,18 +101,20 @@ def finished_steps(
         ingested = {frozenset(source.items()) for source in trajectory.sources()}
         names = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
         committed = set(zip(names, trajectory.scalar(STEP).tolist(), strict=True))
-    kept: list[LoggedStep] = []
+    finished: list[LoggedStep] = []
     for step, found in reversed(list(zip(listed, identities, strict=True))):
-        at_the_end = not kept or kept[-1].run != step.run
-        may_be = (at_the_end or (step.run, step.number) in committed) and changed_lately(found["time"])
-        unread = _unreadable(log, step) if may_be and frozenset(found.items()) not in ingested else None
+        is_last = not finished or finished[-1].run != step.run
+        may_be_growing = (is_last or (step.run, step.number) in committed) and changed_lately(found["time"])
+        unread = _unreadable(log, step) if may_be_growing and frozenset(found.items()) not in ingested else None
         if unread is None:
-            kept.append(step)
+            finished.append(step)
         elif len(listed) == 1 and trajectory is None:
             raise NotYet(unread.what, where=unread.where, why=unread.why, remedy=unread.remedy) from unread
         else:
-            warnings.append(f"{where(step)} is left for the next pass, as it is still being written: {unread.what}")
-    return kept[::-1]
+            warnings.append(
+                f"{where(step)} is left for the next pass, because it is still being written: {unread.what}"
+            )
+    return finished[::-1]
 
 
 def _unreadable(log: Source, step: LoggedStep) -> Unreadable | None:
@@ -117,143 +126,170 @@ def _unreadable(log: Source, step: LoggedStep) -> Unreadable | None:
     return None
 
 
-def rows_to_write(
+def states_to_write(
     log: Source,
     listed: Sequence[LoggedStep],
     trajectory: Trajectory | None,
     allow_gaps: bool,
     wait: bool,
     warnings: list[str],
-) -> list[NewRow]:
-    """Rows that the trajectory lacks, run by run; what is committed must still be what was ingested."""
-    rows: list[NewRow] = []
+) -> list[NewState]:
+    """Return the states that the trajectory lacks, run by run.
+
+    Raises
+    ------
+    InputError
+        If the log no longer matches the committed states, or there is a gap that is neither allowed nor waited for.
+    """
+    states: list[NewState] = []
     committed = None if trajectory is None else _Committed(trajectory)
     for run, group in itertools.groupby(listed, key=lambda step: step.run):
         steps, attempt, before, last = list(group), 0, [], None
         if committed is not None and committed.has(run):
             view = committed.view(run)
-            steps, attempt = _steps_to_come(log, steps, committed, view, run, warnings)
-            before = [number for number in view.rows if not steps or number < steps[0].number]
-            # An update leads on from the last row of its run alone.
-            follows = not rows and bool(before) and view.rows[before[-1]] == committed.trajectory.n_states - 1
+            steps, attempt = _uncommitted_steps(log, steps, committed, view, run, warnings)
+            before = [number for number in view.states if not steps or number < steps[0].number]
+            # An update only leads from the preceding state. If states of other runs follow the last state of this
+            # run, that state is written again.
+            follows = not states and bool(before) and view.states[before[-1]] == committed.trajectory.n_states - 1
             if steps and attempt == view.attempt and not follows:
-                last = NewRow(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.rows[before[-1]])
+                last = NewState(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.states[before[-1]])
         gap = None if allow_gaps else _gap(steps, before)
         if gap is not None and not wait:
             raise gap[1]
         if gap is not None:
             steps = steps[: gap[0]]
             last = last if steps else None
-        rows += [] if last is None else [last]
-        rows += [NewRow(step, attempt) for step in steps]
-    return rows
+        states += [] if last is None else [last]
+        states += [NewState(step, attempt) for step in steps]
+    return states
 
 
 @dataclass(frozen=True)
 class _View:
-    """A run as it stands: its newest attempt, the row of each of its steps in order, and all rows of a step."""
+    """Committed states of a run.
+
+    Attributes
+    ----------
+    attempt : int
+        Current attempt.
+    states : dict
+        Step to the index of its state that is not superseded, in order.
+    all_states : dict
+        Step to the indices of all its states.
+    """
 
     attempt: int
-    rows: dict[int, int]
-    every: dict[int, list[int]]
+    states: dict[int, int]
+    all_states: dict[int, list[int]]
 
 
 class _Committed:
-    """States of a trajectory, and the source of each."""
+    """Committed states of a trajectory, and the source of each."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory, self.sources = trajectory, trajectory.sources()
         steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
-        self._rows: dict[str, list[tuple[int, int, int]]] = {}
+        self._states: dict[str, list[tuple[int, int, int]]] = {}
         names = trajectory.runs
-        for row, (step, attempt, run) in enumerate(zip(steps, attempts, runs, strict=True)):
-            self._rows.setdefault(names[run], []).append((row, step, attempt))
+        for state, (step, attempt, run) in enumerate(zip(steps, attempts, runs, strict=True)):
+            self._states.setdefault(names[run], []).append((state, step, attempt))
 
     def has(self, run: str) -> bool:
-        """Return whether any state of a run is stored."""
-        return run in self._rows
+        """Return True if any state of a run is stored."""
+        return run in self._states
 
     def view(self, run: str) -> _View:
-        """Return a run as it stands."""
-        newest, rows, every = 0, dict[int, int](), dict[int, list[int]]()
-        for row, step, attempt in self._rows[run]:
+        """Return the committed states of a run."""
+        newest, states, all_states = 0, dict[int, int](), dict[int, list[int]]()
+        for state, step, attempt in self._states[run]:
             if attempt > newest:
-                newest, rows = attempt, {number: kept for number, kept in rows.items() if number < step}
-            rows[step] = row
-            every.setdefault(step, []).append(row)
-        return _View(newest, rows, every)
+                newest, states = attempt, {number: older for number, older in states.items() if number < step}
+            states[step] = state
+            all_states.setdefault(step, []).append(state)
+        return _View(newest, states, all_states)
 
 
-def _steps_to_come(
+def _uncommitted_steps(
     log: Source, listed: Sequence[LoggedStep], committed: _Committed, view: _View, run: str, warnings: list[str]
 ) -> tuple[list[LoggedStep], int]:
-    """Return the steps of a run that are not committed yet, and the attempt that they are of.
+    """Return the steps of a run that are not committed yet, and their attempt.
 
-    A run that was restarted from an older checkpoint logs steps again. Such a *rewind* shows as steps that differ
-    from a first one to the end; the new ones are another attempt. A step that differs in the middle is an error.
+    A run that was restarted from an older checkpoint logs steps again. In such a *rewind* all steps from a first
+    one to the end differ from the committed ones; they belong to a new attempt. If only steps in the middle
+    differ, an InputError is raised.
     """
     differing: dict[LoggedStep, str] = {}
     new, same, other_values = [], [], []
     for step in listed:
         found = identity(step)
-        matches = [row for row in view.every.get(step.number, ()) if committed.sources[row] == found]
-        if step.number not in view.rows:
-            # A file of an attempt before this one may still lie there: the run has not come to its step again.
+        matches = [state for state in view.all_states.get(step.number, ()) if committed.sources[state] == found]
+        if step.number not in view.states:
+            # A file of an earlier attempt may still exist, because the run has not reached this step again.
             new += [] if matches else [step]
             continue
-        if view.rows[step.number] in matches:
+        if view.states[step.number] in matches:
             same.append(step)
             continue
-        row = view.rows[step.number]
-        difference, other_scalars = _difference(log, step, row, committed)
+        state = view.states[step.number]
+        difference, other_scalars = _difference(log, step, state, committed)
         if difference:
             differing[step] = difference
             continue
         same.append(step)
-        if other_scalars or found.get("values") != committed.sources[row].get("values"):
+        if other_scalars or found.get("values") != committed.sources[state].get("values"):
             other_values.append(step)
     if other_values:
         warnings.append(
-            f"{len(other_values)} steps were ingested without scalars that the log has now, or with some that it "
-            f"has no longer, {other_values[0].number} the first: they are kept as they are; start anew with "
-            "--overwrite to take the log as it is now"
+            f"the scalars of {len(other_values)} ingested steps were added to the log or removed from it since "
+            f"(the first is step {other_values[0].number}); the stored values are kept. To ingest the current log, "
+            "start from scratch with --overwrite"
         )
-    last = max(view.rows)
+    last = max(view.states)
     begin = min((step.number for step in differing), default=last + 1)
     for step in new:
         if step.number < begin:
             raise InputError(
-                f"step {step.number} is new, but steps up to {last} are ingested already",
+                f"step {step.number} is new, but steps up to {last} are already ingested",
                 where=where(step),
-                why="the file was added later, or OUT holds another run",
-                remedy="choose another OUT, or start anew with --overwrite",
+                why="the file was added later, or OUT contains another run",
+                remedy="choose another OUT, or start from scratch with --overwrite",
             )
     if not differing:
         return new, view.attempt
     first = min(differing)
     elsewhere = (
-        not run and begin == min(view.rows) and str(first.storage.parent.absolute()) != committed.trajectory.source
+        not run
+        and begin == min(view.states)
+        and str(first.storage.parent.absolute()) != committed.trajectory.source
     )
     if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
         raise InputError(
-            f"step {begin} is ingested already, with {differing[first]}",
+            f"step {begin} is already ingested, with {differing[first]}",
             where=where(first),
-            why="OUT holds another run, the step was logged again with other values, or the run was restarted "
+            why="OUT contains another run, the step was logged again with other values, or the run was restarted "
             "before it and has not logged a second step since",
-            remedy="choose another OUT, start anew with --overwrite, or run again once a restarted run went on",
+            remedy="choose another OUT, start from scratch with --overwrite, or, if the run was restarted, "
+            "run again after it has logged more steps",
         )
-    superseded = sum(number >= begin for number in view.rows)
+    superseded = sum(number >= begin for number in view.states)
     warnings.append(
-        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: from there on it is attempt "
-        f"{view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept (--attempt {view.attempt})"
+        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: steps from there on belong to "
+        f"attempt {view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept "
+        f"(--attempt {view.attempt})"
     )
     return sorted([*differing, *new]), view.attempt + 1
 
 
 def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> bool:
-    """Return whether a restarted run logged the differing steps again, with the same steps after the first of them.
+    """Return True if a restarted run logged the differing steps again.
 
-    While it has not come to the end again, those after its last are older than what it wrote since.
+    Parameters
+    ----------
+    differing : sequence of LoggedStep
+    same : sequence of LoggedStep
+        Unchanged steps after the first differing step. There are some while the run has not reached its former end
+        again; their files are then older than those of the differing steps.
     """
     if not same:
         return True
@@ -266,29 +302,36 @@ def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> b
     )
 
 
-def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) -> tuple[str, bool]:
-    """Say in what a step differs from a committed row, nothing where its content is the same.
+def _difference(log: Source, step: LoggedStep, state: int, committed: _Committed) -> tuple[str, bool]:
+    """Compare a step with a committed state.
 
-    A scalar that was not there is no difference: logs of scalars come later than tensors, and one that is shifted
-    lies in the file of a later step. Nor is one that is gone where the files are the same: its log is left out. The
-    second value says that there is such a scalar.
+    A new scalar is not a difference, because scalars may be logged later than tensors, and a shifted scalar is in
+    the file of a later step. A missing scalar is not a difference if the files are the same, because its log was
+    omitted.
+
+    Returns
+    -------
+    difference : str
+        First difference, for messages; empty if the content is the same.
+    other_scalars : bool
+        True if there is such a new or missing scalar.
     """
     trajectory = committed.trajectory
-    content = next(iter(describe_steps(log, [step], [], with_optimizer(trajectory)).values()))
+    (content,) = describe_steps(log, [step], [], stores_optimizer(trajectory)).values()
     if content.arrays["parameter"] != parameters_of(trajectory):
-        return "other tensors", False
+        return "different tensors", False
     dtypes = stored_dtypes([content])
     if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
         return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}", False
     if content.replicates != trajectory.replicates:
         return f"{trajectory.replicates} replicates, and now has {content.replicates}", False
-    same_files, other_scalars = _files_of(identity(step)) == _files_of(committed.sources[row]), False
+    same_files, other_scalars = _files_of(identity(step)) == _files_of(committed.sources[state]), False
     for name in trajectory.scalars:
-        before, now = trajectory.scalar(name)[row].tolist(), scalar_of(content, name)
+        before, now = trajectory.scalar(name)[state].tolist(), scalar_of(content, name)
         if np.array_equal(before, now, equal_nan=True):
             continue
-        came, gone = bool(np.isnan(before).all()), bool(np.isnan(now).all())
-        if not came and not (gone and same_files):
+        is_new, is_missing = bool(np.isnan(before).all()), bool(np.isnan(now).all())
+        if not is_new and not (is_missing and same_files):
             return f"{name} {before!r}, and now has {now!r}", False
         other_scalars = True
     if same_files:
@@ -298,19 +341,19 @@ def _difference(log: Source, step: LoggedStep, row: int, committed: _Committed) 
             for column in range(trajectory.columns):
                 buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))
                 first, last = trajectory.column(column)
-                fill_row(reader, content, name, dtype, trajectory.layout, first, last, buffer)
-                if checksum(buffer[: last - first]) != trajectory.recorded_checksums(name)[row, column]:
-                    return f"another {name}", False
+                fill_state(reader, content, name, dtype, trajectory.layout, first, last, buffer)
+                if checksum(buffer[: last - first]) != trajectory.recorded_checksums(name)[state, column]:
+                    return f"a different {name}", False
     return "", other_scalars
 
 
 def _files_of(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Identity of the files of a step, without the scalars that lie in logs of many steps."""
+    """Return the identity of the files of a step, without the scalars from logs of many steps."""
     return {name: value for name, value in source.items() if name != "values"}
 
 
 def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, InputError] | None:
-    """Find the first step that others are missing before: its position, and how to refuse it."""
+    """Return the position of the first step after a gap and the error for it; None if there is no gap."""
     before = sorted(committed)[-2:]
     numbers = [*before, *(step.number for step in steps)]
     spans = np.diff(numbers)
@@ -320,11 +363,11 @@ def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, In
     position = int(np.flatnonzero(spans != usual)[0]) + 1
     last, here = numbers[position - 1], numbers[position]
     error = InputError(
-        f"{f'step {last + usual} is missing' if here - last > usual else 'steps are uneven'}: "
+        f"{f'step {last + usual} is missing' if here - last > usual else 'the steps are not evenly spaced'}: "
         f"steps are {usual} apart, but {here} follows {last}",
         where=where(steps[position - len(before)]),
-        why="a file was lost or is still to come, or the run was logged at changing intervals",
-        remedy="restore the file, or pass --allow-gaps to keep the gap: step_span then says how wide it is",
+        why="a file was lost or is not written yet, or the logging interval of the run changed",
+        remedy="restore the file, or pass --allow-gaps to keep the gap; step_span then contains its width",
     )
     if here - last < usual:
         raise error

@@ -1,13 +1,14 @@
-"""The options with which a log is read (--map, --shift, or a run file); they are kept with the trajectory.
+"""Options for reading a log (--map, --shift, or a run file), which are stored with the trajectory.
 
-A quantity that is read under another key, or assigned to another step, has other values for steps that are stored
-already, as if training had been restarted.
+They must not change between ingests: a quantity that is read under another key, or assigned to another step, has
+different values at steps that are already stored, as if the training had been restarted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS
@@ -15,88 +16,127 @@ from natgrad.sources.run_file import run_file_options
 from natgrad.storage import Storage
 from natgrad.store import Trajectory, exists
 
-__all__ = ["agreed_options", "given_options"]
+__all__ = ["ReadOptions"]
 
-_OF_SCALAR_LOGS = frozenset((*SCALARS, "step", "run"))
-"""Quantities of a mapping that apply to a log of scalars, where there are several sources."""
-
-_OPTIONS = {"map": "--map", "shift": "--shift"}
+_SCALAR_LOG_QUANTITIES = frozenset((*SCALARS, "step", "run"))
+"""Quantities of a mapping that apply to the log of scalars if there are several sources."""
 
 
-def given_options(
-    sources: Sequence[Storage], mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
-) -> dict[str, Any]:
-    """Return the options that were given, as the trajectory keeps them.
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Options for reading the log of a run.
 
-    Returns
-    -------
-    dict
-        ``map`` and ``shift``, and whether there are ``several`` sources; of a run file, the ``sources`` that it
-        lists, by their paths, each with the maps and shifts of its entries.
-
-    Raises
-    ------
-    InputError
-        Where a run file cannot be read.
-    """
-    of_file = run_file_options(sources[0]) if len(sources) == 1 else None
-    if of_file is not None:
-        return {"sources": of_file}
-    return {"map": dict(mapping or {}), "shift": dict(shift or {}), "several": len(sources) > 1}
-
-
-def agreed_options(store: Storage, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the read options for resuming; they are fixed when the trajectory is created.
-
-    Parameters
+    Attributes
     ----------
-    store : Storage
-        The trajectory; where there is none, the given options count.
-    given : mapping
-        From `given_options`.
-
-    Raises
-    ------
-    InputError
-        Where other options are given than the trajectory was made with, or where they do not determine which of
-        several sources is meant.
+    mapping : mapping
+        Quantity to its key in the log (``--map``).
+    shift : mapping
+        Quantity to the number of steps by which it is logged too early (``--shift``).
+    several : bool
+        True if there are several sources.
+    sources : mapping, optional
+        For a run file, the path of each listed log to the maps and shifts of its entries.
     """
-    trajectory = Trajectory(store) if exists(store) else None
-    if trajectory is None or not trajectory.n_states or trajectory.read_options is None:
-        return dict(given)
-    made = trajectory.read_options
-    if "sources" in given or "sources" in made:
-        # A source by itself and a run file are not compared: the folder of a restarted run is given alone.
-        for path, options in given.get("sources", {}).items():
-            if made.get("sources", {}).get(path, options) != options:
-                raise _refusal(store, f"for {path!r} its run file had {made['sources'][path]}, and now {options}")
-        return dict(given)
-    agreed: dict[str, Any] = {"several": given["several"]}
-    for what, option in _OPTIONS.items():
-        # With a log of scalars the keys of scalars are its own; without one they are those of the tensors' log.
-        elsewhere = _OF_SCALAR_LOGS if what == "map" and given["several"] != made["several"] else frozenset()
-        for quantity, value in given[what].items():
-            before = made[what].get(quantity, 0 if what == "shift" else None)
-            if before != value and quantity not in elsewhere:
-                told = f"with {option} {quantity}={before}" if before else f"without {option} of {quantity}"
-                raise _refusal(store, f"it was made {told}, and {option} {quantity}={value} is given now")
-        kept = {quantity: value for quantity, value in made[what].items() if quantity not in elsewhere}
-        unclear = sorted(set(made[what]) - set(kept) - set(given[what])) if given["several"] else []
-        if unclear:
+
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    shift: Mapping[str, int] = field(default_factory=dict)
+    several: bool = False
+    sources: Mapping[str, Any] | None = None
+
+    @classmethod
+    def requested(
+        cls, sources: Sequence[Storage], mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
+    ) -> Self:
+        """Return the options that a user requests.
+
+        Raises
+        ------
+        InputError
+            If a run file cannot be read.
+        """
+        listed = run_file_options(sources[0]) if len(sources) == 1 else None
+        return cls(mapping=mapping or {}, shift=shift or {}, several=len(sources) > 1, sources=listed)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the options stored with a trajectory."""
+        return cls(
+            mapping=stored.get("map", {}),
+            shift=stored.get("shift", {}),
+            several=stored.get("several", False),
+            sources=stored.get("sources"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options in the form in which a trajectory stores them."""
+        if self.sources is not None:
+            return {"sources": dict(self.sources)}
+        return {"map": dict(self.mapping), "shift": dict(self.shift), "several": self.several}
+
+    def for_resuming(self, store: Storage) -> ReadOptions:
+        """Return the options for resuming a trajectory; they are fixed when the trajectory is created.
+
+        Parameters
+        ----------
+        store : Storage
+            The trajectory. If it does not exist yet, these options are returned.
+
+        Raises
+        ------
+        InputError
+            If these options differ from those of the trajectory, or if the options of the trajectory are ambiguous
+            because there are several sources now.
+        """
+        trajectory = Trajectory(store) if exists(store) else None
+        if trajectory is None or not trajectory.n_states or trajectory.read_options is None:
+            return self
+        original = self.from_json(trajectory.read_options)
+        if self.sources is not None or original.sources is not None:
+            # A single source is not compared with a run file: a user passes the folder of a restarted run alone.
+            before = original.sources or {}
+            for path, options in (self.sources or {}).items():
+                if before.get(path, options) != options:
+                    difference = f"the run file had {before[path]} for {path!r}, and now it has {options}"
+                    raise _changed_options(store, difference)
+            return self
+        # With a log of scalars, the keys of scalars apply to it. Without one, they apply to the log with tensors.
+        other_log = _SCALAR_LOG_QUANTITIES if self.several != original.several else frozenset()
+        _require_unchanged(store, "--map", original.mapping, self.mapping, None, other_log)
+        _require_unchanged(store, "--shift", original.shift, self.shift, 0, frozenset())
+        kept = {quantity: key for quantity, key in original.mapping.items() if quantity not in other_log}
+        ambiguous = sorted(set(original.mapping) - set(kept) - set(self.mapping)) if self.several else []
+        if ambiguous:
+            mapped = f"{ambiguous[0]}={original.mapping[ambiguous[0]]}"
             raise InputError(
-                f"the trajectory was made with --map {unclear[0]}={made['map'][unclear[0]]} of its one SOURCE, and "
-                "now there are several",
+                f"the trajectory was created from one SOURCE with --map {mapped}, but there are several now",
                 where=str(store),
-                remedy="say in a run file which keys of each are meant (map)",
+                remedy="list the sources in a run file that maps the keys of each (map)",
             )
-        agreed[what] = {**kept, **given[what]}
-    return agreed
+        return ReadOptions(
+            mapping={**kept, **self.mapping}, shift={**original.shift, **self.shift}, several=self.several
+        )
 
 
-def _refusal(store: Storage, how: str) -> InputError:
+def _require_unchanged(
+    store: Storage,
+    option: str,
+    original: Mapping[str, Any],
+    requested: Mapping[str, Any],
+    default: Any,
+    ignored: frozenset[str],
+) -> None:
+    for quantity, value in requested.items():
+        before = original.get(quantity, default)
+        if before != value and quantity not in ignored:
+            created = f"with {option} {quantity}={before}" if before else f"without {option} for {quantity}"
+            difference = f"it was created {created}, but {option} {quantity}={value} is passed now"
+            raise _changed_options(store, difference)
+
+
+def _changed_options(store: Storage, difference: str) -> InputError:
     return InputError(
-        f"the trajectory is not read on in another way: {how}",
+        f"the read options of a trajectory cannot change: {difference}",
         where=str(store),
-        why="the same steps would have other values, as if the training had been restarted",
-        remedy="leave the option out, which goes on as OUT was made, or start anew with --overwrite",
+        why="the same steps would have different values, as if the training had been restarted",
+        remedy="omit the option to keep the original setting of OUT, or start from scratch with --overwrite",
     )

@@ -1,4 +1,4 @@
-"""Copy steps into a trajectory, slice by slice, one row of chunks after the other, and commit them."""
+"""Copy steps into a trajectory, slice by slice and one row of chunks at a time, and commit them."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from natgrad.sources.steps import LoggedStep, NotYet, where
 from natgrad.store import Trajectory, checksum
 from natgrad.theory.preconditioners import rotated_eigenvalues
 
-__all__ = ["EXTREMES", "NewRow", "Progress", "Writer", "fill_row"]
+__all__ = ["EXTREMES", "NewState", "Progress", "Writer", "fill_state"]
 
 _log = logging.getLogger("natgrad.ingestion")
 
 EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
-"""Arrays (step, tensor) that are found while a step is copied."""
+"""Arrays (step, tensor) that are computed while a step is copied."""
 
 _OPEN_STEPS, _NOTES_SHOWN = 4, 5
 _BFLOAT16_NAN = 0x7FC0
 _NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 Progress = Callable[[int, int], None]
-"""Called with steps done and steps in all."""
+"""Callback that receives the number of steps done and the total number of steps."""
 
 
 @dataclass(frozen=True)
-class NewRow:
-    """A row to be written.
+class NewState:
+    """A state to be written.
 
     Attributes
     ----------
     step : LoggedStep
     attempt : int
     repeats : int, optional
-        Committed row that is written again: the last of its run, where rows of other runs have come since.
+        Index of a committed state that is written again: the last of its run, if states of other runs follow it.
     """
 
     step: LoggedStep
@@ -62,14 +62,14 @@ class NewRow:
 
 @dataclass
 class _NoMetric:
-    """Why a metric of the optimizer is not known, and of which tensors and steps."""
+    """Reason why a metric of the optimizer is not known, with the tensors and steps concerned."""
 
     why: str
     tensors: list[str] = field(default_factory=list)
     steps: list[LoggedStep] = field(default_factory=list)
 
 
-def fill_row(
+def fill_state(
     reader: StepReader,
     content: StepContent,
     name: str,
@@ -79,24 +79,27 @@ def fill_row(
     last: int,
     out: NDArray[Any],
 ) -> None:
-    """Read the elements ``first`` to ``last`` of a step into a row of a chunk."""
+    """Read the elements ``first`` to ``last`` of an array of a step into ``out``.
+
+    Elements of tensors that the step does not contain become NaN.
+    """
     array, replicate = replicate_of(name)
     for index, low, high in layout.segments(first, last):
         tensor = layout.tensors[index]
-        part = out[low - first : high - first]
+        segment = out[low - first : high - first]
         if tensor.name not in content.arrays.get(array, ()):
-            part[:] = _BFLOAT16_NAN if dtype == "bfloat16" else np.nan
+            segment[:] = _BFLOAT16_NAN if dtype == "bfloat16" else np.nan
             continue
         logged = content.arrays[array][tensor.name].dtype
-        # Replicates of a tensor lie one after the other.
+        # The replicates of a tensor are stored one after another.
         start = low - tensor.offset + (replicate or 0) * tensor.size
         if logged == dtype:
-            reader.read(array, tensor.name, start, part)
+            reader.read(array, tensor.name, start, segment)
         else:
-            # A mixed model is stored in the smallest dtype that holds all of it exactly.
-            words = np.empty(part.size, storage_dtype(logged))
+            # A model with several dtypes is stored in the smallest dtype that represents all of them exactly.
+            words = np.empty(segment.size, storage_dtype(logged))
             reader.read(array, tensor.name, start, words)
-            part[:] = widened(words, logged)
+            segment[:] = widened(words, logged)
 
 
 def _extremes(words: NDArray[Any], dtype: str) -> tuple[float, float]:
@@ -107,7 +110,7 @@ def _extremes(words: NDArray[Any], dtype: str) -> tuple[float, float]:
 def _all_finite(words: NDArray[Any], dtype: str) -> bool:
     if dtype == "bfloat16":
         return not bool(((words & 0x7F80) == 0x7F80).any())
-    # A sum of squares is one pass at memory speed; only where it is not finite every value is looked at.
+    # A sum of squares takes one pass at memory speed. Only if it is not finite, each value is checked.
     with np.errstate(all="ignore"):
         if dtype in ("float32", "float64") and np.isfinite(words @ words):
             return True
@@ -115,7 +118,7 @@ def _all_finite(words: NDArray[Any], dtype: str) -> bool:
 
 
 class _OpenSteps:
-    """The steps opened last, as one chunk column after the other reads the same few of a wide model."""
+    """Cache of open steps. In a wide model, each chunk column reads the same few steps."""
 
     def __init__(self, log: Source, stack: ExitStack) -> None:
         self._log, self._stack = log, stack
@@ -138,7 +141,7 @@ class _OpenSteps:
 
 
 class Writer:
-    """Copies steps into the trajectory, one row of chunks after the other, and commits them."""
+    """Copy steps into a trajectory, one row of chunks at a time, and commit them."""
 
     def __init__(
         self,
@@ -153,25 +156,26 @@ class Writer:
         self._warnings, self._limits = warnings, limits
         self._not_finite: list[str] = []
         self._no_metric: dict[str, _NoMetric] = {}
-        # Smallest and largest element of each tensor, of the rows of one commit.
+        # Smallest and largest element of each tensor, for the states of one commit.
         self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
         self._eigenvalues = np.empty((0, len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)))
-        # What is read before any of it is written: of a chunk of many steps all arrays, so that a step is opened
-        # once, and of one of a single step (a wide model) one after the other, so that replicates share a buffer.
+        # Groups of arrays that are read before any of them is written. With several steps per chunk, all arrays
+        # form one group, so each step is opened once. With one step per chunk (a wide model), each array is a
+        # group, so replicates share a buffer.
         names = list(trajectory.dtypes)
         self._together = [names] if trajectory.chunk[0] > 1 else [[name] for name in names]
         self._buffers: dict[str, NDArray[Any]] = {}
 
-    def write(self, new: Sequence[NewRow], progress: Progress | None) -> None:
-        """Read rows and write them, and commit some at a time."""
-        rows = self._trajectory.chunk[0]
+    def write(self, new: Sequence[NewState], progress: Progress | None) -> None:
+        """Copy new states, with a commit after every few chunks."""
+        steps = self._trajectory.chunk[0]
         sizes = [storage_dtype(dtype).itemsize for dtype in self._trajectory.dtypes.values()]
-        row_bytes = sum(sizes) * self._trajectory.layout.elements
-        per_commit = max(1, self._limits.commit_bytes // max(1, rows * row_bytes)) * rows
+        state_bytes = sum(sizes) * self._trajectory.layout.elements
+        per_commit = max(1, self._limits.commit_bytes // max(1, steps * state_bytes)) * steps
         done = 0
         while done < len(new):
-            # The first commit fills up a chunk that an earlier ingest left half full.
-            count = per_commit - self._trajectory.n_states % rows
+            # The first commit completes the chunk that an earlier ingest left incomplete.
+            count = per_commit - self._trajectory.n_states % steps
             self._commit(new[done : done + count])
             done = min(done + count, len(new))
             if progress is not None:
@@ -181,102 +185,106 @@ class Writer:
             more = len(self._not_finite) - _NOTES_SHOWN
             self._warnings.append(f"not finite: {shown}" + (f"; and {more} more" if more > 0 else ""))
         for note in itertools.islice(self._no_metric.values(), _NOTES_SHOWN):
-            steps = f"in {len(note.steps)} steps, the first" if len(note.steps) > 1 else "in"
             first, several = repr(note.tensors[0]), len(note.tensors) > 1
-            of = f"{len(note.tensors)} tensors, the first {first}," if several else f"tensor {first}"
-            place = f"{steps} {note.steps[0].storage.name}"
-            self._warnings.append(f"the metric of {of} is not known: {note.why} ({place})")
+            subject = f"{len(note.tensors)} tensors, first {first}," if several else f"tensor {first}"
+            step_count = f"in {len(note.steps)} steps, first" if len(note.steps) > 1 else "in"
+            files = f"{step_count} {note.steps[0].storage.name}"
+            self._warnings.append(f"the metric of {subject} is not known: {note.why} ({files})")
         more = len(self._no_metric) - _NOTES_SHOWN
         if more > 0:
-            self._warnings.append(f"metrics are not known for {more} more reasons")
+            self._warnings.append(f"for {more} other reasons, more metrics are not known")
 
-    def _commit(self, new: Sequence[NewRow]) -> None:
+    def _commit(self, new: Sequence[NewState]) -> None:
         trajectory = self._trajectory
-        for row in new:
-            self._require_unchanged(row)
+        for state in new:
+            self._require_unchanged(state)
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         self._eigenvalues = np.full((len(new), len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)), np.nan)
-        start, rows = trajectory.n_states, trajectory.chunk[0]
+        start, steps = trajectory.n_states, trajectory.chunk[0]
         position = 0
         while position < len(new):
-            count = min(rows - (start + position) % rows, len(new) - position)
+            count = min(steps - (start + position) % steps, len(new) - position)
             self._write_chunks(new, position, count, start + position, checksums)
             position += count
-        for row in new:
-            self._require_unchanged(row)
-        for index, row in enumerate(new):
-            self._find_rotated(row, index)
+        for state in new:
+            self._require_unchanged(state)
+        for index, state in enumerate(new):
+            self._set_rotated_metrics(state, index)
         trajectory.commit(
-            [row.step.number for row in new],
+            [state.step.number for state in new],
             {
-                **{name: [self._scalar(name, row) for row in new] for name in trajectory.scalars},
-                **{name: [self._table(name, row, i) for i, row in enumerate(new)] for name in trajectory.tables},
+                **{name: [self._scalar(name, state) for state in new] for name in trajectory.scalars},
+                **{
+                    name: [self._table(name, state, i) for i, state in enumerate(new)] for name in trajectory.tables
+                },
             },
-            [self._source(row) for row in new],
+            [self._source(state) for state in new],
             checksums,
-            [row.attempt for row in new],
-            [row.step.run for row in new],
+            [state.attempt for state in new],
+            [state.step.run for state in new],
         )
 
-    def _scalar(self, name: str, row: NewRow) -> float | Sequence[float]:
-        if row.repeats is not None:
-            value: float | Sequence[float] = self._trajectory.scalar(name)[row.repeats].tolist()
+    def _scalar(self, name: str, state: NewState) -> float | Sequence[float]:
+        if state.repeats is not None:
+            value: float | Sequence[float] = self._trajectory.scalar(name)[state.repeats].tolist()
             return value
-        return scalar_of(self._contents[row.step], name)
+        return scalar_of(self._contents[state.step], name)
 
-    def _table(self, name: str, row: NewRow, position: int) -> NDArray[np.float64]:
-        if row.repeats is not None:
-            return np.asarray(self._trajectory.scalar(name)[row.repeats])
+    def _table(self, name: str, state: NewState, position: int) -> NDArray[np.float64]:
+        if state.repeats is not None:
+            return np.asarray(self._trajectory.scalar(name)[state.repeats])
         if name in EXTREMES:
             return np.asarray(self._extremes[position, EXTREMES.index(name)])
         if name in METRIC_EIGENVALUES:
             return np.asarray(self._eigenvalues[position, METRIC_EIGENVALUES.index(name)])
-        state = self._contents[row.step].optimizer
-        values = {} if state is None else state.numbers.get(name, {})
-        if state is not None and name in ("metric_factored", "metric_rescaled"):
+        optimizer = self._contents[state.step].optimizer
+        values = {} if optimizer is None else optimizer.numbers.get(name, {})
+        if optimizer is not None and name in ("metric_factored", "metric_rescaled"):
             every = name == "metric_factored"
-            values = {tensor: 1.0 for tensor, metric in state.metrics.items() if every or metric.rescaled}
+            values = {tensor: 1.0 for tensor, metric in optimizer.metrics.items() if every or metric.rescaled}
         return np.array([values.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
 
     @cached_property
     def _ingested(self) -> list[dict[str, Any]]:
-        """Return the sources of the states that were stored before: some are repeated."""
+        """Sources of the states that were stored before, for the states that are written again."""
         return self._trajectory.sources()
 
-    def _source(self, row: NewRow) -> Mapping[str, Any]:
-        if row.repeats is not None:
-            return self._ingested[row.repeats]
-        return self._identities[row.step]
+    def _source(self, state: NewState) -> Mapping[str, Any]:
+        if state.repeats is not None:
+            return self._ingested[state.repeats]
+        return self._identities[state.step]
 
-    def _require_unchanged(self, row: NewRow) -> None:
-        step = row.step
-        if row.repeats is None and identity(step, fresh=True) != self._identities[step]:
+    def _require_unchanged(self, state: NewState) -> None:
+        step = state.step
+        if state.repeats is None and identity(step, fresh=True) != self._identities[step]:
             raise NotYet(
                 f"step {step.number} changed while it was read",
                 where=where(step),
                 why="the training run is still writing this file",
-                remedy="write steps to another name and rename them; run again",
+                remedy="let the training run write each step under a temporary name and rename it; run again",
             )
 
     def _write_chunks(
         self,
-        new: Sequence[NewRow],
+        new: Sequence[NewState],
         position: int,
         count: int,
         start: int,
         checksums: Mapping[str, list[list[int]]],
     ) -> None:
         """Read and write one row of chunks, column by column."""
+        # A row of chunks covers ``count`` states: position is the index of its first state in new, start in the
+        # store.
         with ExitStack() as stack:
             opened = _OpenSteps(self._log, stack)
             for column, names in itertools.product(range(self._trajectory.columns), self._together):
                 for row in range(count):
                     for name in names:
                         sums = checksums[name][position + row]
-                        self._read_row(opened, new[position + row], position + row, name, column, row, sums)
+                        self._read_state(opened, new[position + row], position + row, name, column, row, sums)
                     if column == 0 and names is self._together[0]:
-                        self._find_factored(opened, new[position + row], position + row)
+                        self._set_factored_metrics(opened, new[position + row], position + row)
                 for name in names:
                     self._trajectory.write(name, start, column, self._buffer(name)[:count])
 
@@ -287,23 +295,23 @@ class Writer:
             self._buffers[key] = np.zeros(self._trajectory.chunk, dtype)
         return self._buffers[key]
 
-    def _read_row(
+    def _read_state(
         self,
         opened: _OpenSteps,
-        new: NewRow,
+        new: NewState,
         position: int,
         name: str,
         column: int,
         row: int,
         checksums: list[int],
     ) -> None:
-        """Read the elements of a column of a step into a row of the buffer."""
+        """Read the elements of a chunk column of a step into a row of the buffer."""
         trajectory, buffer = self._trajectory, self._buffer(name)
         dtype, (first, last) = trajectory.dtypes[name], trajectory.column(column)
         out = buffer[row]
         if new.repeats is None:
             content = self._contents[new.step]
-            fill_row(opened.get(new.step), content, name, dtype, trajectory.layout, first, last, out)
+            fill_state(opened.get(new.step), content, name, dtype, trajectory.layout, first, last, out)
         else:
             trajectory.read(name, new.repeats, new.repeats + 1, column, buffer[row : row + 1])
         words = out[: last - first]
@@ -313,10 +321,10 @@ class Writer:
         if name == "exp_avg_sq":
             self._widen(position, dtype, first, last, out)
 
-    def _find_factored(self, opened: _OpenSteps, new: NewRow, position: int) -> None:
-        """Find the eigenvalues of the metrics that are saved as factors, of one tensor after the other."""
+    def _set_factored_metrics(self, opened: _OpenSteps, new: NewState, position: int) -> None:
+        """Compute the eigenvalues of the metrics that are saved as factors."""
         state = self._state(new)
-        # Tensors that share a block have one metric.
+        # Tensors that share a block have the same metric.
         known: dict[Any, tuple[float, float]] = {}
         for tensor, metric in state.metrics.items():
             if isinstance(metric, RotatedMetric) or tensor not in self._trajectory.layout.names:
@@ -325,14 +333,14 @@ class Writer:
                 if metric not in known:
                     ends = extremes(opened.get(new.step), tensor, metric, self._limits.largest_factor)
                     known |= {metric: ends} if metric.blocks else {}
-                    self._keep(tensor, position, ends, follows=metric.follows)
+                    self._set_eigenvalues(tensor, position, ends, follows=metric.follows)
                 else:
-                    self._keep(tensor, position, known[metric], follows=metric.follows)
+                    self._set_eigenvalues(tensor, position, known[metric], follows=metric.follows)
             except InputError as error:
                 self._note_no_metric(new.step, tensor, f"{metric.rule}: {error.what}")
 
-    def _find_rotated(self, new: NewRow, position: int) -> None:
-        """Find the eigenvalues of the metrics of SOAP, once the extremes of ``exp_avg_sq`` are known."""
+    def _set_rotated_metrics(self, new: NewState, position: int) -> None:
+        """Compute the eigenvalues of the metrics of SOAP from the extremes of ``exp_avg_sq``."""
         names = self._trajectory.layout.names
         for tensor, metric in self._state(new).metrics.items():
             if not isinstance(metric, RotatedMetric) or tensor not in names:
@@ -342,32 +350,32 @@ class Writer:
                 if metric.problem:
                     raise InputError(metric.problem)
                 ends = rotated_eigenvalues(smallest, largest, metric.epsilon, metric.bias)
-                self._keep(tensor, position, ends, follows=False)
+                self._set_eigenvalues(tensor, position, ends, follows=False)
             except InputError as error:
                 self._note_no_metric(new.step, tensor, f"SOAP: {error.what}")
 
-    def _state(self, new: NewRow) -> OptimizerState:
+    def _state(self, new: NewState) -> OptimizerState:
         state = None if new.repeats is not None else self._contents[new.step].optimizer
         return state or OptimizerState()
 
-    def _keep(self, tensor: str, position: int, ends: tuple[float, float], *, follows: bool) -> None:
+    def _set_eigenvalues(self, tensor: str, position: int, ends: tuple[float, float], *, follows: bool) -> None:
         index, first = self._trajectory.layout.names.index(tensor), 2 * follows
         self._eigenvalues[position, first : first + 2, index] = ends
 
     def _note_no_metric(self, step: LoggedStep, tensor: str, why: str) -> None:
-        # The numbers in a reason differ from step to step: those of the first are told.
+        # Reasons that differ only in their numbers are combined; the numbers of the first step are shown.
         note = self._no_metric.setdefault(_NUMBER.sub("", why), _NoMetric(why))
         note.tensors += [tensor] if tensor not in note.tensors else []
         note.steps += [step] if step not in note.steps[-1:] else []
 
     def _widen(self, position: int, dtype: str, first: int, last: int, out: NDArray[Any]) -> None:
-        """Take the elements ``first`` to ``last`` into the smallest and largest of their tensors."""
+        """Update the extremes of the tensors that contain the elements ``first`` to ``last``."""
         for index, low, high in self._trajectory.layout.segments(first, last):
             smallest, largest = _extremes(out[low - first : high - first], dtype)
             extremes = self._extremes[position, :, index]
-            begun = low > self._trajectory.layout.tensors[index].offset
-            extremes[0] = np.minimum(extremes[0], smallest) if begun else smallest
-            extremes[1] = np.maximum(extremes[1], largest) if begun else largest
+            continues = low > self._trajectory.layout.tensors[index].offset
+            extremes[0] = np.minimum(extremes[0], smallest) if continues else smallest
+            extremes[1] = np.maximum(extremes[1], largest) if continues else largest
 
     def _note_not_finite(
         self, step: LoggedStep, name: str, dtype: str, first: int, last: int, out: NDArray[Any]
@@ -375,7 +383,7 @@ class Writer:
         array, _ = replicate_of(name)
         for index, low, high in self._trajectory.layout.segments(first, last):
             tensor = self._trajectory.layout.tensors[index].name
-            # What the optimizer has nothing of was filled with NaN.
+            # Tensors without optimizer state were filled with NaN.
             logged = step not in self._contents or tensor in self._contents[step].arrays.get(array, ())
             if logged and not _all_finite(out[low - first : high - first], dtype):
                 self._not_finite.append(where(step, name, tensor))

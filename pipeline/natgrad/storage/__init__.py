@@ -1,6 +1,6 @@
-"""Where logs are and stores go: local files, object stores, and Icechunk repositories behind one protocol.
+"""Access local files, object stores and Icechunk repositories through one protocol.
 
-`natgrad.storage.base` documents the protocol; nothing outside this package knows which implementation it uses.
+`natgrad.storage.base` documents the protocol. Code outside this package does not depend on the implementation.
 """
 
 from natgrad.storage.base import (

@@ -1,17 +1,17 @@
-"""The storage protocol: a handle of one location, and the table of schemes that opens it.
+"""Define the storage protocol, and open locations by URL scheme.
 
-A `Storage` is bound to a location: a file, a folder, an object, or all objects below a prefix. ``storage / name``
-is the handle of an entry. The verbs are those of obspec (get, put, list, delete), and each implementation keeps
-these guarantees:
+A `Storage` is a handle bound to one location: a file, a folder, an object, or all objects below a prefix.
+``storage / name`` is the handle of an entry. The methods are named as in obspec (get, put, list, delete). Each
+implementation gives these guarantees:
 
-- `Storage.put` is atomic and durable: a reader finds the old content or the new one, and on return the new one
-  survives a loss of power.
-- `Storage.put_new` and `Storage.put_if` fail where another writer was faster.
-- `Storage.lock` admits one writer, and names the holder to the others.
+- `Storage.put` is atomic and durable: a reader finds the old content or the new content, and on return the new
+  content survives a power failure.
+- `Storage.put_new` and `Storage.put_if` fail if another writer was faster.
+- `Storage.lock` admits one writer, and tells other writers who holds the lock.
 
-A location is opened once, at the edge of the program (`open_storage`, and `open_out` for OUT), and the handle is
-passed down. Another kind of storage is one subclass of `Storage` and one entry point of the group
-``natgrad.storage`` whose name is the scheme of its URLs.
+A location is opened once, at the edge of the program (`open_storage`, or `open_out` for OUT), and the handle is
+passed down. A new kind of storage needs a subclass of `Storage` and an entry point in the group ``natgrad.storage``
+whose name is the URL scheme.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ __all__ = [
 ]
 
 KINDS = ("plain", "icechunk")
-"""Kinds of storage that ``--store`` chooses from: an Icechunk repository keeps every commit as a version."""
+"""Choices for ``--store``. An Icechunk repository keeps every commit as a version."""
 
 
 class Stat(NamedTuple):
-    """Size in bytes of a file or object, the time of its last change in ns, and the tag of its content."""
+    """Size of a file or object in bytes, time of its last change in ns, and tag that identifies its content."""
 
     size: int
     time: int
@@ -59,13 +59,13 @@ class Stat(NamedTuple):
 
 
 class StoredFile(io.RawIOBase):
-    """A file or object that is open for reading, at any position.
+    """A file or object that is open for random-access reading.
 
     Parameters
     ----------
     file : binary file
     size : int
-        Its bytes when it was opened.
+        Size in bytes when the file was opened.
     widen : callable, optional
         Called by `widen`.
     """
@@ -74,20 +74,20 @@ class StoredFile(io.RawIOBase):
         self._file, self.size, self._widen = file, size, widen
 
     def widen(self) -> None:
-        """Fetch large blocks from now on: the description of the data has been read, and the data follow."""
+        """Switch to large blocks, because the header has been read and the data follow."""
         if self._widen is not None:
             self._widen()
 
     def read(self, size: int = -1, /) -> bytes:
-        """Read up to so many bytes at the position."""
+        """Read up to ``size`` bytes at the current position."""
         return cast(bytes, self._file.read(size))
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read bytes at the position into a buffer, and return their number."""
+        """Read bytes at the current position into a buffer, and return the number of bytes read."""
         return cast(int, self._file.readinto(buffer))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to a position."""
+        """Set the position."""
         return cast(int, self._file.seek(offset, whence))
 
     def tell(self) -> int:
@@ -111,49 +111,49 @@ class StoredFile(io.RawIOBase):
 class Writes:
     """Writes of one writer that become durable together.
 
-    Disk and network are slower than memory, and several requests at a time are faster than one: writes run in
-    threads while the caller prepares the next one.
+    Disk and network are slower than memory, and concurrent requests are faster than sequential ones. Therefore
+    writes run in threads while the caller prepares the next one.
 
     Attributes
     ----------
     AT_ONCE : int
-        Largest number of writes under way, each perhaps with an object in memory.
+        Maximum number of concurrent writes. Each may keep an object in memory.
     """
 
     AT_ONCE = 4
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._under_way: deque[Future[None]] = deque()
+        self._running: deque[Future[None]] = deque()
 
     def start(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Run a write in a thread; it has ended when `settle` returns.
+        """Run a write in a thread. `settle` waits for its end.
 
         Raises
         ------
         Exception
-            Where an earlier write failed.
+            If an earlier write failed.
         """
-        while len(self._under_way) >= self.AT_ONCE:
-            self._under_way.popleft().result()
+        while len(self._running) >= self.AT_ONCE:
+            self._running.popleft().result()
         self._pool = self._pool or ThreadPoolExecutor(self.AT_ONCE)
-        self._under_way.append(self._pool.submit(write, *arguments))
+        self._running.append(self._pool.submit(write, *arguments))
 
     def wait(self) -> None:
-        """Wait until every write that was started has ended.
+        """Wait until all started writes have ended.
 
         Raises
         ------
         Exception
-            Where one of them failed.
+            If a write failed.
         """
-        while self._under_way:
-            self._under_way.popleft().result()
+        while self._running:
+            self._running.popleft().result()
 
     def write_segment(self, entry: Storage, offset: int, content: memoryview, size: int) -> None:
-        """Write a segment of an entry of a fixed size; the bytes before the segment stay as they are.
+        """Write a segment of an entry of fixed size; the bytes before the segment are preserved.
 
-        An object is put as a whole, so the bytes before are read first.
+        An object can only be written completely, so the preceding bytes are read first.
 
         Parameters
         ----------
@@ -162,37 +162,37 @@ class Writes:
             Position of the segment.
         content : memoryview of bytes
         size : int
-            Bytes of the entry; those after the segment are not used.
+            Size of the entry in bytes; the content after the segment is undefined.
 
         Raises
         ------
         EOFError
-            Where the entry has fewer than ``offset`` bytes.
+            If the entry has fewer than ``offset`` bytes.
         """
         before = b""
         if offset:
             self.wait()
             (before,) = entry.get_ranges([(0, offset)])
             if len(before) != offset:
-                raise EOFError(f"it ends {offset - len(before)} bytes early")
+                raise EOFError(f"it is {offset - len(before)} bytes too short")
         self.start(entry.put, b"".join((before, content, bytes(size - offset - len(content)))))
 
     def settle(self, entries: Iterable[Storage] = ()) -> None:
-        """Wait until everything that was written is durable, and entries that another library wrote, too."""
+        """Wait until all writes, and the given entries written by another library, are durable."""
         self.wait()
 
     def abandon(self) -> None:
-        """Cancel what has not started, and return when nothing is under way any more."""
+        """Cancel pending writes, and wait for the running ones."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
-        self._under_way.clear()
+        self._running.clear()
 
 
 class Storage(ABC):
-    """A location in a storage; see the module's documentation for the guarantees.
+    """Handle of a location in a storage. The module docstring states the guarantees.
 
-    Handles compare and sort by what `str` returns, and can be pickled: Dask tasks carry them.
+    Handles compare and sort by their `str`. They can be pickled, because Dask tasks contain them.
     """
 
     # Location
@@ -203,7 +203,7 @@ class Storage(ABC):
 
     @abstractmethod
     def __truediv__(self, name: str) -> Self:
-        """Return the entry of a name; levels of the name are separated by slashes."""
+        """Return the handle of an entry; slashes in the name separate levels."""
 
     @property
     @abstractmethod
@@ -213,11 +213,11 @@ class Storage(ABC):
     @property
     @abstractmethod
     def parent(self) -> Self:
-        """Location that this one is an entry of."""
+        """Location that contains this one."""
 
     @property
     def local_path(self) -> Path | None:
-        """Path on this machine, for code that needs files; None where there is none."""
+        """Path on this machine, for code that needs files; None for other storages."""
         return None
 
     @property
@@ -231,7 +231,7 @@ class Storage(ABC):
         return Path(self.name).suffix
 
     def absolute(self) -> Self:
-        """Return this location independently of the current directory."""
+        """Return this location, independent of the current directory."""
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -250,25 +250,31 @@ class Storage(ABC):
 
     @abstractmethod
     def get_tagged(self) -> tuple[bytes, str]:
-        """Return the content and the tag that `put_if` compares; the tag is empty where there is no such condition.
+        """Return the content, and the tag for `put_if`; the tag is empty if `put_if` is not supported.
 
         Raises
         ------
         FileNotFoundError
-            Where there is no file or object.
+            If there is no file or object.
         """
 
     def get(self) -> bytes:
-        """Return the content of a file or object (FileNotFoundError)."""
+        """Return the content of a file or object; raise FileNotFoundError if there is none."""
         return self.get_tagged()[0]
 
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
-        """Return ranges of the content, (start, stop) each; one beyond the end is short (FileNotFoundError)."""
+        """Return ranges (start, stop) of the content; a range beyond the end is cut short.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no file or object.
+        """
         content = self.get()
         return [content[start:stop] for start, stop in spans]
 
     def get_entries(self, names: Sequence[str]) -> builtins.list[bytes | None]:
-        """Return the content of several entries; None where there is none."""
+        """Return the content of several entries; None for entries that do not exist."""
         found: list[bytes | None] = []
         for name in names:
             try:
@@ -278,16 +284,22 @@ class Storage(ABC):
         return found
 
     def open(self) -> StoredFile:
-        """Open a file or object for reading at any position; see `StoredFile.widen` (FileNotFoundError)."""
+        """Open a file or object for random-access reading.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no file or object.
+        """
         content = self.get()
         return StoredFile(io.BytesIO(content), len(content))
 
     @abstractmethod
     def list(self) -> builtins.list[str]:
-        """Return the names of the entries, sorted; none where there is no folder."""
+        """Return the sorted names of the entries; empty if there is no folder."""
 
     def walk(self) -> builtins.list[str]:
-        """Return the names of all files or objects below this location, levels separated by slashes, sorted."""
+        """Return the sorted names of all files or objects below this location, relative to it."""
         found: list[str] = []
         for name in self.list():
             entry = self / name
@@ -295,7 +307,7 @@ class Storage(ABC):
         return sorted(found)
 
     def files(self) -> builtins.list[Self]:
-        """Return the files in a folder, sorted by name; of a file, itself; none where there is nothing."""
+        """Return the files in a folder, sorted by name, or the file itself; empty if nothing exists here."""
         if self.is_folder():
             return [entry for entry in (self / name for name in self.list()) if not entry.is_folder()]
         return [self] if self.exists() else []
@@ -307,20 +319,20 @@ class Storage(ABC):
         Parameters
         ----------
         fresh : bool
-            Ask the storage; otherwise what the last `list` of the folder returned may be used.
+            Query the storage; otherwise the result of the last `list` of the folder may be used.
 
         Raises
         ------
         FileNotFoundError
-            Where there is none.
+            If there is no file or object.
         """
 
     @abstractmethod
     def is_folder(self) -> bool:
-        """Return whether entries are below this location."""
+        """Return True if there are entries below this location."""
 
     def exists(self) -> bool:
-        """Return whether a file, an object or a folder is at this location."""
+        """Return True if a file, an object or a folder exists at this location."""
         try:
             self.stat()
         except FileNotFoundError:
@@ -331,20 +343,31 @@ class Storage(ABC):
 
     @abstractmethod
     def put(self, content: bytes | memoryview) -> None:
-        """Write a file or object: atomic, and durable on return. Folders above it are made."""
+        """Write a file or object atomically and durably. Missing parent folders are created."""
 
     @abstractmethod
     def put_new(self, content: bytes | memoryview) -> None:
-        """Write a file or object where there is none (FileExistsError)."""
+        """Write a new file or object; raise FileExistsError if it exists."""
 
     def put_if(self, content: bytes | memoryview, tag: str) -> None:
-        """Replace a file or object that still has the tag of `get_tagged`, not an empty one (FileExistsError)."""
+        """Replace a file or object if it still has a tag from `get_tagged`, which must not be empty.
+
+        Raises
+        ------
+        FileExistsError
+            If the tag has changed.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no conditional replacement")
 
     def put_once(self, content: bytes) -> None:
-        """Write a new file or object; one with the same content is accepted (FileExistsError).
+        """Write a new file or object; an existing one with the same content is accepted.
 
-        A library that repeats a request whose answer was lost finds its own object.
+        A library may repeat a request whose response was lost, and then find its own object.
+
+        Raises
+        ------
+        FileExistsError
+            If it exists with different content.
         """
         try:
             self.put_new(content)
@@ -353,28 +376,28 @@ class Storage(ABC):
                 raise
 
     def put_entries(self, contents: Mapping[str, bytes | memoryview], *, flush_names: bool = True) -> None:
-        """Write several entries: each is atomic, and all are durable on return; a disk is waited for once.
+        """Write several entries. Each write is atomic, all are durable on return, and a disk is flushed once.
 
         Parameters
         ----------
         contents : mapping of str to bytes
             Name to content.
         flush_names : bool
-            Where it is False, a loss of power may leave the old content of an entry.
+            If False, a power failure may leave the old content of an entry.
         """
         for name, content in contents.items():
             (self / name).put(content)
 
-    def flush(self, entries: Iterable[Storage]) -> None:  # noqa: B027  (an object is durable once it is put)
-        """Wait until files that another library wrote below this location are durable."""
+    def flush(self, entries: Iterable[Storage]) -> None:  # noqa: B027  (a written object is durable)
+        """Wait until files below this location that another library wrote are durable."""
 
     def writes(self) -> Writes:
-        """Return the writes of one writer below this location."""
+        """Return an object that manages the writes of one writer below this location."""
         return Writes()
 
     @abstractmethod
     def delete(self) -> None:
-        """Remove a file or object (FileNotFoundError)."""
+        """Remove a file or object; raise FileNotFoundError if there is none."""
 
     def delete_entries(self, names: Sequence[str]) -> None:
         """Remove several files or objects below this location."""
@@ -388,11 +411,11 @@ class Storage(ABC):
 
     @contextmanager
     def replace_tree(self, document: str, placeholder: bytes | None = None) -> Iterator[Path]:
-        """Replace everything below this location by a tree of files.
+        """Replace everything below this location with a new tree of files.
 
-        A reader finds the old tree or the new one. Where a storage cannot exchange them at once, a reader finds
-        the old entries, none, or the new ones: the document is removed first, or replaced by the placeholder, and
-        written last.
+        A reader finds the old tree or the new tree. If the storage cannot exchange them atomically, a reader may
+        also find an incomplete tree without a valid document: the document is removed, or replaced with the
+        placeholder, before all other changes, and written after them.
 
         Parameters
         ----------
@@ -404,12 +427,12 @@ class Storage(ABC):
         Yields
         ------
         Path
-            Folder on this machine, to be made and filled by the caller. After an error nothing is replaced.
+            Local folder, to be created and filled by the caller. Nothing is replaced after an error.
         """
         with tempfile.TemporaryDirectory(prefix="natgrad-") as folder:
-            aside = Path(folder) / self.name
-            yield aside
-            self._put_tree(aside, document, placeholder)
+            staged = Path(folder) / self.name
+            yield staged
+            self._put_tree(staged, document, placeholder)
 
     def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
         self._clear_tree(document, placeholder)
@@ -428,7 +451,7 @@ class Storage(ABC):
         self.delete_entries(names)
 
     def remove_tree(self, document: str, placeholder: bytes) -> None:
-        """Remove everything below this location; while it is incomplete, the document is the placeholder."""
+        """Remove everything below this location; the document is the placeholder until the end."""
         self._clear_tree(document, placeholder)
         (self / document).delete()
 
@@ -436,50 +459,50 @@ class Storage(ABC):
 
     @contextmanager
     def lock(self, kind: str) -> Iterator[Self]:
-        """Hold the lock of this location, which one process has at a time; readers never wait for it.
+        """Hold the write lock of this location. One process holds it at a time; readers never wait for it.
 
         Parameters
         ----------
         kind : str
-            What is locked, for messages: ``trajectory``.
+            Kind of store, for messages, such as ``trajectory``.
 
         Yields
         ------
         Storage
-            Where to write. Of a storage with versions, nobody else sees what is written before `publish`.
+            Handle for writing. In a storage with versions, other processes see the changes only after `publish`.
 
         Raises
         ------
         InputError
-            Where another process holds the lock (the message names it, and the time since when), or one of another
-            machine may hold it, and where the disk refuses a write.
+            If another process holds the lock (the message contains its name and the start time), a process on
+            another machine may hold it, or a disk error occurs.
         """
         from natgrad.storage.locks import lock_by_object
 
-        with lock_by_object(self.beside(), kind):
+        with lock_by_object(self.unversioned(), kind):
             yield self
 
     # Zarr
 
     @abstractmethod
     def zarr_store(self) -> Any:
-        """Return what Zarr opens this location by: a store, or a path in one."""
+        """Return a Zarr store, or a path in one, that opens this location."""
 
     # Versions
 
     @property
     def keeps_versions(self) -> bool:
-        """True where every `publish` makes a version."""
+        """True if each `publish` creates a version."""
         return False
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return the storage of the stores in this folder OUT, which may keep versions; see `open_out`."""
+        """Return the storage for the stores in this folder OUT; see `open_out`."""
         if kind == "icechunk":
             raise InputError(
                 "OUT cannot be an Icechunk repository",
                 where=str(self),
-                why="Icechunk commits safely in object stores only",
-                remedy="give a URL (s3://, gs://), or leave --store out",
+                why="Icechunk commits are only safe in object stores",
+                remedy="give a URL (s3://, gs://), or omit --store",
             )
         if version is not None:
             raise no_versions(str(self))
@@ -490,57 +513,57 @@ class Storage(ABC):
         return self
 
     def publish(self, message: str) -> None:  # noqa: B027  (most storages keep no versions)
-        """Make a version of what was written under `lock`; without versions it is visible already.
+        """Create a version from the writes made under `lock`. Without versions, writes are visible immediately.
 
         Raises
         ------
         Unavailable
-            Where another process has published the same entries.
+            If another process has published changes to the same entries.
         """
 
     def versions(self, last: int | None = None) -> builtins.list[dict[str, Any]]:
-        """List the versions, the newest first: ``version``, ``time``, ``message``, ``tags``.
+        """List the versions, newest first, with the keys ``version``, ``time``, ``message`` and ``tags``.
 
         Parameters
         ----------
         last : int, optional
-            Number of versions to list; each is a request.
+            Number of versions to list; all by default. Each version takes one request.
 
         Raises
         ------
         InputError
-            Where this storage keeps no versions.
+            If this storage does not keep versions.
         """
         raise no_versions(str(self))
 
-    def beside(self) -> Storage:
-        """Return the location for what is not part of a version: locks, pages, and the outcome of a scan."""
+    def unversioned(self) -> Storage:
+        """Return the location for files that do not belong to a version: locks, pages and outcomes of scans."""
         return self
 
     # Errors
 
-    def refusal(self, error: Exception, where: str) -> InputError | None:
-        """Translate an error of this storage for its user; None where it is not of this storage."""
+    def user_error(self, error: Exception, where: str) -> InputError | None:
+        """Return an error message for users; None if the error does not come from this storage."""
         return None
 
 
 def no_versions(where: str) -> InputError:
-    """Return the refusal of a version of a storage that keeps none."""
+    """Return the error for a request of a version from a storage without versions."""
     return InputError(
         "a plain store has no versions",
         where=where,
-        why="it keeps the attempts of a run (--attempt), but not what a commit replaces",
-        remedy="process into a new OUT in an object store with --store icechunk to keep every commit as a version",
+        why="it keeps the attempts of a run (--attempt), but not the data that a commit replaces",
+        remedy="to keep every commit as a version, process into a new OUT in an object store with --store icechunk",
     )
 
 
 # Opening -----------------------------------------------------------------------------------------------------
 
 Location = str | Path | Storage
-"""Location as a user gives it: a path or a URL, or an open handle."""
+"""A location from a user: a path, a URL or an open handle."""
 
 Opener = Callable[[str], Storage]
-"""Opens a URL; an entry point of the group ``natgrad.storage`` is one."""
+"""Function that opens a URL; the entry points of the group ``natgrad.storage`` are such functions."""
 
 _GROUP = "natgrad.storage"
 _BUILT_IN = {
@@ -548,19 +571,19 @@ _BUILT_IN = {
     "s3": "natgrad.storage.objects:open_objects",
     "gs": "natgrad.storage.objects:open_objects",
 }
-"""Schemes of URLs, and what opens them; entry points of the group add others."""
+"""URL schemes and the functions that open them. Entry points of the group add more."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(/+)")
 
 
 def open_storage(location: Location) -> Storage:
-    """Open a location: the one place where paths and URLs are parsed. No request is made.
+    """Open a path or URL. No request is made. This is the only function that parses locations.
 
     Parameters
     ----------
     location : str, Path or Storage
-        A path, or a URL: ``s3://bucket/key``, ``gs://bucket/key``, ``file:///folder``. Slashes that `pathlib`
-        collapsed are restored. A handle is returned as it is.
+        A path or a URL (``s3://bucket/key``, ``gs://bucket/key``, ``file:///folder``). Slashes that `pathlib`
+        collapsed are restored. A handle is returned unchanged.
 
     Returns
     -------
@@ -569,7 +592,7 @@ def open_storage(location: Location) -> Storage:
     Raises
     ------
     InputError
-        Where the scheme is unknown, or its library is not installed.
+        If the scheme is unknown, or the library for it is not installed.
     """
     if isinstance(location, Storage):
         return location
@@ -597,26 +620,26 @@ def open_storage(location: Location) -> Storage:
 
 
 def open_out(out: Location, *, kind: str | None = None, version: str | None = None) -> Storage:
-    """Open the folder OUT of a run, and find out whether it is an Icechunk repository.
+    """Open the folder OUT of a run, which may be an Icechunk repository.
 
     Parameters
     ----------
     out : str, Path or Storage
-        As for `open_storage`.
+        See `open_storage`.
     kind : str, optional
-        One of `KINDS`: the kind of storage of a new OUT. An existing one is recognized by its content.
+        One of `KINDS`: the kind of storage for a new OUT. An existing OUT is recognized by its content.
     version : str, optional
         Identifier, tag or time (ISO 8601) of a version to read; the latest by default.
 
     Returns
     -------
     Storage
-        Of the stores in OUT.
+        Location of the stores in OUT.
 
     Raises
     ------
     InputError
-        Where the location cannot be opened, OUT is of another kind, or there is no such version.
+        If the location cannot be opened, OUT has another kind, or the version does not exist.
     """
     if kind is not None and kind not in KINDS:
         raise InputError(
@@ -626,7 +649,8 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
 
 
 def _schemes() -> list[str]:
-    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))})
+    names = {*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))}
+    return [f"{name}://" for name in sorted(names)]
 
 
 def _opener(scheme: str) -> Opener | None:
@@ -648,7 +672,7 @@ def _opener(scheme: str) -> Opener | None:
 
 
 def open_all(locations: Location | Sequence[Location]) -> list[Storage]:
-    """Open one location, or several; see `open_storage`."""
+    """Open one or several locations; see `open_storage`."""
     if isinstance(locations, str | Path | Storage):
         return [open_storage(locations)]
     return [open_storage(location) for location in locations]
@@ -666,14 +690,14 @@ def require_local(location: Location, what: str) -> Path:
     Raises
     ------
     InputError
-        Where the location is not on this machine.
+        If the location is not on this machine.
     """
     storage = open_storage(location)
     if storage.local_path is None:
         raise InputError(
-            f"{what} must be a folder of this machine",
+            f"{what} must be a folder on this machine",
             where=str(storage),
-            why="many runs are found and locked by means that object stores do not have",
-            remedy="give a folder, or process each run by itself: natgrad process SOURCE OUT, which may be URLs",
+            why="finding and locking many runs needs features that object stores do not have",
+            remedy="give a folder, or process each run separately: natgrad process SOURCE OUT, which accepts URLs",
         )
     return storage.local_path

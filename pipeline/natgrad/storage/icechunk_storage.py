@@ -1,12 +1,12 @@
-"""The stores of OUT in an Icechunk repository, which keeps every commit as a version.
+"""Keep the stores of OUT in an Icechunk repository, which keeps every commit as a version.
 
-A handle reads one version, the latest unless another one is requested; a writer has a transaction, and others see
-what it wrote once it is published. Locks, pages, and the outcomes of scans are objects beside the repository.
+A handle reads one version: the latest, unless another one is requested. A writer uses a transaction, and others
+see its changes after they are published. Locks, pages and outcomes of scans are objects next to the repository.
 
-Icechunk keeps arrays and groups of Zarr, and refuses every other key. So the documents that a store has beside
-them, its commit records, are kept as arrays: ``commits/00000007.json`` is chunk 7 of the array
-``commits/documents-8.json`` (digits of its number, then what follows it), a chunk for each document. A chunk beyond
-the shape of its array is refused too: here the array grows first.
+Icechunk stores Zarr arrays and groups, and rejects all other keys. Therefore the other documents of a store, its
+commit records, are stored as chunks of arrays: ``commits/00000007.json`` is chunk 7 of the array
+``commits/documents-8.json``, whose name contains the number of digits and the rest of the file name. Icechunk also
+rejects a chunk beyond the shape of its array, so the array is extended before a chunk is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["IcechunkStorage", "RepositoryFiles", "open_repository"]
 _T = TypeVar("_T")
 
 _Store = icechunk.IcechunkStore | None
-"""Store that keys are read from; None where there is no repository."""
+"""Store from which keys are read; None if there is no repository."""
 
 BRANCH = "main"
 
@@ -52,20 +52,20 @@ _DOCUMENTS = re.compile(r"documents-(?P<digits>\d+)(?P<rest>.*)")
 _DOCUMENT = "zarr.json"
 
 _FRAME = struct.Struct("<II")
-"""Header of a document in the codecs ``vlen-utf8`` and ``vlen-bytes``: one value, and its bytes."""
+"""Header of a document in the codecs ``vlen-utf8`` and ``vlen-bytes``: the number of values (one) and its bytes."""
 
 _MANIFEST_CHUNKS = 256
-"""Chunks of an array along its first axis that a manifest lists. Each commit writes the last manifest again: with
-one for the complete array, the bytes of a commit would grow with the run."""
+"""Number of chunks along the first axis of an array in one manifest. Each commit rewrites the last manifest. With
+one manifest for the complete array, the size of a commit would grow with the run."""
 
 _AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
-"""Prototype that returns the bytes of Icechunk as they are; a buffer of Zarr would copy them."""
+"""Prototype that returns the bytes of Icechunk without the copy that a Zarr buffer makes."""
 
 _AT_ONCE = 16
-"""Requests of one call at the same time."""
+"""Number of concurrent requests of one call."""
 
 _SESSIONS = 8
-"""Number of versions that stay open for reading."""
+"""Number of versions that are kept open for reading."""
 
 
 # Repositories ------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ _transactions: dict[str, _Transaction] = {}
 
 
 def _storage(url: str) -> icechunk.Storage:
-    """Return the storage of a repository. Icechunk finds credentials as s3fs does: environment, files, or role."""
+    """Return the Icechunk storage of a repository, with credentials from the environment, files or a role."""
     system = cast(ObjectStorage, open_storage(url)).fs
     scheme, _, path = url.partition("://")
     bucket, _, prefix = path.partition("/")
@@ -86,7 +86,7 @@ def _storage(url: str) -> icechunk.Storage:
     system.connect()
     endpoint, region = system.s3.meta.endpoint_url, system.s3.meta.region_name
     if ".amazonaws.com" in endpoint:
-        # Amazon answers in the region of the bucket alone.
+        # AWS only answers requests to the region of the bucket.
         headers = system.call_s3("head_bucket", Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
         return icechunk.s3_storage(
             bucket=bucket, prefix=prefix, region=headers.get("x-amz-bucket-region", region), from_env=True
@@ -103,7 +103,7 @@ def _storage(url: str) -> icechunk.Storage:
 
 
 def _repository(url: str) -> icechunk.Repository | None:
-    """Open a repository, once for this process; None where there is none."""
+    """Open a repository once per process; return None if there is none."""
     storage = _storage(url)
     with _guard:
         if str(storage) not in _repositories:
@@ -113,8 +113,8 @@ def _repository(url: str) -> icechunk.Repository | None:
         return _repositories[str(storage)]
 
 
-def _made(url: str) -> icechunk.Repository:
-    """Make a repository."""
+def _create_repository(url: str) -> icechunk.Repository:
+    """Create a repository."""
     axes: dict[Any, int] = {icechunk.ManifestSplitDimCondition.Axis(0): _MANIFEST_CHUNKS}
     split = icechunk.ManifestSplittingConfig.from_dict({icechunk.ManifestSplitCondition.AnyArray(): axes})
     config = icechunk.RepositoryConfig(manifest=icechunk.ManifestConfig(splitting=split))
@@ -124,23 +124,23 @@ def _made(url: str) -> icechunk.Repository:
         if "clean prefixes" not in str(error):
             raise
         raise InputError(
-            f"no repository can be made here: {_reason(error)}",
+            f"cannot create a repository here: {_reason(error)}",
             where=url,
-            why="a process ended while it made one, or these are objects of something else",
-            remedy="remove what is below this URL, or choose another OUT",
+            why="a process ended while it created one, or the prefix contains unrelated objects",
+            remedy="remove the objects below this URL, or choose another OUT",
         ) from error
 
 
 def _newest_version(url: str) -> str:
-    """Return the identifier of the latest version; empty where there is no repository."""
+    """Return the identifier of the latest version; empty if there is no repository."""
     repository = _repository(url)
     return "" if repository is None else repository.lookup_branch(BRANCH)
 
 
 def _history(url: str, last: int | None = None) -> list[dict[str, Any]]:
-    """List versions of a repository, the newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
+    """List the versions of a repository, newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
 
-    Each is an object to be read; where only the last are asked for, so are the others not.
+    Each version takes one request, so only the requested number of versions is read.
     """
     repository = _repository(url)
     if repository is None:
@@ -160,18 +160,18 @@ def _history(url: str, last: int | None = None) -> list[dict[str, Any]]:
 
 
 def _find_version(url: str, version: str) -> str:
-    """Return the id of a version.
+    """Return the identifier of a version.
 
     Parameters
     ----------
     url : str
     version : str
-        An id, a tag, or a time (ISO 8601, UTC where it does not say): the newest version then.
+        An identifier, a tag, or a time (ISO 8601, UTC by default), which selects the newest version at that time.
 
     Raises
     ------
     InputError
-        Where there is none.
+        If there is no such version.
     """
     repository = _repository(url)
     try:
@@ -189,8 +189,8 @@ def _find_version(url: str, version: str) -> str:
         raise InputError(
             f"there is no version {version!r}: {_reason(error)}",
             where=url,
-            why="it is no id, no tag and no time of one, or it has expired",
-            remedy="choose one that natgrad versions OUT lists, a tag, or a time (ISO 8601, UTC)",
+            why="no identifier, tag or time of a version matches it, or the version has expired",
+            remedy="choose an identifier or a tag listed by natgrad versions OUT, or a time (ISO 8601, UTC)",
         ) from error
 
 
@@ -200,12 +200,12 @@ def _reason(error: BaseException) -> str:
 
 
 class _Transaction:
-    """Changes of one writer, which nobody sees before they are committed.
+    """Changes of one writer, invisible to others until they are committed.
 
     Attributes
     ----------
     growing : asyncio.Lock
-        Held while the shape of an array is read and changed.
+        Lock for reading and changing the shape of an array.
     """
 
     def __init__(self, url: str) -> None:
@@ -215,27 +215,27 @@ class _Transaction:
         self.growing = asyncio.Lock()
 
     def readable(self) -> _Store:
-        """Return the store to read; None where there is no repository yet."""
+        """Return the store for reading; None if there is no repository yet."""
         return None if self._session is None and _repository(self._url) is None else self.store()
 
     def store(self) -> icechunk.IcechunkStore:
-        """Return the store to write; a repository is made where there is none."""
+        """Return the store for writing; create the repository if there is none."""
         with self._opening:
             if self._session is None:
-                repository = _repository(self._url) or _made(self._url)
+                repository = _repository(self._url) or _create_repository(self._url)
                 self._session = repository.writable_session(BRANCH)
             return self._session.store
 
     def commit(self, message: str) -> None:
-        """Make a version of the changes, if there are any.
+        """Create a version from the changes, if there are any.
 
-        Others may have committed meanwhile: what they wrote are other arrays (a ledger beside a trajectory), or
-        the commit is refused.
+        Other processes may have committed changes to other arrays in the meantime (the ledger, for example, during
+        a commit of the trajectory).
 
         Raises
         ------
         Unavailable
-            Where they wrote the same.
+            If another process has committed changes to the same arrays.
         """
         if self._session is None or not self._session.has_uncommitted_changes:
             return
@@ -243,10 +243,10 @@ class _Transaction:
             self._session.commit(message, rebase_with=icechunk.ConflictDetector())
         except (icechunk.ConflictError, icechunk.RebaseFailedError) as error:
             raise Unavailable(
-                f"another process has committed meanwhile: {_reason(error)}",
+                f"another process has committed in the meantime: {_reason(error)}",
                 where=self._url,
-                why="the lock of this one was removed while it was writing",
-                remedy="see that one process writes, and run again: what is committed is kept",
+                why="the lock of this process was removed while it was writing",
+                remedy="make sure that only one process writes, and run again: committed data are kept",
             ) from error
         self._session = None
 
@@ -254,8 +254,8 @@ class _Transaction:
 # Keys --------------------------------------------------------------------------------------------------------
 
 
-def _stored(key: str) -> tuple[str, int]:
-    """Return the key that a file is stored under, and the number of bytes before its content."""
+def _stored_key(key: str) -> tuple[str, int]:
+    """Return the key under which a file is stored, and the number of bytes before its content."""
     folder, _, name = key.rpartition("/")
     if name == _DOCUMENT or _CHUNK.fullmatch(key):
         return key, 0
@@ -264,7 +264,7 @@ def _stored(key: str) -> tuple[str, int]:
 
 
 def _file_of(key: str) -> str | None:
-    """Return the file that a key stores; None for the metadata of documents."""
+    """Return the file that is stored under a key; None for the metadata of an array of documents."""
     folder, _, name = key.rpartition("/")
     chunk = _CHUNK.fullmatch(key)
     array = chunk["array"] if chunk else folder
@@ -272,16 +272,16 @@ def _file_of(key: str) -> str | None:
     documents = _DOCUMENTS.fullmatch(last)
     if not documents:
         return key
-    return f"{above}/{_named(documents, int(name))}" if chunk else None
+    return f"{above}/{_document_name(documents, int(name))}" if chunk else None
 
 
-def _named(documents: re.Match[str], index: int) -> str:
+def _document_name(documents: re.Match[str], index: int) -> str:
     digits = int(documents["digits"])
     return (f"{index:0{digits}d}" if digits else "") + documents["rest"]
 
 
-def _described(name: str) -> dict[str, Any]:
-    """Return the metadata of an array of documents, one in each chunk: text, or bytes."""
+def _documents_metadata(name: str) -> dict[str, Any]:
+    """Return the metadata of an array of documents (text or bytes), one per chunk."""
     text = name.endswith(".json")
     return {
         "zarr_format": 3,
@@ -300,18 +300,18 @@ def _described(name: str) -> dict[str, Any]:
 
 
 class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
-    """Files of a version of a repository, or of a transaction; they appear in OUT, beside the repository.
+    """File system of a version of a repository, or of a transaction. Its paths are below OUT.
 
     Parameters
     ----------
     repository : str
         URL.
     version : str
-        Id; empty where there is no repository yet, and where it is a transaction.
+        Identifier of the version; empty for a transaction, or if there is no repository yet.
     transaction : str, optional
-        Name of one of this process.
+        Name of a transaction of this process.
     pinned : bool
-        Whether this version is meant, whatever comes after it.
+        Keep reading this version when newer ones appear.
     """
 
     protocol = "icechunk"
@@ -328,7 +328,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     @property
     def _writer(self) -> _Transaction:
         if self.writer not in _transactions:
-            raise PermissionError(f"a version of {self.repository} cannot be changed")
+            raise PermissionError(f"versions of {self.repository} are read-only")
         return _transactions[self.writer]
 
     def _store(self) -> _Store:
@@ -357,7 +357,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         return f"{self._root}/{key}"
 
     def commit(self, message: str) -> None:
-        """Make a version of what the transaction wrote; see `_Transaction.commit`."""
+        """Create a version from the changes of the transaction; raise Unavailable on a conflict."""
         self._writer.commit(message)
 
     # Reading
@@ -375,14 +375,14 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         on_error: str = "return",
         **options: Any,
     ) -> list[Any]:
-        """Return ranges of files, requested at the same time."""
+        """Return ranges of files, requested concurrently."""
         store = self._store()
         several = [self._get(store, *each) for each in zip(paths, starts, ends, strict=True)]
         return _wait(_together(several, return_exceptions=on_error == "return"))
 
     async def _get(self, store: _Store, path: str, start: int | None, end: int | None) -> bytes:
-        key, before = _stored(self._key(path))
-        window = None if before else _request(start, end)
+        key, before = _stored_key(self._key(path))
+        window = None if before else _byte_request(start, end)
         found: bytes | None = None
         if store is not None:
             async with _missing_is_none():
@@ -392,13 +392,13 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         return found[before:][start:end] if before else found
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        """Return size and type of a file or folder."""
+        """Return the size and type of a file or folder."""
         return _wait(self._info(self._store(), path))
 
     async def _info(self, store: _Store, path: str) -> dict[str, Any]:
         key = self._key(path)
         if store is not None:
-            stored, before = _stored(key) if key else ("", 0)
+            stored, before = _stored_key(key) if key else ("", 0)
             async with _missing_is_none():
                 if key and await store.exists(stored):
                     size = await store.getsize(stored) - before
@@ -423,7 +423,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
                 documents = _DOCUMENTS.fullmatch(name)
                 if documents:
                     async for (index,) in store.session.chunk_coordinates(f"/{below}"):
-                        files.append(_named(documents, index))
+                        files.append(_document_name(documents, index))
                 elif name == _DOCUMENT or (_CHUNK.fullmatch(below) and name != "c" and await store.exists(below)):
                     files.append(name)
                 else:
@@ -452,7 +452,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         except icechunk.IcechunkError as error:
             if "bad key prefix" not in str(error):
                 raise
-            below = store.list()  # it is no array and no group, but may be a folder of chunks
+            below = store.list()  # neither an array nor a group, but possibly a folder of chunks
         files = {_file_of(stored) async for stored in below}
         return sorted(
             self._path(file)
@@ -463,19 +463,19 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
     # Writing
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        """Write a file; with mode ``create``, where there is none (FileExistsError)."""
+        """Write a file; with mode ``create``, raise FileExistsError if it exists."""
         _wait(self._set(self._writer.store(), path, value, new=mode == "create"))
 
     def pipe(self, path: str | Mapping[str, bytes], value: bytes | None = None, **options: Any) -> None:
-        """Write a file, or several at the same time: first the metadata of arrays."""
+        """Write files concurrently, but the metadata of arrays before their chunks."""
         several = {path: value or b""} if isinstance(path, str) else path
         store = self._writer.store()
-        for described in (True, False):
-            chosen = {key: value for key, value in several.items() if key.endswith(f"/{_DOCUMENT}") == described}
+        for metadata in (True, False):
+            chosen = {key: value for key, value in several.items() if key.endswith(f"/{_DOCUMENT}") == metadata}
             _wait(_together(self._set(store, key, value) for key, value in chosen.items()))
 
     async def _set(self, store: icechunk.IcechunkStore, path: str, value: bytes, new: bool = False) -> None:
-        stored, before = _stored(self._key(path))
+        stored, before = _stored_key(self._key(path))
         chunk = _CHUNK.fullmatch(stored)
         if chunk:
             async with self._writer.growing:
@@ -490,20 +490,20 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
         _wait(self._remove(self._writer.store(), path))
 
     def rm(self, path: str | Sequence[str], recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Remove files, and metadata of arrays and groups last: with a group everything in it is removed."""
+        """Remove files. The metadata are removed last, because removing a group removes everything in it."""
         several = [path] if isinstance(path, str) else path
         store = self._writer.store()
-        for described in (False, True):
-            chosen = [name for name in several if name.endswith(f"/{_DOCUMENT}") == described]
+        for metadata in (False, True):
+            chosen = [name for name in several if name.endswith(f"/{_DOCUMENT}") == metadata]
             _wait(_together(self._remove(store, name) for name in chosen))
 
     async def _remove(self, store: icechunk.IcechunkStore, path: str) -> None:
         async with _missing_is_none():
-            await store.delete(_stored(self._key(path))[0])
+            await store.delete(_stored_key(self._key(path))[0])
 
 
 class IcechunkStorage(ObjectStorage):
-    """A location in an Icechunk repository; `str` returns its URL in OUT, though no object is there.
+    """A location in an Icechunk repository. `str` returns its URL in OUT, although there is no such object.
 
     Parameters
     ----------
@@ -519,11 +519,11 @@ class IcechunkStorage(ObjectStorage):
         return True
 
     def get_tagged(self) -> tuple[bytes, str]:
-        """Return the content of a file, and no tag: a transaction has no conditions."""
+        """Return the content of a file, and an empty tag, because transactions have no conditional writes."""
         return self.get(), ""
 
     def stat(self, *, fresh: bool = True) -> Stat:
-        """Return the size of a file; no time is known."""
+        """Return the size of a file; its time is unknown."""
         entry = self.fs.info(self.key)
         if entry["type"] != "file":
             raise FileNotFoundError(str(self))
@@ -531,7 +531,7 @@ class IcechunkStorage(ObjectStorage):
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
         """Return this storage, or OUT at another version."""
-        return self if version is None else self.beside().stores(kind, version)
+        return self if version is None else self.unversioned().stores(kind, version)
 
     def latest(self) -> Self:
         """Return the latest version, or the pinned version if one was requested."""
@@ -543,42 +543,43 @@ class IcechunkStorage(ObjectStorage):
 
     @contextmanager
     def lock(self, kind: str) -> Iterator[Self]:
-        """Hold the lock of this location, and start a transaction; what is not published is dropped."""
+        """Hold the lock of this location, and start a transaction; unpublished changes are discarded."""
         if self.fs.pinned:
             raise InputError(
-                "an old version can only be read",
+                "an old version is read-only",
                 where=str(self),
-                why="a commit does not change",
-                remedy="leave the version out: what is written becomes a new one",
+                why="a version never changes after its commit",
+                remedy="omit the version: a write then creates a new version",
             )
         transaction = uuid.uuid4().hex
         _transactions[transaction] = _Transaction(self.fs.repository)
         try:
-            # The transaction opens nothing before it is used, under the lock.
-            with lock_by_object(self.beside(), kind):
+            # The transaction is opened on first use, which happens under the lock.
+            with lock_by_object(self.unversioned(), kind):
                 files = RepositoryFiles(repository=self.fs.repository, transaction=transaction)
                 yield type(self)(files, self.scheme, self.key)
         finally:
             del _transactions[transaction]
 
     def publish(self, message: str) -> None:
-        """Make a version of what the transaction wrote."""
+        """Create a version from the changes of the transaction."""
         self.fs.commit(message)
 
     def versions(self, last: int | None = None) -> list[dict[str, Any]]:
-        """List the versions, the newest first."""
+        """List the versions, newest first."""
         return _history(self.fs.repository, last)
 
-    def beside(self) -> Storage:
-        """Return the same location in the object store itself."""
+    def unversioned(self) -> Storage:
+        """Return the same location in the underlying object store."""
         return open_storage(str(self))
 
     def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
-        # A tree that comes out the same makes no version.
-        if not self._holds(folder):
+        # An identical tree does not create a version.
+        if not self._contains(folder):
             super()._put_tree(folder, document, placeholder)
 
-    def _holds(self, folder: Path) -> bool:
+    def _contains(self, folder: Path) -> bool:
+        """Return True if the tree below this location is identical to a local folder."""
         files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
         names = self.walk()
         return sorted(files) == names and all(
@@ -588,7 +589,7 @@ class IcechunkStorage(ObjectStorage):
 
 
 def open_repository(plain: ObjectStorage, version: str | None) -> IcechunkStorage:
-    """Open the repository in OUT at a version, or at the latest; none need be there yet."""
+    """Open the repository in OUT at a version, by default the latest. The repository need not exist yet."""
     repository = str(plain / REPOSITORY)
     if version is None:
         files = RepositoryFiles(repository=repository, version=_newest_version(repository))
@@ -597,14 +598,14 @@ def open_repository(plain: ObjectStorage, version: str | None) -> IcechunkStorag
     return IcechunkStorage(files, plain.scheme, plain.key)
 
 
-# Icechunk writes warnings to standard output, where answers are; errors that concern a user are raised.
+# Icechunk prints warnings to standard output, which is reserved for results. Relevant errors are raised anyway.
 if "ICECHUNK_LOG" not in os.environ:
     icechunk.set_logs_filter("off")
 register_implementation(RepositoryFiles.protocol, RepositoryFiles, clobber=True)
 
 
 def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine on the loop of fsspec, from any thread."""
+    """Run a coroutine on the event loop of fsspec, from any thread."""
 
     async def run() -> _T:
         return await coroutine
@@ -613,10 +614,10 @@ def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
 
 
 async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exceptions: bool = False) -> list[Any]:
-    room = asyncio.Semaphore(_AT_ONCE)
+    limit = asyncio.Semaphore(_AT_ONCE)
 
     async def run(one: Coroutine[Any, Any, _T]) -> _T:
-        async with room:
+        async with limit:
             return await one
 
     return await asyncio.gather(*map(run, several), return_exceptions=return_exceptions)
@@ -624,7 +625,7 @@ async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exception
 
 @asynccontextmanager
 async def _missing_is_none() -> AsyncIterator[None]:
-    """Ignore the error of Icechunk for a missing array or object; only its text identifies it."""
+    """Ignore the error of Icechunk for a missing array or object, which only its text identifies."""
     try:
         yield
     except KeyError:
@@ -641,7 +642,7 @@ async def _has(store: icechunk.IcechunkStore, key: str) -> bool:
     return has
 
 
-def _request(start: int | None, end: int | None) -> Any:
+def _byte_request(start: int | None, end: int | None) -> Any:
     if end is not None:
         return RangeByteRequest(start or 0, end)
     if start is None:
@@ -650,16 +651,16 @@ def _request(start: int | None, end: int | None) -> Any:
 
 
 async def _grow(store: icechunk.IcechunkStore, array: str, index: int) -> None:
-    """Extend an array so that it has a chunk; an array of documents is made."""
+    """Extend an array so that it contains a chunk; create the array if it is one of documents."""
     described = cast(bytes | None, await store.get(f"{array}/{_DOCUMENT}", _AS_BYTES))
     name = array.rpartition("/")[2]
     if described is not None:
         document = json.loads(described)
     elif _DOCUMENTS.fullmatch(name):
-        document = _described(name)
+        document = _documents_metadata(name)
     else:
-        return  # Icechunk says what is missing
-    rows = document["chunk_grid"]["configuration"]["chunk_shape"][:1]
-    if rows and document["shape"][0] <= index * rows[0]:
-        document["shape"][0] = (index + 1) * rows[0]
+        return  # the error of Icechunk names the missing array
+    length = document["chunk_grid"]["configuration"]["chunk_shape"][:1]
+    if length and document["shape"][0] <= index * length[0]:
+        document["shape"][0] = (index + 1) * length[0]
         await store.set(f"{array}/{_DOCUMENT}", cpu.Buffer.from_bytes(json.dumps(document).encode()))

@@ -1,9 +1,9 @@
-"""Files of this machine: durable, atomic writes with actionable errors, and reads by position.
+"""Local files: durable, atomic writes with actionable errors, and reads by position.
 
-Zarr, pathlib and fsspec write files without a flush, so a loss of power leaves names without data. Therefore this
-module writes a file aside, flushes it, renames it, and flushes the folder; several files are flushed together,
-because the system then writes its journal once for all of them. Linux-only calls are requested where the system
-has them: without them the same data are read and written, only later.
+Zarr, pathlib and fsspec write files without a flush, so a power failure may leave file names without data. This
+module writes a temporary file, flushes it, renames it, and flushes the folder. Several files are flushed together,
+because the system then writes its journal once for all of them. Calls that only Linux has are used if available.
+Without them the same data are read and written, but more slowly.
 """
 
 from __future__ import annotations
@@ -29,28 +29,36 @@ from natgrad.storage.base import Stat, Storage, StoredFile, Writes
 __all__ = ["ChunkFile", "LocalStorage", "disk_errors", "open_local", "read_at"]
 
 _REFUSALS = {
-    errno.ENOSPC: ("no space is left", "the disk is full", "free some space, or choose another OUT"),
+    errno.ENOSPC: ("no space left", "the disk is full", "free some space, or choose another OUT"),
     errno.EDQUOT: (
-        "the quota is exceeded",
-        "the user may not store more here",
-        "free some space, or have it raised",
+        "the disk quota is exceeded",
+        "the user has reached the quota of this file system",
+        "free some space, or request a higher quota",
     ),
-    errno.EFBIG: ("a file becomes too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
-    errno.EROFS: ("the disk is read-only", "it is mounted so, or was after a failure", "choose another OUT"),
-    errno.EACCES: ("writing is not permitted", "the folder belongs to another user", "choose another OUT"),
-    errno.EPERM: ("writing is not permitted", "the folder is protected", "choose another OUT"),
-    errno.EIO: ("the disk fails", "it is damaged, or no longer connected", "check the disk (dmesg)"),
-    errno.ENOENT: ("the store is gone", "it was removed or moved while it was written", "leave it in its place"),
+    errno.EFBIG: ("a file would become too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
+    errno.EROFS: (
+        "the file system is read-only",
+        "it was mounted read-only, or became read-only after a failure",
+        "choose another OUT",
+    ),
+    errno.EACCES: ("write permission denied", "the folder belongs to another user", "choose another OUT"),
+    errno.EPERM: ("write permission denied", "the folder is protected", "choose another OUT"),
+    errno.EIO: ("the disk failed", "it is damaged, or no longer connected", "check the disk (dmesg)"),
+    errno.ENOENT: (
+        "the store no longer exists",
+        "it was removed or moved during a write",
+        "do not move or remove it while natgrad runs",
+    ),
 }
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors by which a file system refuses hard links."""
 
 _FLUSHES = 8
-"""Number of flushes at a time, in threads."""
+"""Number of concurrent flushes, in threads."""
 
 _SEGMENT_BYTES = 1 << 19
-"""Bytes of a file after which the disk starts to write them, while the next ones are copied."""
+"""Size of a write. The disk starts to write these bytes while the next ones are copied."""
 
 _BYTE = (bytearray(1),)
 
@@ -62,7 +70,7 @@ def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # On macOS fsync leaves the data in the cache of the disk, and another call flushes that.
+        # On macOS, fsync leaves the data in the cache of the disk; another call flushes this cache.
         full = getattr(fcntl, "F_FULLFSYNC", None)
         if full is None:
             os.fsync(descriptor)
@@ -73,53 +81,53 @@ def _flush(path: Path) -> None:
 
 
 @cache
-def _flushing() -> ThreadPoolExecutor:
-    """Return the threads that wait for the disk. They stay: their start takes longer than a fast disk."""
+def _flush_threads() -> ThreadPoolExecutor:
+    """Return the threads that wait for the disk; they are kept, because starting them takes longer than a flush."""
     return ThreadPoolExecutor(_FLUSHES, "flush")
 
 
-os.register_at_fork(after_in_child=_flushing.cache_clear)  # a forked process has no threads
+os.register_at_fork(after_in_child=_flush_threads.cache_clear)  # threads do not survive a fork
 
 
 def _flush_all(paths: Iterable[Path]) -> None:
-    """Wait until files and folders are on disk, several at a time: the system writes its journal once."""
+    """Flush files and folders concurrently, so that the system writes its journal once."""
     several = list(paths)
     if len(several) == 1:
         _flush(several[0])
         return
-    under_way = [_flushing().submit(_flush, path) for path in several]
-    wait(under_way)
-    for flushed in under_way:
+    flushes = [_flush_threads().submit(_flush, path) for path in several]
+    wait(flushes)
+    for flushed in flushes:
         flushed.result()
 
 
 def _start_flush(descriptor: int) -> None:
-    """Ask the system to send a file to the disk (Linux), without waiting."""
+    """Start writing a file to the disk without waiting (Linux)."""
     system = ctypes.CDLL(None)
     if hasattr(system, "sync_file_range"):
         everything, write = ctypes.c_int64(0), 2  # SYNC_FILE_RANGE_WRITE
-        # The flush that follows reports an error.
+        # The later flush reports errors.
         system.sync_file_range(descriptor, everything, everything, write)
 
 
-def _write_aside(path: Path, content: bytes | memoryview) -> Path:
-    """Write a file beside another one, without waiting for the disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
+def _write_temporary(path: Path, content: bytes | memoryview) -> Path:
+    """Write a temporary file next to a path, without waiting for the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
-        with aside.open("wb", buffering=0) as file:
+        with temporary.open("wb", buffering=0) as file:
             for start in range(0, len(content), _SEGMENT_BYTES):
                 left = memoryview(content)[start : start + _SEGMENT_BYTES]
                 while left:
                     left = left[file.write(left) :]
                 _start_flush(file.fileno())
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return aside
+    return temporary
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once (Linux), and return whether that was possible."""
+    """Exchange two names atomically (Linux). Return True on success."""
     system = ctypes.CDLL(None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     arguments = (here, os.fsencode(one), here, os.fsencode(other), exchange)
@@ -128,17 +136,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Translate what a disk refuses.
+    """Translate errors of a disk into messages for users.
 
     Parameters
     ----------
     path : Path
-        Where is written; the message names the file at fault where it is known.
+        Location of the writes, for the message if the error does not contain a file name.
 
     Raises
     ------
     InputError
-        In place of an OSError. What is recorded is complete, because records follow the data.
+        Instead of an OSError. Recorded data are complete, because records are written after the data.
     """
     try:
         yield
@@ -150,7 +158,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{what}: {error.strerror}",
             where=str(error.filename or path),
             why=why,
-            remedy=f"{remedy}; then run again: what is committed is kept",
+            remedy=f"{remedy}; then run again: committed data are kept",
         ) from error
 
 
@@ -158,7 +166,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class LocalStorage(Storage):
-    """A file or folder of this machine.
+    """A file or folder on this machine.
 
     Parameters
     ----------
@@ -181,7 +189,7 @@ class LocalStorage(Storage):
 
     @property
     def parent(self) -> Self:
-        """Folder of the file or folder."""
+        """Folder that contains this file or folder."""
         return type(self)(self._path.parent)
 
     @property
@@ -190,13 +198,13 @@ class LocalStorage(Storage):
         return self._path
 
     def absolute(self) -> Self:
-        """Return this location independently of the current directory."""
+        """Return this location, independent of the current directory."""
         return type(self)(self._path.absolute())
 
     # Reading
 
     def get_tagged(self) -> tuple[bytes, str]:
-        """Return the content of a file, and no tag: a file is not replaced on a condition."""
+        """Return the content of a file, and an empty tag, because files have no conditional writes."""
         return self._path.read_bytes(), ""
 
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
@@ -214,74 +222,74 @@ class LocalStorage(Storage):
         return sorted(entry.name for entry in self._path.iterdir()) if self._path.is_dir() else []
 
     def stat(self, *, fresh: bool = True) -> Stat:
-        """Return size and time of a file or folder."""
+        """Return the size and time of a file or folder."""
         found = self._path.stat()
         return Stat(found.st_size, found.st_mtime_ns, "")
 
     def is_folder(self) -> bool:
-        """Return whether the path is a folder."""
+        """Return True if the path is a folder."""
         return self._path.is_dir()
 
     def exists(self) -> bool:
-        """Return whether anything is at the path."""
+        """Return True if the path exists."""
         return self._path.exists()
 
     # Writing
 
     def put(self, content: bytes | memoryview) -> None:
-        """Write a file: atomic, and durable on return."""
+        """Write a file atomically and durably."""
         self.parent.put_entries({self.name: content})
 
     def put_new(self, content: bytes | memoryview) -> None:
-        """Write a file where there is none."""
+        """Write a new file; raise FileExistsError if it exists."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = _write_aside(self._path, content)
+        temporary = _write_temporary(self._path, content)
         try:
-            _flush(aside)
+            _flush(temporary)
             try:
-                # A second name of the file: other than a rename, it is refused where the name exists.
-                os.link(aside, self._path)
+                # Unlike a rename, a hard link fails if the name exists.
+                os.link(temporary, self._path)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
                 if self._path.exists():
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self._path)) from error
-                aside.replace(self._path)
+                temporary.replace(self._path)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         _flush(self._path.parent)
 
     def put_entries(self, contents: Mapping[str, bytes | memoryview], *, flush_names: bool = True) -> None:
-        """Write several files aside, flush them together, and rename them."""
-        asides: dict[Path, Path] = {}
+        """Write several temporary files, flush them together, and rename them."""
+        written: dict[Path, Path] = {}
         folders: dict[Path, None] = {}
         try:
             for name, content in contents.items():
                 path = self._path / name
                 folders |= dict.fromkeys(self._folders(path))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                asides[_write_aside(path, content)] = path
-            _flush_all(asides)
-            for aside, path in asides.items():
-                aside.replace(path)
+                written[_write_temporary(path, content)] = path
+            _flush_all(written)
+            for temporary, path in written.items():
+                temporary.replace(path)
         except BaseException:
-            for aside in asides:
-                aside.unlink(missing_ok=True)
+            for temporary in written:
+                temporary.unlink(missing_ok=True)
             raise
         if flush_names:
             _flush_all(folders)
 
     def _folders(self, path: Path) -> builtins.list[Path]:
-        """Return the folders of an entry in which a name may be new."""
+        """Return the folders of an entry that may contain a new name."""
         below = [folder for folder in path.parents if self._path in folder.parents]
         return [*below, self._path] if not below or not below[-1].exists() else below
 
     def flush(self, entries: Iterable[Storage]) -> None:
-        """Wait until files below this folder are on disk, and their names."""
+        """Wait until files below this folder, and their names, are on disk."""
         self.flush_paths(Path(str(entry)) for entry in entries)
 
     def flush_paths(self, paths: Iterable[Path], flushed: Iterable[Path] = ()) -> None:
-        """Wait until files below this folder are on disk, and their names and those of files that are flushed."""
+        """Wait until files below this folder, their names and the names of flushed files are on disk."""
         files = sorted(set(paths))
         _flush_all(files)
         _flush_all(
@@ -291,7 +299,7 @@ class LocalStorage(Storage):
         )
 
     def writes(self) -> Writes:
-        """Return the writes of one writer below this folder."""
+        """Return an object that manages the writes of one writer below this folder."""
         return _LocalWrites(self)
 
     def delete(self) -> None:
@@ -301,8 +309,8 @@ class LocalStorage(Storage):
 
     def clear_leftovers(self) -> None:
         """Remove the unfinished files of a killed writer from this folder."""
-        for aside in self._path.glob(".*.tmp"):
-            aside.unlink(missing_ok=True)
+        for temporary in self._path.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
 
     # Trees
 
@@ -310,43 +318,43 @@ class LocalStorage(Storage):
     def replace_tree(self, document: str, placeholder: bytes | None = None) -> Iterator[Path]:
         """Replace a folder.
 
-        A reader finds the old folder or the new one at any moment. Where the system cannot exchange two names
-        (macOS, some network file systems) it finds none for an instant.
+        A reader finds the old folder or the new folder at any time. If the system cannot exchange two names (macOS,
+        some network file systems), there is no folder for an instant.
         """
         path = self._path
-        aside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
-        yield aside
-        _flush_all((*aside.rglob("*"), aside))
+        staged, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+        for leftover in (staged, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield staged
+        _flush_all((*staged.rglob("*"), staged))
         if not path.exists():
-            aside.rename(path)
-        elif not _exchange(aside, path):
+            staged.rename(path)
+        elif not _exchange(staged, path):
             path.rename(old)
-            aside.rename(path)
-            old.rename(aside)
+            staged.rename(path)
+            old.rename(staged)
         _flush(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
     def remove_tree(self, document: str, placeholder: bytes) -> None:
-        """Remove a folder: it is renamed first, so no incomplete one is left under the name."""
-        aside = self._path.with_name(f".{self._path.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
+        """Remove a folder. It is renamed first, so that no incomplete folder keeps the name."""
+        renamed = self._path.with_name(f".{self._path.name}.old")
+        shutil.rmtree(renamed, ignore_errors=True)
         if self._path.exists():
-            self._path.rename(aside)
-            shutil.rmtree(aside)
+            self._path.rename(renamed)
+            shutil.rmtree(renamed)
 
-    # The rest
+    # Stores and locks
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return the storage of the stores in this folder OUT; see `natgrad.storage.open_out`."""
+        """Return the storage for the stores in this folder OUT; see `natgrad.storage.open_out`."""
         if kind == "icechunk":
             raise InputError(
                 "a folder cannot be an Icechunk repository",
                 where=str(self),
-                why="Icechunk commits safely in object stores only: in a folder, commits that succeeded are lost "
-                "where two processes commit (issues 804 and 1494 of earth-mover/icechunk)",
-                remedy="give a URL (s3://, gs://), or leave --store out: attempts are kept in a folder too",
+                why="Icechunk commits are only safe in object stores: in a folder, successful commits are lost if "
+                "two processes commit (issues 804 and 1494 of earth-mover/icechunk)",
+                remedy="give a URL (s3://, gs://), or omit --store: a folder keeps the attempts, too",
             )
         return super().stores(kind, version)
 
@@ -359,14 +367,14 @@ class LocalStorage(Storage):
             yield self
 
     def zarr_store(self) -> Any:
-        """Return a store of Zarr."""
+        """Return a Zarr store."""
         from zarr.storage import LocalStore
 
         return LocalStore(self._path)
 
 
 class _LocalWrites(Writes):
-    """Writes into files in place: the bytes that a reader uses stay, and complete files are flushed at once."""
+    """Writes in place. Bytes that readers use are never changed, and a file is flushed as soon as it is full."""
 
     def __init__(self, storage: LocalStorage) -> None:
         super().__init__()
@@ -375,7 +383,7 @@ class _LocalWrites(Writes):
         self._flushed: set[Path] = set()
 
     def write_segment(self, entry: Storage, offset: int, content: memoryview, size: int) -> None:
-        """Write a segment of a file of a fixed size; the bytes before it stay as they are."""
+        """Write a segment of a file of fixed size; the bytes before the segment are preserved."""
         path = Path(str(entry))
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -388,14 +396,14 @@ class _LocalWrites(Writes):
         finally:
             os.close(descriptor)
         if stop == size:
-            # Nothing is added to this file: it is flushed while the next ones are read and written.
+            # The file is full, so it is flushed while the next ones are read and written.
             self._flushed.add(path)
             self.start(_flush, path)
         else:
             self._unflushed.add(path)
 
     def settle(self, entries: Iterable[Storage] = ()) -> None:
-        """Wait until everything that was written is on disk, and entries that another library wrote, too."""
+        """Wait until all writes, and the given entries written by another library, are on disk."""
         self._unflushed.update(Path(str(entry)) for entry in entries)
         self.wait()
         self._storage.flush_paths(self._unflushed, self._flushed)
@@ -412,7 +420,7 @@ def open_local(location: str) -> LocalStorage:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read bytes of an open file into a buffer, and return their number; 0 at the end of the file."""
+    """Read bytes of an open file into a buffer. Return the number of bytes read, 0 at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, (buffer,), offset)
     content = os.pread(descriptor, len(buffer), offset)
@@ -421,7 +429,7 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
 
 
 class ChunkFile:
-    """A file of plain bytes, read at any position into a buffer that is used again.
+    """A file of uncompressed values, read at any position into a caller's buffer.
 
     Parameters
     ----------
@@ -431,12 +439,12 @@ class ChunkFile:
     ----------
     descriptor : int
     size : int
-        Its bytes when it was opened.
+        Size in bytes when the file was opened.
 
     Raises
     ------
     OSError
-        Where it cannot be opened.
+        If the file cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
@@ -448,7 +456,7 @@ class ChunkFile:
         os.close(self.descriptor)
 
     def read_ahead(self) -> bool:
-        """Request kernel read-ahead unless the file is cached already (Linux). Return True if requested."""
+        """Request kernel read-ahead unless the file is already cached (Linux). Return True if requested."""
         if not hasattr(os, "posix_fadvise") or (self._is_cached(0) and self._is_cached(self.size - 1)):
             return False
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -463,19 +471,19 @@ class ChunkFile:
             return False
 
     def read(self, offset: int, out: memoryview) -> int:
-        """Read bytes from an offset on until a buffer is full.
+        """Fill a buffer with the bytes from an offset on.
 
         Returns
         -------
         int
-            Number of bytes that are missing because the file ends early.
+            Number of missing bytes if the file ends early, otherwise 0.
 
         Raises
         ------
         OSError
-            Where it cannot be read.
+            If the file cannot be read.
         """
-        # A read of many bytes, or an interrupted one, may return a part.
+        # A large or interrupted read may return fewer bytes than requested.
         while out:
             count = read_at(self.descriptor, out, offset)
             if not count:

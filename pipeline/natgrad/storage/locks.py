@@ -1,12 +1,12 @@
-"""Locks that admit one writer at a time, and name the holder to the others.
+"""Locks that admit one writer at a time, and tell other writers who holds the lock.
 
-The lock of a file is the system's (flock): it ends with its process, however that ends, and nothing has to be
-guessed. A file system that machines share is different: the lock of a machine that was cut off may be free while
-that machine goes on writing. There, and where a file has to stand for the lock, the lock of another machine is
-never taken over.
+Local stores are locked with flock. The system releases the lock when its process ends, for whatever reason, so a
+stale lock never has to be detected. This is not true on a file system that several machines share: if a machine
+loses its connection, its lock may become free while it continues to write. Therefore the lock of another machine
+is never taken over on such a file system, or if a lock file replaces flock.
 
-An object store has no locks. There an object stands for one: it is put on the condition that there is none, and the
-lock of a dead process of this machine is replaced on the condition that nobody else has done so.
+An object store has no locks, so an object represents the lock. It is written on condition that it does not exist.
+The lock of a dead process on this machine is replaced on condition that no other process has replaced it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from natgrad.storage.base import Storage
 __all__ = ["lock_by_file", "lock_by_object"]
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
-"""Errors by which a file system refuses flock."""
+"""Errors of file systems that do not support flock."""
 
 _NO_HOLDER = "the holder is not recorded yet"
 _HOLDER = "process {process} on {host} of user {user}, since {since}"
@@ -41,7 +41,7 @@ _LOCAL = {
     *("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs", "ntfs3", "overlay"),
     *("ramfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
 }
-"""File systems of one machine; others may be shared."""
+"""File systems that belong to one machine; others may be shared."""
 
 
 def _lock_name(name: str) -> str:
@@ -58,9 +58,9 @@ def lock_by_file(store: Path, kind: str) -> Iterator[None]:
     Parameters
     ----------
     store : Path
-        The lock is a file beside it, ``.NAME.lock``.
+        Store to lock. The lock is the file ``.NAME.lock`` next to it.
     kind : str
-        What is locked, for messages.
+        Kind of store, for messages.
     """
     new_folders = [folder for folder in (store.parent, *store.parent.parents) if not folder.exists()]
     store.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def lock_by_file(store: Path, kind: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(lock.release)
         stack.callback(_leave_nothing, store, path, new_folders)
-        # Filelock signs a file that stands for the lock, and removes it with the lock.
+        # Filelock itself signs the lock file of a SoftFileLock, and removes it on release.
         if not isinstance(lock, SoftFileLock):
             _require_free(path, store, kind)
             _sign(path)
@@ -85,15 +85,15 @@ def _locked(store: str, kind: str, holder: str) -> Unavailable:
         f"another process is writing this {kind}: {holder}",
         where=store,
         why="two commands were started for one OUT",
-        remedy="wait until the other one is done, then run again: what it committed is kept",
+        remedy="wait until the other process ends, then run again: its commits are kept",
     )
 
 
 def _leave_nothing(store: Path, path: Path, new_folders: list[Path]) -> None:
-    """Remove the lock and the folders of a store that was not made, because its input was refused."""
+    """Remove the lock and the new folders if no store was created, because its input was rejected."""
     if new_folders and not store.exists():
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # another process may have come to use them
+        with suppress(OSError):  # another process may use them by now
             for folder in new_folders:
                 folder.rmdir()
 
@@ -105,7 +105,7 @@ def _acquire(path: Path) -> BaseFileLock:
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
-        # Filelock takes over the file of a dead process of this machine, and no other.
+        # Filelock only takes over the lock file of a dead process on this machine.
         lock = SoftFileLock(_soft(path))
         lock.acquire(timeout=1)
     return lock
@@ -116,10 +116,10 @@ def _soft(path: Path) -> Path:
 
 
 def _sign(path: Path) -> None:
-    """Write the holder into the lock file; a process that is killed leaves its name there."""
+    """Write the holder into the lock file. The entry of a killed process remains."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        # Bytes first: another process then reads the old name or the new one, never an empty file.
+        # The file is written before it is truncated, so that other processes never read an empty file.
         text = json.dumps(_signature()).encode()
         os.pwrite(descriptor, text, 0)
         os.truncate(descriptor, len(text))
@@ -140,7 +140,7 @@ def _user() -> str:
 
 
 def _holder(path: Path) -> tuple[str, str]:
-    """Return the process that signed a lock, and its host; empty where there is no signature."""
+    """Return a description of the process that signed a lock, and its host; empty without a signature."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         name = json.loads(path.read_text())
         return _HOLDER.format(**name), name["host"]
@@ -153,7 +153,7 @@ def _holder(path: Path) -> tuple[str, str]:
 
 
 def _require_free(path: Path, store: Path, kind: str) -> None:
-    """Refuse a free lock that a process of another machine never released, where that machine may go on writing."""
+    """Raise an error if a process on another machine never released a free lock; it may still be writing."""
     holder, host = _holder(path)
     file_system = _file_system(path)
     if not holder or host == socket.gethostname() or file_system in _LOCAL:
@@ -161,14 +161,14 @@ def _require_free(path: Path, store: Path, kind: str) -> None:
     raise InputError(
         f"another process may be writing this {kind}: {holder}",
         where=str(store),
-        why="it never released the lock, and a free lock is no proof on a file system that machines share "
-        f"({file_system or 'unknown'}): its machine stopped, or is cut off and goes on",
-        remedy=f"make sure that it does not run any more, remove {path}, and run again",
+        why="it never released the lock: its machine stopped, or lost its connection and continues to run. On a "
+        f"file system that several machines can share ({file_system or 'unknown'}), a free lock cannot tell which",
+        remedy=f"make sure that it no longer runs, remove {path}, and run again",
     )
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system of a path, empty where it is unknown."""
+    """Return the file system type of a path; empty if unknown."""
     path = path.resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     return next((mounts[folder] for folder in path.parents if folder in mounts), "")
@@ -179,14 +179,14 @@ def _file_system(path: Path) -> str:
 
 @contextmanager
 def lock_by_object(store: Storage, kind: str) -> Iterator[None]:
-    """Hold the lock of a location without locks of the system; see `natgrad.storage.Storage.lock`.
+    """Hold the lock of a location in a storage without system locks; see `natgrad.storage.Storage.lock`.
 
     Parameters
     ----------
     store : Storage
-        The lock is an object beside it, ``.NAME.lock``.
+        Store to lock. The lock is the object ``.NAME.lock`` next to it.
     kind : str
-        What is locked, for messages.
+        Kind of store, for messages.
     """
     lock = store.parent / _lock_name(store.name)
     started = psutil.Process().create_time()
@@ -206,33 +206,33 @@ def _put_lock(lock: Storage, signed: bytes, store: Storage, kind: str) -> None:
     try:
         content, tag = lock.get_tagged()
     except FileNotFoundError as error:
-        raise _locked(str(store), kind, "it ended just now") from error
-    if content == signed:  # of a request whose answer was lost, and that the library repeated
+        raise _locked(str(store), kind, "it has just ended") from error
+    if content == signed:  # the library repeated a request whose response was lost
         return
     try:
         name = json.loads(content)
         holder, dead = _HOLDER.format(**name), _is_dead(name)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _locked(str(store), kind, f"{lock} does not name it") from error
+        raise _locked(str(store), kind, f"{lock} does not identify it") from error
     if not dead and name["host"] == socket.gethostname():
         raise _locked(str(store), kind, holder)
     if not dead or not tag:
         raise Unavailable(
             f"another process is writing this {kind}: {holder}",
             where=str(store),
-            why="it is dead, but this object store has no conditions by which its lock can be taken over safely"
+            why="it has ended, but without conditional writes in this object store its lock cannot be taken over"
             if dead
-            else "it runs on another machine, which may have stopped: an object store does not show that",
-            remedy=f"wait until it is done; if it does not run any more, remove {lock}, and run again",
+            else "it runs on another machine, which may have stopped: an object store cannot tell",
+            remedy=f"wait until it ends; if it no longer runs, remove {lock}, and run again",
         )
     try:
         lock.put_if(signed, tag)
     except FileExistsError as error:
-        raise _locked(str(store), kind, "it took over just now") from error
+        raise _locked(str(store), kind, "it has just taken over the lock") from error
 
 
 def _is_dead(name: Mapping[str, Any]) -> bool:
-    """Return whether a process of this machine has ended; another process may have its number by now."""
+    """Return True if a process on this machine has ended, even if another process has the same number now."""
     if name["host"] != socket.gethostname():
         return False
     try:
@@ -242,21 +242,21 @@ def _is_dead(name: Mapping[str, Any]) -> bool:
 
 
 def _require_conditions(lock: Storage, signed: bytes) -> None:
-    """Refuse an object store that ignores the condition: it could not keep two writers apart."""
+    """Raise an error if an object store ignores conditions, because two writers could then hold the lock."""
     try:
         lock.put_new(signed)
     except FileExistsError:
         return
     raise InputError(
-        "this object store ignores the condition that an object is new",
+        "this object store ignores conditional writes",
         where=str(lock),
-        why="it does not know the header If-None-Match, so it cannot keep two writers apart",
-        remedy="process into a folder, and copy that; or use a store that knows conditional writes",
+        why="it does not support the header If-None-Match, so two writers could overwrite each other",
+        remedy="process into a folder and copy it, or use a store that supports conditional writes",
     )
 
 
 def _release(lock: Storage, signed: bytes) -> None:
-    # Where the store does not answer, the lock stays, and the next process of this machine takes it over.
+    # If the store does not answer, the lock remains, and the next process on this machine takes it over.
     with suppress(Exception):
         if lock.get() == signed:
             lock.delete()

@@ -1,4 +1,4 @@
-"""Translate the errors of object stores for their users."""
+"""Translate errors of object stores into messages for users."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from contextlib import contextmanager
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage.base import Storage
 
-__all__ = ["network_errors", "network_refusal"]
+__all__ = ["network_errors", "user_error"]
 
 _LIBRARIES = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
-"""Libraries whose errors are those of an object store."""
+"""Libraries whose errors come from an object store."""
 
 
 @contextmanager
 def network_errors(*storages: Storage) -> Iterator[None]:
-    """Translate what a storage refuses, or does not answer; errors of local files pass.
+    """Translate errors of remote storages into messages for users; errors of local files are not changed.
 
     Parameters
     ----------
     *storages : Storage
-        All that are used.
+        The storages in use.
 
     Raises
     ------
     InputError
-        Where a bucket or an object is missing, or access is denied. As `Unavailable` where the storage does not
-        answer, or fails: a later run may succeed.
+        If a bucket or an object is missing, or access is denied.
+    Unavailable
+        If the storage fails or does not answer; a later run may succeed.
     """
     try:
         yield
@@ -37,49 +38,49 @@ def network_errors(*storages: Storage) -> Iterator[None]:
         remote = [storage for storage in storages if storage.local_path is None]
         where = ", ".join(map(str, remote))
         for storage in remote:
-            refusal = storage.refusal(error, where)
-            if refusal is not None:
-                raise refusal from error
+            translated = storage.user_error(error, where)
+            if translated is not None:
+                raise translated from error
         raise
 
 
-def network_refusal(error: Exception, where: str) -> InputError | None:
-    """Return the refusal for an error of an object store; None where it is another error."""
+def user_error(error: Exception, where: str) -> InputError | None:
+    """Return the message for an error of an object store; None for other errors."""
     names = {kind.__name__ for kind in type(error).__mro__}
     library = type(error).__module__.partition(".")[0]
     if library not in _LIBRARIES and not isinstance(error, OSError):
         return None
     if isinstance(error, OSError) and error.filename is not None:
-        # An error of a local file, at the other end of a run.
+        # The error concerns a local file: only one of SOURCE and OUT is remote.
         return None
     if "FileExpired" in names:
         return Unavailable(
             f"the object changed while it was read: {error}",
             where=where,
-            why="another one was put in its place",
-            remedy="run again: what is committed is kept",
+            why="another object was written in its place",
+            remedy="run again: committed data are kept",
         )
-    # Icechunk reports in one text the places of the error, line by line, and its cause at the end.
+    # The text of an Icechunk error lists code locations line by line, and the cause at the end.
     reason = str(error).strip().rpartition("-> ")[2] if library == "icechunk" else str(error)
     denied = library == "icechunk" and any(word in reason for word in ("AccessDenied", "Forbidden"))
     if denied or isinstance(error, PermissionError) or any("Credential" in name for name in names):
         return InputError(
             f"the object store denies access: {reason}",
             where=where,
-            why="no credentials were found, or they do not allow this",
+            why="no credentials were found, or they do not permit this operation",
             remedy="set the credentials of the library (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile; "
-            "docs/objects.md), or have access granted",
+            "see docs/objects.md), or request access",
         )
     if isinstance(error, FileNotFoundError):
         return InputError(
-            f"it is not in the object store: {error}",
+            f"not found in the object store: {error}",
             where=where,
-            why="the bucket was never made, its name is misspelt, or the object was removed meanwhile",
-            remedy="make the bucket, or give another URL",
+            why="the bucket does not exist, its name is misspelled, or the object was removed in the meantime",
+            remedy="create the bucket, or give another URL",
         )
     return Unavailable(
         f"the object store does not answer: {type(error).__name__}: {reason}",
         where=where,
         why="the network or the store failed, or the address of the store is wrong (AWS_ENDPOINT_URL)",
-        remedy="run again: what is committed is kept",
+        remedy="run again: committed data are kept",
     )

@@ -1,8 +1,8 @@
-"""Object stores: S3 and Google Cloud Storage, by way of fsspec.
+"""Object stores: S3 and Google Cloud Storage, accessed with fsspec.
 
-An object is written as a whole or not at all, by one request, and cannot be renamed. A request can require that an
-object is new, or has a certain tag; ranges of an object are read by position. Credentials are those of the library
-(s3fs, gcsfs): environment, files, or the role of the machine.
+One request writes a complete object; an object is never partly written, and cannot be renamed. A write can require
+that the object does not exist, or that it has a certain tag. Ranges of an object are read by position. The library
+(s3fs, gcsfs) finds credentials in the environment, in files, or from the role of the machine.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, Self, cast
 
 from natgrad.schema.errors import InputError
 from natgrad.storage.base import Stat, Storage, StoredFile
-from natgrad.storage.network import network_errors, network_refusal
+from natgrad.storage.network import network_errors, user_error
 
 __all__ = ["ObjectStorage", "open_objects"]
 
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
-"""Extra of this package that the library of each scheme comes with."""
+"""Extra of this package that installs the library for each scheme."""
 
-# What another process wrote meanwhile must be found: no listing is kept. With more than one request at a time s3fs
-# asks for the size of each object first.
+# Listings are not cached, because writes of other processes must be found. With concurrent requests, s3fs would
+# first request the size of each object.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"use_listings_cache": False, "max_concurrency": 1},
     "gs": {"use_listings_cache": False},
 }
 
 REPOSITORY = "stores.icechunk"
-"""Name of the Icechunk repository in OUT. It has a prefix of its own, so locks and pages are beside it."""
+"""Name of the Icechunk repository in OUT. It is a separate prefix, so locks and pages are stored next to it."""
 
 _STORES = ("trajectory.zarr", "ledger.zarr", "results.zarr")
 
@@ -49,7 +49,7 @@ class ObjectStorage(Storage):
     ----------
     fs : fsspec.AbstractFileSystem
     scheme : str
-        Of the URL.
+        Scheme of the URL.
     key : str
         Bucket and key.
     """
@@ -78,28 +78,28 @@ class ObjectStorage(Storage):
 
     @property
     def parent(self) -> Self:
-        """Prefix of the object."""
+        """Prefix that contains the object."""
         return self._at(self.key.rpartition("/")[0])
 
     # Reading
 
     def get_tagged(self) -> tuple[bytes, str]:
-        """Return the content and the tag of an object; the tag is empty where none can be required (``gs://``)."""
+        """Return the content and the tag of an object; the tag is empty without conditional replacement (``gs://``)."""
         tag = str(self.fs.info(self.key)["ETag"]) if self.scheme == "s3" else ""
         return self.get(), tag
 
     def get(self) -> bytes:
-        """Return the content of an object, by one request."""
+        """Return the content of an object with one request."""
         return self.fs.cat_file(self.key)  # type: ignore[no-any-return]  # fsspec has no types
 
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
-        """Return ranges of an object, requested at the same time."""
+        """Return ranges of an object, requested concurrently."""
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
         found = self.fs.cat_ranges([self.key] * len(spans), starts, stops, on_error="return")
         return [self._content(content) or b"" for content in found]
 
     def _content(self, found: Any, missing: type[Exception] | tuple[()] = ()) -> bytes | None:
-        """Return what a request returned; None for an accepted error, and for a range beyond the end."""
+        """Return the content; None for a range beyond the end, or for an error of a type in ``missing``."""
         if not isinstance(found, BaseException):
             return cast(bytes, found)
         beyond = isinstance(found, OSError) and found.errno == errno.EINVAL
@@ -108,16 +108,16 @@ class ObjectStorage(Storage):
         raise found
 
     def get_entries(self, names: Sequence[str]) -> builtins.list[bytes | None]:
-        """Return the content of several objects, requested at the same time."""
+        """Return the content of several objects, requested concurrently."""
         keys, none = [f"{self.key}/{name}" for name in names], [None] * len(names)
         found = self.fs.cat_ranges(keys, none, none, on_error="return")
         return [self._content(content, FileNotFoundError) for content in found]
 
     def open(self) -> StoredFile:
-        """Open an object: it is fetched in blocks, of which the last few are kept.
+        """Open an object. It is fetched in blocks, and the last few blocks are cached.
 
-        Blocks are small until `StoredFile.widen`. All blocks are of the object that was opened: one that is put in
-        its place meanwhile is an error (OSError).
+        Blocks are small until `StoredFile.widen` is called. If another object replaces it while it is open, the
+        next read raises OSError, so all blocks come from the same object.
         """
         from fsspec.caching import BlockCache
 
@@ -138,7 +138,7 @@ class ObjectStorage(Storage):
         return sorted(found)
 
     def _entries(self) -> builtins.list[dict[str, Any]]:
-        # Below a key there may be an object of the name of the key, as consoles make it for a folder.
+        # Consoles create an object with the name of the prefix to represent a folder.
         return [entry for entry in self._listing() if entry["name"].rstrip("/") != self.key]
 
     def _listing(self) -> builtins.list[dict[str, Any]]:
@@ -152,7 +152,7 @@ class ObjectStorage(Storage):
         return sorted(key.removeprefix(f"{self.key}/") for key in self.fs.find(self.key) if key != self.key)
 
     def files(self) -> builtins.list[Self]:
-        """Return the objects below a prefix; of an object, itself."""
+        """Return the objects below a prefix, or the object itself."""
         entries = [entry for entry in self._listing() if entry["type"] == "file"]
         if [entry["name"] for entry in entries] == [self.key]:
             return [self]
@@ -160,7 +160,7 @@ class ObjectStorage(Storage):
         return sorted(self / name.rpartition("/")[2] for name in names)
 
     def stat(self, *, fresh: bool = True) -> Stat:
-        """Return size, time and tag of an object."""
+        """Return the size, time and tag of an object."""
         listed = None if fresh else _listed.get(str(self.parent), {}).get(self.name)
         entry = self.fs.info(self.key) if listed is None else listed
         if entry["type"] != "file":
@@ -168,22 +168,22 @@ class ObjectStorage(Storage):
         return _stat(entry)
 
     def is_folder(self) -> bool:
-        """Return whether objects are below this prefix."""
+        """Return True if there are objects below this prefix."""
         return bool(self._entries())
 
     # Writing
 
     def put(self, content: bytes | memoryview) -> None:
         """Write an object."""
-        # Multipart uploads begin beyond any chunk: they would not be checked as one request is.
+        # No chunk reaches the size of a multipart upload, which would not be verified as one request is.
         self.fs.pipe_file(self.key, bytes(content))
 
     def put_new(self, content: bytes | memoryview) -> None:
-        """Write an object where there is none."""
+        """Write a new object; raise FileExistsError if it exists."""
         self._put_conditionally(content, mode="create")
 
     def put_if(self, content: bytes | memoryview, tag: str) -> None:
-        """Replace an object that still has a tag."""
+        """Replace an object if it still has the tag; raise FileExistsError otherwise."""
         self._put_conditionally(content, IfMatch=tag)
 
     def _put_conditionally(self, content: bytes | memoryview, **condition: Any) -> None:
@@ -195,7 +195,7 @@ class ObjectStorage(Storage):
             raise
 
     def put_entries(self, contents: Mapping[str, bytes | memoryview], *, flush_names: bool = True) -> None:
-        """Write several objects at the same time."""
+        """Write several objects concurrently."""
         self.fs.pipe({f"{self.key}/{name}": bytes(content) for name, content in contents.items()})
 
     def delete(self) -> None:
@@ -203,50 +203,50 @@ class ObjectStorage(Storage):
         self.fs.rm_file(self.key)
 
     def delete_entries(self, names: Sequence[str]) -> None:
-        """Remove several objects at the same time."""
+        """Remove several objects concurrently."""
         keys = [f"{self.key}/{name}" for name in names]
-        # The library takes several names for patterns, and one name as it is.
+        # The library interprets several names as patterns, but a single name literally.
         if any(mark in key for key in keys for mark in "*?["):
             for key in keys:
                 self.fs.rm_file(key)
         elif keys:
             self.fs.rm(keys)
 
-    # The rest
+    # Stores, Zarr and errors
 
     def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return the storage of the stores in this folder OUT, which may be an Icechunk repository."""
+        """Return the storage for the stores in this folder OUT, which may be an Icechunk repository."""
         with network_errors(self):
             names = set(self.list())
             if kind == "plain" and REPOSITORY in names:
                 raise InputError(
                     "this is an Icechunk repository",
                     where=str(self),
-                    why="it was made with --store icechunk",
-                    remedy="leave --store out, or choose another OUT",
+                    why="it was created with --store icechunk",
+                    remedy="omit --store, or choose another OUT",
                 )
             if kind == "icechunk" and REPOSITORY not in names and names.intersection(_STORES):
                 raise InputError(
                     "this is a plain store",
                     where=str(self),
-                    why="it was made without --store icechunk",
-                    remedy="leave --store out, or choose another OUT",
+                    why="it was created without --store icechunk",
+                    remedy="omit --store, or choose another OUT",
                 )
             if REPOSITORY in names or kind == "icechunk":
                 return _open_repository(self, version)
         return super().stores(None, version)
 
     def zarr_store(self) -> Any:
-        """Return a store of Zarr, with an asynchronous file system of its own."""
+        """Return a Zarr store with its own asynchronous file system."""
         from zarr.storage import FsspecStore
 
         return FsspecStore.from_url(
             self.fs.unstrip_protocol(self.key), storage_options=dict(self.fs.storage_options)
         )
 
-    def refusal(self, error: Exception, where: str) -> InputError | None:
-        """Translate an error of an object store."""
-        return network_refusal(error, where)
+    def user_error(self, error: Exception, where: str) -> InputError | None:
+        """Return the message for an error of an object store; None for other errors."""
+        return user_error(error, where)
 
 
 def _stat(entry: Mapping[str, Any]) -> Stat:
@@ -254,7 +254,7 @@ def _stat(entry: Mapping[str, Any]) -> Stat:
     if isinstance(time, str):
         time = datetime.fromisoformat(time)
     tag = str(entry.get("ETag") or entry.get("etag") or "")
-    # A listing may have a finer time than a request for one object.
+    # The time in a listing may be more precise than that of a request for one object.
     return Stat(int(entry["size"]), int(time.timestamp()) * 10**9, tag)
 
 
@@ -280,7 +280,7 @@ def _open_repository(plain: ObjectStorage, version: str | None) -> Storage:
         raise InputError(
             f"the library for Icechunk is not installed: {error}",
             where=str(plain),
-            why="OUT is an Icechunk repository, or --store icechunk asks for one",
+            why="OUT is an Icechunk repository, or --store icechunk requests one",
             remedy="pip install 'natgrad-pipeline[icechunk]'",
         ) from error
     return open_repository(plain, version)

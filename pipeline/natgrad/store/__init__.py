@@ -1,8 +1,8 @@
 """The trajectory store and the Gram ledger in Zarr v3.
 
-**Commit rule.** Chunks are written and flushed first; then one record makes them visible, all arrays together.
-The record is atomic, and put only where there is none. Readers trust the recorded states and updates: the shape
-of an array is no evidence of data.
+**Commit rule.** Chunks are written and flushed first. Then one record makes the chunks of all arrays visible
+together. The record is written atomically and never replaces another one. Readers rely on the recorded states and
+updates, not on the shapes of arrays.
 """
 
 from natgrad.schema.layout import storage_dtype
@@ -32,12 +32,12 @@ def open_trajectory(location: Location, version: str | None = None) -> Trajector
     ----------
     location : str, Path or Storage
     version : str, optional
-        Identifier, tag or time of a version, where OUT is an Icechunk repository; the latest by default.
+        Identifier, tag or time of a version, if OUT is an Icechunk repository; the latest by default.
 
     Raises
     ------
     InputError
-        Where there is none, or another version of natgrad wrote it.
+        If there is no trajectory, or another version of natgrad wrote it.
     """
     return Trajectory(open_store(location, version))
 

@@ -1,11 +1,11 @@
-"""A Zarr v3 group in a storage, made at once and durably.
+"""Create, open and replace a Zarr v3 group in a storage, atomically and durably.
 
-Zarr writes the metadata of new groups and arrays, and reads them: for the sixteen arrays of a small run this takes
-12 ms (4 ms without Zarr), and 4 ms to open them (1 ms). Two things are done without it:
+Zarr writes and reads the metadata of groups and arrays. For the sixteen arrays of a small run, creating them takes
+12 ms (4 ms without Zarr), and opening them takes 4 ms (1 ms without Zarr). Two operations bypass Zarr:
 
-- The shapes of arrays that grow are replaced together, atomically, with one wait for the disk. Zarr would write
-  them one after the other, without a flush.
-- Chunks of plain bytes are written and read by the store itself, because it flushes them before the commit record.
+- The shapes of growing arrays are each replaced atomically, with a single disk flush for all of them. Zarr would
+  write them one by one, without a flush.
+- The store itself writes and reads uncompressed chunks, because it must flush them before the commit record.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = [
     "OtherVersion",
     "array_digest",
     "chunk_entry",
-    "damaged",
+    "create_group",
+    "damage_error",
     "document_of",
     "exists",
     "is_current",
     "is_plain",
-    "make_group",
     "open_array",
     "open_group",
     "open_store",
@@ -46,21 +46,21 @@ __all__ = [
     "require_complete_chunk",
     "require_version",
     "resize_all",
-    "stored_rows",
-    "with_rows",
+    "stored_length",
+    "with_length",
 ]
 
 SCALAR_CHUNK = 8192
-"""Steps in a chunk of an array with one number a step."""
+"""Steps in a chunk of an array with one number per step."""
 
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
 _UNFINISHED = "unfinished"
-_NOT_OURS = "choose another folder; only stores of natgrad are overwritten"
+_NOT_OURS = "choose another folder; natgrad overwrites only its own stores"
 
 
 def _digest(document: Any) -> str:
-    """Return the checksum of the values in a document, in whatever order and spacing."""
+    """Return the checksum of the values in a document, independent of key order and spacing."""
     return f"{crc32c(json.dumps(document, sort_keys=True).encode()):08x}"
 
 
@@ -70,9 +70,9 @@ def open_store(location: Location, version: str | None = None) -> Storage:
     Parameters
     ----------
     location : str, Path or Storage
-        A handle is returned as it is, unless a version is given.
+        A handle is returned unchanged, unless a version is requested.
     version : str, optional
-        Identifier, tag or time of a version, where OUT is an Icechunk repository.
+        Identifier, tag or time of a version, if OUT is an Icechunk repository.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def open_store(location: Location, version: str | None = None) -> Storage:
     if isinstance(location, Storage) and version is None:
         return location
     store = open_storage(location)
-    return store.parent.beside().stores(None, version) / store.name
+    return store.parent.unversioned().stores(None, version) / store.name
 
 
 # Groups ------------------------------------------------------------------------------------------------------
@@ -90,18 +90,18 @@ def open_store(location: Location, version: str | None = None) -> Storage:
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """An array to be made.
+    """Description of an array to create.
 
     Attributes
     ----------
     dimensions : tuple of str
     shape, chunks : tuple of int
     dtype : str
-        NumPy's name of a number's dtype, or ``string``.
+        NumPy name of a numeric dtype, or ``string``.
     attributes : mapping
     compressors : Zarr codecs, optional
     values : array or sequence of str, optional
-        First data of the array.
+        Initial data of the array.
     """
 
     dimensions: tuple[str, ...]
@@ -114,13 +114,13 @@ class ArrayPlan:
 
     @property
     def _fill_value(self) -> Any:
-        """Value of what was never written: missing, except for bfloat16 in uint16, which has none for that."""
+        """Value of elements that were never written: a missing value, or 0 for dtypes without one."""
         return {"string": "", "float64": np.nan, "float32": np.nan, "float16": np.nan, "int64": -1}.get(
             self.dtype, 0
         )
 
-    def make(self, group: zarr.Group, name: str) -> None:
-        """Make the array in a group, with its first data."""
+    def create(self, group: zarr.Group, name: str) -> None:
+        """Create the array in a group, with its initial data."""
         array = group.create_array(
             name,
             shape=self.shape,
@@ -136,15 +136,16 @@ class ArrayPlan:
             array[:] = np.asarray(self.values, object if self.dtype == "string" else self.dtype)
 
 
-# This setting is not stored. Without it a chunk of fill values (no learning rates, a diverged run, a gradient of
-# zeros in bfloat16) is not written, so it cannot be flushed, or told from a lost one.
+# This setting is not stored. Without it, Zarr does not write a chunk of fill values (no learning rates, a diverged
+# run, a gradient of zeros in bfloat16). Such a chunk could not be flushed, or distinguished from a lost chunk.
 _CONFIG: Any = {"write_empty_chunks": True}
 
 
 def exists(store: Storage) -> bool:
-    """Return whether a group is there, or something in its place.
+    """Return True if a group, or anything else, exists at the location.
 
-    In an object store a group that is being made or removed, or was when its process ended, does not count.
+    A group in an object store does not count while it is being created or removed, or if the process that did so
+    was interrupted.
     """
     try:
         document: Any = json.loads((store / _DOCUMENT).get())
@@ -156,23 +157,23 @@ def exists(store: Storage) -> bool:
 
 
 def is_current(store: Storage, kind: str) -> bool:
-    """Return whether a group of this layout version is there; a group of an older one is replaced.
+    """Return True if a group of the current layout version exists. A group of an older version must be replaced.
 
     Raises
     ------
     InputError
-        Where the location holds something else, or a newer natgrad wrote it.
+        If the location contains something else, or a newer natgrad wrote the group.
     """
     return exists(store) and _attributes(store, kind, _NOT_OURS, replaced=True).get("version") == LAYOUT_VERSION
 
 
-def make_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays: Mapping[str, ArrayPlan]) -> None:
-    """Make a group, in place of one that is there; a group that is there is complete.
+def create_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays: Mapping[str, ArrayPlan]) -> None:
+    """Create a group, replacing an existing one. Readers only ever find a complete group.
 
     Parameters
     ----------
     store : Storage
-        A group of natgrad that is there is replaced, also one of an older layout version.
+        An existing natgrad group of this kind is replaced, even if it has an older layout version.
     kind : str
     attributes : mapping
     arrays : mapping of str to ArrayPlan
@@ -180,7 +181,7 @@ def make_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays:
     Raises
     ------
     InputError
-        Where the location holds something else, or a newer natgrad wrote it.
+        If the location contains something else, or a newer natgrad wrote the group.
     """
     if store.exists():
         _attributes(store, kind, _NOT_OURS, replaced=True)
@@ -188,59 +189,59 @@ def make_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays:
         group = zarr.create_group(folder, zarr_format=3)
         group.create_group("commits")
         for name, plan in arrays.items():
-            plan.make(group, name)
+            plan.create(group, name)
         described = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
-        made = open_storage(folder)
-        described["arrays"] = {name: array_digest(made / name) for name in arrays}
+        created = open_storage(folder)
+        described["arrays"] = {name: array_digest(created / name) for name in arrays}
         group.update_attributes({_ATTRIBUTE: {**described, "crc32c": _digest(described)}})
 
 
 def _placeholder(kind: str) -> bytes:
-    """Return the document of a group in an object store while it is made or removed: it is ours, and incomplete."""
+    """Return the document that marks a group in an object store as incomplete while it is created or removed."""
     attributes = {_ATTRIBUTE: {"kind": kind, "version": LAYOUT_VERSION, _UNFINISHED: True}}
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}).encode()
 
 
 def document_of(store: Storage) -> dict[str, Any]:
-    """Return the metadata document of a group or an array.
+    """Return the metadata document of a group or array.
 
     Raises
     ------
     OSError, ValueError
-        Where it cannot be read.
+        If the document cannot be read.
     """
     document = json.loads((store / _DOCUMENT).get())
     if not isinstance(document, dict):
-        raise ValueError("it is not a JSON object")
+        raise ValueError("not a JSON object")
     return document
 
 
 def array_digest(array: Storage) -> str:
-    """Return the checksum of the metadata of an array, without its length, which grows.
+    """Return the checksum of the metadata of an array, excluding its length, which grows.
 
     Raises
     ------
     OSError, ValueError, LookupError, TypeError
-        Where they cannot be read.
+        If the metadata cannot be read.
     """
     document = document_of(array)
     return _digest({**document, "shape": document["shape"][1:]})
 
 
 def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
-    """Return the attributes of a group of natgrad.
+    """Return the attributes of a natgrad group.
 
     Parameters
     ----------
     store : Storage
     kind : str
     remedy : str
-        How a missing group is made.
+        Advice for creating a missing group, for the error message.
 
     Raises
     ------
     InputError
-        Where there is none, it is of another kind or layout version, or it was changed.
+        If the group does not exist, has another kind or layout version, or was changed.
     """
     attributes = _attributes(store, kind, remedy)
     if attributes.get(_UNFINISHED):
@@ -248,16 +249,16 @@ def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
     described = {key: value for key, value in attributes.items() if key != "crc32c"}
     if attributes.get("crc32c") != _digest(described):
         raise InputError(
-            f"the description of the {kind} has another checksum than recorded",
+            f"the metadata of the {kind} does not match its checksum",
             where=str(store / _DOCUMENT),
-            why="the file was changed or the disk failed",
-            remedy="restore the file, or remove the store and make it again",
+            why="the file was changed, or the disk failed",
+            remedy="restore the file, or remove the store and create it again",
         )
     return attributes
 
 
 def _attributes(store: Storage, kind: str, remedy: str, replaced: bool = False) -> dict[str, Any]:
-    """Return the attributes of a group; one of an older layout version is accepted where it is to be replaced."""
+    """Return the attributes of a group. An older layout version is accepted if the group is to be replaced."""
     missing = InputError(f"no {kind} here", where=str(store), remedy=remedy)
     try:
         attributes: Any = json.loads((store / _DOCUMENT).get())["attributes"][_ATTRIBUTE]
@@ -279,7 +280,7 @@ _MADE_BY = {
     "ledger": "compute it again: natgrad analyze OUT",
     "results": "compute them again: natgrad analyze OUT",
 }
-"""How each kind of store is made again."""
+"""Remedy that creates each kind of store again."""
 
 
 class OtherVersion(InputError):
@@ -287,19 +288,21 @@ class OtherVersion(InputError):
 
 
 def require_version(version: Any, kind: str, where: str, *, replaced: bool = False) -> None:
-    """Refuse a store of another layout version.
+    """Raise an error if a store has another layout version.
 
     Parameters
     ----------
-    version : int, or anything else that is no version
+    version : object
+        Layout version as read from the store; anything but a positive int is invalid.
     kind : str
     where : str
     replaced : bool
-        Accept an older version, because the store is replaced.
+        Accept an older version, because the store will be replaced.
 
     Raises
     ------
     InputError
+        If the layout version is another one.
     """
     have = "have" if kind == "results" else "has"
     known = isinstance(version, int) and not isinstance(version, bool) and version > 0
@@ -321,7 +324,7 @@ def require_version(version: Any, kind: str, where: str, *, replaced: bool = Fal
 
 
 def remove_group(store: Storage, kind: str) -> None:
-    """Remove a group of natgrad, and nothing else (InputError)."""
+    """Remove a natgrad group of this kind; raise InputError if the location contains anything else."""
     if store.exists():
         _attributes(store, kind, _NOT_OURS, replaced=True)
         store.remove_tree(_DOCUMENT, _placeholder(kind))
@@ -336,55 +339,55 @@ def open_array(array: Storage) -> zarr.Array[Any]:
 
 
 def is_plain(array: Storage) -> bool:
-    """Return whether the chunks of an array are its bytes and nothing else.
+    """Return True if the chunks of an array are uncompressed bytes.
 
     Raises
     ------
     InputError
-        Where there is no array.
+        If the metadata of the array cannot be read.
     """
     try:
         return [codec["name"] for codec in document_of(array)["codecs"]] == ["bytes"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            "the metadata of an array cannot be read",
+            "cannot read the metadata of an array",
             where=str(array / _DOCUMENT),
-            why="the file was changed or the disk failed",
+            why="the file was changed, or the disk failed",
             remedy="ingest the run again with --overwrite",
         ) from error
 
 
-def resize_all(store: Storage, names: Iterable[str], rows: int) -> None:
-    """Set the length of arrays: each document is replaced atomically, and the disk is waited for once."""
+def resize_all(store: Storage, names: Iterable[str], length: int) -> None:
+    """Set the length of arrays. Each metadata document is replaced atomically, with one disk flush for all."""
     changed: dict[str, bytes] = {}
     documents = [f"{name}/{_DOCUMENT}" for name in names]
     for name, content in zip(documents, store.get_entries(documents), strict=True):
         if content is None:
             raise FileNotFoundError(f"{store / name} is missing")
         document = json.loads(content)
-        if document["shape"][0] != rows:
-            document["shape"][0] = rows
+        if document["shape"][0] != length:
+            document["shape"][0] = length
             changed[name] = json.dumps(document).encode()
-    # A lost name leaves the length of the commit before, which the next writer sets again.
+    # If a new name is lost, the length of the previous commit remains, and the next writer corrects it.
     store.put_entries(changed, flush_names=False)
 
 
-def stored_rows(array: Storage) -> int:
-    """Return the length of an array by its metadata, which is no evidence of data.
+def stored_length(array: Storage) -> int:
+    """Return the length of an array according to its metadata. This does not imply that the data exist.
 
     Raises
     ------
     OSError, ValueError, LookupError, TypeError
-        Where they cannot be read.
+        If the metadata cannot be read.
     """
     return int(document_of(array)["shape"][0])
 
 
-def with_rows(array: zarr.Array[Any], rows: int) -> zarr.Array[Any]:
-    """Return an array as if it had another length: the stored one lags behind the record."""
-    if array.shape[0] == rows:
+def with_length(array: zarr.Array[Any], length: int) -> zarr.Array[Any]:
+    """Return an array with another length in memory, because the stored length lags behind the record."""
+    if array.shape[0] == length:
         return array
-    metadata = dataclasses.replace(array.metadata, shape=(rows, *array.shape[1:]))
+    metadata = dataclasses.replace(array.metadata, shape=(length, *array.shape[1:]))
     sized = zarr.AsyncArray(metadata, array.store_path, config=array.async_array.config)
     return zarr.Array(sized)
 
@@ -394,18 +397,18 @@ def chunk_entry(array: Storage, *index: int) -> Storage:
     return array / "/".join(("c", *map(str, index)))
 
 
-def damaged(chunk: Storage, what: str, remedy: str) -> InputError:
-    """Return the refusal of a recorded chunk that has changed."""
+def damage_error(chunk: Storage, what: str, remedy: str) -> InputError:
+    """Return the error for a recorded chunk that is damaged."""
     return InputError(
-        f"a chunk cannot be read: {what}",
+        f"cannot read a chunk: {what}",
         where=str(chunk),
-        why="a recorded chunk was complete and durable, so the file was changed, moved or the disk failed",
+        why="a recorded chunk was complete and durable, so the file was changed or moved, or the disk failed",
         remedy=remedy,
     )
 
 
 def require_complete_chunk(chunk: Storage, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
-    """Refuse an uncompressed chunk of another size: Zarr takes one that is missing for fill values."""
+    """Raise an error if an uncompressed chunk has the wrong size. Zarr reads a missing chunk as fill values."""
     try:
         size = chunk.stat().size
     except FileNotFoundError:
@@ -416,9 +419,9 @@ def require_complete_chunk(chunk: Storage, elements: Sequence[int], dtype: np.dt
 def read_complete_chunks(
     array: Storage, indices: Iterable[Sequence[int]], elements: Sequence[int], dtype: np.dtype[Any], remedy: str
 ) -> list[NDArray[Any]]:
-    """Read uncompressed chunks, several at a time; one that is missing or of another size is refused.
+    """Read uncompressed chunks, several at a time; raise an error if one is missing or has the wrong size.
 
-    Zarr takes longer for each chunk of a local array than the disk.
+    Zarr is not used, because its overhead per chunk of a local array exceeds the time of the disk.
     """
     names = ["/".join(("c", *map(str, index))) for index in indices]
     chunks = []
@@ -431,4 +434,4 @@ def read_complete_chunks(
 def _require_size(chunk: Storage, size: int, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
     expected = math.prod(elements) * dtype.itemsize
     if size != expected:
-        raise damaged(chunk, f"it has {size} bytes of {expected}", remedy)
+        raise damage_error(chunk, f"it has {size} of {expected} bytes", remedy)

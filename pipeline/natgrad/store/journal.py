@@ -1,8 +1,8 @@
-"""The records that make data visible: which states or updates there are, their checksums, and their sources.
+"""Read and write the commit records, which list the visible states or updates, their checksums and their sources.
 
-A record is one JSON document. Checksums and sources, of which there is one for each state or update, are text in
-it that need not be parsed: the numbers as they lie in memory, and the sources compressed, because only ingest
-reads them.
+A record is one JSON document. The checksums and sources of its states or updates are stored as strings, so that
+JSON does not parse them one by one: the checksums as base64 of their bytes, and the sources compressed, because
+only ingest reads them.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ def _seal(body: bytes) -> bytes:
     return (_SEAL % crc32c(body)).encode()
 
 
-def _packed(checksums: ArrayLike) -> str:
+def _pack(checksums: ArrayLike) -> str:
+    """Encode checksums as base64."""
     return base64.b64encode(np.asarray(checksums, "<u4").tobytes()).decode()
 
 
-def _unpacked(checksums: str, groups: int) -> NDArray[np.uint32]:
-    """Return the checksums (groups of states or updates, chunk columns) of a record."""
+def _unpack(checksums: str, groups: int) -> NDArray[np.uint32]:
+    """Decode checksums, shape (groups of states or updates, chunk columns)."""
     found = np.frombuffer(base64.b64decode(checksums, validate=True), "<u4")
     return found.reshape(groups, found.size // max(groups, 1))
 
 
 def sources_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what identifies the source of each state of a record."""
+    """Return the identity of the source of each state of a record."""
     return json.loads(zlib.decompress(base64.b64decode(record["sources"])))  # type: ignore[no-any-return]  # JSON
 
 
 class Journal:
-    """Records that make data visible: one small JSON file each, under the checksum of its bytes.
+    """The commit records of a store, each a small JSON file that starts with its checksum.
 
     Parameters
     ----------
@@ -71,55 +72,56 @@ class Journal:
         Returns
         -------
         dict
-            With ``start`` and ``stop``, its states or updates; ``checksums``, array to uint32 array (groups, chunk
-            columns), of groups of ``checksum_rows`` (array to number; of one where the record has no number); and
-            everything else that was written. `sources_of` reads its sources.
+            ``start`` and ``stop`` are the range of states or updates. ``checksums`` maps each array to a uint32
+            array, shape (groups, chunk columns). ``checksum_rows`` maps an array to the number of states or
+            updates in a group, 1 by default. Other entries are returned as written. `sources_of` decodes the
+            sources.
 
         Raises
         ------
         InputError
-            Where it cannot be read.
+            If the record cannot be read.
         """
         entry = self._entry(name)
         try:
             content = entry.get()
             if content[:_SEAL_BYTES] != _seal(content[_SEAL_BYTES:]):
-                raise ValueError("it has another checksum than its bytes")
+                raise ValueError("checksum mismatch")
             record: dict[str, Any] = json.loads(content)
             if "checksums" in record:
-                rows, covered = record["stop"] - record["start"], record.get("checksum_rows", {})
+                count, covered = record["stop"] - record["start"], record.get("checksum_rows", {})
                 record["checksums"] = {
-                    key: _unpacked(sums, math.ceil(rows / covered.get(key, 1)))
+                    key: _unpack(sums, math.ceil(count / covered.get(key, 1)))
                     for key, sums in record["checksums"].items()
                 }
         except (OSError, ValueError, LookupError) as error:
             raise InputError(
                 f"cannot read a commit record: {error}",
                 where=str(entry),
-                why="records are written atomically, so the file was changed or the disk failed",
+                why="records are written atomically, so the file was changed, or the disk failed",
                 remedy="ingest again with --overwrite",
             ) from error
         return record
 
     def write(self, name: str, record: Mapping[str, Any], new: bool = False) -> None:
-        """Add a record, or replace it: on return it is on disk.
+        """Add or replace a record; it is durable on return.
 
         Parameters
         ----------
         name : str
         record : mapping
-            As it is read; ``sources`` may be a list of mappings.
+            As returned by `read`; ``sources`` may be a list of mappings.
         new : bool
-            Do not replace one: that none is there proves that nobody else wrote meanwhile.
+            Do not replace an existing record. Its absence proves that no other process has committed.
 
         Raises
         ------
         Unavailable
-            Where there is another record of a new name.
+            If ``new`` is True and the record exists with different content.
         """
         written = {key: value for key, value in record.items() if key != "crc32c"}
         if "checksums" in written:
-            written["checksums"] = {key: _packed(sums) for key, sums in written["checksums"].items()}
+            written["checksums"] = {key: _pack(sums) for key, sums in written["checksums"].items()}
         if not isinstance(written.get("sources", ""), str):
             text = json.dumps(written["sources"], separators=(",", ":")).encode()
             written["sources"] = base64.b64encode(zlib.compress(text)).decode()
@@ -132,10 +134,10 @@ class Journal:
             entry.put_once(content)
         except FileExistsError as error:
             raise Unavailable(
-                "another process has committed meanwhile",
+                "another process has committed in the meantime",
                 where=str(entry),
-                why="the lock of this one was removed while it was writing",
-                remedy="make sure that one process writes, run natgrad verify OUT, and run again",
+                why="the lock of this process was removed while it was writing",
+                remedy="make sure that only one process writes, run natgrad verify OUT, and run again",
             ) from error
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""The Gram ledger of a run, written by many workers at once: complete ledger chunks, then their records."""
+"""Store the Gram ledger of a run. Many workers write at once: first a complete ledger chunk, then its record."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from natgrad.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
     chunk_entry,
-    damaged,
+    create_group,
+    damage_error,
     is_current,
-    make_group,
     open_array,
     open_group,
     remove_group,
     require_complete_chunk,
     resize_all,
-    stored_rows,
+    stored_length,
 )
 from natgrad.store.journal import Journal
 
@@ -45,14 +45,15 @@ _DIMENSIONS = {
 }
 
 _CHECKSUM_BYTES = 1 << 16
-"""Bytes that a checksum covers at least: one per update of a small model would take longer than its products."""
+"""Minimum number of bytes covered by a checksum. For a small model, a checksum of each update would take longer
+than its inner products."""
 
 _NUMBERS_CHUNK = 1 << 20
-"""Updates in a chunk of an array with one number per update, at most."""
+"""Maximum number of updates in a chunk of an array with one number per update."""
 
 
 class Ledger:
-    """The Gram ledger: inner products of the vectors of every update and tensor.
+    """Gram ledger: the inner products of the vectors of each update and tensor.
 
     Attributes
     ----------
@@ -61,10 +62,10 @@ class Ledger:
     vectors : tuple of str
         Vectors of the Gram matrix, in order.
     replicate_vectors : tuple of str
-        Vectors of ``replicate_gram``, the Gram matrix of the replicates; none where there are no replicates.
+        Vectors of ``replicate_gram``, the Gram matrix of the replicates; empty without replicates.
     updates_per_chunk : int
     journal : Journal
-        The records of finished ledger chunks.
+        Records of the finished ledger chunks.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -78,7 +79,7 @@ class Ledger:
         Raises
         ------
         InputError
-            Where there is none, or another version of natgrad wrote it.
+            If there is no ledger, or another version of natgrad wrote it.
         """
         self.storage = storage
         attributes = open_group(storage, "ledger", "compute it first: natgrad analyze OUT")
@@ -87,7 +88,7 @@ class Ledger:
         self.replicate_vectors: tuple[str, ...] = tuple(attributes.get("replicate_vectors", ()))
         self.updates_per_chunk: int = attributes["updates_per_chunk"]
         self._array = cache(lambda name: open_array(storage / name))
-        self._updates = cache(lambda: stored_rows(storage / "gram"))
+        self._updates = cache(lambda: stored_length(storage / "gram"))
         self.journal = Journal(storage / "commits")
 
     def __repr__(self) -> str:
@@ -95,12 +96,12 @@ class Ledger:
 
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
-        """Names in each array of names."""
+        """Content of each array of names."""
         return _names(self.layout, self.vectors, self.replicate_vectors)
 
     @property
     def products(self) -> tuple[str, ...]:
-        """Names of the arrays of which a ledger chunk is a chunk."""
+        """Names of the arrays that are computed, which have the chunks of the ledger."""
         return ("gram", "residual_ratio", *(["replicate_gram"] if self.replicate_vectors else []))
 
     @property
@@ -110,12 +111,12 @@ class Ledger:
 
     @staticmethod
     def is_current(storage: Storage) -> bool:
-        """Return whether a ledger of this layout version is there; `prepare` replaces an older one.
+        """Return True if a ledger of the current layout version exists; `prepare` replaces an older one.
 
         Raises
         ------
         InputError
-            Where the location holds something else, or a newer natgrad wrote it.
+            If the location contains something else, or a newer natgrad wrote it.
         """
         return is_current(storage, "ledger")
 
@@ -130,7 +131,7 @@ class Ledger:
         updates_per_chunk: int,
         replicate_vectors: Sequence[str] = (),
     ) -> Ledger:
-        """Open the ledger for the states of a trajectory: as it is, extended, or made again.
+        """Open, extend or create the ledger for the states of a trajectory.
 
         Parameters
         ----------
@@ -138,12 +139,12 @@ class Ledger:
         layout : Layout
         vectors : sequence of str
         steps, spans : int64 array, shape (updates,)
-            Step of the state before each update, and the number of updates to the next logged state; 0 where the
-            next state is of another run or attempt: such an entry of the ledger is NaN.
+            Step of the state before each update, and the number of updates to the next logged state. The number is
+            0 if the next state belongs to another run or attempt; the ledger is NaN there.
         updates_per_chunk : int
-            A ledger with other tensors, vectors or ledger chunks is replaced, and so is one of an older version.
+            An existing ledger with other tensors, vectors or chunks, or of an older layout version, is replaced.
         replicate_vectors : sequence of str
-            Those of a stochastic rule.
+            Vectors of the replicates of a stochastic rule.
         """
         wanted: dict[str, Any] = {
             "layout": layout.to_json(),
@@ -177,7 +178,7 @@ class Ledger:
             name: ArrayPlan((name,), (len(values),), (len(values),), "string", values=values)
             for name, values in _names(layout, vectors, replicate_vectors).items()
         }
-        # The disk takes longer for a file than for its bytes, so all numbers of the first updates share one.
+        # Creating a file takes longer than writing its bytes, so the initial numbers share one chunk.
         chunk = min(max(SCALAR_CHUNK, updates), _NUMBERS_CHUNK)
         for name, numbers in {STEP: steps, "step_span": spans}.items():
             arrays[name] = ArrayPlan((STEP,), (updates,), (chunk,), "int64", values=numbers)
@@ -204,10 +205,10 @@ class Ledger:
                 "float64",
                 {"long_name": "inner products of the vectors of the replicates of an update"},
             )
-        make_group(storage, "ledger", attributes, arrays)
+        create_group(storage, "ledger", attributes, arrays)
 
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
-        """Set the number of updates, and complete what a stopped writer left here."""
+        """Set the number of updates, and finish an interrupted resize."""
         self.journal.clear()
         resize_all(self.storage, self.by_step, len(steps))
         self._array.cache_clear()
@@ -221,12 +222,12 @@ class Ledger:
 
     @classmethod
     def remove(cls, storage: Storage) -> None:
-        """Remove a ledger; anything else is refused (InputError)."""
+        """Remove a ledger; raise InputError if the location contains anything else."""
         remove_group(storage, "ledger")
 
     @property
     def n_updates(self) -> int:
-        """Number of updates of the complete ledger."""
+        """Number of updates of the ledger when all chunks are finished."""
         return self._updates()
 
     def write(
@@ -242,14 +243,14 @@ class Ledger:
         Parameters
         ----------
         chunk : LedgerChunk
-            Its updates fill a chunk, or are the last ones of the ledger.
+            A full chunk, or the last updates of the ledger.
         gram : float64 array, shape (updates, tensors, vectors, vectors)
-            All its updates, or the last of them where the others are in `partial_chunks`.
+            All updates of the chunk, or only the last ones if `partial_chunks` contains the others.
         ratio : float64 array, shape (updates, tensors)
         digest : str
-            Digest of the states it was computed from.
+            Digest of the states from which the chunk was computed.
         replicate_gram : float64 array, shape (updates, tensors, replicate vectors, replicate vectors), optional
-            Where there are replicates.
+            Required if there are replicates.
         """
         if chunk.start % self.updates_per_chunk or chunk.stop != min(
             chunk.start + self.updates_per_chunk, self.n_updates
@@ -259,11 +260,11 @@ class Ledger:
         if replicate_gram is not None:
             arrays["replicate_gram"] = replicate_gram
         if len(gram) < chunk.stop - chunk.start:
-            kept = self._recorded(self.journal.read(f"{chunk.start:012d}"))
-            arrays = {name: np.concatenate([kept[name], values]) for name, values in arrays.items()}
+            earlier = self._recorded(self.journal.read(f"{chunk.start:012d}"))
+            arrays = {name: np.concatenate([earlier[name], values]) for name, values in arrays.items()}
         if any(len(values) != chunk.stop - chunk.start for values in arrays.values()):
-            raise ValueError(f"updates {chunk.start} to {chunk.stop} are not as many as are written")
-        covered = {name: _updates_of_a_checksum(values) for name, values in arrays.items()}
+            raise ValueError(f"the arrays do not have one entry for each of updates {chunk.start} to {chunk.stop}")
+        covered = {name: _updates_per_checksum(values) for name, values in arrays.items()}
         record: dict[str, Any] = {"start": chunk.start, "stop": chunk.stop, "digest": digest}
         record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
         record["checksum_rows"] = covered
@@ -289,9 +290,9 @@ class Ledger:
         return chunk_entry(self.storage / name, *self._index(name, start))
 
     def partial_chunks(self) -> list[LedgerChunk]:
-        """Return the recorded updates of a chunk that was the last one when the ledger was shorter.
+        """Return the recorded part of a chunk that was the last one when the ledger was shorter.
 
-        There is none, or one; a damaged one is computed again.
+        The list has at most one entry. A damaged part is omitted, so it is computed again.
         """
         for name in self.journal.names():
             record = self.journal.read(name)
@@ -299,49 +300,54 @@ class Ledger:
                 try:
                     self._recorded(record)
                 except InputError as error:
-                    _log.warning("%s: it is computed again", error)
+                    _log.warning("%s: computing it again", error)
                     return []
                 return [LedgerChunk(record["start"], record["stop"])]
         return []
 
     def _recorded(self, record: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
-        """Read the updates of a record, and refuse changed ones."""
+        """Read the updates of a record; raise InputError if they do not match their checksums."""
         found = {}
         for name in self.products:
-            found[name], changed = self.compared(record, name)
+            found[name], changed = self.compare(record, name)
             if changed:
-                raise damaged(
-                    self.chunk_entry(name, record["start"]), "it has another checksum than recorded", _ANALYZE_AGAIN
-                )
+                raise damage_error(self.chunk_entry(name, record["start"]), "checksum mismatch", _ANALYZE_AGAIN)
         return found
 
-    def compared(self, record: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
-        """Read one of `products` of a recorded ledger chunk, and compare it with its checksums.
+    def compare(self, record: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
+        """Read an array of a recorded ledger chunk, and compare it with its checksums.
+
+        Parameters
+        ----------
+        record : mapping
+            Record of the ledger chunk.
+        name : str
+            One of `products`.
 
         Returns
         -------
         values : float64 array
         changed : list of (int, int)
-            First and stop update of each group of updates that has another checksum than recorded.
+            First and stop update of each group of updates that does not match its checksum.
 
         Raises
         ------
         InputError
             See `read_chunk`.
         """
-        start, stop, rows = record["start"], record["stop"], record["checksum_rows"][name]
+        start, stop, size = record["start"], record["stop"], record["checksum_rows"][name]
         values = self.read_chunk(name, start, stop)
         recorded = record["checksums"][name][:, 0].tolist()
-        pairs = zip(range(start, stop, rows), checksums(values, rows), recorded, strict=True)
-        return values, [(low, min(low + rows, stop)) for low, now, then in pairs if now != then]
+        pairs = zip(range(start, stop, size), checksums(values, size), recorded, strict=True)
+        return values, [(low, min(low + size, stop)) for low, now, then in pairs if now != then]
 
     def discard_others(self, digests: Mapping[LedgerChunk, str]) -> None:
-        """Remove the records of ledger chunks that were computed from other states: these chunks are then missing.
+        """Remove the records of ledger chunks that were computed from other states, so that they are missing.
 
         Parameters
         ----------
         digests : mapping
-            Every ledger chunk of the current trajectory, to the digest of its states.
+            Each ledger chunk of the current trajectory to the digest of its states.
         """
         valid = {(chunk.start, chunk.stop, digest) for chunk, digest in digests.items()}
         for name in self.journal.names():
@@ -355,22 +361,27 @@ class Ledger:
         return [chunk for chunk, digest in digests.items() if recorded.get((chunk.start, chunk.stop)) != digest]
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Read the complete ledger: gram (updates, tensors, vectors, vectors), residual ratio (updates, tensors).
+        """Read the complete ledger.
+
+        Returns
+        -------
+        gram : float64 array, shape (updates, tensors, vectors, vectors)
+        residual_ratio : float64 array, shape (updates, tensors)
 
         Raises
         ------
         InputError
-            Where a ledger chunk is not recorded (the pass was interrupted), or a chunk is missing or too short.
+            If a ledger chunk is not recorded (the pass was interrupted), is missing or is too short.
         """
         recorded = {(r["start"], r["stop"]) for r in map(self.journal.read, self.journal.names())}
         for start in range(0, self.n_updates, self.updates_per_chunk):
             stop = min(start + self.updates_per_chunk, self.n_updates)
             if (start, stop) not in recorded:
                 raise InputError(
-                    f"the ledger is not complete: updates {start} to {stop} are missing",
+                    f"the ledger is incomplete: updates {start} to {stop} are missing",
                     where=str(self.storage),
                     why="the analysis was interrupted",
-                    remedy="run natgrad analyze OUT again; what is finished is kept",
+                    remedy="run natgrad analyze OUT again; finished ledger chunks are kept",
                 )
             for name in self.products:
                 array = self._array(name)
@@ -378,19 +389,19 @@ class Ledger:
         return np.asarray(self._array("gram")[:]), np.asarray(self._array("residual_ratio")[:])
 
     def read_chunk(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
-        """Read the updates of a ledger chunk of one of `products`.
+        """Read the updates of a ledger chunk from one of the arrays `products`.
 
         Raises
         ------
         InputError
-            Where its chunk is missing or too short.
+            If the chunk is missing or too short.
         """
         array = self._array(name)
         require_complete_chunk(self.chunk_entry(name, start), array.chunks, array.dtype, _ANALYZE_AGAIN)
         return np.asarray(array[start:stop])
 
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the step of the state before each update, and the updates to the next state (0: there is none)."""
+        """Return the step of the state before each update, and the updates to the next state (0 if none)."""
         return np.asarray(self._array(STEP)[:]), np.asarray(self._array("step_span")[:])
 
 
@@ -401,13 +412,13 @@ def _names(layout: Layout, vectors: Sequence[str], replicate_vectors: Sequence[s
     return names
 
 
-def _updates_of_a_checksum(values: NDArray[Any]) -> int:
-    """Return the number of updates of an array of float64 that one checksum covers."""
+def _updates_per_checksum(values: NDArray[Any]) -> int:
+    """Return the number of updates that one checksum of a float64 array covers."""
     return max(1, min(len(values), math.ceil(_CHECKSUM_BYTES * len(values) / max(8 * values.size, 1))))
 
 
-def checksums(values: NDArray[Any], rows: int) -> list[int]:
-    """Return the CRC-32C of each group of so many updates; the last group may have fewer."""
+def checksums(values: NDArray[Any], updates: int) -> list[int]:
+    """Return the CRC-32C of each group of ``updates`` consecutive updates; the last group may be smaller."""
     words = np.ascontiguousarray(values, "<f8").data.cast("B")
-    size = rows * (len(words) // max(len(values), 1))
+    size = updates * (len(words) // max(len(values), 1))
     return [crc32c(words[begin : begin + size]) for begin in range(0, len(words), size or 1)]

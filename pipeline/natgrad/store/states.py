@@ -1,11 +1,11 @@
-"""The states of a run: read and write their elements, however the chunks are stored.
+"""Read and write the elements of the states of a run, independent of how their chunks are stored.
 
-Chunks are plain files of this machine, plain objects of another storage, or compressed. The compiled read loop
-reads plain files itself, and asks where each state lies in them. Chunks that are read by requests, or
-decompressed, are compared with their checksums here, because a storage or a codec may return other bytes without
-an error.
+Chunks are uncompressed local files, uncompressed objects in another storage, or compressed. The compiled read loop
+reads uncompressed local files directly, and only needs the offset of each state. Chunks that are fetched by
+requests or decompressed are compared with their checksums here, because a storage or a codec may return wrong
+bytes without an error.
 
-bfloat16 is stored as its bits in uint16 with the attribute ``ml_dtype``.
+bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from natgrad.schema.layout import MEBIBYTE, Layout, storage_dtype
 from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STEP, of_replicate, replicate_of
 from natgrad.storage import Storage
 from natgrad.storage.local import ChunkFile
-from natgrad.store.group import ArrayPlan, chunk_entry, damaged, is_plain, open_array, with_rows
+from natgrad.store.group import ArrayPlan, chunk_entry, damage_error, is_plain, open_array, with_length
 from natgrad.store.journal import Journal
 
 __all__ = ["INGEST_AGAIN", "States", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
 
 INGEST_AGAIN = "ingest the run again with --overwrite"
-"""Remedy of a damaged chunk."""
+"""Remedy for a damaged chunk."""
 
 _RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
-"""Bytes of a range of an object, and number of ranges that are requested at the same time."""
+"""Bytes in a range of an object, and number of ranges that are requested concurrently."""
 
 
 def checksum(words: NDArray[Any]) -> int:
@@ -45,7 +45,7 @@ def checksum(words: NDArray[Any]) -> int:
 def ranges_of(
     states: int, state_bytes: int, *, range_bytes: int = _RANGE_BYTES, at_once: int = _RANGES
 ) -> Iterator[list[tuple[int, int]]]:
-    """Divide consecutive states of a chunk into ranges that are requested at the same time.
+    """Divide consecutive states of a chunk into ranges that are requested concurrently.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ def ranges_of(
     state_bytes : int
         Bytes of one state.
     range_bytes : int
-        Bytes of a range, at most, unless one state has more.
+        Maximum number of bytes in a range; a range of one state may be larger.
     at_once : int
-        Number of ranges at the same time.
+        Number of concurrent ranges.
 
     Yields
     ------
@@ -75,7 +75,7 @@ def state_arrays(
     replicates: int,
     compressors: Mapping[str, Any],
 ) -> dict[str, ArrayPlan]:
-    """Return the arrays to be made for the states of a run, which has none yet.
+    """Return the descriptions of the empty arrays for the states of a new run.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def state_arrays(
         Steps and elements of a chunk.
     replicates : int
     compressors : mapping
-        Array to Zarr codecs; the others are stored as they are.
+        Array to Zarr codecs; other arrays are not compressed.
     """
     arrays = {}
     for name, dtype in dtypes.items():
@@ -103,12 +103,12 @@ def state_arrays(
 
 
 class States:
-    """The committed states of a run, and the states that are written before their commit.
+    """The committed states of a run, and the states that are written but not committed yet.
 
     Parameters
     ----------
     storage : Storage
-        Their group.
+        Group that contains the arrays.
     layout : Layout
     chunk : (int, int)
     dtypes : dict
@@ -118,17 +118,18 @@ class States:
     Attributes
     ----------
     storage : Storage
-        Their group.
+        Group that contains the arrays.
     layout : Layout
-        Tensors on the element axis.
+        Tensors along the element axis.
     chunk : (int, int)
         Steps and elements of a chunk.
     array_dtypes : dict
         Logical dtype (``bfloat16`` included) of each array of states.
     replicates : int
-        R, 0 where there are none.
+        Number R of replicates, 0 if there are none.
     dtypes : dict
-        Logical dtype of each array (step, element): a replicate is one of its own, ``replicate_parameter/3``.
+        Logical dtype of each array (step, element). Each replicate counts as one, such as
+        ``replicate_parameter/3``.
     journal : Journal
         The commit records.
     n_states : int
@@ -155,7 +156,7 @@ class States:
         }
         self._compressed = frozenset(name for name in dtypes if not is_plain(storage / name))
         self._array = cache(lambda name: open_array(self.storage / name))
-        # A storage path takes as long to make as a file to open.
+        # Creating a storage path takes as long as opening a file.
         self._folder = None if storage.local_path is None else str(storage.local_path)
         self._checksums: dict[str, NDArray[np.uint32]] = {}
         self._open: dict[tuple[str, int, int], ChunkFile] = {}
@@ -166,7 +167,7 @@ class States:
         self.n_states = self._recorded()
 
     def refresh(self) -> None:
-        """Find the states that were committed since."""
+        """Find the states that were committed since this object was opened or refreshed."""
         storage = self.storage.latest()
         if storage != self.storage:
             self.storage = storage
@@ -196,7 +197,7 @@ class States:
         return index * self.chunk[1], min((index + 1) * self.chunk[1], self.layout.elements)
 
     def is_compressed(self, name: str) -> bool:
-        """Return whether chunks of an array are compressed: then each is decompressed completely."""
+        """Return True if the chunks of an array are compressed; a compressed chunk is always read completely."""
         return replicate_of(name)[0] in self._compressed
 
     def chunk_entry(self, name: str, index: int, column: int) -> Storage:
@@ -204,53 +205,54 @@ class States:
         array, replicate = replicate_of(name)
         return chunk_entry(self.storage / array, index, *([] if replicate is None else [replicate]), column)
 
-    def reads_parts(self, name: str) -> bool:
-        """Return whether a part of a chunk can be read: it is a file of this machine, and not compressed."""
+    def allows_partial_reads(self, name: str) -> bool:
+        """Return True if parts of a chunk can be read, because chunks are uncompressed local files."""
         return not self.is_compressed(name) and self._folder is not None
 
     # Reading ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def opened(self, column: int, columns: int = 0) -> Iterator[None]:
-        """Keep the files of the chunks of a column open, which are read block by block.
+        """Keep the chunk files of a column open while they are read block by block.
 
         Parameters
         ----------
         column : int
         columns : int
-            Where chunks come from the disk, those of the next column are read ahead, if it is before this one.
+            Limit of the read-ahead: if the chunks are not cached, the next column is read ahead, provided that its
+            index is less than this.
         """
         self._read_ahead = columns
-        kept: set[tuple[str, int, int]] = set()
+        still_needed: set[tuple[str, int, int]] = set()
         try:
             yield
-            kept = {key for key in self._open if key[2] > column}
+            still_needed = {key for key in self._open if key[2] > column}
         finally:
-            for key in set(self._open) - kept:
+            for key in set(self._open) - still_needed:
                 self._open.pop(key).close()
 
-    def located(self, name: str, start: int, stop: int, column: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Locate committed states of a chunk column for a reader of files, while the column is `opened`.
+    def locate(self, name: str, start: int, stop: int, column: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Locate committed states of a chunk column in their files, while the column is `opened`.
 
         Parameters
         ----------
         name : str
-            An array that is `reads_parts`.
+            An array for which `allows_partial_reads` is True.
         start, stop : int
-            States.
+            Range of states.
         column : int
 
         Returns
         -------
         descriptors : int32 array, shape (states,)
-            Of the open file of each state's chunk.
+            File descriptor of the chunk of each state.
         offsets : int64 array, shape (states,)
-            First byte of each state there.
+            Offset of each state in its file, in bytes.
 
         Raises
         ------
         InputError
-            Where a state is not committed, or a chunk is missing or too short.
+            If a state is not committed, or a chunk is missing or too short.
         """
         self._require_committed(name, start, stop)
         steps = self.chunk[0]
@@ -261,24 +263,24 @@ class States:
         return np.repeat(np.array(files, np.int32), steps)[requested], np.tile(offsets, len(files))[requested]
 
     def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
-        """Read committed states of a chunk column into a buffer, with the same bits from every storage.
+        """Read committed states of a chunk column into a buffer. The bits are the same for every storage.
 
         Parameters
         ----------
         name : str
             One of `dtypes`.
         start, stop : int
-            States.
+            Range of states.
         column : int
             Chunk column.
         out : array, shape (stop - start, chunk elements), of `storage_dtype`
-            Written; elements beyond the model's last are left as they are.
+            Output; elements beyond the last element of the model are not changed.
 
         Raises
         ------
         InputError
-            Where a state is not committed, or a chunk is missing, too short or (where checksums are compared)
-            damaged.
+            If a state is not committed, a chunk is missing or too short, or its bytes are compared with checksums
+            and differ.
         """
         self._require_committed(name, start, stop)
         first, last = self.column(column)
@@ -292,19 +294,19 @@ class States:
             read(name, index, column, low, out[low - start : high - start])
 
     def _read_file(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
-        """Read states of a plain chunk on this machine, at once where they are contiguous."""
+        """Read states of an uncompressed local chunk, with one read if they are contiguous in the buffer."""
         state_bytes = self.chunk[1] * out.itemsize
         together = out.flags.c_contiguous and out.shape[1] == self.chunk[1]
         with closing(self._chunk_file(name, index, column)) as file:
             try:
                 for position, words in enumerate([out] if together else out, start - index * self.chunk[0]):
                     if missing := file.read(position * state_bytes, words.data.cast("B")):
-                        raise self._damaged(name, index, column, f"it ends {missing} bytes early")
+                        raise self._damaged(name, index, column, f"it is {missing} bytes too short")
             except OSError as error:
                 raise self._damaged(name, index, column, str(error)) from error
 
     def _damaged(self, name: str, index: int, column: int, what: str) -> InputError:
-        return damaged(self.chunk_entry(name, index, column), what, INGEST_AGAIN)
+        return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN)
 
     def _chunk_file(self, name: str, index: int, column: int) -> ChunkFile:
         array, replicate = replicate_of(name)
@@ -316,7 +318,7 @@ class States:
         missing = self._chunk_bytes[name] - file.size
         if missing > 0:
             file.close()
-            raise self._damaged(name, index, column, f"it ends {missing} bytes early")
+            raise self._damaged(name, index, column, f"it is {missing} bytes too short")
         return file
 
     def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
@@ -330,7 +332,7 @@ class States:
     def _require_committed(self, name: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_states:
             raise InputError(
-                f"states {start} to {stop} of {name} are not committed, {self.n_states} are",
+                f"states {start} to {stop} of {name} are not committed; {self.n_states} states are",
                 where=str(self.storage),
             )
 
@@ -340,18 +342,18 @@ class States:
         array, replicate = replicate_of(name)
         first, last = self.column(column)
         if not chunk.exists():
-            raise damaged(chunk, "it is missing", INGEST_AGAIN)
+            raise damage_error(chunk, "it is missing", INGEST_AGAIN)
         try:
-            values = with_rows(self._array(array), self.n_states)
+            values = with_length(self._array(array), self.n_states)
             steps = slice(start, start + len(out))
             out[:] = values[steps, first:last] if replicate is None else values[steps, replicate, first:last]
         except Exception as error:  # codecs share no class of errors
-            raise damaged(chunk, str(error), INGEST_AGAIN) from error
-        # Blosc unpacks a truncated chunk to values that were never written, without an error.
+            raise damage_error(chunk, str(error), INGEST_AGAIN) from error
+        # Blosc decompresses a truncated chunk to wrong values without an error.
         self._require_recorded(name, column, start, out, chunk)
 
     def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
-        """Read states of a plain chunk by requests."""
+        """Read states of an uncompressed chunk by range requests."""
         chunk = self.chunk_entry(name, index, column)
         state_bytes = self.chunk[1] * out.itemsize
         begin = (start - index * self.chunk[0]) * state_bytes
@@ -360,10 +362,10 @@ class States:
             try:
                 contents = chunk.get_ranges(spans)
             except FileNotFoundError as error:
-                raise damaged(chunk, "it is missing", INGEST_AGAIN) from error
+                raise damage_error(chunk, "it is missing", INGEST_AGAIN) from error
             for (low, high), content in zip(ranges, contents, strict=True):
                 if missing := (high - low) * state_bytes - len(content):
-                    raise damaged(chunk, f"it ends {missing} bytes early", INGEST_AGAIN)
+                    raise damage_error(chunk, f"it is {missing} bytes too short", INGEST_AGAIN)
                 words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
                 out[low:high] = words[:, : out.shape[1]]
         self._require_recorded(name, column, start, out, chunk)
@@ -372,7 +374,7 @@ class States:
         recorded = self.recorded_checksums(name)
         for state, words in enumerate(out, start):
             if checksum(words) != recorded[state, column]:
-                raise damaged(chunk, f"state {state} has another checksum than recorded", INGEST_AGAIN)
+                raise damage_error(chunk, f"checksum mismatch in state {state}", INGEST_AGAIN)
 
     def recorded_checksums(self, name: str) -> NDArray[np.uint32]:
         """Return the checksums of the committed states of an array, shape (states, columns); see `checksum`."""
@@ -383,17 +385,17 @@ class States:
     # Writing ------------------------------------------------------------------------------------------------
 
     def write(self, name: str, start: int, column: int, block: NDArray[Any]) -> None:
-        """Write states of a chunk column; they stay invisible until they are committed.
+        """Write states of a chunk column; they are invisible until they are committed.
 
         Parameters
         ----------
         name : str
         start : int
-            First state, not committed yet.
+            First state, which must not be committed yet.
         column : int
             Chunk column.
         block : contiguous array, shape (states, chunk elements), of `storage_dtype`
-            Elements beyond the model's last are padding.
+            Elements beyond the last element of the model are padding.
         """
         if start < self.n_states:
             raise ValueError(f"state {start} of {name} is committed and cannot be written again")
@@ -403,7 +405,7 @@ class States:
             first, last = self.column(column)
             array, replicate = replicate_of(name)
             elements = (slice(first, last),) if replicate is None else (replicate, slice(first, last))
-            with_rows(self._array(array), stop)[(slice(start, stop), *elements)] = block[:, : last - first]
+            with_length(self._array(array), stop)[(slice(start, stop), *elements)] = block[:, : last - first]
             self._written.update(self.chunk_entry(name, index, column) for index in indices)
             return
         size = self._chunk_bytes[name]
@@ -413,13 +415,13 @@ class States:
             try:
                 self._writes.write_segment(chunk, offset, block[low - start : high - start].data.cast("B"), size)
             except EOFError as error:
-                raise damaged(chunk, str(error), INGEST_AGAIN) from error
+                raise damage_error(chunk, str(error), INGEST_AGAIN) from error
 
     def abandon(self) -> None:
-        """Cancel what was written and not committed: on return nothing of it is under way any more."""
+        """Cancel uncommitted writes; no write is running any more on return."""
         self._writes.abandon()
 
     def _settle(self, others: Iterable[Storage]) -> None:
-        """Wait until everything that was written is durable, and other chunks that are to be committed with it."""
+        """Wait until all written chunks, and other chunks of the same commit, are durable."""
         self._writes.settle({*self._written, *others})
         self._written.clear()

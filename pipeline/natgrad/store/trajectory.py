@@ -1,21 +1,21 @@
-"""The trajectory of a run: its logged states, in a storage.
+"""Store the trajectory of a run: its logged states.
 
 A trajectory is one Zarr group::
 
     trajectory.zarr/
-      parameter, gradient, hvp    (step, element)   chunks of complete steps x about a million elements
-      replicate_parameter, replicate_hvp   (step, replicate, element)   of a stochastic rule, a replicate a chunk
+      parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
+      replicate_parameter, replicate_hvp   (step, replicate, element)   of a stochastic rule; one replicate a chunk
       replicate_loss              (step, replicate)
-      step, attempt, loss, learning_rate   (step)   and others of `natgrad.schema.names.SCALARS` that are logged
-      run                         (step)            in the trajectory of a sweep: position in its names of runs
-      commits/00000000.json ...   which states exist, and the checksums of their data
+      step, attempt, loss, learning_rate   (step)   and other logged scalars of `natgrad.schema.names.SCALARS`
+      run                         (step)            only for a sweep: index into the names of its runs
+      commits/00000000.json ...   the existing states, and the checksums of their data
 
-States are in the order of their commits, and only ever appended. A run that was restarted from an older step goes
-on with a new *attempt*: its states follow those that they supersede, which stay. Two consecutive states are
-before and after an update where they belong to one run and one attempt.
+States are stored in the order of their commits and are only appended. A run that was restarted from an older step
+continues as a new *attempt*: its states follow those that they supersede, which are kept. Two consecutive states
+are the states before and after an update if they belong to the same run and the same attempt.
 
-Data beyond the recorded states (an interrupted write) are overwritten by the next writer. The shape of an array is
-never ahead of the record: it grows after the commit.
+Data beyond the recorded states come from an interrupted write; the next writer overwrites them. The shape of an
+array never exceeds the recorded states, because it grows after the commit.
 """
 
 from __future__ import annotations
@@ -48,43 +48,43 @@ from natgrad.store.group import (
     SCALAR_CHUNK,
     ArrayPlan,
     chunk_entry,
-    make_group,
+    create_group,
     open_group,
     read_complete_chunks,
     remove_group,
     resize_all,
-    with_rows,
+    with_length,
 )
 from natgrad.store.journal import sources_of
 from natgrad.store.states import INGEST_AGAIN, States, checksum, state_arrays
 
 __all__ = ["Trajectory"]
 
-_TABLE_CHUNK = 1 << 16  # values in a chunk of an array (step, tensor), about
+_TABLE_CHUNK = 1 << 16
+"""Approximate number of values in a chunk of an array (step, tensor)."""
 
 
 class Trajectory(States):
-    """A run's logged states in a storage, with the numbers of each step.
+    """The logged states of a run in a storage, and the numbers logged at each step.
 
     Attributes
     ----------
     storage, layout, chunk, array_dtypes, replicates, dtypes, journal, n_states
         See `natgrad.store.states.States`.
     scalars : tuple of str
-        Numbers of a step that are stored.
+        Names of the stored numbers per step.
     source : str
         Location of the log.
     sweep : bool
-        Whether it holds several runs.
+        True if the trajectory contains several runs.
     tables : tuple of str
-        Numbers of a step and tensor that are stored, of `natgrad.schema.names.OPTIMIZER_NUMBERS`.
+        Names of the stored numbers per step and tensor, from `natgrad.schema.names.OPTIMIZER_NUMBERS`.
     read_options : dict or None
-        Options with which the log is read, of `natgrad.ingestion.read_options`; None where none were given to
-        `create`.
+        Options for reading the log, see `natgrad.ingestion.read_options`; None if `create` received none.
 
     Notes
     -----
-    Any number of readers never wait; there is one writer at a time, which holds the lock of the storage.
+    Readers never wait. There is one writer at a time, which holds the lock of the storage.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -98,7 +98,7 @@ class Trajectory(States):
         Raises
         ------
         InputError
-            Where there is none, or another version of natgrad wrote it.
+            If there is no trajectory, or another version of natgrad wrote it.
         """
         attributes = open_group(storage, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         super().__init__(
@@ -134,35 +134,36 @@ class Trajectory(States):
         replicates: int = 0,
         read_options: Mapping[str, Any] | None = None,
     ) -> Trajectory:
-        """Create an empty trajectory, in place of one that is there.
+        """Create an empty trajectory, replacing an existing one.
 
         Parameters
         ----------
         storage : Storage
         layout : Layout
         dtypes : mapping
-            Array (``parameter``, ``gradient``, ``hvp``, of replicates, of the optimizer's state) to logical dtype.
+            Array (``parameter``, ``gradient``, ``hvp``, arrays of replicates and of the optimizer state) to logical
+            dtype.
         chunk : (int, int)
             Steps and elements of a chunk.
         source : str, optional
             Location of the log, for provenance.
         compressors : mapping, optional
-            Array to Zarr codecs. The others are stored as they are: training state hardly compresses.
+            Array to Zarr codecs. Other arrays are not compressed, because training state hardly compresses.
         scalars : sequence of str, optional
-            Numbers of a step to store, of `natgrad.schema.names.SCALARS`; and ``replicate_loss``.
+            Numbers to store per step: names from `natgrad.schema.names.SCALARS`, and ``replicate_loss``.
         sweep : bool
-            For several runs.
+            Create a trajectory of several runs.
         tables : sequence of str
-            Numbers of a step and tensor to store, of `natgrad.schema.names.OPTIMIZER_NUMBERS`.
+            Numbers to store per step and tensor, from `natgrad.schema.names.OPTIMIZER_NUMBERS`.
         replicates : int
-            Of a stochastic rule.
+            Number of replicates of a stochastic rule.
         read_options : mapping, optional
-            Options with which the log is read.
+            Options for reading the log.
 
         Raises
         ------
         InputError
-            Where the location holds something else.
+            If the location contains something else.
         """
         attributes = {
             "source": source,
@@ -189,14 +190,14 @@ class Trajectory(States):
             )
         width = len(layout.tensors)
         for name in tables:
-            rows = max(1, _TABLE_CHUNK // max(1, width))
-            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (rows, width), "float64")
-        make_group(storage, "trajectory", attributes, arrays)
+            steps = max(1, _TABLE_CHUNK // max(1, width))
+            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (steps, width), "float64")
+        create_group(storage, "trajectory", attributes, arrays)
         return cls(storage)
 
     @classmethod
     def remove(cls, storage: Storage) -> None:
-        """Remove a trajectory; anything else is refused (InputError)."""
+        """Remove a trajectory; raise InputError if the location contains anything else."""
         remove_group(storage, "trajectory")
 
     def __repr__(self) -> str:
@@ -207,7 +208,7 @@ class Trajectory(States):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Names of the arrays (step), which number the states or are scalars, and of those (step, tensor)."""
+        """Names of the arrays with one number per step (identifiers and scalars) or per step and tensor."""
         return (*self._numbered, *self.scalars, *self.tables)
 
     @property
@@ -217,27 +218,36 @@ class Trajectory(States):
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of the arrays (step, element) that were logged of the run, without those of its optimizer."""
+        """Names of the logged arrays (step, element), without those of the optimizer state."""
         replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
         return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
 
     @property
     def replicate_vectors(self) -> tuple[str, ...]:
-        """Vectors of the Gram matrix of the replicates; none where there are no replicates."""
+        """Vectors of the Gram matrix of the replicates; empty without replicates."""
         return replicate_vectors(self.replicates, REPLICATE_HVP in self.array_dtypes)
 
     # Numbers ------------------------------------------------------------------------------------------------
 
     def scalar(self, name: str) -> NDArray[Any]:
-        """Read ``step``, ``attempt`` or ``run`` (int64) or a scalar (float64) of the states, shape (states,).
+        """Read the numbers of all committed states.
 
-        Numbers of the optimizer for each tensor have shape (states, tensors), and ``replicate_loss`` (states, R). A
-        scalar that the trajectory does not have is NaN at every step.
+        Parameters
+        ----------
+        name : str
+            ``step``, ``attempt``, ``run``, a scalar, or an optimizer number per tensor.
+
+        Returns
+        -------
+        int64 or float64 array
+            Shape (states,): int64 for ``step``, ``attempt`` and ``run``, float64 otherwise. Optimizer numbers per
+            tensor have shape (states, tensors), and ``replicate_loss`` has shape (states, R). A scalar that is not
+            stored is NaN at every step.
 
         Raises
         ------
         InputError
-            Where a chunk is missing or too short.
+            If a chunk is missing or too short.
         """
         if name not in self.numbers:
             shape: tuple[int, ...] = (self.n_states,)
@@ -256,19 +266,19 @@ class Trajectory(States):
         )
         values = np.concatenate([np.empty((0, *array.shape[1:]), array.dtype), *chunks])[: self.n_states]
         values.flags.writeable = False
-        self._read = {key: kept for key, kept in self._read.items() if key[1] == self.n_states}
+        self._read = {key: cached for key, cached in self._read.items() if key[1] == self.n_states}
         self._read[name, self.n_states] = values
         return values
 
     def _number_chunks(self, name: str, start: int, stop: int) -> list[tuple[int, ...]]:
         """Return the indices of the chunks of an array (step), (step, tensor) or (step, replicate)."""
         steps = self._array(name).chunks[0]
-        beside = (0,) if name in self.tables or name == REPLICATE_LOSS else ()
-        return [(index, *beside) for index in range(start // steps, -(-stop // steps))]
+        other_axes = (0,) if name in self.tables or name == REPLICATE_LOSS else ()
+        return [(index, *other_axes) for index in range(start // steps, -(-stop // steps))]
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """Names of the runs of a sweep, in the order in which they came; of a run by itself, one empty name."""
+        """Names of the runs of a sweep, in the order of their first commits; one empty name for a single run."""
         if not self.sweep:
             return ("",)
         if len(self._runs) <= int(self.scalar(RUN).max(initial=-1)):
@@ -276,7 +286,10 @@ class Trajectory(States):
         return self._runs
 
     def spans(self) -> NDArray[np.int64]:
-        """Return the updates from each state to the next, shape (states - 1,); 0 to another run or attempt."""
+        """Return the number of updates from each state to the next, shape (states - 1,).
+
+        The number is 0 if the next state belongs to another run or attempt.
+        """
         if self._spans is None or len(self._spans) != max(self.n_states - 1, 0):
             self._spans = np.diff(self.scalar(STEP))
             for name in (ATTEMPT, RUN):
@@ -286,17 +299,17 @@ class Trajectory(States):
         return self._spans
 
     def _starts(self) -> NDArray[np.int64]:
-        """Return the states to which no update leads from the state before."""
+        """Return the indices of the states to which no update leads from the previous state."""
         self.spans()
         return self._breaks
 
     def contiguous_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Divide states where no update leads from one to the next; a state without any update is left out.
+        """Divide a range of states into contiguous ranges, in which an update leads from each state to the next.
 
         Returns
         -------
         list of (first state, stop state)
-            Each of at least two states.
+            Ranges of at least two states. Single states are omitted.
         """
         breaks = self._starts()
         inside = breaks[np.searchsorted(breaks, start, "right") : np.searchsorted(breaks, stop)]
@@ -304,12 +317,12 @@ class Trajectory(States):
         return [(low, high) for low, high in itertools.pairwise(edges) if high - low > 1]
 
     def current(self, attempt: int | None = None) -> NDArray[np.bool_]:
-        """Return which states belong to the current attempts of the runs, shape (states,); others are superseded.
+        """Return a mask of the states that are not superseded by a later attempt, shape (states,).
 
         Parameters
         ----------
         attempt : int, optional
-            Attempt that was current; later ones are ignored.
+            Ignore attempts after this one; by default all attempts count.
         """
         steps, attempts, runs = (self.scalar(name) for name in (STEP, ATTEMPT, RUN))
         chosen = attempts <= (attempts.max(initial=0) if attempt is None else attempt)
@@ -322,7 +335,7 @@ class Trajectory(States):
         return chosen
 
     def sources(self) -> list[dict[str, Any]]:
-        """Return what identifies the source of each state."""
+        """Return the identity of the source of each state."""
         return [source for record in self.records() for source in sources_of(record)]
 
     # Commits ------------------------------------------------------------------------------------------------
@@ -336,23 +349,23 @@ class Trajectory(States):
         attempts: Sequence[int] | None = None,
         runs: Sequence[str] = (),
     ) -> None:
-        """Make written states visible, for all arrays together.
+        """Make written states visible in all arrays at once.
 
         Parameters
         ----------
         steps : sequence of int, length n
             Step numbers of the next n states.
         scalars : mapping
-            Each of `scalars`, n values (of ``replicate_loss`` n times R), and of `tables`, n sequences of values;
-            NaN where the log has none.
+            n values for each name in `scalars` (n times R for ``replicate_loss``), and n sequences of values for
+            each name in `tables`. NaN marks values that the log does not contain.
         sources : sequence of mapping, length n
-            What identifies each step's source (name, size, time).
+            Identity of the source of each state (name, size, time).
         checksums : mapping
             Array name to n sequences of one `checksum` per chunk column.
         attempts : sequence of int, length n, optional
-            Attempt of each state; the first by default.
+            Attempt of each state, 0 by default.
         runs : sequence of str, length n
-            In a sweep, the name of each state's run.
+            Name of the run of each state, for a sweep.
         """
         start, stop = self.n_states, self.n_states + len(steps)
         known = dict(zip(self.runs, range(len(self.runs)), strict=True)) if self.sweep else {}
@@ -362,7 +375,7 @@ class Trajectory(States):
         chunks: list[Storage] = []
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
-            with_rows(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
+            with_length(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
             chunks += [chunk_entry(self.storage / name, *index) for index in self._number_chunks(name, start, stop)]
         self._settle(chunks)
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
@@ -375,42 +388,44 @@ class Trajectory(States):
         self.storage.publish(self._message(steps, attempts or [0]))
 
     def _message(self, steps: Sequence[int], attempts: Sequence[int]) -> str:
-        """Describe what a commit added."""
+        """Return the description of a commit."""
         parts = []
-        for what, numbers in {"steps": steps, "attempt": attempts}.items():
+        for noun, numbers in {"steps": steps, "attempt": attempts}.items():
             low, high = min(numbers, default=0), max(numbers, default=0)
-            parts.append(f"{what} {low}" + (f" to {high}" if high > low else ""))
+            parts.append(f"{noun} {low}" + (f" to {high}" if high > low else ""))
         return f"trajectory of {self.storage.parent.name}: {', '.join(parts)}"
 
     def recover(self) -> None:
-        """Set the shapes of the arrays to the record, in case a writer was stopped between the two."""
+        """Set the shapes of the arrays to the recorded length; a writer may have stopped before it did so."""
         self.journal.clear()
         resize_all(self.storage, self.arrays, self.n_states)
 
     def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
-        """Return the checksums of states of each array (step) as they are stored, committed or not."""
-        return {name: checksum(np.asarray(with_rows(self._array(name), stop)[start:stop])) for name in self.numbers}
+        """Return the checksum of a range of stored states, committed or not, for each array of `numbers`."""
+        return {
+            name: checksum(np.asarray(with_length(self._array(name), stop)[start:stop])) for name in self.numbers
+        }
 
     # Digests ------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Return the digest of every committed state."""
-        every = LedgerChunk(0, self.n_states)
-        return self.digests([every])[every]
+        """Return one digest of all committed states."""
+        all_states = LedgerChunk(0, self.n_states)
+        return self.digests([all_states])[all_states]
 
     def digests(self, chunks: Iterable[LedgerChunk]) -> dict[LedgerChunk, str]:
-        """Return the digest of the states that each ledger chunk is computed from, the halo included."""
+        """Return the digest of the states from which each ledger chunk is computed, including the halo."""
         names = self.logged
         starts = np.zeros(self.n_states + 1, "<u4")
         starts[self._starts()] = 1
         hashes = {chunk: hashlib.sha256() for chunk in chunks}
         waiting = sorted(hashes, reverse=True)
         active: list[LedgerChunk] = []
-        # Record by record: those of a long run of a large model do not fit in memory together.
+        # Records are read one by one, because all records of a long run of a large model may not fit in memory.
         for number in self.journal.names():
             record = self.journal.read(number)
             start, stop = record["start"], record["stop"]
-            if start >= self.n_states:  # committed since
+            if start >= self.n_states:  # committed since the trajectory was opened
                 break
             words = np.column_stack([*(record["checksums"][name] for name in names), starts[start:stop]])
             while waiting and waiting[-1].start < stop:

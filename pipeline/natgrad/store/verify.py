@@ -1,8 +1,8 @@
-"""Compare every stored byte with its recorded checksum, and name the damaged steps and tensors.
+"""Verify all stored data against its checksums, and identify the damaged steps and tensors.
 
-The committed states and scalars, the finished ledger chunks, the records and the metadata of arrays are compared.
-Bytes that no reader uses are not: padding, what an interrupted write left beyond the recorded states, the
-spelling of a JSON file, and bits of a compressed chunk that change nothing.
+The check covers the committed states and scalars, the finished ledger chunks, the records and the metadata of
+arrays. It does not cover bytes that no reader uses: padding, data of an interrupted write beyond the recorded
+states, the formatting of JSON files, and bits of a compressed chunk that do not affect its content.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.storage import Storage
-from natgrad.store.group import OtherVersion, array_digest, chunk_entry, document_of, open_group, stored_rows
+from natgrad.store.group import OtherVersion, array_digest, chunk_entry, document_of, open_group, stored_length
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
@@ -29,19 +29,20 @@ __all__ = ["Damage", "verify_ledger", "verify_trajectory"]
 
 @dataclass(frozen=True)
 class Damage:
-    """Stored data that changed.
+    """Stored data that does not match its checksum or its record.
 
     Attributes
     ----------
     path : str
         Path or URL of the file or object.
     what : str
+        Description of the damage.
     array : str
-        Name of the array, empty where the complete store is meant.
+        Name of the array, empty if the damage concerns the complete store.
     steps : tuple of int
-        First and last damaged step, empty where no steps are meant.
+        First and last damaged step, empty if the damage does not concern particular steps.
     tensors : tuple of str
-        First and last damaged tensor, empty where all are meant.
+        First and last damaged tensor, empty if the damage concerns all tensors.
     """
 
     path: str
@@ -51,7 +52,7 @@ class Damage:
     tensors: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the attributes as a dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class Damage:
 
 
 def verify_trajectory(storage: Storage) -> Iterator[Damage]:
-    """Read every committed state of a trajectory, a chunk at a time, and compare it with its checksums.
+    """Compare every committed state of a trajectory with its checksums, one chunk at a time.
 
     Yields
     ------
@@ -93,32 +94,32 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
             break
         before = records[-1]["stop"] if records else 0
         if record["start"] != before:
-            yield Damage(str(states.journal.folder), f"states {before} to {record['start']} have no record")
+            yield Damage(str(states.journal.folder), f"there is no record of states {before} to {record['start']}")
         records.append(record)
-    damages = list(_description(states.storage, "trajectory", states.arrays))
+    damages = list(_verify_metadata(states.storage, "trajectory", states.arrays))
     yield from damages
     described = [name for name in states.arrays if not any(damage.array == name for damage in damages)]
     for name in described:
-        # The shape follows the record: a writer that was stopped in between left that of the commit before, and a
-        # writer that is running may have set that of a later one.
-        rows = stored_rows(states.storage / name)
+        # The shape is set after the record. If a writer stopped in between, the shape is that of the previous
+        # commit, and a running writer may already have set the shape of a later commit.
+        length = stored_length(states.storage / name)
         before = records[-1]["start"] if records else 0
-        if rows not in (before, states.n_states) and not _committed_since(states, rows):
-            what = f"its shape has {rows} states, recorded are {states.n_states}"
+        if length not in (before, states.n_states) and not _committed_since(states, length):
+            what = f"the shape has {length} states, but {states.n_states} are recorded"
             yield Damage(str(states.storage / name), what, name)
-    numbers = _numbers(states) if STEP in described else np.arange(states.n_states)
+    numbers = _step_numbers(states) if STEP in described else np.arange(states.n_states)
     for name in described:
         if name in states.array_dtypes:
             for part in states.replicates_of(name) if name in REPLICATE_STATES else (name,):
                 for column in range(states.columns):
-                    yield from _column(states, part, column, records, numbers)
+                    yield from _verify_column(states, part, column, records, numbers)
         else:
-            yield from _scalar(states, name, records, numbers)
+            yield from _verify_scalar(states, name, records, numbers)
 
 
-def _committed_since(states: Trajectory, rows: int) -> bool:
-    """Return whether a commit since the trajectory was opened has brought it to this number of states."""
-    return any(record["stop"] == rows > states.n_states for record in states.records())
+def _committed_since(states: Trajectory, length: int) -> bool:
+    """Return True if a commit since the trajectory was opened has extended it to this number of states."""
+    return any(record["stop"] == length > states.n_states for record in states.records())
 
 
 def _damage(error: InputError) -> Damage:
@@ -126,43 +127,43 @@ def _damage(error: InputError) -> Damage:
 
 
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-"""Metadata of a group, without the attributes that users may add."""
+"""Metadata of a group, without attributes that users may have added."""
 
 
-def _description(storage: Storage, kind: str, names: Iterable[str]) -> Iterator[Damage]:
-    """Compare the metadata of a store; without the metadata of an array its chunks cannot be read."""
+def _verify_metadata(storage: Storage, kind: str, names: Iterable[str]) -> Iterator[Damage]:
+    """Compare the metadata of a store with its checksums; the chunks of an array cannot be read without it."""
     attributes = open_group(storage, kind, "")
     for group in (storage / "commits", storage):
         where = str(group / "zarr.json")
         try:
             found = document_of(group)
         except (OSError, ValueError) as error:
-            yield Damage(where, f"it cannot be read: {error}")
+            yield Damage(where, f"cannot read it: {error}")
             continue
         if {**found, "attributes": found.get("attributes") if group is not storage else {}} != _GROUP:
-            yield Damage(where, "the description of the group has changed")
+            yield Damage(where, "the metadata of the group has changed")
     for name in names:
         where = str(storage / name / "zarr.json")
         try:
             if array_digest(storage / name) != attributes["arrays"][name]:
-                yield Damage(where, "the description of the array has another checksum than recorded", name)
+                yield Damage(where, "checksum mismatch in the metadata of the array", name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            yield Damage(where, f"the description of the array cannot be read: {error}", name)
+            yield Damage(where, f"cannot read the metadata of the array: {error}", name)
 
 
-def _numbers(states: Trajectory) -> NDArray[Any]:
-    """Return the step of each state; where the steps cannot be read, the index of the state."""
+def _step_numbers(states: Trajectory) -> NDArray[Any]:
+    """Return the step of each state, or the index of each state if the steps cannot be read."""
     try:
         return states.scalar(STEP)
     except InputError:
         return np.arange(states.n_states)
 
 
-def _ends(numbers: NDArray[Any], start: int, stop: int) -> tuple[int, int]:
+def _first_and_last(numbers: NDArray[Any], start: int, stop: int) -> tuple[int, int]:
     return int(numbers[start]), int(numbers[stop - 1])
 
 
-def _scalar(
+def _verify_scalar(
     states: Trajectory, name: str, records: Iterable[Mapping[str, Any]], numbers: NDArray[Any]
 ) -> Iterator[Damage]:
     try:
@@ -174,10 +175,10 @@ def _scalar(
     for record in records:
         start, stop = record["start"], record["stop"]
         if checksum(values[start:stop]) != record["scalars"][name]:
-            yield Damage(where, "another checksum than recorded", name, _ends(numbers, start, stop))
+            yield Damage(where, "checksum mismatch", name, _first_and_last(numbers, start, stop))
 
 
-def _column(
+def _verify_column(
     states: Trajectory, name: str, column: int, records: Iterable[Mapping[str, Any]], numbers: NDArray[Any]
 ) -> Iterator[Damage]:
     recorded = {
@@ -195,24 +196,24 @@ def _column(
         try:
             states.read(name, start, stop, column, buffer[: stop - start])
         except InputError as error:
-            yield Damage(str(chunk), error.what, name, _ends(numbers, start, stop), tensors)
+            yield Damage(str(chunk), error.what, name, _first_and_last(numbers, start, stop), tensors)
             continue
         if not states.is_compressed(name) and (size := chunk.stat().size) != buffer.nbytes:
-            yield Damage(str(chunk), f"it has {size} bytes of {buffer.nbytes}", name)
+            yield Damage(str(chunk), f"it has {size} of {buffer.nbytes} bytes", name)
         for state in range(start, stop):
             if state in recorded and checksum(buffer[state - start, : last - first]) != recorded[state]:
-                steps_of = _ends(numbers, state, state + 1)
-                yield Damage(str(chunk), "another checksum than recorded", name, steps_of, tensors)
+                steps_of = _first_and_last(numbers, state, state + 1)
+                yield Damage(str(chunk), "checksum mismatch", name, steps_of, tensors)
 
 
 def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterator[Damage]:
-    """Read every finished chunk of a ledger and compare it with its checksums.
+    """Compare every finished chunk of a ledger with its checksums.
 
     Parameters
     ----------
     storage : Storage
     states : Trajectory, optional
-        Its trajectory; without it, the steps of the ledger are not compared.
+        Trajectory of the ledger; without it, the steps of the ledger are not compared.
 
     Yields
     ------
@@ -230,28 +231,28 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
     except InputError as error:
         yield _damage(error)
         return
-    damages = list(_description(storage, "ledger", (*ledger.names, *ledger.by_step)))
+    damages = list(_verify_metadata(storage, "ledger", (*ledger.names, *ledger.by_step)))
     yield from damages
     if damages:
         return
-    lengths = {name: stored_rows(storage / name) for name in ledger.by_step}
+    lengths = {name: stored_length(storage / name) for name in ledger.by_step}
     if len(set(lengths.values())) > 1:
-        what = f"its arrays have different lengths, {lengths}: run natgrad analyze OUT again"
+        what = f"the arrays have different lengths {lengths}: run natgrad analyze OUT again"
         yield Damage(str(storage), what)
         return
     for name, texts in ledger.names.items():
         chunk = chunk_entry(storage / name, 0)
         (content,) = chunk.parent.get_entries([chunk.name])
-        if content != _encoded(texts) or stored_rows(storage / name) != len(texts):
-            yield Damage(str(chunk), "the names have changed", name)
+        if content != _encode(texts) or stored_length(storage / name) != len(texts):
+            yield Damage(str(chunk), "the names were changed", name)
     numbers = ledger.steps()[0]
     if states is not None and ledger.n_updates < states.n_states:
         expected = {STEP: states.scalar(STEP), "step_span": states.spans()}
         for name, found in zip(expected, ledger.steps(), strict=True):
             wrong = np.flatnonzero(found != expected[name][: ledger.n_updates])
             if wrong.size:
-                what = "it differs from the trajectory: run natgrad analyze OUT again"
-                steps = _ends(states.scalar(STEP), wrong[0], wrong[-1] + 1)
+                what = "the steps differ from those of the trajectory: run natgrad analyze OUT again"
+                steps = _first_and_last(states.scalar(STEP), wrong[0], wrong[-1] + 1)
                 yield Damage(str(storage / name), what, name, steps)
     for name in ledger.journal.names():
         try:
@@ -259,23 +260,23 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
         except InputError as error:
             yield _damage(error)
             continue
-        yield from _chunk(ledger, record, numbers)
+        yield from _verify_chunk(ledger, record, numbers)
 
 
-def _encoded(texts: Sequence[str]) -> bytes:
-    """Return texts as the codec vlen-utf8 stores them: their number, and each after its length."""
+def _encode(texts: Sequence[str]) -> bytes:
+    """Encode texts as the codec vlen-utf8 does: the number of texts, then the length and bytes of each."""
     encoded = [text.encode() for text in texts]
     return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(text)) + text for text in encoded)
 
 
-def _chunk(ledger: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Iterator[Damage]:
+def _verify_chunk(ledger: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Iterator[Damage]:
     start, stop = record["start"], record["stop"]
     for name in record["checksums"]:
         try:
-            _, changed = ledger.compared(record, name)
+            _, changed = ledger.compare(record, name)
         except InputError as error:
-            yield Damage(error.where, error.what, name, _ends(numbers, start, stop))
+            yield Damage(error.where, error.what, name, _first_and_last(numbers, start, stop))
             continue
         where = str(ledger.chunk_entry(name, start))
         for updates in changed:
-            yield Damage(where, "another checksum than recorded", name, _ends(numbers, *updates))
+            yield Damage(where, "checksum mismatch", name, _first_and_last(numbers, *updates))
