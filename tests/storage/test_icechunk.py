@@ -160,7 +160,7 @@ def test_an_old_version_is_read_only(both, before):
     ):
         with pytest.raises(InputError, match=r"an old version is read-only|no such file or folder"):
             work()
-    with pytest.raises(InputError, match="the page of an old version needs a file name"):
+    with pytest.raises(InputError, match="the page of an old version requires a file name"):
         run.report_run([both[1]], version=before)
     with pytest.raises(PermissionError, match="are read-only"):
         (path / "trajectory.zarr" / "zarr.json").put(b"{}")

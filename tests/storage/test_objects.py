@@ -558,7 +558,7 @@ def test_paths_and_urls(tmp_path):
     assert len(set(found)) == 1
     with pytest.raises(InputError, match="unknown URL scheme ftp://") as refusal:
         open_storage("ftp://host/run")
-    assert "schemes file, gs, s3" in refusal.value.remedy
+    assert "schemes file://, gs://, s3://" in refusal.value.remedy
 
 
 def test_folders_of_many_runs_must_be_local(tmp_path):

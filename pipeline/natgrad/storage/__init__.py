@@ -3,20 +3,10 @@
 `natgrad.storage.base` documents the protocol. Code outside this package does not depend on the implementation.
 """
 
-from natgrad.storage.base import (
-    KINDS,
-    Location,
-    Stat,
-    Storage,
-    StoredFile,
-    Writes,
-    open_all,
-    open_out,
-    open_storage,
-    require_local,
-)
+from natgrad.storage.base import Stat, Storage, StoredFile, Writes
 from natgrad.storage.local import LocalStorage
 from natgrad.storage.network import network_errors
+from natgrad.storage.opening import KINDS, Location, open_all, open_out, open_storage, require_local
 
 __all__ = [
     "KINDS",

@@ -34,9 +34,9 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.buffer import cpu
 
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.storage.base import Stat, Storage, open_storage
+from natgrad.storage.base import Stat, Storage
 from natgrad.storage.locks import lock_by_object
-from natgrad.storage.objects import REPOSITORY, ObjectStorage
+from natgrad.storage.objects import REPOSITORY, ObjectStorage, open_objects
 
 __all__ = ["IcechunkStorage", "RepositoryFiles", "open_repository"]
 
@@ -78,7 +78,7 @@ _transactions: dict[str, _Transaction] = {}
 
 def _storage(url: str) -> icechunk.Storage:
     """Return the Icechunk storage of a repository, with credentials from the environment, files or a role."""
-    system = cast(ObjectStorage, open_storage(url)).fs
+    system = open_objects(url).fs
     scheme, _, path = url.partition("://")
     bucket, _, prefix = path.partition("/")
     if scheme == "gs":
@@ -529,10 +529,6 @@ class IcechunkStorage(ObjectStorage):
             raise FileNotFoundError(str(self))
         return Stat(entry["size"], 0, "")
 
-    def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return this storage, or OUT at another version."""
-        return self if version is None else self.unversioned().stores(kind, version)
-
     def latest(self) -> Self:
         """Return the latest version, or the pinned version if one was requested."""
         if self.fs.pinned or self.fs.writer:
@@ -571,7 +567,7 @@ class IcechunkStorage(ObjectStorage):
 
     def unversioned(self) -> Storage:
         """Return the same location in the underlying object store."""
-        return open_storage(str(self))
+        return open_objects(str(self))
 
     def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
         # An identical tree does not create a version.
@@ -588,14 +584,15 @@ class IcechunkStorage(ObjectStorage):
         )
 
 
-def open_repository(plain: ObjectStorage, version: str | None) -> IcechunkStorage:
+def open_repository(plain: Storage, version: str | None) -> IcechunkStorage:
     """Open the repository in OUT at a version, by default the latest. The repository need not exist yet."""
     repository = str(plain / REPOSITORY)
     if version is None:
         files = RepositoryFiles(repository=repository, version=_newest_version(repository))
     else:
         files = RepositoryFiles(repository=repository, version=_find_version(repository, version), pinned=True)
-    return IcechunkStorage(files, plain.scheme, plain.key)
+    objects = cast(ObjectStorage, plain)  # Icechunk commits safely in object stores only
+    return IcechunkStorage(files, objects.scheme, objects.key)
 
 
 # Icechunk prints warnings to standard output, which is reserved for results. Relevant errors are raised anyway.

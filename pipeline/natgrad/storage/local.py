@@ -346,8 +346,8 @@ class LocalStorage(Storage):
 
     # Stores and locks
 
-    def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return the storage for the stores in this folder OUT; see `natgrad.storage.open_out`."""
+    def holds_versions(self, kind: str | None = None) -> bool:
+        """Return False; a folder is refused if an Icechunk repository is requested."""
         if kind == "icechunk":
             raise InputError(
                 "a folder cannot be an Icechunk repository",
@@ -356,7 +356,7 @@ class LocalStorage(Storage):
                 "two processes commit (issues 804 and 1494 of earth-mover/icechunk)",
                 remedy="give a URL (s3://, gs://), or omit --store: a folder keeps the attempts, too",
             )
-        return super().stores(kind, version)
+        return False
 
     @contextmanager
     def lock(self, kind: str) -> Iterator[Self]:

@@ -21,15 +21,51 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.storage.base import Storage
 
-__all__ = ["lock_by_file", "lock_by_object"]
+__all__ = ["Lockable", "lock_by_file", "lock_by_object"]
+
+
+class Lockable(Protocol):
+    """The part of `natgrad.storage.Storage` that a lock needs."""
+
+    @property
+    def name(self) -> str:
+        """Last part of the location."""
+        ...
+
+    @property
+    def parent(self) -> Lockable:
+        """Location that this one is an entry of."""
+        ...
+
+    def __truediv__(self, name: str) -> Lockable: ...
+
+    def get(self) -> bytes:
+        """Return the content."""
+        ...
+
+    def get_tagged(self) -> tuple[bytes, str]:
+        """Return the content and its tag."""
+        ...
+
+    def put_new(self, content: bytes) -> None:
+        """Write an object that does not exist yet."""
+        ...
+
+    def put_if(self, content: bytes, tag: str) -> None:
+        """Replace an object that has the tag."""
+        ...
+
+    def delete(self) -> None:
+        """Remove an object."""
+        ...
+
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 """Errors of file systems that do not support flock."""
@@ -178,7 +214,7 @@ def _file_system(path: Path) -> str:
 
 
 @contextmanager
-def lock_by_object(store: Storage, kind: str) -> Iterator[None]:
+def lock_by_object(store: Lockable, kind: str) -> Iterator[None]:
     """Hold the lock of a location in a storage without system locks; see `natgrad.storage.Storage.lock`.
 
     Parameters
@@ -199,7 +235,7 @@ def lock_by_object(store: Storage, kind: str) -> Iterator[None]:
         _release(lock, signed)
 
 
-def _put_lock(lock: Storage, signed: bytes, store: Storage, kind: str) -> None:
+def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None:
     with suppress(FileExistsError):
         lock.put_new(signed)
         return
@@ -241,7 +277,7 @@ def _is_dead(name: Mapping[str, Any]) -> bool:
         return True
 
 
-def _require_conditions(lock: Storage, signed: bytes) -> None:
+def _require_conditions(lock: Lockable, signed: bytes) -> None:
     """Raise an error if an object store ignores conditions, because two writers could then hold the lock."""
     try:
         lock.put_new(signed)
@@ -255,7 +291,7 @@ def _require_conditions(lock: Storage, signed: bytes) -> None:
     )
 
 
-def _release(lock: Storage, signed: bytes) -> None:
+def _release(lock: Lockable, signed: bytes) -> None:
     # If the store does not answer, the lock remains, and the next process on this machine takes it over.
     with suppress(Exception):
         if lock.get() == signed:

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 
 from natgrad.schema.errors import InputError
 from natgrad.storage.base import Stat, Storage, StoredFile
-from natgrad.storage.network import network_errors, user_error
+from natgrad.storage.network import user_error
 
 __all__ = ["ObjectStorage", "open_objects"]
 
@@ -214,27 +214,24 @@ class ObjectStorage(Storage):
 
     # Stores, Zarr and errors
 
-    def stores(self, kind: str | None = None, version: str | None = None) -> Storage:
-        """Return the storage for the stores in this folder OUT, which may be an Icechunk repository."""
-        with network_errors(self):
-            names = set(self.list())
-            if kind == "plain" and REPOSITORY in names:
-                raise InputError(
-                    "this is an Icechunk repository",
-                    where=str(self),
-                    why="it was created with --store icechunk",
-                    remedy="omit --store, or choose another OUT",
-                )
-            if kind == "icechunk" and REPOSITORY not in names and names.intersection(_STORES):
-                raise InputError(
-                    "this is a plain store",
-                    where=str(self),
-                    why="it was created without --store icechunk",
-                    remedy="omit --store, or choose another OUT",
-                )
-            if REPOSITORY in names or kind == "icechunk":
-                return _open_repository(self, version)
-        return super().stores(None, version)
+    def holds_versions(self, kind: str | None = None) -> bool:
+        """Return True if OUT is an Icechunk repository, or if one is requested and OUT is new."""
+        names = set(self.list())
+        if kind == "plain" and REPOSITORY in names:
+            raise InputError(
+                "this is an Icechunk repository",
+                where=str(self),
+                why="it was created with --store icechunk",
+                remedy="omit --store, or choose another OUT",
+            )
+        if kind == "icechunk" and REPOSITORY not in names and names.intersection(_STORES):
+            raise InputError(
+                "this is a plain store",
+                where=str(self),
+                why="it was created without --store icechunk",
+                remedy="omit --store, or choose another OUT",
+            )
+        return REPOSITORY in names or kind == "icechunk"
 
     def zarr_store(self) -> Any:
         """Return a Zarr store with its own asynchronous file system."""
@@ -271,16 +268,3 @@ def open_objects(location: str) -> ObjectStorage:
             where=location,
             remedy=f"pip install 'natgrad-pipeline[{_EXTRAS[scheme]}]'",
         ) from error
-
-
-def _open_repository(plain: ObjectStorage, version: str | None) -> Storage:
-    try:
-        from natgrad.storage.icechunk_storage import open_repository
-    except ImportError as error:
-        raise InputError(
-            f"the library for Icechunk is not installed: {error}",
-            where=str(plain),
-            why="OUT is an Icechunk repository, or --store icechunk requests one",
-            remedy="pip install 'natgrad-pipeline[icechunk]'",
-        ) from error
-    return open_repository(plain, version)

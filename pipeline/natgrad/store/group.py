@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
-from natgrad.storage import Location, Storage, open_storage
+from natgrad.storage import Location, Storage, open_out, open_storage
 
 __all__ = [
     "SCALAR_CHUNK",
@@ -82,7 +82,7 @@ def open_store(location: Location, version: str | None = None) -> Storage:
     if isinstance(location, Storage) and version is None:
         return location
     store = open_storage(location)
-    return store.parent.unversioned().stores(None, version) / store.name
+    return open_out(store.parent, version=version) / store.name
 
 
 # Groups ------------------------------------------------------------------------------------------------------
