@@ -53,6 +53,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python .ci/check_language.py
 
 # requirements.lock has the packages that need torch and those that torch needs, but not torch itself, because uv would
 # install gigabytes of CUDA with it. Other packages are left out because the tests do not need them: ninja and py-cpuinfo

@@ -1,0 +1,134 @@
+"""Reject words and constructions that are not plain English, in docstrings, comments, messages and documentation.
+
+``python .ci/check_language.py [FILE ...]`` checks the files, or all files of the repository, prints one line per
+finding (file, line, rule and text) and exits with 1 if there are any. ``docs/glossary.md`` lists the terms to use.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+RULES = {
+    "'anew'; write 'again' or 'from scratch'": r"\banew\b",
+    "'beside'; write 'next to', 'besides' or 'in addition to'": r"\bbeside\b",
+    "'but for'; write 'except'": r"\bbut for\b",
+    "'is no ...'; write 'is not a ...' or 'there is no ...'": (
+        r"(?<!there )(?<!here )\b(?:is|are) no (?!longer\b|more\b|less\b|greater\b|larger\b|smaller\b|other\b)\w+"
+    ),
+    "'choose of'; write 'choose one of'": r"\bchoose of\b",
+    "'said' or 'told' as a participle": (
+        r"\b(?:is|are|was|were|be|been|being|has|have|had|what|as|not|it|he|she|user|they)\s+(?:\w+ly\s+)?(?:said|told)\b|"
+        r"\b(?:said|told)\s+(?:here|twice|once|again|with|by|of|beforehand|yet|now)\b"
+    ),
+    "'do not say'; write 'do not state'": r"\bdo(?:es)? not say\b",
+    "'say of'; write 'show' or 'state'": r"\bsay of\b",
+    "'if/where left out'; write 'by default'": r"\b(?:if|where|when) (?:it is )?left out\b",
+    "'no remarks'": r"\bno remarks\b",
+    "'this too'": r"\bthis too:",
+    "'whole' as an adverb": r"\bon disk whole\b|\bwritten whole\b|\bread whole\b|\bwhole,? (?:or|under)\b",
+    "'; whether ...' without a verb": r"; whether\b",
+    "'begun'; write 'started' or 'created'": r"\b(?:was|were|is|are|been) begun\b",
+    "'to be had'; write 'available'": r"\bto be had\b|\bcan be had\b",
+    "'passed over'; write 'ignored' or 'skipped'": r"\bpassed over\b",
+    "'face'; write 'interface'": r"\ba face\b|\bfaces of\b|\bthin faces?\b",
+    "'a look'; write 'a scan'": (
+        r"\b(?:a|each|one|first|next|last) looks?\b(?! (?:at|like|up|into))|\bthe looks?\b|\btwo looks\b"
+    ),
+    "'as it was written'; write 'unchanged'": r"\bas (?:it|they) (?:was|were) written\b",
+    "'all that'; write 'all ...'": r"\ball that (?:OUT|it|they|the|is|are|was|were)\b",
+    "'that is none'": r"\bthat is none\b",
+    "'cannot work'": r"\bcannot work\b",
+    "a relative clause without its noun": r"; of an? \w+ that\b",
+    "a sentence that starts with 'Who'": r"(?:^|[.:] )Who \w+s? (?:has|is|opens|writes|waits|asks)\b",
+    "'thereof', 'whereof'": r"\b(?:there|where)of\b",
+}
+_COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in RULES.items()}
+_COMPILED["a sentence that starts with 'Who'"] = re.compile(RULES["a sentence that starts with 'Who'"])
+
+EXCLUDED = (".ci/check_language.py", "tests/docs/test_language.py")
+"""Files that quote the rejected phrases."""
+
+FIRST_WORDS = re.compile(r"(?:Whether|What|Of|Who|Which|How)\b")
+"""Words that a docstring must not start with: its summary starts with a verb or names a thing."""
+
+
+def findings(text: str, *, docstring: bool = False) -> list[str]:
+    """Return the names of the rules that a text breaks.
+
+    Parameters
+    ----------
+    text : str
+        A docstring, comment, message or paragraph.
+    docstring : bool
+        The text is a docstring: its first word is checked, too.
+    """
+    joined = re.sub(r"\s+", " ", re.sub(r"``[^`]*``|`[^`]*`", "x", text)).strip()
+    found = [name for name, pattern in _COMPILED.items() if pattern.search(joined)]
+    if docstring and FIRST_WORDS.match(joined):
+        found.append(f"a docstring that starts with {joined.split()[0]!r}")
+    return found
+
+
+def _of_python(source: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield line, text and kind of each docstring, comment and message."""
+    tree = ast.parse(source)
+    docstrings = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            # The string after an assignment documents it, as the first one of a body does.
+            docstrings |= {id(part.value) for part in body if isinstance(part, ast.Expr)}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            yield node.lineno, node.value, id(node) in docstrings
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string.lstrip("#: "), False
+
+
+def _of_markdown(source: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield line and text of each line outside code blocks."""
+    inside = False
+    for number, line in enumerate(source.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        elif not inside:
+            yield number, line, False
+
+
+def check(path: Path) -> list[tuple[int, str, str]]:
+    """Return line, rule and text of each finding in a file."""
+    source = path.read_text(encoding="utf-8")
+    parts = _of_python(source) if path.suffix == ".py" else _of_markdown(source)
+    return [(line, rule, text) for line, text, kind in parts for rule in findings(text, docstring=kind)]
+
+
+def main() -> int:
+    """Check the files of the command line, or all of the repository."""
+    listed = (
+        sys.argv[1:]
+        or subprocess.run(
+            ["git", "ls-files", "*.py", "*.md", "*.html"], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+    count = 0
+    for name in listed:
+        if name in EXCLUDED:
+            continue
+        for line, rule, text in check(Path(name)):
+            count += 1
+            shown = " ".join(text.split())
+            sys.stdout.write(f"{name}:{line}: {rule}: {shown[:100]}\n")
+    if count:
+        sys.stdout.write(f"{count} findings; docs/glossary.md and CONTRIBUTING.md describe the language\n")
+    return int(count > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
