@@ -538,9 +538,10 @@ def test_a_stopped_pass_continues_where_it_ended(tmp_path, finished):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from natgrad.storage import LocalStorage
+from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
+from natgrad.storage import LocalStorage
 from natgrad.store import journal, open_ledger, open_trajectory
 
 owner, name, calls = {owner}, {name!r}, 0
@@ -654,7 +655,7 @@ def test_a_process_killed_in_a_growing_ledger_chunk_keeps_its_older_updates(tmp_
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
 def test_a_ledger_chunk_with_damaged_updates_is_not_continued(tmp_path, caplog, array):
     ledger, arrays = grown_by_three(tmp_path)
-    chunk = open_ledger(ledger).chunk_entry(array, 18)
+    chunk = open_ledger(ledger).chunk_entry(array, 18).local_path
     content = bytearray(chunk.read_bytes())
     content[3] ^= 1
     chunk.write_bytes(content)

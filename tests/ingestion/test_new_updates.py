@@ -124,7 +124,7 @@ def test_a_restarted_run_continues_as_a_new_attempt(ingest_run, tmp_path, log, o
     assert dataset["attempt"].values.tolist() == [0] * 5 + [1] * 6
     analyze_run(out, Analysis(workers=1, attempt=0))
     assert_same(variables(out), variables(alone(tmp_path / "c", first, range(10), ingest=ingest_run)))
-    with pytest.raises(InputError, match="there is no attempt 2, the last is 1"):
+    with pytest.raises(InputError, match="there is no attempt 2; the last attempt is 1"):
         analyze_run(out, Analysis(workers=1, attempt=2))
     assert ingest_run(folder, out).new_steps == 0
 

@@ -771,8 +771,8 @@ def test_the_page_has_the_numbers_of_the_replicates(run, out, tmp_path):
     effective, definite = (int(found[name].sum()) for name in ("effective", "stochastic_definite"))
     drawn = int((found["replicate_alignment"] > 0).sum())
     text = " ".join(page.split())
-    assert f"effective at {effective} of {STEPS - 1} steps" in text
-    assert f"so are {drawn} of {COUNT * (STEPS - 1)} single draws" in text
+    assert f"effective at {effective} of the {STEPS - 1} steps" in text
+    assert f"{drawn} of {COUNT * (STEPS - 1)} single draws are effective" in text
     assert f"is positive definite at {definite} of these steps" in text
     for name in (
         "angle",

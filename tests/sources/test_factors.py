@@ -731,7 +731,7 @@ def test_metrics_that_appear_after_the_store_was_created_are_reported(tmp_path):
     for path in late:
         path.rename(log / path.name)
     _, warned = results_of(log, tmp_path / "out")
-    assert any("metric_eigenvalue_max" in w and "from step 2 on, and are not stored" in w for w in warned)
+    assert any("metric_eigenvalue_max" in w and "from step 2 on, but are not stored" in w for w in warned)
 
 
 def test_a_missing_step_or_tensor_is_refused(tmp_path):

@@ -418,4 +418,4 @@ def test_inspect_reports_the_optimizer_state(tmp_path, capsys, monkeypatch):
     with contextlib.suppress(SystemExit):
         cli.main()
     found = json.loads(capsys.readouterr().out)
-    assert found["optimizer"] == "exp_avg, exp_avg_sq of 6 tensors at step 1: stored with --include optimizer"
+    assert found["optimizer"] == "exp_avg, exp_avg_sq of 6 tensors at step 1; store it with --include optimizer"

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,10 @@ chunk, by its first update. An executor calls it once for each ledger chunk, whe
 
 Executor = Callable[[Job, "list[WorkItem]", Digests], Iterator[Finished]]
 """Function that computes ledger chunks. It yields each when it is on disk, or when the client must write it."""
+
+
+_RETRY_SECONDS = 0.1
+"""Seconds between two attempts to connect."""
 
 
 def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
@@ -158,13 +163,11 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
         from distributed.comm.core import CommClosedError
 
         try:
-            # A client that cannot connect keeps trying until the interpreter ends, so the port is tried first.
-            with socket.create_connection(get_address_host_port(address), connect_seconds):
-                pass
+            _wait_for_port(*get_address_host_port(address), connect_seconds)
             client = Client(address, timeout=connect_seconds, set_as_default=False)
         except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without certificates
             raise Unavailable(
-                f"the Dask scheduler does not answer: {error}",
+                f"the Dask scheduler does not answer: {getattr(error, 'strerror', None) or error}",
                 where=address,
                 why="it is not running, the address is wrong, or it requires TLS",
                 remedy="start a scheduler (dask scheduler) and pass its address, or omit --scheduler",
@@ -196,6 +199,22 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
             ) from error
 
     return run
+
+
+def _wait_for_port(host: str, port: int, seconds: float) -> None:
+    """Wait until a port accepts connections (OSError if it does not in time).
+
+    A client of Dask that cannot connect keeps trying until the interpreter ends, and prints a traceback then.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host, port), max(end - time.monotonic(), _RETRY_SECONDS)):
+                return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_RETRY_SECONDS)
 
 
 def _chunks_in_flight(tasks: int, items: list[WorkItem]) -> int:
