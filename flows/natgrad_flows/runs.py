@@ -235,12 +235,19 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
             with get_client(sync_client=True) as client:
                 own = UUID(flow_run.get_id())
                 client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
-                _mark_crashed(client, open_storage(out))
+
+            def work() -> dict[str, Any]:
+                # A flow that has just processed the run may not have reported its end yet. It did not die: in that
+                # case the run is up to date, and this function is not called.
+                with get_client(sync_client=True) as client:
+                    _mark_crashed(client, open_storage(out))
+                return _ingested(source, out, checked, analysis) | _analyzed(out, analysis)
+
             return process_once(
                 source,
                 out,
                 checked,
-                lambda: _ingested(source, out, checked, analysis) | _analyzed(out, analysis),
+                work,
                 known=SCANNED.get(Outcome.of(out)),
                 on_failure=lambda parts: _report_failure(Path(out), parts),
             )
