@@ -115,10 +115,10 @@ def compute_ledger(
     _log.info("%s", plan)
     job = Job.of(states.storage, ledger, plan, limits, compiled=allows_partial_reads and not states.replicates)
     items = list(plan.work_items())
-    with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as beside:
+    with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as background:
         new = not Ledger.is_current(ledger)
         # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
-        preparing = beside.submit(_prepare, ledger, states, vectors, plan.updates_per_chunk, items)
+        preparing = background.submit(_prepare, ledger, states, vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:

@@ -259,7 +259,7 @@ def _stored_key(key: str) -> tuple[str, int]:
     folder, _, name = key.rpartition("/")
     if name == _DOCUMENT or _CHUNK.fullmatch(key):
         return key, 0
-    digits = re.match(r"\d*", name)[0]  # type: ignore[index]
+    digits = re.match(r"\d*", name)[0]  # type: ignore[index]  # it always matches
     return f"{folder}/documents-{len(digits)}{name[len(digits) :]}/c/{int(digits or 0)}", _FRAME.size
 
 
@@ -299,7 +299,7 @@ def _documents_metadata(name: str) -> dict[str, Any]:
 # Files -------------------------------------------------------------------------------------------------------
 
 
-class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]
+class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """File system of a version of a repository, or of a transaction. Its paths are below OUT.
 
     Parameters
@@ -607,7 +607,7 @@ def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
     async def run() -> _T:
         return await coroutine
 
-    return sync(get_loop(), run)  # type: ignore[no-any-return]
+    return sync(get_loop(), run)  # type: ignore[no-any-return]  # fsspec has no types
 
 
 async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exceptions: bool = False) -> list[Any]:

@@ -78,8 +78,6 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
     """
     try:
         states = Trajectory(storage)
-    except OtherVersion:
-        raise
     except InputError as error:
         yield _damage(error)
         return
@@ -123,6 +121,9 @@ def _committed_since(states: Trajectory, length: int) -> bool:
 
 
 def _damage(error: InputError) -> Damage:
+    """Return the damage that an error reports. A store of another layout version is not damaged: it is refused."""
+    if isinstance(error, OtherVersion):
+        raise error
     return Damage(error.where, error.what)
 
 
@@ -226,8 +227,6 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
     """
     try:
         ledger = Ledger(storage)
-    except OtherVersion:
-        raise
     except InputError as error:
         yield _damage(error)
         return
