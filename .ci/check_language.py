@@ -1,7 +1,8 @@
 """Reject words and constructions that are not plain English, in docstrings, comments, messages and documentation.
 
 ``python .ci/check_language.py [FILE ...]`` checks the files, or all files of the repository, prints one line per
-finding (file, line, rule and text) and exits with 1 if there are any. ``docs/glossary.md`` lists the terms to use.
+finding (file, line, rule and text) and exits with 1 if there are any.
+``docs/reference/glossary.md`` lists the terms to use.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def main() -> int:
             shown = " ".join(text.split())
             sys.stdout.write(f"{name}:{line}: {rule}: {shown[:100]}\n")
     if count:
-        sys.stdout.write(f"{count} findings; docs/glossary.md and CONTRIBUTING.md describe the language\n")
+        sys.stdout.write(f"{count} findings; the glossary and CONTRIBUTING.md describe the language\n")
     return int(count > 0)
 
 

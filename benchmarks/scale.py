@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale [--parameters 1e9] [--steps 1e4] [--tensors 500] [--workers 4] [--seconds 0]
 
-It prints the numbers in `docs/scale.md`: tasks, bytes sent over the network, throughput and memory of the
-scheduler.
+It prints the numbers in `docs/explanation/scale.md`: tasks, bytes sent over the network,
+throughput and memory of the scheduler.
 """
 
 from __future__ import annotations

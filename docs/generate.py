@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: the import diagram of design.md, the tables of variables.md.
+"""Write the generated parts of the documentation: the import diagram, and the tables of variables.
 
 ``python docs/generate.py`` replaces the text between the markers ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 With ``--check`` nothing is written; the program fails if a page is not up to date.
@@ -161,8 +161,8 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 # Pages -------------------------------------------------------------------------------------------------------
 
 PARTS = {
-    "design.md": {"import diagram": import_diagram},
-    "variables.md": {
+    "explanation/design.md": {"import diagram": import_diagram},
+    "reference/variables.md": {
         "update variables": update_variables,
         "replicate variables": replicate_variables,
         "flags": flags,

@@ -11,13 +11,13 @@ import xarray as xr
 from distributions import install, natgrad
 from logs import random_walk, write_log
 
-DOCS = Path(__file__).parents[2] / "docs"
+PAGES = Path(__file__).parents[2] / "docs" / "howto"
 TENSORS = {"theta": (5,)}
 
 
 def example_of(page, folder):
     """Install the Python module and the entry points of a page."""
-    text = (DOCS / page).read_text()
+    text = (PAGES / page).read_text()
     blocks = dict(re.findall(r"^```(python|toml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     module = re.match(r'"""(\w+)\.py:', blocks["python"])[1]
     points = tomllib.loads(blocks["toml"])["project"]["entry-points"]
@@ -33,7 +33,7 @@ def write_f64(folder, states):
 
 
 def test_the_example_reader_gives_the_same_bits_as_the_native_format(tmp_path):
-    installed = example_of("custom_readers.md", tmp_path / "site")
+    installed = example_of("reader.md", tmp_path / "site")
     formats = json.loads(natgrad("formats", "--json", installed=[installed]).stdout)
     assert formats["f64"]["layout"] == "folder of state_<N>.f64"
     assert "f64" not in json.loads(natgrad("formats", "--json").stdout)
@@ -54,7 +54,7 @@ def test_the_example_reader_gives_the_same_bits_as_the_native_format(tmp_path):
 
 
 def test_the_example_variable_is_in_the_results_only_if_it_is_installed(tmp_path):
-    installed = example_of("variables.md", tmp_path / "site")
+    installed = example_of("variable.md", tmp_path / "site")
     log = write_log(tmp_path / "log", random_walk(6, TENSORS, "float64"))
     natgrad("process", log, tmp_path / "with", "--workers", 1, installed=[installed])
     natgrad("process", log, tmp_path / "without", "--workers", 1)

@@ -37,15 +37,15 @@ def test_a_new_import_fails_the_check_and_is_then_drawn(copied):
         file.write("\n\ndef later():\n    from natgrad.theory import geometry\n    return geometry\n")
     checked = generate(copied, "--check")
     assert checked.returncode == 1
-    assert "docs/design.md is not up to date" in checked.stderr
+    assert "docs/explanation/design.md is not up to date" in checked.stderr
     assert "variables.md" not in checked.stderr
     assert generate(copied).returncode == 0
-    assert "  kernel --> theory\n" in (copied / "docs" / "design.md").read_text()
+    assert "  kernel --> theory\n" in (copied / "docs" / "explanation" / "design.md").read_text()
     assert generate(copied, "--check").returncode == 0
 
 
 def test_an_edited_table_is_written_again(copied):
-    page = copied / "docs" / "variables.md"
+    page = copied / "docs" / "reference" / "variables.md"
     text = page.read_text()
     page.write_text(text.replace("| `angle` |", "| `angel` |"))
     assert generate(copied, "--check").returncode == 1
@@ -54,7 +54,7 @@ def test_an_edited_table_is_written_again(copied):
 
 
 def test_every_variable_is_in_the_tables():
-    rows = [line.split(" | ") for line in (ROOT / "docs" / "variables.md").read_text().splitlines()]
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "reference" / "variables.md").read_text().splitlines()]
     named = [row[0].strip("| `") for row in rows if len(row) == 5][1:]
     named = [name for name in named if name not in ("variable", "---")]
     assert named == [*VARIABLES, *REPLICATE_VARIABLES]

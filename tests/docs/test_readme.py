@@ -49,8 +49,8 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
 def test_every_example_of_the_mathematics_holds(page, examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
-    found = list(Sybil([PythonCodeBlockParser()]).parse(ROOT / "docs" / page))
-    blocks = (ROOT / "docs" / page).read_text().count("```python")
+    found = list(Sybil([PythonCodeBlockParser()]).parse(ROOT / "docs" / "explanation" / page))
+    blocks = (ROOT / "docs" / "explanation" / page).read_text().count("```python")
     assert blocks == examples
     assert len(found) >= blocks
     for example in found:
@@ -58,7 +58,7 @@ def test_every_example_of_the_mathematics_holds(page, examples, tmp_path, monkey
 
 
 def test_every_erratum_has_a_counterexample():
-    page = (ROOT / "docs" / "errata.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "errata.md").read_text()
     sections = re.split(r"^### (\d+)\. ", page, flags=re.MULTILINE)[1:]
     assert sorted(map(int, sections[::2])) == list(range(1, 20))
     for number, text in zip(sections[::2], sections[1::2], strict=True):
@@ -67,7 +67,7 @@ def test_every_erratum_has_a_counterexample():
 
 def test_links_in_the_documents_exist():
     pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
-    for page in (*pages, *(ROOT / "docs").glob("*.md")):
+    for page in (*pages, *(ROOT / "docs").rglob("*.md")):
         text = page.read_text()
         for part in text.split("](")[1:]:
             target = part.partition(")")[0].partition("#")[0]

@@ -590,7 +590,7 @@ def test_without_images_the_demonstration_logs_the_linear_system_with_a_hint(
 
 def test_every_documented_command_logs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "experiments.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "experiments.md").read_text()
     commands = re.findall(r"^python -m natgrad\.experiments (.*)$", page, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:

@@ -278,7 +278,7 @@ def test_the_documented_counts_are_those_of_the_results(models):
         values = models[name].sel(descent="gradient", window=1)[variable]
         return int((values > 0).sum())
 
-    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "experiments.md").read_text()
     rows = re.findall(r"^\| ([a-z-]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
     assert [name for name, *_ in rows] == RUNS
     for name, *counts in rows:

@@ -42,7 +42,7 @@ def test_the_command_of_the_scanner_is_valid():
     )
 
 
-@pytest.mark.parametrize("name", ["compose.yaml", "docs/cluster.md"])
+@pytest.mark.parametrize("name", ["compose.yaml", "docs/howto/cluster.md"])
 def test_workers_started_by_hand_have_one_thread_of_each_kind(name):
     text = (ROOT / name).read_text()
     for variable in ONE_THREAD:

@@ -1,7 +1,7 @@
 """Test each statement of the paper for random and adversarial vectors, in 60 digits.
 
-docs/paper.md has the table from statement to function, test and variable; docs/errata.md what does not hold as
-printed.
+docs/explanation/paper.md has the table from statement to function, test and variable.
+docs/explanation/errata.md lists what does not hold as printed.
 """
 
 import importlib
@@ -471,7 +471,7 @@ def test_undefined_bounds_of_the_learning_rate_are_nan():
 def test_the_table_of_statements_refers_to_existing_functions_and_tests():
     rows = [
         line.split(" | ")
-        for line in (ROOT / "docs" / "paper.md").read_text().splitlines()
+        for line in (ROOT / "docs" / "explanation" / "paper.md").read_text().splitlines()
         if line.count(" | ") == 4
     ]
     tests = {

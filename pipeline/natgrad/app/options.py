@@ -403,7 +403,7 @@ class AnalyzeOptions(WorkerOptions, total=False):
     cluster: Annotated[
         str | None,
         Option(
-            "Dask cluster to start: slurm, kubernetes, ...; see docs/cluster.md.",
+            "Dask cluster to start: slurm, kubernetes, ...; see docs/howto/cluster.md.",
             unset="workers of this machine",
             metavar="NAME",
             choices=_clusters,

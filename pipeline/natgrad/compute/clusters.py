@@ -1,7 +1,7 @@
 """Start Dask clusters on this machine, on a batch system or on Kubernetes. Each yields the address of a scheduler.
 
 Dask's own configuration (``~/.config/dask/*.yaml``) sets the resources of jobs and pods, and TLS; see
-``docs/cluster.md``.
+``docs/howto/cluster.md``.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
             f"the cluster cannot be started: {error}",
             where=f"--cluster {name}",
             why=f"the section {section} of Dask's configuration is incomplete, or {name} cannot be reached",
-            remedy=f"see docs/cluster.md for the section {section}",
+            remedy=f"see docs/howto/cluster.md for the section {section}",
         ) from error
     with made as cluster:
         if name != "kubernetes":  # the operator of Kubernetes replaces pods

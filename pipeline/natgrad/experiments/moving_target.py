@@ -10,7 +10,7 @@ because its minimum moves: dL/dt = -|grad L|^2 + partial L/partial t.
 although a step may point uphill on the current loss.
 
 For both rules, the extended pair y = (-grad L, -partial L/partial t), g = (d theta/dt, 1) determines how the loss
-changes; the pair of theta alone does not. (The paper prints theta' for v' in dL/dt; see docs/errata.md, 16.)
+changes; the pair of theta alone does not. (The paper prints theta' for v' in dL/dt; see erratum 16.)
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[t
     """List the statements of the paper with its numbers and those of the runs.
 
     The numbers of the paper are its printed formulas at the measured angle. These formulas cancel near pi/2
-    (docs/errata.md, 14); the formulas for the runs do not.
+    (erratum 14); the formulas for the runs do not.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Define the supported log formats: how each is detected and opened, and what it contains.
 
 Another package adds formats through the entry-point group ``natgrad.formats``; each entry point names a `Format`.
-docs/custom_readers.md describes how to write one.
+docs/howto/reader.md describes how to write one.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def user_error(error: Exception, where: str) -> InputError | None:
             where=where,
             why="no credentials were found, or they do not permit this operation",
             remedy="set the credentials of the library (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile; "
-            "see docs/objects.md), or request access",
+            "see docs/howto/storages.md), or request access",
         )
     if isinstance(error, FileNotFoundError):
         return InputError(
