@@ -7,14 +7,16 @@ import sys
 import time
 
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app import scan
 from natgrad.schema.errors import InputError
 from servers import NATGRAD, PrefectServer, process, wait_for
+
+actions = Lazy("prefect.client.schemas.actions")
+orchestration = Lazy("prefect.client.orchestration")
+settings = Lazy("prefect.settings")
 
 # A server is ready after some ten seconds, or minutes where a machine is busy.
 pytestmark = pytest.mark.timeout(1200)
@@ -30,7 +32,10 @@ def server(tmp_path_factory):
 
 def flow_runs(server):
     address = server.environment["PREFECT_API_URL"]
-    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
+    with (
+        settings.temporary_settings({settings.PREFECT_API_URL: address}),
+        orchestration.get_client(sync_client=True) as client,
+    ):
         return client.read_flow_runs()
 
 
@@ -162,10 +167,13 @@ def test_an_invalid_schedule_is_rejected_before_anything_is_deployed(server, arg
 
 def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server, root, tmp_path):
     address = server.environment["PREFECT_API_URL"]
-    with temporary_settings({PREFECT_API_URL: address}), get_client(sync_client=True) as client:
+    with (
+        settings.temporary_settings({settings.PREFECT_API_URL: address}),
+        orchestration.get_client(sync_client=True) as client,
+    ):
         old = client.create_flow_from_name("watch-runs")
         client.create_deployment(old, name="natgrad", entrypoint="flows.watch.watch_runs", tags=["natgrad"])
-        client.create_work_pool(WorkPoolCreate(name="here", type="process"))
+        client.create_work_pool(actions.WorkPoolCreate(name="here", type="process"))
         done = natgrad(server, "deploy", root, tmp_path / "out", "--pool", "here", "--every", "9", "--json")
         assert json.loads(done.stdout)["deployments"][0] == "scan-runs/natgrad", done.stderr
         assert "deployment watch-runs/natgrad was created by an older version" in done.stderr

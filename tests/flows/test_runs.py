@@ -9,22 +9,24 @@ import time
 import numpy as np
 import pytest
 import xarray as xr
-from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.exceptions import ParameterTypeError
-from prefect.flow_engine import run_flow
 
 import natgrad
+from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app import options, run, scan
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.storage import open_out, open_storage
 from natgrad.store import open_trajectory
-from natgrad_flows import runs
-from natgrad_flows.demo import DemoOptions, demo
-from natgrad_flows.scan import scan_runs
+
+prefect = Lazy("prefect")
+exceptions = Lazy("prefect.exceptions")
+filters = Lazy("prefect.client.schemas.filters")
+flow_engine = Lazy("prefect.flow_engine")
+orchestration = Lazy("prefect.client.orchestration")
+runs = Lazy("natgrad_flows.runs")
+scans = Lazy("natgrad_flows.scan")
+demo = Lazy("natgrad_flows.demo")
 
 WRITER = """
 import sys, time
@@ -38,7 +40,7 @@ pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900
 
 
 def task_runs():
-    with get_client(sync_client=True) as client:
+    with orchestration.get_client(sync_client=True) as client:
         return {task_run.name: task_run for task_run in client.read_task_runs()}
 
 
@@ -48,13 +50,14 @@ def log(tmp_path):
 
 
 def artifacts(key):
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    with orchestration.get_client(sync_client=True) as client:
+        named = filters.ArtifactFilter(key=filters.ArtifactFilterKey(any_=[key]))
+        found = client.read_artifacts(artifact_filter=named)
     return [artifact.data for artifact in found]
 
 
 def flow_runs():
-    with get_client(sync_client=True) as client:
+    with orchestration.get_client(sync_client=True) as client:
         return {flow_run.name: flow_run for flow_run in client.read_flow_runs()}
 
 
@@ -120,7 +123,7 @@ def test_an_error_that_may_heal_is_retried(log, tmp_path):
 
 
 def test_longer_work_shows_its_progress(tmp_path):
-    @flow
+    @prefect.flow
     def work(interval):
         progress = runs.ProgressArtifact("items", tmp_path / f"run-{interval}", interval)
         for done in range(1, 4):
@@ -165,7 +168,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
 
     def scanned():
-        answer = scan_runs(tmp_path / "logs", tmp_path / "out", workers=1)
+        answer = scans.scan_runs(tmp_path / "logs", tmp_path / "out", workers=1)
         assert not answer["failed"]
         states = open_trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
         return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
@@ -196,7 +199,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     ],
 )
 def test_parameters_are_validated_before_a_run_starts(log, tmp_path, parameters):
-    with pytest.raises(ParameterTypeError) as refusal:
+    with pytest.raises(exceptions.ParameterTypeError) as refusal:
         runs.process_run(log, tmp_path / "never", **parameters)
     with pytest.raises(InputError) as same:
         options.validated(options.RunOptions, parameters)
@@ -215,18 +218,21 @@ def test_options_that_depend_on_each_other_or_on_the_steps_are_checked_before_an
         assert not (tmp_path / "never" / "trajectory.zarr").exists()
 
 
+# Flows by name, each with the models of its options.
 FLOWS = {
-    runs.process_run: (options.RunOptions, options.OverwriteOptions),
-    runs.ingest_run: (options.ReadOptions, options.OverwriteOptions),
-    runs.analyze_run: (options.AnalyzeOptions,),
-    scan_runs: (options.ScanOptions,),
-    demo: (DemoOptions,),
+    "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions),
+    "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions),
+    "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions),
+    "scan-runs": lambda: (scans.scan_runs, options.ScanOptions),
+    "demo": lambda: (demo.demo, demo.DemoOptions),
 }
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
-def test_the_parameter_form_has_every_option_with_its_description(flow):
-    declared = {name: one for kind in FLOWS[flow] for name, one in options.declared(kind).items()}
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_parameter_form_has_every_option_with_its_description(name):
+    flow, *models = FLOWS[name]()
+    assert flow.name == name
+    declared = {name: one for model in models for name, one in options.declared(model).items()}
     form = flow.parameters.properties
     assert set(form) - {"source", "root", "out"} == set(declared)
     for name, one in declared.items():
@@ -248,7 +254,7 @@ def test_many_runs_at_once_fail_alone_and_compute_only_new_steps(tmp_path):
     bad.write_bytes(bytes_before[:-3])
 
     def scanned():
-        answer = scan_runs(logs, out, workers=1, at_once=2)
+        answer = scans.scan_runs(logs, out, workers=1, at_once=2)
         return [answer[what] for what in ("processed", "unchanged", "failed")], answer["failures"]
 
     numbers, failures = scanned()
@@ -267,8 +273,8 @@ def test_many_runs_at_once_fail_alone_and_compute_only_new_steps(tmp_path):
 def test_a_scan_does_not_repeat_a_run_started_with_default_parameters(log, tmp_path):
     # A deployment starts it in this way: options that are not set have their defaults.
     out = tmp_path / "out" / "log"
-    run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
-    answer = scan_runs(log.parent, out.parent, workers=1)
+    flow_engine.run_flow(runs.process_run, parameters={"source": str(log), "out": str(out), "workers": 1})
+    answer = scans.scan_runs(log.parent, out.parent, workers=1)
     assert (answer["processed"], answer["unchanged"]) == (0, 1)
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
-import torch
 import zarr
 from mpmath import mp, mpf
 from zarr.codecs import BloscCodec
 
+from lazy import Lazy
 from logs import append_states, walk_arrays, write_trajectory
 from natgrad.app.describe import describe_run
 from natgrad.app.folder import RunFolder
@@ -35,6 +35,8 @@ from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger, ingest, read_results
 from processing import Serial, process
 from reference import exact, exact_dot
+
+torch = Lazy("torch")
 
 SHAPES = {"layer.bias": (5,), "layer.weight": (7, 5), "scale": ()}
 LAYOUT = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})

@@ -10,8 +10,8 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import sync_playwright
 
+from lazy import Lazy
 from logs import random_walk, write_log
 from natgrad.app import run
 from natgrad.reporting import figures
@@ -19,6 +19,8 @@ from natgrad.reporting import page as report
 from natgrad.reporting.figures import canvas, paper
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
+
+sync_api = Lazy("playwright.sync_api")
 
 NAME = "<script>alert('run')</script> & $x_1$ \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-5B66}"
 WINDOW = 4
@@ -411,7 +413,7 @@ def browser():
     quiet = ("background-networking", "component-update", "sync")
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     arguments += [f"--disable-{name}" for name in quiet]
-    with sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=arguments)
         yield browser
         browser.close()

@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lazy import Lazy
 from logs import DTYPES, random_walk, write_log
 from natgrad.app.inspection import inspect_source
 from natgrad.schema.errors import InputError
@@ -20,6 +20,8 @@ from natgrad.sources.alignment import shift_of_gradients
 from natgrad.sources.names import parse_shift
 from natgrad.store import open_trajectory
 from opened import ingest, open_source
+
+torch = Lazy("torch")
 
 SHAPES = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": ()}
 STEPS = 6

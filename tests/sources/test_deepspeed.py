@@ -8,18 +8,20 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
 from test_optimizer import stored
 
 from damage import LENGTHS, Payload, changes, damage, reads_only
+from lazy import Lazy
 from logs import random_walk, run_writer, write_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
 from opened import ingest, open_source
+
+torch = Lazy("torch")
+safetensors_torch = Lazy("safetensors.torch")
 
 SHAPES = {**TENSORS, "scale": (1,)}  # the engine does not support scalars
 STATES = random_walk(5, SHAPES)
@@ -29,7 +31,7 @@ GROUPS = [
     for rate, decay in ((0.125, 0.25), (0.03125, 0.0))
 ]
 DIGITS = np.random.default_rng(0)
-EXACT = [{t: torch.from_numpy(DIGITS.integers(-8, 9, s) / 8).float() for t, s in SHAPES.items()} for _ in STATES]
+EXACT = [{t: (DIGITS.integers(-8, 9, s) / 8).astype(np.float32) for t, s in SHAPES.items()} for _ in STATES]
 STAGES = ["stage 0", "stage 1, bf16", "stage 2", "stage 2, bf16", "stage 3", "stage 3, bf16"]
 
 
@@ -37,7 +39,7 @@ STAGES = ["stage 0", "stage 1, bf16", "stage 2", "stage 2, bf16", "stage 3", "st
 def job(tmp_path_factory):
     """Folder with the logs of one run in all stages, each written by two processes, some by three."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    more = [{"exact": exact, "groups": GROUPS} for exact in EXACT]
+    more = [{"exact": {t: torch.from_numpy(g) for t, g in exact.items()}, "groups": GROUPS} for exact in EXACT]
     torch.save([one | other for one, other in zip(trees_of(STATES), more, strict=True)], folder / "states")
     run_writer(
         "write_deepspeed.py", *(folder / name for name in ("rendezvous", "states", "log")), DS_ACCELERATOR="cpu"
@@ -155,7 +157,7 @@ def truth():
     states = [{}]
     for exact in EXACT:
         for name, parameter in parameters.items():
-            parameter.grad = exact[name]
+            parameter.grad = torch.from_numpy(exact[name])
         optimizer.step()
         states.append(
             {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in parameters.items()}
@@ -224,8 +226,8 @@ def trainer_folder(folder, log):
         shutil.copytree(log / inner.name, inner)
         tree = torch.load(inner / "mp_rank_00_model_states.pt", weights_only=False)
         model = {name: value for name, value in tree["module"].items() if name != "tied.weight"}
-        safetensors.torch.save_file(model, checkpoint / "model.safetensors")
-        safetensors.torch.save_file(tree["grad"], checkpoint / "gradient.safetensors")
+        safetensors_torch.save_file(model, checkpoint / "model.safetensors")
+        safetensors_torch.save_file(tree["grad"], checkpoint / "gradient.safetensors")
         (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": []}))
     return folder
 

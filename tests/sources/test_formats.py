@@ -15,15 +15,12 @@ import huggingface_hub
 import numcodecs
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
-import torch.distributed.checkpoint as dcp
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from damage import LENGTHS, Payload, changes, damage, reads_only
+from lazy import Lazy
 from logs import random_walk, write_log
 from memory import peak_of
 from natgrad.schema.errors import InputError
@@ -34,6 +31,11 @@ from natgrad.sources.container import boxes
 from natgrad.sources.formats import FORMATS, find_format
 from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger, ingest, open_source
+
+torch = Lazy("torch")
+dcp = Lazy("torch.distributed.checkpoint")
+metadata_types = Lazy("torch.distributed.checkpoint.metadata")
+safetensors_torch = Lazy("safetensors.torch")
 
 TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}
 STEPS = 5
@@ -112,7 +114,7 @@ def save_sharded(folder, states, prefix=""):
                 max_shard_size="2KB",
             )
         scalars = {name: torch.from_numpy(np.asarray(state[name])) for name in ("loss", "learning_rate")}
-        safetensors.torch.save_file(scalars, folder / f"step-{step}" / "adapter_model.safetensors")
+        safetensors_torch.save_file(scalars, folder / f"step-{step}" / "adapter_model.safetensors")
     return folder
 
 
@@ -129,7 +131,7 @@ def write_mixed(folder, states):
         torch.save(tree, folder / "checkpoints" / f"checkpoint_{step}.pt")
     for step, state in enumerate(states):
         (folder / "gradients" / f"step_{step}").mkdir(parents=True)
-        safetensors.torch.save_file(
+        safetensors_torch.save_file(
             arrays_of(state, "gradient"), folder / "gradients" / f"step_{step}" / "gradient.safetensors"
         )
     return [folder / "checkpoints", folder / "gradients"]
@@ -325,7 +327,7 @@ WEIGHT = "model.layers.10.weight"
 
 
 def set_chunk(metadata, offsets, sizes):
-    entry(metadata, WEIGHT).chunks[0] = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+    entry(metadata, WEIGHT).chunks[0] = metadata_types.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
 @pytest.mark.parametrize(
@@ -385,8 +387,8 @@ def test_chunks_that_overlap_are_refused(tmp_path):
     whole = entry(metadata, WEIGHT).chunks[0]
     info = storage(metadata, WEIGHT)
     entry(metadata, WEIGHT).size = torch.Size((80, 30))
-    entry(metadata, WEIGHT).chunks.append(ChunkStorageMetadata(torch.Size((20, 0)), whole.sizes))
-    metadata.storage_data[MetadataIndex(WEIGHT, torch.Size((20, 0)))] = info
+    entry(metadata, WEIGHT).chunks.append(metadata_types.ChunkStorageMetadata(torch.Size((20, 0)), whole.sizes))
+    metadata.storage_data[metadata_types.MetadataIndex(WEIGHT, torch.Size((20, 0)))] = info
     (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
     log = open_source(folder)
     with log.open(log.steps()[0]) as reader, pytest.raises(InputError, match="overlap"):
@@ -486,7 +488,7 @@ def rewritten(path, change):
 
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", ""])
 def test_an_index_that_refers_outside_its_folder_is_refused(shards, name):
-    safetensors.torch.save_file({"scale": torch.ones(())}, shards.parent.parent / "secret.safetensors")
+    safetensors_torch.save_file({"scale": torch.ones(())}, shards.parent.parent / "secret.safetensors")
     rewritten(shards / "model.safetensors.index.json", lambda index: index["weight_map"].update(scale=name))
     assert "outside of the folder" in refusal(shards.parent).what
 
@@ -523,7 +525,7 @@ def test_a_cyclic_link_is_not_a_step(tmp_path):
 
 
 def test_two_files_with_one_key_are_refused(shards):
-    safetensors.torch.save_file({"scale": torch.ones(())}, shards / "pytorch_model.safetensors")
+    safetensors_torch.save_file({"scale": torch.ones(())}, shards / "pytorch_model.safetensors")
     assert "two files contain 'scale'" in refusal(shards.parent).what
 
 
@@ -591,8 +593,8 @@ def test_a_change_in_either_source_is_detected(tmp_path):
     ingest(sources, tmp_path / "trajectory.zarr")
     assert ingest(sources, tmp_path / "trajectory.zarr").new_steps == 0
     path = sources[1] / "step_2" / "gradient.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    tensors = safetensors_torch.load_file(path)
+    safetensors_torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
     with pytest.raises(InputError, match="step 2 is already ingested, with a different gradient"):
         ingest(sources, tmp_path / "trajectory.zarr")
 

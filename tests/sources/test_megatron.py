@@ -13,17 +13,19 @@ import types
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 from test_formats import TENSORS, arrays_of, ledger_of, refusal
-from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 
 from damage import Payload
+from lazy import Lazy
 from logs import random_walk, write_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.completion import complete
 from natgrad.sources.formats import FORMATS
 from opened import open_source
+
+torch = Lazy("torch")
+dcp = Lazy("torch.distributed.checkpoint")
+default_planner = Lazy("torch.distributed.checkpoint.default_planner")
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 STATES = random_walk(3, TENSORS)
@@ -86,7 +88,7 @@ def write_torch_dist(folder, megatron):
         dcp.save(tree, checkpoint_id=path, no_dist=True)
         metadata = pickle.loads((path / ".metadata").read_bytes())
         metadata.planner_data = {}
-        metadata.all_local_plans = [create_default_local_save_plan(tree, True)]
+        metadata.all_local_plans = [default_planner.create_default_local_save_plan(tree, True)]
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
         torch.save(state_dict(iteration, {}, megatron), path / "common.pt")
         (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')

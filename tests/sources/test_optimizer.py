@@ -6,16 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
-import torch.distributed.checkpoint as dcp
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp, mpf
-from test_trainers import CONFIG, train
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from test_trainers import small_gpt2, train
 
+from lazy import Lazy
 from natgrad.app import cli, run
 from natgrad.app.run import Analysis
 from natgrad.schema.errors import InputError
@@ -29,21 +25,29 @@ from natgrad.theory.preconditioners import adam_eigenvalues, condition_number
 from opened import ingest, read_results, verify_trajectory
 from processing import Serial
 
+safetensors_torch = Lazy("safetensors.torch")
+torch = Lazy("torch")
+dcp = Lazy("torch.distributed.checkpoint")
+state_dict = Lazy("torch.distributed.checkpoint.state_dict")
+
 STEPS = 5
 RATES = (0.1, 0.02)
 
 
-class Net(torch.nn.Module):
-    """Return tensors of equal shapes, in an order that differs from that of their names."""
+def small_net():
+    """Return a network with tensors of equal shapes, in an order that differs from that of their names."""
 
-    def __init__(self):
-        super().__init__()
-        self.second = torch.nn.Linear(3, 3)
-        self.first = torch.nn.Linear(3, 3)
-        self.norm = torch.nn.LayerNorm(3)
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second = torch.nn.Linear(3, 3)
+            self.first = torch.nn.Linear(3, 3)
+            self.norm = torch.nn.LayerNorm(3)
 
-    def forward(self, x):
-        return self.norm(self.second(torch.tanh(self.first(x))))
+        def forward(self, x):
+            return self.norm(self.second(torch.tanh(self.first(x))))
+
+    return Net()
 
 
 def two_groups(model, **options):
@@ -60,7 +64,7 @@ def two_groups(model, **options):
 def trained(optimizer_of, save, steps=STEPS):
     """Train a network and save each step with its gradients; return the optimizer state by name, per step."""
     torch.manual_seed(0)
-    model = Net()
+    model = small_net()
     optimizer = optimizer_of(model)
     x, target = torch.randn(8, 3), torch.randn(8, 3)
     truth = []
@@ -92,8 +96,8 @@ def saver(folder, **more):
 def sharded(folder):
     def save(step, model, optimizer, gradients, loss):
         tree = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
+            "model": state_dict.get_model_state_dict(model),
+            "optimizer": state_dict.get_optimizer_state_dict(model, optimizer),
             "gradient": gradients,
             "loss": torch.tensor(loss.item()),
             "learning_rate": torch.tensor(0.1),
@@ -168,8 +172,8 @@ def test_saved_state_is_stored_under_the_name_of_its_tensor(tmp_path, writer, na
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning")
 def test_the_trainer_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
-    folder, states = train(tmp_path / "out", states=saved_moments)
-    model = transformers.GPT2LMHeadModel(CONFIG)
+    folder, states = train(tmp_path / "out", states_of=saved_moments)
+    model = small_gpt2()
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(InputError, match="neither the order of the file nor the shapes are sufficient"):
         ingest(folder, tmp_path / "store", include=["optimizer"])
@@ -362,8 +366,8 @@ def test_an_unknown_order_is_requested_and_then_used(tmp_path):
         # Files of this kind do not preserve the order of their tensors.
         folder = log / f"step-{step}"
         folder.mkdir(parents=True)
-        safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
-        safetensors.torch.save_file(gradients, folder / "gradient.safetensors")
+        safetensors_torch.save_file(model.state_dict(), folder / "model.safetensors")
+        safetensors_torch.save_file(gradients, folder / "gradient.safetensors")
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
     truth = trained(OPTIMIZERS["adam"], save)
@@ -371,7 +375,7 @@ def test_an_unknown_order_is_requested_and_then_used(tmp_path):
         ingest(log, tmp_path / "store", include=["optimizer"])
     assert "order = [" in refusal.value.remedy
     assert "step 0" in refusal.value.where
-    order = [name for name, _ in Net().named_parameters()]
+    order = [name for name, _ in small_net().named_parameters()]
     (log / "natgrad.toml").write_text(f"order = {json.dumps(order)}\n")
     ingest(log, tmp_path / "store", include=["optimizer"])
     for tensor, rows in stored(tmp_path / "store")[1]["exp_avg"].items():

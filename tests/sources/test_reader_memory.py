@@ -3,12 +3,14 @@
 import h5py
 import numpy as np
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 import zarr
 
+from lazy import Lazy
 from memory import assert_out_of_core
 from opened import open_source
+
+torch = Lazy("torch")
+dcp = Lazy("torch.distributed.checkpoint")
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 SHAPE = (4096, 4096)  # 64 MiB

@@ -14,15 +14,9 @@ import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.loggers import CSVLogger
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import SummaryWriter
 
 from damage import changes, damage, reads_only
+from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
@@ -35,6 +29,9 @@ from natgrad.sources.steps import NotYet
 from natgrad.storage import open_storage
 from natgrad.store import open_trajectory
 from opened import ingest, open_source, open_sources
+
+lightning_loggers = Lazy("lightning.pytorch.loggers")
+tensorboard = Lazy("torch.utils.tensorboard")
 
 STEPS = 6
 SCALARS = ("loss", "learning_rate")
@@ -73,7 +70,7 @@ def stored(path):
 
 
 def write_lightning_csv(folder, values):
-    logger = CSVLogger(folder, name="run", flush_logs_every_n_steps=2)
+    logger = lightning_loggers.CSVLogger(folder, name="run", flush_logs_every_n_steps=2)
     for step, loss, rate in values:
         logger.log_metrics({"train_loss": loss}, step)
         logger.log_metrics({"val_loss": 7.0}, step)
@@ -159,7 +156,7 @@ def test_every_logger_preserves_the_logged_numbers(tmp_path, writer):
 @pytest.mark.parametrize("new_style", [False, True])
 def test_tensorboard_gives_every_point_in_single_precision(tmp_path, new_style):
     values = [(step, float(np.float32(a)), float(np.float32(0.1))) for step, a, _ in values_of()]
-    with SummaryWriter(tmp_path / "events") as writer:
+    with tensorboard.SummaryWriter(tmp_path / "events") as writer:
         for step, loss, rate in values:
             writer.add_scalar("Loss/train", loss, step, new_style=new_style)
             writer.add_scalar("lr-SGD", rate, step, new_style=new_style)
@@ -206,7 +203,7 @@ def test_the_later_record_of_a_repeated_step_is_used(tmp_path):
 def test_event_files_of_a_restarted_run_are_read_in_start_order(tmp_path):
     # Sorting by name would put the second file first.
     for suffix, steps, loss in ((".second", range(5), 1.0), (".first", range(2, 4), 2.0)):
-        with SummaryWriter(tmp_path / "events", filename_suffix=suffix) as writer:
+        with tensorboard.SummaryWriter(tmp_path / "events", filename_suffix=suffix) as writer:
             for step in steps:
                 writer.add_scalar("loss", loss, step)
     for path in (tmp_path / "events").iterdir():
@@ -418,7 +415,7 @@ def test_a_truncated_text_file_yields_only_numbers_that_were_written(tmp_path, d
 
 @pytest.fixture
 def events(tmp_path):
-    with SummaryWriter(tmp_path / "events") as writer:
+    with tensorboard.SummaryWriter(tmp_path / "events") as writer:
         for step in range(3):
             writer.add_scalar("loss", 1.0 / (step + 1), step)
     (path,) = (tmp_path / "events").iterdir()
@@ -456,6 +453,12 @@ numbers = st.floats(width=32) | st.floats(-1e30, 1e30)
 @given(rows=st.lists(st.tuples(st.integers(0, 2**62), st.text(max_size=9), numbers, st.sampled_from("sfdbc"))))
 @reads_only
 def test_events_written_by_tensorboard_are_read(tmp_path, rows):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     expected = []
     with (tmp_path / "tfevents").open("wb") as file:
         writer = RecordWriter(file)

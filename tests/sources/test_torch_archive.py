@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from damage import Payload, changes, damage, reads_only
+from lazy import Lazy
 from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.torch_archive import TORCH_DTYPES, TorchFile
@@ -29,7 +29,8 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import LocalStorage
 from opened import open_source
 
-DTYPES = [getattr(torch, name) for name in TORCH_DTYPES]
+torch = Lazy("torch")
+
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
@@ -58,39 +59,40 @@ def read(file, key, itemsize, start=0, stop=None):
 # Contents ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize <= 8])
-def test_every_torch_dtype_is_preserved_bit_by_bit(tmp_path, dtype):
+@pytest.mark.parametrize("name", [name for name, (_, itemsize) in TORCH_DTYPES.items() if itemsize <= 8])
+def test_every_torch_dtype_is_preserved_bit_by_bit(tmp_path, name):
+    dtype = getattr(torch, name)
     bits = torch.arange(48, dtype=torch.uint8).repeat(2)[: 12 * dtype.itemsize] % 2
     tensor = bits.view(dtype).reshape(3, 4)
     with opened(saved(tmp_path, {"model": {"w": tensor}})) as file:
-        assert file.tensors["model/w"] == LoggedTensor((3, 4), str(dtype).removeprefix("torch."))
+        assert file.tensors["model/w"] == LoggedTensor((3, 4), name)
         assert read(file, "model/w", dtype.itemsize).tobytes() == words_of(tensor)
 
 
-def views(base):
-    """Return tensors that are not in C order, or not at the start of their storage."""
-    return {
-        "whole": base,
-        "transposed": base.t(),
-        "every second column": base[:, ::2],
-        "a column": base[:, 3],
-        "rows from the middle": base[7:],
-        "of one row, with odd strides": base[5:6, ::3],
-        "of three dimensions": base[:, :60].reshape(-1, 6, 10).permute(2, 0, 1),
-        "channels last": base[:, :60].reshape(-1, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-        "expanded": base[0].expand(3, -1),
-        "scalar": base[2, 2],
-        "empty": base[:0],
-    }
+# Tensors that are not in C order, or not at the start of their storage.
+VIEWS = {
+    "whole": lambda base: base,
+    "transposed": lambda base: base.t(),
+    "every second column": lambda base: base[:, ::2],
+    "a column": lambda base: base[:, 3],
+    "rows from the middle": lambda base: base[7:],
+    "of one row, with odd strides": lambda base: base[5:6, ::3],
+    "of three dimensions": lambda base: base[:, :60].reshape(-1, 6, 10).permute(2, 0, 1),
+    "channels last": lambda base: base[:, :60].reshape(-1, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    "expanded": lambda base: base[0].expand(3, -1),
+    "scalar": lambda base: base[2, 2],
+    "empty": lambda base: base[:0],
+}
 
 
 @pytest.fixture(scope="module")
 def archive_of_views(tmp_path_factory):
-    tensors = views(torch.arange(300 * 61, dtype=torch.float32).reshape(300, 61))
+    base = torch.arange(300 * 61, dtype=torch.float32).reshape(300, 61)
+    tensors = {name: view(base) for name, view in VIEWS.items()}
     return saved(tmp_path_factory.mktemp("log"), tensors), tensors
 
 
-@given(name=st.sampled_from(list(views(torch.zeros(300, 61)))), a=st.integers(0), b=st.integers(0))
+@given(name=st.sampled_from(list(VIEWS)), a=st.integers(0), b=st.integers(0))
 def test_slices_of_tensors_in_any_strides_equal_those_of_torch(archive_of_views, name, a, b):
     path, tensors = archive_of_views
     flat = tensors[name].contiguous().flatten().numpy()
@@ -140,18 +142,16 @@ def test_other_objects_in_trainer_checkpoints_are_skipped(tmp_path):
         assert file.numbers["optimizer/param_groups/0/lr"] == 0.01
 
 
-class Units(torch.Tensor):
-    """A tensor of a user-defined class."""
-
-
-def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_path):
+def test_a_tensor_with_attributes_is_read_and_one_of_another_class_is_not(tmp_path, monkeypatch):
     tensor = torch.nn.Parameter(torch.arange(3.0))
     plain = torch.arange(3.0)
     tensor.rank = plain.rank = 7
     with opened(saved(tmp_path, {"w": tensor, "v": plain})) as file:
         assert read(file, "w", 4).tobytes() == read(file, "v", 4).tobytes() == words_of(plain)
+    units = type("Units", (torch.Tensor,), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Units", units, raising=False)  # pickle finds a class by its name
     with pytest.raises(InputError, match=r"names .*Units"):
-        opened(saved(tmp_path, {"w": torch.ones(3).as_subclass(Units)}))
+        opened(saved(tmp_path, {"w": torch.ones(3).as_subclass(units)}))
 
 
 def test_torch_is_not_needed_to_read_what_it_wrote(tmp_path):
@@ -307,18 +307,21 @@ def test_classes_listed_as_inert_are_skipped(tmp_path):
     assert content_of(folder).scalars == {"loss": 1.0}
 
 
-class Tied(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(3, 2)
-        self.norm = torch.nn.BatchNorm1d(2)
-        self.head = torch.nn.Linear(2, 3, bias=False)
-        self.head.weight = self.embedding.weight
+def tied_model():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(3, 2)
+            self.norm = torch.nn.BatchNorm1d(2)
+            self.head = torch.nn.Linear(2, 3, bias=False)
+            self.head.weight = self.embedding.weight
+
+    return Tied()
 
 
 @pytest.mark.parametrize("named", ["embedding.weight", "head.weight"])
 def test_tied_weights_are_counted_once_and_buffers_are_not_counted(tmp_path, named):
-    model = Tied()
+    model = tied_model()
     gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     gradient[named] = gradient.pop("embedding.weight")
     folder = write_checkpoints(tmp_path, [{"model": model.state_dict(), "grad": gradient}])

@@ -4,23 +4,25 @@ import json
 import os
 import shutil
 
-import lightning
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
-import torch.distributed.checkpoint as dcp
-import transformers
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from test_formats import ledger_of
 
+from lazy import Lazy
 from logs import write_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.completion import complete
 from natgrad.sources.formats import FORMATS
 from natgrad.store import open_trajectory
 from opened import ingest, open_source
+
+lightning = Lazy("lightning")
+callbacks = Lazy("lightning.pytorch.callbacks")
+loggers = Lazy("lightning.pytorch.loggers")
+safetensors_torch = Lazy("safetensors.torch")
+torch = Lazy("torch")
+dcp = Lazy("torch.distributed.checkpoint")
+transformers = Lazy("transformers")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
@@ -48,35 +50,44 @@ def contents_of(folder, **options):
 # Hugging Face ------------------------------------------------------------------------------------------------
 
 
-class SavesGradients(transformers.TrainerCallback):
-    """Save the gradient of one fixed batch at the state of each checkpoint, and keep both."""
+def callback_that_saves_gradients(batch, states_of=None):
+    """Return a callback that saves the gradient of one batch with each checkpoint, and keeps the states."""
 
-    def __init__(self, batch, states=None):
-        self.batch, self.states, self._states = batch, {}, states
+    class SavesGradients(transformers.TrainerCallback):
+        def __init__(self):
+            self.states = {}
 
-    def on_save(self, args, state, control, model, optimizer=None, **more):
-        names, tensors = zip(*model.named_parameters(), strict=True)
-        model.eval()
-        gradients = torch.autograd.grad(model(**self.batch).loss, tensors)
-        model.train()
-        gradients = dict(zip(names, gradients, strict=True))
-        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
-        safetensors.torch.save_file(gradients, f"{folder}/gradient.safetensors")
-        self.states[state.global_step] = {
-            f"parameter/{name}": tensor.detach().numpy().copy() for name, tensor in model.named_parameters()
-        } | {f"gradient/{name}": tensor.numpy() for name, tensor in gradients.items()}
-        if self._states is not None:
-            self.states[state.global_step] = self._states(model, optimizer)
+        def on_save(self, args, state, control, model, optimizer=None, **more):
+            names, tensors = zip(*model.named_parameters(), strict=True)
+            model.eval()
+            gradients = torch.autograd.grad(model(**batch).loss, tensors)
+            model.train()
+            gradients = dict(zip(names, gradients, strict=True))
+            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+            safetensors_torch.save_file(gradients, f"{folder}/gradient.safetensors")
+            if states_of is None:
+                parameters = {
+                    f"parameter/{name}": p.detach().numpy().copy() for name, p in model.named_parameters()
+                }
+                kept = parameters | {f"gradient/{name}": gradient.numpy() for name, gradient in gradients.items()}
+            else:
+                kept = states_of(model, optimizer)
+            self.states[state.global_step] = kept
+
+    return SavesGradients()
 
 
-CONFIG = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+def small_gpt2():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    )
 
 
-def train(folder, states=None, **options):
+def train(folder, states_of=None, **options):
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(CONFIG)
+    model = small_gpt2()
     rows = torch.randint(0, 17, (16, 8))
-    callback = SavesGradients({"input_ids": rows[:4], "labels": rows[:4]}, states)
+    callback = callback_that_saves_gradients({"input_ids": rows[:4], "labels": rows[:4]}, states_of)
     arguments = transformers.TrainingArguments(
         str(folder),
         max_steps=UPDATES,
@@ -205,48 +216,51 @@ def test_an_invalid_trainer_state_is_refused(tmp_path, trained, text):
 # Lightning ---------------------------------------------------------------------------------------------------
 
 
-class Module(lightning.LightningModule):
-    """Add the gradient at the saved state to each checkpoint."""
+def module_that_saves_gradients():
+    """Return a module that adds the gradient at the saved state to each checkpoint."""
 
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 2)
-        self.states, self.momenta = {}, {}
-        self.save_hyperparameters({"width": 2, "nested": {"a": [1, 2]}})
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+            self.states, self.momenta = {}, {}
+            self.save_hyperparameters({"width": 2, "nested": {"a": [1, 2]}})
 
-    def loss(self, batch):
-        return self.layer(batch).square().mean()
+        def loss(self, batch):
+            return self.layer(batch).square().mean()
 
-    def training_step(self, batch, index):
-        return self.loss(batch[0])
+        def training_step(self, batch, index):
+            return self.loss(batch[0])
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.125, momentum=0.5)
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.125, momentum=0.5)
 
-    def on_save_checkpoint(self, checkpoint):
-        with torch.enable_grad():
-            loss = self.loss(torch.ones(4, 3))
-            gradients = torch.autograd.grad(loss, list(self.parameters()))
-        names = [name for name, _ in self.named_parameters()]
-        checkpoint["gradient"] = dict(zip(names, gradients, strict=True))
-        checkpoint["loss"] = loss.item()
-        kept = self.trainer.optimizers[0].state
-        self.momenta[checkpoint["global_step"]] = {
-            name: kept[p]["momentum_buffer"].numpy().copy() for name, p in self.named_parameters()
-        }
-        state = {f"parameter/{name}": p.detach().numpy().copy() for name, p in self.named_parameters()}
-        state |= {f"gradient/{name}": g.numpy() for name, g in checkpoint["gradient"].items()}
-        self.states[checkpoint["global_step"]] = state | {
-            "loss": np.float64(loss.item()),
-            "learning_rate": np.float64(0.125),
-        }
+        def on_save_checkpoint(self, checkpoint):
+            with torch.enable_grad():
+                loss = self.loss(torch.ones(4, 3))
+                gradients = torch.autograd.grad(loss, list(self.parameters()))
+            names = [name for name, _ in self.named_parameters()]
+            checkpoint["gradient"] = dict(zip(names, gradients, strict=True))
+            checkpoint["loss"] = loss.item()
+            kept = self.trainer.optimizers[0].state
+            self.momenta[checkpoint["global_step"]] = {
+                name: kept[p]["momentum_buffer"].numpy().copy() for name, p in self.named_parameters()
+            }
+            state = {f"parameter/{name}": p.detach().numpy().copy() for name, p in self.named_parameters()}
+            state |= {f"gradient/{name}": g.numpy() for name, g in checkpoint["gradient"].items()}
+            self.states[checkpoint["global_step"]] = state | {
+                "loss": np.float64(loss.item()),
+                "learning_rate": np.float64(0.125),
+            }
+
+    return Module()
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lightning")
     torch.manual_seed(0)
-    module = Module()
+    module = module_that_saves_gradients()
     data = torch.utils.data.TensorDataset(torch.randn(16, 3))
     lightning.Trainer(
         max_steps=UPDATES,
@@ -255,7 +269,9 @@ def fitted(tmp_path_factory):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[ModelCheckpoint(dirpath=folder / "out", every_n_train_steps=1, save_top_k=-1, save_last=True)],
+        callbacks=[
+            callbacks.ModelCheckpoint(dirpath=folder / "out", every_n_train_steps=1, save_top_k=-1, save_last=True)
+        ],
     ).fit(module, torch.utils.data.DataLoader(data, batch_size=2))
     return folder / "out", module.states, module.momenta
 
@@ -292,49 +308,52 @@ def test_sharded_lightning_folders_give_the_same_run(tmp_path, fitted):
     assert ledger_of(tmp_path / "sharded", [tmp_path / "out"]) == ledger_of(tmp_path / "single", [folder])
 
 
-class LateGradients(lightning.LightningModule):
-    """Add the gradient of the last update to each checkpoint, and log loss and rate."""
+def module_with_late_gradients():
+    """Return a module that adds the gradient of the last update to each checkpoint, and logs loss and rate."""
 
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 2)
-        self.states = []
+    class LateGradients(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+            self.states = []
 
-    def training_step(self, batch, index):
-        loss = self.layer(batch[0]).square().mean()
-        self.log("train_loss", loss)
-        self.states.append({"loss": np.float64(loss.item())})
-        return loss
+        def training_step(self, batch, index):
+            loss = self.layer(batch[0]).square().mean()
+            self.log("train_loss", loss)
+            self.states.append({"loss": np.float64(loss.item())})
+            return loss
 
-    def on_before_optimizer_step(self, optimizer):
-        for name, value in self.named_parameters():
-            self.states[-1][f"parameter/{name}"] = value.detach().numpy().copy()
-            self.states[-1][f"gradient/{name}"] = value.grad.numpy().copy()
-        self.states[-1]["learning_rate"] = np.float64(optimizer.param_groups[0]["lr"])
+        def on_before_optimizer_step(self, optimizer):
+            for name, value in self.named_parameters():
+                self.states[-1][f"parameter/{name}"] = value.detach().numpy().copy()
+                self.states[-1][f"gradient/{name}"] = value.grad.numpy().copy()
+            self.states[-1]["learning_rate"] = np.float64(optimizer.param_groups[0]["lr"])
 
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["gradient"] = {name: p.grad.clone() for name, p in self.named_parameters()}
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["gradient"] = {name: p.grad.clone() for name, p in self.named_parameters()}
 
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.125)
-        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.125)
+            decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    return LateGradients()
 
 
 def test_gradients_of_the_state_before_and_the_scalars_of_a_logger_are_shifted_to_the_run(tmp_path):
     torch.manual_seed(0)
-    module = LateGradients()
+    module = module_with_late_gradients()
     data = torch.utils.data.TensorDataset(torch.randn(16, 3))
     lightning.Trainer(
         max_steps=6,
         accelerator="cpu",
-        logger=CSVLogger(tmp_path, name="logger"),
+        logger=loggers.CSVLogger(tmp_path, name="logger"),
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            ModelCheckpoint(dirpath=tmp_path / "out", every_n_train_steps=1, save_top_k=-1),
-            LearningRateMonitor("step"),
+            callbacks.ModelCheckpoint(dirpath=tmp_path / "out", every_n_train_steps=1, save_top_k=-1),
+            callbacks.LearningRateMonitor("step"),
         ],
     ).fit(module, torch.utils.data.DataLoader(data, batch_size=2))
     metrics = tmp_path / "logger" / "version_0" / "metrics.csv"
