@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logs import TENSORS, random_walk, write_step
+from logs import TENSORS, random_walk, write_log, write_step
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run, report_run
+from natgrad.app.verification import verify_run
 from natgrad.compute.plan import PlanLimits
 from natgrad.results import dataset as results
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, storage_dtype
 from natgrad.schema.variables import Status
+from natgrad.sources.checkpoints.step_folder import StepFolder
 from natgrad.store import open_ledger, open_trajectory
 from opened import read_results
 
@@ -261,6 +263,166 @@ def test_any_history_of_restarts_leaves_every_step_once_and_every_attempt_readab
     spans = trajectory.spans()
     for row, (step, attempt, _) in enumerate(everything[1:]):
         assert spans[row] == ((step - everything[row][0]) if attempt == everything[row][1] else 0)
+
+
+# Results of another run ----------------------------------------------------------------------------------------
+
+
+SAME_TIME = (10**18, 10**18)
+
+
+def log_at_one_time(folder, states):
+    """Log steps with equal times, as a reproducible image or ``tar --mtime`` leaves them."""
+    for number, state in enumerate(states):
+        os.utime(write_step(folder, number, state), ns=SAME_TIME)
+    return folder
+
+
+def copied(source, target):
+    """Copy each file over that of another run, with its times and into its inode, as ``cp -p`` does."""
+    for path in source.iterdir():
+        shutil.copy2(path, target / path.name)
+
+
+def synchronized(source, target):
+    """Replace each file by a copy with the same time, as ``rsync -t`` does."""
+    for path in source.iterdir():
+        shutil.copy2(path, target / f".{path.name}")
+        (target / f".{path.name}").rename(target / path.name)
+
+
+def linked(source, target):
+    """Replace each file by a hard link."""
+    for path in source.iterdir():
+        (target / path.name).unlink()
+        os.link(path, target / path.name)
+
+
+def rewritten(source, target):
+    """Change the bytes of each file in place, and set its former time."""
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+        os.utime(target / path.name, ns=SAME_TIME)
+
+
+def exchanged(source, target):
+    """Exchange the folders."""
+    shutil.rmtree(target)
+    source.rename(target)
+
+
+def test_another_run_with_equal_names_sizes_and_times_is_refused_with_both_locations(tmp_path, out):
+    one, other = (log_at_one_time(tmp_path / name, random_walk(5, seed=seed)) for seed, name in enumerate("ab"))
+    assert [(p.name, p.stat().st_size, p.stat().st_mtime) for p in sorted(one.iterdir())] == [
+        (p.name, p.stat().st_size, p.stat().st_mtime) for p in sorted(other.iterdir())
+    ]
+    ingest_run(one, out)
+    before = stored_states(out)
+    with pytest.raises(InputError, match=r"step 0 is already ingested, with loss .*, and now has ") as refusal:
+        ingest_run(other, out)
+    assert refusal.value.where == f"{other / 'step_0.safetensors'}, step 0"
+    assert f"it was ingested from {one / 'step_0.safetensors'}" in refusal.value.why
+    assert len(stored_states(out)) == len(before) == 5
+
+
+@pytest.mark.parametrize("change", [copied, synchronized, linked, rewritten, exchanged])
+def test_a_run_copied_over_another_one_is_found_by_its_contents(tmp_path, log, out, change):
+    first, second = random_walk(5), random_walk(5, seed=1)
+    ingest_run(log_at_one_time(log, first), out)
+    change(log_at_one_time(tmp_path / "other", second), log)
+    assert {path.stat().st_mtime_ns for path in log.iterdir()} == {10**18}
+    summary = ingest_run(log, out)
+    assert (summary.new_steps, summary.attempts) == (5, 2)
+    for (_, _, parameter), state in zip(stored_states(out), [*first, *second], strict=True):
+        np.testing.assert_array_equal(parameter, flat(state))
+    analyze_run(out, SERIAL)
+    assert_same(variables(out), variables(alone(tmp_path / "alone", second, range(5))))
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_one_step_rewritten_with_its_size_and_time_is_refused(log, out, step):
+    ingest_run(log_at_one_time(log, random_walk(5)), out)
+    os.utime(write_step(log, step, random_walk(5, seed=1)[step]), ns=SAME_TIME)
+    if step == 4:  # the last step: of a run that was restarted before it
+        assert ingest_run(log, out).attempts == 2
+        return
+    with pytest.raises(InputError, match=f"step {step} is already ingested, with "):
+        ingest_run(log, out)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Steps that were opened, in order."""
+    steps, whole = [], StepFolder.open
+    monkeypatch.setattr(StepFolder, "open", lambda self, step: steps.append(step.number) or whole(self, step))
+    return steps
+
+
+def moved(log, target):
+    return log.rename(target)
+
+
+def copied_elsewhere(log, target):
+    return shutil.copytree(log, target)
+
+
+def copied_without_times(log, target):
+    return shutil.copytree(log, target, copy_function=shutil.copyfile)
+
+
+def linked_elsewhere(log, target):
+    return shutil.copytree(log, target, copy_function=os.link)
+
+
+def named_by_a_link(log, target):
+    target.symlink_to(log)
+    return target
+
+
+@pytest.mark.parametrize("move", [moved, copied_elsewhere, copied_without_times, linked_elsewhere, named_by_a_link])
+def test_the_same_contents_elsewhere_continue_without_a_second_ingest(tmp_path, log, out, opened, move):
+    states = random_walk(8)
+    ingest_run(log_at_one_time(log, states[:5]), out)
+    elsewhere = move(log, tmp_path / "elsewhere")
+    opened.clear()
+    summary = ingest_run(elsewhere, out)
+    assert (summary.new_steps, summary.attempts, summary.warnings) == (0, 1, [])
+    assert set(opened) == set(range(5))
+    opened.clear()
+    assert ingest_run(elsewhere, out).new_steps == 0
+    assert opened == []  # the new identity was recorded
+    sources = open_trajectory(RunFolder.of(out).trajectory).sources()
+    assert {source["folder"] for source in sources} == {str(elsewhere)}
+    assert verify_run(out) == []
+    write_log(elsewhere, states[5:], numbers=[5, 6, 7])
+    assert ingest_run(elsewhere, out).new_steps == 3
+    for (_, _, parameter), state in zip(stored_states(out), states, strict=True):
+        np.testing.assert_array_equal(parameter, flat(state))
+
+
+def test_if_anything_changed_the_last_step_is_read_too(log, out, opened):
+    ingest_run(log_at_one_time(log, random_walk(6)), out)
+    opened.clear()
+    ingest_run(log, out)
+    assert opened == []
+    (log / "step_2.safetensors").chmod(0o600)  # only the status change time
+    ingest_run(log, out)
+    assert set(opened) == {2, 5}
+
+
+def test_a_file_of_a_superseded_attempt_that_was_touched_is_not_a_new_step(log, out):
+    first, second = random_walk(8), random_walk(8, seed=1)
+    ingest_run(log_steps(log, first, range(8)), out)
+    ingest_run(log_steps(log, second, [4, 5]), out)
+    (log / "step_7.safetensors").chmod(0o600)
+    assert ingest_run(log, out).new_steps == 0
+
+
+def test_a_continuation_in_another_folder_without_a_common_step_is_a_warning(tmp_path, log, out):
+    states = random_walk(6)
+    ingest_run(log_steps(log, states, range(3)), out)
+    (warning,) = ingest_run(log_steps(tmp_path / "b", states, range(3, 6)), out).warnings
+    assert warning.startswith(f"step 3 and later ones continue the steps of {log} in {tmp_path / 'b'}")
 
 
 # Many runs -----------------------------------------------------------------------------------------------------

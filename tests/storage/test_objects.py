@@ -368,6 +368,23 @@ def test_a_rewritten_step_has_a_new_identity(url, tmp_path):
         run.ingest_run(log, tmp_path / "out")
 
 
+def test_a_prefix_with_the_same_contents_elsewhere_continues_and_another_run_is_refused(url, tmp_path):
+    states = logs.random_walk(6)
+    places = [WithinASecond(url.fs, url.scheme, f"{url.key}/{name}") for name in ("log", "moved", "other")]
+    log, moved = (put_log(place, states[:4], "safetensors") for place in places[:2])
+    other = put_log(places[2], logs.random_walk(4, seed=1), "safetensors")
+    run.ingest_run(log, tmp_path / "out")
+    assert run.ingest_run(moved, tmp_path / "out").new_steps == 0
+    sources = open_trajectory(tmp_path / "out" / "trajectory.zarr").sources()
+    assert {source["folder"] for source in sources} == {str(moved)}
+    put_step(moved, 4, states[4], "safetensors")
+    assert run.ingest_run(moved, tmp_path / "out").new_steps == 1
+    with pytest.raises(InputError, match="step 0 is already ingested, with loss") as refusal:
+        run.ingest_run(other, tmp_path / "out")
+    assert str(other) in refusal.value.where
+    assert f"it was ingested from {moved}/step_0.safetensors" in refusal.value.why
+
+
 def test_an_open_object_is_one_object(url):
     step = put_log(url, logs.random_walk(1), "safetensors") / "step_0.safetensors"
     region, out = ObjectRegion(step), np.empty(8, np.uint8)

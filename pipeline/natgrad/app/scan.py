@@ -176,14 +176,15 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
 
 
 def listing(source: Location) -> str:
-    """Compute the identity of a log: a digest of the name, size, modification and status time of every file.
+    """Compute the identity of a log: a digest of its location and of name, size, times and inode of every file.
 
     The identity of a run file changes once more when its logs stop changing. Steps that a log of scalars did not
     contain before are then ingested.
     """
-    digest, newest = hashlib.sha256(), 0
     storage = open_storage(source)
     path = storage.local_path
+    location = str(storage) if path is None else os.path.abspath(path)  # noqa: PTH100  (one spelling, with its links)
+    digest, newest = hashlib.sha256(f"{location}\n".encode("utf-8", "surrogateescape")), 0
     for name, status in sorted(_objects(storage) if path is None else _files(path)):
         digest.update(f"{name}\0{status}\n".encode("utf-8", "surrogateescape"))
         newest = max(newest, status[1])
@@ -207,9 +208,10 @@ def _files(folder: Path | str, below: str = "") -> Iterator[tuple[str, tuple[int
                     yield from _files(entry.path, f"{below}{entry.name}/")
                 else:
                     status = entry.stat()
-                    # The status time reveals files that became readable, or that were copied with their
-                    # modification times.
-                    yield below + entry.name, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                    # The status time and the inode reveal files that became readable, or that were copied with
+                    # their modification times.
+                    identity = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+                    yield below + entry.name, identity
 
 
 # Outcomes -----------------------------------------------------------------------------------------------------

@@ -166,7 +166,9 @@ def ingest(
         optimizer = stores_optimizer(trajectory, include)
         warnings: list[str] = []
         listed = finished_steps(log, listed, trajectory, warnings)
-        new = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
+        new, identities_now = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
+        if trajectory is not None and identities_now:
+            trajectory.replace_sources(identities_now)
         steps = [state.step for state in new if state.repeats is None]
         if check is not None and (steps or trajectory is not None):
             check(Extent.of(trajectory, new))

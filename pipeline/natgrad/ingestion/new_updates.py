@@ -133,8 +133,15 @@ def states_to_write(
     allow_gaps: bool,
     wait: bool,
     warnings: list[str],
-) -> list[NewState]:
-    """Return the states that the trajectory lacks, run by run.
+) -> tuple[list[NewState], dict[int, dict[str, Any]]]:
+    """Find the states that the trajectory lacks, run by run.
+
+    Returns
+    -------
+    states : list of NewState
+    identities : dict
+        Committed state to the new identity of its source, for steps whose files were moved, copied or touched.
+        Their contents were read and are those of the committed states.
 
     Raises
     ------
@@ -162,7 +169,7 @@ def states_to_write(
             last = last if steps else None
         states += [] if last is None else [last]
         states += [NewState(step, attempt) for step in steps]
-    return states
+    return states, {} if committed is None else committed.confirmed
 
 
 @dataclass(frozen=True)
@@ -185,10 +192,11 @@ class _View:
 
 
 class _Committed:
-    """Committed states of a trajectory, and the source of each."""
+    """Committed states of a trajectory, the source of each, and the new identities of compared sources."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory, self.sources = trajectory, trajectory.sources()
+        self.confirmed: dict[int, dict[str, Any]] = {}
         steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
         self._states: dict[str, list[tuple[int, int, int]]] = {}
         names = trajectory.runs
@@ -220,25 +228,36 @@ def _uncommitted_steps(
     differ, an InputError is raised.
     """
     differing: dict[LoggedStep, str] = {}
-    new, same, other_values = [], [], []
+    new: list[LoggedStep] = []
+    same: list[LoggedStep] = []
+    other_values: list[LoggedStep] = []
+    known = [step for step in listed if step.number in view.states]
+    found = {step: identity(step) for step in listed}
+    changed = {
+        step for step in known if _files_of(found[step]) != _files_of(committed.sources[view.states[step.number]])
+    }
+    # Every step whose files may have changed is read. So is the last one, because a file system may hide a change.
+    to_read = {*changed, known[-1]} if changed else changed
     for step in listed:
-        found = identity(step)
-        matches = [state for state in view.all_states.get(step.number, ()) if committed.sources[state] == found]
         if step.number not in view.states:
             # A file of an earlier attempt may still exist, because the run has not reached this step again.
-            new += [] if matches else [step]
-            continue
-        if view.states[step.number] in matches:
-            same.append(step)
+            older = view.all_states.get(step.number, ())
+            new += [] if any(_is_state(log, step, found[step], state, committed) for state in older) else [step]
             continue
         state = view.states[step.number]
-        difference, other_scalars = _difference(log, step, state, committed)
+        if found[step] == committed.sources[state] and step not in to_read:
+            same.append(step)
+            continue
+        difference, other_scalars = _difference(log, step, state, committed, read=step in to_read)
         if difference:
             differing[step] = difference
             continue
         same.append(step)
-        if other_scalars or found.get("values") != committed.sources[state].get("values"):
+        values = committed.sources[state].get("values")
+        if other_scalars or found[step].get("values") != values:
             other_values.append(step)
+        if step in changed and not other_scalars:
+            committed.confirmed[state] = _files_of(found[step]) | ({} if values is None else {"values": values})
     if other_values:
         warnings.append(
             f"the scalars of {len(other_values)} ingested steps were added to the log or removed from it since "
@@ -246,29 +265,33 @@ def _uncommitted_steps(
             "start from scratch with --overwrite"
         )
     last = max(view.states)
+    origin = committed.sources[view.states[last]]["folder"]
+    if new and not known and found[new[0]]["folder"] != origin:
+        warnings.append(
+            f"step {new[0].number} and later ones continue the steps of {origin} in {found[new[0]]['folder']}: no "
+            "step is in both folders, so it was not verified that they belong to the same run"
+        )
     begin = min((step.number for step in differing), default=last + 1)
     for step in new:
         if step.number < begin:
             raise InputError(
                 f"step {step.number} is new, but steps up to {last} are already ingested",
                 where=where(step),
-                why="the file was added later, or OUT contains another run",
+                why=f"the file was added later, or OUT contains another run, which was read from {origin}",
                 remedy="choose another OUT, or start from scratch with --overwrite",
             )
     if not differing:
         return new, view.attempt
     first = min(differing)
-    elsewhere = (
-        not run
-        and begin == min(view.states)
-        and str(first.storage.parent.absolute()) != committed.trajectory.source
-    )
+    ingested = committed.sources[view.states[begin]]
+    elsewhere = begin == min(view.states) and found[first]["folder"] != ingested["folder"]
     if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
         raise InputError(
             f"step {begin} is already ingested, with {differing[first]}",
             where=where(first),
-            why="OUT contains another run, the step was logged again with other values, or the run was restarted "
-            "before it and has not logged a second step since",
+            why=f"it was ingested from {ingested['folder']}/{ingested['name']}, so OUT contains another run, the "
+            "step was logged again with other values, or the run was restarted before it and has not logged a "
+            "second step since",
             remedy="choose another OUT, start from scratch with --overwrite, or, if the run was restarted, "
             "run again after it has logged more steps",
         )
@@ -302,12 +325,28 @@ def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> b
     )
 
 
-def _difference(log: Source, step: LoggedStep, state: int, committed: _Committed) -> tuple[str, bool]:
+def _is_state(log: Source, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed) -> bool:
+    """Return True if a step has the content of a committed state; it is read if its identity is another one."""
+    return found == committed.sources[state] or not _difference(log, step, state, committed, read=True)[0]
+
+
+def _difference(
+    log: Source, step: LoggedStep, state: int, committed: _Committed, *, read: bool
+) -> tuple[str, bool]:
     """Compare a step with a committed state.
 
     A new scalar is not a difference, because scalars may be logged later than tensors, and a shifted scalar is in
     the file of a later step. A missing scalar is not a difference if the files are the same, because its log was
     omitted.
+
+    Parameters
+    ----------
+    log : Source
+    step : LoggedStep
+    state : int
+    committed : _Committed
+    read : bool
+        Read the tensors, and compare their checksums with those of the state.
 
     Returns
     -------
@@ -334,7 +373,7 @@ def _difference(log: Source, step: LoggedStep, state: int, committed: _Committed
         if not is_new and not (is_missing and same_files):
             return f"{name} {before!r}, and now has {now!r}", False
         other_scalars = True
-    if same_files:
+    if not read:
         return "", other_scalars
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():

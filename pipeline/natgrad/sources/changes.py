@@ -28,9 +28,11 @@ def change_time(storage: Storage) -> int:
 
 
 def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
-    """Return the identity of a step: name, size in bytes and time in ns of its files, and its scalar values.
+    """Return the identity of a step: the location, size in bytes, time in ns and tag of its files, and its scalars.
 
-    For a folder, the identity covers all of its files. For an object, it includes the tag.
+    Equal identities mean equal contents, so the files need not be read again. The converse does not hold: a file
+    that was moved, copied or touched has another identity and the same content. For a folder, the identity covers
+    all of its files.
 
     Parameters
     ----------
@@ -49,19 +51,26 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise vanished(f"cannot find the files of this step any more: {error.strerror}", step) from error
     found: dict[str, Any] = {
+        "folder": _folder(step.storage),
         "name": step.storage.name,
         "size": sum(stat.size for stat in stats),
         "time": max((stat.time for stat in stats), default=0),
     }
-    if stats and stats[0].tag:
+    if files == [step.storage]:
         found["tag"] = stats[0].tag
-    if files != [step.storage]:
+    else:
         folder = step.storage.parent
         listing = [(_relative(file, folder), *stat) for file, stat in zip(files, stats, strict=True)]
         found["files"] = hashlib.sha256(repr(sorted(listing)).encode()).hexdigest()
     if step.values:
         found["values"] = step.values
     return found
+
+
+def _folder(file: Storage) -> str:
+    """Return the folder of a file or folder, in one spelling: absolute and without "..", links are kept."""
+    path = file.local_path
+    return str(file.parent) if path is None else os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120
 
 
 def _relative(file: Storage, folder: Storage) -> str:

@@ -35,7 +35,12 @@ __all__ = [
 
 
 class Stat(NamedTuple):
-    """Size of a file or object in bytes, time of its last change in ns, and tag that identifies its content."""
+    """Size of a file or object in bytes, time of its last change in ns, and tag of its version.
+
+    The tag changes with every change of the content, even if size and time stay the same: the ETag of an object,
+    or the inode and the status change time (ctime) of a local file, which no program can set. It is empty if the
+    storage has no such tag.
+    """
 
     size: int
     time: int

@@ -222,9 +222,9 @@ class LocalStorage(Storage):
         return sorted(entry.name for entry in self._path.iterdir()) if self._path.is_dir() else []
 
     def stat(self, *, fresh: bool = True) -> Stat:
-        """Return the size and time of a file or folder."""
+        """Return the size and time of a file or folder; the tag is its inode and its status change time."""
         found = self._path.stat()
-        return Stat(found.st_size, found.st_mtime_ns, "")
+        return Stat(found.st_size, found.st_mtime_ns, f"{found.st_ino}:{found.st_ctime_ns}")
 
     def is_folder(self) -> bool:
         """Return True if the path is a folder."""

@@ -338,6 +338,22 @@ class Trajectory(States):
         """Return the identity of the source of each state."""
         return [source for record in self.records() for source in sources_of(record)]
 
+    def replace_sources(self, sources: Mapping[int, Mapping[str, Any]]) -> None:
+        """Replace the identities of the sources of committed states, whose contents are the same.
+
+        Parameters
+        ----------
+        sources : mapping
+            State to the new identity of its source.
+        """
+        for name in self.journal.names():
+            record = self.journal.read(name)
+            new = {state: sources[state] for state in range(record["start"], record["stop"]) if state in sources}
+            if new:
+                kept = enumerate(sources_of(record), record["start"])
+                self.journal.write(name, record | {"sources": [new.get(state, source) for state, source in kept]})
+        self.storage.publish(f"trajectory of {self.storage.parent.name}: new identities of {len(sources)} sources")
+
     # Commits ------------------------------------------------------------------------------------------------
 
     def commit(
@@ -359,7 +375,7 @@ class Trajectory(States):
             n values for each name in `scalars` (n times R for ``replicate_loss``), and n sequences of values for
             each name in `tables`. NaN marks values that the log does not contain.
         sources : sequence of mapping, length n
-            Identity of the source of each state (name, size, time).
+            Identity of the source of each state; see `natgrad.sources.changes.identity`.
         checksums : mapping
             Array name to n sequences of one `checksum` per chunk column.
         attempts : sequence of int, length n, optional
