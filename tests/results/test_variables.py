@@ -1,7 +1,18 @@
-"""Test variables that are declared outside of the package: their missing values, and invalid declarations."""
+"""Test the metadata of all variables, and variables that are declared outside of the package.
+
+The metadata of the results are a contract: ``variables.toml`` lists them. To change them on purpose, write the list
+again and review the difference::
+
+    PYTHONPATH=tests python tests/results/test_variables.py > tests/results/variables.toml
+"""
 
 import enum
+import json
+import sys
+import tempfile
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_dataset import TENSORS, quadratic_walk, table_of, walk
 
-from natgrad.results import dataset
-from natgrad.results.variables import Defined, UpdateVariable
+from natgrad.results import dataset, replicates
+from natgrad.results.inputs import Optimizer
+from natgrad.results.pairs import model_and_tensors
+from natgrad.results.variables import LONGEST_WINDOW, Defined, Updates, UpdateVariable
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import Layout
 from natgrad.schema.names import DESCENTS
 from natgrad.schema.variables import Status
+from natgrad.store import open_store
 
 METADATA = {"units": "1", "equation": "1", "long_name": "one", "description": "Always one."}
 COMPARED = ("step", "tensor", "descent", "window")
@@ -26,6 +41,116 @@ def declared(compute, dimensions=COMPARED, **options):
 
 def labelled(variable, table=None, **options):
     return dataset.label(table_of(walk()) if table is None else table, variables=[variable], **options)
+
+
+# The contract ------------------------------------------------------------------------------------------------
+
+CONTRACT = Path(__file__).with_name("variables.toml")
+HEADER = """\
+# The variables of results.zarr in the groups /model and /tensor, and of /replicates/model and /replicates/tensor.
+# Written by `PYTHONPATH=tests python tests/results/test_variables.py`; users rely on each line.
+"""
+
+
+def metadata(folder):
+    """Return dtype, dimensions and attributes of all variables and coordinates of results that were written."""
+    states, _ = quadratic_walk()
+    table = table_of(states)
+    extremes = np.ones((5, len(TENSORS)))
+    trees = {
+        "": dataset.label(
+            replace(table, optimizer=Optimizer(extremes, extremes, extremes)), windows=[2], variables=[]
+        ),
+        "replicates/": replicates.label(
+            replicates.ledger(np.ones((2, 3)), np.ones((2, 4, 3)), np.ones((2, 4, 3)))[:, None],
+            Layout.from_shapes({"w": ((3,), "float64")}),
+            replicates=4,
+            learning_rate=0.5,
+        ),
+    }
+    found = {}
+    for prefix, tree in trees.items():
+        dataset.write(tree, open_store(Path(folder) / f"{prefix or 'updates/'}results.zarr"))
+        written = xr.open_datatree(Path(folder) / f"{prefix or 'updates/'}results.zarr", engine="zarr")
+        for group in ("model", "tensor"):
+            for name, variable in written[group].to_dataset().variables.items():
+                entry = found.setdefault(f"{prefix}{name}", {})
+                entry[group] = f"{variable.dtype} ({', '.join(variable.dims)})"
+                for attribute, value in variable.attrs.items():
+                    assert entry.setdefault(attribute, value) == value, "the groups describe a variable differently"
+    return found
+
+
+def as_toml(found):
+    sections = [
+        "\n".join([f'["{name}"]', *(f"{key} = {json.dumps(value)}" for key, value in sorted(entry.items()))])
+        for name, entry in found.items()
+    ]
+    return "\n\n".join([HEADER.rstrip(), *sections]) + "\n"
+
+
+def test_dimensions_dtypes_units_and_descriptions_are_those_of_the_contract(tmp_path):
+    found = tomllib.loads(as_toml(metadata(tmp_path)))
+    assert found == tomllib.loads(CONTRACT.read_text()), (
+        "The metadata of the results have changed, on which users rely. If this is intended, run "
+        "`PYTHONPATH=tests python tests/results/test_variables.py > tests/results/variables.toml`, review the "
+        "difference, and add it to the changelog."
+    )
+
+
+# Windows -----------------------------------------------------------------------------------------------------
+
+
+def periodic(updates, period):
+    """Return a table whose loss falls, and whose windows are effective, only over a complete period."""
+    losses = [float(k % period == 0) - k / 1000 for k in range(updates + 1)]
+    return table_of(
+        [
+            {"parameter/w": np.array([-x]), "gradient/w": np.array([-1.0]), "loss": x, "learning_rate": 1.0}
+            for x in losses
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("updates", "longest"), [(2, 1), (3, 1), (13, 6), (14, 7), (2 * LONGEST_WINDOW + 20, LONGEST_WINDOW)]
+)
+def test_all_windows_up_to_half_the_run_and_256_are_tried(updates, longest):
+    for period, found in ((longest, True), (longest + 1, False)):
+        table = periodic(updates, period)
+        model, tensors = model_and_tensors(table, "gradient")
+        for aggregation in (model, tensors):
+            searched = Updates(table, aggregation, "gradient")
+            expected = (period, updates - period + 1) if found else (np.nan, 0)
+            effective, count = searched.smallest_effective_window
+            np.testing.assert_equal((effective.item(), count.item()), expected)
+            np.testing.assert_equal(searched.smallest_decreasing_window, expected)
+    # A longer requested window is tried as well.
+    assert Updates(table, model, "gradient", longest=longest + 1).smallest_effective_window[0] == longest + 1
+
+
+@given(seed=st.integers(0, 100), m=st.integers(1, 3))
+def test_the_bound_of_a_window_is_that_of_its_longest_span(seed, m):
+    # g of a span of k updates is a mean, so its step is k eta g, and the largest k limits eta.
+    numbers = np.cumsum([0, *np.random.default_rng(seed).permutation([1, 2, 3, 5])])
+    states, _ = quadratic_walk(5, seed, noise=2.0)
+    least = -np.random.default_rng(seed).uniform(0.5, 2.0, 4)
+    table = replace(table_of(states, numbers.tolist()), hessian_min_eigenvalue=least)
+    model, _ = model_and_tensors(table, "corrected")
+    updates = Updates(table, model, "corrected", m)
+    with np.errstate(all="ignore"):
+        found = updates.learning_rate_bounds
+        supremum, _ = updates.eigenvalue_bounds[::-1]
+        smallest = updates.eigenvalues[2]
+    for first in range(5 - m):
+        span = np.diff(numbers)[first : first + m].max()
+        # H is half the Hessian, and the Hessian of the mean loss has the blocks of the steps, divided by m.
+        concavity = -least[first : first + m].min() / 2 / m
+        for bound, eigenvalue in zip(found, (supremum, smallest), strict=True):
+            np.testing.assert_allclose(bound[first], eigenvalue[first] / concavity / span, rtol=8 * 2.0**-52)
+
+
+# Variables of other packages -----------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 99), m=st.integers(1, 4), defined=st.sampled_from(list(Defined)))
@@ -165,3 +290,8 @@ def test_an_error_of_the_function_names_the_variable():
     with pytest.raises(ZeroDivisionError) as caught:
         labelled(declared(lambda updates: 1 / 0))
     assert caught.value.__notes__ == ["raised by the function of the result variable 'own'"]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as directory:
+        sys.stdout.write(as_toml(metadata(directory)))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
-from natgrad.schema.layout import unit_roundoff
+from natgrad.schema.layout import underflow_error, unit_roundoff
 from natgrad.schema.names import HVP, STEP, TENSOR
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.geometry import Pair
@@ -122,12 +122,13 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     of_model = geometry.direct_sum([of_tensors[:, tensor] for tensor in range(len(layout.tensors))])
     if own is not None:
         of_tensors = geometry.pair(gram, vectors, own_rate, sizes, half=half)
-    displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff)
-    gradient_floor = unit_roundoff(table.dtypes["gradient"]) * norm("gradient")
+    underflow = np.array([underflow_error(tensor.dtype) for tensor in layout.tensors]) * np.sqrt(sizes)
+    displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff, underflow)
+    gradient_floor = _rounding_error(norm("gradient"), sizes, table.dtypes["gradient"])
     finite = np.isfinite(norm("displacement") + norm("gradient"))
     if half is not None and logged:
         # The norm of the other gradient is at most the sum of the norms of this one and of their difference.
-        stored = unit_roundoff(table.dtypes[half if half == HVP else "gradient"]) * norm(half) / 2.0
+        stored = _rounding_error(norm(half), sizes, table.dtypes[half if half == HVP else "gradient"]) / 2.0
         gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, of_tensors)
         finite &= np.isfinite(norm(half))
     tensors = Aggregation(
@@ -198,3 +199,7 @@ def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimat
 
 def _norm(values: Array, axis: int) -> Array:
     return np.asarray(np.sqrt(np.square(values).sum(axis=axis)))
+
+
+def _rounding_error(norm: Array, sizes: NDArray[np.int64], dtype: str) -> Array:
+    return geometry.rounding_error(norm, unit_roundoff(dtype), underflow_error(dtype) * np.sqrt(sizes))

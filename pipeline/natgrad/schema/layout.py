@@ -23,6 +23,7 @@ __all__ = [
     "promote",
     "room_to_grow",
     "storage_dtype",
+    "underflow_error",
     "unit_roundoff",
     "widened",
 ]
@@ -35,6 +36,9 @@ LAYOUT_VERSION = 5
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 """Dtypes that are stored without conversion, with the bits of their significand, including the implicit bit."""
 
+_LEAST_EXPONENTS = {"bfloat16": -126, "float16": -14, "float32": -126, "float64": -1022}
+"""Exponents of the smallest normal numbers."""
+
 
 def unit_roundoff(dtype: str) -> float:
     """Return the largest relative error of rounding to a dtype: 2**-p for a significand of p bits.
@@ -45,6 +49,20 @@ def unit_roundoff(dtype: str) -> float:
     0.00390625
     """
     return math.ldexp(1.0, -STORAGE_DTYPES[dtype])
+
+
+def underflow_error(dtype: str) -> float:
+    """Return the largest error of rounding a number below the normal range: half the smallest positive number.
+
+    Such numbers have a fixed distance, so their relative error is not bounded by `unit_roundoff`. The result is 0
+    for float64, because half its smallest number is not a float64.
+
+    Examples
+    --------
+    >>> underflow_error("float16") == 2.0**-25
+    True
+    """
+    return math.ldexp(1.0, _LEAST_EXPONENTS[dtype] - STORAGE_DTYPES[dtype])
 
 
 def promote(dtypes: Sequence[str]) -> str:

@@ -51,6 +51,7 @@ __all__ = [
     "family_log_determinant",
     "multiplicities",
     "pair",
+    "rounding_error",
     "safe_divide",
     "scaled",
     "similarity",
@@ -314,20 +315,41 @@ def cosine(pair: Pair) -> Array:
     return np.where(defined, safe_divide(pair.along, pair.gradient_norm), np.nan)
 
 
-def displacement_floor(parameter_norm: ArrayLike, displacement_norm: ArrayLike, roundoff: ArrayLike) -> Array:
+def rounding_error(norm: ArrayLike, roundoff: ArrayLike, underflow: ArrayLike) -> Array:
+    """Return the largest norm of the error of a vector whose elements are rounded to a dtype.
+
+    Each element x is off by at most u |x|, or by h if it is below the normal range. In float16, where this range
+    ends at 6e-5, gradients are often below it.
+
+    Parameters
+    ----------
+    norm : array
+        Norm of the stored vector.
+    roundoff : array
+        Unit roundoff u, see `natgrad.schema.layout.unit_roundoff`.
+    underflow : array
+        h sqrt(D), see `natgrad.schema.layout.underflow_error`.
+    """
+    return np.asarray(np.hypot(np.asarray(roundoff) * np.asarray(norm), underflow))
+
+
+def displacement_floor(
+    parameter_norm: ArrayLike, displacement_norm: ArrayLike, roundoff: ArrayLike, underflow: ArrayLike = 0.0
+) -> Array:
     """Return the largest norm of the rounding error of a displacement, for the dtype of the stored parameters.
 
-    Each element of both states is rounded to within u |theta_i|, so their difference d is off by at most
-    u (|theta_t| + |theta_{t+1}|) <= u (2 |theta_t| + |d|).
+    Both states are off by `rounding_error`. The norm of the second is at most |theta_t| + |d|, so their difference
+    d is off by at most u (2 |theta_t| + |d|) + 2 h sqrt(D).
 
     Parameters
     ----------
     parameter_norm, displacement_norm : array
         |theta_t| and |d|.
-    roundoff : array
-        Unit roundoff u, see `natgrad.schema.layout.unit_roundoff`.
+    roundoff, underflow : array
+        See `rounding_error`.
     """
-    return np.asarray(np.asarray(roundoff) * (2.0 * np.asarray(parameter_norm) + np.asarray(displacement_norm)))
+    norms = 2.0 * np.asarray(parameter_norm) + np.asarray(displacement_norm)
+    return np.asarray(np.asarray(roundoff) * norms + 2.0 * np.asarray(underflow))
 
 
 def angle_uncertainty(pair: Pair, update_floor: ArrayLike, gradient_floor: ArrayLike) -> Array:

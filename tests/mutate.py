@@ -1,0 +1,312 @@
+"""Change the code of theory and results in one place at a time, and count the changes that no test detects.
+
+The operators are those of Cosmic Ray. It can neither draw a sample with a seed nor run mutants in forks of a
+process that has imported everything, so this program does that. A mutant is one operator applied to one place. The
+places are drawn, and not the mutants, because there are eleven replacements of a ``+``, but only two of a number.
+Annotations are not changed: they are not evaluated.
+
+``mutants.toml`` lists mutations that are always tested, and mutants that no test can detect, with the reason.
+
+    python tests/mutate.py --mutants 200 --seed 0
+
+Exits with 1 if a listed mutation is not detected, or if more than 10 % of the drawn mutants survive.
+"""
+
+import argparse
+import ast
+import collections
+import difflib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import resource
+import sys
+import time
+import tomllib
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+ROOT = Path(__file__).parents[1]
+LIST = Path(__file__).with_name("mutants.toml")
+LARGEST_SHARE = 0.1
+"""Share of the mutants that may survive."""
+PROCESSOR_SECONDS = 90
+"""Limit of the tests of a mutant, which may loop without end. A mutant that reaches it is detected."""
+
+LONGEST_TEST = 1.0
+"""Processor time of the slowest test that is run with a mutant, in seconds."""
+
+TESTS = {
+    "results.dataset": ["tests/results"],
+    "results.inputs": ["tests/results"],
+    "results.pairs": ["tests/results"],
+    "results.replicates": ["tests/results"],
+    "results.summary": ["tests/results"],
+    "results.variables": ["tests/results"],
+    "theory.discrete_gradients": ["tests/theory/test_discrete_gradients.py"],
+    "theory.discrete_time": ["tests/theory", "tests/results"],
+    "theory.geometry": ["tests/theory", "tests/results"],
+    "theory.metric_operators": ["tests/theory"],
+    "theory.preconditioners": ["tests/theory", "tests/sources/test_optimizer.py"],
+    "theory.symmetric_operators": ["tests/theory"],
+    "theory.windows": ["tests/theory", "tests/results"],
+}
+"""The tests that must detect the mutants of each module."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module with one change: the changed lines, and the function or class that contains them."""
+
+    module: str
+    where: str
+    before: str
+    after: str
+    source: str = field(repr=False, compare=False)
+
+    def __str__(self):
+        return f"{self.module}, {self.where}:\n    - {self.before}\n    + {self.after}"
+
+
+def path_of(module):
+    return ROOT / "pipeline" / "natgrad" / f"{module.replace('.', '/')}.py"
+
+
+# Mutants -----------------------------------------------------------------------------------------------------
+
+
+def places(module):
+    """Return the places at which operators apply, and for each place the operators with their occurrence."""
+    source = path_of(module).read_text()
+    annotations = []
+    for node in ast.walk(ast.parse(source)):
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if part is not None:
+                annotations.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+    nodes, found = list(ast_nodes(get_ast(source))), collections.defaultdict(list)
+    for name in sorted(operator_names()):
+        # Operators with arguments insert variables that the user names.
+        if name.startswith("core/") and not get_operator(name).arguments():
+            starts = [start for node in nodes for start, _ in get_operator(name)().mutation_positions(node)]
+            for occurrence, start in enumerate(starts):
+                if not any(first <= start < end for first, end in annotations):
+                    found[start].append((name, occurrence))
+    return found
+
+
+def mutant(module, operator, occurrence):
+    """Apply an operator. Return None if the result is not valid Python or is the same program."""
+    return compared(module, mutate_code(path_of(module).read_text(), get_operator(operator)(), occurrence))
+
+
+def listed(entry):
+    """Return the mutant of an entry of the list, which replaces a text that the module contains once."""
+    source = path_of(entry["module"]).read_text()
+    assert source.count(entry["before"]) == 1, f"{entry['module']} does not contain once: {entry['before']}"
+    return compared(entry["module"], source.replace(entry["before"], entry["after"]))
+
+
+def identity(entry):
+    """Return what identifies a mutant although the lines of its module move."""
+    return [entry[name] for name in ("module", "where", "before", "after")]
+
+
+def compared(module, changed):
+    source = path_of(module).read_text()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compile(changed, module, "exec")
+            if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source)):
+                return None
+    except SyntaxError:
+        return None
+    old, new = source.splitlines(), changed.splitlines()
+    matched = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    blocks = [block for block in matched.get_opcodes() if block[0] != "equal"]
+    before = " ".join(line.strip() for _, first, last, _, _ in blocks for line in old[first:last])
+    after = " ".join(line.strip() for _, _, _, first, last in blocks for line in new[first:last])
+    return Mutant(module, _scope(ast.parse(source), blocks[0][1] + 1), before, after, changed)
+
+
+def _scope(tree, line):
+    """Return the name of the innermost function or class that contains a line."""
+    names = []
+    for node in ast.walk(tree):  # breadth first
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            names += [node.name] if first <= line <= node.end_lineno else []
+    return ".".join(names) or "module"
+
+
+def sample(count, seed, modules):
+    """Draw places, and an operator for each. A smaller sample is the beginning of a larger one."""
+    drawn = random.Random(seed)
+    every = [(module, operators) for module in modules for _, operators in sorted(places(module).items())]
+    drawn.shuffle(every)
+    mutants = []
+    while len(mutants) < count and every:
+        module, operators = every.pop()
+        changed = mutant(module, *drawn.choice(operators))
+        mutants += [] if changed is None else [changed]
+    return mutants
+
+
+# Tests -------------------------------------------------------------------------------------------------------
+
+
+class Changed(importlib.machinery.SourceFileLoader):
+    """Finder and loader of a mutant in place of its module."""
+
+    def __init__(self, changed):
+        super().__init__(f"natgrad.{changed.module}", str(path_of(changed.module)))
+        self.changed = changed
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+
+    def get_code(self, fullname):
+        with warnings.catch_warnings(action="ignore"):
+            return compile(self.changed.source, self.path, "exec", dont_inherit=True)
+
+
+class Report:
+    """Plugin of pytest: run only fast tests, the fastest first, and collect their times and the first failure."""
+
+    def __init__(self, seconds):
+        self.known, self.seconds, self.failed = seconds, {}, ""
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if self.known.get(item.nodeid, 0.0) <= LONGEST_TEST]
+        items.sort(key=lambda item: self.known.get(item.nodeid, 0.0))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        start = time.process_time()
+        answer = yield
+        self.seconds[item.nodeid] = time.process_time() - start
+        return answer
+
+    def pytest_runtest_logreport(self, report):
+        self.pytest_collectreport(report)
+
+    def pytest_collectreport(self, report):
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+
+def warm():
+    """Import what the tests import and compile the kernel. No thread is started."""
+    import mpmath
+    from hypothesis import Phase, settings
+
+    from natgrad.kernel import gram
+    from natgrad.results import dataset, replicates
+    from natgrad.schema.names import ledger_vectors
+
+    # Fewer examples, and no search for the simplest one: only the outcome matters.
+    settings.register_profile(
+        "mutants", deadline=None, derandomize=True, max_examples=15, phases=[Phase.explicit, Phase.generate]
+    )
+    for dtype in (np.float32, np.float64):
+        for hvp in (None, [np.ones((2, 3), dtype)]):
+            products = np.empty((1, 1, *[len(ledger_vectors(hvp=hvp is not None))] * 2))
+            state = [np.ones((2, 3), dtype)]
+            gram.products(state, state, np.array([0, 3]), products, np.empty((1, 1)), hvp)
+    # Every fork imports these again, because they may import the changed module.
+    kept = ("natgrad.schema", "natgrad.kernel", "natgrad.storage")
+    for name in [name for name in sys.modules if name.startswith("natgrad") and not name.startswith(kept)]:
+        del sys.modules[name]
+    return mpmath, dataset, replicates
+
+
+def test(changed, tests, seconds):
+    """Run tests in a fork, with a mutant or with the code as it is; return its id and a pipe with the outcome."""
+    read, write = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(write)
+        return process, read
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if changed is not None:
+            sys.meta_path.insert(0, Changed(changed))
+        report = Report(seconds)
+        options = ["--assert=plain", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=0"]
+        options += ["--hypothesis-profile=mutants"]
+        options += [] if changed is None else ["--exitfirst"]
+        code = pytest.main([*options, *(str(ROOT / name) for name in tests)], plugins=[report])
+        with open(write, "w") as pipe:  # noqa: PTH123
+            json.dump({"code": int(code), "failed": report.failed, "seconds": report.seconds}, pipe)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def outcomes(mutants, seconds, jobs):
+    """Yield each mutant and the test that detects it, or an empty string if none does."""
+    waiting, running = list(mutants)[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            changed = waiting.pop()
+            process, read = test(changed, TESTS[changed.module], seconds)
+            running[process] = changed, read
+        process, _ = os.wait()
+        changed, read = running.pop(process)
+        with open(read) as pipe:  # noqa: PTH123
+            answer = pipe.read()
+        found = json.loads(answer) if answer else {"code": 1, "failed": "the limit of the processor time"}
+        yield changed, found["failed"] or (f"exit code {found['code']}" if found["code"] else "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutants", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--module", action="append", choices=TESTS, help="default: all modules")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    entries = tomllib.loads(LIST.read_text())
+    equivalent = [identity(entry) for entry in entries["equivalent"]]
+    drawn = sample(options.mutants, options.seed, options.module or TESTS)
+    possible = [changed for changed in drawn if identity(vars(changed)) not in equivalent]
+    always = [listed(entry) for entry in entries["always"] if entry["module"] in (options.module or TESTS)]
+    warm()
+    start = time.monotonic()
+    tests = sorted({name for mutant in (*possible, *always) for name in TESTS[mutant.module]})
+    _, read = test(None, tests, {})
+    with open(read) as pipe:  # noqa: PTH123
+        unchanged = json.loads(pipe.read() or '{"code": 1, "failed": "the limit of the processor time"}')
+    os.wait()
+    if unchanged["code"]:
+        print(f"the tests fail without any change: {unchanged['failed']}")
+        return 1
+    print(f"{len(unchanged['seconds'])} tests pass without any change", flush=True)
+    survived = []
+    for changed, detected in outcomes([*always, *possible], unchanged["seconds"], options.jobs):
+        print(f"{'detected' if detected else 'SURVIVED'} {changed}\n    {detected}", flush=True)
+        survived += [] if detected else [changed]
+    missed = [changed for changed in always if changed in survived]
+    lived = [changed for changed in possible if changed in survived]
+    print(f"{len(always) - len(missed)} of {len(always)} listed mutations are detected.")
+    print(
+        f"Of {len(drawn)} mutants (seed {options.seed}), {len(drawn) - len(possible)} are equivalent, "
+        f"{len(possible) - len(lived)} are detected and {len(lived)} survive ({time.monotonic() - start:.0f} s)."
+    )
+    return int(bool(missed) or len(lived) > LARGEST_SHARE * len(possible))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
