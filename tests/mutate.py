@@ -18,6 +18,7 @@ import collections
 import difflib
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import os
 import random
@@ -26,6 +27,7 @@ import sys
 import time
 import tomllib
 import traceback
+import types
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,22 +48,24 @@ PROCESSOR_SECONDS = 90
 LONGEST_TEST = 1.0
 """Processor time of the slowest test that is run with a mutant, in seconds."""
 
-TESTS = {
-    "results.dataset": ["tests/results"],
-    "results.inputs": ["tests/results"],
-    "results.pairs": ["tests/results"],
-    "results.replicates": ["tests/results"],
-    "results.summary": ["tests/results"],
-    "results.variables": ["tests/results"],
-    "theory.discrete_gradients": ["tests/theory/test_discrete_gradients.py"],
-    "theory.discrete_time": ["tests/theory", "tests/results"],
-    "theory.geometry": ["tests/theory", "tests/results"],
-    "theory.metric_operators": ["tests/theory"],
-    "theory.preconditioners": ["tests/theory", "tests/sources/test_optimizer.py"],
-    "theory.symmetric_operators": ["tests/theory"],
-    "theory.windows": ["tests/theory", "tests/results"],
-}
-"""The tests that must detect the mutants of each module."""
+KINDS = (
+    {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"},
+    {"BitOr", "BitAnd", "BitXor"},
+    {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"},
+    {"Is", "IsNot"},
+    {"In", "NotIn"},
+    {"UAdd", "USub"},
+    *({"Delete", unary} for unary in ("USub", "Invert", "Not")),
+)
+"""Operators that replace each other."""
+
+MODULES = [
+    f"{package}.{path.stem}"
+    for package in ("results", "theory")
+    for path in sorted((ROOT / "pipeline" / "natgrad" / package).glob("[!_]*.py"))
+]
+TESTS = {"results": ["tests/results"], "theory": ["tests/results", "tests/theory"]}
+"""The tests that must detect the mutants of each package."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Mutant:
     where: str
     before: str
     after: str
+    function: str = field(compare=False)
     source: str = field(repr=False, compare=False)
 
     def __str__(self):
@@ -94,13 +99,24 @@ def places(module):
             if part is not None:
                 annotations.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
     nodes, found = list(ast_nodes(get_ast(source))), collections.defaultdict(list)
+    for names in operators().values():
+        starts = [start for node in nodes for start, _ in get_operator(names[0])().mutation_positions(node)]
+        for occurrence, start in enumerate(starts):
+            if not any(first <= start < end for first, end in annotations):
+                found[start] += [(name, occurrence) for name in names]
+    return found
+
+
+def operators():
+    """Return the names of operators, by what they replace."""
+    found = collections.defaultdict(list)
     for name in sorted(operator_names()):
-        # Operators with arguments insert variables that the user names.
-        if name.startswith("core/") and not get_operator(name).arguments():
-            starts = [start for node in nodes for start, _ in get_operator(name)().mutation_positions(node)]
-            for occurrence, start in enumerate(starts):
-                if not any(first <= start < end for first, end in annotations):
-                    found[start].append((name, occurrence))
+        kind, *replaced = name.removeprefix("core/").split("_")
+        # Operators with arguments insert variables that the user names. A replacement by an operator of another
+        # kind, such as + by <<, is only a type error.
+        if get_operator(name).arguments() or (len(replaced) == 2 and not any({*replaced} <= one for one in KINDS)):
+            continue
+        found[kind, replaced[-1 if "Delete" in replaced else 0] if replaced else ""].append(name)
     return found
 
 
@@ -133,9 +149,37 @@ def compared(module, changed):
     old, new = source.splitlines(), changed.splitlines()
     matched = difflib.SequenceMatcher(None, old, new, autojunk=False)
     blocks = [block for block in matched.get_opcodes() if block[0] != "equal"]
-    before = " ".join(line.strip() for _, first, last, _, _ in blocks for line in old[first:last])
-    after = " ".join(line.strip() for _, _, _, first, last in blocks for line in new[first:last])
-    return Mutant(module, _scope(ast.parse(source), blocks[0][1] + 1), before, after, changed)
+    before = joined(line for _, first, last, _, _ in blocks for line in old[first:last])
+    after = joined(line for _, _, _, first, last in blocks for line in new[first:last])
+    line = blocks[0][1] + 1
+    return Mutant(module, _scope(ast.parse(source), line), before, after, function_at(module, line), changed)
+
+
+def joined(lines):
+    return " ".join(line.strip() for line in lines)
+
+
+def function_name(path, code):
+    return f"{Path(path).parent.name}.{Path(path).stem}:{code.co_firstlineno}"
+
+
+def function_at(module, line):
+    """Return the innermost function that contains a line, or an empty string if it runs when it is imported."""
+    path = path_of(module)
+    found, code = "", compile(path.read_text(), path, "exec")
+    while True:
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType) and inner.co_firstlineno <= line <= _last_line(inner):
+                # The body of a class runs when it is imported.
+                found, code = function_name(path, inner) if inner.co_flags & inspect.CO_OPTIMIZED else "", inner
+                break
+        else:
+            return found
+
+
+def _last_line(code):
+    inner = [_last_line(part) for part in code.co_consts if isinstance(part, types.CodeType)]
+    return max(inner + [line for _, _, line in code.co_lines() if line])
 
 
 def _scope(tree, line):
@@ -179,29 +223,45 @@ class Changed(importlib.machinery.SourceFileLoader):
             return compile(self.changed.source, self.path, "exec", dont_inherit=True)
 
 
-class Report:
-    """Plugin of pytest: run only fast tests, the fastest first, and collect their times and the first failure."""
+class Baseline:
+    """Plugin of pytest: collect the processor time of each test and the functions that it calls."""
 
-    def __init__(self, seconds):
-        self.known, self.seconds, self.failed = seconds, {}, ""
-
-    def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if self.known.get(item.nodeid, 0.0) <= LONGEST_TEST]
-        items.sort(key=lambda item: self.known.get(item.nodeid, 0.0))
+    def __init__(self):
+        self.tests, self.failed = {}, ""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        start = time.process_time()
+        called, start = set(), time.process_time()
+
+        def trace(frame, event, argument):
+            if "/natgrad/" in frame.f_code.co_filename:
+                called.add(function_name(frame.f_code.co_filename, frame.f_code))
+
+        sys.settrace(trace)
         answer = yield
-        self.seconds[item.nodeid] = time.process_time() - start
+        sys.settrace(None)
+        self.tests[item.nodeid] = {"seconds": time.process_time() - start, "calls": sorted(called)}
         return answer
 
     def pytest_runtest_logreport(self, report):
-        self.pytest_collectreport(report)
+        self.failed = self.failed or (report.nodeid if report.failed else "")
 
-    def pytest_collectreport(self, report):
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
+    pytest_collectreport = pytest_runtest_logreport
+
+
+class Chosen(Baseline):
+    """Plugin of pytest: run some tests, in their order, up to the first failure."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+
+    pytest_runtest_protocol = None
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = sorted(
+            (item for item in items if item.nodeid in self.order), key=lambda item: self.order.index(item.nodeid)
+        )
 
 
 def warm():
@@ -229,45 +289,67 @@ def warm():
     return mpmath, dataset, replicates
 
 
-def test(changed, tests, seconds):
-    """Run tests in a fork, with a mutant or with the code as it is; return its id and a pipe with the outcome."""
+def fork(report, files, changed=None):
+    """Run pytest in a fork, with a mutant or with the code as it is; return its id and a pipe for the answer."""
     read, write = os.pipe()
     process = os.fork()
     if process:
         os.close(write)
         return process, read
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if changed is not None:
-            sys.meta_path.insert(0, Changed(changed))
-        report = Report(seconds)
         options = ["--assert=plain", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=0"]
         options += ["--hypothesis-profile=mutants"]
-        options += [] if changed is None else ["--exitfirst"]
-        code = pytest.main([*options, *(str(ROOT / name) for name in tests)], plugins=[report])
+        if changed is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
+            sys.meta_path.insert(0, Changed(changed))
+            options.append("--exitfirst")
+        code = pytest.main([*options, *(str(ROOT / name) for name in files)], plugins=[report])
         with open(write, "w") as pipe:  # noqa: PTH123
-            json.dump({"code": int(code), "failed": report.failed, "seconds": report.seconds}, pipe)
+            json.dump(
+                {"failed": report.failed or (f"exit code {code}" if code else ""), "tests": report.tests}, pipe
+            )
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
 
 
-def outcomes(mutants, seconds, jobs):
+def wait(running):
+    """Wait for a fork; return its answer and what it was started for."""
+    process, _ = os.wait()
+    changed, read = running.pop(process)
+    with open(read) as pipe:  # noqa: PTH123
+        return changed, json.loads(pipe.read() or '{"failed": "the limit of the processor time"}')
+
+
+def tests_of(changed, tests):
+    """Return the fast tests that call the changed function, the fastest first."""
+    files = tuple(TESTS[changed.module.partition(".")[0]])
+    found = [
+        (found["seconds"], name)
+        for name, found in tests.items()
+        if name.startswith(files) and found["seconds"] <= LONGEST_TEST
+        if not changed.function or changed.function in found["calls"]
+    ]
+    return [name for _, name in sorted(found)]
+
+
+def outcomes(mutants, tests, jobs):
     """Yield each mutant and the test that detects it, or an empty string if none does."""
     waiting, running = list(mutants)[::-1], {}
     while waiting or running:
         while waiting and len(running) < jobs:
             changed = waiting.pop()
-            process, read = test(changed, TESTS[changed.module], seconds)
-            running[process] = changed, read
-        process, _ = os.wait()
-        changed, read = running.pop(process)
-        with open(read) as pipe:  # noqa: PTH123
-            answer = pipe.read()
-        found = json.loads(answer) if answer else {"code": 1, "failed": "the limit of the processor time"}
-        yield changed, found["failed"] or (f"exit code {found['code']}" if found["code"] else "")
+            order = tests_of(changed, tests)
+            if order:
+                process, read = fork(Chosen(order), sorted({name.partition("::")[0] for name in order}), changed)
+                running[process] = changed, read
+            else:
+                yield changed, ""
+        if running:
+            changed, answer = wait(running)
+            yield changed, answer["failed"]
 
 
 def main():
@@ -275,27 +357,35 @@ def main():
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--module", action="append", choices=TESTS, help="default: all modules")
+    parser.add_argument("--module", action="append", choices=MODULES, help="default: all modules")
+    parser.add_argument(
+        "--baseline", type=Path, help="file for the functions that each test calls; read if it exists"
+    )
     options = parser.parse_args()
     os.chdir(ROOT)
+    start, modules = time.monotonic(), options.module or MODULES
     entries = tomllib.loads(LIST.read_text())
     equivalent = [identity(entry) for entry in entries["equivalent"]]
-    drawn = sample(options.mutants, options.seed, options.module or TESTS)
+    for module, _, before, _ in equivalent:
+        assert before in joined(path_of(module).read_text().splitlines()), f"{LIST.name}: {module} has no {before}"
+    drawn = sample(options.mutants, options.seed, modules)
     possible = [changed for changed in drawn if identity(vars(changed)) not in equivalent]
-    always = [listed(entry) for entry in entries["always"] if entry["module"] in (options.module or TESTS)]
+    always = [listed(entry) for entry in entries["always"] if entry["module"] in modules]
     warm()
-    start = time.monotonic()
-    tests = sorted({name for mutant in (*possible, *always) for name in TESTS[mutant.module]})
-    _, read = test(None, tests, {})
-    with open(read) as pipe:  # noqa: PTH123
-        unchanged = json.loads(pipe.read() or '{"code": 1, "failed": "the limit of the processor time"}')
-    os.wait()
-    if unchanged["code"]:
+    if options.baseline and options.baseline.exists():
+        unchanged = json.loads(options.baseline.read_text())
+    else:
+        files = sorted({name for module in modules for name in TESTS[module.partition(".")[0]]})
+        process, read = fork(Baseline(), files)
+        _, unchanged = wait({process: (None, read)})
+        if options.baseline:
+            options.baseline.write_text(json.dumps(unchanged))
+    if unchanged["failed"]:
         print(f"the tests fail without any change: {unchanged['failed']}")
         return 1
-    print(f"{len(unchanged['seconds'])} tests pass without any change", flush=True)
+    print(f"{len(unchanged['tests'])} tests pass without any change", flush=True)
     survived = []
-    for changed, detected in outcomes([*always, *possible], unchanged["seconds"], options.jobs):
+    for changed, detected in outcomes([*always, *possible], unchanged["tests"], options.jobs):
         print(f"{'detected' if detected else 'SURVIVED'} {changed}\n    {detected}", flush=True)
         survived += [] if detected else [changed]
     missed = [changed for changed in always if changed in survived]
