@@ -122,7 +122,7 @@ def test_the_eigenvalues_of_a_power_are_those_of_the_dense_matrix(size, seed, ex
 @pytest.mark.parametrize(
     ("factor", "root", "smallest"),
     [
-        # The smallest eigenvalue must exceed twice the rounding error, n u times the largest; of a root, its square.
+        # The smallest eigenvalue must exceed twice the rounding error, n u times the largest. Roots are squared.
         (np.diag([1.0, 1.0, 1.0, 8.0 * U]), False, True),
         (np.diag([1.0, 1.0, 1.0, 9.0 * U]), False, False),
         (np.diag([1.0, 1.0, 1.0, 7.9 * U]), True, True),
