@@ -22,6 +22,7 @@ from natgrad.app.summaries import (
     Report,
     Verification,
 )
+from natgrad.ingestion import StepWait
 from natgrad.storage import network_errors, open_all
 from natgrad.store import Ledger, Trajectory
 
@@ -75,13 +76,13 @@ def process(
     checked = options.validated(options.ProcessOptions, values)
     from natgrad.app import run
 
-    def once(first: bool) -> ProcessSummary | None:
+    def once(first: bool, wait: StepWait | None) -> ProcessSummary | None:
         return run.process_run(
             source,
             out,
             checked,
             overwrite=checked["overwrite"] and first,
-            wait=checked["follow"],
+            wait=wait,
             skip_unchanged=not first,
             progress=progress,
         )
@@ -121,13 +122,13 @@ def ingest(
     checked = options.validated(options.IngestOptions, values)
     from natgrad.app import run
 
-    def once(first: bool) -> IngestSummary | None:
+    def once(first: bool, wait: StepWait | None) -> IngestSummary | None:
         found = run.ingest_run(
             source,
             out,
             **options.selected(options.ReadOptions, checked),
             overwrite=checked["overwrite"] and first,
-            wait=checked["follow"],
+            wait=wait,
             progress=stage(progress, "ingest"),
         )
         return found if first or found.new_steps else None
@@ -135,11 +136,19 @@ def ingest(
     return _repeated(once, checked)
 
 
-def _repeated(once: Callable[[bool], T | None], checked: Mapping[str, Any]) -> T:
+def _repeated(once: Callable[[bool, StepWait | None], T | None], checked: Mapping[str, Any]) -> T:
     """Run a pass once, or repeatedly with ``follow``, whenever the log has new steps."""
-    # Without follow, the first pass is the last one.
-    idle_timeout = checked["idle_timeout"] if checked["follow"] else 0.0
-    return follow(once, interval=checked["interval"], idle_timeout=idle_timeout)
+    if not checked["follow"]:
+        found = once(True, None)
+        assert found is not None  # the first pass always returns a summary
+        return found
+    wait = StepWait(checked["gap_timeout"])
+    return follow(
+        lambda first: once(first, wait),
+        wait=wait,
+        interval=checked["interval"],
+        idle_timeout=checked["idle_timeout"],
+    )
 
 
 @options.with_options(options.AnalyzeOptions)

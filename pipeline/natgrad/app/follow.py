@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -11,24 +12,37 @@ from dataclasses import replace
 from types import FrameType
 from typing import TypeVar
 
-from natgrad.ingestion import IngestSummary
+from natgrad.ingestion import IngestSummary, StepWait
 from natgrad.sources.steps import NotYet
 
 __all__ = [
     "follow",
 ]
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T", bound=IngestSummary)
 
 
-def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_timeout: float | None = None) -> T:
+def follow(
+    once: Callable[[bool], T | None],
+    *,
+    wait: StepWait,
+    interval: float = 10.0,
+    idle_timeout: float | None = None,
+) -> T:
     """Repeat a pass over a log that is being written, until interrupted or until no new step appears for a while.
+
+    What the passes wait for is logged whenever it changes. If steps behind a gap are still waiting when the log is
+    considered complete, a last pass reads them.
 
     Parameters
     ----------
     once : callable
         The pass. Its argument is True until a pass has returned a summary. It returns None if the log has no new
         step.
+    wait : StepWait
+        The object with which each pass decides whether to wait for missing steps.
     interval : float
         Seconds between passes.
     idle_timeout : float, optional
@@ -37,7 +51,8 @@ def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_tim
     Returns
     -------
     IngestSummary
-        Summary of the last pass that found new steps, with the new steps of all passes.
+        Summary of the last pass that found new steps, with the new steps of all passes, and warnings for the steps
+        that were not stored.
 
     Raises
     ------
@@ -47,24 +62,50 @@ def follow(once: Callable[[bool], T | None], *, interval: float = 10.0, idle_tim
     summary: T | None = None
     new_steps, last = 0, time.monotonic()
     waiting: NotYet | KeyboardInterrupt | None = None
+    awaited, complete = "", False
     try:
         with _interrupts() as interrupted:
             while not interrupted.is_set():
+                found = None
                 try:
                     found = once(summary is None)
+                    waiting = None
                     if found is not None:
                         summary, last = found, time.monotonic()
                         new_steps += found.new_steps
                 except NotYet as error:
                     waiting = error
                 if idle_timeout is not None and time.monotonic() - last >= idle_timeout:
-                    break
+                    if complete or not wait.is_waiting:
+                        break
+                    complete = True
+                    wait.end()
+                    continue
+                before, awaited = awaited, _awaited(summary, found, wait, waiting)
+                if awaited not in ("", before):
+                    _log.log(logging.WARNING if wait.is_waiting else logging.INFO, "waiting for %s", awaited)
                 interrupted.wait(interval)
     except KeyboardInterrupt as interrupt:
-        waiting = interrupt
+        waiting = waiting or interrupt
     if summary is None:
         raise waiting or KeyboardInterrupt
-    return replace(summary, new_steps=new_steps)
+    warnings = [*summary.warnings, *wait.warnings()]
+    if isinstance(waiting, NotYet):
+        warnings.append(f"the last pass read nothing: {waiting.what} ({waiting.where})")
+    return replace(summary, new_steps=new_steps, warnings=warnings)
+
+
+def _awaited(
+    summary: IngestSummary | None, found: IngestSummary | None, wait: StepWait, error: BaseException | None
+) -> str:
+    """Return what the next pass waits for, in words; empty if the last one found new steps and missed none."""
+    if wait.is_waiting:
+        return (
+            f"{wait.awaited}; at most {wait.seconds:g} s, then the later steps are read without it (--gap-timeout)"
+        )
+    if isinstance(error, NotYet):
+        return f"the log: {error.what} ({error.where})"
+    return "" if summary is None or found is not None else f"the step after step {summary.last_step}"
 
 
 @contextmanager

@@ -370,6 +370,16 @@ class FollowOptions(TypedDict, total=False):
     interval: Annotated[
         float, Option("Seconds between two passes over the log, with --follow.", 10.0, metavar="SECONDS", minimum=0)
     ]
+    gap_timeout: Annotated[
+        float,
+        Option(
+            "Seconds for which --follow waits for a missing step while later ones are logged. It then goes on "
+            "without the step, with a warning. Steps that the run has removed are not waited for.",
+            60.0,
+            metavar="SECONDS",
+            minimum=0,
+        ),
+    ]
     idle_timeout: Annotated[
         float | None,
         Option(

@@ -20,7 +20,7 @@ from natgrad.compute import executors
 from natgrad.compute.ledger_pass import compute_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
-from natgrad.ingestion import Extent, ingest
+from natgrad.ingestion import Extent, StepWait, ingest
 from natgrad.results import dataset as results
 from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.summary import overview
@@ -28,6 +28,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
+from natgrad.sources.steps import NotYet
 from natgrad.storage import Location, network_errors, open_all, open_storage
 from natgrad.store import Ledger, Trajectory
 
@@ -130,7 +131,7 @@ def ingest_run(
     include: Sequence[str] | None = None,
     store: str | None = None,
     overwrite: bool = False,
-    wait: bool = False,
+    wait: StepWait | None = None,
     limits: IngestLimits = IngestLimits(),
     check: Callable[[Extent], None] | None = None,
     progress: Progress | None = None,
@@ -283,7 +284,7 @@ def process_run(
     values: Mapping[str, Any],
     *,
     overwrite: bool = False,
-    wait: bool = False,
+    wait: StepWait | None = None,
     skip_unchanged: bool = False,
     progress: StageProgress | None = None,
 ) -> ProcessSummary | None:
@@ -295,7 +296,7 @@ def process_run(
         See `ingest_run`.
     values : mapping
         Validated options of `natgrad.app.options.RunOptions`; other entries are ignored.
-    overwrite, wait : bool
+    overwrite, wait
         See `natgrad.ingestion.ingest`.
     skip_unchanged : bool
         Return None, without an analysis, if the log has no new step.
@@ -312,6 +313,13 @@ def process_run(
         check=analysis.check,
         progress=stage(progress, "ingest"),
     )
+    if wait is not None and ingested.steps < 2:
+        raise NotYet(
+            f"only step {ingested.last_step} is logged, but an update requires two steps",
+            where=ingested.source,
+            why="the training run has just started",
+            remedy="run again later, or with --follow",
+        )
     if skip_unchanged and not ingested.new_steps:
         return None
     analyzed = analyze_run(out, analysis, progress=stage(progress, "analyze"))

@@ -6,5 +6,6 @@ array.
 
 from natgrad.ingestion.log_to_store import INCLUDES, IngestSummary, ingest
 from natgrad.ingestion.new_updates import Extent
+from natgrad.ingestion.waiting import StepWait
 
-__all__ = ["INCLUDES", "Extent", "IngestSummary", "ingest"]
+__all__ = ["INCLUDES", "Extent", "IngestSummary", "StepWait", "ingest"]

@@ -84,9 +84,9 @@ def describe_steps(
     for step in steps:
         with log.open(step) as reader:
             content = complete(step, reader.content(), optimizer=optimizer)
+            _require_same_model(step, content, first, contents.get(first, content))
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
-        _require_same_model(step, content, first, contents.get(first, content))
         # Steps with equal descriptions share one object, because a long run of a large model has many steps.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,9 +18,10 @@ from natgrad.ingestion.description import (
     stores_optimizer,
     tensor_text,
 )
-from natgrad.ingestion.new_updates import Extent, finished_steps, states_to_write
+from natgrad.ingestion.new_updates import Extent, committed_steps, finished_steps, states_to_write
 from natgrad.ingestion.read_options import ReadOptions
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
+from natgrad.ingestion.waiting import StepWait
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, chunk_shape
 from natgrad.schema.names import (
@@ -33,17 +36,21 @@ from natgrad.schema.names import (
 from natgrad.schema.summary import Summary
 from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import StepContent
-from natgrad.sources.changes import identity
-from natgrad.sources.checkpoints.stacked_file import KeptOpen
+from natgrad.sources.listed import ListedLog
 from natgrad.sources.opening import open_sources
 from natgrad.sources.optimizers.state import FactoredMetric
-from natgrad.sources.steps import LoggedStep, NotYet, where
+from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, where
 from natgrad.storage import Storage
 from natgrad.store import Trajectory, exists
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
+T = TypeVar("T")
+
 _log = logging.getLogger("natgrad.ingestion")
+
+_LISTINGS = 10
+"""Number of times that a log is listed, if files are removed while they are read."""
 
 INCLUDES = ("optimizer",)
 """Optional data that can be stored in addition to parameters, gradients and hvp."""
@@ -99,7 +106,7 @@ def ingest(
     sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
-    wait: bool = False,
+    wait: StepWait | None = None,
     include: Sequence[str] = (),
     limits: IngestLimits = IngestLimits(),
     check: Callable[[Extent], None] | None = None,
@@ -126,8 +133,9 @@ def ingest(
         Accept a log whose steps are not evenly spaced; the results then contain the ``step_span`` of each update.
     overwrite : bool
         Replace the trajectory, even one of an older natgrad, after the steps have been described and compared.
-    wait : bool
-        Leave the steps after a gap for a later pass instead of raising an error.
+    wait : StepWait, optional
+        Leave the steps after a gap for a later ingest with the same object, until it goes past the gap. By default,
+        a gap is an error.
     include : sequence of str
         Optional data to store, from `INCLUDES`. An existing trajectory keeps its original setting.
     limits : IngestLimits, optional
@@ -149,12 +157,62 @@ def ingest(
         occurs later, each commit is either complete or invisible.
     NotYet
         If no step is finished yet, or a step changes while it is read.
+    ListingChanged
+        If files were removed while they were read, at every one of several listings of the log.
     """
     options = ReadOptions.requested(sources, mapping, shift)
     options = options if overwrite else options.for_resuming(store)
-    log = open_sources(sources, format, options.mapping, options.shift, sweep=sweep)
+    log = _with_new_listings(lambda: open_sources(sources, format, options.mapping, options.shift, sweep=sweep))
+    stored: list[int] = []
+    with ListedLog(log) as listed:
+        summary = _with_new_listings(
+            lambda: _ingest(
+                listed,
+                store,
+                options,
+                allow_gaps=allow_gaps,
+                overwrite=overwrite and not sum(stored),
+                wait=wait,
+                include=include,
+                limits=limits,
+                check=check,
+                progress=progress,
+                stored=stored,
+            )
+        )
+    # With --follow these warnings were shown on the previous scan.
+    for warning in summary.warnings if summary.new_steps or wait is None else ():
+        _log.warning("%s", warning)
+    return replace(summary, source=", ".join(map(str, sources)))
+
+
+def _with_new_listings(read: Callable[[], T]) -> T:
+    """Call a function that lists and reads a log, and call it again if files were removed while it read them."""
+    for _ in range(_LISTINGS - 1):
+        with suppress(ListingChanged):
+            return read()
+    return read()
+
+
+def _ingest(
+    log: ListedLog,
+    store: Storage,
+    options: ReadOptions,
+    *,
+    allow_gaps: bool,
+    overwrite: bool,
+    wait: StepWait | None,
+    include: Sequence[str],
+    limits: IngestLimits,
+    check: Callable[[Extent], None] | None,
+    progress: Progress | None,
+    stored: list[int],
+) -> IngestSummary:
+    """List a log and read its new steps; see `ingest`. Their number is appended to ``stored``, also after an error."""
+    if wait is not None:
+        wait.start()
     listed = log.steps()
-    with store.lock("trajectory") as store, KeptOpen(log) as log:
+    with store.lock("trajectory") as store:
         if not overwrite:
             # Another process may have created the trajectory before the lock was acquired.
             options.for_resuming(store)
@@ -165,6 +223,8 @@ def ingest(
             trajectory.recover()
         optimizer = stores_optimizer(trajectory, include)
         warnings: list[str] = []
+        committed = committed_steps(trajectory)
+        listed = log.hold(listed, lambda step: (step.run, step.number) not in committed)
         listed = finished_steps(log, listed, trajectory, warnings)
         new, identities_now = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
         if trajectory is not None and identities_now:
@@ -173,18 +233,17 @@ def ingest(
         if check is not None and (steps or trajectory is not None):
             check(Extent.of(trajectory, new))
         if steps:
-            # Identities are determined before the steps are opened, to detect a file that changes before it is
-            # copied.
-            identities = {step: identity(step) for step in steps}
             contents = describe_steps(log, steps, warnings, optimizer)
             misaligned = misalignment(log, steps, contents[steps[0]]) if trajectory is None else ""
             warnings += [misaligned] if misaligned else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, options, limits)
+            writer = Writer(log, trajectory, contents, warnings, limits)
             try:
-                Writer(log, trajectory, contents, identities, warnings, limits).write(new, progress)
+                writer.write(new, progress)
             finally:
+                stored.append(writer.new_steps)
                 trajectory.abandon()
                 if not trajectory.n_states:
                     Trajectory.remove(store)
@@ -198,13 +257,12 @@ def ingest(
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
         warnings += _missing_scalars(trajectory)
-    # With --follow these warnings were shown on the previous scan.
-    for warning in warnings if steps or not wait else ():
-        _log.warning("%s", warning)
+    if wait is not None:
+        wait.finish()
     return IngestSummary(
-        source=", ".join(map(str, sources)),
+        source=str(log.location),
         trajectory=str(store),
-        new_steps=len(steps),
+        new_steps=sum(stored),
         steps=len(numbers),
         first_step=int(numbers.min()),
         last_step=int(numbers.max()),

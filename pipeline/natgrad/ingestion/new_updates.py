@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +20,16 @@ from natgrad.ingestion.description import (
     stores_optimizer,
 )
 from natgrad.ingestion.transfer import NewState, fill_state
+from natgrad.ingestion.waiting import Gap, StepWait
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ATTEMPT, RUN, STEP
-from natgrad.sources.base import Source
-from natgrad.sources.changes import changed_lately, identity
+from natgrad.sources.changes import changed_lately
+from natgrad.sources.listed import ListedLog
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
 from natgrad.store import Trajectory, checksum
 
-__all__ = ["Extent", "finished_steps", "states_to_write"]
+__all__ = ["Extent", "committed_steps", "finished_steps", "states_to_write"]
 
 
 @dataclass(frozen=True)
@@ -84,28 +87,38 @@ class Extent:
         )
 
 
+def committed_steps(trajectory: Trajectory | None) -> set[tuple[str, int]]:
+    """Return run and number of the steps that a trajectory contains."""
+    if trajectory is None:
+        return set()
+    names = trajectory.runs
+    runs, numbers = trajectory.scalar(RUN).tolist(), trajectory.scalar(STEP).tolist()
+    return {(names[run], number) for run, number in zip(runs, numbers, strict=True)}
+
+
 def finished_steps(
-    log: Source, listed: Sequence[LoggedStep], trajectory: Trajectory | None, warnings: list[str]
+    log: ListedLog, listed: Sequence[LoggedStep], trajectory: Trajectory | None, warnings: list[str]
 ) -> list[LoggedStep]:
     """Return the listed steps without those that are still being written.
 
     An unreadable step is omitted, with a warning, if it is the last one of a run or replaces an ingested step, and
     was changed recently. Other unreadable steps cause an error later, when they are read.
     """
-    identities = [identity(step) for step in listed]
+    identities = [log.identity(step) for step in listed]
     if not any(changed_lately(found["time"]) for found in identities):
         return list(listed)
     ingested: set[frozenset[Any]] = set()
-    committed: set[tuple[str, int]] = set()
     if trajectory is not None:
         ingested = {frozenset(source.items()) for source in trajectory.sources()}
-        names = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
-        committed = set(zip(names, trajectory.scalar(STEP).tolist(), strict=True))
+    committed = committed_steps(trajectory)
     finished: list[LoggedStep] = []
     for step, found in reversed(list(zip(listed, identities, strict=True))):
         is_last = not finished or finished[-1].run != step.run
         may_be_growing = (is_last or (step.run, step.number) in committed) and changed_lately(found["time"])
-        unread = _unreadable(log, step) if may_be_growing and frozenset(found.items()) not in ingested else None
+        unread = None
+        if may_be_growing and frozenset(found.items()) not in ingested:
+            log.renew(step)
+            unread = _unreadable(log, step)
         if unread is None:
             finished.append(step)
         elif len(listed) == 1 and trajectory is None:
@@ -117,7 +130,7 @@ def finished_steps(
     return finished[::-1]
 
 
-def _unreadable(log: Source, step: LoggedStep) -> Unreadable | None:
+def _unreadable(log: ListedLog, step: LoggedStep) -> Unreadable | None:
     try:
         with log.open(step) as reader:
             reader.content()
@@ -127,11 +140,11 @@ def _unreadable(log: Source, step: LoggedStep) -> Unreadable | None:
 
 
 def states_to_write(
-    log: Source,
+    log: ListedLog,
     listed: Sequence[LoggedStep],
     trajectory: Trajectory | None,
     allow_gaps: bool,
-    wait: bool,
+    wait: StepWait | None,
     warnings: list[str],
 ) -> tuple[list[NewState], dict[int, dict[str, Any]]]:
     """Find the states that the trajectory lacks, run by run.
@@ -152,20 +165,23 @@ def states_to_write(
     committed = None if trajectory is None else _Committed(trajectory)
     for run, group in itertools.groupby(listed, key=lambda step: step.run):
         steps, attempt, before, last = list(group), 0, [], None
+        numbers = {step.number for step in steps}
         if committed is not None and committed.has(run):
             view = committed.view(run)
-            steps, attempt = _uncommitted_steps(log, steps, committed, view, run, warnings)
-            before = [number for number in view.states if not steps or number < steps[0].number]
+            steps, attempt = _uncommitted_steps(log, steps, committed, view, run, wait, warnings)
+            before = [number for number in sorted(view.states) if not steps or number < steps[0].number]
             # An update only leads from the preceding state. If states of other runs follow the last state of this
             # run, that state is written again.
             follows = not states and bool(before) and view.states[before[-1]] == committed.trajectory.n_states - 1
             if steps and attempt == view.attempt and not follows:
                 last = NewState(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.states[before[-1]])
-        gap = None if allow_gaps else _gap(steps, before)
-        if gap is not None and not wait:
-            raise gap[1]
-        if gap is not None:
-            steps = steps[: gap[0]]
+        if not allow_gaps:
+            # The oldest steps are removed first. If the last stored step was removed, so were those that follow it.
+            removed = bool(before) and bool(steps) and before[-1] not in numbers
+            if committed is not None and removed:
+                last_source = committed.sources[view.states[before[-1]]]
+                removed = log.identity(steps[0])["folder"] == last_source["folder"]
+            steps = _steps_before_gap(run, steps, before, removed, wait, warnings)
             last = last if steps else None
         states += [] if last is None else [last]
         states += [NewState(step, attempt) for step in steps]
@@ -219,7 +235,13 @@ class _Committed:
 
 
 def _uncommitted_steps(
-    log: Source, listed: Sequence[LoggedStep], committed: _Committed, view: _View, run: str, warnings: list[str]
+    log: ListedLog,
+    listed: Sequence[LoggedStep],
+    committed: _Committed,
+    view: _View,
+    run: str,
+    wait: StepWait | None,
+    warnings: list[str],
 ) -> tuple[list[LoggedStep], int]:
     """Return the steps of a run that are not committed yet, and their attempt.
 
@@ -232,7 +254,7 @@ def _uncommitted_steps(
     same: list[LoggedStep] = []
     other_values: list[LoggedStep] = []
     known = [step for step in listed if step.number in view.states]
-    found = {step: identity(step) for step in listed}
+    found = {step: log.identity(step) for step in listed}
     changed = {
         step for step in known if _files_of(found[step]) != _files_of(committed.sources[view.states[step.number]])
     }
@@ -272,20 +294,24 @@ def _uncommitted_steps(
             "step is in both folders, so it was not verified that they belong to the same run"
         )
     begin = min((step.number for step in differing), default=last + 1)
-    for step in new:
-        if step.number < begin:
-            raise InputError(
-                f"step {step.number} is new, but steps up to {last} are already ingested",
-                where=where(step),
-                why=f"the file was added later, or OUT contains another run, which was read from {origin}",
-                remedy="choose another OUT, or start from scratch with --overwrite",
-            )
+    late = [step for step in new if step.number < begin]
+    if late and wait is None:
+        raise InputError(
+            f"step {late[0].number} is new, but steps up to {last} are already ingested",
+            where=where(late[0]),
+            why=f"the file was added later, or OUT contains another run, which was read from {origin}",
+            remedy="choose another OUT, or start from scratch with --overwrite",
+        )
+    if wait is not None:
+        # An earlier ingest went past these steps.
+        wait.leave_out(run, [step.number for step in late], warnings)
+        new = new[len(late) :]
     if not differing:
         return new, view.attempt
     first = min(differing)
     ingested = committed.sources[view.states[begin]]
     elsewhere = begin == min(view.states) and found[first]["folder"] != ingested["folder"]
-    if elsewhere or not _is_rewind(list(differing), [step for step in same if step.number > begin]):
+    if elsewhere or not _is_rewind(log, list(differing), [step for step in same if step.number > begin]):
         raise InputError(
             f"step {begin} is already ingested, with {differing[first]}",
             where=where(first),
@@ -304,11 +330,12 @@ def _uncommitted_steps(
     return sorted([*differing, *new]), view.attempt + 1
 
 
-def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> bool:
+def _is_rewind(log: ListedLog, differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> bool:
     """Return True if a restarted run logged the differing steps again.
 
     Parameters
     ----------
+    log : ListedLog
     differing : sequence of LoggedStep
     same : sequence of LoggedStep
         Unchanged steps after the first differing step. There are some while the run has not reached its former end
@@ -316,22 +343,22 @@ def _is_rewind(differing: Sequence[LoggedStep], same: Sequence[LoggedStep]) -> b
     """
     if not same:
         return True
-    times = [identity(step)["time"] for step in differing]
+    times = [log.identity(step)["time"] for step in differing]
     return (
         len(differing) > 1
         and max(differing).number < min(same).number
         and times == sorted(times)
-        and max(identity(step)["time"] for step in same) < times[0]
+        and max(log.identity(step)["time"] for step in same) < times[0]
     )
 
 
-def _is_state(log: Source, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed) -> bool:
+def _is_state(log: ListedLog, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed) -> bool:
     """Return True if a step has the content of a committed state; it is read if its identity is another one."""
     return found == committed.sources[state] or not _difference(log, step, state, committed, read=True)[0]
 
 
 def _difference(
-    log: Source, step: LoggedStep, state: int, committed: _Committed, *, read: bool
+    log: ListedLog, step: LoggedStep, state: int, committed: _Committed, *, read: bool
 ) -> tuple[str, bool]:
     """Compare a step with a committed state.
 
@@ -364,7 +391,7 @@ def _difference(
         return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}", False
     if content.replicates != trajectory.replicates:
         return f"{trajectory.replicates} replicates, and now has {content.replicates}", False
-    same_files, other_scalars = _files_of(identity(step)) == _files_of(committed.sources[state]), False
+    same_files, other_scalars = _files_of(log.identity(step)) == _files_of(committed.sources[state]), False
     for name in trajectory.scalars:
         before, now = trajectory.scalar(name)[state].tolist(), scalar_of(content, name)
         if np.array_equal(before, now, equal_nan=True):
@@ -391,23 +418,69 @@ def _files_of(source: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in source.items() if name != "values"}
 
 
-def _gap(steps: Sequence[LoggedStep], committed: Sequence[int]) -> tuple[int, InputError] | None:
-    """Return the position of the first step after a gap and the error for it; None if there is no gap."""
-    before = sorted(committed)[-2:]
-    numbers = [*before, *(step.number for step in steps)]
-    spans = np.diff(numbers)
-    if len(spans) < 2 or (spans == spans[0]).all():
+def _steps_before_gap(
+    run: str,
+    steps: Sequence[LoggedStep],
+    committed: Sequence[int],
+    removed: bool,
+    wait: StepWait | None,
+    warnings: list[str],
+) -> list[LoggedStep]:
+    """Return the steps up to the first gap that is waited for.
+
+    Parameters
+    ----------
+    run : str
+    steps : sequence of LoggedStep
+        New steps.
+    committed : sequence of int
+        Committed steps before them, in order.
+    removed : bool
+        The steps that are missing between the last committed one and the first new one no longer exist.
+    wait : StepWait, optional
+        Without it, a gap is an error.
+    warnings : list of str
+
+    Raises
+    ------
+    InputError
+        If there is a gap that is not waited for, or the steps are not evenly spaced.
+    """
+    numbers = [*committed[-1:], *(step.number for step in steps)]
+    old = len(numbers) - len(steps)
+    removed &= wait is not None
+    usual = _usual_span(committed, numbers[removed:], wait is not None)
+    if usual is None:
+        return list(steps)
+    for position, (last, here) in enumerate(itertools.pairwise(numbers), start=1 - old):
+        span, is_removed = here - last, removed and position == 0
+        if span == usual:
+            continue
+        if wait is None or (span < usual and not is_removed):
+            missing = f"step {last + usual} is missing" if span > usual else "the steps are not evenly spaced"
+            raise InputError(
+                f"{missing}: steps are {usual} apart, but {here} follows {last}",
+                where=where(steps[position]),
+                why="a file was lost or is not written yet, or the logging interval of the run changed",
+                remedy="restore the file, or pass --allow-gaps to keep the gap; step_span then contains its width",
+            )
+        gap = Gap(run, last, here, math.gcd(usual, span))
+        if not wait.passes(gap, is_removed, len(steps) - position, warnings):
+            return list(steps[:position])
+    return list(steps)
+
+
+def _usual_span(committed: Sequence[int], numbers: Sequence[int], wait: bool) -> int | None:
+    """Return the usual number of updates from one step to the next; None if fewer than two spans are known.
+
+    The spans between committed steps take precedence over those between new ones.
+    """
+    before, new = np.diff(committed).tolist(), np.diff(numbers).tolist()
+    if len(before) + len(new) < 2:
         return None
-    usual = int(spans[0]) if len(committed) > 1 else int(np.median(spans))
-    position = int(np.flatnonzero(spans != usual)[0]) + 1
-    last, here = numbers[position - 1], numbers[position]
-    error = InputError(
-        f"{f'step {last + usual} is missing' if here - last > usual else 'the steps are not evenly spaced'}: "
-        f"steps are {usual} apart, but {here} follows {last}",
-        where=where(steps[position - len(before)]),
-        why="a file was lost or is not written yet, or the logging interval of the run changed",
-        remedy="restore the file, or pass --allow-gaps to keep the gap; step_span then contains its width",
-    )
-    if here - last < usual:
-        raise error
-    return position - len(before), error
+    if len(before) > 1:
+        spans, counts = np.unique(before, return_counts=True)
+        return int(spans[counts.argmax()])
+    found = [*before, *([statistics.median_low(new)] if new else [])]
+    # An ingest that waits may have gone past a gap between the only two committed steps.
+    return min(found) if wait else found[0]

@@ -21,7 +21,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, storage_dtype, widened
 from natgrad.schema.names import METRIC_EIGENVALUES, replicate_of
 from natgrad.sources.base import Source, StepContent, StepReader
-from natgrad.sources.changes import identity
+from natgrad.sources.listed import ListedLog
 from natgrad.sources.optimizers.logged_metric import extremes
 from natgrad.sources.optimizers.state import OptimizerState, RotatedMetric
 from natgrad.sources.steps import LoggedStep, NotYet, where
@@ -141,19 +141,25 @@ class _OpenSteps:
 
 
 class Writer:
-    """Copy steps into a trajectory, one row of chunks at a time, and commit them."""
+    """Copy steps into a trajectory, one row of chunks at a time, and commit them.
+
+    Attributes
+    ----------
+    new_steps : int
+        Number of committed steps.
+    """
 
     def __init__(
         self,
-        log: Source,
+        log: ListedLog,
         trajectory: Trajectory,
         contents: dict[LoggedStep, StepContent],
-        identities: Mapping[LoggedStep, Mapping[str, Any]],
         warnings: list[str],
         limits: IngestLimits,
     ) -> None:
-        self._log, self._trajectory, self._contents, self._identities = log, trajectory, contents, identities
+        self._log, self._trajectory, self._contents = log, trajectory, contents
         self._warnings, self._limits = warnings, limits
+        self.new_steps = 0
         self._not_finite: list[str] = []
         self._no_metric: dict[str, _NoMetric] = {}
         # Smallest and largest element of each tensor, for the states of one commit.
@@ -224,6 +230,7 @@ class Writer:
             [state.attempt for state in new],
             [state.step.run for state in new],
         )
+        self.new_steps += sum(state.repeats is None for state in new)
 
     def _scalar(self, name: str, state: NewState) -> float | Sequence[float]:
         if state.repeats is not None:
@@ -253,11 +260,11 @@ class Writer:
     def _source(self, state: NewState) -> Mapping[str, Any]:
         if state.repeats is not None:
             return self._ingested[state.repeats]
-        return self._identities[state.step]
+        return self._log.identity(state.step)
 
     def _require_unchanged(self, state: NewState) -> None:
         step = state.step
-        if state.repeats is None and identity(step, fresh=True) != self._identities[step]:
+        if state.repeats is None and not self._log.is_unchanged(step):
             raise NotYet(
                 f"step {step.number} changed while it was read",
                 where=where(step),

@@ -11,7 +11,7 @@ from typing import Any
 from natgrad.sources.steps import LoggedStep, vanished
 from natgrad.storage import Storage
 
-__all__ = ["change_time", "changed_lately", "identity"]
+__all__ = ["change_time", "changed_lately", "files_of", "identity"]
 
 SETTLED_SECONDS = 300.0
 """Time without a change after which an unreadable file is assumed not to be in progress any more."""
@@ -42,11 +42,11 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
 
     Raises
     ------
-    InputError
+    ListingChanged
         If a file no longer exists.
     """
     try:
-        files = [file for entry in (step.storage, *step.others) for file in _files(entry)]
+        files = files_of(step)
         stats = [file.stat(fresh=fresh) for file in files]
     except OSError as error:
         raise vanished(f"cannot find the files of this step any more: {error.strerror}", step) from error
@@ -77,6 +77,11 @@ def _relative(file: Storage, folder: Storage) -> str:
     if file.local_path is None or folder.local_path is None:
         return str(file)
     return os.path.relpath(file.local_path, folder.local_path)
+
+
+def files_of(step: LoggedStep) -> list[Storage]:
+    """Return the files of a step. Those of a folder are listed (OSError if it no longer exists)."""
+    return [file for entry in (step.storage, *step.others) for file in _files(entry)]
 
 
 def _files(entry: Storage) -> list[Storage]:

@@ -84,7 +84,7 @@ class Format:
 def _contains(*kinds: Kind) -> Callable[[Path], bool]:
     def found(path: Path) -> bool:
         try:
-            return any(kind.number(entry) is not None for entry in path.iterdir() for kind in kinds)
+            return any(kind.holds(entry) for entry in path.iterdir() for kind in kinds)
         except OSError:
             return False
 

@@ -9,6 +9,7 @@ from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage import Storage
 
 __all__ = [
+    "ListingChanged",
     "LoggedStep",
     "LoggedTensor",
     "NotYet",
@@ -84,15 +85,19 @@ class NotYet(Unavailable):
     """The log is valid but not complete yet. A later run can succeed."""
 
 
+class ListingChanged(NotYet):
+    """Files of a step were removed after they were listed. A new listing of the log can be read."""
+
+
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:
     """Return the location of an error: file, step and, if given, array and tensor."""
     tensor_part = f", {array} of tensor {tensor!r}" if array and tensor else f", {array}" if array else ""
     return f"{step.storage}, step {step.number}{tensor_part}"
 
 
-def vanished(what: str, step: LoggedStep, array: str = "", tensor: str = "") -> InputError:
+def vanished(what: str, step: LoggedStep, array: str = "", tensor: str = "") -> ListingChanged:
     """Return the error for a step whose files were removed after they were listed."""
-    return InputError(
+    return ListingChanged(
         what,
         where=where(step, array, tensor),
         why="the training run removed them while they were read (checkpoint rotation), or they were moved",

@@ -16,7 +16,7 @@ from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.container import Container
 from natgrad.sources.names import NATIVE, NamedStep, Names, step_number
-from natgrad.sources.steps import LoggedStep, NotYet, vanished
+from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, vanished
 from natgrad.storage import LocalStorage, Storage, network_errors
 
 __all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number", "not_latest_yet"]
@@ -49,6 +49,13 @@ class Kind:
     open: Callable[[LoggedStep, Names], Container]
     names: Names = NATIVE
     unfinished: Callable[[Path], str] = lambda path: ""
+
+    def holds(self, path: Path) -> bool:
+        """Return True if a path is a step of this kind. A path that no longer exists is none."""
+        try:
+            return self.number(path) is not None
+        except FileNotFoundError:  # the run removed the folder after it was listed
+            return False
 
 
 def not_latest_yet(path: Path, tracker: str) -> str:
@@ -139,7 +146,10 @@ class StepFolder:
         """
         found: dict[int, LoggedStep] = {}
         for entry in self._entries():
-            number = self._number(entry)
+            try:
+                number = self._number(entry)
+            except ListingChanged:  # the run has removed this step
+                continue
             if number is None:
                 continue
             step = LoggedStep(number, entry)
@@ -208,7 +218,7 @@ class StepFolder:
 
     def _kind(self, entry: Storage) -> Kind | None:
         path = _path(entry)
-        return next((kind for kind in self._kinds if kind.number(path) is not None), None)
+        return next((kind for kind in self._kinds if kind.holds(path)), None)
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `natgrad.sources.base.Source`."""
