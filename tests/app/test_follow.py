@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +197,8 @@ def test_following_an_empty_log_raises_an_error_at_the_end(log, tmp_path):
 
 def test_only_the_first_pass_overwrites(log, tmp_path):
     requested = []
-    found = ingest_run(write_log(log, random_walk(2)), tmp_path / "out")
+    wait, requested = StepWait(0.0), []
+    write_log(log, random_walk(2))
 
     def once(first):
         requested.append(first)
@@ -206,9 +206,9 @@ def test_only_the_first_pass_overwrites(log, tmp_path):
             raise NotYet("nothing there")
         if len(requested) == 5:
             raise KeyboardInterrupt
-        return replace(found, new_steps=1)
+        return ingest_run(log, tmp_path / "out", overwrite=True, wait=wait)
 
-    assert follow(once, wait=StepWait(0.0), interval=0).new_steps == 3
+    assert follow(once, wait=wait, interval=0).new_steps == 6
     assert requested == [True, True, False, False, False]
 
 

@@ -42,7 +42,7 @@ def follow(
         The pass. Its argument is True until a pass has returned a summary. It returns None if the log has no new
         step.
     wait : StepWait
-        The object with which each pass decides whether to wait for missing steps.
+        The object with which each pass decides whether to wait for missing steps, and counts the new ones.
     interval : float
         Seconds between passes.
     idle_timeout : float, optional
@@ -60,7 +60,7 @@ def follow(
         If a pass raises it. `NotYet` (a step is still missing) is raised only if no pass ever succeeded.
     """
     summary: T | None = None
-    new_steps, last = 0, time.monotonic()
+    last = time.monotonic()
     waiting: NotYet | KeyboardInterrupt | None = None
     awaited, complete = "", False
     try:
@@ -72,7 +72,6 @@ def follow(
                     waiting = None
                     if found is not None:
                         summary, last = found, time.monotonic()
-                        new_steps += found.new_steps
                 except NotYet as error:
                     waiting = error
                 if idle_timeout is not None and time.monotonic() - last >= idle_timeout:
@@ -92,7 +91,7 @@ def follow(
     warnings = [*summary.warnings, *wait.warnings()]
     if isinstance(waiting, NotYet):
         warnings.append(f"the last pass read nothing: {waiting.what} ({waiting.where})")
-    return replace(summary, new_steps=new_steps, warnings=warnings)
+    return replace(summary, new_steps=wait.new_steps, warnings=warnings)
 
 
 def _awaited(
@@ -100,9 +99,7 @@ def _awaited(
 ) -> str:
     """Return what the next pass waits for, in words; empty if the last one found new steps and missed none."""
     if wait.is_waiting:
-        return (
-            f"{wait.awaited}; at most {wait.seconds:g} s, then the later steps are read without it (--gap-timeout)"
-        )
+        return f"{wait.awaited}; after {wait.seconds:g} s (--gap-timeout) later steps are read without them"
     if isinstance(error, NotYet):
         return f"the log: {error.what} ({error.where})"
     return "" if summary is None or found is not None else f"the step after step {summary.last_step}"

@@ -258,7 +258,7 @@ def _ingest(
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
         warnings += _missing_scalars(trajectory)
     if wait is not None:
-        wait.finish()
+        wait.finish(sum(stored))
     return IngestSummary(
         source=str(log.location),
         trajectory=str(store),

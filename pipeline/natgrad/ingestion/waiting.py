@@ -48,9 +48,15 @@ class StepWait:
     seconds : float
         Time for which a missing step is waited for while later steps are logged. Steps that the run has removed
         are not waited for.
+
+    Attributes
+    ----------
+    new_steps : int
+        Number of steps that all ingests stored.
     """
 
     seconds: float
+    new_steps: int = 0
     _first_seen: dict[tuple[str, int], float] = field(default_factory=dict)
     _waiting: dict[str, tuple[Gap, int]] = field(default_factory=dict)
     _passing: list[tuple[Gap, bool]] = field(default_factory=list)
@@ -62,8 +68,9 @@ class StepWait:
         self._waiting.clear()
         self._passing.clear()
 
-    def finish(self) -> None:
-        """Record that the steps behind the gaps that this ingest went past are stored."""
+    def finish(self, new_steps: int) -> None:
+        """Record the number of steps that this ingest stored, and the gaps that it went past."""
+        self.new_steps += new_steps
         self._passed += self._passing
         self._passing.clear()
 
