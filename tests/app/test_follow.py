@@ -284,7 +284,7 @@ def test_steps_that_the_run_removed_are_a_gap_with_a_warning(log, tmp_path, stor
     assert warning.startswith("missing steps 20 to 49: the run removed checkpoints before they were read")
     assert "missing steps 20 to 49" in caplog.text
     assert "the update from step 19 to step 50 has step_span 31" in caplog.text
-    # The gap is no error later: the steps before it were evenly spaced.
+    # Later ingests accept the gap, because the steps before it were evenly spaced.
     write_log(log, [states[59]] * 2, numbers=[60, 61])
     ingest(log, store)
     assert steps(store)[-2:] == [60, 61]

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -502,7 +501,9 @@ def test_a_file_that_changes_between_description_and_reading_is_refused(log, sto
 def test_a_step_that_was_opened_is_read_after_its_file_was_removed(log, store):
     states = random_walk(7)
     write_log(log, states)
-    summary = ingest(log, store, limits=small(DEEP), progress=lambda done, total: remove(log / "step_5.safetensors"))
+    summary = ingest(
+        log, store, limits=small(DEEP), progress=lambda done, total: remove(log / "step_5.safetensors")
+    )
     assert summary.new_steps == 7
     assert_holds(store, states)
 
