@@ -208,7 +208,10 @@ def _ingest(
     progress: Progress | None,
     stored: list[int],
 ) -> IngestSummary:
-    """List a log and read its new steps; see `ingest`. Their number is appended to ``stored``, also after an error."""
+    """List a log and read its new steps; see `ingest`.
+
+    The number of stored steps is appended to ``stored``, also after an error.
+    """
     if wait is not None:
         wait.start()
     listed = log.steps()
