@@ -352,7 +352,9 @@ def _is_rewind(log: ListedLog, differing: Sequence[LoggedStep], same: Sequence[L
     )
 
 
-def _is_state(log: ListedLog, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed) -> bool:
+def _is_state(
+    log: ListedLog, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed
+) -> bool:
     """Return True if a step has the content of a committed state; it is read if its identity is another one."""
     return found == committed.sources[state] or not _difference(log, step, state, committed, read=True)[0]
 
