@@ -56,7 +56,6 @@ HOMES = {
     "tensorstore": {"sources"},
     "pyarrow": {"sources"},
     "sqlite3": {"sources"},
-    "upath": set(),
     "fsspec": {"storage"},
     "mlxtend": {"experiments"},
     "torch": set(),
