@@ -10,6 +10,7 @@ import ast
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -149,6 +150,46 @@ def flags() -> str:
     return _table(("variable", "value", "flag"), rows)
 
 
+# Python and the command line ---------------------------------------------------------------------------------
+
+
+def public_names() -> str:
+    """Refer to each public name, whose page mkdocstrings fills from its docstring."""
+    import natgrad
+
+    names = [name for name in natgrad.__all__ if not name.startswith("_")]
+    functions = [name for name in names if not name[0].isupper()]
+    classes = [name for name in names if name[0].isupper()]
+    return "\n\n".join(f"::: natgrad.{name}" for name in (*functions, *classes))
+
+
+def commands() -> str:
+    """Describe each command with its arguments and options, as ``--help`` does."""
+    import click
+    from typer.main import get_command
+
+    from natgrad_flows.cli import app
+
+    group = get_command(app)
+    parts = []
+    for name, command in group.commands.items():
+        context = click.Context(command, info_name=f"natgrad {name}")
+        usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+        rows = [_parameter(context, parameter) for parameter in command.params]
+        table = _table(("argument or option", "meaning"), rows)
+        parts.append(f"## natgrad {name}\n\n{command.help}\n\n```text\n{usage}\n```\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _parameter(context: Any, parameter: Any) -> tuple[str, str]:
+    """Return name and description of an argument or option."""
+    if parameter.param_type_name == "argument":
+        default = f" [default: {parameter.default}]" if parameter.default else ""
+        return f"`{parameter.metavar}`", f"{parameter.help}{default}"
+    name, description = parameter.get_help_record(context)
+    return f"`{name}`", description.replace("  [", " [")
+
+
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
@@ -161,6 +202,8 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 # Pages -------------------------------------------------------------------------------------------------------
 
 PARTS = {
+    "reference/api.md": {"public names": public_names},
+    "reference/cli.md": {"commands": commands},
     "explanation/design.md": {"import diagram": import_diagram},
     "reference/variables.md": {
         "update variables": update_variables,

@@ -208,7 +208,7 @@ def analyze(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any
 @app.command()
 @command_options(options.VersionOptions)
 def report(
-    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders or URLs of one or more runs.")],
+    outs: Annotated[list[Path], typer.Argument(metavar="OUT", help="Folders or URLs of one or more runs.")],
     page: Annotated[
         Path | None,
         typer.Option(help="File of the page.", show_default="report.html in the first OUT"),
@@ -320,7 +320,7 @@ def demo(
 @app.command()
 @command_options(options.InspectOptions)
 def inspect(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help=options.SOURCE)],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help=options.SOURCE)],
     as_json: Json = False,
     **values: Any,
 ) -> None:
