@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
-.PHONY: install browser demo test torture mutate cluster-test bench lint lock
+.PHONY: install browser demo test torture mutate cluster-test bench lint docs lock
 
 demo: .venv/demo-installed
 	@$(BIN)/python -m natgrad_flows demo
@@ -60,6 +60,12 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python .ci/check_language.py
+	$(BIN)/python .ci/check_pages.py
+	$(BIN)/python .ci/check_changes.py
+
+# Builds the documentation into site/index.html, without a network. Warnings are errors.
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # requirements.lock has the packages that need torch and those that torch needs, but not torch itself, because uv would
 # install gigabytes of CUDA with it. Other packages are left out because the tests do not need them: ninja and py-cpuinfo

@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: the import diagram, and the tables of variables.
+"""Write the generated parts of the documentation: imports, public names, commands and variables.
 
 ``python docs/generate.py`` replaces the text between the markers ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 With ``--check`` nothing is written; the program fails if a page is not up to date.
@@ -7,6 +7,7 @@ With ``--check`` nothing is written; the program fails if a page is not up to da
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -83,22 +84,90 @@ def levels(graph: Mapping[str, Iterable[str]]) -> dict[str, int]:
     return found
 
 
-def import_diagram() -> str:
-    """Draw the imports between packages: levels from top to bottom, without arrows that follow from others."""
+def import_graph() -> dict[str, set[str]]:
+    """Return the imports between packages, without those that follow from others."""
     graph = {package: used - {"natgrad"} for package, used in package_imports().items() if package != "natgrad"}
-    level = levels(graph)
-    lines = ["```mermaid", "graph TD"]
-    for number in sorted({*level.values()}, reverse=True):
-        packages = sorted(package for package in graph if level[package] == number)
-        lines += [f"  subgraph level_{number}[level {number}]", *(f"    {name}" for name in packages), "  end"]
-    for package in sorted(graph, key=lambda name: (-level[name], name)):
-        indirect = {far for near in graph[package] for far in _reachable(graph, near)}
-        lines += [f"  {package} --> {used}" for used in sorted(graph[package] - indirect)]
-    return "\n".join([*lines, "```"])
+    return {
+        package: used - {far for near in used for far in _reachable(graph, near)} for package, used in graph.items()
+    }
 
 
 def _reachable(graph: Mapping[str, set[str]], package: str) -> set[str]:
     return {far for near in graph[package] for far in {near, *_reachable(graph, near)}}
+
+
+def import_table() -> str:
+    """List the packages of each level, from top to bottom, with what they import."""
+    graph = import_graph()
+    level = levels(graph)
+    rows = [
+        (str(level[package]), f"`{package}`", ", ".join(f"`{used}`" for used in sorted(graph[package])))
+        for package in sorted(graph, key=lambda name: (-level[name], name))
+    ]
+    return _table(("level", "package", "imports"), rows)
+
+
+COLUMNS = {
+    "app": 2,
+    "compute": 1,
+    "experiments": 0,
+    "ingestion": 3,
+    "kernel": 1,
+    "natgrad_flows": 2,
+    "recording": 0,
+    "reporting": 4,
+    "results": 4,
+    "schema": 2,
+    "sources": 3,
+    "storage": 2,
+    "store": 2,
+    "theory": 4,
+}
+"""Column of each package in the diagram, so that no arrow crosses a box. Its row is its level."""
+
+WIDTH, HEIGHT = 128, 68
+"""Distance of columns and of rows in the diagram, in pixels."""
+
+BOX = (108, 30)
+"""Width and height of a package in the diagram, in pixels."""
+
+
+def import_diagram() -> str:
+    """Draw the imports between packages as a vector graphic."""
+    graph = import_graph()
+    level = levels(graph)
+    if missing := sorted(set(graph) - set(COLUMNS)):
+        raise ValueError(f"add {', '.join(missing)} to COLUMNS in {__file__}")
+    top = max(level.values())
+
+    def place(package: str, above: int = 0) -> tuple[int, int]:
+        return WIDTH * COLUMNS[package] + WIDTH // 2, HEIGHT * (top - level[package] - above) + HEIGHT // 2
+
+    wide, high = WIDTH * (max(COLUMNS.values()) + 1), HEIGHT * top
+    width, height = BOX
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
+        'role="img" font-family="sans-serif" font-size="14">',
+        "<title>Imports between the packages, one row for each level</title>",
+        '<rect width="100%" height="100%" fill="white"/>',
+        '<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker>',
+    ]
+    for package, used in sorted((package, used) for package, below in graph.items() for used in below):
+        (x, y), (end, bottom) = place(package), place(used)
+        path = f"M{x} {y + height // 2}"
+        if level[package] - level[used] > 1:
+            # A long arrow bends above its target, and goes between the boxes of the rows that it passes.
+            path += f"L{end} {place(used, above=1)[1]}"
+        path += f"L{end} {bottom - height // 2}"
+        lines.append(f'<path d="{path}" fill="none" stroke="#555" marker-end="url(#head)"/>')
+    for package in sorted(graph):
+        x, y = place(package)
+        lines.append(
+            f'<rect x="{x - width // 2}" y="{y - height // 2}" width="{width}" height="{height}" rx="4" '
+            f'fill="#e8eaf6" stroke="#3f51b5"/><text x="{x}" y="{y + 5}" text-anchor="middle">{package}</text>'
+        )
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 # Variables ---------------------------------------------------------------------------------------------------
@@ -154,13 +223,14 @@ def flags() -> str:
 
 
 def public_names() -> str:
-    """Refer to each public name, whose page mkdocstrings fills from its docstring."""
+    """Refer to the docstring of each public name, in the order in which the package lists them."""
     import natgrad
 
-    names = [name for name in natgrad.__all__ if not name.startswith("_")]
-    functions = [name for name in names if not name[0].isupper()]
-    classes = [name for name in names if name[0].isupper()]
-    return "\n\n".join(f"::: natgrad.{name}" for name in (*functions, *classes))
+    listed = re.findall(r"``(\w+)``", natgrad.__doc__ or "")
+    names = [name for name in dict.fromkeys(listed) if name in natgrad.__all__]
+    if missing := sorted(set(natgrad.__all__) - {*names, "__version__"}):
+        raise ValueError(f"the docstring of natgrad does not list {', '.join(missing)}")
+    return "\n\n".join(f"::: natgrad.{name}" for name in names)
 
 
 def commands() -> str:
@@ -177,7 +247,7 @@ def commands() -> str:
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
         rows = [_parameter(context, parameter) for parameter in command.params]
         table = _table(("argument or option", "meaning"), rows)
-        parts.append(f"## natgrad {name}\n\n{command.help}\n\n```text\n{usage}\n```\n\n{table}")
+        parts.append(f"## natgrad {name}\n\n{_lines(command.help)}\n\n```text\n{usage}\n```\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -188,6 +258,11 @@ def _parameter(context: Any, parameter: Any) -> tuple[str, str]:
         return f"`{parameter.metavar}`", f"{parameter.help}{default}"
     name, description = parameter.get_help_record(context)
     return f"`{name}`", description.replace("  [", " [")
+
+
+def _lines(text: str) -> str:
+    """Write each sentence on its own line."""
+    return text.replace(". ", ".\n")
 
 
 def _sentence(text: str) -> str:
@@ -204,7 +279,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 PARTS = {
     "reference/api.md": {"public names": public_names},
     "reference/cli.md": {"commands": commands},
-    "explanation/design.md": {"import diagram": import_diagram},
+    "explanation/design.md": {"imports": import_table},
     "reference/variables.md": {
         "update variables": update_variables,
         "replicate variables": replicate_variables,
@@ -214,8 +289,14 @@ PARTS = {
 """Function of each generated part, by page and by the name in its markers."""
 
 
+FILES = {"images/imports.svg": import_diagram}
+"""Function of each file that is generated completely."""
+
+
 def generated(page: str) -> str:
-    """Return the text of a page with its generated parts as they should be."""
+    """Return the text of a file as it should be, with its generated parts."""
+    if page in FILES:
+        return FILES[page]()
     text = (DOCS / page).read_text(encoding="utf-8")
     for name, write in PARTS[page].items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
@@ -227,9 +308,15 @@ def generated(page: str) -> str:
     return text
 
 
+def current(page: str) -> str:
+    """Return the text of a file as it is; empty if it does not exist."""
+    path = DOCS / page
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def main(arguments: list[str]) -> int:
-    """Write the pages, or with ``--check`` report those that are not up to date."""
-    stale = [page for page in PARTS if generated(page) != (DOCS / page).read_text(encoding="utf-8")]
+    """Write the files, or with ``--check`` report those that are not up to date."""
+    stale = [page for page in (*PARTS, *FILES) if generated(page) != current(page)]
     for page in stale:
         if "--check" in arguments:
             sys.stderr.write(f"docs/{page} is not up to date: run python docs/generate.py\n")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import posixpath
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 
 PAGES = {
+    "README.md": "index.md",
     "CHANGELOG.md": "reference/changelog.md",
     "CONTRIBUTING.md": "howto/contribute.md",
     "data/README.md": "reference/data.md",
@@ -22,24 +26,30 @@ _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of files from outside the folder. Their links stay valid."""
+    """Add the pages from outside the folder."""
     for source, page in PAGES.items():
-        text = _moved((ROOT / source).read_text(encoding="utf-8"), source, page)
-        files.append(File.generated(config, page, content=text))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        if source == "CHANGELOG.md":
+            text += unreleased()
+        files.append(File.generated(config, page, content=_relinked(text, source, page)))
     return files
 
 
-def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:  # noqa: ANN001
-    """Redirect links to these files from the pages of this folder to their pages."""
-    return _redirected(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links of the pages in this folder lead to the pages from outside."""
+    if page.file.src_uri in PAGES.values():
+        return markdown
+    return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
 
 
-def _moved(markdown: str, source: str, page: str) -> str:
-    return _redirected(markdown, source, page)
+def unreleased() -> str:
+    """Return the section of the changelog that the fragments give."""
+    command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "Unreleased", "--date", "-"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace(" (-)", "")
 
 
-def _redirected(markdown: str, source: str, page: str) -> str:
-    """Make the links of a file of the repository relative to a page of the site."""
+def _relinked(markdown: str, source: str, page: str) -> str:
+    """Make the links in a file of the repository relative to its page."""
 
     def link(found: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[1]))

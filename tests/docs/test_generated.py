@@ -40,7 +40,7 @@ def test_a_new_import_fails_the_check_and_is_then_drawn(copied):
     assert "docs/explanation/design.md is not up to date" in checked.stderr
     assert "variables.md" not in checked.stderr
     assert generate(copied).returncode == 0
-    assert "  kernel --> theory\n" in (copied / "docs" / "explanation" / "design.md").read_text()
+    assert "| `kernel` | `theory` |\n" in (copied / "docs" / "explanation" / "design.md").read_text()
     assert generate(copied, "--check").returncode == 0
 
 

@@ -1,0 +1,70 @@
+"""Run the examples of a page in the current folder."""
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(line):
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        # These commands set up everything, and the tests are part of one of them.
+        assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
+    elif program == "pip":
+        # tests/packaging installs the wheel of this name and then runs the demonstration.
+        name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+        assert arguments[0] == "install"
+        assert set(arguments[1:]) <= {"--no-deps", name, "numpy", "safetensors"}
+    else:
+        assert program == "natgrad"
+        command = [Path(sys.executable).with_name(program), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return ""
+
+
+def _run_shell(example):
+    for line in example.parsed.splitlines():
+        if line and not line.startswith("#"):
+            _run(line)
+
+
+def _run_console(example):
+    for part in re.split(r"^\$ ", example.parsed, flags=re.MULTILINE)[1:]:
+        command, _, expected = part.partition("\n")
+        found = _run(command)
+        # Trailing spaces are invisible in a page.
+        found = "".join(f"{line.rstrip()}\n" for line in found.splitlines())
+        if not doctest.OutputChecker().check_output(expected, found, doctest.ELLIPSIS):
+            return f"{command} printed\n{found}\nand not\n{expected}"
+    return None
+
+
+def run_page(path):
+    """Run all examples of a page, in their order, and return their number.
+
+    The lines of ``sh`` are commands. ``console`` has commands after ``$`` and what they print, where ``...`` stands
+    for any text. ``python`` is a program, or a session with ``>>>``.
+    """
+    parsers = [
+        PythonCodeBlockParser(),
+        CodeBlockParser(language="sh", evaluator=_run_shell),
+        CodeBlockParser(language="console", evaluator=_run_console),
+    ]
+    examples = list(Sybil(parsers).parse(path))
+    for example in examples:
+        example.evaluate()
+    return len(examples)
+
+
+def blocks(path):
+    """Return the number of code blocks of a page that can be run."""
+    return len(re.findall(r"^```(?:python|sh|console)$", path.read_text(), re.MULTILINE))
