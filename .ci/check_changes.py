@@ -2,8 +2,8 @@
 
 ``python .ci/check_changes.py`` compares HEAD, and files that are not committed, with the last commit that HEAD and
 ``main`` have in common. It fails if a file below ``pipeline`` or ``flows`` has changed but no fragment was added or
-edited in ``changes``. On ``main`` itself there is nothing to compare. In a clone without ``main`` or its history, the
-comparison is not possible; the program prints this and succeeds. The names of all fragments are always checked.
+edited in ``changes``. On ``main`` itself there is nothing to compare. In a clone without ``main`` or its history,
+the comparison is not possible; the program prints this and succeeds. The names of fragments are always checked.
 """
 
 import re

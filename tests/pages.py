@@ -48,23 +48,23 @@ def _run_console(example):
     return None
 
 
-def run_page(path):
-    """Run all examples of a page, in their order, and return their number.
+def run_page(path, languages=("python", "sh", "console")):
+    """Run the examples of a page, in their order, and return their number.
 
     The lines of ``sh`` are commands. ``console`` has commands after ``$`` and what they print, where ``...`` stands
     for any text. ``python`` is a program, or a session with ``>>>``.
     """
-    parsers = [
-        PythonCodeBlockParser(),
-        CodeBlockParser(language="sh", evaluator=_run_shell),
-        CodeBlockParser(language="console", evaluator=_run_console),
-    ]
-    examples = list(Sybil(parsers).parse(path))
+    parsers = {
+        "python": PythonCodeBlockParser(),
+        "sh": CodeBlockParser(language="sh", evaluator=_run_shell),
+        "console": CodeBlockParser(language="console", evaluator=_run_console),
+    }
+    examples = list(Sybil([parsers[language] for language in languages]).parse(path))
     for example in examples:
         example.evaluate()
     return len(examples)
 
 
-def blocks(path):
-    """Return the number of code blocks of a page that can be run."""
-    return len(re.findall(r"^```(?:python|sh|console)$", path.read_text(), re.MULTILINE))
+def blocks(path, languages=("python", "sh", "console")):
+    """Return the number of code blocks of a page in these languages."""
+    return len(re.findall(rf"^```(?:{'|'.join(languages)})$", path.read_text(), re.MULTILINE))

@@ -12,7 +12,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     assert run_page(ROOT / "README.md") == blocks(ROOT / "README.md") == 4
     printed = capsys.readouterr().out
     assert "100% of the updates descend" in printed
-    assert "the hardest step to explain is 6" in printed
+    assert "the hardest step to explain is 17" in printed
     assert xr.open_datatree("runs/quadratic/results.zarr")["model"].sizes["step"] == 20
     assert (Path("runs/quadratic") / "report.html").is_file()
 
