@@ -42,7 +42,7 @@ def test_the_guide_to_the_recorder_logs_a_run(tmp_path, monkeypatch):
 def test_the_guide_to_hugging_face_trains_and_processes_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "huggingface.md"
-    assert run_page(page) == blocks(page) == 5
+    assert run_page(page) == blocks(page) == 6
     model = xr.open_datatree("runs/adam/results.zarr")["model"].sel(descent="gradient", window=1)
     assert model["step"].values.tolist() == [1, 2, 3]
     assert np.isfinite(model["angle"]).all()
@@ -106,7 +106,8 @@ def test_long_lines_and_lines_with_two_sentences_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "# A title. With two.\n\nFine, e.g. this (see eq. (3)).\nOne. Two.\n\n"
-        f"```python\nx = 1  # One. Two.\ny = {'1 ' * 60}\n```\n\n| One. Two. | {'a ' * 51} |\n\n{'a ' * 51}\n{'a' * 120}\n"
+        f"```python\nx = 1  # One. Two.\ny = {'1 ' * 60}\n```\n\n"
+        f"| One. Two. | {'a ' * 51} |\n\n{'a ' * 51}\n{'a' * 120}\n"
     )
     assert [(line, what) for line, what, _ in check.check(page)] == [
         (4, "two sentences"),
