@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
-.PHONY: install browser demo test torture mutate cluster-test bench lint docs lock
+.PHONY: install browser demo test quick torture mutate cluster-test bench lint docs lock
 
 demo: .venv/demo-installed
 	@$(BIN)/python -m natgrad_flows demo
@@ -28,8 +28,15 @@ browser:
 	$$as_root apt-get update -qq && $$as_root apt-get install -y -qq chromium >/dev/null || \
 	echo "cannot install a browser: the browser tests of the report will fail; install Chrome or Chromium" >&2
 
+# Files are distributed in the order of the folders: the longest ones are not the last.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -p no:benchmark
+
 test: lint browser
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -p no:benchmark
+	$(PYTEST)
+
+# The tests that are not marked slow, without lint: at most a minute on two cores.
+quick: install
+	$(PYTEST) -q -m "not slow" --slow-after 1
 
 # Kills two hundred processes at random moments and checks after each that no step is lost, duplicated or changed.
 # Takes a few minutes.
