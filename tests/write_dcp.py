@@ -1,7 +1,7 @@
-"""One rank of a training job that saves checkpoints with torch.distributed.checkpoint.
+"""Training jobs of several ranks that save checkpoints with torch.distributed.checkpoint.
 
-Run as ``python write_dcp.py RANK RANKS RENDEZVOUS STATES FOLDER FIRST LAST``: saves the steps FIRST to LAST of the
-states in a file of torch, each as model, gradients and scalars, in tensors that are sharded over the ranks.
+Run as ``python write_dcp.py STATES FOLDER JOB ...``. A job ``RANKS:FIRST:LAST`` saves the steps FIRST to LAST of
+the states in a file of torch, each as model, gradients and scalars, in tensors that are sharded over its ranks.
 """
 
 import sys
@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 
-def main(rank, ranks, rendezvous, states, folder, first, last):
-    rank, ranks, first, last = map(int, (rank, ranks, first, last))
+def save(rank, ranks, first, last, states, folder):
+    torch.set_num_threads(1)
+    rendezvous = f"{states}-rendezvous-{ranks}"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     grid = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("rows", "columns"))
@@ -35,6 +36,22 @@ def main(rank, ranks, rendezvous, states, folder, first, last):
                 tree[array] = {name: shard(name, tensor) for name, tensor in tree[array].items()}
             dcp.save(tree, checkpoint_id=Path(folder) / f"step-{step}")
     dist.destroy_process_group()
+
+
+def main(states, folder, *jobs):
+    # Forked: the library is imported once.
+    context = torch.multiprocessing.get_context("fork")
+    for job in jobs:
+        ranks, first, last = map(int, job.split(":"))
+        processes = [
+            context.Process(target=save, args=(rank, ranks, first, last, states, folder)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import h5py
 import huggingface_hub
@@ -21,7 +18,7 @@ from hypothesis import strategies as st
 
 from damage import LENGTHS, Payload, changes, damage, reads_only
 from lazy import Lazy
-from logs import random_walk, write_log
+from logs import random_walk, run_writer, write_log
 from memory import peak_of
 from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.hdf5_file import Hdf5File
@@ -39,7 +36,6 @@ safetensors_torch = Lazy("safetensors.torch")
 
 TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}
 STEPS = 5
-WRITE_DCP = Path(__file__).parents[1] / "write_dcp.py"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
@@ -153,19 +149,7 @@ def write_dcp(folder, states):
     """Save with four ranks, and with two ranks from step 3 on."""
     folder.mkdir()
     torch.save(trees_of(states), folder / "states")
-    for ranks, first, last in ((4, 0, 2), (2, 3, len(states))):
-        arguments = [folder / f"rendezvous-{ranks}", folder / "states", folder / "log", first, last]
-        job = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", WRITE_DCP, *map(str, (rank, ranks, *arguments))],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        for process in job:
-            assert process.wait() == 0, process.stderr.read()
-            process.stderr.close()
+    run_writer("write_dcp.py", folder / "states", folder / "log", "4:0:2", f"2:3:{len(states)}")
     return [folder / "log"]
 
 
