@@ -56,11 +56,11 @@ def turning(vector, other):
 class Stored:
     """Three stored states, and values that are rounded to them."""
 
-    def __init__(self, seed, dtypes, angle, step, scale, worst):
+    def __init__(self, seed, dtypes, angle, size, step, scale, worst):
         rng = np.random.default_rng(seed)
         of_parameters, of_gradients = dtypes
-        walk = np.cumsum([np.ones(8), *(step * np.ones((2, 8)))], axis=0) * rng.standard_normal((3, 8))
-        walk[1:] = walk[0] + np.cumsum(step * rng.standard_normal((2, 8)), axis=0)
+        moves = [np.ones(8), *(step * np.ones((2, 8)))] * rng.standard_normal((3, 8))
+        walk = size * np.cumsum(moves, axis=0)
         self.states = rounded(walk, of_parameters)
         updates = np.diff(self.states.astype(float), axis=0)
         across = rng.standard_normal((2, 8))
@@ -138,14 +138,17 @@ DTYPE_PAIRS = [
 @given(
     seed=st.integers(0, 10_000),
     angle=st.sampled_from([0.0, 1e-9, 1e-4, 0.5, 1.5, np.pi / 2, 2.5, np.pi - 1e-6, np.pi]) | st.floats(0.0, np.pi),
-    step=st.sampled_from([4.0, 32.0, 1e3, 1e6]),
     # In float16 numbers below 6e-5 have fewer digits, and those below 3e-8 are zero.
+    size=st.sampled_from([1.0, 1e-5]),
+    step=st.sampled_from([4.0, 32.0, 1e3, 1e6]),
     scale=st.sampled_from([1.0, 1e-3, 3e-5, 2e-6, 2e-7]),
     worst=st.booleans(),
 )
 @settings(max_examples=40)
-def test_the_uncertainty_of_the_angle_is_neither_too_small_nor_too_large(dtypes, seed, angle, step, scale, worst):
-    stored = Stored(seed, dtypes, angle, step * unit_roundoff(dtypes[0]), scale, worst)
+def test_the_uncertainty_of_the_angle_is_neither_too_small_nor_too_large(
+    dtypes, seed, angle, size, step, scale, worst
+):
+    stored = Stored(seed, dtypes, angle, size, step * unit_roundoff(dtypes[0]), scale, worst)
     table = stored.table()
     for aggregation, parts in zip(
         model_and_tensors(table, "gradient"), ([slice(0, 8)], PARTS.values()), strict=True

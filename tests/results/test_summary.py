@@ -1,0 +1,29 @@
+"""Test the numbers that summarize the results of a run."""
+
+from dataclasses import replace
+
+import numpy as np
+from test_dataset import quadratic_walk, table_of, walk
+
+from natgrad.results import dataset
+from natgrad.results.summary import overview
+
+
+def test_an_overview_has_the_statuses_and_the_spread_of_the_gradient_of_the_model():
+    states, _ = quadratic_walk(8, noise=5.0)
+    tree = dataset.label(table_of(states), windows=[2], variables=[])
+    model = tree["model"].to_dataset().sel(descent="gradient", window=1)
+    found = overview(tree)
+    effective = int(model["effective"].sum())
+    assert found["status"] == {"effective": effective, "obtuse": 7 - effective}
+    assert 0 < effective < 7
+    for name in ("angle", "condition_number"):
+        values = sorted(value for value in model[name].values if np.isfinite(value))
+        middle = len(values) // 2
+        median = values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+        assert found[name] == [values[0], median, values[-1]]
+
+
+def test_an_overview_without_finite_values_has_none():
+    tree = dataset.label(replace(table_of(walk()), learning_rate=np.full(5, np.nan)), variables=[])
+    assert overview(tree) == {"status": {"no_learning_rate": 5}, "angle": None, "condition_number": None}
