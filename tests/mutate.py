@@ -62,7 +62,12 @@ TESTS = {
     "results.summary": ["results/test_summary"],
     "results.variables": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
     "theory.discrete_gradients": ["theory/test_discrete_gradients"],
-    "theory.discrete_time": ["theory/test_geometry", "results/test_dataset", "theory/test_paper"],
+    "theory.discrete_time": [
+        "theory/test_discrete_time",
+        "theory/test_geometry",
+        "results/test_dataset",
+        "theory/test_paper",
+    ],
     "theory.geometry": ["theory/test_geometry", "results/test_pairs", "theory/test_paper", "results/test_dataset"],
     "theory.metric_operators": ["theory/test_metric_operators", "theory/test_paper"],
     "theory.preconditioners": ["theory/test_preconditioners"],

@@ -243,6 +243,13 @@ def test_a_sweep_has_the_values_of_each_run():
     assert labelled(number, table)["model"]["own"].sel(run=["a", "b"]).values.tolist() == [3, 2]
     by_step = labelled(declared(lambda updates: updates.table.steps, ("step",), absent=-7), table)
     assert by_step["model"]["own"].values.tolist() == [[0, 1, 2], [0, 1, -7]]
+    parts = dataset.runs(by_step)
+    assert {name: part["model"]["own"].values.tolist() for name, part in parts.items()} == {
+        "a": [0, 1, 2],
+        "b": [0, 1],
+    }
+    single = labelled(number)
+    assert dataset.runs(single) == {"": single}
 
 
 @pytest.mark.parametrize("group", ["model", "tensor"])
