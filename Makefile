@@ -44,7 +44,7 @@ torture: install
 	$(BIN)/python tests/torture.py --kills 200 --races 20 --seed 0
 
 # Changes theory and results in two hundred places, one at a time, and counts the changes that no test detects.
-# Takes half an hour on two cores. CI draws fewer.
+# Takes long. CI draws ten.
 MUTANTS ?= 200
 mutate: install
 	$(BIN)/python tests/mutate.py --mutants $(MUTANTS) --seed 0
