@@ -600,7 +600,7 @@ def halved(parameters, lr):
         ({"compute_method": "eigen", "inv_update_steps": 2}, "computes inverses every 2 steps", (0, 2)),
         ({"compute_method": "eigen", "optimizer": halved}, "weight and bias have different learning rates", ()),
         (
-            {"compute_method": "eigen", "optimizer": torch.optim.Adam},
+            {"compute_method": "eigen", "optimizer": lambda *p, **o: torch.optim.Adam(*p, **o)},
             "optimizer after the preconditioner has its own metric",
             (),
         ),
