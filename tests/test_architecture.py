@@ -152,6 +152,48 @@ def test_locations_are_parsed_at_the_edge_only(module):
     assert not found or module in openers
 
 
+def typer_declarations(program):
+    """Return the functions of a program that declare an option or argument of a command; '' outside functions."""
+    found = set()
+
+    def visit(node, function):
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            name = ast.unparse(node.func)
+            if name in ("typer.Option", "typer.Argument", "Option", "Argument"):
+                found.add(function)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(program), "")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("def f(x: Annotated[int, typer.Option(min=1)] = 1): pass", {"f"}),
+        ("Out = Annotated[Path, typer.Argument()]", {""}),
+        ("from typer import Option\ndef f(x=Option()): pass", {"f"}),
+        ("def f(x: options.Limit = 1): pass", set()),
+    ],
+)
+def test_declarations_of_options_are_found(program, found):
+    assert typer_declarations(program) == found
+
+
+def test_options_of_commands_are_declared_in_the_model_alone():
+    # `natgrad.experiments` is a program of its own, and the model's declarations are calls of another `Option`.
+    commands = [name for name in MODULES if generate.package_of(name) in ("app", "natgrad_flows")]
+    found = {
+        name: typer_declarations(MODULES[name].read_text()) for name in commands if name != "natgrad.app.options"
+    }
+    assert {name: functions for name, functions in found.items() if functions} == {
+        "natgrad.app.cli": {"_typer_parameter"}
+    }
+
+
 def test_only_the_flows_import_prefect():
     users = {
         name

@@ -7,23 +7,23 @@ package. If the program started from `natgrad_flows.demo`, each process would im
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
+from natgrad.app import options
+from natgrad.app.cli import command_options
 
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder for the logs, the runs and the report.")] = Path("demo"),
-    workers: Annotated[int, typer.Option(min=1, help="Number of Dask worker processes.")] = 2,
-) -> None:
+
+@command_options(options.DemoOptions)
+def main(out: options.DemoOut = "demo", **values: Any) -> None:
     """Run the demonstration and print the paths of its results."""
     from natgrad_flows.demo import demo
 
     for name in ("natgrad_flows", "natgrad.experiments"):
         logging.getLogger(name).setLevel(logging.INFO)  # Prefect has set up the handlers
     logging.getLogger(__package__).info("starting Prefect")
-    answer = demo(out, workers=workers)
+    answer = demo(out, **values)
     for name, path in answer["results"].items():
         typer.echo(f"results of {name}: {path}")
     typer.echo(f"report: {answer['report']}")

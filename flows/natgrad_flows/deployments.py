@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 from prefect import serve
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
@@ -30,12 +30,12 @@ _log = logging.getLogger("natgrad.flows")
 _TAG = "natgrad"
 
 
-def serve_flows(root: Path, out: Path, values: Mapping[str, Any], *, limit: int = 1) -> None:
+def serve_flows(root: options.Root, out: options.RunsFolder, values: Mapping[str, Any], *, limit: int = 1) -> None:
     """Serve the flows until the process ends: `scan_runs` on its schedule, the others on demand.
 
     Parameters
     ----------
-    root, out : Path
+    root, out : path
         See `natgrad_flows.scan.scan_runs`.
     values : mapping
         Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
@@ -53,12 +53,12 @@ def serve_flows(root: Path, out: Path, values: Mapping[str, Any], *, limit: int 
     serve(*made, limit=limit, print_starting_message=False)
 
 
-def deploy_flows(root: Path, out: Path, values: Mapping[str, Any], *, pool: str) -> list[str]:
+def deploy_flows(root: options.Root, out: options.RunsFolder, values: Mapping[str, Any], *, pool: str) -> list[str]:
     """Deploy the flows to a work pool. Its workers need this package and access to the paths.
 
     Parameters
     ----------
-    root, out : Path
+    root, out : path
         Paths as the workers see them; see `natgrad_flows.scan.scan_runs`.
     values : mapping
         Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
@@ -93,12 +93,12 @@ def deploy_flows(root: Path, out: Path, values: Mapping[str, Any], *, pool: str)
     return names
 
 
-def deployments(root: Path, out: Path, values: Mapping[str, Any]) -> list[RunnerDeployment]:
+def deployments(root: options.Root, out: options.RunsFolder, values: Mapping[str, Any]) -> list[RunnerDeployment]:
     """Make the deployments of all flows.
 
     Parameters
     ----------
-    root, out : Path
+    root, out : path
     values : mapping
         Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
 
@@ -116,24 +116,27 @@ def deployments(root: Path, out: Path, values: Mapping[str, Any]) -> list[Runner
             where="--cron, --every",
             remedy="use one of them: --cron '*/10 * * * *', or --every 600 (seconds)",
         )
-    root, out = require_local(root, "ROOT"), require_local(out, "OUT")
-    paths = {"root": str(root.absolute()), "out": str(out.absolute())}
     try:
-        scan = _deployment(
-            scan_runs,
-            name,
-            cron=cron,
-            interval=None if every is None else timedelta(seconds=every),
-            parameters={**paths, **scanning},
-            # If a scan takes longer than the interval of the schedule, no second scan starts.
-            concurrency_limit=ConcurrencyLimitConfig(
-                limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
-            ),
-        )
-    except ValueError as error:  # a ValidationError of pydantic is a ValueError
+        # Only Prefect knows which syntax its server accepts.
+        _ = None if cron is None else CronSchedule(cron=cron)
+    except ValueError as error:  # pydantic's error is a ValueError
         raise InputError(
-            f"the schedule is not valid: {error}", where=f"deployment {name}", remedy="see natgrad serve --help"
+            f"--cron {cron!r} is not a schedule in cron syntax",
+            where="option cron",
+            remedy="give five fields (minute, hour, day of the month, month, day of the week), for example "
+            "'*/10 * * * *' for every ten minutes",
         ) from error
+    folders = {"root": require_local(root, "ROOT"), "out": require_local(out, "OUT")}
+    paths = {name: str(folder.absolute()) for name, folder in folders.items()}
+    scan = _deployment(
+        scan_runs,
+        name,
+        cron=cron,
+        interval=None if every is None else timedelta(seconds=every),
+        parameters={**paths, **scanning},
+        # If a scan takes longer than the interval of the schedule, no second scan starts.
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+    )
     return [scan, *(_deployment(flow, name) for flow in (process_run, ingest_run, analyze_run))]
 
 

@@ -6,49 +6,20 @@ run starts. Conditions that a schema cannot express are checked by the same func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainValidator, WithJsonSchema
 
 from natgrad.app import options
 
-__all__ = ["Out", "Root", "RunsFolder", "Source", "with_parameters"]
+__all__ = ["with_parameters"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Location = str | Path
-
-
-def _location(value: Any) -> Location:
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"must be a folder or URL, got {value!r}")
-    return value
-
-
-def _locations(value: Any) -> Location | list[Location]:
-    if isinstance(value, str | Path):
-        return _location(value)
-    if not isinstance(value, Sequence) or not value:
-        raise ValueError(f"must be one or more folders or URLs, got {value!r}")
-    return [_location(one) for one in value]
-
-
-_PATH = {"type": "string", "format": "path"}
-
-Source = Annotated[
-    Location | Sequence[Location],
-    PlainValidator(_locations),
-    WithJsonSchema({"anyOf": [_PATH, {"type": "array", "items": _PATH}], "description": options.SOURCE}),
-]
-Out = Annotated[Location, PlainValidator(_location), WithJsonSchema({**_PATH, "description": options.OUT})]
-Root = Annotated[Location, PlainValidator(_location), WithJsonSchema({**_PATH, "description": options.ROOT})]
-RunsFolder = Annotated[Location, PlainValidator(_location), WithJsonSchema({**_PATH, "description": options.RUNS})]
-
 
 def with_parameters(kind: Any) -> Callable[[F], F]:
-    """Decorate the function of a flow that takes ``**options``: add the options to its signature and docstring.
+    """Decorate the function of a flow: declare its arguments and options as parameters, and validate them.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ from natgrad.app.run import Analysis
 from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
 from natgrad.sources.steps import NotYet
 from natgrad.storage import Storage, open_storage
-from natgrad_flows.parameters import Out, Source, with_parameters
+from natgrad_flows.parameters import with_parameters
 
 __all__ = ["SCANNED", "ProgressArtifact", "analyze_run", "ingest_run", "process_run"]
 
@@ -123,38 +123,36 @@ _RETRY: dict[str, Any] = {
 
 
 @task(name="ingest", **_RETRY)
-def _ingest(source: Source, out: Out, values: dict[str, Any], analysis: Analysis | None) -> dict[str, Any]:
+def _ingest(
+    source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None
+) -> dict[str, Any]:
     summary = run.ingest_run(
         source,
         out,
         **options.selected(IngestParameters, values),
-        check=None if analysis is None else analysis.check,
+        analysis=analysis,
         progress=ProgressArtifact("steps-ingested", out),
     )
     return summary.to_json()
 
 
 @task(name="analyze", **_RETRY)
-def _analyze(out: Out, analysis: Analysis) -> dict[str, Any]:
+def _analyze(out: options.Out, analysis: Analysis) -> dict[str, Any]:
     return run.analyze_run(out, analysis, progress=ProgressArtifact("chunks-computed", out)).to_json()
 
 
 @task(name="report", **_RETRY)
-def _report(out: Out) -> dict[str, Any]:
+def _report(out: options.Out) -> dict[str, Any]:
     return run.report_run([out]).to_json()
 
 
 @flow(name="ingest-run", flow_run_name=_flow_name)
 @with_parameters(IngestParameters)
-def ingest_run(source: Source, out: Out, **values: Unpack[IngestParameters]) -> dict[str, Any]:
+def ingest_run(source: options.Source, out: options.Out, **values: Unpack[IngestParameters]) -> dict[str, Any]:
     """Read the new steps of a log into the trajectory of OUT.
 
     Parameters
     ----------
-    source : path or sequence of path
-        Folder or URL of a training log; several logs of one run; or a run file that lists them.
-    out : path
-        Folder or URL of the run's stores, results and report.
     **options
 
     Returns
@@ -162,10 +160,12 @@ def ingest_run(source: Source, out: Out, **values: Unpack[IngestParameters]) -> 
     dict
         `natgrad.ingestion.IngestSummary` in its JSON form.
     """
-    return _ingested(source, out, options.validated(IngestParameters, values), None)
+    return _ingested(source, out, values, None)
 
 
-def _ingested(source: Source, out: Out, values: dict[str, Any], analysis: Analysis | None) -> dict[str, Any]:
+def _ingested(
+    source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None
+) -> dict[str, Any]:
     summary = _ingest(source, out, values, analysis)
     _table("ingested", out, summary)
     return summary
@@ -173,13 +173,11 @@ def _ingested(source: Source, out: Out, values: dict[str, Any], analysis: Analys
 
 @flow(name="analyze-run", flow_run_name=_flow_name)
 @with_parameters(options.AnalyzeOptions)
-def analyze_run(out: Out, **values: Unpack[options.AnalyzeOptions]) -> dict[str, Any]:
+def analyze_run(out: options.Out, **values: Unpack[options.AnalyzeOptions]) -> dict[str, Any]:
     """Compute the missing part of the ledger of OUT, the results and the report.
 
     Parameters
     ----------
-    out : path
-        Folder or URL of the run's stores, results and report.
     **options
 
     Returns
@@ -187,10 +185,10 @@ def analyze_run(out: Out, **values: Unpack[options.AnalyzeOptions]) -> dict[str,
     dict
         `natgrad.app.summaries.AnalysisSummary` in its JSON form, and the report.
     """
-    return _analyzed(out, Analysis.of(options.validated(options.AnalyzeOptions, values)))
+    return _analyzed(out, Analysis.of(values))
 
 
-def _analyzed(out: Out, analysis: Analysis) -> dict[str, Any]:
+def _analyzed(out: options.Out, analysis: Analysis) -> dict[str, Any]:
     summary = _analyze(out, analysis) | _report(out)
     _table("analyzed", out, summary)
     create_image_artifact(
@@ -207,7 +205,7 @@ def _analyzed(out: Out, analysis: Analysis) -> dict[str, Any]:
 
 @flow(name="process-run", flow_run_name=_flow_name)
 @with_parameters(ProcessParameters)
-def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -> Any:
+def process_run(source: options.Source, out: options.Out, **values: Unpack[ProcessParameters]) -> Any:
     """Ingest, analyze and report a run, and record the outcome in OUT.
 
     If another flow is working on this OUT, the flow run ends at once in the state ``Skipped``. If the process of an
@@ -215,10 +213,6 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
 
     Parameters
     ----------
-    source : path or sequence of path
-        Folder or URL of a training log; several logs of one run; or a run file that lists them.
-    out : path
-        Folder or URL of the run's stores, results and report.
     **options
 
     Returns
@@ -226,27 +220,24 @@ def process_run(source: Source, out: Out, **values: Unpack[ProcessParameters]) -
     dict
         `natgrad.app.summaries.ProcessSummary` in its JSON form, or ``skipped`` with the reason.
     """
-    checked = options.validated(ProcessParameters, values)
-    analysis = Analysis.of(checked)
+    analysis = Analysis.of(values)
     try:
         # For each tag of a task, Prefect asks the server for a concurrency slot. SQLite takes seconds to answer
         # while another request writes. Therefore the flow has the tags, and its tasks have none.
-        with only_processor(out), TagsContext(current_tags=set()):
-            with get_client(sync_client=True) as client:
-                own = UUID(flow_run.get_id())
-                client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
+        with only_processor(out), TagsContext(current_tags=set()), get_client(sync_client=True) as client:
+            own = UUID(flow_run.get_id())
+            client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
 
             def work() -> dict[str, Any]:
                 # A flow that has just processed the run may not have reported its end yet. It did not die: in that
                 # case the run is up to date, and this function is not called.
-                with get_client(sync_client=True) as client:
-                    _mark_crashed(client, open_storage(out))
-                return _ingested(source, out, checked, analysis) | _analyzed(out, analysis)
+                _mark_crashed(client, open_storage(out))
+                return _ingested(source, out, values, analysis) | _analyzed(out, analysis)
 
             return process_once(
                 source,
                 out,
-                checked,
+                values,
                 work,
                 known=SCANNED.get(Outcome.of(out)),
                 on_failure=lambda parts: _report_failure(Path(out), parts),

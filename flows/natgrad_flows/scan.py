@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from natgrad.app import options
 from natgrad.app.scan import Busy, FoundRun, Outcome, scan_root
-from natgrad_flows.parameters import Root, RunsFolder, with_parameters
+from natgrad_flows.parameters import with_parameters
 from natgrad_flows.runs import SCANNED, process_run
 
 __all__ = ["scan_runs"]
@@ -26,7 +26,7 @@ def _flow_name() -> str:
 
 @flow(name="scan-runs", flow_run_name=_flow_name)
 @with_parameters(options.ScanOptions)
-def scan_runs(root: Root, out: RunsFolder, **values: Unpack[options.ScanOptions]) -> Any:
+def scan_runs(root: options.Root, out: options.RunsFolder, **values: Unpack[options.ScanOptions]) -> Any:
     """Process the runs below ROOT that changed since the last scan.
 
     A run that fails does not stop the others; the table shows its error and remedy. It is processed again if its
@@ -35,10 +35,6 @@ def scan_runs(root: Root, out: RunsFolder, **values: Unpack[options.ScanOptions]
 
     Parameters
     ----------
-    root : path
-        Folder below which the runs are logged.
-    out : path
-        Folder for the results: one folder for each run.
     **options
 
     Returns
@@ -46,9 +42,8 @@ def scan_runs(root: Root, out: RunsFolder, **values: Unpack[options.ScanOptions]
     dict
         `natgrad.app.summaries.ScanSummary` in its JSON form.
     """
-    checked = options.validated(options.ScanOptions, values)
     with tags("natgrad"):
-        summary = scan_root(root, out, checked, _process)
+        summary = scan_root(root, out, values, _process)
     rows = [asdict(one) for one in summary.runs if one.state != "unchanged"]
     create_table_artifact(
         table=rows or [{"run": "all", "state": "unchanged"}],

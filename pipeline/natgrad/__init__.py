@@ -26,17 +26,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from natgrad.app.api import (
-        analyze,
-        ingest,
-        inspect,
-        open_ledger,
-        open_results,
-        open_trajectory,
-        process,
-        report,
-        verify,
-    )
+    from natgrad.app.api import analyze, ingest, inspect, process, report, verify
+    from natgrad.app.opening import open_ledger, open_results, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.recording.recorder import Recorder
     from natgrad.schema.errors import InputError, Unavailable
@@ -67,6 +58,9 @@ _MODULES = {
     "Recorder": "natgrad.recording.recorder",
     "Unavailable": "natgrad.schema.errors",
     "__version__": "natgrad.schema.version",
+    "open_ledger": "natgrad.app.opening",
+    "open_results": "natgrad.app.opening",
+    "open_trajectory": "natgrad.app.opening",
     "scan": "natgrad.app.scan",
 }
 """Module of each public name; the others are functions of `natgrad.app.api`."""

@@ -105,6 +105,17 @@ def test_summaries_print_well_and_have_the_keys_of_the_command_line(tmp_path):
     assert str(natgrad.verify(tmp_path / "out")) == "OK: all checksums match\n"
 
 
+def test_stores_print_well_in_a_notebook(tmp_path):
+    summary = natgrad.process(LOG, tmp_path)
+    trajectory, ledger = natgrad.open_trajectory(tmp_path), natgrad.open_ledger(tmp_path)
+    for store, cells in ((trajectory, ("41", "parameter float64")), (ledger, ("40", "gradient_change"))):
+        table = store._repr_html_()
+        assert table.startswith(f"<table><caption>{type(store).__name__}</caption>")
+        assert all(cell in table for cell in cells)
+        assert str(tmp_path) in table
+    assert f"<a href='{tmp_path}/report.html'" in summary._repr_html_()
+
+
 def test_a_summary_in_a_notebook_escapes_what_a_log_contains(tmp_path):
     (tmp_path / "<b>").symlink_to(LOG)
     assert "<b>" not in natgrad.inspect(tmp_path / "<b>")._repr_html_()

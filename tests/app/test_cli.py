@@ -148,6 +148,21 @@ def test_version_and_shell_completion():
     assert done.stdout.split() == ["verify", "versions"]
 
 
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("--store", "plain icechunk"),
+        ("--cluster", "slurm pbs lsf sge oar htcondor kubernetes"),
+        ("--include", "optimizer"),
+    ],
+)
+def test_the_shell_completes_the_values_of_an_option(option, choices):
+    words = f"natgrad process LOG OUT {option} "
+    environment = {"_NATGRAD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "5"}
+    done = subprocess.run([NATGRAD], env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == choices.split()
+
+
 # Bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +274,7 @@ def test_invalid_options_exit_with_2(run, tmp_path, options, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("command", ["analyze", "report", "info"])
@@ -276,10 +292,11 @@ def test_a_foreign_folder_is_not_overwritten(run, tmp_path):
     assert (tmp_path / "trajectory.zarr" / "thesis.txt").read_text() == "irreplaceable"
 
 
-def test_other_errors_exit_with_1(run, tmp_path):
-    log, _, _ = run
-    (tmp_path / "out").write_text("a file where a folder must be")
-    assert natgrad_process("process", log, tmp_path / "out").returncode == 1
+def test_other_errors_exit_with_1():
+    # Standard output is closed, so nothing can be printed.
+    done = subprocess.run(["sh", "-c", f"'{NATGRAD}' formats --json >&-"], capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"Traceback" in done.stderr
 
 
 def test_progress_is_drawn_on_a_terminal(run, tmp_path):

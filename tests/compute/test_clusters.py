@@ -184,6 +184,27 @@ def test_an_unknown_or_missing_cluster_package_is_an_error(monkeypatch):
         raise AssertionError
 
 
+@pytest.mark.usefixtures("slurm")
+def test_a_configured_batch_system_is_accepted_without_a_job(slurm):
+    clusters.require_cluster("slurm")
+    assert (slurm / "jobs").read_text() == ""
+
+
+def test_a_missing_command_or_configuration_is_found_before_a_cluster_is_started(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        dask.config.set({"jobqueue.slurm.cores": 1, "jobqueue.slurm.memory": "1GB"}),
+        pytest.raises(InputError, match="requires the command sbatch"),
+    ):
+        clusters.require_cluster("slurm")
+    with (
+        dask.config.set({"jobqueue.pbs.cores": None}),
+        pytest.raises(InputError, match="cannot be started") as refusal,
+    ):
+        clusters.require_cluster("pbs")
+    assert "jobqueue.pbs" in str(refusal.value)
+
+
 def test_local_workers_have_one_thread_of_each_kind():
     with clusters.local_scheduler(1) as address, Client(address, set_as_default=False) as client:
         names = list(clusters.ONE_THREAD)

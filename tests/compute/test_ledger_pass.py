@@ -754,7 +754,7 @@ def test_an_invalid_amount_of_memory_is_an_error(amount):
     with pytest.raises(InputError, match="is not an amount of memory") as caught:
         clusters.memory_bytes(amount)
     assert repr(amount) in caught.value.what
-    assert caught.value.where == "--memory-limit"
+    assert caught.value.where == "option memory_limit"
 
 
 # Memory --------------------------------------------------------------------------------------------------------

@@ -151,8 +151,11 @@ def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
     [
         (["serve", "ROOT", "OUT"], "no schedule is set"),
         (["serve", "ROOT", "OUT", "--cron", "* * * * *", "--every", "9"], "two schedules are set"),
-        (["serve", "ROOT", "OUT", "--cron", "now and then"], "the schedule is not valid"),
-        (["serve", "ROOT", "OUT", "--every", "0"], "--every must be greater than 0"),
+        (
+            ["serve", "ROOT", "OUT", "--cron", "now and then"],
+            "--cron 'now and then' is not a schedule in cron syntax",
+        ),
+        (["serve", "ROOT", "OUT", "--every", "0"], "--every must be at least 1, got 0"),
         (["serve", "ROOT", "OUT", "--every", "9", "--window", "0"], "--window must be at least 1"),
         (["scan", "ROOT", "OUT", "--gamma", "-1"], "--gamma must be greater than 0"),
         (["deploy", "ROOT", "OUT", "--every", "9", "--pool", "none"], "no work pool 'none'"),
@@ -181,7 +184,7 @@ def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server,
         made = client.read_deployment_by_name("scan-runs/natgrad")
         form = made.parameter_openapi_schema["properties"]
         assert made.entrypoint == "natgrad_flows.scan.scan_runs"
-        assert form["windows"]["description"].startswith("Window of m updates")
+        assert form["windows"]["description"].startswith("Windows of m updates")
         assert all(parameter["description"] for parameter in form.values())
         # The remedy of the message works.
         delete = [sys.executable, "-m", "prefect", "--no-prompt", "deployment", "delete", "watch-runs/natgrad"]

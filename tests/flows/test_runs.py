@@ -224,7 +224,7 @@ FLOWS = {
     "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions),
     "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions),
     "scan-runs": lambda: (scans.scan_runs, options.ScanOptions),
-    "demo": lambda: (demo.demo, demo.DemoOptions),
+    "demo": lambda: (demo.demo, options.DemoOptions),
 }
 
 
@@ -232,14 +232,15 @@ FLOWS = {
 def test_the_parameter_form_has_every_option_with_its_description(name):
     flow, *models = FLOWS[name]()
     assert flow.name == name
-    declared = {name: one for model in models for name, one in options.declared(model).items()}
+    declared = {option: one for model in models for option, one in options.declared(model).items()}
     form = flow.parameters.properties
     assert set(form) - {"source", "root", "out"} == set(declared)
-    for name, one in declared.items():
-        assert form[name]["description"].startswith(one.option.description)
-        assert form[name]["default"] == one.option.default
-        assert f"\n{name} : " in flow.fn.__doc__
-    assert all(form[name]["description"] for name in set(form) - set(declared))
+    for option, one in declared.items():
+        assert form[option]["description"].startswith(one.description())
+        assert form[option]["default"] == one.option.default
+        assert f"\n{option} : " in flow.fn.__doc__
+    assert all(form[argument]["description"] for argument in set(form) - set(declared))
+    assert form["out"]["description"].startswith("Folder for the logs") == (name == "demo")
     if "windows" in form:
         assert form["windows"]["anyOf"][0] == {"type": "array", "items": {"type": "integer", "minimum": 1}}
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from logs import DTYPES, TENSORS, random_walk, write_log, write_step
+from natgrad.recording.recorder import Recorder
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, storage_dtype
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
@@ -745,3 +746,35 @@ def test_an_ingest_killed_at_random_moments_and_run_again_gives_the_same_bytes(t
     trials, _ = killed_ingests(tmp_path, log, DEEP, "delays", *moments)
     assert trials == len(moments)
     assert_equal_the_undisturbed(tmp_path, trials)
+
+
+@pytest.mark.parametrize("replicates", [0, 2])
+@pytest.mark.parametrize("hvp", [False, True])
+def test_the_shape_that_is_checked_is_that_of_the_trajectory_that_is_stored(log, store, ingest, replicates, hvp):
+    recorder, shapes = Recorder(log), []
+    state = {"a": np.ones((2, 3), np.float32), "b": np.ones(2)}
+    for steps in (range(4), range(4, 9), ()):
+        for step in steps:
+            of_draws = {name: np.stack([array] * replicates) for name, array in state.items()} if replicates else {}
+            draws = {"parameter": of_draws, **({"hvp": of_draws} if hvp else {})}
+            recorder.record(
+                step,
+                parameter=state,
+                gradient=state,
+                hvp=state if hvp else None,
+                replicates=draws if replicates else None,
+            )
+        ingest(log, store, check_shape=shapes.append)
+        assert shapes[-1] == open_trajectory(store).shape
+    assert [shape.states for shape in shapes] == [4, 9]
+
+
+def test_nothing_is_stored_if_the_shape_is_refused(log, store, ingest):
+    write_log(log, random_walk(3))
+
+    def refuse(shape):
+        raise InputError("too large")
+
+    with pytest.raises(InputError, match="too large"):
+        ingest(log, store, check_shape=refuse)
+    assert not [path for path in store.parent.rglob("*") if path.is_file()]

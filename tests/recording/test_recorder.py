@@ -179,7 +179,7 @@ GOOD = {"layer": np.ones((2, 3))}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"step": -1}, "step -1 is negative"),
+        ({"step": -1}, "the step must be at least 0, got -1"),
         ({"parameter": {}, "gradient": {}}, "no parameters"),
         ({"gradient": {}}, "gradient and parameter differ"),
         ({"gradient": {"other": np.ones((2, 3))}}, "(?s)gradient and parameter differ.*layer.*other"),
@@ -208,3 +208,51 @@ def test_bfloat16_in_npz_is_an_error_that_lists_the_possible_dtypes(tmp_path):
 def test_an_unknown_container_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"(?s)unknown container 'pt'.*safetensors, npz"):
         Recorder(tmp_path, "pt")
+
+
+STATE = {"parameter": {"w": np.ones(2)}, "gradient": {"w": np.ones(2)}}
+STRANGE = (
+    object(),
+    1j,
+    "text",
+    b"bytes",
+    [3, 4],
+    print,
+    Ellipsis,
+    {3: 4},
+    {(): ()},
+    {"": np.ones(2)},
+    {"w": "text"},
+)
+
+
+@pytest.mark.parametrize(
+    "argument", ["parameter", "gradient", "hvp", "replicates", "loss", "learning_rate", "hessian_min_eigenvalue"]
+)
+def test_a_wrong_value_of_any_argument_is_refused_and_no_step_is_written(tmp_path, argument):
+    recorder = Recorder(tmp_path)
+    for value in (*STRANGE, {"w": [[1], [1, 2]]}, {"w": None}, np.ones(3), 10**400):
+        with pytest.raises(InputError) as refusal:
+            recorder.record(0, **STATE | {argument: value})
+        assert str(tmp_path) in refusal.value.where
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [1.5, "1", -1, None, True, 10**30, [1], np.array([1, 2])])
+def test_a_step_must_be_a_whole_number(tmp_path, step):
+    with pytest.raises(InputError, match="the step must be"):
+        Recorder(tmp_path).record(step, **STATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_of_a_recorder_are_checked(tmp_path):
+    (tmp_path / "file").write_text("text")
+    for folder in (3, "", b"bytes", None, "a\0b", tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="folder"):
+            Recorder(folder)
+    for container in (3, [], "zip", np.ones(2)):
+        with pytest.raises(InputError, match="unknown container"):
+            Recorder(tmp_path / "log", container)
+    with pytest.raises(InputError, match="resume must be"):
+        Recorder(tmp_path / "log", resume="yes")
+    assert not (tmp_path / "log").exists()

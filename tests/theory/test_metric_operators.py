@@ -272,8 +272,8 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
         ({"gamma": 1.0, "alpha": 1.0}, "exclude each other"),
         ({"alpha": 0.0}, "would not be positive definite: its smallest weight across g is 0"),
         ({"alpha": -1.0}, "would not be positive definite"),
-        ({"gamma": np.nan}, "would not be positive definite"),
-        ({"gamma": np.inf}, "would not be positive definite"),
+        ({"gamma": np.nan}, "gamma must be finite, got nan"),
+        ({"gamma": np.inf}, "gamma must be finite, got inf"),
         ({"directions": ACROSS[:, None]}, "the directions span too little"),
         ({"alpha": 1.0, "directions": ACROSS[:, None], "weights": [-1.0]}, "smallest weight across g is -16"),
         ({"alpha": 1.0, "directions": np.eye(4)}, "direction 2 is not orthogonal to g: its cosine is 0.8"),
@@ -450,3 +450,15 @@ def test_the_examples_of_the_docstrings_hold():
         failed, tried = doctest.testmod(module)
         assert tried
         assert not failed
+
+
+@pytest.mark.parametrize("argument", ["y", "g", "gamma", "alpha", "directions", "weights"])
+def test_a_wrong_value_of_any_argument_is_refused(argument):
+    valid = {"y": [3.0, 1, 0], "g": [1.0, 0, 1], "directions": np.array([[0.0], [1], [0]])}
+    if argument in ("y", "g", "weights"):
+        del valid["directions"]
+    for value in ("text", 1j, [1j, 0, 0], [[1], [1, 2]], object(), {"a": 1}, True, np.ones((2, 2, 2))):
+        with pytest.raises(InputError):
+            Metric(**valid | {argument: value})
+    with pytest.raises(InputError):
+        Metric(valid["y"], valid["g"]).solve("text")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect as signatures
+import inspect
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -20,7 +19,7 @@ from natgrad.schema.summary import Summary, summary_lines
 if TYPE_CHECKING:
     from natgrad.app.progress import StageProgress
 
-__all__ = ["Json", "Output", "Quiet", "app", "command_options", "main"]
+__all__ = ["Output", "app", "command_options", "main"]
 
 app = typer.Typer(
     name="natgrad",
@@ -33,47 +32,56 @@ app = typer.Typer(
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Sources = Annotated[list[Path], typer.Argument(metavar="SOURCE", help=options.SOURCE)]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help=options.OUT)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show only warnings and errors.")]
-
 _LAST = ("as_json", "quiet")
 """Parameters that the help of a command lists last."""
 
 
-def command_options(kind: Any) -> Callable[[F], F]:
-    """Decorate a command that takes ``**values``: add the options of a set to its signature, for Typer."""
+def command_options(kind: Any = options.NoOptions) -> Callable[[F], F]:
+    """Decorate a command: derive its arguments and options from `natgrad.app.options`, for Typer.
+
+    Parameters
+    ----------
+    kind : type, optional
+        Set of options that the command takes as ``**values``.
+    """
+    validating = options.with_options(kind, _typer_parameter, _typer_default)
 
     def decorate(function: F) -> F:
-        signature = options.signature_of(function, kind, _typer_option, _typer_default)
+        command = validating(function)
+        signature = inspect.signature(command)
         ordered = sorted(signature.parameters.values(), key=lambda one: one.name in _LAST)
-        parameters = [one.replace(kind=signatures.Parameter.KEYWORD_ONLY) for one in ordered]
-        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
-        return function
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
+        return command
 
     return decorate
 
 
 def _typer_default(declared: options.DeclaredOption) -> Any:
     """Return the default for Typer. It is None for options that the validation sets to their own default."""
-    return False if declared.kinds == (bool,) else None
+    return declared.option.default if declared.kinds == (bool,) or declared.option.positional else None
 
 
-def _typer_option(declared: options.DeclaredOption) -> Any:
-    """Return the annotation that describes an option to Typer. Its value is validated later, with all others."""
+def _typer_parameter(declared: options.DeclaredOption) -> Any:
+    """Return the annotation that describes an argument or option to Typer. Its value is validated later."""
     option, kind = declared.option, declared.kinds[-1]
     # Typer parses numbers and flags. Pairs and amounts of memory remain text.
     kind = str if option.parse is not None else kind
-    with_default = kind is not bool and (option.unset or option.default is not None)
-    default = f"  [default: {declared.default_text}]" if with_default else ""
-    annotation = list[kind] if declared.container else kind  # type: ignore[valid-type]  # for Typer
-    if kind is not bool:
-        annotation = annotation | None  # type: ignore[assignment]  # for Typer
-    return Annotated[
-        annotation,
-        typer.Option(declared.flag, metavar=option.metavar, help=option.description + default, show_default=False),
-    ]
+    annotation = list[kind] if declared.repeatable else kind  # type: ignore[valid-type]  # for Typer
+    description = declared.description(command_line=True)
+    with_default = kind is not bool and not option.required and (option.unset or option.default is not None)
+    choices = option.choices
+    common: dict[str, Any] = {
+        "metavar": option.metavar,
+        "help": description + (f"  [default: {declared.default_text}]" if with_default else ""),
+        "show_default": False,
+        "autocompletion": None if choices is None else lambda: list(choices()),
+    }
+    if option.positional:
+        return Annotated[annotation, typer.Argument(**common)]
+    if kind is not bool and not option.required:
+        annotation = annotation | None
+    return Annotated[annotation, typer.Option(declared.flag, **common)]
 
 
 class Output:
@@ -132,70 +140,72 @@ class Output:
             sys.stdout.write("".join(summary_lines(values)))
 
 
-def _split_arguments(sources: list[Path], out: Path, values: dict[str, Any]) -> tuple[list[Path], Path]:
+def _split_arguments(source: Any, out: options.Out, values: dict[str, Any]) -> tuple[Any, options.Out]:
     """Move QUANTITY=KEY pairs that follow the first pair of ``--map`` from the arguments to the mapping."""
     from natgrad.sources.names import QUANTITIES
 
-    words = [*sources, out]
-    pairs = [
-        word
-        for word in words
-        if values["mapping"] and str(word).partition("=")[0] in QUANTITIES and "=" in str(word)
-    ]
+    words, mapping = [*source, out], values["mapping"]
+    pairs = [word for word in words if mapping and str(word).partition("=")[0] in QUANTITIES and "=" in str(word)]
     paths = [word for word in words if word not in pairs]
     if len(paths) < 2:
         raise typer.BadParameter("SOURCE and OUT are required")
-    values["mapping"] = [*(values["mapping"] or []), *map(str, pairs)]
+    if pairs:
+        values["mapping"] = [*("=".join(pair) for pair in mapping.items()), *map(str, pairs)]
     return paths[:-1], paths[-1]
 
 
-def _print_version(requested: bool) -> None:
-    if requested:
+@app.callback(invoke_without_command=True)
+@command_options()
+def _global_options(show_version: options.ShowVersion = False) -> None:
+    """Declare the options of the program itself."""
+    if show_version:
         from natgrad.schema.version import __version__
 
         sys.stdout.write(f"natgrad {__version__}\n")
         raise typer.Exit
 
 
-@app.callback()
-def _global_options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
-    ] = False,
-) -> None:
-    """Declare the options of the program itself."""
-
-
 @app.command()
 @command_options(options.ProcessOptions)
-def process(sources: Sources, out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+def process(
+    source: options.Source,
+    out: options.Out,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    **values: Any,
+) -> None:
     """Ingest, analyze and report a run."""
     from natgrad.app import api
 
     output = Output(as_json, quiet)
-    sources, out = _split_arguments(sources, out, values)
+    source, out = _split_arguments(source, out, values)
     with output.progress() as progress:
-        summary = api.process(sources, out, progress=progress, **values)
+        summary = api.process(source, out, progress=progress, **values)
     output.show(summary)
 
 
 @app.command()
 @command_options(options.IngestOptions)
-def ingest(sources: Sources, out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+def ingest(
+    source: options.Source,
+    out: options.Out,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    **values: Any,
+) -> None:
     """Read the new steps of a training log into OUT/trajectory.zarr."""
     from natgrad.app import api
 
     output = Output(as_json, quiet)
-    sources, out = _split_arguments(sources, out, values)
+    source, out = _split_arguments(source, out, values)
     with output.progress() as progress:
-        summary = api.ingest(sources, out, progress=progress, **values)
+        summary = api.ingest(source, out, progress=progress, **values)
     output.show(summary)
 
 
 @app.command()
 @command_options(options.AnalyzeOptions)
-def analyze(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+def analyze(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any) -> None:
     """Compute the missing part of OUT/ledger.zarr, and OUT/results.zarr."""
     from natgrad.app import api
 
@@ -208,13 +218,10 @@ def analyze(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any
 @app.command()
 @command_options(options.VersionOptions)
 def report(
-    outs: Annotated[list[Path], typer.Argument(metavar="OUT", help="Folders or URLs of one or more runs.")],
-    page: Annotated[
-        Path | None,
-        typer.Option(help="File of the page.", show_default="report.html in the first OUT"),
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    outs: options.Outs,
+    page: options.Page = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
     **values: Any,
 ) -> None:
     """Draw Figure 3 of the paper from the results of one run, or of several on one page."""
@@ -225,17 +232,16 @@ def report(
 
 @app.command()
 @command_options(options.VersionOptions)
-def info(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+def info(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any) -> None:
     """Describe the contents of OUT."""
     from natgrad.app.describe import describe_run
 
-    checked = options.validated(options.VersionOptions, values)
-    Output(as_json, quiet).show(describe_run(out, checked["version"]))
+    Output(as_json, quiet).show(describe_run(out, values["version"]))
 
 
 @app.command()
 @command_options(options.VersionOptions)
-def verify(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any) -> None:
+def verify(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any) -> None:
     """Verify all stored data against its checksums. Exits with 1 if anything is corrupt."""
     from natgrad.app import api
 
@@ -247,11 +253,9 @@ def verify(out: Out, as_json: Json = False, quiet: Quiet = False, **values: Any)
 
 
 @app.command()
+@command_options()
 def versions(
-    out: Out,
-    last: Annotated[int | None, typer.Option(min=1, help="Number of versions to list.", show_default="all")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    out: options.Out, last: options.Last = None, as_json: options.Json = False, quiet: options.Quiet = False
 ) -> None:
     """List the versions of OUT, newest first. OUT must be an Icechunk repository (--store icechunk)."""
     from natgrad.storage import network_errors, open_out
@@ -268,11 +272,8 @@ def versions(
 
 
 @app.command()
-def status(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder that contains the OUT of many runs.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@command_options()
+def status(root: options.StatusRoot, as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     """Show progress, lag and last error of every run under ROOT."""
     from natgrad.app import scan
 
@@ -293,12 +294,7 @@ def status(
 @app.command()
 @command_options(options.WorkerOptions)
 def demo(
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the logs, the runs and the report.")
-    ] = Path("demo"),
-    as_json: Json = False,
-    quiet: Quiet = False,
-    **values: Any,
+    out: options.DemoOut = "demo", as_json: options.Json = False, quiet: options.Quiet = False, **values: Any
 ) -> None:
     """Log the experiments of the paper, process the logs, and write one report of them."""
     from natgrad.app import run
@@ -307,32 +303,31 @@ def demo(
     from natgrad.storage import require_local
 
     checked = options.validated(options.RunOptions, values | {"windows": [WINDOW]})
-    out, output = require_local(out, "OUT"), Output(as_json, quiet)
+    folder, output = require_local(out, "OUT"), Output(as_json, quiet)
     runs = {}
-    for name, log in write_demo_logs(out / "logs").items():
-        runs[name] = out / "runs" / name
+    for name, log in write_demo_logs(folder / "logs").items():
+        runs[name] = folder / "runs" / name
         with output.progress(f"{name}: ") as progress:
             run.process_run(log, runs[name], checked, progress=progress)
     paths = {name: str(RunFolder.of(path).results) for name, path in runs.items()}
-    output.show(paths | run.report_run(runs, out / "report.html").to_json())
+    output.show(paths | run.report_run(runs, folder / "report.html").to_json())
 
 
-@app.command()
+@app.command("inspect")
 @command_options(options.InspectOptions)
-def inspect(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help=options.SOURCE)],
-    as_json: Json = False,
-    **values: Any,
+def inspect_log(
+    source: options.Source, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any
 ) -> None:
     """Describe a log: its contents, missing quantities, and the cost of processing it."""
     from natgrad.app import api
 
-    output = Output(as_json)
-    output.show(api.inspect(sources, **values))
+    output = Output(as_json, quiet)
+    output.show(api.inspect(source, **values))
 
 
 @app.command()
-def formats(as_json: Json = False, quiet: Quiet = False) -> None:
+@command_options()
+def formats(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     """List the log formats that can be read, and the contents of each."""
     from natgrad.sources.formats import FORMATS
 

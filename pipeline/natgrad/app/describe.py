@@ -8,7 +8,6 @@ from typing import Any
 from natgrad.app.folder import RunFolder
 from natgrad.results import dataset as results
 from natgrad.results.summary import overview
-from natgrad.schema.names import ATTEMPT, STEP
 from natgrad.storage import network_errors
 from natgrad.store import Trajectory
 
@@ -25,22 +24,7 @@ def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
 
 
 def _describe(folder: RunFolder) -> dict[str, Any]:
-    states = Trajectory(folder.trajectory)
-    steps = states.scalar(STEP)[states.current()]
-    description: dict[str, Any] = {
-        "trajectory": str(folder.trajectory),
-        "source": states.source,
-        "steps": len(steps),
-        "first_step": int(steps.min()) if states.n_states else None,
-        "last_step": int(steps.max()) if states.n_states else None,
-        "attempts": int(states.scalar(ATTEMPT).max(initial=0)) + 1,
-        **({"runs": len(states.runs)} if states.sweep else {}),
-        "elements": states.layout.elements,
-        "dtypes": states.array_dtypes,
-        **({"replicates": states.replicates} if states.replicates else {}),
-        **{name: value for name, value in (states.read_options or {}).items() if value and name != "several"},
-        "tensors": {tensor.name: list(tensor.shape) for tensor in states.layout.tensors},
-    }
+    description = Trajectory(folder.trajectory).describe()
     if (folder.results / "zarr.json").exists():
         tree = results.read(folder.results)
         description |= {

@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 
 from natgrad.app.summaries import Inspection
-from natgrad.compute.plan import plan_pass
+from natgrad.compute.plan import plan_shape
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, chunk_shape, promote, storage_dtype
+from natgrad.schema.layout import (
+    MEBIBYTE,
+    STORAGE_DTYPES,
+    Layout,
+    TrajectoryShape,
+    chunk_shape,
+    promote,
+    storage_dtype,
+)
 from natgrad.schema.names import (
     HVP,
     REPLICATE_HVP,
@@ -24,8 +32,6 @@ from natgrad.schema.names import (
     REPLICATE_STATES,
     SCALARS,
     STATES,
-    ledger_vectors,
-    replicate_vectors,
 )
 from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import Source, StepContent
@@ -186,20 +192,26 @@ def _plan(
     """Estimate sizes and times of processing."""
     arrays = content.arrays
     dtypes = {name: promote([tensor.dtype for tensor in arrays[name].values()]) for name in arrays}
-    counts = {name: content.replicates if name in REPLICATE_STATES else 1 for name in dtypes}
-    itemsizes = [storage_dtype(dtype).itemsize for name, dtype in dtypes.items() for _ in range(counts[name])]
-    tensors = arrays["parameter"]
-    elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    count = len(ledger_vectors(HVP in dtypes))
-    of_replicates = len(replicate_vectors(content.replicates, REPLICATE_HVP in dtypes))
-    chunk = chunk_shape(len(listed), elements, content.replicates)
+    layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in arrays["parameter"].items()})
+    chunk = chunk_shape(len(listed), layout.elements, content.replicates)
+    shape = TrajectoryShape(
+        states=len(listed),
+        layout=layout,
+        chunk=chunk,
+        dtypes=dtypes,
+        replicates=content.replicates,
+        partial_reads=True,
+        keeps_versions=False,
+    )
+    tensors, elements, itemsizes = len(layout.tensors), layout.elements, shape.itemsizes
+    entries = len(shape.vectors) ** 2 + len(shape.replicate_vectors) ** 2 + 1
     padded = -(-elements // chunk[1]) * chunk[1] * -(-len(listed) // chunk[0]) * chunk[0] if elements else 0
     found: dict[str, Any] = {
-        "tensors": len(tensors),
+        "tensors": tensors,
         "elements": elements,
         "dtypes": dtypes,
         "trajectory_bytes": padded * sum(itemsizes),
-        "ledger_bytes": (len(listed) - 1) * len(tensors) * (count * count + of_replicates * of_replicates + 1) * 8,
+        "ledger_bytes": (len(listed) - 1) * tensors * entries * 8,
     }
     rate = _reading_rate(log, listed[0], content)
     state_bytes = len(listed) * elements * sum(itemsizes)
@@ -208,16 +220,7 @@ def _plan(
     found["pass_seconds"] = round(state_bytes / _PASS_RATE, 1)
     if len(listed) > 1 and elements:
         try:
-            plan = plan_pass(
-                states=len(listed),
-                elements=elements,
-                chunk=chunk,
-                itemsizes=itemsizes,
-                tensors=len(tensors),
-                vectors=count,
-                replicate_vectors=of_replicates,
-                memory_limit=memory_limit,
-            )
+            plan = plan_shape(shape, memory_limit=memory_limit)
         except InputError as error:
             found["worker_memory"] = f"exceeds --memory-limit: {error.what}"
         else:

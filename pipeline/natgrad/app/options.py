@@ -1,9 +1,10 @@
-"""Declare each option once, for the command line, the flows and Python.
+"""Declare each option and argument once, for the command line, the flows and Python.
 
 A set of options is a ``TypedDict``, from which a type checker derives the keyword arguments of a public function
-(``**options: Unpack[ProcessOptions]``). The `Option` in the annotation of an entry has its description, default and
-validation. The command line, the parameter forms of Prefect, and the signatures and docstrings of functions
-(`with_options`) are derived from these declarations.
+(``**options: Unpack[ProcessOptions]``). An argument, such as OUT, is an annotation of a parameter (``out: Out``).
+The `Option` in either has the description, the default and the validation. The command line, the parameter forms of
+Prefect, and the signatures and docstrings of functions are derived from these declarations, and `with_options`
+validates every value before the function runs.
 
 This module imports nothing heavy, so ``natgrad --help`` is fast.
 """
@@ -11,60 +12,72 @@ This module imports nothing heavy, so ``natgrad --help`` is fast.
 from __future__ import annotations
 
 import difflib
+import errno
+import functools
 import inspect
-import math
-import operator
+import os
+import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from natgrad.app.progress import StageProgress
+from natgrad.schema.arguments import number, plain, shown
 from natgrad.schema.errors import InputError
 
 __all__ = [
-    "OUT",
-    "ROOT",
-    "RUNS",
-    "SOURCE",
     "AnalyzeOptions",
     "DeclaredOption",
+    "DemoOptions",
+    "DemoOut",
     "IngestOptions",
     "InspectOptions",
+    "Json",
+    "Last",
+    "Limit",
     "Option",
+    "Out",
+    "Outs",
+    "Page",
+    "Pool",
     "ProcessOptions",
+    "Progress",
+    "Quiet",
     "ReadOptions",
+    "Root",
     "RunOptions",
+    "RunsFolder",
     "ScanOptions",
     "ScheduleOptions",
+    "ScheduledScanOptions",
+    "ShowVersion",
+    "Source",
+    "StatusRoot",
     "VersionOptions",
     "WorkerOptions",
     "declared",
+    "declared_parameters",
     "selected",
-    "signature_of",
     "validated",
     "with_options",
 ]
-
-SOURCE = "Folder or URL of a training log, several logs of one run, or a run file that lists them."
-OUT = "Folder or URL for the stores, results and report of the run."
-ROOT = "Folder below which the runs are logged."
-RUNS = "Folder for the results: one folder for each run."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Option:
-    """Description, default and validation of an option.
+    """Description, default and validation of an option or argument.
 
     Attributes
     ----------
     description : str
-        One or two sentences.
+        One or two sentences. ``{name}`` refers to another option; it is replaced by ``--name`` on the command line.
     default : object
         Value if the option is not set.
     unset : str
@@ -73,12 +86,20 @@ class Option:
         Name on the command line. Default: the name with two leading dashes.
     metavar : str, optional
         Placeholder of the value in help texts.
-    minimum, above : float, optional
-        Inclusive and exclusive lower bound of the value.
+    minimum, above, maximum : float, optional
+        Bounds of a number; ``above`` is excluded.
     choices : callable, optional
         Returns the accepted values. It is called only for validation and forms, because it may load libraries.
     parse : callable, optional
-        Parses the text of the command line, and validates values for which the checks above are not sufficient.
+        Returns the mapping that a list of texts such as ``QUANTITY=KEY`` denotes.
+    check : callable, optional
+        Takes a value of the right type and returns its normal form. It raises InputError for an invalid value.
+    unordered : bool
+        Order and repetitions of the items have no meaning. The normal form is sorted, without repetitions.
+    required : bool
+        There is no default.
+    positional : bool
+        The command line takes the value as an argument instead of an option.
     """
 
     description: str
@@ -88,37 +109,86 @@ class Option:
     metavar: str | None = None
     minimum: float | None = None
     above: float | None = None
+    maximum: float | None = None
     choices: Callable[[], Iterable[str]] | None = None
-    parse: Callable[[Any], Any] | None = None
+    parse: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
+    check: Callable[[Any], Any] | None = None
+    unordered: bool = False
+    required: bool = False
+    positional: bool = False
+
+
+_KIND_NAMES = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    Path: "path",
+    Callable: "callable",
+}
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 
 
 @dataclass(frozen=True)
 class DeclaredOption:
-    """An option with its name and the types of its values.
+    """An option or argument with its name and the types of its values.
 
     Attributes
     ----------
     name : str
-        Name of the keyword argument.
+        Name of the parameter.
     option : Option
     kinds : tuple of type
-        Types of the value, or of each item.
-    container : type or None
-        ``list`` or ``dict`` for options with several values.
+        Types of the value, or of each item. ``Path`` stands for a path or URL as text or as a path object.
+    single : bool
+        Whether the value may be one item.
+    containers : frozenset of type
+        ``list``, ``dict``: the value may be a sequence, or a mapping whose keys are text.
     optional : bool
         Whether None is a value.
     """
 
     name: str
     option: Option
-    kinds: tuple[type, ...]
-    container: type | None
+    kinds: tuple[Any, ...]
+    single: bool
+    containers: frozenset[type]
     optional: bool
+
+    @classmethod
+    def of(cls, name: str, annotation: Any) -> DeclaredOption | None:
+        """Return the declaration in an annotation of a parameter, None if it has no `Option`."""
+        if get_origin(annotation) is not Annotated:
+            return None
+        inner, option = get_args(annotation)
+        members = get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
+        kinds: list[Any] = []
+        containers = set()
+        for member in members:
+            origin = get_origin(member)
+            if origin in (Sequence, Mapping):
+                containers.add(list if origin is Sequence else dict)
+                item = get_args(member)[-1]
+                kinds += get_args(item) if get_origin(item) in (Union, UnionType) else (item,)
+            elif member is not NoneType:
+                kinds.append(origin or member)
+        single = any(get_origin(member) not in (Sequence, Mapping) for member in members if member is not NoneType)
+        distinct = tuple(kind for kind in dict.fromkeys(kinds) if not (kind is str and Path in kinds))
+        return cls(name, option, distinct, single, frozenset(containers), NoneType in members)
 
     @property
     def flag(self) -> str:
         """Name on the command line."""
+        if self.option.positional:
+            return self.option.metavar or self.name.upper()
         return self.option.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def repeatable(self) -> bool:
+        """True if there can be several values."""
+        return bool(self.containers)
+
+    # Validation
 
     def validated(self, value: Any) -> Any:
         """Return a value in its normal form. None and empty collections are replaced by the default.
@@ -126,50 +196,78 @@ class DeclaredOption:
         Raises
         ------
         InputError
-            If the value is not valid.
+            If the value is not valid, or it is missing and there is no default.
         """
-        if value is None or (isinstance(value, str | Sequence | Mapping) and len(value) == 0):
+        found = None if value is None else self._normal(value)
+        if found is None:
+            if self.option.required:
+                raise self._refusal(f"is required, got {shown(value)}")
             # A copy, because the caller may change a list.
             return copy(self.option.default)
-        if self.option.parse is not None:
-            return self.option.parse(value)
-        if self.container is None:
+        return found if self.option.check is None else self.option.check(found)
+
+    def _normal(self, value: Any) -> Any:
+        """Return a value of the right type, or None if it is empty."""
+        if dict in self.containers and isinstance(value, Mapping):
+            entries = {self._text(key): self._item(value[key]) for key in value}
+            return dict(sorted(entries.items()) if self.option.unordered else entries) or None
+        if self.single and not (self.containers and _is_list(value)):
+            if str in self.kinds and isinstance(value, str) and not value:
+                # A form may send an empty text for a value that is not set.
+                return None if self.optional else self._refuse("must not be empty")
             return self._item(value)
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise self._refusal(f"must be a list, got {value!r}")
-        return [self._item(item) for item in value]
+        if not _is_list(value):
+            raise self._refusal(
+                f"must be a list{' or mapping' if dict in self.containers else ''}, got {shown(value)}"
+            )
+        if self.option.parse is not None:
+            texts = [self._text(item) for item in value]
+            return self._normal(self.option.parse(texts)) if texts else None
+        items = [self._item(item) for item in value]
+        return (sorted(set(items)) if self.option.unordered else items) or None
+
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self._refusal(f"must consist of text, got {shown(value)}")
+        return str(value)
 
     def _item(self, value: Any) -> Any:
-        (kind,) = self.kinds
-        if kind is bool:
-            if not isinstance(value, bool):
-                raise self._refusal(f"must be True or False, got {value!r}")
-            return value
-        if kind in (int, float):
-            return self._number(value, kind)
-        if kind is Path and isinstance(value, Path):
-            return value
-        if not isinstance(value, str):
-            raise self._refusal(f"must be text, got {value!r}")
-        if self.option.choices is not None:
-            self._require_choice(value, tuple(self.option.choices()))
-        return value
+        found = plain(value)
+        if Path in self.kinds and isinstance(found, str | os.PathLike):
+            return self._location(found)
+        if str in self.kinds and isinstance(found, str):
+            if self.option.choices is not None:
+                self._require_choice(found, tuple(self.option.choices()))
+            return str(found)
+        if bool in self.kinds and isinstance(found, bool):
+            return found
+        if Callable in self.kinds and callable(found):
+            return found
+        for kind in (int, float):
+            if kind in self.kinds:
+                option = self.option
+                try:
+                    return number(found, kind, minimum=option.minimum, above=option.above, maximum=option.maximum)
+                except ValueError as error:
+                    raise self._refusal(str(error)) from error
+        wanted = {bool: "True or False", Path: "a path or URL", str: "text", Callable: "a function"}
+        return self._refuse(f"must be {' or '.join(wanted[kind] for kind in self.kinds)}, got {shown(value)}")
 
-    def _number(self, value: Any, kind: type) -> Any:
+    def _location(self, value: str | os.PathLike[Any]) -> str | Path:
+        text = os.fspath(value)
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            raise self._refusal(f"must be a path or URL, got {shown(value)}")
+        from natgrad.storage import open_storage
+
+        location = value if isinstance(value, Path) else text
+        path = open_storage(location).local_path
         try:
-            if isinstance(value, bool | str):
-                raise TypeError
-            number = operator.index(value) if kind is int else float(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            words = "a whole number" if kind is int else "a number"
-            raise self._refusal(f"must be {words}, got {value!r}") from error
-        if not math.isfinite(number):
-            raise self._refusal(f"must be finite, got {number}")
-        if self.option.minimum is not None and number < self.option.minimum:
-            raise self._refusal(f"must be at least {self.option.minimum:g}, got {number}")
-        if self.option.above is not None and number <= self.option.above:
-            raise self._refusal(f"must be greater than {self.option.above:g}, got {number}")
-        return number
+            if path is not None:
+                os.lstat(path)
+        except OSError as error:  # the path may not exist yet
+            if error.errno == errno.ENAMETOOLONG:
+                raise self._refusal(f"must be a path, but its name is too long: {shown(value)}") from error
+        return location
 
     def _require_choice(self, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
@@ -178,15 +276,24 @@ class DeclaredOption:
             raise InputError(
                 f"unknown value {value!r} for {self.flag}; {choose}: {known}",
                 where=f"option {self.name}",
-                remedy=f"use one of these values, or omit {self.flag}",
+                remedy="use one of these values, or omit the option",
             )
 
+    def _refuse(self, problem: str) -> Any:
+        raise self._refusal(problem)
+
     def _refusal(self, problem: str) -> InputError:
-        return InputError(
-            f"{self.flag} {problem}",
-            where=f"option {self.name}",
-            remedy=f"correct the value, or omit {self.flag} to use the default ({self.default_text})",
-        )
+        role = "argument" if self.option.positional else "option"
+        omit = "" if self.option.required else f", or omit the {role} to use the default ({self.default_text})"
+        return InputError(f"{self.flag} {problem}", where=f"{role} {self.name}", remedy=f"correct the value{omit}")
+
+    # Descriptions
+
+    def description(self, *, command_line: bool = False) -> str:
+        """Return the description for the command line, or for Python and forms."""
+        pattern = (lambda match: f"--{match[1].replace('_', '-')}") if command_line else (lambda match: match[1])
+        text = re.sub(r"\{(\w+)\}", pattern, self.option.description)
+        return f"{text} Repeatable." if command_line and self.repeatable and not self.option.positional else text
 
     @property
     def default_text(self) -> str:
@@ -199,44 +306,72 @@ class DeclaredOption:
 
     def json_schema(self) -> dict[str, Any]:
         """Return the JSON schema of the option, for forms."""
-        names = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
-        kinds = [
+        limits = {
+            "minimum": self.option.minimum,
+            "exclusiveMinimum": self.option.above,
+            "maximum": self.option.maximum,
+            "enum": None if self.option.choices is None else list(self.option.choices()),
+        }
+        items: list[dict[str, Any]] = [
             {
-                "type": names[kind],
-                **({"minimum": self.option.minimum} if self.option.minimum is not None and kind is not str else {}),
-                **({"exclusiveMinimum": self.option.above} if self.option.above is not None else {}),
-                **({"enum": list(self.option.choices())} if self.option.choices is not None else {}),
+                "type": _JSON_TYPES[kind],
+                **({"format": "path"} if kind is Path else {}),
+                **{
+                    name: limit
+                    for name, limit in limits.items()
+                    if limit is not None and (kind in (int, float) or name == "enum")
+                },
             }
             for kind in self.kinds
         ]
-        schema: dict[str, Any] = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-        if self.container is list:
-            schema = {"type": "array", "items": schema}
-        elif self.container is dict:
-            schema = {"type": "object", "additionalProperties": schema}
-        if self.optional:
-            schema = {"anyOf": [*schema.get("anyOf", [schema]), {"type": "null"}]}
+        item = items[0] if len(items) == 1 else {"anyOf": items}
+        forms = [
+            *(items if self.single else []),
+            *([{"type": "array", "items": item}] if list in self.containers and self.option.parse is None else []),
+            *([{"type": "object", "additionalProperties": item}] if dict in self.containers else []),
+            *([{"type": "null"}] if self.optional else []),
+        ]
+        schema: dict[str, Any] = forms[0] if len(forms) == 1 else {"anyOf": forms}
         unset = f" Default: {self.option.unset}." if self.option.unset else ""
-        return {**schema, "description": self.option.description + unset}
+        return {**schema, "description": self.description() + unset}
 
     def numpydoc(self) -> str:
         """Return the entry of a numpydoc section ``Parameters``."""
-        words = " or ".join("path" if kind is Path else kind.__name__ for kind in self.kinds)
-        if self.container is not None:
-            words = f"sequence of {words}" if self.container is list else f"mapping of str to {words}"
-        lines = textwrap.wrap(f"{self.option.description} Default: {self.default_text}.", 100)
-        return "\n".join([f"{self.name} : {words}, optional", *(f"    {line}" for line in lines)])
+        item = " or ".join(_KIND_NAMES[kind] for kind in self.kinds)
+        forms = [
+            *([item] if self.single else []),
+            *([f"sequence of {item}"] if list in self.containers and self.option.parse is None else []),
+            *([f"mapping of str to {item}"] if dict in self.containers else []),
+        ]
+        words = " or ".join(forms) if len(forms) < 3 else f"{', '.join(forms[:-1])} or {forms[-1]}"
+        default = "" if self.option.required else f" Default: {self.default_text}."
+        lines = textwrap.wrap(self.description() + default, 100)
+        optional = "" if self.option.required else ", optional"
+        return "\n".join([f"{self.name} : {words}{optional}", *(f"    {line}" for line in lines)])
+
+
+def _is_list(value: Any) -> bool:
+    """Return True for a collection of known size that is neither text nor a mapping, such as a list or an array."""
+    if isinstance(value, str | bytes | bytearray | memoryview | Mapping | os.PathLike):
+        return False
+    # An array without dimensions has these methods too, but no size.
+    return isinstance(value, Sized) and isinstance(value, Iterable) and getattr(value, "shape", None) != ()
 
 
 # Validation of single options -------------------------------------------------------------------------------
 
 
-def _parsed_map(value: Any) -> dict[str, str]:
-    from natgrad.sources.names import QUANTITIES, parse_map
+def _parsed_map(pairs: Sequence[str]) -> Mapping[str, str]:
+    from natgrad.sources.names import parse_map
 
-    mapping = dict(value) if isinstance(value, Mapping) else parse_map(value)
+    return parse_map(pairs)
+
+
+def _checked_map(mapping: dict[str, str]) -> dict[str, str]:
+    from natgrad.sources.names import QUANTITIES
+
     for quantity, key in mapping.items():
-        if quantity not in (*QUANTITIES, "run") or not isinstance(key, str) or not key:
+        if quantity not in (*QUANTITIES, "run") or not key:
             raise InputError(
                 f"--map: {quantity}={key} does not name a quantity and its key",
                 where="option mapping",
@@ -245,18 +380,45 @@ def _parsed_map(value: Any) -> dict[str, str]:
     return mapping
 
 
-def _parsed_shift(value: Any) -> dict[str, int]:
-    from natgrad.sources.names import checked_shift, parse_shift
+def _parsed_shift(pairs: Sequence[str]) -> Mapping[str, int]:
+    from natgrad.sources.names import parse_shift
 
-    shift = dict(value) if isinstance(value, Mapping) else parse_shift(value)
-    checked_shift(shift)
+    return parse_shift(pairs)
+
+
+def _checked_shift(shift: dict[str, int]) -> dict[str, int]:
+    from natgrad.sources.names import checked_shift
+
+    checked_shift(shift, "option shift")
+    # A shift of 0 is kept: it differs from an option that is not set when a trajectory is resumed.
     return shift
 
 
-def _memory_bytes(value: Any) -> int:
+def _memory_bytes(value: int | str) -> int:
     from natgrad.compute.clusters import memory_bytes
 
-    return memory_bytes(value if isinstance(value, str) else f"{value}B")
+    return value if isinstance(value, int) else memory_bytes(value)
+
+
+def _deployment_name(name: str) -> str:
+    if re.search("[/%&<>]", name):
+        raise InputError(
+            f"--name must not contain any of / % & < >, got {name!r}",
+            where="option name",
+            why="Prefect does not accept them in the name of a deployment",
+            remedy="use letters, digits and dashes",
+        )
+    return name
+
+
+def _scheduler_address(address: str) -> str:
+    if not _ADDRESS.fullmatch(address):
+        raise InputError(
+            f"{address!r} is not the address of a Dask scheduler",
+            where="option scheduler",
+            remedy="give its protocol, host and port, for example tcp://host:8786",
+        )
+    return address
 
 
 def _formats() -> Iterable[str]:
@@ -283,19 +445,88 @@ def _clusters() -> Iterable[str]:
     return tuple(CLUSTERS)
 
 
+# The arguments ------------------------------------------------------------------------------------------------
+
+Location = str | Path
+
+Source = Annotated[
+    Location | Sequence[Location],
+    Option(
+        "Folder or URL of a training log, several logs of one run, or a run file that lists them.",
+        metavar="SOURCE",
+        required=True,
+        positional=True,
+    ),
+]
+Out = Annotated[
+    Location,
+    Option(
+        "Folder or URL for the stores, results and report of the run.",
+        metavar="OUT",
+        required=True,
+        positional=True,
+    ),
+]
+Outs = Annotated[
+    Location | Sequence[Location] | Mapping[str, Location],
+    Option(
+        "Folders or URLs of one or more runs. Without names, each run is named after its folder.",
+        metavar="OUT",
+        required=True,
+        positional=True,
+    ),
+]
+Root = Annotated[
+    Location, Option("Folder below which the runs are logged.", metavar="ROOT", required=True, positional=True)
+]
+RunsFolder = Annotated[
+    Location,
+    Option("Folder for the results: one folder for each run.", metavar="OUT", required=True, positional=True),
+]
+StatusRoot = Annotated[
+    Location, Option("Folder that contains the OUT of many runs.", metavar="ROOT", required=True, positional=True)
+]
+DemoOut = Annotated[
+    Location, Option("Folder for the logs, the runs and the report.", "demo", metavar="OUT", positional=True)
+]
+Progress = Annotated[
+    StageProgress | None,
+    Option(
+        "Called with the stage (ingest, analyze), the number of items done and the total number of items.",
+        unset="no calls",
+    ),
+]
+
+# Options of single commands
+
+Page = Annotated[
+    Location | None,
+    Option("File of the page. It is replaced.", unset="report.html in the first OUT", metavar="FILE"),
+]
+Last = Annotated[int | None, Option("Number of versions to list.", unset="all", metavar="N", minimum=1)]
+Limit = Annotated[int, Option("Number of flows that run at the same time.", 1, metavar="N", minimum=1)]
+Pool = Annotated[str, Option("Work pool whose workers run the flows.", metavar="NAME", required=True)]
+Json = Annotated[bool, Option("Print one JSON object on standard output.", False, flag="--json")]
+Quiet = Annotated[bool, Option("Show only warnings and errors.", False)]
+ShowVersion = Annotated[bool, Option("Print the version.", False, flag="--version")]
+
 # The options --------------------------------------------------------------------------------------------------
 
-MEBIBYTE = 1 << 20
+_MEBIBYTE = 1 << 20
+
+_YEAR = 366 * 86_400.0
+
+_ADDRESS = re.compile(r"(?:[a-z]+://)?(?:\[[^]/]+\]|[^:/]+):\d+(?:/.*)?")
 
 _MemoryLimit = Annotated[
     int | str,
     Option(
         "Memory limit of each worker process, in bytes or as text such as 2GB.",
-        512 * MEBIBYTE,
+        512 * _MEBIBYTE,
         unset="512MiB",
         metavar="BYTES",
         minimum=1,
-        parse=_memory_bytes,
+        check=_memory_bytes,
     ),
 ]
 
@@ -313,21 +544,25 @@ class LogOptions(TypedDict, total=False):
         Mapping[str, str] | None,
         Option(
             "Key under which a quantity (parameter, gradient, hvp, loss, learning_rate, step) is stored in the log "
-            "files. Repeatable.",
+            "files.",
             unset="the usual keys of the format",
             flag="--map",
             metavar="QUANTITY=KEY",
             parse=_parsed_map,
+            check=_checked_map,
+            unordered=True,
         ),
     ]
     shift: Annotated[
         Mapping[str, int] | None,
         Option(
-            "A value of the quantity logged at step s belongs to the state of step s+K, for example gradient=-1. "
-            "Repeatable.",
+            "A value of the quantity logged at step s belongs to the state of step s+K. For example, K is -1 for "
+            "gradients that are logged after the update.",
             unset="no shift",
             metavar="QUANTITY=K",
             parse=_parsed_shift,
+            check=_checked_shift,
+            unordered=True,
         ),
     ]
     sweep: Annotated[bool, Option("Read a folder that contains the logs of many runs of one model.", False)]
@@ -340,10 +575,11 @@ class ReadOptions(LogOptions, total=False):
     include: Annotated[
         Sequence[str] | None,
         Option(
-            "Also store the optimizer state (--include optimizer). Repeatable.",
-            unset="parameters, gradients and hvp only",
+            "Data to store in addition to parameters, gradients and hvp: optimizer, the state of the optimizer.",
+            unset="nothing else",
             metavar="NAME",
             choices=_included,
+            unordered=True,
         ),
     ]
     store: Annotated[
@@ -368,12 +604,19 @@ class FollowOptions(TypedDict, total=False):
 
     follow: Annotated[bool, Option("Keep running, and process new steps as they are logged.", False)]
     interval: Annotated[
-        float, Option("Seconds between two passes over the log, with --follow.", 10.0, metavar="SECONDS", minimum=0)
+        float,
+        Option(
+            "Seconds between two passes over the log, with {follow}.",
+            10.0,
+            metavar="SECONDS",
+            minimum=0,
+            maximum=_YEAR,
+        ),
     ]
     gap_timeout: Annotated[
         float,
         Option(
-            "Seconds for which --follow waits for a missing step while later ones are logged. It then goes on "
+            "Seconds for which {follow} waits for a missing step while later ones are logged. It then goes on "
             "without the step, with a warning. Steps that the run has removed are not waited for.",
             60.0,
             metavar="SECONDS",
@@ -383,7 +626,7 @@ class FollowOptions(TypedDict, total=False):
     idle_timeout: Annotated[
         float | None,
         Option(
-            "Seconds without a new step after which --follow ends.", unset="no limit", metavar="SECONDS", minimum=0
+            "Seconds without a new step after which {follow} ends.", unset="no limit", metavar="SECONDS", minimum=0
         ),
     ]
 
@@ -394,7 +637,7 @@ class WorkerOptions(TypedDict, total=False):
     workers: Annotated[
         int | None,
         Option(
-            "Number of threads or processes on this machine, or of processes of --cluster.",
+            "Number of threads or processes on this machine, or of processes of {cluster}.",
             unset="the number of processors of this machine",
             metavar="N",
             minimum=1,
@@ -408,7 +651,12 @@ class AnalyzeOptions(WorkerOptions, total=False):
 
     scheduler: Annotated[
         str | None,
-        Option("Address of an existing Dask scheduler.", unset="workers of this machine", metavar="ADDRESS"),
+        Option(
+            "Address of an existing Dask scheduler.",
+            unset="workers of this machine",
+            metavar="ADDRESS",
+            check=_scheduler_address,
+        ),
     ]
     cluster: Annotated[
         str | None,
@@ -426,16 +674,24 @@ class AnalyzeOptions(WorkerOptions, total=False):
     gammas: Annotated[
         Sequence[float] | None,
         Option(
-            "Weight of the metric family, eq. (22). Repeatable.",
+            "Weights of the metric family, eq. (22).",
             [0.01, 0.1, 1.0, 10.0, 100.0],
             flag="--gamma",
             metavar="GAMMA",
             above=0,
+            unordered=True,
         ),
     ]
     windows: Annotated[
         Sequence[int] | None,
-        Option("Window of m updates, eq. (3). Repeatable.", [1], flag="--window", metavar="M", minimum=1),
+        Option(
+            "Windows of m updates, eq. (3). Windows of one update are always computed.",
+            [1],
+            flag="--window",
+            metavar="M",
+            minimum=1,
+            unordered=True,
+        ),
     ]
     attempt: Annotated[
         int | None,
@@ -497,14 +753,31 @@ class ScheduleOptions(TypedDict, total=False):
     every: Annotated[
         float | None,
         Option(
-            "Seconds between two scans, instead of --cron.",
+            "Seconds between two scans, instead of {cron}.",
             metavar="SECONDS",
-            above=0,
+            minimum=1,
+            maximum=_YEAR,
         ),
     ]
     name: Annotated[
-        str, Option("Name of the deployments. Use a different name for each ROOT.", "natgrad", metavar="NAME")
+        str,
+        Option(
+            "Name of the deployments. Use a different name for each ROOT.",
+            "natgrad",
+            metavar="NAME",
+            check=_deployment_name,
+        ),
     ]
+
+
+class ScheduledScanOptions(ScheduleOptions, ScanOptions, total=False):
+    """Options of a scan on a schedule."""
+
+
+class DemoOptions(TypedDict, total=False):
+    """Options of the demonstration as flows."""
+
+    workers: Annotated[int, Option("Number of Dask worker processes.", 2, metavar="N", minimum=1)]
 
 
 # Reading the declarations -------------------------------------------------------------------------------------
@@ -513,17 +786,17 @@ class ScheduleOptions(TypedDict, total=False):
 @cache
 def declared(kind: Any) -> dict[str, DeclaredOption]:
     """Return the options of a set by name, in the order of help texts."""
-    found = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        inner, option = get_args(hint)
-        members = get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
-        kinds = tuple(member for member in members if member is not NoneType)
-        container = None
-        if get_origin(kinds[0]) is not None:
-            container = {Sequence: list, Mapping: dict}[get_origin(kinds[0])]
-            kinds = get_args(kinds[0])[-1:]
-        found[name] = DeclaredOption(name, option, kinds, container, NoneType in members)
-    return found
+    return _declarations(get_type_hints(kind, include_extras=True))
+
+
+def declared_parameters(function: Callable[..., Any]) -> dict[str, DeclaredOption]:
+    """Return the options and arguments that the annotations of a function's parameters declare, by name."""
+    return _declarations(get_type_hints(function, include_extras=True))
+
+
+def _declarations(annotations: Mapping[str, Any]) -> dict[str, DeclaredOption]:
+    found = {name: DeclaredOption.of(name, annotation) for name, annotation in annotations.items()}
+    return {name: option for name, option in found.items() if option is not None}
 
 
 def validated(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -564,58 +837,73 @@ def selected(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in declared(kind) if name in values}
 
 
-def signature_of(
-    function: Callable[..., Any],
-    kind: Any,
-    parameter_type: Callable[[DeclaredOption], Any],
+class NoOptions(TypedDict):
+    """The empty set, for functions that have arguments only."""
+
+
+def with_options(
+    kind: Any = NoOptions,
+    parameter_type: Callable[[DeclaredOption], Any] | None = None,
     default: Callable[[DeclaredOption], Any] | None = None,
-) -> inspect.Signature:
-    """Return the signature of a function with ``**options`` replaced by the options of a set.
+) -> Callable[[F], F]:
+    """Decorate a function: declare its arguments and options, and validate all of them at each call.
+
+    The options of the set replace the parameter ``**options`` in the signature. The line ``**options`` in the
+    docstring is replaced by an entry for each argument and option. The function runs only if all arguments and
+    options are valid, and receives them in their normal form, with defaults.
 
     Parameters
     ----------
-    function : callable
-    kind : type
-        Set of options.
-    parameter_type : callable
-        Returns the annotation of an option.
+    kind : type, optional
+        Set of options, for example `ProcessOptions`. Default: none.
+    parameter_type : callable, optional
+        Returns the annotation of an option or argument in the signature. Default: its type.
     default : callable, optional
         Returns the default of an option in the signature. Default: that of its declaration.
     """
-    signature = inspect.signature(function)
-    own = [
-        # The return type remains text, because its library may not be loaded.
-        one.replace(annotation=eval(one.annotation, function.__globals__))
-        if isinstance(one.annotation, str)
-        else one
-        for one in signature.parameters.values()
-        if one.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    others = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=option.option.default if default is None else default(option),
-            annotation=parameter_type(option),
-        )
-        for name, option in declared(kind).items()
-    ]
-    return signature.replace(parameters=[*own, *others])
-
-
-def with_options(kind: Any, parameter_type: Callable[[DeclaredOption], Any] | None = None) -> Callable[[F], F]:
-    """Decorate a function that takes ``**options``: add the options to its signature and its docstring.
-
-    The line ``**options`` in the docstring is replaced by an entry for each option.
-    """
-    hints = get_type_hints(kind)
+    types = get_type_hints(kind)
 
     def decorate(function: F) -> F:
-        signature = signature_of(function, kind, parameter_type or (lambda option: hints[option.name]))
-        function.__signature__ = signature  # type: ignore[attr-defined]  # inspect reads it
-        entries = "\n".join(option.numpydoc() for option in declared(kind).values())
+        own, of_kind = declared_parameters(function), declared(kind)
+        signature, hints = inspect.signature(function), get_type_hints(function)
+        variadic = inspect.Parameter.VAR_KEYWORD
+        rest = [one.name for one in signature.parameters.values() if one.kind is variadic]
+
+        def annotation(option: DeclaredOption) -> Any:
+            if parameter_type is not None:
+                return parameter_type(option)
+            return hints[option.name] if option.name in own else types[option.name]
+
+        def parameter(option: DeclaredOption, of: inspect.Parameter) -> inspect.Parameter:
+            value = option.option.default if default is None else default(option)
+            missing = option.option.required
+            return of.replace(default=inspect.Parameter.empty if missing else value, annotation=annotation(option))
+
+        parameters = [
+            parameter(own[one.name], one)
+            if one.name in own
+            else one.replace(annotation=hints.get(one.name, one.annotation))
+            for one in signature.parameters.values()
+            if one.name not in rest
+        ]
+        for name, option in of_kind.items():
+            parameters.append(parameter(option, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)))
+
+        @functools.wraps(function)
+        def validating(*arguments: Any, **values: Any) -> Any:
+            call = signature.bind(*arguments, **values)
+            call.apply_defaults()
+            call.arguments |= {name: option.validated(call.arguments[name]) for name, option in own.items()}
+            for name in rest:
+                call.arguments[name] = validated(kind, call.arguments[name])
+            return function(*call.args, **call.kwargs)
+
+        validating.__signature__ = signature.replace(  # type: ignore[attr-defined]  # inspect reads it
+            parameters=parameters, return_annotation=hints.get("return", inspect.Signature.empty)
+        )
+        entries = "\n".join(option.numpydoc() for option in (*own.values(), *of_kind.values()))
         if function.__doc__:
-            function.__doc__ = inspect.cleandoc(function.__doc__).replace("**options", entries, 1)
-        return function
+            validating.__doc__ = inspect.cleandoc(function.__doc__).replace("**options", entries, 1)
+        return cast(F, validating)
 
     return decorate

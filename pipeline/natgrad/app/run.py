@@ -7,9 +7,9 @@ The functions need no Prefect server. They take options that are already validat
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from natgrad.app import options
@@ -17,7 +17,8 @@ from natgrad.app.folder import RunFolder
 from natgrad.app.progress import Progress, StageProgress, stage
 from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
 from natgrad.compute import executors
-from natgrad.compute.ledger_pass import compute_ledger
+from natgrad.compute.clusters import require_cluster
+from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
 from natgrad.ingestion import Extent, StepWait, ingest
@@ -25,11 +26,11 @@ from natgrad.results import dataset as results
 from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.summary import overview
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import IngestLimits
+from natgrad.schema.layout import IngestLimits, TrajectoryShape
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.steps import NotYet
-from natgrad.storage import Location, network_errors, open_all, open_storage
+from natgrad.storage import Location, Storage, network_errors, open_all, open_storage
 from natgrad.store import Ledger, Trajectory
 
 __all__ = [
@@ -46,8 +47,6 @@ RUNS_SHOWN = 8
 """Number of runs of a sweep that a page shows."""
 
 _log = logging.getLogger(__name__)
-
-_ADDRESS = re.compile(r"(?:[a-z]+://)?(?:\[[^]/]+\]|[^:/]+):\d+(?:/.*)?")
 
 _DEFAULTS = {name: option.option.default for name, option in options.declared(options.AnalyzeOptions).items()}
 
@@ -73,12 +72,6 @@ class Analysis:
                 f"a worker needs more than {least} bytes before it reads anything, got {self.memory_limit}",
                 where="option memory_limit",
                 remedy="raise --memory-limit, for example to 512MiB",
-            )
-        if self.scheduler is not None and not _ADDRESS.fullmatch(self.scheduler):
-            raise InputError(
-                f"{self.scheduler!r} is not the address of a Dask scheduler",
-                where="option scheduler",
-                remedy="give its protocol, host and port, for example tcp://host:8786",
             )
 
     @classmethod
@@ -118,6 +111,36 @@ class Analysis:
                 remedy=f"use windows from 1 to {updates}, or log more steps first",
             )
 
+    def check_pass(self, shape: TrajectoryShape, ledger: Storage, limits: PlanLimits = PlanLimits()) -> None:
+        """Check that the pass over a trajectory can be planned, and that its workers can be reached.
+
+        Raises
+        ------
+        InputError
+            If the memory limit is too low, or a cluster cannot be started.
+        Unavailable
+            If the scheduler does not answer.
+        """
+        # The pass itself refuses a trajectory without updates.
+        if shape.states > 1 and shape.layout.elements:
+            plan_ledger(shape, ledger, memory_limit=self.memory_limit, limits=limits)
+        self.require_workers()
+
+    def require_workers(self) -> None:
+        """Check that the requested scheduler answers, or that the requested cluster is configured.
+
+        Raises
+        ------
+        InputError
+            If the package or the configuration of the cluster is missing.
+        Unavailable
+            If the scheduler does not answer.
+        """
+        if self.scheduler is not None:
+            executors.require_scheduler(self.scheduler)
+        if self.cluster is not None:
+            require_cluster(self.cluster)
+
 
 def ingest_run(
     source: Location | Sequence[Location],
@@ -133,10 +156,13 @@ def ingest_run(
     overwrite: bool = False,
     wait: StepWait | None = None,
     limits: IngestLimits = IngestLimits(),
-    check: Callable[[Extent], None] | None = None,
+    analysis: Analysis | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
-    """Read the new steps of the logs of a run into the trajectory of OUT; see `natgrad.ingestion.ingest`."""
+    """Read the new steps of the logs of a run into the trajectory of OUT; see `natgrad.ingestion.ingest`.
+
+    If an analysis follows, its options are checked before anything is stored.
+    """
     folder = RunFolder.of(out, store=store)
     sources = open_all(source)
     with network_errors(*sources, folder.storage):
@@ -152,7 +178,8 @@ def ingest_run(
             wait=wait,
             include=include or (),
             limits=limits,
-            check=check,
+            check=None if analysis is None else analysis.check,
+            check_shape=None if analysis is None else partial(analysis.check_pass, ledger=folder.ledger),
             progress=progress,
         )
 
@@ -263,6 +290,12 @@ def report_run(
         )
     with network_errors(*(folder.storage for folder in named.values())):
         page = next(iter(named.values())).report if page is None else open_storage(page)
+        if page.local_path is not None and page.is_folder():
+            raise InputError(
+                "the page must be a file, but it is a folder",
+                where=str(page),
+                remedy=f"give the name of a file, for example {page / 'report.html'}",
+            )
         return Report(report=str(report.write_report(_trees(named), page)))
 
 
@@ -310,7 +343,7 @@ def process_run(
         **options.selected(options.ReadOptions, values),
         overwrite=overwrite,
         wait=wait,
-        check=analysis.check,
+        analysis=analysis,
         progress=stage(progress, "ingest"),
     )
     if wait is not None and ingested.steps < 2:
@@ -318,7 +351,7 @@ def process_run(
             f"only step {ingested.last_step} is logged, but an update requires two steps",
             where=ingested.source,
             why="the training run has just started",
-            remedy="run again later, or with --follow",
+            remedy="run again later; natgrad process waits for it with --follow",
         )
     if skip_unchanged and not ingested.new_steps:
         return None

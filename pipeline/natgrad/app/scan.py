@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
-from natgrad.app.run import process_run
+from natgrad.app.run import Analysis, process_run
 from natgrad.app.summaries import ScannedRun, ScanSummary
 from natgrad.compute.clusters import named_scheduler
 from natgrad.schema.errors import InputError, Unavailable
@@ -79,7 +79,9 @@ class FoundRun:
     out: Path
 
 
-def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list[FoundRun]:
+def find_runs(
+    root: str | Path, out: str | Path, *, sweep: bool = False, store: str | None = None
+) -> list[FoundRun]:
     """Find the runs below a folder by their contents, and return them in the order of their names.
 
     A folder that contains a log in any of `natgrad.sources.formats.FORMATS` is a run, including its subfolders.
@@ -93,13 +95,15 @@ def find_runs(root: str | Path, out: str | Path, *, sweep: bool = False) -> list
         Folder for the results: the run ``root/a/b`` is processed into ``out/a/b``. It may be below the root.
     sweep : bool
         Return the folders that contain runs; each is a sweep.
+    store : str, optional
+        Requested kind of storage of a new OUT.
 
     Raises
     ------
     InputError
-        If the root is not an existing folder.
+        See `check_folders`.
     """
-    root, out = check_folders(root, out)
+    root, out = check_folders(root, out, store)
     seen = {_inode(out)} if out.is_dir() else set()
     found = set(_names(root, out, ".", seen, sweep))
     return [FoundRun(name, root / name, out / name) for name in sorted(found)]
@@ -426,16 +430,26 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
         Validated options of `natgrad.app.options.ScanOptions`.
     process : callable
         Processes one run. It is called from ``at_once`` threads, each with the context variables of the caller.
+
+    Raises
+    ------
+    InputError
+        If an option or a folder is not valid.
+    Unavailable
+        If a run changed, and the scheduler does not answer.
     """
-    check_folders(root, out, values["store"])
-    found = find_runs(root, out, sweep=values["sweep"])
-    (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute()), "sweep": values["sweep"]}))
+    analysis = Analysis.of(values)
+    found = find_runs(root, out, sweep=values["sweep"], store=values["store"])
     of_run = options.selected(options.RunOptions, values) | {"cluster": None}
     with ExitStack() as stack:
-        # A cluster is started only if a run changed.
-        if values["cluster"] is not None and not all(_standing(one, of_run) for one in found):
-            scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
-            of_run["scheduler"] = stack.enter_context(scheduler)
+        # Workers are needed only if a run changed.
+        remote = (values["cluster"], values["scheduler"]) != (None, None)
+        if remote and not all(_standing(one, of_run) for one in found):
+            analysis.require_workers()
+            if values["cluster"] is not None:
+                scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
+                of_run["scheduler"] = stack.enter_context(scheduler)
+        (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute()), "sweep": values["sweep"]}))
         pool = stack.enter_context(ThreadPoolExecutor(values["at_once"]))
         started = [pool.submit(copy_context().run, _scan_run, one, of_run, process) for one in found]
         return ScanSummary.of(tuple(one.result() for one in started))
@@ -471,7 +485,7 @@ def _scan_run(found: FoundRun, values: dict[str, Any], process: RunProcessor) ->
 
 
 @options.with_options(options.ScanOptions)
-def scan(root: str | Path, out: str | Path, **values: Unpack[options.ScanOptions]) -> ScanSummary:
+def scan(root: options.Root, out: options.RunsFolder, **values: Unpack[options.ScanOptions]) -> ScanSummary:
     """Process the runs below a folder that changed since the last scan.
 
     A run that fails does not stop the others. It is processed again if its log or an option changes, or at every
@@ -479,10 +493,6 @@ def scan(root: str | Path, out: str | Path, **values: Unpack[options.ScanOptions
 
     Parameters
     ----------
-    root : path
-        Folder below which the runs are logged.
-    out : path
-        Folder for the results: one folder for each run.
     **options
 
     Returns
@@ -493,8 +503,10 @@ def scan(root: str | Path, out: str | Path, **values: Unpack[options.ScanOptions
     ------
     InputError
         If an option is not valid, or ROOT is not a folder.
+    Unavailable
+        If a run changed, and the scheduler does not answer.
     """
-    return scan_root(root, out, options.validated(options.ScanOptions, values), _process_here)
+    return scan_root(root, out, values, _process_here)
 
 
 def _process_here(found: FoundRun, known: Outcome | None, values: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 from natgrad.ingestion import IngestSummary
@@ -69,16 +68,10 @@ class Report(Summary):
 
     report: str
 
-    def _repr_html_(self) -> str:
-        return f"<a href='{escape(self.report)}' target='_blank'>{escape(self.report)}</a>"
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ProcessSummary(Report, AnalysisSummary, IngestSummary):
     """Summary of ingest, analysis and report of a run."""
-
-    def _repr_html_(self) -> str:
-        return Summary._repr_html_(self)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -164,9 +157,6 @@ class Verification(Summary):
 
     def __str__(self) -> str:
         return "".join(f"{damage}\n" for damage in self.damages) or "OK: all checksums match\n"
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from natgrad.schema.errors import InputError
 
-__all__ = ["CLUSTERS", "ONE_THREAD", "job_options", "local_scheduler", "memory_bytes", "named_scheduler"]
+__all__ = [
+    "CLUSTERS",
+    "ONE_THREAD",
+    "job_options",
+    "local_scheduler",
+    "memory_bytes",
+    "named_scheduler",
+    "require_cluster",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +113,47 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
     InputError
         If the name is unknown, its package is not installed, or the cluster cannot be started.
     """
+    make = _cluster_class(name)
+    with _configuration_errors(name):
+        made = make(**_pod_options() if name == "kubernetes" else job_options(name))
+    with made as cluster:
+        if name != "kubernetes":  # the operator of Kubernetes replaces pods
+            _replace_lost_jobs(cluster, workers)
+        cluster.scale(workers)
+        yield cluster.scheduler_address
+
+
+def require_cluster(name: str) -> None:
+    """Check what `named_scheduler` needs on this machine, without starting anything.
+
+    Parameters
+    ----------
+    name : str
+        One of `CLUSTERS`.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, its package is not installed, the configuration of jobs is incomplete, or the
+        command that submits jobs is missing. Whether Kubernetes can be reached shows when the cluster is started.
+    """
+    make = _cluster_class(name)
+    if name == "kubernetes":
+        return
+    with _configuration_errors(name):
+        # A cluster makes such a job before it starts anything: an incomplete configuration is refused.
+        job = make.job_cls("tcp://scheduler:8786", name="check")
+    command = shlex.split(job.submit_command)[0]
+    if shutil.which(command) is None:
+        raise InputError(
+            f"--cluster {name} requires the command {command}, which is not on this machine",
+            where=f"--cluster {name}",
+            why="jobs are submitted from the machine on which natgrad runs",
+            remedy="run natgrad on a login node of the cluster, or add the command to PATH",
+        )
+
+
+def _cluster_class(name: str) -> Any:
     if name not in CLUSTERS:
         raise InputError(
             f"unknown cluster {name!r}", where="--cluster", remedy=f"choose one of: {', '.join(CLUSTERS)}"
@@ -110,16 +161,20 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
     module, kind = CLUSTERS[name]
     extra = "kubernetes" if name == "kubernetes" else "batch"
     try:
-        make = getattr(importlib.import_module(module), kind)
+        return getattr(importlib.import_module(module), kind)
     except ImportError as error:
         raise InputError(
             f"--cluster {name} requires a package that is not installed: {error}",
             where="--cluster",
             remedy=f"pip install 'natgrad-pipeline[{extra}]'",
         ) from error
+
+
+@contextmanager
+def _configuration_errors(name: str) -> Iterator[None]:
     section = "kubernetes" if name == "kubernetes" else f"jobqueue.{name}"
     try:
-        made = make(**_pod_options() if name == "kubernetes" else job_options(name))
+        yield
     except Exception as error:  # batch systems and Kubernetes share no class of errors
         raise InputError(
             f"the cluster cannot be started: {error}",
@@ -127,11 +182,6 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
             why=f"the section {section} of Dask's configuration is incomplete, or {name} cannot be reached",
             remedy=f"see docs/howto/cluster.md for the section {section}",
         ) from error
-    with made as cluster:
-        if name != "kubernetes":  # the operator of Kubernetes replaces pods
-            _replace_lost_jobs(cluster, workers)
-        cluster.scale(workers)
-        yield cluster.scheduler_address
 
 
 def _replace_lost_jobs(cluster: Any, workers: int) -> None:
@@ -217,13 +267,14 @@ def memory_bytes(amount: str) -> int:
     try:
         # Dask parses "MiB" without a number as one MiB, and the empty string as one byte.
         parsed = int(parse_bytes(amount)) if any(map(str.isdigit, amount)) else 0
-        if parsed < 1:
-            raise ValueError("it is less than one byte")
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError):
+        parsed = 0
+    if parsed < 1:
         raise InputError(
             f"{amount!r} is not an amount of memory",
-            where="--memory-limit",
-            why=str(error),
-            remedy="use a form such as 512MiB or 2GB",
-        ) from error
+            where="option memory_limit",
+            why="an amount is a number of bytes, or a number and a unit (kB, MB, GB, KiB, MiB, GiB), and at least "
+            "one byte",
+            remedy="give, for example, --memory-limit 512MiB or --memory-limit 2GB",
+        )
     return parsed

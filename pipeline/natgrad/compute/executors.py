@@ -24,7 +24,16 @@ from natgrad.compute.tasks import Finished, Job, Segments, compute_chunk, tile_s
 from natgrad.schema.errors import Unavailable
 from natgrad.schema.layout import LedgerChunk
 
-__all__ = ["Digests", "Executor", "existing_cluster", "local", "named_cluster", "serial", "threads"]
+__all__ = [
+    "Digests",
+    "Executor",
+    "existing_cluster",
+    "local",
+    "named_cluster",
+    "require_scheduler",
+    "serial",
+    "threads",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -158,20 +167,10 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
         if not items:  # there is no need to wait for a scheduler
             return
-        from distributed import CancelledError, Client, KilledWorker
-        from distributed.comm.addressing import get_address_host_port
+        from distributed import CancelledError, KilledWorker
         from distributed.comm.core import CommClosedError
 
-        try:
-            _wait_for_port(*get_address_host_port(address), connect_seconds)
-            client = Client(address, timeout=connect_seconds, set_as_default=False)
-        except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without certificates
-            raise Unavailable(
-                f"the Dask scheduler does not answer: {getattr(error, 'strerror', None) or error}",
-                where=address,
-                why="it is not running, the address is wrong, or it requires TLS",
-                remedy="start a scheduler (dask scheduler) and pass its address, or omit --scheduler",
-            ) from error
+        client = _connected(address, connect_seconds)
         finished = 0
 
         def resuming() -> str:
@@ -199,6 +198,28 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
             ) from error
 
     return run
+
+
+def require_scheduler(address: str, *, connect_seconds: float = 10.0) -> None:
+    """Check that a Dask scheduler answers (Unavailable if it does not); see `existing_cluster`."""
+    _connected(address, connect_seconds).close()
+
+
+def _connected(address: str, connect_seconds: float) -> Any:
+    """Return a client of the scheduler at an address."""
+    from distributed import Client
+    from distributed.comm.addressing import get_address_host_port
+
+    try:
+        _wait_for_port(*get_address_host_port(address), connect_seconds)
+        return Client(address, timeout=connect_seconds, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without certificates
+        raise Unavailable(
+            f"the Dask scheduler does not answer: {getattr(error, 'strerror', None) or error}",
+            where=address,
+            why="it is not running, the address is wrong, or it requires TLS",
+            remedy="start a scheduler (dask scheduler) and pass its address, or omit --scheduler",
+        ) from error
 
 
 def _wait_for_port(host: str, port: int, seconds: float) -> None:

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.compute.executors import Executor, serial
-from natgrad.compute.plan import PassPlan, PlanLimits, WorkItem, plan_pass
+from natgrad.compute.plan import PassPlan, PlanLimits, WorkItem, plan_shape
 from natgrad.compute.tasks import Computed, Job
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import storage_dtype
-from natgrad.schema.names import HVP, STEP, ledger_vectors
+from natgrad.schema.layout import TrajectoryShape
+from natgrad.schema.names import STEP
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
 
-__all__ = ["PassSummary", "compute_ledger"]
+__all__ = ["PassSummary", "compute_ledger", "plan_ledger"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,29 +96,15 @@ def compute_ledger(
             why="all tensors are empty",
             remedy="log at least one element",
         )
-    allows_partial_reads = all(map(states.allows_partial_reads, states.logged))
-    vectors = ledger_vectors(HVP in states.dtypes)
-    plan = plan_pass(
-        states=states.n_states,
-        elements=states.layout.elements,
-        chunk=states.chunk,
-        itemsizes=[storage_dtype(states.dtypes[name]).itemsize for name in states.logged],
-        tensors=len(states.layout.tensors),
-        vectors=len(vectors),
-        replicate_vectors=len(states.replicate_vectors),
-        memory_limit=memory_limit,
-        updates_per_chunk=_updates_per_chunk(ledger, states, vectors),
-        complete_chunks=not allows_partial_reads,
-        library_bytes=limits.icechunk_bytes if states.storage.keeps_versions else 0,
-        limits=limits,
-    )
+    shape = states.shape
+    plan = plan_ledger(shape, ledger, memory_limit=memory_limit, limits=limits)
     _log.info("%s", plan)
-    job = Job.of(states.storage, ledger, plan, limits, compiled=allows_partial_reads and not states.replicates)
+    job = Job.of(states.storage, ledger, plan, limits, compiled=shape.partial_reads and not states.replicates)
     items = list(plan.work_items())
     with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as background:
         new = not Ledger.is_current(ledger)
         # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
-        preparing = background.submit(_prepare, ledger, states, vectors, plan.updates_per_chunk, items)
+        preparing = background.submit(_prepare, ledger, states, shape.vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:
@@ -175,14 +161,32 @@ def _prepare(
     return _Prepared(ledger, missing, {item.chunk.start: digests[item.chunk] for item in items}, steps)
 
 
-def _updates_per_chunk(ledger: Storage, states: Trajectory, vectors: tuple[str, ...]) -> int | None:
-    """Return the updates of a chunk of an existing ledger, if it belongs to this trajectory and can grow."""
-    if not Ledger.is_current(ledger):
-        return None
-    found = Ledger(ledger)
-    same = (found.layout, found.vectors, found.replicate_vectors) == (
-        states.layout,
-        vectors,
-        states.replicate_vectors,
-    )
-    return found.updates_per_chunk if same else None
+def plan_ledger(
+    shape: TrajectoryShape,
+    ledger: Storage,
+    *,
+    memory_limit: int | None = None,
+    limits: PlanLimits = PlanLimits(),
+) -> PassPlan:
+    """Plan the pass over a trajectory that is stored, or will be stored.
+
+    Parameters
+    ----------
+    shape : TrajectoryShape
+    ledger : Storage
+        An existing ledger of this trajectory keeps its chunks.
+    memory_limit, limits
+        See `compute_ledger`.
+
+    Raises
+    ------
+    InputError
+        If the projected memory exceeds the limit, or the location of the ledger contains something else.
+    """
+    updates_per_chunk = None
+    if Ledger.is_current(ledger):
+        found = Ledger(ledger)
+        same = (shape.layout, shape.vectors, shape.replicate_vectors)
+        if (found.layout, found.vectors, found.replicate_vectors) == same:
+            updates_per_chunk = found.updates_per_chunk
+    return plan_shape(shape, memory_limit=memory_limit, updates_per_chunk=updates_per_chunk, limits=limits)

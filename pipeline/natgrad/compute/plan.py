@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import MEBIBYTE, LedgerChunk, room_to_grow
+from natgrad.schema.layout import MEBIBYTE, LedgerChunk, TrajectoryShape, room_to_grow
 
-__all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "plan_pass", "read_blocks"]
+__all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "plan_pass", "plan_shape", "read_blocks"]
 
 
 @dataclass(frozen=True)
@@ -305,6 +305,30 @@ def plan_pass(
         read_bytes=(states * state_bytes + halo) if updates else 0,
         halo_bytes=halo,
         projected_bytes=projected,
+    )
+
+
+def plan_shape(
+    shape: TrajectoryShape,
+    *,
+    memory_limit: int | None = None,
+    updates_per_chunk: int | None = None,
+    limits: PlanLimits = PlanLimits(),
+) -> PassPlan:
+    """Plan the pass over a trajectory that is stored, or that an ingest will store; see `plan_pass`."""
+    return plan_pass(
+        states=shape.states,
+        elements=shape.layout.elements,
+        chunk=shape.chunk,
+        itemsizes=shape.itemsizes,
+        tensors=len(shape.layout.tensors),
+        vectors=len(shape.vectors),
+        replicate_vectors=len(shape.replicate_vectors),
+        memory_limit=memory_limit,
+        updates_per_chunk=updates_per_chunk,
+        complete_chunks=not shape.partial_reads,
+        library_bytes=limits.icechunk_bytes if shape.keeps_versions else 0,
+        limits=limits,
     )
 
 

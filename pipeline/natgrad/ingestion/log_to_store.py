@@ -23,7 +23,7 @@ from natgrad.ingestion.read_options import ReadOptions
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.ingestion.waiting import StepWait
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import IngestLimits, Layout, chunk_shape
+from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, chunk_shape
 from natgrad.schema.names import (
     ATTEMPT,
     METRIC_EIGENVALUES,
@@ -110,6 +110,7 @@ def ingest(
     include: Sequence[str] = (),
     limits: IngestLimits = IngestLimits(),
     check: Callable[[Extent], None] | None = None,
+    check_shape: Callable[[TrajectoryShape], None] | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read the steps of a training log that are not in the trajectory yet.
@@ -143,6 +144,9 @@ def ingest(
     check : callable, optional
         Called with the future extent of the trajectory, after the steps are listed and before anything is stored.
         It may raise an InputError to reject the ingest.
+    check_shape : callable, optional
+        Called with the future shape of the trajectory if there are new steps, after they are described and before
+        anything is stored. It may raise an InputError, too.
     progress : callable, optional
         Called with the number of steps done and the total number of steps.
 
@@ -176,6 +180,7 @@ def ingest(
                 include=include,
                 limits=limits,
                 check=check,
+                check_shape=check_shape,
                 progress=progress,
                 stored=stored,
             )
@@ -205,6 +210,7 @@ def _ingest(
     include: Sequence[str],
     limits: IngestLimits,
     check: Callable[[Extent], None] | None,
+    check_shape: Callable[[TrajectoryShape], None] | None,
     progress: Progress | None,
     stored: list[int],
 ) -> IngestSummary:
@@ -241,6 +247,8 @@ def _ingest(
             warnings += [misaligned] if misaligned else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
+            if check_shape is not None:
+                check_shape(_future_shape(store, trajectory, contents, len(new), limits))
             trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, options, limits)
             writer = Writer(log, trajectory, contents, warnings, limits)
             try:
@@ -255,7 +263,7 @@ def _ingest(
                 "no step is finished yet",
                 where=str(log.location),
                 why="the training run is still writing its first step",
-                remedy="run again later, or with --follow",
+                remedy="run again later; natgrad process and ingest wait for it with --follow",
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
@@ -278,6 +286,33 @@ def _ingest(
     )
 
 
+def _future_shape(
+    store: Storage,
+    trajectory: Trajectory | None,
+    contents: Mapping[LoggedStep, StepContent],
+    new: int,
+    limits: IngestLimits,
+) -> TrajectoryShape:
+    """Return the shape that the trajectory will have once ``new`` states are written."""
+    if trajectory is not None:
+        return replace(trajectory.shape, states=trajectory.n_states + new)
+    content = next(iter(contents.values()))
+    layout = _layout(content)
+    return TrajectoryShape(
+        states=new,
+        layout=layout,
+        chunk=chunk_shape(len(contents), layout.elements, content.replicates, limits),
+        dtypes=stored_dtypes(contents.values()),
+        replicates=content.replicates,
+        partial_reads=store.local_path is not None,
+        keeps_versions=store.keeps_versions,
+    )
+
+
+def _layout(content: StepContent) -> Layout:
+    return Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
+
+
 def _matching_trajectory(
     store: Storage,
     trajectory: Trajectory | None,
@@ -290,7 +325,7 @@ def _matching_trajectory(
     """Return the trajectory to which these steps are appended, or a new one with a suitable layout."""
     content = contents[first]
     dtypes = stored_dtypes(contents.values())
-    layout = Layout.from_shapes({name: (t.shape, t.dtype) for name, t in content.arrays["parameter"].items()})
+    layout = _layout(content)
     if trajectory is None:
         chunk = chunk_shape(len(contents), layout.elements, content.replicates, limits)
         logged_scalars = {name for content in contents.values() for name in content.numbers}

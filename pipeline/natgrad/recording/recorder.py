@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
+from natgrad.schema.arguments import number, real_array, shown
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_HVP, REPLICATE_LOSS, REPLICATE_PARAMETER, SCALARS
@@ -36,6 +37,36 @@ _WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays], None], frozenset[str]]] 
 
 CONTAINERS = tuple(_WRITERS)
 """Containers of a step, which are the suffixes of ``step_<N>.<container>``."""
+
+
+def _mapping(path: Path, what: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(
+            f"{what} must be a mapping, got {shown(value)}",
+            where=str(path),
+            remedy="pass a dictionary, for example {'weight': array}",
+        )
+    return value
+
+
+def _array(where: str, value: Any) -> NDArray[Any]:
+    """Return an array in C order, because safetensors writes the memory of an array as it is."""
+    try:
+        return np.asarray(value, order="C")
+    except Exception as error:  # the conversion of a foreign array may raise anything
+        raise InputError(
+            f"{shown(value)} cannot be converted to an array: {error}",
+            where=where,
+            why="it is not an array, its rows differ in length, or it is not in the memory of the host",
+            remedy="pass a NumPy array",
+        ) from error
+
+
+def _numbers(path: Path, what: str, value: Any) -> NDArray[np.float64]:
+    try:
+        return real_array(value)
+    except ValueError as error:
+        raise InputError(f"{what} {error}", where=str(path), remedy="record a float") from error
 
 
 class Recorder:
@@ -78,8 +109,15 @@ class Recorder:
     """
 
     def __init__(self, folder: str | Path, container: str = "safetensors", *, resume: bool = False) -> None:
-        if container not in _WRITERS:
-            raise InputError(f"unknown container {container!r}", remedy=f"choose one of {', '.join(CONTAINERS)}")
+        path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise InputError(f"the folder must be a path, got {shown(folder)}", remedy="give the folder of the run")
+        if not isinstance(container, str) or container not in CONTAINERS:
+            raise InputError(
+                f"unknown container {shown(container)}", remedy=f"choose one of {', '.join(CONTAINERS)}"
+            )
+        if not isinstance(resume, bool):
+            raise InputError(f"resume must be True or False, got {shown(resume)}", remedy="pass resume=True")
         self.folder, self.container = Path(folder), container
         present = {path.suffix.removeprefix(".") for path in self.folder.glob("step_*")} & set(CONTAINERS)
         if present - {container} or (present and not resume):
@@ -89,7 +127,14 @@ class Recorder:
                 why="another run was logged there, and two runs in one folder would be read as one run",
                 remedy="use an empty folder, or resume the run (resume=True) in the container of its first steps",
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(
+                f"the folder cannot be created: {error.strerror}",
+                where=str(self.folder),
+                remedy="use another folder",
+            ) from error
 
     def __repr__(self) -> str:
         return f"Recorder({str(self.folder)!r}, {self.container!r})"
@@ -143,16 +188,18 @@ class Recorder:
             If the step is negative, there is no tensor, names, shapes or numbers of replicates differ, a dtype
             cannot be stored, or a scalar is unknown.
         """
-        if step < 0:
-            raise InputError(f"step {step} is negative", where=str(self.folder), remedy="count updates from 0")
+        try:
+            step = number(step, int, minimum=0)
+        except ValueError as error:
+            raise InputError(
+                f"the step {error}", where=str(self.folder), remedy="count updates from 0: record(0, ...)"
+            ) from error
         path = self.folder / f"step_{step}.{self.container}"
         arrays = self._arrays(path, "parameter", parameter)
         if not arrays:
             raise InputError("no parameters in this step", where=str(path), remedy="record at least one tensor")
         shapes = {key.partition("/")[2]: array.shape for key, array in arrays.items()}
-        for state, tensors in (("gradient", gradient), ("hvp", hvp)):
-            if tensors is None:
-                continue
+        for state, tensors in {"gradient": gradient, **({} if hvp is None else {"hvp": hvp})}.items():
             others = self._arrays(path, state, tensors)
             found = {key.partition("/")[2]: array.shape for key, array in others.items()}
             if found != shapes:
@@ -176,15 +223,14 @@ class Recorder:
 
     def _arrays(self, path: Path, state: str, tensors: Mapping[str, ArrayLike]) -> Arrays:
         arrays = {}
-        for name, value in tensors.items():
-            # safetensors writes the memory of an array as it is, so it must be in C order.
-            array = np.asarray(value, order="C")
+        for name, value in _mapping(path, state, tensors).items():
+            array = _array(f"{path}, {state} of tensor {shown(name)}", value)
             dtype = array.dtype.name
-            if not name or dtype not in STORAGE_DTYPES or dtype in _WRITERS[self.container][1]:
-                possible = [known for known in STORAGE_DTYPES if known not in _WRITERS[self.container][1]]
+            possible = [known for known in STORAGE_DTYPES if known not in _WRITERS[self.container][1]]
+            if not isinstance(name, str) or not name or dtype not in possible:
                 raise InputError(
-                    f"{state} {name!r} of dtype {dtype} cannot be recorded in {self.container}",
-                    where=f"{path}, {state} of tensor {name!r}",
+                    f"{state} {shown(name)} of dtype {dtype} cannot be recorded in {self.container}",
+                    where=f"{path}, {state} of tensor {shown(name)}",
                     remedy=f"use a name that is not empty and one of the dtypes {', '.join(possible)}",
                 )
             arrays[f"{state}/{name}"] = array
@@ -194,14 +240,15 @@ class Recorder:
         self, path: Path, replicates: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     ) -> Arrays:
         names = {"parameter": REPLICATE_PARAMETER, "hvp": REPLICATE_HVP}
+        replicates = _mapping(path, "replicates", replicates)
         if not {"parameter"} <= set(replicates) <= {*names, "loss"}:
             raise InputError(
-                f"invalid replicates: {', '.join(replicates) or 'none'}",
+                f"invalid replicates: {', '.join(map(str, replicates)) or 'none'}",
                 where=str(path),
                 remedy="record replicates of parameter, and optionally of hvp and loss",
             )
         arrays: Arrays = {}
-        losses = [np.asarray(replicates["loss"], dtype=np.float64)] if "loss" in replicates else []
+        losses = [_numbers(path, "loss of replicates", replicates["loss"])] if "loss" in replicates else []
         for kind, array in names.items():
             arrays |= self._arrays(path, array, replicates.get(kind, {}))
         counts = {array.shape[:1] for array in (*arrays.values(), *losses)}
@@ -223,7 +270,7 @@ class Recorder:
         return {**arrays, **({REPLICATE_LOSS: losses[0]} if losses else {})}
 
     def _scalar(self, path: Path, name: str, value: float) -> NDArray[np.float64]:
-        array = np.asarray(value, dtype=np.float64)
+        array = _numbers(path, name, value)
         if array.size != 1:
             raise InputError(
                 f"{name} has shape {array.shape}, but it must be one number",

@@ -5,6 +5,8 @@ runs: one with two parameters and a quadratic loss (Figures 1 and 2), and one fo
 additional runs that start at the same state as the first but have other learning rates, it draws the convergence of
 the discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories
 and results.
+
+No other module imports this one: it is a program of its own, and `natgrad report` draws Figure 3 alone.
 """
 
 from __future__ import annotations

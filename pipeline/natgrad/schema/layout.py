@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_STATES, STATES, ledger_vectors, replicate_vectors
+
 __all__ = [
     "LAYOUT_VERSION",
     "MEBIBYTE",
@@ -19,6 +21,7 @@ __all__ = [
     "Layout",
     "LedgerChunk",
     "Tensor",
+    "TrajectoryShape",
     "chunk_shape",
     "promote",
     "room_to_grow",
@@ -218,6 +221,56 @@ class LedgerChunk:
 
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class TrajectoryShape:
+    """Properties of a trajectory that determine the plan of a pass. The trajectory may not be stored yet.
+
+    Attributes
+    ----------
+    states : int
+        Number of logged states.
+    layout : Layout
+    chunk : (int, int)
+        Steps and elements of a chunk.
+    dtypes : mapping
+        Logical dtype of each array of states.
+    replicates : int
+        Number of replicates, 0 if there are none.
+    partial_reads : bool
+        Whether parts of a chunk can be read, because chunks are uncompressed local files.
+    keeps_versions : bool
+        Whether an Icechunk repository contains the trajectory.
+    """
+
+    states: int
+    layout: Layout
+    chunk: tuple[int, int]
+    dtypes: Mapping[str, str]
+    replicates: int
+    partial_reads: bool
+    keeps_versions: bool
+
+    @property
+    def itemsizes(self) -> list[int]:
+        """Bytes of an element of each array (step, element) that the pass reads."""
+        return [
+            storage_dtype(self.dtypes[name]).itemsize
+            for name in (*STATES, *REPLICATE_STATES)
+            if name in self.dtypes
+            for _ in range(self.replicates if name in REPLICATE_STATES else 1)
+        ]
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Vectors of the Gram matrix."""
+        return ledger_vectors(HVP in self.dtypes)
+
+    @property
+    def replicate_vectors(self) -> tuple[str, ...]:
+        """Vectors of the Gram matrix of the replicates; empty without replicates."""
+        return replicate_vectors(self.replicates, REPLICATE_HVP in self.dtypes)
 
 
 def chunk_shape(

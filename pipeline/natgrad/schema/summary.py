@@ -7,7 +7,7 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
-__all__ = ["Summary", "summary_lines"]
+__all__ = ["Summary", "summary_html", "summary_lines"]
 
 _LONGEST_INLINE = 60
 """Largest number of characters of an inline entry of a mapping. A longer entry gets its own line."""
@@ -28,12 +28,23 @@ class Summary:
 
     def _repr_html_(self) -> str:
         """Return the table that a notebook shows."""
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(_label(name))}</th>"
-            f"<td style='text-align:left;white-space:pre-wrap'>{escape(_inline(name, value))}</td></tr>"
-            for name, value in self.to_json().items()
-        )
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+        return summary_html(type(self).__name__, self.to_json())
+
+
+def summary_html(title: str, values: Mapping[str, Any]) -> str:
+    """Return an HTML table with one row per value. All texts are escaped, because they may come from a log."""
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{escape(_label(name))}</th>"
+        f"<td style='text-align:left;white-space:pre-wrap'>{_cell(name, value)}</td></tr>"
+        for name, value in values.items()
+    )
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"
+
+
+def _cell(name: str, value: Any) -> str:
+    text = escape(_inline(name, value))
+    # A notebook resolves a relative path against its own folder, as Python does.
+    return f"<a href='{text}' target='_blank'>{text}</a>" if name == "report" else text
 
 
 def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None = None) -> Iterator[str]:

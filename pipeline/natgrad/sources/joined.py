@@ -110,7 +110,7 @@ class JoinedSource:
                 "the log of scalars has no steps yet",
                 where=", ".join(str(part.source.location) for part in self._parts),
                 why="it is still being written",
-                remedy="run again later, or with --follow",
+                remedy="run again later; natgrad process and ingest wait for it with --follow",
             )
         self._steps = {
             number: tuple((part, steps[number]) for part, steps in listed if number in steps)

@@ -71,7 +71,8 @@ def open_source(
             "no step files in this folder yet",
             where=str(location),
             why=f"it contains only the scalars in {source.location}",
-            remedy="run again later, or use --follow; or give the log with the tensors as an additional SOURCE",
+            remedy="run again later (natgrad process and ingest wait for it with --follow), or give the log with "
+            "the tensors as an additional SOURCE",
         )
     return _joined([source], [shift])
 

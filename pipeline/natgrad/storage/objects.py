@@ -127,6 +127,8 @@ class ObjectStorage(Storage):
         )
 
         def widen() -> None:
+            # The method is private, but a file of fsspec passes it to its own cache, and there is no other way to
+            # change the size of blocks without another request for the size of the object.
             file.cache = BlockCache(_BLOCK_BYTES, file._fetch_range, file.size, maxblocks=_BLOCKS)
 
         return StoredFile(file, file.size, widen)

@@ -7,6 +7,7 @@ passed down. Another kind of storage is one subclass of `natgrad.storage.Storage
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -102,7 +103,7 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
     Raises
     ------
     InputError
-        If the location cannot be opened, OUT has another kind, or the version does not exist.
+        If the location cannot be opened, OUT is a file or has another kind, or the version does not exist.
     """
     if kind is not None and kind not in KINDS:
         raise InputError(
@@ -113,6 +114,8 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
         return storage
     plain = storage.unversioned()
     with network_errors(plain):
+        if plain.local_path is not None:
+            _require_folder(plain.local_path, "OUT")
         if plain.holds_versions(kind):
             return _open_repository(plain, version)
     if version is not None:
@@ -164,7 +167,7 @@ def open_all(locations: Location | Sequence[Location]) -> list[Storage]:
 
 
 def require_local(location: Location, what: str) -> Path:
-    """Return the path of a location on this machine.
+    """Return the path of a folder on this machine, which may not exist yet.
 
     Parameters
     ----------
@@ -175,7 +178,7 @@ def require_local(location: Location, what: str) -> Path:
     Raises
     ------
     InputError
-        If the location is not on this machine.
+        If the location is not on this machine, or is a file.
     """
     storage = open_storage(location)
     if storage.local_path is None:
@@ -185,4 +188,17 @@ def require_local(location: Location, what: str) -> Path:
             why="finding and locking many runs needs features that object stores do not have",
             remedy="give a folder, or process each run separately: natgrad process SOURCE OUT, which accepts URLs",
         )
+    _require_folder(storage.local_path, what)
     return storage.local_path
+
+
+def _require_folder(path: Path, what: str) -> None:
+    """Raise InputError if the path, or the nearest of its parents that exists, is not a folder."""
+    found = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+    if found is not None and not found.is_dir():
+        raise InputError(
+            f"{what} must be a folder, but {'it' if found == path else found} is not one",
+            where=str(path),
+            why="a file or a broken link has this name",
+            remedy="choose another folder, or remove what is there",
+        )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout, LedgerChunk
 from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_REPLICATE_VECTOR, WITH_VECTOR
+from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
 from natgrad.store.group import (
     SCALAR_CHUNK,
@@ -94,6 +95,25 @@ class Ledger:
     def __repr__(self) -> str:
         return f"<Ledger {self.storage}: {self.n_updates} updates of {len(self.layout.tensors)} tensors>"
 
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that describe the ledger: updates, vectors and chunks."""
+        steps, _ = self.steps()
+        return {
+            "ledger": str(self.storage),
+            "updates": self.n_updates,
+            "first_step": int(steps.min()) if len(steps) else None,
+            "last_step": int(steps.max()) if len(steps) else None,
+            "tensors": len(self.layout.tensors),
+            "elements": self.layout.elements,
+            "vectors": list(self.vectors),
+            **({"replicate_vectors": list(self.replicate_vectors)} if self.replicate_vectors else {}),
+            "chunks": -(-self.n_updates // self.updates_per_chunk),
+        }
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows."""
+        return summary_html("Ledger", self.describe())
+
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
         """Content of each array of names."""
@@ -157,7 +177,7 @@ class Ledger:
             described = ("layout", "vectors", "updates_per_chunk", "replicate_vectors")
             if {key: attributes[key] for key in described if key in attributes} == wanted:
                 ledger = cls(storage)
-                ledger._resize(steps, spans)
+                ledger._resize(steps, spans)  # a method of this class, which readers of a ledger must not call
                 return ledger
         cls._create(storage, wanted, layout, vectors, steps, spans, updates_per_chunk, replicate_vectors)
         return cls(storage)

@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.schema.layout import Layout, LedgerChunk
+from natgrad.schema.layout import Layout, LedgerChunk, TrajectoryShape
 from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
     REPLICATE,
-    REPLICATE_HVP,
     REPLICATE_LOSS,
     REPLICATE_STATES,
     RUN,
@@ -41,8 +40,8 @@ from natgrad.schema.names import (
     STEP,
     TENSOR,
     USUAL_SCALARS,
-    replicate_vectors,
 )
+from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
 from natgrad.store.group import (
     SCALAR_CHUNK,
@@ -225,7 +224,42 @@ class Trajectory(States):
     @property
     def replicate_vectors(self) -> tuple[str, ...]:
         """Vectors of the Gram matrix of the replicates; empty without replicates."""
-        return replicate_vectors(self.replicates, REPLICATE_HVP in self.array_dtypes)
+        return self.shape.replicate_vectors
+
+    @property
+    def shape(self) -> TrajectoryShape:
+        """Properties that determine the plan of a pass."""
+        return TrajectoryShape(
+            states=self.n_states,
+            layout=self.layout,
+            chunk=self.chunk,
+            dtypes=self.array_dtypes,
+            replicates=self.replicates,
+            partial_reads=all(map(self.allows_partial_reads, self.logged)),
+            keeps_versions=self.storage.keeps_versions,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that describe the trajectory: steps, model and options of the log."""
+        steps = self.scalar(STEP)[self.current()]
+        return {
+            "trajectory": str(self.storage),
+            "source": self.source,
+            "steps": len(steps),
+            "first_step": int(steps.min()) if self.n_states else None,
+            "last_step": int(steps.max()) if self.n_states else None,
+            "attempts": int(self.scalar(ATTEMPT).max(initial=0)) + 1,
+            **({"runs": len(self.runs)} if self.sweep else {}),
+            "elements": self.layout.elements,
+            "dtypes": self.array_dtypes,
+            **({"replicates": self.replicates} if self.replicates else {}),
+            **{name: value for name, value in (self.read_options or {}).items() if value and name != "several"},
+            "tensors": {tensor.name: list(tensor.shape) for tensor in self.layout.tensors},
+        }
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows."""
+        return summary_html("Trajectory", self.describe() | {"tensors": len(self.layout.tensors)})
 
     # Numbers ------------------------------------------------------------------------------------------------
 

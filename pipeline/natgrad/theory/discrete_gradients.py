@@ -1,5 +1,8 @@
 """Compute discrete gradients of an objective function, for models with few parameters (section 2.2).
 
+No other module uses these functions. They are for users who have the objective as a function, and they reproduce
+what the paper says about the choice of a discrete gradient.
+
 The ledger has the loss only at the states of a run, which `natgrad.theory.discrete_time` uses. This module
 evaluates the objective as a function to compute the discrete gradients of the literature. Each is a vector with
 ``(theta1 - theta0).result = L(theta1) - L(theta0)`` that converges to the gradient as theta1 -> theta0 (eq. 12)::

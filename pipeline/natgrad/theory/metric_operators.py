@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from natgrad.schema.arguments import number, real_array
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
 from natgrad.theory import discrete_time, geometry
@@ -153,18 +154,21 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         directions: ArrayLike | None = None,
         weights: ArrayLike | None = None,
     ) -> None:
-        y, g = np.asarray(y, dtype=np.float64), np.asarray(g, dtype=np.float64)
+        y, g = _array("y", y), _array("g", g)
         if y.ndim != 1:
             raise InputError(
                 f"a metric requires two vectors, got shape {y.shape}", remedy="create one metric for each step"
             )
         if gamma is not None and alpha is not None:
             raise InputError(f"gamma = {gamma} and alpha = {alpha} exclude each other", remedy="pass one of them")
+        gamma, alpha = _weight("gamma", gamma), _weight("alpha", alpha)
+        directions = None if directions is None else _array("directions", directions)
+        weights = None if weights is None else _array("weights", weights)
         self.pair = effective_pair(y, g)
         optimum = float(geometry.eigenvalue_bounds(self.pair)[0])
         if alpha is None:
             alpha = optimum * gamma if gamma is not None else (optimum if directions is None else 0.0)
-        self.alpha = float(alpha)
+        self.alpha = alpha
         self._gamma = self.alpha / optimum if directions is None else None
         super().__init__(np.float64, (len(g), len(g)))
         unit, across = g / self.pair.update_norm, _across(y, g)
@@ -260,7 +264,7 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     # In the basis M is a block, and on its complement a scalar -----------------------------------------------
 
     def _act(self, x: ArrayLike, block: Callable[[Array], Array], complement: float) -> Array:
-        x = np.asarray(x, dtype=np.float64)
+        x = _array("x", x)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
             raise InputError(
                 f"a metric with D = {self.shape[0]} cannot act on shape {x.shape}",
@@ -287,6 +291,20 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     def _complement_inverse(self) -> float:
         # Without alpha, the directions span the complement of g, so that the basis has no complement.
         return 1.0 / self.alpha if self.alpha else 0.0
+
+
+def _array(name: str, value: ArrayLike) -> Array:
+    try:
+        return real_array(value)
+    except ValueError as error:
+        raise InputError(f"{name} {error}", where="Metric", remedy="pass an array of floats") from error
+
+
+def _weight(name: str, value: float | None) -> float | None:
+    try:
+        return None if value is None else float(number(value, float))
+    except ValueError as error:
+        raise InputError(f"{name} {error}", where="Metric", remedy="pass a float, or omit it") from error
 
 
 def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike | None) -> tuple[Array, Array]:

@@ -225,8 +225,8 @@ class _Machine:
     def _appends(self, _: None) -> None:
         self._extend(self._pop_mark())
 
-    def _additems(self, _: None) -> None:
-        self._extend(self._pop_mark())
+    # A set is rebuilt as a list.
+    _additems = _appends
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]

@@ -1,0 +1,89 @@
+"""Define the public functions that open the stores of a run.
+
+They have a module of their own, because the return type of `open_results` requires xarray, which `natgrad.inspect`
+and `natgrad.verify` do not load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, Unpack
+
+import xarray as xr
+
+from natgrad.app import options
+from natgrad.app.folder import RunFolder
+from natgrad.results import dataset
+from natgrad.storage import network_errors
+from natgrad.store import Ledger, Trajectory
+
+__all__ = ["open_ledger", "open_results", "open_trajectory"]
+
+T = TypeVar("T")
+
+
+@options.with_options(options.VersionOptions)
+def open_results(out: options.Out, **values: Unpack[options.VersionOptions]) -> xr.DataTree:
+    """Open the labelled results of a run.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    xarray.DataTree
+        Groups ``/model`` and ``/tensor``, and ``/replicates`` if the log has replicates of a stochastic rule.
+
+    Raises
+    ------
+    InputError
+        If there are no results.
+    """
+    return _opened(out, values, lambda folder: dataset.read(folder.results))
+
+
+@options.with_options(options.VersionOptions)
+def open_trajectory(out: options.Out, **values: Unpack[options.VersionOptions]) -> Trajectory:
+    """Open the trajectory of a run, which contains its logged states.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    Trajectory
+
+    Raises
+    ------
+    InputError
+        If there is no trajectory.
+    """
+    return _opened(out, values, lambda folder: Trajectory(folder.trajectory))
+
+
+@options.with_options(options.VersionOptions)
+def open_ledger(out: options.Out, **values: Unpack[options.VersionOptions]) -> Ledger:
+    """Open the ledger of a run, which contains the Gram matrices of its updates.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    Ledger
+
+    Raises
+    ------
+    InputError
+        If there is no ledger.
+    """
+    return _opened(out, values, lambda folder: Ledger(folder.ledger))
+
+
+def _opened(out: options.Out, values: options.VersionOptions, store: Callable[[RunFolder], T]) -> T:
+    folder = RunFolder.of(out, version=values["version"])
+    with network_errors(folder.storage):
+        return store(folder)
