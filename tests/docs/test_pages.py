@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import xarray as xr
 
 import natgrad
 from pages import ROOT, blocks, run_page
@@ -43,7 +42,7 @@ def test_the_guide_to_hugging_face_trains_and_processes_a_model(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "huggingface.md"
     assert run_page(page) == blocks(page) == 6
-    model = xr.open_datatree("runs/adam/results.zarr")["model"].sel(descent="gradient", window=1)
+    model = natgrad.open_results("runs/adam")["model"].sel(descent="gradient", window=1)
     assert model["step"].values.tolist() == [1, 2, 3]
     assert np.isfinite(model["angle"]).all()
     assert np.isfinite(model["preconditioner_condition_number"]).all()

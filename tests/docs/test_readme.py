@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import xarray as xr
-
+import natgrad
 from pages import ROOT, blocks, run_page
 
 
@@ -13,7 +12,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "100% of the updates descend" in printed
     assert "the hardest step to explain is 17" in printed
-    assert xr.open_datatree("runs/quadratic/results.zarr")["model"].sizes["step"] == 20
+    assert natgrad.open_results("runs/quadratic")["model"].sizes["step"] == 20
     assert (Path("runs/quadratic") / "report.html").is_file()
 
 
