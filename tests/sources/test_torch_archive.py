@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from damage import Payload, changes, damage, reads_only
 from lazy import Lazy
 from natgrad.schema.errors import InputError
+from natgrad.sources.bounds import Budget
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.torch_archive import TORCH_DTYPES, TorchFile
 from natgrad.sources.completion import complete
@@ -513,6 +514,10 @@ def loaded(data, **tables):
     return pickle_data.load(data, functions=tables.get("functions", {}), values=tables.get("values", {}))
 
 
+def leaves(tree):
+    return list(pickle_data.flatten(tree, Budget(1000)))
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: (
@@ -582,14 +587,14 @@ def test_the_memory_of_a_pickle_is_bounded_by_its_size(body):
 
 @pytest.mark.parametrize("body", [nested(60), b"\x80\x02]q\x00h\x00a.", b"\x80\x02" + b"]" * 99 + b"a" * 98 + b"."])
 def test_an_infinite_tree_is_refused(body):
-    with pytest.raises(ValueError, match="levels"):
-        list(pickle_data.flatten(loaded(body)))
+    with pytest.raises(ValueError, match="levels|more objects"):
+        leaves(loaded(body))
 
 
 def test_long_keys_that_multiply_are_refused():
     tree = {"k" * 100_000: {str(n): 1 for n in range(10_000)}}
-    with pytest.raises(ValueError, match="keys are too long"):
-        list(pickle_data.flatten(tree))
+    with pytest.raises(ValueError, match="longer names"):
+        leaves(tree)
 
 
 def test_repeated_references_to_a_long_value_do_not_copy_it(tmp_path):
@@ -616,12 +621,12 @@ def test_objects_of_a_known_class_are_traversed_without_copies():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000 + 400 * len(body)  # a thousand copies would be half a GiB
-    assert dict(pickle_data.flatten(tree[1]))["key 9999"] == 9999
-    with pytest.raises(ValueError, match="more than"):
-        list(pickle_data.flatten(tree))
+    assert dict(leaves(tree[1]))["key 9999"] == 9999
+    with pytest.raises(ValueError, match="more objects"):
+        leaves(tree)
     itself = b"\x80\x02cm\nC\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."
     with pytest.raises(ValueError, match="levels"):
-        list(pickle_data.flatten(loaded(itself, functions={"m.C": made})))
+        leaves(loaded(itself, functions={"m.C": made}))
     with pytest.raises(ValueError, match="malformed"):
         loaded(b"\x80\x02cm\nC\nK\x01\x85\x81.", functions={"m.C": made})
 

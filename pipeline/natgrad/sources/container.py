@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,14 +18,18 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import widened
+from natgrad.sources.bounds import TENSOR_OPERATIONS, Budget, shape_of, shown
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished, where
-from natgrad.storage import Storage, network_errors
+from natgrad.storage import NotRegularError, Storage, network_errors
 from natgrad.storage.local import read_at
 
-__all__ = ["Container", "ObjectRegion", "Region", "boxes", "read_errors"]
+__all__ = ["Container", "ObjectRegion", "Region", "boxes", "not_regular", "read_errors"]
 
 # RuntimeError: an encrypted archive member, or (NotImplementedError) one with an unknown compression method.
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
+# Contents of an unexpected type, in a pickle or an index for example.
+_MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError, struct.error)
+_MESSAGE_LIMIT = 500
 
 
 class Container:
@@ -47,17 +52,41 @@ class Container:
         True if the tensors are in the order in which they were saved.
     unread : dict
         Keys of objects that were not read, to the reason.
+    budget : Budget
+        What the description of the step may still take. A reader replaces it when it knows the size of the files.
     """
 
     ordered = False
 
     def __init__(self, step: LoggedStep) -> None:
         self.step = step
+        self.budget = Budget(0)
         self.unread: dict[str, str] = {}
         self.tensors: dict[str, LoggedTensor] = {}
         self.numbers: dict[str, float] = {}
         self.texts: dict[str, str] = {}
         self.ties: dict[str, str] = {}
+
+    def add(self, key: str, shape: Any, dtype: str) -> None:
+        """Add a tensor. Every description that a file contains passes these checks.
+
+        Parameters
+        ----------
+        key : str
+        shape : tuple or list of int
+        dtype : str
+
+        Raises
+        ------
+        ValueError
+            If the key exists, the shape is not valid, or the step describes more than its files can contain.
+        """
+        if key in self.tensors:
+            raise ValueError(f"it contains {shown(key)} twice")
+        shape = shape_of(shape, shown(key))
+        bits = re.search(r"\d+", dtype)
+        self.budget.spend(TENSOR_OPERATIONS, len(key), math.prod(shape) * (int(bits[0]) if bits else 8) // 8)
+        self.tensors[key] = LoggedTensor(shape, dtype)
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `StepReader.read`."""
@@ -109,13 +138,28 @@ def read_errors(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise vanished(f"cannot read {form}: {error}", step, array, tensor) from error
-    except _ERRORS as error:
+    except NotRegularError as error:
+        raise not_regular(error, form, where(step, array, tensor)) from error
+    except (*_ERRORS, *_MALFORMED) as error:
+        reason = (str(error) or type(error).__name__)[:_MESSAGE_LIMIT]
+        if isinstance(error, _MALFORMED):
+            reason = f"its contents are malformed ({type(error).__name__}: {reason})"
         raise Unreadable(
-            f"cannot read {form}: {error}",
+            f"cannot read {form}: {reason}",
             where=where(step, array, tensor),
             why=f"the file is truncated, still being written, corrupt, not {form}, or not readable",
             remedy="write the step again (under another name, then rename it), or remove the file",
         ) from error
+
+
+def not_regular(error: NotRegularError, form: str, location: str) -> InputError:
+    """Return the error for a pipe, device or folder in the place of a file."""
+    return InputError(
+        f"cannot read {form}: {error.strerror}",
+        where=location if str(error.filename) in location else f"{location} ({error.filename})",
+        why="only regular files are opened: reading a pipe or a device may never end",
+        remedy="remove it, or replace it with the file itself",
+    )
 
 
 class Region(io.RawIOBase):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.base import StepContent
+from natgrad.sources.bounds import parse_toml
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
@@ -121,7 +121,7 @@ class Names:
         """
         path = folder / MAP_FILE
         try:
-            table = tomllib.loads(path.get().decode())
+            table = parse_toml(path)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return self
         except (OSError, ValueError) as error:

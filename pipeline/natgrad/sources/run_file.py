@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from natgrad.schema.errors import InputError
+from natgrad.sources.bounds import parse_toml
 from natgrad.sources.names import checked_shift
 from natgrad.storage import LocalStorage, Storage, open_storage
 
@@ -92,7 +92,7 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
         )
 
     try:
-        table = tomllib.loads(file.get().decode())
+        table = parse_toml(file)
     except (OSError, ValueError) as error:
         raise refuse(f"cannot read the run file: {error}") from error
     entries = table.pop("source", None)

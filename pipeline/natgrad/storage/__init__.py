@@ -4,7 +4,7 @@
 """
 
 from natgrad.storage.base import Stat, Storage, StoredFile, Writes
-from natgrad.storage.local import LocalStorage
+from natgrad.storage.local import LocalStorage, NotRegularError, open_regular, require_regular
 from natgrad.storage.network import network_errors
 from natgrad.storage.opening import KINDS, Location, open_all, open_out, open_storage, require_local
 
@@ -12,6 +12,7 @@ __all__ = [
     "KINDS",
     "LocalStorage",
     "Location",
+    "NotRegularError",
     "Stat",
     "Storage",
     "StoredFile",
@@ -19,6 +20,8 @@ __all__ = [
     "network_errors",
     "open_all",
     "open_out",
+    "open_regular",
     "open_storage",
     "require_local",
+    "require_regular",
 ]

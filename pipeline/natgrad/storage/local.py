@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +27,16 @@ from urllib.parse import unquote
 from natgrad.schema.errors import InputError
 from natgrad.storage.base import Stat, Storage, StoredFile, Writes
 
-__all__ = ["ChunkFile", "LocalStorage", "disk_errors", "open_local", "read_at"]
+__all__ = [
+    "ChunkFile",
+    "LocalStorage",
+    "NotRegularError",
+    "disk_errors",
+    "open_local",
+    "open_regular",
+    "read_at",
+    "require_regular",
+]
 
 _REFUSALS = {
     errno.ENOSPC: ("no space left", "the disk is full", "free some space, or choose another OUT"),
@@ -205,16 +215,21 @@ class LocalStorage(Storage):
 
     def get_tagged(self) -> tuple[bytes, str]:
         """Return the content of a file, and an empty tag, because files have no conditional writes."""
-        return self._path.read_bytes(), ""
+        descriptor = open_regular(self._path)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(), ""
 
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
         """Return ranges of the content of a file."""
-        with self._path.open("rb", buffering=0) as file:
-            return [os.pread(file.fileno(), stop - start, start) for start, stop in spans]
+        descriptor = open_regular(self._path)
+        try:
+            return [os.pread(descriptor, stop - start, start) for start, stop in spans]
+        finally:
+            os.close(descriptor)
 
     def open(self) -> StoredFile:
         """Open a file."""
-        file = self._path.open("rb")
+        file = os.fdopen(open_regular(self._path), "rb")
         return StoredFile(file, os.fstat(file.fileno()).st_size)
 
     def list(self) -> builtins.list[str]:
@@ -416,6 +431,67 @@ def open_local(location: str) -> LocalStorage:
     return LocalStorage(unquote(location.removeprefix("file://")))
 
 
+# Opening -----------------------------------------------------------------------------------------------------
+
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class NotRegularError(OSError):
+    """A name refers to a pipe, a socket, a device or a folder, from which no file can be read."""
+
+
+def require_regular(path: str | Path) -> int:
+    """Check that a path is a regular file or a link to one, and return its size in bytes.
+
+    This is for libraries that open files by their path; other code calls `open_regular`.
+
+    Raises
+    ------
+    NotRegularError
+        If it is anything else.
+    OSError
+        If it does not exist or is not accessible.
+    """
+    status = Path(path).stat()
+    _require_regular(status, path)
+    return status.st_size
+
+
+def _require_regular(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        found = _SPECIAL.get(stat.S_IFMT(status.st_mode), "something else")
+        raise NotRegularError(errno.EINVAL, f"not a regular file: it is {found}", str(path))
+
+
+def open_regular(path: str | Path) -> int:
+    """Open a regular file for reading and return its descriptor. Every reader opens local files here.
+
+    Opening a pipe waits for its writer, and a device has no end. The type is checked before the file is opened, and
+    again afterwards, because the name may have been given to another file in between.
+
+    Raises
+    ------
+    NotRegularError
+        If the path is not a regular file.
+    OSError
+        If it does not exist or is not accessible.
+    """
+    require_regular(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_regular(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 # Reading by position -----------------------------------------------------------------------------------------
 
 
@@ -448,7 +524,7 @@ class ChunkFile:
     """
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_regular(path)
         self.size = os.fstat(self.descriptor).st_size
 
     def close(self) -> None:

@@ -10,10 +10,9 @@ and shapes therefore come from the parameters with which a store is joined, and 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
-import tomllib
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,18 +25,20 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES, widened
 from natgrad.sources.base import StepContent
+from natgrad.sources.bounds import JSON_LIMIT, integer, parse_json, parse_toml, read_limited, shown
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
+from natgrad.sources.checkpoints.zip_members import open_archive
 from natgrad.sources.container import Region, boxes, read_errors
 from natgrad.sources.names import MAP_FILE, is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
-from natgrad.storage import LocalStorage
+from natgrad.storage import LocalStorage, open_regular
 
 __all__ = ["BergsonFolder", "blocks", "holds_bergson"]
 
 _DATA, _INFO, _PROCESSOR, _CONFIG = "gradients.bin", "info.json", "processor_config.yaml", "config.yaml"
 _UNFINISHED_SUFFIX = ".part"
 _FORM = "a gradient store of Bergson"
-_TEXT_LIMIT = 1 << 24
+_TEXT_LIMIT = 1 << 22
 BLOCK = 1 << 20
 """Default number of elements gathered at a time, if they are not stored in the order of the tensor."""
 
@@ -213,7 +214,7 @@ class _Orientation:
     def of_folder(cls, folder: Path) -> Self:
         path = folder / MAP_FILE
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            table = parse_toml(path) if path.is_file() else {}
         except (OSError, ValueError) as error:
             raise InputError(
                 f"cannot read the mapping file: {error}", where=str(path), remedy=_LAYOUT_REMEDY
@@ -286,11 +287,11 @@ class BergsonStep:
         with read_errors(step, _FORM):
             if not _is_store(step.path):
                 raise FileNotFoundError(f"{_DATA} or {_INFO} does not exist any more")
-            info = json.loads(_text(step.path / _INFO))
+            info = parse_json(read_limited(step.path / _INFO, JSON_LIMIT), _INFO)
             if not isinstance(info, dict):
                 raise ValueError(f"{_INFO} is not a JSON object")
-        self._settings = _settings(_text(step.path / _CONFIG)) | _settings(_text(step.path / _PROCESSOR))
-        reasons = list(_reasons(step.path, info))
+            self._settings = _settings(_text(step.path / _CONFIG)) | _settings(_text(step.path / _PROCESSOR))
+            reasons = list(_reasons(step.path, info))
         if reasons:
             raise _no_gradient(step.path, reasons)
         self._require_step()
@@ -305,7 +306,7 @@ class BergsonStep:
         self._matrices = {name: _Matrix((1, size), self._offsets[name], size) for name, size in self._sizes.items()}
         self._itemsize = 2 if self._logged == "bfloat16" else np.dtype(self._logged).itemsize
         with read_errors(step, _FORM):
-            self._descriptor = os.open(step.path / _DATA, os.O_RDONLY)
+            self._descriptor = open_regular(step.path / _DATA)
         try:
             with read_errors(step, _FORM):
                 self._region = Region(self._descriptor)
@@ -545,7 +546,7 @@ def _reasons(store: Path, info: Mapping[str, Any]) -> Iterator[str]:
         if changed is not None:
             yield f"{_MEANING[setting]} ({setting}: {changed[:80]})"
     if config.get("aggregation") == {"mean"} and info.get("num_grads") != 1:
-        yield f"it has {str(info.get('num_grads'))[:20]} rows, but a mean is one row"
+        yield f"it has {shown(info.get('num_grads'))} rows, but a mean is one row"
     if (store / "contrast").exists():
         yield "the gradient of other examples was subtracted (contrast/)"
     if _has_normalizers(store / "normalizers.pth"):
@@ -555,31 +556,32 @@ def _reasons(store: Path, info: Mapping[str, Any]) -> Iterator[str]:
 def _has_normalizers(path: Path) -> bool:
     """Return True if a file of normalizers is not empty: each normalizer has a tensor."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with LocalStorage(path).open() as file, open_archive(file, file.size) as archive:
             return any(re.search(r"(^|/)data/", name) for name in archive.namelist())
     except FileNotFoundError:
         return False
-    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError):
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, struct.error):
         return True
 
 
 def _settings(text: str) -> dict[str, set[str]]:
     """Return the values of each setting in a file written by PyYAML, one per line, at any depth."""
     found: dict[str, set[str]] = {}
-    for name, value in re.findall(r"^[ \t-]*(\w+):[ \t]*(.*?)[ \t]*$", text, re.MULTILINE):
-        found.setdefault(name, set()).add(value)
+    for name, value in re.findall(r"^[ \t-]*(\w+):(.*)$", text, re.MULTILINE):
+        found.setdefault(name, set()).add(value.strip(" \t"))
     return found
 
 
 def _described(info: Mapping[str, Any]) -> tuple[dict[str, int], int, str]:
     """Return the sizes of the modules, the number of rows and the dtype."""
     sizes, rows, dtype = (info.get(key) for key in ("grad_sizes", "num_grads", "base_dtype"))
-    if not isinstance(sizes, dict) or not sizes or any(type(n) is not int or n < 1 for n in sizes.values()):
+    if not isinstance(sizes, dict) or not sizes:
         raise ValueError(f"grad_sizes in {_INFO} is not a mapping of modules to sizes")
-    if type(rows) is not int or rows < 1:
-        raise ValueError(f"num_grads in {_INFO} is {str(rows)[:20]}")
-    if dtype not in STORAGE_DTYPES:
-        raise ValueError(f"base_dtype in {_INFO} is {str(dtype)[:20]}, not one of {', '.join(STORAGE_DTYPES)}")
+    for module, size in sizes.items():
+        integer(size, f"the size of {shown(module)} in {_INFO}", least=1)
+    rows = integer(rows, f"num_grads in {_INFO}", least=1)
+    if not isinstance(dtype, str) or dtype not in STORAGE_DTYPES:
+        raise ValueError(f"base_dtype in {_INFO} is {shown(dtype)}, not one of {', '.join(STORAGE_DTYPES)}")
     return sizes, rows, dtype
 
 
@@ -590,7 +592,6 @@ def _listed(names: Any) -> str:
 
 def _text(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(_TEXT_LIMIT)
-    except OSError:
+        return read_limited(path, _TEXT_LIMIT).decode(errors="replace")
+    except FileNotFoundError:
         return ""

@@ -13,12 +13,14 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.sources.bounds import Budget, integer, read_limited, shape_of, shown
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Record, Skipped
 from natgrad.sources.checkpoints.step_folder import Kind
@@ -33,7 +35,8 @@ from natgrad.sources.checkpoints.torch_archive import (
 )
 from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, is_step, step_number
-from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import open_regular
 
 __all__ = ["DCP_KIND", "DcpFolder"]
 
@@ -42,6 +45,7 @@ _EXTRAS = ("meta.pt", "common.pt")
 _FORM = "a torch.distributed.checkpoint folder"
 _GATHER_LIMIT = 1 << 16
 _OPEN_FILES = 32
+_CHUNK_OPERATIONS = 8
 
 _CLASSES = [
     *(
@@ -144,6 +148,7 @@ class DcpFolder(Container):
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._inert = (*_PLANS, *inert)
+        self._describing: Budget | None = None
         self._chunks: dict[str, tuple[Path, list[_Chunk]]] = {}
         self._files: OrderedDict[Path, tuple[int, dict[_Blob, TorchArchive]]] = OrderedDict()
         try:
@@ -151,15 +156,16 @@ class DcpFolder(Container):
                 folders = _folders(step.path)
                 if not folders:
                     raise FileNotFoundError(f"there is no {_METADATA} in {step.path.name}")
+                self.budget = self._describing = Budget(
+                    sum(file.stat().st_size for folder in {step.path, *folders} for file in folder.iterdir())
+                )
                 for folder in folders:
-                    try:
-                        self._describe(folder)
-                    except (TypeError, AttributeError, LookupError) as error:
-                        raise ValueError(f"{_METADATA} is malformed ({type(error).__name__}: {error})") from error
+                    self._describe(folder)
                 for extra in _EXTRAS:
                     if (step.path / extra).is_file():
                         archive = self._archive(step.path, _Blob(extra, 0, (step.path / extra).stat().st_size))
-                        self.numbers |= flat_numbers(archive.tree, self.numbers)
+                        self.numbers |= flat_numbers(archive.leaves(), self.numbers)
+                self._describing = None
         except BaseException:
             self.close()
             raise
@@ -167,11 +173,12 @@ class DcpFolder(Container):
     # Metadata
 
     def _describe(self, folder: Path) -> None:
-        path = folder / _METADATA
-        if path.stat().st_size > pickle_data.PICKLE_LIMIT:
-            raise ValueError(f"{_METADATA} has more than {pickle_data.PICKLE_LIMIT} bytes")
         metadata = pickle_data.load(
-            path.read_bytes(), functions=_FUNCTIONS, values=METADATA_VALUES, inert=self._inert
+            read_limited(folder / _METADATA, pickle_data.PICKLE_LIMIT),
+            functions=_FUNCTIONS,
+            values=METADATA_VALUES,
+            inert=self._inert,
+            budget=self.budget,
         )
         if not isinstance(metadata, Record) or not metadata.name.endswith(".Metadata"):
             raise ValueError(f"{_METADATA} does not describe a checkpoint")
@@ -179,58 +186,69 @@ class DcpFolder(Container):
         paths = metadata.get("planner_data")
         paths = paths if isinstance(paths, dict) else {}
         for name, entry in _dict(metadata.get("state_dict_metadata")).items():
-            levels = paths.get(name)
-            key = "/".join(map(str, levels)) if isinstance(levels, tuple) and levels else str(name)
+            if not isinstance(name, str):
+                raise ValueError(f"{_METADATA} has {shown(name)} as the name of an entry")
+            key = self._key(name, paths.get(name))
             if key in self._chunks or key in self.numbers:
-                raise ValueError(f"it contains {key!r} twice")
+                raise ValueError(f"it contains {shown(key)} twice")
             if not isinstance(entry, Record):
-                raise ValueError(f"the description of {key!r} has an unknown type")
+                raise ValueError(f"the description of {shown(key)} has an unknown type")
             if entry.name.endswith(".BytesStorageMetadata"):
                 blob = blobs.get((name, None))
                 if blob is None:
-                    raise ValueError(f"no file contains {key!r}")
+                    raise ValueError(f"no file contains {shown(key)}")
                 self._add_numbers(folder, key, blob)
             else:
                 self._add_tensor(folder, key, name, entry, blobs)
 
+    def _key(self, name: str, levels: Any) -> str:
+        """Return the key of an entry: its levels in the saved dict joined by slashes, or its name."""
+        if not isinstance(levels, tuple) or not levels:
+            return name
+        if not all(isinstance(level, str) or type(level) is int for level in levels):
+            raise ValueError(f"{_METADATA} has levels of {shown(name)} that are neither names nor numbers")
+        self.budget.spend(len(levels), sum(len(level) for level in levels if isinstance(level, str)))
+        return "/".join(map(str, levels))
+
     def _add_numbers(self, folder: Path, key: str, blob: _Blob) -> None:
         try:
-            tree = self._archive(folder, blob).tree
+            leaves = self._archive(folder, blob).leaves()
         except ValueError as error:
             # An object of a user-defined class, such as a data loader, is not a tensor.
             self.unread[key] = str(error)
             return
-        self.numbers |= {f"{key}/{inner}".rstrip("/"): n for inner, n in flat_numbers(tree).items()}
-        self.texts |= {name.rstrip("/"): text for name, text in group_texts(tree, f"{key}/").items()}
+        self.numbers |= {f"{key}/{inner}".rstrip("/"): n for inner, n in flat_numbers(leaves).items()}
+        self.texts |= {name.rstrip("/"): text for name, text in group_texts(leaves, f"{key}/").items()}
 
     def _add_tensor(
         self, folder: Path, key: str, name: str, entry: Record, blobs: dict[tuple[str, Any], _Blob]
     ) -> None:
-        shape = _integers(entry.get("size"))
+        shape = shape_of(entry.get("size"), shown(key))
         properties = entry.get("properties")
-        dtype = properties.state[0] if isinstance(properties, Record) else None
-        dtype = _DTYPES.get(dtype)
+        first = properties.state[0] if isinstance(properties, Record) else None
+        dtype = next((name for value, name in _DTYPES.items() if first is value), None)
         if dtype is None:
-            raise ValueError(f"{key!r} has no dtype")
+            raise ValueError(f"{shown(key)} has no dtype")
         itemsize = TORCH_DTYPES[dtype][1]
         chunks = []
         for chunk in entry.get("chunks"):
-            offsets, sizes = _integers(chunk.get("offsets")), _integers(chunk.get("sizes"))
+            offsets, sizes = (shape_of(chunk.get(name), shown(key)) for name in ("offsets", "sizes"))
+            self.budget.spend(_CHUNK_OPERATIONS)
             blob = blobs.get((name, offsets))
             if not len(offsets) == len(sizes) == len(shape) or any(
                 first + size > length for first, size, length in zip(offsets, sizes, shape, strict=True)
             ):
-                raise ValueError(f"a chunk of {key!r} is outside of its shape {shape}")
+                raise ValueError(f"a chunk of {shown(key)} is outside of its shape {shape}")
             if not math.prod(sizes):
                 continue
             if blob is None:
-                raise ValueError(f"no file contains the chunk of {key!r} at {offsets}")
+                raise ValueError(f"no file contains the chunk of {shown(key)} at {offsets}")
             if math.prod(sizes) * itemsize > blob.length:
-                raise ValueError(f"the chunk of {key!r} at {offsets} exceeds the {blob.length} bytes stored for it")
+                raise ValueError(f"the chunk of {shown(key)} at {offsets} exceeds its {blob.length} bytes")
             chunks.append(_Chunk(offsets, sizes, blob))
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-            raise ValueError(f"the chunks of {key!r} do not add up to its shape {shape}")
-        self.tensors[key] = LoggedTensor(shape, dtype)
+            raise ValueError(f"the chunks of {shown(key)} do not add up to its shape {shape}")
+        self.add(key, shape, dtype)
         self._chunks[key] = folder, chunks
 
     # Reading
@@ -241,11 +259,13 @@ class DcpFolder(Container):
             while len(self._files) >= _OPEN_FILES:
                 _, (descriptor, _) = self._files.popitem(last=False)
                 os.close(descriptor)
-            self._files[path] = os.open(path, os.O_RDONLY), {}
+            self._files[path] = open_regular(path), {}
         self._files.move_to_end(path)
         descriptor, archives = self._files[path]
         if blob not in archives:
-            archives[blob] = TorchArchive(Region(descriptor, blob.offset, blob.length), self._inert)
+            # While a step is described, all archives share its budget: a range of bytes may be listed many times.
+            region = Region(descriptor, blob.offset, blob.length)
+            archives[blob] = TorchArchive(region, self._inert, self._describing)
         return archives[blob]
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
@@ -327,27 +347,30 @@ def _copy_box(
 
 def _dict(value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{_METADATA} contains a {type(value).__name__} instead of a dict")
-    return value
-
-
-def _integers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
-        raise ValueError(f"{_METADATA} describes an impossible tensor")
+        raise ValueError(f"{_METADATA} contains {shown(value)} instead of a dict")
     return value
 
 
 def _blobs(storage: Any) -> dict[tuple[str, Any], _Blob]:
     """Return positions in files, by name and offsets of the chunk."""
-    blobs = {}
+    blobs: dict[tuple[str, Any], _Blob] = {}
     for index, info in _dict(storage).items():
         if not isinstance(index, Record) or not isinstance(info, Record):
             raise ValueError(f"{_METADATA} describes the location of data in an unknown way")
         file = info.get("relative_path")
         if not isinstance(file, str) or not file or Path(file).name != file or file == "..":
-            raise ValueError(f"{_METADATA} refers to {str(file)[:80]!r}, which is outside of the folder")
+            raise ValueError(f"{_METADATA} refers to {shown(file)}, which is outside of the folder")
         if info.get("transform_descriptors"):
             raise ValueError(f"{file} is encoded by an extension: save the checkpoint without it")
-        offset, length = _integers((info.get("offset"), info.get("length")))
-        blobs[str(index.get("fqn")), index.get("offset")] = _Blob(file, offset, length)
+        name, position = index.get("fqn"), index.get("offset")
+        if not isinstance(name, str):
+            raise ValueError(f"{_METADATA} has {shown(name)} as the name of an entry")
+        position = position if position is None else shape_of(position, shown(name))
+        if (name, position) in blobs:
+            raise ValueError(f"{_METADATA} lists the data of {shown(name)} twice")
+        offset, length = (integer(info.get(key), f"the {key} of {shown(name)}") for key in ("offset", "length"))
+        blobs[name, position] = _Blob(file, offset, length)
+    ordered = sorted(blobs.values(), key=lambda blob: (blob.file, blob.offset, blob.length))
+    if any(one.file == other.file and other.offset < one.offset + one.length for one, other in pairwise(ordered)):
+        raise ValueError(f"{_METADATA} stores two entries at the same position of a file")
     return blobs

@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
+from natgrad.sources.bounds import Budget, integer, shape_of, shown
+from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import UnknownName
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
-from natgrad.sources.checkpoints.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers
+from natgrad.sources.checkpoints.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers, to_float
 from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, step_number
-from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.sources.steps import LoggedStep, where
+from natgrad.storage import open_regular
 
 __all__ = ["DEEPSPEED_KIND", "DeepSpeedFolder"]
 
@@ -144,7 +147,7 @@ class _Vector:
             segment = self._segments[index]
             first = start + done - (self._ends[index] - segment.size)
             block = out[done : done + min(out.size - done, segment.size - first)]
-            descriptor = os.open(segment.path, os.O_RDONLY)
+            descriptor = open_regular(segment.path)
             try:
                 Region(descriptor).fill(segment.position + first * out.itemsize, block)
             finally:
@@ -192,10 +195,9 @@ class DeepSpeedFolder(Container):
         self._model: TorchFile | None = None
         try:
             with read_errors(step, _FORM):
-                try:
-                    self._describe(sorted(path.name for path in step.path.iterdir()))
-                except (TypeError, AttributeError, LookupError) as error:
-                    raise ValueError(f"its states are malformed ({type(error).__name__}: {error})") from error
+                sizes = {path.name: path.stat().st_size for path in step.path.iterdir()}
+                self.budget = Budget(sum(sizes.values()))
+                self._describe(sorted(sizes))
         except BaseException as error:
             self.close()
             if isinstance(error.__cause__, UnknownName):
@@ -225,7 +227,7 @@ class DeepSpeedFolder(Container):
             array, _, name = key.partition("/")
             # In stage 3, the parameters here are empty placeholders, and frozen ones are the share of rank 0.
             if not (array == "module" and name in partitioned) and array != "frozen_param_fragments":
-                self._add(key, logged)
+                self.add(key, logged.shape, logged.dtype)
         self.ties |= {
             key: target
             for key, target in self._model.ties.items()
@@ -234,11 +236,6 @@ class DeepSpeedFolder(Container):
 
     def _split(self, why: str) -> InputError:
         return InputError(f"this checkpoint cannot be merged: {why}", where=where(self.step), remedy=_UNIVERSAL)
-
-    def _add(self, key: str, logged: LoggedTensor) -> None:
-        if key in self.tensors:
-            raise ValueError(f"it contains {key!r} twice")
-        self.tensors[key] = logged
 
     def _add_partitions(self, states: Mapping[str, Any], files: Sequence[str]) -> set[str]:
         """Add the master weights. Return the names of those that the model states do not contain."""
@@ -258,11 +255,13 @@ class DeepSpeedFolder(Container):
 
         locations = locate(segments)
         for name, (shape, location) in locations.items():
-            self._add(f"parameter/{name}", LoggedTensor(shape, dtype))
+            self.add(f"parameter/{name}", shape, dtype)
             self._locations[f"parameter/{name}"] = location
         for alias, name in shared.items():
+            if not isinstance(alias, str) or not isinstance(name, str):
+                raise ValueError(f"shared_params has {shown(alias)} or {shown(name)} as the name of a tensor")
             if name in locations and alias not in locations:
-                self._add(f"parameter/{alias}", self.tensors[f"parameter/{name}"])
+                self.add(f"parameter/{alias}", locations[name][0], dtype)
                 self._locations[f"parameter/{alias}"] = locations[name][1]
                 self.ties[f"parameter/{alias}"] = f"parameter/{name}"
         self._add_optimizer(groups, ranks, locate)
@@ -311,19 +310,19 @@ class DeepSpeedFolder(Container):
         self, array: str, locations: dict[str, tuple[tuple[int, ...], _TensorLocation]], dtype: str
     ) -> None:
         for name, (shape, location) in locations.items():
-            self._add(f"optimizer/state/{name}/{array}", LoggedTensor(shape, dtype))
+            self.add(f"optimizer/state/{name}/{array}", shape, dtype)
             self._locations[f"optimizer/state/{name}/{array}"] = location
 
     def _rank(self, file: str, ranks: int) -> _Rank:
         path = self.step.path / file
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path)
         try:
-            archive = TorchArchive(Region(descriptor), self._inert)
+            archive = TorchArchive(Region(descriptor), self._inert, self.budget)
             state = archive.tree["optimizer_state_dict"]
             stage_3 = "fp32_flat_groups" in state
             flat = state["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"]
             count = state["partition_count"]
-            counts = set(count) if isinstance(count, list) else {count}
+            counts = {_count(number) for number in (count if isinstance(count, list) else [count])}
             if len(counts) != 1:
                 raise self._split("its groups of parameters are split over different numbers of ranks")
             if counts != {ranks}:
@@ -353,7 +352,7 @@ class DeepSpeedFolder(Container):
                 dtypes.pop(),
                 state.get("param_alignment_paddings"),
                 shards,
-                flat_numbers({"param_groups": _without_members(options)}),
+                flat_numbers(pickle_data.flatten({"param_groups": _without_members(options)}, self.budget)),
             )
         finally:
             os.close(descriptor)
@@ -395,16 +394,15 @@ def _ranked(pattern: re.Pattern[str], names: Sequence[str]) -> dict[tuple[int, i
 
 
 def _count(number: Any) -> int:
-    if type(number) is not int or not 0 <= number < 1 << 60:
-        raise ValueError(f"{str(number)[:80]} is not a number of elements")
-    return number
+    return integer(number, "a number of elements")
 
 
 def _shapes(group: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], int]]:
     for name, shape in group.items():
-        if not isinstance(name, str) or not isinstance(shape, tuple):
-            raise ValueError(f"param_shapes has no shape for {str(name)[:80]!r}")
-        yield name, shape, math.prod(map(_count, shape))
+        if not isinstance(name, str):
+            raise ValueError(f"param_shapes has {shown(name)} as the name of a tensor")
+        shape = shape_of(shape, shown(name))
+        yield name, shape, math.prod(shape)
 
 
 def _without_members(groups: Any) -> list[Any]:
@@ -433,8 +431,9 @@ def _optimizer_shards(
     else:
         states = dict(enumerate(optimizer)) if isinstance(optimizer, list) else {}
     # Torch numbers the parameters consecutively across groups, in the order in which DeepSpeed lists the weights.
-    owner = {member: number for number, group in enumerate(groups) for member in group["params"]}
-    if groups and sorted(owner) != list(range(len(weights))):
+    members = [(_count(member), number) for number, group in enumerate(groups) for member in group["params"]]
+    owner = dict(members)
+    if groups and (sorted(owner) != list(range(len(weights))) or len(owner) != len(members)):
         return []
     shards = []
     for index, segment in enumerate(weights):
@@ -450,7 +449,7 @@ def _optimizer_shards(
         if isinstance(updates, TorchTensor):
             updates = _scalar(archive, updates)
         known = isinstance(updates, int | float) and not isinstance(updates, bool)
-        shards.append(_OptimizerShard(arrays, float(updates) if known else None, owner.get(index)))
+        shards.append(_OptimizerShard(arrays, to_float(updates) if known else None, owner.get(index)))
     return shards
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
+from natgrad.sources.bounds import Budget
 from natgrad.sources.container import Container, boxes, read_errors
-from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.sources.steps import LoggedStep, where
+from natgrad.storage import require_regular
 
 __all__ = ["Hdf5File"]
 
 _FORM = "an HDF5 file"
 _CHUNK_LIMIT = 1 << 28
-_DATASETS_LIMIT = 1 << 20
+_DATASET_OPERATIONS = 100
 
 
 class Hdf5File(Container):
@@ -43,7 +43,8 @@ class Hdf5File(Container):
                 "reading HDF5 needs h5py", where=where(step), remedy="pip install natgrad-pipeline[hdf5]"
             ) from error
         self._datasets: dict[str, Any] = {}
-        with read_errors(step, _FORM), _damaged():
+        with read_errors(step, _FORM):
+            self.budget = Budget(require_regular(step.path))
             self._file = h5py.File(step.path, "r")
             try:
                 self._file.visititems(self._describe)
@@ -56,21 +57,25 @@ class Hdf5File(Container):
             return
         if not isinstance(key, str):
             raise ValueError(f"the dataset name {key!r} is not text")
-        if len(self._datasets) >= _DATASETS_LIMIT:
-            raise ValueError(f"it contains more than {_DATASETS_LIMIT} datasets")
+        self.budget.spend(_DATASET_OPERATIONS)
         if item.external or item.is_virtual:
             raise ValueError(f"the data of {key!r} are in other files: copy them into this one (h5repack)")
         if item.chunks and math.prod(item.chunks) * item.dtype.itemsize > _CHUNK_LIMIT:
             raise ValueError(f"{key!r} has chunks of shape {item.chunks}, more than {_CHUNK_LIMIT} bytes each")
         if item.shape is None:
             return
+        if (lost := _missing_bytes(item)) > 0:
+            self.unread[key] = (
+                f"{lost} of its bytes were never written, or are lost: HDF5 would return a fill value"
+            )
+            return
         bits = item.dtype == np.uint16 and item.attrs.get("ml_dtype") == "bfloat16"
-        self.tensors[key] = LoggedTensor(item.shape, "bfloat16" if bits else item.dtype.name)
+        self.add(key, item.shape, "bfloat16" if bits else item.dtype.name)
         self._datasets[key] = item
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with read_errors(self.step, _FORM, key), _damaged():
+        with read_errors(self.step, _FORM, key):
             dataset = self._datasets[key]
             done = 0
             for box in boxes(dataset.shape, start, start + out.size):
@@ -84,10 +89,13 @@ class Hdf5File(Container):
         self._file.close()
 
 
-@contextmanager
-def _damaged() -> Iterator[None]:
-    # For corrupt files, h5py converts errors of the HDF5 library to several Python exceptions.
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(str(error)) from error
+def _missing_bytes(dataset: Any) -> int:
+    """Return the number of bytes of a dataset that the file does not contain."""
+    if not dataset.chunks:
+        written: int = dataset.id.get_storage_size()
+        expected: int = math.prod(dataset.shape) * dataset.dtype.itemsize
+        return expected - written
+    counts = (-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    missing: int = math.prod(counts) - dataset.id.get_num_chunks()
+    lost: int = missing * math.prod(dataset.chunks) * dataset.dtype.itemsize
+    return lost

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,9 +13,11 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import StepContent
+from natgrad.sources.bounds import JSON_LIMIT, integer, parse_json, read_limited
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
 from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
+from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.container import Container
 from natgrad.sources.names import MODEL, ROOT, NamedStep, Names, step_number
 from natgrad.sources.optimizers.saved_state import optimizer_root
@@ -25,7 +26,7 @@ from natgrad.storage import LocalStorage
 
 __all__ = ["TRAINER_KIND", "TrainerFolder"]
 
-_STATE, _STATE_LIMIT = "trainer_state.json", 1 << 27
+_STATE = "trainer_state.json"
 
 
 def _number(path: Path) -> int | None:
@@ -128,11 +129,9 @@ def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
     """Return the entries of the log history by step. If a restart repeated a step, the last entry is used."""
     path = step.path / _STATE
     try:
-        if path.stat().st_size > _STATE_LIMIT:
-            raise ValueError(f"it has more than {_STATE_LIMIT} bytes")
-        entries = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        return {int(entry["step"]): dict(entry) for entry in entries if "loss" in entry}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        entries = parse_json(read_limited(path, JSON_LIMIT), _STATE)["log_history"]
+        return {integer(entry["step"], "a step"): dict(entry) for entry in entries if "loss" in entry}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"cannot read the state of the Trainer: {error}",
             where=str(path),
@@ -173,7 +172,7 @@ class _TrainerStep:
 
 
 def _number_of(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return to_float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _rounded(history: Mapping[int, Mapping[str, Any]]) -> bool:

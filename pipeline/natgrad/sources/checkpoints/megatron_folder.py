@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
+from natgrad.sources.bounds import Budget
 from natgrad.sources.checkpoints.pickle_data import Record
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchFile
@@ -92,6 +93,7 @@ class MegatronFolder(Container):
                 stages = self._stages(trees[0].get("args"))
                 if len(files) != stages or [_stage(name) for name in names] != list(range(stages)):
                     raise ValueError(f"it was written by {stages} stages, but the folders are {', '.join(names)}")
+                self.budget = Budget(sum(file.budget.size for file in files))
                 for stage, file in enumerate(files):
                     self._add(file, f"stage{stage}." if stages > 1 else "")
                 if stages > 1:
@@ -125,9 +127,7 @@ class MegatronFolder(Container):
             chunk = re.fullmatch(r"model(\d+)", array)
             array, name = ("model", f"{array}.{name}") if chunk else (array, name)
             keys[key] = f"{array}{slash}{stage}{name}" if slash else f"{stage}{array}"
-            if keys[key] in self.tensors:
-                raise ValueError(f"it contains {keys[key]!r} twice")
-            self.tensors[keys[key]] = logged
+            self.add(keys[key], logged.shape, logged.dtype)
             self._origins[keys[key]] = file, key
         self.ties |= {keys[key]: keys[target] for key, target in file.ties.items()}
 

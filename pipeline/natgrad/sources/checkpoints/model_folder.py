@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, shown
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
@@ -24,7 +24,6 @@ MODELS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
 """Stems of files whose keys are at the root; the keys of ``gradient.safetensors`` are below ``gradient``."""
 
 _INDEX = ".index.json"
-_INDEX_LIMIT = 1 << 27
 _SUFFIXES = (".safetensors", ".bin")
 _FORM = "a checkpoint folder"
 
@@ -101,18 +100,14 @@ class ModelFolder(Container):
         return files
 
     def _index(self, name: str) -> dict[str, set[str]]:
-        path = self.step.path / name
-        if path.stat().st_size > _INDEX_LIMIT:
-            raise ValueError(f"{name} has more than {_INDEX_LIMIT} bytes")
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            pairs = [(str(key), str(shard)) for key, shard in weight_map.items()]
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{name} is not an index of shards") from error
+        index = parse_json(read_limited(self.step.path / name, JSON_LIMIT), name)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{name} is not an index of shards")
         shards: dict[str, set[str]] = {}
-        for key, shard in pairs:
+        for key, shard in weight_map.items():
             if not shard or Path(shard).name != shard or shard == "..":
-                raise ValueError(f"{name} maps {key!r} to {shard!r}, which is outside of the folder")
+                raise ValueError(f"{name} maps {shown(key)} to {shown(shard)}, which is outside of the folder")
             shards.setdefault(shard, set()).add(key)
         return shards
 
@@ -126,10 +121,12 @@ class ModelFolder(Container):
         if wanted is not None and wanted != container.tensors.keys():
             key = sorted(wanted ^ container.tensors.keys())[0]
             verb = "does not contain" if key in wanted else "contains"
-            raise ValueError(f"{name} {verb} {key!r}, unlike its index")
+            raise ValueError(f"{name} {verb} {shown(key)}, unlike its index")
+        # Every file has paid for its own description.
+        self.budget = Budget(self.budget.size + container.budget.size)
         for key, logged in container.tensors.items():
             if prefix + key in self.tensors:
-                raise ValueError(f"two files contain {prefix + key!r}")
+                raise ValueError(f"two files contain {shown(prefix + key)}")
             self.tensors[prefix + key] = logged
             self._origins[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import zipfile
@@ -11,13 +12,18 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from natgrad.sources.bounds import Budget, integer, shape_of, shown
+from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
 from natgrad.sources.container import Container, Region, read_errors
-from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import open_regular
 
 __all__ = ["NpzFile", "NpzStack"]
 
 _SKIP = 1 << 20
-_FORM = "an npz file"
+_FORM, _SUFFIX = "an npz file", ".npy"
+_HEADER_LIMIT = 1 << 14
+_MEMBER_OPERATIONS = 100
 
 
 class NpzFile(Container):
@@ -40,12 +46,14 @@ class NpzFile(Container):
         with read_errors(step, _FORM):
             self._file = step.storage.open()
             try:
-                self._archive = zipfile.ZipFile(self._file)
+                self.budget = Budget(self._file.size)
+                self._archive = open_archive(self._file, self._file.size)
             except BaseException:
                 self._file.close()
                 raise
         try:
-            self._describe()
+            with read_errors(step, _FORM):
+                self._describe()
         except BaseException:
             self._close_archive()
             raise
@@ -56,11 +64,23 @@ class NpzFile(Container):
         self._file.close()
 
     def _describe(self) -> None:
-        for name in self._archive.namelist():
-            key = name.removesuffix(".npy")
-            with read_errors(self.step, _FORM, key), self._archive.open(name) as file:
+        for member in self._archive.infolist():
+            key = member.filename.removesuffix(_SUFFIX)
+            self.budget.spend(_MEMBER_OPERATIONS)
+            if key == member.filename:
+                # numpy.load returns such a member as bytes.
+                if not member.is_dir():
+                    self.unread[key] = f"it is not an array: its name in the archive does not end with {_SUFFIX}"
+                continue
+            with read_errors(self.step, _FORM, key), self._archive.open(member) as file:
                 shape, _, dtype = self._header(file)
-            self.tensors[key] = LoggedTensor(shape, dtype.name)
+                self.add(key, shape, dtype.name)
+                # The sizes of pickled objects are not recorded; their dtype is refused where it is used.
+                if not dtype.hasobject and file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                    raise ValueError(
+                        f"an array of shape {shape} and dtype {dtype} does not have the {member.file_size} bytes "
+                        f"of {shown(member.filename)}: it ends early, or its header is wrong"
+                    )
 
     def close(self) -> None:
         """Close the file."""
@@ -73,15 +93,20 @@ class NpzFile(Container):
             self._member = None
 
     def _header(self, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        version = npy.read_magic(file)
+        """Read the header of an array. Its length is checked first, because NumPy reads it completely."""
+        magic = file.read(npy.MAGIC_LEN)
+        version = npy.read_magic(io.BytesIO(magic))
+        width = 2 if version == (1, 0) else 4
+        length = file.read(width)
+        size = integer(int.from_bytes(length, "little"), "the length of a header", most=_HEADER_LIMIT)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        return shape, fortran, dtype
+        shape, fortran, dtype = read(io.BytesIO(length + file.read(size)))
+        return shape_of(shape, "an array"), fortran, dtype
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         with read_errors(self.step, _FORM, key):
-            self._read(f"{key}.npy", start, out)
+            self._read(key + _SUFFIX, start, out)
 
     def _read(self, name: str, start: int, out: NDArray[Any]) -> None:
         if self._member is None or self._member[0] != name or self._member[2] > start:
@@ -123,27 +148,23 @@ class NpzStack(NpzFile):
 
     def _describe(self) -> None:
         self._starts: dict[str, int] = {}
-        self._descriptor = os.open(self.step.path, os.O_RDONLY)
-        region = Region(self._descriptor)
-        super()._describe()
-        for member in self._archive.infolist():
-            key = member.filename.removesuffix(".npy")
-            with read_errors(self.step, _FORM, key):
-                with self._archive.open(member) as file:
-                    shape, fortran, dtype = self._header(file)
-                    header = file.tell()
-                if (fortran and len(shape) > 1) or not dtype.isnative or member.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError("one file with all steps must be written by numpy.savez, in C order")
-                local = np.zeros(30, np.uint8)
-                region.fill(member.header_offset, local)
-                names = int(local[26:28].view("<u2")[0]) + int(local[28:30].view("<u2")[0])
-                start = member.header_offset + 30 + names
-                if header + math.prod(shape) * dtype.itemsize > member.file_size or (
-                    start + member.file_size > region.length
-                ):
-                    raise ValueError("the array ends early")
-                self._starts[key] = start + header
-        self._region = region
+        self._descriptor = open_regular(self.step.path)
+        try:
+            self._region = Region(self._descriptor)
+            super()._describe()
+            for key in self.tensors:
+                member = self._archive.getinfo(key + _SUFFIX)
+                with read_errors(self.step, _FORM, key):
+                    with self._archive.open(member) as file:
+                        shape, fortran, dtype = self._header(file)
+                        header = file.tell()
+                    stored = member.compress_type == zipfile.ZIP_STORED
+                    if (fortran and len(shape) > 1) or not dtype.isnative or not stored:
+                        raise ValueError("one file with all steps must be written by numpy.savez, in C order")
+                    self._starts[key] = stored_start(self._region, member) + header
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from natgrad.sources.bounds import Budget, regular_size, shown
 from natgrad.sources.checkpoints.step_folder import Kind
+from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.checkpoints.zarr_group import ZarrArrays, read_object
 from natgrad.sources.container import read_errors
 from natgrad.sources.names import CHECKPOINT, ROOT, is_step, step_number
@@ -95,10 +97,8 @@ class OrbaxFolder(ZarrArrays):
     def __init__(self, step: LoggedStep) -> None:
         super().__init__(step, _FORM)
         with read_errors(step, _FORM):
-            try:
-                self._describe()
-            except (TypeError, AttributeError, LookupError) as error:
-                raise ValueError(f"its metadata are malformed ({type(error).__name__}: {error})") from error
+            self.budget = Budget(regular_size(step.path))
+            self._describe()
 
     def _describe(self) -> None:
         items = _items(self.step.path)
@@ -121,11 +121,12 @@ class OrbaxFolder(ZarrArrays):
             if value.get("skip_deserialize") or value.get("value_type") in _NON_ARRAYS:
                 continue
             levels = [str(level["key"]) for level in entry["key_metadata"]]
+            self.budget.spend(len(levels), sum(map(len, levels)))
             if not levels or len(levels) > _DEPTH_LIMIT:
                 raise ValueError(f"{_METADATA} has a leaf with {len(levels)} levels")
             key, name = prefix + "/".join(levels), ".".join(levels)
             if key in specs:
-                raise ValueError(f"it contains {key!r} twice")
+                raise ValueError(f"it contains {shown(key)} twice")
             if any(part in ("", ".", "..") for part in name.split("/")):
                 raise ValueError(f"{_METADATA} refers to {name[:80]!r}, which is outside of the folder")
             if packed:
@@ -144,7 +145,7 @@ class OrbaxFolder(ZarrArrays):
             self.unread[path.parent.name] = str(error)
             return
         self.numbers |= {
-            f"{path.parent.name}/{key}": float(value)
+            f"{path.parent.name}/{key}": to_float(value)
             for key, value in found.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }

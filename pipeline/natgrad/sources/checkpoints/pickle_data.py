@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from natgrad.sources.bounds import Budget, shown
+
 __all__ = [
     "INERT",
     "PICKLE_LIMIT",
@@ -28,8 +30,9 @@ __all__ = [
 PICKLE_LIMIT = 1 << 27
 """Maximum size of a pickle, in bytes."""
 
-_LEAVES_LIMIT, _DEPTH_LIMIT, _NAMES_LIMIT = 1 << 20, 64, 1 << 28
-_TOO_MUCH = f"its pickle has more than {_LEAVES_LIMIT} values or {_DEPTH_LIMIT} levels, or its keys are too long"
+_DEPTH_LIMIT, _NAME_LIMIT, _KEY_PARTS = 64, 1 << 10, 16
+_LEAF_OPERATIONS = 4
+_OPCODES_AT_ONCE = 1 << 10
 
 INERT = frozenset(
     {
@@ -116,6 +119,7 @@ def load(
     values: Mapping[str, Any],
     persistent: Callable[[Any], Any] | None = None,
     inert: Collection[str] = (),
+    budget: Budget | None = None,
 ) -> Any:
     """Rebuild the contents of a pickle.
 
@@ -130,6 +134,8 @@ def load(
         Function of a persistent identifier that returns the object.
     inert : collection of str
         Additional names, as in `INERT`; ``package.*`` matches all names of a package.
+    budget : Budget, optional
+        What the pickle may take. By default, that of a file which contains only the pickle.
 
     Raises
     ------
@@ -138,7 +144,8 @@ def load(
     """
     if len(pickle) > PICKLE_LIMIT:
         raise ValueError(f"its pickle has {len(pickle)} bytes, but the limit is {PICKLE_LIMIT}")
-    machine = _Machine(functions, values, persistent, INERT.union(inert))
+    budget = budget or Budget(len(pickle))
+    machine = _Machine(functions, values, persistent, INERT.union(inert), budget)
     try:
         return machine.run(pickle)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -152,7 +159,9 @@ class _Machine:
         values: Mapping[str, Any],
         persistent: Callable[[Any], Any] | None,
         inert: Collection[str],
+        budget: Budget,
     ) -> None:
+        self._budget = budget
         self._functions, self._values, self._persistent, self._inert = functions, values, persistent, inert
         self._inert_packages = [name.removesuffix("*") for name in inert if name.endswith(".*")]
         self._stack: list[Any] = []
@@ -160,7 +169,10 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, pickle: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(pickle)):
+        # The budget also pays for calls of the functions: subtract its opcodes one block at a time.
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(pickle)), 1):
+            if not count % _OPCODES_AT_ONCE:
+                self._budget.spend(_OPCODES_AT_ONCE)
             name = opcode.name
             if name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[name])
@@ -239,6 +251,19 @@ class _Machine:
         self._pop_mark()
         self._stack.append(Skipped("builtins.frozenset"))
 
+    def _key(self, key: Any) -> Any:
+        """Return a dict key; a tuple is joined by slashes."""
+        if isinstance(key, str | bool | Record | None) or _is_integer(key):
+            return key
+        if (
+            isinstance(key, tuple)
+            and len(key) <= _KEY_PARTS
+            and all(isinstance(part, str) or _is_integer(part) for part in key)
+        ):
+            self._budget.spend(characters=sum(len(part) for part in key if isinstance(part, str)))
+            return "/".join(map(str, key))
+        raise ValueError(f"its pickle has {shown(key)} as a dict key")
+
     def _setitem(self, _: None) -> None:
         value, key = self._stack.pop(), self._stack.pop()
         self._update([key, value])
@@ -253,7 +278,7 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"its pickle sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+            target[self._key(key)] = value
 
     # Memo
 
@@ -277,9 +302,12 @@ class _Machine:
 
     def _stack_global(self, _: None) -> None:
         attribute, module = self._stack.pop(), self._stack.pop()
-        self._name(str(module), str(attribute))
+        self._name(module, attribute)
 
-    def _name(self, module: str, attribute: str) -> None:
+    def _name(self, module: Any, attribute: Any) -> None:
+        names = (module, attribute)
+        if not all(isinstance(name, str) and len(name) <= _NAME_LIMIT for name in names):
+            raise ValueError(f"its pickle names a class by {' and '.join(map(shown, names))}")
         name = f"{_PYTHON_2.get(module, module)}.{attribute}"
         if name in self._values:
             self._stack.append(self._values[name])
@@ -326,17 +354,19 @@ _LITERALS = frozenset(
 _PYTHON_2 = {"__builtin__": "builtins"}
 
 
-def _key(key: Any) -> Any:
+def _is_integer(key: Any) -> bool:
     # Integers chosen to have equal hashes would make a dict quadratic; these cannot.
-    if isinstance(key, str | bool | Record | None) or (isinstance(key, int) and abs(key) < 1 << 60):
-        return key
-    if isinstance(key, tuple) and len(key) <= 16 and all(isinstance(part, str | int) for part in key):
-        return "/".join(map(str, key))
-    raise ValueError(f"its pickle has a dict key of type {type(key).__name__}")
+    return isinstance(key, int) and abs(key) < 1 << 60
 
 
-def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dicts, lists, tuples and `Attributes`, with their levels joined by slashes.
+
+    Parameters
+    ----------
+    tree
+    budget : Budget
+        What the leaves and their names may take.
 
     Raises
     ------
@@ -344,21 +374,21 @@ def flatten(tree: Any) -> Iterator[tuple[str, Any]]:
         If there are more leaves or levels than in any checkpoint, for example because a list contains itself.
     """
     stack: list[tuple[str, Any, int]] = [("", tree, 0)]
-    visited = characters = 0
     while stack:
         path, node, depth = stack.pop()
-        visited, characters = visited + 1, characters + len(path)
-        if visited > _LEAVES_LIMIT or depth > _DEPTH_LIMIT or characters > _NAMES_LIMIT:
-            raise ValueError(_TOO_MUCH)
+        if depth > _DEPTH_LIMIT:
+            raise ValueError(f"its pickle has more than {_DEPTH_LIMIT} levels")
         items: list[tuple[str, Any]]
         node = node.state if isinstance(node, Attributes) else node
         if isinstance(node, dict):
+            if any(isinstance(key, Record) for key in node):
+                raise ValueError("its pickle has an object as a dict key")
             items = [(str(key), value) for key, value in node.items()]
         elif isinstance(node, list | tuple):
             items = [(str(index), value) for index, value in enumerate(node)]
         else:
             yield path, node
             continue
-        if len(items) + len(stack) > _LEAVES_LIMIT or len(items) * len(path) > _NAMES_LIMIT:
-            raise ValueError(_TOO_MUCH)
+        characters = len(items) * (len(path) + 1) + sum(len(key) for key, _ in items)
+        budget.spend(_LEAF_OPERATIONS * len(items), characters)
         stack.extend((f"{path}/{key}" if path else key, value, depth + 1) for key, value in reversed(items))

@@ -6,7 +6,6 @@ the NumPy interface of the library does not support bfloat16 and cannot fill an 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -16,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from natgrad.sources.bounds import Budget, integer, parse_json, shown
 from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
-from natgrad.sources.steps import LoggedStep, LoggedTensor
-from natgrad.storage import Storage
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import Storage, open_regular, require_regular
 
 __all__ = ["SafetensorsFile"]
 
@@ -58,18 +58,29 @@ class SafetensorsFile(Container):
                 _require_complete(head, self._region.length)
                 self._region.widen()
             else:
+                require_regular(file.local_path)
                 _require_valid(file.local_path)
-                self._descriptor = os.open(file.local_path, os.O_RDONLY)
+                self._descriptor = open_regular(file.local_path)
                 self._region = Region(self._descriptor)
                 head = _head(self._region)
-            header: dict[str, Any] = json.loads(head[8:])
+        try:
+            with read_errors(step, _FORM):
+                self._describe(head)
+        except BaseException:
+            self.close()
+            raise
+
+    def _describe(self, head: bytes) -> None:
+        self.budget = Budget(self._region.length)
+        header: dict[str, Any] = parse_json(head[8:], "the header", self.budget)
         header.pop("__metadata__", None)
-        self._data = len(head)
-        self._offsets = {key: entry["data_offsets"][0] for key, entry in header.items()}
-        self.tensors = {
-            key: LoggedTensor(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"]))
-            for key, entry in header.items()
-        }
+        self._data, self._offsets = len(head), {}
+        for key, entry in header.items():
+            first, last = (integer(offset, f"an offset of {shown(key)}") for offset in entry["data_offsets"])
+            if not first <= last <= self._region.length - self._data:
+                raise ValueError(f"the data of {shown(key)} exceed the file")
+            self.add(key, entry["shape"], _DTYPES.get(entry["dtype"], entry["dtype"]))
+            self._offsets[key] = first
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""

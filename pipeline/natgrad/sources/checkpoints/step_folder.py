@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import StepReader
+from natgrad.sources.bounds import read_limited
 from natgrad.sources.changes import changed_lately, identity
 from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
@@ -74,9 +75,8 @@ def not_latest_yet(path: Path, tracker: str) -> str:
         Empty if the step can be read, or if it has not changed recently: not every run writes a tracker file.
     """
     try:
-        with (path.parent / tracker).open(encoding="utf-8", errors="replace") as file:
-            name = file.read(_TRACKER_LIMIT).strip()
-    except OSError:
+        name = read_limited(path.parent / tracker, _TRACKER_LIMIT).decode(errors="replace").strip()
+    except (OSError, ValueError):
         return ""
     last, number = step_number(name), step_number(path.name)
     if last is None or number is None or number <= last:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.sources.bounds import Budget, integer, shape_of, shown
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
+from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
 from natgrad.sources.container import Container, Region, read_errors
-from natgrad.sources.steps import LoggedStep, LoggedTensor
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import open_regular
 
 __all__ = [
     "METADATA_FUNCTIONS",
@@ -30,13 +32,13 @@ __all__ = [
     "TorchTensor",
     "flat_numbers",
     "group_texts",
+    "to_float",
 ]
 
 # Elements of a strided tensor that are gathered at once; largest gap between elements that is read, not skipped.
 _GATHER_LIMIT, _GAP = 1 << 16, 64
-_EXPANDED_LIMIT = 1 << 24
-_DIMENSIONS_LIMIT = 32
 _BYTES_LIMIT = 1 << 10
+_ARCHIVE_OPERATIONS = 200
 _KFAC_OPTIONS = ("/use_exact_damping", "/use_heuristic_damping")
 _FORM = "a torch archive"
 
@@ -126,26 +128,24 @@ class TorchTensor:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str) -> TorchTensor:
-    if len(shape) != len(stride) or len(shape) > _DIMENSIONS_LIMIT:
-        raise ValueError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers):
-        raise ValueError("its pickle describes an impossible tensor")
+    if not isinstance(storage, _Storage):
+        raise ValueError(f"its pickle has {shown(storage)} as the storage of a tensor")
+    offset, shape = integer(offset, "the offset of a tensor"), shape_of(shape, "a tensor")
+    if not isinstance(stride, tuple) or len(shape) != len(stride):
+        raise ValueError(f"a tensor has {len(shape)} dimensions, but other strides")
+    stride = tuple(integer(step, "a stride of a tensor") for step in stride)
     itemsize = TORCH_DTYPES[dtype][1]
     elements = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if elements else offset - 1
     if (last + 1) * itemsize > storage.size:
-        raise ValueError(f"a tensor of shape {shape[:8]} exceeds the {storage.size} bytes of its storage")
-    if elements * itemsize > max(storage.size, _EXPANDED_LIMIT):
-        raise ValueError(f"a tensor with {elements} elements has only {storage.size} bytes: it is expanded")
-    return TorchTensor(storage.key, dtype, offset, tuple(shape), tuple(stride))
+        raise ValueError(f"a tensor of shape {shape} exceeds the {storage.size} bytes of its storage")
+    return TorchTensor(storage.key, dtype, offset, shape, stride)
 
 
 def _rebuild(
     storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = False, hooks: Any = None, metadata: Any = None
 ) -> TorchTensor:
-    if metadata:
-        raise ValueError(f"a tensor with {sorted(map(str, metadata))} set must be resolved before it is saved")
+    _require_resolved(metadata)
     return _tensor(storage, offset, shape, stride, storage.dtype)
 
 
@@ -159,9 +159,14 @@ def _rebuild_of_dtype(
     dtype: _Dtype,
     metadata: Any = None,
 ) -> TorchTensor:
-    if metadata:
-        raise ValueError(f"a tensor with {sorted(map(str, metadata))} set must be resolved before it is saved")
+    _require_resolved(metadata)
     return _tensor(storage, offset, shape, stride, dtype.name)
+
+
+def _require_resolved(metadata: Any) -> None:
+    if metadata:
+        keys = ", ".join(map(shown, metadata)) if isinstance(metadata, dict) and len(metadata) < 8 else "flags"
+        raise ValueError(f"a tensor with {keys} set must be resolved before it is saved")
 
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor:
@@ -169,7 +174,9 @@ def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attribute
     if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
         raise ValueError("its pickle rebuilds a tensor in an unknown way")
     if kind not in _PLAIN.values():
-        raise ValueError(f"its pickle contains a tensor of the class {kind}")
+        raise ValueError(
+            f"its pickle contains a tensor whose class is {kind.name if isinstance(kind, Skipped) else shown(kind)}"
+        )
     tensor: TorchTensor = _FUNCTIONS[function.name](*arguments)
     return tensor
 
@@ -178,9 +185,7 @@ def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attribute
 
 
 def _size(shape: Any = ()) -> tuple[Any, ...]:
-    if len(shape) > _DIMENSIONS_LIMIT:
-        raise ValueError(f"a shape has {len(shape)} dimensions")
-    return tuple(shape)
+    return shape_of(shape, "a tensor")
 
 
 def _encode(text: str, coding: str) -> bytes | Skipped:
@@ -190,8 +195,21 @@ def _encode(text: str, coding: str) -> bytes | Skipped:
 def _numpy_scalar(dtype: Any, words: Any) -> Any:
     if not isinstance(dtype, Record) or not isinstance(words, bytes):
         return Skipped("numpy scalar")
-    code = str(dtype.get("code"))
-    if code not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
+    code = dtype.get("code")
+    if not isinstance(code, str) or code not in (
+        "f8",
+        "f4",
+        "f2",
+        "i8",
+        "i4",
+        "i2",
+        "i1",
+        "u8",
+        "u4",
+        "u2",
+        "u1",
+        "b1",
+    ):
         return Skipped("numpy scalar")
     order = dtype.state.get("order", "<")
     return np.frombuffer(words, np.dtype(code).newbyteorder(order), count=1)[0].item()
@@ -244,11 +262,14 @@ class TorchArchive:
     region : Region
     inert : collection of str
         Classes whose objects are skipped; see `natgrad.sources.checkpoints.pickle_data.INERT`.
+    budget : Budget, optional
+        What the archive may take. By default, that of a file which contains only the archive.
 
     Attributes
     ----------
     tree
         Saved object: nested dicts, lists and tuples of numbers, strings, `TorchTensor` and `Skipped`.
+    budget : Budget
 
     Raises
     ------
@@ -256,22 +277,25 @@ class TorchArchive:
         If the region is not such an archive, or if its members do not match the pickle.
     """
 
-    def __init__(self, region: Region, inert: Collection[str] = ()) -> None:
+    def __init__(self, region: Region, inert: Collection[str] = (), budget: Budget | None = None) -> None:
         self._region = region
+        self.budget = budget or Budget(region.length)
+        self.budget.spend(_ARCHIVE_OPERATIONS)
         self._starts: dict[str, int] = {}
         start = np.zeros(min(10, region.length), np.uint8)
         region.fill(0, start)
         if start.tobytes()[:1] == b"\x80":
             raise ValueError("it is a bare pickle, as written before torch 1.6: save it again with a newer torch")
-        with zipfile.ZipFile(region) as archive:
+        with open_archive(region, region.length) as archive:
             members = archive.infolist()
         pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"it contains {len(pickles)} members data.pkl, but a torch archive has one")
         root = pickles[0].removesuffix("data.pkl")
-        self._members = {member.filename.removeprefix(root): member for member in members}
-        if len(self._members) != len(members):
-            raise ValueError("two of its members have the same name")
+        # Other members are not part of the object: a name outside of the folder must not replace one in it.
+        self._members = {
+            member.filename.removeprefix(root): member for member in members if member.filename.startswith(root)
+        }
         order = self._bytes("byteorder", 16) if "byteorder" in self._members else b"little"
         if order != b"little":
             raise ValueError(f"its byte order is {order!r}: save it again on a little-endian machine")
@@ -281,24 +305,17 @@ class TorchArchive:
             values=_VALUES,
             persistent=self._storage,
             inert=inert,
+            budget=self.budget,
         )
+
+    def leaves(self) -> list[tuple[str, Any]]:
+        """Return the leaves of the tree by their keys; see `pickle_data.flatten`."""
+        return list(pickle_data.flatten(self.tree, self.budget))
 
     def _start(self, name: str) -> int:
         """Return the offset of the bytes of a member, after checking that it is complete and not compressed."""
         if name not in self._starts:
-            member = self._members[name]
-            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                raise ValueError(f"its member {name} is compressed or encrypted, unlike those that torch writes")
-            header = np.zeros(30, np.uint8)
-            self._region.fill(member.header_offset, header)
-            raw = header.tobytes()
-            if raw[:4] != b"PK\x03\x04":
-                raise ValueError(f"its member {name} is not at the offset in the table")
-            start = member.header_offset + 30 + int.from_bytes(raw[26:28], "little")
-            start += int.from_bytes(raw[28:30], "little")
-            if start + member.file_size > self._region.length or member.file_size != member.compress_size:
-                raise ValueError(f"its member {name} should have {member.file_size} bytes and is truncated")
-            self._starts[name] = start
+            self._starts[name] = stored_start(self._region, self._members[name])
         return self._starts[name]
 
     def _bytes(self, name: str, limit: int) -> bytes:
@@ -311,13 +328,16 @@ class TorchArchive:
         return words.tobytes()
 
     def _storage(self, identifier: Any) -> _Storage:
+        if not isinstance(identifier, tuple) or len(identifier) != 5:
+            raise ValueError(f"its pickle identifies a storage by {shown(identifier)}")
         kind, dtype, key, _, elements = identifier
-        name = f"data/{key}"
+        name = f"data/{key}" if isinstance(key, str) else ""
         if kind != "storage" or not isinstance(dtype, _Dtype) or name not in self._members:
-            raise ValueError(f"its pickle refers to the storage {key!r}, which does not exist")
-        claimed, size = elements * TORCH_DTYPES[dtype.name][1], self._members[name].file_size
-        if claimed > size:
-            raise ValueError(f"storage {key!r} should have {claimed} bytes, but has {size}")
+            raise ValueError(f"its pickle refers to the storage {shown(key)}, which does not exist")
+        itemsize, size = TORCH_DTYPES[dtype.name][1], self._members[name].file_size
+        claimed = integer(elements, f"the number of elements of storage {shown(key)}") * itemsize
+        if not claimed <= size < claimed + itemsize:
+            raise ValueError(f"storage {shown(key)} should have {claimed} bytes, but has {size}")
         return _Storage(name, dtype.name, claimed)
 
     def position(self, tensor: TorchTensor) -> int:
@@ -370,9 +390,10 @@ class TorchFile(Container):
         self._tensors: dict[str, TorchTensor] = {}
         self._descriptor = -1
         with read_errors(step, _FORM):
-            self._descriptor = os.open(step.path, os.O_RDONLY)
+            self._descriptor = open_regular(step.path)
             try:
                 self._archive = TorchArchive(Region(self._descriptor), inert)
+                self.budget = self._archive.budget
                 self._describe()
             except BaseException:
                 self.close()
@@ -380,16 +401,15 @@ class TorchFile(Container):
 
     def _describe(self) -> None:
         first_keys: dict[TorchTensor, str] = {}
-        for key, leaf in pickle_data.flatten(self._archive.tree):
+        leaves = self._archive.leaves()
+        for key, leaf in leaves:
             if isinstance(leaf, TorchTensor):
-                if key in self._tensors:
-                    raise ValueError(f"two tensors have the key {key!r}")
+                self.add(key, leaf.shape, leaf.dtype)
                 self._tensors[key] = leaf
-                self.tensors[key] = LoggedTensor(leaf.shape, leaf.dtype)
                 if math.prod(leaf.shape) and first_keys.setdefault(leaf, key) != key:
                     self.ties[key] = first_keys[leaf]
-        self.numbers |= flat_numbers(self._archive.tree)
-        self.texts |= group_texts(self._archive.tree)
+        self.numbers |= flat_numbers(leaves)
+        self.texts |= group_texts(leaves)
 
     @property
     def tree(self) -> Any:
@@ -408,26 +428,35 @@ class TorchFile(Container):
             self._descriptor = -1
 
 
-def flat_numbers(tree: Any, known: Collection[str] = ()) -> dict[str, float]:
-    """Return the plain numbers in nested containers by their keys, except the keys in ``known``."""
-    return {
-        key: _to_float(leaf)
-        for key, leaf in pickle_data.flatten(tree)
-        if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known
-    }
+def flat_numbers(leaves: Iterable[tuple[str, Any]], known: Collection[str] = ()) -> dict[str, float]:
+    """Return the plain numbers among the leaves of a tree by their keys, except the keys in ``known``.
+
+    Raises
+    ------
+    ValueError
+        If two numbers have the same key.
+    """
+    found: dict[str, float] = {}
+    for key, leaf in leaves:
+        if isinstance(leaf, int | float) and not isinstance(leaf, bool) and key not in known:
+            if key in found:
+                raise ValueError(f"it contains {shown(key)} twice")
+            found[key] = to_float(leaf)
+    return found
 
 
-def group_texts(tree: Any, prefix: str = "") -> dict[str, str]:
+def group_texts(leaves: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, str]:
     """Return the strings and Booleans in optimizer parameter groups and in the options of K-FAC, by their keys."""
     return {
         key: str(leaf)
-        for path, leaf in pickle_data.flatten(tree)
+        for path, leaf in leaves
         if isinstance(leaf, str | bool)
         and ("param_groups/" in (key := f"{prefix}{path}") or key.rstrip("/").endswith(_KFAC_OPTIONS))
     }
 
 
-def _to_float(number: float) -> float:
+def to_float(number: float) -> float:
+    """Return a number from a file as a float; an infinite one for an integer that is too large."""
     try:
         return float(number)
     except OverflowError:

@@ -6,7 +6,6 @@ reads into a buffer, supports bfloat16, and reads the key-value store of Orbax.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
+from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, regular_size
 from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
 __all__ = ["ZarrArrays", "ZarrGroup", "holds_zarr", "read_object"]
 
 _FORM = "a Zarr group"
-_JSON_LIMIT = 1 << 27
-_CHUNK_LIMIT, _ARRAY_LIMIT = 1 << 29, 1 << 48
+_CHUNK_LIMIT = 1 << 29
 _ARRAYS_LIMIT = 1 << 16
 _VERSION_2, _VERSION_3 = ".zarray", "zarr.json"
 
@@ -37,12 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
     ValueError, OSError
         If the file cannot be read or does not contain an object.
     """
-    if path.stat().st_size > _JSON_LIMIT:
-        raise ValueError(f"{path.name} has more than {_JSON_LIMIT} bytes")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deeply") from error
+    found = parse_json(read_limited(path, JSON_LIMIT), path.name)
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} does not contain a JSON object")
     return found
@@ -117,14 +111,12 @@ class ZarrArrays(Container):
 
     def _add(self, key: str, store: Any) -> None:
         shape, itemsize = tuple(store.shape), store.dtype.numpy_dtype.itemsize
-        if math.prod(shape) * itemsize > _ARRAY_LIMIT:
-            raise ValueError(f"{key!r} would have the shape {shape}, which is too large")
         chunk = tuple(store.chunk_layout.read_chunk.shape or ())
         if math.prod(chunk) * itemsize > _CHUNK_LIMIT:
             raise ValueError(
                 f"{key!r} has chunks of shape {chunk}, more than {_CHUNK_LIMIT} bytes each: use smaller chunks"
             )
-        self.tensors[key] = LoggedTensor(shape, store.dtype.name)
+        self.add(key, shape, store.dtype.name)
         row = _row(shape, chunk) if not self._stacked else chunk[0] * _row(shape[1:], chunk[1:]) if shape else 1
         self._caches[key] = row * itemsize if row * itemsize <= _CHUNK_LIMIT else 0
 
@@ -193,6 +185,7 @@ class ZarrGroup(ZarrArrays):
     def __init__(self, step: LoggedStep, *, stacked: bool = False) -> None:
         super().__init__(step, _FORM, stacked=stacked)
         with read_errors(step, _FORM):
+            self.budget = Budget(regular_size(step.path))
             self.open_arrays(self._found(), required=False)
             for key, logged in self.tensors.items():
                 if logged.dtype == "uint16" and self._attributes(key).get("ml_dtype") == "bfloat16":
