@@ -13,6 +13,7 @@ import typer
 
 from natgrad.app import options
 from natgrad.app.cli import command_options
+from natgrad.schema.text import printable
 
 
 @command_options(options.DemoOptions)
@@ -25,8 +26,8 @@ def main(out: options.DemoOut = "demo", **values: Any) -> None:
     logging.getLogger(__package__).info("starting Prefect")
     answer = demo(out, **values)
     for name, path in answer["results"].items():
-        typer.echo(f"results of {name}: {path}")
-    typer.echo(f"report: {answer['report']}")
+        typer.echo(printable(f"results of {name}: {path}"))
+    typer.echo(printable(f"report: {answer['report']}"))
 
 
 if __name__ == "__main__":

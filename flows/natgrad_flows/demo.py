@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Unpack
 
 from prefect import flow
@@ -11,13 +10,14 @@ from natgrad.app import options, run
 from natgrad.app.folder import RunFolder
 from natgrad.compute.clusters import local_scheduler
 from natgrad.experiments.demo import WINDOW, write_demo_logs
+from natgrad.schema.logs import logger
 from natgrad.storage import require_local
 from natgrad_flows.parameters import with_parameters
 from natgrad_flows.runs import process_run
 
 __all__ = ["demo"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @flow(name="demo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, cast
@@ -19,13 +18,14 @@ from prefect.types.entrypoint import EntrypointType
 
 from natgrad.app import options
 from natgrad.schema.errors import InputError
+from natgrad.schema.logs import logger
 from natgrad.storage import require_local
 from natgrad_flows.runs import analyze_run, ingest_run, process_run
 from natgrad_flows.scan import scan_runs
 
 __all__ = ["deploy_flows", "deployments", "serve_flows"]
 
-_log = logging.getLogger("natgrad.flows")
+_log = logger("natgrad.flows")
 
 _TAG = "natgrad"
 

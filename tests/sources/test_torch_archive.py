@@ -587,7 +587,7 @@ def test_the_memory_of_a_pickle_is_bounded_by_its_size(body):
 
 @pytest.mark.parametrize("body", [nested(60), b"\x80\x02]q\x00h\x00a.", b"\x80\x02" + b"]" * 99 + b"a" * 98 + b"."])
 def test_an_infinite_tree_is_refused(body):
-    with pytest.raises(ValueError, match="levels|more objects"):
+    with pytest.raises(ValueError, match=r"levels|more objects"):
         leaves(loaded(body))
 
 

@@ -15,6 +15,7 @@ import typer
 from natgrad.app import options
 from natgrad.schema.errors import InputError
 from natgrad.schema.summary import Summary, summary_lines
+from natgrad.schema.text import printable
 
 if TYPE_CHECKING:
     from natgrad.app.progress import StageProgress
@@ -268,7 +269,7 @@ def versions(
         output.show({"versions": found})
         return
     for row in found:
-        sys.stdout.write("  ".join((row["version"], row["time"], row["message"], *row["tags"])) + "\n")
+        sys.stdout.write(printable("  ".join((row["version"], row["time"], row["message"], *row["tags"]))) + "\n")
 
 
 @app.command()
@@ -285,7 +286,7 @@ def status(root: options.StatusRoot, as_json: options.Json = False, quiet: optio
     table = [["run", "state", "last step", "lag", "processed", "last error"]]
     for row in runs:
         cells = [row[name] for name in ("run", "state", "last_step", "lag", "processed", "error")]
-        table.append(["-" if cell is None else str(cell).partition("\n")[0] for cell in cells])
+        table.append(["-" if cell is None else printable(str(cell).partition("\n")[0]) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         sys.stdout.write("  ".join(map(str.ljust, line, widths)).rstrip() + "\n")

@@ -6,7 +6,6 @@ The functions need no Prefect server. They take options that are already validat
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,6 +26,7 @@ from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.summary import overview
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, TrajectoryShape
+from natgrad.schema.logs import logger
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.steps import NotYet
@@ -46,7 +46,7 @@ __all__ = [
 RUNS_SHOWN = 8
 """Number of runs of a sweep that a page shows."""
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _DEFAULTS = {name: option.option.default for name, option in options.declared(options.AnalyzeOptions).items()}
 

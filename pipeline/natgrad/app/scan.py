@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from natgrad.app.run import Analysis, process_run
 from natgrad.app.summaries import ScannedRun, ScanSummary
 from natgrad.compute.clusters import named_scheduler
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.logs import logger
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
@@ -54,7 +54,7 @@ __all__ = [
 
 _OUTCOME, _LOCK, _ROOT = ".outcome.json", ".processing.lock", ".scan.json"
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _EXECUTION = ("workers", "scheduler", "cluster", "memory_limit")
 """Options of the machines that process a run: they do not change the results."""

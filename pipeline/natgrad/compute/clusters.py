@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.logs import logger
 
 __all__ = [
     "CLUSTERS",
@@ -26,7 +27,7 @@ __all__ = [
     "require_cluster",
 ]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _WORKER_CONFIG = {
     "distributed": {

@@ -8,7 +8,6 @@ the ledger chunk itself, because only one process may commit there.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import socket
 import time
@@ -23,6 +22,7 @@ from natgrad.compute.plan import WorkItem
 from natgrad.compute.tasks import Finished, Job, Segments, compute_chunk, tile_segments, write_chunk
 from natgrad.schema.errors import Unavailable
 from natgrad.schema.layout import LedgerChunk
+from natgrad.schema.logs import logger
 
 __all__ = [
     "Digests",
@@ -35,7 +35,7 @@ __all__ = [
     "threads",
 ]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Digests = Callable[[], Mapping[int, str]]
 """Function that waits until the ledger is ready to be written, and returns the digest of the states of each ledger

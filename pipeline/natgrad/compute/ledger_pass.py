@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from natgrad.compute.plan import PassPlan, PlanLimits, WorkItem, plan_shape
 from natgrad.compute.tasks import Computed, Job
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import TrajectoryShape
+from natgrad.schema.logs import logger
 from natgrad.schema.names import STEP
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
 
 __all__ = ["PassSummary", "compute_ledger", "plan_ledger"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)

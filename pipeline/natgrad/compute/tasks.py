@@ -6,7 +6,6 @@ element axis. Tasks receive paths and addresses, and return small results.
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import uuid
@@ -20,13 +19,14 @@ from numpy.typing import NDArray
 from natgrad.compute.plan import PassPlan, PlanLimits, Tile, WorkItem, read_blocks
 from natgrad.kernel import gram, ledger_sums, stream
 from natgrad.schema.layout import LedgerChunk, storage_dtype
+from natgrad.schema.logs import logger
 from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, ledger_vectors, replicate_of
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
 
 __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_segments", "write_chunk"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _thread_cache = threading.local()
 """Buffers of a worker thread and the trajectory of its job, which are kept between tasks."""

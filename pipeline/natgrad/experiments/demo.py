@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from natgrad.experiments.digits import images_installed, load_digits
 from natgrad.experiments.feedback_alignment import log_feedback_alignment
 from natgrad.experiments.linear_system import log_linear_system
+from natgrad.schema.logs import logger
 
 __all__ = ["WINDOW", "write_demo_logs"]
 
@@ -19,7 +19,7 @@ WINDOW = 20
 
 MINI_BATCH = 32
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # Of the first few seeds, this one has the largest variation of the angle psi: from 26 to 83 degrees.
 LINEAR_SEED = 1

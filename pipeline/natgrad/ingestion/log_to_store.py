@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.ingestion.waiting import StepWait
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, chunk_shape
+from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
     METRIC_EIGENVALUES,
@@ -47,7 +47,7 @@ __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
 T = TypeVar("T")
 
-_log = logging.getLogger("natgrad.ingestion")
+_log = logger("natgrad.ingestion")
 
 _LISTINGS = 10
 """Number of times that a log is listed, if files are removed while they are read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import re
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from natgrad.ingestion.description import scalar_of
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, storage_dtype, widened
+from natgrad.schema.logs import logger
 from natgrad.schema.names import METRIC_EIGENVALUES, replicate_of
 from natgrad.sources.base import Source, StepContent, StepReader
 from natgrad.sources.listed import ListedLog
@@ -30,7 +30,7 @@ from natgrad.theory.preconditioners import rotated_eigenvalues
 
 __all__ = ["EXTREMES", "NewState", "Progress", "Writer", "fill_state"]
 
-_log = logging.getLogger("natgrad.ingestion")
+_log = logger("natgrad.ingestion")
 
 EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
 """Arrays (step, tensor) that are computed while a step is copied."""

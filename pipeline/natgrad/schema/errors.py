@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from natgrad.schema.text import printable
+
 __all__ = [
     "InputError",
     "Unavailable",
@@ -12,6 +14,8 @@ __all__ = [
 
 class InputError(ValueError):
     """Error for invalid input, which states what is wrong, where, why, and what to do.
+
+    Control characters in its parts are escaped, because the parts may contain names from a log.
 
     Parameters
     ----------
@@ -26,6 +30,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
+        what, where, why, remedy = map(printable, (what, where, why, remedy))
         self.what, self.where, self.why, self.remedy = what, where, why, remedy
         lines = [what]
         lines += [f"  where: {where}"] if where else []

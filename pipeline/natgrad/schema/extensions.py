@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 __all__ = ["Extension", "Named", "registered"]
 
-_log = logging.getLogger(__name__)
+from natgrad.schema.logs import logger
+
+_log = logger(__name__)
 
 
 class Named(Protocol):

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
+from natgrad.schema.text import printable
+
 __all__ = ["Summary", "summary_html", "summary_lines"]
 
 _LONGEST_INLINE = 60
@@ -66,11 +68,11 @@ def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None 
     width = max(map(len, values), default=0)
     for name, value in values.items():
         if isinstance(value, Mapping) and any(len(str(item)) > _LONGEST_INLINE for item in value.values()):
-            yield f"{label(name)}\n"
+            yield f"{printable(label(name))}\n"
             # The keys of a mapping are names of a log or of results, which are not changed.
             yield from (f"  {line}" for line in summary_lines(value, str))
         else:
-            yield f"{label(name):<{width}}  {_inline(name, value)}\n"
+            yield f"{printable(label(name)):<{width}}  {printable(_inline(name, value))}\n"
 
 
 def _label(name: str) -> str:

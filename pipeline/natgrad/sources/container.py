@@ -23,12 +23,24 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished
 from natgrad.storage import NotRegularError, Storage, network_errors
 from natgrad.storage.local import read_at
 
-__all__ = ["Container", "ObjectRegion", "Region", "boxes", "not_regular", "read_errors"]
+__all__ = [
+    "READ_ERRORS",
+    "Container",
+    "ObjectRegion",
+    "Region",
+    "boxes",
+    "not_regular",
+    "read_errors",
+    "reason_of",
+]
 
 # RuntimeError: an encrypted archive member, or (NotImplementedError) one with an unknown compression method.
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 # Contents of an unexpected type, in a pickle or an index for example.
 _MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError, struct.error)
+READ_ERRORS = (*_ERRORS, *_MALFORMED)
+"""Exceptions that corrupt or malicious files raise in readers and in the libraries that they use."""
+
 _MESSAGE_LIMIT = 500
 
 
@@ -140,16 +152,23 @@ def read_errors(step: LoggedStep, form: str, key: str = "") -> Iterator[None]:
         raise vanished(f"cannot read {form}: {error}", step, array, tensor) from error
     except NotRegularError as error:
         raise not_regular(error, form, where(step, array, tensor)) from error
-    except (*_ERRORS, *_MALFORMED) as error:
-        reason = (str(error) or type(error).__name__)[:_MESSAGE_LIMIT]
-        if isinstance(error, _MALFORMED):
-            reason = f"its contents are malformed ({type(error).__name__}: {reason})"
+    except READ_ERRORS as error:
         raise Unreadable(
-            f"cannot read {form}: {reason}",
+            f"cannot read {form}: {reason_of(error)}",
             where=where(step, array, tensor),
             why=f"the file is truncated, still being written, corrupt, not {form}, or not readable",
             remedy="write the step again (under another name, then rename it), or remove the file",
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the text of one of `READ_ERRORS` for a message."""
+    reason = (str(error) or type(error).__name__)[:_MESSAGE_LIMIT]
+    return (
+        f"its contents are malformed ({type(error).__name__}: {reason})"
+        if isinstance(error, _MALFORMED)
+        else reason
+    )
 
 
 def not_regular(error: NotRegularError, form: str, location: str) -> InputError:

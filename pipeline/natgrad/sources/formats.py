@@ -6,13 +6,13 @@ docs/howto/reader.md describes how to write one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from natgrad.schema.extensions import Extension, registered
+from natgrad.schema.logs import logger
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.bergson_store import BergsonFolder, holds_bergson
 from natgrad.sources.checkpoints.dcp_folder import DCP_KIND
@@ -35,11 +35,11 @@ from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
 from natgrad.sources.steps import LoggedStep
-from natgrad.storage import LocalStorage, Storage
+from natgrad.storage import LocalStorage, NotRegularError, Storage
 
 __all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 FORMATS_GROUP = "natgrad.formats"
 """Entry-point group for formats of other packages."""
@@ -150,8 +150,11 @@ def _find_files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage
             return False
         if not start:
             return True
-        with file.open() as content:
-            return content.read(len(start)) == start
+        try:
+            with file.open() as content:
+                return content.read(len(start)) == start
+        except NotRegularError:
+            return True  # reading it as such a log is refused, with the reason
 
     def found(location: Storage) -> list[Storage]:
         entries = location.files()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, STATES
 from natgrad.sources.base import Source, StepContent, StepReader, Unshaped
 from natgrad.sources.names import STATE_QUANTITIES
@@ -20,7 +20,7 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
 
 __all__ = ["JoinedSource"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)

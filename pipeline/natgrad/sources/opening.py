@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.logs import logger
 from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
+from natgrad.sources.container import not_regular
 from natgrad.sources.formats import FORMATS, find_format
 from natgrad.sources.joined import JoinedSource
 from natgrad.sources.names import checked_shift
@@ -19,11 +20,11 @@ from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
 from natgrad.sources.sweep import Sweep
-from natgrad.storage import LocalStorage, Storage, network_errors
+from natgrad.storage import LocalStorage, NotRegularError, Storage, network_errors, require_regular
 
 __all__ = ["format_of", "holds_run", "open_source", "open_sources"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _OBJECT_KINDS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
 """Tensor formats that can be read from object stores."""
@@ -209,6 +210,11 @@ def _open(
         return _open_objects(location, format, mapping, shift)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
+    if not path.is_dir():
+        try:
+            require_regular(path)
+        except NotRegularError as error:
+            raise not_regular(error, "the log", str(path)) from error
     path = _single_log(path)
     known = FORMATS[format or find_format(path) or "steps"]
     if known.scalars is not None:

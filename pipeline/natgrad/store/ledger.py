@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout, LedgerChunk
+from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_REPLICATE_VECTOR, WITH_VECTOR
 from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
@@ -35,7 +35,7 @@ from natgrad.store.journal import Journal
 
 __all__ = ["Ledger", "checksums"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _ANALYZE_AGAIN = "remove the ledger and run natgrad analyze OUT again"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.logs import logger
 from natgrad.sources.base import StepReader
 from natgrad.sources.bounds import read_limited
 from natgrad.sources.changes import changed_lately, identity
@@ -22,7 +22,7 @@ from natgrad.storage import LocalStorage, Storage, network_errors
 
 __all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number", "not_latest_yet"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _TRACKER_LIMIT = 1 << 12
 _NATIVE = re.compile(r"step_(\d{1,18})")
 

@@ -70,16 +70,16 @@ def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterato
             if len(head) < 12 or position + 12 + length + 4 > size:
                 notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
                 return
-            crc, data, rest = 0, b"", length
+            crc, blocks, rest = 0, [], length
             while rest:
                 block = file.read(min(rest, _READ_BLOCK))
                 if not block:
                     raise EOFError("the file was truncated while it was read")
                 crc, rest = crc32c(block, crc), rest - len(block)
-                data += block if length <= limit else b""
+                blocks += [block] if length <= limit else []
             if _masked(crc) != int.from_bytes(file.read(4), "little"):
                 raise ValueError(f"checksum mismatch in the record at byte {position}")
-            yield data
+            yield b"".join(blocks)
             position += 12 + length + 4
 
 

@@ -20,7 +20,9 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         position, shift = position + 1, shift + 7
         if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, position
+            if value >> 64:
+                raise ValueError("a varint in a record has more than 64 bits")
+            return value, position
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
@@ -41,6 +43,8 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
     while position < len(data):
         key, position = _varint(data, position)
         number, kind = key >> 3, key & 7
+        if not number:
+            raise ValueError("a field of a record has the number 0")
         if kind == VARINT:
             value: Any
             value, position = _varint(data, position)

@@ -6,17 +6,17 @@ A truncated last record is assumed to be in progress. It is left out, with a not
 from __future__ import annotations
 
 import csv
-import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from io import TextIOWrapper
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from natgrad.schema.errors import InputError
+from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.steps import local_file
-from natgrad.storage import Storage
+from natgrad.storage import Storage, require_regular
 
 __all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
 
@@ -27,7 +27,18 @@ _BATCH = 1 << 16
 COLUMN_LIMIT = 1 << 30
 """Default limit on the uncompressed size in bytes of a column in a row group."""
 
+COLUMNS_LIMIT = 1 << 16
+"""Maximum number of columns of a CSV file."""
+
+ROWS, ROWS_PER_BYTE = 1 << 20, 8
+"""Rows of any Parquet file, and for each of its bytes."""
+
+SQLITE_STEPS, SQLITE_STEPS_PER_BYTE = 10_000_000, 10
+"""Steps of the virtual machine of SQLite for any database, and for each of its bytes."""
+
+_STEPS_AT_ONCE = 10_000
 _SQLITE = b"SQLite format 3\0"
+_SQLITE_FILES = ("-journal", "-wal", "-shm")
 
 Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
@@ -54,10 +65,12 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     lines = _complete_lines(log, notes)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
+    if first.count(delimiter) > COLUMNS_LIMIT:
+        raise ValueError(f"its header has more than {COLUMNS_LIMIT} columns")
     header = next(csv.reader([first], delimiter=delimiter), [])
     positions = [(position, name.strip()) for position, name in enumerate(header) if wanted(name.strip())]
     if len({name for _, name in positions}) != len(positions):
-        raise ValueError(f"two columns have the same name: {', '.join(name for _, name in positions)}")
+        raise _same_name([name for _, name in positions])
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
@@ -82,19 +95,23 @@ def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limi
 
 
 def _json_object(text: str, wanted: Wanted, position: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{position}: {error}") from error
+    values = parse_json(text, position)
     if not isinstance(values, dict):
         raise ValueError(f"{position} is not a JSON object")
-    return {key: value for key, value in _flat(values) if wanted(key)}
+    found: dict[str, Any] = {}
+    for key, value in _flat(values, Budget(len(text))):
+        if wanted(key):
+            if key in found:
+                raise ValueError(f"{position} contains {shown(key)} twice")
+            found[key] = value
+    return found
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], budget: Budget) -> Iterator[tuple[str, Any]]:
     stack = [("", values)]
     while stack:
         prefix, level = stack.pop()
+        budget.spend(characters=len(prefix) * len(level))
         for key, value in level.items():
             if isinstance(value, dict):
                 stack.append((f"{prefix}{key}/", value))
@@ -114,7 +131,9 @@ def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit
         schema, metadata = file.schema_arrow, file.metadata
         names = [name for name in schema.names if wanted(name)]
         if len(set(names)) != len(names):
-            raise ValueError(f"two columns have the same name: {', '.join(names)}")
+            raise _same_name(names)
+        if not 0 <= metadata.num_rows <= ROWS + log.stat().size * ROWS_PER_BYTE:
+            raise ValueError(f"it would have {metadata.num_rows} rows, which is more than its size permits")
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
             for column in columns:
@@ -126,6 +145,10 @@ def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit
             yield from batch.to_pylist()
 
 
+def _same_name(names: Sequence[str]) -> ValueError:
+    return ValueError(f"two columns have the same name: {', '.join(map(shown, names[:8]))}")
+
+
 def holds_metrics(log: Storage) -> bool:
     """Return True if a file is a SQLite database with the metrics table that trackio writes."""
     with log.open() as file:
@@ -134,17 +157,26 @@ def holds_metrics(log: Storage) -> bool:
     try:
         with closing(_connect(log)) as database:
             return _columns(database) >= {"run_name", "step", "metrics"}
-    except sqlite3.Error:
+    except (sqlite3.Error, OSError):
         return False
 
 
 def _connect(log: Storage) -> sqlite3.Connection:
     path = local_file(log).absolute()
+    # SQLite also opens the files of a transaction that was interrupted.
+    size = sum(
+        require_regular(file)
+        for file in (path, *(path.with_name(path.name + suffix) for suffix in _SQLITE_FILES))
+        if file == path or file.exists()
+    )
     database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
     # Views and functions in the schema are not trusted: do not run them.
     database.execute("PRAGMA trusted_schema=OFF")
     database.execute("PRAGMA cell_size_check=ON")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LINE_LIMIT)
+    # The pages of a corrupt database may refer to each other, so that it has more rows than atoms exist.
+    blocks = iter(range((SQLITE_STEPS + size * SQLITE_STEPS_PER_BYTE) // _STEPS_AT_ONCE))
+    database.set_progress_handler(lambda: next(blocks, None) is None, _STEPS_AT_ONCE)
     return database
 
 
@@ -166,10 +198,17 @@ def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
             if not _columns(database) >= {"run_name", "step", "metrics"}:
                 raise ValueError("it has no table metrics with the columns run_name, step and metrics")
             rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY rowid")
+            remaining = LINE_LIMIT + log.stat().size
             for number, (run, step, metrics) in enumerate(rows, 1):
                 if isinstance(metrics, bytes):
                     metrics = metrics.decode()
+                remaining -= len(str(metrics)) + len(str(run))
+                if remaining < 0:
+                    raise ValueError("its rows are longer than the database: its pages refer to each other")
                 values = _json_object(str(metrics), wanted, f"row {number}")
                 yield {"run_name": run, **values, "step": step}
     except sqlite3.Error as error:
-        raise ValueError(f"{error} (SQLite)") from error
+        interrupted = "the database is corrupt: it has more rows than its size permits; " * (
+            str(error) == "interrupted"
+        )
+        raise ValueError(f"{interrupted}{error} (SQLite)") from error

@@ -17,8 +17,9 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
+from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
-from natgrad.storage import Storage, network_errors
+from natgrad.storage import NotRegularError, Storage, network_errors
 
 __all__ = ["RUN_KEY", "Kind", "ScalarLog"]
 
@@ -50,6 +51,11 @@ _LIGHTNING_RATES = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
 RECORDS_LIMIT = 1 << 24
 """Default limit on the number of values per key."""
 
+KEYS_LIMIT = 1 << 17
+"""Maximum number of different keys in a log."""
+
+_KEY_LENGTH = 1 << 12
+_SHOWN = 80
 _EXACT = 1 << 53
 _SINGLE_PRECISION = "this log has single precision: differences of losses have a relative error of 6e-8 of the loss"
 
@@ -155,6 +161,7 @@ class ScalarLog:
                     where=str(location),
                     remedy=f"map one of {', '.join(SCALARS)}, step, run",
                 )
+        self._wanted_keys: dict[str, bool] = {}
         self._scalars: dict[int, dict[str, float]] | None = None
         self._notes: list[str] = []
 
@@ -225,7 +232,7 @@ class ScalarLog:
                             columns.setdefault(key, _Column(self._records_limit)).append(record, value)
         if (chosen is None and len(runs) > 1) or (chosen is not None and chosen not in runs):
             raise InputError(
-                f"the log contains the runs {', '.join(list(runs)[:8]) or '(none)'}"
+                f"the log contains the runs {', '.join(run[:_SHOWN] for run in list(runs)[:8]) or '(none)'}"
                 + (f", not {chosen}" if chosen is not None else ""),
                 where=str(self.location),
                 remedy="select one with --map run=NAME, or in a run file",
@@ -233,7 +240,15 @@ class ScalarLog:
         return columns
 
     def _wanted(self, key: str) -> bool:
-        return key == RUN_KEY or any(_matches(q, key, self._mapping.get(q)) for q in (*SCALARS, "step"))
+        known = self._wanted_keys.get(key)
+        if known is None:
+            if len(self._wanted_keys) >= KEYS_LIMIT or len(key) > _KEY_LENGTH:
+                raise ValueError(
+                    f"it has more than {KEYS_LIMIT} different keys, or one of more than {_KEY_LENGTH} characters"
+                )
+            known = key == RUN_KEY or any(_matches(q, key, self._mapping.get(q)) for q in (*SCALARS, "step"))
+            self._wanted_keys[key] = known
+        return known
 
     def _keys(self, quantity: str, columns: Mapping[str, _Column]) -> list[str]:
         """Return the keys of a quantity: those that the user specified, or the first common ones that exist."""
@@ -389,9 +404,11 @@ def _read_errors(file: Storage, form: str) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, EOFError) as error:
+    except NotRegularError as error:
+        raise not_regular(error, form, str(file)) from error
+    except READ_ERRORS as error:
         raise Unreadable(
-            f"cannot read {form}: {error}",
+            f"cannot read {form}: {reason_of(error)}",
             where=str(file),
             why=f"the file is corrupt, not {form}, or not readable",
             remedy="repair the file, specify its format (--format), or omit it",

@@ -8,7 +8,6 @@ it is filled with zeros.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import zlib
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from natgrad.sources.bounds import parse_json, shown
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT, fields
 from natgrad.storage import Storage
 
@@ -71,18 +71,19 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
 
 def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
     """Yield the data of the records. Records that are too long yield no data."""
-    parts: list[bytes] = []
+    record, length = bytearray(), 0
     continues, notes_before = False, len(notes)
     for position, kind, data in _fragments(log, notes):
         if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or continues != (kind in (_MIDDLE, _LAST)):
             raise ValueError(f"the fragment at byte {position} has type {kind}, which is not valid there")
         if not continues:
-            parts, length = [], 0
+            record, length = bytearray(), 0
         length += len(data)
-        parts = [*parts, data] if length <= _RECORD_LIMIT else []
+        if length <= _RECORD_LIMIT:
+            record += data
         continues = kind in (_FIRST, _MIDDLE)
         if not continues:
-            yield b"".join(parts)
+            yield bytes(record) if length <= _RECORD_LIMIT else b""
     if continues and len(notes) == notes_before:
         notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
 
@@ -101,10 +102,14 @@ def read_wandb(log: Storage, wanted: Callable[[str], bool], notes: list[str]) ->
 
 def _history(data: bytes, wanted: Callable[[str], bool]) -> dict[str, Any]:
     values: dict[str, Any] = {"_step": 0}
+    logged_keys: set[str] = set()
     for number, kind, value in fields(data):
         if (number, kind) == (_ITEM, BYTES):
             key, logged = _item(value)
             if wanted(key) or key == "_step":
+                if key in logged_keys:
+                    raise ValueError(f"a record contains {shown(key)} twice")
+                logged_keys.add(key)
                 values[key] = logged()
         elif (number, kind) == (_STEP, BYTES):
             values["_step"] = next(
@@ -131,7 +136,4 @@ def _item(data: bytes) -> tuple[str, Callable[[], Any]]:
 
 
 def _decode_json(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("a value is nested too deeply") from error
+    return parse_json(text, "a value")
