@@ -1,6 +1,6 @@
 """Open logs in child processes with limits of CPU time and memory: ``python tests/limited.py`` reads JSON lines.
 
-Each line has the ``path`` of a log and its limits, ``seconds`` and ``bytes``. The answer is a line with ``outcome``:
+Each line has the ``path`` of a log, and the limits ``seconds`` and ``bytes``. The answer has an ``outcome``:
 "read" (with the tensors, each with its first values), "refused" (with the message), "failed" (with a traceback),
 or "killed" (with the signal).
 """

@@ -404,20 +404,20 @@ def cut(tree):
             "stage 2",
             "mp_rank_00_model_states.pt",
             lambda tree: tree["param_shapes"][0].update({"layers.9.weight": (-1, -35)}),
-            "not a number of elements",
+            "is -1, which is not an integer",
         ),
         (
             "stage 2",
             "mp_rank_00_model_states.pt",
             lambda tree: tree["param_shapes"][0].update({"layers.9.weight": None}),
-            "no shape for 'layers.9.weight'",
+            "the shape of 'layers.9.weight' is None",
         ),
         ("stage 2", "mp_rank_00_model_states.pt", lambda tree: tree.pop("param_shapes"), "malformed"),
         (
             "stage 2",
             "rank_0_*optim_states.pt",
             lambda tree: state_of(tree).update(param_alignment_paddings=[[0, 1 << 60], [0, 0]]),
-            "not a number of elements",
+            "a number of elements is",
         ),
         (
             "stage 2",

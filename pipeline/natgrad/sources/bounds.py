@@ -31,9 +31,9 @@ __all__ = [
     "parse_json",
     "parse_toml",
     "read_limited",
-    "regular_size",
     "shape_of",
     "shown",
+    "surveyed",
 ]
 
 OPERATIONS, BYTES_PER_OPERATION = 2_000_000, 32
@@ -60,7 +60,7 @@ JSON_LIMIT = 1 << 27
 TOML_LIMIT, _TOML_LEVELS = 1 << 22, 64
 """Maximum size of a TOML file in bytes, and maximum number of dots in the keys of a line."""
 
-_COUNT_LIMIT = 1 << 60
+_COUNT_LIMIT = (1 << 60) - 1
 _SHOWN = 80
 
 
@@ -101,27 +101,32 @@ class Budget:
             )
 
 
-def regular_size(folder: Path) -> int:
-    """Return the size of the files below a folder, for libraries that open files in it themselves.
+def surveyed(folder: Path) -> tuple[int, list[Path]]:
+    """Check the files below a folder, for libraries that open files in it themselves.
+
+    Returns
+    -------
+    size : int
+        Size of the files in bytes.
+    links : list of Path
+        Links to folders, which are not followed.
 
     Raises
     ------
     NotRegularError
         If an entry is neither a regular file nor a folder.
-    ValueError
-        If an entry is a link to a folder.
     """
-    size, folders = 0, [folder]
+    size, links, folders = 0, [], [folder]
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(Path(entry.path))
                 elif entry.is_dir():
-                    raise ValueError(f"{entry.path} is a link to a folder: copy the folder itself")
+                    links.append(Path(entry.path))
                 else:
                     size += require_regular(entry.path)
-    return size
+    return size, links
 
 
 # Numbers and names -------------------------------------------------------------------------------------------
@@ -198,10 +203,9 @@ def read_limited(file: Storage | Path, limit: int) -> bytes:
     """
     storage = LocalStorage(file) if isinstance(file, Path) else file
     with storage.open() as opened:
-        content = opened.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{storage.name} has more than {limit} bytes")
-    return content
+        if opened.size > limit:
+            raise ValueError(f"{storage.name} has more than {limit} bytes")
+        return opened.read(opened.size)
 
 
 def parse_json(content: bytes | str, name: str, budget: Budget | None = None) -> Any:

@@ -36,7 +36,13 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
             raise InputError(
                 f"there are no {array}s in this step",
                 where=where(step),
-                why=f"found {sorted(content.unused)[:6] or 'nothing else'}; most checkpoints contain no gradients",
+                why="; ".join(
+                    (
+                        f"found {sorted(content.unused)[:6] or 'nothing else'}",
+                        *content.notes[:3],
+                        "most checkpoints contain no gradients",
+                    )
+                ),
                 remedy=f"specify their key (--map {array}=KEY), or give the log that contains them as an "
                 "additional SOURCE",
             )

@@ -18,7 +18,7 @@ __all__ = ["Hdf5File"]
 
 _FORM = "an HDF5 file"
 _CHUNK_LIMIT = 1 << 28
-_DATASET_OPERATIONS = 100
+_DATASET_OPERATIONS = 250
 
 
 class Hdf5File(Container):

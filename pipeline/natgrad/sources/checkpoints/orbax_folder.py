@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from natgrad.sources.bounds import Budget, regular_size, shown
+from natgrad.sources.bounds import Budget, shown, surveyed
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.checkpoints.zarr_group import ZarrArrays, read_object
@@ -97,7 +97,10 @@ class OrbaxFolder(ZarrArrays):
     def __init__(self, step: LoggedStep) -> None:
         super().__init__(step, _FORM)
         with read_errors(step, _FORM):
-            self.budget = Budget(regular_size(step.path))
+            size, links = surveyed(step.path)
+            if links:
+                raise ValueError(f"{links[0]} is a link to a folder: copy the folder itself")
+            self.budget = Budget(size)
             self._describe()
 
     def _describe(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, regular_size
+from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, surveyed
 from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
@@ -185,8 +185,13 @@ class ZarrGroup(ZarrArrays):
     def __init__(self, step: LoggedStep, *, stacked: bool = False) -> None:
         super().__init__(step, _FORM, stacked=stacked)
         with read_errors(step, _FORM):
-            self.budget = Budget(regular_size(step.path))
-            self.open_arrays(self._found(), required=False)
+            size, links = surveyed(step.path)
+            self.budget = Budget(size)
+            arrays = self._found()
+            for link in links:
+                if any((step.path / key) in link.parents for key in arrays):
+                    raise ValueError(f"{link} is a link to a folder: copy the folder itself")
+            self.open_arrays(arrays, required=False)
             for key, logged in self.tensors.items():
                 if logged.dtype == "uint16" and self._attributes(key).get("ml_dtype") == "bfloat16":
                     self.tensors[key] = LoggedTensor(logged.shape, "bfloat16")

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.sources.container import Container
@@ -191,6 +192,11 @@ class _Group:
     names: dict[int, str] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def entries(self) -> frozenset[str]:
+        """The members, for membership tests; to be used when the group is complete."""
+        return frozenset(self.members.values())
+
     def ordered(self) -> list[str]:
         return [self.members[index] for index in sorted(self.members)]
 
@@ -202,7 +208,7 @@ def _groups(container: Container, start: str) -> dict[str, _Group]:
         if not key.startswith(start) or not inner.startswith("param_groups"):
             continue
         if (member := _MEMBER.fullmatch(inner)) and key in container.numbers:
-            groups.setdefault(member[1], _Group()).members[int(member[3])] = str(int(container.numbers[key]))
+            groups.setdefault(member[1], _Group()).members[int(member[3])] = f"{container.numbers[key]:.15g}"
         elif option := _OPTION.fullmatch(inner):
             value = container.number(key)
             if value is not None:
@@ -222,7 +228,7 @@ def _groups(container: Container, start: str) -> dict[str, _Group]:
 def _options_of(entry: str, tensor: str, groups: Mapping[str, _Group]) -> Mapping[str, float]:
     """Return the options of an entry: those of its group, of a group named after it, or of the only group."""
     for name, group in groups.items():
-        if entry in group.members.values() or name in (entry, tensor):
+        if entry in group.entries or name in (entry, tensor):
             return group.options
     (only, *others) = groups.values() if groups else [_Group()]
     return {} if others or only.members else only.options

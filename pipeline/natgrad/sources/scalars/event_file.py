@@ -15,7 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED32, FIXED64, VARINT, fields
-from natgrad.storage import Storage
+from natgrad.storage import NotRegularError, Storage
 
 __all__ = ["event_files", "read_events"]
 
@@ -45,11 +45,14 @@ def _is_event_file(file: Storage) -> bool:
 
 def _start_time(file: Storage) -> float:
     """Return the time of the first record, for sorting the files of a folder: file names contain only seconds."""
-    for record in _records(file, []):
-        for number, kind, value in fields(record):
-            if number == 1 and kind == FIXED64:
-                return float(struct.unpack("<d", value)[0])
-        break
+    try:
+        for record in _records(file, []):
+            for number, kind, value in fields(record):
+                if number == 1 and kind == FIXED64:
+                    return float(struct.unpack("<d", value)[0])
+            break
+    except NotRegularError:
+        pass  # reading it is refused, with the reason
     return 0.0
 
 

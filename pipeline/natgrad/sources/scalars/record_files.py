@@ -16,7 +16,7 @@ from urllib.parse import quote
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.steps import local_file
-from natgrad.storage import Storage, require_regular
+from natgrad.storage import NotRegularError, Storage, require_regular
 
 __all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
 
@@ -157,7 +157,9 @@ def holds_metrics(log: Storage) -> bool:
     try:
         with closing(_connect(log)) as database:
             return _columns(database) >= {"run_name", "step", "metrics"}
-    except (sqlite3.Error, OSError):
+    except NotRegularError:
+        return True  # reading it is refused, with the reason
+    except sqlite3.Error:
         return False
 
 
