@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
 
-.PHONY: install browser demo test quick torture mutate cluster-test bench lint docs lock
+.PHONY: install browser demo test quick torture mutate fuzz cluster-test bench lint docs lock
 
 demo: .venv/demo-installed
 	@$(BIN)/python -m natgrad_flows demo
@@ -48,6 +48,11 @@ torture: install
 MUTANTS ?= 200
 mutate: install
 	$(BIN)/python tests/mutate.py --mutants $(MUTANTS) --seed 0
+
+# Damages real logs of every format, ten minutes for each of the 25 parsers, two at a time: two hours.
+SECONDS_PER_PARSER ?= 600
+fuzz: install
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS_PER_PARSER)
 
 # Slow tests, several minutes: hosts as network namespaces (requires root), cut links, restarted servers, PostgreSQL.
 cluster-test: install

@@ -7,6 +7,7 @@ import pickle
 import socket
 import sqlite3
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -48,15 +49,19 @@ def tensor(size=b"K\x02", offset=b"K\x00", shape=b"K\x02\x85", stride=b"K\x01\x8
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(size, key) + offset + shape + stride + b"\x89}tR"
 
 
-def torch_log(folder, body, storages=(bytes(8),), more=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / "step_0.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
-        for index, content in enumerate(storages):
-            archive.writestr(f"archive/data/{index}", content)
-        for name, content in more:
+def write_archive(path, members, compression=zipfile.ZIP_STORED):
+    """Write an archive, in which a name may appear twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
+        warnings.filterwarnings("ignore", "Duplicate name")
+        for name, content in members:
             archive.writestr(name, content)
-    return folder
+    return path.parent
+
+
+def torch_log(folder, body, storages=(bytes(8),), more=()):
+    stored = [(f"archive/data/{index}", content) for index, content in enumerate(storages)]
+    return write_archive(folder / "step_0.pt", [("archive/data.pkl", b"\x80\x02" + body + b"."), *stored, *more])
 
 
 def with_body(body, **options):
@@ -271,11 +276,7 @@ def npy(shape=(2,), content=bytes(16), descr="<f8", fortran=False):
 
 
 def npz_log(folder, members, compression=zipfile.ZIP_STORED):
-    folder.mkdir(parents=True)
-    with zipfile.ZipFile(folder / "step_0.npz", "w", compression) as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return folder
+    return write_archive(folder / "step_0.npz", members, compression)
 
 
 def npz_bomb(folder):

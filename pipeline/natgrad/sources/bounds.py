@@ -3,7 +3,7 @@
 A log may be damaged or malicious: a few bytes can declare exabytes, or describe a text that grows exponentially.
 Every reader passes the numbers of headers, indices and pickles to `integer` and `shape_of`, parses JSON and TOML
 with `parse_json` and `parse_toml`, shows parts of a file in messages with `shown`, and spends a `Budget`.
-docs/formats.md states the constants.
+docs/reference/formats.md states the constants.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _SHOWN = 80
 
 
 class Budget:
-    """What a reader may still spend on its files.
+    """Operations, names and bytes that a reader may still spend on its files.
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import tokenize
 import zipfile
 from typing import Any
 
@@ -100,7 +101,10 @@ class NpzFile(Container):
         length = file.read(width)
         size = integer(int.from_bytes(length, "little"), "the length of a header", most=_HEADER_LIMIT)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read(io.BytesIO(length + file.read(size)))
+        try:
+            shape, fortran, dtype = read(io.BytesIO(length + file.read(size)))
+        except (tokenize.TokenError, SyntaxError) as error:
+            raise ValueError(f"the header of an array is not valid: {error}") from error
         return shape_of(shape, "an array"), fortran, dtype
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
