@@ -13,13 +13,14 @@ from types import FrameType
 from typing import TypeVar
 
 from natgrad.ingestion import IngestSummary, StepWait
+from natgrad.schema.logs import logger
 from natgrad.sources.steps import NotYet
 
 __all__ = [
     "follow",
 ]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 T = TypeVar("T", bound=IngestSummary)
 
