@@ -493,7 +493,6 @@ def fuzz(parser, *, seconds=None, cases=None, first_seed=0):
 
         signal.signal(signal.SIGPROF, on_alarm)
 
-        @given(which=st.integers(0, 1 << 16), inside=st.integers(0, 2), mutations=MUTATIONS)
         def case(which, inside, mutations):
             path = files[which % len(files)]
             whole = contents[path]
@@ -512,13 +511,17 @@ def fuzz(parser, *, seconds=None, cases=None, first_seed=0):
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         start, round_seed = time.monotonic(), first_seed
         while True:
+            # Hypothesis decorates a function only once, so each round has its own.
+            cases_of_round = given(which=st.integers(0, 1 << 16), inside=st.integers(0, 2), mutations=MUTATIONS)(
+                case
+            )
             run = settings(
                 max_examples=cases or 500,
                 database=None,
                 deadline=None,
                 phases=[Phase.generate, Phase.shrink],
                 suppress_health_check=list(HealthCheck),
-            )(seed(round_seed)(case))
+            )(seed(round_seed)(cases_of_round))
             with contextlib.redirect_stderr(io.StringIO()):
                 run()
             round_seed += 1

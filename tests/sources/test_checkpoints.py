@@ -4,6 +4,7 @@ import itertools
 import os
 import pickle
 import re
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -285,6 +286,21 @@ def test_a_pickle_in_an_archive_is_never_loaded(tmp_path, key):
     assert not trace.exists()
     pickle.loads(pickle.dumps(Payload(trace)))
     assert trace.exists()  # the trap works
+
+
+def test_a_member_of_an_archive_that_is_not_an_array_is_left_out_with_a_note(tmp_path):
+    write_step(tmp_path, 7, {"parameter/w": np.ones(2), "gradient/w": np.ones(2)}, "npz")
+    with zipfile.ZipFile(tmp_path / "step_7.npz", "a") as archive:
+        archive.writestr("readme.txt", "text")
+        archive.writestr("loss", np.float64(1.0).tobytes())
+        archive.writestr("folder/", "")
+    content = only_content(tmp_path)
+    assert set(content.arrays) == {"parameter", "gradient"}
+    assert [note.partition(" was not read: it is not an array")[0] for note in content.notes] == [
+        "readme.txt",
+        "loss",
+    ]
+    assert not content.scalars
 
 
 def only_content(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class Hdf5File(Container):
             self._file = h5py.File(step.path, "r")
             try:
                 self._file.visititems(self._describe)
+                self._require_distinct_data()
             except BaseException:
                 self._file.close()
                 raise
@@ -72,6 +74,19 @@ class Hdf5File(Container):
         bits = item.dtype == np.uint16 and item.attrs.get("ml_dtype") == "bfloat16"
         self.add(key, item.shape, "bfloat16" if bits else item.dtype.name)
         self._datasets[key] = item
+
+    def _require_distinct_data(self) -> None:
+        """Refuse contiguous datasets that overlap or exceed the file: the library would read other data."""
+        sizes = {key: dataset.id.get_storage_size() for key, dataset in self._datasets.items()}
+        ranges = sorted(
+            (offset, offset + sizes[key])
+            for key, dataset in self._datasets.items()
+            if sizes[key] and (offset := dataset.id.get_offset()) is not None
+        )
+        if any(start < stop for (_, stop), (start, _) in pairwise(ranges)) or (
+            ranges and ranges[-1][1] > self.budget.size
+        ):
+            raise ValueError("the data of its datasets overlap or exceed the file")
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
