@@ -277,13 +277,12 @@ def test_bounds_are_defined_for_discrete_gradients_and_logged_hessian_eigenvalue
 # The smallest window -----------------------------------------------------------------------------------------
 
 
-def brute_force_smallest(found, longest):
-    """Return the smallest m for which all windows with a known status are effective, from windows of every m."""
+def brute_force_smallest(found, longest, complete):
+    """Return the smallest m for which all complete windows are effective, from windows of every m."""
     for m in range(1, longest + 1):
-        status = found["status"].sel(window=m).values
-        judged = status[~np.isin(status, (Status.UNVERIFIABLE, Status.NO_LEARNING_RATE))]
-        if len(judged) and (judged == Status.EFFECTIVE).all():
-            return m, len(judged)
+        status = found["status"].sel(window=m).values[complete(m)]
+        if len(status) and (status == Status.EFFECTIVE).all():
+            return m, len(status)
     return np.nan, 0
 
 
@@ -315,15 +314,15 @@ def test_the_smallest_effective_window_is_the_first_of_all_that_were_tried(seed,
     for descent in DESCENTS:
         model = tree["model"].to_dataset().sel(descent=descent)
         found = (float(model["effective_window"]), int(model["effective_window_count"]))
-        np.testing.assert_equal(found, brute_force_smallest(model, rows))
+        np.testing.assert_equal(found, brute_force_smallest(model, rows, table.complete))
         for tensor in TENSORS:
             part = tree["tensor"].to_dataset().sel(descent=descent, tensor=tensor)
             found = (float(part["effective_window"]), int(part["effective_window_count"]))
-            np.testing.assert_equal(found, brute_force_smallest(part, rows))
+            np.testing.assert_equal(found, brute_force_smallest(part, rows, table.complete))
     decreases = tree["model"]["loss_decrease"].values
     expected = (np.nan, 0)
     for m in range(rows, 0, -1):
-        compared = decreases[np.isfinite(decreases[:, m - 1]), m - 1]
+        compared = decreases[: rows - m + 1, m - 1][table.complete(m)[: rows - m + 1]]
         if len(compared) and (compared > 0).all():
             expected = (m, len(compared))
     model = tree["model"].to_dataset()
@@ -344,6 +343,26 @@ def test_the_smallest_window_is_found_although_windows_are_not_monotone():
     always = [corrected["effective"].sel(window=m)[: 6 - m].all().item() for m in range(1, 6)]
     assert always == [False, True, False, True, True]
     assert np.isnan(model.sel(descent="gradient")["effective_window"])
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_a_window_that_needs_an_unknown_loss_supports_no_claim(lost):
+    # Every known loss is below the known one before it in a window of 1, but across the unknown loss it may rise.
+    losses = [5.0, 4.0, 3.0, 2.0, 1.0]
+    losses[lost] = np.nan
+    if 0 < lost < 4:
+        losses[lost + 1 :] = [loss + 10 for loss in losses[lost + 1 :]]
+    states = [
+        {"parameter/w": np.array([float(k)]), "gradient/w": np.array([-1.0]), "loss": loss, "learning_rate": 1.0}
+        for k, loss in enumerate(losses)
+    ]
+    model = dataset.label(table_of(states), windows=range(1, 5))["model"].to_dataset()
+    assert np.isnan(model["decreasing_window"])
+    assert model["decreasing_window_count"] == 0
+    needs_losses = model.sel(descent=["corrected", "trapezoid"])
+    assert np.isnan(needs_losses["effective_window"]).all()
+    assert (needs_losses["effective_window_count"] == 0).all()
+    assert model.sel(descent="gradient")["effective_window"] == 1
 
 
 def test_a_window_across_a_restart_does_not_count():

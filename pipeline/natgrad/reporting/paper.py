@@ -299,7 +299,8 @@ def _both(printed: float, measured: float) -> tuple[str, str]:
 
 
 def _rises(losses: NDArray[np.float64]) -> str:
-    changes = np.diff(losses[np.isfinite(losses)])
+    changes = np.diff(losses)
+    changes = changes[~np.isnan(changes)]  # a change from or to an unknown loss is not known
     return f"{(changes > 0).sum()} of {len(changes)}"
 
 

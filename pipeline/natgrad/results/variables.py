@@ -736,8 +736,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m with y.g > 0 for all t, eq. (3)",
             long_name="smallest window length for which all windows are effective",
-            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are "
-            "tried, and up to the longest requested window if that is longer.",
+            description="NaN if there is no such length, also because the status of a window is not known. Lengths "
+            "up to the smaller of 256 and half the run are tried, and up to the longest requested window if that is "
+            "longer.",
         ),
         UpdateVariable(
             name="effective_window_count",
@@ -746,7 +747,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="number of t, eq. (3)",
             long_name="number of windows that support effective_window",
-            description="Number of windows of that length with a known status. 0 if there is no such length.",
+            description="Number of windows of that length without a gap. 0 if there is no such length.",
         ),
         UpdateVariable(
             name="decreasing_window",
@@ -755,8 +756,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m of eq. (3)",
             long_name="smallest window length over which the loss always decreases",
-            description="NaN if there is no such length. Lengths up to the smaller of 256 and half the run are "
-            "tried, and up to the longest requested window if that is longer.",
+            description="NaN if there is no such length, also because a window lacks a loss. Lengths up to the "
+            "smaller of 256 and half the run are tried, and up to the longest requested window if that is longer.",
         ),
         UpdateVariable(
             name="decreasing_window_count",
@@ -765,7 +766,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="number of t, eq. (3)",
             long_name="number of windows that support decreasing_window",
-            description="Number of windows of that length with both losses logged. 0 if there is no such length.",
+            description="Number of windows of that length without a gap. 0 if there is no such length.",
         ),
     )
 }

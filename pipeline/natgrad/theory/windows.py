@@ -4,6 +4,9 @@ A window of m updates may descend although single updates do not. The argument o
 Windows are not monotone in m: for the losses 3, 1, 2.5, 0.5, 2, 0.25, all windows of 2, 4 and 5 descend, but those
 of 3 do not. Therefore every m is tried, from 1 up to a limit. The result includes the number of windows that
 support it, because an m near the length of the run has few windows.
+
+An m is found only if each of its windows is known to descend. A window with an unknown loss, an unknown learning
+rate or an update that is not larger than its rounding error proves nothing, and the loss may rise across it.
 """
 
 from __future__ import annotations
@@ -63,11 +66,9 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     Returns
     -------
     smallest : float64 array, shape (...)
-        NaN if there is no such m.
+        NaN if there is no such m. An m with a window whose status is not known is not one.
     count : int64 array, shape (...)
-        Number of windows that support it: all windows of that m, except those whose status is not known because a
-        learning rate or a loss is missing, or because their update is not larger than its rounding error. 0 if
-        there is no such m.
+        Number of windows that support it: all windows of that m that do not pass a gap. 0 if there is no such m.
     """
     shape = terms.pair.alignment.shape
     smallest, count = np.full(shape[1:], np.nan), np.zeros(shape[1:], np.int64)
@@ -85,11 +86,9 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
             total, complete = _longer(total, single, m), complete[:-1] & follows[m - 2 :]
         verifiable = total.known & ~(total.update_floor >= total.pair.update_norm)
         status = geometry.status(total.pair, total.learning_rate, total.finite, verifiable)
-        judged = complete[:, None] & ~np.isin(status, (Status.NO_LEARNING_RATE, Status.UNVERIFIABLE))
-        windows = judged.sum(axis=0)
-        solved = ((status == Status.EFFECTIVE) | ~judged).all(axis=0) & (windows > 0)
+        solved = (status[complete] == Status.EFFECTIVE).all(axis=0) & complete.any()
         if solved.any():
-            flat_smallest[open_columns[solved]], flat_count[open_columns[solved]] = m, windows[solved]
+            flat_smallest[open_columns[solved]], flat_count[open_columns[solved]] = m, complete.sum()
             if solved.all():
                 break
             # Most columns are solved by a small m. Only the others are summed further.
@@ -113,24 +112,31 @@ def smallest_decreasing(
     Returns
     -------
     smallest : float
-        NaN if there is no such m.
+        NaN if there is no such m. An m with a comparison that lacks a loss is not one.
     count : int
-        Number of comparisons that support it; comparisons with a missing loss do not count.
+        Number of comparisons that support it: all windows of that m that do not pass a gap. 0 if there is no such
+        m.
 
     Examples
     --------
     >>> losses = np.array([3, 1, 2.5, 0.5, 2, 0.25])
     >>> smallest_decreasing(losses[:-1], losses[1:], np.ones(4, bool), longest=5)
     (2.0, 4)
+
+    Across the unknown loss, the loss rises:
+
+    >>> losses = np.array([3, 2, np.nan, 5, 4])
+    >>> smallest_decreasing(losses[:-1], losses[1:], np.ones(3, bool), longest=4)
+    (nan, 0)
     """
     complete = np.ones(len(loss), bool)
     for m in range(1, min(longest, len(loss)) + 1):
         if m > 1:
             complete = complete[:-1] & follows[m - 2 :]
-        before, after = loss[: len(loss) - m + 1], next_loss[m - 1 :]
-        compared = complete & ~np.isnan(before) & ~np.isnan(after)
-        if compared.any() and (after < before)[compared].all():
-            return float(m), int(compared.sum())
+        # A comparison with an unknown loss, NaN, is false.
+        decreases = next_loss[m - 1 :] < loss[: len(loss) - m + 1]
+        if complete.any() and decreases[complete].all():
+            return float(m), int(complete.sum())
     return np.nan, 0
 
 
