@@ -13,6 +13,11 @@ products r.r and r.d contain it without the cancellation that affects g.g, g.d a
 of the segment and stored with the products. It need not be exact, but if it is off by one part in n, the angle has
 a floor of 1e-8 / n. If the sums show that the estimate is poor, the segment is therefore summed again.
 
+Products may underflow or overflow. The squares of the vectors tell this apart from vectors that are zero or not
+finite (`squared_norm` of `natgrad.theory.geometry` has the same convention): a square is 0 only if the vector is
+zero, NaN only if an element is not finite, the smallest positive float64 if it underflows to 0, and infinity if it
+overflows.
+
 Sums run over blocks of `BLOCK` elements. The sums of blocks are added with compensation for their rounding errors,
 so the error does not grow with the length of a segment. The gradient is summed as its two parts, r and c d, which
 takes ten products instead of fifteen.
@@ -57,6 +62,12 @@ _SAMPLE, _SAMPLES = 64, 16
 
 _NEARLY_PARALLEL = 2.0**-40
 """A residual below 1e-6 of the gradient gives the angle to 1e-14 even if it is parallel to the displacement."""
+
+_EXACT_SQUARE = 2.0**-980
+"""A smaller square of a displacement is not accurate, because its products underflow; it leaves no ratio c."""
+
+_NONZERO = 5e-324
+"""Square of a vector that is not zero, but whose square underflows."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -202,6 +213,12 @@ def _sample(p0: Any, p1: Any, g0: Any, n: int) -> tuple[float, float]:
 
 
 @inner(forceinline=True)
+def _quotient(dg: float, dd: float) -> float:
+    ratio = dg / dd if dd > 0.0 else 0.0
+    return ratio if np.isfinite(ratio) else 0.0
+
+
+@inner(forceinline=True)
 def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> float:
     dg = dd = 0.0
     # Sampling an element costs a third of summing its products, so at most a quarter of the elements are sampled.
@@ -215,22 +232,28 @@ def _sampled_ratio(p0: Any, p1: Any, g0: Any, like: Any, first: int, n: int) -> 
     if dd == 0.0:
         # Fewer than two samples, or a sparse update that they missed: use all elements.
         dg, dd = _sample(pointer(p0, first, like[0]), pointer(p1, first, like[0]), pointer(g0, first, like[1]), n)
-    ratio = dg / dd if dd > 0.0 else 0.0
-    return ratio if np.isfinite(ratio) else 0.0
+    return _quotient(dg, dd)
 
 
 @inner(forceinline=True)
-def _missing(c: float, sums: Any) -> Any:
-    """Return the correction of a ratio: zero, unless the sums show that the estimate is poor."""
-    dd, rd, rr = sums[4], sums[6], sums[9]
-    if not np.isfinite(dd):
-        # The sample missed an element that is not finite: such a displacement has no ratio.
-        return -c
-    gg = rr + 2.0 * c * rd + c * c * dd
-    if rr > _NEARLY_PARALLEL * gg and rd * rd > 0.5 * rr * dd and np.isfinite(rd / dd):
+def _improved(c: float, dd: float, rd: float, rr: float) -> float:
+    """Return the ratio itself, a better one if the sums show that it is poor, or NaN if they show nothing else."""
+    if not _EXACT_SQUARE <= dd < np.inf:
+        # The displacement has no ratio, even if the sample had one.
+        return 0.0
+    if rr == np.inf:
+        # The ratio of the sample is so large that the residual overflows, or an element is infinite.
+        return np.nan
+    gg = rr + 2.0 * c * rd + c * (c * dd)
+    if rr > _NEARLY_PARALLEL * gg and abs(rd) > np.sqrt(0.5) * np.sqrt(rr) * np.sqrt(dd):
         # Most of the residual is parallel to the displacement, so its own sums give a better ratio.
-        return rd / dd
-    return 0.0
+        return c + rd / dd if np.isfinite(rd / dd) else c
+    return c
+
+
+_ATTEMPTS = 3
+"""Number of times that a segment is summed at most: with the ratio of a sample, with the ratio that the sums give, and
+with the ratio of all elements. The latter is rarely needed: if the first ratio is 1e16 times as large as the best."""
 
 
 @inner()
@@ -316,6 +339,60 @@ def _fill(c: float, sums: Any, gram: Any) -> None:
         gram[5, 5] = hh
 
 
+@inner()
+def _differing(x0: Any, x1: Any, n: int) -> int:
+    """Count the elements of x1 that differ from those of x0, or that are not zero if x0 is None."""
+    count = 0
+    for i in range(n):
+        count += _widen(x1[i]) != (0.0 if x0 is None else _widen(x0[i]))
+    return count
+
+
+@inner()
+def _not_finite(x: Any, n: int) -> int:
+    count = 0
+    for i in range(n):
+        value = _widen(x[i])
+        count += not abs(value) < np.inf
+    return count
+
+
+def _square_leaves_range(words: Any) -> Any:
+    """Return True if squares of stored words can underflow or overflow in float64: only those of float64 can."""
+
+
+@overload(_square_leaves_range, strict=False)
+def _square_leaves_range_compiled(words: Any) -> Any:
+    if words.dtype == types.float64:
+        return lambda words: True
+    return lambda words: False
+
+
+@inner()
+def _mark(gram: Any, vector: int, x0: Any, x1: Any, n: int) -> None:
+    """Make the square of a vector x1 (or x1 - x0) obey the convention. The segment is still in the cache."""
+    square = gram[vector, vector]
+    if 0.0 < square < np.inf:
+        return
+    if not _square_leaves_range(x1) and not square < 0.0:
+        gram[vector, vector] = 0.0 if square == 0.0 else np.nan
+    elif square <= 0.0:
+        gram[vector, vector] = 0.0 if _differing(x0, x1, n) == 0 else _NONZERO
+    else:
+        count = _not_finite(x1, n)
+        if x0 is not None:
+            count += _not_finite(x0, n)
+        gram[vector, vector] = np.inf if count == 0 else np.nan
+
+
+@inner()
+def _mark_all(p0: Any, p1: Any, g0: Any, g1: Any, n: int, gram: Any) -> None:
+    _mark(gram, 0, None, p0, n)
+    _mark(gram, 1, p0, p1, n)
+    _mark(gram, 2, None, g0, n)
+    _mark(gram, 3, g0, g1, n)
+
+
 @entry()
 def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, ratio: Any) -> None:
     """Compute `products` from compiled code.
@@ -349,17 +426,22 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
                 p0, p1 = pointer(p[t], first, words[0]), pointer(p[t + 1], first, words[0])
                 g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
                 c = _sampled_ratio(p[t], p[t + 1], g[t], words, first, n)
-                for attempt in range(2):
+                for attempt in range(_ATTEMPTS):
                     # There is only one block, so there is no rounding error to compensate.
                     _block(p0, p1, g0, g1, n, c, part)
                     if h is not None:
                         _hvp_block(p0, p1, g0, g1, pointer(h[t], first, words[2]), n, c, part)
-                    missing = _missing(c, part)
-                    if missing == 0.0 or attempt == 1:
+                    better = _improved(c, part[4], part[6], part[9])
+                    if better == c or attempt == _ATTEMPTS - 1:
                         break
-                    c += missing
+                    if attempt > 0 or np.isnan(better):
+                        better = _quotient(*_sample(p0, p1, g0, n))
+                    c = better
                 ratio[t, s] = c
                 _fill(c, part, gram[t, s])
+                _mark_all(p0, p1, g0, g1, n, gram[t, s])
+                if h is not None:
+                    _mark(gram[t, s], 5, None, pointer(h[t], first, words[2]), n)
         if end > begin:
             continue
         # A segment of several blocks.
@@ -369,11 +451,20 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
             ratios[t] = _sampled_ratio(p[t], p[t + 1], g[t], words, first, stop - first)
         _sum_blocks(p, g, h, words, range(rows), first, stop, ratios, total, error, part)
         for t in range(rows):
-            missing = _missing(ratios[t], total[t])
-            if missing != 0.0:
-                ratios[t] += missing
+            p0, p1 = pointer(p[t], first, words[0]), pointer(p[t + 1], first, words[0])
+            g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
+            for attempt in range(1, _ATTEMPTS):
+                better = _improved(ratios[t], total[t, 4], total[t, 6], total[t, 9])
+                if better == ratios[t]:
+                    break
+                if attempt > 1 or np.isnan(better):
+                    better = _quotient(*_sample(p0, p1, g0, stop - first))
+                ratios[t] = better
                 _sum_blocks(p, g, h, words, range(t, t + 1), first, stop, ratios, total, error, part)
             _fill(ratios[t], total[t], gram[t, begin])
+            _mark_all(p0, p1, g0, g1, stop - first, gram[t, begin])
+            if h is not None:
+                _mark(gram[t, begin], 5, None, pointer(h[t], first, words[2]), stop - first)
 
 
 def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
@@ -424,8 +515,9 @@ def products(
         If there are too few states or elements, or they are not contiguous.
 
     Notes ----- The function releases the interpreter lock. The bits of an update depend only on its two states and
-    `starts`, not on the number of updates computed together. A segment whose displacement is zero or not finite has
-    ratio 0. If the displacement is not finite, every product with the gradient is NaN or infinite.
+    `starts`, not on the number of updates computed together. A segment whose displacement is zero, not finite, or so
+    small or large that its square underflows or overflows, has ratio 0. If the displacement is not finite, every
+    product with the gradient is NaN or infinite.
 
     Ten products are summed (fifteen with the Hessian-vector product). Those of the gradient follow from g = r + c
     d. Neither part exceeds g by more than a small factor, so they are as accurate as direct sums.

@@ -111,6 +111,10 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     def norm(vector: str) -> Array:
         return np.sqrt(gram[..., index[vector], index[vector]])
 
+    def is_finite(vector: str) -> NDArray[np.bool_]:
+        # The square of a finite vector may overflow to infinity, but only that of another one is NaN.
+        return ~np.isnan(gram[..., index[vector], index[vector]])
+
     # If there are k updates between two logged states, g is their mean (eq. 2).
     rate = (table.learning_rate * table.spans)[:, None]
     own = table.tensor_learning_rate
@@ -125,12 +129,12 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     underflow = np.array([underflow_error(tensor.dtype) for tensor in layout.tensors]) * np.sqrt(sizes)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff, underflow)
     gradient_floor = _rounding_error(norm("gradient"), sizes, table.dtypes["gradient"])
-    finite = np.isfinite(norm("displacement") + norm("gradient"))
+    finite = is_finite("displacement") & is_finite("gradient")
     if half is not None and logged:
         # The norm of the other gradient is at most the sum of the norms of this one and of their difference.
         stored = _rounding_error(norm(half), sizes, table.dtypes[half if half == HVP else "gradient"]) / 2.0
         gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, of_tensors)
-        finite &= np.isfinite(norm(half))
+        finite &= is_finite(half)
     tensors = Aggregation(
         (STEP, TENSOR),
         np.broadcast_to(own_rate, finite.shape),
@@ -191,6 +195,7 @@ def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimat
     return replace(
         model,
         pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
+        finite=model.finite & ~(extended & np.isinf(slope)),
         # A Hessian-vector product of the parameters does not include the change of the gradient with time.
         known=model.known & ~(extended & (np.isnan(slope) | (estimate.half == HVP))),
         gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),

@@ -129,14 +129,13 @@ class Updates:
     @cached_property
     def status(self) -> NDArray[np.int8]:
         """Values of `natgrad.schema.variables.Status`."""
-        known = windows.consecutive(self.aggregation.known, self.m).all(axis=-1)
         return geometry.status(
             self.pair,
             # The smallest rate represents the window: it is NaN if one is missing, and not positive if one is not.
             learning_rate=windows.consecutive(self.aggregation.rate, self.m).min(axis=-1),
             finite=windows.consecutive(self.aggregation.finite, self.m).all(axis=-1),
-            # An update that is not larger than its rounding error cannot be distinguished from it.
-            verifiable=known & ~(self.update_floor >= self.pair.update_norm),
+            known=windows.consecutive(self.aggregation.known, self.m).all(axis=-1),
+            update_floor=self.update_floor,
         )
 
     @cached_property
@@ -144,6 +143,12 @@ class Updates:
         """True if the angle is defined."""
         has_angle: NDArray[np.bool_] = self.status <= Status.OBTUSE
         return has_angle
+
+    @cached_property
+    def in_range(self) -> NDArray[np.bool_]:
+        """True if the inner products of y and g neither underflow nor overflow."""
+        in_range: NDArray[np.bool_] = ~np.isin(self.status, (Status.UNDERFLOW, Status.OVERFLOW))
+        return in_range
 
     @cached_property
     def effective(self) -> NDArray[np.bool_]:
@@ -220,6 +225,7 @@ class Defined(enum.Enum):
     """The updates at which a variable is defined. At others it has the fill value of its entry."""
 
     ALWAYS = enum.auto()
+    IN_RANGE = enum.auto()
     WITH_ANGLE = enum.auto()
     WITH_METRIC = enum.auto()
 
@@ -298,7 +304,9 @@ class UpdateVariable(Variable):
         if self.defined is Defined.ALWAYS and updates.descent in self.descents:
             return values
         mask: NDArray[np.bool_] = np.full(updates.status.shape, updates.descent in self.descents)
-        if self.defined is Defined.WITH_ANGLE:
+        if self.defined is Defined.IN_RANGE:
+            mask &= updates.in_range
+        elif self.defined is Defined.WITH_ANGLE:
             mask &= updates.has_angle
         elif self.defined is Defined.WITH_METRIC:
             mask &= updates.effective
@@ -403,6 +411,7 @@ _SINGLE = (STEP, TENSOR)
 _COMPARED = (STEP, TENSOR, DESCENT, WINDOW)
 _FAMILY = (*_COMPARED, GAMMA)
 _NO_METRIC = "NaN if the update is not effective."
+_OUT_OF_RANGE = "NaN if its square underflows or overflows in float64."
 _DISCRETE = DESCENTS[1:]
 
 VARIABLES: dict[str, UpdateVariable] = {
@@ -439,40 +448,43 @@ VARIABLES: dict[str, UpdateVariable] = {
         ),
         UpdateVariable(
             name="parameter_norm",
-            compute=lambda updates: updates.aggregation.parameter_norm,
+            compute=lambda updates: geometry.representable(updates.aggregation.parameter_norm),
             dimensions=_SINGLE,
             units="parameter",
             equation="|theta_t|",
             long_name="norm of the parameters",
-            description="Euclidean norm of the parameters before the update.",
+            description=f"Euclidean norm of the parameters before the update. {_OUT_OF_RANGE}",
         ),
         UpdateVariable(
             name="update_norm",
-            compute=lambda updates: updates.pair.update_norm,
+            compute=lambda updates: geometry.representable(updates.pair.update_norm),
             dimensions=(STEP, TENSOR, WINDOW),
             units="parameter learning_rate-1",
             equation="|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
             long_name="norm of the mean update over the window",
             description="Norm of the update divided by the learning rate. For a window, norm of its stacked "
-            "updates. NaN if the learning rate is not known.",
+            f"updates. NaN if the learning rate is not known. {_OUT_OF_RANGE}",
         ),
         UpdateVariable(
             name="gradient_norm",
-            compute=lambda updates: updates.gradient_norm,
+            compute=lambda updates: geometry.representable(updates.gradient_norm),
             dimensions=_COMPARED,
             units="loss parameter-1",
             equation="|y|",
             long_name="norm of the negative gradient",
-            description="Norm of the estimate of the negative gradient selected by the dimension descent.",
+            description="Norm of the estimate of the negative gradient selected by the dimension descent. "
+            f"{_OUT_OF_RANGE}",
         ),
         UpdateVariable(
             name="alignment",
             compute=lambda updates: updates.pair.alignment,
+            defined=Defined.IN_RANGE,
             dimensions=_COMPARED,
             units="loss learning_rate-1",
             equation="y.g",
             long_name="inner product of negative gradient and update",
-            description="Rate at which the loss decreases along the update. Positive if the update is effective.",
+            description="Rate at which the loss decreases along the update. Positive if the update is effective. "
+            "NaN if inner products underflow or overflow in float64.",
         ),
         UpdateVariable(
             name="cosine",
@@ -647,6 +659,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="discrete_identity_residual",
             compute=_discrete_identity_residual,
+            defined=Defined.IN_RANGE,
             aggregations=("model",),
             dimensions=_COMPARED,
             units="1",
@@ -727,7 +740,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             long_name="reason why the metric exists or not",
             description="Reason for missing values. Unverifiable if the update is not larger than its rounding "
             "error, a loss or a Hessian-vector product is missing, or the window passes the end of the run or a "
-            "restart.",
+            "restart. Underflow and overflow if the vectors are finite and not zero, but their inner products are "
+            "out of the range of float64.",
         ),
         UpdateVariable(
             name="effective_window",

@@ -59,7 +59,9 @@ class Status(enum.IntEnum):
     """Reasons why a metric exists or not: the CF flag values of the variable ``status``.
 
     If several apply, the first in this order is used: not_logged (this run of a sweep did not log the step),
-    non_finite, no_learning_rate, zero_gradient, zero_update, unverifiable, and then the sign of the alignment.
+    non_finite, no_learning_rate, overflow, zero_gradient, zero_update, unverifiable because a loss or a
+    Hessian-vector product is missing, underflow, unverifiable because of rounding, and then the sign of the
+    alignment.
     """
 
     EFFECTIVE = 0
@@ -71,6 +73,8 @@ class Status(enum.IntEnum):
     NO_LEARNING_RATE = 6
     UNVERIFIABLE = 7
     NOT_LOGGED = 8
+    UNDERFLOW = 9
+    OVERFLOW = 10
 
 
 class ShiftedMetric(enum.IntEnum):

@@ -51,10 +51,12 @@ __all__ = [
     "family_log_determinant",
     "multiplicities",
     "pair",
+    "representable",
     "rounding_error",
     "safe_divide",
     "scaled",
     "similarity",
+    "squared_norm",
     "status",
     "where_effective",
     "window",
@@ -66,11 +68,45 @@ Array = NDArray[np.float64]
 LEDGER_ERROR = 1e-14
 """Promised error of an inner product x.y of the ledger, relative to |x| |y|."""
 
+EXACT_NORM = 2.0**-490
+"""A norm below this has no accurate square. Each product that underflows is off by up to 2**-1075, so a square of up
+to 2**48 elements is off by 2**-1027, which is 2**-47 of this square."""
+
+LEAST_NORM, MOST_NORM = 2.0**-440, 2.0**500
+"""Limits of |y| and |g| (and of the displacement, eta |g|) between which results keep the promised accuracy, because
+neither their products nor those of their parts underflow or overflow. Parts below `EXACT_NORM` are then at most
+2**-50 of the sum."""
+
+NONZERO = 5e-324
+"""Square of a vector that is not zero, but whose square underflows. The ledger has it instead of 0."""
+
 
 def safe_divide(numerator: Array, denominator: Array) -> Array:
     """Divide, and return 0 if the denominator is 0 (projection onto a zero vector)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(denominator == 0, 0.0, numerator / denominator)
+
+
+def squared_norm(vector: ArrayLike) -> Array:
+    """Return the squared norms of vectors on the last axis, with the conventions of the ledger.
+
+    Returns
+    -------
+    array, shape (...)
+        0 only for zero vectors, NaN only for vectors with an element that is not finite, `NONZERO` if the square
+        underflows to 0, and infinity if it overflows.
+    """
+    values = np.asarray(vector, dtype=np.float64)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        square = np.vecdot(values, values)
+    square = np.where((square == 0) & values.any(axis=-1), NONZERO, square)
+    return np.where(np.isfinite(values).all(axis=-1), np.where(np.isnan(square), np.inf, square), np.nan)
+
+
+def representable(norm: ArrayLike) -> Array:
+    """Return norms, and NaN for those that are not accurate because their squares underflow or overflow."""
+    value = np.asarray(norm, dtype=np.float64)
+    return np.where((value == 0) | ((value >= EXACT_NORM) & np.isfinite(value)), value, np.nan)
 
 
 # Pairs -------------------------------------------------------------------------------------------------------
@@ -79,6 +115,9 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
 @dataclass(frozen=True)
 class Pair:
     """Negative gradient y and update g, up to a rotation of the parameter space.
+
+    Squared norms are 0 only for zero vectors. If the square of another vector underflows, it is a positive number
+    without meaning.
 
     Attributes
     ----------
@@ -145,7 +184,7 @@ def pair(
         Names of the vectors. ``displacement``, ``gradient`` and ``residual`` are required.
     learning_rate : array, broadcasts to shape (...)
         eta of eq. (2), times the number of updates between the two states, so that g is their mean. If it is not
-        positive, g is NaN.
+        positive and finite, g is NaN.
     size : int array, broadcasts to shape (...)
         Dimension D.
     half : str, optional
@@ -156,6 +195,10 @@ def pair(
     -----
     The residual is r = gradient - c displacement with any c. Its component across the displacement is that of the
     gradient, and if c is near the best ratio, r.r - (r.d)^2 / d.d does not cancel.
+
+    The square of a displacement below `EXACT_NORM` is not accurate, so the complete y is taken as the component
+    across it. The status of the pair is then ``underflow``, and the pair of the model, of which it is a part,
+    remains accurate.
     """
     gram = np.asarray(gram, dtype=np.float64)
     index = {name: position for position, name in enumerate(vectors)}
@@ -165,21 +208,30 @@ def pair(
 
     shape = gram.shape[:-2]
     rate = np.broadcast_to(np.asarray(learning_rate, dtype=np.float64), shape)
-    rate = np.where(rate > 0, rate, np.nan)
+    rate = np.where((rate > 0) & np.isfinite(rate), rate, np.nan)
     dimension = np.broadcast_to(np.asarray(size, dtype=np.int64), shape)
     displacement_square = product("displacement", "displacement")
-    with np.errstate(invalid="ignore", over="ignore"):
+    added = [product("gradient", "gradient")]
+    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
         descent = -product("gradient", "displacement")
         residual_square, residual_along = product("residual", "residual"), product("residual", "displacement")
         if half is not None:
             descent = descent - product(half, "displacement") / 2.0
             residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
             residual_along = residual_along + product(half, "displacement") / 2.0
+            added.append(product(half, half))
+        update_square = displacement_square / rate**2
+        inexact = (np.fmin(displacement_square, update_square) < EXACT_NORM**2) & (displacement_square > 0)
+        descent, residual_along = np.where(inexact, 0.0, descent), np.where(inexact, 0.0, residual_along)
         across = residual_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
         # If D = 1, there is no component across g, only rounding. (0 x NaN remains NaN.) Adding zero makes a
         # negative zero positive; with a negative zero the angle of -g would be -pi.
-        across = np.where(dimension == 1, 0.0 * across, np.maximum(across, 0.0)) + 0.0
-        return Pair(displacement_square / rate**2, descent / rate, across, dimension)
+        across = np.where((dimension == 1) & ~inexact, 0.0 * across, np.maximum(across, 0.0)) + 0.0
+        # Only zero vectors have the norm 0, whatever underflows.
+        lost = np.any([(0 < square) & (square < LEAST_NORM**2) for square in added], axis=0)
+        across = np.where(lost & (across == 0) & (descent == 0), NONZERO, across)
+        update_square = np.where((update_square == 0) & (displacement_square > 0), NONZERO, update_square)
+        return Pair(update_square, descent / rate, across, dimension)
 
 
 def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
@@ -217,7 +269,7 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
     """Return the pair of stacked vectors, for example of the model from its tensors.
 
     With r_k = y_k.g_k / g_k.g_k, and r the same ratio of the sums, the component of y across g has the square
-    ``sum across_k^2 + (r_k - r)^2 g_k.g_k``. All terms have the same sign, so they do not cancel.
+    ``sum across_k^2 + ((r_k - r) |g_k|)^2``. All terms have the same sign, so they do not cancel.
 
     Parameters
     ----------
@@ -228,7 +280,8 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
         square = _sum([part.update_square for part in parts])
         alignment = _sum([part.alignment for part in parts])
         ratio = safe_divide(alignment, square)
-        across = _sum([part.across_square + (part.ratio - ratio) ** 2 * part.update_square for part in parts])
+        # The square of a ratio alone may be out of the range of float64.
+        across = _sum([part.across_square + ((part.ratio - ratio) * part.update_norm) ** 2 for part in parts])
     return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
 
 
@@ -301,18 +354,20 @@ def window(pair: Pair, m: int) -> Pair:
 
 
 def angle(pair: Pair) -> Array:
-    """Return the angle psi between y and g, in radian, from 0 to pi; NaN if either is zero.
+    """Return the angle psi between y and g, in radian, from 0 to pi; NaN if either is zero or underflows.
 
     The psi of the paper lies in (-pi/2, pi/2), but its sign has no meaning. Above pi/2 the update is not effective.
     """
-    defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
-    return np.where(defined, np.arctan2(pair.across, pair.along), np.nan)
+    return np.where(_has_angle(pair), np.arctan2(pair.across, pair.along), np.nan)
 
 
 def cosine(pair: Pair) -> Array:
-    """Return the cosine of psi; NaN if either vector is zero."""
-    defined = (pair.update_square > 0) & (pair.gradient_norm > 0)
-    return np.where(defined, safe_divide(pair.along, pair.gradient_norm), np.nan)
+    """Return the cosine of psi; NaN if either vector is zero or underflows."""
+    return np.where(_has_angle(pair), safe_divide(pair.along, pair.gradient_norm), np.nan)
+
+
+def _has_angle(pair: Pair) -> NDArray[np.bool_]:
+    return (pair.update_norm >= EXACT_NORM) & (pair.gradient_norm >= EXACT_NORM)
 
 
 def rounding_error(norm: ArrayLike, roundoff: ArrayLike, underflow: ArrayLike) -> Array:
@@ -552,7 +607,11 @@ def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
 
 
 def status(
-    pair: Pair, learning_rate: ArrayLike, finite: ArrayLike = True, verifiable: ArrayLike = True
+    pair: Pair,
+    learning_rate: ArrayLike,
+    finite: ArrayLike = True,
+    known: ArrayLike = True,
+    update_floor: ArrayLike = 0.0,
 ) -> NDArray[np.int8]:
     """Return the reason why a metric exists or not, as values of `natgrad.schema.variables.Status`.
 
@@ -560,22 +619,32 @@ def status(
     ----------
     pair : Pair
     learning_rate : array
-        eta; NaN or not positive if it is not known.
+        eta; NaN, infinite or not positive if it is not known.
     finite : bool array
         False if the parameters or gradients are not finite.
-    verifiable : bool array
-        False if the data are not sufficient, because the update is not larger than its rounding error or a discrete
-        gradient lacks a loss.
+    known : bool array
+        False if a loss or a vector is missing that the estimate of the gradient requires.
+    update_floor : array
+        Largest norm of the error of g by rounding. An update that is not larger cannot be distinguished from its
+        error.
     """
-    known = np.asarray(learning_rate, dtype=np.float64) > 0
-    computed = np.isfinite(pair.update_square) & np.isfinite(pair.alignment) & np.isfinite(pair.across_square)
+    rate = np.asarray(learning_rate, dtype=np.float64)
+    has_data, floor = np.asarray(known, dtype=bool), np.asarray(update_floor, dtype=np.float64)
+    update, gradient = pair.update_norm, pair.gradient_norm
+    in_range = (update <= MOST_NORM) & (gradient <= MOST_NORM) & np.isfinite(pair.alignment) & np.isfinite(floor)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        small = update * np.minimum(rate, 1.0) < LEAST_NORM
     conditions = [
         (~np.asarray(finite, dtype=bool), Status.NON_FINITE),
-        (~known, Status.NO_LEARNING_RATE),
-        (pair.gradient_norm == 0, Status.ZERO_GRADIENT),
-        (pair.update_square == 0, Status.ZERO_UPDATE),
-        (~np.asarray(verifiable, dtype=bool), Status.UNVERIFIABLE),
-        (~computed, Status.NON_FINITE),  # an overflow
+        (~((rate > 0) & np.isfinite(rate)), Status.NO_LEARNING_RATE),
+        # The component of y along an update of infinite norm is 0, whatever y is.
+        ((gradient == 0) & (update < np.inf), Status.ZERO_GRADIENT),
+        (update == 0, Status.ZERO_UPDATE),
+        (~has_data, Status.UNVERIFIABLE),
+        (small, Status.UNDERFLOW),
+        (~in_range, Status.OVERFLOW),
+        (gradient < LEAST_NORM, Status.UNDERFLOW),
+        (floor >= update, Status.UNVERIFIABLE),
         (pair.alignment > 0, Status.EFFECTIVE),
         (pair.alignment == 0, Status.ORTHOGONAL),
     ]

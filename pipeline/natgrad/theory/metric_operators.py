@@ -51,7 +51,8 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
     Returns
     -------
     Pair, shape (...)
-        NaN if a squared length is out of the range of normal float64. Its status is then ``non_finite``.
+        If a length is out of the range from `natgrad.theory.geometry.LEAST_NORM` to ``MOST_NORM``, the angle is NaN
+        and the status is ``underflow`` or ``overflow``.
 
     Raises
     ------
@@ -65,12 +66,16 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
             remedy="pass two nonempty arrays of equal shape, with elements on the last axis",
         )
     size = np.full(y.shape[:-1], y.shape[-1])
+    update_square, gradient_square = geometry.squared_norm(g), geometry.squared_norm(y)
+    small, least = [
+        (0 < square) & (square < geometry.LEAST_NORM**2) for square in (update_square, gradient_square)
+    ]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        across, square, alignment = _across(y, g), np.vecdot(g, g), np.vecdot(y, g)
-        across_square = np.vecdot(across, across)
-        inexact = _inexact(y, np.vecdot(y, y)) | _inexact(g, square)
-        square, alignment = np.where(inexact, np.nan, square), np.where(inexact, np.nan, alignment)
-    return Pair(square, alignment, across_square, size)
+        across, alignment = _across(y, g), np.vecdot(y, g)
+        across_square = np.where(least, geometry.NONZERO, np.vecdot(across, across))
+        alignment = np.where(least, 0.0, np.where(np.isfinite(gradient_square), alignment, np.nan))
+        alignment = np.where(small | ~np.isfinite(update_square), np.nan, alignment)
+    return Pair(np.where(small, geometry.NONZERO, update_square), alignment, across_square, size)
 
 
 def _across(y: Array, g: Array) -> Array:
@@ -82,15 +87,10 @@ def _across(y: Array, g: Array) -> Array:
     return y
 
 
-def _inexact(vector: Array, square: Array) -> NDArray[np.bool_]:
-    """Return True if terms of a squared length underflow or overflow in float64."""
-    return (square < np.finfo(np.float64).tiny / _UNIT) & vector.any(axis=-1) | ~np.isfinite(square)
-
-
 def effective_pair(y: Array, g: Array) -> Pair:
     """Return the pair of an effective update; raise InputError if no metric exists."""
     pair = pair_of(y, g)
-    status = Status(int(geometry.status(pair, 1.0)))
+    status = Status(int(geometry.status(pair, 1.0, np.isfinite([y, g]).all())))
     if status is not Status.EFFECTIVE:
         raise InputError(
             f"no metric maps g to y: the update is {status.name.lower()}",

@@ -84,8 +84,7 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     for m in range(1, min(longest, shape[0]) + 1):
         if m > 1:
             total, complete = _longer(total, single, m), complete[:-1] & follows[m - 2 :]
-        verifiable = total.known & ~(total.update_floor >= total.pair.update_norm)
-        status = geometry.status(total.pair, total.learning_rate, total.finite, verifiable)
+        status = geometry.status(total.pair, total.learning_rate, total.finite, total.known, total.update_floor)
         solved = (status[complete] == Status.EFFECTIVE).all(axis=0) & complete.any()
         if solved.any():
             flat_smallest[open_columns[solved]], flat_count[open_columns[solved]] = m, complete.sum()
