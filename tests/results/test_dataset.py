@@ -669,6 +669,174 @@ def test_metrics_exist_if_and_only_if_the_status_is_effective(seed, tensors):
         np.testing.assert_array_equal(np.isfinite(found["angle"]), found["status"] <= Status.OBTUSE)
 
 
+# Limits of float64 -------------------------------------------------------------------------------------------
+
+UNDEFINED = (Status.UNDERFLOW, Status.OVERFLOW, Status.ZERO_UPDATE, Status.ZERO_GRADIENT, Status.UNVERIFIABLE)
+
+
+@st.composite
+def scaled_vectors(draw, size):
+    """Return finite vectors of any scale: zero, of one scale, or with elements of different scales."""
+    center, width = draw(st.floats(-320, 308)), draw(st.sampled_from([0.0, 0.0, 5.0, 150.0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    exponents = np.clip(center + width * rng.uniform(-1, 1, size), -323.0, 307.9)
+    factor = draw(st.sampled_from([0.0, *[1.0] * 9]))
+    return factor * rng.uniform(-1, 1, size) * 10.0**exponents
+
+
+@st.composite
+def updates_of_any_scale(draw):
+    states = [{"loss": np.float64(1.0), "learning_rate": np.float64(draw(st.sampled_from([1.0, 2.0**-20, 1e3])))}]
+    states.append({**states[0], "loss": np.float64(0.5)})
+    parallel = draw(st.sampled_from([None, None, 0.0, 1e-9]))
+    for name, shape in TENSORS.items():
+        size = int(np.prod(shape))
+        gradient = draw(scaled_vectors(size))
+        if parallel is None:
+            before, step = draw(scaled_vectors(size)), draw(scaled_vectors(size))
+        else:
+            # Nearly parallel, with a ratio of any scale.
+            before, ratio = np.zeros(size), 10.0 ** draw(st.floats(-300, 300))
+            with np.errstate(all="ignore"):
+                noise = np.random.default_rng(size).uniform(-1, 1, size)
+                step = np.nan_to_num(-gradient * ratio * (1 + parallel * noise), posinf=1e307, neginf=-1e307)
+        with np.errstate(over="ignore"):
+            after = np.clip(before + step, -1.7e308, 1.7e308)
+        for state, parameter in zip(states, (before, after), strict=True):
+            state[f"parameter/{name}"], state[f"gradient/{name}"] = parameter.reshape(shape), gradient.reshape(shape)
+    return states
+
+
+@given(states=updates_of_any_scale())
+@settings(max_examples=300)
+def test_at_any_scale_a_number_is_exact_and_a_status_is_true(states):
+    tree = dataset.label(table_of(states))
+    rate = mpf(float(states[0]["learning_rate"]))
+    for tensor in (None, *TENSORS):
+        group = tree["model"] if tensor is None else tree["tensor"].sel(tensor=tensor)
+        at = group.to_dataset().isel(step=0).sel(window=1)
+        with mp.workdps(100):
+            theta, d, g, _, _ = (
+                [x for part in parts for x in part]
+                for parts in zip(
+                    *(
+                        exact_vectors(
+                            *(s[f"parameter/{n}"] for s in states), *(s[f"gradient/{n}"] for s in states), 0.0
+                        )
+                        for n in ([tensor] if tensor else TENSORS)
+                    ),
+                    strict=True,
+                )
+            )
+            length = {"theta": mp.norm(theta), "d": mp.norm(d), "y": mp.norm(g), "g": mp.norm(d) / rate}
+            product = -mp.fsum(a * b for a, b in zip(g, d, strict=True))
+            rest = mp.norm([b * length["d"] - -product / length["d"] * a for a, b in zip(d, g, strict=True)]) if (
+                length["d"]
+            ) else mpf(0)
+            psi = mp.atan2(rest, product)
+        checked = at.sel(descent="gradient")
+        status = Status(int(checked["status"]))
+        small = min(length["d"], length["g"], length["y"]) < 1.01 * geometry.LEAST_NORM
+        large = max(length.values()) > 0.99 * geometry.MOST_NORM
+        if status in (Status.ZERO_GRADIENT, Status.ZERO_UPDATE):
+            assert length["y" if status == Status.ZERO_GRADIENT else "d"] == 0
+        elif not min(length["y"], length["d"]):
+            assert status == Status.OVERFLOW
+        floor = mpf(2) ** -53 * (2 * length["theta"] + length["d"])
+        if status == Status.UNDERFLOW:
+            assert small
+        elif status == Status.OVERFLOW:
+            assert large
+        elif status == Status.UNVERIFIABLE:
+            assert floor >= 0.99 * length["d"]
+        else:
+            assert status <= Status.OBTUSE or status in UNDEFINED
+        if status <= Status.OBTUSE:
+            assert abs(mpf(float(checked["angle"])) - psi) <= 1e-13
+            if status == Status.EFFECTIVE:
+                cosine = mp.cos(psi)
+                condition = ((1 + mp.sin(psi)) / cosine) ** 2
+                error = abs(mpf(float(checked["condition_number"])) / condition - 1)
+                assert error <= promised_relative_error(cosine)
+                middle = length["y"] ** 2 / (product / rate)
+                for name, value in (
+                    ("eigenvalue_max_infimum", middle),
+                    ("eigenvalue_max", middle * (1 + mp.sin(psi))),
+                    ("eigenvalue_min", product / rate / length["g"] ** 2 / (1 + mp.sin(psi))),
+                ):
+                    if mpf(1e-300) < value < mpf(1e300):
+                        error = abs(mpf(float(checked[name])) / value - 1)
+                        assert error <= promised_relative_error(cosine), name
+        else:
+            assert np.isnan(checked["angle"])
+            assert np.isnan(checked["condition_number"])
+            assert status in UNDEFINED
+        for name, value in (("parameter_norm", "theta"), ("update_norm", "g"), ("gradient_norm", "y")):
+            found = float(checked[name])
+            if np.isnan(found):
+                assert not 1e-147 * max(rate, 1) < length[value] < 1e150, name
+            else:
+                assert abs(mpf(found) - length[value]) <= 1e-13 * length[value], name
+        # Where nothing is out of range, no reason says so, whatever the estimate of the gradient.
+        if not (small or large) and length["theta"] < 1e140:
+            assert status not in (Status.UNDERFLOW, Status.OVERFLOW)
+        assert (at["status"] != Status.NON_FINITE).all()
+
+
+@pytest.mark.parametrize(
+    ("displacement", "gradient", "expected"),
+    [
+        (1e-200, 1.0, Status.UNDERFLOW),
+        (5e-324, 1.0, Status.UNDERFLOW),
+        (1.0, 1e-300, Status.UNDERFLOW),
+        (1e200, 1.0, Status.OVERFLOW),
+        (1.0, 1e200, Status.OVERFLOW),
+        (1.0, np.inf, Status.NON_FINITE),
+        (np.nan, 1.0, Status.NON_FINITE),
+        (0.0, 1.0, Status.ZERO_UPDATE),
+        (1.0, 0.0, Status.ZERO_GRADIENT),
+    ],
+)
+def test_underflow_and_overflow_are_told_apart_from_zero_and_not_finite(displacement, gradient, expected):
+    losses = [np.float64(1.0), np.float64(0.5)]
+    states = [
+        {"parameter/w": np.full(3, value), "gradient/w": np.full(3, -gradient), "loss": loss, "learning_rate": 1.0}
+        for value, loss in zip((0.0, displacement), losses, strict=True)
+    ]
+    tree = dataset.label(table_of(states))
+    for group in ("model", "tensor"):
+        at = tree[group].to_dataset().sel(descent="gradient").squeeze()
+        assert Status(int(at["status"])) == expected
+        assert np.isnan([float(at[name]) for name in ("angle", "cosine", "condition_number")]).all()
+        if expected in (Status.UNDERFLOW, Status.OVERFLOW):
+            assert np.isnan(at["alignment"])
+
+
+def test_a_tensor_that_underflows_leaves_the_model_exact():
+    rng = np.random.default_rng(3)
+    step, gradient = rng.standard_normal((2, 4))
+    states = [
+        {
+            "parameter/large": factor * step,
+            "gradient/large": gradient,
+            "parameter/small": factor * 1e-200 * step,
+            "gradient/small": gradient,
+            "loss": np.float64(1.0),
+            "learning_rate": np.float64(1.0),
+        }
+        for factor in (0.0, 1.0)
+    ]
+    tree = dataset.label(table_of(states))
+    tensors = tree["tensor"]["status"].sel(descent="gradient").squeeze()
+    assert tensors.sel(tensor="small") == Status.UNDERFLOW
+    assert tensors.sel(tensor="large") <= Status.OBTUSE
+    model = tree["model"].to_dataset().sel(descent="gradient").squeeze()
+    y, g = -np.concatenate([gradient, gradient]), np.concatenate([step, 1e-200 * step])
+    assert float(model["angle"]) == pytest.approx(
+        float(np.arccos(y @ g / (np.linalg.norm(y) * np.linalg.norm(g)))), abs=1e-14
+    )
+
+
 # Labels and files --------------------------------------------------------------------------------------------
 
 

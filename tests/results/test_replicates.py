@@ -5,7 +5,10 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpmath import mp, mpf
 
+from natgrad.kernel import gram as kernel_gram
+from natgrad.kernel import ledger_sums
 from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.results import replicates
 from natgrad.results.replicates import REPLICATE_VARIABLES
@@ -14,6 +17,7 @@ from natgrad.schema.layout import Layout
 from natgrad.schema.variables import Status
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import jackknife, pair_of, stochastic_metric
+from reference import exact, vectors_at
 
 SHAPES = {"wide": ((2, 2), "float64"), "plane": ((2,), "float64"), "line": ((1,), "float64")}
 LAYOUT = Layout.from_shapes(SHAPES)
@@ -39,16 +43,21 @@ def by_tensor(gradient, displacement, hvp=None):
     return np.stack(cut, axis=1)
 
 
-def lost(y, vectors):
-    """Return the relative rounding error of products of a mean. It is larger if the mean is shorter."""
-    spread = np.linalg.norm(vectors, axis=-1).mean() / np.linalg.norm(vectors.mean(axis=0))
-    return 8 * roundoff_bound(len(y)) * spread**2
+def lost(y, vectors, kept=slice(None)):
+    """Return the relative rounding error of products of a mean of some vectors.
+
+    It is larger if this mean is shorter than what it is made of: the vectors, the mean of all, deviations from it.
+    """
+    mean = vectors.mean(axis=0)
+    parts = np.linalg.norm(vectors[kept], axis=-1).mean() + np.linalg.norm(mean)
+    parts += np.linalg.norm(vectors[kept] - mean, axis=-1).mean()
+    return 8 * roundoff_bound(len(y)) * (parts / np.linalg.norm(vectors[kept].mean(axis=0))) ** 2
 
 
-def angle_tolerance(y, updates):
+def angle_tolerance(y, updates, kept=slice(None)):
     """Return the error of an angle from plain products, in which across^2 has the rounding error of |y|^2."""
-    sine = np.sin(float(geometry.angle(pair_of(y, updates.mean(axis=0)))))
-    relative = lost(y, updates)
+    sine = np.sin(float(geometry.angle(pair_of(y, updates[kept].mean(axis=0)))))
+    relative = lost(y, updates, kept)
     return min(np.sqrt(relative), relative / sine if sine else np.inf)
 
 
@@ -74,10 +83,10 @@ def test_everything_is_that_of_the_mean_vectors(seed, spread):
             assert int(at["status"]) == (Status.EFFECTIVE if y @ mean > 0 else Status.OBTUSE)
             for index, update in enumerate(updates):
                 expected = float(geometry.angle(pair_of(y, update)))
-                tolerance = angle_tolerance(y, update[None])
+                tolerance = angle_tolerance(y, updates, [index])
                 assert float(at["replicate_angle"][index]) == pytest.approx(expected, abs=tolerance)
             _, error = jackknife(lambda mean, y=y: geometry.angle(pair_of(y, mean)), updates)
-            worst = max(angle_tolerance(y, np.delete(updates, index, axis=0)) for index in range(5))
+            worst = max(angle_tolerance(y, updates, np.arange(5) != index) for index in range(5))
             # The root of four times a mean square of five differences of angles.
             assert float(at["angle_error"]) == pytest.approx(float(error), abs=4 * worst)
             # The definiteness of eq. (19) against the operator, which refuses what is not definite.
@@ -138,7 +147,11 @@ def test_a_rule_may_descend_on_average_although_its_mean_update_does_not():
 def test_tensors_add_up_and_every_variable_is_described():
     gradient, displacement, hvp, change = drawn(1)
     gram = by_tensor(gradient, displacement, hvp)
-    np.testing.assert_allclose(gram.sum(axis=1), replicates.ledger(gradient, displacement, hvp), atol=1e-12)
+    # Each tensor has its own ratio of the residual.
+    together = replicates.ledger(gradient, displacement, hvp)
+    keep = np.ix_(range(3), *2 * [np.delete(np.arange(gram.shape[-1]), 2)])
+    np.testing.assert_allclose(gram.sum(axis=1)[keep], together[keep], atol=1e-12)
+    np.testing.assert_allclose(together[:, 2, 1], 0.0, atol=1e-14)
     tree = replicates.label(gram, LAYOUT, replicates=5, learning_rate=0.1, steps=[3, 4, 9], loss_change=change)
     assert set(tree["model"].data_vars) == set(REPLICATE_VARIABLES)
     assert tree["tensor"]["tensor"].values.tolist() == list(SHAPES)
@@ -159,6 +172,69 @@ def test_without_hvps_only_the_metric_19_is_not_known():
         assert not without[group]["stochastic_definite"].any()
         for name in ("angle", "alignment", "condition_number", "angle_error", "replicate_angle"):
             xr.testing.assert_allclose(without[group][name], with_hvp[group][name])
+
+
+@given(
+    seed=st.integers(0, 1000),
+    angle=st.sampled_from([0.0, 1e-13, 1e-11, 1e-9, 1e-8, 1e-7, 1e-4, 1.0]),
+    spread=st.sampled_from([0.0, 1e-6, 0.1, 1.0]),
+    sign=st.sampled_from([1.0, -1.0]),
+    size=st.sampled_from([7, 3000]),
+)
+@settings(max_examples=40)
+def test_the_angle_of_the_mean_is_as_accurate_as_promised(seed, angle, spread, sign, size):
+    rng = np.random.default_rng(seed)
+    y, g = vectors_at(angle, size, seed)
+    noise = rng.standard_normal((4, size))
+    states = sign * g + spread * (noise - noise.mean(axis=0))
+    # Of two tensors, each in two segments that are added up.
+    cuts = np.array([0, size // 4, size // 2, size - 2, size])
+    layout = Layout.from_shapes({"a": ((size // 2,), "float64"), "b": ((size - size // 2,), "float64")})
+    gram = np.empty((1, 4, 7, 7))
+    kernel_gram.replicate_products(
+        [np.zeros((1, size))], [-y[None]], [[state[None]] for state in states], cuts, gram
+    )
+    gram = ledger_sums.add_replicates(2, np.array([0, 0, 1, 1]), gram)
+    tree = replicates.label(gram, layout, replicates=4, learning_rate=1.0)
+    parts = {None: slice(None), "a": slice(0, size // 2), "b": slice(size // 2, size)}
+    for name, part in parts.items():
+        at = (tree["model"] if name is None else tree["tensor"].sel(tensor=name)).to_dataset().isel(step=0)
+        with mp.workdps(60):
+            mean = [mp.fsum(column) / 4 for column in zip(*map(exact, states[:, part]), strict=True)]
+            minus = exact(y[part])
+            along, length = mp.fdot(minus, mean), mp.norm(mean)
+            across = mp.norm([a - along / length**2 * b for a, b in zip(minus, mean, strict=True)])
+            psi = mp.atan2(across, along / length)
+            # The mean of float64 numbers is rounded, too: by up to six units of the mean length of the replicates.
+            lengths = sum(np.linalg.norm(state[part]) for state in states) / 4
+            rounding = 6 * 2.0**-53 * lengths / float(length)
+            assert abs(mpf(float(at["angle"])) - psi) <= 1e-13 + rounding
+
+
+def test_replicates_that_underflow_or_overflow_are_not_zero_and_not_infinite():
+    rng = np.random.default_rng(0)
+    gradient, draws = rng.standard_normal(5), rng.standard_normal((3, 5))
+    cases = {
+        Status.UNDERFLOW: (gradient, draws * 1e-200),
+        Status.OVERFLOW: (gradient * 1e200, draws),
+        Status.ZERO_UPDATE: (gradient, 0 * draws),
+        Status.ZERO_GRADIENT: (0 * gradient, draws),
+        Status.NON_FINITE: (gradient, np.where(np.arange(5) == 3, np.inf, draws)),
+    }
+    layout = Layout.from_shapes({"w": ((5,), "float64")})
+    for expected, (slope, states) in cases.items():
+        gram = np.empty((1, 1, 6, 6))
+        kernel_gram.replicate_products(
+            [np.zeros((1, 5))], [slope[None]], [[state[None]] for state in states], np.array([0, 5]), gram
+        )
+        with np.errstate(invalid="ignore"):
+            by_numpy = replicates.ledger(slope, states)[None, None]
+        for products in (gram, by_numpy):
+            tree = replicates.label(products, layout, replicates=3, learning_rate=0.5)
+            for group in ("model", "tensor"):
+                at = tree[group].to_dataset().squeeze()
+                assert Status(int(at["status"])) == expected
+                assert np.isnan([float(at["angle"]), *at["replicate_angle"].values]).all()
 
 
 def test_one_replicate_has_no_standard_error():

@@ -130,7 +130,7 @@ def _summed(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
     """Sum segments to tensors, in the order of the element axis."""
     indices, products, ratio, *replicate_products = parts
     ledger = ledger_sums.add_segments(tensors, indices, products, ratio)
-    return *ledger, *(ledger_sums.add_products(tensors, indices, array) for array in replicate_products)
+    return *ledger, *(ledger_sums.add_replicates(tensors, indices, array) for array in replicate_products)
 
 
 def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:

@@ -537,6 +537,9 @@ def products(
 _REPLICATE_VALUES = 16 * BLOCK
 """Approximate number of values of all replicate vectors that are formed at a time. They fit into the cache."""
 
+_MEANS = 3
+"""Number of replicate vectors before the deviations: the gradient, the mean displacement and the residual."""
+
 
 @inner()
 def _form_replicates(mean: Any, deviations: Any) -> None:
@@ -574,48 +577,123 @@ def _dots(values: Any, j: int, n: int, out: Any) -> None:
         out[k] = total
 
 
+@inner()
+def _mean_products(p0: Any, g0: Any, q: Any, t: int, like: Any, first: int, n: int) -> tuple[float, float]:
+    """Return the products of the mean displacement with the gradient and with itself, for some elements."""
+    mg = mm = 0.0
+    for i in range(first, first + n):
+        p, mean = _widen(pointer(p0, i, like[0])[0]), 0.0
+        for r in range(q.shape[0]):
+            mean += _widen(pointer(q[r, t], i, like[2])[0]) - p
+        mean /= q.shape[0]
+        mg += mean * _widen(pointer(g0, i, like[1])[0])
+        mm += mean * mean
+    return mg, mm
+
+
+@inner()
+def _mean_ratio(p0: Any, g0: Any, q: Any, t: int, like: Any, first: int, n: int) -> float:
+    """Return the ratio of the residual of the mean, from a sample; see `_sampled_ratio`."""
+    mg = mm = 0.0
+    size, samples = _SAMPLE, min(_SAMPLES, n // (4 * _SAMPLE))
+    if samples > 1:
+        for k in range(samples):
+            more = _mean_products(p0, g0, q, t, like, first + k * (n - size) // (samples - 1), size)
+            mg += more[0]
+            mm += more[1]
+    if mm == 0.0:
+        mg, mm = _mean_products(p0, g0, q, t, like, first, n)
+    return _quotient(mg, mm)
+
+
+@inner()
+def _form_block(
+    p0: Any, g0: Any, q: Any, h: Any, t: int, like: Any, first: int, n: int, c: float, values: Any
+) -> None:
+    """Form n elements of all replicate vectors."""
+    replicates = q.shape[0]
+    p, g = pointer(p0, first, like[0]), pointer(g0, first, like[1])
+    for i in range(n):
+        values[0, i] = _widen(g[i])
+    for r in range(replicates):
+        q0 = pointer(q[r, t], first, like[2])
+        for i in range(n):
+            values[_MEANS + r, i] = _widen(q0[i]) - _widen(p[i])
+    _form_replicates(values[1, :n], values[_MEANS : _MEANS + replicates, :n])
+    for i in range(n):
+        values[2, i] = values[0, i] - c * values[1, i]
+    if h.shape[0] > 0:
+        mean = _MEANS + replicates
+        for r in range(replicates):
+            h0 = pointer(h[r, t], first, like[3])
+            for i in range(n):
+                values[mean + 1 + r, i] = _widen(h0[i])
+        _form_replicates(values[mean, :n], values[mean + 1 :, :n])
+
+
+@inner()
+def _any_not_finite(p0: Any, states: Any, t: int, like: Any, word: Any, first: int, n: int) -> bool:
+    count = _not_finite(pointer(p0, first, like[0]), n)
+    for r in range(states.shape[0]):
+        count += _not_finite(pointer(states[r, t], first, word), n)
+    return count > 0
+
+
 @entry()
 def _replicate_products(p: Any, g: Any, q: Any, h: Any, like: Any, starts: Any, gram: Any) -> None:
     rows, segments, count = gram.shape[0], gram.shape[1], gram.shape[2]
-    replicates, with_hvp = q.shape[0], h.shape[0] > 0
     size = max(_REPLICATE_VALUES // count // 64 * 64, 64)
     values, error, part = np.empty((count, size)), np.empty((count, count)), np.empty(count)
+    known = _MEANS + q.shape[0]
     for s in range(segments):
+        first, length = starts[s], starts[s + 1] - starts[s]
         for t in range(rows):
             total = gram[t, s]
-            total[:] = 0.0
-            error[:] = 0.0
-            for a in range(starts[s], starts[s + 1], size):
-                b = min(a + size, starts[s + 1])
-                n = b - a
-                p0, g0 = pointer(p[t], a, like[0]), pointer(g[t], a, like[1])
-                for i in range(n):
-                    values[0, i] = _widen(g0[i])
-                for r in range(replicates):
-                    q0 = pointer(q[r, t], a, like[2])
-                    for i in range(n):
-                        values[2 + r, i] = _widen(q0[i]) - _widen(p0[i])
-                _form_replicates(values[1, :n], values[2 : 2 + replicates, :n])
-                if with_hvp:
-                    first = 2 + replicates
-                    for r in range(replicates):
-                        h0 = pointer(h[r, t], a, like[3])
-                        for i in range(n):
-                            values[first + 1 + r, i] = _widen(h0[i])
-                    _form_replicates(values[first, :n], values[first + 1 :, :n])
-                for j in range(count):
-                    _dots(values, j, n, part)
-                    for k in range(j, count):
-                        # As in the sums of the ledger, the rounding error of each sum is compensated (Knuth).
-                        new = total[j, k] + part[k]
-                        added = new - total[j, k]
-                        error[j, k] += (total[j, k] - (new - added)) + (part[k] - added)
-                        total[j, k] = new
+            c = _mean_ratio(p[t], g[t], q, t, like, first, length)
+            zero, bad = np.ones(count, np.bool_), np.zeros(count, np.bool_)
+            for attempt in range(_ATTEMPTS):
+                total[:] = 0.0
+                error[:] = 0.0
+                for a in range(first, starts[s + 1], size):
+                    n = min(size, starts[s + 1] - a)
+                    _form_block(p[t], g[t], q, h, t, like, a, n, c, values)
+                    for j in range(count):
+                        _dots(values, j, n, part)
+                        for k in range(j, count):
+                            # As in the sums of the ledger, the rounding error of each sum is compensated (Knuth).
+                            new = total[j, k] + part[k]
+                            added = new - total[j, k]
+                            error[j, k] += (total[j, k] - (new - added)) + (part[k] - added)
+                            total[j, k] = new
+                        # The convention for squares that underflow or overflow, while the block is in the cache.
+                        if part[j] > 0.0:
+                            zero[j] = False
+                        elif part[j] == 0.0 and zero[j]:
+                            zero[j] = not values[j, :n].any()
+                        if not part[j] < np.inf and not bad[j]:
+                            if j == 0:
+                                bad[j] = _not_finite(pointer(g[t], a, like[1]), n) > 0
+                            elif j < known:
+                                bad[j] = _any_not_finite(p[t], q, t, like, like[2], a, n)
+                            else:
+                                bad[j] = _any_not_finite(p[t], h, t, like, like[3], a, n)
+                better = _improved(c, total[1, 1], total[1, 2], total[2, 2])
+                if better == c or attempt == _ATTEMPTS - 1:
+                    break
+                if attempt > 0 or np.isnan(better):
+                    better = _quotient(*_mean_products(p[t], g[t], q, t, like, first, length))
+                c = better
             for j in range(count):
                 for k in range(j, count):
                     if np.isfinite(error[j, k]):
                         total[j, k] += error[j, k]
                     total[k, j] = total[j, k]
+                if bad[j]:
+                    total[j, j] = np.nan
+                elif not total[j, j] < np.inf:
+                    total[j, j] = np.inf
+                elif total[j, j] == 0.0 and not zero[j]:
+                    total[j, j] = _NONZERO
 
 
 def replicate_products(
@@ -647,8 +725,8 @@ def replicate_products(
 
     Notes
     -----
-    The function releases the interpreter lock. The bits of an update depend only on its states and `starts`. Means
-    and deviations are formed in float64, some hundred elements at a time.
+    The function releases the interpreter lock. The bits of an update depend only on its states and `starts`. Means,
+    deviations and the residual of the mean are formed in float64, some hundred elements at a time.
     """
     rows, elements = len(gram), int(starts[-1])
     words = [words_of(array) for array in (parameter, gradient, *replicates, *hvps)]

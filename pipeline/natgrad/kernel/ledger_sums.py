@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.schema.names import VECTORS
+from natgrad.schema.names import VECTORS, replicate_vectors
 
 __all__ = [
-    "add_products",
+    "add_replicates",
     "add_segments",
     "combine",
     "roundoff_bound",
 ]
 
-_DISPLACEMENT, _GRADIENT, _RESIDUAL = map(VECTORS.index, ("displacement", "gradient", "residual"))
+_Positions = tuple[int, int, int]
+"""Positions of the displacement, the gradient and the residual among the vectors of a ledger."""
+
+
+def _positions(vectors: Sequence[str], displacement: str) -> _Positions:
+    return vectors.index(displacement), vectors.index("gradient"), vectors.index("residual")
+
+
+_OF_UPDATES = _positions(VECTORS, "displacement")
+_OF_REPLICATES = _positions(replicate_vectors(1, hvp=False), "mean_displacement")
 
 
 def roundoff_bound(elements: int) -> float:
@@ -33,7 +44,7 @@ def roundoff_bound(elements: int) -> float:
 
 
 def combine(
-    gram: NDArray[np.float64], ratio: NDArray[np.float64]
+    gram: NDArray[np.float64], ratio: NDArray[np.float64], positions: _Positions = _OF_UPDATES
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Combine the ledgers of several segments, for example of the parts of one tensor.
 
@@ -44,30 +55,37 @@ def combine(
     ----------
     gram : float64 array, shape (..., segments, vectors, vectors)
     ratio : float64 array, shape (..., segments)
+    positions : (int, int, int)
+        Positions of the displacement, the gradient and the residual among the vectors.
 
     Returns
     -------
     gram : float64 array, shape (..., vectors, vectors)
     ratio : float64 array, shape (...)
     """
+    displacement, gradient, residual = positions
     if gram.shape[-3] == 1:
         return gram[..., 0, :, :], ratio[..., 0]
-    along = gram[..., _GRADIENT, _DISPLACEMENT].sum(axis=-1)
-    square = gram[..., _DISPLACEMENT, _DISPLACEMENT].sum(axis=-1)
+    along = gram[..., gradient, displacement].sum(axis=-1)
+    square = gram[..., displacement, displacement].sum(axis=-1)
     with np.errstate(all="ignore"):
         common = along / square
     common = np.where(np.isfinite(common), common, 0.0)
     shift = (ratio - common[..., None])[..., None]
     moved = gram.copy()
     with np.errstate(invalid="ignore", over="ignore"):
-        moved[..., _RESIDUAL, :] += shift * gram[..., _DISPLACEMENT, :]
-        moved[..., :, _RESIDUAL] += shift * moved[..., :, _DISPLACEMENT]
+        moved[..., residual, :] += shift * gram[..., displacement, :]
+        moved[..., :, residual] += shift * moved[..., :, displacement]
         # The element r.r receives both terms: r.r + shift d.r, and then shift (r.d + shift d.d).
         return moved.sum(axis=-3), common
 
 
 def add_segments(
-    tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64], ratio: NDArray[np.float64]
+    tensors: int,
+    indices: NDArray[np.int64],
+    gram: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+    positions: _Positions = _OF_UPDATES,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the ledger of each tensor from the ledgers of its segments, in the order of the element axis.
 
@@ -81,6 +99,8 @@ def add_segments(
         Tensor of each segment, non-decreasing.
     gram : float64 array, shape (updates, segments, vectors, vectors)
     ratio : float64 array, shape (updates, segments)
+    positions : (int, int, int)
+        See `combine`.
 
     Returns
     -------
@@ -97,12 +117,15 @@ def add_segments(
     total[:, single], common[:, single] = gram[:, firsts[single]], ratio[:, firsts[single]]
     for tensor in np.flatnonzero(counts > 1):
         parts = slice(firsts[tensor], firsts[tensor] + counts[tensor])
-        total[:, tensor], common[:, tensor] = combine(gram[:, parts], ratio[:, parts])
+        total[:, tensor], common[:, tensor] = combine(gram[:, parts], ratio[:, parts], positions)
     return total, common
 
 
-def add_products(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the inner products of each tensor from those of its segments, in the order of the element axis.
+def add_replicates(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the ledger of the replicates of each tensor from those of its segments, as `add_segments` does.
+
+    The ratio c of the residual of the mean m is not stored, because c = (g.m - r.m) / m.m. Its rounding error
+    turns the gradient by a few units roundoff.
 
     Parameters
     ----------
@@ -114,7 +137,8 @@ def add_products(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.floa
     -------
     array, shape (updates, tensors, vectors, vectors)
     """
-    total = np.zeros((len(gram), tensors, *gram.shape[2:]))
-    for segment, tensor in enumerate(indices):
-        total[:, tensor] += gram[:, segment]
-    return total
+    mean, gradient, residual = _OF_REPLICATES
+    with np.errstate(all="ignore"):
+        ratio = (gram[..., gradient, mean] - gram[..., residual, mean]) / gram[..., mean, mean]
+    ratio = np.where(np.isfinite(ratio), ratio, 0.0)
+    return add_segments(tensors, indices, gram, ratio, _OF_REPLICATES)[0]

@@ -7,8 +7,10 @@ the deviations from them therefore gives the metric of the mean update, the defi
 standard errors. Means are taken before any product, so they lose no digits if they are much shorter than the
 replicates.
 
-This ledger has no residual, so an angle within 1e-8 rad of 0 or pi is not resolved. Standard errors of means are
-much larger.
+The residual of the mean keeps its angle exact near 0 and pi. That of another combination of the replicates is the
+residual of the mean and a multiple of the deviations. They cancel if the combination is parallel to the gradient but
+the mean is not, or if all are parallel and of different lengths: the angle of a single replicate then has an error of
+up to 2e-8 times the length of its deviation in units of the mean.
 
 References
 ----------
@@ -49,6 +51,10 @@ from natgrad.theory.metric_operators import jackknife
 __all__ = ["REPLICATE_VARIABLES", "ReplicateVariable", "label", "label_run", "ledger"]
 
 Array = NDArray[np.float64]
+
+_MEANS = 3
+"""Number of vectors of the ledger before the deviations of displacements: gradient, mean displacement, residual."""
+
 Columns = dict[str, tuple[tuple[str, ...], NDArray[Any]]]
 """Dimensions and values by variable."""
 
@@ -68,8 +74,7 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
     Returns
     -------
     array, shape (..., vectors, vectors)
-        In the order of `natgrad.schema.names.replicate_vectors`: 2 + R vectors, or 3 + 2 R. The matrices of the
-        tensors add up to that of the model.
+        In the order of `natgrad.schema.names.replicate_vectors`: 3 + R vectors, or 4 + 2 R.
 
     Raises
     ------
@@ -83,12 +88,25 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
             f"the shapes of the gradient {np.shape(gradient)} and of the replicates {sorted(shapes)} do not match",
             remedy="pass replicates on the second to last axis and elements on the last axis, in equal shapes",
         )
-    parts = [np.asarray(gradient, np.float64)[..., None, :]]
+    slope = np.asarray(gradient, np.float64)[..., None, :]
+    parts = [slope]
     for array in logged:
         mean = array.mean(axis=-2, keepdims=True)
-        parts += [mean, array - mean]
+        parts.append(mean)
+        if len(parts) == 2:
+            with np.errstate(all="ignore"):
+                square = np.vecdot(mean, mean)
+                ratio = np.where(square >= geometry.EXACT_NORM**2, np.vecdot(slope, mean) / square, 0.0)
+                parts.append(slope - np.where(np.isfinite(ratio), ratio, 0.0)[..., None] * mean)
+        parts.append(array - mean)
     vectors = np.concatenate(parts, axis=-2)
-    return np.asarray(vectors @ np.swapaxes(vectors, -1, -2))
+    with np.errstate(all="ignore"):
+        gram = np.asarray(vectors @ np.swapaxes(vectors, -1, -2))
+    index = np.arange(gram.shape[-1])
+    # Bits of the matrix product stay: only squares of vectors that under- or overflow obey a convention.
+    square, marked = gram[..., index, index], geometry.squared_norm(vectors)
+    gram[..., index, index] = np.where((square > 0) & (square < np.inf), square, marked)
+    return gram
 
 
 def label(
@@ -223,24 +241,35 @@ class Draws:
 
     Attributes
     ----------
-    gram : array, shape (..., vectors, vectors)
-    size : int array
-        Dimension D.
-    rate : array
+    gram : array, shape (updates, tensors, vectors, vectors)
+    size : int array, shape (tensors,)
+        Dimension D of each tensor.
+    rate : array, broadcasts to shape (updates, tensors)
         eta, NaN if it is not known.
     replicates : int
-    floor : array
+    floor : array, shape (updates, tensors)
         Largest norm of the error of a displacement by rounding.
+    model : bool
+        True for the model, whose arrays have the shape (updates,). Otherwise they have (updates, tensors).
     """
 
-    def __init__(self, gram: Array, size: NDArray[np.int64], rate: Array, replicates: int, floor: Array) -> None:
-        self.gram, self.size, self.rate, self.replicates = gram, size, rate, replicates
-        self._update_floor = floor / rate
+    def __init__(
+        self, gram: Array, size: NDArray[np.int64], rate: Array, replicates: int, floor: Array, *, model: bool
+    ) -> None:
+        self.gram, self.size, self.replicates, self.model = gram, size, replicates, model
+        self._of_tensors = rate
+        self.rate = rate[:, 0] if model else np.broadcast_to(rate, gram.shape[:2])
+        self._update_floor = (np.sqrt(np.square(floor).sum(axis=1)) if model else floor) / self.rate
+        squares = np.diagonal(gram, axis1=-2, axis2=-1)[..., : _MEANS + replicates]
+        # An hvp that is not finite affects only the results that use it.
+        finite = ~np.isnan(squares).any(axis=-1)
+        self._finite = finite.all(axis=1) if model else finite
         self._unit = np.eye(replicates)
 
     def mean(self, weights: Array) -> MeanUpdate:
         """Return the mean update with the given weights of the replicates."""
-        return MeanUpdate(*_pairs(self.gram, self.size, self.rate, weights), self.rate)
+        of_tensors = _mean_update(self.gram, self.size, self._of_tensors, weights)
+        return _stacked(of_tensors, self.rate) if self.model else of_tensors
 
     @cached_property
     def pair(self) -> Pair:
@@ -254,23 +283,16 @@ class Draws:
         return Pair(*(np.stack([getattr(pair, name) for pair in single], axis=-1) for name in vars(single[0])))
 
     @cached_property
-    def each_angle(self) -> Array:
-        """Angle of each replicate, NaN if its update is not larger than its rounding error."""
-        floor = self._update_floor[..., None]
-        verifiable = ~((floor >= self.each.update_norm) & (floor > 0))
-        return np.where(verifiable, geometry.angle(self.each), np.nan)
+    def each_status(self) -> NDArray[np.int8]:
+        """Status of each replicate, on the last axis."""
+        return geometry.status(
+            self.each, self.rate[..., None], self._finite[..., None], update_floor=self._update_floor[..., None]
+        )
 
     @cached_property
     def status(self) -> NDArray[np.int8]:
         """Status of the mean update, values of `natgrad.schema.variables.Status`."""
-        squares = np.diagonal(self.gram, axis1=-2, axis2=-1)
-        return geometry.status(
-            self.pair,
-            self.rate,
-            # An hvp that is not finite affects only the results that use it.
-            finite=np.isfinite(squares[..., : 2 + self.replicates]).all(axis=-1),
-            verifiable=~((self._update_floor >= self.pair.update_norm) & (self._update_floor > 0)),
-        )
+        return geometry.status(self.pair, self.rate, self._finite, update_floor=self._update_floor)
 
     @cached_property
     def statistics(self) -> dict[str, tuple[Array, Array]]:
@@ -278,6 +300,7 @@ class Draws:
         variables = [v for v in REPLICATE_VARIABLES.values() if v.computed_from is ComputedFrom.MEAN_UPDATE]
         exists = {
             Defined.ALWAYS: np.True_,
+            Defined.IN_RANGE: _in_range(self.status),
             Defined.WITH_ANGLE: self.status <= Status.OBTUSE,
             Defined.WITH_METRIC: self.status == Status.EFFECTIVE,
         }
@@ -289,6 +312,10 @@ class Draws:
         # The mean of rows of the identity is the weights of the replicates. An omitted replicate has weight 0.
         found, errors = jackknife(values, self._unit)
         return {v.name: (value, error) for v, value, error in zip(variables, found, errors, strict=True)}
+
+
+def _in_range(status: NDArray[np.int8]) -> NDArray[np.bool_]:
+    return ~np.isin(status, (Status.UNDERFLOW, Status.OVERFLOW))
 
 
 @dataclass(frozen=True)
@@ -389,13 +416,22 @@ _DECLARED = (
         "True if the mean update is effective.",
         compute=lambda draws: draws.status == Status.EFFECTIVE,
     ),
-    _as_of_updates("update_norm", "Norm of the mean update.", compute=lambda draws: draws.pair.update_norm),
-    _as_of_updates("gradient_norm", "Norm of the gradient.", compute=lambda draws: draws.pair.gradient_norm),
+    _as_of_updates(
+        "update_norm",
+        "Norm of the mean update.",
+        compute=lambda draws: geometry.representable(draws.pair.update_norm),
+    ),
+    _as_of_updates(
+        "gradient_norm",
+        "Norm of the gradient.",
+        compute=lambda draws: geometry.representable(draws.pair.gradient_norm),
+    ),
     _as_of_updates(
         "alignment",
         "Rate at which the loss decreases along the mean update.",
         computed_from=ComputedFrom.MEAN_UPDATE,
         compute=lambda update: update.pair.alignment,
+        defined=Defined.IN_RANGE,
         error=True,
     ),
     _as_of_updates(
@@ -489,7 +525,7 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="replicate_alignment",
-        compute=lambda draws: draws.each.alignment,
+        compute=lambda draws: np.where(_in_range(draws.each_status), draws.each.alignment, np.nan),
         dimensions=_EACH,
         units="loss learning_rate-1",
         equation="y.g",
@@ -498,16 +534,19 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="replicate_angle",
-        compute=lambda draws: draws.each_angle,
+        compute=lambda draws: np.where(
+            draws.each_status <= Status.OBTUSE, geometry.angle(draws.each), np.nan
+        ),
         dimensions=_EACH,
         units="radian",
         equation="psi in [0, pi], eq. (9)",
         long_name="angle between y and g of each replicate",
-        description="NaN if the update of the replicate is zero or not larger than its rounding error.",
+        description="NaN if the update of the replicate is zero, out of range or not larger than its rounding "
+        "error. Near 0 and pi it is accurate to 2e-8, in units of the deviation from the mean.",
     ),
     ReplicateVariable(
         name="replicate_update_norm",
-        compute=lambda draws: draws.each.update_norm,
+        compute=lambda draws: geometry.representable(draws.each.update_norm),
         dimensions=_EACH,
         units="parameter learning_rate-1",
         equation="|g|",
@@ -554,16 +593,15 @@ def _groups(
         floor = np.zeros(length.shape)
         if parameter_norm is not None:
             floor = geometry.displacement_floor(parameter_norm, length, roundoff)
-        model_floor = np.sqrt(np.square(floor).sum(axis=1))
         return {
-            "model": _columns(Draws(gram.sum(axis=1), np.array(sizes.sum()), rates[0], replicates, model_floor)),
-            "tensor": _columns(Draws(gram, sizes, rates[1], replicates, floor)),
+            "model": _columns(Draws(gram, sizes, rates[0][:, None], replicates, floor, model=True)),
+            "tensor": _columns(Draws(gram, sizes, rates[1], replicates, floor, model=False)),
         }
 
 
 def _spread(gram: Array, replicates: int) -> Array:
     """Return the mean square of the deviations of the displacements from their mean."""
-    squares = np.diagonal(gram, axis1=-2, axis2=-1)[..., 2 : 2 + replicates]
+    squares = np.diagonal(gram, axis1=-2, axis2=-1)[..., _MEANS : _MEANS + replicates]
     return np.asarray(squares.mean(axis=-1))
 
 
@@ -594,37 +632,66 @@ def _of_losses(changes: Array) -> Columns:
     return columns
 
 
-def _pairs(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> tuple[Pair, Pair, Array]:
-    """Return the pairs (y, <g>) and (<Hg>, <g>) of a weighted mean, and the product of y and <Hg> across <g>."""
-    known = 2 + len(weights)
+_SHORT = 2.0**-7
+"""Square of a residual, in units of that of the gradient, from which on the gradient itself is used: the angle is then
+above 0.08 or was not that of the mean, and products of the gradient give it to 1e-14 or to 2e-8."""
+
+_PAIRED = ("gradient", "displacement", "residual")
+
+
+def _mean_update(gram: Array, size: NDArray[np.int64], rate: Array, weights: Array) -> MeanUpdate:
+    """Return a weighted mean of the replicates of each tensor."""
+    known = _MEANS + len(weights)
     # The deviations add up to 0, so only the differences of their weights from the mean weight matter.
-    mean = np.concatenate([[weights.sum()], weights - weights.mean()])
-    blocks = np.zeros((2, known))
-    blocks[0, 0], blocks[1, 1:] = 1.0, mean
-    # Products of gradient, update and hvp. Those of hvps are NaN if hvps were not logged or are not finite.
-    small = np.full((*gram.shape[:-2], 3, 3), np.nan)
-    small[..., :2, :2] = blocks @ gram[..., :known, :known] @ blocks.T
+    moved = weights - weights.mean()
+    # The residual of the mean is g - c m, so that of m + x is g - c (m + x). It is needed where it is short. Elsewhere
+    # its terms may exceed g, and g itself gives a more accurate component across.
+    ratio = geometry.safe_divide(gram[..., 0, 1] - gram[..., 2, 1], gram[..., 1, 1])
+    deviation = (moved @ gram[..., _MEANS:known, _MEANS:known] @ moved[:, None])[..., 0]
+    kept = gram[..., 2, 2] + ratio**2 * deviation <= _SHORT * gram[..., 0, 0]
+    blocks = np.zeros((*gram.shape[:-2], 3, known))
+    blocks[..., 0, 0] = 1.0
+    blocks[..., 1, 1], blocks[..., 1, _MEANS:] = weights.sum(), moved
+    blocks[..., 2, 0], blocks[..., 2, 2] = ~kept, kept
+    blocks[..., 2, _MEANS:] = -np.where(kept, ratio, 0.0)[..., None] * moved
+    # Products of gradient, update, residual and hvp. Those of hvps are NaN if hvps were not logged or not finite.
+    small = np.full((*gram.shape[:-2], 4, 4), np.nan)
+    small[..., :3, :3] = blocks @ gram[..., :known, :known] @ np.swapaxes(blocks, -1, -2)
     if gram.shape[-1] > known:
         # Matrix by matrix, not all updates at once, so that the bits do not depend on the number of updates.
-        small[..., :2, 2] = small[..., 2, :2] = blocks @ gram[..., :known, known:] @ mean
-        small[..., 2, 2] = np.vecdot(gram[..., known:, known:] @ mean, mean)
-    square, along, bent = small[..., 1, 1], small[..., 0, 1], small[..., 1, 2]
-    line = size == 1
+        mean = np.concatenate([[weights.sum()], moved])[:, None]
+        small[..., :3, 3] = (blocks @ gram[..., :known, known:] @ mean)[..., 0]
+        small[..., 3, :3] = small[..., :3, 3]
+        small[..., 3, 3] = (mean.T @ (gram[..., known:, known:] @ mean))[..., 0, 0]
+    pair = geometry.pair(small[..., :3, :3], _PAIRED, rate, size)
+    square, bent = small[..., 1, 1], small[..., 1, 3]
 
     def across(first: int, second: int) -> Array:
         product = small[..., first, second] - geometry.safe_divide(
             small[..., first, 1] * small[..., second, 1], square
         )
-        return np.where(line, 0.0 * product, product)
+        return np.where(size == 1, 0.0 * product, product)
 
-    shape = np.broadcast_shapes(square.shape, rate.shape)
-    dimension = np.broadcast_to(size, shape)
-    pair = Pair(square / rate**2, -along / rate, np.maximum(across(0, 0), 0.0), dimension)
     # hvp = 2 H p = 2 eta H g.
     curvature = Pair(
-        square / rate**2, bent / (2.0 * rate**2), np.maximum(across(2, 2), 0.0) / (4.0 * rate**2), dimension
+        pair.update_square, bent / (2.0 * rate**2), np.maximum(across(3, 3), 0.0) / (4.0 * rate**2), pair.size
     )
-    return pair, curvature, -across(0, 2) / (2.0 * rate)
+    return MeanUpdate(pair, curvature, -across(2, 3) / (2.0 * rate), np.broadcast_to(rate, square.shape))
+
+
+def _stacked(tensors: MeanUpdate, rate: Array) -> MeanUpdate:
+    """Return the mean update of the model from those of its tensors; see `geometry.direct_sum`."""
+    count = tensors.across_product.shape[1]
+    pair, curvature = (
+        geometry.direct_sum([of_tensors[:, tensor] for tensor in range(count)])
+        for of_tensors in (tensors.pair, tensors.curvature)
+    )
+    lengths = tensors.pair.update_norm
+    ones, others = (
+        (of_tensors.ratio - of_model.ratio[:, None]) * lengths
+        for of_tensors, of_model in ((tensors.pair, pair), (tensors.curvature, curvature))
+    )
+    return MeanUpdate(pair, curvature, (tensors.across_product + ones * others).sum(axis=1), rate)
 
 
 def _tree(groups: Mapping[str, Columns], changes: Array, layout: Layout, labels: dict[str, Any]) -> xr.DataTree:

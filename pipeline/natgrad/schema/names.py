@@ -139,18 +139,20 @@ def replicate_vectors(replicates: int, hvp: bool) -> tuple[str, ...]:
     """Return the vectors of the ledger of R replicates, with or without their Hessian-vector products.
 
     A deviation is the difference between a replicate and the mean. Means are taken before any product, so they lose
-    no digits if they are much shorter than the replicates.
+    no digits if they are much shorter than the replicates. The residual is that of the mean, gradient - c
+    mean_displacement, so the angle of the mean update is exact near 0 and pi.
 
     Examples
     --------
     >>> replicate_vectors(2, hvp=False)
-    ('gradient', 'mean_displacement', 'displacement_deviation_0', 'displacement_deviation_1')
+    ('gradient', 'mean_displacement', 'residual', 'displacement_deviation_0', 'displacement_deviation_1')
     """
     if not replicates:
         return ()
     kinds = ("displacement", HVP) if hvp else ("displacement",)
-    of_kind = [(f"mean_{kind}", *(f"{kind}_deviation_{index}" for index in range(replicates))) for kind in kinds]
-    return ("gradient", *(name for names in of_kind for name in names))
+    means = {"displacement": ("gradient", "mean_displacement", "residual"), HVP: (f"mean_{HVP}",)}
+    of_kind = [(*means[kind], *(f"{kind}_deviation_{index}" for index in range(replicates))) for kind in kinds]
+    return tuple(name for names in of_kind for name in names)
 
 
 def ledger_vectors(hvp: bool) -> tuple[str, ...]:

@@ -224,9 +224,10 @@ def pair(
         inexact = (np.fmin(displacement_square, update_square) < EXACT_NORM**2) & (displacement_square > 0)
         descent, residual_along = np.where(inexact, 0.0, descent), np.where(inexact, 0.0, residual_along)
         across = residual_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
-        # If D = 1, there is no component across g, only rounding. (0 x NaN remains NaN.) Adding zero makes a
-        # negative zero positive; with a negative zero the angle of -g would be -pi.
-        across = np.where((dimension == 1) & ~inexact, 0.0 * across, np.maximum(across, 0.0)) + 0.0
+        # If D = 1, there is no component across a g that is not zero, only rounding. (0 x NaN remains NaN.) Adding
+        # zero makes a negative zero positive; with a negative zero the angle of -g would be -pi.
+        on_line = (dimension == 1) & (displacement_square != 0) & ~inexact
+        across = np.where(on_line, 0.0 * across, np.maximum(across, 0.0)) + 0.0
         # Only zero vectors have the norm 0, whatever underflows.
         lost = np.any([(0 < square) & (square < LEAST_NORM**2) for square in added], axis=0)
         across = np.where(lost & (across == 0) & (descent == 0), NONZERO, across)

@@ -81,7 +81,7 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
 def _across(y: Array, g: Array) -> Array:
     """Return the component of y across g. Subtracting twice leaves only its own rounding error, not that of y."""
     if y.shape[-1] == 1:
-        return 0.0 * y
+        return np.where(g == 0, y, 0.0 * y)
     for _ in range(2):
         y = y - Pair(np.vecdot(g, g), np.vecdot(y, g), np.zeros(()), np.zeros((), int)).ratio[..., None] * g
     return y
