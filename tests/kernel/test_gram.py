@@ -118,9 +118,11 @@ def test_every_word_of_a_two_byte_dtype_has_its_value(dtype):
     out, _ = products(column, column, cuts=range(1, len(words)))
     with np.errstate(invalid="ignore"):  # signalling NaNs are among the words
         square = words.astype(np.float64) ** 2
-    np.testing.assert_array_equal(out[0, :, 0, 0], square)
+        product = np.where(np.isfinite(square), square, np.nan)
+    # Only a word that is not finite has the square NaN, and only zero has the square 0.
+    np.testing.assert_array_equal(out[0, :, 0, 0], np.where((square == 0) & (words != 0), 5e-324, product))
     # The difference of two infinities is not a number, and the gradient's products are made of its parts.
-    np.testing.assert_array_equal(out[0, :, 0, GRADIENT], np.where(np.isfinite(square), square, np.nan))
+    np.testing.assert_array_equal(out[0, :, 0, GRADIENT], product)
 
 
 def test_the_bits_of_an_update_do_not_depend_on_other_updates():
@@ -266,6 +268,43 @@ def test_a_gradient_that_is_not_finite_affects_only_its_own_products(elements):
     assert np.isnan(out[0, 0, spoilt]).all()
     keep = np.ix_(*[np.setdiff1d(np.arange(6), spoilt)] * 2)
     np.testing.assert_array_equal(out[0, 0][keep], clean[0, 0][keep])
+
+
+@pytest.mark.parametrize("elements", [1, 40, gram.BLOCK, 5000])
+@pytest.mark.parametrize(
+    ("value", "square"), [(0.0, 0.0), (5e-324, 5e-324), (1e-200, 5e-324), (1e200, np.inf), (np.inf, np.nan)]
+)
+def test_the_square_of_every_vector_tells_zero_underflow_overflow_and_not_finite_apart(elements, value, square):
+    # One element decides, wherever it is.
+    for element in {0, elements // 2, elements - 1}:
+        zeros = np.zeros((2, elements))
+        changed = zeros.copy()
+        changed[1, element] = value
+        hvp = np.zeros((1, elements))
+        hvp[0, element] = value
+        out, ratio = products(changed, changed, hvp=hvp)
+        squares = np.diagonal(out[0, 0])[[0, DISPLACEMENT, GRADIENT, 3, 5]]
+        np.testing.assert_array_equal(squares, [0.0, square, 0.0, square, square])
+        out, _ = products(changed[::-1].copy(), changed[::-1].copy())
+        squares = np.diagonal(out[0, 0])[[0, DISPLACEMENT, GRADIENT, 3]]
+        np.testing.assert_array_equal(squares, square)
+        assert ratio[0, 0] == 0.0
+
+
+def test_a_sample_with_a_ratio_beyond_all_others_is_replaced():
+    # The sampled elements hardly move, so that their ratio is 2**80 or 2**600 times that of the tensor.
+    for exponent in (-80, -600):
+        size = 20_000
+        rng = np.random.default_rng(2)
+        step, noise = rng.standard_normal((2, size))
+        gradient = -3.0 * step * (1 + 1e-9 * noise)
+        for k in range(16):
+            start = k * (size - 64) // 15
+            step[start : start + 64] *= 2.0**exponent
+            gradient[start : start + 64] *= 1e-12
+        out, ratio = products(np.stack([np.zeros(size), step]), np.stack([gradient, gradient]))
+        assert ratio[0, 0] == pytest.approx(-3.0, rel=1e-6)
+        assert out[0, 0, RESIDUAL, RESIDUAL] <= 1e-16 * out[0, 0, GRADIENT, GRADIENT]
 
 
 def test_padding_beyond_the_last_segment_is_not_read():

@@ -51,7 +51,7 @@ def lost(y, vectors, kept=slice(None)):
     mean = vectors.mean(axis=0)
     parts = np.linalg.norm(vectors[kept], axis=-1).mean() + np.linalg.norm(mean)
     parts += np.linalg.norm(vectors[kept] - mean, axis=-1).mean()
-    return 8 * roundoff_bound(len(y)) * (parts / np.linalg.norm(vectors[kept].mean(axis=0))) ** 2
+    return 16 * roundoff_bound(len(y)) * (parts / np.linalg.norm(vectors[kept].mean(axis=0))) ** 2
 
 
 def angle_tolerance(y, updates, kept=slice(None)):

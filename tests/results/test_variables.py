@@ -166,7 +166,7 @@ def test_a_variable_is_nan_exactly_if_it_is_not_defined(seed, m, defined):
         follow = [table.steps[first + m - 1] - table.steps[first] == m - 1 for first in range(7 - m)]
         complete = xr.DataArray(np.pad(follow, (0, m - 1)), dims="step")
         expected = xr.ones_like(status, dtype=bool) & complete
-        if defined is not Defined.ALWAYS:
+        if defined not in (Defined.ALWAYS, Defined.IN_RANGE):
             expected &= status <= (Status.EFFECTIVE if defined is Defined.WITH_METRIC else Status.OBTUSE)
         expected[{"descent": 3}] = False
         own = found["own"].sel(window=m)

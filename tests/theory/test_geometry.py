@@ -282,12 +282,37 @@ def test_the_first_of_several_reasons_is_the_status(y, g, rate, first):
     with np.errstate(invalid="ignore"):
         products = np.array([[a @ b for b in (g, -y, -y)] for a in (g, -y, -y)])
     pair = geometry.pair(products, ("displacement", "gradient", "residual"), rate, 3)
-    assert geometry.status(pair, rate, np.isfinite(y).all(), verifiable=False) == first
+    assert geometry.status(pair, rate, np.isfinite(y).all(), known=False) == first
 
 
-def test_a_pair_that_overflows_is_not_finite():
+def test_a_pair_that_overflows_or_underflows_has_a_status_of_its_own():
     pair = Pair(np.array(np.inf), np.array(np.inf), np.array(1.0), np.array(3))
-    assert geometry.status(pair, 0.5) == Status.NON_FINITE
+    assert geometry.status(pair, 0.5) == Status.OVERFLOW
+    pair = Pair(np.array(geometry.NONZERO), np.array(0.0), np.array(1.0), np.array(3))
+    assert geometry.status(pair, 0.5) == Status.UNDERFLOW
+    assert np.isnan(geometry.angle(pair))
+
+
+@pytest.mark.parametrize(
+    ("vector", "square"),
+    [
+        ([0.0, -0.0], 0.0),
+        ([3.0, 4.0], 25.0),
+        ([5e-324, 0.0], geometry.NONZERO),
+        ([1e200, 1e-200], np.inf),
+        ([np.inf, 1.0], np.nan),
+        ([np.nan, 0.0], np.nan),
+    ],
+)
+def test_the_square_of_a_vector_tells_what_the_vector_is(vector, square):
+    np.testing.assert_equal(float(geometry.squared_norm(vector)), square)
+
+
+def test_a_scalar_that_does_not_move_keeps_its_gradient():
+    y, g = np.array([2.0]), np.array([0.0])
+    pair = pair_of(y, g)
+    assert geometry.status(pair, 0.5) == Status.ZERO_UPDATE
+    assert pair.gradient_norm == 2.0
 
 
 # Errors of what was stored -----------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ STATUS_MEANING: dict[Status, str] = {
     Status.UNVERIFIABLE: "The update is not larger than the rounding of the stored parameters, so its direction "
     "is not known. Log the parameters in a wider dtype.",
     Status.UNDERFLOW: "The update or the gradient is not zero, but so small that inner products underflow in float64. "
-    "Log it in larger units, for example with a scaled loss.",
+    "Log it in other units: multiply the parameters, or the loss and its gradients, by a constant.",
     Status.OVERFLOW: "The parameters and gradients are finite, but so large that inner products overflow in float64. "
-    "Log them in smaller units, for example with a scaled loss.",
+    "Log them in other units: divide the parameters, or the loss and its gradients, by a constant.",
     Status.NOT_LOGGED: "This run of the sweep did not log the step; another run did.",
 }
 """Meaning of each status, for readers of the curves."""

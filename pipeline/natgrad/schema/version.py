@@ -23,7 +23,7 @@ from pathlib import Path
 
 __all__ = ["FALLBACK_VERSION", "RESULTS_VERSION", "__version__", "git_version", "installed_version"]
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 """Version of the numbers in ``results.zarr``. A scan processes a run again if its results have another version.
 
 Raise it by one in every commit after which the same log and options give other results: a changed formula or
