@@ -703,7 +703,10 @@ def updates_of_any_scale(draw):
         with np.errstate(over="ignore"):
             after = np.clip(before + step, -1.7e308, 1.7e308)
         for state, parameter in zip(states, (before, after), strict=True):
-            state[f"parameter/{name}"], state[f"gradient/{name}"] = parameter.reshape(shape), gradient.reshape(shape)
+            state[f"parameter/{name}"], state[f"gradient/{name}"] = (
+                parameter.reshape(shape),
+                gradient.reshape(shape),
+            )
     return states
 
 
@@ -730,9 +733,11 @@ def test_at_any_scale_a_number_is_exact_and_a_status_is_true(states):
             )
             length = {"theta": mp.norm(theta), "d": mp.norm(d), "y": mp.norm(g), "g": mp.norm(d) / rate}
             product = -mp.fsum(a * b for a, b in zip(g, d, strict=True))
-            rest = mp.norm([b * length["d"] - -product / length["d"] * a for a, b in zip(d, g, strict=True)]) if (
-                length["d"]
-            ) else mpf(0)
+            rest = (
+                mp.norm([b * length["d"] - -product / length["d"] * a for a, b in zip(d, g, strict=True)])
+                if (length["d"])
+                else mpf(0)
+            )
             psi = mp.atan2(rest, product)
         checked = at.sel(descent="gradient")
         status = Status(int(checked["status"]))

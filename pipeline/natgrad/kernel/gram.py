@@ -252,8 +252,8 @@ def _improved(c: float, dd: float, rd: float, rr: float) -> float:
 
 
 _ATTEMPTS = 3
-"""Number of times that a segment is summed at most: with the ratio of a sample, with the ratio that the sums give, and
-with the ratio of all elements. The latter is rarely needed: if the first ratio is 1e16 times as large as the best."""
+"""Number of times that a segment is summed at most: with the ratio of a sample, with the ratio that the sums give,
+and with the ratio of all elements. The latter is needed if the first ratio is 1e16 times as large as the best."""
 
 
 @inner()
@@ -389,7 +389,10 @@ def _mark(gram: Any, vector: int, x0: Any, x1: Any, n: int) -> None:
 def _mark_all(p0: Any, p1: Any, g0: Any, g1: Any, n: int, gram: Any) -> None:
     _mark(gram, 0, None, p0, n)
     _mark(gram, 1, p0, p1, n)
-    _mark(gram, 2, None, g0, n)
+    if np.isnan(gram[1, 1]):
+        gram[2, 2] = np.nan  # summed from parts along and across the displacement
+    else:
+        _mark(gram, 2, None, g0, n)
     _mark(gram, 3, g0, g1, n)
 
 
@@ -514,8 +517,10 @@ def products(
     ValueError
         If there are too few states or elements, or they are not contiguous.
 
-    Notes ----- The function releases the interpreter lock. The bits of an update depend only on its two states and
-    `starts`, not on the number of updates computed together. A segment whose displacement is zero, not finite, or so
+    Notes
+    -----
+    The function releases the interpreter lock. The bits of an update depend only on its two states and `starts`,
+    not on the number of updates computed together. A segment whose displacement is zero, not finite, or so
     small or large that its square underflows or overflows, has ratio 0. If the displacement is not finite, every
     product with the gradient is NaN or infinite.
 

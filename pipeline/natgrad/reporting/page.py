@@ -34,9 +34,9 @@ STATUS_MEANING: dict[Status, str] = {
     Status.NO_LEARNING_RATE: "The log has no positive learning rate. Set it with natgrad analyze --learning-rate.",
     Status.UNVERIFIABLE: "The update is not larger than the rounding of the stored parameters, so its direction "
     "is not known. Log the parameters in a wider dtype.",
-    Status.UNDERFLOW: "The update or the gradient is not zero, but so small that inner products underflow in float64. "
+    Status.UNDERFLOW: "The update or the gradient is not zero, but its inner products underflow in float64. "
     "Log it in other units: multiply the parameters, or the loss and its gradients, by a constant.",
-    Status.OVERFLOW: "The parameters and gradients are finite, but so large that inner products overflow in float64. "
+    Status.OVERFLOW: "The parameters and gradients are finite, but inner products overflow in float64. "
     "Log them in other units: divide the parameters, or the loss and its gradients, by a constant.",
     Status.NOT_LOGGED: "This run of the sweep did not log the step; another run did.",
 }

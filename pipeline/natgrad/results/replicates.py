@@ -8,9 +8,9 @@ standard errors. Means are taken before any product, so they lose no digits if t
 replicates.
 
 The residual of the mean keeps its angle exact near 0 and pi. That of another combination of the replicates is the
-residual of the mean and a multiple of the deviations. They cancel if the combination is parallel to the gradient but
-the mean is not, or if all are parallel and of different lengths: the angle of a single replicate then has an error of
-up to 2e-8 times the length of its deviation in units of the mean.
+residual of the mean and a multiple of the deviations. They cancel if the combination is parallel to the gradient
+but the mean is not, or if all are parallel and of different lengths: the angle of a single replicate then has an
+error of up to 2e-8 times the length of its deviation in units of the mean.
 
 References
 ----------
@@ -262,8 +262,8 @@ class Draws:
         self._update_floor = (np.sqrt(np.square(floor).sum(axis=1)) if model else floor) / self.rate
         squares = np.diagonal(gram, axis1=-2, axis2=-1)[..., : _MEANS + replicates]
         # An hvp that is not finite affects only the results that use it.
-        finite = ~np.isnan(squares).any(axis=-1)
-        self._finite = finite.all(axis=1) if model else finite
+        finite = np.asarray(~np.isnan(squares).any(axis=-1))
+        self._finite: NDArray[np.bool_] = np.asarray(finite.all(axis=1)) if model else finite
         self._unit = np.eye(replicates)
 
     def mean(self, weights: Array) -> MeanUpdate:
@@ -534,9 +534,7 @@ _DECLARED = (
     ),
     ReplicateVariable(
         name="replicate_angle",
-        compute=lambda draws: np.where(
-            draws.each_status <= Status.OBTUSE, geometry.angle(draws.each), np.nan
-        ),
+        compute=lambda draws: np.where(draws.each_status <= Status.OBTUSE, geometry.angle(draws.each), np.nan),
         dimensions=_EACH,
         units="radian",
         equation="psi in [0, pi], eq. (9)",
@@ -633,8 +631,8 @@ def _of_losses(changes: Array) -> Columns:
 
 
 _SHORT = 2.0**-7
-"""Square of a residual, in units of that of the gradient, from which on the gradient itself is used: the angle is then
-above 0.08 or was not that of the mean, and products of the gradient give it to 1e-14 or to 2e-8."""
+"""Square of a residual, in units of that of the gradient, from which on the gradient itself is used. The angle of
+the mean is then above 0.08, and products of the gradient give it to 1e-14."""
 
 _PAIRED = ("gradient", "displacement", "residual")
 
@@ -644,8 +642,8 @@ def _mean_update(gram: Array, size: NDArray[np.int64], rate: Array, weights: Arr
     known = _MEANS + len(weights)
     # The deviations add up to 0, so only the differences of their weights from the mean weight matter.
     moved = weights - weights.mean()
-    # The residual of the mean is g - c m, so that of m + x is g - c (m + x). It is needed where it is short. Elsewhere
-    # its terms may exceed g, and g itself gives a more accurate component across.
+    # The residual of the mean is g - c m, so that of m + x is g - c (m + x). It is needed where it is short.
+    # Elsewhere its terms may exceed g, and g itself gives a more accurate component across.
     ratio = geometry.safe_divide(gram[..., 0, 1] - gram[..., 2, 1], gram[..., 1, 1])
     deviation = (moved @ gram[..., _MEANS:known, _MEANS:known] @ moved[:, None])[..., 0]
     kept = gram[..., 2, 2] + ratio**2 * deviation <= _SHORT * gram[..., 0, 0]

@@ -751,8 +751,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             equation="m with y.g > 0 for all t, eq. (3)",
             long_name="smallest window length for which all windows are effective",
             description="NaN if there is no such length, also because the status of a window is not known. Lengths "
-            "up to the smaller of 256 and half the run are tried, and up to the longest requested window if that is "
-            "longer.",
+            "up to the smaller of 256 and half the run are tried, and up to the longest requested window if that "
+            "is longer.",
         ),
         UpdateVariable(
             name="effective_window_count",

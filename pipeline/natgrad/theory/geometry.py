@@ -69,13 +69,13 @@ LEDGER_ERROR = 1e-14
 """Promised error of an inner product x.y of the ledger, relative to |x| |y|."""
 
 EXACT_NORM = 2.0**-490
-"""A norm below this has no accurate square. Each product that underflows is off by up to 2**-1075, so a square of up
-to 2**48 elements is off by 2**-1027, which is 2**-47 of this square."""
+"""A norm below this has no accurate square. Each product that underflows is off by up to 2**-1075, so a square of
+up to 2**48 elements is off by 2**-1027, which is 2**-47 of this square."""
 
 LEAST_NORM, MOST_NORM = 2.0**-440, 2.0**500
-"""Limits of |y| and |g| (and of the displacement, eta |g|) between which results keep the promised accuracy, because
-neither their products nor those of their parts underflow or overflow. Parts below `EXACT_NORM` are then at most
-2**-50 of the sum."""
+"""Limits of |y|, |g| and the displacement eta |g|. Between them, results are accurate as promised, because neither
+their products nor those of their parts underflow or overflow. A part below `EXACT_NORM` is then less than 2**-49 of
+the vector."""
 
 NONZERO = 5e-324
 """Square of a vector that is not zero, but whose square underflows. The ledger has it instead of 0."""
@@ -229,7 +229,7 @@ def pair(
         on_line = (dimension == 1) & (displacement_square != 0) & ~inexact
         across = np.where(on_line, 0.0 * across, np.maximum(across, 0.0)) + 0.0
         # Only zero vectors have the norm 0, whatever underflows.
-        lost = np.any([(0 < square) & (square < LEAST_NORM**2) for square in added], axis=0)
+        lost = np.any([(square > 0) & (square < LEAST_NORM**2) for square in added], axis=0)
         across = np.where(lost & (across == 0) & (descent == 0), NONZERO, across)
         update_square = np.where((update_square == 0) & (displacement_square > 0), NONZERO, update_square)
         return Pair(update_square, descent / rate, across, dimension)

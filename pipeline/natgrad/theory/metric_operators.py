@@ -67,9 +67,7 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
         )
     size = np.full(y.shape[:-1], y.shape[-1])
     update_square, gradient_square = geometry.squared_norm(g), geometry.squared_norm(y)
-    small, least = [
-        (0 < square) & (square < geometry.LEAST_NORM**2) for square in (update_square, gradient_square)
-    ]
+    small, least = [(square > 0) & (square < geometry.LEAST_NORM**2) for square in (update_square, gradient_square)]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         across, alignment = _across(y, g), np.vecdot(y, g)
         across_square = np.where(least, geometry.NONZERO, np.vecdot(across, across))
