@@ -161,7 +161,9 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     if not estimate.corrected:
         return model, tensors
     # A tensor's share of the loss change is computed from the model's pair.
-    tensors = replace(tensors, known=tensors.known & model.known[:, None])
+    tensors = replace(
+        tensors, known=tensors.known & model.known[:, None], finite=tensors.finite & model.finite[:, None]
+    )
     # The g of the model divided by the learning rate of the tensor, as the g of the tensor is.
     factor = np.where(own_rate == rate, 1.0, rate / own_rate)
     return (
