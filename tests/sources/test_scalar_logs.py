@@ -556,7 +556,7 @@ def test_files_that_are_not_logs_are_refused(tmp_path, format, body):
 @pytest.mark.parametrize(
     ("writer", "decode", "limits", "refusal"),
     [
-        ("parquet", partial(read_parquet, column_limit=40), {}, "exceeds 40 bytes"),
+        ("parquet", partial(read_parquet, group_limit=40), {}, "exceeds 40 bytes"),
         ("lines of json", partial(read_json_lines, line_limit=40), {}, "a line of more than 40 characters"),
         ("lightning", read_csv, {"records_limit": 40}, "more than 40 records"),
     ],

@@ -192,7 +192,9 @@ def _open(
     mapping = dict(mapping or {})
     if format is not None and format not in FORMATS:
         raise InputError(
-            f"unknown format {format!r}", remedy=f"choose one of: {', '.join(FORMATS)} (see natgrad formats)"
+            f"unknown format {format!r}",
+            where=str(location),
+            remedy=f"choose one of: {', '.join(FORMATS)} (see natgrad formats)",
         )
     run_file = None if in_run_file else find_run_file(location)
     if run_file is not None:

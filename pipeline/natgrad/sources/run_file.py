@@ -9,7 +9,7 @@ from typing import Any
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import parse_toml
-from natgrad.sources.names import checked_shift
+from natgrad.sources.names import QUANTITIES, checked_shift
 from natgrad.storage import LocalStorage, Storage, open_storage
 
 __all__ = ["RUN_FILE", "ListedLog", "find_run_file", "listed_logs", "run_file_options"]
@@ -107,6 +107,11 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
             raise refuse(
                 f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is not a table'}"
             )
+        for quantity, key in entry.get("map", {}).items():
+            if quantity not in (*QUANTITIES, "run") or not isinstance(key, str) or not key:
+                raise refuse(
+                    f"source {entry['path']!r} maps {quantity!r}, which is not a quantity, or not to a key"
+                )
         if not isinstance(entry.get("format", ""), str):
             raise refuse(f"the format of source {entry['path']!r} is not a string")
         if Path(entry["path"]).suffix == ".toml":

@@ -24,8 +24,8 @@ LINE_LIMIT = 1 << 24
 """Default limit on the number of characters per line, to bound the memory."""
 
 _BATCH = 1 << 16
-COLUMN_LIMIT = 1 << 30
-"""Default limit on the uncompressed size in bytes of a column in a row group."""
+GROUP_LIMIT = 1 << 32
+"""Default limit on the uncompressed size in bytes of a row group of a Parquet file."""
 
 COLUMNS_LIMIT = 1 << 16
 """Maximum number of columns of a CSV file."""
@@ -119,7 +119,7 @@ def _flat(values: Mapping[str, Any], budget: Budget) -> Iterator[tuple[str, Any]
                 yield prefix + key, value
 
 
-def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit: int = COLUMN_LIMIT) -> Records:
+def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, group_limit: int = GROUP_LIMIT) -> Records:
     """Yield the records of a Parquet file, read with pyarrow (needs the extra ``parquet``)."""
     try:
         from pyarrow import parquet
@@ -135,12 +135,9 @@ def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, column_limit
         if not 0 <= metadata.num_rows <= ROWS + log.stat().size * ROWS_PER_BYTE:
             raise ValueError(f"it would have {metadata.num_rows} rows, which is more than its size permits")
         for group in range(metadata.num_row_groups):
-            columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-            for column in columns:
-                if column.path_in_schema in names and column.total_uncompressed_size > column_limit:
-                    raise ValueError(
-                        f"the uncompressed size of column {column.path_in_schema} exceeds {column_limit} bytes"
-                    )
+            # For damaged statistics of a column, pyarrow 26 ends the process: ask only for those of the group.
+            if not 0 <= metadata.row_group(group).total_byte_size <= group_limit:
+                raise ValueError(f"the uncompressed size of a row group exceeds {group_limit} bytes")
         for batch in file.iter_batches(_BATCH, columns=names) if names else ():
             yield from batch.to_pylist()
 
