@@ -9,9 +9,9 @@ throughput and memory of the scheduler.
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
@@ -24,6 +24,7 @@ from natgrad.compute import executors
 from natgrad.compute.plan import Tile, plan_pass
 from natgrad.compute.tasks import Job, Segments
 from natgrad.schema.layout import MEBIBYTE, LedgerChunk, chunk_shape
+from natgrad.storage import LocalStorage
 
 VECTORS = 5
 ITEMSIZES = (4, 4)
@@ -76,7 +77,8 @@ def main(
     print(
         f"{wire / 1e9:.2f} GB of segment ledgers sent to the scheduler, {wire / plan.read_bytes:.1e} of the input"
     )
-    job = Job.of(Path("trajectory"), Path("ledger"), plan)
+    out = LocalStorage(tempfile.mkdtemp(prefix="natgrad-scale-"))
+    job = Job.of(out / "trajectory.zarr", out / "ledger.zarr", plan)
     tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
     digests = dict.fromkeys((item.chunk.start for item in items), "")
     process = psutil.Process()

@@ -6,10 +6,15 @@ Slurm is a stub: its `sbatch` starts the job script, which starts real workers.
 import contextlib
 import gc
 import os
+import re
+import shutil
 import signal
+import socket
 import stat
 import sys
+import threading
 import types
+from pathlib import Path
 
 import dask
 import dask_jobqueue  # noqa: F401  (what it has in Dask's configuration must be there before ours)
@@ -19,9 +24,11 @@ from distributed import Client, LocalCluster
 from distributed.security import Security
 from test_ledger_pass import CHUNK, ELEMENTS, ROWS, SHAPES, bits, compute_small
 
+import natgrad
 from logs import walk_arrays, write_trajectory
 from natgrad.compute import clusters, executors
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.version import __version__
 from natgrad.store import open_ledger
 from servers import free_port, kill, process, wait_for
 
@@ -237,9 +244,19 @@ def scheduler(port, folder, *options):
 
 
 @contextlib.contextmanager
-def worker(address, folder, *options):
-    command = (sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard")
-    with process(*command, *options, environment=clusters.ONE_THREAD, log=folder / "worker.log") as running:
+def worker(address, folder, *options, environment=None, program=()):
+    command = (
+        *program,
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_worker",
+        address,
+        "--nthreads",
+        "1",
+        "--no-dashboard",
+    )
+    environment = clusters.ONE_THREAD | (environment or {})
+    with process(*command, *options, environment=environment, log=folder / "worker.log") as running:
         yield running
 
 
@@ -266,11 +283,120 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+die.__module__ = "__main__"  # workers receive it by value, and need not import this module
+
+
 def test_a_task_whose_workers_die_repeatedly_is_reported_with_a_remedy(tmp_path, arrays, monkeypatch):
     monkeypatch.setattr(executors, "tile_segments", die)
     with clusters.local_scheduler(2) as address, pytest.raises(Unavailable, match="died 4 times") as dead:
         run_pass(tmp_path, arrays, executors.existing_cluster(address))
     assert f"natgrad analyze {tmp_path}" in dead.value.remedy
+
+
+# Workers that cannot take tasks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def address(tmp_path):
+    port = free_port()
+    with scheduler(port, tmp_path):
+        yield f"tcp://127.0.0.1:{port}"
+
+
+def package(folder, **replaced):
+    """Write the package with other text into a folder for PYTHONPATH; without text, one that cannot be imported."""
+    if replaced:
+        shutil.copytree(Path(natgrad.__file__).parent, folder / "natgrad")
+        version = folder / "natgrad" / "schema" / "version.py"
+        text = version.read_text()
+        for name, value in replaced.items():
+            text = re.sub(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.MULTILINE)
+        version.write_text(text)
+    else:
+        (folder / "natgrad").mkdir(parents=True)
+        (folder / "natgrad" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'natgrad'\")")
+    return {"PYTHONPATH": str(folder)}
+
+
+def connected(address, count):
+    with Client(address, timeout=60, set_as_default=False) as client:
+        client.wait_for_workers(count, timeout=120)
+
+
+def refusal_of(tmp_path, arrays, address):
+    """Return the error of a pass for which no worker can take tasks."""
+    connected(address, 1)
+    with pytest.raises(Unavailable, match="no worker could take the tasks of this pass for 3 s") as caught:
+        run_pass(tmp_path, arrays, executors.existing_cluster(address, worker_seconds=3.0))
+    assert f"natgrad analyze {tmp_path}" in caught.value.remedy
+    assert "0 of" in caught.value.remedy
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".check")]
+    return caught.value.why
+
+
+def test_workers_without_the_package_end_the_pass_with_the_host_and_the_remedy(tmp_path, arrays, address):
+    with worker(address, tmp_path, environment=package(tmp_path / "lacks")):
+        why = refusal_of(tmp_path, arrays, address)
+    assert f"on host {socket.gethostname()}: natgrad {__version__} cannot be imported: No module named" in why
+    assert f"install natgrad-pipeline {__version__}, as on the client, for {sys.executable}" in why
+
+
+def test_workers_of_another_version_end_the_pass(tmp_path, arrays, address):
+    with worker(address, tmp_path, environment=package(tmp_path / "other", RESULTS_VERSION=999)):
+        why = refusal_of(tmp_path, arrays, address)
+    assert f"its versions are natgrad {__version__}, results 999" in why or "results 999" in why
+
+
+def test_a_cluster_without_workers_ends_the_pass_without_a_traceback(tmp_path, arrays, address, caplog, capfd):
+    with pytest.raises(Unavailable, match="no worker could take the tasks") as caught:
+        run_pass(tmp_path, arrays, executors.existing_cluster(address, worker_seconds=0.5))
+    assert caught.value.why == "no worker is connected to the scheduler"
+    assert "the Dask scheduler has no workers; waiting for one for 0.5 s" in caplog.text
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("there", ["nothing", "another storage"])
+def test_workers_that_do_not_see_out_end_the_pass(tmp_path, arrays, address, monkeypatch, there):
+    # The same path leads every process to another folder.
+    out = Path("/proc/self/cwd/out")
+    for name in ("client", "host"):
+        (tmp_path / name / "out").mkdir(parents=True)
+    if there == "nothing":
+        (tmp_path / "host" / "out").rmdir()
+    monkeypatch.chdir(tmp_path / "client")
+    with worker(address, tmp_path, program=("env", "-C", tmp_path / "host")):
+        connected(address, 1)
+        trajectory = write_trajectory(out / "trajectory.zarr", arrays, SHAPES, CHUNK)
+        executor = executors.existing_cluster(address, worker_seconds=3.0)
+        with pytest.raises(Unavailable, match="no worker could take the tasks") as caught:
+            compute_small(trajectory, out / "ledger.zarr", executor=executor)
+    assert f"{out} does not exist there, or is not the OUT of the client" in caught.value.why
+    assert f"make the storage of OUT available at {out} on that host" in caught.value.why
+
+
+def test_tasks_go_to_the_workers_that_pass_the_check_whenever_they_join(
+    tmp_path, arrays, expected, address, caplog
+):
+    other, lacking = package(tmp_path / "other", RESULTS_VERSION=999), package(tmp_path / "lacks")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(worker(address, tmp_path, environment=lacking))
+        first = stack.enter_context(worker(address, tmp_path))
+        connected(address, 2)
+
+        def replace_first(done, total):
+            if done == 1:
+                stack.enter_context(worker(address, tmp_path, environment=other))
+                connected(address, 3)
+                kill(first)
+                joins = threading.Timer(4.0, lambda: stack.enter_context(worker(address, tmp_path)))
+                joins.start()
+                stack.callback(joins.join)
+
+        executor = executors.existing_cluster(address, worker_seconds=300.0)
+        assert run_pass(tmp_path, arrays, executor, progress=replace_first) == expected
+    assert "cannot be imported: No module named 'natgrad'" in caplog.text
+    assert "results 999" in caplog.text
+    assert "the Dask scheduler has no worker that passes the check; waiting for one for 300 s" in caplog.text
 
 
 def test_a_pass_over_tls_uses_the_certificates_of_the_configuration_of_dask(tmp_path, arrays, expected):

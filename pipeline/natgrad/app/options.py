@@ -667,6 +667,15 @@ class AnalyzeOptions(WorkerOptions, total=False):
             choices=_clusters,
         ),
     ]
+    worker_timeout: Annotated[
+        float,
+        Option(
+            "Seconds for which a pass on a cluster waits if no worker can take its tasks.",
+            600.0,
+            metavar="SECONDS",
+            minimum=0,
+        ),
+    ]
     learning_rate: Annotated[
         float | None,
         Option("Learning rate of steps without a logged one.", unset="not known", metavar="RATE", above=0),

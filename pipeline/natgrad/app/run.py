@@ -61,6 +61,7 @@ class Analysis:
     workers: int | None = None
     scheduler: str | None = None
     cluster: str | None = None
+    worker_timeout: float = _DEFAULTS["worker_timeout"]
     memory_limit: int = _DEFAULTS["memory_limit"]
     attempt: int | None = None
 
@@ -82,10 +83,10 @@ class Analysis:
     def executor(self) -> executors.Executor:
         """Return the executor that these options request."""
         if self.scheduler is not None:
-            return executors.existing_cluster(self.scheduler)
+            return executors.existing_cluster(self.scheduler, worker_seconds=self.worker_timeout)
         workers = usable_processors() if self.workers is None else self.workers
         if self.cluster is not None:
-            return executors.named_cluster(self.cluster, workers)
+            return executors.named_cluster(self.cluster, workers, worker_seconds=self.worker_timeout)
         return executors.local(workers, self.memory_limit)
 
     def check(self, extent: Extent) -> None:

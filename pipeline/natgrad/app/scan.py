@@ -56,7 +56,7 @@ _OUTCOME, _LOCK, _ROOT = ".outcome.json", ".processing.lock", ".scan.json"
 
 _log = logger(__name__)
 
-_EXECUTION = ("workers", "scheduler", "cluster", "memory_limit")
+_EXECUTION = ("workers", "scheduler", "cluster", "worker_timeout", "memory_limit")
 """Options of the machines that process a run: they do not change the results."""
 
 

@@ -107,7 +107,7 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
     name : str
         One of `CLUSTERS`.
     workers : int
-        Worker processes to request. The pass starts with the first one that connects.
+        Worker processes to request. The address is yielded when the first one has connected.
 
     Raises
     ------
@@ -121,6 +121,9 @@ def named_scheduler(name: str, workers: int) -> Iterator[str]:
         if name != "kubernetes":  # the operator of Kubernetes replaces pods
             _replace_lost_jobs(cluster, workers)
         cluster.scale(workers)
+        _log.info("waiting for the first worker of %s", name)
+        # Jobs may be in a queue for hours.
+        cluster.wait_for_workers(1)
         yield cluster.scheduler_address
 
 

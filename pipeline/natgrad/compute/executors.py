@@ -15,16 +15,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from natgrad.compute.clusters import local_scheduler, named_scheduler
 from natgrad.compute.plan import WorkItem
 from natgrad.compute.tasks import Finished, Job, Segments, compute_chunk, tile_segments, write_chunk
+from natgrad.compute.worker_checks import Problem, WorkerCheck, worker_check
 from natgrad.schema.errors import Unavailable
 from natgrad.schema.layout import LedgerChunk
 from natgrad.schema.logs import logger
 
 __all__ = [
+    "WORKER_SECONDS",
     "Digests",
     "Executor",
     "existing_cluster",
@@ -47,6 +50,21 @@ Executor = Callable[[Job, "list[WorkItem]", Digests], Iterator[Finished]]
 
 _RETRY_SECONDS = 0.1
 """Seconds between two attempts to connect."""
+
+WORKER_SECONDS = 600.0
+"""Seconds after which a pass ends if a cluster has no worker for it."""
+
+_CHECK_SECONDS, _CHECK_POLL_SECONDS = 5.0, 0.01
+"""Time for which a pass waits for the checks of its first workers. A worker that is busy is checked later."""
+
+_QUERY_SECONDS, _RECHECK_SECONDS = 1.0, 5.0
+"""Time between two queries of the workers of a cluster, and between two checks of a worker that failed one."""
+
+_RESULT_SECONDS, _LOST = 2.0, object()
+"""Time for which the result of a finished task is waited for, and the value that stands for one that was lost."""
+
+_LOSSES = 3
+"""Number of times that a task is submitted again after all workers that it could run on were lost."""
 
 
 def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
@@ -128,7 +146,7 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
     return run
 
 
-def named_cluster(name: str, workers: int) -> Executor:
+def named_cluster(name: str, workers: int, *, worker_seconds: float = WORKER_SECONDS) -> Executor:
     """Compute ledger chunks on a cluster of a batch system or of Kubernetes that exists during the pass.
 
     Parameters
@@ -137,18 +155,25 @@ def named_cluster(name: str, workers: int) -> Executor:
         One of `natgrad.compute.clusters.CLUSTERS`.
     workers : int
         Worker processes to request.
+    worker_seconds : float
+        See `existing_cluster`. There is no limit on the time until the first worker starts.
     """
 
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
         if items:
             with named_scheduler(name, workers) as address:
-                yield from existing_cluster(address)(job, items, digests)
+                yield from existing_cluster(address, worker_seconds=worker_seconds)(job, items, digests)
 
     return run
 
 
-def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor:
+def existing_cluster(
+    address: str, *, connect_seconds: float = 10.0, worker_seconds: float = WORKER_SECONDS
+) -> Executor:
     """Compute ledger chunks on the workers of a running Dask scheduler.
+
+    Each worker is checked first, also if it joins later (`natgrad.compute.worker_checks`). Tasks go to the workers
+    that pass the check; the others cause a warning.
 
     Parameters
     ----------
@@ -156,12 +181,14 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
         For example ``tcp://host:8786``. The workers need this package and access to the paths of the stores.
     connect_seconds : float
         Seconds within which the scheduler must answer.
+    worker_seconds : float
+        Seconds after which the pass ends if there is no worker, or none that passes the check.
 
     Raises
     ------
     Unavailable
-        If the scheduler does not answer or is lost during the pass, or if the workers of a task die repeatedly.
-        Finished ledger chunks are kept.
+        If the scheduler does not answer or is lost during the pass, if there is no worker for the tasks, or if the
+        workers of a task die repeatedly. Finished ledger chunks are kept.
     """
 
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
@@ -178,8 +205,8 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
             return f"continue with: natgrad analyze {job.ledger.parent} ({done})"
 
         try:
-            with closing(client):
-                for chunk in _run_on(client, job, items, digests):
+            with closing(client), worker_check(job) as check:
+                for chunk in _Dispatch(client, job, items, digests, check, worker_seconds).run():
                     finished += 1
                     yield chunk
         except (CancelledError, CommClosedError) as error:
@@ -189,12 +216,21 @@ def existing_cluster(address: str, *, connect_seconds: float = 10.0) -> Executor
                 why="the scheduler ended, or the network connection was lost",
                 remedy=f"check that it is running, and {resuming()}",
             ) from error
-        except KilledWorker as error:
+        except (KilledWorker, _LostTask) as error:
+            lost = error if isinstance(error, _LostTask) else _LostTask(str(error.task), error.allowed_failures + 1)
             raise Unavailable(
-                f"the workers of one task died {error.allowed_failures + 1} times, last {error.last_worker}",
-                where=f"{address}, task {error.task}",
+                f"the workers of one task died {lost.count} times",
+                where=f"{address}, task {lost.task}",
                 why="they had less memory than projected for the pass, or their jobs or hosts ended",
                 remedy=f"check the log of the worker, give workers at least --memory-limit, and {resuming()}",
+            ) from error
+        except _NoWorkers as error:
+            start = "correct these workers" if error.problems else "start workers (dask worker)"
+            raise Unavailable(
+                f"no worker could take the tasks of this pass for {worker_seconds:g} s",
+                where=address,
+                why="; ".join(map(str, error.problems)) or "no worker is connected to the scheduler",
+                remedy=f"{start}, or wait longer with --worker-timeout, and {resuming()}",
             ) from error
 
     return run
@@ -243,32 +279,196 @@ def _chunks_in_flight(tasks: int, items: list[WorkItem]) -> int:
     return max(2, math.ceil(tasks / max((len(item.tiles) for item in items), default=1)))
 
 
-def _run_on(client: Any, job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
-    from distributed import as_completed
+def _result(future: Any) -> Any:
+    """Return the result of a finished task, or _LOST if it does not arrive.
 
-    known = client.scheduler_info(n_workers=-1)
-    workers = len(known["workers"])
-    if "dashboard" in known["services"]:
-        _log.info("Dask dashboard: %s", client.dashboard_link)
-    if not workers:
-        _log.warning("the Dask scheduler has no workers yet; waiting for the first one")
-    ahead = _chunks_in_flight(job.limits.tasks_per_worker * max(1, workers), items)
-    waiting = iter(items)
-    first = [_submit(client, job, item, digests) for item in itertools.islice(waiting, ahead)]
-    finishing = as_completed(first, loop=client.loop)
-    del first  # a future that is referenced keeps its result on the cluster
-    for future in finishing:
-        yield future.result()
-        for item in itertools.islice(waiting, 1):
-            finishing.add(_submit(client, job, item, digests))
+    If the worker that has it is lost, the task is run again, for which there may be no worker.
+    """
+    try:
+        return future.result(timeout=_RESULT_SECONDS)
+    except TimeoutError:
+        if future.status == "error":  # the task raised it
+            raise
+        return _LOST
 
 
-def _submit(client: Any, job: Job, item: WorkItem, digests: Digests) -> Any:
-    start = item.chunk.start
-    name = f"{job.name}-{start}"
-    if len(item.tiles) == 1:
-        return client.submit(compute_chunk, job, item, digests()[start], key=f"ledger-{name}", pure=False)
-    parts = [
-        client.submit(tile_segments, job, tile, key=f"tile-{name}-{tile.first}", pure=False) for tile in item.tiles
-    ]
-    return client.submit(write_chunk, job, item.chunk, digests()[start], parts, key=f"ledger-{name}", pure=False)
+class _LostTask(Exception):
+    """All workers of a task were lost several times."""
+
+    def __init__(self, task: str, count: int) -> None:
+        super().__init__(task)
+        self.task, self.count = task, count
+
+
+class _NoWorkers(Exception):
+    """No worker can take tasks, because of the problems of those that are connected."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+@dataclass
+class _Running:
+    """A ledger chunk whose tasks are on the scheduler.
+
+    Attributes
+    ----------
+    item : WorkItem
+    losses : int
+        Number of times that all its workers were lost.
+    workers : frozenset of str
+        Workers to which its tasks are restricted; empty if they can run on any.
+    future : Future
+    """
+
+    item: WorkItem
+    losses: int
+    workers: frozenset[str]
+    future: Any
+
+
+class _Dispatch:
+    """Tasks of a pass on the workers of a scheduler that pass the check.
+
+    As long as no worker has failed the check, Dask chooses the workers. Then tasks are restricted to the others. A
+    worker that joins checks itself before its first task, and reports a problem as the result of that task.
+    """
+
+    def __init__(
+        self, client: Any, job: Job, items: list[WorkItem], digests: Digests, check: WorkerCheck, seconds: float
+    ) -> None:
+        from distributed import as_completed
+
+        self._client, self._job, self._items, self._digests = client, job, items, digests
+        self._check, self._function, self._seconds = check, check.function, seconds
+        self._waiting = deque((item, 0) for item in items)
+        self._running: dict[str, _Running] = {}
+        self._finishing = as_completed(loop=client.loop)
+        self._names = itertools.count()
+        # By address: the connected workers, the task that checks each, and the problems found.
+        self._workers: frozenset[str] = frozenset()
+        self._checks: dict[str, Any] = {}
+        self._problems: dict[str, Problem] = {}
+        self._queried = self._checked = -math.inf
+        self._without_since: float | None = None
+
+    @property
+    def _fit(self) -> frozenset[str]:
+        return self._workers - self._problems.keys()
+
+    def run(self) -> Iterator[Finished]:
+        """Compute all ledger chunks; yield each when it is finished."""
+        if "dashboard" in self._client.scheduler_info(n_workers=-1)["services"]:
+            _log.info("Dask dashboard: %s", self._client.dashboard_link)
+        self._query()
+        end = time.monotonic() + _CHECK_SECONDS
+        while time.monotonic() < end and not all(check.done() for check in self._checks.values()):
+            time.sleep(_CHECK_POLL_SECONDS)
+        self._queried = -math.inf
+        while self._waiting or self._running:
+            if time.monotonic() - self._queried >= _QUERY_SECONDS:
+                self._query()
+            self._fill()
+            with self._finishing.thread_condition:
+                if not self._finishing.has_ready():
+                    self._finishing.thread_condition.wait(_QUERY_SECONDS)
+            while self._finishing.has_ready():
+                running = self._running.pop(next(self._finishing).key, None)
+                if running is None:  # it was submitted again
+                    continue
+                found = _result(running.future)
+                if found is _LOST:
+                    self._running[running.future.key] = running
+                    self._finishing.add(running.future)
+                    self._query()
+                    continue
+                problem = Problem.of(found)
+                if problem is None:
+                    del running  # a future that is referenced keeps its result on the cluster
+                    yield found
+                    self._fill()
+                else:
+                    self._report(problem)
+                    self._waiting.appendleft((running.item, running.losses))
+
+    def _fill(self) -> None:
+        """Submit ledger chunks until the workers have enough tasks."""
+        if not self._fit and self._problems:
+            return
+        ahead = _chunks_in_flight(self._job.limits.tasks_per_worker * max(1, len(self._fit)), self._items)
+        while self._waiting and len(self._running) < ahead:
+            item, losses = self._waiting.popleft()
+            workers = self._fit if self._problems else frozenset()
+            future = self._submit(item, workers)
+            self._running[future.key] = _Running(item, losses, workers, future)
+            self._finishing.add(future)
+
+    def _submit(self, item: WorkItem, workers: frozenset[str]) -> Any:
+        job, start = self._job, item.chunk.start
+        name = f"{job.name}-{start}-{next(self._names)}"
+        options = {"pure": False, "workers": sorted(workers) or None}
+
+        def submit(key: str, parts: list[Any], function: Callable[..., Any], *arguments: Any) -> Any:
+            sent = self._check.arguments(function, *arguments)
+            return self._client.submit(self._function, *sent, *parts, key=key, **options)
+
+        if len(item.tiles) == 1:
+            return submit(f"ledger-{name}", [], compute_chunk, job, item, self._digests()[start])
+        parts = [submit(f"tile-{name}-{tile.first}", [], tile_segments, job, tile) for tile in item.tiles]
+        return submit(f"ledger-{name}", parts, write_chunk, job, item.chunk, self._digests()[start])
+
+    def _query(self) -> None:
+        """Find out which workers are connected and pass the check, and whether tasks have lost their workers."""
+        self._queried = time.monotonic()
+        self._workers = frozenset(self._client.scheduler_info(n_workers=-1)["workers"])
+        for address in [one for one in self._problems if one not in self._workers]:
+            del self._problems[address]
+        for address in [one for one in self._checks if one not in self._workers]:
+            self._checks.pop(address).cancel()
+        again = self._queried - self._checked >= _RECHECK_SECONDS
+        for address in self._workers:
+            check = self._checks.get(address)
+            if check is not None and check.status == "finished" and (found := _result(check)) is not _LOST:
+                problem = Problem.of(found)
+                if problem is None:
+                    self._problems.pop(address, None)
+                else:
+                    self._report(problem)
+            if check is None or (again and address in self._problems and check.done()):
+                self._checked = self._queried
+                name = f"check-{self._job.name}-{next(self._names)}"
+                self._checks[address] = self._client.submit(
+                    self._function, *self._check.arguments(), key=name, pure=False, workers=[address], priority=1
+                )
+        self._submit_lost_again()
+        self._require_workers()
+
+    def _report(self, problem: Problem) -> None:
+        if self._problems.get(problem.worker) != problem:
+            _log.warning("%s", problem)
+        self._problems[problem.worker] = problem
+
+    def _submit_lost_again(self) -> None:
+        """Submit tasks again that are restricted to workers of which none is left."""
+        for key, running in list(self._running.items()):
+            if not running.workers or running.workers & self._fit:
+                continue
+            if running.losses == _LOSSES:
+                raise _LostTask(key, _LOSSES + 1)
+            del self._running[key]
+            running.future.cancel()
+            self._waiting.appendleft((running.item, running.losses + 1))
+
+    def _require_workers(self) -> None:
+        """Warn if no worker can take tasks, and raise _NoWorkers if that lasts too long."""
+        if self._fit:
+            self._without_since = None
+            return
+        now = time.monotonic()
+        if self._without_since is None:
+            self._without_since = now
+            have = "no worker that passes the check" if self._workers else "no workers"
+            _log.warning("the Dask scheduler has %s; waiting for one for %g s", have, self._seconds)
+        if now - self._without_since >= self._seconds:
+            raise _NoWorkers(list(self._problems.values()))
