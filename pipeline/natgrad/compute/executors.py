@@ -344,7 +344,7 @@ class _Dispatch:
         self._check, self._function, self._seconds = check, check.function, seconds
         self._waiting = deque((item, 0) for item in items)
         self._running: dict[str, _Running] = {}
-        self._finishing = as_completed(loop=client.loop)
+        self._finishing = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self._names = itertools.count()
         # By address: the connected workers, the task that checks each, and the problems found.
         self._workers: frozenset[str] = frozenset()
@@ -374,18 +374,19 @@ class _Dispatch:
                 if not self._finishing.has_ready():
                     self._finishing.thread_condition.wait(_QUERY_SECONDS)
             while self._finishing.has_ready():
-                running = self._running.pop(next(self._finishing).key, None)
+                # The result of a task whose worker was lost arrives when the task has run again.
+                future, found = next(self._finishing)
+                running, status = self._running.pop(future.key, None), future.status
+                del future  # a future that is referenced keeps its result on the cluster
                 if running is None:  # it was submitted again
                     continue
-                found = _result(running.future)
-                if found is _LOST:
-                    self._running[running.future.key] = running
-                    self._finishing.add(running.future)
-                    self._query()
-                    continue
+                if status == "error":
+                    raise found[1].with_traceback(found[2])
+                if isinstance(found, BaseException):  # CancelledError
+                    raise found
                 problem = Problem.of(found)
                 if problem is None:
-                    del running  # a future that is referenced keeps its result on the cluster
+                    del running
                     yield found
                     self._fill()
                 else:
