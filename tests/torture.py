@@ -7,21 +7,32 @@ the undisturbed run (otherwise differing), and match these checksums (otherwise 
 finished, all bytes must equal those of the undisturbed run.
 
     python tests/torture.py --kills 200 --seed 0
+
+`damage_trials` damages one file of OUT at a time, in each of `WAYS` and for each kind of file, and processes the
+run again. Each trial must give the results of the undamaged run, or a refusal that names the file and whose advice,
+if followed, gives these results.
 """
 
 import argparse
+import itertools
 import json
+import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from logs import random_walk, write_log
+from natgrad.app import scan
+from natgrad.app.api import open_results
+from natgrad.app.describe import describe_run
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
@@ -155,6 +166,146 @@ def torture(folder, kills, seed):
     return dict(counts)
 
 
+# Damaged files ------------------------------------------------------------------------------------------------
+
+
+def flip(content, rng):
+    """Change one bit."""
+    position, bit = rng.integers(len(content)), rng.integers(8)
+    return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
+
+
+WAYS = {
+    "flip": flip,
+    "truncate": lambda content, rng: content[: rng.integers(len(content))],
+    "zero": lambda content, rng: bytes(len(content)),
+    "append": lambda content, rng: content + rng.bytes(rng.integers(1, 17)),
+    "delete": lambda content, rng: None,
+}
+
+DAMAGE_STEPS, DAMAGE_GROWN = 16, 20
+DAMAGE_INGEST = IngestLimits(chunk=(3, 400), commit_bytes=1)
+"""Two columns of chunks, and a last chunk to which the growth of the log appends states."""
+
+
+def kind_of(name):
+    """Return the kind of a file of OUT: its store, and the role of the file in it."""
+    store, *parts = name.split("/")
+    if not parts:
+        return store
+    if parts[0] == "commits" and parts[-1] != "zarr.json":
+        return f"{store} record" if parts[-1][0].isdigit() else f"{store} {parts[-1]}"
+    if parts[-1] == "zarr.json":
+        return f"{store} {'/'.join(parts) if len(parts) == 1 or parts[0] == 'commits' else 'zarr.json of an array'}"
+    array = "state" if parts[0] in ("parameter", "gradient") and store == "trajectory.zarr" else parts[0]
+    return f"{store} {'array' if store == 'results.zarr' and 'c' in parts else array}"
+
+
+def values(out):
+    """All values of the results, by name."""
+    leaves = open_results(out).load().leaves
+    return {f"{leaf.path}/{name}": leaf[name].values for leaf in leaves for name in leaf.to_dataset().variables}
+
+
+def equal(found, expected):
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[name], expected[name], equal_nan=expected[name].dtype.kind == "f") for name in expected
+    )
+
+
+def process(log, out, **options):
+    ingest_run(log, out, limits=DAMAGE_INGEST, **options)
+    analyze_run(out, Analysis(workers=1), limits=PLAN)
+    return values(out)
+
+
+def follow_advice(error, log, out):
+    """Do what a refusal advises, and return the results."""
+    if "remove the folder" in error.remedy:
+        shutil.rmtree(Path(error.where).parent)
+        return process(log, out)
+    if "--overwrite" in error.remedy:
+        return process(log, out, overwrite=True)
+    assert "natgrad analyze OUT" in error.remedy, error
+    return process(log, out)
+
+
+def outcome_of(task, *arguments):
+    """Return the result of a task, the refusal, or the name of another error."""
+    try:
+        return task(*arguments)
+    except InputError as error:
+        return error
+    except Exception:
+        return traceback.format_exc()
+
+
+def try_damaged(log, out, path, before, after):
+    """Read and process a damaged run; return the consequences, and the reason of a bad one."""
+    original = shutil.copytree(out, out.with_name("advised"))
+    try:
+        readers = {describe_run: None, verify_run: None, scan.status: None}
+        for task, expected in (readers | ({values: before} if "results.zarr" in path.parts else {})).items():
+            found = outcome_of(task, out)
+            if isinstance(found, str):
+                return "traceback", found
+            if expected is not None and not isinstance(found, InputError) and not equal(found, expected):
+                return "silent", "the damaged results were read"
+        if path.parent == out:
+            kept = scan.Outcome.of(out)
+            same = kept is None or kept.summary == {"new_steps": DAMAGE_STEPS}
+            return ("same" if same else "silent"), ""
+        found = outcome_of(process, log, out)
+        if isinstance(found, str):
+            return "traceback", found
+        if not isinstance(found, InputError):
+            return ("same", "") if equal(found, after) else ("silent", "other results")
+        if str(path) not in str(found) and str(path.parent) not in str(found):
+            return "unnamed", str(found)
+        shutil.rmtree(out)
+        shutil.copytree(original, out)
+        advised = outcome_of(follow_advice, found, log, out)
+        if isinstance(advised, dict) and equal(advised, after):
+            return "refused", ""
+        return "bad_advice", f"{found}\n{advised if isinstance(advised, str | InputError) else 'other results'}"
+    finally:
+        shutil.rmtree(original)
+
+
+def damage_trials(folder, trials, seed, kinds=None):
+    """Damage files at random; return the number of trials of each consequence, and descriptions of bad ones."""
+    rng = np.random.default_rng(seed)
+    log, grown, whole = folder / "log", folder / "grown", folder / "whole"
+    states = random_walk(DAMAGE_GROWN, TENSORS, seed=seed)
+    write_log(log, states[: DAMAGE_STEPS - 4])
+    ingest_run(log, whole, limits=DAMAGE_INGEST)
+    write_log(log, states[:DAMAGE_STEPS])  # the trajectory has several commits, and its ledger grew
+    before = process(log, whole)
+    scan.Outcome(str(log), scan.listing(log), {}, {"new_steps": DAMAGE_STEPS}).remember(whole)
+    shutil.copytree(log, grown, copy_function=os.link)
+    write_log(grown, states)
+    after = process(grown, folder / "grown-out")
+    files = [path.relative_to(whole).as_posix() for path in sorted(whole.rglob("*")) if path.is_file()]
+    of_kind = {}
+    for name in files:
+        if not name.endswith(".lock"):
+            of_kind.setdefault(kind_of(name), []).append(name)
+    counts = Counter(dict.fromkeys(("kinds", "same", "refused", "silent", "traceback", "unnamed", "bad_advice"), 0))
+    counts["kinds"], bad = len(of_kind), []
+    for kind, (way, change), source in itertools.product(kinds or of_kind, WAYS.items(), (log, grown)):
+        for _ in range(trials):
+            out = shutil.copytree(whole, folder / "trial")
+            path = out / rng.choice(of_kind[kind])
+            content = change(path.read_bytes(), rng)
+            path.unlink() if content is None else path.write_bytes(content)
+            consequence, why = try_damaged(source, out, path, before, before if source == log else after)
+            counts[consequence] += 1
+            if consequence not in ("same", "refused"):
+                bad.append(f"{consequence}: {way} {path.relative_to(out)} ({source.name}): {why}")
+            shutil.rmtree(out)
+    return dict(counts), bad
+
+
 # Two writers, and a reader ------------------------------------------------------------------------------------
 
 
@@ -221,11 +372,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--races", type=int, default=20)
+    parser.add_argument("--damages", type=int, default=20, help="trials per kind of file, way and log")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warm()
     with tempfile.TemporaryDirectory() as folder:
-        parts = [Path(folder) / name for name in ("torture", "race", "reader")]
+        parts = [Path(folder) / name for name in ("torture", "race", "reader", "damage")]
         ends, others = race(parts[1], options.races, options.seed)
         counted = {
             "seed": options.seed,
@@ -234,9 +386,12 @@ def main():
             "race_other_bytes": others,
             "reader": read_while_written(parts[2], options.seed),
         }
+        logging.getLogger("natgrad").setLevel(logging.CRITICAL)
+        counted["damages"], bad_damages = damage_trials(parts[3], options.damages, options.seed)
     sys.stdout.write(json.dumps(counted) + "\n")
+    sys.stderr.write("".join(f"{one}\n" for one in bad_damages))
     bad = [counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes", "race_other_bytes")]
-    return int(any(bad) or counted["reader"]["torn"] > 0)
+    return int(any(bad) or bool(bad_damages) or counted["reader"]["torn"] > 0)
 
 
 if __name__ == "__main__":

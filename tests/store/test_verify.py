@@ -149,7 +149,19 @@ def test_missing_and_short_chunks_are_damage(out, tmp_path):
 def test_a_missing_record_is_found(out, tmp_path):
     run = shutil.copytree(out, tmp_path / "run")
     (run / "trajectory.zarr/commits/00000000.json").unlink()
-    assert any("there is no record of states 0 to 3" in damage.what for damage in verify_run(run))
+    (damage,) = verify_run(run)
+    assert damage.what == "a commit record is missing"
+    assert damage.path == str(run / "trajectory.zarr/commits/00000000.json")
+
+
+def test_a_missing_newest_record_is_found_because_the_arrays_are_longer(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run")
+    (run / "trajectory.zarr/commits/00000001.json").unlink()
+    (damage,) = verify_run(run)
+    assert damage.what == "a commit record is missing"
+    assert damage.path == str(run / "trajectory.zarr/commits/00000001.json")
+    with pytest.raises(InputError, match="a commit record is missing"):
+        open_trajectory(run / "trajectory.zarr")
 
 
 @given(data=st.data())
@@ -263,7 +275,9 @@ def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Trajectory,
         "read",
-        lambda self, name, start, stop, *rest: asked.append(stop - start) or read(self, name, start, stop, *rest),
+        lambda self, name, start, stop, *rest, **options: (
+            asked.append(stop - start) or read(self, name, start, stop, *rest, **options)
+        ),
     )
     verify_run(tmp_path)
     assert max(asked) == CHUNK[0]

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -243,7 +244,7 @@ def info(out: options.Out, as_json: options.Json = False, quiet: options.Quiet =
 @app.command()
 @command_options(options.VersionOptions)
 def verify(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any) -> None:
-    """Verify all stored data against its checksums. Exits with 1 if anything is corrupt."""
+    """Verify all stored data against its checksums. Exits with 1 if anything is corrupt, 2 or 3 if it fails."""
     from natgrad.app import api
 
     output = Output(as_json, quiet)
@@ -351,9 +352,9 @@ def formats(as_json: options.Json = False, quiet: options.Quiet = False) -> None
 def main() -> None:
     """Run the command line.
 
-    The exit status is 0 on success and 2 if an option or the input is not valid; the message then states what is
-    wrong, where, why, and what to do. It is 1 after any other error, if a run of a scan failed, and if ``verify``
-    found corrupt data.
+    The exit status is 0 on success. It is 1 if ``verify`` found corrupt data, if a run of a scan failed, or if the
+    user interrupted the command. It is 2 if an option or the input is not valid; the message then states what is
+    wrong, where, why, and what to do. It is 3 after any other error, and a traceback is printed.
     """
     try:
         app()
@@ -363,3 +364,6 @@ def main() -> None:
             sys.stdout.write(json.dumps({"error": parts}) + "\n")
         sys.stderr.write(f"natgrad: {error}\n")
         raise SystemExit(2) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(3) from error

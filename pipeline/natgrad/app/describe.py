@@ -25,7 +25,7 @@ def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
 
 def _describe(folder: RunFolder) -> dict[str, Any]:
     description = Trajectory(folder.trajectory).describe()
-    if (folder.results / "zarr.json").exists():
+    if results.exist(folder.results):
         tree = results.read(folder.results)
         description |= {
             "results": str(folder.results),

@@ -297,7 +297,32 @@ def report_run(
                 where=str(page),
                 remedy=f"give the name of a file, for example {page / 'report.html'}",
             )
-        return Report(report=str(report.write_report(_trees(named), page)))
+        try:
+            return Report(report=str(report.write_report(_trees(named), page)))
+        except results.Damaged as error:
+            if version is not None:
+                raise
+            damaged = [folder for folder in named.values() if error.where.startswith(f"{folder.results}/")]
+            for folder in damaged:
+                _compute_results_again(folder, error)
+            return Report(report=str(report.write_report(_trees(named), page)))
+
+
+def _compute_results_again(folder: RunFolder, error: InputError) -> None:
+    """Compute damaged results again, with the options of their analysis; raise the error if these are lost, too."""
+    options = results.recorded_options(folder.results)
+    _log.warning("%s (%s): the results are computed again", error.what, error.where)
+    attempt = options["attempt"]
+    newest = int(Trajectory(folder.trajectory).scalar(ATTEMPT).max(initial=0))
+    analyze_run(
+        folder.storage,
+        Analysis(
+            learning_rate=options["learning_rate"],
+            gammas=options["gamma"],
+            windows=options["window"],
+            attempt=None if attempt == newest else attempt,
+        ),
+    )
 
 
 def _named(outs: Sequence[Location] | Mapping[str, Location]) -> dict[str, Location]:

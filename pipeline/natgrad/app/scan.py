@@ -34,7 +34,8 @@ from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
 from natgrad.sources.run_file import RUN_FILE
 from natgrad.storage import Location, Storage, network_errors, open_all, open_out, open_storage, require_local
-from natgrad.store import Trajectory
+from natgrad.store import Trajectory, exists
+from natgrad.store.journal import Journal
 
 __all__ = [
     "Busy",
@@ -52,7 +53,10 @@ __all__ = [
     "status",
 ]
 
-_OUTCOME, _LOCK, _ROOT = ".outcome.json", ".processing.lock", ".scan.json"
+_OUTCOME, _ROOT = ".outcome", ".scan"
+"""Names of records, which are files with the suffix ``.json``."""
+
+_LOCK = ".processing.lock"
 
 _log = logger(__name__)
 
@@ -262,13 +266,14 @@ class Outcome:
     def of(cls, out: Location) -> Outcome | None:
         """Read the outcome recorded in OUT; return None if there is none that can be read."""
         try:
-            return cls(**json.loads((open_storage(out) / _OUTCOME).get()))
-        except (OSError, ValueError, TypeError):
+            record = Journal(open_storage(out)).read(_OUTCOME)
+            return cls(**{name: value for name, value in record.items() if name != "crc32c"})
+        except (OSError, InputError, TypeError):
             return None
 
     def remember(self, out: Location) -> None:
         """Record the outcome in OUT."""
-        (open_storage(out) / _OUTCOME).put(_json(asdict(self)))
+        Journal(open_storage(out)).write(_OUTCOME, _plain(asdict(self)))
 
     def stands(self, listing: str, values: Mapping[str, Any], out: Location) -> bool:
         """Return True if the log, the options, the results version and the stores are unchanged.
@@ -293,7 +298,7 @@ def recorded_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _comparable(values: Mapping[str, Any]) -> Any:
     """Return the options that affect the results, in the form in which they are read from a file."""
-    return json.loads(json.dumps({n: v for n, v in values.items() if n not in _EXECUTION}, default=str))
+    return _plain({name: value for name, value in values.items() if name not in _EXECUTION})
 
 
 def error_parts(error: BaseException) -> dict[str, Any]:
@@ -305,8 +310,9 @@ def error_parts(error: BaseException) -> dict[str, Any]:
     return {"what": f"{type(error).__name__}: {error}", "where": "", "why": "", "do": again, "heals": heals}
 
 
-def _json(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, default=str).encode()
+def _plain(values: Mapping[str, Any]) -> Any:
+    """Return values in the form in which they are read from a file."""
+    return json.loads(json.dumps(values, default=str))
 
 
 class Busy(Unavailable):
@@ -449,7 +455,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
             if values["cluster"] is not None:
                 scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
                 of_run["scheduler"] = stack.enter_context(scheduler)
-        (open_storage(out) / _ROOT).put(_json({"root": str(Path(root).absolute()), "sweep": values["sweep"]}))
+        Journal(open_storage(out)).write(_ROOT, {"root": str(Path(root).absolute()), "sweep": values["sweep"]})
         pool = stack.enter_context(ThreadPoolExecutor(values["at_once"]))
         started = [pool.submit(copy_context().run, _scan_run, one, of_run, process) for one in found]
         return ScanSummary.of(tuple(one.result() for one in started))
@@ -545,8 +551,8 @@ def status(out: str | Path) -> list[dict[str, Any]]:
     """
     out = require_local(out, "ROOT")
     runs: dict[str, Path | None] = dict.fromkeys(_outs(out))
-    with suppress(OSError, ValueError, KeyError, InputError):
-        scanned = json.loads((out / _ROOT).read_bytes())
+    with suppress(OSError, KeyError, InputError):
+        scanned = Journal(open_storage(out)).read(_ROOT)
         found = find_runs(Path(scanned["root"]), out, sweep=scanned["sweep"])
         runs |= {one.name: one.source for one in found}
     if not runs:
@@ -560,7 +566,7 @@ def status(out: str | Path) -> list[dict[str, Any]]:
 
 def _outs(out: Path) -> Iterator[str]:
     for folder, below, files in os.walk(out):
-        if RunFolder.of(folder).trajectory.exists() or _OUTCOME in files:
+        if RunFolder.of(folder).trajectory.exists() or f"{_OUTCOME}.json" in files:
             below.clear()
             yield Path(folder).relative_to(out).as_posix()
 
@@ -568,16 +574,20 @@ def _outs(out: Path) -> Iterator[str]:
 def _status(out: Path, source: Path | None) -> dict[str, Any]:
     outcome, steps, last, sweep = Outcome.of(out), 0, None, False
     logs = [] if source is None else [open_storage(source)]
-    with suppress(InputError):
-        states = Trajectory(RunFolder.of(out).trajectory)
-        logs, sweep = logs or [open_storage(states.source)], states.sweep
-        steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
+    damage: dict[str, Any] = {}
+    try:
+        if exists(RunFolder.of(out).trajectory):
+            states = Trajectory(RunFolder.of(out).trajectory)
+            logs, sweep = logs or [open_storage(states.source)], states.sweep
+            steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
+    except InputError as found:
+        damage = error_parts(found)
     if outcome:
         logs = [open_storage(log) for log in (outcome.source, *outcome.others)]
     # For a sweep, the number of steps counts, because its runs have the same step numbers.
     reached = steps if sweep else last
     lag = _lag(logs, reached, outcome.options if outcome else {}, sweep) if logs else None
-    error = outcome.error if outcome else {}
+    error = (outcome.error if outcome else {}) or damage
     changed = False
     if outcome is not None and logs[0].local_path is not None and logs[0].is_folder():
         changed = listing(logs[0]) != outcome.listing

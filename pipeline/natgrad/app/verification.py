@@ -7,7 +7,7 @@ from pathlib import Path
 from natgrad.app.folder import RunFolder
 from natgrad.storage import network_errors
 from natgrad.store import Trajectory, exists
-from natgrad.store.verify import Damage, verify_ledger, verify_trajectory
+from natgrad.store.verify import Damage, verify_ledger, verify_results, verify_trajectory
 
 __all__ = [
     "verify_run",
@@ -15,7 +15,7 @@ __all__ = [
 
 
 def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
-    """Verify the trajectory and the ledger of OUT against the checksums recorded when they were written.
+    """Verify the stores of OUT against the checksums recorded when they were written.
 
     Memory does not grow with the run, because chunks are read one after the other.
 
@@ -43,4 +43,6 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
         if exists(folder.ledger):
             # The steps are compared with those of the trajectory only if it is not damaged.
             damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
+        if folder.results.exists():
+            damages += verify_results(folder.results)
     return damages

@@ -102,7 +102,7 @@ def compute_ledger(
     job = Job.of(states.storage, ledger, plan, limits, compiled=shape.partial_reads and not states.replicates)
     items = list(plan.work_items())
     with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as background:
-        new = not Ledger.is_current(ledger)
+        new = Ledger.find(ledger) is None
         # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
         preparing = background.submit(_prepare, ledger, states, shape.vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
@@ -184,8 +184,8 @@ def plan_ledger(
         If the projected memory exceeds the limit, or the location of the ledger contains something else.
     """
     updates_per_chunk = None
-    if Ledger.is_current(ledger):
-        found = Ledger(ledger)
+    found = Ledger.find(ledger)
+    if found is not None:
         same = (shape.layout, shape.vectors, shape.replicate_vectors)
         if (found.layout, found.vectors, found.replicate_vectors) == same:
             updates_per_chunk = found.updates_per_chunk

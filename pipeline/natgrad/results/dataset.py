@@ -25,12 +25,27 @@ from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, T
 from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.storage import Storage
-from natgrad.store import require_version
+from natgrad.store.checked import CheckedStore, Damaged, record_files, recorded_files
 
-__all__ = ["GAMMAS", "by_run", "described", "label", "read", "runs", "write"]
+__all__ = [
+    "COMPUTE_AGAIN",
+    "GAMMAS",
+    "Damaged",
+    "by_run",
+    "described",
+    "exist",
+    "label",
+    "read",
+    "recorded_options",
+    "runs",
+    "write",
+]
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Default weights of the one-parameter family (eq. 22) in results."""
+
+COMPUTE_AGAIN = "run natgrad analyze OUT with the options of the analysis: it computes the results again"
+"""Remedy for damaged results."""
 
 _FILTERS = threading.Lock()
 
@@ -313,10 +328,11 @@ def write(tree: xr.DataTree, storage: Storage) -> None:
         # array.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         tree.to_zarr(folder, zarr_format=3, consolidated=True, mode="w")
+        record_files(folder, {"options": tree.attrs.get("options", {})})
 
 
 def read(storage: Storage) -> xr.DataTree:
-    """Open the results of a run.
+    """Open the results of a run. Each file is compared with its checksum when it is read.
 
     Parameters
     ----------
@@ -330,15 +346,28 @@ def read(storage: Storage) -> xr.DataTree:
     ------
     InputError
         If there are no results, or another version of natgrad wrote them.
+    Damaged
+        If a file is missing or was changed; also when the values of a variable are read later.
     """
-    try:
-        tree = xr.open_datatree(storage.zarr_store(), engine="zarr")
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, PermissionError):
-            raise
+    if not exist(storage):
         raise InputError(
             "there are no results here", where=str(storage), remedy="compute them first: natgrad analyze OUT"
-        ) from error
-    version = tree.attrs.get("layout_version")
-    require_version(version.item() if isinstance(version, np.generic) else version, "results", str(storage))
-    return tree
+        )
+    files = recorded_files(storage, COMPUTE_AGAIN)["files"]
+    store: Any = CheckedStore(storage.zarr_store(), storage, files, COMPUTE_AGAIN)  # xarray does not type stores
+    return xr.open_datatree(store, engine="zarr")
+
+
+def exist(storage: Storage) -> bool:
+    """Return True if there are results.
+
+    In an object store, results without their root document are being replaced. A folder is replaced at once, so its
+    results without a root document are damaged.
+    """
+    return storage.exists() if storage.local_path is not None else (storage / "zarr.json").exists()
+
+
+def recorded_options(storage: Storage) -> dict[str, Any]:
+    """Return the options of the analysis that computed the results; raise Damaged if their record is damaged."""
+    options: dict[str, Any] = recorded_files(storage, COMPUTE_AGAIN)["options"]
+    return options

@@ -157,6 +157,8 @@ class Writes:
         ------
         EOFError
             If the entry has fewer than ``offset`` bytes.
+        FileNotFoundError
+            If ``offset`` is not 0 and there is no entry.
         """
         before = b""
         if offset:

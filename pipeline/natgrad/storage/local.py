@@ -401,8 +401,11 @@ class _LocalWrites(Writes):
         """Write a segment of a file of fixed size; the bytes before the segment are preserved."""
         path = Path(str(entry))
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        # A file that has lost the bytes before the segment must not be filled up with zeros.
+        descriptor = os.open(path, os.O_WRONLY | (0 if offset else os.O_CREAT), 0o666)
         try:
+            if missing := max(0, offset - os.fstat(descriptor).st_size):
+                raise EOFError(f"it is {missing} bytes too short")
             os.truncate(descriptor, size)
             stop = offset + len(content)
             while content:

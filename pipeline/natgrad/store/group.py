@@ -25,8 +25,11 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.storage import Location, Storage, open_out, open_storage
+from natgrad.store.journal import Journal
 
 __all__ = [
+    "ANALYZE_AGAIN",
+    "INGEST_AGAIN",
     "SCALAR_CHUNK",
     "ArrayPlan",
     "OtherVersion",
@@ -38,12 +41,13 @@ __all__ = [
     "exists",
     "is_current",
     "is_plain",
+    "number_chunks",
     "open_array",
     "open_group",
     "open_store",
     "read_complete_chunks",
+    "read_documents",
     "remove_group",
-    "require_complete_chunk",
     "require_version",
     "resize_all",
     "stored_length",
@@ -52,6 +56,12 @@ __all__ = [
 
 SCALAR_CHUNK = 8192
 """Steps in a chunk of an array with one number per step."""
+
+INGEST_AGAIN = "restore the file, or ingest the run again with --overwrite"
+"""Remedy for damaged data of a trajectory."""
+
+ANALYZE_AGAIN = "run natgrad analyze OUT: it computes damaged ledger chunks again from the states"
+"""Remedy for damaged data of a ledger."""
 
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"
@@ -167,7 +177,13 @@ def is_current(store: Storage, kind: str) -> bool:
     return exists(store) and _attributes(store, kind, _NOT_OURS, replaced=True).get("version") == LAYOUT_VERSION
 
 
-def create_group(store: Storage, kind: str, attributes: Mapping[str, Any], arrays: Mapping[str, ArrayPlan]) -> None:
+def create_group(
+    store: Storage,
+    kind: str,
+    attributes: Mapping[str, Any],
+    arrays: Mapping[str, ArrayPlan],
+    records: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Create a group, replacing an existing one. Readers only ever find a complete group.
 
     Parameters
@@ -177,6 +193,8 @@ def create_group(store: Storage, kind: str, attributes: Mapping[str, Any], array
     kind : str
     attributes : mapping
     arrays : mapping of str to ArrayPlan
+    records : mapping of str to mapping, optional
+        Records of the new group; see `natgrad.store.journal.Journal`.
 
     Raises
     ------
@@ -192,8 +210,10 @@ def create_group(store: Storage, kind: str, attributes: Mapping[str, Any], array
             plan.create(group, name)
         described = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
         created = open_storage(folder)
-        described["arrays"] = {name: array_digest(created / name) for name in arrays}
+        described["arrays"] = {name: array_digest(document_of(created / name)) for name in arrays}
         group.update_attributes({_ATTRIBUTE: {**described, "crc32c": _digest(described)}})
+        for name, record in (records or {}).items():
+            Journal(created / "commits").write(name, record)
 
 
 def _placeholder(kind: str) -> bytes:
@@ -216,16 +236,54 @@ def document_of(store: Storage) -> dict[str, Any]:
     return document
 
 
-def array_digest(array: Storage) -> str:
-    """Return the checksum of the metadata of an array, excluding its length, which grows.
+def array_digest(document: Mapping[str, Any]) -> str:
+    """Return the checksum of the metadata document of an array, excluding its length, which grows.
 
     Raises
     ------
-    OSError, ValueError, LookupError, TypeError
-        If the metadata cannot be read.
+    LookupError, TypeError
+        If the document is not that of an array.
     """
-    document = document_of(array)
     return _digest({**document, "shape": document["shape"][1:]})
+
+
+def read_documents(
+    store: Storage, kind: str, names: Iterable[str], digests: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Read the metadata documents of arrays of a group, and compare them with their checksums.
+
+    Parameters
+    ----------
+    store : Storage
+    kind : str
+    names : iterable of str
+    digests : mapping
+        The attribute ``arrays`` of the group.
+
+    Raises
+    ------
+    InputError
+        If a document is missing or was changed.
+    """
+    names = list(names)
+    documents = {}
+    for name, content in zip(names, store.get_entries([f"{name}/{_DOCUMENT}" for name in names]), strict=True):
+        where = store / name / _DOCUMENT
+        if content is None:
+            raise _damaged_metadata(kind, where, "the metadata of an array are missing")
+        try:
+            documents[name] = json.loads(content)
+            intact = array_digest(documents[name]) == digests[name] and int(documents[name]["shape"][0]) >= 0
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _damaged_metadata(kind, where, f"cannot read the metadata of an array: {error}") from error
+        if not intact:
+            raise _damaged_metadata(kind, where, "checksum mismatch in the metadata of an array")
+    return documents
+
+
+def _damaged_metadata(kind: str, where: Storage, what: str) -> InputError:
+    remedies = {"trajectory": INGEST_AGAIN, "ledger": ANALYZE_AGAIN}
+    return InputError(what, where=str(where), why=_CHANGED, remedy=remedies[kind])
 
 
 def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
@@ -251,8 +309,8 @@ def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
         raise InputError(
             f"the metadata of the {kind} does not match its checksum",
             where=str(store / _DOCUMENT),
-            why="the file was changed, or the disk failed",
-            remedy="restore the file, or remove the store and create it again",
+            why=_CHANGED,
+            remedy=INGEST_AGAIN if kind == "trajectory" else ANALYZE_AGAIN,
         )
     return attributes
 
@@ -260,6 +318,15 @@ def open_group(store: Storage, kind: str, remedy: str) -> dict[str, Any]:
 def _attributes(store: Storage, kind: str, remedy: str, replaced: bool = False) -> dict[str, Any]:
     """Return the attributes of a group. An older layout version is accepted if the group is to be replaced."""
     missing = InputError(f"no {kind} here", where=str(store), remedy=remedy)
+    if store.exists():
+        missing = InputError(
+            f"no {kind} here: its metadata cannot be read",
+            where=str(store / _DOCUMENT),
+            why="the file was changed or removed, the disk failed, or this folder is not a store of natgrad",
+            remedy=f"restore the file; if the folder is a damaged {kind}, remove the folder and "
+            + ("process the log again" if kind == "trajectory" else "run natgrad analyze OUT")
+            + "; otherwise choose another folder",
+        )
     try:
         attributes: Any = json.loads((store / _DOCUMENT).get())["attributes"][_ATTRIBUTE]
         found = attributes["kind"]
@@ -274,6 +341,8 @@ def _attributes(store: Storage, kind: str, remedy: str, replaced: bool = False) 
     require_version(attributes.get("version"), kind, str(store), replaced=replaced)
     return attributes  # type: ignore[no-any-return]  # it comes from JSON
 
+
+_CHANGED = "the file was changed, or the disk failed"
 
 _MADE_BY = {
     "trajectory": "process the log again into a new OUT, or into this one with --overwrite",
@@ -338,23 +407,9 @@ def open_array(array: Storage) -> zarr.Array[Any]:
     return zarr.open_array(array.zarr_store(), mode="r+", zarr_format=3).with_config(_CONFIG)
 
 
-def is_plain(array: Storage) -> bool:
-    """Return True if the chunks of an array are uncompressed bytes.
-
-    Raises
-    ------
-    InputError
-        If the metadata of the array cannot be read.
-    """
-    try:
-        return [codec["name"] for codec in document_of(array)["codecs"]] == ["bytes"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            "cannot read the metadata of an array",
-            where=str(array / _DOCUMENT),
-            why="the file was changed, or the disk failed",
-            remedy="ingest the run again with --overwrite",
-        ) from error
+def is_plain(document: Mapping[str, Any]) -> bool:
+    """Return True if the chunks of an array with this metadata document are uncompressed bytes."""
+    return [codec["name"] for codec in document["codecs"]] == ["bytes"]
 
 
 def resize_all(store: Storage, names: Iterable[str], length: int) -> None:
@@ -362,9 +417,7 @@ def resize_all(store: Storage, names: Iterable[str], length: int) -> None:
     changed: dict[str, bytes] = {}
     documents = [f"{name}/{_DOCUMENT}" for name in names]
     for name, content in zip(documents, store.get_entries(documents), strict=True):
-        if content is None:
-            raise FileNotFoundError(f"{store / name} is missing")
-        document = json.loads(content)
+        document = json.loads(content or b"")
         if document["shape"][0] != length:
             document["shape"][0] = length
             changed[name] = json.dumps(document).encode()
@@ -397,23 +450,14 @@ def chunk_entry(array: Storage, *index: int) -> Storage:
     return array / "/".join(("c", *map(str, index)))
 
 
-def damage_error(chunk: Storage, what: str, remedy: str) -> InputError:
-    """Return the error for a recorded chunk that is damaged."""
+def damage_error(chunk: Storage, what: str, remedy: str, part: str = "") -> InputError:
+    """Return the error for a recorded chunk that is damaged; ``part`` names its array and steps."""
     return InputError(
-        f"cannot read a chunk: {what}",
+        f"cannot read a chunk{f' of {part}' if part else ''}: {what}",
         where=str(chunk),
         why="a recorded chunk was complete and durable, so the file was changed or moved, or the disk failed",
         remedy=remedy,
     )
-
-
-def require_complete_chunk(chunk: Storage, elements: Sequence[int], dtype: np.dtype[Any], remedy: str) -> None:
-    """Raise an error if an uncompressed chunk has the wrong size. Zarr reads a missing chunk as fill values."""
-    try:
-        size = chunk.stat().size
-    except FileNotFoundError:
-        size = 0
-    _require_size(chunk, size, elements, dtype, remedy)
 
 
 def read_complete_chunks(
@@ -435,3 +479,35 @@ def _require_size(chunk: Storage, size: int, elements: Sequence[int], dtype: np.
     expected = math.prod(elements) * dtype.itemsize
     if size != expected:
         raise damage_error(chunk, f"it has {size} of {expected} bytes", remedy)
+
+
+def number_chunks(
+    array: zarr.Array[Any], name: str, before: NDArray[Any], new: NDArray[Any]
+) -> dict[str, bytes | memoryview]:
+    """Return the complete chunks that contain new numbers of an array with one number, or row, per step.
+
+    The numbers of a step are few, so a chunk is not changed in place, and not read from the disk to be changed.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        An uncompressed array that is chunked along its first axis only.
+    name : str
+    before, new : array
+        All stored numbers, which the caller has verified, and the numbers that follow them.
+
+    Returns
+    -------
+    mapping of str to bytes
+        Entries of the group, for `natgrad.storage.Storage.put_entries`.
+    """
+    rows = array.chunks[0]
+    first = len(before) // rows
+    values = np.concatenate([before[first * rows :], new]).astype(array.dtype.newbyteorder("<"))
+    contents: dict[str, bytes | memoryview] = {}
+    for index, start in enumerate(range(0, len(values), rows), first):
+        part = values[start : start + rows]
+        chunk = np.full(array.chunks, array.fill_value, values.dtype)
+        chunk[: len(part)] = part
+        contents["/".join((name, "c", str(index), *("0" for _ in array.shape[1:])))] = chunk.data.cast("B")
+    return contents

@@ -53,15 +53,21 @@ class Journal:
     Parameters
     ----------
     folder : Storage
+    remedy : str
+        Advice for a record that cannot be read, for the error message.
     """
 
-    def __init__(self, folder: Storage) -> None:
-        self.folder = folder
+    def __init__(self, folder: Storage, remedy: str = "") -> None:
+        self.folder, self._remedy = folder, remedy
 
     def names(self) -> list[str]:
         """Return the names of the records, in order."""
         found = self.folder.list()
         return [name.removesuffix(".json") for name in found if name[0].isdigit() and name.endswith(".json")]
+
+    def has(self, name: str) -> bool:
+        """Return True if there is a record of this name."""
+        return self._entry(name).exists()
 
     def _entry(self, name: str) -> Storage:
         return self.folder / f"{name}.json"
@@ -94,12 +100,14 @@ class Journal:
                     key: _unpack(sums, math.ceil(count / covered.get(key, 1)))
                     for key, sums in record["checksums"].items()
                 }
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            if isinstance(error, OSError) and entry.local_path is None and not isinstance(error, FileNotFoundError):
+                raise  # an object store denies access, for example
             raise InputError(
                 f"cannot read a commit record: {error}",
                 where=str(entry),
                 why="records are written atomically, so the file was changed, or the disk failed",
-                remedy="ingest again with --overwrite",
+                remedy=self._remedy,
             ) from error
         return record
 

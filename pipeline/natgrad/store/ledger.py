@@ -18,26 +18,26 @@ from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_RE
 from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
 from natgrad.store.group import (
+    ANALYZE_AGAIN,
     SCALAR_CHUNK,
     ArrayPlan,
     chunk_entry,
     create_group,
     damage_error,
     is_current,
+    number_chunks,
     open_array,
     open_group,
+    read_complete_chunks,
+    read_documents,
     remove_group,
-    require_complete_chunk,
     resize_all,
-    stored_length,
 )
 from natgrad.store.journal import Journal
 
 __all__ = ["Ledger", "checksums"]
 
 _log = logger(__name__)
-
-_ANALYZE_AGAIN = "remove the ledger and run natgrad analyze OUT again"
 
 _DIMENSIONS = {
     "gram": (STEP, TENSOR, VECTOR, WITH_VECTOR),
@@ -48,6 +48,9 @@ _DIMENSIONS = {
 _CHECKSUM_BYTES = 1 << 16
 """Minimum number of bytes covered by a checksum. For a small model, a checksum of each update would take longer
 than its inner products."""
+
+_NUMBERS = "numbers"
+"""Record of the number of updates, and of the checksums of the arrays with one number per update."""
 
 _NUMBERS_CHUNK = 1 << 20
 """Maximum number of updates in a chunk of an array with one number per update."""
@@ -67,6 +70,8 @@ class Ledger:
     updates_per_chunk : int
     journal : Journal
         Records of the finished ledger chunks.
+    n_updates : int
+        Number of updates of the ledger when all chunks are finished.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -80,7 +85,7 @@ class Ledger:
         Raises
         ------
         InputError
-            If there is no ledger, or another version of natgrad wrote it.
+            If there is no ledger, another version of natgrad wrote it, or its metadata are damaged.
         """
         self.storage = storage
         attributes = open_group(storage, "ledger", "compute it first: natgrad analyze OUT")
@@ -89,8 +94,10 @@ class Ledger:
         self.replicate_vectors: tuple[str, ...] = tuple(attributes.get("replicate_vectors", ()))
         self.updates_per_chunk: int = attributes["updates_per_chunk"]
         self._array = cache(lambda name: open_array(storage / name))
-        self._updates = cache(lambda: stored_length(storage / "gram"))
-        self.journal = Journal(storage / "commits")
+        read_documents(storage, "ledger", (*self.names, *self.by_step), attributes["arrays"])
+        self.journal = Journal(storage / "commits", ANALYZE_AGAIN)
+        self._numbers = self.journal.read(_NUMBERS)
+        self.n_updates: int = self._numbers["updates"]
 
     def __repr__(self) -> str:
         return f"<Ledger {self.storage}: {self.n_updates} updates of {len(self.layout.tensors)} tensors>"
@@ -141,6 +148,30 @@ class Ledger:
         return is_current(storage, "ledger")
 
     @classmethod
+    def find(cls, storage: Storage, *, warn: bool = False) -> Ledger | None:
+        """Open a ledger; return None if there is none, or if `prepare` will replace it: it is older or damaged.
+
+        Parameters
+        ----------
+        storage : Storage
+        warn : bool
+            Warn if the ledger is damaged.
+
+        Raises
+        ------
+        InputError
+            If the location contains something else, or a newer natgrad wrote it.
+        """
+        if not cls.is_current(storage):
+            return None
+        try:
+            return cls(storage)
+        except InputError as error:
+            if warn:
+                _log.warning("%s (%s): the ledger is computed again", error.what, error.where)
+            return None
+
+    @classmethod
     def prepare(
         cls,
         storage: Storage,
@@ -162,7 +193,8 @@ class Ledger:
             Step of the state before each update, and the number of updates to the next logged state. The number is
             0 if the next state belongs to another run or attempt; the ledger is NaN there.
         updates_per_chunk : int
-            An existing ledger with other tensors, vectors or chunks, or of an older layout version, is replaced.
+            An existing ledger with other tensors, vectors or chunks, of an older layout version, or with damaged
+            metadata is replaced. Damaged ledger chunks become missing.
         replicate_vectors : sequence of str
             Vectors of the replicates of a stochastic rule.
         """
@@ -172,12 +204,13 @@ class Ledger:
             "updates_per_chunk": updates_per_chunk,
             **({"replicate_vectors": list(replicate_vectors)} if replicate_vectors else {}),
         }
-        if cls.is_current(storage):
-            attributes = open_group(storage, "ledger", "choose another folder")
-            described = ("layout", "vectors", "updates_per_chunk", "replicate_vectors")
-            if {key: attributes[key] for key in described if key in attributes} == wanted:
-                ledger = cls(storage)
-                ledger._resize(steps, spans)  # a method of this class, which readers of a ledger must not call
+        ledger = cls.find(storage, warn=True)
+        if ledger is not None:
+            found = (ledger.layout, ledger.vectors, ledger.updates_per_chunk, ledger.replicate_vectors)
+            if found == (layout, tuple(vectors), updates_per_chunk, tuple(replicate_vectors)):
+                # Methods of this class, which readers of a ledger must not call.
+                ledger._resize(steps, spans)
+                ledger._discard_damaged()
                 return ledger
         cls._create(storage, wanted, layout, vectors, steps, spans, updates_per_chunk, replicate_vectors)
         return cls(storage)
@@ -225,30 +258,37 @@ class Ledger:
                 "float64",
                 {"long_name": "inner products of the vectors of the replicates of an update"},
             )
-        create_group(storage, "ledger", attributes, arrays)
+        create_group(storage, "ledger", attributes, arrays, {_NUMBERS: _described(steps, spans)})
 
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
         """Set the number of updates, and finish an interrupted resize."""
         self.journal.clear()
         resize_all(self.storage, self.by_step, len(steps))
-        self._array.cache_clear()
-        written: list[Storage] = []
+        try:
+            if all(map(np.array_equal, self.steps(), (steps, spans))):
+                return
+        except InputError as error:
+            _log.warning("%s (%s): it is written again", error.what, error.where)
+        contents: dict[str, bytes | memoryview] = {}
         for name, numbers in {STEP: steps, "step_span": spans}.items():
-            array = self._array(name)
-            if not np.array_equal(array[:], numbers):
-                array[:] = numbers
-                written += [chunk_entry(self.storage / name, index) for index in range(array.nchunks)]
-        self.storage.flush(written)
+            contents |= number_chunks(self._array(name), name, numbers[:0], numbers)
+        self.storage.put_entries(contents)
+        self._numbers, self.n_updates = _described(steps, spans), len(steps)
+        self.journal.write(_NUMBERS, self._numbers)
+
+    def _discard_damaged(self) -> None:
+        """Remove the records of damaged ledger chunks, so that these chunks are missing and computed again."""
+        for name in self.journal.names():
+            try:
+                self._recorded(self.journal.read(name))
+            except InputError as error:
+                _log.warning("%s (%s): the ledger chunk is computed again", error.what, error.where)
+                self.journal.remove(name)
 
     @classmethod
     def remove(cls, storage: Storage) -> None:
         """Remove a ledger; raise InputError if the location contains anything else."""
         remove_group(storage, "ledger")
-
-    @property
-    def n_updates(self) -> int:
-        """Number of updates of the ledger when all chunks are finished."""
-        return self._updates()
 
     def write(
         self,
@@ -310,29 +350,24 @@ class Ledger:
         return chunk_entry(self.storage / name, *self._index(name, start))
 
     def partial_chunks(self) -> list[LedgerChunk]:
-        """Return the recorded part of a chunk that was the last one when the ledger was shorter.
-
-        The list has at most one entry. A damaged part is omitted, so it is computed again.
-        """
+        """Return the recorded part of a chunk that was the last one of a shorter ledger, if there is one."""
         for name in self.journal.names():
             record = self.journal.read(name)
             if record["stop"] % self.updates_per_chunk and record["stop"] < self.n_updates:
-                try:
-                    self._recorded(record)
-                except InputError as error:
-                    _log.warning("%s: computing it again", error)
-                    return []
                 return [LedgerChunk(record["start"], record["stop"])]
         return []
 
     def _recorded(self, record: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
         """Read the updates of a record; raise InputError if they do not match their checksums."""
-        found = {}
-        for name in self.products:
-            found[name], changed = self.compare(record, name)
-            if changed:
-                raise damage_error(self.chunk_entry(name, record["start"]), "checksum mismatch", _ANALYZE_AGAIN)
-        return found
+        return {name: self._verified(record, name) for name in self.products}
+
+    def _verified(self, record: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+        values, changed = self.compare(record, name)
+        if changed:
+            (start, _), (_, stop) = changed[0], changed[-1]
+            chunk = self.chunk_entry(name, record["start"])
+            raise damage_error(chunk, "checksum mismatch", ANALYZE_AGAIN, f"{name}, updates {start} to {stop - 1}")
+        return values
 
     def compare(self, record: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
         """Read an array of a recorded ledger chunk, and compare it with its checksums.
@@ -353,10 +388,14 @@ class Ledger:
         Raises
         ------
         InputError
-            See `read_chunk`.
+            If the chunk is missing or has the wrong size.
         """
         start, stop, size = record["start"], record["stop"], record["checksum_rows"][name]
-        values = self.read_chunk(name, start, stop)
+        shape = (self.updates_per_chunk, *self._array(name).shape[1:])
+        chunks = read_complete_chunks(
+            self.storage / name, [self._index(name, start)], shape, np.dtype(np.float64), ANALYZE_AGAIN
+        )
+        values = chunks[0][: stop - start]
         recorded = record["checksums"][name][:, 0].tolist()
         pairs = zip(range(start, stop, size), checksums(values, size), recorded, strict=True)
         return values, [(low, min(low + size, stop)) for low, now, then in pairs if now != then]
@@ -381,7 +420,7 @@ class Ledger:
         return [chunk for chunk, digest in digests.items() if recorded.get((chunk.start, chunk.stop)) != digest]
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Read the complete ledger.
+        """Read the complete ledger, and compare it with its checksums.
 
         Returns
         -------
@@ -391,38 +430,63 @@ class Ledger:
         Raises
         ------
         InputError
-            If a ledger chunk is not recorded (the pass was interrupted), is missing or is too short.
+            If a ledger chunk is not recorded (the pass was interrupted), or is damaged.
         """
-        recorded = {(r["start"], r["stop"]) for r in map(self.journal.read, self.journal.names())}
+        tensors, vectors = len(self.layout.tensors), len(self.vectors)
+        gram = np.empty((self.n_updates, tensors, vectors, vectors))
+        ratio = np.empty((self.n_updates, tensors))
         for start in range(0, self.n_updates, self.updates_per_chunk):
             stop = min(start + self.updates_per_chunk, self.n_updates)
-            if (start, stop) not in recorded:
-                raise InputError(
-                    f"the ledger is incomplete: updates {start} to {stop} are missing",
-                    where=str(self.storage),
-                    why="the analysis was interrupted",
-                    remedy="run natgrad analyze OUT again; finished ledger chunks are kept",
-                )
-            for name in self.products:
-                array = self._array(name)
-                require_complete_chunk(self.chunk_entry(name, start), array.chunks, array.dtype, _ANALYZE_AGAIN)
-        return np.asarray(self._array("gram")[:]), np.asarray(self._array("residual_ratio")[:])
+            gram[start:stop] = self.read_chunk("gram", start, stop)
+            ratio[start:stop] = self.read_chunk("residual_ratio", start, stop)
+        return gram, ratio
 
     def read_chunk(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
-        """Read the updates of a ledger chunk from one of the arrays `products`.
+        """Read and verify the updates of a ledger chunk from one of the arrays `products`.
 
         Raises
         ------
         InputError
-            If the chunk is missing or too short.
+            If the chunk is not recorded, or is damaged.
         """
-        array = self._array(name)
-        require_complete_chunk(self.chunk_entry(name, start), array.chunks, array.dtype, _ANALYZE_AGAIN)
-        return np.asarray(array[start:stop])
+        number = f"{start:012d}"
+        record = self.journal.read(number) if self.journal.has(number) else {}
+        if (record.get("start"), record.get("stop")) != (start, stop):
+            raise InputError(
+                f"the ledger is incomplete: updates {start} to {stop} are missing",
+                where=str(self.storage),
+                why="the analysis was interrupted",
+                remedy="run natgrad analyze OUT again; finished ledger chunks are kept",
+            )
+        return self._verified(record, name)
 
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the step of the state before each update, and the updates to the next state (0 if none)."""
-        return np.asarray(self._array(STEP)[:]), np.asarray(self._array("step_span")[:])
+        """Return the step of the state before each update, and the updates to the next state (0 if none).
+
+        Raises
+        ------
+        InputError
+            If the numbers are damaged.
+        """
+        return self._read_numbers(STEP), self._read_numbers("step_span")
+
+    def _read_numbers(self, name: str) -> NDArray[np.int64]:
+        array = self._array(name)
+        indices = [(index,) for index in range(-(-self.n_updates // array.chunks[0]))]
+        chunks = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, ANALYZE_AGAIN)
+        values = np.concatenate([np.empty(0, np.int64), *chunks])[: self.n_updates]
+        if _checksum(values) != self._numbers[name]:
+            raise damage_error(chunk_entry(self.storage / name, 0), "checksum mismatch", ANALYZE_AGAIN, name)
+        return values
+
+
+def _checksum(numbers: NDArray[np.int64]) -> int:
+    return int(crc32c(np.ascontiguousarray(numbers, "<i8").data.cast("B")))
+
+
+def _described(steps: NDArray[np.int64], spans: NDArray[np.int64]) -> dict[str, int]:
+    """Return the record of the number of updates, and of their steps and spans."""
+    return {"updates": len(steps), STEP: _checksum(steps), "step_span": _checksum(spans)}
 
 
 def _names(layout: Layout, vectors: Sequence[str], replicate_vectors: Sequence[str]) -> dict[str, tuple[str, ...]]:

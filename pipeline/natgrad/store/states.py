@@ -1,9 +1,10 @@
 """Read and write the elements of the states of a run, independent of how their chunks are stored.
 
 Chunks are uncompressed local files, uncompressed objects in another storage, or compressed. The compiled read loop
-reads uncompressed local files directly, and only needs the offset of each state. Chunks that are fetched by
-requests or decompressed are compared with their checksums here, because a storage or a codec may return wrong
-bytes without an error.
+reads uncompressed local files directly, and only needs the offset of each state. States that are read here are
+compared with their checksums, because a disk, a storage or a codec may return wrong bytes without an error. So are
+the committed states of a chunk before others are appended to it, because a write would otherwise replace a lost
+chunk by zeros.
 
 bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 """
@@ -25,13 +26,10 @@ from natgrad.schema.layout import MEBIBYTE, Layout, storage_dtype
 from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STEP, of_replicate, replicate_of
 from natgrad.storage import Storage
 from natgrad.storage.local import ChunkFile
-from natgrad.store.group import ArrayPlan, chunk_entry, damage_error, is_plain, open_array, with_length
+from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
 
-__all__ = ["INGEST_AGAIN", "States", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
-
-INGEST_AGAIN = "ingest the run again with --overwrite"
-"""Remedy for a damaged chunk."""
+__all__ = ["States", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
 
 _RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
 """Bytes in a range of an object, and number of ranges that are requested concurrently."""
@@ -114,6 +112,8 @@ class States:
     dtypes : dict
         Logical dtype of each array.
     replicates : int
+    compressed : collection of str
+        Arrays whose chunks are compressed.
 
     Attributes
     ----------
@@ -143,6 +143,7 @@ class States:
         chunk: tuple[int, int],
         dtypes: dict[str, str],
         replicates: int,
+        compressed: Iterable[str],
     ) -> None:
         self.storage = storage
         self.layout, self.chunk, self.array_dtypes, self.replicates = layout, chunk, dtypes, replicates
@@ -154,7 +155,7 @@ class States:
         self._chunk_bytes = {
             name: math.prod(chunk) * storage_dtype(dtype).itemsize for name, dtype in self.dtypes.items()
         }
-        self._compressed = frozenset(name for name in dtypes if not is_plain(storage / name))
+        self._compressed = frozenset(compressed)
         self._array = cache(lambda name: open_array(self.storage / name))
         # Creating a storage path takes as long as opening a file.
         self._folder = None if storage.local_path is None else str(storage.local_path)
@@ -163,7 +164,8 @@ class States:
         self._read_ahead = 0
         self._writes = storage.writes()
         self._written: set[Storage] = set()
-        self.journal = Journal(storage / "commits")
+        self.journal = Journal(storage / "commits", INGEST_AGAIN)
+        self._newest: dict[str, Any] = {}
         self.n_states = self._recorded()
 
     def refresh(self) -> None:
@@ -172,12 +174,14 @@ class States:
         if storage != self.storage:
             self.storage = storage
             self._array.cache_clear()
-            self.journal = Journal(storage / "commits")
+            self.journal = Journal(storage / "commits", INGEST_AGAIN)
         self.n_states = self._recorded()
 
     def _recorded(self) -> int:
+        """Return the number of recorded states, from the newest record, which is kept."""
         names = self.journal.names()
-        return int(self.journal.read(names[-1])["stop"]) if names else 0
+        self._newest = self.journal.read(names[-1]) if names else {"stop": 0}
+        return int(self._newest["stop"])
 
     def records(self) -> list[dict[str, Any]]:
         """Return the commit records, in order; see `natgrad.store.journal.Journal.read`."""
@@ -262,7 +266,9 @@ class States:
         requested = slice(start - indices.start * steps, stop - indices.start * steps)
         return np.repeat(np.array(files, np.int32), steps)[requested], np.tile(offsets, len(files))[requested]
 
-    def read(self, name: str, start: int, stop: int, column: int, out: NDArray[Any]) -> None:
+    def read(
+        self, name: str, start: int, stop: int, column: int, out: NDArray[Any], *, verified: bool = True
+    ) -> None:
         """Read committed states of a chunk column into a buffer. The bits are the same for every storage.
 
         Parameters
@@ -275,12 +281,13 @@ class States:
             Chunk column.
         out : array, shape (stop - start, chunk elements), of `storage_dtype`
             Output; elements beyond the last element of the model are not changed.
+        verified : bool
+            Compare the states with their checksums.
 
         Raises
         ------
         InputError
-            If a state is not committed, a chunk is missing or too short, or its bytes are compared with checksums
-            and differ.
+            If a state is not committed, a chunk is missing or too short, or a state does not match its checksum.
         """
         self._require_committed(name, start, stop)
         first, last = self.column(column)
@@ -291,7 +298,10 @@ class States:
         )
         for index in range(start // steps, -(-stop // steps) if start < stop else 0):
             low, high = max(start, index * steps), min(stop, (index + 1) * steps)
-            read(name, index, column, low, out[low - start : high - start])
+            states = out[low - start : high - start]
+            read(name, index, column, low, states)
+            if verified:
+                self._require_recorded(name, index, column, low, states, self.recorded_checksums(name)[low:high])
 
     def _read_file(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read states of an uncompressed local chunk, with one read if they are contiguous in the buffer."""
@@ -305,8 +315,15 @@ class States:
             except OSError as error:
                 raise self._damaged(name, index, column, str(error)) from error
 
-    def _damaged(self, name: str, index: int, column: int, what: str) -> InputError:
-        return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN)
+    def _damaged(self, name: str, index: int, column: int, what: str, state: int | None = None) -> InputError:
+        """Return the error for a chunk, which names the steps of its committed states, or of one of them."""
+        start, stop = index * self.chunk[0], min((index + 1) * self.chunk[0], self.n_states)
+        named = self.named(start, stop) if state is None else self.named(state, state + 1)
+        return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN, f"{name}, {named}")
+
+    def named(self, start: int, stop: int) -> str:
+        """Return a name for a range of states, for messages."""
+        return f"state {start}" if stop - start == 1 else f"states {start} to {stop - 1}"
 
     def _chunk_file(self, name: str, index: int, column: int) -> ChunkFile:
         array, replicate = replicate_of(name)
@@ -342,15 +359,13 @@ class States:
         array, replicate = replicate_of(name)
         first, last = self.column(column)
         if not chunk.exists():
-            raise damage_error(chunk, "it is missing", INGEST_AGAIN)
+            raise self._damaged(name, index, column, "it is missing")
         try:
             values = with_length(self._array(array), self.n_states)
             steps = slice(start, start + len(out))
             out[:] = values[steps, first:last] if replicate is None else values[steps, replicate, first:last]
         except Exception as error:  # codecs share no class of errors
-            raise damage_error(chunk, str(error), INGEST_AGAIN) from error
-        # Blosc decompresses a truncated chunk to wrong values without an error.
-        self._require_recorded(name, column, start, out, chunk)
+            raise self._damaged(name, index, column, str(error)) from error
 
     def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read states of an uncompressed chunk by range requests."""
@@ -362,25 +377,38 @@ class States:
             try:
                 contents = chunk.get_ranges(spans)
             except FileNotFoundError as error:
-                raise damage_error(chunk, "it is missing", INGEST_AGAIN) from error
+                raise self._damaged(name, index, column, "it is missing") from error
             for (low, high), content in zip(ranges, contents, strict=True):
                 if missing := (high - low) * state_bytes - len(content):
-                    raise damage_error(chunk, f"it is {missing} bytes too short", INGEST_AGAIN)
+                    raise self._damaged(name, index, column, f"it is {missing} bytes too short")
                 words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
                 out[low:high] = words[:, : out.shape[1]]
-        self._require_recorded(name, column, start, out, chunk)
 
-    def _require_recorded(self, name: str, column: int, start: int, out: NDArray[Any], chunk: Storage) -> None:
-        recorded = self.recorded_checksums(name)
-        for state, words in enumerate(out, start):
-            if checksum(words) != recorded[state, column]:
-                raise damage_error(chunk, f"checksum mismatch in state {state}", INGEST_AGAIN)
+    def _require_recorded(
+        self, name: str, index: int, column: int, start: int, out: NDArray[Any], recorded: NDArray[np.uint32]
+    ) -> None:
+        # Blosc decompresses a truncated chunk to wrong values without an error.
+        for state, (words, expected) in enumerate(zip(out, recorded[:, column].tolist(), strict=True), start):
+            if checksum(words) != expected:
+                raise self._damaged(name, index, column, "checksum mismatch", state)
 
     def recorded_checksums(self, name: str) -> NDArray[np.uint32]:
         """Return the checksums of the committed states of an array, shape (states, columns); see `checksum`."""
         if len(self._checksums.get(name, ())) < self.n_states:
-            self._checksums[name] = np.concatenate([record["checksums"][name] for record in self.records()])
+            self._checksums[name] = self._newest_checksums(name, 0)
         return self._checksums[name]
+
+    def _newest_checksums(self, name: str, start: int) -> NDArray[np.uint32]:
+        """Return the checksums of the states from ``start`` on; only the records of these states are read."""
+        found = [np.empty((0, self.columns), np.uint32)]
+        for number in reversed(self.journal.names()):
+            record = self.journal.read(number)
+            if record["start"] < self.n_states:  # not committed since the trajectory was opened
+                found.append(record["checksums"][name])
+            if record["start"] <= start:
+                found[-1] = found[-1][start - record["start"] :]
+                break
+        return np.concatenate(found[::-1])
 
     # Writing ------------------------------------------------------------------------------------------------
 
@@ -401,6 +429,8 @@ class States:
             raise ValueError(f"state {start} of {name} is committed and cannot be written again")
         stop, steps = start + len(block), self.chunk[0]
         indices = range(start // steps, -(-stop // steps))
+        if self.n_states > indices.start * steps:
+            self._require_intact(name, indices.start, column)
         if self.is_compressed(name):
             first, last = self.column(column)
             array, replicate = replicate_of(name)
@@ -414,14 +444,23 @@ class States:
             chunk, offset = self.chunk_entry(name, index, column), (low - index * steps) * (size // steps)
             try:
                 self._writes.write_segment(chunk, offset, block[low - start : high - start].data.cast("B"), size)
-            except EOFError as error:
-                raise damage_error(chunk, str(error), INGEST_AGAIN) from error
+            except (EOFError, FileNotFoundError) as error:
+                raise self._damaged(name, index, column, str(error)) from error
+
+    def _require_intact(self, name: str, index: int, column: int) -> None:
+        """Raise an error if the committed states of a chunk do not match their checksums."""
+        start = index * self.chunk[0]
+        states = np.zeros((self.n_states - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
+        self.read(name, start, self.n_states, column, states, verified=False)
+        first, last = self.column(column)
+        recorded = self._newest_checksums(name, start)
+        self._require_recorded(name, index, column, start, states[:, : last - first], recorded)
 
     def abandon(self) -> None:
         """Cancel uncommitted writes; no write is running any more on return."""
         self._writes.abandon()
 
-    def _settle(self, others: Iterable[Storage]) -> None:
-        """Wait until all written chunks, and other chunks of the same commit, are durable."""
-        self._writes.settle({*self._written, *others})
+    def _settle(self) -> None:
+        """Wait until all written chunks are durable."""
+        self._writes.settle(self._written)
         self._written.clear()

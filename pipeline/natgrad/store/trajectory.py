@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import NDArray
 
+from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout, LedgerChunk, TrajectoryShape
 from natgrad.schema.names import (
     ATTEMPT,
@@ -44,18 +46,22 @@ from natgrad.schema.names import (
 from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
 from natgrad.store.group import (
+    INGEST_AGAIN,
     SCALAR_CHUNK,
     ArrayPlan,
     chunk_entry,
     create_group,
+    damage_error,
+    is_plain,
+    number_chunks,
     open_group,
     read_complete_chunks,
+    read_documents,
     remove_group,
     resize_all,
-    with_length,
 )
 from natgrad.store.journal import sources_of
-from natgrad.store.states import INGEST_AGAIN, States, checksum, state_arrays
+from natgrad.store.states import States, state_arrays
 
 __all__ = ["Trajectory"]
 
@@ -97,16 +103,9 @@ class Trajectory(States):
         Raises
         ------
         InputError
-            If there is no trajectory, or another version of natgrad wrote it.
+            If there is no trajectory, another version of natgrad wrote it, or its metadata or records are damaged.
         """
         attributes = open_group(storage, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
-        super().__init__(
-            storage,
-            Layout.from_json(attributes["layout"]),
-            tuple(attributes["chunk"]),
-            attributes["dtypes"],
-            attributes.get("replicates", 0),
-        )
         self.scalars: tuple[str, ...] = tuple(attributes["scalars"])
         self.source: str = attributes["source"]
         self.sweep: bool = attributes["sweep"]
@@ -116,7 +115,40 @@ class Trajectory(States):
         self._runs: tuple[str, ...] = ()
         self._spans: NDArray[np.int64] | None = None
         self._breaks: NDArray[np.int64] = np.empty(0, np.int64)
-        self._read: dict[tuple[str, int], NDArray[Any]] = {}
+        self._read: dict[str, tuple[NDArray[Any], int]] = {}
+        dtypes: dict[str, str] = attributes["dtypes"]
+        # The shapes are read before the records, because a writer extends them after its record.
+        documents = read_documents(storage, "trajectory", (*dtypes, *self.numbers), attributes["arrays"])
+        super().__init__(
+            storage,
+            Layout.from_json(attributes["layout"]),
+            tuple(attributes["chunk"]),
+            dtypes,
+            attributes.get("replicates", 0),
+            (name for name in dtypes if not is_plain(documents[name])),
+        )
+        self._require_records({name: document["shape"][0] for name, document in documents.items()})
+
+    def _require_records(self, lengths: Mapping[str, int]) -> None:
+        """Raise an error if a record is missing, or an array is longer: arrays grow after a record was written."""
+        names = self.journal.names()
+        expected = [f"{number:08d}" for number in range(len(names) + 1)]
+        gap = next(index for index, name in enumerate([*names, ""]) if name != expected[index])
+        longer = [name for name, length in lengths.items() if length > self.n_states]
+        if gap < len(names) or len(longer) == len(lengths):
+            raise InputError(
+                "a commit record is missing",
+                where=str(self.journal.folder / f"{expected[gap]}.json"),
+                why="it was removed, or the disk failed: later states were committed",
+                remedy=INGEST_AGAIN,
+            )
+        if longer:
+            raise InputError(
+                f"the array has {lengths[longer[0]]} states, but {self.n_states} are recorded",
+                where=str(self.storage / longer[0] / "zarr.json"),
+                why="the file was changed, or the newest commit record was removed",
+                remedy=INGEST_AGAIN,
+            )
 
     @classmethod
     def create(
@@ -288,27 +320,77 @@ class Trajectory(States):
             if name in OPTIMIZER_NUMBERS or name == REPLICATE_LOSS:
                 shape = (self.n_states, self.replicates if name == REPLICATE_LOSS else len(self.layout.tensors))
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
-        if (name, self.n_states) in self._read:
-            return self._read[name, self.n_states]
-        array = self._array(name)
-        chunks = read_complete_chunks(
-            self.storage / name,
-            self._number_chunks(name, 0, self.n_states),
-            array.chunks,
-            array.dtype,
-            INGEST_AGAIN,
-        )
-        values = np.concatenate([np.empty((0, *array.shape[1:]), array.dtype), *chunks])[: self.n_states]
-        values.flags.writeable = False
-        self._read = {key: cached for key, cached in self._read.items() if key[1] == self.n_states}
-        self._read[name, self.n_states] = values
-        return values
+        return self._verified_numbers(name)[0]
 
-    def _number_chunks(self, name: str, start: int, stop: int) -> list[tuple[int, ...]]:
-        """Return the indices of the chunks of an array (step), (step, tensor) or (step, replicate)."""
-        steps = self._array(name).chunks[0]
-        other_axes = (0,) if name in self.tables or name == REPLICATE_LOSS else ()
-        return [(index, *other_axes) for index in range(start // steps, -(-stop // steps))]
+    def _verified_numbers(self, name: str) -> tuple[NDArray[Any], int]:
+        """Return the numbers of all committed states, and their checksum. Only those of new states are read."""
+        known, found = self._read.get(name) or self._empty(name)
+        if len(known) == self.n_states:
+            return known, found
+        values = np.concatenate([known, *self._read_numbers(name, len(known))])[: self.n_states]
+        found = crc32c(values[len(known) :].data.cast("B"), found)
+        if found != self._newest["scalars"][name]:
+            raise self._damaged_number(name, values)
+        values.flags.writeable = False
+        self._read[name] = values, found
+        return values, found
+
+    def read_numbers(self, name: str) -> NDArray[Any]:
+        """Read the numbers of all committed states without comparing them with their checksums; see `scalar`."""
+        empty, _ = self._empty(name)
+        return np.concatenate([empty, *self._read_numbers(name, 0)])[: self.n_states]
+
+    def _read_numbers(self, name: str, start: int) -> list[NDArray[Any]]:
+        """Read the numbers of the states from ``start`` to the end of the last chunk."""
+        array = self._array(name)
+        rows, other_axes = array.chunks[0], [0] * (array.ndim - 1)
+        indices = [(index, *other_axes) for index in range(start // rows, -(-self.n_states // rows))]
+        found = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, INGEST_AGAIN)
+        # The first chunk also contains earlier states.
+        return [chunk[0 if position else start % rows :] for position, chunk in enumerate(found)]
+
+    def _empty(self, name: str) -> tuple[NDArray[Any], int]:
+        """Return the numbers of no state, and their checksum."""
+        array = self._array(name)
+        return np.empty((0, *array.shape[1:]), array.dtype), 0
+
+    def _damaged_number(self, name: str, values: NDArray[Any]) -> InputError:
+        """Return the error for numbers that do not match their checksum; it names the first chunk that differs."""
+        start, stop = next(self.damaged_numbers(name, values, self.records()), (0, self.n_states))
+        array = self._array(name)
+        chunk = chunk_entry(self.storage / name, start // array.chunks[0], *(0 for _ in array.shape[1:]))
+        part = super().named(start, stop) if name == STEP else self.named(start, stop)
+        return damage_error(chunk, "checksum mismatch", INGEST_AGAIN, f"{name}, {part}")
+
+    def damaged_numbers(
+        self, name: str, values: NDArray[Any], records: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the range of states of each commit whose numbers do not match their checksum.
+
+        Parameters
+        ----------
+        name : str
+        values : array
+            From `read_numbers`.
+        records : iterable of mapping
+            Records of the commits, in order. A commit is not compared if the record before it is not given.
+        """
+        reached = before = 0
+        for record in records:
+            start, stop, expected = record["start"], record["stop"], record["scalars"][name]
+            if stop > self.n_states:  # committed since the trajectory was opened
+                return
+            if start == reached and crc32c(values[start:stop].data.cast("B"), before) != expected:
+                yield start, stop
+            reached, before = stop, expected
+
+    def named(self, start: int, stop: int) -> str:
+        """Return the steps of a range of states, for messages, or their indices if the steps are damaged."""
+        try:
+            steps = self.scalar(STEP)[start:stop].tolist()
+        except InputError:
+            return super().named(start, stop)
+        return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -422,18 +504,25 @@ class Trajectory(States):
         numbers = {STEP: steps, ATTEMPT: attempts or [0] * len(steps)}
         if self.sweep:
             numbers[RUN] = [known.setdefault(name, len(known)) for name in runs]
-        chunks: list[Storage] = []
+        chunks: dict[str, bytes | memoryview] = {}
+        sums: dict[str, int] = {}
         for name, values in {**numbers, **scalars}.items():
             array = self._array(name)
-            with_length(array, stop)[start:stop] = np.asarray(values, dtype=array.dtype)
-            chunks += [chunk_entry(self.storage / name, *index) for index in self._number_chunks(name, start, stop)]
-        self._settle(chunks)
+            new = np.asarray(values, dtype=array.dtype).reshape(len(steps), *array.shape[1:])
+            before, found = self._verified_numbers(name)
+            chunks |= number_chunks(array, name, before, new)
+            # The checksum covers the numbers of all states, so that a reader needs one record to verify them.
+            sums[name] = crc32c(np.ascontiguousarray(new).data.cast("B"), found)
+        for folder in {name.rpartition("/")[0] for name in chunks}:
+            (self.storage / folder).clear_leftovers()
+        self._writes.start(self.storage.put_entries, chunks)
+        self._settle()
         record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
-        record["scalars"] = self._scalar_checksums(start, stop)
+        record["scalars"] = sums
         if self.sweep:
             record["runs"] = list(known)[len(self.runs) :]
         self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
-        self.n_states = stop
+        self.n_states, self._newest = stop, record
         self.recover()
         self.storage.publish(self._message(steps, attempts or [0]))
 
@@ -449,12 +538,6 @@ class Trajectory(States):
         """Set the shapes of the arrays to the recorded length; a writer may have stopped before it did so."""
         self.journal.clear()
         resize_all(self.storage, self.arrays, self.n_states)
-
-    def _scalar_checksums(self, start: int, stop: int) -> dict[str, int]:
-        """Return the checksum of a range of stored states, committed or not, for each array of `numbers`."""
-        return {
-            name: checksum(np.asarray(with_length(self._array(name), stop)[start:stop])) for name in self.numbers
-        }
 
     # Digests ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Verify all stored data against its checksums, and identify the damaged steps and tensors.
 
-The check covers the committed states and scalars, the finished ledger chunks, the records and the metadata of
-arrays. It does not cover bytes that no reader uses: padding, data of an interrupted write beyond the recorded
+The check covers the committed states and scalars, the finished ledger chunks, the records, the metadata of
+arrays and all files of the results. It does not cover bytes that no reader uses: padding, data beyond the recorded
 states, the formatting of JSON files, and bits of a compressed chunk that do not affect its content.
 """
 
@@ -19,12 +19,13 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.storage import Storage
-from natgrad.store.group import OtherVersion, array_digest, chunk_entry, document_of, open_group, stored_length
+from natgrad.store.checked import verify_files
+from natgrad.store.group import OtherVersion, chunk_entry, document_of, open_group, read_documents, stored_length
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
 
-__all__ = ["Damage", "verify_ledger", "verify_trajectory"]
+__all__ = ["Damage", "verify_ledger", "verify_results", "verify_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
     try:
         states = Trajectory(storage)
     except InputError as error:
-        yield _damage(error)
+        yield from _verify_closed(storage, "trajectory", error)
         return
     records: list[dict[str, Any]] = []
     for name in states.journal.names():
@@ -94,10 +95,8 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
         if record["start"] != before:
             yield Damage(str(states.journal.folder), f"there is no record of states {before} to {record['start']}")
         records.append(record)
-    damages = list(_verify_metadata(states.storage, "trajectory", states.arrays))
-    yield from damages
-    described = [name for name in states.arrays if not any(damage.array == name for damage in damages)]
-    for name in described:
+    yield from _verify_metadata(states.storage, "trajectory")
+    for name in states.arrays:
         # The shape is set after the record. If a writer stopped in between, the shape is that of the previous
         # commit, and a running writer may already have set the shape of a later commit.
         length = stored_length(states.storage / name)
@@ -105,8 +104,8 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
         if length not in (before, states.n_states) and not _committed_since(states, length):
             what = f"the shape has {length} states, but {states.n_states} are recorded"
             yield Damage(str(states.storage / name), what, name)
-    numbers = _step_numbers(states) if STEP in described else np.arange(states.n_states)
-    for name in described:
+    numbers = _step_numbers(states)
+    for name in states.arrays:
         if name in states.array_dtypes:
             for part in states.replicates_of(name) if name in REPLICATE_STATES else (name,):
                 for column in range(states.columns):
@@ -131,8 +130,17 @@ _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 """Metadata of a group, without attributes that users may have added."""
 
 
-def _verify_metadata(storage: Storage, kind: str, names: Iterable[str]) -> Iterator[Damage]:
-    """Compare the metadata of a store with its checksums; the chunks of an array cannot be read without it."""
+def _verify_closed(storage: Storage, kind: str, error: InputError) -> Iterator[Damage]:
+    """Report why a store cannot be opened, and the other damage of its metadata. Its data cannot be compared."""
+    yield (first := _damage(error))
+    try:
+        yield from (damage for damage in _verify_metadata(storage, kind) if damage.path != first.path)
+    except InputError:
+        return  # the reason why the store cannot be opened
+
+
+def _verify_metadata(storage: Storage, kind: str) -> Iterator[Damage]:
+    """Compare the metadata of a store with its checksums."""
     attributes = open_group(storage, kind, "")
     for group in (storage / "commits", storage):
         where = str(group / "zarr.json")
@@ -143,13 +151,11 @@ def _verify_metadata(storage: Storage, kind: str, names: Iterable[str]) -> Itera
             continue
         if {**found, "attributes": found.get("attributes") if group is not storage else {}} != _GROUP:
             yield Damage(where, "the metadata of the group has changed")
-    for name in names:
-        where = str(storage / name / "zarr.json")
+    for name, digest in attributes["arrays"].items():
         try:
-            if array_digest(storage / name) != attributes["arrays"][name]:
-                yield Damage(where, "checksum mismatch in the metadata of the array", name)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            yield Damage(where, f"cannot read the metadata of the array: {error}", name)
+            read_documents(storage, kind, [name], {name: digest})
+        except InputError as error:
+            yield Damage(error.where, error.what, name)
 
 
 def _step_numbers(states: Trajectory) -> NDArray[Any]:
@@ -168,15 +174,13 @@ def _verify_scalar(
     states: Trajectory, name: str, records: Iterable[Mapping[str, Any]], numbers: NDArray[Any]
 ) -> Iterator[Damage]:
     try:
-        values = states.scalar(name)
+        values = states.read_numbers(name)
     except InputError as error:
         yield Damage(error.where, error.what, name)
         return
     where = str(states.storage / name)
-    for record in records:
-        start, stop = record["start"], record["stop"]
-        if checksum(values[start:stop]) != record["scalars"][name]:
-            yield Damage(where, "checksum mismatch", name, _first_and_last(numbers, start, stop))
+    for start, stop in states.damaged_numbers(name, values, records):
+        yield Damage(where, "checksum mismatch", name, _first_and_last(numbers, start, stop))
 
 
 def _verify_column(
@@ -195,7 +199,7 @@ def _verify_column(
         start, stop = index * steps, min((index + 1) * steps, states.n_states)
         chunk = states.chunk_entry(name, index, column)
         try:
-            states.read(name, start, stop, column, buffer[: stop - start])
+            states.read(name, start, stop, column, buffer[: stop - start], verified=False)
         except InputError as error:
             yield Damage(str(chunk), error.what, name, _first_and_last(numbers, start, stop), tensors)
             continue
@@ -228,26 +232,28 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
     try:
         ledger = Ledger(storage)
     except InputError as error:
-        yield _damage(error)
+        yield from _verify_closed(storage, "ledger", error)
         return
-    damages = list(_verify_metadata(storage, "ledger", (*ledger.names, *ledger.by_step)))
-    yield from damages
-    if damages:
-        return
-    lengths = {name: stored_length(storage / name) for name in ledger.by_step}
-    if len(set(lengths.values())) > 1:
-        what = f"the arrays have different lengths {lengths}: run natgrad analyze OUT again"
-        yield Damage(str(storage), what)
-        return
+    yield from _verify_metadata(storage, "ledger")
+    for name in ledger.by_step:
+        if (length := stored_length(storage / name)) != ledger.n_updates:
+            what = f"the array has {length} updates, but {ledger.n_updates} are recorded: run natgrad analyze OUT"
+            yield Damage(str(storage / name), what, name)
     for name, texts in ledger.names.items():
         chunk = chunk_entry(storage / name, 0)
         (content,) = chunk.parent.get_entries([chunk.name])
         if content != _encode(texts) or stored_length(storage / name) != len(texts):
             yield Damage(str(chunk), "the names were changed", name)
-    numbers = ledger.steps()[0]
-    if states is not None and ledger.n_updates < states.n_states:
+    numbers = np.arange(ledger.n_updates)
+    found_steps: tuple[NDArray[Any], ...] = ()
+    try:
+        found_steps = ledger.steps()
+        numbers = found_steps[0]
+    except InputError as error:
+        yield _damage(error)
+    if states is not None and found_steps and ledger.n_updates < states.n_states:
         expected = {STEP: states.scalar(STEP), "step_span": states.spans()}
-        for name, found in zip(expected, ledger.steps(), strict=True):
+        for name, found in zip(expected, found_steps, strict=True):
             wrong = np.flatnonzero(found != expected[name][: ledger.n_updates])
             if wrong.size:
                 what = "the steps differ from those of the trajectory: run natgrad analyze OUT again"
@@ -279,3 +285,19 @@ def _verify_chunk(ledger: Ledger, record: Mapping[str, Any], numbers: NDArray[An
         where = str(ledger.chunk_entry(name, start))
         for updates in changed:
             yield Damage(where, "checksum mismatch", name, _first_and_last(numbers, *updates))
+
+
+def verify_results(storage: Storage) -> Iterator[Damage]:
+    """Compare every file of the results with its checksum.
+
+    Yields
+    ------
+    Damage
+
+    Raises
+    ------
+    InputError
+        If another layout version wrote the results.
+    """
+    for error in verify_files(storage, ""):
+        yield Damage(error.where, error.what)

@@ -1,0 +1,146 @@
+"""Record the checksums of the files of a store that another library writes, and verify each file that is read.
+
+xarray writes ``results.zarr``, and Zarr reads it: a lost chunk would be read as missing values, and a changed one
+as other numbers. `CheckedStore` is the Zarr store in between, which compares each file with its recorded checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from crc32c import crc32c
+from zarr.abc.buffer import Buffer, BufferPrototype
+from zarr.abc.store import ByteRequest, Store
+from zarr.storage import WrapperStore
+
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LAYOUT_VERSION
+from natgrad.storage import LocalStorage, Storage
+from natgrad.store.group import document_of, require_version
+from natgrad.store.journal import Journal
+
+__all__ = ["CheckedStore", "Damaged", "record_files", "recorded_files", "verify_files"]
+
+_FILES = "checksums"
+"""Name of the record, ``checksums.json``."""
+
+
+class Damaged(InputError):
+    """A file of a store is missing, or its content is not the recorded one."""
+
+
+def record_files(folder: Path, described: Mapping[str, Any]) -> None:
+    """Record the checksums of all files of a new store.
+
+    Parameters
+    ----------
+    folder : Path
+    described : mapping
+        Further entries of the record.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): crc32c(path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    Journal(LocalStorage(folder)).write(_FILES, {**described, "files": files})
+
+
+def recorded_files(storage: Storage, remedy: str) -> dict[str, Any]:
+    """Return the record of results: ``files``, and the further entries.
+
+    Raises
+    ------
+    Damaged
+        If the record cannot be read.
+    OtherVersion
+        If another version of natgrad wrote the results.
+    """
+    try:
+        version = document_of(storage)["attributes"]["layout_version"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        version = LAYOUT_VERSION  # the document is damaged; its checksum tells
+    require_version(version, "results", str(storage))
+    try:
+        return Journal(storage, remedy).read(_FILES)
+    except InputError as error:
+        raise Damaged(error.what, where=error.where, why=error.why, remedy=error.remedy) from error
+
+
+def _compare(path: Storage, content: bytes | None, expected: int, remedy: str) -> None:
+    what = "it is missing" if content is None else "checksum mismatch" if crc32c(content) != expected else ""
+    if what:
+        raise Damaged(
+            f"cannot read a file: {what}",
+            where=str(path),
+            why="the file was changed or removed, the disk failed, or the store was replaced since it was opened",
+            remedy=remedy,
+        )
+
+
+def verify_files(storage: Storage, remedy: str) -> Iterator[Damaged]:
+    """Compare all files of a store with their checksums, and yield an error for each that is damaged."""
+    try:
+        files = recorded_files(storage, remedy)["files"]
+    except Damaged as error:
+        yield error
+        return
+    for name, expected in files.items():
+        (content,) = storage.get_entries([name])
+        try:
+            _compare(storage / name, content, expected, remedy)
+        except Damaged as error:
+            yield error
+
+
+class CheckedStore(WrapperStore[Store]):
+    """A read-only Zarr store that raises an error if a file is missing or does not match its checksum.
+
+    Parameters
+    ----------
+    store : zarr.abc.store.Store
+    storage : Storage
+        Location of the store, for messages.
+    files : mapping of str to int
+        Checksum of each file.
+    remedy : str
+        Advice for the error message.
+    """
+
+    def __init__(self, store: Store, storage: Storage, files: Mapping[str, int], remedy: str) -> None:
+        super().__init__(store)
+        self._storage, self._files, self._remedy = storage, files, remedy
+
+    def _with_store(self, store: Store) -> CheckedStore:
+        return type(self)(store, self._storage, self._files, self._remedy)
+
+    @property
+    def read_only(self) -> bool:
+        """Return True."""
+        return True
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the content of a file; a range is cut out of the verified content."""
+        found = await self._store.get(key, prototype)
+        if key in self._files:
+            content = None if found is None else found.to_bytes()
+            _compare(self._storage / key, content, self._files[key], self._remedy)
+        elif found is not None:
+            return None  # not part of the store
+        return found if byte_range is None else await self._store.get(key, prototype, byte_range)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Return ranges of files."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
+        for key, prototype, byte_range in requests:
+            yield key, await self.get(key, prototype, byte_range)
