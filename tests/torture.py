@@ -183,6 +183,9 @@ WAYS = {
     "delete": lambda content, rng: None,
 }
 
+GOOD = ("same", "refused")
+"""Consequences of damage that are right. The others are silent, traceback, unnamed and bad_advice."""
+
 DAMAGE_STEPS, DAMAGE_GROWN = 16, 20
 DAMAGE_INGEST = IngestLimits(chunk=(3, 400), commit_bytes=1)
 """Two columns of chunks, and a last chunk to which the growth of the log appends states."""
@@ -272,8 +275,20 @@ def try_damaged(log, out, path, before, after):
         shutil.rmtree(original)
 
 
-def damage_trials(folder, trials, seed, kinds=None):
-    """Damage files at random; return the number of trials of each consequence, and descriptions of bad ones."""
+def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None):
+    """Damage files at random; yield the consequence of each trial, and its description.
+
+    Parameters
+    ----------
+    folder : Path
+    trials : int
+        Trials of each way, for each kind of file, with a log that has grown and with one that has not.
+    seed : int
+    ways : sequence of str
+        Ways in which files are damaged.
+    kinds : sequence of str, optional
+        Kinds of files, see `kind_of`; all by default.
+    """
     rng = np.random.default_rng(seed)
     log, grown, whole = folder / "log", folder / "grown", folder / "whole"
     states = random_walk(DAMAGE_GROWN, TENSORS, seed=seed)
@@ -282,7 +297,7 @@ def damage_trials(folder, trials, seed, kinds=None):
     write_log(log, states[:DAMAGE_STEPS])  # the trajectory has several commits, and its ledger grew
     before = process(log, whole)
     scan.Outcome(str(log), scan.listing(log), {}, {"new_steps": DAMAGE_STEPS}).remember(whole)
-    shutil.copytree(log, grown, copy_function=os.link)
+    shutil.copytree(log, grown)
     write_log(grown, states)
     after = process(grown, folder / "grown-out")
     files = [path.relative_to(whole).as_posix() for path in sorted(whole.rglob("*")) if path.is_file()]
@@ -290,20 +305,14 @@ def damage_trials(folder, trials, seed, kinds=None):
     for name in files:
         if not name.endswith(".lock"):
             of_kind.setdefault(kind_of(name), []).append(name)
-    counts = Counter(dict.fromkeys(("kinds", "same", "refused", "silent", "traceback", "unnamed", "bad_advice"), 0))
-    counts["kinds"], bad = len(of_kind), []
-    for kind, (way, change), source in itertools.product(kinds or of_kind, WAYS.items(), (log, grown)):
-        for _ in range(trials):
-            out = shutil.copytree(whole, folder / "trial")
-            path = out / rng.choice(of_kind[kind])
-            content = change(path.read_bytes(), rng)
-            path.unlink() if content is None else path.write_bytes(content)
-            consequence, why = try_damaged(source, out, path, before, before if source == log else after)
-            counts[consequence] += 1
-            if consequence not in ("same", "refused"):
-                bad.append(f"{consequence}: {way} {path.relative_to(out)} ({source.name}): {why}")
-            shutil.rmtree(out)
-    return dict(counts), bad
+    for kind, way, source, _ in itertools.product(kinds or of_kind, ways, (log, grown), range(trials)):
+        out = shutil.copytree(whole, folder / "trial")
+        path = out / rng.choice(of_kind[kind])
+        content = WAYS[way](path.read_bytes(), rng)
+        path.unlink() if content is None else path.write_bytes(content)
+        consequence, why = try_damaged(source, out, path, before, before if source == log else after)
+        yield consequence, f"{consequence}: {way} {path.relative_to(out)} ({source.name}): {why}"
+        shutil.rmtree(out)
 
 
 # Two writers, and a reader ------------------------------------------------------------------------------------
@@ -387,7 +396,9 @@ def main():
             "reader": read_while_written(parts[2], options.seed),
         }
         logging.getLogger("natgrad").setLevel(logging.CRITICAL)
-        counted["damages"], bad_damages = damage_trials(parts[3], options.damages, options.seed)
+        found = list(damage_trials(parts[3], options.damages, options.seed))
+        counted["damages"] = Counter(consequence for consequence, _ in found)
+    bad_damages = [description for consequence, description in found if consequence not in GOOD]
     sys.stdout.write(json.dumps(counted) + "\n")
     sys.stderr.write("".join(f"{one}\n" for one in bad_damages))
     bad = [counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes", "race_other_bytes")]

@@ -292,10 +292,10 @@ def test_a_foreign_folder_is_not_overwritten(run, tmp_path):
     assert (tmp_path / "trajectory.zarr" / "thesis.txt").read_text() == "irreplaceable"
 
 
-def test_other_errors_exit_with_1():
+def test_other_errors_exit_with_3():
     # Standard output is closed, so nothing can be printed.
     done = subprocess.run(["sh", "-c", f"'{NATGRAD}' formats --json >&-"], capture_output=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert b"Traceback" in done.stderr
 
 

@@ -566,7 +566,11 @@ compute_ledger(LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]), limits={lim
         pytest.param("stream", "products", 2 * 4 + 1, {1, 2}, id="in the third ledger chunk, at its first tile"),
         pytest.param(
             # The first record is that of the numbers of all updates.
-            "journal.Journal", "write", 4, {2}, id="in the third ledger chunk, between its data and its record"
+            "journal.Journal",
+            "write",
+            4,
+            {2},
+            id="in the third ledger chunk, between its data and its record",
         ),
     ],
 )
@@ -664,6 +668,34 @@ def test_a_ledger_chunk_with_damaged_updates_is_not_continued(tmp_path, caplog, 
     assert (summary.computed_chunks, summary.computed_updates) == (1, 4)
     assert "checksum mismatch" in caplog.text
     assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+
+
+def read_ledger(path):
+    opened = open_ledger(path)
+    return opened.read(), opened.steps()
+
+
+RECORD = "commits/000000000006.json"
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "missing"])
+@pytest.mark.parametrize("name", ["gram/c/1/0/0/0", RECORD, "step/c/0", "commits/numbers.json"])
+def test_a_damaged_ledger_is_refused_by_readers_and_computed_again(tmp_path, caplog, name, damage):
+    ledger, _ = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
+    expected = bits(ledger)
+    if damage == "missing":
+        (ledger / name).unlink()
+    else:
+        (ledger / name).write_bytes(bytes((ledger / name).stat().st_size))
+    with pytest.raises(InputError) as refused:
+        read_ledger(ledger)
+    no_record = (name, damage) == (RECORD, "missing")  # as after an interrupted pass
+    assert refused.value.where == str(ledger if no_record else ledger / name)
+    assert "natgrad analyze OUT" in refused.value.remedy
+    compute_small(tmp_path / "trajectory.zarr", ledger)
+    assert no_record or "again" in caplog.text
+    assert bits(ledger) == expected
+    read_ledger(ledger)
 
 
 @pytest.mark.parametrize(("state", "computed"), [(17, (2, 9)), (18, (2, 10)), (19, (1, 4)), (20, (1, 3))])

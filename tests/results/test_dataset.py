@@ -886,6 +886,21 @@ def test_results_are_read_back_identically_and_replaced_completely(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
 
+@pytest.mark.parametrize("name", ["model/angle/c/0/0/0", "zarr.json", "checksums.json", "tensor/step/c/0"])
+@pytest.mark.parametrize("damage", ["zeroed", "missing"])
+def test_damaged_results_are_an_error_with_the_file_and_the_remedy(tmp_path, name, damage):
+    path = tmp_path / "results.zarr"
+    dataset.write(dataset.label(table_of(walk())), open_store(path))
+    if damage == "missing":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(bytes((path / name).stat().st_size))
+    with pytest.raises(dataset.Damaged) as refused:
+        dataset.read(open_store(path)).load()
+    assert refused.value.where == str(path / name)
+    assert "natgrad analyze OUT" in refused.value.remedy
+
+
 def test_missing_results_are_an_error_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"there are no results here[\s\S]*natgrad analyze"):
         dataset.read(open_store(tmp_path / "results.zarr"))

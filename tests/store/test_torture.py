@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import torture
+
 
 @pytest.fixture(scope="module")
 def counted():
@@ -18,6 +20,8 @@ def counted():
         "10",
         "--races",
         "3",
+        "--damages",
+        "0",
         "--seed",
         "1",
     ]
@@ -29,6 +33,23 @@ def counted():
 def test_nothing_is_lost_doubled_or_different_when_processes_are_killed(counted):
     assert counted["kills"] == 10
     assert {counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes")} == {0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("trajectory.zarr state", "delete"),
+        ("trajectory.zarr record", "flip"),
+        ("trajectory.zarr loss", "zero"),
+        ("ledger.zarr gram", "zero"),
+        ("ledger.zarr zarr.json", "truncate"),
+        ("results.zarr array", "flip"),
+    ],
+)
+def test_a_damaged_file_gives_the_same_results_or_a_refusal_with_advice(tmp_path, kind, way):
+    found = list(torture.damage_trials(tmp_path, 1, seed=1, ways=[way], kinds=[kind]))
+    assert len(found) == 2  # a log that has grown, and one that has not
+    assert [text for consequence, text in found if consequence not in torture.GOOD] == []
 
 
 def test_at_least_one_of_two_writers_succeeds(counted):

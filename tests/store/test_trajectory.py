@@ -530,15 +530,49 @@ def test_a_damaged_chunk_is_rejected_by_name(path, codec, damage):
     assert "--overwrite" in caught.value.remedy
 
 
+@pytest.mark.parametrize("codec", [None, "zstd"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "zeroed"])
+@pytest.mark.parametrize("name", ["parameter", "gradient", "step", "loss"])
+def test_nothing_is_appended_to_a_damaged_chunk(path, codec, damage, name):
+    arrays = walk_arrays(6, ELEMENTS)
+    first, rest = ({key: array[part] for key, array in arrays.items()} for part in (slice(3), slice(3, 6)))
+    if codec is None:
+        write_trajectory(path, first, SHAPES, CHUNK)
+    else:
+        write_compressed(path, first, codec)
+    chunk = path / name / "c" / ("0/1" if name in arrays else "0")
+    whole = chunk.read_bytes()
+    spoil(chunk, damage)
+    with pytest.raises(InputError, match="cannot read a chunk") as caught:
+        append_states(path, rest)
+    assert caught.value.where == str(chunk)
+    assert "--overwrite" in caught.value.remedy
+    assert open_trajectory(path).n_states == 3
+    chunk.write_bytes(whole)
+    append_states(path, rest)
+    assert_holds(open_trajectory(path), arrays)
+
+
+def test_a_zeroed_state_is_rejected_with_its_array_and_step(path):
+    write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
+    chunk = path / "gradient/c/1/0"
+    spoil(chunk, "zeroed")
+    with pytest.raises(InputError, match="cannot read a chunk of gradient, step 4: checksum mismatch") as caught:
+        open_trajectory(path).read("gradient", 0, 6, 0, np.empty((6, CHUNK[1]), np.float32))
+    assert caught.value.where == str(chunk)
+
+
 def spoil(chunk, damage):
     if damage == "missing":
         chunk.unlink()
+    elif damage == "zeroed":
+        chunk.write_bytes(bytes(len(chunk.read_bytes())))
     else:
         whole = chunk.read_bytes()
         chunk.write_bytes(whole[: len(whole) // 3])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "zeroed"])
 @pytest.mark.parametrize("name", ["step", "attempt", "loss", "learning_rate"])
 def test_a_damaged_scalar_is_rejected_by_name(path, name, damage):
     write_trajectory(path, walk_arrays(2, ELEMENTS), SHAPES, CHUNK)
