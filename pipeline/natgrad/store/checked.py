@@ -59,8 +59,8 @@ def recorded_files(storage: Storage, remedy: str) -> dict[str, Any]:
         If another version of natgrad wrote the results.
     """
     try:
-        version = document_of(storage)["attributes"]["layout_version"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        version = document_of(storage)["attributes"].get("layout_version")
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
         version = LAYOUT_VERSION  # the document is damaged; its checksum tells
     require_version(version, "results", str(storage))
     try:
