@@ -31,9 +31,9 @@ import numpy as np
 
 from logs import random_walk, write_log
 from natgrad.app import scan
-from natgrad.app.api import open_results
 from natgrad.app.describe import describe_run
 from natgrad.app.folder import RunFolder
+from natgrad.app.opening import open_results
 from natgrad.app.run import Analysis, analyze_run, ingest_run
 from natgrad.app.verification import verify_run
 from natgrad.compute.plan import PlanLimits
