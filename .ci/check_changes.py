@@ -25,7 +25,7 @@ def git(*arguments, root=ROOT):
 
 
 def invalid_names(root=ROOT):
-    """Return the files in the folder of fragments that towncrier would not find."""
+    """Return the files in the folder of fragments that towncrier would ignore."""
     with (root / "pyproject.toml").open("rb") as file:
         kinds = "|".join(kind["directory"] for kind in tomllib.load(file)["tool"]["towncrier"]["type"])
     valid = re.compile(rf"(\+[a-z0-9-]+|\d+)\.({kinds}|internal)\.md|\.gitignore")
@@ -33,21 +33,21 @@ def invalid_names(root=ROOT):
 
 
 def changed_files(root=ROOT):
-    """Return the files that differ from the last common commit with main; None if it is not known."""
+    """Return the files that differ from the last common commit with main; None if there is no such commit."""
     bases = [base[0] for name in MAIN if (base := git("merge-base", "HEAD", name, root=root))]
     if not bases:
         return None
-    # A local branch may be ahead of its remote, or behind it: the newer common commit is the right one.
+    # The local main may be ahead of its remote, or behind it. The newer common commit is the right one.
     base = max(bases, key=lambda commit: int(git("rev-list", "--count", commit, root=root)[0]))
     different = git("diff", "--name-only", "--no-renames", "--diff-filter=d", base, root=root)
     deleted = git("diff", "--name-only", "--no-renames", "--diff-filter=D", base, root=root)
     added = git("ls-files", "--others", "--exclude-standard", root=root)
-    # A deleted fragment is not a description of the change.
+    # A deleted fragment does not describe the change.
     return different + added + [name for name in deleted if not name.startswith(FRAGMENTS)]
 
 
 def main(root=ROOT):
-    """Print what is wrong, and return the exit status."""
+    """Print the problem, if there is one, and return the exit status."""
     if wrong := invalid_names(root):
         sys.stdout.write(f"{FRAGMENTS}{wrong[0]}: name it SLUG.KIND.md, see CONTRIBUTING.md, 'Changelog'\n")
         return 1

@@ -1,8 +1,8 @@
-"""Check the lines of the documentation: one sentence per line, and at most 100 columns.
+"""Check the lines of the documentation: one sentence per line, at most 100 columns.
 
 ``python .ci/check_pages.py [FILE ...]`` checks the files, or all pages of the repository. It prints one line per
-finding and exits with 1 if there are any. Tables and the output of commands may be wider, and so may a word that
-cannot be divided, such as a link. Programs may be as wide as the files of the packages.
+finding and exits with 1 if there are any. Tables, the output of commands and words that cannot be divided, such as
+links, may be wider. Example code may be as wide as the code of the packages.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 COLUMNS = 100
 CODE_COLUMNS = 116
-"""Limit for the lines of programs, as for files of Python."""
+"""Limit for lines of example code, the same as for Python files."""
 
 ABBREVIATIONS = ("e.g", "i.e", "eq", "eqs", "Prop", "Props", "Fig", "al", "vs")
 _BEFORE = "".join(rf"(?<!\b{re.escape(word)})" for word in ABBREVIATIONS)
@@ -32,7 +32,7 @@ def check(path: Path) -> list[tuple[int, str, str]]:
         if line.startswith("|"):
             continue
         limit = CODE_COLUMNS if inside else COLUMNS
-        # Two words are a word that cannot be divided, and the mark of a list before it.
+        # A line with two words is a list marker and a word that cannot be divided.
         if len(line) > limit and len(line.split()) > 2 and not (inside and language in OUTPUT):
             found.append((number, f"longer than {limit} columns", line))
         # Titles may have two sentences.
@@ -42,7 +42,7 @@ def check(path: Path) -> list[tuple[int, str, str]]:
 
 
 def main() -> int:
-    """Check the files of the command line, or all pages."""
+    """Check the files on the command line, or all pages."""
     listed = (
         sys.argv[1:]
         or subprocess.run(["git", "ls-files", "*.md"], capture_output=True, text=True, check=True).stdout.split()

@@ -1,1 +1,1 @@
-"""Measure the speed of the pipeline, its limits and its alternatives in one run: ``make bench``."""
+"""Compare the speed of the pipeline with its limits and with alternatives: ``make bench``."""

@@ -1,4 +1,4 @@
-"""Run the benchmarks, write ``bench/benchmark.json`` and print its contents as tables."""
+"""Run the benchmarks, write ``bench/benchmark.json``, and print it as tables."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from benchmarks.options import (
 
 ROOT = Path(__file__).parent.parent
 SPARE_BYTES = 2e9
-"""Bytes of the disk that remain free."""
+"""Bytes of disk space to leave free."""
 
 
 def main(
@@ -38,7 +38,8 @@ def main(
         int, typer.Option(help="Logged states of the main run. The model has size / states / 8 elements.")
     ] = Scale.states,
     sizes: Annotated[
-        str, typer.Option(help="Gigabytes of longer runs of the same model: 1,4,16,32 for all, '' for none.")
+        str,
+        typer.Option(help="Sizes of longer runs of the same model in gigabytes: 1,4,16,32 for all, '' for none."),
     ] = ",".join(f"{size:g}" for size in Scale.sizes),
     tall: Annotated[
         float, typer.Option(help="States of the run with 1,000 parameters (full benchmark: 1e6).")
@@ -48,37 +49,37 @@ def main(
     ] = Scale.wide,
     sweep: Annotated[int, typer.Option(help="Runs of the sweep (full benchmark: 2000).")] = Scale.sweep,
     rounds: Annotated[int, typer.Option(help="Number of times that each task is timed.")] = 5,
-    only: Annotated[str, typer.Option(help="Tasks to run, as an expression of pytest -k.")] = "",
+    only: Annotated[str, typer.Option(help="Tasks to run, as an expression for pytest -k.")] = "",
 ) -> None:
-    """Measure the throughput of the pipeline and its limits. The main run takes four times its size on disk."""
+    """Measure the throughput of the pipeline and its limits. The main run needs four times its size on disk."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     report = ROOT / "bench" / "benchmark.json"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    fitting, left_out, beyond = [], {}, {}
+    fitting, skipped, beyond = [], {}, {}
     for wanted in sorted(float(part) for part in sizes.split(",") if part):
-        why = short_of(wanted * 1e9, report.parent)
+        why = missing_space(wanted * 1e9, report.parent)
         if why:
-            left_out[f"{wanted:g} GB"] = why
+            skipped[f"{wanted:g} GB"] = why
         else:
             fitting.append(wanted)
             beyond[f"{wanted:g} GB"] = beyond_memory(wanted * 1e9)
     needed = {
         "tall": tall * TALL_ELEMENTS * STEP_BYTES,
         "wide": wide * WIDE_STATES * STEP_BYTES,
-        # The sweep, and one run of the same states; each with its log while it is generated.
+        # The sweep, and one run with the same states. While each is generated, its log also exists.
         "sweep": (max(2 * sweep, sweep + 2 * min(sweep, ONE_RUN))) * RUN_BYTES,
-        # Two runs, each with its log and a second ingested copy.
+        # Two runs, each with its log and two ingested copies.
         MANY_LOGS: 6 * min(sweep, LOGGED_SWEEP) * RUN_BYTES,
     }
-    left_out |= {name: why for name, bytes_ in needed.items() if (why := short_of(bytes_, report.parent))}
-    beyond |= {name: beyond_memory(needed[name]) for name in ("tall", "wide") if name not in left_out}
-    if not Path(MEMORY_DISK).exists() or short_of(size * 1e9, Path(MEMORY_DISK)):
-        left_out[IN_MEMORY] = f"the file system in memory ({MEMORY_DISK}) does not have {size:.1f} GB free"
-    works_left_out = [f"not {name}" for name in left_out if name in (*needed, IN_MEMORY)]
-    wanted_works = " and ".join([f"({only})"] * bool(only) + works_left_out)
+    skipped |= {name: why for name, bytes_ in needed.items() if (why := missing_space(bytes_, report.parent))}
+    beyond |= {name: beyond_memory(needed[name]) for name in ("tall", "wide") if name not in skipped}
+    if not Path(MEMORY_DISK).exists() or missing_space(size * 1e9, Path(MEMORY_DISK)):
+        skipped[IN_MEMORY] = f"the memory file system ({MEMORY_DISK}) does not have {size:.1f} GB free"
+    excluded = [f"not {name}" for name in skipped if name in (*needed, IN_MEMORY)]
+    selection = " and ".join([f"({only})"] * bool(only) + excluded)
     arguments = [
         str(ROOT / "benchmarks"),
         f"--rootdir={ROOT}",
@@ -95,25 +96,25 @@ def main(
         "--benchmark-quiet",
         "--timeout=0",
         "--quiet",
-        # A failed task leaves its timer unused; only the failure should be reported.
+        # If a task fails, its timer is unused. Report only the failure.
         "-Wignore::pytest_benchmark.logger.PytestBenchmarkWarning",
         # Another user may run a Dask scheduler on this machine.
         "-Wignore:Port 8787 is already in use:UserWarning",
         "-Wignore:unclosed <socket:ResourceWarning",
         "-pno:cacheprovider",
     ]
-    code = pytest.main([*arguments, *(["-k", wanted_works] if wanted_works else [])])
+    code = pytest.main([*arguments, *(["-k", selection] if selection else [])])
     if code:
         sys.exit(int(code))
     show(json.loads(report.read_text()), console)
-    for name, why in left_out.items():
+    for name, why in skipped.items():
         console.print(f"skipped: {name}, because {why}")
     for name, why in beyond.items():
         if why:
             console.print(f"{name}: {why}")
 
 
-def short_of(size: float, folder: Path) -> str:
+def missing_space(size: float, folder: Path) -> str:
     """Return a message if this many bytes do not fit on the disk, else an empty string."""
     free = shutil.disk_usage(folder).free
     fits = size + SPARE_BYTES <= free
@@ -121,7 +122,7 @@ def short_of(size: float, folder: Path) -> str:
 
 
 def beyond_memory(size: float) -> str:
-    """Return a message if this many bytes do not fit into memory, so that the disk limits all reads."""
+    """Return a message if this many bytes do not fit into memory: the disk then limits all reads."""
     memory = psutil.virtual_memory().available
     return (
         f"it does not fit into {memory / 1e9:.0f} GB of memory, so the speed of the disk is measured"
@@ -132,14 +133,14 @@ def beyond_memory(size: float) -> str:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Print rates and memory, ratios of rates, and the fixed cost of a pass."""
-    works = {entry["name"]: entry for entry in report["benchmarks"]}
-    title = {name: entry["extra_info"]["title"] for name, entry in works.items()}
+    tasks = {entry["name"]: entry for entry in report["benchmarks"]}
+    title = {name: entry["extra_info"]["title"] for name, entry in tasks.items()}
     rates = Table(
         "task", title="rate", caption="GB/s of elapsed time; resident MB of all processes and of the largest"
     )
     for heading in ("GB", "GB/s", "min", "max", "ms/run", "idle MB", "peak MB", "largest", "plan"):
         rates.add_column(heading, justify="right")
-    for name, entry in works.items():
+    for name, entry in tasks.items():
         facts = entry["extra_info"]
         memory = [facts[key] for key in ("memory_before", "memory_peak", "memory_of_a_process")]
         rates.add_row(
@@ -156,7 +157,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     for ratio in report["ratios"]:
         numbers = [*(ratio[key] for key in ("median", "min", "max")), ratio["processor"]["median"]]
         ratios.add_row(title[ratio["of"]], title[ratio["to"]], *(f"{number:.3g}" for number in numbers))
-    if works:
+    if tasks:
         console.print(rates, ratios)
     if call := report["first_call_seconds"]:
         console.print(

@@ -1,4 +1,4 @@
-"""Generate the runs, and add rates, ratios and memory to the JSON report."""
+"""Generate the runs, and add rates, ratios and memory use to the JSON report."""
 
 import os
 import statistics
@@ -16,7 +16,7 @@ from pytest_benchmark.stats import Stats
 from benchmarks.fixed_cost import fixed_cost_of
 from benchmarks.options import Scale
 from benchmarks.runs import Runs
-from benchmarks.works import groups
+from benchmarks.tasks import groups
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
@@ -46,16 +46,16 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     # All tasks of a group run in the first turn, then all in the second turn, and so on, so that other load on the
-    # machine affects all of them equally. Groups run one after the other, because each has its own runs on disk.
+    # machine affects them equally. Groups run one after another, because each has its own runs on disk.
     if "turn" in metafunc.fixturenames:
         option = metafunc.config.option
-        works = [
+        tasks = [
             (group, name, turn)
             for group, members in groups(option.sizes).items()
             for turn in range(option.rounds)
-            for name in members.works
+            for name in members.tasks
         ]
-        metafunc.parametrize(("group", "name", "turn"), works, ids=[f"{g}/{n}-{turn}" for g, n, turn in works])
+        metafunc.parametrize(("group", "name", "turn"), tasks, ids=[f"{g}/{n}-{turn}" for g, n, turn in tasks])
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def runs(pytestconfig):
 
 
 def resident_bytes(process):
-    """Return the resident bytes of a process and of each of its children. A process that has ended has none."""
+    """Return the resident bytes of a process and of each of its children, without processes that have ended."""
     found = []
     try:
         for member in [process, *process.children(recursive=True)]:
@@ -96,10 +96,10 @@ def memory_of(name, files):
     """Measure the resident bytes of a process that runs a task: initial bytes, peak, and peak of one process.
 
     The peak of a process cannot be reset, so each task has its own process. The peak is sampled, because the peak
-    that the system records for a child starts with the memory of its parent.
+    that the system records for a child process starts at the memory of its parent.
     """
     files.clear()
-    command = [sys.executable, "-m", "benchmarks.works", str(files.folder), name]
+    command = [sys.executable, "-m", "benchmarks.tasks", str(files.folder), name]
     with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         found = resident_bytes(process)
@@ -117,13 +117,13 @@ def memory_of(name, files):
 
 @pytest.fixture(scope="session")
 def memory():
-    """Function that measures the memory of a task once, before the task is timed."""
+    """Function that measures the memory of a task once, before it is timed."""
     return cache(memory_of)
 
 
 @pytest.fixture(scope="session")
 def fixed_cost(runs):
-    """Times of the phases of the complete command on a tiny run."""
+    """Times of the phases of the full command on a tiny run."""
     return fixed_cost_of(runs.folder / "tiny")
 
 

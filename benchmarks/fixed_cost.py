@@ -26,11 +26,11 @@ TURNS = 3
 _SHOWN = 8
 
 
-# In a new process: nothing heavy is imported above, so that the phases include all imports --------------------
+# In a new process: the imports above are fast, so that the phases include all slow imports --------------------
 
 
 def phases(log: Path, out: Path) -> dict[str, float]:
-    """Process a log and return the seconds of each phase. Their sum is the time of the process."""
+    """Process a log and return the seconds of each phase, which add up to the time of the process."""
     import psutil
 
     found: dict[str, float] = {}
@@ -72,7 +72,7 @@ def phases(log: Path, out: Path) -> dict[str, float]:
 
 
 def write_tiny_log(folder: Path) -> None:
-    """Write 25 steps of a model of 17 elements."""
+    """Write 25 steps of a model with 17 elements."""
     import numpy as np
     import safetensors.numpy
 
@@ -113,17 +113,17 @@ def fixed_cost_of(folder: Path) -> dict[str, Any]:
     natgrad = [sys.executable, "-c", "from natgrad_flows.cli import main; main()", "process", str(log), "--quiet"]
     compiled = os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled")}
     first = seconds_of([*natgrad, str(folder / "first")], compiled)
-    totals, works, parts = [], [], []
+    totals, processor_times, parts = [], [], []
     for turn in range(TURNS):
         wall, used, _ = seconds_of([*natgrad, str(folder / f"out_{turn}")], compiled)
         totals.append(wall)
-        works.append(used)
+        processor_times.append(used)
         command = [sys.executable, "-m", "benchmarks.fixed_cost", str(log), str(folder / f"phases_{turn}")]
         parts.append(json.loads(seconds_of(command, compiled)[2]))
     return {
         "first_ever": {"seconds": first[0], "processor_seconds": first[1]},
         "total": {"median": median(totals), "min": min(totals), "max": max(totals)},
-        "processor": {"median": median(works), "min": min(works), "max": max(works)},
+        "processor": {"median": median(processor_times), "min": min(processor_times), "max": max(processor_times)},
         "phases": {
             name: {
                 "median": median(part[name] for part in parts),

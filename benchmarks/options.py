@@ -1,4 +1,4 @@
-"""Define the sizes of generated runs. This module imports no package: pytest would warn about early imports."""
+"""Define the sizes of generated runs. This module has no imports, because pytest would warn about early imports."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,14 @@ RUN_BYTES = SWEEP_STEPS * SWEEP_ELEMENTS * STEP_BYTES
 """Bytes of training state of each run of a sweep."""
 
 ONE_RUN, LOGGED_SWEEP = 250, 200
-"""Number of runs of a sweep with as many states as the single run, and largest number of runs of the ingested
-sweep. The single run fits into memory together with a complete sweep. Both logs and their stores fit on the
-disk."""
+"""Number of runs of the sweep that has as many states as the single run, and maximum number of runs of the ingested
+sweep. The single run and a complete sweep fit into memory together. Both logs and their stores fit on the disk."""
 
 TALL_ELEMENTS, WIDE_STATES = 1000, 64
 
 MANY_LOGS, IN_MEMORY = "many_logs", "in_memory"
 MEMORY_DISK = "/dev/shm"
-"""A file system in memory, where writes need not wait for a disk."""
+"""A file system in memory, so that writes do not wait for a disk."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Scale:
     sweep: int = 500
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the tensors of the model: square layers with biases, which cross the boundaries of chunks."""
+        """Return the tensors of the model: square layers with biases, which cross chunk boundaries."""
         layers = max(1, round(self.size * 1e9 / (self.states * STEP_BYTES * (HIDDEN + 1) * HIDDEN)))
         return {f"layer.{k}.{name}": shape for k in range(layers) for name, shape in _LAYER.items()}
 

@@ -1,4 +1,4 @@
-"""Generate the runs on which tasks are measured. They are removed when the next runs are generated."""
+"""Generate the runs for the measured tasks. They are removed when the next runs are generated."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Files:
         return sorted(path for path in self.log.rglob("*") if path.is_file())
 
     def chunks(self) -> list[Path]:
-        """Return the files of the chunks of training state, which the pass must read."""
+        """Return the chunk files of the training state, which the pass must read."""
         return sorted(path for name in ("parameter", "gradient") for path in (self.trajectory / name).glob("c/*/*"))
 
     def runs(self) -> int:
@@ -84,8 +84,8 @@ class Files:
 def descent(elements: int, states: int, seed: int = 0) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Yield the flat parameters and gradients of noisy gradient descent on a quadratic loss, state by state.
 
-    The noise of a state is a slice of one pool of random numbers. Drawing new numbers would take longer than the
-    measured tasks.
+    The noise of each state is a slice of one pool of random numbers, because drawing new numbers would take longer
+    than the measured tasks.
     """
     generator = np.random.default_rng(seed)
     pool = generator.standard_normal(_POOL, np.float32)
@@ -97,7 +97,7 @@ def descent(elements: int, states: int, seed: int = 0) -> Iterator[dict[str, NDA
 
 
 def _noise(pool: NDArray[np.float32], shift: int, elements: int) -> NDArray[np.float32]:
-    """Return elements of the pool from an offset, continuing from its start at its end."""
+    """Return elements of the pool, starting at an offset and wrapping around at the end."""
     parts, wanted = [], elements
     while wanted:
         parts.append(pool[shift : shift + wanted])
@@ -106,7 +106,7 @@ def _noise(pool: NDArray[np.float32], shift: int, elements: int) -> NDArray[np.f
 
 
 def stacked_descent(elements: int, states: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Return the states of a small run like `descent` at once, as arrays (step, element)."""
+    """Return all states of a small run like `descent`, as arrays (step, element)."""
     generator = np.random.default_rng(seed)
     theta = generator.standard_normal(elements, np.float32)
     noise = generator.standard_normal((states, elements), np.float32)
@@ -182,7 +182,7 @@ def states_of(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
 Maker = Callable[[Files, Scale], None]
 
 _STORED_OTHERWISE = ("zstd", "lz4", "bfloat16")
-"""Codecs and dtypes of further copies of the main run."""
+"""Codecs and dtypes of additional copies of the main run."""
 
 
 def logged_run(files: Files, scale: Scale) -> None:
@@ -234,13 +234,13 @@ def sweep(files: Files, scale: Scale, runs: int | None = None) -> None:
 
 
 def one_run(files: Files, scale: Scale, runs: int) -> None:
-    """Write the log of one run with as many states as a number of runs of the sweep, in one file, and ingest it."""
+    """Write the log of one run with as many states as ``runs`` runs of the sweep, in one file, and ingest it."""
     stacked_log(files.log / "run.npz", SWEEP_STEPS * min(runs, scale.sweep), 0)
     ingest([open_storage(files.log)], open_store(files.trajectory))
 
 
 def without_log(make: Maker, files: Files, scale: Scale) -> None:
-    """Generate a run, and remove its log."""
+    """Generate a run and remove its log."""
     make(files, scale)
     shutil.rmtree(files.log)
 
@@ -284,7 +284,7 @@ class Runs:
                 shutil.rmtree(path)
 
     def get(self, name: str) -> Files:
-        """Return a run and its reference ledger, and generate them if they do not exist."""
+        """Return a run and its reference ledger. They are generated if they do not exist."""
         files = Files(self.folder / name)
         if not files.written.exists():
             files.folder.mkdir(parents=True, exist_ok=True)

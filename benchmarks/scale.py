@@ -1,9 +1,9 @@
-"""Simulate a pass too large for this machine, with the real plan and scheduler and a sleep instead of the kernel.
+"""Simulate a pass that is too large for one machine: real plan and scheduler, but a sleep instead of the kernel.
 
     python -m benchmarks.scale [--parameters 1e9] [--steps 1e4] [--tensors 500] [--workers 4] [--seconds 0]
 
-It prints the numbers in `docs/explanation/scale.md`: tasks, bytes sent over the network,
-throughput and memory of the scheduler.
+prints the numbers in `docs/explanation/scale.md`: tasks, bytes sent over the network, throughput and memory of the
+scheduler.
 """
 
 from __future__ import annotations

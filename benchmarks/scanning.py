@@ -1,7 +1,7 @@
-"""Measure the overhead of flows: a run with and without a flow, and a scan of 1,000 unchanged runs.
+"""Measure the overhead of flows: one run with and without a flow, and a scan of 1,000 unchanged runs.
 
 Run as ``python -m benchmarks.scanning [RUNS]``. It starts a Prefect server with SQLite before anything is timed.
-The numbers are medians of a few turns, and other load on the machine affects them.
+The numbers are medians of a few turns. Other load on the machine affects them.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def main(runs=1000):
 
         base = Path(folder)
         log = write_log(base / "log", 0)
-        # The first run of each kind loads libraries and compiles the kernel, which is not measured here.
+        # The first run of each kind loads libraries and compiles the kernel, which should not be measured.
         by_hand(log, base / "warm-by-hand")
         process_run(log, base / "warm-flow", workers=1)
         bare = [seconds(empty) for _ in range(TURNS)]

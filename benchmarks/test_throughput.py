@@ -1,7 +1,7 @@
-"""Time the tasks in turns."""
+"""Time the tasks, in turns."""
 
 from benchmarks.conftest import FIRST_CALL, FIXED_COST, processor_seconds
-from benchmarks.works import groups
+from benchmarks.tasks import groups
 from natgrad.compute.ledger_pass import PassSummary
 
 
@@ -16,18 +16,18 @@ def test_fixed_cost(fixed_cost, pytestconfig):
 
 
 def test_throughput(benchmark, runs, memory, pytestconfig, group, name, turn):
-    works = groups(pytestconfig.option.sizes)[group].works
-    work = works[name]
-    runs.need({each.run for each in works.values()})
-    files = runs.get(work.run)
+    tasks = groups(pytestconfig.option.sizes)[group].tasks
+    task = tasks[name]
+    runs.need({each.run for each in tasks.values()})
+    files = runs.get(task.run)
     benchmark.group = f"{group}/{name}"
-    facts = {"title": work.title, "turn": turn, "bytes": work.size(files), "runs": files.runs()}
+    facts = {"title": task.title, "turn": turn, "bytes": task.size(files), "runs": files.runs()}
     facts |= memory(benchmark.group, files)
-    with work.prepare(files) as run:
+    with task.prepare(files) as run:
         files.clear()
-        # The first run fills all caches, and its result is checked before the task is timed.
+        # The first run fills all caches. Its result is checked before the task is timed.
         answer = run()
-        work.check(files, answer)
+        task.check(files, answer)
         if isinstance(answer, PassSummary):
             facts["memory_projected"] = answer.plan.projected_bytes
         before = []

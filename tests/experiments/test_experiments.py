@@ -462,10 +462,10 @@ def test_idx_files_are_read_plain_or_packed(tmp_path, joint, packed):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"images": idx(IMAGES)[:-1]}, "(?s)has 159 bytes, not 160.*train-images-idx3-ubyte.*truncated"),
-        ({"images": idx(IMAGES) + b"x"}, "has 161 bytes, not 160"),
-        ({"images": idx(IMAGES)[:9]}, "not an idx file of 3 dimensions"),
-        ({"images": b""}, "not an idx file of 3 dimensions"),
+        ({"images": idx(IMAGES)[:-1]}, "(?s)160 bytes, but this file has 159.*train-images-idx3-ubyte.*truncated"),
+        ({"images": idx(IMAGES) + b"x"}, "160 bytes, but this file has 161"),
+        ({"images": idx(IMAGES)[:9]}, "not an idx file with 3 dimensions"),
+        ({"images": b""}, "not an idx file with 3 dimensions"),
         ({"images": idx(LABELS)}, "starts with 00000801, not 00000803"),
         ({"labels": idx(IMAGES)}, "starts with 00000803, not 00000801"),
         ({"labels": idx(LABELS[:-1])}, "12 images but 11 labels"),

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from natgrad.experiments import __main__ as command_line
 from natgrad.experiments import learning_rules
 from natgrad.experiments.digits import Digits, load_digits
-from natgrad.experiments.learning_rules import LAYERS, RULES, Situation, carry_back, log_learning_rules, oja
+from natgrad.experiments.learning_rules import LAYERS, RULES, RuleContext, log_learning_rules, oja, propagate_back
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import unit_roundoff
 from natgrad.schema.variables import Status
@@ -83,27 +83,27 @@ def exact_loss(weights, inputs, labels):
     return total / len(labels)
 
 
-def forward_bounds(weights, sweep):
+def forward_bounds(weights, forward):
     """Bounds of the rounding of the inputs of every layer, and of the scores, to first order."""
-    off = [np.zeros_like(sweep.activities[0])]
-    for weight, sources in zip(weights.values(), sweep.activities, strict=True):
+    off = [np.zeros_like(forward.activities[0])]
+    for weight, sources in zip(weights.values(), forward.activities, strict=True):
         sums = (off[-1] + worst_case(weight.shape[1]) * np.abs(sources)) @ np.abs(weight).T
         # tanh does not stretch, and is computed to two units in the last place.
         off.append(sums + 4 * U)
     return off[:-1], sums
 
 
-def gradient_bounds(weights, sweep):
+def gradient_bounds(weights, forward):
     """Bounds of the rounding of every gradient: each operation's own, and what it hands on, to first order."""
-    off, scores_off = forward_bounds(weights, sweep)
-    images, classes = sweep.errors.shape
-    shift = np.abs(sweep.scores).max(axis=1, keepdims=True)
+    off, scores_off = forward_bounds(weights, forward)
+    images, classes = forward.errors.shape
+    shift = np.abs(forward.scores).max(axis=1, keepdims=True)
     relative = 2 * scores_off.max(axis=1, keepdims=True) + worst_case(classes + 8) + 4 * U * shift
-    error, error_off = np.abs(sweep.errors), np.full_like(sweep.errors, 1.0 / images) * relative
+    error, error_off = np.abs(forward.errors), np.full_like(forward.errors, 1.0 / images) * relative
     bounds = {}
     for layer in reversed(LAYERS):
         index = LAYERS.index(layer)
-        sources, sources_off = np.abs(sweep.activities[index]), off[index]
+        sources, sources_off = np.abs(forward.activities[index]), off[index]
         bounds[layer] = error_off.T @ sources + error.T @ sources_off + worst_case(images) * error.T @ sources
         weight = np.abs(weights[layer])
         brought = error @ weight
@@ -116,15 +116,15 @@ def gradient_bounds(weights, sweep):
 @pytest.mark.parametrize("seed", range(3))
 def test_backpropagation_is_the_derivative_of_the_loss(seed):
     weights, inputs, labels = small_network(seed)
-    sweep = learning_rules.sweep_forward(weights, inputs, labels)
-    gradient = carry_back(sweep, list(weights.values())[1:])
-    bounds = gradient_bounds(weights, sweep)
+    forward = learning_rules.forward_pass(weights, inputs, labels)
+    gradient = propagate_back(forward, list(weights.values())[1:])
+    bounds = gradient_bounds(weights, forward)
     with mp.workdps(60):
         exactly = {layer: [exact(row) for row in weight] for layer, weight in weights.items()}
         # A loss is off by twice the worst score, and by the roundings of the softmax, the logarithm and the mean.
-        scores_off, size = forward_bounds(weights, sweep)[1].max(), np.abs(sweep.scores).max()
+        scores_off, size = forward_bounds(weights, forward)[1].max(), np.abs(forward.scores).max()
         loss_bound = 2 * scores_off + worst_case(10 + 6 + 8) * (1 + 2 * size)
-        assert abs(sweep.loss - exact_loss(exactly, inputs, labels)) <= loss_bound
+        assert abs(forward.loss - exact_loss(exactly, inputs, labels)) <= loss_bound
         assert all(gradient[name].shape == weight.shape for name, weight in weights.items())
         expected = derivatives(lambda moved: exact_loss(moved, inputs, labels), exactly)
         for (name, row, column), derivative in expected:
@@ -134,24 +134,24 @@ def test_backpropagation_is_the_derivative_of_the_loss(seed):
 def test_scores_that_overflow_an_exponential_have_a_loss_and_a_gradient():
     weights, inputs, labels = small_network(0)
     weights[LAYERS[-1]] *= 1e4
-    sweep = learning_rules.sweep_forward(weights, inputs, labels)
-    assert np.isfinite(sweep.loss)
-    assert all(np.isfinite(slope).all() for slope in carry_back(sweep, list(weights.values())[1:]).values())
+    forward = learning_rules.forward_pass(weights, inputs, labels)
+    assert np.isfinite(forward.loss)
+    assert all(np.isfinite(slope).all() for slope in propagate_back(forward, list(weights.values())[1:]).values())
 
 
 def test_fixed_feedback_leaves_the_last_layer_its_gradient_and_the_others_not():
     weights, inputs, labels = small_network(0)
-    sweep = learning_rules.sweep_forward(weights, inputs, labels)
-    gradient = carry_back(sweep, list(weights.values())[1:])
+    forward = learning_rules.forward_pass(weights, inputs, labels)
+    gradient = propagate_back(forward, list(weights.values())[1:])
     random = np.random.default_rng(1)
     feedback = [random.standard_normal((3, 4)), random.standard_normal((10, 3))]
     direct = [random.standard_normal((10, 4)), feedback[1]]
-    for found in (carry_back(sweep, feedback), carry_back(sweep, direct, direct=True)):
+    for found in (propagate_back(forward, feedback), propagate_back(forward, direct, direct=True)):
         np.testing.assert_array_equal(found[LAYERS[2]], gradient[LAYERS[2]])
         for layer in LAYERS[:2]:
             assert np.linalg.norm(found[layer] - gradient[layer]) > 0.1 * np.linalg.norm(gradient[layer])
     # To the last hidden layer the outputs are the layer above: there both ways are one.
-    one, other = carry_back(sweep, feedback), carry_back(sweep, direct, direct=True)
+    one, other = propagate_back(forward, feedback), propagate_back(forward, direct, direct=True)
     np.testing.assert_array_equal(one[LAYERS[1]], other[LAYERS[1]])
     assert (one[LAYERS[0]] != other[LAYERS[0]]).any()
 
@@ -171,9 +171,9 @@ def test_all_rules_start_alike_and_log_the_gradient_of_one_objective(logs):
         assert (rates == RULES[name].learning_rate).all()
         for step in range(STEPS + 1):
             weights = {k: arrays["parameter", k][step].reshape(shape) for k, shape in shapes.items()}
-            sweep = learning_rules.sweep_forward(weights, inputs, digits.labels[inside])
-            assert sweep.loss == losses[step]
-            for layer, slope in carry_back(sweep, list(weights.values())[1:]).items():
+            forward = learning_rules.forward_pass(weights, inputs, digits.labels[inside])
+            assert forward.loss == losses[step]
+            for layer, slope in propagate_back(forward, list(weights.values())[1:]).items():
                 np.testing.assert_array_equal(arrays["gradient", layer][step], slope.ravel())
         assert (name == "weight-perturbation") == any(key[0].startswith("replicate") for key in arrays)
         for key, array in arrays.items():
@@ -271,14 +271,14 @@ def test_the_control_is_obtuse_everywhere_and_has_no_metric(trees, logs):
 
 
 def situation(y, seed=0):
-    """Situation of a rule on the loss -y.theta + |theta|^2 / 2 at 0, where the gradient is -y."""
+    """Context of a rule on the loss -y.theta + |theta|^2 / 2 at 0, where the gradient is -y."""
     weights = {"theta": np.zeros_like(y)}
 
     def loss(weights):
         return float(weights["theta"] @ weights["theta"] / 2 - y @ weights["theta"])
 
     random = np.random.default_rng(seed)
-    return Situation(0, weights, {"theta": -y}, None, None, loss, [], [], random)
+    return RuleContext(0, weights, {"theta": -y}, None, None, loss, [], [], random)
 
 
 def test_weight_perturbation_descends_in_every_mean_by_the_mean_square_of_its_slopes():
@@ -295,8 +295,8 @@ def test_weight_perturbation_descends_in_every_mean_by_the_mean_square_of_its_sl
 
 def test_the_mean_of_weight_perturbation_is_the_negative_gradient():
     y = np.random.default_rng(3).standard_normal(10)
-    now, turns = situation(y), 100
-    updates = np.array([learning_rules.weight_perturbation(now)["theta"] for _ in range(turns)])
+    context, turns = situation(y), 100
+    updates = np.array([learning_rules.weight_perturbation(context)["theta"] for _ in range(turns)])
     # The update of one perturbation, (y.v) v, has the covariance |y|^2 I + y y'. The mean square error of a mean
     # of N is its trace over N; four times that is exceeded with a chance of one in four at most (Markov).
     count = turns * learning_rules.PERTURBATIONS
@@ -322,9 +322,11 @@ def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs
     shapes = dict(zip(LAYERS, ((4, 6), (4, 4), (10, 4)), strict=True))
     for step, draw in np.ndindex(STEPS, learning_rules.DRAWS):
         weights = {k: states[k][step, draw].reshape(shapes[k]) for k in LAYERS}
-        sweep = learning_rules.sweep_forward(weights, inputs, digits.labels[inside])
-        assert float(found["replicate_loss_decrease"][step, draw]) == model(trees[name])["loss"][step] - sweep.loss
-        for layer, slope in carry_back(sweep, list(weights.values())[1:]).items():
+        forward = learning_rules.forward_pass(weights, inputs, digits.labels[inside])
+        assert (
+            float(found["replicate_loss_decrease"][step, draw]) == model(trees[name])["loss"][step] - forward.loss
+        )
+        for layer, slope in propagate_back(forward, list(weights.values())[1:]).items():
             bent = arrays["replicate_hvp", layer].reshape(STEPS + 1, learning_rules.DRAWS, -1)[step, draw]
             np.testing.assert_array_equal(bent, slope.ravel() - arrays["gradient", layer][step])
     # The mean of the draws is the update, so its angles agree up to the rounding of the states.
@@ -352,20 +354,20 @@ def test_the_subspace_rule_of_oja_converges_to_its_fixed_points():
 
 def test_the_hebbian_rule_does_not_use_errors(logs):
     weights, inputs, labels = small_network(0)
-    sweep = learning_rules.sweep_forward(weights, inputs, labels)
-    gradient = carry_back(sweep, list(weights.values())[1:])
+    forward = learning_rules.forward_pass(weights, inputs, labels)
+    gradient = propagate_back(forward, list(weights.values())[1:])
     random = np.random.default_rng(0)
     updates = []
     for factor in (1.0, np.nan):
         nothing = {layer: factor * slope for layer, slope in gradient.items()}
-        blind = learning_rules.Sweep(factor, sweep.activities, sweep.scores, factor * sweep.errors)
-        now = Situation(0, weights, nothing, blind, labels, None, [], [], random)
-        updates.append(learning_rules.hebbian(now))
+        blind = learning_rules.ForwardPass(factor, forward.activities, forward.scores, factor * forward.errors)
+        context = RuleContext(0, weights, nothing, blind, labels, None, [], [], random)
+        updates.append(learning_rules.hebbian(context))
     for layer in LAYERS:
         np.testing.assert_array_equal(*(update[layer] for update in updates))
         assert np.isfinite(updates[0][layer]).all()
     teacher = np.eye(10)[labels] - np.eye(10)[labels].mean(axis=0)
-    last = teacher.T @ (sweep.activities[2] - teacher @ weights[LAYERS[2]]) / len(labels)
+    last = teacher.T @ (forward.activities[2] - teacher @ weights[LAYERS[2]]) / len(labels)
     rounding = worst_case(40) * (np.abs(teacher).T @ (1 + np.abs(teacher @ weights[LAYERS[2]])))
     assert (np.abs(updates[0][LAYERS[2]] - last) <= rounding).all()
 

@@ -48,12 +48,12 @@ def pins(lock):
     return found
 
 
-def left_out(variable):
+def excluded(variable):
     """Return the packages in a variable of the Makefile."""
     return set(re.search(rf"^{variable} := (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 
 
-LOCKS = {"requirements.lock": left_out("LEFT_OUT"), "requirements-demo.lock": left_out("LEFT_OUT_OF_DEMO")}
+LOCKS = {"requirements.lock": excluded("EXCLUDED"), "requirements-demo.lock": excluded("EXCLUDED_FROM_DEMO")}
 EXTRAS = {"requirements.lock": ("dev", "writers"), "requirements-demo.lock": ("build", "experiments")}
 
 
@@ -95,7 +95,7 @@ def test_a_lock_contains_declared_and_build_requirements(lock):
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_omits_only_packages_listed_in_the_makefile(lock):
-    # Set-up tells pip not to report missing requirements, because these are missing on purpose.
+    # The set-up tells pip to ignore missing requirements, because these are excluded intentionally.
     names = {pin.name for pin in pins(lock) if pin.is_for_this_platform}
     assert not names & LOCKS[lock]
     missing = {}
@@ -119,6 +119,6 @@ def test_set_up_prints_the_errors_of_pip_and_the_path_of_its_log(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert "Installing the packages of some.lock" in done.stdout
+    assert "Installing the packages in some.lock" in done.stdout
     assert "ERROR: No matching distribution found for no-such-package==1.0" in done.stderr
     assert "no-such-package" in (tmp_path / ".venv" / "pip.log").read_text()

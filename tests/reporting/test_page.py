@@ -227,7 +227,7 @@ def test_an_older_page_is_replaced_and_nothing_else_is_left(tmp_path):
     target.parent.mkdir()
     target.write_text("an older page")
     assert report.write_report({}, target) == target
-    assert "There is no run to report." in target.read_text("utf-8")
+    assert "There are no runs to report." in target.read_text("utf-8")
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -335,7 +335,7 @@ def test_results_without_a_step_give_a_page_that_states_this(tree, tmp_path):
 
 def test_no_run_gives_a_page_that_states_this(tmp_path):
     seen = Page(report.write_report({}, tmp_path / "page.html"))
-    assert "There is no run to report." in seen.text
+    assert "There are no runs to report." in seen.text
     assert seen.images == []
 
 

@@ -175,7 +175,7 @@ def test_runs_that_start_differently_are_an_error(folders, sweep, runs, tmp_path
 
 def test_runs_that_cannot_be_drawn_are_an_error(folders, plane, runs, tmp_path, capsys):
     _, top = folders
-    with pytest.raises(InputError, match="a run of 8 parameters cannot be drawn in a plane"):
+    with pytest.raises(InputError, match="a run with 8 parameters cannot be drawn in a plane"):
         Plane.read(top / "linear" / "trajectory.zarr")
     with pytest.raises(InputError, match="no quadratic loss has the gradients"):
         replace(plane, gradients=plane.gradients**3).hessian()

@@ -21,7 +21,7 @@ BROKEN = {
     "does not exist": ("", "AttributeError"),
     "is not Python": ("def", "SyntaxError"),
     "is not a format": ("READER = 1", "is not an instance of natgrad.sources.formats.Format, but 1"),
-    "has a name in use": (FORMAT.format(name="csv", find="return True"), "the name 'csv' is taken"),
+    "has a name in use": (FORMAT.format(name="csv", find="return True"), "the name 'csv' is already in use"),
     "cannot examine": (FORMAT.format(name="mine", find="return 1 / 0"), "ZeroDivisionError"),
 }
 

@@ -389,7 +389,7 @@ def test_an_open_object_is_one_object(url):
     step = put_log(url, logs.random_walk(1), "safetensors") / "step_0.safetensors"
     region, out = ObjectRegion(step), np.empty(8, np.uint8)
     put_step(url, 0, logs.random_walk(1, seed=1)[0], "safetensors")
-    with pytest.raises(Unavailable, match="the object changed while it was read"), network_errors(step):
+    with pytest.raises(Unavailable, match="the object changed while it was being read"), network_errors(step):
         region.fill(0, out)
     region.close()
 
@@ -548,7 +548,7 @@ class PutAgain(ObjectStorage):
 def test_a_log_of_scalars_that_is_put_again_while_it_is_read_is_left_for_later(url, tmp_path):
     log = put_without_scalars(url / "log", 3)
     source = put_scalars(url / "scalars", write_csv, VALUES[:3])
-    with pytest.raises(Unavailable, match="the object changed while it was read"):
+    with pytest.raises(Unavailable, match="the object changed while it was being read"):
         run.ingest_run([log, PutAgain(source.fs, source.scheme, source.key)], tmp_path / "out")
 
 
@@ -610,7 +610,7 @@ def test_a_store_that_does_not_answer_is_a_temporary_error(newly_opened, monkeyp
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(newly_opened, "retries", 1)
-    with pytest.raises(Unavailable, match="the object store does not answer: EndpointConnectionError") as refusal:
+    with pytest.raises(Unavailable, match="the object store does not respond: EndpointConnectionError") as refusal:
         describe_run("s3://bucket/run")
     assert refusal.value.where == "s3://bucket/run"
     assert watch.error_parts(refusal.value)["heals"]

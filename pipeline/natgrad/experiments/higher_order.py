@@ -2,8 +2,8 @@
 
 A rule with memory may step uphill, and no metric explains such an update in terms of the loss alone. The paper
 extends the state by the memory (section 1, footnote 1). If a Lyapunov function E of the extended state is known,
-it replaces the loss, and the rule is natural gradient descent on E. With d = theta_t - theta_{t-1}, the following
-is known:
+it replaces the loss, and the rule is natural gradient descent on E. With d = theta_t - theta_{t-1}, these results
+are known:
 
 *Heavy ball*, on any f whose gradient has the Lipschitz constant L, convex or not:
 E = f(theta) + (1/eta - L/2)/2 |d|^2 decreases if eta < 2 (1 - beta) / L (Ochs et al.). In this case y.g > 0 also
@@ -21,8 +21,8 @@ factor 1 - 1/sqrt(kappa) per step (Bansal, Gupta; Wilson et al.). E is convex, s
 E = f(theta) + eta/(2 (1 - beta_1)) sum m^2/(sqrt(s) + epsilon) decreases if 1 - beta_2 <= 4 (1 - beta_1)
 (Barakat, Bianchi). The rule itself, with steps of finite length, has no Lyapunov function on all of its states,
 because it has cycles even on quadratics (Bock, Weiß). With epsilon = 0, for example, a cycle leads from
-theta = eta (1 - beta_1)/(2 (1 + beta_1)) to -theta and back. Therefore it is not guaranteed, but measured, which
-updates are effective with this E.
+theta = eta (1 - beta_1)/(2 (1 + beta_1)) to -theta and back. Which updates are effective with this E is therefore
+not guaranteed, but measured.
 
 References
 ----------
@@ -147,7 +147,7 @@ def draw_objective(name: str, dimension: int, random: np.random.Generator) -> Ob
 
 
 class Rule(Protocol):
-    """A rule with memory, as a rule without memory on the extended state (``theta`` and the memory)."""
+    """A rule with memory, written as a rule without memory on the extended state (``theta`` and the memory)."""
 
     @property
     def learning_rate(self) -> float:
@@ -173,7 +173,7 @@ class HeavyBall:
     Raises
     ------
     InputError
-        If eta is not below 2 (1 - beta) / L, because the energy is then not known to decrease.
+        If eta is not below 2 (1 - beta) / L. It is then not known whether the energy decreases.
     """
 
     objective: Objective
@@ -187,7 +187,7 @@ class HeavyBall:
                 f"no decreasing energy is known for the heavy ball with learning rate {self.learning_rate} "
                 f"and decay {self.decay}",
                 why=f"the learning rate must be below 2 (1 - decay) / L = {limit:.3g}",
-                remedy="give a smaller learning rate",
+                remedy="use a smaller learning rate",
             )
 
     @property
@@ -268,13 +268,14 @@ class Nesterov:
 class Adam:
     """Adam: m' = beta_1 m + (1 - beta_1) grad f, theta' = theta - eta m'/(sqrt(s') + eps).
 
-    s' is computed like m', from the square of the gradient with beta_2. The initial m and s are the first gradient
-    and its square instead of zeros. Thus no bias correction is needed, which would change the rule at every step.
+    s' is computed like m', but from the square of the gradient and with beta_2. The initial m and s are the first
+    gradient and its square instead of zeros. Thus no bias correction is needed, which would change the rule at
+    every step.
 
     Raises
     ------
     InputError
-        If 1 - beta_2 > 4 (1 - beta_1), because the energy then may increase even along the differential equation.
+        If 1 - beta_2 > 4 (1 - beta_1). The energy may then increase even along the differential equation.
     """
 
     objective: Objective
@@ -288,7 +289,7 @@ class Adam:
             raise InputError(
                 f"no decreasing energy is known for Adam with decays {self.decay} and {self.square_decay}",
                 why="the squares must decay at most four times as fast as the gradients",
-                remedy="give a larger decay for the squares",
+                remedy="use a larger decay for the squares",
             )
 
     @property
@@ -296,7 +297,7 @@ class Adam:
         return self.learning_rate / (2.0 * (1.0 - self.decay))
 
     def start(self, theta: Floats) -> State:
-        """Return the initial state, with the mean and the square of a gradient that has always been the same."""
+        """Return the initial state, with the mean and square of a gradient that has been constant."""
         gradient = self.objective.gradient(theta)
         return {"theta": theta, "mean": gradient, "square": gradient**2}
 
@@ -317,7 +318,7 @@ class Adam:
         """Return the gradient of the energy."""
         root = np.sqrt(state["square"])
         steepness = state["mean"] / (root + self.epsilon)
-        # If a gradient has always been 0, its mean and square are 0, and its element does not change.
+        # If a gradient element has always been 0, so are its mean and square, and the parameter does not change.
         falls = np.divide(steepness**2, 2.0 * root, out=np.zeros_like(root), where=root > 0)
         return {
             "theta": self.objective.gradient(state["theta"]),
@@ -327,7 +328,7 @@ class Adam:
 
 
 RULES: dict[str, type[HeavyBall | Nesterov | Adam]] = {"heavy-ball": HeavyBall, "nesterov": Nesterov, "adam": Adam}
-"""Rule by name."""
+"""Rules by name."""
 
 
 # Logs --------------------------------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ def log_higher_order(
     Returns
     -------
     dict
-        ``RULE-OBJECTIVE`` to the rule that was logged.
+        Logged rules by ``RULE-OBJECTIVE``.
 
     Raises
     ------
@@ -379,7 +380,7 @@ def log_higher_order(
     if steps < 1 or dimension < 2:
         raise InputError(
             f"{steps} steps in {dimension} dimensions do not form a trajectory",
-            remedy="give at least one step and at least two dimensions",
+            remedy="use at least one step and at least two dimensions",
         )
     logged: dict[str, Rule] = {}
     for objective in objectives:

@@ -36,13 +36,13 @@ __all__ = [
     "LAYERS",
     "RULES",
     "STEPS",
+    "ForwardPass",
     "Rule",
-    "Situation",
-    "Sweep",
-    "carry_back",
+    "RuleContext",
+    "forward_pass",
     "log_learning_rules",
     "oja",
-    "sweep_forward",
+    "propagate_back",
 ]
 
 HIDDEN, IMAGES, STEPS = 16, 1000, 100
@@ -69,7 +69,7 @@ Weights = Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class ForwardPass:
     """Activations, scores and loss of the network for a batch of images.
 
     Attributes
@@ -90,7 +90,7 @@ class Sweep:
     errors: Floats
 
 
-def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -> Sweep:
+def forward_pass(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -> ForwardPass:
     """Evaluate the network for images, shape (image, pixel), with class labels, shape (image,)."""
     *hidden, last = weights.values()
     activities = [inputs]
@@ -98,51 +98,52 @@ def sweep_forward(weights: Weights, inputs: Floats, labels: NDArray[np.int64]) -
         activities.append(np.tanh(activities[-1] @ weight.T))
     scores = activities[-1] @ last.T
     loss, errors = cross_entropy(scores, labels)
-    return Sweep(loss, activities, scores, errors)
+    return ForwardPass(loss, activities, scores, errors)
 
 
-def carry_back(sweep: Sweep, backward: Sequence[Floats], *, direct: bool = False) -> dict[str, Floats]:
-    """Return the gradient of each layer when errors propagate back through given weights.
+def propagate_back(forward: ForwardPass, backward: Sequence[Floats], *, direct: bool = False) -> dict[str, Floats]:
+    """Return the gradient of each layer if errors propagate back through the weights in ``backward``.
 
-    It is the true gradient (backpropagation) if these are the weights of the layers above.
+    This is the true gradient (backpropagation) if they are the weights of the layers above.
 
     Parameters
     ----------
-    sweep : Sweep
+    forward : ForwardPass
     backward : sequence of arrays
         For each hidden layer, the weights that propagate the errors of the layer above, shape (unit above, unit).
     direct : bool
-        Propagate the errors of the outputs to each hidden layer directly; the weights then have shape (class,
-        unit).
+        Propagate the output errors directly to each hidden layer; the weights then have shape (class, unit).
     """
-    errors = [sweep.errors]
-    for units, weight in zip(reversed(sweep.activities[1:]), reversed(backward), strict=True):
-        above = sweep.errors if direct else errors[0]
+    errors = [forward.errors]
+    for units, weight in zip(reversed(forward.activities[1:]), reversed(backward), strict=True):
+        above = forward.errors if direct else errors[0]
         errors.insert(0, (above @ weight) * (1.0 - units**2))
-    return {name: error.T @ sources for name, error, sources in zip(LAYERS, errors, sweep.activities, strict=True)}
+    return {
+        name: error.T @ sources for name, error, sources in zip(LAYERS, errors, forward.activities, strict=True)
+    }
 
 
 # Rules -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Situation:
-    """Inputs of a rule before an update, and the state that it keeps between updates.
+class RuleContext:
+    """Inputs of a rule for one update, and the state that the rule keeps between updates.
 
     Attributes
     ----------
     updates : int
         Number of previous updates.
     weights, gradient : mapping
-        Name to tensor: theta_t and the gradient of the objective at theta_t.
-    sweep : Sweep
+        Tensors by name: theta_t and the gradient of the objective at theta_t.
+    forward : ForwardPass
         Forward pass for the images of the objective.
     labels : (image,) array of int
         Classes of these images.
     loss : callable
         Objective as a function of weights.
     feedback, direct_feedback : sequence of arrays
-        Fixed weights for `carry_back`, with the distribution of the layers' weights but independent of them.
+        Fixed weights for `propagate_back`, with the same distribution as the layers' weights, but independent.
     random : numpy.random.Generator
         Random number generator.
     memory : dict
@@ -154,7 +155,7 @@ class Situation:
     updates: int
     weights: Weights
     gradient: Weights
-    sweep: Sweep
+    forward: ForwardPass
     labels: NDArray[np.int64]
     loss: Callable[[Weights], float]
     feedback: Sequence[Floats]
@@ -163,50 +164,53 @@ class Situation:
     memory: dict[str, Weights] = field(default_factory=dict)
     draws: list[Weights] = field(default_factory=list)
 
-    def remember(self, name: str, share: float, new: Weights) -> Weights:
+    def accumulate(self, name: str, share: float, new: Weights) -> Weights:
         """Multiply a memory by ``share``, add ``new``, and return the result."""
         past = self.memory.get(name) or {layer: np.zeros_like(value) for layer, value in new.items()}
         self.memory[name] = {layer: share * past[layer] + value for layer, value in new.items()}
         return self.memory[name]
 
 
-def backpropagation(now: Situation) -> Weights:
-    """Return the update of steepest descent: g = y, so psi = 0 and kappa = 1."""
-    return {layer: -slope for layer, slope in now.gradient.items()}
+def backpropagation(context: RuleContext) -> Weights:
+    """Return the steepest descent update: g = y, so psi = 0 and kappa = 1."""
+    return {layer: -slope for layer, slope in context.gradient.items()}
 
 
-def momentum(now: Situation) -> Weights:
-    """Return the update with momentum: a decaying sum of all y so far, so only the first g is y."""
-    return now.remember("velocity", DECAY, backpropagation(now))
+def momentum(context: RuleContext) -> Weights:
+    """Return the momentum update: a decaying sum of all previous y, so g = y only at the first update."""
+    return context.accumulate("velocity", DECAY, backpropagation(context))
 
 
-def adam(now: Situation) -> Weights:
+def adam(context: RuleContext) -> Weights:
     """Return the update of Adam: a running mean of y divided by the root of a running mean of its square."""
-    mean = now.remember("mean", DECAY, {k: -(1.0 - DECAY) * slope for k, slope in now.gradient.items()})
-    square = now.remember(
-        "square", SQUARE_DECAY, {k: (1.0 - SQUARE_DECAY) * slope**2 for k, slope in now.gradient.items()}
+    mean = context.accumulate("mean", DECAY, {k: -(1.0 - DECAY) * slope for k, slope in context.gradient.items()})
+    square = context.accumulate(
+        "square", SQUARE_DECAY, {k: (1.0 - SQUARE_DECAY) * slope**2 for k, slope in context.gradient.items()}
     )
     # Both means are corrected for the bias of their initial value 0.
-    mean_bias, square_bias = (1.0 - decay ** (now.updates + 1) for decay in (DECAY, SQUARE_DECAY))
+    mean_bias, square_bias = (1.0 - decay ** (context.updates + 1) for decay in (DECAY, SQUARE_DECAY))
     return {k: mean[k] / mean_bias / (np.sqrt(square[k] / square_bias) + EPSILON) for k in mean}
 
 
-def sign_descent(now: Situation) -> Weights:
+def sign_descent(context: RuleContext) -> Weights:
     """Return the signs of y: y.g = |y|_1 > 0, so cos psi = |y|_1 / (sqrt(n) |y|) if n elements of y are not 0."""
-    return {layer: -np.sign(slope) for layer, slope in now.gradient.items()}
+    return {layer: -np.sign(slope) for layer, slope in context.gradient.items()}
 
 
-def feedback_alignment(now: Situation) -> Weights:
+def feedback_alignment(context: RuleContext) -> Weights:
     """Return the update if errors propagate back through fixed weights; the last layer needs none and descends."""
-    return {layer: -slope for layer, slope in carry_back(now.sweep, now.feedback).items()}
+    return {layer: -slope for layer, slope in propagate_back(context.forward, context.feedback).items()}
 
 
-def direct_feedback_alignment(now: Situation) -> Weights:
+def direct_feedback_alignment(context: RuleContext) -> Weights:
     """Return the update if output errors reach each hidden layer through its own fixed weights."""
-    return {layer: -slope for layer, slope in carry_back(now.sweep, now.direct_feedback, direct=True).items()}
+    return {
+        layer: -slope
+        for layer, slope in propagate_back(context.forward, context.direct_feedback, direct=True).items()
+    }
 
 
-def weight_perturbation(now: Situation) -> Weights:
+def weight_perturbation(context: RuleContext) -> Weights:
     """Return the mean of random perturbations, each weighted by how much it lowers the loss (section 2.2).
 
     The slope s = y.v along a perturbation v is measured by a central difference. The expected value of s v is y.
@@ -214,16 +218,19 @@ def weight_perturbation(now: Situation) -> Weights:
     (n + D).
     """
     each = PERTURBATIONS // DRAWS
-    now.draws = [{layer: np.zeros_like(weight) for layer, weight in now.weights.items()} for _ in range(DRAWS)]
+    context.draws = [
+        {layer: np.zeros_like(weight) for layer, weight in context.weights.items()} for _ in range(DRAWS)
+    ]
     for index in range(PERTURBATIONS):
-        trial = {k: now.random.standard_normal(w.shape, w.dtype.type) for k, w in now.weights.items()}
+        trial = {k: context.random.standard_normal(w.shape, w.dtype.type) for k, w in context.weights.items()}
         ahead, behind = (
-            now.loss({k: w + sign * AMPLITUDE * trial[k] for k, w in now.weights.items()}) for sign in (1, -1)
+            context.loss({k: w + sign * AMPLITUDE * trial[k] for k, w in context.weights.items()})
+            for sign in (1, -1)
         )
         slope = (behind - ahead) / (2.0 * AMPLITUDE)
-        for layer, total in now.draws[index // each].items():
+        for layer, total in context.draws[index // each].items():
             total += slope / each * trial[layer]
-    return {layer: np.mean([draw[layer] for draw in now.draws], axis=0) for layer in now.weights}
+    return {layer: np.mean([draw[layer] for draw in context.draws], axis=0) for layer in context.weights}
 
 
 def oja(weight: Floats, sources: Floats, targets: Floats) -> Floats:
@@ -236,29 +243,29 @@ def oja(weight: Floats, sources: Floats, targets: Floats) -> Floats:
     return update
 
 
-def hebbian(now: Situation) -> Weights:
+def hebbian(context: RuleContext) -> Weights:
     """Return the update of `oja` in each layer, with the centered labels as activities of the last units.
 
     No error is propagated.
     """
-    teacher = np.eye(CLASSES, dtype=now.sweep.scores.dtype)[now.labels]
-    units = [*now.sweep.activities[1:], teacher - teacher.mean(axis=0)]
-    layers = zip(now.weights.items(), now.sweep.activities, units, strict=True)
+    teacher = np.eye(CLASSES, dtype=context.forward.scores.dtype)[context.labels]
+    units = [*context.forward.activities[1:], teacher - teacher.mean(axis=0)]
+    layers = zip(context.weights.items(), context.forward.activities, units, strict=True)
     return {layer: oja(weight, sources, targets) for (layer, weight), sources, targets in layers}
 
 
-def partial_ascent(now: Situation) -> Weights:
-    """Return an update that ascends in every second element, as a control: y.g < 0, so no metric exists."""
-    update = {layer: slope.copy() for layer, slope in now.gradient.items()}
+def partial_ascent(context: RuleContext) -> Weights:
+    """Return the gradient in every second element, and 0 elsewhere, as a control: y.g < 0, so no metric exists."""
+    update = {layer: slope.copy() for layer, slope in context.gradient.items()}
     for slope in update.values():
         slope.reshape(-1)[1::2] = 0.0
     return update
 
 
 class Rule(NamedTuple):
-    """A learning rule: a function from a situation to the update g, and its learning rate."""
+    """A learning rule: a function that returns the update g, and a learning rate."""
 
-    update: Callable[[Situation], Weights]
+    update: Callable[[RuleContext], Weights]
     learning_rate: float
 
 
@@ -273,7 +280,7 @@ RULES: dict[str, Rule] = {
     "hebbian": Rule(hebbian, 0.1),
     "partial-ascent": Rule(partial_ascent, 0.03),
 }
-"""Rule by name, each with a learning rate that suits it."""
+"""Rules by name, each with a suitable learning rate."""
 
 
 # Training ----------------------------------------------------------------------------------------------------
@@ -305,8 +312,8 @@ def log_learning_rules(
     images : int
         Number of images in the objective, drawn at random. The accuracy is measured on all other images.
     seed : int
-        Seed of the drawn images, the weights, the feedback and the perturbations. The result of a rule does not
-        depend on the other rules.
+        Seed of the selected images, the weights, the feedback and the perturbations. The result of a rule does not
+        depend on which other rules run.
     container : {"safetensors", "npz"}
         Container of a step.
     digits : Digits, optional
@@ -315,7 +322,7 @@ def log_learning_rules(
     Returns
     -------
     dict
-        Name of each rule to its `Training`.
+        `Training` by rule name.
 
     Raises
     ------
@@ -363,58 +370,64 @@ def _train(
     direct_feedback: Sequence[Floats],
     random: np.random.Generator,
 ) -> Training:
-    def sweep(weights: Weights) -> Sweep:
-        return sweep_forward(weights, split.inputs, split.labels)
+    def forward(weights: Weights) -> ForwardPass:
+        return forward_pass(weights, split.inputs, split.labels)
 
     def accuracy() -> float:
-        scores = sweep_forward(weights, split.held_out_inputs, split.held_out_labels).scores
+        scores = forward_pass(weights, split.held_out_inputs, split.held_out_labels).scores
         return float(np.mean(scores.argmax(axis=1) == split.held_out_labels))
 
     memory: dict[str, Weights] = {}
     accuracy_before, losses = accuracy(), []
     for step in range(steps + 1):
-        swept = sweep(weights)
-        gradient = carry_back(swept, list(weights.values())[1:])
-        losses.append(swept.loss)
-        now = Situation(
+        result = forward(weights)
+        gradient = propagate_back(result, list(weights.values())[1:])
+        losses.append(result.loss)
+        context = RuleContext(
             step,
             weights,
             gradient,
-            swept,
+            result,
             split.labels,
-            lambda weights: sweep(weights).loss,
+            lambda weights: forward(weights).loss,
             feedback,
             direct_feedback,
             random,
             memory,
         )
-        update = rule.update(now)
+        update = rule.update(context)
         recorder.record(
             step,
             parameter=weights,
             gradient=gradient,
-            loss=swept.loss,
+            loss=result.loss,
             learning_rate=rule.learning_rate,
-            replicates=_replicates(now, rule.learning_rate, sweep),
+            replicates=_replicates(context, rule.learning_rate, forward),
         )
         if step < steps:
             weights = {layer: weight + rule.learning_rate * update[layer] for layer, weight in weights.items()}
     return Training(tuple(losses), (accuracy_before, accuracy()))
 
 
-def _replicates(now: Situation, learning_rate: float, sweep: Callable[[Weights], Sweep]) -> dict[str, Any] | None:
+def _replicates(
+    context: RuleContext, learning_rate: float, forward: Callable[[Weights], ForwardPass]
+) -> dict[str, Any] | None:
     """Return the states after each draw of a stochastic rule, their losses, and the changes of the gradient.
 
     Return None for a rule that is not stochastic.
     """
-    if not now.draws:
+    if not context.draws:
         return None
-    states = [{k: w + learning_rate * draw[k] for k, w in now.weights.items()} for draw in now.draws]
-    swept = [sweep(state) for state in states]
-    gradients = [carry_back(there, list(state.values())[1:]) for there, state in zip(swept, states, strict=True)]
+    states = [{k: w + learning_rate * draw[k] for k, w in context.weights.items()} for draw in context.draws]
+    results = [forward(state) for state in states]
+    gradients = [
+        propagate_back(result, list(state.values())[1:]) for result, state in zip(results, states, strict=True)
+    ]
     return {
-        "parameter": {k: np.stack([state[k] for state in states]) for k in now.weights},
-        # The change of the gradient is the mean Hessian along the displacement times the displacement.
-        "hvp": {k: np.stack([there[k] - now.gradient[k] for there in gradients]) for k in now.weights},
-        "loss": [there.loss for there in swept],
+        "parameter": {k: np.stack([state[k] for state in states]) for k in context.weights},
+        # The change of the gradient equals the mean Hessian along the displacement times the displacement.
+        "hvp": {
+            k: np.stack([gradient[k] - context.gradient[k] for gradient in gradients]) for k in context.weights
+        },
+        "loss": [result.loss for result in results],
     }

@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 
 
 def random_dynamics(dimension: int, random: np.random.Generator) -> Floats:
-    """Draw a stable matrix A that is asymmetric, oscillating and not normal.
+    """Draw a random matrix A that is stable, asymmetric and not normal, with oscillating modes.
 
     The real Schur form of A is drawn, and then a random reflection is applied. Thus the eigenvalues are known:
     pairs -d +- i f with decay d in [1/2, 3/2] and frequency f in [1/2, 2] per unit of time. Each pair rotates on
@@ -61,7 +61,7 @@ def random_dynamics(dimension: int, random: np.random.Generator) -> Floats:
         raise InputError(
             f"dimension {dimension} is too small",
             why="a one-dimensional system is symmetric, so it is already gradient descent",
-            remedy="give a dimension of at least 2",
+            remedy="use a dimension of at least 2",
         )
     pairs = dimension // 2
     # With this scale, the strength of the coupling between pairs hardly depends on the dimension.
@@ -92,8 +92,8 @@ def lyapunov_matrix(dynamics: Floats) -> Floats:
         P, exactly symmetric.
     """
     # SciPy solves a X + X a' = q. With a = A' and q = -Q, this is A' X + X A = -Q, the equation of the paper. The
-    # more obvious call with (A, Q) solves A X + X A' = Q; its solution is negative definite and belongs to another
-    # system.
+    # more obvious call with (A, Q) would solve A X + X A' = Q, whose solution is negative definite and belongs to a
+    # different system.
     solution = solve_continuous_lyapunov(dynamics.T, -np.eye(len(dynamics)))
     # 2 P theta is the gradient of theta' P theta only if P is symmetric, and the solution is symmetric only up to
     # rounding.
@@ -187,7 +187,7 @@ def log_linear_system(
     if steps < 1 or not 0 < learning_rate < np.inf:
         raise InputError(
             f"{steps} steps with learning rate {learning_rate} do not form a trajectory",
-            remedy="give at least one step and a positive learning rate",
+            remedy="use at least one step and a positive learning rate",
         )
     random = np.random.default_rng(seed)
     dynamics = random_dynamics(dimension, random)
@@ -196,7 +196,7 @@ def log_linear_system(
         raise InputError(
             f"Euler steps with learning rate {learning_rate} grow by a factor of {growth:.3g} per step",
             why="the step is too long for the oscillations of the system: |1 + eta lambda| >= 1",
-            remedy="give a smaller learning rate, or use the method exponential",
+            remedy="use a smaller learning rate, or the method exponential",
         )
     system = LinearSystem(dynamics, lyapunov_matrix(dynamics))
     theta = random.standard_normal(dimension)

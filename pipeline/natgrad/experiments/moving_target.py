@@ -122,7 +122,7 @@ def log_moving_target(
     if steps < 1 or not 0 < learning_rate < np.inf or not np.isfinite(frequency):
         raise InputError(
             f"{steps} steps with learning rate {learning_rate} and frequency {frequency} do not form a trajectory",
-            remedy="give at least one step, a positive learning rate and a finite frequency",
+            remedy="use at least one step, a positive learning rate and a finite frequency",
         )
     random = np.random.default_rng(seed)
     angle = random.uniform(0.0, np.pi)

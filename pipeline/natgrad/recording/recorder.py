@@ -29,14 +29,14 @@ def _write_npz(file: IO[bytes], arrays: dict[str, Any]) -> None:
     np.savez(file, **arrays)
 
 
-# Writer of each container, and the dtypes of STORAGE_DTYPES that the container cannot store.
+# For each container: its writer, and the STORAGE_DTYPES that it cannot store.
 _WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays], None], frozenset[str]]] = {
     "safetensors": (_write_safetensors, frozenset()),
     "npz": (_write_npz, frozenset({"bfloat16"})),
 }
 
 CONTAINERS = tuple(_WRITERS)
-"""Containers of a step, which are the suffixes of ``step_<N>.<container>``."""
+"""File formats of a step, which are the suffixes of ``step_<N>.<container>``."""
 
 
 def _mapping(path: Path, what: str, value: Any) -> Mapping[Any, Any]:
@@ -50,14 +50,14 @@ def _mapping(path: Path, what: str, value: Any) -> Mapping[Any, Any]:
 
 
 def _array(where: str, value: Any) -> NDArray[Any]:
-    """Return an array in C order, because safetensors writes the memory of an array as it is."""
+    """Convert a value to an array in C order, because safetensors writes the memory of an array unchanged."""
     try:
         return np.asarray(value, order="C")
-    except Exception as error:  # the conversion of a foreign array may raise anything
+    except Exception as error:  # converting an array of another library may raise any exception
         raise InputError(
             f"{shown(value)} cannot be converted to an array: {error}",
             where=where,
-            why="it is not an array, its rows differ in length, or it is not in the memory of the host",
+            why="it is not an array, its rows differ in length, or it is not in host memory",
             remedy="pass a NumPy array",
         ) from error
 
@@ -72,7 +72,7 @@ def _numbers(path: Path, what: str, value: Any) -> NDArray[np.float64]:
 class Recorder:
     """Write one run into a folder, with one file ``step_<N>.<container>`` per step.
 
-    A step is written under a temporary name and then renamed, so a reader sees either the complete file or no file.
+    A step is written to a temporary file, which is then renamed. A reader sees either the complete file or no file.
 
     Parameters
     ----------
@@ -81,13 +81,13 @@ class Recorder:
     container : {"safetensors", "npz"}
         File format of a step.
     resume : bool
-        Continue the run in the folder. Steps that are recorded again are replaced.
+        Resume the run in the folder. Steps that are recorded again are replaced.
 
     Raises
     ------
     InputError
-        If the container is unknown, or if the folder already contains steps and the run is not resumed in the
-        container with which it started.
+        If the container is unknown, or if the folder contains steps and ``resume`` is False or the container
+        differs from that of the existing steps.
 
     Examples
     --------
@@ -111,7 +111,7 @@ class Recorder:
     def __init__(self, folder: str | Path, container: str = "safetensors", *, resume: bool = False) -> None:
         path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
         if not isinstance(path, str) or not path or "\0" in path:
-            raise InputError(f"the folder must be a path, got {shown(folder)}", remedy="give the folder of the run")
+            raise InputError(f"the folder must be a path, got {shown(folder)}", remedy="pass the folder of the run")
         if not isinstance(container, str) or container not in CONTAINERS:
             raise InputError(
                 f"unknown container {shown(container)}", remedy=f"choose one of {', '.join(CONTAINERS)}"
@@ -124,8 +124,8 @@ class Recorder:
             raise InputError(
                 f"the folder already contains steps ({', '.join(sorted(present))})",
                 where=str(self.folder),
-                why="another run was logged there, and two runs in one folder would be read as one run",
-                remedy="use an empty folder, or resume the run (resume=True) in the container of its first steps",
+                why="two runs in one folder would be read as one run",
+                remedy="use an empty folder, or resume the run (resume=True) with the container of its first steps",
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,24 +158,25 @@ class Recorder:
         step : int
             Number of updates before this state.
         parameter : mapping
-            Name of each tensor to its value theta_t, in any shape and one of the dtypes of
+            Value theta_t of each tensor, by name, with any shape and one of the dtypes of
             `natgrad.schema.layout.STORAGE_DTYPES` (bfloat16 in safetensors only). Stored without conversion.
         gradient : mapping
-            The same names to the gradient of the loss at theta_t, in the shapes of the parameters.
+            Gradient of the loss at theta_t, with the names and shapes of the parameters.
         loss : float, optional
-            Loss L(theta_t) to which the gradient belongs.
+            Loss L(theta_t), for the same objective as the gradient.
         learning_rate : float, optional
             Learning rate eta of the update that follows, eq. (2).
         hvp : mapping, optional
-            The same names to the Hessian times the displacement, H (theta_{t+1} - theta_t), eq. (16).
+            Hessian times the displacement, H (theta_{t+1} - theta_t), eq. (16), with the names and shapes of the
+            parameters.
         replicates : mapping, optional
-            R draws of the update of a stochastic rule from theta_t. ``parameter`` maps the same names to the
-            states after each draw, of shape (R, ...). Optionally, ``hvp`` maps the same names to the Hessian times
-            the displacement of each draw, of shape (R, ...), eq. (19), and ``loss`` has the losses of these states,
-            of shape (R,). Record them at every step, including the last one, or at none.
+            R draws of the update of a stochastic rule from theta_t. ``parameter`` contains the states after each
+            draw, by tensor name, with shape (R, ...). Optionally, ``hvp`` contains the Hessian times the
+            displacement of each draw, by tensor name, with shape (R, ...), eq. (19), and ``loss`` the losses of
+            these states, with shape (R,). Record replicates at every step, including the last one, or never.
         **scalars : float
-            Further scalars of `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that
-            changes with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
+            Other scalars in `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that changes
+            with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
 
         Returns
         -------
@@ -185,7 +186,7 @@ class Recorder:
         Raises
         ------
         InputError
-            If the step is negative, there is no tensor, names, shapes or numbers of replicates differ, a dtype
+            If the step is negative, there are no tensors, names, shapes or numbers of replicates differ, a dtype
             cannot be stored, or a scalar is unknown.
         """
         try:
@@ -207,7 +208,7 @@ class Recorder:
                 raise InputError(
                     f"{state} and parameter differ in name or shape: {state} {found}, parameter {shapes}",
                     where=f"{path}, tensors {differing}",
-                    remedy="record both under the same names and in the same shapes",
+                    remedy="record both with the same names and shapes",
                 )
             arrays |= others
         if replicates is not None:
@@ -231,7 +232,7 @@ class Recorder:
                 raise InputError(
                     f"{state} {shown(name)} of dtype {dtype} cannot be recorded in {self.container}",
                     where=f"{path}, {state} of tensor {shown(name)}",
-                    remedy=f"use a name that is not empty and one of the dtypes {', '.join(possible)}",
+                    remedy=f"use a nonempty name and one of the dtypes {', '.join(possible)}",
                 )
             arrays[f"{state}/{name}"] = array
         return arrays
@@ -256,7 +257,7 @@ class Recorder:
             logged = {name: arrays[f"{names[kind]}/{name}"].shape[1:] for name in replicates[kind]}
             if logged != shapes or len(counts) != 1 or counts & {(), (0,)}:
                 raise InputError(
-                    f"replicates of the {kind} have numbers {sorted(counts)} and shapes {logged}, "
+                    f"replicates of {kind} have counts {sorted(counts)} and shapes {logged}, "
                     f"but the parameters have shapes {dict(shapes)}",
                     where=f"{path}, {names[kind]}",
                     remedy="record the same number of replicates, on the first axis, for every tensor and the loss",
@@ -265,7 +266,7 @@ class Recorder:
             raise InputError(
                 f"the losses of replicates have shape {losses[0].shape}",
                 where=str(path),
-                remedy="record one loss for each replicate, in one dimension",
+                remedy="record one loss per replicate, as a one-dimensional array",
             )
         return {**arrays, **({REPLICATE_LOSS: losses[0]} if losses else {})}
 
@@ -273,15 +274,15 @@ class Recorder:
         array = _numbers(path, name, value)
         if array.size != 1:
             raise InputError(
-                f"{name} has shape {array.shape}, but it must be one number",
+                f"{name} must be one number, got an array of shape {array.shape}",
                 where=str(path),
                 remedy="record a float",
             )
         return array.reshape(())
 
     def _write(self, path: Path, arrays: Arrays) -> None:
-        # A hidden file with another suffix is not read as a step. With the process number in its name, two writers
-        # of one folder do not write into the same file.
+        # Readers ignore a hidden file with another suffix. Its name contains the process number, so that two
+        # writers in one folder do not use the same file.
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with aside.open("wb") as file:

@@ -40,9 +40,9 @@ STATUS_MEANING: dict[Status, str] = {
     "Log them in other units: divide the parameters, or the loss and its gradients, by a constant.",
     Status.NOT_LOGGED: "This run of the sweep did not log the step; another run did.",
 }
-"""Meaning of each status, for readers of the curves."""
+"""Explanation of each status."""
 
-_AGAINST = {
+_GRADIENT_LABELS = {
     "gradient": "with the gradient",
     "corrected": "with the discrete gradient of eq. (12): the loss decreased",
     "trapezoid": "with the corrected mean gradient of both states, eq. (12): the loss decreased",
@@ -56,8 +56,8 @@ def write_report(
     """Write the report page of one or several runs.
 
     Panel A of Figure 3 has the points of all runs. Each run has its spectrum and its loss (panels B and C, D and E
-    of the paper), its angles and condition numbers, and tables. If results have no finite value or no step, the
-    page states this.
+    of the paper), its angles and condition numbers, and tables. The page states if results have no steps or no
+    finite values.
 
     Parameters
     ----------
@@ -66,12 +66,12 @@ def write_report(
     page : str, Path or Storage
         The HTML file. It is replaced atomically.
     compared_runs : int
-        Largest number of runs that are drawn in one figure for comparison.
+        Maximum number of runs to compare in one figure.
 
     Returns
     -------
     str, Path or Storage
-        The argument ``page``.
+        ``page``, unchanged.
 
     Raises
     ------
@@ -101,30 +101,30 @@ def write_report(
 def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
     letters = _letters()
     next(letters)
-    parts = [_part(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
+    contents = [_run_content(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
     return {
         "curves": figures.eigenvalue_curves(runs) if runs else None,
-        "runs": parts,
-        "against": _AGAINST,
-        "of_replicates": _REPLICATE_LABELS,
+        "runs": contents,
+        "gradient_labels": _GRADIENT_LABELS,
+        "replicate_labels": _REPLICATE_LABELS,
     }
 
 
-def _side_by_side(runs: Sequence[figures.RunResults], most: int) -> dict[str, Any]:
-    compared = 1 < len(runs) <= most
+def _side_by_side(runs: Sequence[figures.RunResults], limit: int) -> dict[str, Any]:
+    compared = 1 < len(runs) <= limit
     return {
         "comparison": figures.comparison(runs) if compared else None,
-        "compared_at_most": most,
+        "compared_at_most": limit,
     }
 
 
 def _letters() -> Iterator[str]:
-    """Count A, B, .., Z, AA, AB, .."""
+    """Yield A, B, .., Z, AA, AB, .."""
     for index in count():
         yield (chr(ord("A") + index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
-def _part(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
+def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
     """Return the variables of the template for one run."""
     status = run["status"]
     letter_of_spectrum, letter_of_loss = next(letters), next(letters)
@@ -221,11 +221,11 @@ WINDOW_FACTS = {
     "effective_window": "Smallest window over which updates are always effective",
     "decreasing_window": "Smallest window over which the loss always decreases",
 }
-"""Labels of the variables of windows that the page shows as facts."""
+"""Labels of the window variables in the table of facts."""
 
 
 def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
-    """Explain the gaps of the curves."""
+    """Return messages that explain the gaps in the curves."""
     updates = len(status)
     if not updates:
         return ["The run has no update: an update requires two logged states."]
@@ -245,14 +245,14 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
     return found
 
 
-def _step_ranges(steps: NDArray[np.float64], mask: NDArray[np.bool_], most: int = 4) -> str:
+def _step_ranges(steps: NDArray[np.float64], mask: NDArray[np.bool_], limit: int = 4) -> str:
     """Format the steps of a mask as ranges."""
     masked = np.flatnonzero(mask)
     ranges = np.split(masked, np.flatnonzero(np.diff(masked) > 1) + 1)
     texts = [
-        f"{steps[part[0]]:.0f}" + (f"–{steps[part[-1]]:.0f}" if len(part) > 1 else "") for part in ranges[:most]
+        f"{steps[part[0]]:.0f}" + (f"–{steps[part[-1]]:.0f}" if len(part) > 1 else "") for part in ranges[:limit]
     ]
-    more = len(ranges) - most
+    more = len(ranges) - limit
     tail = f" and {more} more {'range' if more == 1 else 'ranges'}" if more > 0 else ""
     return f"{'step' if len(masked) == 1 else 'steps'} {', '.join(texts)}{tail}"
 
@@ -267,8 +267,7 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
             complete = max(len(run.steps) - m + 1, 0)
             status = run.model["status"].sel({DESCENT: descent, WINDOW: m}).values[:complete]
             effective = int((status == Status.EFFECTIVE).sum())
-            # If no update has a known status, data that this gradient needs were not logged, and 0 % would be
-            # wrong.
+            # If no update has a known status, the data for this gradient were not logged, and 0 % would be wrong.
             known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
             shares[descent].append(
                 {
@@ -306,7 +305,7 @@ _REPLICATE_LABELS = {
     "loss_decrease_error": "Standard error of the mean decrease",
     "learning_rate_bound": "Largest learning rate for which eq. (19) is a metric",
 }
-"""Labels of the variables of replicates."""
+"""Labels of the replicate variables."""
 
 
 def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:

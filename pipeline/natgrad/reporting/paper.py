@@ -6,7 +6,7 @@ additional runs that start at the same state as the first but have other learnin
 the discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories
 and results.
 
-No other module imports this one: it is a program of its own, and `natgrad report` draws Figure 3 alone.
+No other module imports this one: it is a separate program. `natgrad report` draws only Figure 3.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Plane", "comparisons", "limit_distances", "shown_step", "write_figur
 Array = NDArray[np.float64]
 
 _POINTS = 721
-"""Number of points on a ball, one every half degree."""
+"""Number of points on a ball: one for each half degree."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Plane:
         trajectory = open_trajectory(path)
         if trajectory.layout.elements != 2:
             raise InputError(
-                f"a run of {trajectory.layout.elements} parameters cannot be drawn in a plane",
+                f"a run with {trajectory.layout.elements} parameters cannot be drawn in a plane",
                 where=str(path),
-                remedy="log a run of two: python -m natgrad.experiments linear-system FOLDER --dimension 2",
+                remedy="log a run with two: python -m natgrad.experiments linear-system FOLDER --dimension 2",
             )
         arrays = []
         for name in ("parameter", "gradient"):
@@ -92,12 +92,13 @@ class Plane:
         known = np.column_stack([self.states, np.ones(len(self.states))])
         solution, _, rank, _ = np.linalg.lstsq(known, self.gradients)
         hessian = solution[:2].T
-        # The square root of the unit roundoff: rounding errors are far smaller, deviations of other losses are not.
+        # The tolerance is the square root of the unit roundoff: rounding errors are much smaller, and the misfit of
+        # a loss that is not quadratic is larger.
         off = max(np.abs(known @ solution - self.gradients).max(), np.abs(hessian - hessian.T).max())
         if rank < 3 or not off <= 2.0**-26 * np.abs(self.gradients).max():
             raise InputError(
-                "no quadratic loss has the gradients of the run",
-                why=f"the best fit is off by {off:.3g}, and the states have rank {rank}",
+                "no quadratic loss has the gradients of this run",
+                why=f"the relative error of the best fit is {off:.3g}, and the states have rank {rank}",
                 remedy="pass a linear system of dimension 2",
             )
         return np.asarray((hessian + hessian.T) / 2.0)
@@ -110,24 +111,26 @@ class Plane:
 
     def update(self, step: int) -> tuple[Array, Array]:
         """Return the negative gradient and the update of a step."""
-        moved = self.states[step + 1] - self.states[step]
-        return -self.gradients[step], moved / self.learning_rates[step]
+        displacement = self.states[step + 1] - self.states[step]
+        return -self.gradients[step], displacement / self.learning_rates[step]
 
     def distance(self) -> tuple[float, float]:
         """Measure the distance of the first discrete gradient and its metric from the gradient and its metric.
 
         Returns
         -------
-        turned, moved : float
+        angle_change, metric_change : float
             |psi_bar - psi| in radian, and |Mbar - M| / |M| of the metrics with the smallest condition number. The H
             of a quadratic loss does not depend on the point, so eq. (16) has only one ybar.
         """
         y, g = self.update(0)
         discrete = y - self.learning_rates[0] * self.hessian() @ g / 2.0
         metric, other = Metric(y, g), Metric(discrete, g)
-        moved = np.linalg.norm(other.to_dense() - metric.to_dense(), 2) / np.linalg.norm(metric.to_dense(), 2)
-        turned = abs(geometry.angle(other.pair) - geometry.angle(metric.pair))
-        return float(turned), float(moved)
+        metric_change = np.linalg.norm(other.to_dense() - metric.to_dense(), 2) / np.linalg.norm(
+            metric.to_dense(), 2
+        )
+        angle_change = abs(geometry.angle(other.pair) - geometry.angle(metric.pair))
+        return float(angle_change), float(metric_change)
 
     def ball(self, step: int) -> Array:
         """Return the ball of the optimal metric of a step, v' M v = 1, shape (points, 2)."""
@@ -202,10 +205,10 @@ def shown_step(plane: Plane) -> int:
 
 
 def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[tuple[str, str, str]]:
-    """List the statements of the paper with its numbers and those of the runs.
+    """List statements of the paper, each with the number in the paper and the number of the runs.
 
-    The numbers of the paper are its printed formulas at the measured angle. These formulas cancel near pi/2
-    (erratum 14); the formulas for the runs do not.
+    The numbers of the paper are its printed formulas, evaluated at the measured angle. Near pi/2 these formulas
+    suffer from cancellation (erratum 14); the formulas for the runs do not.
 
     Returns
     -------
@@ -222,11 +225,11 @@ def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[t
         for label, row in (("least", int(angle.argmin())), ("greatest", int(angle.argmax()))):
             sine, cosine = np.sin(angle[row]), np.cos(angle[row])
             where = f"{panels}: at the {label} angle, ψ = {figures.number(float(angle[row]))} rad,"
-            rows.append((f"{where} κ = (1 + sin ψ)/(1 − sin ψ)", *_both((1 + sine) / (1 - sine), kappa[row])))
+            rows.append((f"{where} κ = (1 + sin ψ)/(1 − sin ψ)", *_formatted((1 + sine) / (1 - sine), kappa[row])))
             for name, sign in (("max", 1), ("min", -1)):
                 printed = length[row] * (1 / cosine + sign * sine / cosine)
                 measured = run[f"eigenvalue_{name}"][effective][row]
-                rows.append((f"{where} λ_{name} of eq. (9)", *_both(printed, measured)))
+                rows.append((f"{where} λ_{name} of eq. (9)", *_formatted(printed, measured)))
         spread = f"{figures.number(float((1 / kappa).min()))} to {figures.number(float((1 / kappa).max()))}"
         rows.append((f"{panels}: 1/κ", "in (0, 1]", spread))
     rows.append(("3C: steps at which the loss rises", "none", _rises(linear["loss"])))
@@ -247,7 +250,7 @@ def limit_distances(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
 
     Returns
     -------
-    rates, turned, moved : array, shape (runs,)
+    rates, angle_change, metric_change : array, shape (runs,)
         See `Plane.distance`.
 
     Raises
@@ -266,21 +269,21 @@ def limit_distances(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
                 remedy="log the runs again, and change only the learning rate",
             )
     order = sorted(planes, key=lambda plane: float(plane.learning_rates[0]))
-    turned, moved = np.array([plane.distance() for plane in order]).T
-    return np.array([plane.learning_rates[0] for plane in order]), turned, moved
+    angle_change, metric_change = np.array([plane.distance() for plane in order]).T
+    return np.array([plane.learning_rates[0] for plane in order]), angle_change, metric_change
 
 
 def _limit_rows(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
-    rates, turned, moved = limit_distances(planes)
+    rates, angle_change, metric_change = limit_distances(planes)
     ends = f"from η = {figures.number(float(rates[-1]))} to {figures.number(float(rates[0]))}"
     return [
         (f"2.2: {name} {ends}", "→ 0", f"{figures.number(float(values[-1]))} to {figures.number(float(values[0]))}")
-        for name, values in (("ψ̄ − ψ in rad", turned), ("M̄ − M, relative", moved))
+        for name, values in (("ψ̄ − ψ in rad", angle_change), ("M̄ − M, relative", metric_change))
     ]
 
 
 def _figure_1_rows(plane: Plane) -> list[tuple[str, str, str]]:
-    """Return rows with the direction in which the loss decreases most on each ball, among all its points."""
+    """Return rows that compare the steepest direction on each ball, among all its points, with the expected one."""
     step = shown_step(plane)
     (y, g), ball = plane.update(step), plane.ball(step)
     turn = np.linspace(0.0, 2.0 * np.pi, _POINTS)
@@ -294,7 +297,7 @@ def _figure_1_rows(plane: Plane) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _both(printed: float, measured: float) -> tuple[str, str]:
+def _formatted(printed: float, measured: float) -> tuple[str, str]:
     return figures.number(float(printed)), figures.number(float(measured))
 
 

@@ -1,1 +1,1 @@
-"""Names, layout, errors and result variables that all other packages share."""
+"""Names, layout, errors and result variables for all other packages."""

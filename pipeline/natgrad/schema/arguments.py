@@ -1,4 +1,4 @@
-"""Check the values of arguments: numbers, and how values are shown in messages."""
+"""Check numeric arguments, and format values for messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["number", "plain", "real_array", "shown"]
 
 _LONGEST = 80
-"""Largest number of characters of a value in a message."""
+"""Maximum length of a value in a message, in characters."""
 
 _LARGEST = 2**63 - 1
-"""Largest whole number that arrays and stores can hold."""
+"""Largest integer that arrays and stores can represent."""
 
 
 def plain(value: Any) -> Any:
-    """Return the Python object of a NumPy scalar or an array without dimensions; other values are not changed.
+    """Convert a NumPy scalar, or an array without dimensions, to a Python object; return other values unchanged.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message: its representation on one line, shortened if it is long.
+    """Format a value for a message: its representation on one line, shortened if it is long.
 
     Examples
     --------
@@ -41,21 +41,21 @@ def shown(value: Any) -> str:
     """
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # the representation of an object may raise anything
+    except Exception:  # the __repr__ of an object may raise any exception
         return f"an object of type {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def real_array(value: Any) -> NDArray[np.float64]:
-    """Return real numbers as a float64 array.
+    """Convert real numbers to a float64 array.
 
     Raises
     ------
     ValueError
-        If the value is not an array of real numbers. Text, True and False, and complex numbers are not real numbers
-        here. The text states the rule and the value, without the name of the argument.
+        If the value is not an array of real numbers. Strings, booleans and complex numbers are rejected. The
+        message states the rule and the value, but not the name of the argument.
     """
-    # The command line uses this module, and starts without NumPy.
+    # Imported here, because the command line uses this module and starts without NumPy.
     import numpy as np
 
     from natgrad.schema.layout import STORAGE_DTYPES
@@ -64,7 +64,7 @@ def real_array(value: Any) -> NDArray[np.float64]:
         array = np.asarray(value)
         if array.dtype.kind in "iuf" or array.dtype.name in STORAGE_DTYPES:
             return array.astype(np.float64, copy=False)
-    except Exception as error:  # the conversion of a foreign array may raise anything
+    except Exception as error:  # converting an array of another library may raise any exception
         raise ValueError(f"must consist of numbers, got {shown(value)} ({error})") from error
     raise ValueError(f"must consist of real numbers, got {shown(value)}")
 
@@ -77,12 +77,12 @@ def number(
     above: float | None = None,
     maximum: float | None = None,
 ) -> Any:
-    """Return a number as an ``int`` or a ``float``.
+    """Convert a number to an ``int`` or a ``float``.
 
     Parameters
     ----------
     value : object
-        A number of Python or NumPy. Text, True and False, and complex numbers are not numbers here.
+        A Python or NumPy number. Strings, booleans and complex numbers are rejected.
     kind : {int, float}
     minimum, above, maximum : float, optional
         Bounds; ``above`` is excluded.
@@ -90,7 +90,8 @@ def number(
     Raises
     ------
     ValueError
-        If the value is not such a number. The text states the rule and the value, without the name of the argument.
+        If the value is not such a number. The message states the rule and the value, but not the name of the
+        argument.
 
     Examples
     --------
@@ -105,7 +106,7 @@ def number(
         raise ValueError(f"must be {'a whole number' if kind is int else 'a number'}, got {shown(value)}")
     try:
         result = kind(found)
-    except OverflowError:  # of a whole number that no float can hold
+    except OverflowError:  # an integer that is too large for a float
         result = math.inf
     if kind is int and abs(result) > _LARGEST:
         raise ValueError(f"must be from -2^63 to 2^63 - 1, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""Define the errors of all packages: invalid input, and resources that are temporarily unavailable."""
+"""Define the errors of all packages: for invalid input, and for resources that are temporarily unavailable."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class InputError(ValueError):
     where : str, optional
         File, step and tensor.
     why : str, optional
-        The usual reason.
+        The likely cause.
     remedy : str, optional
-        The remedy.
+        What the user can do.
     """
 
     def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
@@ -39,12 +39,12 @@ class InputError(ValueError):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the error with all four parts, because it may be sent to another process."""
+        """Pickle all four parts, because the error may be sent to another process."""
         return (_input_error, (type(self), self.what, self.where, self.why, self.remedy))
 
 
 class Unavailable(InputError):
-    """Error for input that may be accepted later without a change, for example because a lock is held."""
+    """Error for input that may be accepted later without a change, for example when a lock is released."""
 
 
 def _input_error(kind: type[InputError], what: str, where: str, why: str, remedy: str) -> InputError:

@@ -45,7 +45,7 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
     """Load the objects that installed distributions register under an entry-point group.
 
     An entry point is skipped with a warning if it cannot be loaded, is not an instance of ``kind``, or has a name
-    that is taken. A broken extension must not affect users who do not need it.
+    that is already in use. A broken extension must not affect users who do not need it.
 
     Parameters
     ----------
@@ -54,14 +54,14 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
     kind : type
         Class of the objects of the group.
     taken : container of str
-        Names of the objects of this package.
+        Names that this package uses.
 
     Returns
     -------
     dict
-        Extensions by the name of the object, in the order of the entry points' names.
+        Extensions by object name, ordered by entry-point name.
     """
-    # Imported here, because the command line does not need it to start.
+    # Imported here, to keep the start of the command line fast.
     from importlib.metadata import entry_points
 
     found: dict[str, Extension[T]] = {}
@@ -77,7 +77,7 @@ def registered(group: str, kind: type[T], taken: Container[str]) -> dict[str, Ex
             if not isinstance(value, kind):
                 reason = f"it is not an instance of {kind.__module__}.{kind.__qualname__}, but {value!r}"
             elif value.name in taken or value.name in found:
-                reason = f"the name {value.name!r} is taken"
+                reason = f"the name {value.name!r} is already in use"
             else:
                 version = "" if distribution is None else distribution.version
                 found[value.name] = Extension(value, owner, version)

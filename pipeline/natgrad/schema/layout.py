@@ -37,10 +37,10 @@ LAYOUT_VERSION = 5
 """Layout version of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``. Other versions are rejected."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
-"""Dtypes that are stored without conversion, with the bits of their significand, including the implicit bit."""
+"""Dtypes that are stored without conversion, and the bits of their significand, including the implicit bit."""
 
 _LEAST_EXPONENTS = {"bfloat16": -126, "float16": -14, "float32": -126, "float64": -1022}
-"""Exponents of the smallest normal numbers."""
+"""Exponent of the smallest normal number of each dtype."""
 
 
 def unit_roundoff(dtype: str) -> float:
@@ -57,8 +57,8 @@ def unit_roundoff(dtype: str) -> float:
 def underflow_error(dtype: str) -> float:
     """Return the largest error of rounding a number below the normal range: half the smallest positive number.
 
-    Such numbers have a fixed distance, so their relative error is not bounded by `unit_roundoff`. The result is 0
-    for float64, because half its smallest number is not a float64.
+    Such numbers are evenly spaced, so `unit_roundoff` does not bound their relative error. The result is 0 for
+    float64, because half of its smallest number is not a float64.
 
     Examples
     --------
@@ -95,7 +95,7 @@ class Tensor:
     shape : tuple of int
         Shape; its product is the number of elements (1 for a scalar).
     dtype : str
-        Dtype of the logged *parameter*, which determines the rounding floor of the displacement.
+        Dtype of the logged *parameter*. It determines the rounding floor of the displacement.
     group : str
         Parameter group, empty if the log has no groups.
     """
@@ -163,7 +163,7 @@ class Layout:
         Returns
         -------
         list of (tensor index, first element, stop element)
-            The segments that are not empty, in order. Elements are counted from the start of the axis.
+            The nonempty segments, in order. Elements are counted from the start of the axis.
         """
         segments = []
         for index in range(bisect_right(self.tensors, start, key=lambda tensor: tensor.stop), len(self.tensors)):
@@ -182,7 +182,7 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return the values of elements that `StepReader.read` returned: bfloat16 is converted to float32, exactly."""
+    """Return the values of elements from `StepReader.read`: bfloat16 is converted to float32, exactly."""
     return (words.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype == "bfloat16" else words
 
 
@@ -191,20 +191,20 @@ def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class IngestLimits:
-    """Limits of an ingest: the chunks of a new trajectory, and the amount of data copied at a time.
+    """Limits of an ingest: the chunk shape of a new trajectory, and the amount of data per commit.
 
     Attributes
     ----------
     chunk_elements : int
-        Largest number of elements in a chunk of the trajectory. The default is 4 MiB of float32.
+        Maximum number of elements in a chunk of the trajectory. The default is 4 MiB of float32.
     minimum_steps : int
-        Capacity of a chunk of a small model in steps, even if the run is shorter.
+        Minimum capacity of a chunk of a small model, in steps, even if the run is shorter.
     chunk : (int, int), optional
         Steps and elements of a chunk, instead of the shape that `chunk_shape` computes.
     commit_bytes : int
-        Approximate training state that one commit makes visible. A commit has at least one row of chunks.
+        Approximate bytes of training state per commit. A commit has at least one row of chunks.
     largest_factor : int
-        Largest number of rows of an optimizer factor whose eigenvalues are computed. LAPACK's copies and the
+        Maximum number of rows of an optimizer factor for which eigenvalues are computed. LAPACK's copies and the
         complex matrix of the skew part take up to 70 bytes per element, which is 1.1 GiB for the default.
     """
 
@@ -217,7 +217,7 @@ class IngestLimits:
 
 @dataclass(frozen=True, order=True)
 class LedgerChunk:
-    """The updates ``start`` to ``stop`` (half open), whose inner products are one chunk of the ledger."""
+    """The updates from ``start`` to ``stop`` (half open) whose inner products form one chunk of the ledger."""
 
     start: int
     stop: int
@@ -235,11 +235,11 @@ class TrajectoryShape:
     chunk : (int, int)
         Steps and elements of a chunk.
     dtypes : mapping
-        Logical dtype of each array of states.
+        Logical dtype of each state array.
     replicates : int
         Number of replicates, 0 if there are none.
     partial_reads : bool
-        Whether parts of a chunk can be read, because chunks are uncompressed local files.
+        Whether parts of a chunk can be read, which requires uncompressed local files.
     keeps_versions : bool
         Whether an Icechunk repository contains the trajectory.
     """
@@ -254,7 +254,7 @@ class TrajectoryShape:
 
     @property
     def itemsizes(self) -> list[int]:
-        """Bytes of an element of each array (step, element) that the pass reads."""
+        """Bytes per element of each array (step, element) that the pass reads."""
         return [
             storage_dtype(self.dtypes[name]).itemsize
             for name in (*STATES, *REPLICATE_STATES)
@@ -285,14 +285,14 @@ def chunk_shape(
     elements : int
         Elements of the model.
     replicates : int
-        Number of replicates that are logged with each state. Each step of a chunk then has that many more states.
+        Number of replicates logged with each state. Each step of a chunk then has that many additional states.
     limits : IngestLimits, optional
 
     Returns
     -------
     (steps, elements) of a chunk
-        Columns have nearly the same width, so that the last one contains little padding. A chunk of a small model
-        has many steps, but not many more than the run.
+        All columns of chunks have nearly the same width, so that the last one contains little padding. A chunk of a
+        small model has many steps, but not many more than the run.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Define the names of dimensions, stored arrays, scalars and vectors of the ledger, which are a contract."""
+"""Define the names of dimensions, stored arrays, scalars and ledger vectors. These names are a contract."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ STATES = ("parameter", "gradient", HVP)
 """Arrays (step, element) of a trajectory; ``hvp`` is optional."""
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master_parameter")
-"""Arrays (step, element) of the optimizer state. They are stored on request, and NaN at steps without a state."""
+"""Arrays (step, element) of the optimizer state, stored on request. They are NaN at steps without a state."""
 
 METRIC_EIGENVALUES = (
     "metric_eigenvalue_min",
@@ -68,9 +68,9 @@ METRIC_EIGENVALUES = (
     "next_metric_eigenvalue_min",
     "next_metric_eigenvalue_max",
 )
-"""Eigenvalues of Kronecker-factored and rotated metrics (Shampoo, SOAP, PSGD, K-FAC). The first two are those of
-the metric used in the update to this state. If curvature is saved with the state at which it was measured, the
-others are those of the metric used in the update from this state."""
+"""Eigenvalues of Kronecker-factored and rotated metrics (Shampoo, SOAP, PSGD, K-FAC). The first two are for the
+metric used in the update to this state. If curvature is saved with the state at which it was measured, the other
+names are for the metric used in the update from this state."""
 
 OPTIMIZER_NUMBERS = (
     "tensor_learning_rate",
@@ -86,12 +86,13 @@ OPTIMIZER_NUMBERS = (
     "metric_factored",
     "metric_rescaled",
 )
-"""Arrays (step, tensor) of the optimizer state: the options of the group of each tensor, the number of updates of
-the state, the smallest and largest element of ``exp_avg_sq``, the eigenvalues of the metric, 1 if the metric is not
-that of Adam, and 1 if the update was rescaled by a factor that is not saved. NaN if a value is not known."""
+"""Arrays (step, tensor) of the optimizer state: the options of the parameter group of each tensor, the number of
+updates of the state, the smallest and largest element of ``exp_avg_sq``, the eigenvalues of the metric, a flag (1)
+for metrics other than Adam's, and a flag (1) for updates rescaled by a factor that is not saved. Unknown values are
+NaN."""
 
 SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
-"""Numbers of a step that a log may contain. They are arrays (step) of a trajectory, NaN if they were not logged."""
+"""Numbers of a step that a log may contain: arrays (step) of a trajectory, NaN where they were not logged."""
 
 USUAL_SCALARS = SCALARS[:2]
 """Scalars that every trajectory has. The others exist only if they were logged."""
@@ -102,8 +103,8 @@ VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual
 REPLICATE_PARAMETER, REPLICATE_HVP = "replicate_parameter", "replicate_hvp"
 
 REPLICATE_STATES = (REPLICATE_PARAMETER, REPLICATE_HVP)
-"""Arrays (step, replicate, element) of a trajectory, if a stochastic rule logs them: the states to which R draws of
-the update from theta_t lead, and the Hessian times the displacement of each draw."""
+"""Arrays (step, replicate, element) of a trajectory, if a stochastic rule logs them: the states after R draws of
+the update from theta_t, and the Hessian times the displacement of each draw."""
 
 REPLICATE_LOSS = "replicate_loss"
 """Array (step, replicate) of a trajectory: the loss of each of these states."""
@@ -113,7 +114,7 @@ REPLICATES = (*REPLICATE_STATES, REPLICATE_LOSS)
 
 
 def of_replicate(array: str, replicate: int) -> str:
-    """Return the name of one replicate of an array. The replicate is an array (step, element).
+    """Return the name of one replicate of an array, which is an array (step, element).
 
     Examples
     --------
@@ -124,7 +125,7 @@ def of_replicate(array: str, replicate: int) -> str:
 
 
 def replicate_of(name: str) -> tuple[str, int | None]:
-    """Return the array and the replicate to which a name belongs; the replicate is None if the array has none.
+    """Return the array and the replicate of a name; the replicate is None if the array has no replicates.
 
     Examples
     --------
@@ -138,9 +139,9 @@ def replicate_of(name: str) -> tuple[str, int | None]:
 def replicate_vectors(replicates: int, hvp: bool) -> tuple[str, ...]:
     """Return the vectors of the ledger of R replicates, with or without their Hessian-vector products.
 
-    A deviation is the difference between a replicate and the mean. Means are taken before any product, so they lose
-    no digits if they are much shorter than the replicates. The residual is that of the mean, gradient - c
-    mean_displacement, so the angle of the mean update is exact near 0 and pi.
+    A deviation is the difference between a replicate and the mean. Means are computed before any products, so a
+    mean loses no digits even if it is much shorter than the replicates. The residual is that of the mean, gradient
+    - c mean_displacement, so the angle of the mean update is accurate near 0 and pi.
 
     Examples
     --------

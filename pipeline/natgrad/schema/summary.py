@@ -12,14 +12,14 @@ from natgrad.schema.text import printable
 __all__ = ["Summary", "summary_html", "summary_lines"]
 
 _LONGEST_INLINE = 60
-"""Largest number of characters of an inline entry of a mapping. A longer entry gets its own line."""
+"""Maximum length of an inline mapping entry, in characters. Longer entries get separate lines."""
 
 
 class Summary:
     """Base of frozen dataclasses that summarize an operation."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, which the command line prints with ``--json``."""
+        """Return the plain values that the command line prints with ``--json``."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
 
     def __str__(self) -> str:
@@ -29,12 +29,12 @@ class Summary:
         return f"{type(self).__name__}\n{self}".rstrip("\n")
 
     def _repr_html_(self) -> str:
-        """Return the table that a notebook shows."""
+        """Return the HTML table for notebooks."""
         return summary_html(type(self).__name__, self.to_json())
 
 
 def summary_html(title: str, values: Mapping[str, Any]) -> str:
-    """Return an HTML table with one row per value. All texts are escaped, because they may come from a log."""
+    """Return an HTML table with one row per value. All text is escaped, because it may come from a log."""
     rows = "".join(
         f"<tr><th style='text-align:left'>{escape(_label(name))}</th>"
         f"<td style='text-align:left;white-space:pre-wrap'>{_cell(name, value)}</td></tr>"
@@ -69,7 +69,7 @@ def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None 
     for name, value in values.items():
         if isinstance(value, Mapping) and any(len(str(item)) > _LONGEST_INLINE for item in value.values()):
             yield f"{printable(label(name))}\n"
-            # The keys of a mapping are names of a log or of results, which are not changed.
+            # The keys of a mapping are names from a log or from results. They are shown unchanged.
             yield from (f"  {line}" for line in summary_lines(value, str))
         else:
             yield f"{printable(label(name)):<{width}}  {printable(_inline(name, value))}\n"

@@ -1,7 +1,7 @@
 """Define the metadata of result variables, their dimensions, and the flags that explain missing values.
 
 Each variable of ``results.zarr`` is one entry, which also has the function that computes it.
-`natgrad.results.variables` has the entries of updates, and `natgrad.results.replicates` those of stochastic rules.
+`natgrad.results.variables` has the entries for updates, `natgrad.results.replicates` those for stochastic rules.
 
 References
 ----------
@@ -56,7 +56,7 @@ DIMENSIONS: dict[str, str] = {
 
 
 class Status(enum.IntEnum):
-    """Reasons why a metric exists or not: the CF flag values of the variable ``status``.
+    """Reasons why a metric does or does not exist: the CF flag values of the variable ``status``.
 
     If several apply, the first in this order is used: not_logged (this run of a sweep did not log the step),
     non_finite, no_learning_rate, overflow, zero_gradient, zero_update, unverifiable because a loss or a
@@ -108,7 +108,7 @@ class Variable:
     flags : type, optional
         Enumeration of the values, if the variable has flags.
     absent : int, optional
-        Value at steps that a run of a sweep did not log. Default: NaN, False or 0, depending on the dtype.
+        Value at steps that a run of a sweep did not log. The default is NaN, False or 0, depending on the dtype.
     """
 
     name: str

@@ -1,18 +1,19 @@
 """Derive the version of the package from git, and define the version of the results.
 
 hatchling runs `git_version` at build time (``[tool.hatch.version]`` in pyproject.toml) and writes the result to
-``_version.py`` next to this file. Importing this module reads that file and never runs git. A tag ``v1.2.3`` gives
-1.2.3, and the fifth commit after it 1.2.4.dev5+g<commit>. Without a tag the base is 0.1, so the 300th commit gives
-0.1.dev300+g<commit>. Without a repository the version is `FALLBACK_VERSION`; without the program git, as in a small
-container image, the commit is appended to it.
+``_version.py`` next to this file. Importing this module reads that file and never runs git. The version is 1.2.3 at
+the tag ``v1.2.3``, and 1.2.4.dev5+g<commit> five commits later. Without a tag the base is 0.1: the version of the
+300th commit is 0.1.dev300+g<commit>. Without a repository it is `FALLBACK_VERSION`. If git is not installed, as in
+a small container image, the commit is appended to `FALLBACK_VERSION`.
 
-An editable install keeps the ``_version.py`` of its installation while the code moves on. Therefore the commit is
-compared with HEAD, by reading files of ``.git``. If HEAD has moved, the version names both commits:
-0.1.dev300+g1111111.moved.g2222222. Uncommitted changes are not visible in an editable install. An installed wheel
-is in no repository, and its version is fixed. A wheel built with uncommitted changes ends in ``.dirty``.
+An editable install keeps the ``_version.py`` from the time of its installation, although the code may change.
+Therefore the commit is compared with HEAD, by reading files in ``.git``. If HEAD has moved, the version contains
+both commits: 0.1.dev300+g1111111.moved.g2222222. Uncommitted changes are not detected in an editable install. An
+installed wheel is not in a repository, and its version is fixed. The version of a wheel built with uncommitted
+changes ends in ``.dirty``.
 
-This is not done by hatch-vcs, because it needs setuptools-scm, vcs-versioning and setuptools in every environment
-that is installed from the lock files, and because it neither detects that HEAD has moved nor works without git.
+hatch-vcs is not used, because it needs setuptools-scm, vcs-versioning and setuptools in every environment that is
+installed from the lock files, and because it does not detect that HEAD has moved and does not work without git.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ __all__ = ["FALLBACK_VERSION", "RESULTS_VERSION", "__version__", "git_version", 
 RESULTS_VERSION = 2
 """Version of the numbers in ``results.zarr``. A scan processes a run again if its results have another version.
 
-Raise it by one in every commit after which the same log and options give other results: a changed formula or
-default, a new, renamed or removed variable, or a corrected error. Do not raise it for changes of speed, texts or
-figures. A change of the stores' layout raises `natgrad.schema.layout.LAYOUT_VERSION` instead.
+Increment it in every commit that changes the results for the same log and options: a changed formula or default, a
+new, renamed or removed variable, or a corrected error. Do not increment it for changes to speed, texts or figures.
+For a change to the layout of the stores, increment `natgrad.schema.layout.LAYOUT_VERSION` instead.
 """
 
 FALLBACK_VERSION = "0.1.dev0"
@@ -51,7 +52,7 @@ def git_version(repository: Path | None = _REPOSITORY) -> str:
     repository : Path, optional
         Top folder of the repository. The default is the repository that contains this file.
     """
-    # git itself would search the parent folders: an unpacked archive is not part of the repository around it.
+    # git would also search the parent folders, but an unpacked archive is not part of the repository around it.
     if repository is None or not (repository / ".git").exists():
         return FALLBACK_VERSION
     described = _git(
@@ -73,7 +74,7 @@ def git_version(repository: Path | None = _REPOSITORY) -> str:
 
 
 def _git(repository: Path, *arguments: str) -> str:
-    """Return what a git command prints, or an empty string if it fails or git is not installed."""
+    """Return the output of a git command, or an empty string if it fails or git is not installed."""
     import os
     import subprocess
 
@@ -102,7 +103,7 @@ def installed_version(recorded: str, repository: Path) -> str:
     public, _, local = recorded.removesuffix(".dirty").partition("+")
     if not head:
         return recorded
-    if not local:  # the code was never installed, or its version was a tag, which does not name its commit
+    if not local:  # the code was never installed, or its version is a tag, which does not contain the commit
         return f"{public}+g{head[:7]}"
     return f"{public}+{local}" + ("" if head.startswith(local.removeprefix("g")) else f".moved.g{head[:7]}")
 
@@ -110,13 +111,13 @@ def installed_version(recorded: str, repository: Path) -> str:
 def _head(git: Path) -> str:
     """Return the commit of HEAD from the files of a git folder, or an empty string if there is none."""
     try:
-        if git.is_file():  # of a work tree: "gitdir: <path>"
+        if git.is_file():  # the file of a work tree contains "gitdir: <path>"
             git = git.parent / git.read_text().partition(":")[2].strip()
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref:"):
             return head
         reference = head.partition(":")[2].strip()
-        # A work tree shares the branches of its repository, whose folder "commondir" names.
+        # A work tree shares the branches of its repository. The file "commondir" contains the path of that folder.
         pointer = git / "commondir"
         common = git / pointer.read_text().strip() if pointer.is_file() else git
         if (common / reference).is_file():

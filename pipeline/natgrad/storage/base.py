@@ -7,7 +7,7 @@ implementation gives these guarantees:
 - `Storage.put` is atomic and durable: a reader finds the old content or the new content, and on return the new
   content survives a power failure.
 - `Storage.put_new` and `Storage.put_if` fail if another writer was faster.
-- `Storage.lock` admits one writer, and tells other writers who holds the lock.
+- `Storage.lock` admits one writer, and reports the holder of the lock to other writers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class StoredFile(io.RawIOBase):
         self._file, self.size, self._widen = file, size, widen
 
     def widen(self) -> None:
-        """Switch to large blocks, because the header has been read and the data follow."""
+        """Switch to large blocks. Call this after the header has been read, because the data follow."""
         if self._widen is not None:
             self._widen()
 
@@ -105,31 +105,31 @@ class Writes:
 
     Attributes
     ----------
-    AT_ONCE : int
+    MAX_CONCURRENT : int
         Maximum number of concurrent writes. Each may keep an object in memory.
     """
 
-    AT_ONCE = 4
+    MAX_CONCURRENT = 4
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._running: deque[Future[None]] = deque()
 
     def start(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Run a write in a thread. `settle` waits for its end.
+        """Start a write in a thread. `settle` waits for it to finish.
 
         Raises
         ------
         Exception
             If an earlier write failed.
         """
-        while len(self._running) >= self.AT_ONCE:
+        while len(self._running) >= self.MAX_CONCURRENT:
             self._running.popleft().result()
-        self._pool = self._pool or ThreadPoolExecutor(self.AT_ONCE)
+        self._pool = self._pool or ThreadPoolExecutor(self.MAX_CONCURRENT)
         self._running.append(self._pool.submit(write, *arguments))
 
     def wait(self) -> None:
-        """Wait until all started writes have ended.
+        """Wait for all started writes to finish.
 
         Raises
         ------
@@ -190,11 +190,11 @@ class Storage(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return the path or URL that a user would type."""
+        """Return the path or URL as a user would type it."""
 
     @abstractmethod
     def __truediv__(self, name: str) -> Self:
-        """Return the handle of an entry; slashes in the name separate levels."""
+        """Return the handle of an entry. Slashes in the name separate folders."""
 
     @property
     @abstractmethod
@@ -287,7 +287,7 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self) -> builtins.list[str]:
-        """Return the sorted names of the entries; empty if there is no folder."""
+        """Return the sorted names of the entries; empty if the folder does not exist."""
 
     def walk(self) -> builtins.list[str]:
         """Return the sorted names of all files or objects below this location, relative to it."""
@@ -367,12 +367,12 @@ class Storage(ABC):
                 raise
 
     def put_entries(self, contents: Mapping[str, bytes | memoryview], *, flush_names: bool = True) -> None:
-        """Write several entries. Each write is atomic, all are durable on return, and a disk is flushed once.
+        """Write several entries. Each write is atomic, and all are durable on return. A disk is flushed only once.
 
         Parameters
         ----------
         contents : mapping of str to bytes
-            Name to content.
+            Contents by name.
         flush_names : bool
             If False, a power failure may leave the old content of an entry.
         """
@@ -396,7 +396,7 @@ class Storage(ABC):
             (self / name).delete()
 
     def clear_leftovers(self) -> None:  # noqa: B027  (an object is never unfinished)
-        """Remove the unfinished files of a killed writer from this folder."""
+        """Remove incomplete files that a killed writer left in this folder."""
 
     # Trees
 
@@ -418,7 +418,7 @@ class Storage(ABC):
         Yields
         ------
         Path
-            Local folder, to be created and filled by the caller. Nothing is replaced after an error.
+            Local folder, which the caller creates and fills. On an error, nothing is replaced.
         """
         with tempfile.TemporaryDirectory(prefix="natgrad-") as folder:
             staged = Path(folder) / self.name
@@ -442,7 +442,7 @@ class Storage(ABC):
         self.delete_entries(names)
 
     def remove_tree(self, document: str, placeholder: bytes) -> None:
-        """Remove everything below this location; the document is the placeholder until the end."""
+        """Remove everything below this location. Until the end, the document contains the placeholder."""
         self._clear_tree(document, placeholder)
         (self / document).delete()
 
@@ -465,8 +465,8 @@ class Storage(ABC):
         Raises
         ------
         InputError
-            If another process holds the lock (the message contains its name and the start time), a process on
-            another machine may hold it, or a disk error occurs.
+            If another process holds the lock (the message names it and its start time), if a process on another
+            machine may hold it, or on a disk error.
         """
         from natgrad.storage.locks import lock_by_object
 
@@ -487,7 +487,7 @@ class Storage(ABC):
         return False
 
     def holds_versions(self, kind: str | None = None) -> bool:
-        """Return True if the stores in this folder OUT are, or are to be, in a repository that keeps versions.
+        """Return True if the stores of this OUT are, or will be, in a repository that keeps versions.
 
         Parameters
         ----------
@@ -504,7 +504,7 @@ class Storage(ABC):
                 "OUT cannot be an Icechunk repository",
                 where=str(self),
                 why="Icechunk commits safely in object stores only",
-                remedy="give a URL (s3://, gs://), or omit --store",
+                remedy="use a URL (s3://, gs://), or omit --store",
             )
         return False
 
@@ -537,18 +537,18 @@ class Storage(ABC):
         raise no_versions(str(self))
 
     def unversioned(self) -> Storage:
-        """Return the location for files that do not belong to a version: locks, pages and outcomes of scans."""
+        """Return the location for files that are not versioned: locks, pages and outcomes of scans."""
         return self
 
     # Errors
 
     def user_error(self, error: Exception, where: str) -> InputError | None:
-        """Return an error message for users; None if the error does not come from this storage."""
+        """Return the error for users; None if the error does not come from this storage."""
         return None
 
 
 def no_versions(where: str) -> InputError:
-    """Return the error for a request of a version from a storage without versions."""
+    """Return the error for requesting a version from a storage without versions."""
     return InputError(
         "a plain store has no versions",
         where=where,

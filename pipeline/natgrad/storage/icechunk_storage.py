@@ -1,7 +1,7 @@
-"""Keep the stores of OUT in an Icechunk repository, which keeps every commit as a version.
+"""Keep the stores of an OUT in an Icechunk repository, which stores every commit as a version.
 
-A handle reads one version: the latest, unless another one is requested. A writer uses a transaction, and others
-see its changes after they are published. Locks, pages and outcomes of scans are objects next to the repository.
+A handle reads one version, by default the latest. A writer uses a transaction, whose changes become visible to
+others when they are published. Locks, pages and outcomes of scans are objects next to the repository.
 
 Icechunk stores Zarr arrays and groups, and rejects all other keys. Therefore the other documents of a store, its
 commit records, are stored as chunks of arrays: ``commits/00000007.json`` is chunk 7 of the array
@@ -43,7 +43,7 @@ __all__ = ["IcechunkStorage", "RepositoryFiles", "open_repository"]
 _T = TypeVar("_T")
 
 _Store = icechunk.IcechunkStore | None
-"""Store from which keys are read; None if there is no repository."""
+"""Store for reading keys; None if there is no repository."""
 
 BRANCH = "main"
 
@@ -59,13 +59,13 @@ _MANIFEST_CHUNKS = 256
 one manifest for the complete array, the size of a commit would grow with the run."""
 
 _AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
-"""Prototype that returns the bytes of Icechunk without the copy that a Zarr buffer makes."""
+"""Buffer prototype that returns the bytes of Icechunk without the copy of a Zarr buffer."""
 
-_AT_ONCE = 16
-"""Number of concurrent requests of one call."""
+_MAX_CONCURRENT = 16
+"""Maximum number of concurrent requests of one call."""
 
 _SESSIONS = 8
-"""Number of versions that are kept open for reading."""
+"""Maximum number of versions that stay open for reading."""
 
 
 # Repositories ------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def _create_repository(url: str) -> icechunk.Repository:
         raise InputError(
             f"cannot create a repository here: {_reason(error)}",
             where=url,
-            why="a process ended while it created one, or the prefix contains unrelated objects",
+            why="a process was interrupted while creating one, or the prefix contains unrelated objects",
             remedy="remove the objects below this URL, or choose another OUT",
         ) from error
 
@@ -219,7 +219,7 @@ class _Transaction:
         return None if self._session is None and _repository(self._url) is None else self.store()
 
     def store(self) -> icechunk.IcechunkStore:
-        """Return the store for writing; create the repository if there is none."""
+        """Return the store for writing. The repository is created if it does not exist."""
         with self._opening:
             if self._session is None:
                 repository = _repository(self._url) or _create_repository(self._url)
@@ -246,7 +246,7 @@ class _Transaction:
                 f"another process has committed in the meantime: {_reason(error)}",
                 where=self._url,
                 why="the lock of this process was removed while it was writing",
-                remedy="make sure that only one process writes, and run again: committed data are kept",
+                remedy="ensure that only one process writes, then run again: committed data are kept",
             ) from error
         self._session = None
 
@@ -264,7 +264,7 @@ def _stored_key(key: str) -> tuple[str, int]:
 
 
 def _file_of(key: str) -> str | None:
-    """Return the file that is stored under a key; None for the metadata of an array of documents."""
+    """Return the name of the file stored under a key; None for the metadata of an array of documents."""
     folder, _, name = key.rpartition("/")
     chunk = _CHUNK.fullmatch(key)
     array = chunk["array"] if chunk else folder
@@ -378,7 +378,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Return ranges of files, requested concurrently."""
         store = self._store()
         several = [self._get(store, *each) for each in zip(paths, starts, ends, strict=True)]
-        return _wait(_together(several, return_exceptions=on_error == "return"))
+        return _wait(_gather(several, return_exceptions=on_error == "return"))
 
     async def _get(self, store: _Store, path: str, start: int | None, end: int | None) -> bytes:
         key, before = _stored_key(self._key(path))
@@ -472,7 +472,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         store = self._writer.store()
         for metadata in (True, False):
             chosen = {key: value for key, value in several.items() if key.endswith(f"/{_DOCUMENT}") == metadata}
-            _wait(_together(self._set(store, key, value) for key, value in chosen.items()))
+            _wait(_gather(self._set(store, key, value) for key, value in chosen.items()))
 
     async def _set(self, store: icechunk.IcechunkStore, path: str, value: bytes, new: bool = False) -> None:
         stored, before = _stored_key(self._key(path))
@@ -495,7 +495,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         store = self._writer.store()
         for metadata in (False, True):
             chosen = [name for name in several if name.endswith(f"/{_DOCUMENT}") == metadata]
-            _wait(_together(self._remove(store, name) for name in chosen))
+            _wait(_gather(self._remove(store, name) for name in chosen))
 
     async def _remove(self, store: icechunk.IcechunkStore, path: str) -> None:
         async with _missing_is_none():
@@ -610,19 +610,19 @@ def _wait(coroutine: Coroutine[Any, Any, _T]) -> _T:
     return sync(get_loop(), run)  # type: ignore[no-any-return]  # fsspec has no types
 
 
-async def _together(several: Iterable[Coroutine[Any, Any, _T]], return_exceptions: bool = False) -> list[Any]:
-    limit = asyncio.Semaphore(_AT_ONCE)
+async def _gather(coroutines: Iterable[Coroutine[Any, Any, _T]], return_exceptions: bool = False) -> list[Any]:
+    limit = asyncio.Semaphore(_MAX_CONCURRENT)
 
-    async def run(one: Coroutine[Any, Any, _T]) -> _T:
+    async def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
         async with limit:
-            return await one
+            return await coroutine
 
-    return await asyncio.gather(*map(run, several), return_exceptions=return_exceptions)
+    return await asyncio.gather(*map(run, coroutines), return_exceptions=return_exceptions)
 
 
 @asynccontextmanager
 async def _missing_is_none() -> AsyncIterator[None]:
-    """Ignore the error of Icechunk for a missing array or object, which only its text identifies."""
+    """Ignore Icechunk's error for a missing array or object, which can only be identified by its message."""
     try:
         yield
     except KeyError:
@@ -633,10 +633,10 @@ async def _missing_is_none() -> AsyncIterator[None]:
 
 
 async def _has(store: icechunk.IcechunkStore, key: str) -> bool:
-    has = False
+    exists = False
     async with _missing_is_none():
-        has = await store.exists(key)
-    return has
+        exists = await store.exists(key)
+    return exists
 
 
 def _byte_request(start: int | None, end: int | None) -> Any:
@@ -648,7 +648,7 @@ def _byte_request(start: int | None, end: int | None) -> Any:
 
 
 async def _grow(store: icechunk.IcechunkStore, array: str, index: int) -> None:
-    """Extend an array so that it contains a chunk; create the array if it is one of documents."""
+    """Extend an array to include a chunk. An array of documents is created if it does not exist."""
     described = cast(bytes | None, await store.get(f"{array}/{_DOCUMENT}", _AS_BYTES))
     name = array.rpartition("/")[2]
     if described is not None:

@@ -1,9 +1,9 @@
 """Local files: durable, atomic writes with actionable errors, and reads by position.
 
-Zarr, pathlib and fsspec write files without a flush, so a power failure may leave file names without data. This
-module writes a temporary file, flushes it, renames it, and flushes the folder. Several files are flushed together,
-because the system then writes its journal once for all of them. Calls that only Linux has are used if available.
-Without them the same data are read and written, but more slowly.
+Zarr, pathlib and fsspec do not flush the files that they write, so a power failure may leave file names without
+data. This module writes a temporary file, flushes it, renames it, and flushes the folder. Several files are flushed
+together, because the system then writes its journal only once. Linux-only system calls are used where available.
+Without them the same data are read and written, only more slowly.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _REFUSALS = {
     errno.ENOSPC: ("no space left", "the disk is full", "free some space, or choose another OUT"),
     errno.EDQUOT: (
         "the disk quota is exceeded",
-        "the user has reached the quota of this file system",
+        "the user has used up the quota on this file system",
         "free some space, or request a higher quota",
     ),
-    errno.EFBIG: ("a file would become too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
+    errno.EFBIG: ("the file would be too large", "the file size is limited", "raise the limit (ulimit -f)"),
     errno.EROFS: (
         "the file system is read-only",
         "it was mounted read-only, or became read-only after a failure",
@@ -53,7 +53,7 @@ _REFUSALS = {
     ),
     errno.EACCES: ("write permission denied", "the folder belongs to another user", "choose another OUT"),
     errno.EPERM: ("write permission denied", "the folder is protected", "choose another OUT"),
-    errno.EIO: ("the disk failed", "it is damaged, or no longer connected", "check the disk (dmesg)"),
+    errno.EIO: ("the disk failed", "it is damaged or disconnected", "check the disk (dmesg)"),
     errno.ENOENT: (
         "the store no longer exists",
         "it was removed or moved during a write",
@@ -62,13 +62,13 @@ _REFUSALS = {
 }
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""Errors by which a file system refuses hard links."""
+"""Error codes of file systems without hard links."""
 
 _FLUSHES = 8
-"""Number of concurrent flushes, in threads."""
+"""Number of threads for concurrent flushes."""
 
 _SEGMENT_BYTES = 1 << 19
-"""Size of a write. The disk starts to write these bytes while the next ones are copied."""
+"""Bytes per write. The disk writes them while the next ones are copied."""
 
 _BYTE = (bytearray(1),)
 
@@ -80,7 +80,7 @@ def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # On macOS, fsync leaves the data in the cache of the disk; another call flushes this cache.
+        # On macOS, fsync leaves the data in the cache of the disk. F_FULLFSYNC flushes this cache.
         full = getattr(fcntl, "F_FULLFSYNC", None)
         if full is None:
             os.fsync(descriptor)
@@ -92,7 +92,7 @@ def _flush(path: Path) -> None:
 
 @cache
 def _flush_threads() -> ThreadPoolExecutor:
-    """Return the threads that wait for the disk; they are kept, because starting them takes longer than a flush."""
+    """Return the pool of threads that wait for the disk. It is reused: starting threads is slower than a flush."""
     return ThreadPoolExecutor(_FLUSHES, "flush")
 
 
@@ -121,7 +121,7 @@ def _start_flush(descriptor: int) -> None:
 
 
 def _write_temporary(path: Path, content: bytes | memoryview) -> Path:
-    """Write a temporary file next to a path, without waiting for the disk."""
+    """Write a temporary file in the folder of a path, without waiting for the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         with temporary.open("wb", buffering=0) as file:
@@ -136,11 +136,11 @@ def _write_temporary(path: Path, content: bytes | memoryview) -> Path:
     return temporary
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(first: Path, second: Path) -> bool:
     """Exchange two names atomically (Linux). Return True on success."""
     system = ctypes.CDLL(None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    arguments = (here, os.fsencode(one), here, os.fsencode(other), exchange)
+    arguments = (here, os.fsencode(first), here, os.fsencode(second), exchange)
     return hasattr(system, "renameat2") and system.renameat2(*arguments) == 0
 
 
@@ -151,7 +151,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     Parameters
     ----------
     path : Path
-        Location of the writes, for the message if the error does not contain a file name.
+        Location of the writes. The message contains it if the error does not contain a file name.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:  # an error of a network, for example
+        if error.errno not in _REFUSALS:  # for example, a network error
             raise
         what, why, remedy = _REFUSALS[error.errno]
         raise InputError(
@@ -295,7 +295,7 @@ class LocalStorage(Storage):
             _flush_all(folders)
 
     def _folders(self, path: Path) -> builtins.list[Path]:
-        """Return the folders of an entry that may contain a new name."""
+        """Return the folders of an entry that may have a new name in them."""
         below = [folder for folder in path.parents if self._path in folder.parents]
         return [*below, self._path] if not below or not below[-1].exists() else below
 
@@ -331,10 +331,10 @@ class LocalStorage(Storage):
 
     @contextmanager
     def replace_tree(self, document: str, placeholder: bytes | None = None) -> Iterator[Path]:
-        """Replace a folder.
+        """Replace the folder.
 
-        A reader finds the old folder or the new folder at any time. If the system cannot exchange two names (macOS,
-        some network file systems), there is no folder for an instant.
+        Readers always find the old or the new folder, except on systems that cannot exchange two names (macOS, some
+        network file systems): there, the folder is missing for an instant.
         """
         path = self._path
         staged, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -369,7 +369,7 @@ class LocalStorage(Storage):
                 where=str(self),
                 why="Icechunk commits are only safe in object stores: in a folder, successful commits are lost if "
                 "two processes commit (issues 804 and 1494 of earth-mover/icechunk)",
-                remedy="give a URL (s3://, gs://), or omit --store: a folder keeps the attempts, too",
+                remedy="use a URL (s3://, gs://), or omit --store: a folder also keeps the attempts",
             )
         return False
 
@@ -550,7 +550,7 @@ class ChunkFile:
             return False
 
     def read(self, offset: int, out: memoryview) -> int:
-        """Fill a buffer with the bytes from an offset on.
+        """Fill a buffer with bytes, starting at an offset.
 
         Returns
         -------

@@ -1,12 +1,12 @@
-"""Locks that admit one writer at a time, and tell other writers who holds the lock.
+"""Locks that admit one writer at a time, and report the holder of the lock to other writers.
 
-Local stores are locked with flock. The system releases the lock when its process ends, for whatever reason, so a
-stale lock never has to be detected. This is not true on a file system that several machines share: if a machine
-loses its connection, its lock may become free while it continues to write. Therefore the lock of another machine
-is never taken over on such a file system, or if a lock file replaces flock.
+Local stores are locked with flock. The system releases the lock when the process ends for any reason, so stale
+locks need not be detected. This is not true on a file system that several machines share: if a machine loses its
+connection, its lock may become free while it continues to write. Therefore the lock of another machine is never
+taken over on such a file system, or if a lock file replaces flock.
 
-An object store has no locks, so an object represents the lock. It is written on condition that it does not exist.
-The lock of a dead process on this machine is replaced on condition that no other process has replaced it.
+An object store has no locks, so an object represents the lock. A conditional write creates it if it does not exist.
+The lock of a dead process on this machine is replaced unless another process has already replaced it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Lockable", "lock_by_file", "lock_by_object"]
 
 
 class Lockable(Protocol):
-    """The part of `natgrad.storage.Storage` that a lock needs."""
+    """The methods of `natgrad.storage.Storage` that a lock needs."""
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class Lockable(Protocol):
 
     @property
     def parent(self) -> Lockable:
-        """Location that this one is an entry of."""
+        """Location that contains this one."""
         ...
 
     def __truediv__(self, name: str) -> Lockable: ...
@@ -107,11 +107,11 @@ def lock_by_file(store: Path, kind: str) -> Iterator[None]:
         raise _locked(str(store), kind, _holder(path)[0] or _NO_HOLDER) from error
     with ExitStack() as stack:
         stack.callback(lock.release)
-        stack.callback(_leave_nothing, store, path, new_folders)
-        # Filelock itself signs the lock file of a SoftFileLock, and removes it on release.
+        stack.callback(_remove_unused, store, path, new_folders)
+        # For a SoftFileLock, filelock itself records the holder, and removes the file on release.
         if not isinstance(lock, SoftFileLock):
             _require_free(path, store, kind)
-            _sign(path)
+            _record_holder(path)
             stack.callback(os.truncate, path, 0)
         yield
 
@@ -125,8 +125,8 @@ def _locked(store: str, kind: str, holder: str) -> Unavailable:
     )
 
 
-def _leave_nothing(store: Path, path: Path, new_folders: list[Path]) -> None:
-    """Remove the lock and the new folders if no store was created, because its input was rejected."""
+def _remove_unused(store: Path, path: Path, new_folders: list[Path]) -> None:
+    """Remove the lock and the new folders if no store was created, for example because the input was rejected."""
     if new_folders and not store.exists():
         path.unlink(missing_ok=True)
         with suppress(OSError):  # another process may use them by now
@@ -142,17 +142,17 @@ def _acquire(path: Path) -> BaseFileLock:
         if error.errno not in _NO_FLOCK:
             raise
         # Filelock only takes over the lock file of a dead process on this machine.
-        lock = SoftFileLock(_soft(path))
+        lock = SoftFileLock(_soft_lock_path(path))
         lock.acquire(timeout=1)
     return lock
 
 
-def _soft(path: Path) -> Path:
+def _soft_lock_path(path: Path) -> Path:
     return path.with_suffix(".softlock")
 
 
-def _sign(path: Path) -> None:
-    """Write the holder into the lock file. The entry of a killed process remains."""
+def _record_holder(path: Path) -> None:
+    """Write the holder into the lock file. If the process is killed, the entry remains."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         # The file is written before it is truncated, so that other processes never read an empty file.
@@ -176,12 +176,12 @@ def _user() -> str:
 
 
 def _holder(path: Path) -> tuple[str, str]:
-    """Return a description of the process that signed a lock, and its host; empty without a signature."""
+    """Return a description of the recorded holder of a lock, and its host; both are empty if none is recorded."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         name = json.loads(path.read_text())
         return _HOLDER.format(**name), name["host"]
     with suppress(OSError, ValueError):
-        soft = _soft(path)
+        soft = _soft_lock_path(path)
         process, host, *_ = soft.read_text().split()
         since = datetime.fromtimestamp(soft.stat().st_mtime, UTC)
         return f"process {process} on {host}, since {since.isoformat(timespec='seconds')}", host
@@ -189,7 +189,10 @@ def _holder(path: Path) -> tuple[str, str]:
 
 
 def _require_free(path: Path, store: Path, kind: str) -> None:
-    """Raise an error if a process on another machine never released a free lock; it may still be writing."""
+    """Raise an error if a lock is free but was never released by a process on another machine.
+
+    That process may still be writing.
+    """
     holder, host = _holder(path)
     file_system = _file_system(path)
     if not holder or host == socket.gethostname() or file_system in _LOCAL:
@@ -197,9 +200,9 @@ def _require_free(path: Path, store: Path, kind: str) -> None:
     raise InputError(
         f"another process may be writing this {kind}: {holder}",
         where=str(store),
-        why="it never released the lock: its machine stopped, or lost its connection and continues to run. On a "
-        f"file system that several machines can share ({file_system or 'unknown'}), a free lock cannot tell which",
-        remedy=f"make sure that it no longer runs, remove {path}, and run again",
+        why="it never released the lock: its machine stopped, or lost its connection and continues to run. These "
+        f"cases cannot be distinguished on a file system that may be shared ({file_system or 'unknown'})",
+        remedy=f"ensure that it is no longer running, remove {path}, and run again",
     )
 
 
@@ -258,8 +261,8 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
             where=str(store),
             why="it has ended, but without conditional writes in this object store its lock cannot be taken over"
             if dead
-            else "it runs on another machine, which may have stopped: an object store cannot tell",
-            remedy=f"wait until it ends; if it no longer runs, remove {lock}, and run again",
+            else "it runs on another machine. An object store cannot detect whether that machine has stopped",
+            remedy=f"wait until it ends; if it is no longer running, remove {lock}, and run again",
         )
     try:
         lock.put_if(signed, tag)
@@ -268,7 +271,7 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
 
 
 def _is_dead(name: Mapping[str, Any]) -> bool:
-    """Return True if a process on this machine has ended, even if another process has the same number now."""
+    """Return True if a process on this machine has ended, even if its process number has been reused."""
     if name["host"] != socket.gethostname():
         return False
     try:
@@ -278,7 +281,7 @@ def _is_dead(name: Mapping[str, Any]) -> bool:
 
 
 def _require_conditions(lock: Lockable, signed: bytes) -> None:
-    """Raise an error if an object store ignores conditions, because two writers could then hold the lock."""
+    """Raise an error if an object store ignores conditions, which would let two writers hold the lock."""
     try:
         lock.put_new(signed)
     except FileExistsError:
@@ -292,7 +295,7 @@ def _require_conditions(lock: Lockable, signed: bytes) -> None:
 
 
 def _release(lock: Lockable, signed: bytes) -> None:
-    # If the store does not answer, the lock remains, and the next process on this machine takes it over.
+    # If the store does not respond, the lock remains, and the next process on this machine takes it over.
     with suppress(Exception):
         if lock.get() == signed:
             lock.delete()

@@ -11,7 +11,7 @@ from natgrad.storage.base import Storage
 __all__ = ["network_errors", "user_error"]
 
 _LIBRARIES = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
-"""Libraries whose errors come from an object store."""
+"""Libraries that access object stores."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def network_errors(*storages: Storage) -> Iterator[None]:
     InputError
         If a bucket or an object is missing, or access is denied.
     Unavailable
-        If the storage fails or does not answer; a later run may succeed.
+        If the storage fails or does not respond. A later run may succeed.
     """
     try:
         yield
@@ -51,16 +51,16 @@ def user_error(error: Exception, where: str) -> InputError | None:
     if library not in _LIBRARIES and not isinstance(error, OSError):
         return None
     if isinstance(error, OSError) and error.filename is not None:
-        # The error concerns a local file: only one of SOURCE and OUT is remote.
+        # The error is about a local file: only one of SOURCE and OUT is remote.
         return None
     if "FileExpired" in names:
         return Unavailable(
-            f"the object changed while it was read: {error}",
+            f"the object changed while it was being read: {error}",
             where=where,
-            why="another object was written in its place",
+            why="another process replaced it",
             remedy="run again: committed data are kept",
         )
-    # The text of an Icechunk error lists code locations line by line, and the cause at the end.
+    # The message of an Icechunk error lists code locations, one per line, and the cause on the last line.
     reason = str(error).strip().rpartition("-> ")[2] if library == "icechunk" else str(error)
     denied = library == "icechunk" and any(word in reason for word in ("AccessDenied", "Forbidden"))
     if denied or isinstance(error, PermissionError) or any("Credential" in name for name in names):
@@ -76,10 +76,10 @@ def user_error(error: Exception, where: str) -> InputError | None:
             f"not found in the object store: {error}",
             where=where,
             why="the bucket does not exist, its name is misspelled, or the object was removed in the meantime",
-            remedy="create the bucket, or give another URL",
+            remedy="create the bucket, or correct the URL",
         )
     return Unavailable(
-        f"the object store does not answer: {type(error).__name__}: {reason}",
+        f"the object store does not respond: {type(error).__name__}: {reason}",
         where=where,
         why="the network or the store failed, or the address of the store is wrong (AWS_ENDPOINT_URL)",
         remedy="run again: committed data are kept",

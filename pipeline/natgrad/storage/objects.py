@@ -1,8 +1,8 @@
 """Object stores: S3 and Google Cloud Storage, accessed with fsspec.
 
-One request writes a complete object; an object is never partly written, and cannot be renamed. A write can require
-that the object does not exist, or that it has a certain tag. Ranges of an object are read by position. The library
-(s3fs, gcsfs) finds credentials in the environment, in files, or from the role of the machine.
+One request writes a complete object. An object is never partly written, and cannot be renamed. A write can be
+conditional: the object must not exist, or must have a certain tag. Ranges of an object are read by position. The
+library (s3fs, gcsfs) finds credentials in the environment, in files, or from the role of the machine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from natgrad.storage.network import user_error
 __all__ = ["ObjectStorage", "open_objects"]
 
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
-"""Extra of this package that installs the library for each scheme."""
+"""Extra of this package that installs the library, by URL scheme."""
 
-# Listings are not cached, because writes of other processes must be found. With concurrent requests, s3fs would
-# first request the size of each object.
+# Listings are not cached, so that writes of other processes are visible. With concurrent reads of one object, s3fs
+# would first request its size.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"use_listings_cache": False, "max_concurrency": 1},
     "gs": {"use_listings_cache": False},
@@ -114,10 +114,10 @@ class ObjectStorage(Storage):
         return [self._content(content, FileNotFoundError) for content in found]
 
     def open(self) -> StoredFile:
-        """Open an object. It is fetched in blocks, and the last few blocks are cached.
+        """Open an object, which is fetched in blocks. The last few blocks are cached.
 
-        Blocks are small until `StoredFile.widen` is called. If another object replaces it while it is open, the
-        next read raises OSError, so all blocks come from the same object.
+        Blocks are small until `StoredFile.widen` is called. If the object is replaced while it is open, the next
+        read raises OSError, so all blocks come from the same object.
         """
         from fsspec.caching import BlockCache
 
@@ -140,7 +140,7 @@ class ObjectStorage(Storage):
         return sorted(found)
 
     def _entries(self) -> builtins.list[dict[str, Any]]:
-        # Consoles create an object with the name of the prefix to represent a folder.
+        # Web consoles represent a folder by an object with the name of the prefix.
         return [entry for entry in self._listing() if entry["name"].rstrip("/") != self.key]
 
     def _listing(self) -> builtins.list[dict[str, Any]]:
@@ -177,7 +177,7 @@ class ObjectStorage(Storage):
 
     def put(self, content: bytes | memoryview) -> None:
         """Write an object."""
-        # No chunk reaches the size of a multipart upload, which would not be verified as one request is.
+        # Multipart uploads would not be verified as a single request is; no chunk is large enough for one.
         self.fs.pipe_file(self.key, bytes(content))
 
     def put_new(self, content: bytes | memoryview) -> None:

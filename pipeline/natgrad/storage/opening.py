@@ -1,8 +1,8 @@
 """Open a location: the one place where paths and URLs are parsed, and the table of URL schemes.
 
 A location is opened once, at the edge of the program (`open_storage`, and `open_out` for OUT), and the handle is
-passed down. Another kind of storage is one subclass of `natgrad.storage.Storage` and one entry point of the group
-``natgrad.storage`` whose name is the scheme of its URLs.
+passed down. To add a kind of storage, write a subclass of `natgrad.storage.Storage` and an entry point of the group
+``natgrad.storage`` whose name is the URL scheme.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BUILT_IN = {
     "s3": "natgrad.storage.objects:open_objects",
     "gs": "natgrad.storage.objects:open_objects",
 }
-"""URL schemes and the functions that open them. Entry points of the group add more."""
+"""URL schemes and the functions that open them. Entry points of the group ``natgrad.storage`` add more."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(/+)")
 
@@ -66,7 +66,7 @@ def open_storage(location: Location) -> Storage:
         raise InputError(
             f"{location!r} is not a path or URL",
             where="location",
-            remedy="give the path of a file or folder, or a URL",
+            remedy="use the path of a file or folder, or a URL",
         )
     text = str(location)
     found = _SCHEME.match(text)
@@ -76,7 +76,7 @@ def open_storage(location: Location) -> Storage:
             raise InputError(
                 f"unknown URL scheme {found[1]}://",
                 where=text,
-                remedy=f"give a path, or a URL with one of the schemes {', '.join(_schemes())}",
+                remedy=f"use a path, or a URL with one of the schemes {', '.join(_schemes())}",
             )
         return LocalStorage(text)
     slashes = "///" if found[1] == "file" else "//"
@@ -91,7 +91,7 @@ def open_out(out: Location, *, kind: str | None = None, version: str | None = No
     out : str, Path or Storage
         See `open_storage`.
     kind : str, optional
-        One of `KINDS`: the kind of storage for a new OUT. An existing OUT is recognized by its content.
+        Kind of storage for a new OUT, one of `KINDS`. The kind of an existing OUT is detected.
     version : str, optional
         Identifier, tag or time (ISO 8601) of a version to read; the latest by default.
 
@@ -148,7 +148,7 @@ def _opener(scheme: str) -> Opener | None:
     for point in entry_points(group=_GROUP, name=scheme):
         try:
             return cast(Opener, point.load())
-        except Exception as error:  # code of another distribution may raise anything
+        except Exception as error:  # code of another distribution may raise any exception
             owner = "an unknown distribution" if point.dist is None else point.dist.name
             raise InputError(
                 f"the storage for {scheme}:// cannot be loaded: {type(error).__name__}: {error}",
@@ -186,7 +186,7 @@ def require_local(location: Location, what: str) -> Path:
             f"{what} must be a folder on this machine",
             where=str(storage),
             why="finding and locking many runs needs features that object stores do not have",
-            remedy="give a folder, or process each run separately: natgrad process SOURCE OUT, which accepts URLs",
+            remedy="use a folder, or process each run separately: natgrad process SOURCE OUT, which accepts URLs",
         )
     _require_folder(storage.local_path, what)
     return storage.local_path
@@ -200,5 +200,5 @@ def _require_folder(path: Path, what: str) -> None:
             f"{what} must be a folder, but {'it' if found == path else found} is not one",
             where=str(path),
             why="a file or a broken link has this name",
-            remedy="choose another folder, or remove what is there",
+            remedy="choose another folder, or remove the file or link",
         )

@@ -65,7 +65,8 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-# Wong's palette (Nature Methods 8, 441), suited to colour-blind readers; eigenvalues and runs share no colour.
+# Wong's palette (Nature Methods 8, 441), which colour-blind readers can distinguish. Eigenvalues and runs have
+# different colours.
 EIGENVALUES = {
     "eigenvalue_max": (r"$\lambda_{\max}$", "#0072b2", "-"),
     "eigenvalue_mid": (r"$\lambda_{\mathrm{mid}}$", "#009e73", (0, (4, 1.5))),
@@ -140,7 +141,7 @@ WIDTH, HEIGHT = 4.2, 2.9
 """Size of a panel in inches: about the width of a phone; two fit side by side on a desktop."""
 
 COLUMNS, SMALL_COLUMNS, MARKERS = 360, 150, 48
-"""Number of columns to which the curves of a panel and of a small panel are thinned, and of points in panel A."""
+"""Number of pixel columns in a panel and in a small panel, for thinning of curves, and of points in panel A."""
 
 _DRAWING = threading.Lock()
 """Lock for Matplotlib's style, which is global to the process. Flows may draw in several threads."""
@@ -177,7 +178,7 @@ def drawing() -> Iterator[None]:
 
 
 def is_thinned(steps: int) -> bool:
-    """Return True if a run of this many steps has more points than its smallest panels draw."""
+    """Return True if a run with this many steps is thinned in its smallest panels."""
     return steps > 2 * SMALL_COLUMNS
 
 
@@ -212,7 +213,7 @@ def _superscript(digits: str) -> str:
 
 
 def panel(letter: str) -> tuple[Figure, Axes]:
-    """Make a figure with one panel. The letter above it may be empty."""
+    """Create a figure with one panel. The letter above it may be empty."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     # A blank title takes up the same space as a letter, so all panels have the same size.
@@ -246,7 +247,7 @@ def column_starts(points: int, columns: int) -> NDArray[np.int64]:
 
 
 def thinned(x: Array, y: Array, columns: int) -> tuple[Array, Array]:
-    """Keep the smallest and the largest value of each pixel column, so that a screen shows the same curve."""
+    """Keep the smallest and the largest value of each pixel column, which looks the same on a screen."""
     if len(x) <= 2 * columns:
         return x, y
     kept: list[int] = []
@@ -264,8 +265,8 @@ def positive(values: Array) -> Array:
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
-def log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
-    """Set the limits of a log axis, with space below for marks. Even a short axis has numbers."""
+def log_limits(axes: Axes, low: float, high: float, limit: int = 6) -> None:
+    """Set the limits of a log axis, with space below for marks. Short axes also get tick labels."""
     bottom, top = math.log10(low), math.log10(high)
     if top - bottom < 0.5:
         bottom, top = (bottom + top) / 2 - 0.25, (bottom + top) / 2 + 0.25
@@ -276,13 +277,13 @@ def log_limits(axes: Axes, low: float, high: float, most: int = 6) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     else:
-        axes.yaxis.set_major_locator(LogLocator(numticks=most))
+        axes.yaxis.set_major_locator(LogLocator(numticks=limit))
     if top - bottom < 2 or top - bottom > 5:
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def step_axis(axes: Axes, steps: Array, most: int = 5) -> None:
+def step_axis(axes: Axes, steps: Array, limit: int = 5) -> None:
     """Set up the x axis for steps."""
     axes.set_xlabel("step")
     if not len(steps):
@@ -290,12 +291,12 @@ def step_axis(axes: Axes, steps: Array, most: int = 5) -> None:
         return
     margin = 0.02 * (steps[-1] - steps[0]) or 0.5
     axes.set_xlim(steps[0] - margin, steps[-1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(limit, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u2009")))
 
 
 def angle_limits(axes: Axes, spread: tuple[float, float, float] | None) -> None:
-    """Set up the y axis for angles, up to pi if some are obtuse."""
+    """Set up the y axis for angles, up to pi if any angle is obtuse."""
     obtuse = spread is not None and spread[2] > np.pi / 2
     axes.set_ylim(-0.03 * np.pi, (1.03 if obtuse else 0.55) * np.pi)
     angle_ticks(axes, "y", eighths=False)
@@ -317,21 +318,21 @@ def legend_above(axes: Axes, handles: Sequence[Any]) -> None:
 
 
 def placeholder(axes: Axes, reason: str) -> None:
-    """Write in the panel why it has no data."""
+    """Show in the panel why it has no data."""
     axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_yticks([])
 
 
-def drawable(text: str, most: int) -> str:
+def drawable(text: str, limit: int) -> str:
     """Shorten a name in the middle, and replace characters that the font of the figures does not have."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     known = "".join(
         c if c.isprintable() and font.get_char_index(ord(c)) else "\N{REPLACEMENT CHARACTER}" for c in text
     )
-    if len(known) <= most:
+    if len(known) <= limit:
         return known
     # The end of a tensor's name distinguishes more than its beginning.
-    return f"{known[: most // 3]}…{known[-(most - most // 3 - 1) :]}"
+    return f"{known[: limit // 3]}…{known[-(limit - limit // 3 - 1) :]}"
 
 
 def picture(figure: Figure, alt: str) -> Picture:
@@ -340,7 +341,7 @@ def picture(figure: Figure, alt: str) -> Picture:
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     graphic = file.getvalue()
     graphic = graphic[graphic.index("<svg") :]
-    # Hundredths of a point are finer than any screen, and halve the size.
+    # Hundredths of a point are finer than any screen. Rounding to them halves the size.
     graphic = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), graphic)
     dark = "".join(
         f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'

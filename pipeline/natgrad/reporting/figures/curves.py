@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 SHOWN_TENSORS = 12
-"""Number of tensors with curves of their own: those with the largest gradient."""
+"""Number of tensors that are drawn separately: those with the largest gradient."""
 
 COMPARED_RUNS = 18
 """Number of runs that can be distinguished in one panel, by colour and dashes."""
@@ -63,7 +63,7 @@ COMPARED_RUNS = 18
 
 @dataclass(frozen=True)
 class RunResults:
-    """The results of a run: of the model, of the tensors and, for a stochastic rule, of the replicates."""
+    """Results of a run for the model, the tensors and, if the rule is stochastic, the replicates."""
 
     name: str
     attributes: Mapping[str, Any]
@@ -73,7 +73,7 @@ class RunResults:
 
     @classmethod
     def of(cls, name: str, tree: xr.DataTree) -> RunResults:
-        """Return the results in a DataTree; raise InputError if it does not hold results."""
+        """Return the results in a DataTree; raise InputError if it does not contain results."""
         try:
             model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
             needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status")
@@ -90,7 +90,7 @@ class RunResults:
         return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates)
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
-        """Return the values of the model, step by step, compared with the gradient."""
+        """Return a variable of the model, for the gradient and window 1, by step."""
         return np.asarray(_at(self.model[variable]).values)
 
     @property
@@ -111,7 +111,7 @@ class RunResults:
         return np.asarray(self.model["loss_average"].sel({WINDOW: max(self.windows)}).values)
 
     def tensor(self, variable: str, name: str) -> Array:
-        """Return the values of a tensor, step by step, compared with the gradient."""
+        """Return a variable of a tensor, for the gradient and window 1, by step."""
         return np.asarray(_at(self.tensors[variable]).sel({TENSOR: name}).values)
 
     def largest_tensors(self) -> list[str]:
@@ -176,7 +176,8 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
     """Draw the angle or condition number of each tensor, on common axes."""
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    # Margins in inches: a layout engine measures every text of every panel, which takes twice as long.
+    # Margins are fixed, in inches, because a layout engine would measure every text of every panel, which doubles
+    # the drawing time.
     height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
     figure = Figure(figsize=(WIDTH, height))
     left, right, lower, upper = 0.72 / WIDTH, 1 - 0.14 / WIDTH, 0.5 / height, 1 - 0.25 / height
@@ -205,8 +206,8 @@ def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Pictur
     if of_angle:
         angle_limits(first, spread)
     elif spread is not None:
-        log_limits(first, spread[0], spread[2], most=4)
-    step_axis(first, run.steps, most=3)
+        log_limits(first, spread[0], spread[2], limit=4)
+    step_axis(first, run.steps, limit=3)
     first.set_xlabel("")
     # If the last row is shorter, the panel above the gap shows the step numbers.
     for axes in grid.flat[len(names) :]:
@@ -262,7 +263,7 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
     angle_spread, spread = extent(np.concatenate(angles)), extent(np.concatenate(conditions))
     angle_limits(grid[0, 0], angle_spread)
     if spread is not None:
-        log_limits(grid[0, 1], spread[0], spread[2], most=5)
+        log_limits(grid[0, 1], spread[0], spread[2], limit=5)
     step_axis(grid[0, 0], np.unique(np.concatenate([run.steps for run in runs])))
     for axes in grid[:-1].flat:
         axes.set_xlabel("")
@@ -277,8 +278,8 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
     return picture(figure, f"Angle and condition number of the model{of} over the steps, in the runs {names}.")
 
 
-def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
-    """Return the number and name of each tensor, without the parts that all names share if names are long.
+def _tensor_labels(names: Sequence[str], limit: int) -> list[str]:
+    """Return the number and name of each tensor. Long names are shortened by the parts that all names share.
 
     Examples
     --------
@@ -287,13 +288,13 @@ def _tensor_labels(names: Sequence[str], most: int) -> list[str]:
     """
     parts = [name.split(".") for name in names]
     start = end = 0
-    if len(names) > 1 and max(map(len, names)) > most - 4:
-        # One part of each name is always kept, even if it is the same.
+    if len(names) > 1 and max(map(len, names)) > limit - 4:
+        # One part of each name is always kept, even if all names share it.
         spare = min(map(len, parts)) - 1
         while start < spare and len({part[start] for part in parts}) == 1:
             start += 1
         while end < spare - start and len({part[-1 - end] for part in parts}) == 1:
             end += 1
     kept = [".".join(part[start : len(part) - end]) for part in parts]
-    shown = [f"{'…' if start else ''}{drawable(name, most - 6)}{'…' if end else ''}" for name in kept]
+    shown = [f"{'…' if start else ''}{drawable(name, limit - 6)}{'…' if end else ''}" for name in kept]
     return [f"{number}  {name}" for number, name in enumerate(shown, start=1)]

@@ -61,7 +61,7 @@ Loss = Callable[[Array], Array]
 
 
 def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, size: float) -> Picture:
-    """Draw Figure 1: the ball of the metric in which the update is steepest descent, and the Euclidean one.
+    """Draw Figure 1: the ball of the metric in which the update is steepest descent, and the Euclidean ball.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def descent_balls(loss: Loss, state: Array, y: Array, g: Array, ball: Array, siz
     state, y, g : array, shape (2,)
         One state, its negative gradient and its update.
     ball : array, shape (points, 2)
-        Ball of the metric around 0, v' M v = 1.
+        Unit ball of the metric, v' M v = 1.
     size : float
         Radius of the Euclidean ball. The ball of the metric is drawn with the same area.
     """
@@ -105,7 +105,7 @@ def metric_field(loss: Loss, states: Array, balls: Array) -> Picture:
     states : array, shape (steps, 2)
         Trajectory.
     balls : array, shape (steps, points, 2)
-        Ball of the metric around 0 at each state, with the same scale for all; NaN if there is no metric.
+        Ball of the metric at each state, centered at 0, with the same scale for all; NaN if there is no metric.
     """
     figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
     axes = figure.subplots()
@@ -136,25 +136,25 @@ def _contours(axes: Axes, loss: Loss, middle: Array, reach: float) -> None:
 # Figure 3 ----------------------------------------------------------------------------------------------------
 
 
-def limit_curve(rates: Array, turned: Array, moved: Array) -> Picture:
+def limit_curve(rates: Array, angle_change: Array, metric_change: Array) -> Picture:
     """Draw the distance of the discrete gradient and its metric from those of the gradient, by learning rate.
 
     Parameters
     ----------
     rates : array, shape (runs,)
         Positive, ascending.
-    turned : array, shape (runs,)
+    angle_change : array, shape (runs,)
         |psi_bar - psi|, in radian.
-    moved : array, shape (runs,)
+    metric_change : array, shape (runs,)
         |Mbar - M| / |M|.
     """
     figure, axes = panel("")
-    styles = (("|ψ̄ − ψ| (rad)", turned, "#0072b2", "o"), ("‖M̄ − M‖ / ‖M‖ (1)", moved, "#d55e00", "^"))
+    styles = (("|ψ̄ − ψ| (rad)", angle_change, "#0072b2", "o"), ("‖M̄ − M‖ / ‖M‖ (1)", metric_change, "#d55e00", "^"))
     lines = [
         axes.plot(rates, positive(values), color=colour, marker=marker, markersize=4, label=label)[0]
         for label, values, colour, marker in styles
     ]
-    spread = extent(positive(np.concatenate([turned, moved])))
+    spread = extent(positive(np.concatenate([angle_change, metric_change])))
     if spread is None:
         placeholder(axes, "the discrete gradient equals the gradient")
     else:
@@ -164,9 +164,11 @@ def limit_curve(rates: Array, turned: Array, moved: Array) -> Picture:
         legend_above(axes, [*lines, line])
     axes.set_xscale("log")
     axes.set_xlabel("learning rate η")
-    ends = f"from {number(turned[-1])} rad to {number(turned[0])} rad"
+    span = f"from {number(angle_change[-1])} rad to {number(angle_change[0])} rad"
     return picture(
-        figure, f"As the learning rate falls to {number(rates[0])}, the angle of the discrete gradient goes {ends}."
+        figure,
+        f"Difference between the angles of the discrete gradient and the gradient, {span} as the learning rate "
+        f"decreases to {number(rates[0])}.",
     )
 
 
@@ -229,7 +231,7 @@ def eigenvalue_curves(runs: Sequence[RunResults]) -> Picture:
 
 
 def spread_points(angle: Array, shift: float, columns: int) -> NDArray[np.int64]:
-    """Choose points that do not overlap: both ends, and the point closest to the middle of each column.
+    """Select points that do not overlap: both ends, and the point closest to the middle of each column.
 
     All points lie on the curves, so the points of several runs would cover each other and the curves. The columns
     of each run are therefore shifted by a fraction of a column.
@@ -237,7 +239,7 @@ def spread_points(angle: Array, shift: float, columns: int) -> NDArray[np.int64]
     Returns
     -------
     int64 array
-        Indices of the chosen points.
+        Indices of the selected points.
     """
     if not angle.size:
         return np.zeros(0, np.int64)

@@ -1,6 +1,6 @@
 """Define the measured tasks. Each is prepared in a context, checked once, and timed in every round.
 
-    python -m benchmarks.works FOLDER GROUP/NAME
+    python -m benchmarks.tasks FOLDER GROUP/NAME
 
 runs one task in its own process, so that its memory can be measured. It prints a line before the task starts.
 """
@@ -41,11 +41,11 @@ from natgrad.store import open_ledger, open_store, open_trajectory
 
 THREADS = 2
 STEPS_OF_A_BLOCK = 16
-"""Steps in a Dask block: the fastest size for xarray here. Blocks of one step take nearly twice as long."""
+"""Steps per Dask block: the fastest size for xarray. Blocks with one step take nearly twice as long."""
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """A task to measure.
 
     Attributes
@@ -54,7 +54,7 @@ class Work:
     prepare : callable
         Takes the files and returns a context of the function that is timed.
     check : callable
-        Called with the files and the result of the function. Raises an error if the result is wrong.
+        Takes the files and the result of the function, and raises an error if the result is wrong.
     reads : callable
         Takes the files and returns the paths that the task must read.
     run : str
@@ -68,7 +68,7 @@ class Work:
     run: str = "run"
 
     def size(self, files: Files) -> int:
-        """Return the bytes that the task must read, which determine its rate even if it reads some twice."""
+        """Return the bytes that the task must read. They determine its rate, even if it reads some bytes twice."""
         return sum(path.stat().st_size for path in self.reads(files))
 
 
@@ -99,7 +99,7 @@ def read_file(path: Path, out: Any) -> int:
 @contextmanager
 def bare_reads(files: Files, threads: int) -> Iterator[Callable[[], int]]:
     paths = files.chunks()
-    # One byte more than the largest file, for the last read, which detects its end.
+    # One byte more than the largest file, for the last read, which detects the end of the file.
     buffers = [bytearray(max(path.stat().st_size for path in paths) + 1) for _ in range(threads)]
 
     def part(index: int) -> int:
@@ -178,7 +178,7 @@ def add_up(
 
 
 def check_segments(files: Files, segments: list[Segments]) -> None:
-    """Require the same bits as those of the pass, which runs the same kernel on the same read blocks."""
+    """Require bitwise equality with the pass, which runs the same kernel on the same read blocks."""
     reference = open_ledger(files.reference)
     indices, *parts = zip(*segments, strict=True)
     joined = (np.concatenate(arrays, axis=1) for arrays in parts)
@@ -208,7 +208,7 @@ def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], An
 
 
 def check_ledger(files: Files, _: Any) -> None:
-    """Require the same bits from every executor."""
+    """Require the same bits for every executor."""
     for array, expected in zip(
         open_ledger(files.written / "ledger.zarr").read(), open_ledger(files.reference).read(), strict=True
     ):
@@ -222,16 +222,15 @@ def check_ledger(files: Files, _: Any) -> None:
 def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
     """Compute the same quantities with xarray and Dask, as a user would.
 
-    `xarray.dot` was the fastest method: sums of products, (x * y).sum(), took twice as long and more memory. The
-    ratio of the residual is read from the ledger, so that its products can be compared. This task need not compute
-    it.
+    `xarray.dot` was the fastest method. Sums of products, (x * y).sum(), took twice as long and more memory. The
+    ratio of the residual is read from the ledger instead of computed, so that the products can be compared.
     """
     layout = open_trajectory(files.trajectory).layout
     _, ratio = open_ledger(files.reference).read()
 
     def run() -> xr.DataArray:
         with warnings.catch_warnings():
-            # The blocks divide chunks of the scalars of a step, which are only a few kilobytes.
+            # The blocks split chunks of the scalars, which are only a few kilobytes.
             warnings.filterwarnings("ignore", "The specified chunks separate the stored chunks", UserWarning)
             data = xr.open_zarr(files.trajectory, consolidated=False, chunks={"step": STEPS_OF_A_BLOCK})
         state = data[["parameter", "gradient"]].astype("float64")
@@ -254,12 +253,12 @@ def labelled_arrays(files: Files) -> Iterator[Callable[[], xr.DataArray]]:
 def check_products(files: Files, found: xr.DataArray) -> None:
     """Require the entries x.y of the ledger up to a multiple of |x||y|.
 
-    The multiple is `natgrad.kernel.ledger_sums.roundoff_bound` for the compensated sums of the ledger, and
-    n u / (1 - n u) for the sums of n terms here (Higham, Accuracy and Stability, section 3.1). A smaller bound does
+    The multiple is `natgrad.kernel.ledger_sums.roundoff_bound` for the compensated sums of the ledger, and n u / (1
+    - n u) for the sums of n terms in xarray (Higham, Accuracy and Stability, section 3.1). A smaller bound would
     not hold for these: if products of similar size and sign are added one by one, their rounding errors are not
     independent. Displacement and gradient change are the same difference on both sides, rounded once. A residual is
-    a difference that is rounded once or twice, so its error is at most u (|g| + 2 |c d|), which is less than n u of
-    the sum of the two norms.
+    a difference that is rounded once or twice, so its error is at most u (|g| + 2 |c d|), which is less than n u
+    times the sum of the two norms.
     """
     expected, ratio = open_ledger(files.reference).read()
     sizes = np.array([tensor.size for tensor in open_trajectory(files.trajectory).layout.tensors])
@@ -306,22 +305,22 @@ def check_copies(files: Files, _: Any) -> None:
         assert (files.written / path.name).read_bytes() == path.read_bytes()
 
 
-def _pass(title: str, run: str = "run", executor: executors.Executor = executors.serial) -> Work:
-    return Work(title, partial(metrics_pass, executor=executor), check_ledger, run=run)
+def _pass(title: str, run: str = "run", executor: executors.Executor = executors.serial) -> Task:
+    return Task(title, partial(metrics_pass, executor=executor), check_ledger, run=run)
 
 
-def _loop(title: str, run: str = "run", threads: int = 1) -> Work:
-    return Work(title, partial(bare_loop, threads=threads), check_segments, run=run)
+def _loop(title: str, run: str = "run", threads: int = 1) -> Task:
+    return Task(title, partial(bare_loop, threads=threads), check_segments, run=run)
 
 
-def _pass_on_dask(workers: int) -> Work:
+def _pass_on_dask(workers: int) -> Task:
     title = f"metrics pass, {workers} Dask process{'es' if workers > 1 else ''}"
-    return Work(title, partial(metrics_pass_on_dask, workers=workers), check_ledger)
+    return Task(title, partial(metrics_pass_on_dask, workers=workers), check_ledger)
 
 
 _READS = {
-    "read": Work("bare reads, 1 thread", partial(bare_reads, threads=1), check_bytes),
-    "read_threads": Work(f"bare reads, {THREADS} threads", partial(bare_reads, threads=THREADS), check_bytes),
+    "read": Task("bare reads, 1 thread", partial(bare_reads, threads=1), check_bytes),
+    "read_threads": Task(f"bare reads, {THREADS} threads", partial(bare_reads, threads=THREADS), check_bytes),
 }
 _LOOPS = {
     "loop": _loop("bare loop, 1 thread"),
@@ -342,38 +341,38 @@ _RATIOS_TO_THE_LOOP = [
     ("pass_dask", "pass_dask_single"),
     ("loop_threads", "loop"),
 ]
-_COPY = Work("copy of the log", partial(copy_log, flush=False), check_copies, Files.logged)
-_INGEST = Work("ingest of the log", ingest_log, check_trajectory, Files.logged)
+_COPY = Task("copy of the log", partial(copy_log, flush=False), check_copies, Files.logged)
+_INGEST = Task("ingest of the log", ingest_log, check_trajectory, Files.logged)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tasks that run in turns, one after the other in each turn.
+    """Tasks that run in turns: each turn runs all tasks of the group once.
 
     Attributes
     ----------
-    works : dict of str to Work
+    tasks : dict of str to Task
     ratios : list of (str, str)
-        Pairs of tasks whose rates are compared. Only rates of the same turn are compared.
+        Pairs of tasks whose rates are compared within each turn.
     """
 
-    works: dict[str, Work]
+    tasks: dict[str, Task]
     ratios: list[tuple[str, str]]
 
 
 def _size(size: float) -> Group:
     """Return the pass and the bare loop on a run of a size in gigabytes."""
-    works = {
-        name: replace(work, title=f"{work.title}, {size:g} GB", run=f"size_{size:g}")
-        for name, work in _LOOPS_AND_PASSES.items()
+    tasks = {
+        name: replace(task, title=f"{task.title}, {size:g} GB", run=f"size_{size:g}")
+        for name, task in _LOOPS_AND_PASSES.items()
     }
-    return Group(works, _RATIOS_TO_THE_LOOP)
+    return Group(tasks, _RATIOS_TO_THE_LOOP)
 
 
 def groups(sizes: Sequence[float]) -> dict[str, Group]:
     """Return all tasks, in groups.
 
-    Tasks that evict the page cache come last. Pages that are read again from the disk are cached in smaller units
+    Tasks that evict the page cache come last. Pages that are read back from the disk are cached in smaller units
     than pages that were written, and reading them takes twice as long.
     """
     return {
@@ -460,17 +459,17 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
         ),
         **{f"size_{size:g}": _size(size) for size in sizes},
         "xarray": Group(
-            {"xarray": Work(f"xarray and Dask, {THREADS} threads", labelled_arrays, check_products), **_PASSES},
+            {"xarray": Task(f"xarray and Dask, {THREADS} threads", labelled_arrays, check_products), **_PASSES},
             [(name, "xarray") for name in _PASSES],
         ),
     }
 
 
-def find(name: str) -> Work:
+def find(name: str) -> Task:
     """Return the task with the name GROUP/TASK."""
-    group, _, work = name.partition("/")
+    group, _, task = name.partition("/")
     sizes = [float(group.removeprefix("size_"))] if group.startswith("size_") else []
-    return groups(sizes)[group].works[work]
+    return groups(sizes)[group].tasks[task]
 
 
 if __name__ == "__main__":
