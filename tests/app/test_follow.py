@@ -317,7 +317,7 @@ def test_a_step_that_appears_after_a_pass_went_on_without_it_is_left_out(log, tm
     write_step(log, 3, states[3])
     answer = follow_log(log, tmp_path / "out", interval=0.01, idle_timeout=0.1)
     assert steps(store) == [0, 1, 2, 4, 5, 6]
-    assert any("left out steps 3" in warning for warning in answer.warnings)
+    assert any("skipped steps 3" in warning for warning in answer.warnings)
     with pytest.raises(InputError, match="step 3 is new, but steps up to 6 are already ingested"):
         ingest(log, store)
 

@@ -612,7 +612,7 @@ def test_optional_scalars_are_stored_or_reported_if_they_are_logged_too_late(log
     states[3]["loss_time_derivative"] = np.float64(0.25)
     write_step(log, 3, states[3])
     (warning,) = ingest(log, store).warnings
-    assert warning.startswith("loss_time_derivative is logged from step 3 on, but is not stored")
+    assert warning.startswith("loss_time_derivative has been logged since step 3, but is not stored")
     trajectory = open_trajectory(store)
     assert trajectory.scalars == ("loss", "learning_rate", "hessian_min_eigenvalue")
     np.testing.assert_array_equal(trajectory.scalar("hessian_min_eigenvalue"), [np.nan, -0.5, np.nan, np.nan])

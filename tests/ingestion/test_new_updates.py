@@ -104,7 +104,7 @@ def test_a_restarted_run_continues_as_a_new_attempt(ingest_run, tmp_path, log, o
     folder = tmp_path / "restarted" if elsewhere else log
     (warning,) = ingest_run(log_steps(folder, second, range(6, 13)), out).warnings
     assert warning == (
-        "the run was restarted before step 6: steps from there on belong to attempt 1; "
+        "the run was restarted before step 6: this step and later ones belong to attempt 1; "
         "4 steps of attempt 0 are kept (--attempt 0)"
     )
     rows = stored_states(out)
@@ -151,7 +151,7 @@ def test_a_restarted_run_is_followed_before_it_reaches_its_former_end(ingest_run
     log_steps(log, second, [5])
     # A single file may also have been changed by a user.
     with pytest.raises(
-        InputError, match=r"(?s)step 5 is already ingested, with .*run again after it has logged more steps"
+        InputError, match=r"(?s)step 5 is already ingested, with .*run again once it has logged more steps"
     ):
         ingest_run(log, out)
     log_steps(log, second, [6, 7])
@@ -422,7 +422,7 @@ def test_a_continuation_in_another_folder_without_a_common_step_is_a_warning(tmp
     states = random_walk(6)
     ingest_run(log_steps(log, states, range(3)), out)
     (warning,) = ingest_run(log_steps(tmp_path / "b", states, range(3, 6)), out).warnings
-    assert warning.startswith(f"step 3 and later ones continue the steps of {log} in {tmp_path / 'b'}")
+    assert warning.startswith(f"step 3 and later steps, in {tmp_path / 'b'}, continue those of {log}")
 
 
 # Many runs -----------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_the_loss_is_a_0_d_float64_also_from_an_array_of_one_number(tmp_path):
     assert arrays["loss"].shape == arrays["learning_rate"].shape == ()
     assert arrays["loss"].dtype == arrays["learning_rate"].dtype == np.float64
     assert arrays["loss"] == np.float32(0.1)
-    with pytest.raises(InputError, match=r"loss has shape \(2,\)"):
+    with pytest.raises(InputError, match=r"loss must be one number, got an array of shape \(2,\)"):
         one.record(1, loss=[0.1, 0.2], **tensors)
 
 
@@ -188,7 +188,7 @@ GOOD = {"layer": np.ones((2, 3))}
         ({"parameter": {"layer": np.ones((2, 3), int)}}, "parameter 'layer' of dtype int64"),
         ({"parameter": {"layer": np.ones((2, 3), complex)}}, "complex128"),
         ({"gradient": {"layer": np.ones((2, 3), object)}}, "gradient 'layer' of dtype object"),
-        ({"parameter": {"": np.ones(1)}, "gradient": {"": np.ones(1)}}, "use a name"),
+        ({"parameter": {"": np.ones(1)}, "gradient": {"": np.ones(1)}}, "use a nonempty name"),
     ],
 )
 @pytest.mark.parametrize("container", CONTAINERS)

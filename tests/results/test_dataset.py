@@ -914,7 +914,7 @@ def test_an_invalid_gamma_is_an_error(gammas):
 
 @pytest.mark.parametrize("window", [0, -2, 6])
 def test_a_window_that_does_not_fit_the_run_is_an_error(window):
-    with pytest.raises(InputError, match="must be from 1 to 5 for a run of 5 updates"):
+    with pytest.raises(InputError, match="must be from 1 to 5 for a run with 5 updates"):
         dataset.label(table_of(walk()), windows=[window])
 
 

@@ -77,7 +77,7 @@ def test_updates_are_in_the_order_of_runs_and_steps():
     assert table.next_loss.tolist() == [40.0, 30.0, 10.0]
     assert table.gram[:, 0, 0, 0].tolist() == [3.0, 2.0, 0.0]
     assert table.dtypes == {"gradient": "float32"}
-    assert [(part.start, part.stop) for part in table.of_runs()] == [(0, 2), (2, 3)]
+    assert [(part.start, part.stop) for part in table.run_slices()] == [(0, 2), (2, 3)]
     assert table.follows().tolist() == [True, False]
 
 
@@ -86,7 +86,7 @@ def test_a_single_run_has_all_updates_and_no_names():
     assert updates.tolist() == [0, 1, 2, 3]
     assert (table.runs, table.run, table.optimizer, table.tensor_learning_rate) == ((), None, None, None)
     assert table.gram[:, 1, 1, 1].tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert [(part.start, part.stop) for part in table.of_runs()] == [(0, 4)]
+    assert [(part.start, part.stop) for part in table.run_slices()] == [(0, 4)]
     assert table.complete(1).all()
     assert table.complete(3).tolist() == [True, True, False, False]
     assert np.isnan(table.hessian_min_eigenvalue).all()

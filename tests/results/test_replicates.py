@@ -251,7 +251,7 @@ def test_shapes_that_do_not_match_are_an_error():
     with pytest.raises(InputError, match=r"shapes of the gradient .* do not match"):
         replicates.ledger(gradient, displacement, hvp[:, :2])
     gram = by_tensor(gradient, displacement, hvp)
-    with pytest.raises(InputError, match="is wrong for 4 replicates and 3 tensors"):
+    with pytest.raises(InputError, match="does not match 4 replicates and 3 tensors"):
         replicates.label(gram, LAYOUT, replicates=4, learning_rate=0.1)
     with pytest.raises(InputError, match="a learning rate is not positive"):
         replicates.label(gram, LAYOUT, replicates=5, learning_rate=[0.1, 0.0, 0.1])

@@ -274,8 +274,8 @@ def test_a_variable_is_omitted_if_its_needs_are_missing():
         (COMPARED, {"needs": ("gradient", "momentum")}, "needs unknown quantities: momentum"),
         (("tensor", "step"), {}, r"has unknown or unordered dimensions \('tensor', 'step'\)"),
         (("step", "layer"), {}, r"has unknown or unordered dimensions \('step', 'layer'\)"),
-        (("step",), {"defined": Defined.WITH_METRIC}, "lacks dimensions on which its definition depends"),
-        (("step", "tensor"), {"descents": ("corrected",)}, "lacks dimensions on which its definition depends"),
+        (("step",), {"defined": Defined.WITH_METRIC}, "lacks dimensions that its definition depends on"),
+        (("step", "tensor"), {"descents": ("corrected",)}, "lacks dimensions that its definition depends on"),
     ],
 )
 def test_a_contradictory_declaration_is_an_error(dimensions, options, message):
@@ -285,10 +285,10 @@ def test_a_contradictory_declaration_is_an_error(dimensions, options, message):
 
 def test_values_of_another_shape_are_an_error_with_the_name_of_the_variable():
     with pytest.raises(
-        InputError, match=r"'own' has values of shape \(4,\), but \(5,\) is required[\s\S]*model, descent gradient"
+        InputError, match=r"'own' must have values of shape \(5,\), got \(4,\)[\s\S]*model, descent gradient"
     ):
         labelled(declared(lambda updates: np.ones(4), ("step",)))
-    with pytest.raises(InputError, match=r"but \(3,\) is required"):
+    with pytest.raises(InputError, match=r"must have values of shape \(3,\)"):
         labelled(declared(lambda updates: 1.0, ("tensor",), aggregations=("tensor",)))
     assert len(TENSORS) == 3
 

@@ -203,7 +203,7 @@ def test_a_curvature_that_jumps_over_zero_has_no_root():
 
 def test_a_gradient_that_cannot_be_integrated_is_an_error():
     rng = np.random.default_rng(0)
-    with pytest.raises(InputError, match="the error of the mean gradient is"):
+    with pytest.raises(InputError, match="the mean gradient has the norm"):
         mean_value(lambda x: 0.0, lambda x: rng.standard_normal(1), [0.0], [1.0])
 
 

@@ -273,7 +273,7 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.0, "alpha": 1.0}, "exclude each other"),
+        ({"gamma": 1.0, "alpha": 1.0}, "mutually exclusive"),
         ({"alpha": 0.0}, "would not be positive definite: its smallest weight across g is 0"),
         ({"alpha": -1.0}, "would not be positive definite"),
         ({"gamma": np.nan}, "gamma must be finite, got nan"),

@@ -1,7 +1,7 @@
 """Read a training log into a trajectory, every step exactly once.
 
-Memory use does not grow with the run or the model, because tensors are read slice by slice into one chunk per
-array.
+Tensors are read slice by slice into one chunk per array, so memory use does not depend on the size of the run or
+the model.
 """
 
 from natgrad.ingestion.log_to_store import INCLUDES, IngestSummary, ingest

@@ -1,4 +1,4 @@
-"""Describe the steps of a log, and require that all belong to the same model."""
+"""Describe the steps of a log, and check that all belong to the same model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scalar_of(content: StepContent, name: str) -> float | Sequence[float]:
 
 
 def optimizer_dtypes(trajectory: Trajectory) -> dict[str, str]:
-    """Return the dtypes of the arrays of the optimizer state, which not every step has."""
+    """Return the dtypes of the arrays of the optimizer state, which some steps may lack."""
     return {name: dtype for name, dtype in trajectory.array_dtypes.items() if name in OPTIMIZER_STATES}
 
 
@@ -68,7 +68,7 @@ def parameters_of(trajectory: Trajectory) -> dict[str, LoggedTensor]:
 def describe_steps(
     log: Source, steps: Sequence[LoggedStep], warnings: list[str], optimizer: bool
 ) -> dict[LoggedStep, StepContent]:
-    """Describe steps, and require that each has the tensors of the first one.
+    """Describe steps, and check that all have the same tensors as the first one.
 
     Warnings are appended to ``warnings``.
 
@@ -124,7 +124,7 @@ def _require_same_model(step: LoggedStep, content: StepContent, first: LoggedSte
             raise InputError(
                 what,
                 where=where(step, name, tensor),
-                why=f"the run was restarted with another model; the first step read here is {first.number}",
+                why=f"the run was restarted with another model; the first step of this ingest is {first.number}",
                 remedy="process the steps of each model as a separate run",
             )
 

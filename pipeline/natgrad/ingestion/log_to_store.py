@@ -50,7 +50,7 @@ T = TypeVar("T")
 _log = logger("natgrad.ingestion")
 
 _LISTINGS = 10
-"""Number of times that a log is listed, if files are removed while they are read."""
+"""Maximum number of times that a log is listed if files are removed while they are read."""
 
 INCLUDES = ("optimizer",)
 """Optional data that can be stored in addition to parameters, gradients and hvp."""
@@ -67,19 +67,19 @@ class IngestSummary(Summary):
     trajectory : str
         The store.
     new_steps, steps : int
-        Number of steps that were read, and number of steps of the current attempt.
+        Number of steps read by this ingest, and number of steps in the current attempt.
     first_step, last_step : int
         First and last step of the current attempt.
     attempts : int
-        Number of starts of the run, including restarts.
+        Number of times that the run was started, including restarts.
     tensors, elements : int
         Size of the model.
     dtypes : dict
         Stored dtype of each array.
     replicates : int
-        Number of replicates of a stochastic rule, 0 if none are logged.
+        Number of replicates of a stochastic rule; 0 if none are logged.
     warnings : list of str
-        Warnings for the user, about values that are not finite, unused keys and missing scalars, for example.
+        Warnings for the user, for example about values that are not finite, unused keys and missing scalars.
     """
 
     source: str
@@ -113,7 +113,7 @@ def ingest(
     check_shape: Callable[[TrajectoryShape], None] | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
-    """Read the steps of a training log that are not in the trajectory yet.
+    """Read those steps of a training log that the trajectory does not contain yet.
 
     Parameters
     ----------
@@ -122,31 +122,31 @@ def ingest(
     store : Storage
         The trajectory; created if it does not exist.
     format : str, optional
-        Log format; detected by content by default.
+        Log format. By default it is detected from the content.
     mapping : mapping, optional
-        Quantity to its key in the log; see `natgrad.sources.names`.
+        Key in the log of each quantity; see `natgrad.sources.names`.
     shift : mapping, optional
-        Quantity to K: values logged at step s belong to the state s + K. ``mapping`` and ``shift`` are fixed when
-        the trajectory is created.
+        Shift K of each quantity: values logged at step s belong to the state s + K. ``mapping`` and ``shift`` are
+        fixed when the trajectory is created.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
         Accept a log whose steps are not evenly spaced; the results then contain the ``step_span`` of each update.
     overwrite : bool
-        Replace the trajectory, even one of an older natgrad, after the steps have been described and compared.
+        Replace the trajectory, even one from an older version, after the steps have been described and compared.
     wait : StepWait, optional
-        Leave the steps after a gap for a later ingest with the same object, until it goes past the gap. By default,
-        a gap is an error.
+        If there is a gap, leave the steps after it to a later ingest with the same object. The object decides when
+        to stop waiting. By default, a gap is an error.
     include : sequence of str
         Optional data to store, from `INCLUDES`. An existing trajectory keeps its original setting.
     limits : IngestLimits, optional
-        Sizes of the chunks of a new trajectory and of the commits.
+        Sizes of commits, and of the chunks of a new trajectory.
     check : callable, optional
         Called with the future extent of the trajectory, after the steps are listed and before anything is stored.
         It may raise an InputError to reject the ingest.
     check_shape : callable, optional
         Called with the future shape of the trajectory if there are new steps, after they are described and before
-        anything is stored. It may raise an InputError, too.
+        anything is stored. It may also raise an InputError.
     progress : callable, optional
         Called with the number of steps done and the total number of steps.
 
@@ -160,9 +160,9 @@ def ingest(
         If the input is invalid. All steps are described and compared before the first byte is written. If an error
         occurs later, each commit is either complete or invisible.
     NotYet
-        If no step is finished yet, or a step changes while it is read.
+        If no step is finished yet, or if a step changes while it is read.
     ListingChanged
-        If files were removed while they were read, at every one of several listings of the log.
+        If files were removed while they were read, after each of several listings of the log.
     """
     options = ReadOptions.requested(sources, mapping, shift)
     options = options if overwrite else options.for_resuming(store)
@@ -192,7 +192,7 @@ def ingest(
 
 
 def _with_new_listings(read: Callable[[], T]) -> T:
-    """Call a function that lists and reads a log, and call it again if files were removed while it read them."""
+    """Call a function that lists and reads a log. Retry if files are removed while they are read."""
     for _ in range(_LISTINGS - 1):
         with suppress(ListingChanged):
             return read()
@@ -216,7 +216,7 @@ def _ingest(
 ) -> IngestSummary:
     """List a log and read its new steps; see `ingest`.
 
-    The number of stored steps is appended to ``stored``, also after an error.
+    The number of stored steps is appended to ``stored``, even after an error.
     """
     if wait is not None:
         wait.start()
@@ -322,7 +322,7 @@ def _matching_trajectory(
     options: ReadOptions,
     limits: IngestLimits,
 ) -> Trajectory:
-    """Return the trajectory to which these steps are appended, or a new one with a suitable layout."""
+    """Return the trajectory to append to, or create one with a suitable layout."""
     content = contents[first]
     dtypes = stored_dtypes(contents.values())
     layout = _layout(content)
@@ -358,28 +358,28 @@ def _matching_trajectory(
                 "the model of this step differs from that of the trajectory: "
                 f"{tensor_text(logged.get(tensor))} instead of {tensor_text(stored.get(tensor))}",
                 where=where(first, "parameter", tensor),
-                why="the run was restarted with another model, or OUT contains another run",
+                why="the run was restarted with a different model, or OUT contains a different run",
                 remedy="choose another OUT, or start from scratch with --overwrite",
             )
     if content.replicates != trajectory.replicates:
         raise InputError(
             f"the number of replicates changes from {trajectory.replicates} to {content.replicates}",
             where=where(first),
-            why="the run was restarted with another number of replicates, or OUT contains another run",
+            why="the run was restarted with a different number of replicates, or OUT contains a different run",
             remedy="choose another OUT, or start from scratch with --overwrite",
         )
     if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
         raise InputError(
             f"the dtypes change from {trajectory.array_dtypes} to {dtypes}",
             where=where(first),
-            why="the run was restarted with another precision, or OUT contains another run",
+            why="the run was restarted with a different precision, or OUT contains a different run",
             remedy="choose another OUT, or start from scratch with --overwrite",
         )
     return trajectory
 
 
 def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[str, str]) -> list[str]:
-    """Return the names of the optimizer numbers that these steps contain, or that are computed from its arrays."""
+    """Return the names of the optimizer numbers that these steps contain, or that are computed from them."""
     states = [content.optimizer for content in contents if content.optimizer is not None]
     found = {name for state in states for name in state.numbers}
     if "exp_avg_sq" in dtypes:
@@ -391,7 +391,7 @@ def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[
         raise NotYet(
             "these steps contain no optimizer state",
             where=where(first),
-            why="the trainer does not save it, or has not made its first update yet",
+            why="the training program does not save it, or has not made its first update yet",
             remedy="run again once a step contains it, or omit --include optimizer",
         )
     return [name for name in OPTIMIZER_NUMBERS if name in found]
@@ -409,25 +409,25 @@ def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
 
 
 def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
-    """Warn about metrics that the log contains only since the trajectory was created without them."""
+    """Warn about metrics that appeared in the log after the trajectory was created without them."""
     if trajectory is None or not trajectory.tables:
         return
     for step, content in contents.items():
         if missing := sorted(_metric_tables([content]) - set(trajectory.tables)):
             yield (
-                f"{', '.join(missing)} are available from step {step.number} on, but are not stored, because "
-                "earlier steps do not have them; to store them, start from scratch with --overwrite"
+                f"{', '.join(missing)} are available since step {step.number}, but are not stored, because earlier "
+                "steps do not have them; to store them, start from scratch with --overwrite"
             )
             return
 
 
 def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
-    """Warn about numbers that the log contains only since the trajectory was created without them."""
+    """Warn about numbers that appeared in the log after the trajectory was created without them."""
     found = {name: step for step, content in reversed(contents.items()) for name in content.numbers}
     for name, step in found.items():
         if trajectory is not None and name not in trajectory.scalars:
             yield (
-                f"{name} is logged from step {step.number} on, but is not stored, because earlier steps do not "
+                f"{name} has been logged since step {step.number}, but is not stored, because earlier steps do not "
                 "have it; to store it, start from scratch with --overwrite"
             )
 

@@ -1,4 +1,4 @@
-"""Find the states that a trajectory lacks: new steps, and steps that a restarted run has logged again."""
+"""Find the states to add to a trajectory: new steps, and steps that a restarted run has logged again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Extent", "committed_steps", "finished_steps", "states_to_write"]
 
 @dataclass(frozen=True)
 class Extent:
-    """Runs, steps and attempts of a trajectory. Options that depend on the steps are validated against them.
+    """Runs, steps and attempts of a trajectory, to validate options that depend on them.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Extent:
 
     @classmethod
     def of(cls, trajectory: Trajectory | None, new: Sequence[NewState] = ()) -> Extent:
-        """Return the extent of a trajectory after new states are written."""
+        """Return the extent of a trajectory after new states have been written."""
         states: list[tuple[str, int, int]] = []
         if trajectory is not None:
             runs = [trajectory.runs[run] for run in trajectory.scalar(RUN)]
@@ -65,14 +65,14 @@ class Extent:
         Parameters
         ----------
         attempt : int, optional
-            Ignore attempts after this one; by default all attempts count.
+            Ignore attempts after this one. By default, all attempts count.
         """
         runs: dict[str, dict[int, int]] = {}
         for run, step, state_attempt in self.states:
             if attempt is not None and state_attempt > attempt:
                 continue
             attempts = runs.setdefault(run, {})
-            # A new attempt supersedes the steps from its first step on.
+            # A new attempt supersedes its first step and all later steps.
             if state_attempt > max(attempts.values(), default=state_attempt):
                 for later in [number for number in attempts if number >= step]:
                     del attempts[later]
@@ -88,7 +88,7 @@ class Extent:
 
 
 def committed_steps(trajectory: Trajectory | None) -> set[tuple[str, int]]:
-    """Return run and number of the steps that a trajectory contains."""
+    """Return the run and number of each step that a trajectory contains."""
     if trajectory is None:
         return set()
     names = trajectory.runs
@@ -99,10 +99,10 @@ def committed_steps(trajectory: Trajectory | None) -> set[tuple[str, int]]:
 def finished_steps(
     log: ListedLog, listed: Sequence[LoggedStep], trajectory: Trajectory | None, warnings: list[str]
 ) -> list[LoggedStep]:
-    """Return the listed steps without those that are still being written.
+    """Return the listed steps, except those that are still being written.
 
-    An unreadable step is omitted, with a warning, if it is the last one of a run or replaces an ingested step, and
-    was changed recently. Other unreadable steps cause an error later, when they are read.
+    An unreadable step is omitted, with a warning, if it is the last step of a run or replaces an ingested step, and
+    has changed recently. Other unreadable steps cause an error later, when they are read.
     """
     identities = [log.identity(step) for step in listed]
     if not any(changed_lately(found["time"]) for found in identities):
@@ -147,14 +147,14 @@ def states_to_write(
     wait: StepWait | None,
     warnings: list[str],
 ) -> tuple[list[NewState], dict[int, dict[str, Any]]]:
-    """Find the states that the trajectory lacks, run by run.
+    """Find the states to write, run by run.
 
     Returns
     -------
     states : list of NewState
     identities : dict
-        Committed state to the new identity of its source, for steps whose files were moved, copied or touched.
-        Their contents were read and are those of the committed states.
+        New identity of the source, by committed state, for steps whose files were moved, copied or touched. Their
+        contents were read, and are equal to the committed states.
 
     Raises
     ------
@@ -170,13 +170,14 @@ def states_to_write(
             view = committed.view(run)
             steps, attempt = _uncommitted_steps(log, steps, committed, view, run, wait, warnings)
             before = [number for number in sorted(view.states) if not steps or number < steps[0].number]
-            # An update only leads from the preceding state. If states of other runs follow the last state of this
+            # An update must start from the preceding state. If states of other runs follow the last state of this
             # run, that state is written again.
             follows = not states and bool(before) and view.states[before[-1]] == committed.trajectory.n_states - 1
             if steps and attempt == view.attempt and not follows:
                 last = NewState(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.states[before[-1]])
         if not allow_gaps:
-            # The oldest steps are removed first. If the last stored step was removed, so were those that follow it.
+            # Runs remove their oldest steps first. If the last stored step was removed, the missing steps after it
+            # were also removed.
             removed = bool(before) and bool(steps) and before[-1] not in numbers
             if committed is not None and removed:
                 last_source = committed.sources[view.states[before[-1]]]
@@ -245,8 +246,8 @@ def _uncommitted_steps(
 ) -> tuple[list[LoggedStep], int]:
     """Return the steps of a run that are not committed yet, and their attempt.
 
-    A run that was restarted from an older checkpoint logs steps again. In such a *rewind* all steps from a first
-    one to the end differ from the committed ones; they belong to a new attempt. If only steps in the middle
+    A run that was restarted from an older checkpoint logs steps again. In such a *rewind*, all steps from a certain
+    step to the end differ from the committed ones; they belong to a new attempt. If only steps in the middle
     differ, an InputError is raised.
     """
     differing: dict[LoggedStep, str] = {}
@@ -258,11 +259,12 @@ def _uncommitted_steps(
     changed = {
         step for step in known if _files_of(found[step]) != _files_of(committed.sources[view.states[step.number]])
     }
-    # Every step whose files may have changed is read. So is the last one, because a file system may hide a change.
+    # All steps whose files may have changed are read, and also the last one, because a file system may hide a
+    # change.
     to_read = {*changed, known[-1]} if changed else changed
     for step in listed:
         if step.number not in view.states:
-            # A file of an earlier attempt may still exist, because the run has not reached this step again.
+            # A file of an earlier attempt may still exist if the run has not reached this step again.
             older = view.all_states.get(step.number, ())
             new += [] if any(_is_state(log, step, found[step], state, committed) for state in older) else [step]
             continue
@@ -290,7 +292,7 @@ def _uncommitted_steps(
     origin = committed.sources[view.states[last]]["folder"]
     if new and not known and found[new[0]]["folder"] != origin:
         warnings.append(
-            f"step {new[0].number} and later ones continue the steps of {origin} in {found[new[0]]['folder']}: no "
+            f"step {new[0].number} and later steps, in {found[new[0]]['folder']}, continue those of {origin}: no "
             "step is in both folders, so it was not verified that they belong to the same run"
         )
     begin = min((step.number for step in differing), default=last + 1)
@@ -299,12 +301,12 @@ def _uncommitted_steps(
         raise InputError(
             f"step {late[0].number} is new, but steps up to {last} are already ingested",
             where=where(late[0]),
-            why=f"the file was added later, or OUT contains another run, which was read from {origin}",
+            why=f"the file was added later, or OUT contains a different run, which was read from {origin}",
             remedy="choose another OUT, or start from scratch with --overwrite",
         )
     if wait is not None:
-        # An earlier ingest went past these steps.
-        wait.leave_out(run, [step.number for step in late], warnings)
+        # An earlier ingest skipped these steps.
+        wait.skip(run, [step.number for step in late], warnings)
         new = new[len(late) :]
     if not differing:
         return new, view.attempt
@@ -315,16 +317,16 @@ def _uncommitted_steps(
         raise InputError(
             f"step {begin} is already ingested, with {differing[first]}",
             where=where(first),
-            why=f"it was ingested from {ingested['folder']}/{ingested['name']}, so OUT contains another run, the "
-            "step was logged again with other values, or the run was restarted before it and has not logged a "
-            "second step since",
-            remedy="choose another OUT, start from scratch with --overwrite, or, if the run was restarted, "
-            "run again after it has logged more steps",
+            why=f"it was ingested from {ingested['folder']}/{ingested['name']}, so OUT contains a different run, "
+            "the step was logged again with different values, or the training run was restarted before it and has "
+            "not logged a second step since",
+            remedy="choose another OUT, start from scratch with --overwrite, or, after a restart of the training "
+            "run, run again once it has logged more steps",
         )
     superseded = sum(number >= begin for number in view.states)
     warnings.append(
-        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: steps from there on belong to "
-        f"attempt {view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept "
+        f"{f'run {run}' if run else 'the run'} was restarted before step {begin}: this step and later ones belong "
+        f"to attempt {view.attempt + 1}; {superseded} steps of attempt {view.attempt} are kept "
         f"(--attempt {view.attempt})"
     )
     return sorted([*differing, *new]), view.attempt + 1
@@ -338,8 +340,8 @@ def _is_rewind(log: ListedLog, differing: Sequence[LoggedStep], same: Sequence[L
     log : ListedLog
     differing : sequence of LoggedStep
     same : sequence of LoggedStep
-        Unchanged steps after the first differing step. There are some while the run has not reached its former end
-        again; their files are then older than those of the differing steps.
+        Unchanged steps after the first differing step. They exist until the run reaches its former end again; their
+        files are then older than those of the differing steps.
     """
     if not same:
         return True
@@ -355,7 +357,7 @@ def _is_rewind(log: ListedLog, differing: Sequence[LoggedStep], same: Sequence[L
 def _is_state(
     log: ListedLog, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed
 ) -> bool:
-    """Return True if a step has the content of a committed state; it is read if its identity is another one."""
+    """Return True if a step has the content of a committed state. It is read only if its identity differs."""
     return found == committed.sources[state] or not _difference(log, step, state, committed, read=True)[0]
 
 
@@ -365,8 +367,8 @@ def _difference(
     """Compare a step with a committed state.
 
     A new scalar is not a difference, because scalars may be logged later than tensors, and a shifted scalar is in
-    the file of a later step. A missing scalar is not a difference if the files are the same, because its log was
-    omitted.
+    the file of a later step. A missing scalar is not a difference if the files are the same: the log that contains
+    it was not passed this time.
 
     Parameters
     ----------
@@ -438,7 +440,7 @@ def _steps_before_gap(
     committed : sequence of int
         Committed steps before them, in order.
     removed : bool
-        The steps that are missing between the last committed one and the first new one no longer exist.
+        Whether the missing steps between the last committed step and the first new step no longer exist.
     wait : StepWait, optional
         Without it, a gap is an error.
     warnings : list of str
@@ -463,7 +465,7 @@ def _steps_before_gap(
             raise InputError(
                 f"{missing}: steps are {usual} apart, but {here} follows {last}",
                 where=where(steps[position]),
-                why="a file was lost or is not written yet, or the logging interval of the run changed",
+                why="a file was lost or has not been written yet, or the logging interval of the run changed",
                 remedy="restore the file, or pass --allow-gaps to keep the gap; step_span then contains its width",
             )
         gap = Gap(run, last, here, math.gcd(usual, span))
@@ -473,7 +475,7 @@ def _steps_before_gap(
 
 
 def _usual_span(committed: Sequence[int], numbers: Sequence[int], wait: bool) -> int | None:
-    """Return the usual number of updates from one step to the next; None if fewer than two spans are known.
+    """Return the usual number of updates between steps; None if fewer than two spans are known.
 
     The spans between committed steps take precedence over those between new ones.
     """
@@ -484,5 +486,5 @@ def _usual_span(committed: Sequence[int], numbers: Sequence[int], wait: bool) ->
         spans, counts = np.unique(before, return_counts=True)
         return int(spans[counts.argmax()])
     found = [*before, *([statistics.median_low(new)] if new else [])]
-    # An ingest that waits may have gone past a gap between the only two committed steps.
+    # An ingest that waits may have skipped a gap between the only two committed steps.
     return min(found) if wait else found[0]

@@ -19,7 +19,7 @@ from natgrad.store import Trajectory, exists
 __all__ = ["ReadOptions"]
 
 _SCALAR_LOG_QUANTITIES = frozenset((*SCALARS, "step", "run"))
-"""Quantities of a mapping that apply to the log of scalars if there are several sources."""
+"""Quantities whose mapping applies to the log of scalars if there are several sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class ReadOptions:
     Attributes
     ----------
     mapping : mapping
-        Quantity to its key in the log (``--map``).
+        Key in the log of each quantity (``--map``).
     shift : mapping
-        Quantity to the number of steps by which it is logged too early (``--shift``).
+        Number of steps by which each quantity is logged too early (``--shift``).
     several : bool
-        True if there are several sources.
+        Whether there are several sources.
     sources : mapping, optional
-        For a run file, the path of each listed log to the maps and shifts of its entries.
+        For a run file, the maps and shifts of each listed log, by path.
     """
 
     mapping: Mapping[str, str] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class ReadOptions:
     def requested(
         cls, sources: Sequence[Storage], mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
     ) -> Self:
-        """Return the options that a user requests.
+        """Return the options requested by a user.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class ReadOptions:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options in the form in which a trajectory stores them."""
+        """Return the options in the form that a trajectory stores."""
         if self.sources is not None:
             return {"sources": dict(self.sources)}
         return {"map": dict(self.mapping), "shift": dict(self.shift), "several": self.several}
@@ -92,7 +92,7 @@ class ReadOptions:
             return self
         original = self.from_json(trajectory.read_options)
         if self.sources is not None or original.sources is not None:
-            # A single source is not compared with a run file: a user passes the folder of a restarted run alone.
+            # A single source is not compared with a run file, because it may be the folder of a restarted run.
             before = original.sources or {}
             for path, options in (self.sources or {}).items():
                 if before.get(path, options) != options:

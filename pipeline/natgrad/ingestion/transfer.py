@@ -61,8 +61,8 @@ class NewState:
 
 
 @dataclass
-class _NoMetric:
-    """Reason why a metric of the optimizer is not known, with the tensors and steps concerned."""
+class _UnknownMetric:
+    """Reason why a metric of the optimizer is not known, and the affected tensors and steps."""
 
     why: str
     tensors: list[str] = field(default_factory=list)
@@ -161,7 +161,7 @@ class Writer:
         self._warnings, self._limits = warnings, limits
         self.new_steps = 0
         self._not_finite: list[str] = []
-        self._no_metric: dict[str, _NoMetric] = {}
+        self._no_metric: dict[str, _UnknownMetric] = {}
         # Smallest and largest element of each tensor, for the states of one commit.
         self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
         self._eigenvalues = np.empty((0, len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)))
@@ -269,7 +269,8 @@ class Writer:
                 f"step {step.number} changed while it was read",
                 where=where(step),
                 why="the training run is still writing this file",
-                remedy="let the training run write each step under a temporary name and rename it; run again",
+                remedy="run again; to avoid this, the training run should write each step to a temporary file "
+                "and rename it",
             )
 
     def _write_chunks(
@@ -324,14 +325,14 @@ class Writer:
         words = out[: last - first]
         checksums.append(checksum(words))
         if not _all_finite(words, dtype):
-            self._note_not_finite(new.step, name, dtype, first, last, out)
+            self._record_nonfinite(new.step, name, dtype, first, last, out)
         if name == "exp_avg_sq":
             self._widen(position, dtype, first, last, out)
 
     def _set_factored_metrics(self, opened: _OpenSteps, new: NewState, position: int) -> None:
         """Compute the eigenvalues of the metrics that are saved as factors."""
         state = self._state(new)
-        # Tensors that share a block have the same metric.
+        # Tensors in the same block have the same metric.
         known: dict[Any, tuple[float, float]] = {}
         for tensor, metric in state.metrics.items():
             if isinstance(metric, RotatedMetric) or tensor not in self._trajectory.layout.names:
@@ -344,7 +345,7 @@ class Writer:
                 else:
                     self._set_eigenvalues(tensor, position, known[metric], follows=metric.follows)
             except InputError as error:
-                self._note_no_metric(new.step, tensor, f"{metric.rule}: {error.what}")
+                self._record_unknown_metric(new.step, tensor, f"{metric.rule}: {error.what}")
 
     def _set_rotated_metrics(self, new: NewState, position: int) -> None:
         """Compute the eigenvalues of the metrics of SOAP from the extremes of ``exp_avg_sq``."""
@@ -359,7 +360,7 @@ class Writer:
                 ends = rotated_eigenvalues(smallest, largest, metric.epsilon, metric.bias)
                 self._set_eigenvalues(tensor, position, ends, follows=False)
             except InputError as error:
-                self._note_no_metric(new.step, tensor, f"SOAP: {error.what}")
+                self._record_unknown_metric(new.step, tensor, f"SOAP: {error.what}")
 
     def _state(self, new: NewState) -> OptimizerState:
         state = None if new.repeats is not None else self._contents[new.step].optimizer
@@ -369,9 +370,10 @@ class Writer:
         index, first = self._trajectory.layout.names.index(tensor), 2 * follows
         self._eigenvalues[position, first : first + 2, index] = ends
 
-    def _note_no_metric(self, step: LoggedStep, tensor: str, why: str) -> None:
-        # Reasons that differ only in their numbers are combined; the numbers of the first step are shown.
-        note = self._no_metric.setdefault(_NUMBER.sub("", why), _NoMetric(why))
+    def _record_unknown_metric(self, step: LoggedStep, tensor: str, why: str) -> None:
+        # Reasons that differ only in their numbers are combined. The warning contains the numbers of the first
+        # step.
+        note = self._no_metric.setdefault(_NUMBER.sub("", why), _UnknownMetric(why))
         note.tensors += [tensor] if tensor not in note.tensors else []
         note.steps += [step] if step not in note.steps[-1:] else []
 
@@ -384,7 +386,7 @@ class Writer:
             extremes[0] = np.minimum(extremes[0], smallest) if continues else smallest
             extremes[1] = np.maximum(extremes[1], largest) if continues else largest
 
-    def _note_not_finite(
+    def _record_nonfinite(
         self, step: LoggedStep, name: str, dtype: str, first: int, last: int, out: NDArray[Any]
     ) -> None:
         array, _ = replicate_of(name)

@@ -1,4 +1,4 @@
-"""Decide how long a repeated ingest waits for steps that are missing from a log, and record those it went past."""
+"""Decide how long repeated ingests wait for steps that are missing from a log, and record those they skip."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Gap:
 
 @dataclass
 class StepWait:
-    """The wait of repeated ingests of one log for steps that are missing from it.
+    """State of repeated ingests of one log that wait for missing steps.
 
     Parameters
     ----------
     seconds : float
-        Time for which a missing step is waited for while later steps are logged. Steps that the run has removed
-        are not waited for.
+        How long to wait for a missing step while later steps are logged. Steps that the run has removed are not
+        waited for.
 
     Attributes
     ----------
@@ -64,30 +64,30 @@ class StepWait:
     _late: set[tuple[str, int]] = field(default_factory=set)
 
     def start(self) -> None:
-        """Start another ingest, which finds again what it has to wait for."""
+        """Start another ingest, which determines again what to wait for."""
         self._waiting.clear()
         self._passing.clear()
 
     def finish(self, new_steps: int) -> None:
-        """Record the number of steps that this ingest stored, and the gaps that it went past."""
+        """Record the number of steps that this ingest stored, and the gaps that it skipped."""
         self.new_steps += new_steps
         self._passed += self._passing
         self._passing.clear()
 
     def end(self) -> None:
-        """Go past all gaps from now on, because the log is complete."""
+        """Skip all gaps from now on, because the log is complete."""
         self.seconds = 0.0
 
     def passes(self, gap: Gap, removed: bool, later: int, warnings: list[str]) -> bool:
-        """Return True if an ingest goes past a gap, and add the warning for it.
+        """Return True if an ingest skips a gap, and add the warning for it.
 
         Parameters
         ----------
         gap : Gap
         removed : bool
-            The missing steps no longer exist.
+            Whether the missing steps no longer exist.
         later : int
-            Number of logged steps behind the gap.
+            Number of logged steps after the gap.
         warnings : list of str
         """
         if not gap.missing:
@@ -98,37 +98,37 @@ class StepWait:
             return False
         self._passing.append((gap, removed))
         warnings.append(
-            f"missing {_named([gap])}: {_REMOVED if removed else _ABSENT}; the update from step {gap.last} to step "
-            f"{gap.next} has step_span {gap.next - gap.last}"
+            f"missing {_format_gaps([gap])}: {_REMOVED if removed else _ABSENT}; "
+            f"the update from step {gap.last} to step {gap.next} has step_span {gap.next - gap.last}"
         )
         return True
 
-    def leave_out(self, run: str, steps: Sequence[int], warnings: list[str]) -> None:
-        """Leave out steps that appeared after an ingest went past them, with a warning for each new one."""
+    def skip(self, run: str, steps: Sequence[int], warnings: list[str]) -> None:
+        """Skip steps that appeared after an ingest had skipped the gap, with a warning for each new one."""
         late = [step for step in steps if (run, step) not in self._late]
         self._late |= {(run, step) for step in late}
         if late:
             numbers = ", ".join(map(str, late[:_GAPS_SHOWN])) + (", ..." if len(late) > _GAPS_SHOWN else "")
             warnings.append(
-                f"left out steps {numbers}{f' of run {run}' if run else ''}: they appeared after later steps were "
+                f"skipped steps {numbers}{f' of run {run}' if run else ''}: they appeared after later steps were "
                 "stored; to include them, start from scratch with --overwrite"
             )
 
     @property
     def is_waiting(self) -> bool:
-        """True if logged steps behind a gap were not read."""
+        """True if logged steps after a gap were not read."""
         return bool(self._waiting)
 
     @property
     def awaited(self) -> str:
-        """The steps that the last ingest waited for, in words; empty if there are none."""
+        """Description of the steps that the last ingest waited for; empty if there are none."""
         return "; ".join(
-            f"{_named([gap])} ({later} later steps from step {gap.next} on are logged)"
+            f"{_format_gaps([gap])} ({later} later steps from step {gap.next} on are logged)"
             for gap, later in self._waiting.values()
         )
 
     def warnings(self) -> list[str]:
-        """Return the warnings that concern all ingests together: the steps that they did not store."""
+        """Return the warnings about the steps that none of the ingests stored."""
         found = []
         for removed, why, remedy in (
             (True, _REMOVED, "use a shorter --interval, or keep more checkpoints"),
@@ -136,14 +136,14 @@ class StepWait:
         ):
             gaps = [gap for gap, was_removed in self._passed if was_removed == removed]
             if gaps:
-                found.append(f"missing {_named(gaps)}: {why}; {remedy}")
+                found.append(f"missing {_format_gaps(gaps)}: {why}; {remedy}")
         if self.is_waiting:
             found.append(f"later steps were not read, because following ended while waiting for {self.awaited}")
         return found
 
 
-def _named(gaps: Sequence[Gap]) -> str:
-    """Return the missing steps in words, with the run of a sweep."""
+def _format_gaps(gaps: Sequence[Gap]) -> str:
+    """Describe the missing steps, with the run of a sweep."""
     words = []
     for gap in gaps[:_GAPS_SHOWN]:
         first, last, every = gap.missing[0], gap.missing[-1], gap.interval

@@ -1,4 +1,4 @@
-"""Compute inner products of the vectors of neighbouring states, and sum them.
+"""Compute and sum inner products of the vectors of neighbouring states.
 
 ``gram`` and ``stream`` are compiled with numba. ``ledger_sums`` needs only NumPy.
 """

@@ -54,8 +54,8 @@ BLOCK = 1024
 """Elements summed in plain float64 before the sum is added to the compensated total."""
 
 _CACHE_BLOCK = 16 * BLOCK
-"""Elements that are processed for all updates before the next elements. They are few enough for the next update to
-find its first state in the cache, and many enough for the processor to detect sequential reads and prefetch."""
+"""Elements that are processed for all updates before the next elements. They are few enough that the next update
+finds its first state in the cache, and many enough that the processor detects sequential reads and prefetches."""
 
 _SAMPLE, _SAMPLES = 64, 16
 """The ratio c is estimated from at most 16 samples of 64 elements, spread evenly over a segment."""
@@ -73,7 +73,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def entry(**options: Any) -> Callable[[_Function], _Function]:
-    """Compile a function that Python calls. It has no wrapper for calls by address.
+    """Compile a function that is called from Python, without a wrapper for calls by address.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def entry(**options: Any) -> Callable[[_Function], _Function]:
 
 
 def inner(**options: Any) -> Callable[[_Function], _Function]:
-    """Compile a function that only compiled code calls. Without a wrapper for Python it compiles faster.
+    """Compile a function that is only called from compiled code. Without a Python wrapper it compiles faster.
 
     Parameters
     ----------
@@ -96,12 +96,12 @@ def inner(**options: Any) -> Callable[[_Function], _Function]:
     return entry(no_cpython_wrapper=True, **options)
 
 
-# Sums may be reordered, so that the compiler can use vector registers. NaN and infinity are preserved.
+# The compiler may reorder sums, to use vector registers. NaN and infinity are preserved.
 _REORDER = {"reassoc", "contract", "nsz"}
 
 
 # Stored words to float64 --------------------------------------------------------------------------------------
-# bfloat16 is passed as uint16 and float16 as int16 (its bits), because the compiler has neither type.
+# bfloat16 is passed as uint16 and float16 as int16, because the compiler has neither type.
 
 
 def _bfloat16(typing_context: Any, bits: Any) -> Any:
@@ -148,12 +148,12 @@ def _to_pointer(typing_context: Any, address: Any, first: Any, like: Any) -> Any
 
 
 pointer: Any = intrinsic(_to_pointer)
-"""Return a pointer to the elements of a state from the first on: ``pointer(address, first, like)``.
+"""Return a pointer to the elements of a state, starting at ``first``: ``pointer(address, first, like)``.
 
 It is for compiled code; ``like`` is an array or pointer with elements of the same type. A slice of an array would
-also work, but compiled code counts the references to an array at each call that takes one, which takes longer than
-the sums of a short segment. For the same reason, functions that run once for each short segment are always inlined;
-inlining more functions would take longer to compile than it saves.
+also work, but compiled code counts references when an array is passed to a function, which takes longer than
+summing a short segment. For the same reason, functions that run once per short segment are always inlined. Inlining
+more functions would cost more compile time than it saves.
 """
 
 

@@ -1,1 +1,1 @@
-"""Labelled results, computed from the ledger."""
+"""Compute labelled results from the ledger."""

@@ -31,13 +31,13 @@ __all__ = [
     "COMPUTE_AGAIN",
     "GAMMAS",
     "Damaged",
-    "by_run",
-    "described",
     "exist",
     "label",
     "read",
     "recorded_options",
     "runs",
+    "split_by_run",
+    "with_attributes",
     "write",
 ]
 
@@ -58,7 +58,7 @@ def label(
     provenance: Mapping[str, Any] | None = None,
     variables: Sequence[UpdateVariable] | None = None,
 ) -> xr.DataTree:
-    """Compute and label all results of a run.
+    """Compute all results of a run, as labelled arrays.
 
     Parameters
     ----------
@@ -66,12 +66,12 @@ def label(
     gammas : sequence of float
         Positive weights of the one-parameter family.
     windows : sequence of int
-        Windows m of consecutive logged updates; 1 is always included. If a window passes the end of the run or a
-        restart, its values are NaN and its status is ``unverifiable``. The search for the smallest effective window
-        tries lengths up to the longest of these windows, and at least up to the smaller of
+        Numbers m of consecutive logged updates in a window; 1 is always included. If a window extends past the end
+        of the run or a restart, its values are NaN and its status is ``unverifiable``. The search for the smallest
+        effective window tries lengths up to the longest of these windows, and at least up to the smaller of
         `natgrad.results.variables.LONGEST_WINDOW` and half the run.
     provenance : mapping, optional
-        Attributes of the root.
+        Attributes of the root group.
     variables : sequence of UpdateVariable, optional
         Additional variables. Default: the variables that other packages register under the entry-point group
         ``natgrad.variables``.
@@ -92,17 +92,17 @@ def label(
         raise InputError(
             f"gammas must be positive and finite, got {gammas}",
             where="--gamma",
-            remedy="give finite values above 0",
+            remedy="use finite values above 0",
         )
     if windows[0] < 1 or windows[-1] > updates:
         raise InputError(
-            f"windows must be from 1 to {updates} for a run of {updates} updates, got {windows}",
+            f"windows must be from 1 to {updates} for a run with {updates} updates, got {windows}",
             where="--window",
-            remedy="give other windows, or log more steps first",
+            remedy="use shorter windows, or log more steps first",
         )
     extensions = registered_variables() if variables is None else []
     chosen = [*VARIABLES.values(), *(variables or ()), *(extension.value for extension in extensions)]
-    # A run that diverged contains infinities. Results that depend on them are NaN, and the status gives the reason.
+    # A diverged run contains infinities. Results that depend on them are NaN, and the status gives the reason.
     with np.errstate(all="ignore"):
         aggregations = {descent: model_and_tensors(table, descent) for descent in DESCENTS}
         groups = {
@@ -126,7 +126,7 @@ def versions() -> dict[str, str]:
     return {"natgrad-pipeline": __version__} | others
 
 
-# From pairs to variables -------------------------------------------------------------------------------------
+# Variables ---------------------------------------------------------------------------------------------------
 
 
 def _dataset(
@@ -136,7 +136,7 @@ def _dataset(
     windows: Sequence[int],
     variables: Sequence[UpdateVariable],
 ) -> xr.Dataset:
-    """Compute and label the variables of one group, from its pairs with each estimate of the gradient."""
+    """Compute and label the variables of one group, from its pairs for each estimate of the gradient."""
     leading = next(iter(aggregations.values())).dimensions
     name = "tensor" if TENSOR in leading else "model"
     chosen = [variable for variable in variables if name in variable.aggregations and table.has(variable.needs)]
@@ -150,31 +150,31 @@ def _dataset(
         coordinates[TENSOR] = np.array(table.layout.names, dtype=object)
     attempts = np.zeros(len(table.steps), np.int64) if table.attempts is None else table.attempts
     coordinates[ATTEMPT] = (STEP, attempts)
-    columns, comments = _by_update(
+    columns, comments = _update_variables(
         [variable for variable in chosen if STEP in variable.dimensions], table, aggregations, gammas, windows
     )
     dataset = xr.Dataset(columns, coordinates)
     if table.runs:
-        dataset = by_run(dataset, table, chosen)
+        dataset = split_by_run(dataset, table, chosen)
     dataset = dataset.assign(
-        _of_runs(
+        _run_variables(
             [variable for variable in chosen if STEP not in variable.dimensions], table, aggregations, max(windows)
         )
     )
-    dataset = described(dataset, chosen)
+    dataset = with_attributes(dataset, chosen)
     for variable, comment in comments.items():
         dataset[variable].attrs["comment"] = comment
     return dataset
 
 
-def _by_update(
+def _update_variables(
     variables: Sequence[UpdateVariable],
     table: UpdateTable,
     aggregations: Mapping[str, Aggregation],
     gammas: Sequence[float],
     windows: Sequence[int],
 ) -> tuple[dict[str, xr.Variable], dict[str, str]]:
-    """Compute variables of updates, and their comments, for all estimates of the gradient and all windows."""
+    """Compute variables with steps, and their comments, for all estimates of the gradient and all windows."""
     columns: dict[str, xr.Variable] = {}
     comments: dict[str, str] = {}
     for at_window, m in enumerate(windows):
@@ -205,7 +205,7 @@ def _by_update(
 def _empty(
     variable: UpdateVariable, values: NDArray[Any], updates: Updates, descents: int, windows: int
 ) -> xr.Variable:
-    """Return an empty array for all estimates and windows; ``values`` is the first result."""
+    """Return an empty array for all estimates and windows, with the dtype and shape of the first result."""
     axes = [axis for axis in variable.dimensions if axis not in (DESCENT, WINDOW)]
     if values.ndim < len(axes):
         axes.remove(TENSOR)
@@ -215,15 +215,15 @@ def _empty(
     return xr.Variable(dimensions, np.empty([sizes[axis] for axis in dimensions], values.dtype))
 
 
-def _of_runs(
+def _run_variables(
     variables: Sequence[UpdateVariable],
     table: UpdateTable,
     aggregations: Mapping[str, Aggregation],
     longest: int,
 ) -> dict[str, xr.Variable]:
-    """Compute variables without steps, once for each run."""
+    """Compute variables without steps, which have one value per run."""
     found: dict[str, list[NDArray[Any]]] = {variable.name: [] for variable in variables}
-    for run in table.of_runs():
+    for run in table.run_slices():
         each = [
             Updates(table, aggregation, descent, longest=longest, run=run)
             for descent, aggregation in aggregations.items()
@@ -244,7 +244,7 @@ def _of_runs(
     return columns
 
 
-def by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable]) -> xr.Dataset:
+def split_by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable]) -> xr.Dataset:
     """Add the dimension ``run`` to the results of a sweep. Steps that a run did not log have missing values.
 
     Parameters
@@ -254,7 +254,7 @@ def by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable
     table : UpdateTable
         Table of the updates.
     variables : sequence of Variable
-        Entries of the variables, which declare the values of missing steps.
+        Entries of the variables, which declare the values at missing steps.
 
     Returns
     -------
@@ -281,8 +281,8 @@ def by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable
     return xr.Dataset(columns, {**labels, RUN: names, STEP: steps, ATTEMPT: attempts})
 
 
-def described(dataset: xr.Dataset, variables: Sequence[Variable]) -> xr.Dataset:
-    """Set the attributes of variables and coordinates, and return the dataset."""
+def with_attributes(dataset: xr.Dataset, variables: Sequence[Variable]) -> xr.Dataset:
+    """Set the attributes of all variables and coordinates, and return the dataset."""
     for variable in variables:
         if variable.name in dataset:
             dataset[variable.name].attrs = variable.attributes()
@@ -296,7 +296,7 @@ def described(dataset: xr.Dataset, variables: Sequence[Variable]) -> xr.Dataset:
 
 
 def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
-    """Return the results of each run by name. A run of a sweep does not have steps that only other runs logged."""
+    """Return the results of each run, by name. Steps that only other runs of the sweep logged are removed."""
     if RUN not in tree["model"].dims:
         return {"": tree}
     logged = (tree["model"]["status"] != Status.NOT_LOGGED).all([DESCENT, WINDOW])
@@ -322,7 +322,7 @@ def write(tree: xr.DataTree, storage: Storage) -> None:
     storage : Storage
         The caller must hold its lock.
     """
-    # All threads share the warning filters, so another thread could restore them in the meantime.
+    # All threads share the warning filters, so another thread could reset them in the meantime.
     with storage.replace_tree("zarr.json") as folder, _FILTERS, warnings.catch_warnings():
         # Zarr warns that other programs may ignore consolidated metadata. They then read the metadata of each
         # array.

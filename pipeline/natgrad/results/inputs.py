@@ -1,4 +1,4 @@
-"""Collect the updates of a run in a table: the ledger, the scalars and the optimizer's metric of each update."""
+"""Collect the inputs of results in a table: ledger, scalars and the optimizer's metric, by update."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The metric that an adaptive optimizer used in each update.
+    """The metric of an adaptive optimizer in each update.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class UpdateTable:
     tensor_learning_rate: Array | None = None
 
     def has(self, names: Iterable[str]) -> bool:
-        """Return True if the table has all of these vectors and columns, by name."""
+        """Return True if the table has all of the named vectors and columns."""
         return all(name in self.vectors or getattr(self, name, None) is not None for name in names)
 
     def complete(self, m: int) -> NDArray[np.bool_]:
@@ -102,20 +102,20 @@ class UpdateTable:
         return np.pad(consecutive(self.follows(), m - 1).all(axis=-1), (0, m - 1))
 
     def follows(self) -> NDArray[np.bool_]:
-        """Return True for each update after the first that starts where the last ended, shape (updates - 1,)."""
+        """Return True for each update, except the first, that continues the one before it, shape (updates - 1,)."""
         follows: NDArray[np.bool_] = self.steps[:-1] + self.spans[:-1] == self.steps[1:]
         if self.run is not None:
             follows &= self.run[:-1] == self.run[1:]
         return follows
 
     def extended(self) -> NDArray[np.bool_]:
-        """Return True for each update whose run logs dL/dt, so that its model is extended by time."""
+        """Return True for each update in a run that logs dL/dt; its model is extended by time."""
         if self.loss_time_derivative is None:
             return np.zeros(len(self.steps), bool)
         runs = np.zeros(len(self.steps), np.int64) if self.run is None else self.run
         return np.isin(runs, runs[~np.isnan(self.loss_time_derivative)])
 
-    def of_runs(self) -> list[slice]:
+    def run_slices(self) -> list[slice]:
         """Return the updates of each run of a sweep, or all updates of a single run."""
         if self.run is None:
             return [slice(0, len(self.steps))]
@@ -156,9 +156,9 @@ def update_table(
     states : Trajectory
     ledger : Ledger
     learning_rate : float, optional
-        Learning rate of the steps for which the log has none.
+        Learning rate for steps without a logged one.
     attempt : int, optional
-        Select the run as it stood at this attempt. Default: the newest attempt.
+        Select the run as it was at this attempt. Default: the newest attempt.
 
     Returns
     -------
@@ -218,8 +218,8 @@ def _learning_rates(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
     """Return the learning rate of each update, and of each of its tensors if parameter groups have different rates.
 
-    If only the groups have rates, the rate of the model is the largest of them, provided that all are known. This
-    does not apply to a loss that changes with time, because its unit of time is that of the learning rate.
+    If only the groups have rates, the rate of the model is the largest rate, provided that all are known. This does
+    not apply to a loss that changes with time, because the learning rate is then also the unit of time.
     """
     rate, own = states.scalar("learning_rate")[updates], states.scalar("tensor_learning_rate")[updates]
     missing = np.isnan(own)
@@ -236,9 +236,9 @@ def _learning_rates(
 def _optimizer(states: Trajectory, updates: NDArray[np.int64], learning_rate: NDArray[np.float64]) -> Optimizer:
     """Return the metric that the optimizer used in each update.
 
-    The state of the optimizer is saved after the update, and the learning rate before it. The metric is that of the
-    factors if the rule has factors, and otherwise that of Adam's second moment. If the update of a tensor was
-    rescaled by a factor that is not saved, the tensor has no rate.
+    The optimizer state is saved after the update, and the learning rate before it. If the rule has factors, the
+    metric is computed from them, and otherwise from Adam's second moment. If the update of a tensor was rescaled by
+    a factor that is not saved, the rate of the tensor is NaN.
     """
     after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
     low, high = adam_eigenvalues(

@@ -1,4 +1,4 @@
-"""Reduce the Gram matrices of updates to pairs: the few numbers of (y, g) that determine all results.
+"""Reduce the Gram matrices of updates to pairs: the few numbers for (y, g) that determine all results.
 
 The Gram matrix of an update gives one pair for each estimate of the negative gradient (eq. 12), and the largest
 error of this pair caused by rounding. `natgrad.results.variables` computes the variables from the pairs.
@@ -31,7 +31,7 @@ class GradientEstimate:
     half : str, optional
         Vector, half of which is added to the gradient.
     corrected : bool
-        True if the sum is then corrected along the displacement.
+        Whether the sum is then corrected along the displacement.
     """
 
     half: str | None = None
@@ -52,9 +52,9 @@ class Aggregation:
 
     If parameter groups have different learning rates, each tensor has its own eta, and eq. (2) holds for the tensor
     with that eta. The model has one eta. Its g is parallel to the displacement, so y.g > 0 if and only if the
-    update descends. The ratios between the etas of the tensors are a part of the learning rule, as in the metric of
-    an optimizer. The g of the tensors, each with its own eta, stack to another vector: the loss may decrease along
-    it and increase along the update.
+    update descends. The ratios between the etas of the tensors are part of the learning rule, as in the metric of
+    an optimizer. Stacking the g of all tensors, each with its own eta, would give a different vector: the loss may
+    decrease along that vector and increase along the update.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class Aggregation:
 
 
 def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Aggregation]:
-    """Compute the pairs of the model and of its tensors with one estimate of the negative gradient.
+    """Compute the pairs of the model and of its tensors for one estimate of the negative gradient.
 
     Parameters
     ----------

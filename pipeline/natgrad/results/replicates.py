@@ -1,7 +1,7 @@
 """Compute and label the results of stochastic learning rules, eqs. (19), (20), from replicates of an update.
 
-A stochastic rule leads from one state theta_t to many possible theta_{t+1}. All results are algebra on inner
-products of the gradient, the displacements p_r of the replicates and, if logged, hvp_r = 2 H p_r. Means over
+From one state theta_t, a stochastic rule may lead to many theta_{t+1}. All results are computed from inner products
+of the gradient, the displacements p_r of the replicates and, if logged, hvp_r = 2 H p_r. Means over
 replicates, and means that leave one out, are linear combinations of these vectors. One Gram matrix of the means and
 the deviations from them therefore gives the metric of the mean update, the definiteness of eq. (19), and jackknife
 standard errors. Means are taken before any product, so they lose no digits if they are much shorter than the
@@ -29,7 +29,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from natgrad.results.dataset import by_run, described
+from natgrad.results.dataset import split_by_run, with_attributes
 from natgrad.results.inputs import UpdateTable
 from natgrad.results.variables import METRIC_UNIT, VARIABLES, Defined
 from natgrad.schema.errors import InputError
@@ -56,7 +56,7 @@ _MEANS = 3
 """Number of vectors of the ledger before the deviations of displacements: gradient, mean displacement, residual."""
 
 Columns = dict[str, tuple[tuple[str, ...], NDArray[Any]]]
-"""Dimensions and values by variable."""
+"""Dimensions and values of each variable, by name."""
 
 
 def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None = None) -> Array:
@@ -154,7 +154,7 @@ def label(
     updates = len(gram)
     _require_ledger(gram, layout, replicates)
     if (rate <= 0).any():
-        raise InputError("a learning rate is not positive", remedy="pass a learning rate above 0 for each step")
+        raise InputError("a learning rate is not positive", remedy="pass learning rates greater than 0")
     changes = np.full((updates, replicates), np.nan) if loss_change is None else np.asarray(loss_change, np.float64)
     if changes.shape != (updates, replicates):
         raise InputError(
@@ -186,7 +186,7 @@ def label_run(
     replicates : int
         R.
     replicate_loss : array, shape (updates, R)
-        Losses of the states that the replicates lead to, NaN if not logged.
+        Losses of the states after each replicate, NaN if not logged.
 
     Returns
     -------
@@ -218,8 +218,10 @@ def label_run(
     if not table.runs:
         return tree
     variables = list(REPLICATE_VARIABLES.values())
-    sweeps = {path: by_run(tree[path].to_dataset(), table, variables) for path in ("model", "tensor")}
-    return xr.DataTree.from_dict({f"/{path}": described(dataset, variables) for path, dataset in sweeps.items()})
+    sweeps = {path: split_by_run(tree[path].to_dataset(), table, variables) for path in ("model", "tensor")}
+    return xr.DataTree.from_dict(
+        {f"/{path}": with_attributes(dataset, variables) for path, dataset in sweeps.items()}
+    )
 
 
 def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
@@ -227,7 +229,7 @@ def _require_ledger(gram: Array, layout: Layout, replicates: int) -> None:
     shapes = [(len(layout.tensors), count, count) for count in counts]
     if replicates < 1 or gram.shape[1:] not in shapes:
         raise InputError(
-            f"the ledger has shape {gram.shape}, which is wrong for {replicates} replicates and "
+            f"the ledger has shape {gram.shape}, which does not match {replicates} replicates and "
             f"{len(layout.tensors)} tensors",
             remedy="pass the output of natgrad.results.replicates.ledger: (updates, tensors, vectors, vectors)",
         )
@@ -372,7 +374,7 @@ class ComputedFrom(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicateVariable(Variable):
-    """A result variable of replicates: its metadata and the function that computes it.
+    """A result variable of replicates: its metadata, and the function that computes it.
 
     Attributes
     ----------
@@ -380,9 +382,9 @@ class ReplicateVariable(Variable):
         Argument of ``compute``.
     compute : callable
     defined : Defined
-        Updates at which a statistic of the mean update is defined. At others it is NaN.
+        Updates at which a statistic of the mean update is defined. Elsewhere it is NaN.
     error : bool
-        True if the results have the standard error ``<name>_error``.
+        Whether the results contain the standard error ``<name>_error``.
     """
 
     compute: Callable[[Any], Any]
@@ -391,8 +393,8 @@ class ReplicateVariable(Variable):
     error: bool = False
 
 
-def _as_of_updates(name: str, description: str, **declared: Any) -> ReplicateVariable:
-    """Declare a variable with the metadata of the variable of updates that has this name."""
+def _like_update_variable(name: str, description: str, **declared: Any) -> ReplicateVariable:
+    """Declare a variable with the metadata of the update variable of the same name."""
     known = VARIABLES[name]
     return ReplicateVariable(
         name=name,
@@ -410,23 +412,25 @@ def _as_of_updates(name: str, description: str, **declared: Any) -> ReplicateVar
 _EACH = (STEP, TENSOR, REPLICATE)
 
 _DECLARED = (
-    _as_of_updates("status", "Reason for missing values of the mean update.", compute=lambda draws: draws.status),
-    _as_of_updates(
+    _like_update_variable(
+        "status", "Reason for missing values of the mean update.", compute=lambda draws: draws.status
+    ),
+    _like_update_variable(
         "effective",
         "True if the mean update is effective.",
         compute=lambda draws: draws.status == Status.EFFECTIVE,
     ),
-    _as_of_updates(
+    _like_update_variable(
         "update_norm",
         "Norm of the mean update.",
         compute=lambda draws: geometry.representable(draws.pair.update_norm),
     ),
-    _as_of_updates(
+    _like_update_variable(
         "gradient_norm",
         "Norm of the gradient.",
         compute=lambda draws: geometry.representable(draws.pair.gradient_norm),
     ),
-    _as_of_updates(
+    _like_update_variable(
         "alignment",
         "Rate at which the loss decreases along the mean update.",
         computed_from=ComputedFrom.MEAN_UPDATE,
@@ -434,7 +438,7 @@ _DECLARED = (
         defined=Defined.IN_RANGE,
         error=True,
     ),
-    _as_of_updates(
+    _like_update_variable(
         "angle",
         "Angle of the mean update. NaN if there is no angle; status gives the reason.",
         computed_from=ComputedFrom.MEAN_UPDATE,
@@ -442,7 +446,7 @@ _DECLARED = (
         defined=Defined.WITH_ANGLE,
         error=True,
     ),
-    _as_of_updates(
+    _like_update_variable(
         "condition_number",
         "Smallest condition number of any metric of the mean update. NaN if it is not effective.",
         computed_from=ComputedFrom.MEAN_UPDATE,
@@ -572,7 +576,7 @@ REPLICATE_VARIABLES: dict[str, ReplicateVariable] = {variable.name: variable for
 """The variables of the groups of replicates, by name. g denotes its mean over replicates."""
 
 
-# From the ledger to variables --------------------------------------------------------------------------------
+# Computation -------------------------------------------------------------------------------------------------
 
 
 def _groups(
@@ -700,5 +704,5 @@ def _tree(groups: Mapping[str, Columns], changes: Array, layout: Layout, labels:
     for group, columns in complete.items():
         variables = {name: columns[name] for name in REPLICATE_VARIABLES if name in columns}
         dataset = xr.Dataset(variables, {**labels, REPLICATE: replicates, **names[group]})
-        datasets[f"/{group}"] = described(dataset, list(REPLICATE_VARIABLES.values()))
+        datasets[f"/{group}"] = with_attributes(dataset, list(REPLICATE_VARIABLES.values()))
     return xr.DataTree.from_dict(datasets)

@@ -1,4 +1,4 @@
-"""Summarize results in a few numbers, for terminals and logs."""
+"""Summarize results in a few numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["overview"]
 
 
 def overview(tree: xr.DataTree) -> dict[str, Any]:
-    """Summarize the results of the model, compared with the gradient step by step.
+    """Summarize the results of the model, for the gradient and window 1.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``status``: number of updates with each status. ``angle`` and ``condition_number``: smallest, median and
-        largest finite value, or None if there is no finite value.
+        ``status`` is the number of updates with each status. ``angle`` and ``condition_number`` are the smallest,
+        median and largest finite value, or None if there are no finite values.
     """
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     status, counts = np.unique(model["status"].values, return_counts=True)

@@ -2,11 +2,12 @@
 
 An entry (`UpdateVariable`) declares the inputs of a variable, the updates at which it is defined, and its
 description. `natgrad.results.dataset` computes, masks, stacks and labels all entries in the same way, so a new
-variable needs only a new entry. The function and the metadata are kept together here, and not in `natgrad.schema`,
-because neither can be understood without the other.
+variable requires only a new entry. The metadata are here and not in `natgrad.schema`, because functions and
+metadata cannot be understood separately.
 
 Another package adds variables through the entry-point group ``natgrad.variables``. Each entry point refers to an
-`UpdateVariable`. If the package is installed, the variables appear in ``results.zarr`` of every analyzed run::
+`UpdateVariable`. While the package is installed, the ``results.zarr`` of every analyzed run contains the
+variables::
 
     [project.entry-points."natgrad.variables"]
     relative_update = "my_package:relative_update"
@@ -46,10 +47,10 @@ __all__ = [
 Array = NDArray[np.float64]
 
 VARIABLES_GROUP = "natgrad.variables"
-"""Entry-point group of the variables of other packages."""
+"""Entry-point group for variables of other packages."""
 
 LONGEST_WINDOW = 256
-"""Longest window in the search for the smallest one, or half the run if that is less."""
+"""Longest window in the search for the smallest one; for a short run, half of its updates if that is less."""
 
 MODEL_AND_TENSORS = ("model", "tensor")
 _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
@@ -61,9 +62,9 @@ _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
 class Updates:
     """The updates of a run in windows of m, for one aggregation and one estimate of the gradient.
 
-    This is the argument of the functions of variables. Properties are computed once and shared by all variables.
-    Arrays have the shape (updates,) for the model and (updates, tensors) for tensors. Arrays of windows have m - 1
-    updates fewer.
+    This is the argument of the functions that compute variables. Properties are computed once and shared by all
+    variables. Arrays have the shape (updates,) for the model and (updates, tensors) for tensors. Arrays for windows
+    have m - 1 fewer updates.
 
     Attributes
     ----------
@@ -80,11 +81,11 @@ class Updates:
     gammas : float64 array
         Weights of the one-parameter family.
     longest : int
-        Longest window that was requested.
+        Longest requested window.
     of_gradient : Updates
         The same windows, with the gradient itself as the estimate.
     run : slice
-        The updates of the run for which a variable without the dimension ``step`` is computed.
+        For a variable without the dimension ``step``: the updates of the run for which it is computed.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Updates:
         """Values of `natgrad.schema.variables.Status`."""
         return geometry.status(
             self.pair,
-            # The smallest rate represents the window: it is NaN if one is missing, and not positive if one is not.
+            # The smallest rate represents the window: it is NaN if any rate is, and not positive if any is not.
             learning_rate=windows.consecutive(self.aggregation.rate, self.m).min(axis=-1),
             finite=windows.consecutive(self.aggregation.finite, self.m).all(axis=-1),
             known=windows.consecutive(self.aggregation.known, self.m).all(axis=-1),
@@ -204,7 +205,7 @@ class Updates:
 
     @cached_property
     def smallest_effective_window(self) -> tuple[Array, NDArray[np.int64]]:
-        """Smallest length of which all windows are effective, and the number of these windows."""
+        """Smallest length for which all windows are effective, and the number of these windows."""
         own, run = self.aggregation, self.run
         terms = windows.WindowTerms(
             own.pair[run], own.rate[run], own.update_floor[run], own.finite[run], own.known[run]
@@ -222,7 +223,7 @@ class Updates:
 
 
 class Defined(enum.Enum):
-    """The updates at which a variable is defined. At others it has the fill value of its entry."""
+    """The updates at which a variable is defined. Elsewhere it has the fill value of its entry."""
 
     ALWAYS = enum.auto()
     IN_RANGE = enum.auto()
@@ -232,7 +233,7 @@ class Defined(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateVariable(Variable):
-    """A result variable of updates: its metadata and the function that computes it.
+    """A result variable of updates: its metadata, and the function that computes it.
 
     Attributes
     ----------
@@ -242,8 +243,8 @@ class UpdateVariable(Variable):
         window. The array may omit the dimension ``tensor`` if all tensors have the same value. A variable without
         ``step`` has one value for the run (or for each tensor), computed for ``updates.run``.
     needs : tuple of str
-        Vectors of the ledger and columns of `natgrad.results.inputs.UpdateTable` that the variable requires. If one
-        is missing, the results do not have the variable.
+        Vectors of the ledger and columns of `natgrad.results.inputs.UpdateTable` that the variable requires. If any
+        is missing, the results do not contain the variable.
     aggregations : tuple of str
         Groups that have the variable: ``model``, ``tensor`` or both.
     descents : tuple of str
@@ -251,7 +252,7 @@ class UpdateVariable(Variable):
     defined : Defined
         Updates at which it is defined.
     fill : float, int or bool
-        Value at updates where it is not defined, and of windows that pass the end of the run or a restart.
+        Value where the variable is not defined, and for windows that extend past the end of the run or a restart.
     comment : callable, optional
         Takes `Updates` and returns the attribute ``comment``, or an empty string if it has none.
     """
@@ -280,8 +281,8 @@ class UpdateVariable(Variable):
         required |= {STEP, TENSOR, DESCENT} if self.descents != DESCENTS else set()
         if not required <= {*self.dimensions}:
             raise InputError(
-                f"variable {self.name!r} lacks dimensions on which its definition depends",
-                why=f"it has {self.dimensions}, but its values are defined depending on {sorted(required)}",
+                f"variable {self.name!r} lacks dimensions that its definition depends on",
+                why=f"it has {self.dimensions}, but where it is defined depends on {sorted(required)}",
                 remedy="declare these dimensions, or declare the variable as defined everywhere",
             )
 
@@ -334,7 +335,7 @@ class UpdateVariable(Variable):
         without_tensors = tuple(sizes[axis] for axis in axes if axis != TENSOR)
         if values.shape != shape and not (STEP in axes and values.shape == without_tensors):
             raise InputError(
-                f"variable {self.name!r} has values of shape {values.shape}, but {shape} is required",
+                f"variable {self.name!r} must have values of shape {shape}, got {values.shape}",
                 where=f"{updates.aggregation_name}, descent {updates.descent}, window {updates.m}",
                 why=f"its dimensions are {self.dimensions}",
                 remedy="correct the function or the dimensions of the variable",
@@ -346,7 +347,7 @@ def registered_variables() -> list[Extension[UpdateVariable]]:
     return list(registered(VARIABLES_GROUP, UpdateVariable, VARIABLES).values())
 
 
-# Functions of several lines ----------------------------------------------------------------------------------
+# Functions ---------------------------------------------------------------------------------------------------
 
 
 def _learning_rate(updates: Updates) -> Array:
@@ -360,14 +361,14 @@ def _learning_rate_comment(updates: Updates) -> str:
     if updates.aggregation_name == "tensor":
         return (
             "The parameter groups of the optimizer have different learning rates. Each tensor has the rate of its "
-            "group, and g of the tensor is its displacement divided by this rate."
+            "group, and the g of a tensor is its displacement divided by this rate."
         )
     return (
         "The parameter groups of the optimizer have different learning rates. This is the rate logged for the step "
-        "or set with --learning-rate, or else the largest rate of the tensors. g of the model is the displacement "
-        "divided by this rate, so y.g > 0 if and only if the update descends; the ratios between the rates are a "
-        "part of the learning rule. Angle and condition number do not depend on this rate. update_norm, alignment, "
-        "eigenvalues and bounds do."
+        "or set with --learning-rate, or otherwise the largest rate of the tensors. The g of the model is the "
+        "displacement divided by this rate, so y.g > 0 if and only if the update descends; the ratios between the "
+        "rates are part of the learning rule. Angle and condition number do not depend on this rate, but "
+        "update_norm, alignment, eigenvalues and bounds do."
     )
 
 
@@ -404,7 +405,7 @@ def _shifted_metric(updates: Updates) -> NDArray[np.int8]:
 # The variables -----------------------------------------------------------------------------------------------
 
 # y is a loss per parameter and g a parameter per learning rate (eq. 2), so a metric M with M g = y has this unit.
-# The units of a run are not known, so these words represent them.
+# The units of a run are not known. These words represent them.
 METRIC_UNIT = "loss learning_rate parameter-2"
 
 _SINGLE = (STEP, TENSOR)
@@ -552,7 +553,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             equation="kappa(diag(sqrt(v) + epsilon)) for Adam, kappa of the Kronecker factors for Shampoo, PSGD "
             "and K-FAC",
             long_name="condition number of the metric that the optimizer used",
-            description="Compare it with condition_number, the smallest that any metric of the update can have. "
+            description="Compare with condition_number, the smallest that any metric of the update can have. "
             "Present only if the optimizer state was stored. NaN at updates whose metric is not known.",
         ),
         UpdateVariable(
@@ -563,7 +564,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="1 / kappa(M_opt)",
             long_name="similarity of update and steepest descent",
-            description=f"Inverse of condition_number, between 0 and 1. {_NO_METRIC}",
+            description=f"Inverse of condition_number, from 0 to 1. {_NO_METRIC}",
         ),
         UpdateVariable(
             name="eigenvalue_max",
@@ -655,7 +656,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             long_name="condition number of the one-parameter family",
             description=f"Smallest at gamma = 1, where it equals condition_number. {_NO_METRIC}",
         ),
-        # A tensor has no loss of its own with which its share could be compared, so only the model has a residual.
+        # The loss cannot be divided between tensors, so only the model has a residual.
         UpdateVariable(
             name="discrete_identity_residual",
             compute=_discrete_identity_residual,
@@ -668,8 +669,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             description="0 if the estimate of the gradient explains the change of the loss exactly. NaN if the "
             "loss is not known or does not change.",
         ),
-        # A tensor has no Hessian of its own either: only that of the model includes the effect of other tensors on
-        # its gradient.
+        # The Hessian is also that of the model: it includes the effect of other tensors on the gradient of a
+        # tensor.
         UpdateVariable(
             name="learning_rate_bound",
             compute=lambda updates: updates.learning_rate_bounds[0],
@@ -737,11 +738,11 @@ VARIABLES: dict[str, UpdateVariable] = {
             dimensions=_COMPARED,
             units="1",
             equation="y.g > 0, section 2.1",
-            long_name="reason why the metric exists or not",
+            long_name="reason why a metric does or does not exist",
             description="Reason for missing values. Unverifiable if the update is not larger than its rounding "
-            "error, a loss or a Hessian-vector product is missing, or the window passes the end of the run or a "
-            "restart. Underflow and overflow if the vectors are finite and not zero, but their inner products are "
-            "out of the range of float64.",
+            "error, a loss or a Hessian-vector product is missing, or the window extends past the end of the run "
+            "or a restart. Underflow and overflow if the vectors are finite and not zero, but their inner products "
+            "are out of the range of float64.",
         ),
         UpdateVariable(
             name="effective_window",
@@ -750,9 +751,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m with y.g > 0 for all t, eq. (3)",
             long_name="smallest window length for which all windows are effective",
-            description="NaN if there is no such length, also because the status of a window is not known. Lengths "
-            "up to the smaller of 256 and half the run are tried, and up to the longest requested window if that "
-            "is longer.",
+            description="NaN if there is no such length, or if the status of a window is not known. Lengths up to "
+            "the smaller of 256 and half the run are tried, and up to the longest requested window if that is "
+            "longer.",
         ),
         UpdateVariable(
             name="effective_window_count",
@@ -770,8 +771,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="m of eq. (3)",
             long_name="smallest window length over which the loss always decreases",
-            description="NaN if there is no such length, also because a window lacks a loss. Lengths up to the "
-            "smaller of 256 and half the run are tried, and up to the longest requested window if that is longer.",
+            description="NaN if there is no such length, or if the loss of a window is not known. Lengths up to "
+            "the smaller of 256 and half the run are tried, and up to the longest requested window if that is "
+            "longer.",
         ),
         UpdateVariable(
             name="decreasing_window_count",

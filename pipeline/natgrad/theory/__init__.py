@@ -1,1 +1,1 @@
-"""Implement the mathematics of the paper for inner products and for vectors."""
+"""Implement the mathematics of the paper, for inner products and for vectors."""

@@ -1,7 +1,7 @@
 """Compute discrete gradients of an objective function, for models with few parameters (section 2.2).
 
 No other module uses these functions. They are for users who have the objective as a function, and they reproduce
-what the paper says about the choice of a discrete gradient.
+the statements of the paper about the choice of a discrete gradient.
 
 The ledger has the loss only at the states of a run, which `natgrad.theory.discrete_time` uses. This module
 evaluates the objective as a function to compute the discrete gradients of the literature. Each is a vector with
@@ -9,7 +9,7 @@ evaluates the objective as a function to compute the discrete gradients of the l
 
     gonzalez      gradient at the midpoint, corrected along the displacement
     mean_value    mean of the gradient along the segment
-    itoh_abe      difference quotients, one coordinate after the other
+    itoh_abe      difference quotients, one coordinate after another
     taylor        grad L(theta0) + hvp / 2 with the hvp at the point of eq. (11), as in the paper (eq. 16)
 
 ``Metric(-result, (theta1 - theta0) / eta)`` of `natgrad.theory.metric_operators` is then the metric of
@@ -41,9 +41,9 @@ Gradient = Callable[[Array], ArrayLike]
 
 _UNIT = 2.0**-53
 _ROOT = 2.0**-26
-"""Square root of the unit roundoff: rounding errors are far smaller, mistakes are not."""
+"""Square root of the unit roundoff. Rounding errors are much smaller, mistakes are not."""
 _MOST_POINTS = 64
-"""Largest number of points between theta0 and theta1 at which eq. (11) is evaluated."""
+"""Maximum number of points between theta0 and theta1 at which eq. (11) is evaluated."""
 
 
 def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike) -> Array:
@@ -52,16 +52,16 @@ def gonzalez(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1
     Parameters
     ----------
     objective : callable
-        Loss of a state, shape (D,) to a number.
+        Loss of a state: a function from shape (D,) to a number.
     gradient : callable
-        Gradient of the loss, shape (D,) to shape (D,).
+        Gradient of the loss: a function from shape (D,) to shape (D,).
     theta0, theta1 : array, shape (D,)
 
     Returns
     -------
     array, shape (D,)
-        The gradient if the two states are equal. The error of the correction is the rounding of the losses divided
-        by |theta1 - theta0|.
+        The gradient if the two states are equal. The error of the correction is the rounding error of the losses
+        divided by |theta1 - theta0|.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def mean_value(
 
     Notes
     -----
-    This is the only one of the four that commutes with linear changes of the parameters.
+    Of the four discrete gradients, only this one commutes with linear changes of the parameters.
     """
     start, _, step = _segment(theta0, theta1)
     first = _gradient(gradient, start)
@@ -117,7 +117,7 @@ def mean_value(
     mean, error = quad_vec(between, 0.0, 1.0, epsabs=floor, epsrel=tolerance, norm="2")
     if not error <= tolerance * largest:
         raise InputError(
-            f"the error of the mean gradient is {error:.3g}, its norm {np.linalg.norm(mean):.3g}",
+            f"the mean gradient has the norm {np.linalg.norm(mean):.3g} and the error {error:.3g}",
             why="the gradient jumps between the two states, or is noisy",
             remedy="pass a greater tolerance, or use another discrete gradient",
         )
@@ -125,18 +125,18 @@ def mean_value(
 
 
 def itoh_abe(objective: Objective, gradient: Gradient, theta0: ArrayLike, theta1: ArrayLike) -> Array:
-    """Return difference quotients of the loss, moving one coordinate after the other (Itoh and Abe 1988).
+    """Return difference quotients of the loss, changing one coordinate after another (Itoh and Abe 1988).
 
     Parameters
     ----------
     objective, gradient, theta0, theta1
-        See `gonzalez`; the loss is evaluated D + 1 times, the gradient only if a coordinate does not move.
+        See `gonzalez`. The loss is evaluated D + 1 times, and the gradient only if a coordinate does not change.
 
     Returns
     -------
     array, shape (D,)
-        It depends on the order of the coordinates. The error of a quotient is the rounding of the losses divided by
-        the length of the move of its coordinate.
+        It depends on the order of the coordinates. The error of a quotient is the rounding error of the losses
+        divided by the change of the coordinate.
 
     Raises
     ------
@@ -171,12 +171,12 @@ def taylor(
     objective, gradient, theta0, theta1
         See `gonzalez`.
     hvp : callable
-        Product of the Hessian at a state with a vector, two of shape (D,) to shape (D,).
+        Product of the Hessian with a vector: a function of the state and the vector, all of shape (D,).
 
     Returns
     -------
     array, shape (D,)
-        The discrete gradient for the smallest lambda that was found.
+        The discrete gradient for the smallest lambda from `taylor_points`.
 
     Raises
     ------
@@ -185,8 +185,8 @@ def taylor(
 
     Notes
     -----
-    It is not a discrete gradient by the paper's Definition 1: one of several lambda must be chosen, and the choice
-    is not always continuous. Eq. (12) holds nevertheless.
+    This is not a discrete gradient by the paper's Definition 1: one of several lambda must be chosen, and the
+    choice is not always continuous. Eq. (12) still holds.
     """
     start, end, step = _segment(theta0, theta1)
     first = _gradient(gradient, start)
@@ -214,20 +214,21 @@ def taylor_points(
     -------
     array, shape (lambdas,)
         In ascending order, within (0, 1): one from each interval between evaluated points in which the sign
-        changes. There may be more. If the curvature is constant up to rounding, as for a quadratic loss, every
-        lambda is a solution, and the result is only 1/2.
+        changes. More solutions may exist. If the curvature is constant up to rounding, as for a quadratic loss,
+        every lambda is a solution, and the result contains only 1/2.
 
     Raises
     ------
     InputError
-        See `gonzalez`; also if no lambda is found, because the loss is not twice continuously differentiable, the
-        gradient or the products do not belong to this loss, or the curvature changes on a scale below 1/64 of the
-        step.
+        See `gonzalez`. Also if no lambda is found: the loss is not twice continuously differentiable, the gradient
+        or the products do not belong to this loss, or the curvature changes on a scale below 1/64 of the step.
 
-    Notes ----- The remainder of L(theta1) is half the mean of p' H p over the segment with the weight 2 (1 -
-    lambda). This integral is computed by Gauss-Jacobi rules, so the rounding of the losses does not affect it if
-    the step is small. The points of the rule bracket lambda, because a mean lies between the smallest and the
-    largest value. The losses then show whether the gradient and the products belong to them.
+    Notes
+    -----
+    The remainder of L(theta1) is half the mean of p' H p over the segment, with the weight 2 (1 - lambda). This
+    integral is computed by Gauss-Jacobi rules, so the rounding of the losses does not affect it if the step is
+    small. The points of the rule bracket lambda, because a mean is between the smallest and the largest value. The
+    losses then show whether the gradient and the products belong to them.
     """
     start, end, step = _segment(theta0, theta1)
     first, length = _gradient(gradient, start), float(np.linalg.norm(step))
@@ -240,7 +241,7 @@ def taylor_points(
         size = max(size, length * float(np.linalg.norm(product)))
         return float(step @ product)
 
-    # Doubling the points of a Gauss rule roughly squares its error, so the last rule has only rounding errors.
+    # Doubling the points of a Gauss rule roughly squares its error. After convergence only rounding errors remain.
     while not abs(mean - last) <= _ROOT * size and count <= _MOST_POINTS:
         nodes, weights = roots_jacobi(count, 1.0, 0.0)
         nodes, values = (1.0 + nodes) / 2.0, np.array([curvature((1.0 + node) / 2.0) for node in nodes])
@@ -250,9 +251,9 @@ def taylor_points(
     if not (abs(mean - last) <= _ROOT * size and abs(missed) <= _ROOT * scale):
         raise InputError(
             "no lambda of eq. (11) was found",
-            where=f"the loss changes by {after - before:.6g}, of which {missed:.3g} is not explained",
+            where=f"the loss changes by {after - before:.6g}; {missed:.3g} of this is not explained",
             why="the gradient or the products are not those of the loss, or its curvature jumps",
-            remedy="compare the gradient with differences of the loss, or use another discrete gradient",
+            remedy="check the gradient against differences of the loss, or use another discrete gradient",
         )
     if np.abs(values - mean).max() <= 8.0 * (len(start) + 2) * _UNIT * size:
         return np.array([0.5])

@@ -1,4 +1,4 @@
-"""Analyze learning rules in discrete time (section 2.2) by algebra on the pairs of `natgrad.theory.geometry`.
+"""Analyze learning rules in discrete time (section 2.2), from the pairs of `natgrad.theory.geometry`.
 
 Over an update that is not small, the loss changes by ybar.(theta_{t+1} - theta_t) with a *discrete* gradient ybar
 instead of the gradient (eq. 12). The ledger provides gradients plus multiples of its vectors:
@@ -7,11 +7,13 @@ instead of the gradient (eq. 12). The ledger provides gradients plus multiples o
 - trapezoid: gradient + gradient_change / 2, corrected in the same way;
 - Taylor: gradient + hvp / 2, eq. (16), which obeys eq. (12) if H was evaluated at the right point.
 
-Pairs of the last two are `geometry.pair` with ``half``. The bounds of learning rates and the metrics of stochastic
-rules follow from these pairs.
+Pairs for the last two are computed by `geometry.pair` with ``half``. The bounds of learning rates and the metrics
+of stochastic rules follow from these pairs.
 
-References ---------- Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are
-the paper's. Docstrings state where the paper is wrong.
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's.
+Docstrings state where the paper is wrong.
 """
 
 from __future__ import annotations
@@ -113,8 +115,8 @@ def learning_rate_bounds(pair: Pair, hessian_min_eigenvalue: ArrayLike) -> tuple
     Notes
     -----
     Both are infinite if the loss is convex, h <= 0. Both are sufficient, not necessary: a metric that maps g to the
-    true y exists if and only if y.g > 0. The paper prints M + H for Mbar + eta H below eq. (17). Because ybar and H
-    themselves depend on eta, a bound applies to the eta of this update, and does not predict another one.
+    true y exists if and only if y.g > 0. The paper prints M + H instead of Mbar + eta H below eq. (17). Because
+    ybar and H themselves depend on eta, a bound applies only to the eta of this update.
     """
     concavity = np.maximum(-np.asarray(hessian_min_eigenvalue, dtype=np.float64) / 2.0, 0.0)
     _, _, minimum = eigenvalues(pair)
@@ -144,7 +146,7 @@ def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, le
     Returns
     -------
     array
-        alpha must be greater than this. 0 if every positive alpha is sufficient. NaN if there is no such alpha
+        Lower bound of alpha, excluded. 0 if every positive alpha is sufficient. NaN if there is no such alpha
         (y.<g> <= 0), or if eq. (19) is not defined (<Hg>.<g> = 0 or <ybar>.<g> = 0).
     """
     rate = np.asarray(learning_rate, dtype=np.float64)

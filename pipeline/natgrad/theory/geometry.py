@@ -14,13 +14,15 @@ vectors and the angle psi between them::
 
 A pair is stored as g.g, y.g and across^2, each with any leading shape. The component of y across (orthogonal to) g
 is computed from the residual of the ledger, not from a difference of large numbers. Therefore psi is also accurate
-near 0 and pi, where an arccos loses all digits below 1e-8 rad. All functions are formulas in these numbers.
+near 0 and pi, where an arccos would lose all digits below 1e-8 rad. All functions are formulas in these numbers.
 Undefined values are NaN.
 
-This module needs only NumPy, and no cost depends on the number of parameters.
+This module needs only NumPy, and its cost does not depend on the number of parameters.
 
-References ---------- Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are
-the paper's. Docstrings state where the paper is wrong.
+References
+----------
+Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equation numbers are the paper's.
+Docstrings state where the paper is wrong.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ __all__ = [
 Array = NDArray[np.float64]
 
 LEDGER_ERROR = 1e-14
-"""Promised error of an inner product x.y of the ledger, relative to |x| |y|."""
+"""Guaranteed bound of the error of an inner product x.y of the ledger, relative to |x| |y|."""
 
 EXACT_NORM = 2.0**-490
 """A norm below this has no accurate square. Each product that underflows is off by up to 2**-1075, so a square of
@@ -114,7 +116,7 @@ def representable(norm: ArrayLike) -> Array:
 
 @dataclass(frozen=True)
 class Pair:
-    """Negative gradient y and update g, up to a rotation of the parameter space.
+    """A negative gradient y and an update g, up to a rotation of the parameter space.
 
     Squared norms are 0 only for zero vectors. If the square of another vector underflows, it is a positive number
     without meaning.
@@ -193,8 +195,8 @@ def pair(
 
     Notes
     -----
-    The residual is r = gradient - c displacement with any c. Its component across the displacement is that of the
-    gradient, and if c is near the best ratio, r.r - (r.d)^2 / d.d does not cancel.
+    The residual is r = gradient - c displacement with any c. Its component across the displacement equals that of
+    the gradient. If c is near the best ratio, r.r - (r.d)^2 / d.d does not suffer from cancellation.
 
     The square of a displacement below `EXACT_NORM` is not accurate, so the complete y is taken as the component
     across it. The status of the pair is then ``underflow``, and the pair of the model, of which it is a part,
@@ -236,7 +238,7 @@ def pair(
 
 
 def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
-    """Return the largest error of the component of y across g in a ledger, if half of a vector v was added.
+    """Return the largest error of the component of y across g if half of a vector v was added to the gradient.
 
     The residual r is nearly orthogonal to g, so its products do not cancel. v may be nearly parallel to g. Its
     component across g is then a difference of entries, each off by 1e-14 of |v|^2, which causes an error of
@@ -357,7 +359,7 @@ def window(pair: Pair, m: int) -> Pair:
 def angle(pair: Pair) -> Array:
     """Return the angle psi between y and g, in radian, from 0 to pi; NaN if either is zero or underflows.
 
-    The psi of the paper lies in (-pi/2, pi/2), but its sign has no meaning. Above pi/2 the update is not effective.
+    The psi of the paper is in (-pi/2, pi/2), but its sign has no meaning. Above pi/2 the update is not effective.
     """
     return np.where(_has_angle(pair), np.arctan2(pair.across, pair.along), np.nan)
 
@@ -419,11 +421,13 @@ def angle_uncertainty(pair: Pair, update_floor: ArrayLike, gradient_floor: Array
     update_floor, gradient_floor : array
         Norms of the errors of g and y.
     """
-    turned = _largest_turn(update_floor, pair.update_norm) + _largest_turn(gradient_floor, pair.gradient_norm)
+    turned = _largest_rotation(update_floor, pair.update_norm) + _largest_rotation(
+        gradient_floor, pair.gradient_norm
+    )
     return np.minimum(turned, np.pi)
 
 
-def _largest_turn(error: ArrayLike, norm: Array) -> Array:
+def _largest_rotation(error: ArrayLike, norm: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.asarray(error) / norm
         return np.where(share >= 1, np.pi, np.arcsin(np.minimum(share, 1.0)))
@@ -441,7 +445,7 @@ def condition_number(pair: Pair) -> Array:
     """Return the smallest condition number of any metric M with M g = y; NaN if y.g <= 0.
 
     kappa = ((1 + |sin psi|) / |cos psi|)^2 equals (1 + |sin psi|) / (1 - |sin psi|) of the paper (below eq. 9,
-    Prop. 1), but does not cancel near pi/2.
+    Prop. 1), but does not suffer from cancellation near pi/2.
     """
     return where_effective(pair, safe_divide(pair.gradient_norm + pair.across, pair.along) ** 2)
 
@@ -458,10 +462,12 @@ def eigenvalues(pair: Pair) -> tuple[Array, Array, Array]:
     -------
     maximum, middle, minimum
         Eigenvalues with multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1,
-        both others are the only eigenvalue y / g.
+        both others equal the only eigenvalue y / g.
 
-    Notes ----- This is the metric of the family (22) with gamma = 1. The expression 1 / cos psi - |tan psi| of the
-    paper cancels near pi/2; this function uses cos psi / (1 + |sin psi|).
+    Notes
+    -----
+    This is the metric of the family (22) with gamma = 1. The expression 1 / cos psi - |tan psi| of the paper
+    suffers from cancellation near pi/2; this function uses cos psi / (1 + |sin psi|).
     """
     maximum, middle, minimum = family_eigenvalues(pair, [1.0])
     return maximum[..., 0], middle[..., 0], minimum[..., 0]
@@ -505,7 +511,7 @@ def eigenvalue_bounds(pair: Pair) -> tuple[Array, Array]:
 def _family_sum(pair: Pair, gamma: Array) -> Array:
     """Return 1 + gamma + sqrt((1 + gamma)^2 - 4 gamma cos^2 psi), gammas on a new last axis.
 
-    The root is computed from (1 - gamma)^2 + 4 gamma sin^2 psi, which does not cancel.
+    The root is computed from (1 - gamma)^2 + 4 gamma sin^2 psi, which does not suffer from cancellation.
     """
     sine = safe_divide(pair.across, pair.gradient_norm)[..., None]
     return 1.0 + gamma + np.hypot(1.0 - gamma, 2.0 * np.sqrt(gamma) * sine)
@@ -524,7 +530,7 @@ def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Arra
     -------
     maximum, middle, minimum : arrays, shape (..., gammas)
         Eigenvalues with multiplicities 1, D - 2, 1 (`multiplicities`). The middle one is NaN if D <= 2. If D = 1,
-        both others are the only eigenvalue y / g, for every gamma.
+        both others equal the only eigenvalue y / g, for every gamma.
     """
     weight = np.asarray(gamma, dtype=np.float64)
     total = _family_sum(pair, weight)
@@ -541,7 +547,7 @@ def family_eigenvalues(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array, Arra
 def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
     """Return the condition numbers of the one-parameter family (appendix A); NaN if y.g <= 0.
 
-    The smallest is that for gamma = 1, which equals `condition_number`.
+    The smallest is at gamma = 1, where it equals `condition_number`.
 
     Parameters
     ----------
@@ -563,8 +569,8 @@ def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
 
     The largest eigenvalue is above ``max(1, gamma)`` times the infimum of Prop. 3, and the smallest is below
     ``min(1, gamma)`` times the supremum of Prop. 2. Both approach these lines as gamma -> 0 and as gamma ->
-    infinity, where the condition number becomes ``max(gamma, 1 / gamma) / cos^2 psi``. They are farthest from the
-    lines, by a factor of 1 + |sin psi|, at the optimum gamma = 1.
+    infinity, where the condition number becomes ``max(gamma, 1 / gamma) / cos^2 psi``. The distance from the lines
+    is largest, a factor of 1 + |sin psi|, at the optimum gamma = 1.
 
     Parameters
     ----------
@@ -604,7 +610,7 @@ def family_log_determinant(pair: Pair, gamma: ArrayLike) -> Array:
     return np.asarray(np.log(supremum) + (column.size - 1) * np.log(weight * infimum))
 
 
-# Where it is defined -----------------------------------------------------------------------------------------
+# Status ------------------------------------------------------------------------------------------------------
 
 
 def status(
@@ -614,7 +620,7 @@ def status(
     known: ArrayLike = True,
     update_floor: ArrayLike = 0.0,
 ) -> NDArray[np.int8]:
-    """Return the reason why a metric exists or not, as values of `natgrad.schema.variables.Status`.
+    """Return the reason why a metric does or does not exist, as values of `natgrad.schema.variables.Status`.
 
     Parameters
     ----------

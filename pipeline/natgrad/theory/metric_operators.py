@@ -1,15 +1,15 @@
 """Apply metrics to vectors: the matrices M with M g = y as SciPy operators.
 
-`natgrad.theory.geometry` describes a metric by numbers; an operator of this module acts on vectors. By one step of
-block elimination along g, every metric has the canonical form of the paper (eqs. 6, 8, 14)::
+`natgrad.theory.geometry` describes a metric by numbers; an operator in this module acts on vectors. One step of
+block elimination along g brings every metric to the canonical form of the paper (eqs. 6, 8, 14)::
 
     M = y y' / y.g + B,    B g = 0,  B positive definite across g,
 
 so M is a small block on span(g, y, u_1, .., u_k) and a scalar on its complement. M v, M^-1 v and M^(1/2) v cost O(D
 k) time and memory. No D x D array is formed, except by `Metric.to_dense`.
 
-The numbers of the metrics of many steps at once (spectra, condition numbers, determinants, bounds) are functions of
-`geometry`, applied to `pair_of` the stacked vectors. An operator belongs to one step.
+An operator belongs to one step. To compute numbers for many steps together (spectra, condition numbers,
+determinants, bounds), apply the functions of `geometry` to `pair_of` the stacked vectors.
 
 References
 ----------
@@ -77,7 +77,7 @@ def pair_of(y: ArrayLike, g: ArrayLike) -> Pair:
 
 
 def _across(y: Array, g: Array) -> Array:
-    """Return the component of y across g. Subtracting twice leaves only its own rounding error, not that of y."""
+    """Return the component of y across g. Subtracting twice makes its rounding error relative to it, not to y."""
     if y.shape[-1] == 1:
         return np.where(g == 0, y, 0.0 * y)
     for _ in range(2):
@@ -158,7 +158,7 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
                 f"a metric requires two vectors, got shape {y.shape}", remedy="create one metric for each step"
             )
         if gamma is not None and alpha is not None:
-            raise InputError(f"gamma = {gamma} and alpha = {alpha} exclude each other", remedy="pass one of them")
+            raise InputError(f"gamma = {gamma} and alpha = {alpha} are mutually exclusive", remedy="pass only one")
         gamma, alpha = _weight("gamma", gamma), _weight("alpha", alpha)
         directions = None if directions is None else _array("directions", directions)
         weights = None if weights is None else _array("weights", weights)
@@ -176,9 +176,9 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         self._basis = np.column_stack([unit, basis])
         self._pivot, self._weights = float(self.pair.ratio), self.alpha + added
         self._slope = basis.T @ across / self.pair.along
-        self._refuse_indefinite()
+        self._require_definite()
 
-    def _refuse_indefinite(self) -> None:
+    def _require_definite(self) -> None:
         size, spanned = self._basis.shape
         least = min([*self._weights, *([self.alpha] if spanned < size else [])], default=np.inf)
         if not least > 0 or not np.isfinite(self.alpha):
@@ -186,11 +186,11 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
                 f"the metric would not be positive definite: its smallest weight across g is {least:.4g}",
                 where=f"alpha = {self.alpha:.4g}, D = {size}",
                 why="alpha is not positive, a weight is too negative, or the directions span too little",
-                remedy="pass a greater alpha, or directions that span the complement of g",
+                remedy="pass a larger alpha, or directions that span the complement of g",
             )
 
     def _matvec(self, x: Array) -> Array:
-        return self._act(x, self._forward, self.alpha)
+        return self._apply(x, self._forward, self.alpha)
 
     _matmat = _matvec
 
@@ -201,7 +201,7 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
 
     def solve(self, x: ArrayLike) -> Array:
         """Return M^-1 x. The next state is ``theta + eta * metric.solve(y)`` (eqs. 4, 15, 18, 20)."""
-        return self._act(x, self._backward, self._complement_inverse)
+        return self._apply(x, self._backward, self._complement_inverse)
 
     @property
     def inverse(self) -> LinearOperator:
@@ -210,19 +210,19 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         return LinearOperator(self.shape, matvec=act, rmatvec=act, matmat=act, rmatmat=act, dtype=np.float64)
 
     def sqrt(self, x: ArrayLike) -> Array:
-        """Return M^(1/2) x with the symmetric root, which maps the unit ball of M to the Euclidean (Figure 1)."""
+        """Return M^(1/2) x with the symmetric root. It maps the unit ball of M to the Euclidean ball (Figure 1)."""
         root = _root(self._factor)
-        return self._act(x, lambda c: root @ c, np.sqrt(self.alpha))
+        return self._apply(x, lambda c: root @ c, np.sqrt(self.alpha))
 
     def inv_sqrt(self, x: ArrayLike) -> Array:
-        """Return M^(-1/2) x, which maps the Euclidean unit ball to that of M, v' M v = 1 (Figure 1)."""
+        """Return M^(-1/2) x, which maps the Euclidean unit ball to the unit ball of M, v' M v = 1 (Figure 1)."""
         inverse = np.eye(self._basis.shape[1])
         inverse[1:, 0] = -self._slope
         root = _root((inverse / np.sqrt([[self._pivot], *self._weights[:, None]])).T)
-        return self._act(x, lambda c: root @ c, np.sqrt(self._complement_inverse))
+        return self._apply(x, lambda c: root @ c, np.sqrt(self._complement_inverse))
 
     def eigenvalues(self) -> tuple[Array, NDArray[np.int64]]:
-        """Return the eigenvalues in descending order, and their multiplicities; for the family, those of Lemma 1.
+        """Return the eigenvalues in descending order, and their multiplicities. Lemma 1 gives those of the family.
 
         Returns
         -------
@@ -259,9 +259,9 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         dense = self.alpha * np.eye(self.shape[0]) + self._basis @ block @ self._basis.T
         return np.asarray((dense + dense.T) / 2.0)
 
-    # In the basis M is a block, and on its complement a scalar -----------------------------------------------
+    # M is a block in the basis, and a scalar on its complement -------------------------------------------------
 
-    def _act(self, x: ArrayLike, block: Callable[[Array], Array], complement: float) -> Array:
+    def _apply(self, x: ArrayLike, block: Callable[[Array], Array], complement: float) -> Array:
         x = _array("x", x)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
             raise InputError(
@@ -319,7 +319,8 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
             remedy="pass one weight for each direction",
         )
     along, lengths = unit @ columns, np.linalg.norm(columns, axis=0)
-    # The rounding of an inner product of D terms, and of the two operations that made the columns orthogonal.
+    # The rounding errors of an inner product of D terms, and of the two operations that made the columns
+    # orthogonal.
     slipped = np.abs(along) > 2 * (size + 2) * _UNIT * lengths
     if slipped.any():
         worst = int(np.argmax(np.abs(along) / np.where(lengths > 0, lengths, 1.0)))
@@ -360,7 +361,7 @@ def _completed(unit: Array, basis: Array, added: Array, across: Array) -> tuple[
     rest = rest / length
     rest = rest - basis @ (basis.T @ rest) - unit * (unit @ rest)
     length = np.linalg.norm(rest)
-    # If it nearly vanishes now, it consisted of rounding errors: y is parallel to g.
+    # If little remains, it consists of rounding errors: y is parallel to g.
     return (np.column_stack([basis, rest / length]), np.append(added, 0.0)) if length > 0.5 else (basis, added)
 
 

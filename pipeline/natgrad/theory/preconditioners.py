@@ -1,4 +1,4 @@
-"""Compute the condition numbers of the metrics of adaptive optimizers, to compare them with the smallest (eq. 9).
+"""Compute the condition numbers of the metrics of adaptive optimizers, for comparison with the smallest (eq. 9).
 
 Adam moves by -eta m / (sqrt(v) + epsilon), so the metric diag(sqrt(v) + epsilon) maps its update to the momentum m.
 If m is not the gradient, this is not a metric of eq. (6) for the gradient, but it is the metric that the rule uses.
@@ -37,7 +37,7 @@ are off by its square, because a skew matrix does not change singular values to 
 def adam_eigenvalues(
     smallest: ArrayLike, largest: ArrayLike, beta2: ArrayLike, epsilon: ArrayLike, updates: ArrayLike
 ) -> tuple[Array, Array]:
-    """Return the smallest and largest eigenvalue of the metric of Adam, with bias correction, in an update.
+    """Return the smallest and largest eigenvalue of Adam's metric in an update, with bias correction.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def adam_eigenvalues(
     Returns
     -------
     tuple of arrays
-        In loss per parameter; NaN if a value is not known, no update was made or an element is negative.
+        In loss per parameter; NaN if a value is not known, no update has been made, or an element is negative.
     """
     beta2, updates = np.asarray(beta2, np.float64), np.asarray(updates, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -60,7 +60,7 @@ def adam_eigenvalues(
 
 
 def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> Array:
-    """Return the symmetric part of a factor that is symmetric to the rounding of the program that wrote it.
+    """Return the symmetric part of a factor, which must be symmetric up to the rounding of the training program.
 
     Parameters
     ----------
@@ -69,10 +69,10 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
     roundoff : float
         Unit roundoff of the dtype in which it was computed.
     definite : bool
-        True if the factor is the root of an inverse, which acts on the gradient directly. It is computed from a
-        singular value decomposition, whose two bases differ for the smallest singular values of the statistics, for
-        which the root is largest. Its asymmetry is therefore measured as |S^(-1/2) K S^(-1/2)| for F = S + K, and
-        may be up to `ASYMMETRY`. Otherwise |F - F'| may be up to the rounding of n terms.
+        True if the factor is the root of an inverse, which is applied to the gradient directly. It is computed from
+        a singular value decomposition, whose two bases differ for the smallest singular values of the statistics,
+        where the root is largest. Its asymmetry is therefore measured as |S^(-1/2) K S^(-1/2)| for F = S + K, and
+        may be up to `ASYMMETRY`. Otherwise |F - F'| may be up to the rounding error of n terms.
 
     Raises
     ------

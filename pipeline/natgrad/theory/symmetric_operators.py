@@ -47,14 +47,14 @@ class Kronecker(LinearOperator):  # type: ignore[misc]  # SciPy has no types
     exponent : float
         -1 for the factors of a preconditioner, 1/4 for the statistics of Shampoo.
     damping : float or sequence of float
-        Number added to all factors, or one number for each.
+        Number added to all factors, or one number for each factor.
     shift : float
         Number added to the product, as in the exact damping of K-FAC.
 
     Raises
     ------
     InputError
-        If a factor is not symmetric, or does not have this power.
+        If a factor is not symmetric, or this power of it does not exist.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
     Notes
     -----
     For D > 256 the eigenvalues of an operator are Ritz values (`scipy.sparse.linalg.eigsh`). The smallest exceeds
-    the true eigenvalue by at most its residual. Equal operators give equal numbers.
+    the true eigenvalue by at most its residual. Equal operators give equal results.
     """
     if hasattr(matrix, "eigenvalues"):
         values, _ = matrix.eigenvalues()
@@ -164,7 +164,7 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
         raise InputError(
             "the extreme eigenvalues did not converge",
             where=f"operator of D = {size}",
-            why="its smallest eigenvalues are close to each other compared with the largest",
+            why="its smallest eigenvalues are very close to each other, relative to the largest",
             remedy="pass an array, a diagonal, or a shifted operator",
         ) from error
     return smallest, largest

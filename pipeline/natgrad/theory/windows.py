@@ -59,7 +59,7 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     ----------
     terms : WindowTerms
     follows : bool array, shape (updates - 1,)
-        True if an update starts from the state to which the update before it led.
+        True if an update continues the one before it.
     longest : int
         Largest m to try.
 
