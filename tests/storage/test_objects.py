@@ -340,6 +340,17 @@ def test_an_unchanged_log_costs_one_listing(url, tmp_path, monkeypatch):
     assert run.ingest_run(log, tmp_path / "out").new_steps == 0
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"", None), (b"#" * ((1 << 22) + 1), "more than 4194304 bytes")])
+def test_a_mapping_file_may_be_empty_but_not_too_long(url, tmp_path, content, message):
+    log = put_log(url / "log", logs.random_walk(2), "safetensors")
+    (log / "natgrad.toml").put(content)
+    if message is None:
+        assert run.ingest_run(log, tmp_path / "out").new_steps == 2
+    else:
+        with pytest.raises(InputError, match=message):
+            run.ingest_run(log, tmp_path / "out")
+
+
 def test_objects_of_another_process_are_found(url, tmp_path):
     states = logs.random_walk(4)
     log = put_log(url / "log", states[:3], "safetensors")

@@ -202,10 +202,11 @@ def read_limited(file: Storage | Path, limit: int) -> bytes:
         If it cannot be read, or is not a regular file.
     """
     storage = LocalStorage(file) if isinstance(file, Path) else file
-    with storage.open() as opened:
-        if opened.size > limit:
-            raise ValueError(f"{storage.name} has more than {limit} bytes")
-        return opened.read(opened.size)
+    # One request, without one for the size: a listing of an object store reads small files in this way.
+    (content,) = storage.get_ranges([(0, limit + 1)])
+    if len(content) > limit:
+        raise ValueError(f"{storage.name} has more than {limit} bytes")
+    return content
 
 
 def parse_json(content: bytes | str, name: str, budget: Budget | None = None) -> Any:
