@@ -20,11 +20,12 @@ from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
+from natgrad.sources.names import parse_map
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars import event_file
 from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import read_csv, read_json_lines, read_parquet
-from natgrad.sources.scalars.scalar_log import ScalarLog
+from natgrad.sources.scalars.scalar_log import LINE_KEY, ScalarLog
 from natgrad.sources.steps import NotYet
 from natgrad.storage import open_storage
 from natgrad.store import open_trajectory
@@ -194,10 +195,11 @@ def test_the_later_record_of_a_repeated_step_is_used(tmp_path):
     settled(tmp_path / "metrics.csv")
     found, notes = scalars_of(tmp_path / "metrics.csv")
     assert {step: scalars.get("loss") for step, scalars in found.items()} == {
-        0: 5.0, 1: 40.0, 2: 30.0, 3: 2.0, 4: None, 5: None
+        0: 5.0, 1: 40.0, 2: 30.0, 3: None, 4: None, 5: None
     }  # fmt: skip
     (note,) = notes
     assert "decreases once, first from 3 to 1" in note
+    assert "3 values that were logged before" in note
 
 
 def test_event_files_of_a_restarted_run_are_read_in_start_order(tmp_path):
@@ -210,7 +212,7 @@ def test_event_files_of_a_restarted_run_are_read_in_start_order(tmp_path):
         path.rename(path.with_name("tfevents" + path.suffix))
     settled(tmp_path / "events")
     found, notes = scalars_of(tmp_path / "events")
-    assert [found[step].get("loss") for step in range(STEPS)] == [1.0, 1.0, 2.0, 2.0, 1.0, None]
+    assert [found[step].get("loss") for step in range(STEPS)] == [1.0, 1.0, 2.0, 2.0, None, None]
     assert any("decreases once, first from 4 to 2" in note for note in notes)
 
 
@@ -383,6 +385,8 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
     for step, state in enumerate(random_walk(4, seed=1)):
         if step >= 2:
             write_step(growing / "log", step, {k: v for k, v in state.items() if k not in SCALARS})
+    with metrics.open("a") as file:
+        file.write("step,loss\n")  # without the header of the restarted process, step 2 has two values
     append(metrics, (2, 9.0), (3, 8.0))
     summary = ingest_again(growing, metrics)
     assert (summary.new_steps, summary.attempts) == (2, 2)
@@ -395,7 +399,10 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
 
 def read_all(decode, path):
     notes = []
-    return [dict(record) for record in decode(open_storage(path), lambda key: True, notes)], notes
+    records = [dict(record) for record in decode(open_storage(path), lambda key: True, notes)]
+    for record in records:
+        record.pop(LINE_KEY, None)
+    return records, notes
 
 
 @pytest.mark.parametrize(("decode", "text"), [
@@ -612,3 +619,181 @@ def test_corrupt_files_are_either_read_or_refused(tmp_path, changes, name):
     path.write_bytes(damage((tmp_path / f"{name}.body").read_bytes(), changes))
     with contextlib.suppress(InputError):
         open_sources([tmp_path / "log", path]).steps()
+
+
+# Several records for one step, restarts and epochs -----------------------------------------------------------
+
+
+def losses_of(found):
+    return [found[step].get("loss") for step in range(STEPS)]
+
+
+def train_and_validation(tmp_path):
+    rows = [{"mode": "train", "step": n, "loss": 10.0 - n, "lr": 0.5} for n in range(STEPS)]
+    return lines(tmp_path, *rows, *({"mode": "val", "step": n, "loss": 90.0, "lr": 0.5} for n in (0, 2, 4)))
+
+
+def test_records_that_differ_in_a_label_give_no_value_until_one_is_selected(tmp_path):
+    path = train_and_validation(tmp_path)
+    found, notes = scalars_of(path)
+    # Records of one quantity, which agree, are not in doubt.
+    assert list(found.values()) == [{"learning_rate": 0.5}] * STEPS
+    (note,) = (note for note in notes if note.startswith("loss is not used"))
+    assert "10.0 of loss[mode=train] and 90.0 of loss[mode=val] at step 0" in note
+    advice = note.split("--map '")[1].split("'")[0]
+    found, notes = scalars_of(path, mapping=parse_map([advice]))
+    assert losses_of(found) == [10.0 - n for n in range(STEPS)]
+    assert not any("loss" in note for note in notes)
+    found, _ = scalars_of(path, mapping={"loss": "loss[mode=val]"})
+    assert losses_of(found) == [90.0, None, 90.0, None, 90.0, None]
+
+
+def test_the_steps_of_ambiguous_records_are_not_waited_for(tmp_path):
+    path = train_and_validation(tmp_path)
+    path.touch()
+    found, _ = scalars_of(path)
+    assert len(found) == STEPS
+
+
+def test_validation_records_at_other_steps_are_not_those_of_training(tmp_path):
+    path = lines(
+        tmp_path,
+        {"split": "val", "step": 0, "loss": 90.0},
+        *({"split": "train", "step": n, "loss": 10.0 - n} for n in range(1, STEPS)),
+    )
+    found, notes = scalars_of(path)
+    assert losses_of(found) == [None] * STEPS
+    assert any("at different steps" in note for note in notes)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_losses_of_ranks_are_not_mixed(tmp_path, blocks):
+    rows = [{"rank": r, "step": n, "loss": 10.0 - n + 50 * r} for n in range(STEPS) for r in (0, 1)]
+    path = lines(tmp_path, *sorted(rows, key=lambda row: row["rank"] if blocks else 0))
+    assert losses_of(scalars_of(path)[0]) == [None] * STEPS
+    found, _ = scalars_of(path, mapping={"loss": "loss[rank=1]"})
+    assert losses_of(found) == [60.0 - n for n in range(STEPS)]
+    with pytest.raises(InputError, match="no record of loss has rank=2") as caught:
+        scalars_of(path, mapping={"loss": "loss[rank=2]"})
+    assert "0, 1" in caught.value.why
+
+
+def test_several_labels_are_selected_together(tmp_path):
+    rows = [
+        {"split": split, "rank": rank, "step": n, "loss": 100.0 * rank + 10 * len(split) + n}
+        for n in range(STEPS)
+        for split in ("train", "val")
+        for rank in (0, 1)
+    ]
+    found, _ = scalars_of(lines(tmp_path, *rows), mapping={"loss": "loss[split=val][rank=1]"})
+    assert losses_of(found) == [130.0 + n for n in range(STEPS)]
+
+
+def test_unlabelled_records_of_a_step_are_used_if_they_are_equal(tmp_path):
+    rows = [(0, 3.0), (1, 2.0), (1, 2.0), (2, 1.0), (2, 7.0), (3, float("nan")), (3, float("nan"))]
+    found, notes = scalars_of(lines(tmp_path, *({"step": step, "loss": loss} for step, loss in rows)))
+    assert losses_of(found)[:3] == [3.0, 2.0, None]
+    assert np.isnan(found[3]["loss"])
+    (note,) = notes
+    assert "different values at 1 steps, 1.0 and 7.0 at step 2" in note
+
+
+@pytest.mark.parametrize("epochs", [True, False])
+def test_a_step_that_counts_within_epochs_is_refused(tmp_path, epochs):
+    path = lines(
+        tmp_path, *({"epoch": n // 4, "step": n % 4, "loss": 100.0 + n} for n in range(12 if epochs else 8))
+    )
+    if not epochs:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path = lines(tmp_path, *({"step": row["step"], "loss": row["loss"]} for row in [*rows, *rows[:2]]))
+    with pytest.raises(InputError, match=r"falls from 3 to 0 .*counts within each epoch") as caught:
+        scalars_of(path)
+    assert "--map step=KEY" in caught.value.remedy
+
+
+def test_a_restart_within_an_epoch_is_a_restart(tmp_path):
+    steps = [0, 1, 2, 3, 1, 2]
+    found, _ = scalars_of(
+        lines(tmp_path, *({"epoch": n // 3, "step": n, "loss": float(i)} for i, n in enumerate(steps)))
+    )
+    assert losses_of(found) == [0.0, 4.0, 5.0, None, None, None]
+
+
+def test_a_sparse_key_of_an_abandoned_attempt_is_left_out(tmp_path):
+    rows = [{"step": n, "loss": float(n), **({"lr": 0.5} if n in (0, 3) else {})} for n in (0, 1, 2, 3, 1, 2)]
+    found, _ = scalars_of(lines(tmp_path, *rows))
+    assert [found[n].get("learning_rate") for n in range(STEPS)] == [0.5, *[None] * 5]
+
+
+def test_keys_that_are_logged_apart_have_their_own_steps(tmp_path):
+    # The rate is logged once per epoch, at the number of the epoch.
+    rows = [{"step": 0, "lr": 0.5}, *({"step": n, "loss": float(n)} for n in range(4)), {"step": 1, "lr": 0.25}]
+    found, _ = scalars_of(lines(tmp_path, *rows, {"step": 4, "loss": 4.0}))
+    assert losses_of(found) == [0.0, 1.0, 2.0, 3.0, 4.0, None]
+
+
+def test_a_session_that_purges_steps_removes_them(tmp_path):
+    for purge, steps in ((None, range(5)), (2, range(3, 4))):
+        with tensorboard.SummaryWriter(
+            tmp_path / "events", purge_step=purge, filename_suffix=f".{purge}"
+        ) as writer:
+            for step in steps:
+                writer.add_scalar("loss", 1.0 if purge is None else 2.0, step)
+    settled(tmp_path / "events")
+    found, notes = scalars_of(tmp_path / "events")
+    # No value was logged at step 2 again, and none falls back.
+    assert losses_of(found) == [1.0, 1.0, None, 2.0, None, None]
+    assert any("3 values that were logged before" in note for note in notes)
+
+
+@given(attempts=st.lists(st.tuples(st.integers(0, STEPS - 1), st.integers(1, STEPS)), min_size=1, max_size=4))
+@reads_only
+def test_any_history_of_restarts_gives_the_values_of_the_last_attempts(tmp_path, attempts):
+    rows, expected = [], {}
+    for attempt, (start, count) in enumerate(attempts):
+        expected = {step: value for step, value in expected.items() if step < start}
+        rows.append("step,loss")
+        for step in range(start, min(start + count, STEPS)):
+            expected[step] = attempt + step / 8
+            rows.append(f"{step},{expected[step]}")
+    log = tmp_path / "history.csv"
+    log.write_text("\n".join(rows) + "\n")
+    scalars = ScalarLog(open_storage(log), FORMATS["csv"].scalars)
+    starts, end = [], STEPS
+    for start, count in attempts:
+        if start <= end:
+            starts.append(start)
+        end = min(start + count, STEPS) - 1
+    if len(starts) > 2 and len(set(starts)) == 1:
+        return  # the steps of epochs may look the same
+    steps = scalars.steps()
+    found = {step.number: scalars.open(step).content().scalars.get("loss") for step in steps}
+    # A start after the last step is not known to be a restart.
+    assert {step: found[step] for step in expected} == expected
+    assert set(found) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "used"),
+    [
+        ("a.csv", "step,loss\n0,3\n1,2", True),
+        ("a.csv", "step,loss\n0,3\n1", False),
+        ("a.csv", 'step,loss\n0,3\n1,"2', False),
+        ("a.jsonl", '{"step": 0, "loss": 3}\n{"step": 1, "loss": 2}', True),
+        ("a.jsonl", '{"step": 0, "loss": 3}\n{"step": 1, "loss": 2', False),
+    ],
+)
+def test_the_last_line_of_a_finished_file_is_read_if_it_is_a_record(tmp_path, name, text, used):
+    path = tmp_path / name
+    path.write_text(text)
+    found, notes = scalars_of(settled(path))
+    assert losses_of(found)[:2] == [3.0, 2.0 if used else None]
+    assert any("has no newline" in note for note in notes)
+
+
+@pytest.mark.parametrize("text", ["step;loss\n0;1\n1;5,5\n", "step,loss\n0,1\n1,tensor(5.)\n"])
+def test_a_value_that_is_no_number_is_refused_with_its_line(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match="is not a number") as caught:
+        scalars_of(settled(tmp_path / "a.csv"))
+    assert caught.value.where.endswith("a.csv, loss, line 3")

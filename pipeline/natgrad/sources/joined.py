@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -199,7 +200,8 @@ class _JoinedStep:
                     )
                 arrays[array], origins[array], owners[array] = tensors, own, reader
             for name, value in content.scalars.items():
-                if scalars.setdefault(name, value) != value:
+                used = scalars.setdefault(name, value)
+                if used != value and not (math.isnan(used) and math.isnan(value)):
                     notes.append(
                         f"{name} is taken from the first source that has it; {part.source.location} differs"
                     )

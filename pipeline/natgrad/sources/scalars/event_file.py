@@ -15,6 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED32, FIXED64, VARINT, fields
+from natgrad.sources.scalars.scalar_log import RESTART_KEY
 from natgrad.storage import NotRegularError, Storage
 
 __all__ = ["event_files", "read_events"]
@@ -22,7 +23,8 @@ __all__ = ["event_files", "read_events"]
 DATA_LIMIT = 1 << 26
 """Default size above which a record is assumed to be an image or graph. Only its checksum is verified."""
 _READ_BLOCK = 1 << 20
-_STEP, _SUMMARY, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 1, 1, 2, 8
+_STEP, _SUMMARY, _SESSION, _VALUE, _TAG, _SIMPLE, _TENSOR = 2, 5, 7, 1, 1, 2, 8
+_STATUS, _START = 1, 1
 _TENSOR_DTYPE, _TENSOR_CONTENT = 1, 4
 _DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
 """Tensor dtypes DT_FLOAT and DT_DOUBLE: NumPy dtype, and field and wire type of their values."""
@@ -89,14 +91,21 @@ def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterato
 def read_events(
     log: Storage, wanted: Callable[[str], bool], notes: list[str], *, data_limit: int = DATA_LIMIT
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the scalars of an event file: ``step``, and the value of each tag."""
+    """Yield the scalars of an event file: ``step``, and the value of each tag; and the starts of sessions.
+
+    A writer that resumes a run (``purge_step``) logs the start of a session at the step from which it continues.
+    """
     for data in _records(log, notes, data_limit):
-        step, summaries = 0, []
+        step, summaries, starts = 0, [], False
         for number, kind, value in fields(data):
             if (number, kind) == (_STEP, VARINT):
                 step = value - (1 << 64) if value >> 63 else value
             elif (number, kind) == (_SUMMARY, BYTES):
                 summaries.append(value)
+            elif (number, kind) == (_SESSION, BYTES):
+                starts = (_STATUS, VARINT, _START) in fields(value)
+        if starts:
+            yield {RESTART_KEY: step}
         values: dict[str, float] = {}
         for summary in summaries:
             for number, kind, value in fields(summary):

@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, parse_json, shown
+from natgrad.sources.changes import change_time, changed_lately
+from natgrad.sources.scalars.scalar_log import LINE_KEY, RESTART_KEY, RUN_KEY
 from natgrad.sources.steps import local_file
 from natgrad.storage import NotRegularError, Storage, require_regular
 
@@ -44,25 +46,46 @@ Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
 
 
-def _complete_lines(log: Storage, notes: list[str], limit: int = LINE_LIMIT) -> Iterator[str]:
-    """Yield the lines of a text file that end with a newline."""
+def _complete_lines(
+    log: Storage, notes: list[str], is_record: Callable[[str], bool], limit: int = LINE_LIMIT
+) -> Iterator[str]:
+    """Yield the lines of a text file.
+
+    A last line without a newline is left out, unless it is a record and the file has not changed lately.
+    """
     content = log.open()
     content.widen()
     with TextIOWrapper(cast(BinaryIO, content), encoding="utf-8-sig", newline="") as file:
         while line := file.readline(limit):
-            if not line.endswith(("\n", "\r")):
-                if len(line) >= limit:
-                    raise ValueError(f"it has a line of more than {limit} characters")
+            if line.endswith(("\n", "\r")):
+                yield line
+                continue
+            if len(line) >= limit:
+                raise ValueError(f"it has a line of more than {limit} characters")
+            if changed_lately(change_time(log)) or not is_record(line):
                 notes.append(
                     f"the last line of {log.name} has no newline and is left out: it is being written or truncated"
                 )
                 return
+            notes.append(
+                f"the last line of {log.name} has no newline; it is read, as the file is no longer written"
+            )
             yield line
 
 
 def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     """Yield the records of a file with a header and commas, semicolons or tabs. Empty values are missing."""
-    lines = _complete_lines(log, notes)
+    header: list[str] = []
+    delimiter = ","
+
+    def is_record(line: str) -> bool:
+        try:
+            row = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            return False
+        return bool(header) and len(row) == len(header)
+
+    lines = _complete_lines(log, notes, is_record)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
     if first.count(delimiter) > COLUMNS_LIMIT:
@@ -79,19 +102,29 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
             raise ValueError(f"line {rows.line_num + 1}: {error}") from error
         if row is None:
             return
-        # A restarted run may write its header again.
-        if not row or row == header:
+        if row == header:  # a restarted run may write its header again
+            yield {RESTART_KEY: None}
+            continue
+        if not row:
             continue
         if len(row) != len(header):
             raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, but the header has {len(header)}")
-        yield {name: row[position] for position, name in positions}
+        yield {LINE_KEY: rows.line_num + 1, **{name: row[position] for position, name in positions}}
 
 
 def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
     """Yield the records of a file with a JSON object on each line. Nested keys are joined by slashes."""
-    for number, line in enumerate(_complete_lines(log, notes, line_limit), 1):
+    for number, line in enumerate(_complete_lines(log, notes, _is_json, line_limit), 1):
         if line.strip():
-            yield _json_object(line, wanted, f"line {number}")
+            yield {LINE_KEY: number, **_json_object(line, wanted, f"line {number}")}
+
+
+def _is_json(line: str) -> bool:
+    try:
+        parse_json(line, "the last line")
+    except ValueError:
+        return False
+    return True
 
 
 def _json_object(text: str, wanted: Wanted, position: str) -> dict[str, Any]:
@@ -205,7 +238,7 @@ def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
                 if remaining < 0:
                     raise ValueError("its rows are longer than the database: its pages refer to each other")
                 values = _json_object(str(metrics), wanted, f"row {number}")
-                yield {"run_name": run, **values, "step": step}
+                yield {RUN_KEY: run, **values, "step": step}
     except sqlite3.Error as error:
         interrupted = "the database is corrupt: it has more rows than its size permits; " * (
             str(error) == "interrupted"

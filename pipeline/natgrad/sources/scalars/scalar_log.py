@@ -18,10 +18,11 @@ from natgrad.schema.names import SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
+from natgrad.sources.scalars.series import Conflict, Restarts, Series, counts_within_epochs, merged
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
 from natgrad.storage import NotRegularError, Storage, network_errors
 
-__all__ = ["RUN_KEY", "Kind", "ScalarLog"]
+__all__ = ["LINE_KEY", "RESTART_KEY", "RUN_KEY", "Kind", "ScalarLog"]
 
 Wanted = Callable[[str], bool]
 Decoder = Callable[[Storage, Wanted, list[str]], Iterator[Mapping[str, Any]]]
@@ -29,6 +30,13 @@ Decoder = Callable[[Storage, Wanted, list[str]], Iterator[Mapping[str, Any]]]
 
 RUN_KEY = "run_name"
 """Key for the name of the run of a record, in logs that contain several runs."""
+
+RESTART_KEY = "\0restart"
+"""Key of a record in which a writer states that it starts: at a step, before which earlier writers are valid, or at
+an unknown one (None)."""
+
+LINE_KEY = "\0line"
+"""Key for the number of the line of a record in a text file, for messages."""
 
 _STEP = (
     "trainer global step",
@@ -45,6 +53,26 @@ _COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "hessian_min_eigenvalue": ("hessian min eigenvalue",),
     "step": _STEP,
 }
+_EPOCH = ("epoch", "epochs", "epoch num", "epoch idx", "current epoch", "train epoch", "trainer epoch")
+_LABELS = frozenset(
+    (
+        *("mode", "split", "phase", "stage", "subset", "set", "partition", "dataset", "loader", "fold", "task"),
+        *("kind", "type", "event", "tag", "run", "run id", "trial", "seed"),
+        *("rank", "local rank", "global rank", "process index", "replica", "worker", "worker id"),
+    )
+)
+"""Keys that tell records of one step apart. If they differ, the records may be of different quantities."""
+
+_CHOICE = re.compile(r"(.+?)((?:\[[^\[\]=]+=[^\[\]]*\])+)")
+_CHOSEN = re.compile(r"\[([^\[\]=]+)=([^\[\]]*)\]")
+"""``KEY[LABEL=VALUE]`` of a mapping: the records in which LABEL has a value."""
+
+LABELS_LIMIT = 1 << 16
+"""Maximum number of different values of a label."""
+
+_GROUPS_LIMIT = 256
+"""Number of groups of records, such as those of ranks, that are compared."""
+
 _LIGHTNING_RATES = re.compile(r"lr-\w+(-\d+)?(/pg\d+)?")
 """Keys of Lightning's LearningRateMonitor, one for each optimizer and parameter group."""
 
@@ -91,19 +119,63 @@ class _Column:
     limit: int
     records: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
-    invalid: tuple[int, str] | None = None
+    invalid: tuple[str, str] | None = None
 
-    def append(self, record: int, value: Any) -> None:
+    def append(self, record: int, value: Any, line: int | None) -> None:
         if value is None or (isinstance(value, str) and not value.strip()):
             return
         number = _number(value)
         if number is None:
-            self.invalid = self.invalid or (record, str(value)[:40])
+            position = f"record {record}" if line is None else f"line {line}"
+            self.invalid = self.invalid or (position, str(value)[:40])
             return
         if len(self.records) >= self.limit:
             raise ValueError(f"it contains more than {self.limit} records")
         self.records.append(record)
         self.values.append(number)
+
+
+@dataclass
+class _Labels:
+    """The values of a key that tells records apart, as indices of a list of texts. The first text is empty."""
+
+    records: array[int] = field(default_factory=lambda: array("q"))
+    codes: array[int] = field(default_factory=lambda: array("q"))
+    texts: dict[str, int] = field(default_factory=lambda: {"": 0})
+
+    def append(self, record: int, value: Any) -> None:
+        number = _number(value)
+        text = ("" if value is None else str(value).strip()) if number is None else f"{number:.15g}"
+        if len(self.texts) >= LABELS_LIMIT and text not in self.texts:
+            raise ValueError(f"it has more than {LABELS_LIMIT} different labels of its records")
+        self.records.append(record)
+        self.codes.append(self.texts.setdefault(text, len(self.texts)))
+
+    def of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the index of the text of each record; 0 if it has none."""
+        if not len(self.records):
+            return np.zeros(len(records), np.int64)
+        own, codes = np.frombuffer(self.records, np.int64), np.frombuffer(self.codes, np.int64)
+        indices = np.minimum(np.searchsorted(own, records), len(own) - 1)
+        return np.where(own[indices] == records, codes[indices], 0)
+
+
+@dataclass
+class _Table:
+    """The columns of a log, by key.
+
+    Attributes
+    ----------
+    columns : dict
+        Columns of the scalars, of the step and of the epoch.
+    labels : dict
+        Columns of the keys that tell records apart.
+    restarts : Restarts
+    """
+
+    columns: dict[str, _Column] = field(default_factory=dict)
+    labels: dict[str, _Labels] = field(default_factory=dict)
+    restarts: Restarts = field(default_factory=Restarts)
 
 
 def _number(value: Any) -> float | None:
@@ -122,7 +194,9 @@ class ScalarLog:
     """A log of the scalars of a run.
 
     A record contains a step number and some quantities. Records of the same step are merged. If the step number
-    decreases, the run was restarted, and the last value written for a step is used.
+    decreases, the run was restarted, and the values that were logged before from this step on are left out. If a
+    quantity has several different values at a step, or if its records differ in a label such as ``mode`` or
+    ``rank``, none is used unless the mapping selects one.
 
     Parameters
     ----------
@@ -131,7 +205,7 @@ class ScalarLog:
     kind : Kind
     mapping : mapping, optional
         Quantity, or ``step``, to its key, in which ``*`` matches any single level; ``run`` to the name of the run,
-        if the log contains several.
+        if the log contains several. ``loss[mode=train]`` selects the records in which ``mode`` is ``train``.
     shift : mapping, optional
         Quantity to the number added to the step at which its values are logged.
     records_limit : int
@@ -161,6 +235,13 @@ class ScalarLog:
                     where=str(location),
                     remedy=f"map one of {', '.join(SCALARS)}, step, run",
                 )
+        self._chosen: dict[str, list[tuple[str, str]]] = {}
+        for quantity, key in self._mapping.items():
+            choice = _CHOICE.fullmatch(key) if quantity in SCALARS else None
+            if choice:
+                self._mapping[quantity] = choice[1]
+                self._chosen[quantity] = [(label, _text(value)) for label, value in _CHOSEN.findall(choice[2])]
+        self._labels = {label for chosen in self._chosen.values() for label, _ in chosen}
         self._wanted_keys: dict[str, bool] = {}
         self._scalars: dict[int, dict[str, float]] | None = None
         self._notes: list[str] = []
@@ -208,17 +289,17 @@ class ScalarLog:
     def _read(self) -> dict[int, dict[str, float]]:
         if self._scalars is None:
             self._notes = []
-            columns = self._columns()
-            self._scalars = self._by_step(columns)
+            self._scalars = self._by_step(self._table())
         return self._scalars
 
-    def _columns(self) -> dict[str, _Column]:
+    def _table(self) -> _Table:
         """Read the columns of all keys that may be needed."""
-        columns: dict[str, _Column] = {}
+        table = _Table()
         runs: dict[str, None] = {}
         chosen = self._mapping.get("run")
         record = 0
         for file in self._files():
+            table.restarts.boundaries.append(record + 1)
             with _read_errors(file, self._kind.form):
                 for values in self._kind.decode(file, self._wanted, self._notes):
                     record += 1
@@ -227,9 +308,7 @@ class ScalarLog:
                         runs[str(run)] = None
                     if chosen is not None and run != chosen:
                         continue
-                    for key, value in values.items():
-                        if key != RUN_KEY:
-                            columns.setdefault(key, _Column(self._records_limit)).append(record, value)
+                    self._add(table, record, values)
         if (chosen is None and len(runs) > 1) or (chosen is not None and chosen not in runs):
             raise InputError(
                 f"the log contains the runs {', '.join(run[:_SHOWN] for run in list(runs)[:8]) or '(none)'}"
@@ -237,7 +316,32 @@ class ScalarLog:
                 where=str(self.location),
                 remedy="select one with --map run=NAME, or in a run file",
             )
-        return columns
+        return table
+
+    def _add(self, table: _Table, record: int, values: Mapping[str, Any]) -> None:
+        """Add the values of a record to their columns."""
+        if RESTART_KEY in values:
+            step = values[RESTART_KEY]
+            if step is None:
+                table.restarts.boundaries.append(record)
+            else:
+                table.restarts.marks.append((record, step))
+            return
+        line = values.get(LINE_KEY)
+        for key, value in values.items():
+            if key in (RUN_KEY, LINE_KEY):
+                continue
+            if self._is_label(key):
+                table.labels.setdefault(key, _Labels()).append(record, value)
+            if self._is_number(key):
+                table.columns.setdefault(key, _Column(self._records_limit)).append(record, value, line)
+
+    def _is_label(self, key: str) -> bool:
+        return key in self._labels or _normal(key) in _LABELS
+
+    def _is_number(self, key: str) -> bool:
+        matched = any(_matches(q, key, self._mapping.get(q)) for q in (*SCALARS, "step"))
+        return matched or _normal(key) in _EPOCH
 
     def _wanted(self, key: str) -> bool:
         known = self._wanted_keys.get(key)
@@ -246,7 +350,7 @@ class ScalarLog:
                 raise ValueError(
                     f"it has more than {KEYS_LIMIT} different keys, or one of more than {_KEY_LENGTH} characters"
                 )
-            known = key == RUN_KEY or any(_matches(q, key, self._mapping.get(q)) for q in (*SCALARS, "step"))
+            known = key == RUN_KEY or self._is_label(key) or self._is_number(key)
             self._wanted_keys[key] = known
         return known
 
@@ -268,7 +372,7 @@ class ScalarLog:
 
     def _missing(self, what: str, columns: Mapping[str, _Column]) -> InputError:
         kind = NotYet if self.growing() else InputError
-        keys = ", ".join(sorted(columns)) or "none of the common ones"
+        keys = ", ".join(sorted(key for key in columns if _normal(key) not in _EPOCH)) or "none of the common ones"
         return kind(
             what,
             where=str(self.location),
@@ -276,8 +380,9 @@ class ScalarLog:
             remedy="specify the keys with --map loss=KEY, learning_rate=KEY, step=KEY",
         )
 
-    def _by_step(self, columns: Mapping[str, _Column]) -> dict[int, dict[str, float]]:
+    def _by_step(self, table: _Table) -> dict[int, dict[str, float]]:
         """Return the scalars of each step."""
+        columns = table.columns
         found = {quantity: self._keys(quantity, columns) for quantity in SCALARS}
         if not any(found.values()):
             raise self._missing("there is no known scalar in this log", columns)
@@ -289,14 +394,22 @@ class ScalarLog:
                 else "this log has no step numbers"
             )
             raise self._missing(what, columns)
-        records, steps = self._numbers(step_keys[0], columns[step_keys[0]])
+        records, steps = self._numbers(step_keys[0], columns.get(step_keys[0], _Column(0)))
+        series = {
+            key: self._series(key, columns[key], records, steps)
+            for key in dict.fromkeys(key for keys in found.values() for key in keys)
+        }
         scalars: dict[int, dict[str, float]] = {}
         for quantity, keys in found.items():
-            merged: dict[int, float] = {}
+            of_keys: dict[int, float] = {}
             unequal: set[int] = set()
             for key in keys:
-                for step, value in self._series(quantity, key, columns[key], records, steps).items():
-                    before = merged.setdefault(step, value)
+                for step, value in self._values(quantity, key, series, table).items():
+                    # A step at which no value is used is logged nevertheless: it is not waited for.
+                    scalars.setdefault(step, {})
+                    if value is None:
+                        continue
+                    before = of_keys.setdefault(step, value)
                     if before != value and not (math.isnan(before) and math.isnan(value)):
                         unequal.add(step)
             if unequal:
@@ -305,9 +418,9 @@ class ScalarLog:
                 )
             if keys and keys != [quantity] and quantity not in self._mapping:
                 self._notes.append(f"{quantity} is read from {', '.join(keys)}")
-            for step, value in merged.items():
+            for step, value in of_keys.items():
                 if step not in unequal:
-                    scalars.setdefault(step, {})[quantity] = value
+                    scalars[step][quantity] = value
         values = np.array([value for at_step in scalars.values() for value in at_step.values()])
         if self._kind.single and np.array_equal(values.astype(np.float32), values, equal_nan=True):
             self._notes.append(_SINGLE_PRECISION)
@@ -330,35 +443,159 @@ class ScalarLog:
         if column.invalid is not None:
             raise InputError(
                 f"{column.invalid[1]!r} is not a number",
-                where=f"{self.location}, {key}, record {column.invalid[0]}",
-                why="the file is corrupt, or this key contains other values",
-                remedy="repair the file, or select another key with --map",
+                where=f"{self.location}, {key}, {column.invalid[0]}",
+                why="the file is corrupt, this key contains other values, or they are not plain numbers",
+                remedy="write numbers as 0.5 (not as tensor(0.5) or 0,5), or select another key with --map",
             )
 
-    def _series(
-        self, quantity: str, key: str, column: _Column, records: NDArray[np.int64], steps: NDArray[np.int64]
-    ) -> dict[int, float]:
-        """Return the value of a key at each step; the last one written if there are several."""
+    def _series(self, key: str, column: _Column, records: NDArray[np.int64], steps: NDArray[np.int64]) -> Series:
+        """Return the values of a key that have a step."""
         self._require_numbers(key, column)
         own_records, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
         indices = np.minimum(np.searchsorted(records, own_records), len(records) - 1)
-        known = records[indices] == own_records
+        known = records[indices] == own_records if len(records) else np.zeros(len(own_records), bool)
         if not known.all():
             self._notes.append(f"{(~known).sum()} records of {key} have no step and are left out")
-        numbers, values = steps[indices[known]], values[known]
-        back = np.flatnonzero(np.diff(numbers) < 0)
-        if len(back):
-            times = "once" if len(back) == 1 else f"{len(back)} times"
-            self._notes.append(
-                f"the step of {key} decreases {times}, first from {numbers[back[0]]} to {numbers[back[0] + 1]}: "
-                "the run was restarted, and the later of two values of a step is used"
+        return Series(own_records[known], steps[indices[known]] if len(steps) else own_records[:0], values[known])
+
+    def _values(
+        self, quantity: str, key: str, all_series: Mapping[str, Series], table: _Table
+    ) -> dict[int, float | None]:
+        """Return the value of a key at each step that was not abandoned; None if it is ambiguous."""
+        series = self._select(quantity, key, all_series[key], table.labels)
+        # If every record of the key contains another key as well, the steps of the latter show all restarts.
+        sharing = [s for s in all_series.values() if np.isin(all_series[key].records, s.records).all()]
+        reference = max([all_series[key], *sharing], key=lambda other: len(other.records))
+        reference = self._select(quantity, key, reference, table.labels)
+        labels = [name for name, column in table.labels.items() if len(np.unique(column.of(series.records))) > 1]
+        codes, reference_codes = (
+            np.array([table.labels[name].of(s.records) for name in labels]).reshape(len(labels), len(s.records))
+            for s in (series, reference)
+        )
+        distinct = np.unique(codes, axis=1).T if labels else np.zeros((1, 0), np.int64)
+        groups = [
+            self._current(
+                key,
+                series.where((codes == group[:, None]).all(axis=0)),
+                reference.where((reference_codes == group[:, None]).all(axis=0)),
+                table,
             )
-        numbers = numbers + self._shift.get(quantity, 0)
-        if (numbers < 0).any():
+            for group in distinct[:_GROUPS_LIMIT]
+        ]
+        all_groups = _concatenated(groups)
+        known, conflict = merged(all_groups)
+        values: dict[int, float | None] = dict.fromkeys(all_groups.steps.tolist()) | known
+        # Records of one quantity, such as the learning rate of each rank, agree at the steps that they share.
+        distinct_steps = sum(len(np.unique(group.steps)) for group in groups)
+        agree = conflict is None and len(distinct) <= _GROUPS_LIMIT and distinct_steps > len(values)
+        if labels and not agree:
+            self._notes.append(self._differing(quantity, key, labels, table.labels, groups, conflict))
+            values = dict.fromkeys(values)
+        elif conflict is not None:
             self._notes.append(
-                f"{(numbers < 0).sum()} records of {key} are left out: their shifted steps are negative"
+                f"{key} has different values at {len(conflict.steps)} steps, {conflict.first[1]!r} and "
+                f"{conflict.second[1]!r} at step {conflict.steps[0]}, the first of them: no value is used there; "
+                "log one record for each step, or a key that tells them apart, such as split"
             )
-        return {n: v for n, v in zip(numbers.tolist(), values.tolist(), strict=True) if n >= 0}
+        shift = self._shift.get(quantity, 0)
+        shifted = {step + shift: value for step, value in values.items()}
+        negative = sum(step < 0 for step in shifted)
+        if negative:
+            self._notes.append(f"{negative} records of {key} are left out: their shifted steps are negative")
+        return {step: value for step, value in shifted.items() if step >= 0}
+
+    def _select(self, quantity: str, key: str, series: Series, labels: Mapping[str, _Labels]) -> Series:
+        """Return the records of a key that the mapping selects."""
+        for label, text in self._chosen.get(quantity, []):
+            column = labels.get(label, _Labels())
+            code = column.texts.get(text)
+            mask = column.of(series.records) == (-1 if code is None else code)
+            if not mask.any():
+                kind = NotYet if self.growing() else InputError
+                known = ", ".join(sorted(filter(None, column.texts))[:8])
+                raise kind(
+                    f"no record of {key} has {label}={text}",
+                    where=str(self.location),
+                    why=f"the values of {label} are {known}" if known else f"no record has the key {label}",
+                    remedy=f"select a value that exists: --map {quantity}={key}[{label}=VALUE]",
+                )
+            series = series.where(mask)
+        return series
+
+    def _current(self, key: str, series: Series, reference: Series, table: _Table) -> Series:
+        """Return the values that no restart abandoned. A step that counts within epochs is refused."""
+        falls = table.restarts.falls(reference)
+        epoch_keys = [name for name in table.columns if _normal(name) in _EPOCH]
+        epochs = None
+        if epoch_keys:
+            column = table.columns[epoch_keys[0]]
+            values = np.frombuffer(column.values)
+            epochs = Series(np.frombuffer(column.records, np.int64), np.zeros(len(values), np.int64), values)
+        index = counts_within_epochs(reference, falls, epochs)
+        if index is not None:
+            raise InputError(
+                f"the step of {key} falls from {reference.steps[index - 1]} to {reference.steps[index]} again and "
+                "again: it counts within each epoch"
+                if epochs is None
+                else f"the step of {key} falls from {reference.steps[index - 1]} to {reference.steps[index]} where "
+                "the epoch rises: it counts within each epoch",
+                where=f"{self.location}, record {reference.records[index]}",
+                why="a value can be used only if it is known how many updates of the run came before it",
+                remedy="log the number of updates since the start of the run, and name its key with --map step=KEY",
+            )
+        current = table.restarts.current(series, reference)
+        if not current.all():
+            times = "once" if len(falls) == 1 else f"{len(falls)} times"
+            decreases = (
+                f"the step of {key} decreases {times}, first from {reference.steps[falls[0] - 1]} to "
+                f"{reference.steps[falls[0]]}: the run was restarted"
+                if len(falls)
+                else f"the log states that the run was restarted, first at step {table.restarts.marks[0][1]}"
+            )
+            self._notes.append(
+                f"{decreases}, and {(~current).sum()} values that were logged before, from the step of a restart "
+                "on, are left out"
+            )
+        return series.where(current)
+
+    def _differing(
+        self,
+        quantity: str,
+        key: str,
+        labels: Sequence[str],
+        columns: Mapping[str, _Labels],
+        groups: Sequence[Series],
+        conflict: Conflict | None,
+    ) -> str:
+        """Return the note on a quantity whose records differ in labels, which says how to select one of them."""
+
+        def label_of(record: int) -> str:
+            codes = {label: columns[label].of(np.array([record]))[0] for label in labels}
+            texts = {label: list(columns[label].texts)[code] for label, code in codes.items()}
+            return "".join(f"[{label}={text}]" for label, text in texts.items())
+
+        pair = (
+            [(int(group.records[0]), float(group.values[0])) for group in groups if len(group.records)][:2]
+            if conflict is None
+            else [conflict.first, conflict.second]
+        )
+        shown = " and ".join(f"{value!r} of {key}{label_of(record)}" for record, value in pair)
+        at = "at different steps" if conflict is None else f"at step {conflict.steps[0]}"
+        return (
+            f"{quantity} is not used: the records of {key} differ in {', '.join(labels)}, and it is not known "
+            f"which of them are meant, for example {shown} {at}; select with --map '{quantity}={key}"
+            f"{label_of(pair[0][0])}', or with map in a run file"
+        )
+
+
+def _concatenated(groups: Sequence[Series]) -> Series:
+    empty = Series(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    parts = [empty, *groups]
+    return Series(
+        np.concatenate([part.records for part in parts]),
+        np.concatenate([part.steps for part in parts]),
+        np.concatenate([part.values for part in parts]),
+    )
 
 
 class _Scalars:
@@ -380,6 +617,12 @@ class _Scalars:
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Raise KeyError: a log of scalars has no tensors."""
         raise KeyError(f"{array}/{tensor}")
+
+
+def _text(value: str) -> str:
+    """Return the value of a label as `_Labels` stores it."""
+    number = _number(value)
+    return value.strip() if number is None else f"{number:.15g}"
 
 
 def _normal(key: str) -> str:
