@@ -12,6 +12,24 @@ settings.register_profile("nightly", deadline=None, max_examples=2000, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture
+def log(tmp_path):
+    """Return the path of a log to be written."""
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Return the path of the output of a run."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def store(out):
+    """Return the path of the trajectory in `out`."""
+    return out / "trajectory.zarr"
+
+
 @pytest.fixture(scope="session")
 def prefect_server():
     """Prefect's embedded server with its own database, started once."""

@@ -80,8 +80,9 @@ class Environment:
 def make_environment(folder, wheel, distributions):
     """Make a virtual environment in which only a wheel and links to some distributions can be imported."""
     venv.create(folder, symlinks=True, with_pip=False)
-    install = ["-m", "pip", "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    # uv takes a tenth of the time of pip.
+    install = ["-m", "uv", "pip", "install", "--python", folder / "bin" / "python", "--no-deps", "--no-index"]
+    subprocess.run([sys.executable, *install, "--no-cache", wheel], check=True, capture_output=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for distribution in distributions:
         for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import s3fs
 
-NATGRAD = Path(sys.executable).with_name("natgrad")
-
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

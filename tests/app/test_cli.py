@@ -4,66 +4,43 @@ What only a process shows (a terminal, real exit codes) is tried in processes; t
 point in this one.
 """
 
-import io
 import json
 import os
 import subprocess
-import sys
-from collections import namedtuple
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
+from commands import NATGRAD, natgrad, natgrad_process
 from logs import random_walk, write_log, write_step
-from natgrad.app import cli
 from natgrad.schema.version import __version__
 from natgrad.store import open_trajectory
 
-NATGRAD = Path(sys.executable).with_name("natgrad")
-
-
 WINDOWS = ("--window", "1", "--window", "3")
 
-Done = namedtuple("Done", "returncode stdout stderr")
 
-
-def natgrad_process(*arguments):
-    """Run the installed command in a new process."""
-    done = subprocess.run([NATGRAD, *map(str, arguments)], capture_output=True, text=True, check=False)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def natgrad(*arguments):
-    """Run the entry point of the command in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["natgrad", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-def answer(*arguments, run=natgrad):
-    done = run(*arguments, "--json")
+def answer(*arguments):
+    done = natgrad(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Return a log and the output folder of `natgrad process`."""
+def processed(tmp_path_factory):
+    """Return the folder of a log and of the output of `natgrad process`, and what the command printed."""
     folder = tmp_path_factory.mktemp("run")
-    log = write_log(folder / "log", random_walk(12))
-    return (
-        log,
-        folder / "out",
-        answer("process", log, folder / "out", *WINDOWS, run=natgrad_process),
-    )
+    write_log(folder / "log", random_walk(12))
+    done = natgrad_process("process", folder / "log", folder / "out", *WINDOWS, "--json")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture
+def run(processed):
+    """Return a log, the output folder of `natgrad process`, and its answer."""
+    folder, done = processed
+    return folder / "log", folder / "out", json.loads(done.stdout)
 
 
 def test_process_runs_all_stages_and_prints_the_paths(run):
@@ -123,14 +100,12 @@ def test_the_learning_rate_option_applies_if_the_log_has_no_rate(tmp_path):
     assert "no_learning_rate" not in given["status"]
 
 
-def test_log_messages_go_to_standard_error_and_quiet_shows_only_warnings(run, tmp_path):
-    log, _, _ = run
-    loud = natgrad_process("process", log, tmp_path / "a")
-    quiet = natgrad_process("process", log, tmp_path / "b", "--quiet")
+def test_log_messages_go_to_standard_error_and_quiet_shows_only_warnings(processed, tmp_path):
+    folder, loud = processed
     assert "INFO 11 updates in 1 task" in loud.stderr
     assert "projected peak memory per worker" in loud.stderr
     assert "updates in 1 task" not in loud.stdout
-    assert quiet.stderr == ""
+    assert natgrad_process("process", folder / "log", tmp_path, "--quiet").stderr == ""
 
 
 def test_help_and_formats():
@@ -144,7 +119,7 @@ def test_version_and_shell_completion():
     assert natgrad_process("--version").stdout == f"natgrad {__version__}\n"
     assert "--install-completion" in natgrad("--help").stdout
     words = {"_NATGRAD_COMPLETE": "complete_bash", "COMP_WORDS": "natgrad ver", "COMP_CWORD": "1"}
-    done = subprocess.run([NATGRAD], env=os.environ | words, capture_output=True, text=True, check=False)
+    done = natgrad_process(environment=words)
     assert done.stdout.split() == ["verify", "versions"]
 
 
@@ -159,7 +134,7 @@ def test_version_and_shell_completion():
 def test_the_shell_completes_the_values_of_an_option(option, choices):
     words = f"natgrad process LOG OUT {option} "
     environment = {"_NATGRAD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "5"}
-    done = subprocess.run([NATGRAD], env=os.environ | environment, capture_output=True, text=True, check=False)
+    done = natgrad_process(environment=environment)
     assert done.stdout.split() == choices.split()
 
 
@@ -302,7 +277,7 @@ def test_other_errors_exit_with_3():
 def test_progress_is_drawn_on_a_terminal(run, tmp_path):
     log, _, _ = run
     main, worker = os.openpty()
-    with subprocess.Popen([NATGRAD, "process", log, tmp_path], stdout=subprocess.PIPE, stderr=worker) as process:
+    with subprocess.Popen([NATGRAD, "ingest", log, tmp_path], stdout=subprocess.PIPE, stderr=worker) as process:
         os.close(worker)
         drawn = b""
         while True:

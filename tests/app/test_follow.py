@@ -25,16 +25,6 @@ from opened import ingest, read_results
 from servers import process, wait_for
 
 
-@pytest.fixture
-def log(tmp_path):
-    return tmp_path / "log"
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "out" / "trajectory.zarr"
-
-
 def truncate(path, part=0.7):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])

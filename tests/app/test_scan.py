@@ -21,11 +21,6 @@ def root(tmp_path):
     return tmp_path / "logs"
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def found(root, out):
     return {one.name: (one.source, one.out) for one in scan.find_runs(root, out)}
 
@@ -306,7 +301,7 @@ print(summary.processed, summary.unchanged + summary.skipped, summary.failed)
 
 
 def test_two_scans_at_once_process_every_run_once(root, out):
-    runs = 5
+    runs = 3
     for number in range(runs):
         write_log(root / f"run-{number}", random_walk(3, seed=number))
     command = [sys.executable, "-c", SCAN, root, out]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from test_deployments import flow_runs, natgrad, states
 
+from commands import NATGRAD
 from logs import random_walk, write_log, write_step
-from servers import NATGRAD, PrefectServer, free_port, kill, process, wait_for
+from servers import PrefectServer, free_port, kill, process, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,17 @@ import time
 
 import pytest
 
+import commands
+from commands import NATGRAD
 from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app import scan
 from natgrad.schema.errors import InputError
-from servers import NATGRAD, PrefectServer, process, wait_for
+from servers import PrefectServer, process, wait_for
 
 actions = Lazy("prefect.client.schemas.actions")
 orchestration = Lazy("prefect.client.orchestration")
+prefect_commands = Lazy("prefect.testing.cli")
 settings = Lazy("prefect.settings")
 
 # A server is ready after some ten seconds, or minutes where a machine is busy.
@@ -30,12 +33,13 @@ def server(tmp_path_factory):
         yield server
 
 
+def settings_of(server):
+    """Return a context in which this process uses a server."""
+    return settings.temporary_settings({settings.PREFECT_API_URL: server.environment["PREFECT_API_URL"]})
+
+
 def flow_runs(server):
-    address = server.environment["PREFECT_API_URL"]
-    with (
-        settings.temporary_settings({settings.PREFECT_API_URL: address}),
-        orchestration.get_client(sync_client=True) as client,
-    ):
+    with settings_of(server), orchestration.get_client(sync_client=True) as client:
         return client.read_flow_runs()
 
 
@@ -48,13 +52,9 @@ def states(out):
 
 
 def natgrad(server, *arguments):
-    return subprocess.run(
-        [NATGRAD, *map(str, arguments)],
-        env={**os.environ, **server.environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run the command in this process, which uses a server."""
+    with settings_of(server):
+        return commands.natgrad(*arguments)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, r
 
 
 def test_two_scans_at_once_process_every_run_once(server, tmp_path):
-    runs = 4
+    runs = 3
     for number in range(runs):
         write_log(tmp_path / "logs" / f"twice-{number}", random_walk(3, seed=number))
     command = (NATGRAD, "scan", tmp_path / "logs", tmp_path / "out", "--workers", "1", "--json")
@@ -169,11 +169,7 @@ def test_an_invalid_schedule_is_rejected_before_anything_is_deployed(server, arg
 
 
 def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server, root, tmp_path):
-    address = server.environment["PREFECT_API_URL"]
-    with (
-        settings.temporary_settings({settings.PREFECT_API_URL: address}),
-        orchestration.get_client(sync_client=True) as client,
-    ):
+    with settings_of(server), orchestration.get_client(sync_client=True) as client:
         old = client.create_flow_from_name("watch-runs")
         client.create_deployment(old, name="natgrad", entrypoint="flows.watch.watch_runs", tags=["natgrad"])
         client.create_work_pool(actions.WorkPoolCreate(name="here", type="process"))
@@ -187,7 +183,6 @@ def test_a_deployment_has_descriptions_and_an_old_deployment_is_reported(server,
         assert form["windows"]["description"].startswith("Windows of m updates")
         assert all(parameter["description"] for parameter in form.values())
         # The remedy of the message works.
-        delete = [sys.executable, "-m", "prefect", "--no-prompt", "deployment", "delete", "watch-runs/natgrad"]
-        subprocess.run(delete, env={**os.environ, **server.environment}, check=True, capture_output=True)
+        prefect_commands.invoke_and_assert(["--no-prompt", "deployment", "delete", "watch-runs/natgrad"])
         done = natgrad(server, "deploy", root, tmp_path / "out", "--pool", "here", "--every", "9", "--json")
         assert "older version" not in done.stderr

@@ -38,16 +38,6 @@ def small_ingest(request):
 pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
 
 
-@pytest.fixture
-def log(tmp_path):
-    return tmp_path / "log"
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "out" / "trajectory.zarr"
-
-
 def read(trajectory, name):
     """All committed states of an array, as words."""
     parts = []

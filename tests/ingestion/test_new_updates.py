@@ -35,16 +35,6 @@ def small_ingest_run(request):
     return functools.partial(ingest_run, limits=IngestLimits(chunk_elements=request.param))
 
 
-@pytest.fixture
-def log(tmp_path):
-    return tmp_path / "log"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 SERIAL = Analysis(workers=1)
 _clock = itertools.count(10**9)
 

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from distributions import install, natgrad
 from logs import random_walk, write_log
 
@@ -26,15 +24,11 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_extension_is_reported_and_the_others_work(tmp_path, how):
-    text, reason = BROKEN[how]
-    site = install(
-        tmp_path / "site",
-        "broken-reader",
-        {"broken_reader": text},
-        {"natgrad.formats": {"x": "broken_reader:READER"}},
-    )
+def test_broken_extensions_are_reported_and_the_others_work(tmp_path):
+    site = tmp_path / "site"
+    for number, (text, _) in enumerate(BROKEN.values()):
+        points = {"natgrad.formats": {f"x{number}": f"broken_reader_{number}:READER"}}
+        install(site, f"broken-reader-{number}", {f"broken_reader_{number}": text}, points)
     good = FORMAT.format(name="good", find="return False")
     install(site, "good-reader", {"good_reader": good}, {"natgrad.formats": {"y": "good_reader:READER"}})
     log = write_log(tmp_path / "log", random_walk(3))
@@ -44,8 +38,9 @@ def test_a_broken_extension_is_reported_and_the_others_work(tmp_path, how):
     (tmp_path / "empty").mkdir()
     refused = natgrad("inspect", tmp_path / "empty", installed=[site], check=False)
     assert refused.returncode == 2
-    assert refused.stderr.count("broken-reader") >= 1
-    assert reason in refused.stderr
+    for number, (_, reason) in enumerate(BROKEN.values()):
+        (warning,) = {line for line in refused.stderr.splitlines() if f"broken-reader-{number}" in line}
+        assert reason in warning
     assert "Traceback" not in refused.stderr
     listed = json.loads(natgrad("formats", "--json", installed=[site]).stdout)
     assert "good" in listed

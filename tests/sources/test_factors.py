@@ -34,6 +34,7 @@ from natgrad.theory.preconditioners import (
 )
 from natgrad.theory.symmetric_operators import Kronecker, canonical_form
 from opened import read_results, verify_trajectory
+from training import training_steps
 
 pytorch_optimizer = Lazy("pytorch_optimizer")
 torch = Lazy("torch")
@@ -113,16 +114,11 @@ def trained(optimizer_of, save, *, dtype=None, steps=STEPS, before=None):
     optimizer = optimizer_of(model)
     x, target = torch.randn(6, 2, 3, 3, dtype=dtype), torch.randn(6, 4, dtype=dtype)
     records = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = ((model(x) - target) ** 2).mean()
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for step, gradients, loss in training_steps(model, optimizer, x, target, steps):
         save(step, model, optimizer, gradients, loss)
         parameters = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
         result = None if before is None else before(step, model, optimizer)
         records.append((parameters, {name: g.numpy().copy() for name, g in gradients.items()}, result))
-        optimizer.step()
     return records
 
 

@@ -24,6 +24,7 @@ from natgrad.store import open_ledger, open_trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues, condition_number
 from opened import ingest, read_results, verify_trajectory
 from processing import Serial
+from training import training_steps
 
 safetensors_torch = Lazy("safetensors.torch")
 torch = Lazy("torch")
@@ -68,11 +69,7 @@ def trained(optimizer_of, save, steps=STEPS):
     optimizer = optimizer_of(model)
     x, target = torch.randn(8, 3), torch.randn(8, 3)
     truth = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = ((model(x) - target) ** 2).mean()
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for step, gradients, loss in training_steps(model, optimizer, x, target, steps):
         save(step, model, optimizer, gradients, loss)
         truth.append(
             {
@@ -80,7 +77,6 @@ def trained(optimizer_of, save, steps=STEPS):
                 for name, p in model.named_parameters()
             }
         )
-        optimizer.step()
     return truth
 
 

@@ -330,20 +330,24 @@ def kill(event, arguments):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-with LocalStorage(Path(sys.argv[1]) / "results").replace_tree("which") as folder:
-    folder.mkdir()
-    (folder / "which").write_text("new")
-    left = int(sys.argv[2])
-    sys.addaudithook(kill)
+for left in range(12):
+    child = os.fork()
+    if not child:
+        with LocalStorage(Path(sys.argv[1]) / str(left) / "results").replace_tree("which") as folder:
+            folder.mkdir()
+            (folder / "which").write_text("new")
+            sys.addaudithook(kill)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 def test_results_are_readable_at_any_time_during_their_replacement(tmp_path):
-    outcomes = set()
     for left in range(12):
-        folder = tmp_path / str(left)
-        LocalStorage(folder / "results" / "which").put(b"results")
-        done = subprocess.run([sys.executable, "-c", KILLED, folder, str(left)])
-        found = (folder / "results" / "which").read_text()
-        outcomes.add((done.returncode, found))
+        LocalStorage(tmp_path / str(left) / "results" / "which").put(b"results")
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, text=True, check=True)
+    outcomes = {
+        (int(code), (tmp_path / str(left) / "results" / "which").read_text())
+        for left, code in enumerate(done.stdout.split())
+    }
     assert outcomes == {(-signal.SIGKILL, "results"), (-signal.SIGKILL, "new"), (0, "new")}
