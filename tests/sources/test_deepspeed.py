@@ -452,12 +452,12 @@ def test_models_with_unrecorded_splits_are_refused_with_a_remedy(log, name, why)
 
 
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "rank_1_*optim_states.pt"])
-def test_a_payload_never_runs_and_the_error_names_the_official_tool(log, tmp_path, file):
+def test_a_payload_never_runs_and_is_reported(log, tmp_path, file):
     folder = log("stage 2")
     rewritten(only(folder, file), lambda tree: tree.update(more=Payload(tmp_path / "trace")))
-    refused = refusal(folder)
-    assert "posix.mkdir" in refused.what
-    assert "zero_to_fp32.py" in refused.remedy
+    source = open_source(folder)
+    with source.open(source.steps()[0]) as reader:
+        assert any("'posix.mkdir'" in note for note in reader.content().notes)
     assert not (tmp_path / "trace").exists()
     torch.load(only(folder, file), weights_only=False)
     assert (tmp_path / "trace").exists()  # the trap works

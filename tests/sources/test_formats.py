@@ -393,7 +393,9 @@ def test_a_payload_in_metadata_never_runs(tmp_path):
     metadata.planner_data["x"] = Payload(tmp_path / "trace")
     body = pickle.dumps(metadata)
     (folder / "step-0" / ".metadata").write_bytes(body)
-    assert "posix.mkdir" in refusal(folder).what
+    log = open_source(folder)
+    with log.open(log.steps()[0]) as reader:
+        assert any("'posix.mkdir'" in note for note in reader.content().notes)
     assert not (tmp_path / "trace").exists()
     pickle.loads(body)
     assert (tmp_path / "trace").exists()  # the trap works
@@ -430,7 +432,7 @@ def test_an_object_of_an_unknown_class_is_left_out_with_a_note(tmp_path):
     (step,) = log.steps()
     with log.open(step) as reader:
         (note,) = reader.content().notes
-    assert note.startswith("loader/rate was not read: its pickle names fractions.Fraction")
+    assert note.startswith("'loader/rate' was not read: its class is 'fractions.Fraction'")
 
 
 def test_a_folder_of_runs_is_not_a_run(tmp_path, dcp_log):

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "Container",
     "ObjectRegion",
     "Region",
+    "UnreadObject",
     "boxes",
     "not_regular",
     "read_errors",
@@ -42,6 +44,25 @@ READ_ERRORS = (*_ERRORS, *_MALFORMED)
 """Exceptions that corrupt or malicious files raise in readers and in the libraries that they use."""
 
 _MESSAGE_LIMIT = 500
+
+
+@dataclass(frozen=True)
+class UnreadObject:
+    """An object in a pickle that is not read, because its class is neither a tensor nor a plain container.
+
+    Attributes
+    ----------
+    kind : str
+        Its class, or the function that rebuilds it.
+    array : bool
+        It is a tensor or an array.
+    known : bool
+        Trainers often store objects of this class.
+    """
+
+    kind: str
+    array: bool = False
+    known: bool = False
 
 
 class Container:
@@ -63,7 +84,9 @@ class Container:
     ordered : bool
         True if the tensors are in the order in which they were saved.
     unread : dict
-        Keys of objects that were not read, to the reason.
+        Keys of entries that were not read, to the reason.
+    objects : dict
+        Keys of objects that were not read because of their class.
     budget : Budget
         What the description of the step may still take. A reader replaces it when it knows the size of the files.
     """
@@ -74,6 +97,7 @@ class Container:
         self.step = step
         self.budget = Budget(0)
         self.unread: dict[str, str] = {}
+        self.objects: dict[str, UnreadObject] = {}
         self.tensors: dict[str, LoggedTensor] = {}
         self.numbers: dict[str, float] = {}
         self.texts: dict[str, str] = {}

@@ -13,7 +13,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.base import StepContent
-from natgrad.sources.bounds import parse_toml
+from natgrad.sources.bounds import parse_toml, shown
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
@@ -280,6 +280,7 @@ class NamedStep:
         """
         step, tensors = self._container.step, self._container.tensors
         notes = [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
+        notes += self._object_notes()
         used, scalars = set(), {}
         for quantity in SCALARS:
             keys, values = self._values(quantity)
@@ -338,6 +339,51 @@ class NamedStep:
         names = self._names
         return saved_optimizer(self._container, parameters, found.get("gradient", ()), names.order, names.optimizer)
 
+    def _object_notes(self) -> list[str]:
+        """Return a note for each class whose objects were not read because it is unknown."""
+        keys: dict[str, list[str]] = {}
+        for key, item in self._container.objects.items():
+            if not item.known:
+                keys.setdefault(item.kind, []).append(key)
+        return [
+            f"{shown(found[0]) if found[0] else 'the file'} was not read"
+            + (f", like {len(found) - 1} other objects" if found[1:] else "")
+            + f": its class is {shown(kind)}, which was not imported (to omit this note, list the class under inert in "
+            f"{MAP_FILE})"
+            for kind, found in keys.items()
+        ]
+
+    def _lost(self, array: str, prefix: str) -> list[str]:
+        """Return the keys of tensors below a prefix, and the prefix itself, that were not read because of their class.
+
+        Below the root, arrays of known classes count only at the first level: others are states of random generators.
+        """
+        objects = self._container.objects
+        if prefix != ROOT:
+            return [key for key in objects if key == prefix or (objects[key].array and key.startswith(f"{prefix}/"))]
+        root = optimizer_root(self._container)
+        return [
+            key
+            for key, item in objects.items()
+            if not key
+            or (item.array and not (item.known and "/" in key) and not (root and key.startswith(f"{root}/")))
+        ]
+
+    def _require_read(self, array: str, lost: Sequence[str]) -> None:
+        """Refuse a step if objects that belong to an array were not read because of their class."""
+        if not lost:
+            return
+        kind = self._container.objects[lost[0]].kind
+        remedy = next(remedy for pattern, remedy in _OBJECT_REMEDIES.items() if re.search(pattern, kind))
+        raise InputError(
+            f"{shown(lost[0]) if lost[0] else 'the file'} is an object of {shown(kind)}, but {array}s must be plain "
+            "tensors",
+            where=where(self._container.step, array),
+            why="objects are never imported or executed"
+            + (f"; {len(lost) - 1} other objects of this array are not plain tensors either" if lost[1:] else ""),
+            remedy=remedy + f", or select other keys with --map {array}=KEY",
+        )
+
     def _missing(self, quantity: str) -> InputError:
         known = sorted({*self._container.tensors, *self._container.numbers})
         return InputError(
@@ -385,16 +431,21 @@ class NamedStep:
         claimed = set(used)
         rooted = []
         for array in (*STATES, *REPLICATE_STATES):
+            lost: list[str] = []
             for prefix in self._names.keys.get(array, ()):
                 if prefix == ROOT:
+                    self._require_read(array, lost or self._lost(array, prefix))
                     rooted.append(array)
                     break
                 names = self._under(array, prefix)
+                lost += self._lost(array, prefix)
                 if names:
+                    self._require_read(array, [key for key in lost if key.startswith(f"{prefix}/")])
                     found[array] = names
                     claimed |= set(names.values())
                     break
             else:
+                self._require_read(array, lost)
                 if array in self._names.required:
                     raise self._missing(array)
         if self._names.required.intersection(rooted):
@@ -431,6 +482,19 @@ class NamedStep:
                     remedy=f"log it with one of the dtypes {', '.join(STORAGE_DTYPES)}",
                 )
         return names
+
+
+_OBJECT_REMEDIES = {
+    r"DTensor|distributed": "merge the shards into one file of plain tensors before saving (DTensor.full_tensor(), or "
+    "get_model_state_dict with full_state_dict=True; for files of verl: python -m verl.model_merger merge), or save "
+    "them with torch.distributed.checkpoint",
+    r"sparse": "save dense tensors (tensor.to_dense())",
+    r"quant|qtensor|8bit|4bit": "save dequantized tensors (tensor.dequantize())",
+    r"^numpy\.": "save tensors (torch.from_numpy(array)) with torch.save, or write .npz files",
+    r"": "save plain tensors: model.state_dict() for a model, and torch.Tensor for a subclass of it "
+    "(tensor.as_subclass(torch.Tensor))",
+}
+"""What to do about an object in the place of a tensor, by a pattern of its class; the first match applies."""
 
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iter(?:ation)?|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)

@@ -32,6 +32,7 @@ from natgrad.sources.checkpoints.torch_archive import (
     TorchTensor,
     flat_numbers,
     group_texts,
+    unread_objects,
 )
 from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, is_step, step_number
@@ -185,6 +186,7 @@ class DcpFolder(Container):
         blobs = _blobs(metadata.get("storage_data"))
         paths = metadata.get("planner_data")
         paths = paths if isinstance(paths, dict) else {}
+        self.objects |= unread_objects(paths.items())
         for name, entry in _dict(metadata.get("state_dict_metadata")).items():
             if not isinstance(name, str):
                 raise ValueError(f"{_METADATA} has {shown(name)} as the name of an entry")
@@ -217,6 +219,7 @@ class DcpFolder(Container):
             # An object of a user-defined class, such as a data loader, is not a tensor.
             self.unread[key] = str(error)
             return
+        self.objects |= {name.rstrip("/"): item for name, item in unread_objects(leaves, f"{key}/").items()}
         self.numbers |= {f"{key}/{inner}".rstrip("/"): n for inner, n in flat_numbers(leaves).items()}
         self.texts |= {name.rstrip("/"): text for name, text in group_texts(leaves, f"{key}/").items()}
 

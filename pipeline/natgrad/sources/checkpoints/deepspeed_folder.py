@@ -25,9 +25,15 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.sources.bounds import Budget, integer, shape_of, shown
 from natgrad.sources.checkpoints import pickle_data
-from natgrad.sources.checkpoints.pickle_data import UnknownName
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
-from natgrad.sources.checkpoints.torch_archive import TorchArchive, TorchFile, TorchTensor, flat_numbers, to_float
+from natgrad.sources.checkpoints.torch_archive import (
+    TorchArchive,
+    TorchFile,
+    TorchTensor,
+    flat_numbers,
+    to_float,
+    unread_objects,
+)
 from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT, step_number
 from natgrad.sources.steps import LoggedStep, where
@@ -47,10 +53,6 @@ _SHARDED = {
     r"layer_\d+_expert_.*|expp_rank_.*": "its experts are split over ranks",
 }
 
-_OFFICIAL = (
-    "let DeepSpeed merge it: python zero_to_fp32.py RUN step-N --safe_serialization -t TAG (DeepSpeed saves the "
-    "script in RUN), and give the folder that contains step-N/"
-)
 _UNIVERSAL = "let DeepSpeed merge it (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
 
 
@@ -198,10 +200,8 @@ class DeepSpeedFolder(Container):
                 sizes = {path.name: path.stat().st_size for path in step.path.iterdir()}
                 self.budget = Budget(sum(sizes.values()))
                 self._describe(sorted(sizes))
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error.__cause__, UnknownName):
-                raise InputError(str(error.__cause__), where=where(step), remedy=_OFFICIAL) from error
             raise
 
     # Description
@@ -220,6 +220,7 @@ class DeepSpeedFolder(Container):
         self._model = TorchFile(LoggedStep(self.step.number, self.step.storage / first), self._inert)
         states = self._model.tree
         self.numbers, self.texts = dict(self._model.numbers), dict(self._model.texts)
+        self.objects |= self._model.objects
         partitioned = set()
         if optimizers:
             partitioned = self._add_partitions(states, [optimizers[key] for key in sorted(optimizers)])
@@ -318,6 +319,7 @@ class DeepSpeedFolder(Container):
         descriptor = open_regular(path)
         try:
             archive = TorchArchive(Region(descriptor), self._inert, self.budget)
+            self.objects |= unread_objects(archive.leaves())
             state = archive.tree["optimizer_state_dict"]
             stage_3 = "fp32_flat_groups" in state
             flat = state["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"]

@@ -81,6 +81,7 @@ class _WithState(Container):
         self.numbers |= {key: number for key, number in state.numbers.items() if key.startswith("optimizer/")}
         self.texts |= {key: text for key, text in state.texts.items() if key.startswith("optimizer/")}
         self.unread |= state.unread
+        self.objects |= state.objects
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""

@@ -99,6 +99,7 @@ class MegatronFolder(Container):
                 if stages > 1:
                     self._tie_head(trees[0]["args"], stages)
                 self.numbers = dict(files[0].numbers)
+                self.objects = {key: item for file in files for key, item in file.objects.items()}
             self._stack = stack.pop_all()
 
     def _stages(self, arguments: Any) -> int:

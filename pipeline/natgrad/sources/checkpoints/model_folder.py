@@ -15,13 +15,16 @@ from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import MODEL, step_number
-from natgrad.sources.steps import LoggedStep
+from natgrad.sources.steps import LoggedStep, Unreadable
 from natgrad.storage import LocalStorage
 
-__all__ = ["MODELS", "MODEL_KIND", "ModelFolder", "holds_model"]
+__all__ = ["MODELS", "MODEL_KIND", "OPTIMIZERS", "ModelFolder", "holds_model"]
 
-MODELS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model")
+MODELS = ("model", "pytorch_model", "pytorch_model_fsdp", "adapter_model", "diffusion_pytorch_model")
 """Stems of files whose keys are at the root; the keys of ``gradient.safetensors`` are below ``gradient``."""
+
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+"""Files of the state of an optimizer, as saved by the Trainer and by accelerate."""
 
 _INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".bin")
@@ -52,7 +55,8 @@ class ModelFolder(Container):
     """The files of one step.
 
     The reader opens every ``<name>.safetensors``, every ``<name>.safetensors.index.json`` with its shards, and
-    ``optimizer.pt``. If a model has no such file, it opens ``<model>.bin`` or its index. Other files are ignored.
+    ``optimizer.pt`` or ``optimizer.bin``. If a model has no such file, it opens ``<model>.bin`` or its index. Other
+    files are ignored. A state of an optimizer that cannot be read is left out, with the reason in ``unread``.
 
     Raises
     ------
@@ -70,7 +74,14 @@ class ModelFolder(Container):
                 files = self._files(names)
                 self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
                 for name, (prefix, wanted) in files.items():
-                    self._add(stack.enter_context(self._open(step.path / name)), name, prefix, wanted)
+                    try:
+                        container = stack.enter_context(self._open(step.path / name))
+                    except Unreadable as error:
+                        if name not in OPTIMIZERS:
+                            raise
+                        self.unread["optimizer"] = f"{name}: {error.what}"
+                        continue
+                    self._add(container, name, prefix, wanted)
             self._stack = stack.pop_all()
 
     def _files(self, names: list[str]) -> dict[str, tuple[str, set[str] | None]]:
@@ -93,10 +104,9 @@ class ModelFolder(Container):
                         continue
                     stems.add(stem)
                     files[name] = (_prefix(stem), None)
-        if "optimizer.pt" in names:
-            files["optimizer.pt"] = ("optimizer/", None)
         if not files:
             raise ValueError("it contains no model.safetensors, no shards with an index, and no pytorch_model.bin")
+        files |= {name: ("optimizer/", None) for name in OPTIMIZERS if name in names}
         return files
 
     def _index(self, name: str) -> dict[str, set[str]]:
@@ -131,6 +141,7 @@ class ModelFolder(Container):
             self._origins[prefix + key] = container, key
         self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
         self.texts |= {prefix + key: text for key, text in container.texts.items()}
+        self.objects |= {prefix + key: item for key, item in container.objects.items()}
         self.ties |= {prefix + key: prefix + target for key, target in container.ties.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:

@@ -2,13 +2,15 @@
 
 The standard library decodes the opcodes (`pickletools.genops`), and this module executes them. A name in the pickle
 is looked up only in the tables of the caller: it is one of our functions, one of our values, or a class whose
-objects are skipped without reading them. Any other name is refused. Time and memory are bounded by its length.
+objects are skipped without reading them. Objects of any other class are skipped as well, and marked as unknown.
+Time and memory are bounded by its length.
 """
 
 from __future__ import annotations
 
 import io
 import pickletools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,6 @@ __all__ = [
     "Global",
     "Record",
     "Skipped",
-    "UnknownName",
     "flatten",
     "load",
 ]
@@ -66,6 +67,9 @@ INERT = frozenset(
 )
 """Classes that trainers pickle in addition to tensors. Their objects are skipped."""
 
+_ARRAYS = re.compile(r"torch\._(utils|tensor)\._rebuild_\w+|numpy\.(_core|core)\.multiarray\._reconstruct")
+"""Functions that rebuild tensors and arrays."""
+
 
 @dataclass(eq=False)
 class Record:
@@ -96,13 +100,21 @@ class Attributes(Record):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An object that was not read, represented by the name of its class."""
+    """An object that was not read, represented by the name of its class.
+
+    Attributes
+    ----------
+    name : str
+        Class, or function that rebuilds the object.
+    unknown : bool
+        The name is in none of the tables.
+    array : bool
+        The object is a tensor or an array.
+    """
 
     name: str
-
-
-class UnknownName(ValueError):
-    """A pickle contains a name that is in none of the tables."""
+    unknown: bool = False
+    array: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,12 +152,12 @@ def load(
     Raises
     ------
     ValueError
-        If the pickle is malformed or too long, or (`UnknownName`) contains a name that is not in the tables.
+        If the pickle is malformed or too long.
     """
     if len(pickle) > PICKLE_LIMIT:
         raise ValueError(f"its pickle has {len(pickle)} bytes, but the limit is {PICKLE_LIMIT}")
     budget = budget or Budget(len(pickle))
-    machine = _Machine(functions, values, persistent, INERT.union(inert), budget)
+    machine = _Machine(functions, values, persistent, inert, budget)
     try:
         return machine.run(pickle)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -163,7 +175,7 @@ class _Machine:
     ) -> None:
         self._budget = budget
         self._functions, self._values, self._persistent, self._inert = functions, values, persistent, inert
-        self._inert_packages = [name.removesuffix("*") for name in inert if name.endswith(".*")]
+        self._inert_packages = [name.removesuffix("*") for name in (*inert, *INERT) if name.endswith(".*")]
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -278,7 +290,10 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(f"its pickle sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[self._key(key)] = value
+            if isinstance(key, Skipped):  # a value without a key that was read is skipped, too
+                target[f"<{key.name} {len(target)}>"] = key
+            else:
+                target[self._key(key)] = value
 
     # Memo
 
@@ -316,10 +331,7 @@ class _Machine:
         elif name in self._inert or any(map(name.startswith, self._inert_packages)):
             self._stack.append(Skipped(name))
         else:
-            raise UnknownName(
-                f"its pickle names {name}, which is neither a tensor nor a plain container and was not imported "
-                f"(if it is known to be harmless, add it to the list inert in the mapping file to skip its objects)"
-            )
+            self._stack.append(Skipped(name, name not in INERT, bool(_ARRAYS.fullmatch(name))))
 
     def _reduce(self, _: None) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()

@@ -19,7 +19,7 @@ from natgrad.sources.bounds import Budget, integer, shape_of, shown
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
 from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
-from natgrad.sources.container import Container, Region, read_errors
+from natgrad.sources.container import Container, Region, UnreadObject, read_errors
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import open_regular
 
@@ -33,6 +33,7 @@ __all__ = [
     "flat_numbers",
     "group_texts",
     "to_float",
+    "unread_objects",
 ]
 
 # Elements of a strided tensor that are gathered at once; largest gap between elements that is read, not skipped.
@@ -169,14 +170,16 @@ def _require_resolved(metadata: Any) -> None:
         raise ValueError(f"a tensor with {keys} set must be resolved before it is saved")
 
 
-def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor:
-    """Rebuild a tensor that has Python attributes; the attributes are ignored."""
+def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor | Skipped:
+    """Rebuild a tensor that has Python attributes; the attributes are ignored. Skip it if it has another class."""
+    if isinstance(kind, Skipped) and kind not in _PLAIN.values():
+        return Skipped(kind.name, kind.unknown, array=True)
+    if isinstance(function, Skipped):
+        return function
     if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
         raise ValueError("its pickle rebuilds a tensor in an unknown way")
     if kind not in _PLAIN.values():
-        raise ValueError(
-            f"its pickle contains a tensor whose class is {kind.name if isinstance(kind, Skipped) else shown(kind)}"
-        )
+        raise ValueError(f"its pickle contains a tensor whose class is {shown(kind)}")
     tensor: TorchTensor = _FUNCTIONS[function.name](*arguments)
     return tensor
 
@@ -410,6 +413,7 @@ class TorchFile(Container):
                     self.ties[key] = first_keys[leaf]
         self.numbers |= flat_numbers(leaves)
         self.texts |= group_texts(leaves)
+        self.objects |= unread_objects(leaves)
 
     @property
     def tree(self) -> Any:
@@ -453,6 +457,17 @@ def group_texts(leaves: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str
         if isinstance(leaf, str | bool)
         and ("param_groups/" in (key := f"{prefix}{path}") or key.rstrip("/").endswith(_KFAC_OPTIONS))
     }
+
+
+def unread_objects(leaves: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, UnreadObject]:
+    """Return the leaves, and attributes of leaves, that were not read because of their class, by their keys."""
+    found = {}
+    for key, leaf in leaves:
+        state = leaf.state if isinstance(leaf, Record) and isinstance(leaf.state, dict) else {}
+        for name, item in ((key, leaf), *((f"{key}/{attribute}", value) for attribute, value in state.items())):
+            if isinstance(item, Skipped) and (item.unknown or item.array):
+                found[f"{prefix}{name}"] = UnreadObject(item.name, item.array, known=not item.unknown)
+    return found
 
 
 def to_float(number: float) -> float:
