@@ -321,7 +321,7 @@ class Opened:
         self.tensors = {f"optimizer/state/{i}/exp_avg": LoggedTensor(s, "float32") for i, s in enumerate(shapes)}
         self.numbers = {f"optimizer/param_groups/0/params/{i}": float(i) for i in range(len(shapes))}
         self.numbers |= {"optimizer/param_groups/0/lr": 0.1}
-        self.texts = {}
+        self.texts, self.unread, self.objects = {}, {}, {}
 
     def number(self, key):
         return self.numbers[key]
@@ -370,7 +370,7 @@ def test_an_unknown_order_is_requested_and_then_used(tmp_path):
     with pytest.raises(InputError, match="neither the order of the file nor the shapes are sufficient") as refusal:
         ingest(log, tmp_path / "store", include=["optimizer"])
     assert "order = [" in refusal.value.remedy
-    assert "step 0" in refusal.value.where
+    assert "step 1" in refusal.value.where  # before the first update, there is no state to assign
     order = [name for name, _ in small_net().named_parameters()]
     (log / "natgrad.toml").write_text(f"order = {json.dumps(order)}\n")
     ingest(log, tmp_path / "store", include=["optimizer"])
@@ -419,3 +419,39 @@ def test_inspect_reports_the_optimizer_state(tmp_path, capsys, monkeypatch):
         cli.main()
     found = json.loads(capsys.readouterr().out)
     assert found["optimizer"] == "exp_avg, exp_avg_sq of 6 tensors at step 1; store it with --include optimizer"
+
+
+def write_quantized(folder, moments):
+    """Write checkpoints with the state of 8-bit Adam as bitsandbytes saves it: blocks of bytes and their scales."""
+    folder.mkdir()
+    for step in range(1, 4):
+        weight = torch.full((8, 8), 0.5**step)
+        group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+        optimizer = {"state": {0: {"step": step, **moments()}}, "param_groups": [group]}
+        tree = {"model": {"w": weight}, "grad": {"w": weight}, "optimizer": optimizer}
+        torch.save(tree, folder / f"ckpt_{step}.pt")
+    return folder
+
+
+def test_quantized_moments_are_nan_with_the_reason(tmp_path, monkeypatch):
+    moment = type("Moment", (torch.Tensor,), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Moment", moment, raising=False)  # pickle finds a class by its name
+
+    def blocks():
+        state = {name: torch.ones(8, 8, dtype=torch.uint8) for name in ("state1", "state2")}
+        state |= {name: torch.linspace(-1, 1, 256) for name in ("qmap1", "qmap2")}
+        return state | {name: torch.ones(1) for name in ("absmax1", "absmax2")}
+
+    def subclass():
+        return {name: torch.ones(8, 8).as_subclass(moment) for name in ("exp_avg", "exp_avg_sq")}
+
+    for name, moments, encoding in (
+        ("blocks", blocks, "in 8-bit blocks of bitsandbytes"),
+        ("subclass", subclass, f"objects of {__name__}.Moment"),
+    ):
+        log = write_quantized(tmp_path / name, moments)
+        warnings = ingest(log, tmp_path / f"{name}.zarr", include=["optimizer"]).warnings
+        assert any(f"the moments of 1 tensors are {encoding}" in warning for warning in warnings)
+        store = open_trajectory(tmp_path / f"{name}.zarr")
+        assert not {"exp_avg", "exp_avg_sq"} & set(store.arrays)
+        assert store.scalar("learning_rate").tolist() == [0.1] * 3

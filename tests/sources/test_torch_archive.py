@@ -34,6 +34,7 @@ from opened import ingest, open_source
 
 torch = Lazy("torch")
 
+
 class Kind(enum.Enum):
     """A class that no reader knows."""
 
@@ -351,7 +352,9 @@ def test_an_object_in_the_place_of_tensors_is_named_at_once(tmp_path, entry, val
 
 
 def test_a_complete_module_in_place_of_its_state_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"the file is an object of 'torch\.nn\.modules\.linear\.Linear'") as caught:
+    with pytest.raises(
+        InputError, match=r"the file is an object of 'torch\.nn\.modules\.linear\.Linear'"
+    ) as caught:
         content_of(write_checkpoints(tmp_path, [torch.nn.Linear(2, 1)]))
     assert "model.state_dict()" in caught.value.remedy
 

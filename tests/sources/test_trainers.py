@@ -16,6 +16,7 @@ from natgrad.sources.formats import FORMATS
 from natgrad.store import open_trajectory
 from opened import ingest, open_source
 
+accelerate = Lazy("accelerate")
 lightning = Lazy("lightning")
 callbacks = Lazy("lightning.pytorch.callbacks")
 loggers = Lazy("lightning.pytorch.loggers")
@@ -364,3 +365,90 @@ def test_gradients_of_the_state_before_and_the_scalars_of_a_logger_are_shifted_t
     native = write_log(tmp_path / "native", module.states[1:], numbers=range(1, 6))
     expected = ledger_of(tmp_path / "expected", [native])
     assert ledger_of(tmp_path / "found", [tmp_path / "out", metrics], shift={"gradient": -1}) == expected
+
+
+# accelerate and FSDP -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory):
+    """Write a run with ``Accelerator.save_state``, and its gradients into another folder."""
+    folder = tmp_path_factory.mktemp("accelerate")
+    torch.manual_seed(0)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    states, moments = [], []
+    for step in range(UPDATES):
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.ones(4, 3)).square().mean())
+        states.append({"learning_rate": np.float64(0.125)})
+        for name, parameter in model.named_parameters():
+            states[-1][f"parameter/{name}"] = parameter.detach().numpy().copy()
+            states[-1][f"gradient/{name}"] = parameter.grad.numpy().copy()
+        moments.append([optimizer.state[p]["exp_avg"].numpy().copy() for p in model.parameters()] if step else None)
+        accelerator.save_state(str(folder / "run" / f"checkpoint-{step}"))
+        optimizer.step()
+    gradients = [{k: v for k, v in state.items() if k.startswith("gradient/")} for state in states]
+    write_log(folder / "gradients", gradients)
+    return folder, states, moments
+
+
+def test_states_of_accelerate_reproduce_the_run(tmp_path, accelerated):
+    folder, states, moments = accelerated
+    assert found(folder / "run") == "huggingface"
+    sources = [folder / "run", folder / "gradients"]
+    native = write_log(tmp_path / "log", states)
+    assert ledger_of(tmp_path / "out", sources) == ledger_of(tmp_path / "native", [native])
+    ingest(sources, tmp_path / "store", include=["optimizer"])
+    store = open_trajectory(tmp_path / "store")
+    rows = np.zeros((store.n_states, store.chunk[1]), np.float32)
+    store.read("exp_avg", 0, store.n_states, 0, rows)
+    assert np.isnan(rows[0, :8]).all()  # there is no state before the first update
+    for row, (weight, bias) in zip(rows[1:], moments[1:], strict=True):
+        assert row[:8].tobytes() == np.concatenate([bias.ravel(), weight.ravel()]).tobytes()
+
+
+def test_an_unfinished_state_of_accelerate_is_left_out_with_a_warning(tmp_path, accelerated, caplog):
+    shutil.copytree(accelerated[0] / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-3" / "random_states_0.pkl").unlink()
+    assert [step.number for step in open_source(tmp_path / "run").steps()] == [0, 1, 2]
+    assert "checkpoint-3 is left for the next pass: it has no random_states_*.pkl" in caplog.text
+
+
+@pytest.mark.parametrize("body", [b"", b"no archive"])
+def test_a_damaged_optimizer_file_matters_only_if_the_optimizer_is_requested(tmp_path, accelerated, body):
+    shutil.copytree(accelerated[0] / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "optimizer.bin").write_bytes(body)
+    sources = [tmp_path / "run", accelerated[0] / "gradients"]
+    warnings = ingest(sources, tmp_path / "store").warnings
+    assert any("optimizer was not read: optimizer.bin: cannot read a torch archive" in each for each in warnings)
+    with pytest.raises(InputError, match=r"state of the optimizer: optimizer\.bin") as caught:
+        ingest(sources, tmp_path / "other", include=["optimizer"])
+    assert "checkpoint-2" in caught.value.where
+
+
+def test_sharded_fsdp_checkpoints_of_the_trainer_are_read(tmp_path, trained):
+    """Write like the Trainer with FSDP and SHARDED_STATE_DICT, which needs a GPU (``fsdp_utils`` of accelerate)."""
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / "out")
+    for checkpoint in (tmp_path / "out").iterdir():
+        model = safetensors_torch.load_file(checkpoint / "model.safetensors")
+        dcp.save({"model": model}, checkpoint_id=checkpoint / "pytorch_model_fsdp_0", no_dist=True)
+        dcp.save({"optimizer": {"state": {}}}, checkpoint_id=checkpoint / "optimizer_0", no_dist=True)
+        gradients = safetensors_torch.load_file(checkpoint / "gradient.safetensors")
+        number = checkpoint.name.removeprefix("checkpoint-")
+        (tmp_path / "gradients").mkdir(exist_ok=True)
+        safetensors_torch.save_file(
+            {f"gradient/{name}": gradient for name, gradient in gradients.items()},
+            tmp_path / "gradients" / f"step_{number}.safetensors",
+        )
+        for name in ("model.safetensors", "gradient.safetensors", "optimizer.pt"):
+            (checkpoint / name).unlink()
+    assert found(tmp_path / "out") == "huggingface"
+    sources = [tmp_path / "out", tmp_path / "gradients"]
+    # Without optimizer.pt, the rate of the update after the last checkpoint is not saved.
+    sharded, single = ledger_of(tmp_path / "sharded", sources), ledger_of(tmp_path / "single", [folder])
+    assert sharded[:3] == single[:3]
+    assert sharded[3][:2] == single[3][:2]

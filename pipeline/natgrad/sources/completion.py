@@ -81,6 +81,14 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     selected = {name: {t: arrays[name][t] for t in order} for name in logged}
     state = content.optimizer if optimizer else None
     if state is not None:
+        notes += state.notes
+        if state.unread:
+            raise InputError(
+                f"cannot read the state of the optimizer: {state.unread}",
+                where=where(step),
+                why="--include optimizer requests it; parameters and gradients do not need it",
+                remedy="write its file again, or omit --include optimizer",
+            )
         if state.problem:
             raise InputError(
                 f"cannot read the state of the optimizer: {state.problem}",

@@ -348,19 +348,21 @@ class NamedStep:
         return [
             f"{shown(found[0]) if found[0] else 'the file'} was not read"
             + (f", like {len(found) - 1} other objects" if found[1:] else "")
-            + f": its class is {shown(kind)}, which was not imported (to omit this note, list the class under inert in "
-            f"{MAP_FILE})"
+            + f": its class is {shown(kind)}, which was not imported (to omit this note, list the class under inert "
+            f"in {MAP_FILE})"
             for kind, found in keys.items()
         ]
 
     def _lost(self, array: str, prefix: str) -> list[str]:
-        """Return the keys of tensors below a prefix, and the prefix itself, that were not read because of their class.
+        """Return the keys at and below a prefix of what was not read because of its class, but may be a tensor.
 
         Below the root, arrays of known classes count only at the first level: others are states of random generators.
         """
         objects = self._container.objects
         if prefix != ROOT:
-            return [key for key in objects if key == prefix or (objects[key].array and key.startswith(f"{prefix}/"))]
+            return [
+                key for key in objects if key == prefix or (objects[key].array and key.startswith(f"{prefix}/"))
+            ]
         root = optimizer_root(self._container)
         return [
             key
@@ -376,8 +378,8 @@ class NamedStep:
         kind = self._container.objects[lost[0]].kind
         remedy = next(remedy for pattern, remedy in _OBJECT_REMEDIES.items() if re.search(pattern, kind))
         raise InputError(
-            f"{shown(lost[0]) if lost[0] else 'the file'} is an object of {shown(kind)}, but {array}s must be plain "
-            "tensors",
+            f"{shown(lost[0]) if lost[0] else 'the file'} is an object of {shown(kind)}, but {array}s must be "
+            "plain tensors",
             where=where(self._container.step, array),
             why="objects are never imported or executed"
             + (f"; {len(lost) - 1} other objects of this array are not plain tensors either" if lost[1:] else ""),
@@ -485,16 +487,16 @@ class NamedStep:
 
 
 _OBJECT_REMEDIES = {
-    r"DTensor|distributed": "merge the shards into one file of plain tensors before saving (DTensor.full_tensor(), or "
-    "get_model_state_dict with full_state_dict=True; for files of verl: python -m verl.model_merger merge), or save "
-    "them with torch.distributed.checkpoint",
+    r"DTensor|distributed": "merge the shards into one file of plain tensors (DTensor.full_tensor(), or "
+    "get_model_state_dict with full_state_dict=True; for files of verl: python -m verl.model_merger merge), or "
+    "save them with torch.distributed.checkpoint",
     r"sparse": "save dense tensors (tensor.to_dense())",
     r"quant|qtensor|8bit|4bit": "save dequantized tensors (tensor.dequantize())",
     r"^numpy\.": "save tensors (torch.from_numpy(array)) with torch.save, or write .npz files",
     r"": "save plain tensors: model.state_dict() for a model, and torch.Tensor for a subclass of it "
     "(tensor.as_subclass(torch.Tensor))",
 }
-"""What to do about an object in the place of a tensor, by a pattern of its class; the first match applies."""
+"""Remedies for an object in the place of a tensor, by a pattern of its class; the first match applies."""
 
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iter(?:ation)?|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)

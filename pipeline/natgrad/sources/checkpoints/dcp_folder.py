@@ -39,7 +39,7 @@ from natgrad.sources.names import CHECKPOINT, is_step, step_number
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import open_regular
 
-__all__ = ["DCP_KIND", "DcpFolder"]
+__all__ = ["DCP_KIND", "DcpFolder", "holds_dcp"]
 
 _METADATA = ".metadata"
 _EXTRAS = ("meta.pt", "common.pt")
@@ -106,6 +106,11 @@ def _folders(path: Path) -> list[Path]:
         )
     except OSError:
         return []
+
+
+def holds_dcp(path: Path) -> bool:
+    """Return True if a folder is a checkpoint with committed metadata, or contains the parts of one."""
+    return bool(_folders(path))
 
 
 def _state(path: Path) -> str:

@@ -1,4 +1,7 @@
-"""Read output folders of the Hugging Face Trainer: ``checkpoint-<N>/`` with model, optimizer and log history."""
+"""Read folders ``checkpoint-<N>/`` of the Hugging Face Trainer and of accelerate.
+
+The Trainer saves model, optimizer and log history. ``Accelerator.save_state`` saves model and optimizer.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import StepContent
 from natgrad.sources.bounds import JSON_LIMIT, integer, parse_json, read_limited
+from natgrad.sources.checkpoints.dcp_folder import DcpFolder, holds_dcp
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
 from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
@@ -27,6 +31,8 @@ from natgrad.storage import LocalStorage
 __all__ = ["TRAINER_KIND", "TrainerFolder"]
 
 _STATE = "trainer_state.json"
+_ACCELERATE_LAST = "random_states_*.pkl"
+_ACCELERATE = ("optimizer*.bin", "scheduler*.bin")
 
 
 def _number(path: Path) -> int | None:
@@ -38,15 +44,23 @@ def _number(path: Path) -> int | None:
 
 
 def _unfinished(path: Path) -> str:
-    # The Trainer writes this file last.
-    return "" if (path / _STATE).is_file() else f"it has no {_STATE}: it is still being written, or being removed"
+    # The Trainer writes trainer_state.json last, and accelerate the states of the random generators.
+    if (path / _STATE).is_file() or any(path.glob(_ACCELERATE_LAST)):
+        return ""
+    last = _ACCELERATE_LAST if any(any(path.glob(name)) for name in _ACCELERATE) else _STATE
+    return f"it has no {last}: it is still being written, or being removed"
 
 
 def _open(step: LoggedStep, names: Names) -> Container:
     # In stage 3 of ZeRO, the weights may exist only in the checkpoint of DeepSpeed.
     inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
     if len(inner) != 1:
-        return ModelFolder(step, names.inert)
+        # With sharded states, FSDP saves model and optimizer as folders of torch.distributed.checkpoint.
+        return (
+            DcpFolder(step, names.inert)
+            if not holds_model(step.path) and holds_dcp(step.path)
+            else ModelFolder(step, names.inert)
+        )
     inner_step = LoggedStep(step.number, LocalStorage(inner[0]))
     return (
         _WithState(step, inner_step, names) if holds_model(step.path) else DeepSpeedFolder(inner_step, names.inert)
@@ -96,7 +110,7 @@ TRAINER_KIND = Kind(
     "checkpoint-<N>/",
     _number,
     _open,
-    replace(MODEL, keys={**MODEL.keys, "parameter": ("parameter", ROOT)}),
+    replace(MODEL, keys={**MODEL.keys, "parameter": ("parameter", "model", ROOT)}),
     _unfinished,
 )
 
@@ -107,6 +121,7 @@ class TrainerFolder(StepFolder):
     ``checkpoint-N`` is the state after N updates. The loss and learning rate of the next update are those at step
     N + 1 in the log history of the newest checkpoint. The Trainer logs the mean loss since its last entry. It is
     used if it covers one update (``logging_steps=1``), with a note if it is rounded, and ignored otherwise.
+    Checkpoints of accelerate have no log history.
     """
 
     def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
@@ -129,6 +144,8 @@ class TrainerFolder(StepFolder):
 def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
     """Return the entries of the log history by step. If a restart repeated a step, the last entry is used."""
     path = step.path / _STATE
+    if any(step.path.glob(_ACCELERATE_LAST)) and not path.exists():
+        return {}
     try:
         entries = parse_json(read_limited(path, JSON_LIMIT), _STATE)["log_history"]
         return {integer(entry["step"], "a step"): dict(entry) for entry in entries if "loss" in entry}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from natgrad.schema.layout import STORAGE_DTYPES
@@ -37,7 +37,9 @@ _NUMBERS = {
     "momentum": "momentum",
 }
 # Levels are joined by slashes, or by dots if torch flattened the dict of the optimizer.
-_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join(_ARRAYS)}|step|{factors.ENTRY})")
+_QUANTIZED = ("state1", "qmap1", "absmax1")
+"""Keys of bitsandbytes: the first moment in blocks of 8 bits, its code book, and the scale of each block."""
+_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join((*_ARRAYS, *_QUANTIZED))}|step|{factors.ENTRY})")
 _OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *factors.OPTIONS))})")
 _MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
 
@@ -99,6 +101,9 @@ def saved_optimizer(
         None if there is no state. If the state cannot be matched, ``state.problem`` gives the reason.
     """
     root = optimizer_root(container)
+    unread = next((container.unread[key] for key in _ROOTS if key in container.unread), "")
+    if root is None and unread:
+        return SavedOptimizer((), OptimizerState(unread=unread))
     kfac_root, metrics = factors.kfac_metrics(container, parameters, user_options or {})
     saved = None if root is None else _matched(container, root, parameters, trained, order, user_options or {})
     if kfac_root is None or (saved is not None and saved.state.problem):
@@ -118,7 +123,7 @@ def saved_optimizer(
             problem = "weight and bias have different learning rates"
         if problem:
             metrics[tensor] = FactoredMetric("K-FAC", problem=problem)
-    state = OptimizerState(state.arrays, state.numbers, {**state.metrics, **metrics})
+    state = replace(state, metrics={**state.metrics, **metrics})
     return SavedOptimizer((*saved.roots, kfac_root), state, {**saved.keys, **_factor_keys(metrics)})
 
 
@@ -154,8 +159,12 @@ def _matched(
     numbers: dict[str, dict[str, float]] = {}
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
     rule = factors.rule_of(entries.values())
+    quantized: dict[str, list[str]] = {}
     for entry, tensor in owners.items():
         entry_keys, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
+        if encoding := _encoding(container, start, entry, entry_keys):
+            quantized.setdefault(encoding, []).append(tensor)
+            metrics[tensor] = FactoredMetric("quantized", problem=f"its moments are {encoding}")
         counts: dict[str, float] = {}
         for name, key in entry_keys.items():
             if name in _ARRAYS:
@@ -181,7 +190,22 @@ def _matched(
         array: {tensor: container.tensors[key] for tensor, key in array_keys.items()}
         for array, array_keys in keys.items()
     }
-    return SavedOptimizer((root,), OptimizerState(arrays, numbers, metrics), keys | _factor_keys(metrics))
+    notes = tuple(
+        f"the moments of {len(names)} tensors are {encoding}, which are not read: NaN is stored, the first is "
+        f"{names[0]!r}"
+        for encoding, names in quantized.items()
+    )
+    state = OptimizerState(arrays, numbers, metrics, notes=notes)
+    return SavedOptimizer((root,), state, keys | _factor_keys(metrics))
+
+
+def _encoding(container: Container, start: str, entry: str, entry_keys: Mapping[str, str]) -> str:
+    """Return how the moments of an entry are encoded, if not as tensors of floats; empty if they are not."""
+    if any(name in entry_keys for name in _QUANTIZED):
+        return "in 8-bit blocks of bitsandbytes (state1, state2)"
+    objects = container.objects
+    kind = next((objects[key].kind for name in _ARRAYS if (key := f"{start}state/{entry}/{name}") in objects), "")
+    return f"objects of {kind}" if kind else ""
 
 
 @dataclass
@@ -281,6 +305,10 @@ def _owners(
             verb, often = ("matches", " in two ways") if fitting else ("does not match", "")
             optimizer_text = f"{len(flat)} parameters in {len(members)} groups"
             return f"the order of {len(order)} tensors {verb} the {optimizer_text}{often}"
+    if not entries and len(flat) == len(names) and len({tuple(g.options.items()) for g in groups.values()}) == 1:
+        return dict(
+            zip(flat, names, strict=True)
+        )  # before the first update, all have the same options and no state
     by_shape = {parameters[name].shape: name for name in names}
     counts = Counter(parameters[name].shape for name in names)
     if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):

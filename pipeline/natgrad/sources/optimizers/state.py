@@ -126,12 +126,18 @@ class OptimizerState:
         returns the names of the arrays of its factors.
     problem : str
         Why the entries cannot be assigned to tensors. The other attributes are then not set.
+    unread : str
+        Why the saved state cannot be read. The other attributes are then not set.
+    notes : tuple of str
+        Remarks for users who requested the state.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     metrics: Mapping[str, FactoredMetric | RotatedMetric] = field(default_factory=dict)
     problem: str = ""
+    unread: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def readable(self) -> list[str]:
