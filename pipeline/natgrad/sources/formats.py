@@ -210,8 +210,8 @@ _BUILT_IN: dict[str, Format] = {
         ),
         Format(
             "huggingface",
-            "Trainer output folder: checkpoint-<N>/ with model.safetensors or pytorch_model.bin, single or sharded, or "
-            "shards of FSDP; also folders checkpoint-<N>/ of accelerate's save_state",
+            "Trainer output folder: checkpoint-<N>/ with model.safetensors or pytorch_model.bin, single or sharded,"
+            " or shards of FSDP; also folders checkpoint-<N>/ of accelerate's save_state",
             "parameters, learning_rate; loss if logging_steps=1 (a mean over the batches of the update, rounded "
             "to 4 decimals before transformers 5); gradients if there is a gradient.safetensors; optimizer "
             "state (--include optimizer, with the parameter order in natgrad.toml); out of core",

@@ -348,15 +348,15 @@ class NamedStep:
         return [
             f"{shown(found[0]) if found[0] else 'the file'} was not read"
             + (f", like {len(found) - 1} other objects" if found[1:] else "")
-            + f": its class is {shown(kind)}, which was not imported (to omit this note, list the class under inert "
-            f"in {MAP_FILE})"
+            + f": its class is {shown(kind)}, which was not imported (to omit this note, list the class under "
+            f"inert in {MAP_FILE})"
             for kind, found in keys.items()
         ]
 
     def _lost(self, array: str, prefix: str) -> list[str]:
         """Return the keys at and below a prefix of what was not read because of its class, but may be a tensor.
 
-        Below the root, arrays of known classes count only at the first level: others are states of random generators.
+        Below the root, arrays of known classes count at the first level only: others are random states.
         """
         objects = self._container.objects
         if prefix != ROOT:
