@@ -49,12 +49,30 @@ RULES = {
     "a relative clause without its noun": r"; of an? \w+ that\b",
     "a sentence that starts with 'Who'": r"(?:^|[.:] )Who \w+s? (?:has|is|opens|writes|waits|asks)\b",
     "'thereof', 'whereof'": r"\b(?:there|where)of\b",
+    "'give' as an instruction; write 'use', 'pass' or 'set'": (
+        r"(?:^|[,;:] (?:or |and )?|\bor )give (?:a|an|the|at|both|another|other|finite|it|its|them)\b"
+    ),
+    "'of its own'; write 'its own ...' or 'separate'": r"\bof (?:its|their) own(?! (?!module\b)[a-z])",
+    "'largest number of'; write 'maximum number of'": r"\blargest number of\b",
+    "'name to value'; write 'value by name'": (
+        r"\b(?:name|quantity|array) of each \w+ to\b|(?:^|\. )Quantity to\b|\bsame names to\b"
+    ),
+    "'left out'; write 'omitted', 'excluded' or 'skipped'": r"\bleft out\b|\bleaves? out\b",
+    "'goes on'; write 'continues'": r"\b(?:goes|go|went|gone|going) (?:on|past)\b(?! to\b)",
+    "'at once'; write 'immediately', 'together' or 'at a time'": r"\bat once\b",
+    "'takes the place of'; write 'replaces'": r"\btak(?:es?|ing) (?:the|its|their) places?\b|\bin place of\b",
+    "'does not answer'; write 'does not respond'": r"\bdo(?:es)? not answer\b",
 }
 _COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in RULES.items()}
 _COMPILED["a sentence that starts with 'Who'"] = re.compile(RULES["a sentence that starts with 'Who'"])
 
 EXCLUDED = (".ci/check_language.py", "tests/docs/test_language.py")
 """Files that quote the rejected phrases."""
+
+_JOINED_HEADING = re.compile(
+    r"^[ ]*(?:Attributes|Examples|Notes|Parameters|Raises|References|Returns|Yields) -{3,} \S", re.MULTILINE
+)
+"""A heading of a docstring on the same line as the text that follows it, for example after wrapping lines."""
 
 FIRST_WORDS = re.compile(r"(?:Whether|What|Of|Who|Which|How)\b")
 """Words that a docstring must not start with: its summary starts with a verb or names a thing."""
@@ -72,6 +90,8 @@ def findings(text: str, *, docstring: bool = False) -> list[str]:
     """
     joined = re.sub(r"\s+", " ", re.sub(r"``[^`]*``|`[^`]*`", "x", text)).strip()
     found = [name for name, pattern in _COMPILED.items() if pattern.search(joined)]
+    if _JOINED_HEADING.search(text):
+        found.append("a heading on the line of its text")
     if docstring and FIRST_WORDS.match(joined):
         found.append(f"a docstring that starts with {joined.split()[0]!r}")
     return found

@@ -54,7 +54,7 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def package_imports() -> dict[str, set[str]]:
-    """Return the packages that each package of ``natgrad`` imports, itself left out."""
+    """Return the packages that each package of ``natgrad`` imports, except itself."""
     graph: dict[str, set[str]] = {}
     for name, path in modules().items():
         package = package_of(name)

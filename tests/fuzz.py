@@ -316,7 +316,7 @@ MUTATIONS = st.lists(
 
 
 def mutate(content, mutations, protected=()):
-    """Apply mutations to bytes; those that would change a protected range are left out."""
+    """Apply mutations to bytes; those that would change a protected range are omitted."""
     damaged = bytearray(content)
     for kind, first, second in mutations:
         if not damaged:
@@ -536,7 +536,7 @@ def fuzz(parser, *, seconds=None, cases=None, first_seed=0):
 
 
 def main():
-    """Run parsers in processes of their own, because a library may crash, and print their counts."""
+    """Run parsers in separate processes, because a library may crash, and print their counts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parser", action="append", choices=PARSERS, help="parsers to run; all by default")
     parser.add_argument("--seconds", type=float, default=600, help="time for each parser")

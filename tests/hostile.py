@@ -620,4 +620,4 @@ HARMLESS = {
     "hdf5, dataset that was never written": "never written",
     "hdf5, dataset without data": "never written",
 }
-"""Logs whose harmful part is left out, and what the notes of the step state about it."""
+"""Logs whose harmful part is omitted, and what the notes of the step state about it."""

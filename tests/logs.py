@@ -98,10 +98,10 @@ def walk_arrays(rows, elements, dtypes=None, seed=0):
 
 
 def write_trajectory(path, arrays, shapes, chunk, compressors=None):
-    """Write a trajectory store in any chunks, in place of one that is there, and return its path.
+    """Write a trajectory store with any chunks, replacing an existing one, and return its path.
 
-    ``arrays`` are as of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps, elements),
-    ``compressors`` maps arrays to codecs. A replicate is an array of its own.
+    ``arrays`` are like the result of `walk_arrays`, ``shapes`` maps tensor names to shapes, ``chunk`` is (steps,
+    elements), and ``compressors`` maps arrays to codecs. Each replicate is a separate array.
     """
     dtypes = {replicate_of(name)[0]: array.dtype.name for name, array in arrays.items()}
     replicates = sum(replicate_of(name)[0] == REPLICATE_PARAMETER for name in arrays)

@@ -196,7 +196,7 @@ def sample(count, seed, modules):
 
 
 class Changed(importlib.machinery.SourceFileLoader):
-    """Finder and loader of a mutant in place of its module."""
+    """Finder and loader of a mutant instead of its module."""
 
     def __init__(self, changed):
         super().__init__(f"natgrad.{changed.module}", str(path_of(changed.module)))

@@ -184,7 +184,7 @@ def test_declarations_of_options_are_found(program, found):
 
 
 def test_options_of_commands_are_declared_in_the_model_alone():
-    # `natgrad.experiments` is a program of its own, and the model's declarations are calls of another `Option`.
+    # `natgrad.experiments` is a separate program, and the model's declarations are calls of another `Option`.
     commands = [name for name in MODULES if generate.package_of(name) in ("app", "natgrad_flows")]
     found = {
         name: typer_declarations(MODULES[name].read_text()) for name in commands if name != "natgrad.app.options"
@@ -205,7 +205,7 @@ def test_only_the_flows_import_prefect():
 
 
 def loaded_after(statement):
-    """Top-level names of the modules that are loaded after a statement, in a process of its own."""
+    """Top-level names of the modules that are loaded after a statement, in a separate process."""
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     return set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -314,7 +314,7 @@ class Uses(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Constant(self, node):
-        # Programs that tests run in processes of their own.
+        # Programs that tests run in separate processes.
         if isinstance(node.value, str) and "import" in node.value and "natgrad" in node.value:
             self.found |= uses(node.value) or set()
 

@@ -327,7 +327,7 @@ def try_to_work(log, out):
 
 
 def race(folder, rounds, seed):
-    """Start two writers at once; return how each ended, and how many stores differ from that of one writer."""
+    """Start two writers together; return how each ended, and how many stores differ from that of one writer."""
     log, alone = folder / "log", folder / "alone"
     write_log(log, random_walk(STEPS, TENSORS, seed=seed))
     answer(try_to_work, log, alone)

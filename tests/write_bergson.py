@@ -1,4 +1,4 @@
-"""Train two tiny models and have Bergson build gradient stores of their states: in a process of its own, as it is.
+"""Train two tiny models, and let Bergson build gradient stores of their states, in a separate process.
 
 Usage: write_bergson.py FOLDER
 

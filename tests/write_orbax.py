@@ -1,7 +1,8 @@
 """A training job that saves checkpoints with Orbax.
 
-Run as ``python write_orbax.py STATES ...``: saves the states in each pickle with each of the managers below, into a
-folder of its name in one of that of the pickle. A process of its own, because JAX does not bear to be forked.
+Run as ``python write_orbax.py STATES ...``. It saves the states in each pickle with each of the managers below, in
+a folder named after the manager, below a folder named after the pickle. It runs in a separate process, because JAX
+must not be forked.
 """
 
 import pickle

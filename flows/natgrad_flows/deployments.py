@@ -123,7 +123,7 @@ def deployments(root: options.Root, out: options.RunsFolder, values: Mapping[str
         raise InputError(
             f"--cron {cron!r} is not a schedule in cron syntax",
             where="option cron",
-            remedy="give five fields (minute, hour, day of the month, month, day of the week), for example "
+            remedy="use five fields (minute, hour, day of the month, month, day of the week), for example "
             "'*/10 * * * *' for every ten minutes",
         ) from error
     folders = {"root": require_local(root, "ROOT"), "out": require_local(out, "OUT")}
@@ -180,7 +180,7 @@ def _require_server() -> None:
         problem = client.api_healthcheck()
     if problem is not None:
         raise InputError(
-            f"the Prefect server does not answer: {problem}",
+            f"the Prefect server does not respond: {problem}",
             where=address,
             why="it is not running, or the address is wrong",
             remedy=remedy,

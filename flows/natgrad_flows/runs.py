@@ -208,8 +208,8 @@ def _analyzed(out: options.Out, analysis: Analysis) -> dict[str, Any]:
 def process_run(source: options.Source, out: options.Out, **values: Unpack[ProcessParameters]) -> Any:
     """Ingest, analyze and report a run, and record the outcome in OUT.
 
-    If another flow is working on this OUT, the flow run ends at once in the state ``Skipped``. If the process of an
-    earlier flow run died, that flow run is marked as crashed, and this one continues its work.
+    If another flow is working on this OUT, the flow run ends immediately in the state ``Skipped``. If the process
+    of an earlier flow run died, that flow run is marked as crashed, and this one continues its work.
 
     Parameters
     ----------

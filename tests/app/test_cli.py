@@ -238,7 +238,7 @@ def test_a_nan_gradient_is_processed_with_a_warning(tmp_path):
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--memory-limit", "plenty"], "'plenty' is not an amount of memory"),
         (["--memory-limit", "1MiB"], "raise --memory-limit"),
-        (["--scheduler", "tcp://127.0.0.1:9"], "does not answer"),
+        (["--scheduler", "tcp://127.0.0.1:9"], "does not respond"),
         (["--format", "tape"], "unknown value 'tape' for --format"),
         (["--no-such-option"], "No such option"),
     ],

@@ -1,6 +1,6 @@
 """A pass over several hosts: network namespaces on one machine, with a bridge between them and a shared disk.
 
-The test itself is on the host ``client``; the scheduler and every worker are on hosts of their own.
+The test itself is on the host ``client``; the scheduler and every worker are on separate hosts.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ from servers import PrefectServer, free_port, kill, process, wait_for
 
 @pytest.fixture(scope="module")
 def postgresql():
-    """PostgreSQL on a port of its own; gives the address of a database."""
+    """Start PostgreSQL on a free port, and yield the address of a database."""
     programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     port, user = free_port(), {"user": "postgres"} if os.geteuid() == 0 else {}
     # Not in the folder of all tests: pytest closes that to other users whenever it is started.
@@ -58,7 +58,7 @@ def append(root, number):
     write_step(root / "run", number, random_walk(number + 1)[number])
 
 
-# Deployments have names of their own: a flow that died with its test keeps the place of its own for minutes.
+# Each test uses its own deployment names, because a flow that died with its test keeps its slot for minutes.
 
 
 def test_a_served_schedule_outlives_its_server(server, root, tmp_path):

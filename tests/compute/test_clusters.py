@@ -33,7 +33,7 @@ from natgrad.store import open_ledger
 from servers import free_port, kill, process, wait_for
 
 SBATCH = """#!/bin/sh
-# Slurm as far as a job of Dask can tell: the job runs in a session of its own, and its number is printed.
+# A stub of Slurm for Dask's jobs: the job runs in a separate session, and its number is printed.
 cp "$1" "$STUB/script"
 cp "$1" "$STUB/script-$$"  # as Slurm does: Dask removes its own
 setsid sh "$STUB/script-$$" > /dev/null 2>&1 &
@@ -418,7 +418,7 @@ def test_a_pass_over_tls_uses_the_certificates_of_the_configuration_of_dask(tmp_
     }
     address = f"tls://127.0.0.1:{port}"
     with scheduler(port, tmp_path, "--protocol", "tls", *options), worker(address, tmp_path, *options):
-        with pytest.raises(Unavailable, match="does not answer"):
+        with pytest.raises(Unavailable, match="does not respond"):
             list(executors.existing_cluster(address)(None, [None], dict))
         with dask.config.set({f"distributed.comm.tls.{key}": value for key, value in tls.items()}):
             assert run_pass(tmp_path, arrays, executors.existing_cluster(address)) == expected

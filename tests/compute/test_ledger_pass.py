@@ -131,7 +131,7 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
 
 
 def halo_repeated(located, boundaries):
-    """`Trajectory.locate` that gives the last row of a ledger chunk in place of the halo."""
+    """`Trajectory.locate` that returns the last row of a ledger chunk instead of the halo."""
 
     def mutant(self, name, start, stop, column):
         descriptors, offsets = located(self, name, start, stop, column)
@@ -285,7 +285,7 @@ def test_a_killed_worker_is_replaced_and_the_bits_are_the_same(tmp_path, cluster
         client.wait_for_workers(2, timeout=60)
         worker = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
         doomed = client.run(os.getpid, workers=[worker])[worker]
-        # A stopped process takes tasks and finishes none, so it is killed with tasks of its own.
+        # A stopped process takes tasks and finishes none, so it is killed while it has tasks.
         os.kill(doomed, signal.SIGSTOP)
         assigned = []
 
@@ -501,7 +501,7 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, address):
         bound.bind(("127.0.0.1", 0))  # taken, and nobody listens
         address = address.format(port=bound.getsockname()[1])
         executor = executors.existing_cluster(address, connect_seconds=0.2)
-        with pytest.raises(InputError, match=r"the Dask scheduler does not answer: \w") as caught:
+        with pytest.raises(InputError, match=r"the Dask scheduler does not respond: \w") as caught:
             ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), executor=executor)
     assert caught.value.where == address
     assert "--scheduler" in caught.value.remedy
@@ -626,7 +626,7 @@ def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
         assert (f"{len(computed)} of these updates are missing from the ledger" in caplog.text) == (done > 0)
         done = stop
     assert summary.plan.updates_per_chunk == 6  # as of the first steps
-    at_once, _ = ledger_of(tmp_path / "at once", arrays)
+    at_once, _ = ledger_of(tmp_path / "together", arrays)
     assert bits(ledger) == bits(at_once)
 
 
@@ -654,7 +654,7 @@ def test_a_process_killed_in_a_growing_ledger_chunk_keeps_its_older_updates(tmp_
     with pytest.raises(InputError, match="updates 18 to 22 are missing"):
         open_ledger(ledger).read()
     assert compute_small(tmp_path / "trajectory.zarr", ledger).computed_updates == 3
-    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+    assert bits(ledger) == bits(ledger_of(tmp_path / "together", arrays)[0])
 
 
 @pytest.mark.parametrize("array", ["gram", "residual_ratio"])
@@ -667,7 +667,7 @@ def test_a_ledger_chunk_with_damaged_updates_is_not_continued(tmp_path, caplog, 
     summary = compute_small(tmp_path / "trajectory.zarr", ledger)
     assert (summary.computed_chunks, summary.computed_updates) == (1, 4)
     assert "checksum mismatch" in caplog.text
-    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+    assert bits(ledger) == bits(ledger_of(tmp_path / "together", arrays)[0])
 
 
 def read_ledger(path):
@@ -706,7 +706,7 @@ def test_a_ledger_chunk_of_other_states_is_not_continued(tmp_path, state, comput
     summary = compute_small(tmp_path / "trajectory.zarr", ledger)
     # State 18 is the last of one ledger chunk and the first of the next, and state 19 was the last of all.
     assert (summary.computed_chunks, summary.computed_updates) == computed
-    assert bits(ledger) == bits(ledger_of(tmp_path / "at once", arrays)[0])
+    assert bits(ledger) == bits(ledger_of(tmp_path / "together", arrays)[0])
 
 
 def test_the_ledger_of_a_replaced_trajectory_is_not_used_for_the_new_one(tmp_path):

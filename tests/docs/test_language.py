@@ -115,6 +115,23 @@ EXAMPLES = [
 """Rejected texts, and how to write them."""
 
 
+EXAMPLES += [
+    ("give a smaller learning rate, or use the method exponential", "use a smaller learning rate"),
+    ("--map KEY, or give the log that contains it", "--map KEY, or pass the log that contains it"),
+    ("Number of tensors with curves of their own", "Number of tensors that are drawn separately"),
+    ("Largest number of threads.", "Maximum number of threads."),
+    ("Name of each tensor to its value", "Value of each tensor, by name"),
+    ("the same names to the gradient", "the gradient, with the names of the parameters"),
+    ("2 steps are left out", "2 steps are omitted"),
+    ("It then goes on without the step", "It then continues without the step"),
+    ("contiguous states are read at once", "contiguous states are read together"),
+    ("a number in place of a name", "a number instead of a name"),
+    ("A lock file takes their place.", "A lock file replaces them."),
+    ("the scheduler does not answer", "the scheduler does not respond"),
+    ("Return it.\n\n    Notes ----- It is short.", "Return it.\n\n    Notes\n    -----\n    It is short."),
+]
+
+
 @pytest.mark.parametrize(("rejected", "accepted"), EXAMPLES)
 def test_rejected_phrases_are_found_and_their_replacements_are_not(rejected, accepted):
     assert check_language.findings(rejected, docstring=True)

@@ -19,7 +19,7 @@ def test_every_service_depends_on_services_and_mounts_volumes_that_are_there():
     for service in COMPOSE["services"].values():
         assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])
         for volume in service.get("volumes", ()):
-            # With a default a variable has a colon of its own.
+            # A variable with a default contains a colon.
             source = re.sub(r"\$\{.*?\}", "/host", volume).partition(":")[0]
             assert source.startswith("/") or source in COMPOSE["volumes"]
 

@@ -95,7 +95,7 @@ def test_bad_input_fails_at_once_with_its_message(tmp_path):
     assert task_runs()["ingest bad"].run_count == 1
     (told,) = artifacts("failed-bad")
     assert "**bad**: there are no step files" in told
-    assert "- do: give the folder" in told
+    assert "- do: pass the folder" in told
 
 
 def _empty(folder):

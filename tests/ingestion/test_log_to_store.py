@@ -640,14 +640,14 @@ def test_a_second_writer_is_rejected_but_readers_are_not(log, store):
                 ingest(log, store, overwrite=overwrite)
             assert caught.value.where == str(store)
         assert_holds(store, states)
-        first.communicate("go on\n")
+        first.communicate("continue\n")
     assert first.returncode == 0
     assert ingest(log, store).new_steps == 0
 
 
-# Runs an ingest again and again in processes of its own, kills each, and lets another finish its work. A process
-# is a fork: Zarr starts its threads in it, and nothing has to be imported again. What happens in it is counted by
-# the changes that it makes to files, and it is killed before one of them or after a delay.
+# Runs an ingest repeatedly in separate processes, kills each, and lets another process finish the work. A process
+# is a fork, so Zarr starts its threads in it, and nothing has to be imported again. The process counts its changes
+# to files, and is killed before one of them or after a delay.
 KILLED_INGESTS = """
 import os, signal, sys, time
 from pathlib import Path

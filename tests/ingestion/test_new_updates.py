@@ -77,7 +77,7 @@ def assert_same(found, expected):
 
 
 def alone(folder, states, numbers, ingest=ingest_run, **options):
-    """Results of steps that are a run of their own."""
+    """Return the results of steps that are processed as a separate run."""
     log_steps(folder / "log", states, numbers)
     ingest(folder / "log", folder / "out")
     analyze_run(folder / "out", Analysis(workers=1, **options))

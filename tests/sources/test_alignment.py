@@ -96,7 +96,7 @@ def test_shifting_a_log_back_gives_the_original_run(tmp_path, by, caplog):
     assert list(found) == [step for step in logged if step + by in logged]
     assert all(found[step] == expected[step] for step in found)
     assert "steps of" in caplog.text
-    assert "are left out" in caplog.text
+    assert "are omitted" in caplog.text
 
 
 def test_a_shift_of_scalars_drops_no_state(tmp_path):

@@ -412,7 +412,7 @@ def test_modules_are_found_under_the_only_common_prefix(run, tmp_path):
     shapes |= {f"small.{module}.weight": (2, 2) for module in GPT2} | {"small.h.0.attn.c_proj.weight": (8, 8)}
     read, notes = gradients_of([parameters(tmp_path / "others", shapes), run[1]], 0)
     assert read.keys() == {f"{module}.weight" for module in GPT2}
-    assert any("4 tensors have no gradient and are left out: 'small." in note for note in notes)
+    assert any("4 tensors have no gradient and are omitted: 'small." in note for note in notes)
 
 
 def test_a_bias_must_match_its_parameter(other, tmp_path):

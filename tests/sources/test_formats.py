@@ -376,7 +376,7 @@ def test_chunks_that_overlap_are_refused(tmp_path):
     metadata.storage_data[metadata_types.MetadataIndex(WEIGHT, torch.Size((20, 0)))] = info
     (folder / "step-0" / ".metadata").write_bytes(pickle.dumps(metadata))
     assert "at the same position" in refusal(folder).what
-    # The same bytes at a position of their own.
+    # The same bytes at another position.
     data = folder / "step-0" / info.relative_path
     content = data.read_bytes()
     data.write_bytes(content + content[info.offset : info.offset + info.length])
@@ -567,7 +567,7 @@ def test_steps_missing_in_one_source_are_left_out_with_a_warning(tmp_path, caplo
     (checkpoints / "checkpoint_4.pt").unlink()
     ingest([checkpoints, gradients], tmp_path / "trajectory.zarr")
     assert open_trajectory(tmp_path / "trajectory.zarr").n_states == 3
-    assert f"2 steps of {gradients} are left out" in caplog.text
+    assert f"2 steps of {gradients} are omitted" in caplog.text
 
 
 def test_two_sources_with_parameters_are_refused(tmp_path):

@@ -121,7 +121,7 @@ def test_a_truncated_file_yields_the_complete_records(copy):
         found, notes = read_all(read_wandb, copy)
         assert found == whole[: len(found)]
         assert len(notes) <= 1
-        assert length in ends_of_records or "is truncated and left out" in notes[0]
+        assert length in ends_of_records or "is truncated and omitted" in notes[0]
 
 
 @pytest.mark.parametrize("room", range(8))
@@ -164,7 +164,7 @@ def test_a_changed_byte_is_detected(copy, tmp_path):
     ends = ends_of_fragments(body)
     heads = {end + by for end in (len(WANDB_START), *ends[:-1]) for by in range(9)}
     positions = sorted({*heads, *random.Random(0).sample(range(8, len(body)), 100)})
-    messages = "checksum|crosses the end|not valid there|no fragment fits|in place of a fragment"
+    messages = "checksum|crosses the end|not valid there|no fragment fits|instead of a fragment"
     for position in (p for p in positions if p < len(body)):
         damaged = bytearray(body)
         damaged[position] ^= 4

@@ -179,7 +179,7 @@ def test_a_quota_exceeded_at_any_call_keeps_commits(tmp_path, log, monkeypatch, 
     assert content(out) == content(tmp_path / "once")
 
 
-# Several files at once ---------------------------------------------------------------------------------------
+# Several files together --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 100])

@@ -48,7 +48,7 @@ def content(folder):
 
 @pytest.fixture(scope="module")
 def both(s3_server, tmp_path_factory):
-    """A run that was processed, went on and was processed again, in a folder and in an object store."""
+    """A run that was processed, continued and processed again, in a folder and in an object store."""
     folder = tmp_path_factory.mktemp("both")
     states = logs.with_replicates(logs.random_walk(STEPS))
     log = logs.write_log(folder / "log", states[: STEPS * 2 // 3])
@@ -271,7 +271,7 @@ class Counted(ObjectStorage):
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-# Each process dies after another request than the one before, and each goes on where that one was stopped.
+# Each process dies after a different request, and continues where the previous one stopped.
 for count in map(int, sys.argv[3:]):
     child = os.fork()
     if not child:

@@ -676,7 +676,7 @@ def test_a_store_of_another_kind_is_neither_opened_nor_removed(tmp_path, kind):
 
 
 def with_version(path, version):
-    """Give a store another layout version, or none."""
+    """Set another layout version of a store, or remove it."""
     document = json.loads((path / "zarr.json").read_text())
     group = document["attributes"]["natgrad"]
     assert group.pop("version") == LAYOUT_VERSION

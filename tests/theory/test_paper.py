@@ -126,7 +126,7 @@ def test_the_canonical_form_is_the_only_form(given_metric):
         tolerance = 8 * size * U / exact_cosine(y, update) * float(greatest)
         if size > 1:
             assert form.rest_eigenvalue_min() == pytest.approx(float(min(values)), abs=tolerance)
-        # The other way round: the rest's eigenvectors are the u_i of eq. (6), and give the matrix back.
+        # Conversely, the eigenvectors of the remainder are the u_i of eq. (6), and reproduce the matrix.
         along = [abs(dot(turn[:, k], update)) / mp.norm(update) for k in range(size)]
         kept = sorted(range(size), key=lambda k: along[k])[: size - 1]
         if size > 1 and max(along[k] for k in kept) < mpf(10) ** -40:

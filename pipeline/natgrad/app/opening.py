@@ -1,6 +1,6 @@
 """Define the public functions that open the stores of a run.
 
-They have a module of their own, because the return type of `open_results` requires xarray, which `natgrad.inspect`
+They are in a separate module, because the return type of `open_results` requires xarray, which `natgrad.inspect`
 and `natgrad.verify` do not load.
 """
 

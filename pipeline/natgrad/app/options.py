@@ -81,7 +81,7 @@ class Option:
     default : object
         Value if the option is not set.
     unset : str
-        Meaning of the default in words, for help texts.
+        Description of the default, for help texts.
     flag : str
         Name on the command line. Default: the name with two leading dashes.
     metavar : str, optional
@@ -416,7 +416,7 @@ def _scheduler_address(address: str) -> str:
         raise InputError(
             f"{address!r} is not the address of a Dask scheduler",
             where="option scheduler",
-            remedy="give its protocol, host and port, for example tcp://host:8786",
+            remedy="use protocol, host and port, for example tcp://host:8786",
         )
     return address
 
@@ -616,7 +616,7 @@ class FollowOptions(TypedDict, total=False):
     gap_timeout: Annotated[
         float,
         Option(
-            "Seconds for which {follow} waits for a missing step while later ones are logged. It then goes on "
+            "Seconds for which {follow} waits for a missing step while later ones are logged. It then continues "
             "without the step, with a warning. Steps that the run has removed are not waited for.",
             60.0,
             metavar="SECONDS",

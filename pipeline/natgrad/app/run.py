@@ -120,7 +120,7 @@ class Analysis:
         InputError
             If the memory limit is too low, or a cluster cannot be started.
         Unavailable
-            If the scheduler does not answer.
+            If the scheduler does not respond.
         """
         # The pass itself refuses a trajectory without updates.
         if shape.states > 1 and shape.layout.elements:
@@ -135,7 +135,7 @@ class Analysis:
         InputError
             If the package or the configuration of the cluster is missing.
         Unavailable
-            If the scheduler does not answer.
+            If the scheduler does not respond.
         """
         if self.scheduler is not None:
             executors.require_scheduler(self.scheduler)
@@ -295,7 +295,7 @@ def report_run(
             raise InputError(
                 "the page must be a file, but it is a folder",
                 where=str(page),
-                remedy=f"give the name of a file, for example {page / 'report.html'}",
+                remedy=f"use the name of a file, for example {page / 'report.html'}",
             )
         try:
             return Report(report=str(report.write_report(_trees(named), page)))
@@ -328,7 +328,7 @@ def _compute_results_again(folder: RunFolder, error: InputError) -> None:
 def _named(outs: Sequence[Location] | Mapping[str, Location]) -> dict[str, Location]:
     """Name runs after their folders, or after their complete locations if two folders have the same name."""
     if not outs:
-        raise InputError("no run is given", where="OUT", remedy="give the folder of one run or of several")
+        raise InputError("no run was specified", where="OUT", remedy="pass the folders OUT of one or more runs")
     if isinstance(outs, Mapping):
         return dict(outs)
     names = [open_storage(out).absolute().name for out in outs]

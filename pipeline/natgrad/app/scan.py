@@ -135,7 +135,7 @@ def check_folders(root: Location, out: Location, store: str | None = None) -> tu
     found, local_out = require_local(root, "ROOT"), require_local(out, "OUT")
     if not found.is_dir():
         raise InputError(
-            "no such folder", where=str(found), remedy="give the folder below which the runs are logged"
+            "no such folder", where=str(found), remedy="pass the folder below which the runs are logged"
         )
     open_out(local_out, kind=store)
     return found, local_out
@@ -345,7 +345,7 @@ def only_processor(out: Location) -> Iterator[None]:
         raise Busy(
             "another process is working on this run",
             where=str(out),
-            why="two scans found the run, or it was also started by hand",
+            why="two scans found the run, or it was also started manually",
             remedy="no action is needed: the other process continues, and the next scan processes later steps",
         ) from error
     try:
@@ -442,7 +442,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
     InputError
         If an option or a folder is not valid.
     Unavailable
-        If a run changed, and the scheduler does not answer.
+        If a run changed, and the scheduler does not respond.
     """
     analysis = Analysis.of(values)
     found = find_runs(root, out, sweep=values["sweep"], store=values["store"])
@@ -510,7 +510,7 @@ def scan(root: options.Root, out: options.RunsFolder, **values: Unpack[options.S
     InputError
         If an option is not valid, or ROOT is not a folder.
     Unavailable
-        If a run changed, and the scheduler does not answer.
+        If a run changed, and the scheduler does not respond.
     """
     return scan_root(root, out, values, _process_here)
 

@@ -279,6 +279,6 @@ def memory_bytes(amount: str) -> int:
             where="option memory_limit",
             why="an amount is a number of bytes, or a number and a unit (kB, MB, GB, KiB, MiB, GiB), and at least "
             "one byte",
-            remedy="give, for example, --memory-limit 512MiB or --memory-limit 2GB",
+            remedy="use, for example, --memory-limit 512MiB or --memory-limit 2GB",
         )
     return parsed

@@ -126,7 +126,7 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
     Parameters
     ----------
     workers : int
-        Largest number of threads or processes.
+        Maximum number of threads or processes.
     memory_limit : int, optional
         Bytes of each process.
     """
@@ -187,7 +187,7 @@ def existing_cluster(
     Raises
     ------
     Unavailable
-        If the scheduler does not answer or is lost during the pass, if there is no worker for the tasks, or if the
+        If the scheduler does not respond or is lost during the pass, if there is no worker for the tasks, or if the
         workers of a task die repeatedly. Finished ledger chunks are kept.
     """
 
@@ -251,7 +251,7 @@ def _connected(address: str, connect_seconds: float) -> Any:
         return Client(address, timeout=connect_seconds, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: TLS without certificates
         raise Unavailable(
-            f"the Dask scheduler does not answer: {getattr(error, 'strerror', None) or error}",
+            f"the Dask scheduler does not respond: {getattr(error, 'strerror', None) or error}",
             where=address,
             why="it is not running, the address is wrong, or it requires TLS",
             remedy="start a scheduler (dask scheduler) and pass its address, or omit --scheduler",

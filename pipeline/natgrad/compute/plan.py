@@ -37,7 +37,7 @@ class PlanLimits:
     least_tile_bytes : int
         Smallest number of bytes that a task reads, if a small run is divided into tasks for several workers.
     most_tiles : int
-        Approximate largest number of tiles of a pass, for any size of run. A scheduler keeps a record of each.
+        Approximate maximum number of tiles of a pass, for any size of run. A scheduler keeps a record of each.
     chunks_of_small_run, tasks_of_small_run : int
         Approximate numbers of ledger chunks and tasks of a run whose tasks would read less than ``tile_bytes``.
     ledger_bytes : int
@@ -66,8 +66,8 @@ class PlanLimits:
         Smallest size of a pass that uses worker processes. A smaller pass takes less time than the processes take
         to start, which is a second or more on every core.
     most_threads : int
-        Largest number of threads of one process. Each needs the interpreter for a twentieth of its time (to open
-        files), so this many threads rarely wait.
+        Maximum number of threads of one process. Each needs the interpreter for a twentieth of its time (to open
+        files), so up to this number, threads rarely wait.
     """
 
     tile_bytes: int = 512 * MEBIBYTE
@@ -180,7 +180,7 @@ def read_blocks(first: int, stop: int, elements: int) -> Iterator[tuple[int, int
     first, stop : int
         Elements of the column.
     elements : int
-        Largest number of elements of a read block, see `PlanLimits.read_block_elements`.
+        Maximum number of elements of a read block, see `PlanLimits.read_block_elements`.
 
     Examples
     --------

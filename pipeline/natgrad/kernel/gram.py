@@ -252,8 +252,8 @@ def _improved(c: float, dd: float, rd: float, rr: float) -> float:
 
 
 _ATTEMPTS = 3
-"""Number of times that a segment is summed at most: with the ratio of a sample, with the ratio that the sums give,
-and with the ratio of all elements. The latter is needed if the first ratio is 1e16 times as large as the best."""
+"""Maximum number of times that a segment is summed: with the ratio of a sample, with the ratio from the sums, and
+with the ratio of all elements. The last one is needed if the first ratio is 1e16 times as large as the best."""
 
 
 @inner()

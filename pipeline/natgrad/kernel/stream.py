@@ -48,7 +48,7 @@ def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
 def _read_states(
     descriptors: Any, offsets: Any, first: int, stop: int, shift: int, size: int, stride: int, address: Any
 ) -> int:
-    """Read a part of each state to addresses ``stride`` bytes apart; contiguous complete states are read at once.
+    """Read a part of each state to addresses ``stride`` bytes apart; contiguous complete states are read together.
 
     Returns the first state that cannot be read, or -1 if all were read.
     """

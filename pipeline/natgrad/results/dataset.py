@@ -361,7 +361,7 @@ def read(storage: Storage) -> xr.DataTree:
 def exist(storage: Storage) -> bool:
     """Return True if there are results.
 
-    In an object store, results without their root document are being replaced. A folder is replaced at once, so its
+    In an object store, results without their root document are being replaced. A folder is replaced atomically, so
     results without a root document are damaged.
     """
     return storage.exists() if storage.local_path is not None else (storage / "zarr.json").exists()

@@ -660,7 +660,7 @@ def _mean_update(gram: Array, size: NDArray[np.int64], rate: Array, weights: Arr
     small = np.full((*gram.shape[:-2], 4, 4), np.nan)
     small[..., :3, :3] = blocks @ gram[..., :known, :known] @ np.swapaxes(blocks, -1, -2)
     if gram.shape[-1] > known:
-        # Matrix by matrix, not all updates at once, so that the bits do not depend on the number of updates.
+        # Matrix by matrix, not all updates together, so that the bits do not depend on the number of updates.
         mean = np.concatenate([[weights.sum()], moved])[:, None]
         small[..., :3, 3] = (blocks @ gram[..., :known, known:] @ mean)[..., 0]
         small[..., 3, :3] = small[..., :3, 3]

@@ -21,7 +21,7 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     """Return the part of a step that can be processed: parameters and gradients of the same tensors, in one order.
 
     Tensors are sorted by name, with numbers in names compared by value, because no other order is the same in all
-    formats. Tensors that share memory are counted once. Tensors of a full model that have no gradient are left out,
+    formats. Tensors that share memory are counted once. Tensors of a full model that have no gradient are omitted,
     with a note. If the optimizer is requested, its arrays are included for the tensors that have a state.
 
     Raises
@@ -43,7 +43,7 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
                         "most checkpoints contain no gradients",
                     )
                 ),
-                remedy=f"specify their key (--map {array}=KEY), or give the log that contains them as an "
+                remedy=f"specify their key (--map {array}=KEY), or pass the log that contains them as an "
                 "additional SOURCE",
             )
     notes = list(content.notes)
@@ -65,11 +65,11 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
                     ", ..." if len(untrained) > _NAMES_LIMIT else ""
                 )
                 notes.append(
-                    f"{len(untrained)} tensors have no gradient and are left out: {shown}; {content.no_gradient}"
+                    f"{len(untrained)} tensors have no gradient and are omitted: {shown}; {content.no_gradient}"
                 )
             elif untrained:
                 notes.append(
-                    f"{len(untrained)} tensors without gradient (buffers, frozen) are left out, "
+                    f"{len(untrained)} tensors without gradient (buffers, frozen) are omitted, "
                     f"the first is {untrained[0]!r}"
                 )
     for array in STATES[1:]:

@@ -169,7 +169,7 @@ _SCALAR_ALIGNMENT = (
 _GIVES_SCALARS = (
     "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under common keys or those of --map"
 )
-_LACKS_TENSORS = "tensors: give the log that contains them as an additional SOURCE"
+_LACKS_TENSORS = "tensors: pass the log that contains them as an additional SOURCE"
 
 
 def _scalar_format(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
@@ -310,7 +310,7 @@ _BUILT_IN: dict[str, Format] = {
             "projection: their single row (--aggregation mean), or the mean over one row per example; names and "
             "shapes come from the parameters in an additional SOURCE, and the [bergson] layout from "
             "natgrad.toml; out of core",
-            "gradients of biases, norms, embeddings and heads, which are left out with a warning; projected, "
+            "gradients of biases, norms, embeddings and heads, which are omitted with a warning; projected, "
             "scaled or per-token stores and stores of epochs of a run (train/epoch_<N>/), which are refused",
             holds_bergson,
             BergsonFolder,

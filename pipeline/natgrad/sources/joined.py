@@ -59,7 +59,7 @@ class JoinedSource:
     Parameters
     ----------
     sources : sequence of Source
-        Every source that contains tensors must have a step; other steps are left out, with a warning. Logs of
+        Every source that contains tensors must have a step; other steps are omitted, with a warning. Logs of
         scalars do not restrict the steps: a step that they lack has no value of the scalar.
     shifts : sequence of mapping, optional
         For each source, quantities to the number added to the step at which they are logged. A `ScalarLog` applies
@@ -86,7 +86,7 @@ class JoinedSource:
             alone = sorted(set(steps) - common) if part.restricts else []
             if alone:
                 _log.warning(
-                    "%d steps of %s are left out because %s; the first is %d",
+                    "%d steps of %s are omitted because %s; the first is %d",
                     len(alone),
                     part.source.location,
                     "another source lacks them"
@@ -100,7 +100,7 @@ class JoinedSource:
                 where=", ".join(str(part.source.location) for part in self._parts),
                 why="the sources belong to different runs, count steps differently, or one is the folder of a "
                 "restarted run",
-                remedy="give sources of one run; give the folder of a restarted run separately, in a second "
+                remedy="pass sources of one run; pass the folder of a restarted run separately, in a second "
                 "call with the same OUT: it becomes another attempt of the run",
             )
         for part, steps in listed:
@@ -194,7 +194,7 @@ class _JoinedStep:
                         f"two sources contain the {array}s: {origins[array].path} and {own.path}",
                         where=where(self._step, array),
                         why="one is the folder of a restarted run, or both contain more than is needed",
-                        remedy="give the folder of a restarted run separately, in a second call with the same OUT: "
+                        remedy="pass the folder of a restarted run separately, in a second call with the same OUT: "
                         "it becomes another attempt of the run; otherwise select keys of each source with map in a "
                         "run file",
                     )

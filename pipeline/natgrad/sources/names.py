@@ -220,7 +220,7 @@ def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
     for pair in pairs:
         quantity, _, steps = pair.partition("=")
         if quantity in shift:
-            raise InputError(f"{quantity!r} is repeated", where="--shift", remedy="give each quantity only once")
+            raise InputError(f"{quantity!r} is repeated", where="--shift", remedy="pass each quantity only once")
         shift[quantity] = int(steps) if re.fullmatch(r"[+-]?\d{1,9}", steps) else steps
     checked_shift(shift, "--shift")
     return shift

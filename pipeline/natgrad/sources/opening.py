@@ -72,7 +72,7 @@ def open_source(
             "no step files in this folder yet",
             where=str(location),
             why=f"it contains only the scalars in {source.location}",
-            remedy="run again later (natgrad process and ingest wait for it with --follow), or give the log with "
+            remedy="run again later (natgrad process and ingest wait for it with --follow), or pass the log with "
             "the tensors as an additional SOURCE",
         )
     return _joined([source], [shift])
@@ -141,7 +141,7 @@ def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> S
             "a log of scalars does not contain any tensors",
             where=", ".join(str(source.location) for source in sources),
             why="the analysis needs parameters and gradients; loss and learning rate only supplement them",
-            remedy="give the log that contains the tensors as an additional SOURCE",
+            remedy="pass the log that contains the tensors as an additional SOURCE",
         )
     return sources[0] if len(sources) == 1 and not shifts[0] else JoinedSource(sources, shifts)
 
@@ -157,7 +157,7 @@ def _open_sweep(
         raise InputError(
             "a sweep must be one folder that contains a folder or file for each run",
             where=", ".join(map(str, locations)),
-            remedy="give the folder that contains the runs, or omit --sweep",
+            remedy="pass the folder that contains the runs, or omit --sweep",
         )
     (folder,) = locations
     runs: dict[str, Source] = {}
@@ -172,7 +172,7 @@ def _open_sweep(
         raise InputError(
             "this folder contains no runs",
             where=str(folder),
-            remedy="give the folder that contains the run folders",
+            remedy="pass the folder that contains the run folders",
         )
     return Sweep(folder, runs)
 
@@ -211,7 +211,7 @@ def _open(
     if path is None:
         return _open_objects(location, format, mapping, shift)
     if not path.exists():
-        raise InputError("no such file or folder", where=str(path), remedy="give the folder of a training log")
+        raise InputError("no such file or folder", where=str(path), remedy="pass the folder of a training log")
     if not path.is_dir():
         try:
             require_regular(path)
@@ -226,7 +226,7 @@ def _open(
             "this is a file, but a log of this format is a folder",
             where=str(path),
             why="only .npz and .h5 files and logs of scalars can be single files",
-            remedy="give the folder that contains the step files",
+            remedy="pass the folder that contains the step files",
         )
     return known.open(path, mapping)
 
@@ -239,7 +239,7 @@ def _open_objects(
         found = location.list() or [file.name for file in location.files()]
     if not found:
         raise InputError(
-            "no such object or folder", where=str(location), remedy="give the folder of a training log"
+            "no such object or folder", where=str(location), remedy="pass the folder of a training log"
         )
     name, log = (format, location) if format else _detect_in_objects(location)
     if name in _OBJECT_SCALARS:
@@ -253,7 +253,7 @@ def _open_objects(
             where=f"{location}, which contains {found[0]!r}, for example",
             why=f"only step_<N>.safetensors, step_<N>.npz and logs of scalars can be read from an object store "
             f"(--format {', '.join((*_OBJECT_KINDS, *_OBJECT_SCALARS))}); the other formats need local files",
-            remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and give that folder",
+            remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and pass that folder",
         )
     return StepFolder(location, kinds, mapping)
 

@@ -64,7 +64,7 @@ def local_file(storage: Storage) -> Path:
             "this format can be read only from local files",
             where=str(storage),
             why="the library that reads this format does not support object stores",
-            remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and give that folder",
+            remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and pass that folder",
         )
     return path
 

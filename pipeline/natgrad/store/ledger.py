@@ -1,4 +1,4 @@
-"""Store the Gram ledger of a run. Many workers write at once: first a complete ledger chunk, then its record."""
+"""Store the Gram ledger of a run. Workers write concurrently: first a complete ledger chunk, then its record."""
 
 from __future__ import annotations
 

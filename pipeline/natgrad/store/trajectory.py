@@ -481,7 +481,7 @@ class Trajectory(States):
         attempts: Sequence[int] | None = None,
         runs: Sequence[str] = (),
     ) -> None:
-        """Make written states visible in all arrays at once.
+        """Make written states visible in all arrays together.
 
         Parameters
         ----------

@@ -448,7 +448,7 @@ def jackknife(statistic: Callable[..., ArrayLike], *replicates: ArrayLike) -> tu
     Returns
     -------
     value, error : arrays
-        The value for the means, and its error from the values with one replicate left out; NaN if R = 1.
+        The value for the means, and its error from the values with one replicate omitted; NaN if R = 1.
 
     Raises
     ------

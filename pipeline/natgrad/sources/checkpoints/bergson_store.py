@@ -396,7 +396,7 @@ class BergsonStep:
                     where=where(self._step, "gradient", module),
                     why=shapes
                     or f"no tensor name is {ending} or ends with it; the tensors are {_listed(parameters)}",
-                    remedy="give the parameters of the model from which the store was built; build it without "
+                    remedy="pass the parameters of the model from which the store was built; build it without "
                     "split_attention_modules and moe_experts: attention heads and experts are not tensors",
                 )
             candidates = fitting if candidates is None else [prefix for prefix in candidates if prefix in fitting]
@@ -406,7 +406,7 @@ class BergsonStep:
                 where=where(self._step, "gradient"),
                 why=f"the modules {_listed(self._sizes)} match tensors with "
                 + (f"each of the prefixes {_listed(candidates)}" if candidates else "no common prefix"),
-                remedy="give the parameters of the model from which the store was built, and no others",
+                remedy="pass the parameters of the model from which the store was built, and no others",
             )
         return candidates[0]
 
@@ -437,7 +437,7 @@ class BergsonStep:
                     why="there is no such parameter"
                     if logged is None
                     else f"the parameter has shape {logged.shape}",
-                    remedy="give the parameters of the model from which the store was built",
+                    remedy="pass the parameters of the model from which the store was built",
                 )
             # The last column is read as a matrix with one row.
             yield f"{name}.bias", _Matrix((1, rows), offset, columns + 1, columns, True)

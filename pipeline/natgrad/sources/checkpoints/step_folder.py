@@ -167,7 +167,7 @@ class StepFolder:
                 f"there are no step files ({names}) in this folder",
                 where=str(self.location),
                 why="it is empty, or the log has another format",
-                remedy="give the folder that contains the step files; see natgrad formats for the formats",
+                remedy="pass the folder that contains the step files; see natgrad formats for the formats",
             )
         return sorted(found.values())
 
@@ -181,7 +181,7 @@ class StepFolder:
             raise InputError(
                 f"cannot list the log folder: {error.strerror}",
                 where=str(self.location),
-                remedy="give the folder that contains the step files",
+                remedy="pass the folder that contains the step files",
             ) from error
         return [self.location / name for name in names]
 

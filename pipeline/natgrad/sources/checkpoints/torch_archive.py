@@ -36,7 +36,7 @@ __all__ = [
     "unread_objects",
 ]
 
-# Elements of a strided tensor that are gathered at once; largest gap between elements that is read, not skipped.
+# Elements of a strided tensor that are gathered together; largest gap between elements that is read, not skipped.
 _GATHER_LIMIT, _GAP = 1 << 16, 64
 _BYTES_LIMIT = 1 << 10
 _ARCHIVE_OPERATIONS = 200

@@ -20,7 +20,7 @@ _LOCAL_HEADER = 30
 
 
 class _LimitedFile:
-    """A file whose single reads are limited, because `zipfile` reads the complete table of an archive at once."""
+    """A file whose single reads are limited, because `zipfile` reads the table of an archive in one read."""
 
     def __init__(self, file: Any, limit: int | None) -> None:
         self.file, self.limit = file, limit

@@ -63,7 +63,7 @@ def _masked(crc: int) -> int:
 
 
 def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterator[bytes]:
-    """Yield the data of the records. A truncated last record is left out, with a note."""
+    """Yield the data of the records. A truncated last record is omitted, with a note."""
     with log.open() as file:
         file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(0)
@@ -73,7 +73,7 @@ def _records(log: Storage, notes: list[str], limit: int = DATA_LIMIT) -> Iterato
             if len(head) == 12 and _masked(crc32c(head[:8])) != int.from_bytes(head[8:], "little"):
                 raise ValueError(f"checksum mismatch in the length of the record at byte {position}")
             if len(head) < 12 or position + 12 + length + 4 > size:
-                notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
+                notes.append(f"the last record of {log.name} is truncated and omitted: it is still being written")
                 return
             crc, blocks, rest = 0, [], length
             while rest:

@@ -1,6 +1,6 @@
 """Read the record files that scalar loggers write: CSV, JSON lines, Parquet and SQLite.
 
-A truncated last record is assumed to be in progress. It is left out, with a note.
+A truncated last record is assumed to be in progress. It is omitted, with a note.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _complete_lines(
                 raise ValueError(f"it has a line of more than {limit} characters")
             if changed_lately(change_time(log)) or not is_record(line):
                 notes.append(
-                    f"the last line of {log.name} has no newline and is left out: it is being written or truncated"
+                    f"the last line of {log.name} has no newline and is omitted: it is being written or truncated"
                 )
                 return
             notes.append(

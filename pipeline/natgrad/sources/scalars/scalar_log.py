@@ -194,7 +194,7 @@ class ScalarLog:
     """A log of the scalars of a run.
 
     A record contains a step number and some quantities. Records of the same step are merged. If the step number
-    decreases, the run was restarted, and the values that were logged before from this step on are left out. If a
+    decreases, the run was restarted, and the values that were logged before from this step on are omitted. If a
     quantity has several different values at a step, or if its records differ in a label such as ``mode`` or
     ``rank``, none is used unless the mapping selects one.
 
@@ -455,7 +455,7 @@ class ScalarLog:
         indices = np.minimum(np.searchsorted(records, own_records), len(records) - 1)
         known = records[indices] == own_records if len(records) else np.zeros(len(own_records), bool)
         if not known.all():
-            self._notes.append(f"{(~known).sum()} records of {key} have no step and are left out")
+            self._notes.append(f"{(~known).sum()} records of {key} have no step and are omitted")
         return Series(own_records[known], steps[indices[known]] if len(steps) else own_records[:0], values[known])
 
     def _values(
@@ -501,7 +501,7 @@ class ScalarLog:
         shifted = {step + shift: value for step, value in values.items()}
         negative = sum(step < 0 for step in shifted)
         if negative:
-            self._notes.append(f"{negative} records of {key} are left out: their shifted steps are negative")
+            self._notes.append(f"{negative} records of {key} are omitted: their shifted steps are negative")
         return {step: value for step, value in shifted.items() if step >= 0}
 
     def _select(self, quantity: str, key: str, series: Series, labels: Mapping[str, _Labels]) -> Series:
@@ -554,7 +554,7 @@ class ScalarLog:
             )
             self._notes.append(
                 f"{decreases}, and {(~current).sum()} values that were logged before, from the step of a restart "
-                "on, are left out"
+                "on, are omitted"
             )
         return series.where(current)
 

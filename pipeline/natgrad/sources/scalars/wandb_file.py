@@ -34,7 +34,7 @@ _KEY, _NESTED_KEY, _INTEGER, _FLOAT, _JSON = 1, 2, 5, 6, (8, 16)
 
 
 def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes]]:
-    """Yield position, type and data of the fragments. A truncated last fragment is left out, with a note."""
+    """Yield position, type and data of the fragments. A truncated last fragment is omitted, with a note."""
     with log.open() as file:
         file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(len(WANDB_START))
@@ -52,7 +52,7 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
                 # The writer has allocated the zeros at the end of the file but not filled them yet.
                 while rest := file.read(_BLOCK):
                     if any(rest):
-                        raise ValueError(f"there are zeros at byte {position} in place of a fragment")
+                        raise ValueError(f"there are zeros at byte {position} instead of a fragment")
                 break
             crc, count, kind = struct.unpack("<IHB", head)
             if count > room - _HEAD:
@@ -66,7 +66,7 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
             position += _HEAD + count
         else:
             return
-        notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
+        notes.append(f"the last record of {log.name} is truncated and omitted: it is still being written")
 
 
 def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
@@ -85,7 +85,7 @@ def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
         if not continues:
             yield bytes(record) if length <= _RECORD_LIMIT else b""
     if continues and len(notes) == notes_before:
-        notes.append(f"the last record of {log.name} is truncated and left out: it is still being written")
+        notes.append(f"the last record of {log.name} is truncated and omitted: it is still being written")
 
 
 def read_wandb(log: Storage, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
