@@ -24,7 +24,7 @@ def scan(
 ) -> None:
     """Process all runs below ROOT that changed since the last scan. Exits with 1 if a run failed."""
     output = Output(as_json, quiet)
-    # The flow checks the folders, too. Here it happens before Prefect and its server are started.
+    # The flow also checks the folders. This check runs before Prefect and its server are started.
     from natgrad.app.scan import check_folders
 
     check_folders(root, out, values["store"])

@@ -45,7 +45,7 @@ def serve_flows(root: options.Root, out: options.RunsFolder, values: Mapping[str
     Raises
     ------
     InputError
-        If an option is not valid, or no Prefect server answers.
+        If an option is not valid, or no Prefect server responds.
     """
     made = deployments(root, out, values)
     _require_server()
@@ -73,7 +73,7 @@ def deploy_flows(root: options.Root, out: options.RunsFolder, values: Mapping[st
     Raises
     ------
     InputError
-        If an option is not valid, no Prefect server answers, or there is no such pool.
+        If an option is not valid, no Prefect server responds, or there is no such pool.
     """
     made = deployments(root, out, values)
     _require_server()
@@ -94,7 +94,7 @@ def deploy_flows(root: options.Root, out: options.RunsFolder, values: Mapping[st
 
 
 def deployments(root: options.Root, out: options.RunsFolder, values: Mapping[str, Any]) -> list[RunnerDeployment]:
-    """Make the deployments of all flows.
+    """Create the deployments of all flows.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def _warn_of_old_deployments(current: set[str]) -> None:
 
 
 def _require_server() -> None:
-    """Require a server, because the embedded server and its schedules end with this process."""
+    """Raise an error without a server, because the embedded server and its schedules end with this process."""
     address = get_current_settings().api.url
     remedy = (
         "start a server (prefect server start) and set its address: export PREFECT_API_URL=http://HOST:4200/api"

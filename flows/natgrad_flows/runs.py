@@ -81,7 +81,7 @@ def _task_name() -> str:
 
 
 class ProgressArtifact:
-    """Progress bar on the page of a flow run. Short work has no progress bar.
+    """Progress bar on the page of a flow run. It only appears if processing takes some time.
 
     Parameters
     ----------
@@ -222,8 +222,8 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
     """
     analysis = Analysis.of(values)
     try:
-        # For each tag of a task, Prefect asks the server for a concurrency slot. SQLite takes seconds to answer
-        # while another request writes. Therefore the flow has the tags, and its tasks have none.
+        # For each tag of a task, Prefect requests a concurrency slot from the server. SQLite takes seconds to
+        # respond while another request writes. Therefore the flow has the tags, and its tasks have none.
         with only_processor(out), TagsContext(current_tags=set()), get_client(sync_client=True) as client:
             own = UUID(flow_run.get_id())
             client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})

@@ -57,7 +57,7 @@ def _process(found: FoundRun, known: Outcome | None, values: dict[str, Any]) -> 
     """Process a run as a flow."""
     SCANNED.set(known)
     try:
-        # The flow ends with this one, which has a heartbeat. A heartbeat of its own would take up to a second.
+        # The flow ends with this one, which has a heartbeat. A separate heartbeat would take up to a second.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             summary: dict[str, Any] = process_run(found.source, found.out, **values)
     except Exception as error:

@@ -66,7 +66,7 @@ def written(url, rows=8, elements=200, chunk=(4, 200)):
 
 @pytest.fixture(scope="module")
 def both(s3_server, tmp_path_factory):
-    """Process a run in a folder and in a repository, continue it twice and restart it; also return the old state."""
+    """Process a run in a folder and in a repository, continue it twice, and restart it; also return old states."""
     folder = tmp_path_factory.mktemp("both")
     first = logs.with_replicates(logs.random_walk(12))
     log = logs.write_log(folder / "log", first[:6])

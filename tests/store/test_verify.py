@@ -227,7 +227,7 @@ def test_a_store_of_a_newer_version_is_refused_by_verify(out, tmp_path, store):
     run = shutil.copytree(out, tmp_path / "run")
     path = run / store / "zarr.json"
     path.write_text(path.read_text().replace(f'"version": {LAYOUT_VERSION}', f'"version": {LAYOUT_VERSION + 1}'))
-    message = f"layout version {LAYOUT_VERSION + 1}, but this natgrad reads version {LAYOUT_VERSION}"
+    message = f"layout version {LAYOUT_VERSION + 1}, but this version of natgrad reads {LAYOUT_VERSION}"
     with pytest.raises(InputError, match=message) as refusal:
         verify_run(run)
     assert refusal.value.where == str(run / store)

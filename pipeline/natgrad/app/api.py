@@ -58,7 +58,7 @@ def process(
     Raises
     ------
     InputError
-        If an option or the log is not valid. Nothing of an invalid log is stored.
+        If an option or the log is not valid. No part of an invalid log is stored.
     """
     from natgrad.app import run
 
@@ -97,7 +97,7 @@ def ingest(
     Raises
     ------
     InputError
-        If an option or the log is not valid. Nothing of an invalid log is stored.
+        If an option or the log is not valid. No part of an invalid log is stored.
     """
     from natgrad.app import run
 

@@ -32,10 +32,10 @@ def follow(
     interval: float = 10.0,
     idle_timeout: float | None = None,
 ) -> T:
-    """Repeat a pass over a log that is being written, until interrupted or until no new step appears for a while.
+    """Repeat a pass over a log that is being written, until interrupted or until no new steps appear for some time.
 
-    What the passes wait for is logged whenever it changes. If steps behind a gap are still waiting when the log is
-    considered complete, a last pass reads them.
+    A message states what the passes are waiting for whenever it changes. If steps after a gap are still waiting
+    when the log is considered complete, a last pass reads them.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def follow(
         The pass. Its argument is True until a pass has returned a summary. It returns None if the log has no new
         step.
     wait : StepWait
-        The object with which each pass decides whether to wait for missing steps, and counts the new ones.
+        Used by each pass to decide whether to wait for missing steps, and to count the new ones.
     interval : float
         Seconds between passes.
     idle_timeout : float, optional
@@ -98,7 +98,7 @@ def follow(
 def _awaited(
     summary: IngestSummary | None, found: IngestSummary | None, wait: StepWait, error: BaseException | None
 ) -> str:
-    """Return what the next pass waits for, in words; empty if the last one found new steps and missed none."""
+    """Describe what the next pass waits for; empty if the last one found new steps and no steps are missing."""
     if wait.is_waiting:
         return f"{wait.awaited}; after {wait.seconds:g} s (--gap-timeout) later steps are read without them"
     if isinstance(error, NotYet):

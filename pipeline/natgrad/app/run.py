@@ -66,7 +66,7 @@ class Analysis:
     attempt: int | None = None
 
     def __post_init__(self) -> None:
-        """Check what no log can make right, before any log is read (InputError)."""
+        """Check the options that do not depend on a log (InputError)."""
         least = PlanLimits().reserved_bytes
         if self.memory_limit <= least:
             raise InputError(
@@ -128,7 +128,7 @@ class Analysis:
         self.require_workers()
 
     def require_workers(self) -> None:
-        """Check that the requested scheduler answers, or that the requested cluster is configured.
+        """Check that the requested scheduler responds, or that the requested cluster is configured.
 
         Raises
         ------
@@ -309,7 +309,7 @@ def report_run(
 
 
 def _compute_results_again(folder: RunFolder, error: InputError) -> None:
-    """Compute damaged results again, with the options of their analysis; raise the error if these are lost, too."""
+    """Compute damaged results again, with the options of their analysis. Raise the error if these are also lost."""
     options = results.recorded_options(folder.results)
     _log.warning("%s (%s): the results are computed again", error.what, error.where)
     attempt = options["attempt"]
@@ -326,7 +326,7 @@ def _compute_results_again(folder: RunFolder, error: InputError) -> None:
 
 
 def _named(outs: Sequence[Location] | Mapping[str, Location]) -> dict[str, Location]:
-    """Name runs after their folders, or after their complete locations if two folders have the same name."""
+    """Name runs after their folders, or after their full locations if two folders have the same name."""
     if not outs:
         raise InputError("no run was specified", where="OUT", remedy="pass the folders OUT of one or more runs")
     if isinstance(outs, Mapping):

@@ -1,1 +1,1 @@
-"""The pass from the trajectory store to the ledger: plan, tasks, executors and clusters."""
+"""Compute the ledger from the trajectory store: plan, tasks, executors and clusters."""

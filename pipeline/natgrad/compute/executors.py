@@ -52,23 +52,24 @@ _RETRY_SECONDS = 0.1
 """Seconds between two attempts to connect."""
 
 WORKER_SECONDS = 600.0
-"""Seconds after which a pass ends if a cluster has no worker for it."""
+"""Seconds after which a pass fails if a cluster has no worker for it."""
 
 _CHECK_SECONDS, _CHECK_POLL_SECONDS = 5.0, 0.01
-"""Time for which a pass waits for the checks of its first workers. A worker that is busy is checked later."""
+"""Seconds for which a pass waits for the checks of its first workers. Workers that are busy are checked later."""
 
 _QUERY_SECONDS, _RECHECK_SECONDS = 1.0, 5.0
-"""Time between two queries of the workers of a cluster, and between two checks of a worker that failed one."""
+"""Time between two queries of the workers of a cluster, and before a worker that failed its check is checked
+again."""
 
 _RESULT_SECONDS, _LOST = 2.0, object()
-"""Time for which the result of a finished task is waited for, and the value that stands for one that was lost."""
+"""Seconds to wait for the result of a finished task, and the value that represents a lost result."""
 
 _LOSSES = 3
-"""Number of times that a task is submitted again after all workers that it could run on were lost."""
+"""Maximum number of times that a task is resubmitted after all workers that it could run on were lost."""
 
 
 def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
-    """Compute ledger chunks one after the other in this process, and write each while the next is computed."""
+    """Compute ledger chunks sequentially in this process, and write each while the next is computed."""
     written: Future[Finished] | None = None
     with ThreadPoolExecutor(1) as pool:
         for item in items:
@@ -134,10 +135,12 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
         tasks = sum(len(item.tiles) for item in items)
         several = min(workers, tasks)
-        room = several if memory_limit is None else (memory_limit - job.limits.reserved_bytes) // job.worker_bytes
+        fitting = (
+            several if memory_limit is None else (memory_limit - job.limits.reserved_bytes) // job.worker_bytes
+        )
         short = several < 2 or tasks * job.task_bytes < job.limits.least_cluster_bytes
-        if short or (job.compiled and several <= min(room, job.limits.most_threads)):
-            together = min(several, room)
+        if short or (job.compiled and several <= min(fitting, job.limits.most_threads)):
+            together = min(several, fitting)
             yield from (threads(together) if together > 1 else serial)(job, items, digests)
             return
         with local_scheduler(several, memory_limit) as address:
@@ -172,17 +175,17 @@ def existing_cluster(
 ) -> Executor:
     """Compute ledger chunks on the workers of a running Dask scheduler.
 
-    Each worker is checked first, also if it joins later (`natgrad.compute.worker_checks`). Tasks go to the workers
-    that pass the check; the others cause a warning.
+    Each worker is checked first, even if it joins later (`natgrad.compute.worker_checks`). Tasks go to the workers
+    that pass the check. The others cause a warning.
 
     Parameters
     ----------
     address : str
         For example ``tcp://host:8786``. The workers need this package and access to the paths of the stores.
     connect_seconds : float
-        Seconds within which the scheduler must answer.
+        Seconds within which the scheduler must respond.
     worker_seconds : float
-        Seconds after which the pass ends if there is no worker, or none that passes the check.
+        Seconds after which the pass fails if no worker is connected, or none passes the check.
 
     Raises
     ------
@@ -222,7 +225,7 @@ def existing_cluster(
                 f"the workers of one task died {lost.count} times",
                 where=f"{address}, task {lost.task}",
                 why="they had less memory than projected for the pass, or their jobs or hosts ended",
-                remedy=f"check the log of the worker, give workers at least --memory-limit, and {resuming()}",
+                remedy=f"check the log of the worker, start workers with at least --memory-limit, and {resuming()}",
             ) from error
         except _NoWorkers as error:
             start = "correct these workers" if error.problems else "start workers (dask worker)"
@@ -237,7 +240,7 @@ def existing_cluster(
 
 
 def require_scheduler(address: str, *, connect_seconds: float = 10.0) -> None:
-    """Check that a Dask scheduler answers (Unavailable if it does not); see `existing_cluster`."""
+    """Check that a Dask scheduler responds (Unavailable if it does not); see `existing_cluster`."""
     _connected(address, connect_seconds).close()
 
 
@@ -259,9 +262,9 @@ def _connected(address: str, connect_seconds: float) -> Any:
 
 
 def _wait_for_port(host: str, port: int, seconds: float) -> None:
-    """Wait until a port accepts connections (OSError if it does not in time).
+    """Wait until a port accepts connections; raise OSError on a timeout.
 
-    A client of Dask that cannot connect keeps trying until the interpreter ends, and prints a traceback then.
+    A Dask client that cannot connect would retry until the interpreter exits, and then print a traceback.
     """
     end = time.monotonic() + seconds
     while True:
@@ -275,14 +278,14 @@ def _wait_for_port(host: str, port: int, seconds: float) -> None:
 
 
 def _chunks_in_flight(tasks: int, items: list[WorkItem]) -> int:
-    """Return the number of ledger chunks for a number of tasks: at least two, so that workers need not wait."""
+    """Return the number of ledger chunks with this many tasks: at least two, so that workers are not idle."""
     return max(2, math.ceil(tasks / max((len(item.tiles) for item in items), default=1)))
 
 
 def _result(future: Any) -> Any:
     """Return the result of a finished task, or _LOST if it does not arrive.
 
-    If the worker that has it is lost, the task is run again, for which there may be no worker.
+    If the worker that stores the result is lost, the task must run again, but there may be no worker for it.
     """
     try:
         return future.result(timeout=_RESULT_SECONDS)
@@ -301,7 +304,7 @@ class _LostTask(Exception):
 
 
 class _NoWorkers(Exception):
-    """No worker can take tasks, because of the problems of those that are connected."""
+    """No worker can take tasks. The error contains the problems of the connected workers."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__(problems)
@@ -331,8 +334,8 @@ class _Running:
 class _Dispatch:
     """Tasks of a pass on the workers of a scheduler that pass the check.
 
-    As long as no worker has failed the check, Dask chooses the workers. Then tasks are restricted to the others. A
-    worker that joins checks itself before its first task, and reports a problem as the result of that task.
+    Dask chooses the workers until a worker fails the check. From then on, tasks are restricted to the others. A new
+    worker checks itself before its first task, and reports a problem as the result of that task.
     """
 
     def __init__(
@@ -420,7 +423,7 @@ class _Dispatch:
         return submit(f"ledger-{name}", parts, write_chunk, job, item.chunk, self._digests()[start])
 
     def _query(self) -> None:
-        """Find out which workers are connected and pass the check, and whether tasks have lost their workers."""
+        """Determine which workers are connected and pass the check, and which tasks have lost their workers."""
         self._queried = time.monotonic()
         self._workers = frozenset(self._client.scheduler_info(n_workers=-1)["workers"])
         for address in [one for one in self._problems if one not in self._workers]:
@@ -451,7 +454,7 @@ class _Dispatch:
         self._problems[problem.worker] = problem
 
     def _submit_lost_again(self) -> None:
-        """Submit tasks again that are restricted to workers of which none is left."""
+        """Resubmit tasks that are restricted to workers that no longer exist."""
         for key, running in list(self._running.items()):
             if not running.workers or running.workers & self._fit:
                 continue
@@ -462,7 +465,7 @@ class _Dispatch:
             self._waiting.appendleft((running.item, running.losses + 1))
 
     def _require_workers(self) -> None:
-        """Warn if no worker can take tasks, and raise _NoWorkers if that lasts too long."""
+        """Warn if no worker can take tasks, and raise _NoWorkers if this lasts too long."""
         if self._fit:
             self._without_since = None
             return

@@ -38,9 +38,10 @@ class PassSummary:
     n_updates : int
         Number of updates in the ledger.
     chunks, computed_chunks : int
-        Number of chunks of the ledger, and of those computed now; the others were complete.
+        Number of ledger chunks, and number of chunks computed by this pass; the others were already complete.
     computed_updates : int
-        Number of updates computed now. If a chunk was the last of a shorter trajectory, only its new updates count.
+        Number of updates computed by this pass. In a chunk that was already partly complete, only new updates
+        count.
     plan : PassPlan
     """
 
@@ -129,7 +130,7 @@ def compute_ledger(
 
 
 class _Prepared(NamedTuple):
-    """A ledger that is ready to be written, with the work items that are missing from it.
+    """A ledger that is ready to be written, and the missing work items.
 
     ``digests`` maps the first update of each ledger chunk to the digest of its states, and ``steps`` is the step of
     the state before each update.

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import MEBIBYTE, LedgerChunk, TrajectoryShape, room_to_grow
+from natgrad.schema.layout import MEBIBYTE, LedgerChunk, TrajectoryShape, chunk_capacity
 
 __all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "plan_pass", "plan_shape", "read_blocks"]
 
@@ -28,7 +28,8 @@ __all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "plan_pass", "plan_shap
 class PlanLimits:
     """Limits by which a pass is divided into tasks and reads, and limits of workers.
 
-    The defaults are measured. Tests and benchmarks pass other values to divide a small run like a large one.
+    The defaults were chosen by measurement. Tests and benchmarks use other values to divide a small run like a
+    large one.
 
     Attributes
     ----------
@@ -39,7 +40,7 @@ class PlanLimits:
     most_tiles : int
         Approximate maximum number of tiles of a pass, for any size of run. A scheduler keeps a record of each.
     chunks_of_small_run, tasks_of_small_run : int
-        Approximate numbers of ledger chunks and tasks of a run whose tasks would read less than ``tile_bytes``.
+        Approximate numbers of ledger chunks and tasks for a run whose tasks would read less than ``tile_bytes``.
     ledger_bytes : int
         Approximate bytes of the ledger that a task writes. A ledger chunk has at least one update.
     least_updates : int
@@ -258,9 +259,9 @@ def plan_pass(
     if updates_per_chunk is None:
         target = max(updates * state_bytes // limits.chunks_of_small_run, limits.least_tile_bytes)
         wanted = max(math.ceil(min(limits.tile_bytes, target) / max(state_bytes, 1)), limits.least_updates)
-        room = max(1, limits.ledger_bytes // (tensors * entry_bytes))
-        wanted = min(wanted, room, room_to_grow(updates, limits.minimum_updates))
-        # If a ledger chunk covers complete chunks of states, only the chunk of the halo is read twice.
+        fitting = max(1, limits.ledger_bytes // (tensors * entry_bytes))
+        wanted = min(wanted, fitting, chunk_capacity(updates, limits.minimum_updates))
+        # If a ledger chunk covers complete state chunks, only the chunk with the halo is read twice.
         updates_per_chunk = math.ceil(wanted / steps) * steps if wanted >= steps else wanted
     column_bytes = min(updates_per_chunk, updates) * width * sum(itemsizes)
     # A small run gets enough tasks for workers to finish at nearly the same time.
@@ -275,14 +276,14 @@ def plan_pass(
     else:
         read_states = max(1, limits.read_block_elements // read_elements)
     read_states = min(updates_per_chunk, read_states)
-    # Every boundary of a chunk column, or of a read block in it, can divide one tensor in two.
+    # Every boundary of a chunk column, or of a read block in it, can split one tensor.
     segments = tensors + columns + math.ceil(width / limits.read_block_elements) - 1
     reserved = limits.reserved_bytes + library_bytes
     fixed = reserved + min(updates_per_chunk, updates) * entry_bytes * (3 * segments + 2 * tensors)
     projected = fixed + _buffered_states(read_states, complete_chunks) * block_bytes
     if memory_limit is not None and projected > memory_limit:
-        room = (memory_limit - fixed) // max(block_bytes, 1)
-        read_states = room - 1 if complete_chunks else room // 2
+        blocks = (memory_limit - fixed) // max(block_bytes, 1)
+        read_states = blocks - 1 if complete_chunks else blocks // 2
         if read_states < 1:
             least = math.ceil((fixed + 2 * block_bytes) / MEBIBYTE)
             unit = "chunk" if complete_chunks else "read block"

@@ -29,7 +29,7 @@ __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_seg
 _log = logger(__name__)
 
 _thread_cache = threading.local()
-"""Buffers of a worker thread and the trajectory of its job, which are kept between tasks."""
+"""Buffers of a worker thread and the trajectory of its job, reused between tasks."""
 
 Segments = tuple[NDArray[Any], ...]
 """Tensor of each segment, gram (updates, segments, vectors, vectors), ratio (updates, segments) and, if there are
@@ -38,7 +38,7 @@ replicates, their gram (updates, segments, replicate vectors, replicate vectors)
 
 @dataclass(frozen=True)
 class Job:
-    """The description of a pass for its tasks: two locations, the plan and its limits, and no array.
+    """Description of a pass for its tasks: two locations, the plan and its limits, but no arrays.
 
     It is sent with every task, so that a worker process needs only its own installation. In a storage with
     versions, one process commits the ledger, and tasks return their ledger chunks to that process.
@@ -47,7 +47,7 @@ class Job:
     ----------
     trajectory, ledger : Storage
     name : str
-        Unique name of this job, also on a scheduler that several users share.
+        Name of this job, unique even on a scheduler that several users share.
     plan : PassPlan
     limits : PlanLimits
     compiled : bool
@@ -145,7 +145,7 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
                 _block_segments(job, states, tile, column, low, min(low + step, last))
                 for low in range(first, last, step)
             )
-    # Sums are taken column by column, so that the bits do not depend on which columns are in one tile.
+    # Columns are summed one by one, so that the bits do not depend on which columns are in one tile.
     indices, *products = parts
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
@@ -174,7 +174,7 @@ def _compiled_segments(job: Job, states: Trajectory, tile: Tile, column: int) ->
 
 
 def _read_again(states: Trajectory, name: str, state: int, column: int) -> None:
-    """Read a state that the compiled code could not read, to raise the reason.
+    """Read a state that the compiled code could not read, to raise an error with the reason.
 
     If the read was only interrupted, it now succeeds, and the pass continues.
     """
@@ -188,7 +188,7 @@ def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
     segments = [part for block in blocks for part in states.layout.segments(*block)]
     starts = np.array([start - low for _, start, _ in segments] + [high - low], dtype=np.int64)
     updates, count = tile.stop - tile.start, len(ledger_vectors(HVP in states.dtypes))
-    # No update leads from a state to a state of another run or attempt: its products stay NaN.
+    # There is no update from a state to a state of another run or attempt, so the products remain NaN.
     products = np.full((updates, len(segments), count, count), np.nan)
     ratio = np.full((updates, len(segments)), np.nan)
     count = len(states.replicate_vectors)
@@ -198,7 +198,7 @@ def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
         start = tile.start + done
         read = {}
         for name in states.logged:
-            # The states that replicates lead to are not states of the run, so they have no halo.
+            # The states after replicates are not states of the run, so they have no halo.
             halo = replicate_of(name)[1] is None
             stop = start + more + halo
             read[name] = _read(job, states, name, start, stop, column, (low, high), carried=halo and done > 0)

@@ -1,9 +1,9 @@
-"""Check that a Dask worker can take the tasks of a pass, on that worker and before each of its first tasks.
+"""Check on each Dask worker, before its first task, that it can run the tasks of a pass.
 
-A worker must have this package in the same version, and see OUT at the same location, which it must be able to
-write. Workers may join at any time, and may lack the package. Therefore each task is sent as `run_checked`, whose
-code travels with the task and needs only the standard library and distributed. Everything else is in bytes that a
-worker unpickles after it has passed the check.
+A worker must have the same version of this package, and be able to read and write OUT at the same location. Workers
+may join at any time, and may lack the package. Therefore each task is sent as `run_checked`, whose code is part of
+the task and needs only the standard library and distributed. Everything else is pickled, and a worker unpickles it
+after it has passed the check.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Problem:
 
     @classmethod
     def of(cls, result: Any) -> Problem | None:
-        """Return the problem that a task reports as its result; None if it reports none."""
+        """Return the problem in the result of a task; None if there is no problem."""
         return cls(**result) if isinstance(result, dict) else None
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class WorkerCheck:
 
 @contextmanager
 def worker_check(job: Job) -> Iterator[WorkerCheck]:
-    """Write a file into OUT from which workers see that their OUT is the same storage, until the context ends."""
+    """Write a file to OUT by which workers recognize the storage. It is removed when the context ends."""
     out = job.ledger.parent.unversioned()
     marker = out / f".check-{job.name}.tmp"
     marker.put(job.name.encode())
@@ -93,7 +93,7 @@ def worker_check(job: Job) -> Iterator[WorkerCheck]:
             }
         )
     finally:
-        # A worker that was killed during its check leaves its own file.
+        # A worker that is killed during its check leaves a file.
         for name in out.list():
             if name.startswith(marker.name):
                 with suppress(FileNotFoundError):
@@ -103,7 +103,7 @@ def worker_check(job: Job) -> Iterator[WorkerCheck]:
 def run_checked(requirements: dict[str, Any], call: bytes | None, *parts: Any) -> Any:
     """Check this worker once per pass, and call a function.
 
-    This function must not use anything of this module, because the worker may not have it.
+    This function must not use anything else from this module, because the worker may not have it.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def run_checked(requirements: dict[str, Any], call: bytes | None, *parts: Any) -
         versions = {"natgrad": __version__, "results": RESULTS_VERSION, "layout": LAYOUT_VERSION}
         if versions != expected:
             found, wanted = (", ".join(f"{k} {v}" for k, v in each.items()) for each in (versions, expected))
-            return problem(f"its versions are {found}, those of the client are {wanted}", install)
+            return problem(f"its versions are {found}, but those of the client are {wanted}", install)
         marker = pickle.loads(requirements["marker"])
         out = marker.parent
         mount = f"make the storage of OUT available at {out} on that host"

@@ -22,9 +22,9 @@ __all__ = [
     "LedgerChunk",
     "Tensor",
     "TrajectoryShape",
+    "chunk_capacity",
     "chunk_shape",
     "promote",
-    "room_to_grow",
     "storage_dtype",
     "underflow_error",
     "unit_roundoff",
@@ -310,10 +310,10 @@ def chunk_shape(
     columns = max(1, math.ceil(elements / limits.chunk_elements))
     width = max(1, math.ceil(elements / columns))
     most = limits.chunk_elements // width // max(1, replicates)
-    return max(1, min(most, room_to_grow(states, limits.minimum_steps))), width
+    return max(1, min(most, chunk_capacity(states, limits.minimum_steps))), width
 
 
-def room_to_grow(count: int, minimum: int) -> int:
+def chunk_capacity(count: int, minimum: int) -> int:
     """Return the size of a chunk that contains the complete run and leaves space for new steps.
 
     Parameters
@@ -325,7 +325,7 @@ def room_to_grow(count: int, minimum: int) -> int:
 
     Examples
     --------
-    >>> room_to_grow(10, 64), room_to_grow(64, 64), room_to_grow(65, 64)
+    >>> chunk_capacity(10, 64), chunk_capacity(64, 64), chunk_capacity(65, 64)
     (64, 64, 128)
     """
     return 1 << max(minimum - 1, count - 1).bit_length()

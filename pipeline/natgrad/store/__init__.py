@@ -1,4 +1,4 @@
-"""The trajectory store and the Gram ledger in Zarr v3.
+"""Store trajectories and Gram ledgers in Zarr v3.
 
 **Commit rule.** Chunks are written and flushed first. Then one record makes the chunks of all arrays visible
 together. The record is written atomically and never replaces another one. Readers rely on the recorded states and

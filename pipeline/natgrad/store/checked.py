@@ -1,7 +1,7 @@
 """Record the checksums of the files of a store that another library writes, and verify each file that is read.
 
-xarray writes ``results.zarr``, and Zarr reads it: a lost chunk would be read as missing values, and a changed one
-as other numbers. `CheckedStore` is the Zarr store in between, which compares each file with its recorded checksum.
+xarray writes ``results.zarr``, and Zarr reads it. Zarr would read a lost chunk as missing values, and a changed
+chunk as wrong numbers. `CheckedStore` wraps the Zarr store, and compares each file with its recorded checksum.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def record_files(folder: Path, described: Mapping[str, Any]) -> None:
     ----------
     folder : Path
     described : mapping
-        Further entries of the record.
+        Additional entries of the record.
     """
     files = {
         path.relative_to(folder).as_posix(): crc32c(path.read_bytes())
@@ -49,7 +49,7 @@ def record_files(folder: Path, described: Mapping[str, Any]) -> None:
 
 
 def recorded_files(storage: Storage, remedy: str) -> dict[str, Any]:
-    """Return the record of results: ``files``, and the further entries.
+    """Return the record of results: ``files``, and the additional entries.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def recorded_files(storage: Storage, remedy: str) -> dict[str, Any]:
     try:
         version = document_of(storage)["attributes"].get("layout_version")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
-        version = LAYOUT_VERSION  # the document is damaged; its checksum tells
+        version = LAYOUT_VERSION  # the document is damaged, which its checksum will show
     require_version(version, "results", str(storage))
     try:
         return Journal(storage, remedy).read(_FILES)
@@ -124,7 +124,7 @@ class CheckedStore(WrapperStore[Store]):
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Return the content of a file; a range is cut out of the verified content."""
+        """Return the content of a file. A range is taken from the verified content."""
         found = await self._store.get(key, prototype)
         if key in self._files:
             content = None if found is None else found.to_bytes()

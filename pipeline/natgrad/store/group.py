@@ -217,7 +217,7 @@ def create_group(
 
 
 def _placeholder(kind: str) -> bytes:
-    """Return the document that marks a group in an object store as incomplete while it is created or removed."""
+    """Return the document that marks a group in an object store as incomplete during creation or removal."""
     attributes = {_ATTRIBUTE: {"kind": kind, "version": LAYOUT_VERSION, _UNFINISHED: True}}
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}).encode()
 
@@ -353,11 +353,11 @@ _MADE_BY = {
 
 
 class OtherVersion(InputError):
-    """A store has another layout version than this natgrad reads."""
+    """A store has a layout version that this version of natgrad does not read."""
 
 
 def require_version(version: Any, kind: str, where: str, *, replaced: bool = False) -> None:
-    """Raise an error if a store has another layout version.
+    """Raise an error if a store has a different layout version.
 
     Parameters
     ----------
@@ -377,17 +377,19 @@ def require_version(version: Any, kind: str, where: str, *, replaced: bool = Fal
     known = isinstance(version, int) and not isinstance(version, bool) and version > 0
     if known and version > LAYOUT_VERSION:
         raise OtherVersion(
-            f"the {kind} {have} layout version {version}, but this natgrad reads version {LAYOUT_VERSION}",
+            f"the {kind} {have} layout version {version}, but this version of natgrad reads {LAYOUT_VERSION}",
             where=where,
-            why="it was written by a newer natgrad",
+            why="it was written by a newer version of natgrad",
             remedy="upgrade natgrad-pipeline, or write to another folder",
         )
     if version != LAYOUT_VERSION and not replaced:
         found = "no layout version" if version is None else f"layout version {version!r}"
         raise OtherVersion(
-            f"the {kind} {have} {found}, but this natgrad reads version {LAYOUT_VERSION}",
+            f"the {kind} {have} {found}, but this version of natgrad reads {LAYOUT_VERSION}",
             where=where,
-            why="it was written by an older natgrad" if known or version is None else "the version was changed",
+            why="it was written by an older version of natgrad"
+            if known or version is None
+            else "the version was changed",
             remedy=_MADE_BY[kind],
         )
 

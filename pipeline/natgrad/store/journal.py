@@ -145,11 +145,11 @@ class Journal:
                 "another process has committed in the meantime",
                 where=str(entry),
                 why="the lock of this process was removed while it was writing",
-                remedy="make sure that only one process writes, run natgrad verify OUT, and run again",
+                remedy="ensure that only one process writes, run natgrad verify OUT, and run again",
             ) from error
 
     def clear(self) -> None:
-        """Remove the unfinished records of a killed writer."""
+        """Remove incomplete records that a killed writer left."""
         self.folder.clear_leftovers()
 
     def remove(self, name: str) -> None:

@@ -457,7 +457,7 @@ class States:
         self._require_recorded(name, index, column, start, states[:, : last - first], recorded)
 
     def abandon(self) -> None:
-        """Cancel uncommitted writes; no write is running any more on return."""
+        """Cancel uncommitted writes. On return, no write is running."""
         self._writes.abandon()
 
     def _settle(self) -> None:

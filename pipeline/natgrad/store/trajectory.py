@@ -442,7 +442,7 @@ class Trajectory(States):
         """
         steps, attempts, runs = (self.scalar(name) for name in (STEP, ATTEMPT, RUN))
         chosen = attempts <= (attempts.max(initial=0) if attempt is None else attempt)
-        # A new attempt supersedes the states of its run from its first step on.
+        # A new attempt supersedes the states of its run at its first step and later.
         new = np.unique(runs, return_index=True)[1]
         for begin in np.setdiff1d(self._starts(), new):
             if chosen[begin]:
@@ -535,7 +535,7 @@ class Trajectory(States):
         return f"trajectory of {self.storage.parent.name}: {', '.join(parts)}"
 
     def recover(self) -> None:
-        """Set the shapes of the arrays to the recorded length; a writer may have stopped before it did so."""
+        """Set the shapes of the arrays to the recorded length, in case a writer stopped before it did so."""
         self.journal.clear()
         resize_all(self.storage, self.arrays, self.n_states)
 

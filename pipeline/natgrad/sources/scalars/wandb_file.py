@@ -39,11 +39,11 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
         file.widen()
         size, position = file.seek(0, os.SEEK_END), file.seek(len(WANDB_START))
         while position < size:
-            room = _BLOCK - position % _BLOCK
-            if room < _HEAD:
-                if any(file.read(room)):
+            space = _BLOCK - position % _BLOCK
+            if space < _HEAD:
+                if any(file.read(space)):
                     raise ValueError(f"there are data at byte {position}, where no fragment fits")
-                position += room
+                position += space
                 continue
             head = file.read(_HEAD)
             if len(head) < _HEAD:
@@ -55,7 +55,7 @@ def _fragments(log: Storage, notes: list[str]) -> Iterator[tuple[int, int, bytes
                         raise ValueError(f"there are zeros at byte {position} instead of a fragment")
                 break
             crc, count, kind = struct.unpack("<IHB", head)
-            if count > room - _HEAD:
+            if count > space - _HEAD:
                 raise ValueError(f"the fragment at byte {position} crosses the end of its block")
             data = file.read(count)
             if len(data) < count:
