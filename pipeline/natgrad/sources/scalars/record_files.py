@@ -51,7 +51,7 @@ def _complete_lines(
 ) -> Iterator[str]:
     """Yield the lines of a text file.
 
-    A last line without a newline is left out, unless it is a record and the file has not changed lately.
+    A last line without a newline is omitted, unless it is a record and the file has not changed lately.
     """
     content = log.open()
     content.widen()

@@ -194,9 +194,9 @@ class ScalarLog:
     """A log of the scalars of a run.
 
     A record contains a step number and some quantities. Records of the same step are merged. If the step number
-    decreases, the run was restarted, and the values that were logged before from this step on are omitted. If a
-    quantity has several different values at a step, or if its records differ in a label such as ``mode`` or
-    ``rank``, none is used unless the mapping selects one.
+    decreases, the run was restarted, and the values that were logged before for this step and later ones are
+    omitted. If a quantity has several different values at a step, or if its records differ in a label such as
+    ``mode`` or ``rank``, none is used unless the mapping selects one.
 
     Parameters
     ----------
