@@ -56,7 +56,7 @@ class ModelFolder(Container):
 
     The reader opens every ``<name>.safetensors``, every ``<name>.safetensors.index.json`` with its shards, and
     ``optimizer.pt`` or ``optimizer.bin``. If a model has no such file, it opens ``<model>.bin`` or its index. Other
-    files are ignored. A state of an optimizer that cannot be read is left out, with the reason in ``unread``.
+    files are ignored. A state of an optimizer that cannot be read is omitted, with the reason in ``unread``.
 
     Raises
     ------
