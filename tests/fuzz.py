@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "sources"), str(HERE.parent / "pipeline")]
+sys.path[:0] = [str(HERE), str(HERE / "sources"), str(HERE / "sources" / "scalars"), str(HERE.parent / "pipeline")]
 CPU_SECONDS, MEMORY = 3.0, 1 << 30
 TENSORS = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": (2, 2)}
 CONSTANTS = [float(1 + index) * 1.0078125 for index in range(2 * len(TENSORS))]
@@ -222,9 +222,9 @@ def with_scalars(write):
 
 def of_scalars(name):
     def write(folder):
-        import test_scalar_logs
+        import test_scalar_log
 
-        return test_scalar_logs.WRITERS[name][0](folder, test_scalar_logs.values_of())
+        return test_scalar_log.WRITERS[name][0](folder, test_scalar_log.values_of())
 
     return with_scalars(write)
 
@@ -241,10 +241,10 @@ def tensorboard(folder):
 
 
 def wandb(folder):
-    import test_wandb
+    import test_wandb_file
 
-    rows = "".join(json.dumps(test_wandb.row(*values)) + "\n" for values in test_wandb.VALUES)
-    command = [sys.executable, "-W", "ignore", "-c", test_wandb.WRITE, str(folder / "w")]
+    rows = "".join(json.dumps(test_wandb_file.row(*values)) + "\n" for values in test_wandb_file.VALUES)
+    command = [sys.executable, "-W", "ignore", "-c", test_wandb_file.WRITE, str(folder / "w")]
     done = subprocess.run(command, input=rows, capture_output=True, text=True, check=True)
     shutil.copy(done.stdout.splitlines()[0], folder / "run-1.wandb")
     shutil.rmtree(folder / "w", ignore_errors=True)

@@ -370,3 +370,56 @@ def test_a_log_is_described_and_a_store_is_verified_without_the_compiler(tmp_pat
     )
     path = log if call == "inspect" else tmp_path
     assert not loaded_after(f"import natgrad; natgrad.{call}({str(path)!r})") & libraries
+
+
+# Places of tests -----------------------------------------------------------------------------------------------
+
+NO_PACKAGES = {"cluster", "docs", "packaging", "typing"}
+"""Folders of tests of what is not in a package: clusters, pages, distributions, and the types of all functions."""
+
+ACROSS_MODULES = {
+    "app/test_layout_versions.py",  # every command refuses stores of another layout
+    "ingestion/test_replicate_log.py",  # replicates, from the log to labelled results
+    "sources/test_reader_memory.py",  # one bound for all readers
+    "storage/test_disk.py",  # full, read-only and limited disks, in every stage
+}
+
+
+def mirrors(test, modules, helpers):
+    """Return whether a test, a path below the folder of tests, has the name of a module, package or helper.
+
+    A test of a package as a whole is in its folder.
+    """
+    package, *folders = test.parts[:-1]
+    name = test.stem.removeprefix("test_")
+    parent = ".".join([{"flows": "natgrad_flows"}.get(package, f"natgrad.{package}"), *folders])
+    whole = parent in modules and name == test.parts[-2]
+    return whole or f"{parent}.{name}" in modules or name in helpers
+
+
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        ("a/test_b.py", True),
+        ("a/test_c.py", True),
+        ("a/c/test_d.py", True),
+        ("a/c/test_c.py", True),
+        ("a/test_helper.py", True),
+        ("flows/test_e.py", True),
+        ("a/test_d.py", False),
+        ("a/c/test_b.py", False),
+        ("e/test_e.py", False),
+    ],
+)
+def test_names_of_modules_packages_and_helpers_are_found(test, found):
+    modules = {"natgrad.a", "natgrad.a.b", "natgrad.a.c", "natgrad.a.c.d", "natgrad_flows.e"}
+    assert mirrors(Path(test), modules, {"helper"}) == found
+
+
+def test_tests_mirror_modules():
+    tests = ROOT / "tests"
+    helpers = {path.stem for path in tests.glob("*.py")}
+    files = [path.relative_to(tests) for path in tests.rglob("test_*.py")]
+    assert {path.name for path in files if len(path.parts) == 1} == {"test_architecture.py", "test_slow.py"}
+    within = [path for path in files if len(path.parts) > 1 and path.parts[0] not in NO_PACKAGES]
+    assert {str(path) for path in within if not mirrors(path, MODULES, helpers)} == ACROSS_MODULES

@@ -15,13 +15,14 @@ from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run, report_run
 from natgrad.app.verification import verify_run
 from natgrad.compute.plan import PlanLimits
+from natgrad.ingestion import Extent
 from natgrad.results import dataset as results
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import IngestLimits, storage_dtype
+from natgrad.schema.layout import IngestLimits, Layout, storage_dtype
 from natgrad.schema.variables import Status
 from natgrad.sources.checkpoints.step_folder import StepFolder
-from natgrad.store import open_ledger, open_trajectory
-from opened import read_results
+from natgrad.store import checksum, open_ledger, open_trajectory
+from opened import create_trajectory, read_results
 
 ELEMENTS = 17  # of `logs.TENSORS`
 
@@ -486,3 +487,46 @@ def test_a_folder_without_runs_is_refused(tmp_path, out):
     ]:
         with pytest.raises(InputError, match=message):
             ingest_run(path, out, sweep=True)
+
+
+# The extent of a trajectory, computed before it is written -----------------------------------------------------
+
+
+@st.composite
+def restarted_runs(draw):
+    """Steps and attempts of a run that is restarted from an older state a few times, in the order of logging."""
+    rows, step = [], 0
+    for attempt in range(draw(st.integers(1, 4))):
+        step = draw(st.integers(0, step)) if attempt else 0
+        for _ in range(draw(st.integers(1, 4))):
+            rows.append((step, attempt))
+            step += 1
+    return rows
+
+
+@settings(max_examples=40)
+@given(restarted_runs())
+def test_extent_counts_the_updates_of_the_trajectory(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("extent") / "trajectory.zarr"
+    dtypes = {"parameter": "float32", "gradient": "float32"}
+    trajectory = create_trajectory(path, Layout.from_shapes({"a": ((2,), "float32")}), dtypes, (16, 2))
+    states = np.zeros((len(rows), 2), np.uint32)
+    for name in dtypes:
+        trajectory.write(name, 0, 0, states)
+    steps, attempts = map(list, zip(*rows, strict=True))
+    numbers = np.ones(len(rows))
+    sums = {name: [[checksum(state)] for state in states] for name in dtypes}
+    trajectory.commit(steps, {"loss": numbers, "learning_rate": numbers}, [{}] * len(rows), sums, attempts)
+    extent = Extent.of(open_trajectory(path))
+    assert extent == Extent(tuple(("", *row) for row in rows))
+    assert extent.attempts == max(attempts) + 1
+    for attempt in (None, *range(extent.attempts)):
+        current = trajectory.current(attempt)
+        updates = (trajectory.spans() > 0) & current[:-1] & current[1:]
+        assert extent.updates(attempt) == updates.sum()
+
+
+def test_extent_counts_the_longest_run_of_a_sweep():
+    extent = Extent((("a", 0, 0), ("a", 1, 0), ("b", 0, 0), ("b", 10, 0), ("b", 20, 0)))
+    assert (extent.attempts, extent.updates()) == (1, 2)
+    assert Extent(()).updates() == 0

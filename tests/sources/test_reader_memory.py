@@ -48,7 +48,7 @@ def write_megatron(folder):
 
 
 def write_deepspeed(folder, stage):
-    """Write files of two ranks like those of the engine (test_deepspeed.py uses real ones)."""
+    """Write files of two ranks like those of the engine (test_deepspeed_folder.py uses real ones)."""
     path = folder / "global_step0"
     path.mkdir()
     shapes = [{NAME: torch.Size(SHAPE)}]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scalar_logs import read_all, run_without_scalars, settled, stored
+from test_scalar_log import read_all, run_without_scalars, settled, stored
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.opening import format_of

@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 import pytest
-from test_optimizer import saver, sharded
+from test_saved_state import saver, sharded
 
 from lazy import Lazy
 from natgrad.app import cli, run

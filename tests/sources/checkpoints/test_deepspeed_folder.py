@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
-from test_optimizer import stored
+from test_saved_state import stored
 
 from damage import LENGTHS, Payload, changes, damage, reads_only
 from lazy import Lazy

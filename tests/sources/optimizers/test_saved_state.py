@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp, mpf
-from test_trainers import small_gpt2, train
+from test_huggingface import small_gpt2, train
 
 from lazy import Lazy
 from natgrad.app import cli, run
