@@ -26,7 +26,6 @@ flow_engine = Lazy("prefect.flow_engine")
 orchestration = Lazy("prefect.client.orchestration")
 runs = Lazy("natgrad_flows.runs")
 scans = Lazy("natgrad_flows.scan")
-demo = Lazy("natgrad_flows.demo")
 
 WRITER = """
 import sys, time
@@ -216,33 +215,6 @@ def test_options_that_depend_on_each_other_or_on_the_steps_are_checked_before_an
         with pytest.raises(InputError, match=message):
             runs.process_run(log, tmp_path / "never", **parameters)
         assert not (tmp_path / "never" / "trajectory.zarr").exists()
-
-
-# Flows by name, each with the models of its options.
-FLOWS = {
-    "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions),
-    "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions),
-    "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions),
-    "scan-runs": lambda: (scans.scan_runs, options.ScanOptions),
-    "demo": lambda: (demo.demo, options.DemoOptions),
-}
-
-
-@pytest.mark.parametrize("name", FLOWS)
-def test_the_parameter_form_has_every_option_with_its_description(name):
-    flow, *models = FLOWS[name]()
-    assert flow.name == name
-    declared = {option: one for model in models for option, one in options.declared(model).items()}
-    form = flow.parameters.properties
-    assert set(form) - {"source", "root", "out"} == set(declared)
-    for option, one in declared.items():
-        assert form[option]["description"].startswith(one.description())
-        assert form[option]["default"] == one.option.default
-        assert f"\n{option} : " in flow.fn.__doc__
-    assert all(form[argument]["description"] for argument in set(form) - set(declared))
-    assert form["out"]["description"].startswith("Folder for the logs") == (name == "demo")
-    if "windows" in form:
-        assert form["windows"]["anyOf"][0] == {"type": "array", "items": {"type": "integer", "minimum": 1}}
 
 
 def test_many_runs_at_once_fail_alone_and_compute_only_new_steps(tmp_path):

@@ -35,6 +35,12 @@ from opened import ingest, open_source
 torch = Lazy("torch")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def torch_imported():
+    """Import torch here, so that its time does not count for the first test."""
+    assert torch.save
+
+
 class Kind(enum.Enum):
     """A class that no reader knows."""
 
