@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def copy_sources(folder):
-    """Copy what a build reads, so that builds do not write into the work tree. The copy has no repository."""
+    """Copy the files that a build reads, so that it does not write to the work tree. The copy has no repository."""
     ignored = shutil.ignore_patterns("__pycache__", "_version.py")
     for name in ("pipeline", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -51,7 +51,7 @@ def required(*names):
 
 
 class Environment:
-    """A virtual environment with a wheel in it.
+    """A virtual environment that contains a wheel.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class Environment:
         self.environment = {name: value for name, value in os.environ.items() if name not in unset}
 
     def run(self, program, *arguments, environment=None, **options):
-        """Run a program of the environment and return what it printed; fail with that if it failed."""
+        """Run a program of the environment and return its output. If the program fails, fail with its output."""
         done = subprocess.run(
             [self.bin / program, *map(str, arguments)],
             env=self.environment | (environment or {}),
@@ -78,9 +78,9 @@ class Environment:
 
 
 def make_environment(folder, wheel, distributions):
-    """Make a virtual environment in which only a wheel and links to some distributions can be imported."""
+    """Create a virtual environment in which only a wheel and some linked distributions can be imported."""
     venv.create(folder, symlinks=True, with_pip=False)
-    # uv takes a tenth of the time of pip.
+    # uv is ten times as fast as pip.
     install = ["-m", "uv", "pip", "install", "--python", folder / "bin" / "python", "--no-deps", "--no-index"]
     subprocess.run([sys.executable, *install, "--no-cache", wheel], check=True, capture_output=True)
     (site,) = folder.glob("lib/python*/site-packages")

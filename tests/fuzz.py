@@ -421,7 +421,7 @@ def data_ranges(content):
 
 
 class Slow(BaseException):
-    """A case takes too long."""
+    """Error for a case that takes too long."""
 
 
 def read_all(paths):

@@ -1,4 +1,4 @@
-"""Logs that were made to exhaust time or memory, or to be misread: functions of a folder that return the log."""
+"""Logs designed to exhaust time or memory, or to be misread: functions of a folder that return the log."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Training logs for tests, written by the libraries that users write them with."""
+"""Training logs for tests, written by the libraries that users use."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ def run_writer(name, *arguments, **environment):
 
 
 def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0.1):
-    """States of a noisy gradient descent on |theta|^2 / 2: a list of flat mappings of the native keys to arrays.
+    """Return states of noisy gradient descent on |theta|^2 / 2: a list of mappings from native keys to arrays.
 
     The update is the negative gradient plus noise of its size, so most updates are effective and none is exact.
     """
@@ -52,7 +52,7 @@ def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0
 
 
 def with_replicates(states, count=3, seed=0):
-    """States with replicates: of each, where a noise of the size of the gradient would lead to, and the losses."""
+    """Add replicates to states: states after updates with noise of the size of the gradient, and their losses."""
     rng = np.random.default_rng(seed)
     for state in states:
         drawn, loss = {}, np.zeros(count)
@@ -86,7 +86,7 @@ def write_log(folder, states, numbers=None, container="safetensors"):
 
 
 def walk_arrays(rows, elements, dtypes=None, seed=0):
-    """Arrays (row, element) of a trajectory: a random walk, and a gradient of its size."""
+    """Return arrays (row, element) of a trajectory: a random walk, and gradients of similar size."""
     rng = np.random.default_rng(seed)
     values = {
         "parameter": np.cumsum(rng.standard_normal((rows, elements)), axis=0),
@@ -111,7 +111,7 @@ def write_trajectory(path, arrays, shapes, chunk, compressors=None):
 
 
 def append_states(path, arrays):
-    """Commit the rows of arrays to a trajectory store that is there, and return its path."""
+    """Commit the rows of arrays to an existing trajectory store, and return its path."""
     trajectory = open_trajectory(path)
     start, rows = trajectory.n_states, len(arrays["parameter"])
     checksums = {name: [[] for _ in range(rows)] for name in arrays}

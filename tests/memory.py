@@ -1,4 +1,4 @@
-"""Peak memory of a call."""
+"""Measure the peak memory of a call."""
 
 import gc
 import re
@@ -13,9 +13,9 @@ def _status(name):
 
 
 def peak_of(call):
-    """Bytes above those before a call: as Python counts them, and as the system does, which sees libraries too."""
+    """Return the peak bytes added by a call: counted by Python, and by the system, which also counts libraries."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark is now that of now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current value
     before = _status("VmRSS")
     tracemalloc.start()
     call()
@@ -25,7 +25,7 @@ def peak_of(call):
 
 
 def read_in_slices(log, tensor, out):
-    """Read all of a parameter of the first step through one buffer."""
+    """Read a complete parameter of the first step through one buffer."""
     step = log.steps()[0]
     with log.open(step) as reader:
         shape = reader.content().arrays["parameter"][tensor].shape
@@ -37,8 +37,8 @@ def read_in_slices(log, tensor, out):
 
 
 def assert_out_of_core(log, tensor, out):
-    """Reading a tensor of 64 MiB through a small buffer takes a few MiB: the libraries' own caches."""
-    read_in_slices(log, tensor, out)  # imports, and what a library keeps
+    """Check that reading a tensor of 64 MiB through a small buffer takes a few MiB, for caches of libraries."""
+    read_in_slices(log, tensor, out)  # imports and fills the caches of libraries
     traced, resident = peak_of(lambda: read_in_slices(log, tensor, out))
     assert traced < 4 * MEBIBYTE, f"{traced / MEBIBYTE:.1f} MiB"
     assert resident < 16 * MEBIBYTE, f"{resident / MEBIBYTE:.1f} MiB"

@@ -41,7 +41,7 @@ LIST = Path(__file__).with_name("mutants.toml")
 LARGEST_SHARE = 0.1
 """Share of the mutants that may survive."""
 PROCESSOR_SECONDS = 90
-"""Limit of the tests of a mutant, which may loop without end. A mutant that reaches it is detected."""
+"""Time limit for the tests of a mutant, which may loop forever. A mutant that reaches it counts as detected."""
 
 KINDS = (
     {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"},
@@ -77,7 +77,7 @@ TESTS = {
 """The tests that must detect the mutants of each module, in the order in which they run."""
 
 SLOW = ("kernel_and_formulas", "poor_sample", "xarray_alone", "each_tensor_has_its_own")
-"""Parts of the names of tests that take seconds and detect nothing that others do not."""
+"""Parts of the names of tests that take seconds and detect no additional mutants."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def listed(entry):
 
 
 def identity(entry):
-    """Return what identifies a mutant although the lines of its module move."""
+    """Return an identifier of a mutant that does not depend on line numbers."""
     return [entry[name] for name in ("module", "where", "before", "after")]
 
 
@@ -180,7 +180,7 @@ def _scope(tree, line):
 
 
 def sample(count, seed, modules):
-    """Draw places, and an operator for each. A smaller sample is the beginning of a larger one."""
+    """Draw places, and an operator for each. A smaller sample is a prefix of a larger one."""
     drawn = random.Random(seed)
     every = [(module, operators) for module in modules for _, operators in sorted(places(module).items())]
     drawn.shuffle(every)
@@ -247,7 +247,7 @@ def warm():
 
 
 def fork(files, changed):
-    """Run tests in a fork, with a mutant or with the code as it is; return its id and a pipe for the answer."""
+    """Run tests in a fork, with a mutant or the unchanged code; return its id and a pipe for the answer."""
     read, write = os.pipe()
     process = os.fork()
     if process:
@@ -303,7 +303,7 @@ def main():
     warm()
     tasks = [(changed, TESTS[changed.module]) for changed in (*always, *possible)]
     survived = []
-    # The code as it is must pass the same tests.
+    # The unchanged code must pass the same tests.
     for changed, failed in outcomes(
         [*tasks, (None, sorted({name for _, names in tasks for name in names}))], options.jobs
     ):

@@ -1,4 +1,4 @@
-"""Functions of the package that take open storages, for tests, which have paths and URLs."""
+"""Call functions of the package that take open storages with paths and URLs instead."""
 
 from natgrad import ingestion
 from natgrad.compute import ledger_pass

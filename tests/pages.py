@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def _run(line):
     program, *arguments = shlex.split(line, comments=True)
     if program == "make":
-        # These commands set up everything, and the tests are part of one of them.
+        # These commands set up an environment, and one of them runs these tests.
         assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
     elif program == "pip":
         # tests/packaging installs the wheel of this name and then runs the demonstration.

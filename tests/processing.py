@@ -1,4 +1,4 @@
-"""The whole pipeline in this process: from a log to its results, and from its files to arrays."""
+"""Run the complete pipeline in this process: from a log to its results, and from its files to arrays."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def process(log, out, windows=(1,)):
 
 
 def read_log(folder):
-    """Loss and learning rate (step), and parameter and gradient (step, element) of every tensor of a log."""
+    """Return loss and learning rate (step), and parameter and gradient (step, element) of every tensor of a log."""
     source = open_source(folder)
     scalars, states = [], []
     for step in source.steps():

@@ -1,4 +1,4 @@
-"""The ledger by definition: whole vectors, exact sums, no tiles.
+"""Compute the ledger by its definition: complete vectors, exact sums, no tiles.
 
 A float64 is a rational number, so every product and every sum below is exact until the one rounding at the end.
 """
@@ -19,18 +19,18 @@ U = unit_roundoff("float64")
 
 
 def exact(values):
-    """Values as exact numbers."""
+    """Return values as exact numbers."""
     return [mpf(float(x)) for x in np.asarray(values).ravel()]
 
 
 def exact_dot(x, y):
-    """Inner product of two lists of exact numbers, exact to 60 digits beyond any cancellation met here."""
+    """Return the inner product of two lists of exact numbers, to 60 digits after any cancellation in the tests."""
     with mp.workdps(120):
         return mp.fsum(a * b for a, b in zip(x, y, strict=True))
 
 
 def exact_vectors(parameter, next_parameter, gradient, next_gradient, ratio, hvp=None):
-    """Vectors of the ledger, in its order."""
+    """Return the vectors of the ledger, in order."""
     with mp.workdps(120):
         p, q, g, h = map(exact, (parameter, next_parameter, gradient, next_gradient))
         displacement = [b - a for a, b in zip(p, q, strict=True)]
@@ -48,7 +48,7 @@ def fixed_point(vector):
 
 
 def exact_gram(vectors):
-    """Gram matrix of exact vectors, rounded once. Integers give the sums of `exact_dot` in a third of the time."""
+    """Return the Gram matrix of exact vectors, rounded once. Integers take a third of the time of `exact_dot`."""
     numbers = [fixed_point(vector) for vector in vectors]
     gram = np.empty((len(vectors), len(vectors)))
     for (i, (x, low)), (j, (y, its_low)) in itertools.combinations_with_replacement(enumerate(numbers), 2):
@@ -73,7 +73,7 @@ def assert_gram_close(actual, expected, elements, slack=1.0):
 
 
 def worst_case(terms, unit=U):
-    """Largest relative error of ``terms`` roundings in a row (Higham, Accuracy and Stability, lemma 3.1)."""
+    """Return the largest relative error of ``terms`` consecutive roundings (Higham, lemma 3.1)."""
     return terms * unit / (1 - terms * unit)
 
 
@@ -87,7 +87,7 @@ def derivatives(loss, weights):
     weights : mapping
         The same.
     """
-    step = mpf(10) ** -20  # the central difference is off by its square, far below any rounding of float64
+    step = mpf(10) ** -20  # the error of the central difference is its square, much below the rounding of float64
     for name, weight in weights.items():
         for row, column in np.ndindex(len(weight), len(weight[0])):
             beside = []
@@ -109,7 +109,7 @@ def promised_relative_error(cosine):
 
 
 def vectors_at(angle, size, seed=0, length=3.0):
-    """Float64 vectors y, g at nearly the angle; what it is exactly, the reference says."""
+    """Return float64 vectors y, g at approximately this angle; the reference gives the exact angle."""
     rng = np.random.default_rng([size, seed])
     g = rng.standard_normal(size)
     across = rng.standard_normal(size)
@@ -121,7 +121,7 @@ def vectors_at(angle, size, seed=0, length=3.0):
 
 
 def exact_metric(y, g, gamma=None, alpha=None, directions=(), weights=()):
-    """Matrix of eqs. (8), (22), with the user's directions, in as many digits as are set."""
+    """Return the matrix of eqs. (8), (22), with the user's directions, in the current precision."""
     y, g = mp.matrix(exact(y)), mp.matrix(exact(g))
     alignment = (y.T * g)[0]
     weight = mpf(gamma) * (y.T * y)[0] / alignment if gamma is not None else mpf(alpha)
@@ -133,7 +133,7 @@ def exact_metric(y, g, gamma=None, alpha=None, directions=(), weights=()):
 
 
 def pair_of(y, g, learning_rate=0.5):
-    """Pair of a ledger of one row, computed by the definition and rounded once."""
+    """Return the pair of a ledger with one row, computed by the definition and rounded once."""
     displacement = learning_rate * g  # exact: the rate is a power of two
     # The kernel's ratio is optimal up to 1e-6 of |y| (natgrad.kernel.gram).
     ratio = float(-(y @ g) / (g @ g) / learning_rate * (1 + 1e-6)) if g.any() else 0.0

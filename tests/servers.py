@@ -18,10 +18,10 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "ERROR",
     "PREFECT_RUNNER_POLL_FREQUENCY": "1",
     "PREFECT_WORKER_QUERY_SECONDS": "1",
-    # What the tests do not ask for, and what costs a busy machine.
+    # Services that the tests do not need, and that slow down a busy machine.
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
-    # The least that Prefect takes: how long a dead flow occupies its deployment.
+    # The minimum that Prefect accepts: how long a dead flow occupies its deployment.
     "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "30",
 }
 
@@ -69,7 +69,7 @@ def kill(running):
 
 
 class PrefectServer:
-    """Prefect server on a port, with a database that outlives it.
+    """Prefect server on a port, with a persistent database.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ class PrefectServer:
         return False
 
     def kill(self):
-        """Kill the server, as a power failure does."""
+        """Kill the server, as in a power failure."""
         self._stack.close()
 
     def __enter__(self):

@@ -17,7 +17,7 @@ PROPERTY = "processor seconds"
 
 
 def names(nodeid):
-    """Return how the list names the function and the file of a test."""
+    """Return the name of a test in the list: its file and function."""
     function = nodeid.removeprefix(f"{TESTS.name}/").partition("[")[0]
     return function, function.partition("::")[0]
 
@@ -52,7 +52,7 @@ def pytest_runtest_call(item):
 
 
 class Limit:
-    """Processor time of all tests against the limit, in the process that reports."""
+    """Compare the processor time of all tests with the limit, in the process that reports."""
 
     def __init__(self, seconds):
         self.seconds, self.slower = seconds, {}

@@ -84,7 +84,7 @@ def test_imports_point_down(module):
 
 
 def test_no_package_of_the_table_imports_less_than_it_may_by_name_only():
-    # An entry that nothing uses would hide that a package could sit lower.
+    # An unused entry would hide that a package could be on a lower level.
     used = generate.package_imports()
     assert "store" not in used["recording"] | used["experiments"]
 
@@ -259,7 +259,7 @@ print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)
 
 
 def is_hidden(name):
-    """Return whether a name is private or a constant's: tests neither use the first nor replace the second."""
+    """Return whether a name is private (tests must not use it) or a constant (tests must not replace it)."""
     return is_private(name) or re.fullmatch("[A-Z][A-Z0-9_]+", name) is not None
 
 
@@ -288,7 +288,7 @@ class Uses(ast.NodeVisitor):
                     self.found.add(f"{node.module}.{alias.name}")
 
     def name_of(self, node):
-        """Return the full name of what was imported from the package, None for everything else."""
+        """Return the full name of an object imported from the package; None for other names."""
         if isinstance(node, ast.Name):
             return self.imported.get(node.id)
         if isinstance(node, ast.Attribute) and (owner := self.name_of(node.value)) is not None:
@@ -320,7 +320,7 @@ class Uses(ast.NodeVisitor):
 
 
 def uses(program):
-    """Return what `Uses` finds in a program, None where the text is none."""
+    """Return the names that `Uses` finds in a program; None if the text is not a program."""
     for text in (program, re.sub(r"\{[^{}\n]*\}", "x", program)):  # as it is, or with fields to be filled in
         try:
             tree = ast.parse(text)

@@ -1,4 +1,4 @@
-"""Kill ingest and analysis at random moments, repeatedly until they finish, and count the consequences.
+"""Kill ingest and analysis at random times, repeatedly until they finish, and count the consequences.
 
 Each process is a fork of this one, which has imported and compiled everything but has no threads. It is killed
 after a random fraction of the time that the undisturbed work takes. After each kill, a fresh process inspects the
@@ -52,7 +52,7 @@ PLAN = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
 
 def warm():
     """Compile the kernel, so that processes spend their time on the work; no thread is started."""
-    os.fsync = lambda descriptor: None  # no power is lost here
+    os.fsync = lambda descriptor: None  # these tests do not simulate power failures
     state = np.ones((2, 3), np.float32)
     products = np.empty((1, 1, len(VECTORS[:5]), len(VECTORS[:5])))
     gram.products([state], [state], np.array([0, 3]), products, np.empty((1, 1)), None)
@@ -64,7 +64,7 @@ def work(log, out):
 
 
 def fork(task, *arguments):
-    """Start a task in a separate process; return its id and the pipe that delivers its answer."""
+    """Start a task in a separate process; return its id and the pipe for its result."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -223,7 +223,7 @@ def process(log, out, **options):
 
 
 def follow_advice(error, log, out):
-    """Do what a refusal advises, and return the results."""
+    """Follow the advice of a refusal, and return the results."""
     if "remove the folder" in error.remedy:
         shutil.rmtree(Path(error.where).parent)
         return process(log, out)
@@ -276,7 +276,7 @@ def try_damaged(log, out, path, before, after):
 
 
 def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None):
-    """Damage files at random; yield the consequence of each trial, and its description.
+    """Damage random files; yield the consequence of each trial, and its description.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ THREE = ("stage 2", "stage 3")
 
 
 class Linear(torch.nn.Module):
-    """Parameters whose gradients are given."""
+    """Parameters with specified gradients."""
 
     def forward(self, gradients):
         own = self.named_parameters(recurse=False)
@@ -35,7 +35,7 @@ class Linear(torch.nn.Module):
 
 
 class Model(Linear):
-    """Parameters of given shapes, one of them under two names, and a buffer."""
+    """Parameters with specified shapes, one of them under two names, and a buffer."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -51,7 +51,7 @@ class Model(Linear):
         self.register_buffer("running_mean", torch.arange(3.0))
 
     def forward(self, gradients):
-        # Each module computes the part of its own parameters, which stage 3 gathers for it.
+        # Each module computes the part of its parameters, which stage 3 gathers for it.
         loss = super().forward(gradients)
         for name, module in self.named_modules():
             if name not in ("", "tied") and module._parameters:

@@ -20,7 +20,7 @@ def manager(folder, items, **options):
 
 
 def managers(folder):
-    """Manager by name, and what makes the arguments to save of a tree and a loss."""
+    """Return managers by name, and functions that build the arguments of save from a tree and a loss."""
 
     def one(tree, loss):
         return ocp.args.Composite(state=ocp.args.PyTreeSave({**tree, "loss": loss}))
