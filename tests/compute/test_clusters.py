@@ -233,7 +233,7 @@ def test_the_log_of_a_pass_has_run_steps_and_tile_as_fields(tmp_path, arrays, ca
     assert {updates for updates, _ in tiles} == {(first, last + 1) for first, last in steps}
 
 
-# A cluster that is there -------------------------------------------------------------------------------------
+# An existing cluster -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -357,7 +357,7 @@ def test_a_cluster_without_workers_ends_the_pass_without_a_traceback(tmp_path, a
 
 @pytest.mark.parametrize("there", ["nothing", "another storage"])
 def test_workers_that_do_not_see_out_end_the_pass(tmp_path, arrays, address, monkeypatch, there):
-    # The same path leads every process to another folder.
+    # The same path refers to a different folder in every process.
     out = Path("/proc/self/cwd/out")
     for name in ("client", "host"):
         (tmp_path / name / "out").mkdir(parents=True)

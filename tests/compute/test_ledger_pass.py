@@ -143,7 +143,7 @@ def halo_repeated(located, boundaries):
 
 
 def shifted(located, array):
-    """`Trajectory.locate` that gives one array one step late."""
+    """`Trajectory.locate` that returns one array one step late."""
 
     def mutant(self, name, start, stop, column):
         late = name == array and start > 0
@@ -368,7 +368,7 @@ def test_runs_with_the_same_name_on_one_scheduler_are_kept_apart(tmp_path, clust
         by_start = {chunk.start: digest for chunk, digest in digests.items()}
         jobs.append((job, items, lambda by_start=by_start: by_start))
     with contextlib.closing(executor(*jobs[0])) as first:
-        next(first)  # the others are held on the cluster until they are asked for
+        next(first)  # the others remain on the cluster until they are requested
         assert len(list(executor(*jobs[1]))) == 4
     assert len(open_ledger(jobs[1][0].ledger).read()[0]) == ROWS - 1
 
@@ -379,7 +379,7 @@ def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, width, ahea
     submitted, in_flight = [], []
 
     def counted(job, items, digests):
-        # An executor asks for the digests whenever it schedules a ledger chunk.
+        # An executor requests the digests whenever it schedules a ledger chunk.
         return executors.existing_cluster(cluster)(job, items, lambda: submitted.append(None) or digests())
 
     ledger, summary = ledger_of(
@@ -428,7 +428,7 @@ def started(cluster, monkeypatch):
 
 
 FOUR_TILES = PlanLimits(tile_bytes=1, least_updates=99)
-"""Limits that give one ledger chunk with four tiles."""
+"""Limits for one ledger chunk with four tiles."""
 
 
 def test_a_pass_of_one_task_starts_nothing(tmp_path, started):
@@ -443,7 +443,7 @@ def test_the_number_of_threads_is_limited_by_tasks_and_memory(tmp_path, started)
     executor = executors.local(8, 512 * MEBIBYTE)
     ledger, summary = ledger_of(tmp_path / "four", arrays, limits=FOUR_TILES, executor=executor)
     assert (summary.plan.tasks, started) == (4, [("threads", 4)])
-    # Threads share the memory of one worker: of two there is room, and not of three.
+    # Threads share the memory of one worker, which is sufficient for two but not for three.
     beyond_idle = summary.plan.projected_bytes - FOUR_TILES.reserved_bytes
     executor = executors.local(8, FOUR_TILES.reserved_bytes + 3 * beyond_idle - 1)
     other, _ = ledger_of(tmp_path / "two", arrays, limits=FOUR_TILES, executor=executor)
@@ -498,7 +498,7 @@ def test_local_workers_are_bounded_by_the_plan_and_not_paused_below_it(cluster):
 )
 def test_a_scheduler_that_does_not_answer_is_named(tmp_path, address):
     with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        bound.bind(("127.0.0.1", 0))  # in use, but not listening
         address = address.format(port=bound.getsockname()[1])
         executor = executors.existing_cluster(address, connect_seconds=0.2)
         with pytest.raises(InputError, match=r"the Dask scheduler does not respond: \w") as caught:
@@ -562,7 +562,7 @@ compute_ledger(LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]), limits={lim
 @pytest.mark.parametrize(
     ("owner", "name", "call", "kept"),
     [
-        # The second may be on its way to the disk still.
+        # The second may still be being written to the disk.
         pytest.param("stream", "products", 2 * 4 + 1, {1, 2}, id="in the third ledger chunk, at its first tile"),
         pytest.param(
             # The first record is that of the numbers of all updates.
@@ -625,7 +625,7 @@ def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
         assert summary.computed_updates == len(computed)
         assert (f"{len(computed)} of these updates are missing from the ledger" in caplog.text) == (done > 0)
         done = stop
-    assert summary.plan.updates_per_chunk == 6  # as of the first steps
+    assert summary.plan.updates_per_chunk == 6  # as for the first steps
     at_once, _ = ledger_of(tmp_path / "together", arrays)
     assert bits(ledger) == bits(at_once)
 
@@ -754,7 +754,7 @@ def test_a_trajectory_of_another_kind_gets_a_new_ledger(tmp_path, shapes, dtypes
     assert open_ledger(ledger).vectors == open_ledger(anew).vectors
 
 
-# What is refused -----------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -830,5 +830,5 @@ def test_a_real_pass_takes_no_more_memory_than_projected(tmp_path, rows, shapes,
     output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     idle, peak, projected = map(int, output.split())
     assert projected <= limit
-    assert idle + 2 * state.nbytes > limit  # a pass that holds the run would not do
+    assert idle + 2 * state.nbytes > limit  # a pass with the complete run in memory would exceed the limit
     assert peak <= projected

@@ -41,10 +41,10 @@ def test_chunks_are_complete_steps_of_about_a_million_elements_with_little_paddi
     assert steps >= 1
     assert width >= 1
     assert steps * width <= INGEST.chunk_elements
-    # As few columns as can be, and of padding less than one element in each.
+    # The smallest possible number of columns, and less than one element of padding in each.
     assert columns == math.ceil(elements / INGEST.chunk_elements)
     assert columns * width - elements < columns
-    # Few more steps than the run has; and as many as fit, where it has more.
+    # Slightly more steps than the run has, or as many as fit if it has more.
     assert steps <= max(INGEST.minimum_steps, 2 * (states - 1))
     assert steps >= min(states, INGEST.chunk_elements // width)
 
@@ -129,7 +129,7 @@ def test_the_halo_of_a_wide_model_is_one_state_in_thirty_two():
 
 @pytest.mark.parametrize("states", [2, 3, 33, 34, 1000])
 def test_the_ledger_chunks_of_a_wide_model_do_not_depend_on_how_long_its_run_was_at_first(states):
-    # They stay as they are when it grows.
+    # They do not change when it grows.
     plan = plan_pass(states=states, elements=10**9, chunk=(1, 1 << 20), itemsizes=[4, 4], tensors=500, vectors=5)
     assert plan.updates_per_chunk == LIMITS.least_updates
 

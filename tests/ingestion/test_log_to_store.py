@@ -99,7 +99,7 @@ def random_bits(steps, dtype, tensors=TENSORS, seed=0):
     ]
 
 
-# What lands --------------------------------------------------------------------------------------------------
+# Stored data -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_progress_ends_at_the_number_of_new_steps(log, store):
     assert calls == [(3, 7), (6, 7), (7, 7)]
 
 
-# Again, and more ---------------------------------------------------------------------------------------------
+# Repeated ingests --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_a_folder_that_is_not_a_trajectory_is_kept(log, store):
         assert names(store) == {"thesis.tex"}
 
 
-# Which steps -------------------------------------------------------------------------------------------------
+# Steps -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_gap_after_the_ingested_steps_is_rejected(log, store, before, after):
     assert_holds(store, states, before + after)
 
 
-# What is refused ---------------------------------------------------------------------------------------------
+# Errors ------------------------------------------------------------------------------------------------------
 
 
 def drop(key):
@@ -430,7 +430,7 @@ def test_a_damaged_file_does_not_affect_the_next_run(
     path = log / f"step_{bad}.{container}"
     whole, times = path.read_bytes(), path.stat()
     damage(path)
-    os.utime(path, ns=(1, 1))  # long ago, so nobody is writing it
+    os.utime(path, ns=(1, 1))  # an old file, so it is not being written
     if out_is_there:
         store.parent.mkdir()
         (store.parent / "notes.txt").write_text("mine")
@@ -500,7 +500,7 @@ def test_a_step_that_was_opened_is_read_after_its_file_was_removed(log, store):
 
 
 def test_a_removed_file_changes_the_listing(log, store):
-    # Steps that were not written lately are not held open.
+    # Steps that were not written recently are not kept open.
     states = random_walk(9)
     for path in write_log(log, states).iterdir():
         os.utime(path, (1, 1))
@@ -528,7 +528,7 @@ def test_a_stored_step_whose_file_is_removed_while_it_is_compared_does_not_end_t
     assert_holds(store, states)
 
 
-# What is warned of -------------------------------------------------------------------------------------------
+# Warnings ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -41,7 +41,7 @@ _clock = itertools.count(10**9)
 
 
 def log_steps(folder, states, numbers):
-    """Log steps, each file a second later than the one before, whatever the clock of the file system resolves."""
+    """Log steps, each file a second later than the previous one, for any resolution of the file system's clock."""
     for number in numbers:
         path = write_step(folder, number, states[number])
         os.utime(path, ns=(10**9 * next(_clock),) * 2)

@@ -79,7 +79,7 @@ def by_tensor(values):
 
 
 def record(folder, run, steps=None, container="safetensors", only=("parameter", "hvp", "loss")):
-    """Write a run by the recorder, or some steps of it to a log that is there, and return the folder."""
+    """Write a run with the recorder, or add some steps to an existing log, and return the folder."""
     recorder = Recorder(folder, container, resume=steps is not None)
     for step in range(len(run["loss"])) if steps is None else steps:
         drawn = {"parameter": run["replicate_parameter"][step], "hvp": run["replicate_hvp"][step]}
@@ -122,7 +122,7 @@ def vectors_of(run):
 
 
 def gram_of(run):
-    """Ledger of the replicates by `natgrad.results.replicates.ledger`, from whole tensors in memory."""
+    """Compute the ledger of the replicates by `natgrad.results.replicates.ledger`, from complete tensors."""
     gradient, displacement, hvp = vectors_of(run)
     parts = [slice(tensor.offset, tensor.stop) for tensor in LAYOUT.tensors]
     return np.stack([replicates.ledger(*(x[..., p] for x in (gradient, displacement, hvp))) for p in parts], axis=1)
@@ -178,7 +178,7 @@ def test_the_ledger_of_a_log_equals_that_of_arrays_in_memory(run, out):
     assert gram_ledger.replicate_vectors == replicate_vectors(COUNT, hvp=True)
     found, expected, bound = gram_ledger.read_chunk("replicate_gram", 0, STEPS - 1), gram_of(run), gram_bound(run)
     assert (np.abs(found - expected) <= 2 * bound).all()
-    # The bound is worth the name: it tells the vectors of one step from those of the next.
+    # The bound is tight enough to distinguish the vectors of one step from those of the next.
     assert (np.abs(found[1:] - expected[:-1]) > 2 * bound[:-1]).mean() > 0.9
 
 
@@ -219,7 +219,7 @@ def test_the_results_of_a_log_are_those_of_the_arrays_in_memory(run, out):
 
 
 def exact_replicates(run, row):
-    """Mean update, y and mean <Hg> of a row of the whole model, exactly: lists of numbers of 60 digits."""
+    """Return mean update, y and mean <Hg> of a row of the model, exactly: lists of numbers with 60 digits."""
     with mp.workdps(60):
         theta = exact(run["parameter"][row])
         y = [-x for x in exact(run["gradient"][row])]
@@ -249,8 +249,8 @@ def test_equation_19_from_a_log_is_that_of_exact_arithmetic(tmp_path):
             alpha = exact_dot(discrete, discrete) / a
             lacking = exact_dot(deviation, deviation) - alpha * b * b * c
             bound = c / b if b > 0 else alpha * -b * c * c / lacking if lacking > 0 else mp.inf
-        # A result is a product of some of a, b, c and |d|^2, of which each is a sum of products: their rounding
-        # counts by how much larger the summands are.
+        # A result is a product of some of a, b, c and |d|^2, each of which is a sum of products. Their rounding
+        # errors are relative to the summands, which may be larger than the sums.
         summed = b * b * yy + 2 * abs(b * c) * mp.sqrt(yy * nn) + c * c * nn + abs(alpha * b * b * c)
         parts = [
             (c, mp.sqrt(yy * gg)),
@@ -294,7 +294,7 @@ def drawn_arrays(dtype="float32", hvp=True):
 
 
 def bits(ledger):
-    """Everything that a ledger holds."""
+    """Return the complete contents of a ledger."""
     gram_ledger = open_ledger(ledger)
     chunks = [
         gram_ledger.read_chunk("replicate_gram", start, start + gram_ledger.updates_per_chunk)
@@ -326,7 +326,7 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
     summary = compute_ledger(trajectory, tmp_path / "serial.zarr", limits=SMALL)
     assert summary.chunks > 2
     assert summary.plan.columns > summary.plan.tile_columns
-    # Half of it, in threads, and the rest by itself.
+    # Half of it in threads, and the rest separately.
 
     def half(job, items, digests):
         yield from executors.threads(2)(job, items[::2], digests)
@@ -342,7 +342,7 @@ def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_tim
     compute_ledger(tmp_path / "compressed.zarr", tmp_path / "unpacked.zarr", limits=SMALL)
     for name in ("resumed", "threads", "unpacked"):
         assert bits(tmp_path / f"{name}.zarr") == bits(tmp_path / "serial.zarr"), name
-    # And they are those of the vectors: each row and tensor, wherever it is cut.
+    # They are equal to those of the vectors: for each row and tensor, for any division.
     stops = np.cumsum([int(np.prod(shape)) for shape in CUT.values()])
     found = np.concatenate([np.frombuffer(bits(tmp_path / "serial.zarr")[-1])]).reshape(
         ROWS - 1, len(CUT), *2 * [len(replicate_vectors(3, hvp))]
@@ -522,7 +522,7 @@ def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_pat
         ingest(log, tmp_path / "out.zarr")
     np.savez(log / "step_2.npz", **steps[2])
     assert ingest(log, tmp_path / "out.zarr").new_steps == 1
-    # What was ingested and now says otherwise is another run.
+    # If an ingested step has changed, it is from another run.
     np.savez(log / "step_1.npz", **{**steps[1], "replicate_loss": steps[1]["replicate_loss"] + 1})
     with pytest.raises(InputError, match="replicate_loss"):
         ingest(log, tmp_path / "out.zarr")
@@ -600,7 +600,8 @@ def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
     copy = shutil.copytree(out, tmp_path / "run")
     assert verify_run(copy) == []
     changes = {
-        # A chunk of one replicate is of all steps. Of the ledger 64 KiB have one checksum: here that is all.
+        # A chunk of one replicate contains all steps. 64 KiB of the ledger share one checksum, here the entire
+        # ledger.
         "trajectory.zarr/replicate_hvp/c/0/2/0": (2 * SIZE * 4, "replicate_hvp/2", (2, 2)),
         "trajectory.zarr/replicate_loss/c/0/0": (3 * COUNT * 8, "replicate_loss", (0, STEPS - 1)),
         "ledger.zarr/replicate_gram/c/0/0/0/0": (4 * 3 * 11**2 * 8 + 9, "replicate_gram", (0, STEPS - 2)),
@@ -624,7 +625,7 @@ def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
     tree = process(log, tmp_path / "run")["replicates"]
     for group in ("model", "tensor"):
         assert tree[group].to_dataset().equals(whole[group].to_dataset())
-    # Restarted before step 5: what another draw led to is another attempt, of the same steps.
+    # Restarted before step 5: a different draw is a new attempt of the same steps.
     other = noisy_run(seed=9)
     record(log, other, range(5, STEPS))
     tree = process(log, tmp_path / "run")["replicates"]
@@ -638,7 +639,7 @@ def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
 
 
 def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
-    # Two updates of three tensors a ledger chunk: results are made a ledger chunk at a time.
+    # A ledger chunk has two updates of three tensors: results are computed one ledger chunk at a time.
     limits = PlanLimits(ledger_bytes=2 * 3 * (5**2 + 12**2 + 1) * 8)
     lengths = {"a": 3, "b": 5}
     runs = {name: noisy_run(seed=length, steps=length) for name, length in lengths.items()}
@@ -660,7 +661,7 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
     assert (tree["replicates/model"]["status"].sel(run="a", step=[2, 3]) == Status.NOT_LOGGED).all()
 
 
-# What is not known --------------------------------------------------------------------------------------------
+# Unknown values -----------------------------------------------------------------------------------------------
 
 
 def test_without_a_learning_rate_or_after_a_divergence_the_status_says_so(run, tmp_path):
@@ -679,7 +680,7 @@ def test_without_a_learning_rate_or_after_a_divergence_the_status_says_so(run, t
     assert np.argwhere((tensors["status"] == Status.NON_FINITE).values).tolist() == [[2, 0]]
     for name in ("angle", "condition_number", "stochastic_weight", "learning_rate_bound", "replicate_angle"):
         assert np.isnan(model[name][:3]).all(), name
-    # A hvp that is not finite spoils what is made of it, and nothing else.
+    # An hvp that is not finite affects only the values computed from it.
     assert np.isnan([model["stochastic_alpha"][3], tensors["stochastic_alpha"][3, 2]]).all()
     assert np.isfinite([model["angle"][3], *tensors["angle"][3], *tensors["stochastic_alpha"][3, :2]]).all()
     assert not model["stochastic_definite"][:4].any()

@@ -87,7 +87,7 @@ def rows_on_disk(path):
 
 
 class Stopped(Exception):
-    """Stands for the kill of a process."""
+    """Simulate the kill of a process."""
 
 
 def stopping(function, calls):
@@ -166,7 +166,7 @@ def test_written_states_are_invisible_until_all_arrays_are_committed(path):
     with pytest.raises(InputError, match="not committed"):
         read(reader, "parameter", 2, 4)
     append_states(path, {name: array[3:] for name, array in arrays.items()})
-    assert_holds(reader, arrays, rows=3)  # a reader keeps to what it saw
+    assert_holds(reader, arrays, rows=3)  # a reader keeps its view
     reader.refresh()
     assert_holds(reader, arrays)
 
@@ -253,7 +253,7 @@ def test_recover_sets_shapes_after_an_interrupted_commit(path, monkeypatch, resi
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replaced)
-        patch.setattr(Path, "unlink", lambda aside, **options: None)  # one that is killed clears nothing up
+        patch.setattr(Path, "unlink", lambda aside, **options: None)  # a killed process does not clean up
         with pytest.raises(Stopped):
             append_states(path, {name: array[2:] for name, array in arrays.items()})
     left = open_trajectory(path)
@@ -285,7 +285,7 @@ def test_a_damaged_record_is_rejected_by_name(path):
     assert caught.value.where == str(record)
 
 
-# What is read ------------------------------------------------------------------------------------------------
+# Reading -----------------------------------------------------------------------------------------------------
 
 
 def test_the_checksum_is_crc_32c():
@@ -382,7 +382,7 @@ def test_later_writes_do_not_change_states_that_a_reader_sees(path):
 
 
 def let_the_cache_hold(monkeypatch, everything):
-    """Let the system answer that the cache of the disk holds all bytes, or none."""
+    """Let the system report that the page cache contains all bytes, or none."""
     preadv = os.preadv
 
     def answering(descriptor, buffers, offset, flags=0):
@@ -472,7 +472,7 @@ def test_a_folder_instead_of_a_chunk_is_rejected_by_name(path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chunk_of_fill_values_is_stored(path, dtype):
-    # Zarr omits such chunks by default, also after the store was opened again.
+    # Zarr omits such chunks by default, even after the store is opened again.
     arrays = {"parameter": np.zeros((9, ELEMENTS), DTYPES[dtype])}
     arrays["gradient"] = np.full((9, ELEMENTS), np.nan, DTYPES[dtype])
     assert_holds(open_trajectory(write_trajectory(path, arrays, SHAPES, CHUNK)), arrays)
@@ -610,7 +610,7 @@ def test_the_fingerprint_does_not_depend_on_the_commits(tmp_path):
     assert open_trajectory(tmp_path / "two.zarr").fingerprint() == one.fingerprint()
 
 
-# Whose folder it is ------------------------------------------------------------------------------------------
+# Ownership of the folder -------------------------------------------------------------------------------------
 
 STEPS = np.array([0, 1, 2, 3, 4, 6, 7, 8])
 LAYOUT = Layout.from_shapes({name: (shape, "float32") for name, shape in SHAPES.items()})
