@@ -134,6 +134,12 @@ def inspect_source(
         )
     found["changes"] = _changes(first, last)
     found["notes"] = list(dict.fromkeys([*first.notes, *last.notes]))
+    found["notes"] += [
+        f"{entry.quantity} of {entry.used} is {entry.value!r}, and that of {entry.other} is {entry.other_value!r} "
+        f"at step {step.number}"
+        for step, content in ((listed[0], first), (listed[-1], last))
+        for entry in content.differences
+    ]
     found["unused_keys"] = list(first.unused)
     if all(first.arrays.get(name) for name in STATES[:2]):
         completed = complete(listed[0], first)

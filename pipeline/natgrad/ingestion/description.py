@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_DIFFERENCES_SHOWN = 8
+
+
 def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
     """Return the dtype of each stored array: the smallest that represents all of its tensors exactly."""
     logged: dict[str, set[str]] = {}
@@ -50,7 +53,7 @@ def stores_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ())
     """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
-    stored = bool(trajectory.tables)
+    stored = any(name != "tensor_learning_rate" for name in trajectory.tables)
     if "optimizer" in include and not stored:
         raise InputError(
             "the trajectory was created without the optimizer state",
@@ -80,6 +83,7 @@ def describe_steps(
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
     notes: dict[str, LoggedStep] = {}
+    differences: dict[tuple[str, str, str], list[str]] = {}
     first = steps[0]
     for step in steps:
         with log.open(step) as reader:
@@ -87,6 +91,9 @@ def describe_steps(
             _require_same_model(step, content, first, contents.get(first, content))
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
+        for entry in content.differences:
+            values = differences.setdefault((entry.quantity, entry.used, entry.other), [])
+            values.append(f"{entry.value!r} and {entry.other_value!r} at step {step.number}")
         # Steps with equal descriptions share one object, because a long run of a large model has many steps.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
@@ -94,6 +101,11 @@ def describe_steps(
             arrays, content.scalars, optimizer=content.optimizer, replicate_loss=content.replicate_loss
         )
     warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
+    warnings += [
+        f"{quantity} of {used} is used, and that of {other} differs at {len(values)} of {len(steps)} steps: "
+        f"{', '.join(values[:_DIFFERENCES_SHOWN])}{', ...' if len(values) > _DIFFERENCES_SHOWN else ''}"
+        for (quantity, used, other), values in differences.items()
+    ]
     if unused:
         key, step = next(iter(unused.items()))
         warnings.append(f"{len(unused)} keys are not used; the first is {key!r} (in {step.storage.name})")

@@ -331,7 +331,8 @@ def _matching_trajectory(
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
         source, sweep = str(first.storage.parent.absolute()), bool(first.run)
-        tables = _tables(first, list(contents.values()), dtypes) if optimizer else ()
+        described = list(contents.values())
+        tables = _tables(first, described, dtypes) if optimizer else _rate_tables(described)
         replicates = content.replicates
         return Trajectory.create(
             store,
@@ -397,6 +398,11 @@ def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[
     return [name for name in OPTIMIZER_NUMBERS if name in found]
 
 
+def _rate_tables(contents: Sequence[StepContent]) -> list[str]:
+    """Return the name of the table of learning rates, if the optimizer has several groups."""
+    return ["tensor_learning_rate"] if any(content.optimizer is not None for content in contents) else []
+
+
 def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
     """Return the names of the tables for the metrics of the optimizer's factors."""
     found: set[str] = set()
@@ -410,10 +416,12 @@ def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
 
 def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep, StepContent]) -> Iterator[str]:
     """Warn about metrics that appeared in the log after the trajectory was created without them."""
-    if trajectory is None or not trajectory.tables:
+    if trajectory is None:
         return
+    metrics = stores_optimizer(trajectory)
     for step, content in contents.items():
-        if missing := sorted(_metric_tables([content]) - set(trajectory.tables)):
+        available = (_metric_tables([content]) if metrics else set()) | set(_rate_tables([content]))
+        if missing := sorted(available - set(trajectory.tables)):
             yield (
                 f"{', '.join(missing)} are available since step {step.number}, but are not stored, because earlier "
                 "steps do not have them; to store them, start from scratch with --overwrite"
@@ -439,7 +447,10 @@ def _missing_scalars(trajectory: Trajectory) -> list[str]:
     }
     missing = []
     for name in USUAL_SCALARS:
-        absent = int(np.isnan(trajectory.scalar(name)).sum())
+        absent_at = np.isnan(trajectory.scalar(name))
+        if name == "learning_rate":
+            absent_at &= np.isnan(trajectory.scalar("tensor_learning_rate")).any(axis=1)
+        absent = int(absent_at.sum())
         if absent:
             missing.append(f"{name} is missing or NaN in {absent} of {trajectory.n_states} steps: {remedies[name]}")
     return missing

@@ -208,7 +208,7 @@ def update_table(
         runs=states.runs if states.sweep else (),
         run=run[updates] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[updates],
-        optimizer=_optimizer(states, updates, rates) if states.tables else None,
+        optimizer=_optimizer(states, updates, rates) if set(states.tables) - {"tensor_learning_rate"} else None,
         tensor_learning_rate=of_tensors,
     )
 

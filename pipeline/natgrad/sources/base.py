@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
 
 __all__ = [
+    "Difference",
     "Source",
     "StepContent",
     "StepReader",
@@ -23,6 +25,33 @@ __all__ = [
 ]
 
 # Contents of a log --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two different values of a scalar of a step.
+
+    Attributes
+    ----------
+    quantity, used, other : str
+        Name of the scalar, and where its two values are.
+    value, other_value : float
+        The value that is used (NaN if none is), and the other one.
+    """
+
+    quantity: str
+    used: str
+    value: float
+    other: str
+    other_value: float
+
+    @property
+    def matters(self) -> bool:
+        """Return False if both values are equal in single precision, as many logs have only single precision."""
+        a, b = self.value, self.other_value
+        if math.isnan(a) or math.isnan(b):
+            return math.isnan(a) != math.isnan(b)
+        return not math.isclose(a, b, rel_tol=2.0**-23)
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,8 @@ class StepContent:
     no_gradient : str
         Why tensors have no gradient, if the reason is not that they are buffers or frozen. Notes then list the
         names of these tensors.
+    differences : tuple of Difference
+        Scalars of which the log contains a different value, too.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -66,6 +97,7 @@ class StepContent:
     optimizer: OptimizerState | None = None
     replicate_loss: tuple[float, ...] = ()
     no_gradient: str = ""
+    differences: tuple[Difference, ...] = ()
 
     @property
     def replicates(self) -> int:

@@ -79,8 +79,11 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     order = sorted(arrays["parameter"], key=_by_number)
     logged = [name for name in (*STATES, *REPLICATE_STATES) if name in arrays]
     selected = {name: {t: arrays[name][t] for t in order} for name in logged}
-    state = content.optimizer if optimizer else None
-    if state is not None:
+    state = content.optimizer
+    if state is not None and not optimizer:
+        # The rates of groups are needed with or without the rest of the state.
+        state = state.only_rates() if len(state.group_rates) > 1 and state.rates else None
+    elif state is not None:
         notes += state.notes
         if state.unread:
             raise InputError(

@@ -218,8 +218,8 @@ _BUILT_IN: dict[str, Format] = {
             "gradients, which the Trainer does not save; the loss at step 0 without a checkpoint-0",
             _contains(TRAINER_KIND),
             TrainerFolder,
-            "checkpoint-N is the state after N updates; its loss and the learning rate of the next update are "
-            "those in the log at step N + 1",
+            "checkpoint-N is the state after N updates; the learning rate of the next update is that of its "
+            "optimizer, and its loss is that in the log at step N + 1",
         ),
         Format(
             "lightning",

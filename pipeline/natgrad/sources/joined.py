@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, STATES
-from natgrad.sources.base import Source, StepContent, StepReader, Unshaped
+from natgrad.sources.base import Difference, Source, StepContent, StepReader, Unshaped
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -47,10 +46,18 @@ class _Part:
             content,
             arrays={name: tensors for name, tensors in content.arrays.items() if name in self.quantities},
             scalars={name: value for name, value in content.scalars.items() if name in self.quantities},
-            # The state of an optimizer belongs to the parameters with which it was saved.
-            optimizer=content.optimizer if STATES[0] in self.quantities else None,
+            optimizer=self._optimizer(content.optimizer),
+            differences=tuple(entry for entry in content.differences if entry.quantity in self.quantities),
             replicate_loss=content.replicate_loss if REPLICATE_LOSS in self.quantities else (),
         )
+
+    def _optimizer(self, optimizer: OptimizerState | None) -> OptimizerState | None:
+        """Return the state of the optimizer, which belongs to the parameters, or its learning rates alone."""
+        if optimizer is None or {STATES[0], "learning_rate"} <= self.quantities:
+            return optimizer
+        if STATES[0] in self.quantities:
+            return optimizer.with_rates({}, ())
+        return optimizer.only_rates() if "learning_rate" in self.quantities else None
 
 
 class JoinedSource:
@@ -181,13 +188,13 @@ class _JoinedStep:
     def content(self) -> StepContent:
         """Describe the step. Each array must come from one source; a scalar comes from the first that has it."""
         arrays: dict[str, Mapping[str, LoggedTensor]] = {}
-        scalars: dict[str, float] = {}
         origins: dict[str, LoggedStep] = {}
         owners: dict[str, StepReader] = {}
         optimizer: OptimizerState | None = None
+        state_reader: StepReader | None = None
         contents = self._contents()
         notes = [note for content in contents for note in content.notes]
-        for (part, own), reader, content in zip(self._parts, self._readers, contents, strict=True):
+        for (_, own), reader, content in zip(self._parts, self._readers, contents, strict=True):
             for array, tensors in content.arrays.items():
                 if array in arrays:
                     raise InputError(
@@ -199,15 +206,13 @@ class _JoinedStep:
                         "run file",
                     )
                 arrays[array], origins[array], owners[array] = tensors, own, reader
-            for name, value in content.scalars.items():
-                used = scalars.setdefault(name, value)
-                if used != value and not (math.isnan(used) and math.isnan(value)):
-                    notes.append(
-                        f"{name} is taken from the first source that has it; {part.source.location} differs"
-                    )
-            if content.optimizer is not None and optimizer is None:
-                optimizer = content.optimizer
-                owners.update(dict.fromkeys(optimizer.readable, reader))
+            state = content.optimizer
+            if state is not None and state != state.only_rates() and state_reader is None:
+                optimizer, state_reader = state, reader
+        optimizer = self._with_rates(optimizer, contents)
+        if optimizer is not None and state_reader is not None:
+            owners.update(dict.fromkeys(optimizer.readable, state_reader))
+        scalars, differences = self._scalars(contents, () if optimizer is None else optimizer.group_rates)
         self._owners = owners
         return StepContent(
             arrays,
@@ -219,7 +224,44 @@ class _JoinedStep:
             optimizer,
             next((content.replicate_loss for content in contents if content.replicate_loss), ()),
             next((content.no_gradient for content in contents if content.no_gradient), ""),
+            differences,
         )
+
+    def _with_rates(
+        self, optimizer: OptimizerState | None, contents: Sequence[StepContent]
+    ) -> OptimizerState | None:
+        """Return the state of the optimizer, with the rates of the first source that has those of groups."""
+        states = [content.optimizer for content in contents if content.optimizer is not None]
+        first = next((state for state in states if state.group_rates), None)
+        if first is None:
+            return optimizer
+        return (optimizer or OptimizerState()).with_rates(first.rates, first.group_rates)
+
+    def _scalars(
+        self, contents: Sequence[StepContent], group_rates: Sequence[float]
+    ) -> tuple[dict[str, float], tuple[Difference, ...]]:
+        """Return each scalar from the first source that has it, and the other values that differ.
+
+        The learning rate is that of the optimizer, if one of the sources has its state.
+        """
+        scalars: dict[str, float] = {}
+        origins: dict[str, str] = {}
+        differences = [difference for content in contents for difference in content.differences]
+        pairs = [
+            (content, str(part.source.location)) for (part, _), content in zip(self._parts, contents, strict=True)
+        ]
+        optimizers = [pair for pair in pairs if pair[0].optimizer is not None and pair[0].optimizer.group_rates]
+        for content, location in (*optimizers[:1], *pairs):
+            for name, value in content.scalars.items():
+                groups = name == "learning_rate" and optimizers and content is not optimizers[0][0]
+                if groups and name not in scalars:  # the groups of the optimizer differ, so that there is no scalar
+                    rate = value if value in group_rates else group_rates[0]
+                    entry = Difference(name, f"the optimizer in {optimizers[0][1]}", rate, location, value)
+                else:
+                    used = scalars.setdefault(name, value)
+                    entry = Difference(name, origins.setdefault(name, location), used, location, value)
+                differences += [entry] if entry.matters else []
+        return scalars, tuple(dict.fromkeys(differences))
 
     def _contents(self) -> list[StepContent]:
         """Describe the parts. Parts without shapes are described with the parameters of the others."""

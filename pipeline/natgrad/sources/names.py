@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
-from natgrad.sources.base import StepContent
+from natgrad.sources.base import Difference, StepContent
 from natgrad.sources.bounds import parse_toml, shown
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
+from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedTensor, where
 from natgrad.storage import Storage
 
@@ -159,7 +161,12 @@ NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLI
 """Names in the native format."""
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
-_RATE = ("learning_rate", "lr", "optimizer/param_groups/*/lr", "optimizer_state_dict/param_groups/*/lr")
+_RATE = (
+    # The optimizer uses its own rate; a rate that is saved beside it may be that of another update.
+    *(f"{root}/param_groups/*/lr" for root in ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/*")),
+    "optimizer/optimizer/param_groups/*/lr",
+    *("learning_rate", "lr"),
+)
 
 CHECKPOINT = Names(
     {
@@ -167,12 +174,7 @@ CHECKPOINT = Names(
         "gradient": _GRADIENT,
         "hvp": ("hvp",),
         "loss": ("loss",),
-        "learning_rate": (
-            *_RATE,
-            "optim/param_groups/*/lr",
-            "optimizer_states/*/param_groups/*/lr",
-            "optimizer/optimizer/param_groups/*/lr",
-        ),
+        "learning_rate": _RATE,
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
         **{quantity: (quantity,) for quantity in REPLICATES},
@@ -282,17 +284,24 @@ class NamedStep:
         notes = [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
         notes += self._object_notes()
         used, scalars = set(), {}
+        differences: list[Difference] = []
+        ambiguous: dict[str, str] = {}
         for quantity in SCALARS:
-            keys, values = self._values(quantity)
-            used |= set(keys)
+            candidates = [*self._candidates(quantity)]
+            keys, values = candidates[0] if candidates else ([], [])
+            others = candidates[1:]
+            used |= {key for candidate, _ in candidates for key in candidate}
             if len(set(values)) == 1:
                 scalars[quantity] = values[0]
             elif values:
-                notes.append(
-                    f"{quantity} has different values {sorted(set(values))} at {', '.join(keys)}: none is used"
-                )
+                ambiguous[quantity] = f"different values {sorted(set(values))} at {', '.join(keys)}"
             elif quantity in self._names.required:
                 raise self._missing(quantity)
+            value = scalars.get(quantity, math.nan)
+            for other_keys, other_values in others:
+                for key, other in zip(other_keys, other_values, strict=True):
+                    if other not in values:
+                        differences.append(Difference(quantity, keys[0], value, key, other))
         keys, values = self._values("step")
         used |= set(keys)
         if "step" not in self._names.required and any(value != step.number for value in values):
@@ -320,7 +329,20 @@ class NamedStep:
         }
         unused = tuple(key for key in tensors if key not in used)
         state = None if optimizer is None else optimizer.state
-        return StepContent(arrays, scalars, unused, tuple(notes), ties, self._names.model, state, losses)
+        if state is not None and "learning_rate" in self._names.required:
+            state = state.with_rates({}, ())  # the user specified another one
+        notes += [_ambiguity(quantity, text, state) for quantity, text in ambiguous.items()]
+        return StepContent(
+            arrays,
+            scalars,
+            unused,
+            tuple(notes),
+            ties,
+            self._names.model,
+            state,
+            losses,
+            differences=tuple(difference for difference in differences if difference.matters),
+        )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
@@ -397,6 +419,10 @@ class NamedStep:
 
     def _values(self, quantity: str) -> tuple[list[str], list[float]]:
         """Return the keys and values that match the first existing key of a scalar."""
+        return next(self._candidates(quantity), ([], []))
+
+    def _candidates(self, quantity: str) -> Iterator[tuple[list[str], list[float]]]:
+        """Yield the keys and values that match each existing key of a scalar, in order of preference."""
         tensors, numbers = self._container.tensors, self._container.numbers
         for pattern in self._names.keys.get(quantity, ()):
             if "*" in pattern:
@@ -406,8 +432,7 @@ class NamedStep:
                 keys = [pattern] if pattern in numbers or pattern in tensors else []
             values = [(key, value) for key in keys if (value := self._container.number(key)) is not None]
             if values:
-                return [key for key, _ in values], [value for _, value in values]
-        return [], []
+                yield [key for key, _ in values], [value for _, value in values]
 
     def _replicate_loss(self, used: set[str]) -> tuple[float, ...]:
         tensors = self._container.tensors
@@ -497,6 +522,18 @@ _OBJECT_REMEDIES = {
     "(tensor.as_subclass(torch.Tensor))",
 }
 """Remedies for an object in the place of a tensor, by a pattern of its class; the first match applies."""
+
+
+def _ambiguity(quantity: str, values: str, optimizer: OptimizerState | None) -> str:
+    """Return the note on a scalar that has several values."""
+    if quantity != "learning_rate" or optimizer is None or not optimizer.group_rates:
+        return f"{quantity} has {values}: none is used"
+    if optimizer.rates:
+        return "the parameter groups have different learning rates: each tensor has that of its group"
+    return (
+        f"learning_rate has {values}: none is used, because the groups cannot be assigned to tensors "
+        f"({optimizer.problem}); list the tensors in {MAP_FILE} (order), or pass --learning-rate"
+    )
 
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iter(?:ation)?|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)

@@ -195,6 +195,98 @@ def test_a_checkpoint_removed_during_reading_is_reported_as_removed(tmp_path, tr
     assert "checkpoint-1" in caught.value.where
 
 
+LATE = [0.5, 0.4, 0.3, 0.2, 0.1]
+"""Rate of each update of a run whose Trainer steps the scheduler before it logs the rate."""
+
+
+def late_run(folder, *, optimizer=True, version=None, second=None):
+    """Write checkpoints like transformers before 4.51, and a gradient for each."""
+    values, history = torch.tensor([3.0, -2.0], dtype=torch.float64), []
+    for step, rate in enumerate([*LATE, 0.0]):
+        checkpoint = folder / "run" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        safetensors_torch.save_file({"a": values, "b": values[:1].clone()}, checkpoint / "model.safetensors")
+        safetensors_torch.save_file({"a": values, "b": values[:1].clone()}, checkpoint / "gradient.safetensors")
+        groups = [{"lr": rate, "params": [0] if second else [0, 1]}]
+        groups += [{"lr": second * rate, "params": [1]}] if second else []
+        if optimizer:
+            torch.save({"state": {}, "param_groups": groups}, checkpoint / "optimizer.pt")
+        if version is not None:
+            (checkpoint / "config.json").write_text(json.dumps({"transformers_version": version}))
+        state = {"global_step": step, "log_history": list(history)}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        following = [*LATE, 0.0, 0.0][step + 1]
+        history.append({"step": step + 1, "loss": float(values @ values) / 2, "learning_rate": following})
+        values = (1 - rate) * values
+    (folder / "run" / "natgrad.toml").write_text('order = ["a", "b"]\n')
+    return folder / "run"
+
+
+def rates_of(summary):
+    states = open_trajectory(summary.trajectory)
+    return states.scalar("learning_rate").tolist(), states.scalar("tensor_learning_rate").tolist()
+
+
+def test_the_optimizer_takes_precedence_over_a_log_that_is_late(tmp_path):
+    summary = ingest([late_run(tmp_path)], tmp_path / "trajectory.zarr")
+    assert rates_of(summary)[0] == [*LATE, 0.0]
+    (warning,) = (text for text in summary.warnings if "differs" in text)
+    assert "differs at 5 of 6 steps" in warning
+    assert "0.3 and 0.2 at step 2" in warning
+
+
+def test_a_log_without_optimizer_is_corrected_if_its_version_is_known(tmp_path):
+    known = ingest([late_run(tmp_path / "a", optimizer=False, version="4.50.3")], tmp_path / "a.zarr")
+    assert rates_of(known)[0][1:] == [*LATE[1:], 0.0]
+    assert np.isnan(rates_of(known)[0][0])
+    unknown = late_run(tmp_path / "b", optimizer=False)
+    summary = ingest([unknown], tmp_path / "b.zarr")
+    assert rates_of(summary)[0][:5] == [*LATE[1:], 0.0]
+    (warning,) = (text for text in summary.warnings if "no file states the version" in text)
+    assert "--shift learning_rate=1" in warning
+    shifted = ingest([unknown], tmp_path / "c.zarr", shift={"learning_rate": 1})
+    assert rates_of(shifted)[0][1:] == [*LATE[1:], 0.0]
+
+
+def test_each_tensor_has_the_rate_of_its_group(tmp_path):
+    summary = ingest([late_run(tmp_path, second=0.5)], tmp_path / "trajectory.zarr")
+    rates, of_tensors = rates_of(summary)
+    assert np.isnan(rates[:5]).all()
+    assert of_tensors[:5] == [[rate, rate / 2] for rate in LATE]
+    assert any("each tensor has that of its group" in text for text in summary.warnings)
+    assert not any("learning_rate is missing" in text for text in summary.warnings)
+
+
+def test_no_rate_is_used_if_the_groups_cannot_be_assigned(tmp_path):
+    run = late_run(tmp_path, second=0.5)
+    (run / "natgrad.toml").unlink()
+    summary = ingest([run], tmp_path / "trajectory.zarr")
+    rates, of_tensors = rates_of(summary)
+    assert np.isnan(rates[:5]).all()
+    assert np.isnan(of_tensors[:5]).all()
+    assert any("none is used, because the groups cannot be assigned" in text for text in summary.warnings)
+
+
+@pytest.mark.parametrize("second", [None, 0.5])
+def test_the_optimizer_takes_precedence_over_other_sources(tmp_path, second):
+    run = late_run(tmp_path, second=second)
+    (tmp_path / "log.csv").write_text("step,lr\n" + "".join(f"{step},0.25\n" for step in range(6)))
+    summary = ingest([tmp_path / "log.csv", run], tmp_path / "trajectory.zarr")
+    rates, of_tensors = rates_of(summary)
+    if second is None:
+        assert rates == [*LATE, 0.0]
+    else:
+        assert np.isnan(rates[:5]).all()
+        assert of_tensors[:5] == [[rate, rate / 2] for rate in LATE]
+    assert any("log.csv differs at" in text and "0.5 and 0.25 at step 0" in text for text in summary.warnings)
+
+
+def test_the_rates_of_groups_are_shifted_with_the_rate(tmp_path):
+    run = late_run(tmp_path, second=0.5)
+    summary = ingest([run], tmp_path / "trajectory.zarr", shift={"learning_rate": 1})
+    assert rates_of(summary)[1][1:6] == [[rate, rate / 2] for rate in LATE]
+
+
 def test_an_unfinished_checkpoint_is_left_out_with_a_warning(tmp_path, trained, caplog):
     shutil.copytree(trained[0], tmp_path / "out")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()

@@ -214,8 +214,8 @@ def test_the_used_metric_is_reported_with_the_smallest_possible_one(tmp_path):
         assert float(found) == pytest.approx(expected, rel=8 * 2.0**-52)
 
 
-@pytest.mark.parametrize("logged", [True, False])
-def test_groups_with_several_rates_give_each_tensor_its_rate_and_the_model_the_largest(tmp_path, logged):
+@pytest.mark.parametrize(("logged", "include"), [(True, ["optimizer"]), (False, ["optimizer"]), (True, [])])
+def test_groups_with_several_rates_give_each_tensor_its_rate_and_the_model_the_largest(tmp_path, logged, include):
     def save(step, model, optimizer, gradients, loss):
         (tmp_path / "log").mkdir(exist_ok=True)
         tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gradient": gradients}
@@ -223,10 +223,14 @@ def test_groups_with_several_rates_give_each_tensor_its_rate_and_the_model_the_l
         torch.save({**tree, "loss": loss.item(), **rate}, tmp_path / "log" / f"step-{step}.pt")
 
     trained(two_groups, save)
-    run.ingest_run(tmp_path / "log", tmp_path / "out", include=["optimizer"])
+    summary = run.ingest_run(tmp_path / "log", tmp_path / "out", include=include)
     run.analyze_run(tmp_path / "out", Serial())
     tree = read_results(tmp_path / "out" / "results.zarr")
-    assert (tree["model"]["learning_rate"] == (0.5 if logged else max(RATES))).all()
+    # The rate that is saved beside the optimizer is not the one that it used.
+    assert (tree["model"]["learning_rate"] == max(RATES)).all()
+    differences = [warning for warning in summary.warnings if "differs at" in warning]
+    assert len(differences) == logged
+    assert not any("learning_rate is missing" in warning for warning in summary.warnings)
     assert not (tree["model"]["status"] == Status.NO_LEARNING_RATE).any()
     states = open_trajectory(tmp_path / "out" / "trajectory.zarr")
     _, arrays = stored(tmp_path / "out" / "trajectory.zarr")

@@ -6,6 +6,7 @@ The Trainer saves model, optimizer and log history. ``Accelerator.save_state`` s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.base import StepContent
+from natgrad.sources.base import Difference, StepContent
 from natgrad.sources.bounds import JSON_LIMIT, integer, parse_json, read_limited
 from natgrad.sources.checkpoints.dcp_folder import DcpFolder, holds_dcp
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
@@ -33,6 +34,9 @@ __all__ = ["TRAINER_KIND", "TrainerFolder"]
 _STATE = "trainer_state.json"
 _ACCELERATE_LAST = "random_states_*.pkl"
 _ACCELERATE = ("optimizer*.bin", "scheduler*.bin")
+_RATES_ON_TIME = (4, 51)
+"""Version of transformers since which the log contains the rate of the update that was made."""
+_LOG = "the log of the Trainer (one update late before transformers 4.51)"
 
 
 def _number(path: Path) -> int | None:
@@ -118,9 +122,11 @@ TRAINER_KIND = Kind(
 class TrainerFolder(StepFolder):
     """An output folder of the Trainer.
 
-    ``checkpoint-N`` is the state after N updates. The loss and learning rate of the next update are those at step
-    N + 1 in the log history of the newest checkpoint. The Trainer logs the mean loss since its last entry. It is
-    used if it covers one update (``logging_steps=1``), with a note if it is rounded, and ignored otherwise.
+    ``checkpoint-N`` is the state after N updates. Its optimizer has the learning rate of the next update. The loss
+    of this state is that at step N + 1 in the log history of the newest checkpoint. The Trainer logs the mean loss
+    since its last entry. It is used if it covers one update (``logging_steps=1``), with a note if it is rounded,
+    and ignored otherwise. The learning rates of the log are used only if there is no optimizer: before transformers
+    4.51 they are those of the update after the one that was logged.
     Checkpoints of accelerate have no log history.
     """
 
@@ -178,15 +184,42 @@ class _TrainerStep:
         scalars, notes = dict(content.scalars), list(content.notes)
         entry = self._history.get(number + 1, {})
         covers = number + 1 - max((step for step in self._history if step <= number), default=0)
-        if "learning_rate" in entry:
-            scalars["learning_rate"] = _number_of(entry["learning_rate"])
+        version = _transformers_version(self._step.path)
+        late = version is not None and version < _RATES_ON_TIME
+        logged = (self._history.get(number, {}) if late else entry).get("learning_rate")
+        rates = () if content.optimizer is None else content.optimizer.group_rates
+        difference = None
+        if logged is not None and (rates or "learning_rate" in scalars):
+            # The Trainer logs the rate of the first group.
+            saved = rates[0] if rates else scalars["learning_rate"]
+            difference = Difference("learning_rate", "the checkpoint", saved, _LOG, _number_of(logged))
+        elif logged is not None:
+            scalars["learning_rate"] = _number_of(logged)
+            if version is None:
+                notes.append(
+                    "the learning rates are those of the log of the Trainer, which is one update late if it was "
+                    "written by transformers before 4.51; no file states the version (if so, use --shift "
+                    "learning_rate=1)"
+                )
         if "loss" in entry and covers == 1:
             scalars["loss"] = _number_of(entry["loss"])
             if _rounded(self._history):
                 notes.append("losses are rounded to 4 decimals by the Trainer: differences of losses are not exact")
         elif self._history:
             notes.append("the Trainer did not log the loss of every single step (logging_steps is not 1)")
-        return replace(content, scalars=scalars, notes=tuple(notes))
+        differences = (difference,) if difference is not None and difference.matters else ()
+        return replace(
+            content, scalars=scalars, notes=tuple(notes), differences=(*content.differences, *differences)
+        )
+
+
+def _transformers_version(folder: Path) -> tuple[int, ...] | None:
+    """Return the version of transformers that saved the model in a checkpoint, or None if it is not known."""
+    try:
+        text = parse_json(read_limited(folder / "config.json", JSON_LIMIT), "config.json")["transformers_version"]
+        return tuple(map(int, re.findall(r"\d+", text)[:2]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _number_of(value: Any) -> float:

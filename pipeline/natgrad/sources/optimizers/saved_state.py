@@ -152,9 +152,14 @@ def _matched(
         if match:
             entries.setdefault(match[1], {})[match[2]] = key
     groups = _groups(container, start)
+    group_rates = tuple(
+        group.options["tensor_learning_rate"]
+        for group in groups.values()
+        if "tensor_learning_rate" in group.options
+    )
     owners = _owners(container, entries, groups, parameters, trained, order)
     if isinstance(owners, str):
-        return SavedOptimizer((root,), OptimizerState(problem=owners))
+        return SavedOptimizer((root,), OptimizerState(problem=owners, group_rates=group_rates))
     keys: dict[str, dict[str, str]] = {}
     numbers: dict[str, dict[str, float]] = {}
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
@@ -174,7 +179,7 @@ def _matched(
                     problem = (
                         f"{key} is {actual}, but its parameter {tensor!r} has shape {parameters[tensor].shape}"
                     )
-                    return SavedOptimizer((root,), OptimizerState(problem=problem))
+                    return SavedOptimizer((root,), OptimizerState(problem=problem, group_rates=group_rates))
                 keys.setdefault(_ARRAYS[name], {})[tensor] = key
             elif (name == "step" or key in container.numbers) and (count := container.number(key)) is not None:
                 counts[name] = count
@@ -195,7 +200,7 @@ def _matched(
         f"{names[0]!r}"
         for encoding, names in quantized.items()
     )
-    state = OptimizerState(arrays, numbers, metrics, notes=notes)
+    state = OptimizerState(arrays, numbers, metrics, notes=notes, group_rates=group_rates)
     return SavedOptimizer((root,), state, keys | _factor_keys(metrics))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from natgrad.sources.steps import LoggedTensor
 
@@ -125,11 +125,13 @@ class OptimizerState:
         Tensor name to its metric, for rules whose metric is not a diagonal of ``exp_avg_sq``. `factor_array`
         returns the names of the arrays of its factors.
     problem : str
-        Why the entries cannot be assigned to tensors. The other attributes are then not set.
+        Why the entries cannot be assigned to tensors. The attributes above are then not set.
     unread : str
         Why the saved state cannot be read. The other attributes are then not set.
     notes : tuple of str
         Remarks for users who requested the state.
+    group_rates : tuple of float
+        Learning rate of each parameter group, as far as saved.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
@@ -138,6 +140,24 @@ class OptimizerState:
     problem: str = ""
     unread: str = ""
     notes: tuple[str, ...] = ()
+    group_rates: tuple[float, ...] = ()
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rate of each tensor; empty if not known."""
+        return self.numbers.get("tensor_learning_rate", {})
+
+    def only_rates(self) -> OptimizerState:
+        """Return the learning rates alone."""
+        return OptimizerState(
+            numbers={"tensor_learning_rate": self.rates} if self.rates else {}, group_rates=self.group_rates
+        )
+
+    def with_rates(self, rates: Mapping[str, float], group_rates: tuple[float, ...]) -> OptimizerState:
+        """Return a copy with other learning rates, or without any."""
+        numbers = {name: values for name, values in self.numbers.items() if name != "tensor_learning_rate"}
+        numbers |= {"tensor_learning_rate": rates} if rates else {}
+        return replace(self, numbers=numbers, group_rates=group_rates)
 
     @property
     def readable(self) -> list[str]:
