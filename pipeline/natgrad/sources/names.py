@@ -162,7 +162,7 @@ NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLI
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
 _RATE = (
-    # The optimizer uses its own rate; a rate that is saved beside it may be that of another update.
+    # The optimizer uses its own rate; a rate that is saved next to it may be that of another update.
     *(f"{root}/param_groups/*/lr" for root in ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/*")),
     "optimizer/optimizer/param_groups/*/lr",
     *("learning_rate", "lr"),

@@ -270,7 +270,7 @@ def test_no_rate_is_used_if_the_groups_cannot_be_assigned(tmp_path):
 @pytest.mark.parametrize("second", [None, 0.5])
 def test_the_optimizer_takes_precedence_over_other_sources(tmp_path, second):
     run = late_run(tmp_path, second=second)
-    (tmp_path / "log.csv").write_text("step,lr\n" + "".join(f"{step},0.25\n" for step in range(6)))
+    (tmp_path / "log.csv").write_text("step,lr\n" + "".join(f"{step},0.75\n" for step in range(6)))
     summary = ingest([tmp_path / "log.csv", run], tmp_path / "trajectory.zarr")
     rates, of_tensors = rates_of(summary)
     if second is None:
@@ -278,7 +278,7 @@ def test_the_optimizer_takes_precedence_over_other_sources(tmp_path, second):
     else:
         assert np.isnan(rates[:5]).all()
         assert of_tensors[:5] == [[rate, rate / 2] for rate in LATE]
-    assert any("log.csv differs at" in text and "0.5 and 0.25 at step 0" in text for text in summary.warnings)
+    assert any("log.csv differs at" in text and "0.5 and 0.75 at step 0" in text for text in summary.warnings)
 
 
 def test_the_rates_of_groups_are_shifted_with_the_rate(tmp_path):

@@ -226,7 +226,7 @@ def test_groups_with_several_rates_give_each_tensor_its_rate_and_the_model_the_l
     summary = run.ingest_run(tmp_path / "log", tmp_path / "out", include=include)
     run.analyze_run(tmp_path / "out", Serial())
     tree = read_results(tmp_path / "out" / "results.zarr")
-    # The rate that is saved beside the optimizer is not the one that it used.
+    # The rate that is saved next to the optimizer is not the one that it used.
     assert (tree["model"]["learning_rate"] == max(RATES)).all()
     differences = [warning for warning in summary.warnings if "differs at" in warning]
     assert len(differences) == logged
