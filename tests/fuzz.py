@@ -275,6 +275,9 @@ PARSERS = {
     "jsonl": of_scalars("nested lines of json"),
     "parquet": of_scalars("parquet"),
     "trackio": of_scalars("trackio"),
+    "mlflow": of_scalars("mlflow"),
+    "mlflow database": of_scalars("mlflow database"),
+    "csv, long": of_scalars("long csv"),
     "tensorboard": with_scalars(tensorboard),
     "wandb": with_scalars(wandb),
 }

@@ -6,7 +6,7 @@ docs/howto/reader.md describes how to write one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,19 @@ from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.checkpoints.zarr_group import ZarrGroup, holds_zarr
 from natgrad.sources.container import Container
 from natgrad.sources.names import CHECKPOINT, Names, step_number
-from natgrad.sources.scalars.event_file import event_files, read_events
-from natgrad.sources.scalars.record_files import holds_metrics, read_csv, read_json_lines, read_parquet, read_sqlite
+from natgrad.sources.scalars.event_file import event_files, read_run_events
+from natgrad.sources.scalars.mlflow_store import DATABASE_COLUMNS, metric_files, read_database, read_metric_file
+from natgrad.sources.scalars.record_files import (
+    TRACKIO_COLUMNS,
+    holds_metrics,
+    read_csv,
+    read_json_lines,
+    read_parquet,
+    read_sqlite,
+)
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
-from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
+from natgrad.sources.scalars.wandb_file import read_wandb_run, wandb_files
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, NotRegularError, Storage
 
@@ -161,6 +169,11 @@ def _find_files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage
         return [entry for entry in entries if matches(entry)] if folder or entries == [location] else []
 
     return found
+
+
+def _find_database(columns: Set[str]) -> Callable[[Storage], list[Storage]]:
+    """Return a function that finds a SQLite database with some columns in its table ``metrics``."""
+    return lambda location: [file for file in location.files() if file == location and holds_metrics(file, columns)]
 
 
 _SCALAR_ALIGNMENT = (
@@ -335,15 +348,19 @@ _BUILT_IN: dict[str, Format] = {
         ),
         _scalar_format(
             "tensorboard",
-            "an event file (tfevents), or a folder of them; checksums are verified, all points are read",
-            ScalarKind("a TensorBoard event file", event_files, read_events, step="step", single=True),
-            gives="; single precision, as written by nearly all writers",
-            lacks="; event files in subfolders",
+            "an event file (tfevents), a folder of them, or a folder of such folders; checksums are verified, all "
+            "points are read",
+            ScalarKind("a TensorBoard event file", event_files, read_run_events, step="step", single=True),
+            gives="; single precision, as written by nearly all writers; for several sub-folders, the one selected "
+            "with --map run=NAME",
+            lacks="; event files in sub-folders of a folder that has its own",
         ),
         _scalar_format(
             "wandb",
-            "one W&B file run-<id>.wandb, or the folder of the run that contains it; does not need wandb",
-            ScalarKind("a W&B run file", _find_files(False, WANDB_START, ".wandb"), read_wandb),
+            "one W&B file run-<id>.wandb, the folder of the run that contains it, or the folder wandb of all runs; "
+            "does not need wandb",
+            ScalarKind("a W&B run file", wandb_files, read_wandb_run),
+            gives="; for several runs, the one selected with --map run=ID",
             lacks="; runs that exist only on the W&B server",
         ),
         _scalar_format(
@@ -351,11 +368,28 @@ _BUILT_IN: dict[str, Format] = {
             "the SQLite database of trackio, with a table metrics",
             ScalarKind(
                 "a trackio database",
-                lambda location: [file for file in location.files() if file == location and holds_metrics(file)],
+                _find_database(TRACKIO_COLUMNS),
                 read_sqlite,
                 step="step",
             ),
             gives="; for several runs, the one selected with --map run=NAME",
+        ),
+        _scalar_format(
+            "mlflow",
+            "the file store of MLflow: the folder mlruns, or that of an experiment, of a run or of its metrics",
+            ScalarKind("a file store of MLflow", metric_files, read_metric_file, step="step"),
+            gives="; for several runs, the one selected with --map run=ID",
+        ),
+        _scalar_format(
+            "mlflow-sqlite",
+            "the SQLite database of MLflow (mlflow.db)",
+            ScalarKind(
+                "a database of MLflow",
+                _find_database(DATABASE_COLUMNS),
+                read_database,
+                step="step",
+            ),
+            gives="; for several runs, the one selected with --map run=ID",
         ),
     )
 }

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import sqlite3
 import struct
 from dataclasses import replace
@@ -128,6 +129,39 @@ def write_trackio(folder, values):
     return folder / "project.db"
 
 
+def write_mlflow(folder, values):
+    """Write the files of MLflow (``FileStore._log_run_metric``): a file per metric, with a time, value and step."""
+    metrics = folder / "mlruns" / "0" / "first" / "metrics"
+    (metrics / "train").mkdir(parents=True)
+    (metrics.parent / "meta.yaml").write_text("run_id: first\n")
+    for name, column in (("train/loss", 1), ("lr", 2)):
+        rows = [f"1700000000000 {row[column]!r} {row[0]}\n" for row in values if row[column] is not None]
+        (metrics / name).write_text("".join(rows))
+    return folder / "mlruns"
+
+
+def write_mlflow_database(folder, values):
+    """Write the table ``metrics`` of MLflow's SQLAlchemy store (``SqlMetric``)."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        database.execute(
+            "CREATE TABLE metrics (key VARCHAR(250) NOT NULL, value FLOAT NOT NULL, timestamp BIGINT NOT NULL, "
+            "run_uuid VARCHAR(32) NOT NULL, step BIGINT DEFAULT '0' NOT NULL, is_nan BOOLEAN DEFAULT '0' NOT NULL, "
+            "CONSTRAINT metric_pk PRIMARY KEY (key, timestamp, step, run_uuid, value, is_nan))"
+        )
+        rows = [(name, row[column], row[0]) for row in values for name, column in (("train/loss", 1), ("lr", 2))]
+        database.executemany(
+            "INSERT INTO metrics VALUES (?, ?, 0, 'first', ?, 0)", [row for row in rows if row[1] is not None]
+        )
+    return folder / "mlflow.db"
+
+
+def write_long_csv(folder, values):
+    rows = [(row[0], name, row[column]) for row in values for name, column in (("loss", 1), ("lr", 2))]
+    table = pandas.DataFrame([row for row in rows if row[2] is not None], columns=["step", "metric", "value"])
+    table.to_csv(folder / "long.csv", index=False)
+    return folder / "long.csv"
+
+
 WRITERS = {
     "lightning": (write_lightning_csv, "csv"),
     "pandas, csv": (write_pandas_csv, "csv"),
@@ -135,6 +169,9 @@ WRITERS = {
     "nested lines of json": (write_nested_json_lines, "jsonl"),
     "parquet": (write_parquet, "parquet"),
     "trackio": (write_trackio, "trackio"),
+    "mlflow": (write_mlflow, "mlflow"),
+    "mlflow database": (write_mlflow_database, "mlflow-sqlite"),
+    "long csv": (write_long_csv, "csv"),
 }
 
 
@@ -797,3 +834,71 @@ def test_a_value_that_is_no_number_is_refused_with_its_line(tmp_path, text):
     with pytest.raises(InputError, match="is not a number") as caught:
         scalars_of(settled(tmp_path / "a.csv"))
     assert caught.value.where.endswith("a.csv, loss, line 3")
+
+
+# Folders of several runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["mlruns", "mlruns/0", "mlruns/0/first", "mlruns/0/first/metrics"])
+def test_every_folder_of_an_mlflow_store_is_read(tmp_path, level):
+    write_mlflow(tmp_path, values_of())
+    settled(tmp_path / "mlruns")
+    found, _ = scalars_of(tmp_path / level)
+    assert {step: scalars["loss"] for step, scalars in found.items()} == {step: a for step, a, _ in values_of()}
+
+
+def test_one_of_several_mlflow_runs_is_selected(tmp_path):
+    first = write_mlflow(tmp_path, values_of()) / "0" / "first"
+    shutil.copytree(first, first.with_name("second"))
+    (first.with_name("second") / "metrics" / "train" / "loss").write_text("0 7.0 0\n0 inf 1\n0 nan 2\n")
+    settled(tmp_path / "mlruns")
+    with pytest.raises(InputError, match="contains the runs first, second"):
+        scalars_of(tmp_path / "mlruns")
+    found, _ = scalars_of(tmp_path / "mlruns", mapping={"run": "second"})
+    assert [found[step].get("loss") for step in (0, 1)] == [7.0, np.inf]
+    assert np.isnan(found[2]["loss"])
+
+
+def test_nan_and_infinity_in_an_mlflow_database_are_read(tmp_path):
+    path = write_mlflow_database(tmp_path, values_of())
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        # MLflow replaces them because not every database can store them.
+        database.execute("UPDATE metrics SET value = 0, is_nan = 1 WHERE key = 'train/loss' AND step = 1")
+        database.execute("UPDATE metrics SET value = -1.7976931348623157e308 WHERE key = 'train/loss' AND step = 2")
+    found, _ = scalars_of(settled(path))
+    assert np.isnan(found[1]["loss"])
+    assert found[2]["loss"] == -np.inf
+
+
+def test_a_line_of_mlflow_without_a_value_is_refused(tmp_path):
+    write_mlflow(tmp_path, values_of())
+    file = tmp_path / "mlruns" / "0" / "first" / "metrics" / "lr"
+    file.write_text(file.read_text() + "7\n")
+    with pytest.raises(InputError, match="line 6 does not consist of a time, a value and a step") as caught:
+        scalars_of(settled(tmp_path / "mlruns"))
+    assert str(file) in caught.value.where
+
+
+def test_one_of_several_folders_of_event_files_is_selected(tmp_path):
+    for name, loss in (("train", 1.0), ("validation", 2.0)):
+        with tensorboard.SummaryWriter(tmp_path / "events" / name) as writer:
+            for step in range(STEPS):
+                writer.add_scalar("loss", loss, step)
+    settled(tmp_path / "events")
+    with pytest.raises(InputError, match="contains the runs train, validation"):
+        scalars_of(tmp_path / "events")
+    found, _ = scalars_of(tmp_path / "events", mapping={"run": "train"})
+    assert [scalars["loss"] for scalars in found.values()] == [1.0] * STEPS
+    shutil.rmtree(tmp_path / "events" / "train")
+    found, _ = scalars_of(tmp_path / "events")
+    assert [scalars["loss"] for scalars in found.values()] == [2.0] * STEPS
+
+
+def test_labels_of_a_long_table_are_used_and_ambiguous_names_are_refused(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text("step,split,metric,value\n0,train,loss,1.0\n0,val,loss,2.0\n")
+    found, _ = scalars_of(settled(path), mapping={"loss": "loss[split=val]"})
+    assert found[0]["loss"] == 2.0
+    path.write_text("step,metric,value\n0,loss,1.0\n0,step,5\n")
+    with pytest.raises(InputError, match="line 3 has a metric named 'step', like a column"):
+        scalars_of(settled(path))

@@ -16,7 +16,7 @@ from test_scalar_log import read_all, run_without_scalars, settled, stored
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.opening import format_of
-from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb
+from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb, wandb_files
 from natgrad.storage import LocalStorage
 from opened import ingest
 
@@ -207,3 +207,27 @@ def test_bytes_that_are_not_a_history_are_read_or_refused(data, tmp_path_factory
         read_all(read_wandb, path)
     except ValueError as error:
         assert str(error)  # noqa: PT017
+
+
+def test_a_folder_of_runs_is_read_if_it_has_one_run_and_otherwise_one_is_selected(file, tmp_path):
+    folder = tmp_path / "wandb"
+    for number, name in enumerate(("run-20260101_120000-abc", "offline-run-20260101_130000-abc")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "run-abc.wandb").write_bytes(file.read_bytes())
+        assert number or format_of(LocalStorage(folder)) == "wandb"
+    (folder / "latest-run").symlink_to("offline-run-20260101_130000-abc")
+    settled(folder)
+    assert [file.parent.name for file in wandb_files(LocalStorage(folder))] == [
+        "run-20260101_120000-abc", "offline-run-20260101_130000-abc"
+    ]  # fmt: skip
+    log = run_without_scalars(tmp_path / "log")
+    ingest([log, folder], tmp_path / "trajectory.zarr")
+    assert stored(tmp_path / "trajectory.zarr") == VALUES
+    other = folder / "run-20260101_140000-xyz"
+    other.mkdir()
+    (other / "run-xyz.wandb").write_bytes(file.read_bytes())
+    settled(folder)
+    with pytest.raises(InputError, match="contains the runs abc, xyz"):
+        ingest([log, folder], tmp_path / "other.zarr")
+    ingest([log, folder], tmp_path / "other.zarr", mapping={"run": "xyz"})
+    assert stored(tmp_path / "other.zarr") == VALUES

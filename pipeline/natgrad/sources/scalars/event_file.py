@@ -15,10 +15,10 @@ import numpy as np
 from crc32c import crc32c
 
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED32, FIXED64, VARINT, fields
-from natgrad.sources.scalars.scalar_log import RESTART_KEY
+from natgrad.sources.scalars.scalar_log import RESTART_KEY, RUN_KEY
 from natgrad.storage import NotRegularError, Storage
 
-__all__ = ["event_files", "read_events"]
+__all__ = ["event_files", "read_events", "read_run_events"]
 
 DATA_LIMIT = 1 << 26
 """Default size above which a record is assumed to be an image or graph. Only its checksum is verified."""
@@ -31,11 +31,17 @@ _DTYPES = {1: ("<f4", 5, FIXED32), 2: ("<f8", 6, FIXED64)}
 
 
 def event_files(location: Storage) -> list[Storage]:
-    """Return the event files at or in a location, sorted by the time at which they were started."""
+    """Return the event files at or in a location, sorted by the time at which they were started.
+
+    If a folder contains none, the files in its folders are returned.
+    """
     found = location.files()
     if found == [location]:
         return found if _is_event_file(location) else []
     named = [file for file in found if "tfevents" in file.name]
+    if not named:
+        folders = [entry for name in location.list() if (entry := location / name).is_folder()]
+        named = [file for folder in folders for file in folder.files() if "tfevents" in file.name]
     return [file for _, file in sorted((_start_time(file), file) for file in named)]
 
 
@@ -115,6 +121,12 @@ def read_events(
                         values[tag] = scalar
         if values:
             yield {**values, "step": step}
+
+
+def read_run_events(log: Storage, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield the scalars of an event file with the name of its folder, which is that of the run."""
+    for record in read_events(log, wanted, notes):
+        yield {**record, RUN_KEY: log.parent.name}
 
 
 def _scalar(data: bytes) -> tuple[str, float | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from io import TextIOWrapper
 from typing import Any, BinaryIO, cast
@@ -16,11 +16,20 @@ from urllib.parse import quote
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.changes import change_time, changed_lately
-from natgrad.sources.scalars.scalar_log import LINE_KEY, RESTART_KEY, RUN_KEY
+from natgrad.sources.scalars.scalar_log import LINE_KEY, RESTART_KEY
 from natgrad.sources.steps import local_file
 from natgrad.storage import NotRegularError, Storage, require_regular
 
-__all__ = ["holds_metrics", "read_csv", "read_json_lines", "read_parquet", "read_sqlite"]
+__all__ = [
+    "TRACKIO_COLUMNS",
+    "complete_lines",
+    "holds_metrics",
+    "read_csv",
+    "read_json_lines",
+    "read_parquet",
+    "read_sqlite",
+    "table_rows",
+]
 
 LINE_LIMIT = 1 << 24
 """Default limit on the number of characters per line, to bound the memory."""
@@ -38,6 +47,12 @@ ROWS, ROWS_PER_BYTE = 1 << 20, 8
 SQLITE_STEPS, SQLITE_STEPS_PER_BYTE = 10_000_000, 10
 """Steps of the virtual machine of SQLite for any database, and for each of its bytes."""
 
+TRACKIO_COLUMNS = frozenset({"run_name", "step", "metrics"})
+"""Columns of the table ``metrics`` of trackio that are read."""
+
+_METRICS, _VALUE = ("metric", "key", "name", "tag"), "value"
+"""Headers of a long table, which has a row for each value: the name of its metric, and the value."""
+
 _STEPS_AT_ONCE = 10_000
 _SQLITE = b"SQLite format 3\0"
 _SQLITE_FILES = ("-journal", "-wal", "-shm")
@@ -46,7 +61,7 @@ Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
 
 
-def _complete_lines(
+def complete_lines(
     log: Storage, notes: list[str], is_record: Callable[[str], bool], limit: int = LINE_LIMIT
 ) -> Iterator[str]:
     """Yield the lines of a text file.
@@ -85,7 +100,7 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
             return False
         return bool(header) and len(row) == len(header)
 
-    lines = _complete_lines(log, notes, is_record)
+    lines = complete_lines(log, notes, is_record)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
     if first.count(delimiter) > COLUMNS_LIMIT:
@@ -94,6 +109,7 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     positions = [(position, name.strip()) for position, name in enumerate(header) if wanted(name.strip())]
     if len({name for _, name in positions}) != len(positions):
         raise _same_name([name for _, name in positions])
+    long = _long_columns([name.strip().lower() for name in header])
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
@@ -109,12 +125,25 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
             continue
         if len(row) != len(header):
             raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, but the header has {len(header)}")
-        yield {LINE_KEY: rows.line_num + 1, **{name: row[position] for position, name in positions}}
+        values = {name: row[position] for position, name in positions}
+        if long is not None:
+            metric = row[long[0]].strip()
+            if metric in values:
+                raise ValueError(f"line {rows.line_num + 1} has a metric named {shown(metric)}, like a column")
+            values |= {metric: row[long[1]]} if wanted(metric) else {}
+        yield {LINE_KEY: rows.line_num + 1, **values}
+
+
+def _long_columns(header: Sequence[str]) -> tuple[int, int] | None:
+    """Return the positions of metric and value in the header of a long table; None for other tables."""
+    metrics = [position for position, name in enumerate(header) if name in _METRICS]
+    values = [position for position, name in enumerate(header) if name == _VALUE]
+    return (metrics[0], values[0]) if len(metrics) == len(values) == 1 else None
 
 
 def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
     """Yield the records of a file with a JSON object on each line. Nested keys are joined by slashes."""
-    for number, line in enumerate(_complete_lines(log, notes, _is_json, line_limit), 1):
+    for number, line in enumerate(complete_lines(log, notes, _is_json, line_limit), 1):
         if line.strip():
             yield {LINE_KEY: number, **_json_object(line, wanted, f"line {number}")}
 
@@ -179,14 +208,14 @@ def _same_name(names: Sequence[str]) -> ValueError:
     return ValueError(f"two columns have the same name: {', '.join(map(shown, names[:8]))}")
 
 
-def holds_metrics(log: Storage) -> bool:
-    """Return True if a file is a SQLite database with the metrics table that trackio writes."""
+def holds_metrics(log: Storage, columns: Set[str]) -> bool:
+    """Return True if a file is a SQLite database whose table ``metrics`` has some columns."""
     with log.open() as file:
         if file.read(len(_SQLITE)) != _SQLITE:
             return False
     try:
         with closing(_connect(log)) as database:
-            return _columns(database) >= {"run_name", "step", "metrics"}
+            return _columns(database) >= columns
     except NotRegularError:
         return True  # reading it is refused, with the reason
     except sqlite3.Error:
@@ -223,24 +252,28 @@ def _columns(database: sqlite3.Connection) -> set[str]:
     return {column[1] for column in columns}
 
 
-def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
-    """Yield the records of the trackio database: table ``metrics`` with a JSON object of metrics in each row."""
+def table_rows(log: Storage, columns: Set[str], query: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a query of the table ``metrics``, which must have some columns."""
     try:
         with closing(_connect(log)) as database:
-            if not _columns(database) >= {"run_name", "step", "metrics"}:
-                raise ValueError("it has no table metrics with the columns run_name, step and metrics")
-            rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY rowid")
+            if not _columns(database) >= columns:
+                raise ValueError(f"it has no table metrics with the columns {', '.join(sorted(columns))}")
             remaining = LINE_LIMIT + log.stat().size
-            for number, (run, step, metrics) in enumerate(rows, 1):
-                if isinstance(metrics, bytes):
-                    metrics = metrics.decode()
-                remaining -= len(str(metrics)) + len(str(run))
+            for row in database.execute(query):
+                remaining -= sum(len(value) for value in row if isinstance(value, str | bytes))
                 if remaining < 0:
                     raise ValueError("its rows are longer than the database: its pages refer to each other")
-                values = _json_object(str(metrics), wanted, f"row {number}")
-                yield {RUN_KEY: run, **values, "step": step}
+                yield row
     except sqlite3.Error as error:
         interrupted = "the database is corrupt: it has more rows than its size permits; " * (
             str(error) == "interrupted"
         )
         raise ValueError(f"{interrupted}{error} (SQLite)") from error
+
+
+def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
+    """Yield the records of the trackio database: table ``metrics`` with a JSON object of metrics in each row."""
+    rows = table_rows(log, TRACKIO_COLUMNS, "SELECT run_name, step, metrics FROM metrics ORDER BY rowid")
+    for number, (run, step, metrics) in enumerate(rows, 1):
+        text = metrics.decode() if isinstance(metrics, bytes) else str(metrics)
+        yield {"run_name": run, **_json_object(text, wanted, f"row {number}"), "step": step}

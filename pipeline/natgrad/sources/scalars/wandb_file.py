@@ -17,9 +17,10 @@ from typing import Any
 
 from natgrad.sources.bounds import parse_json, shown
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT, fields
-from natgrad.storage import Storage
+from natgrad.sources.scalars.scalar_log import RUN_KEY
+from natgrad.storage import NotRegularError, Storage
 
-__all__ = ["WANDB_START", "read_wandb"]
+__all__ = ["WANDB_START", "read_wandb", "read_wandb_run", "wandb_files"]
 
 WANDB_START = b":W&B\xe1\xbe\x00"
 """First bytes of a file: magic number, and version of the layout."""
@@ -86,6 +87,38 @@ def _records(log: Storage, notes: list[str]) -> Iterator[bytes]:
             yield bytes(record) if length <= _RECORD_LIMIT else b""
     if continues and len(notes) == notes_before:
         notes.append(f"the last record of {log.name} is truncated and omitted: it is still being written")
+
+
+def wandb_files(location: Storage) -> list[Storage]:
+    """Return the W&B file at a location, or those of all runs in W&B's folder ``wandb``, in the order started."""
+    if not location.is_folder():
+        return [location] if _is_run_file(location) else []
+    # Names are run-<time>-<id> or offline-run-<time>-<id>; latest-run is a link to one of them.
+    names = [name for name in location.list() if name.startswith(("run-", "offline-run-"))]
+    return [
+        file
+        for name in sorted(names, key=lambda name: name.removeprefix("offline-"))
+        if (location / name).is_folder()
+        for file in (location / name).files()
+        if _is_run_file(file)
+    ]
+
+
+def _is_run_file(file: Storage) -> bool:
+    if file.suffix != ".wandb":
+        return False
+    try:
+        with file.open() as content:
+            return content.read(len(WANDB_START)) == WANDB_START
+    except NotRegularError:
+        return True  # reading it is refused, with the reason
+
+
+def read_wandb_run(log: Storage, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield the history of a run with its name, which is in the name of the file ``run-<id>.wandb``."""
+    run = log.stem.removeprefix("run-")
+    for record in read_wandb(log, wanted, notes):
+        yield {**record, RUN_KEY: run}
 
 
 def read_wandb(log: Storage, wanted: Callable[[str], bool], notes: list[str]) -> Iterator[Mapping[str, Any]]:
