@@ -213,3 +213,48 @@ def test_alignment_by_chance_gives_no_warning(states):
     cases = np.prod([(d / b) ** 2 for d, b in zip(lengths, bounds, strict=True) if d > b])
     assume(cases < 1e12)
     assert shift_of_gradients([{"w": values} for values in states], {"w": [2.0**-8] * 2}) == 0
+
+
+def write_lightning(folder, states, **more):
+    """Write checkpoints like a callback that saves the gradient and the loss of the update that was just made."""
+    folder.mkdir()
+    for step, (before, state) in enumerate(itertools.pairwise(states), 1):
+        tree = {"state_dict": {}, "gradient": {}, "loss": float(before["loss"]), "global_step": step}
+        for name in SHAPES:
+            tree["state_dict"][name] = torch.from_numpy(np.array(state[f"parameter/{name}"]))
+            tree["gradient"][name] = torch.from_numpy(np.array(before[f"gradient/{name}"]))
+        torch.save(tree | more, folder / f"epoch=0-step={step}.ckpt")
+    return folder
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+def test_lightning_gradients_that_may_belong_to_the_state_before_are_never_passed_over(tmp_path):
+    log = write_lightning(tmp_path / "log", trained(adam))
+    (question,) = (w for w in ingest(log, tmp_path / "asked.zarr").warnings if "callback of Lightning" in w)
+    assert question in inspect_source([log]).notes
+    # The advice names every quantity that was saved with the gradient, and answers the question.
+    shifts = re.findall(r"--shift (\w+=-1)", question)
+    assert shifts == ["gradient=-1", "loss=-1"]
+    for number, answer in enumerate((parse_shift(shifts), parse_shift(["gradient=0"]))):
+        summary = ingest(log, tmp_path / f"answered-{number}.zarr", shift=answer)
+        assert not any("Lightning" in warning for warning in summary.warnings)
+    native = write_log(tmp_path / "native", trained(adam)[1:-1], list(range(1, STEPS - 1)))
+    aligned = ingest(native, tmp_path / "native.zarr")
+    found, expected = held(tmp_path / "answered-0.zarr"), held(aligned.trajectory)
+    assert {step: row[:2] for step, row in found.items()} == {step: row[:2] for step, row in expected.items()}
+
+
+def test_lightning_gradients_that_are_proven_to_be_aligned_cause_no_question(tmp_path):
+    states = trained(sgd)
+    log = write_lightning(tmp_path / "log", states)
+    (advice,) = (w for w in ingest(log, tmp_path / "late.zarr").warnings if "--shift" in w)
+    assert "--shift gradient=-1, and loss=-1 if logged with it" in advice
+    moved_on = [
+        {**state, **{f"gradient/{name}": states[min(i + 1, STEPS - 1)][f"gradient/{name}"] for name in SHAPES}}
+        for i, state in enumerate(states)
+    ]
+    summary = ingest(write_lightning(tmp_path / "aligned", moved_on), tmp_path / "aligned.zarr")
+    assert not any("--shift" in warning for warning in summary.warnings)

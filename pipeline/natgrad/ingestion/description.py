@@ -98,7 +98,11 @@ def describe_steps(
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
         contents[step] = StepContent(
-            arrays, content.scalars, optimizer=content.optimizer, replicate_loss=content.replicate_loss
+            arrays,
+            content.scalars,
+            optimizer=content.optimizer,
+            replicate_loss=content.replicate_loss,
+            alignment=content.alignment,
         )
     warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
     warnings += [

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.layout import STORAGE_DTYPES, unit_roundoff, widened
+from natgrad.schema.names import REPLICATE_STATES, STATES
 from natgrad.sources.base import Source, StepContent, StepReader
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
@@ -22,7 +23,7 @@ _REQUIRED_EVIDENCE = 12.0
 
 
 def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent) -> str:
-    """Compare the first updates of a run with its gradients; return a warning if the gradients need a shift.
+    """Compare the first updates of a run with its gradients; return a warning if the gradients may need a shift.
 
     An empty result does not prove that the alignment is correct: only updates of plain gradient descent are
     parallel to the gradients, and only a sample of the elements is compared.
@@ -39,7 +40,7 @@ def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent)
     if len(steps) < STATES_COMPARED or any(
         a.run != b.run or b.number - a.number != 1 for a, b in itertools.pairwise(steps)
     ):
-        return ""
+        return content.alignment
     sample = _sample(content.arrays["parameter"])
     roundoff = {name: [_roundoff(content, array, name) for array in ("parameter", "gradient")] for name in sample}
     states = []
@@ -48,13 +49,15 @@ def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent)
             states.append({name: _state(reader, content, name, size) for name, size in sample.items()})
     shift = shift_of_gradients(states, roundoff)
     if not shift:
-        return ""
+        return "" if _parallel(states, roundoff) else content.alignment
+    others = [name for name in (*STATES[2:], *REPLICATE_STATES) if name in content.arrays]
+    others += [name for name in content.scalars if name != "learning_rate"]
+    also = ", and " + ", ".join(f"{name}={shift}" for name in others) + " if logged with it" if others else ""
     where, state = ("later", "before") if shift < 0 else ("earlier", "after")
     return (
         f"from step {steps[0].number} on, updates are parallel to the gradients logged one step {where}, and not "
         f"to those of their own step: the logged gradient belongs to the state {state} the update; use --shift "
-        f"gradient={shift}, and loss={shift} if the loss was logged with it (and --overwrite if OUT contains the "
-        "run)"
+        f"gradient={shift}{also} (and --overwrite if OUT contains the run)"
     )
 
 
@@ -100,15 +103,20 @@ def shift_of_gradients(
     these roundings; this is required of every tensor. The probability that a vector of n elements and length d lies
     within a distance b of a given line by chance is (b / d)**(n - 1).
     """
-    updates = range(len(states) - 1)
-    if _evidence(states, [(s, s) for s in updates], roundoff) is not None:
+    if _parallel(states, roundoff):
         return 0
+    updates = range(len(states) - 1)
     for shift in (-1, 1):
         pairs = [(s, s - shift) for s in updates if 0 <= s - shift < len(states)]
         evidence = _evidence(states, pairs, roundoff)
         if evidence is not None and evidence >= _REQUIRED_EVIDENCE:
             return shift
     return 0
+
+
+def _parallel(states: Sequence[Mapping[str, NDArray[np.float64]]], roundoff: Mapping[str, Sequence[float]]) -> bool:
+    """Return True if all updates are parallel to the gradients of their own step."""
+    return _evidence(states, [(s, s) for s in range(len(states) - 1)], roundoff) is not None
 
 
 def _evidence(

@@ -86,6 +86,8 @@ class StepContent:
         names of these tensors.
     differences : tuple of Difference
         Scalars of which the log contains a different value, too.
+    alignment : str
+        Question about the states that the gradients belong to, if the format leaves it open.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -98,6 +100,7 @@ class StepContent:
     replicate_loss: tuple[float, ...] = ()
     no_gradient: str = ""
     differences: tuple[Difference, ...] = ()
+    alignment: str = ""
 
     @property
     def replicates(self) -> int:

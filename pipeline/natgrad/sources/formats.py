@@ -139,11 +139,17 @@ def _ckpt_file(path: Path) -> int | None:
 
 
 _TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _open_torch, CHECKPOINT)
-_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _open_torch, CHECKPOINT)
+_LATE = (
+    "a callback of Lightning that saves .grad in on_train_batch_end or on_save_checkpoint saves the gradient of "
+    "the update that was just made, which belongs to the state before it"
+)
+_LIGHTNING_NAMES = replace(CHECKPOINT, late=_LATE)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _open_torch, _LIGHTNING_NAMES)
 _LIGHTNING_SHARDS = replace(
     DCP_KIND,
     layout="<name>step=<N>.ckpt/",
     number=lambda path: DCP_KIND.number(path) if path.suffix == ".ckpt" else None,
+    names=replace(DCP_KIND.names, late=_LATE),
 )
 
 _ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGroup(step))

@@ -48,6 +48,7 @@ class _Part:
             scalars={name: value for name, value in content.scalars.items() if name in self.quantities},
             optimizer=self._optimizer(content.optimizer),
             differences=tuple(entry for entry in content.differences if entry.quantity in self.quantities),
+            alignment="" if self.shift or "gradient" not in self.quantities else content.alignment,
             replicate_loss=content.replicate_loss if REPLICATE_LOSS in self.quantities else (),
         )
 
@@ -225,6 +226,7 @@ class _JoinedStep:
             next((content.replicate_loss for content in contents if content.replicate_loss), ()),
             next((content.no_gradient for content in contents if content.no_gradient), ""),
             differences,
+            next((content.alignment for content in contents if content.alignment), ""),
         )
 
     def _with_rates(

@@ -75,6 +75,8 @@ class Names:
         Tensor names in the order in which they were passed to the optimizer.
     optimizer : mapping
         Options of the optimizer that no file contains; see `natgrad.sources.optimizers.factors.USER_OPTIONS`.
+    late : str
+        Why gradients and what is saved with them may belong to the state before the update. Empty if they do not.
 
     Examples
     --------
@@ -88,6 +90,7 @@ class Names:
     inert: tuple[str, ...] = field(default=())
     order: tuple[str, ...] = ()
     optimizer: Mapping[str, str | int] = field(default_factory=dict)
+    late: str = ""
 
     def mapped(self, mapping: Mapping[str, str], location: str = "--map") -> Names:
         """Return a copy in which the given quantities have the given keys.
@@ -342,6 +345,7 @@ class NamedStep:
             state,
             losses,
             differences=tuple(difference for difference in differences if difference.matters),
+            alignment=self._alignment(arrays, scalars),
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
@@ -406,6 +410,18 @@ class NamedStep:
             why="objects are never imported or executed"
             + (f"; {len(lost) - 1} other objects of this array are not plain tensors either" if lost[1:] else ""),
             remedy=remedy + f", or select other keys with --map {array}=KEY",
+        )
+
+    def _alignment(self, arrays: Collection[str], scalars: Collection[str]) -> str:
+        """Return the question about the states of the gradients, naming all quantities saved with them."""
+        if not self._names.late or not set(arrays) - {"parameter"}:
+            return ""
+        added = [name for name in (*arrays, *scalars) if name not in ("parameter", "learning_rate")]
+        added += [name for name in scalars if name == "learning_rate" and "/" not in self._values(name)[0][0]]
+        shifts = " ".join(f"--shift {name}=-1" for name in added)
+        return (
+            f"{self._names.late}: if so, use {shifts}; if they were computed at the saved state, pass --shift "
+            "gradient=0 to state this"
         )
 
     def _missing(self, quantity: str) -> InputError:
@@ -499,16 +515,18 @@ class NamedStep:
 
     def _floats(self, array: str, names: dict[str, str]) -> dict[str, str]:
         tensors: Mapping[str, LoggedTensor] = self._container.tensors
-        if self._names.model:
-            return {name: key for name, key in names.items() if tensors[key].dtype in STORAGE_DTYPES}
+        # A model may have integer buffers. A gradient shows that a tensor is trained.
+        model, trained = self._names.model, array != "parameter"
         for name, key in names.items():
-            if tensors[key].dtype not in STORAGE_DTYPES:
+            dtype = tensors[key].dtype
+            if dtype not in STORAGE_DTYPES and (not model or (trained and _INEXACT.match(dtype))):
                 raise InputError(
-                    f"dtype {tensors[key].dtype} is not a float dtype that can be stored",
+                    f"dtype {dtype} is not a float dtype that can be stored",
                     where=where(self._container.step, array, name),
-                    remedy=f"log it with one of the dtypes {', '.join(STORAGE_DTYPES)}",
+                    remedy=f"log it with one of the dtypes {', '.join(STORAGE_DTYPES)}, and a complex tensor as "
+                    "its real and imaginary parts (torch.view_as_real)",
                 )
-        return names
+        return {name: key for name, key in names.items() if tensors[key].dtype in STORAGE_DTYPES}
 
 
 _OBJECT_REMEDIES = {
@@ -522,6 +540,10 @@ _OBJECT_REMEDIES = {
     "(tensor.as_subclass(torch.Tensor))",
 }
 """Remedies for an object in the place of a tensor, by a pattern of its class; the first match applies."""
+
+
+_INEXACT = re.compile(r"complex|float|[CF]\d")
+"""Names of the dtypes of trained tensors, as torch and safetensors write them."""
 
 
 def _ambiguity(quantity: str, values: str, optimizer: OptimizerState | None) -> str:

@@ -699,3 +699,17 @@ def test_keys_with_chosen_hash_collisions_are_refused(key):
     body = b"\x80\x04}" + pickle.dumps(key, protocol=4)[2:-1] + b"Ns."
     with pytest.raises(ValueError, match=r"key|malformed|sets items"):
         loaded(body)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e5m2"])
+def test_a_trained_tensor_of_an_unsupported_dtype_is_refused_but_a_buffer_is_not(tmp_path, dtype):
+    special = torch.ones(2).to(getattr(torch, dtype))
+    for folder, trained in (("trained", True), ("buffer", False)):
+        (tmp_path / folder).mkdir()
+        tree = {"model": {"w": torch.ones(3), "z": special}, "gradient": {"w": torch.ones(3)}}
+        tree["gradient"] |= {"z": special} if trained else {}
+        torch.save(tree, tmp_path / folder / "step-0.pt")
+    with pytest.raises(InputError, match=f"dtype {dtype} is not a float dtype") as caught:
+        ingest([tmp_path / "trained"], tmp_path / "trained.zarr")
+    assert "gradient of tensor 'z'" in caught.value.where
+    assert ingest([tmp_path / "buffer"], tmp_path / "buffer.zarr").tensors == 1
