@@ -4,6 +4,8 @@
     `ingest_run`, `analyze_run`, `process_run`.
 ``natgrad_flows.scan``
     `scan_runs`: process the runs below a folder that changed.
+``natgrad_flows.server``
+    The Prefect server: that of ``PREFECT_API_URL``, or one for the duration of a command.
 ``natgrad_flows.parameters``
     The parameters of the flows, derived from `natgrad.app.options`.
 ``natgrad_flows.deployments``, ``natgrad_flows.cli``
@@ -22,6 +24,8 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     # A cold start took 18 s on a busy machine, and the default is 20.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # A request is repeated five times. If no answer comes, this ends in four minutes instead of seven.
+    "PREFECT_API_REQUEST_TIMEOUT": "30",
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)

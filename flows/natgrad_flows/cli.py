@@ -14,7 +14,7 @@ __all__ = ["app", "main"]
 
 
 @app.command()
-@command_options(options.ScanOptions)
+@command_options(options.ScanFlowOptions)
 def scan(
     root: options.Root,
     out: options.RunsFolder,
@@ -31,8 +31,11 @@ def scan(
     if quiet:
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from natgrad_flows.scan import scan_runs
+    from natgrad_flows.server import server_errors, use_server
 
-    summary = scan_runs(root, out, **values)
+    with server_errors():
+        use_server()
+        summary = scan_runs(root, out, **values)
     output.show(summary)
     if summary["failed"]:
         raise typer.Exit(1)

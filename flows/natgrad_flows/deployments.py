@@ -13,7 +13,6 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLi
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 
 from natgrad.app import options
@@ -22,6 +21,7 @@ from natgrad.schema.logs import logger
 from natgrad.storage import require_local
 from natgrad_flows.runs import analyze_run, ingest_run, process_run
 from natgrad_flows.scan import scan_runs
+from natgrad_flows.server import require_server
 
 __all__ = ["deploy_flows", "deployments", "serve_flows"]
 
@@ -38,7 +38,7 @@ def serve_flows(root: options.Root, out: options.RunsFolder, values: Mapping[str
     root, out : path
         See `natgrad_flows.scan.scan_runs`.
     values : mapping
-        Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
+        Options of `natgrad.app.options.ScanFlowOptions` and `natgrad.app.options.ScheduleOptions`.
     limit : int
         Number of flows that run at the same time.
 
@@ -48,7 +48,7 @@ def serve_flows(root: options.Root, out: options.RunsFolder, values: Mapping[str
         If an option is not valid, or no Prefect server responds.
     """
     made = deployments(root, out, values)
-    _require_server()
+    require_server()
     _warn_of_old_deployments({deployment.full_name for deployment in made})
     serve(*made, limit=limit, print_starting_message=False)
 
@@ -61,7 +61,7 @@ def deploy_flows(root: options.Root, out: options.RunsFolder, values: Mapping[st
     root, out : path
         Paths as the workers see them; see `natgrad_flows.scan.scan_runs`.
     values : mapping
-        Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
+        Options of `natgrad.app.options.ScanFlowOptions` and `natgrad.app.options.ScheduleOptions`.
     pool : str
         Existing work pool (``prefect work-pool create --type process NAME``).
 
@@ -76,7 +76,7 @@ def deploy_flows(root: options.Root, out: options.RunsFolder, values: Mapping[st
         If an option is not valid, no Prefect server responds, or there is no such pool.
     """
     made = deployments(root, out, values)
-    _require_server()
+    require_server()
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(pool)
@@ -100,14 +100,14 @@ def deployments(root: options.Root, out: options.RunsFolder, values: Mapping[str
     ----------
     root, out : path
     values : mapping
-        Options of `natgrad.app.options.ScanOptions` and `natgrad.app.options.ScheduleOptions`.
+        Options of `natgrad.app.options.ScanFlowOptions` and `natgrad.app.options.ScheduleOptions`.
 
     Raises
     ------
     InputError
         If an option is not valid, or there is not exactly one schedule.
     """
-    scanning = options.validated(options.ScanOptions, options.selected(options.ScanOptions, values))
+    scanning = options.validated(options.ScanFlowOptions, options.selected(options.ScanFlowOptions, values))
     schedule = options.validated(options.ScheduleOptions, options.selected(options.ScheduleOptions, values))
     cron, every, name = schedule["cron"], schedule["every"], schedule["name"]
     if (cron is None) == (every is None):
@@ -166,22 +166,3 @@ def _warn_of_old_deployments(current: set[str]) -> None:
                 module,
                 name,
             )
-
-
-def _require_server() -> None:
-    """Raise an error without a server, because the embedded server and its schedules end with this process."""
-    address = get_current_settings().api.url
-    remedy = (
-        "start a server (prefect server start) and set its address: export PREFECT_API_URL=http://HOST:4200/api"
-    )
-    if address is None:
-        raise InputError("schedules require a Prefect server", where="PREFECT_API_URL is not set", remedy=remedy)
-    with get_client(sync_client=True) as client:
-        problem = client.api_healthcheck()
-    if problem is not None:
-        raise InputError(
-            f"the Prefect server does not respond: {problem}",
-            where=address,
-            why="it is not running, or the address is wrong",
-            remedy=remedy,
-        )

@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Unpack, cast
 from uuid import UUID
 
 from prefect import State, Task, flow, get_run_logger, task
 from prefect.artifacts import (
-    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
@@ -47,10 +45,7 @@ from natgrad.sources.steps import NotYet
 from natgrad.storage import Storage, open_storage
 from natgrad_flows.parameters import with_parameters
 
-__all__ = ["SCANNED", "ProgressArtifact", "analyze_run", "ingest_run", "process_run"]
-
-SCANNED: ContextVar[Outcome | None] = ContextVar("SCANNED")
-"""Outcome seen before scheduling. If it changed since, another worker has already processed the run."""
+__all__ = ["ProgressArtifact", "analyze_run", "ingest_run", "mark_crashed", "process_run", "uri"]
 
 
 class IngestParameters(options.ReadOptions, options.OverwriteOptions, total=False):
@@ -191,11 +186,8 @@ def analyze_run(out: options.Out, **values: Unpack[options.AnalyzeOptions]) -> d
 def _analyzed(out: options.Out, analysis: Analysis) -> dict[str, Any]:
     summary = _analyze(out, analysis) | _report(out)
     _table("analyzed", out, summary)
-    create_image_artifact(
-        run.draw_run(out), _key("angle", out), f"{Path(out).name}: angle between update and steepest descent"
-    )
     create_link_artifact(
-        link=_uri(RunFolder.of(out).report),
+        link=uri(RunFolder.of(out).report),
         link_text=f"Report of {Path(out).name}",
         key=_key("report", out),
         description=f"Figure 3 of the paper, drawn from {summary['results']}",
@@ -231,7 +223,7 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
             def work() -> dict[str, Any]:
                 # A flow that has just processed the run may not have reported its end yet. It did not die: in that
                 # case the run is up to date, and this function is not called.
-                _mark_crashed(client, open_storage(out))
+                mark_crashed(client, open_storage(out), own=own)
                 return _ingested(source, out, values, analysis) | _analyzed(out, analysis)
 
             return process_once(
@@ -239,7 +231,7 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
                 out,
                 values,
                 work,
-                known=SCANNED.get(Outcome.of(out)),
+                known=Outcome.of(out),
                 on_failure=lambda parts: _report_failure(Path(out), parts),
             )
     except Busy as busy:
@@ -247,15 +239,24 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
         return Completed(name="Skipped", message=str(busy), data={"skipped": busy.what})
 
 
-def _mark_crashed(client: SyncPrefectClient, out: Storage) -> None:
-    """Mark flow runs on OUT that the server lists as running as crashed. This flow has the lock, so they died."""
+def mark_crashed(client: SyncPrefectClient, out: Storage, own: UUID | None = None) -> None:
+    """Mark flow runs on OUT that the server lists as running as crashed.
+
+    The caller has locked OUT, so these flow runs died.
+
+    Parameters
+    ----------
+    client : SyncPrefectClient
+    out : Storage
+    own : UUID, optional
+        The flow run of the caller.
+    """
     running = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
     )
     named = FlowFilter(name=FlowFilterName(any_=["process-run"]))
     for other in client.read_flow_runs(flow_filter=named, flow_run_filter=running):
-        ours = str(other.id) == flow_run.get_id()
-        if ours or open_storage(other.parameters.get("out", "")).absolute() != out.absolute():
+        if other.id == own or open_storage(other.parameters.get("out", "")).absolute() != out.absolute():
             continue
         message = f"The process died. {flow_run.get_name()} continues the work."
         client.set_flow_run_state(other.id, Crashed(message=message), force=True)
@@ -268,7 +269,8 @@ def _report_failure(out: Path, parts: dict[str, Any]) -> None:
     create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: error and remedy")
 
 
-def _uri(page: Storage) -> str:
+def uri(page: Storage) -> str:
+    """Return the URI of a page, for links."""
     return str(page) if page.local_path is None else page.local_path.absolute().as_uri()
 
 

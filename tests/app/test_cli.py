@@ -115,6 +115,32 @@ def test_help_and_formats():
     assert set(answer("formats")) >= {"steps", "torch", "dcp", "huggingface", "lightning"}
 
 
+def test_no_command_prints_the_help_with_and_without_two_dashes():
+    told = [natgrad_process(*arguments) for arguments in ((), ("--",))]
+    assert [(one.returncode, one.stdout) for one in told] == [(2, "")] * 2
+    assert told[0].stderr == told[1].stderr
+    assert told[0].stderr.startswith("Usage: natgrad")
+
+
+def test_a_malformed_configuration_of_dask_is_named(tmp_path, monkeypatch):
+    file = tmp_path / ".config" / "dask" / "natgrad.yaml"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, why in (
+        ("distributed:\n  comm:\n   tls: [\n", "line 4, column 1"),
+        ("text", "it is not a mapping"),
+    ):
+        file.write_text(text)
+        for arguments in (("info", tmp_path), ("process", tmp_path, tmp_path / "out")):
+            done = natgrad_process(*arguments)
+            assert done.returncode == 2
+            for part in ("a configuration file of Dask is malformed", f"where: {file}\n", why, "correct this file"):
+                assert part in done.stderr
+    # The remedy works.
+    file.unlink()
+    assert "is malformed" not in natgrad_process("info", tmp_path).stderr
+
+
 def test_version_and_shell_completion():
     assert natgrad_process("--version").stdout == f"natgrad {__version__}\n"
     assert "--install-completion" in natgrad("--help").stdout

@@ -6,8 +6,11 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
+import xarray as xr
 
+import distributions
 import natgrad
 from logs import random_walk, write_log, write_step
 from natgrad.app import cli, run, scan
@@ -327,3 +330,81 @@ def test_options_of_a_scan_are_checked_before_a_folder_is_listed(root, out):
     with pytest.raises(InputError, match="--at-once must be at least 1"):
         natgrad.scan(root, out, at_once=0)
     assert not out.exists()
+
+
+# Runs that hang, crash or exhaust memory ------------------------------------------------------------------------
+
+HOSTILE = """
+import os, signal, time
+from dataclasses import replace
+from natgrad.sources.formats import FORMATS
+
+steps = FORMATS["steps"]
+
+def found(path):
+    if (path / "search").exists():
+        time.sleep(1000)
+    return any((path / name).exists() for name in ("hang", "kill", "allocate"))
+
+def opened(path, mapping):
+    if (path / "hang").exists():
+        time.sleep(1000)
+    if (path / "kill").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    bytearray(64 << 30)
+
+HOSTILE = replace(steps, name="hostile", find=found, open=opened)
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """Install a reader of another package in every process of the test that is started from now on."""
+    folder = distributions.install(
+        tmp_path / "installed",
+        "natgrad-hostile",
+        {"natgrad_hostile": HOSTILE},
+        {"natgrad.formats": {"hostile": "natgrad_hostile:HOSTILE"}},
+    )
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.usefixtures("hostile")
+def test_a_run_that_hangs_crashes_or_exhausts_memory_fails_alone(root, out):
+    for name in ("a-hang", "b-kill", "d-allocate"):
+        (root / name).mkdir(parents=True)
+        (root / name / name[2:]).touch()
+    for name in ("a", "e", "z"):
+        write_log(root / name, random_walk(3))
+    natgrad.process(root / "e", out / "by hand", workers=1)
+    summary = natgrad.scan(root, out, workers=1, stall_timeout=20)
+    assert numbers(summary) == (3, 0, 0, 3)
+    assert summary.failures == {
+        "a-hang": "timeout: no progress for 20 s",
+        "b-kill": "the process of the run was killed by signal 9 (SIGKILL)",
+        "d-allocate": "out of memory",
+    }
+    assert scan.Outcome.of(out / "a-hang").error["what"] == "timeout: no progress for 20 s"
+    # The same bits as without other processes.
+    one, other = (xr.open_datatree(out / name / "results.zarr") for name in ("e", "by hand"))
+    xr.testing.assert_identical(one, other)
+    (root / "a-hang" / "hang").unlink()
+    write_log(root / "a-hang", random_walk(3))
+    assert numbers(natgrad.scan(root, out, workers=1)) == (1, 3, 0, 2)
+
+
+@pytest.mark.usefixtures("hostile")
+def test_a_scan_that_is_killed_leaves_no_process(root, out):
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "hang").touch()
+    with subprocess.Popen([sys.executable, "-c", SCAN, root, out], start_new_session=True) as running:
+        wait_for(lambda: (out / "a" / ".processing.lock").exists())
+        # The reader sleeps in a separate process.
+        children = wait_for(lambda: psutil.Process(running.pid).children(recursive=True))
+        running.kill()
+    psutil.wait_procs(children, timeout=60)
+    assert not [one for one in children if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    with scan.only_processor(out / "a"):
+        pass

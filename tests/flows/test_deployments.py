@@ -1,7 +1,9 @@
 """Test flows of many runs on a real Prefect server, a separate process with SQLite."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -144,6 +146,48 @@ def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
     assert [state.name for state in ended.values()] == ["Completed"]
     # What the dead one had ingested was not read again.
     assert scan.Outcome.of(out / "killed").summary["new_steps"] == 0
+
+
+def events(server):
+    """Return the length of each event of a flow run in the database, by the flow run."""
+    query = "select resource_id, length(resource) + length(related) + length(payload) from events"
+    found = {}
+    with contextlib.closing(sqlite3.connect(server.home / "prefect.db")) as database:
+        for resource, length in database.execute(query):
+            found.setdefault(resource.removeprefix("prefect.flow-run."), []).append(length)
+    return found
+
+
+def test_a_run_of_a_scan_adds_little_to_the_history_and_old_flow_runs_are_deleted(server, tmp_path):
+    def scanned(*options):
+        done = natgrad(server, "scan", tmp_path / "logs", tmp_path / "out", "--workers", "1", "--json", *options)
+        return json.loads(done.stdout)["processed"]
+
+    def named():
+        return [run.name for run in flow_runs(server) if run.name.startswith("process-run small-")]
+
+    runs = 6
+    write_log(tmp_path / "logs" / "small-0", random_walk(3))
+    assert scanned() == 1
+    for number in range(1, runs + 1):
+        write_log(tmp_path / "logs" / f"small-{number}", random_walk(3, seed=number))
+    assert scanned() == runs
+    assert len(named()) == runs + 1
+    address = server.environment["PREFECT_API_URL"]
+    with (
+        settings.temporary_settings({settings.PREFECT_API_URL: address}),
+        orchestration.get_client(sync_client=True) as client,
+    ):
+        made = {run.id for run in flow_runs(server) if run.name.startswith("process-run small-")}
+        assert not [one for one in client.read_artifacts() if one.flow_run_id in made]
+        assert not [one for one in client.read_task_runs() if one.flow_run_id in made]
+    # The server stores events a few seconds later: that a run started, and that it ended.
+    wait_for(lambda: all(len(events(server).get(str(one), ())) == 2 for one in made))
+    assert all(length < 1500 for one in made for length in events(server)[str(one)])
+    assert scanned("--keep-days", "1") == 0
+    assert len(named()) == runs + 1
+    assert scanned("--keep-days", "0") == 0
+    assert named() == []
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ FLOWS = {
     "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions),
     "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions),
     "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions),
-    "scan-runs": lambda: (scans.scan_runs, options.ScanOptions),
+    "scan-runs": lambda: (scans.scan_runs, options.ScanFlowOptions),
     "demo": lambda: (demo.demo, options.DemoOptions),
 }
 

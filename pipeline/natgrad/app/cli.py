@@ -95,12 +95,20 @@ class Output:
         Print the summary as one JSON object.
     quiet : bool
         Show only warnings and errors.
+
+    Raises
+    ------
+    InputError
+        If the configuration of Dask is malformed.
     """
 
     def __init__(self, as_json: bool, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
+        from natgrad.compute.clusters import require_configuration
+
+        require_configuration()
         self.as_json, self.quiet = as_json, quiet
         self.console = Console(stderr=True)
         handler: logging.Handler
@@ -158,13 +166,16 @@ def _split_arguments(source: Any, out: options.Out, values: dict[str, Any]) -> t
 
 @app.callback(invoke_without_command=True)
 @command_options()
-def _global_options(show_version: options.ShowVersion = False) -> None:
-    """Declare the options of the program itself."""
+def _global_options(context: typer.Context, show_version: options.ShowVersion = False) -> None:
+    """Declare the options of the program itself, and print the help if there is no command (``natgrad --``)."""
     if show_version:
         from natgrad.schema.version import __version__
 
         sys.stdout.write(f"natgrad {__version__}\n")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command()

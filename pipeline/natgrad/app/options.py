@@ -35,6 +35,7 @@ __all__ = [
     "DeclaredOption",
     "DemoOptions",
     "DemoOut",
+    "HistoryOptions",
     "IngestOptions",
     "InspectOptions",
     "Json",
@@ -52,6 +53,7 @@ __all__ = [
     "Root",
     "RunOptions",
     "RunsFolder",
+    "ScanFlowOptions",
     "ScanOptions",
     "ScheduleOptions",
     "ScheduledScanOptions",
@@ -394,10 +396,10 @@ def _checked_shift(shift: dict[str, int]) -> dict[str, int]:
     return shift
 
 
-def _memory_bytes(value: int | str) -> int:
+def _memory_bytes(value: int | str, option: str = "memory_limit") -> int:
     from natgrad.compute.clusters import memory_bytes
 
-    return value if isinstance(value, int) else memory_bytes(value)
+    return value if isinstance(value, int) else memory_bytes(value, option)
 
 
 def _deployment_name(name: str) -> str:
@@ -732,11 +734,51 @@ class InspectOptions(LogOptions, total=False):
 
 
 class ScanOptions(RunOptions, total=False):
-    """Options of `natgrad.scan`: those of each run, and the number of runs that are processed at a time."""
+    """Options of `natgrad.scan`: those of each run, and of the processes in which the runs are processed."""
 
     at_once: Annotated[
-        int, Option("Number of runs that are processed at the same time.", 1, metavar="N", minimum=1)
+        int,
+        Option("Number of runs that are processed at the same time, each in a process.", 1, metavar="N", minimum=1),
     ]
+    stall_timeout: Annotated[
+        float,
+        Option(
+            "Seconds without progress after which a run is stopped. The run fails, and the others continue.",
+            1800.0,
+            metavar="SECONDS",
+            above=0,
+            maximum=_YEAR,
+        ),
+    ]
+    process_memory: Annotated[
+        int | str | None,
+        Option(
+            "Memory limit of the process of each run, in bytes or as text such as 8GB. A run that needs more "
+            "fails. Only Linux enforces it.",
+            unset="the memory of this machine, divided by the number of runs at a time",
+            metavar="BYTES",
+            minimum=1,
+            check=functools.partial(_memory_bytes, option="process_memory"),
+        ),
+    ]
+
+
+class HistoryOptions(TypedDict, total=False):
+    """Option for the history of a Prefect server."""
+
+    keep_days: Annotated[
+        float | None,
+        Option(
+            "Days after which a scan deletes flow runs of natgrad, with their artifacts, from the Prefect server.",
+            unset="they are kept",
+            metavar="DAYS",
+            minimum=0,
+        ),
+    ]
+
+
+class ScanFlowOptions(ScanOptions, HistoryOptions, total=False):
+    """Options of a scan as a flow."""
 
 
 class VersionOptions(TypedDict, total=False):
@@ -779,7 +821,7 @@ class ScheduleOptions(TypedDict, total=False):
     ]
 
 
-class ScheduledScanOptions(ScheduleOptions, ScanOptions, total=False):
+class ScheduledScanOptions(ScheduleOptions, ScanFlowOptions, total=False):
     """Options of a scan on a schedule."""
 
 

@@ -37,7 +37,6 @@ __all__ = [
     "RUNS_SHOWN",
     "Analysis",
     "analyze_run",
-    "draw_run",
     "ingest_run",
     "process_run",
     "report_run",
@@ -397,13 +396,3 @@ def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
                 "the page shows only the first %d of the %d runs of %s", RUNS_SHOWN, len(of_each), folder.storage
             )
     return trees
-
-
-def draw_run(out: Location) -> str:
-    """Draw the angle over the steps of OUT, or of the first run of a sweep, as an image in a ``data:`` URL."""
-    from natgrad.reporting import figures
-
-    folder = RunFolder.of(out)
-    with network_errors(folder.storage), figures.drawing():
-        tree = next(iter(results.runs(results.read(folder.results)).values()))
-        return figures.angle_curve(figures.RunResults.of(folder.storage.name, tree)).uri

@@ -3,6 +3,9 @@
 The outcome of processing a run is recorded in its OUT, with the identity of the log at that time. For an unchanged
 run, only the names, sizes and times of its files are listed.
 
+Each run is processed in another process (`natgrad.app.worker`), so that a run that hangs, crashes or exhausts
+memory fails alone. Folders are searched for runs there as well, because that may call readers of other packages.
+
 The Prefect flows use the same functions: `scan_root` processes a run through a callback.
 """
 
@@ -17,15 +20,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Unpack
 
+import psutil
 from filelock import FileLock, Timeout
 
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
+from natgrad.app.progress import StageProgress
 from natgrad.app.run import Analysis, process_run
 from natgrad.app.summaries import ScannedRun, ScanSummary
+from natgrad.app.worker import Worker
 from natgrad.compute.clusters import named_scheduler
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.logs import logger
@@ -46,6 +54,7 @@ __all__ = [
     "find_runs",
     "listing",
     "only_processor",
+    "process_in",
     "process_once",
     "recorded_options",
     "scan",
@@ -62,6 +71,12 @@ _log = logger(__name__)
 
 _EXECUTION = ("workers", "scheduler", "cluster", "worker_timeout", "memory_limit")
 """Options of the machines that process a run: they do not change the results."""
+
+_SEARCH_SECONDS = 60.0
+"""Seconds after which the search of one folder for a run is stopped."""
+
+HoldsRun = Callable[..., bool]
+"""Function that returns whether a folder is a run; see `natgrad.sources.opening.holds_run`."""
 
 
 # Runs --------------------------------------------------------------------------------------------------------
@@ -84,7 +99,12 @@ class FoundRun:
 
 
 def find_runs(
-    root: str | Path, out: str | Path, *, sweep: bool = False, store: str | None = None
+    root: str | Path,
+    out: str | Path,
+    *,
+    sweep: bool = False,
+    store: str | None = None,
+    holds: HoldsRun = holds_run,
 ) -> list[FoundRun]:
     """Find the runs below a folder by their contents, and return them in the order of their names.
 
@@ -101,6 +121,8 @@ def find_runs(
         Return the folders that contain runs; each is a sweep.
     store : str, optional
         Requested kind of storage of a new OUT.
+    holds : callable
+        Returns whether a folder is a run. A folder for which it fails is a run, which then fails for that reason.
 
     Raises
     ------
@@ -109,7 +131,7 @@ def find_runs(
     """
     root, out = check_folders(root, out, store)
     seen = {_inode(out)} if out.is_dir() else set()
-    found = set(_names(root, out, ".", seen, sweep))
+    found = set(_names(root, out, ".", seen, sweep, holds))
     return [FoundRun(name, root / name, out / name) for name in sorted(found)]
 
 
@@ -146,7 +168,9 @@ def _inode(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: bool) -> Iterator[str]:
+def _names(
+    root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: bool, holds: HoldsRun
+) -> Iterator[str]:
     """Yield the names of the runs in a folder below the root."""
     folder = root / name
     try:
@@ -159,18 +183,18 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
         if recorded and outcome is not None and not outcome.error:
             yield name
             return
-        if holds_run(folder):
+        if holds(folder):
             yield Path(name).parent.as_posix() if sweep else name
             return
         with os.scandir(folder) as entries:
             below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError:
-        # A folder that cannot be listed may be a run. It then fails under its own name, without affecting others.
+    except Exception:
+        # A folder that cannot be searched may be a run. It then fails under its own name, without affecting others.
         yield name
         return
     empty = True
     for entry in below:
-        for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen, sweep):
+        for found in _names(root, out, entry if name == "." else f"{name}/{entry}", seen, sweep, holds):
             empty = False
             yield found
     if not empty:
@@ -179,7 +203,7 @@ def _names(root: Path, out: Path, name: str, seen: set[tuple[int, int]], sweep: 
     if recorded:
         yield name
     # One file of all steps, where there is nothing else that it could belong to.
-    elif holds_run(folder, in_one_file=True):
+    elif holds(folder, in_one_file=True):
         yield Path(name).parent.as_posix() if sweep else name
 
 
@@ -421,8 +445,9 @@ def process_once(
     return summary
 
 
-RunProcessor = Callable[[FoundRun, "Outcome | None", dict[str, Any]], dict[str, Any]]
-"""Function that processes a changed run: takes the run, its known outcome and the options; returns the summary."""
+RunProcessor = Callable[[FoundRun, "Outcome | None", dict[str, Any], Worker], dict[str, Any]]
+"""Function that processes a changed run: takes the run, its known outcome, the options and a worker; returns the
+summary."""
 
 
 def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], process: RunProcessor) -> ScanSummary:
@@ -435,7 +460,8 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
     values : mapping
         Validated options of `natgrad.app.options.ScanOptions`.
     process : callable
-        Processes one run. It is called from ``at_once`` threads, each with the context variables of the caller.
+        Processes one run with a worker; see `process_in`. It is called from ``at_once`` threads, each with the
+        context variables of the caller.
 
     Raises
     ------
@@ -445,10 +471,20 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
         If a run changed, and the scheduler does not respond.
     """
     analysis = Analysis.of(values)
-    found = find_runs(root, out, sweep=values["sweep"], store=values["store"])
     of_run = options.selected(options.RunOptions, values) | {"cluster": None}
+    memory = values["process_memory"] or psutil.virtual_memory().total // values["at_once"]
+    workers = [Worker(values["stall_timeout"], memory) for _ in range(values["at_once"])]
     with ExitStack() as stack:
-        # Workers are needed only if a run changed.
+        pool = stack.enter_context(ThreadPoolExecutor(len(workers)))
+        for worker in workers:
+            stack.callback(worker.close)
+        # If the scan is interrupted, no further run is started.
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        search = partial(
+            find_runs, sweep=values["sweep"], store=values["store"], holds=partial(_holds_run, workers[0])
+        )
+        found = search(root, out)
+        # Workers of a cluster are needed only if a run changed.
         remote = (values["cluster"], values["scheduler"]) != (None, None)
         if remote and not all(_standing(one, of_run) for one in found):
             analysis.require_workers()
@@ -456,9 +492,30 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
                 scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
                 of_run["scheduler"] = stack.enter_context(scheduler)
         Journal(open_storage(out)).write(_ROOT, {"root": str(Path(root).absolute()), "sweep": values["sweep"]})
-        pool = stack.enter_context(ThreadPoolExecutor(values["at_once"]))
-        started = [pool.submit(copy_context().run, _scan_run, one, of_run, process) for one in found]
-        return ScanSummary.of(tuple(one.result() for one in started))
+        idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            idle.put(worker)
+        started = {
+            one.name: pool.submit(copy_context().run, _scan_run, one, of_run, process, idle)
+            for one in sorted(found, key=_failed_before)
+        }
+        return ScanSummary.of(tuple(started[one.name].result() for one in found))
+
+
+def _failed_before(found: FoundRun) -> bool:
+    """Return whether a run failed in the last scan. Such runs come last, because they may take until a timeout."""
+    outcome = Outcome.of(found.out)
+    return outcome is not None and bool(outcome.error)
+
+
+def _holds_run(worker: Worker, folder: Path, *, in_one_file: bool = False) -> bool:
+    found = worker.call(_search, folder, in_one_file, where=str(folder), timeout=_SEARCH_SECONDS)
+    return bool(found)
+
+
+def _search(folder: Path, in_one_file: bool, progress: StageProgress) -> bool:
+    """Search a folder for a run, in a worker."""
+    return holds_run(folder, in_one_file=in_one_file)
 
 
 def _standing(found: FoundRun, values: Mapping[str, Any]) -> Outcome | None:
@@ -471,7 +528,9 @@ def _standing(found: FoundRun, values: Mapping[str, Any]) -> Outcome | None:
     return outcome if stands else None
 
 
-def _scan_run(found: FoundRun, values: dict[str, Any], process: RunProcessor) -> ScannedRun:
+def _scan_run(
+    found: FoundRun, values: dict[str, Any], process: RunProcessor, idle: SimpleQueue[Worker]
+) -> ScannedRun:
     """Process a run if it changed."""
     before = Outcome.of(found.out)
     outcome = _standing(found, values)
@@ -479,14 +538,17 @@ def _scan_run(found: FoundRun, values: dict[str, Any], process: RunProcessor) ->
         return ScannedRun(run=found.name, state="failed", what=outcome.error["what"], do=outcome.error["do"])
     if outcome is not None:
         return ScannedRun(run=found.name, state="unchanged")
+    worker = idle.get()
     try:
-        summary = process(found, before, values)
+        summary = process(found, before, values, worker)
     except Busy as busy:
         return ScannedRun(run=found.name, state="skipped", what=busy.what)
     except Exception as error:
         parts = error_parts(error)
         _log.error("%s failed: %s", found.name, error)
         return ScannedRun(run=found.name, state="failed", what=parts["what"], do=parts["do"])
+    finally:
+        idle.put(worker)
     return ScannedRun(run=found.name, state="processed", what=f"{summary['new_steps']} new steps")
 
 
@@ -494,8 +556,9 @@ def _scan_run(found: FoundRun, values: dict[str, Any], process: RunProcessor) ->
 def scan(root: options.Root, out: options.RunsFolder, **values: Unpack[options.ScanOptions]) -> ScanSummary:
     """Process the runs below a folder that changed since the last scan.
 
-    A run that fails does not stop the others. It is processed again if its log or an option changes, or at every
-    scan if the error may heal by itself. A run that another process is working on is skipped.
+    A run that fails, hangs, crashes or exhausts memory does not stop the others. It is processed again if its log
+    or an option changes, or at every scan if the error may heal by itself. A run that another process is working on
+    is skipped.
 
     Parameters
     ----------
@@ -512,18 +575,25 @@ def scan(root: options.Root, out: options.RunsFolder, **values: Unpack[options.S
     Unavailable
         If a run changed, and the scheduler does not respond.
     """
-    return scan_root(root, out, values, _process_here)
+    return scan_root(root, out, values, _process_run)
 
 
-def _process_here(found: FoundRun, known: Outcome | None, values: dict[str, Any]) -> dict[str, Any]:
-    """Process a run in this process."""
-
-    def work() -> dict[str, Any]:
-        summary = process_run(found.source, found.out, values)
-        return {} if summary is None else summary.to_json()
-
+def _process_run(found: FoundRun, known: Outcome | None, values: dict[str, Any], worker: Worker) -> dict[str, Any]:
     with only_processor(found.out):
+        work = partial(process_in, worker, found, values)
         return process_once(found.source, found.out, values, work, known=known)
+
+
+def process_in(worker: Worker, found: FoundRun, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Process a run in a worker; return the summary in its JSON form."""
+    summary: dict[str, Any] = worker.call(_process, found.source, found.out, dict(values), where=str(found.source))
+    return summary
+
+
+def _process(source: Path, out: Path, values: dict[str, Any], progress: StageProgress) -> dict[str, Any]:
+    """Process a run, in a worker."""
+    summary = process_run(source, out, values, progress=progress)
+    return {} if summary is None else summary.to_json()
 
 
 # Status ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ __all__ = [
     "memory_bytes",
     "named_scheduler",
     "require_cluster",
+    "require_configuration",
 ]
 
 _log = logger(__name__)
@@ -157,6 +159,29 @@ def require_cluster(name: str) -> None:
         )
 
 
+def require_configuration() -> None:
+    """Check that Dask can read its configuration. xarray also imports Dask, so every result depends on it.
+
+    Raises
+    ------
+    InputError
+        If a file is malformed.
+    """
+    try:
+        import dask.config  # noqa: F401
+    except ValueError as error:
+        found = re.match("A dask config file at '(.*)' is malformed", str(error))
+        if found is None:
+            raise
+        why = " ".join(str(error)[found.end() :].partition("message:")[2].split()).rstrip(" :^")
+        raise InputError(
+            "a configuration file of Dask is malformed",
+            where=found[1],
+            why=why or "it is not a mapping",
+            remedy="correct this file or move it away",
+        ) from error
+
+
 def _cluster_class(name: str) -> Any:
     if name not in CLUSTERS:
         raise InputError(
@@ -258,8 +283,14 @@ def _pod_options() -> dict[str, Any]:
     return {"env": [*({"name": key, "value": value} for key, value in ONE_THREAD.items()), *configured]}
 
 
-def memory_bytes(amount: str) -> int:
+def memory_bytes(amount: str, option: str = "memory_limit") -> int:
     """Return the bytes of an amount of memory in Dask's notation, for example ``512MiB`` or ``2GB``.
+
+    Parameters
+    ----------
+    amount : str
+    option : str
+        Name of the option that has this value, for errors.
 
     Raises
     ------
@@ -276,9 +307,9 @@ def memory_bytes(amount: str) -> int:
     if parsed < 1:
         raise InputError(
             f"{amount!r} is not an amount of memory",
-            where="option memory_limit",
+            where=f"option {option}",
             why="an amount is a number of bytes, or a number and a unit (kB, MB, GB, KiB, MiB, GiB), and at least "
             "one byte",
-            remedy="use, for example, --memory-limit 512MiB or --memory-limit 2GB",
+            remedy="use, for example, {0} 512MiB or {0} 2GB".format(f"--{option.replace('_', '-')}"),
         )
     return parsed

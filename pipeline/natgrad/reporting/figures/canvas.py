@@ -21,6 +21,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -338,7 +339,9 @@ def drawable(text: str, limit: int) -> str:
 def picture(figure: Figure, alt: str) -> Picture:
     """Convert a figure to a vector graphic, in the colours of the reader's screen, light or dark."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # `savefig` would draw the figure twice.
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(file, metadata=metadata)  # type: ignore[no-untyped-call]
     graphic = file.getvalue()
     graphic = graphic[graphic.index("<svg") :]
     # Hundredths of a point are finer than any screen. Rounding to them halves the size.
