@@ -168,6 +168,7 @@ _RATE = (
     # The optimizer uses its own rate; a rate that is saved next to it may be that of another update.
     *(f"{root}/param_groups/*/lr" for root in ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/*")),
     "optimizer/optimizer/param_groups/*/lr",
+    *(f"{root}/*/param_groups/*/lr" for root in ("optimizers", "optimizer", "state/optimizers")),
     *("learning_rate", "lr"),
 )
 

@@ -459,3 +459,29 @@ def test_quantized_moments_are_nan_with_the_reason(tmp_path, monkeypatch):
         store = open_trajectory(tmp_path / f"{name}.zarr")
         assert not {"exp_avg", "exp_avg_sq"} & set(store.arrays)
         assert store.scalar("learning_rate").tolist() == [0.1] * 3
+
+
+@pytest.mark.parametrize("root", ["optimizers/0", "optimizer/0", "state/optimizers/DecoupledAdamW"])
+def test_the_only_optimizer_of_a_list_and_that_of_composer_are_read(tmp_path, root):
+    for name in ("log", "plain"):
+        (tmp_path / name).mkdir()
+
+    def save(step, model, optimizer, gradients, loss):
+        saved = optimizer.state_dict()
+        levels = root.split("/")
+        tree = [saved] if levels[-1] == "0" else {"optimizers": {levels[-1]: saved}}
+        for name, key, value in (("log", levels[0], tree), ("plain", "optimizer", saved)):
+            content = {"model": model.state_dict(), "grad": gradients, key: value}
+            torch.save(content, tmp_path / name / f"ckpt_{step}.pt")
+
+    trained(OPTIMIZERS["adam"], save)
+    for name in ("log", "plain"):
+        ingest(tmp_path / name, tmp_path / f"{name}.zarr", include=["optimizer"])
+    (states, found), (plain, expected) = (stored(tmp_path / f"{name}.zarr") for name in ("log", "plain"))
+    assert (
+        states.scalar("learning_rate").tolist() == plain.scalar("learning_rate").tolist() == [0.1] * plain.n_states
+    )
+    assert found.keys() == expected.keys() >= {"exp_avg", "exp_avg_sq"}
+    for array, tensors in expected.items():
+        for tensor, rows in tensors.items():
+            assert found[array][tensor].tobytes() == rows.tobytes()

@@ -21,7 +21,12 @@ from natgrad.sources.steps import LoggedTensor
 
 __all__ = ["SavedOptimizer", "optimizer_root", "saved_optimizer"]
 
-_ROOTS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/0")
+_ROOTS = (
+    *("optimizer", "optimizer_state_dict", "optim", "optimizer_states/0"),
+    # The only optimizer of a list, and that of Composer.
+    *("optimizers/0", "optimizer/0", "state/optimizers/*"),
+)
+"""Keys under which optimizers are saved; ``*`` matches any single level."""
 _ARRAYS = {
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
@@ -68,9 +73,12 @@ class SavedOptimizer:
 def optimizer_root(container: Container) -> str | None:
     """Return the key under which the state of the optimizer is saved, or None if there is none."""
     for root in _ROOTS:
-        starts = tuple(f"{root}/{part}{separator}" for part in ("state", "param_groups") for separator in "/.")
-        if any(key.startswith(starts) for keys in (container.numbers, container.tensors) for key in keys):
-            return root
+        pattern = "[^/]+".join(map(re.escape, root.split("*")))
+        start = re.compile(rf"({pattern})/(?:state|param_groups)[/.]")
+        for keys in (container.numbers, container.tensors):
+            found = next((match[1] for key in keys if (match := start.match(key))), None)
+            if found is not None:
+                return found
     return None
 
 
