@@ -116,8 +116,11 @@ def check_bytes(files: Files, count: int) -> None:
 
 
 @contextmanager
-def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments]]]:
-    """Open files and run the compiled loop over them, column by column, without a store, plan or ledger."""
+def bare_loop(files: Files, threads: int, trusting: bool = False) -> Iterator[Callable[[], list[Segments]]]:
+    """Open files and run the compiled loop over them, column by column, without a store, plan or ledger.
+
+    The loop computes the checksums of the states, unless it is trusting, but does not compare them.
+    """
     states = open_trajectory(files.trajectory)
     updates, steps, count = states.n_states - 1, states.chunk[0], len(ledger_vectors(False))
     block_elements = PlanLimits().read_block_elements
@@ -152,7 +155,9 @@ def bare_loop(files: Files, threads: int) -> Iterator[Callable[[], list[Segments
         indices = np.array([index for block in segments for index, _, _ in block])
         products, ratio = np.empty((updates, len(indices), count, count)), np.empty((updates, len(indices)))
         leads, shape = np.ones(updates, bool), (stride, together)
-        failed = stream.products(located, list(dtypes.values()), cut, *shape, leads, buffer(), products, ratio)
+        checksums = None if trusting else np.empty((len(dtypes), updates + 1), np.uint32)
+        out = products, ratio, checksums
+        failed = stream.products(located, list(dtypes.values()), cut, *shape, leads, buffer(), *out)
         assert failed is None
         for descriptor in itertools.chain.from_iterable(opened):
             os.close(descriptor)
@@ -191,9 +196,9 @@ def check_segments(files: Files, segments: list[Segments]) -> None:
 
 
 @contextmanager
-def metrics_pass(files: Files, executor: executors.Executor) -> Iterator[Callable[[], Any]]:
+def metrics_pass(files: Files, executor: executors.Executor, trusting: bool = False) -> Iterator[Callable[[], Any]]:
     stores = open_store(files.trajectory), open_store(files.written / "ledger.zarr")
-    yield partial(compute_ledger, *stores, executor=executor)
+    yield partial(compute_ledger, *stores, executor=executor, trust_states=trusting)
 
 
 @contextmanager
@@ -305,12 +310,14 @@ def check_copies(files: Files, _: Any) -> None:
         assert (files.written / path.name).read_bytes() == path.read_bytes()
 
 
-def _pass(title: str, run: str = "run", executor: executors.Executor = executors.serial) -> Task:
-    return Task(title, partial(metrics_pass, executor=executor), check_ledger, run=run)
+def _pass(
+    title: str, run: str = "run", executor: executors.Executor = executors.serial, trusting: bool = False
+) -> Task:
+    return Task(title, partial(metrics_pass, executor=executor, trusting=trusting), check_ledger, run=run)
 
 
-def _loop(title: str, run: str = "run", threads: int = 1) -> Task:
-    return Task(title, partial(bare_loop, threads=threads), check_segments, run=run)
+def _loop(title: str, run: str = "run", threads: int = 1, trusting: bool = False) -> Task:
+    return Task(title, partial(bare_loop, threads=threads, trusting=trusting), check_segments, run=run)
 
 
 def _pass_on_dask(workers: int) -> Task:
@@ -330,6 +337,17 @@ _PASSES = {
     "pass": _pass("metrics pass, serial"),
     "pass_threads": _pass(f"metrics pass, {THREADS} threads", executor=executors.threads(THREADS)),
     "pass_dask": _pass_on_dask(THREADS),
+}
+# The same without comparing the states with their checksums.
+_TRUSTING = {
+    "loop_trusting": _loop("bare loop without checksums, 1 thread", trusting=True),
+    "loop_threads_trusting": _loop(
+        f"bare loop without checksums, {THREADS} threads", threads=THREADS, trusting=True
+    ),
+    "pass_trusting": _pass("metrics pass without checksums, serial", trusting=True),
+    "pass_threads_trusting": _pass(
+        f"metrics pass without checksums, {THREADS} threads", executor=executors.threads(THREADS), trusting=True
+    ),
 }
 _LOOPS_AND_PASSES = {**_LOOPS, **_PASSES, "pass_dask_single": _pass_on_dask(1)}
 _RATIOS_TO_THE_LOOP = [
@@ -377,8 +395,11 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
     """
     return {
         "throughput": Group(
-            {**_READS, **_LOOPS_AND_PASSES, "pass_dask_four": _pass_on_dask(4)},
+            {**_READS, **_TRUSTING, **_LOOPS_AND_PASSES, "pass_dask_four": _pass_on_dask(4)},
             [
+                *((name.removesuffix("_trusting"), name) for name in _TRUSTING),
+                ("pass_trusting", "loop_trusting"),
+                ("pass_threads_trusting", "loop_threads_trusting"),
                 ("pass", "read"),
                 ("pass_threads", "read_threads"),
                 ("pass_dask", "read_threads"),

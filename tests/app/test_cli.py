@@ -14,6 +14,7 @@ import xarray as xr
 
 from commands import NATGRAD, natgrad, natgrad_process
 from logs import random_walk, write_log, write_step
+from natgrad.schema.times import now
 from natgrad.schema.version import __version__
 from natgrad.store import open_trajectory
 
@@ -76,6 +77,42 @@ def test_info_describes_the_contents_of_a_folder(run):
     assert said["tensors"] == {"layer.bias": [4], "layer.weight": [4, 3], "scale": []}
     assert said["report"] == str(out / "report.html")
     assert "angle" in natgrad("info", out).stdout
+
+
+def test_the_time_of_the_last_verification_is_reported(run, tmp_path):
+    log, out = run[0], tmp_path / "out"
+    before = now()
+    said = answer("process", log, out)
+    assert before <= said["states_verified"] <= now()
+    assert answer("info", out)["states_verified"] == said["states_verified"]
+    trusted = tmp_path / "trusted"
+    assert answer("process", log, trusted, "--trust-states")["states_verified"] is None
+    assert answer("info", trusted)["states_verified"] is None
+    assert answer("verify", trusted) == {"damages": []}
+    assert before <= answer("info", trusted)["states_verified"] <= now()
+    answer("ingest", log, trusted, "--overwrite")
+    # The ledger was computed from states that were trusted, and the verification was that of the old trajectory.
+    assert answer("info", trusted)["states_verified"] is None
+    chunk = next((trusted / "trajectory.zarr/gradient/c").glob("*/*"))
+    chunk.write_bytes(bytes(byte ^ 255 for byte in chunk.read_bytes()))
+    assert natgrad("verify", trusted).returncode == 1
+    assert answer("info", trusted)["states_verified"] is None
+
+
+def test_a_damaged_state_is_refused_and_the_advice_restores_the_results(run, tmp_path):
+    log, out = run[0], tmp_path / "out"
+    answer("ingest", log, out)
+    chunk = next((out / "trajectory.zarr/gradient/c").glob("*/*"))
+    chunk.write_bytes(bytes(byte ^ 255 for byte in chunk.read_bytes()))
+    refused = natgrad("analyze", out)
+    assert refused.returncode == 2
+    assert str(chunk) in refused.stderr
+    assert "gradient, steps 0 to 11, tensors layer.bias to scale: checksum mismatch" in refused.stderr
+    assert not (out / "results.zarr").exists()
+    answer("process", log, out, "--overwrite")
+    answer("process", log, tmp_path / "same")
+    one, other = (xr.open_datatree(folder / "results.zarr") for folder in (out, tmp_path / "same"))
+    xr.testing.assert_equal(one, other)
 
 
 def test_separate_commands_give_the_same_results_as_process(run, tmp_path):

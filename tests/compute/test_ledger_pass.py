@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,7 +17,7 @@ import pytest
 from zarr.codecs import BloscCodec
 
 from logs import append_states, walk_arrays, write_trajectory
-from natgrad.compute import clusters, executors, tasks
+from natgrad.compute import clusters, executors, ledger_pass, tasks
 from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import stream
 from natgrad.schema.errors import InputError
@@ -24,6 +25,7 @@ from natgrad.schema.layout import MEBIBYTE, chunk_shape
 from natgrad.schema.names import VECTORS
 from natgrad.storage import LocalStorage
 from natgrad.store import Ledger, Trajectory, open_ledger, open_trajectory
+from natgrad.store.verify import verified_since
 from opened import compute_ledger
 from reference import assert_gram_close, exact_gram, exact_vectors
 
@@ -170,7 +172,8 @@ def test_the_comparison_with_complete_vectors_detects_a_dropped_halo_or_a_shifte
     assert_is_ledger_of(ledger, arrays)
     Ledger.remove(LocalStorage(ledger))
     monkeypatch.setattr(Trajectory, "locate", mutant(Trajectory.locate))
-    compute_small(tmp_path / "trajectory.zarr", ledger)
+    # The checksums would detect it, too.
+    compute_small(tmp_path / "trajectory.zarr", ledger, trust_states=True)
     with pytest.raises(AssertionError, match="entry"):
         assert_is_ledger_of(ledger, arrays)
 
@@ -505,6 +508,164 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path, address):
             ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS), executor=executor)
     assert caught.value.where == address
     assert "--scheduler" in caught.value.remedy
+
+
+# Checksums of the states ---------------------------------------------------------------------------------------
+
+
+STORED = ["compiled", "without the instruction", "compressed", "replicates", "hvp"]
+
+
+def stored(folder, how):
+    """Write a trajectory, and return it with the options of a pass that reads it in a certain way."""
+    dtypes = {"parameter": "bfloat16", "gradient": "float32"} | ({"hvp": "float32"} if how == "hvp" else {})
+    arrays, codecs = walk_arrays(ROWS, ELEMENTS, dtypes), {}
+    if how == "replicates":
+        arrays |= {f"replicate_parameter/{k}": arrays["parameter"][::-1] for k in range(2)}
+    if how == "compressed":
+        codecs = {"parameter": BloscCodec(cname="zstd"), "gradient": BloscCodec(cname="zstd")}
+    return write_trajectory(folder / "trajectory.zarr", arrays, SHAPES, CHUNK, codecs)
+
+
+def without_the_instruction(executor):
+    """Return an executor that runs the functions of a processor without an instruction for CRC-32C."""
+    return lambda job, *arguments: executor(dataclasses.replace(job, compiled=False), *arguments)
+
+
+def flip(chunk, position):
+    content = bytearray(chunk.read_bytes())
+    content[position] ^= 1
+    chunk.write_bytes(content)
+
+
+def damaged_state(trajectory, how):
+    """Damage the state of step 6, a halo, in the third column; return its file, array and step (a pattern)."""
+    if how == "compressed":
+        chunk = trajectory / "gradient/c/2/2"
+        flip(chunk, chunk.stat().st_size // 2)
+        return chunk, "gradient", r"steps? \d"
+    array, chunk = ("hvp", "hvp/c/2/2") if how == "hvp" else ("gradient", "gradient/c/2/2")
+    if how == "replicates":
+        array, chunk = "replicate_parameter/1", "replicate_parameter/c/2/1/2"
+    flip(trajectory / chunk, 1)
+    return trajectory / chunk, array, "step 6"
+
+
+@pytest.mark.parametrize("how", STORED)
+@pytest.mark.parametrize("limits", [SMALL, SHORT_BLOCKS], ids=["columns", "short blocks"])
+def test_a_damaged_state_is_refused_by_every_executor_until_it_is_restored(tmp_path, executor, how, limits):
+    if how == "without the instruction":
+        executor = without_the_instruction(executor)
+    trajectory = stored(tmp_path, how)
+    compute = functools.partial(compute_ledger, trajectory, executor=executor, limits=limits)
+    compute(tmp_path / "undamaged.zarr")
+    intact = {path: path.read_bytes() for path in trajectory.rglob("*") if path.is_file()}
+    chunk, array, steps = damaged_state(trajectory, how)
+    ledger = tmp_path / "ledger.zarr"
+    message = f"cannot read a chunk of {array}, {steps}.*" + ("" if how == "compressed" else "checksum mismatch")
+    for _ in range(2):
+        with pytest.raises(InputError, match=message) as caught:
+            compute(ledger)
+        assert caught.value.where == str(chunk)
+        assert "tensors second to third" in caught.value.what
+        assert "restore the file, or ingest the run again with --overwrite" in caught.value.remedy
+        with pytest.raises(InputError, match="the ledger is incomplete"):
+            open_ledger(ledger).read()
+    chunk.write_bytes(intact[chunk])
+    assert compute(ledger).states_verified is not None
+    assert bits(ledger) == bits(tmp_path / "undamaged.zarr")
+
+
+@pytest.mark.parametrize("how", ["compiled", "without the instruction", "replicates", "hvp"])
+def test_a_trusting_pass_does_not_compare_states_and_says_so(tmp_path, how):
+    trajectory = stored(tmp_path, how)
+    executor = without_the_instruction(executors.serial) if how == "without the instruction" else executors.serial
+    compute = functools.partial(compute_small, trajectory, executor=executor)
+    compute(tmp_path / "compared.zarr")
+    assert compute(tmp_path / "trusted.zarr", trust_states=True).states_verified is None
+    assert bits(tmp_path / "trusted.zarr") == bits(tmp_path / "compared.zarr")
+    damaged_state(trajectory, how)
+    assert compute(tmp_path / "damaged.zarr", trust_states=True).computed_chunks == 4
+
+
+def bytes_read():
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+
+@pytest.mark.parametrize("how", ["compiled", "without the instruction"])
+def test_no_state_is_read_twice_to_compare_it(tmp_path, how):
+    rows, elements = 40, 50_000
+    state = walk_arrays(rows, elements)
+    trajectory = write_trajectory(tmp_path / "trajectory.zarr", state, {"all": (elements,)}, (1, elements))
+    executor = without_the_instruction(executors.serial) if how == "without the instruction" else executors.serial
+    compute_ledger(trajectory, tmp_path / "first.zarr", executor=executor)
+    read = {}
+    for trusting in (True, False):
+        before = bytes_read()
+        compute_ledger(trajectory, tmp_path / f"{trusting}.zarr", executor=executor, trust_states=trusting)
+        read[trusting] = bytes_read() - before
+    of_states = sum(array.nbytes for array in state.values())
+    assert read[True] > of_states
+    # The records are read again, but less than the states of one step.
+    assert abs(read[False] - read[True]) < of_states / rows
+
+
+def test_the_time_since_which_all_states_are_verified_is_that_of_the_oldest_comparison(tmp_path, monkeypatch):
+    arrays, trajectory, ledger = (
+        walk_arrays(ROWS + 9, ELEMENTS),
+        tmp_path / "trajectory.zarr",
+        tmp_path / "ledger.zarr",
+    )
+    rows = iter([0, ROWS, ROWS + 3, ROWS + 6, ROWS + 9])
+    begin = next(rows)
+
+    def grow():
+        nonlocal begin
+        stop = next(rows)
+        part = {name: array[begin:stop] for name, array in arrays.items()}
+        begin = stop
+        return (
+            append_states(trajectory, part)
+            if trajectory.exists()
+            else write_trajectory(trajectory, part, SHAPES, CHUNK)
+        )
+
+    def verified_at(time, **options):
+        monkeypatch.setattr(ledger_pass, "now", lambda: time)
+        return compute_small(trajectory, ledger, **options).states_verified
+
+    grow()
+    assert verified_at("2026-01-01") == "2026-01-01"
+    grow()
+    # The older states are not read again.
+    assert verified_at("2026-01-02") == "2026-01-01"
+    open_trajectory(trajectory).record_verification("2026-01-03")
+    assert verified_at("2026-01-04") == "2026-01-03"
+    grow()
+    assert verified_at("2026-01-05", trust_states=True) is None
+    assert verified_at("2026-01-06") is None  # no state is read
+    open_trajectory(trajectory).record_verification("2026-01-07")
+    assert verified_at("2026-01-08") == "2026-01-07"
+    grow()
+    assert verify_states(trajectory, ledger) is None
+    # The ledger chunk that grew contains updates from trusted states.
+    assert verified_at("2026-01-09") is None
+    open_trajectory(trajectory).record_verification("2026-01-10")
+    assert verify_states(trajectory, ledger) == "2026-01-10"
+
+
+def verify_states(trajectory, ledger):
+    return verified_since(open_trajectory(trajectory), open_ledger(ledger).records())
+
+
+def test_a_damaged_record_of_a_verification_is_no_verification(tmp_path, caplog):
+    ledger, summary = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
+    states = open_trajectory(tmp_path / "trajectory.zarr")
+    states.record_verification("2999-01-01")
+    assert verify_states(states.storage.local_path, ledger) == "2999-01-01"
+    flip(states.storage.local_path / "commits/verified.json", 40)
+    assert verify_states(states.storage.local_path, ledger) == summary.states_verified
+    assert "the time of the last verification is not known" in caplog.text
 
 
 # Resuming ------------------------------------------------------------------------------------------------------

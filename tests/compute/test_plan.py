@@ -163,7 +163,10 @@ def test_the_projected_memory_of_a_worked_example_is_its_documented_sum():
     seen = 2 * 131_072 * 4 + 2 * 131_072 * 4  # parameter, gradient: a row and the one before
     entry = (5 * 5 + 1) * 8  # the products and the ratio of one row of one segment
     segments = 6 + 3 + 6  # each boundary of a column may cut a tensor in two, and each of its seven pieces
-    assert plan.projected_bytes == LIMITS.reserved_bytes + seen + 32 * entry * (3 * segments + 2 * 6)
+    checksums = 33 * 2 * 3 * 4  # of each state, array and column: recorded, decoded and kept
+    assert (
+        plan.projected_bytes == LIMITS.reserved_bytes + seen + 32 * entry * (3 * segments + 2 * 6) + 3 * checksums
+    )
 
 
 def test_a_run_shorter_than_a_ledger_chunk_takes_the_memory_of_its_updates():
@@ -176,7 +179,8 @@ def test_a_run_shorter_than_a_ledger_chunk_takes_the_memory_of_its_updates():
         "updates_per_chunk": 64,
     }
     few, many = plan_pass(states=11, **shape), plan_pass(states=65, **shape)
-    assert many.projected_bytes - few.projected_bytes == (64 - 10) * (5 * 5 + 1) * 8 * (3 * 3 + 2 * 2)
+    ledger, checksums = (5 * 5 + 1) * 8 * (3 * 3 + 2 * 2), 3 * 2 * 4
+    assert many.projected_bytes - few.projected_bytes == (64 - 10) * (ledger + checksums)
 
 
 @given(trajectories(), st.integers(1, 1 << 30))

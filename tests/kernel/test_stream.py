@@ -1,14 +1,16 @@
 """Test reading and computing states in one compiled loop: the bits are those of states in memory."""
 
+import contextlib
 import os
 
 import numpy as np
 import pytest
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
 from logs import DTYPES, walk_arrays
-from natgrad.kernel import gram, stream
+from natgrad.kernel import crc, gram, stream
 
 ELEMENTS, STATES = 3000, 7
 LONG_BLOCK = 2100  # longer than what the ratio is sampled of, and than two blocks of sums
@@ -61,11 +63,11 @@ CUTS = {
 }
 
 
-def computed(files, dtypes, boundaries, stride, batch, leads):
+def computed(files, dtypes, boundaries, stride, batch, leads, *checksums):
     segments, count = sum(map(len, boundaries)) - len(boundaries), 5 + (len(files) > 2)
     found = np.full((len(leads), segments, count, count), 7.0), np.full((len(leads), segments), 7.0)
     buffer = np.empty(stream.buffer_bytes(stride, batch, [dtype.itemsize for dtype in dtypes]), np.uint8)
-    return stream.products(files, dtypes, boundaries, stride, batch, leads, buffer, *found), *found
+    return stream.products(files, dtypes, boundaries, stride, batch, leads, buffer, *found, *checksums), *found
 
 
 def in_memory(arrays, boundaries, leads):
@@ -118,6 +120,27 @@ def test_states_read_from_files_give_the_same_bits_as_states_in_memory(
     assert np.isfinite(expected[0][leads]).all()
     for one, other in zip(found, expected, strict=True):
         assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("cutting", CUTS)
+@pytest.mark.parametrize(("together", "batch"), [(1, 1), (3, 2), (7, 8)])
+def test_checksums_are_those_of_the_bytes_read_and_change_no_product(logged, put, cutting, together, batch):
+    arrays = [logged["bfloat16"][0], logged["float32"][1], logged["float64"][2]]
+    boundaries, stride = CUTS[cutting]
+    files = [put(array, together, 5 * position) for position, array in enumerate(arrays)]
+    leads, dtypes = np.array([True, True, False, True, True, True]), [array.dtype for array in arrays]
+    _, *expected = computed(files, dtypes, boundaries, stride, batch, leads)
+    checksums = np.full((3, STATES), 7, np.uint32)
+    possible = contextlib.nullcontext() if crc.HARDWARE else pytest.raises(ValueError, match="no instruction")
+    with possible:
+        failed, *found = computed(files, dtypes, boundaries, stride, batch, leads, checksums)
+        assert failed is None
+        for one, other in zip(found, expected, strict=True):
+            assert one.tobytes() == other.tobytes()
+        for array, of_array in zip(arrays, checksums, strict=True):
+            # The Hessian-vector product of the last state is not read.
+            states = array[: STATES - (array is arrays[2]), boundaries[0][0] : boundaries[-1][-1]]
+            assert of_array[: len(states)].tolist() == [crc32c(state.tobytes()) for state in states]
 
 
 @given(leads=st.lists(st.booleans(), min_size=STATES - 1, max_size=STATES - 1), batch=st.integers(1, STATES + 1))

@@ -557,9 +557,37 @@ def test_a_changed_state_is_rejected_with_its_array_and_step(path):
     write_trajectory(path, walk_arrays(6, ELEMENTS), SHAPES, CHUNK)
     chunk = path / "gradient/c/1/0"
     spoil(chunk, "inverted")
-    with pytest.raises(InputError, match="cannot read a chunk of gradient, step 4: checksum mismatch") as caught:
+    with pytest.raises(InputError, match="cannot read a chunk of gradient, steps 4 to 5, tensor") as caught:
         open_trajectory(path).read("gradient", 0, 6, 0, np.empty((6, CHUNK[1]), np.float32))
     assert caught.value.where == str(chunk)
+
+
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    ranges=st.lists(st.tuples(st.integers(0, 48), st.integers(0, 48)), min_size=1, max_size=4),
+)
+def test_checksums_of_a_range_are_read_from_its_own_records(tmp_path_factory, counts, ranges):
+    path, arrays = tmp_path_factory.mktemp("committed") / "trajectory.zarr", walk_arrays(sum(counts), ELEMENTS)
+    stops = np.cumsum(counts)
+    parts = [{name: array[a - n : a] for name, array in arrays.items()} for a, n in zip(stops, counts, strict=True)]
+    write_trajectory(path, parts[0], SHAPES, CHUNK)
+    for part in parts[1:]:
+        append_states(path, part)
+    states, read = open_trajectory(path), []
+    states.journal.read = lambda number, reading=states.journal.read: read.append(number) or reading(number)
+    for low, high in ranges:
+        start, stop = sorted((low % (stops[-1] + 1), high % (stops[-1] + 1)))
+        read.clear()
+        found = {name: states.recorded_checksums(name, start, stop) for name in arrays}
+        for name, array in arrays.items():
+            words = [
+                [array[state, slice(*states.column(c))] for c in range(states.columns)]
+                for state in range(start, stop)
+            ]
+            assert found[name].tolist() == [[checksum(np.ascontiguousarray(part)) for part in row] for row in words]
+        own = np.searchsorted(stops, stop) - np.searchsorted(stops, start, "right") + 1
+        # The first record is found by bisection, and the one after the last shows that it was the last.
+        assert len(read) <= own + 1 + 1 + len(counts).bit_length()
 
 
 def spoil(chunk, damage):

@@ -74,7 +74,8 @@ def is_read_by_nobody(path, before, after):
 
 @given(data=st.data())
 def test_each_flipped_bit_is_found_or_unused(out, data):
-    path = data.draw(st.sampled_from(files(out)), "file")
+    # Each verification without damage writes its own record again.
+    path = data.draw(st.sampled_from([path for path in files(out) if path.name != "verified.json"]), "file")
     before = path.read_bytes()
     bit = data.draw(st.integers(0, 8 * len(before) - 1), "bit")
     after = bytearray(before)

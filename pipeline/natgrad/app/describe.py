@@ -8,8 +8,10 @@ from typing import Any
 from natgrad.app.folder import RunFolder
 from natgrad.results import dataset as results
 from natgrad.results.summary import overview
+from natgrad.schema.layout import LedgerChunk
 from natgrad.storage import network_errors
-from natgrad.store import Trajectory
+from natgrad.store import Ledger, Trajectory
+from natgrad.store.verify import verified_since
 
 __all__ = [
     "describe_run",
@@ -24,7 +26,8 @@ def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
 
 
 def _describe(folder: RunFolder) -> dict[str, Any]:
-    description = Trajectory(folder.trajectory).describe()
+    states = Trajectory(folder.trajectory)
+    description = states.describe() | {"states_verified": _verified_since(folder, states)}
     if results.exist(folder.results):
         tree = results.read(folder.results)
         description |= {
@@ -35,3 +38,12 @@ def _describe(folder: RunFolder) -> dict[str, Any]:
     if folder.report.exists():
         description["report"] = str(folder.report)
     return description
+
+
+def _verified_since(folder: RunFolder, states: Trajectory) -> str | None:
+    """Return the time since which every state has been verified. The ledger may be that of an older trajectory."""
+    ledger = Ledger.find(folder.ledger)
+    if ledger is None:
+        return verified_since(states, [])
+    chunks = [LedgerChunk(record["start"], record["stop"]) for record in ledger.records()]
+    return verified_since(states, ledger.records(states.digests(chunks)))

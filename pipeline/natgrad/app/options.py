@@ -704,6 +704,12 @@ class AnalyzeOptions(WorkerOptions, total=False):
             unordered=True,
         ),
     ]
+    trust_states: Annotated[
+        bool,
+        Option(
+            "Do not compare the states that are read with their checksums. 'natgrad verify' does that, too.", False
+        ),
+    ]
     attempt: Annotated[
         int | None,
         Option(

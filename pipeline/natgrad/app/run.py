@@ -62,6 +62,7 @@ class Analysis:
     cluster: str | None = None
     worker_timeout: float = _DEFAULTS["worker_timeout"]
     memory_limit: int = _DEFAULTS["memory_limit"]
+    trust_states: bool = False
     attempt: int | None = None
 
     def __post_init__(self) -> None:
@@ -213,6 +214,7 @@ def _analyze(
         executor=analysis.executor(),
         memory_limit=analysis.memory_limit,
         limits=limits,
+        trust_states=analysis.trust_states,
         progress=progress,
     )
     folder = RunFolder(folder.storage.latest())
@@ -252,6 +254,7 @@ def _analyze(
         computed_chunks=computed.computed_chunks,
         computed_updates=computed.computed_updates,
         projected_memory=computed.plan.projected_bytes,
+        states_verified=computed.states_verified,
         **overview(tree),
     )
 

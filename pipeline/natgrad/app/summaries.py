@@ -38,6 +38,9 @@ class AnalysisSummary(Summary):
         Number of updates that were computed now.
     projected_memory : int
         Memory of a worker in bytes, projected before the pass.
+    states_verified : str, optional
+        Time since which every state has been compared with its checksums, by a pass or by `natgrad.verify`. None if
+        that is not known for a state, because it was trusted (``trust_states``).
     status : mapping of str to int
         Number of updates with each status.
     angle, condition_number : list of float, optional
@@ -51,6 +54,7 @@ class AnalysisSummary(Summary):
     computed_chunks: int
     computed_updates: int
     projected_memory: int
+    states_verified: str | None
     status: Mapping[str, int]
     angle: list[float] | None
     condition_number: list[float] | None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from natgrad.app.folder import RunFolder
+from natgrad.schema.errors import InputError
+from natgrad.schema.logs import logger
+from natgrad.schema.times import now
 from natgrad.storage import network_errors
 from natgrad.store import Trajectory, exists
 from natgrad.store.verify import Damage, verify_ledger, verify_results, verify_trajectory
@@ -13,11 +16,14 @@ __all__ = [
     "verify_run",
 ]
 
+_log = logger(__name__)
+
 
 def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
     """Verify the stores of OUT against the checksums recorded when they were written.
 
-    Memory does not grow with the run, because chunks are read one after the other.
+    Memory does not grow with the run, because chunks are read one after the other. If the trajectory is not
+    damaged, the time is recorded in it. A repository that keeps versions is not changed.
 
     Parameters
     ----------
@@ -39,10 +45,31 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
     with network_errors(folder.storage):
         if not exists(folder.trajectory):
             Trajectory(folder.trajectory)
+        started, states = now(), _opened(folder)
         damages = list(verify_trajectory(folder.trajectory))
+        if states is not None and not damages:
+            _record(states, started)
         if exists(folder.ledger):
             # The steps are compared with those of the trajectory only if it is not damaged.
             damages += verify_ledger(folder.ledger, None if damages else Trajectory(folder.trajectory))
         if folder.results.exists():
             damages += verify_results(folder.results)
     return damages
+
+
+def _opened(folder: RunFolder) -> Trajectory | None:
+    """Open the trajectory; return None if it is damaged."""
+    try:
+        return Trajectory(folder.trajectory)
+    except InputError:
+        return None
+
+
+def _record(states: Trajectory, time: str) -> None:
+    """Record the time of a verification without damage."""
+    if states.storage.keeps_versions:
+        return
+    try:
+        states.record_verification(time)
+    except (OSError, InputError) as error:  # OUT may be read-only
+        _log.info("the time of this verification is not recorded: %s", error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,10 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import STEP
+from natgrad.schema.times import now
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
+from natgrad.store.verify import verified_since
 
 __all__ = ["PassSummary", "compute_ledger", "plan_ledger"]
 
@@ -43,6 +45,8 @@ class PassSummary:
         Number of updates computed by this pass. In a chunk that was already partly complete, only new updates
         count.
     plan : PassPlan
+    states_verified : str or None
+        See `natgrad.store.verify.verified_since`.
     """
 
     n_updates: int
@@ -50,6 +54,7 @@ class PassSummary:
     computed_chunks: int
     computed_updates: int
     plan: PassPlan
+    states_verified: str | None = field(compare=False)
 
 
 def compute_ledger(
@@ -59,6 +64,7 @@ def compute_ledger(
     executor: Executor | None = None,
     memory_limit: int | None = None,
     limits: PlanLimits = PlanLimits(),
+    trust_states: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PassSummary:
     """Compute the missing part of the Gram ledger of a trajectory.
@@ -73,14 +79,16 @@ def compute_ledger(
         Bytes that a worker process may use.
     limits : PlanLimits, optional
         Limits by which the pass is divided into tasks and reads.
+    trust_states : bool
+        Do not compare the states that are read with their checksums.
     progress : callable, optional
         Called with the number of ledger chunks done and the total number to compute.
 
     Raises
     ------
     InputError
-        If there are fewer than two states or no elements, the plan exceeds the memory limit, another process is
-        writing this ledger, or the storage cannot be read or written.
+        If there are fewer than two states or no elements, the plan exceeds the memory limit, a state that is read
+        is damaged, another process is writing this ledger, or the storage cannot be read or written.
     """
     states = Trajectory(trajectory)
     if states.n_states < 2:
@@ -100,7 +108,14 @@ def compute_ledger(
     shape = states.shape
     plan = plan_ledger(shape, ledger, memory_limit=memory_limit, limits=limits)
     _log.info("%s", plan)
-    job = Job.of(states.storage, ledger, plan, limits, compiled=shape.partial_reads and not states.replicates)
+    job = Job.of(
+        states.storage,
+        ledger,
+        plan,
+        limits,
+        compiled=shape.partial_reads and not states.replicates,
+        verified=None if trust_states else now(),
+    )
     items = list(plan.work_items())
     with ledger.lock("ledger") as ledger, ThreadPoolExecutor(1) as background:
         new = Ledger.find(ledger) is None
@@ -115,7 +130,7 @@ def compute_ledger(
             prepared = preparing.result()
             chunk = found.chunk if isinstance(found, Computed) else found
             if isinstance(found, Computed):
-                prepared.ledger.write(*found)
+                prepared.ledger.write(*found, verified=job.verified)
             fields = {
                 "run": job.run,
                 "first_step": int(prepared.steps[chunk.start]),
@@ -124,9 +139,9 @@ def compute_ledger(
             _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
             if progress is not None:
                 progress(done, len(missing))
-        preparing.result()
+        verified = verified_since(states, preparing.result().ledger.records())
         ledger.publish(f"ledger of {job.run}: {len(missing)} of {len(items)} chunks computed")
-    return PassSummary(plan.n_updates, len(items), len(missing), updates, plan)
+    return PassSummary(plan.n_updates, len(items), len(missing), updates, plan, verified)
 
 
 class _Prepared(NamedTuple):

@@ -249,7 +249,9 @@ def plan_pass(
     - three times the segment ledgers of a ledger chunk (as returned by the tiles, joined, and those of another
       chunk that wait for their last tile), and twice the ledger of a ledger chunk (tensors, and the encoded chunk):
       updates x (3 segments + 2 tensors) x (vectors^2 + replicate_vectors^2 + 1) x 8, with the updates of a ledger
-      chunk of this run, and at most tensors + chunk columns + read blocks of a column - 1 segments.
+      chunk of this run, and at most tensors + chunk columns + read blocks of a column - 1 segments,
+    - the recorded checksums of the states of a ledger chunk, of four bytes, three times (kept, decoded, and in the
+      text of a record): (updates + 1) x arrays x chunk columns x 12.
     """
     steps, width = chunk
     updates, columns = max(states - 1, 0), math.ceil(elements / width)
@@ -279,7 +281,9 @@ def plan_pass(
     # Every boundary of a chunk column, or of a read block in it, can split one tensor.
     segments = tensors + columns + math.ceil(width / limits.read_block_elements) - 1
     reserved = limits.reserved_bytes + library_bytes
-    fixed = reserved + min(updates_per_chunk, updates) * entry_bytes * (3 * segments + 2 * tensors)
+    own_updates = min(updates_per_chunk, updates)
+    checksum_bytes = 12 * len(itemsizes) * columns * (own_updates + 1)
+    fixed = reserved + own_updates * entry_bytes * (3 * segments + 2 * tensors) + checksum_bytes
     projected = fixed + _buffered_states(read_states, complete_chunks) * block_bytes
     if memory_limit is not None and projected > memory_limit:
         blocks = (memory_limit - fixed) // max(block_bytes, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.compute.plan import PassPlan, PlanLimits, Tile, WorkItem, read_blocks
-from natgrad.kernel import gram, ledger_sums, stream
+from natgrad.kernel import crc, gram, ledger_sums, stream
 from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.logs import logger
-from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, ledger_vectors, replicate_of
+from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, STATES, ledger_vectors, replicate_of
 from natgrad.storage import Storage
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import Ledger, Trajectory, add_to_checksums
 
 __all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_segments", "write_chunk"]
 
@@ -53,6 +53,9 @@ class Job:
     compiled : bool
         Read and compute chunks in one compiled loop that does not need the interpreter lock. This requires plain
         files and no replicates. Otherwise Python passes states to the kernel, with the same bits.
+    verified : str or None
+        Time of the pass if it compares the states that it reads with their checksums; see
+        `natgrad.store.Ledger.verified`.
     """
 
     trajectory: Storage
@@ -61,6 +64,7 @@ class Job:
     plan: PassPlan
     limits: PlanLimits
     compiled: bool
+    verified: str | None
 
     @property
     def run(self) -> str:
@@ -86,11 +90,12 @@ class Job:
         limits: PlanLimits = PlanLimits(),
         *,
         compiled: bool = False,
+        verified: str | None = None,
     ) -> Job:
         """Return the job of a plan, under a new name."""
         trajectory = trajectory.absolute()
         name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
-        return cls(trajectory, ledger.absolute(), name, plan, limits, compiled)
+        return cls(trajectory, ledger.absolute(), name, plan, limits, compiled, verified)
 
 
 class Computed(NamedTuple):
@@ -137,14 +142,19 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
     """Compute the segment ledgers of a chunk column: all updates of a read block, then the next read block."""
     first, last = states.column(column)
     with states.opened(column, tile.last):
-        if job.compiled:
-            parts = _compiled_segments(job, states, tile, column)
+        checksums = _new_checksums(job, states, tile)
+        # The compiled loop computes checksums only with the instruction of the processor.
+        if job.compiled and (crc.HARDWARE or not checksums):
+            parts = _compiled_segments(job, states, tile, column, checksums)
         else:
             step = job.plan.read_elements
             parts = _joined(
-                _block_segments(job, states, tile, column, low, min(low + step, last))
+                _block_segments(job, states, tile, column, low, min(low + step, last), checksums)
                 for low in range(first, last, step)
             )
+    # All elements of the column have been read, and no product is used before this comparison.
+    for name, found in checksums.items():
+        states.require_recorded(name, tile.start, column, found)
     # Columns are summed one by one, so that the bits do not depend on which columns are in one tile.
     indices, *products = parts
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
@@ -152,7 +162,23 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
     return tensors, *_summed(len(tensors), (indices - first_tensor, *products))
 
 
-def _compiled_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
+def _new_checksums(job: Job, states: Trajectory, tile: Tile) -> dict[str, NDArray[np.uint32]]:
+    """Return the checksums, of no bytes yet, of the states of each array that a tile reads part by part.
+
+    `natgrad.store.States.read` verifies complete chunks itself.
+    """
+    updates = tile.stop - tile.start
+    return {
+        # No update leads from the last state: only its parameter and gradient are needed.
+        name: np.zeros(updates + (name in STATES[:2]), np.uint32)
+        for name in states.logged
+        if job.verified is not None and states.allows_partial_reads(name)
+    }
+
+
+def _compiled_segments(
+    job: Job, states: Trajectory, tile: Tile, column: int, checksums: Mapping[str, NDArray[np.uint32]]
+) -> Segments:
     """Compute the segment ledgers of a chunk column in the compiled loop, from the files of its chunks."""
     first, last = states.column(column)
     blocks = read_blocks(first, last, job.limits.read_block_elements)
@@ -168,8 +194,12 @@ def _compiled_segments(job: Job, states: Trajectory, tile: Tile, column: int) ->
     size = stream.buffer_bytes(*shape, [dtype.itemsize for dtype in dtypes])
     buffer = _buffer("stream", (size,), np.dtype(np.uint8))
     leads = states.spans()[tile.start : tile.stop] != 0
-    while failed := stream.products(files, dtypes, boundaries, *shape, leads, buffer, products, ratio):
+    found = np.empty((len(names), updates + 1), np.uint32)
+    wanted = found if checksums else None
+    while failed := stream.products(files, dtypes, boundaries, *shape, leads, buffer, products, ratio, wanted):
         _read_again(states, names[failed[0]], tile.start + failed[1], column)
+    for position, of_states in enumerate(checksums.values()):
+        of_states[:] = found[position, : len(of_states)]
     return indices, products, ratio
 
 
@@ -182,7 +212,15 @@ def _read_again(states: Trajectory, name: str, state: int, column: int) -> None:
     states.read(name, state, state + 1, column, buffer)
 
 
-def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: int, high: int) -> Segments:
+def _block_segments(
+    job: Job,
+    states: Trajectory,
+    tile: Tile,
+    column: int,
+    low: int,
+    high: int,
+    checksums: Mapping[str, NDArray[np.uint32]],
+) -> Segments:
     """Compute the segment ledgers of the elements ``low`` to ``high`` of the model, which are read together."""
     blocks = read_blocks(low, high, job.limits.read_block_elements)
     segments = [part for block in blocks for part in states.layout.segments(*block)]
@@ -201,7 +239,10 @@ def _block_segments(job: Job, states: Trajectory, tile: Tile, column: int, low: 
             # The states after replicates are not states of the run, so they have no halo.
             halo = replicate_of(name)[1] is None
             stop = start + more + halo
-            read[name] = _read(job, states, name, start, stop, column, (low, high), carried=halo and done > 0)
+            of_states = checksums[name][done:] if name in checksums else None
+            read[name] = _read(
+                job, states, name, start, stop, column, (low, high), of_states, carried=halo and done > 0
+            )
         for first, last in states.contiguous_ranges(start, start + more + 1):
             contiguous = {name: [block[first - start : last - start]] for name, block in read.items()}
             written = slice(first - tile.start, last - 1 - tile.start)
@@ -233,10 +274,14 @@ def _read(
     stop: int,
     column: int,
     elements: tuple[int, int],
+    checksums: NDArray[np.uint32] | None,
     *,
     carried: bool,
 ) -> NDArray[Any]:
-    """Read states of a part of a chunk column into a buffer of the worker; the first may be carried over."""
+    """Read states of a part of a chunk column into a buffer of the worker; the first may be carried over.
+
+    The checksums of the states are extended by what is read of them.
+    """
     first, last = elements
     most = job.plan.read_states
     buffer = _buffer(name, (most + 1, job.plan.read_elements), storage_dtype(states.dtypes[name]))
@@ -244,11 +289,13 @@ def _read(
         buffer[0] = buffer[most]
     out = buffer[carried : stop - start, : last - first]
     if not states.allows_partial_reads(name):
-        states.read(name, start + carried, stop, column, out)
+        states.read(name, start + carried, stop, column, out, verified=job.verified is not None)
         return buffer[: stop - start, : last - first]
     file = states.locate(name, start + carried, stop, column)
     while (failed := stream.read(file, first - states.column(column)[0], out)) is not None:
         _read_again(states, name, start + carried + failed, column)
+    if checksums is not None:
+        add_to_checksums(checksums[carried : stop - start], out)
     return buffer[: stop - start, : last - first]
 
 
@@ -277,7 +324,7 @@ def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segme
         return Computed(chunk, products, ratio, digest, *replicate_products)
     ledger = Ledger(job.ledger)
     products, ratio, *replicate_products = _summed(len(ledger.layout.tensors), _joined(parts))
-    ledger.write(chunk, products, ratio, digest, *replicate_products)
+    ledger.write(chunk, products, ratio, digest, *replicate_products, verified=job.verified)
     return chunk
 
 

@@ -408,11 +408,12 @@ def _difference(
         return "", other_scalars
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
+            recorded = trajectory.recorded_checksums(name, state, state + 1)
             for column in range(trajectory.columns):
                 buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))
                 first, last = trajectory.column(column)
                 fill_state(reader, content, name, dtype, trajectory.layout, first, last, buffer)
-                if checksum(buffer[: last - first]) != trajectory.recorded_checksums(name)[state, column]:
+                if checksum(buffer[: last - first]) != recorded[0, column]:
                     return f"a different {name}", False
     return "", other_scalars
 

@@ -3,6 +3,9 @@
 Two states of a read block fit into the cache of a core, so memory is read only once. Short states are read
 together.
 
+The loop also computes the CRC-32C of the bytes of each state while they are in the cache. The caller compares them
+with the recorded checksums.
+
 The loop is compiled because neither Python nor the interpreter lock is then needed between states. Threads do not
 wait for each other, and short states do not incur the cost of calls from Python.
 """
@@ -16,6 +19,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+from natgrad.kernel import crc
 from natgrad.kernel.gram import entry, inner, pointer, row_products, words_of
 
 __all__ = ["Located", "buffer_bytes", "products", "read"]
@@ -82,8 +86,11 @@ def _read_batch(
     stride: int,
     buffer: Any,
     addresses: Any,
+    registers: Any,
 ) -> Any:
     """Read a part of states of every array to its buffer, and record their addresses after that of the last batch.
+
+    The registers of the checksums of the states advance by the bytes read, unless there are none.
 
     Returns the array and state of the first failure, or (-1, -1) if all were read.
     """
@@ -99,6 +106,10 @@ def _read_batch(
         )
         if failed >= 0:
             return array, failed
+        if registers is not None:
+            for state in range(begin, stop):
+                first = address + np.uintp((state - begin) * stride * size)
+                registers[array, state] = crc.update(registers[array, state], first, width * size)
         addresses[array, 0] = addresses[array, batch]
         for state in range(batch):
             addresses[array, 1 + state] = address + np.uintp(state * stride * size)
@@ -119,6 +130,7 @@ def _stream(
     leads: Any,
     buffer: Any,
     addresses: Any,
+    registers: Any,
     p: Any,
     g: Any,
     h: Any,
@@ -134,7 +146,17 @@ def _stream(
         for begin in range(0, updates + 1, batch):
             end = min(begin + batch, updates + 1)
             failed = _read_batch(
-                descriptors, offsets, itemsizes, begin, end, lows[block], own[-1], stride, buffer, addresses
+                descriptors,
+                offsets,
+                itemsizes,
+                begin,
+                end,
+                lows[block],
+                own[-1],
+                stride,
+                buffer,
+                addresses,
+                registers,
             )
             if failed[0] >= 0:
                 return failed
@@ -173,6 +195,7 @@ def products(
     buffer: NDArray[np.uint8],
     gram: NDArray[np.float64],
     ratio: NDArray[np.float64],
+    checksums: NDArray[np.uint32] | None = None,
 ) -> tuple[int, int] | None:
     """Read states and compute the inner products of neighbouring ones, as `natgrad.kernel.gram.products` does.
 
@@ -195,6 +218,9 @@ def products(
         Overwritten.
     gram, ratio : float64 arrays, shape (updates, segments, vectors, vectors) and (updates, segments)
         Written, the segments of all read blocks one after the other.
+    checksums : uint32 array, shape (arrays, updates + 1), optional
+        Written: CRC-32C of the bytes of all read blocks of each state. A Hessian-vector product of the last state
+        is not read, and its checksum is undefined. Requires `natgrad.kernel.crc.HARDWARE`.
 
     Returns
     -------
@@ -205,8 +231,11 @@ def products(
     Raises
     ------
     ValueError
-        If a read block is longer than ``stride``, or the buffer is too small.
+        If a read block is longer than ``stride``, the buffer is too small, or checksums are requested, but the
+        processor has no instruction for them.
     """
+    if checksums is not None and not crc.HARDWARE:
+        raise ValueError("the processor has no instruction for CRC-32C, or the compiler may not use it")
     if max(int(block[-1] - block[0]) for block in boundaries) > stride:
         raise ValueError(f"a read block is longer than {stride} elements")
     needed = buffer_bytes(stride, batch, [dtype.itemsize for dtype in dtypes])
@@ -217,6 +246,8 @@ def products(
     descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
     addresses = np.zeros((3, batch + 1), np.uintp)
     p, g, h = addresses
+    if checksums is not None:
+        checksums[:] = crc.START
     found = _stream(
         descriptors,
         offsets,
@@ -229,6 +260,7 @@ def products(
         leads,
         np.uintp(buffer.__array_interface__["data"][0]),
         addresses,
+        checksums,
         p,
         g,
         h if len(files) > 2 else None,
@@ -237,6 +269,8 @@ def products(
     )
     if found[0] >= 0:
         return int(found[0]), int(found[1])
+    if checksums is not None:
+        np.invert(checksums, out=checksums)
     gram[~leads], ratio[~leads] = np.nan, np.nan
     return None
 

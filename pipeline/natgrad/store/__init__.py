@@ -9,12 +9,13 @@ from natgrad.schema.layout import storage_dtype
 from natgrad.storage import Location
 from natgrad.store.group import exists, open_store, require_version
 from natgrad.store.ledger import Ledger
-from natgrad.store.states import checksum
+from natgrad.store.states import add_to_checksums, checksum
 from natgrad.store.trajectory import Trajectory
 
 __all__ = [
     "Ledger",
     "Trajectory",
+    "add_to_checksums",
     "checksum",
     "exists",
     "open_ledger",

@@ -16,6 +16,7 @@ from natgrad.schema.layout import Layout, LedgerChunk
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_REPLICATE_VECTOR, WITH_VECTOR
 from natgrad.schema.summary import summary_html
+from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.group import (
     ANALYZE_AGAIN,
@@ -297,6 +298,8 @@ class Ledger:
         ratio: NDArray[np.float64],
         digest: str,
         replicate_gram: NDArray[np.float64] | None = None,
+        *,
+        verified: str | None = None,
     ) -> None:
         """Write a complete ledger chunk, then record it.
 
@@ -311,6 +314,8 @@ class Ledger:
             Digest of the states from which the chunk was computed.
         replicate_gram : float64 array, shape (updates, tensors, replicate vectors, replicate vectors), optional
             Required if there are replicates.
+        verified : str, optional
+            Time at which the states of these updates were compared with their checksums.
         """
         if chunk.start % self.updates_per_chunk or chunk.stop != min(
             chunk.start + self.updates_per_chunk, self.n_updates
@@ -320,12 +325,14 @@ class Ledger:
         if replicate_gram is not None:
             arrays["replicate_gram"] = replicate_gram
         if len(gram) < chunk.stop - chunk.start:
-            earlier = self._recorded(self.journal.read(f"{chunk.start:012d}"))
+            record = self.journal.read(f"{chunk.start:012d}")
+            earlier = self._recorded(record)
             arrays = {name: np.concatenate([earlier[name], values]) for name, values in arrays.items()}
+            verified = oldest([verified, record["verified"]])
         if any(len(values) != chunk.stop - chunk.start for values in arrays.values()):
             raise ValueError(f"the arrays do not have one entry for each of updates {chunk.start} to {chunk.stop}")
         covered = {name: _updates_per_checksum(values) for name, values in arrays.items()}
-        record: dict[str, Any] = {"start": chunk.start, "stop": chunk.stop, "digest": digest}
+        record = {"start": chunk.start, "stop": chunk.stop, "digest": digest, "verified": verified}
         record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
         record["checksum_rows"] = covered
         contents: dict[str, bytes | memoryview] = {}
@@ -400,6 +407,19 @@ class Ledger:
         pairs = zip(range(start, stop, size), checksums(values, size), recorded, strict=True)
         return values, [(low, min(low + size, stop)) for low, now, then in pairs if now != then]
 
+    def records(self, digests: Mapping[LedgerChunk, str] | None = None) -> list[dict[str, Any]]:
+        """Return the records of the finished ledger chunks, in order.
+
+        Parameters
+        ----------
+        digests : mapping, optional
+            Each ledger chunk of the current trajectory to the digest of its states. Records of others are omitted.
+        """
+        found = map(self.journal.read, self.journal.names())
+        if digests is None:
+            return list(found)
+        return [record for record in found if digests.get(_chunk_of(record)) == record["digest"]]
+
     def discard_others(self, digests: Mapping[LedgerChunk, str]) -> None:
         """Remove the records of ledger chunks that were computed from other states, so that they are missing.
 
@@ -408,16 +428,15 @@ class Ledger:
         digests : mapping
             Each ledger chunk of the current trajectory to the digest of its states.
         """
-        valid = {(chunk.start, chunk.stop, digest) for chunk, digest in digests.items()}
         for name in self.journal.names():
             record = self.journal.read(name)
-            if (record["start"], record["stop"], record["digest"]) not in valid:
+            if digests.get(_chunk_of(record)) != record["digest"]:
                 self.journal.remove(name)
 
     def missing(self, digests: Mapping[LedgerChunk, str]) -> list[LedgerChunk]:
         """Return the ledger chunks that are not recorded, or were computed from other states."""
-        recorded = {(r["start"], r["stop"]): r["digest"] for r in map(self.journal.read, self.journal.names())}
-        return [chunk for chunk, digest in digests.items() if recorded.get((chunk.start, chunk.stop)) != digest]
+        recorded = set(map(_chunk_of, self.records(digests)))
+        return [chunk for chunk in digests if chunk not in recorded]
 
     def read(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Read the complete ledger, and compare it with its checksums.
@@ -478,6 +497,10 @@ class Ledger:
         if _checksum(values) != self._numbers[name]:
             raise damage_error(chunk_entry(self.storage / name, 0), "checksum mismatch", ANALYZE_AGAIN, name)
         return values
+
+
+def _chunk_of(record: Mapping[str, Any]) -> LedgerChunk:
+    return LedgerChunk(record["start"], record["stop"])
 
 
 def _checksum(numbers: NDArray[np.int64]) -> int:

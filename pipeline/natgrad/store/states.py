@@ -1,10 +1,10 @@
 """Read and write the elements of the states of a run, independent of how their chunks are stored.
 
 Chunks are uncompressed local files, uncompressed objects in another storage, or compressed. The compiled read loop
-reads uncompressed local files directly, and only needs the offset of each state. States that are read here are
-compared with their checksums, because a disk, a storage or a codec may return wrong bytes without an error. So are
-the committed states of a chunk before others are appended to it, because a write would otherwise replace a lost
-chunk by zeros.
+reads uncompressed local files directly: it needs the offset of each state, and returns their checksums. States that
+are read are compared with their checksums, because a disk, a storage or a codec may return wrong bytes without an
+error. So are the committed states of a chunk before others are appended to it, because a write would otherwise
+replace a lost chunk by zeros.
 
 bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 """
@@ -12,7 +12,8 @@ bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache
 from typing import Any
@@ -29,7 +30,7 @@ from natgrad.storage.local import ChunkFile
 from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
 
-__all__ = ["States", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
+__all__ = ["States", "add_to_checksums", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
 
 _RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
 """Bytes in a range of an object, and number of ranges that are requested concurrently."""
@@ -38,6 +39,20 @@ _RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
 def checksum(words: NDArray[Any]) -> int:
     """Return the CRC-32C of the bytes of a contiguous array."""
     return int(crc32c(words.data.cast("B")))
+
+
+def add_to_checksums(checksums: NDArray[np.uint32], words: NDArray[Any]) -> None:
+    """Extend checksums by further bytes of each state.
+
+    Parameters
+    ----------
+    checksums : uint32 array, shape (states,)
+        Checksums of the bytes so far, 0 of none; replaced by those including the new bytes.
+    words : array, shape (states, elements)
+        The elements of each state are contiguous.
+    """
+    for state, found in enumerate(checksums.tolist()):
+        checksums[state] = crc32c(words[state].data.cast("B"), found)
 
 
 def ranges_of(
@@ -159,7 +174,9 @@ class States:
         self._array = cache(lambda name: open_array(self.storage / name))
         # Creating a storage path takes as long as opening a file.
         self._folder = None if storage.local_path is None else str(storage.local_path)
-        self._checksums: dict[str, NDArray[np.uint32]] = {}
+        self._checksums: tuple[int, dict[str, NDArray[np.uint32]]] = (0, {})
+        # The first state of a record never changes.
+        self._record_start: Callable[[str], int] = cache(lambda number: int(self.journal.read(number)["start"]))
         self._open: dict[tuple[str, int, int], ChunkFile] = {}
         self._read_ahead = 0
         self._writes = storage.writes()
@@ -301,7 +318,10 @@ class States:
             states = out[low - start : high - start]
             read(name, index, column, low, states)
             if verified:
-                self._require_recorded(name, index, column, low, states, self.recorded_checksums(name)[low:high])
+                # Blosc decompresses a truncated chunk to wrong values without an error.
+                checksums = np.zeros(len(states), np.uint32)
+                add_to_checksums(checksums, states)
+                self.require_recorded(name, low, column, checksums)
 
     def _read_file(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read states of an uncompressed local chunk, with one read if they are contiguous in the buffer."""
@@ -315,11 +335,20 @@ class States:
             except OSError as error:
                 raise self._damaged(name, index, column, str(error)) from error
 
-    def _damaged(self, name: str, index: int, column: int, what: str, state: int | None = None) -> InputError:
-        """Return the error for a chunk, which names the steps of its committed states, or of one of them."""
-        start, stop = index * self.chunk[0], min((index + 1) * self.chunk[0], self.n_states)
-        named = self.named(start, stop) if state is None else self.named(state, state + 1)
-        return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN, f"{name}, {named}")
+    def _damaged(
+        self, name: str, index: int, column: int, what: str, states: tuple[int, int] | None = None
+    ) -> InputError:
+        """Return the error for a chunk, which names its tensors, and the steps of all its states or of a range."""
+        start, stop = states or (index * self.chunk[0], min((index + 1) * self.chunk[0], self.n_states))
+        first, last = self.tensors_of(column)
+        tensors = f"tensor {first}" if first == last else f"tensors {first} to {last}"
+        part = f"{name}, {self.named(start, stop)}, {tensors}"
+        return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN, part)
+
+    def tensors_of(self, column: int) -> tuple[str, str]:
+        """Return the names of the first and last tensor in a chunk column."""
+        segments = self.layout.segments(*self.column(column))
+        return self.layout.tensors[segments[0][0]].name, self.layout.tensors[segments[-1][0]].name
 
     def named(self, start: int, stop: int) -> str:
         """Return a name for a range of states, for messages."""
@@ -384,31 +413,53 @@ class States:
                 words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
                 out[low:high] = words[:, : out.shape[1]]
 
-    def _require_recorded(
-        self, name: str, index: int, column: int, start: int, out: NDArray[Any], recorded: NDArray[np.uint32]
-    ) -> None:
-        # Blosc decompresses a truncated chunk to wrong values without an error.
-        for state, (words, expected) in enumerate(zip(out, recorded[:, column].tolist(), strict=True), start):
-            if checksum(words) != expected:
-                raise self._damaged(name, index, column, "checksum mismatch", state)
+    def require_recorded(self, name: str, start: int, column: int, checksums: NDArray[np.uint32]) -> None:
+        """Compare the checksums of states that were read from a chunk column with those recorded at the commit.
 
-    def recorded_checksums(self, name: str) -> NDArray[np.uint32]:
-        """Return the checksums of the committed states of an array, shape (states, columns); see `checksum`."""
-        if len(self._checksums.get(name, ())) < self.n_states:
-            self._checksums[name] = self._newest_checksums(name, 0)
-        return self._checksums[name]
+        Parameters
+        ----------
+        name : str
+        start : int
+            The first of the states.
+        column : int
+        checksums : uint32 array, shape (states,)
+            See `checksum`.
 
-    def _newest_checksums(self, name: str, start: int) -> NDArray[np.uint32]:
-        """Return the checksums of the states from ``start`` on; only the records of these states are read."""
-        found = [np.empty((0, self.columns), np.uint32)]
-        for number in reversed(self.journal.names()):
-            record = self.journal.read(number)
-            if record["start"] < self.n_states:  # not committed since the trajectory was opened
-                found.append(record["checksums"][name])
-            if record["start"] <= start:
-                found[-1] = found[-1][start - record["start"] :]
-                break
-        return np.concatenate(found[::-1])
+        Raises
+        ------
+        InputError
+            If they differ. The message names the first damaged chunk, its tensors and the damaged steps.
+        """
+        recorded = self.recorded_checksums(name, start, start + len(checksums))[:, column]
+        damaged = start + np.flatnonzero(checksums != recorded)
+        if damaged.size:
+            index = int(damaged[0]) // self.chunk[0]
+            last = int(damaged[damaged // self.chunk[0] == index][-1])
+            raise self._damaged(name, index, column, "checksum mismatch", (int(damaged[0]), last + 1))
+
+    def recorded_checksums(self, name: str, start: int, stop: int) -> NDArray[np.uint32]:
+        """Return the checksums of committed states of an array, shape (states, columns); see `checksum`.
+
+        The records that contain these states are read and kept until others are needed: all records of a long run
+        of a large model may not fit in memory.
+        """
+        self._require_committed(name, start, stop)
+        if start == stop:
+            return np.empty((0, self.columns), np.uint32)
+        first, known = self._checksums
+        if not (known and first <= start and stop <= first + len(known[name])):
+            numbers = self.journal.names()
+            begin = max(bisect_right(numbers, start, key=self._record_start) - 1, 0)
+            parts: list[dict[str, NDArray[np.uint32]]] = []
+            for number in numbers[begin:]:
+                record = self.journal.read(number)
+                if parts and record["start"] >= stop:
+                    break
+                parts.append(record["checksums"])
+            first = self._record_start(numbers[begin])
+            known = {each: np.concatenate([part[each] for part in parts]) for each in self.dtypes}
+            self._checksums = first, known
+        return known[name][start - first : stop - first]
 
     # Writing ------------------------------------------------------------------------------------------------
 
@@ -450,11 +501,8 @@ class States:
     def _require_intact(self, name: str, index: int, column: int) -> None:
         """Raise an error if the committed states of a chunk do not match their checksums."""
         start = index * self.chunk[0]
-        states = np.zeros((self.n_states - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
-        self.read(name, start, self.n_states, column, states, verified=False)
-        first, last = self.column(column)
-        recorded = self._newest_checksums(name, start)
-        self._require_recorded(name, index, column, start, states[:, : last - first], recorded)
+        states = np.empty((self.n_states - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
+        self.read(name, start, self.n_states, column, states)
 
     def abandon(self) -> None:
         """Cancel uncommitted writes. On return, no write is running."""

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout, LedgerChunk, TrajectoryShape
+from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
@@ -64,6 +65,11 @@ from natgrad.store.journal import sources_of
 from natgrad.store.states import States, state_arrays
 
 __all__ = ["Trajectory"]
+
+_log = logger(__name__)
+
+_VERIFIED = "verified"
+"""Record of the last verification of all states."""
 
 _TABLE_CHUNK = 1 << 16
 """Approximate number of values in a chunk of an array (step, tensor)."""
@@ -469,6 +475,23 @@ class Trajectory(States):
                 kept = enumerate(sources_of(record), record["start"])
                 self.journal.write(name, record | {"sources": [new.get(state, source) for state, source in kept]})
         self.storage.publish(f"trajectory of {self.storage.parent.name}: new identities of {len(sources)} sources")
+
+    # Verification -------------------------------------------------------------------------------------------
+
+    def record_verification(self, time: str) -> None:
+        """Record that all committed states match their checksums; see `natgrad.schema.times.now`."""
+        self.journal.write(_VERIFIED, {"states": self.n_states, "time": time})
+
+    def verification(self) -> tuple[int, str]:
+        """Return how many states, from the first on, were verified together, and when; (0, "") if none were."""
+        if not self.journal.has(_VERIFIED):
+            return 0, ""
+        try:
+            record = self.journal.read(_VERIFIED)
+        except InputError as error:
+            _log.warning("%s (%s): the time of the last verification is not known", error.what, error.where)
+            return 0, ""
+        return record["states"], record["time"]
 
     # Commits ------------------------------------------------------------------------------------------------
 

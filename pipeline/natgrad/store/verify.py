@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, STEP
+from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.checked import verify_files
 from natgrad.store.group import OtherVersion, chunk_entry, document_of, open_group, read_documents, stored_length
@@ -25,7 +26,7 @@ from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
 
-__all__ = ["Damage", "verify_ledger", "verify_results", "verify_trajectory"]
+__all__ = ["Damage", "verified_since", "verify_ledger", "verify_results", "verify_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,31 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
             yield from _verify_scalar(states, name, records, numbers)
 
 
+def verified_since(states: Trajectory, records: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return the time since which every state has been compared with its checksums; None if that is not known.
+
+    A pass compares the states that it reads, and `natgrad verify` all states. The result is the oldest, over the
+    states, of the times at which each was last compared. The updates of a ledger chunk share one time, the oldest.
+
+    Parameters
+    ----------
+    states : Trajectory
+    records : iterable of mapping
+        Records of the ledger chunks that were computed from these states.
+    """
+    stop, time = states.verification()
+    reached, times = 0, []
+    for record in records:
+        if record["start"] == reached:
+            reached = record["stop"]
+            # The states of these updates include the halo.
+            own, all_states = record["verified"], time if reached < stop else None
+            times.append(max(filter(None, (own, all_states)), default=None))
+    if reached + 1 < states.n_states:
+        times.append(time if stop >= states.n_states else None)
+    return oldest(times)
+
+
 def _committed_since(states: Trajectory, length: int) -> bool:
     """Return True if a commit since the trajectory was opened has extended it to this number of states."""
     return any(record["stop"] == length > states.n_states for record in states.records())
@@ -192,8 +218,7 @@ def _verify_column(
         for index, found in enumerate(record["checksums"][name][:, column].tolist())
     }
     steps, (first, last) = states.chunk[0], states.column(column)
-    segments = states.layout.segments(first, last)
-    tensors = tuple(states.layout.tensors[index].name for index, _, _ in (segments[0], segments[-1]))
+    tensors = states.tensors_of(column)
     buffer = np.zeros((steps, states.chunk[1]), storage_dtype(states.dtypes[name]))
     for index in range(-(-states.n_states // steps)):
         start, stop = index * steps, min((index + 1) * steps, states.n_states)
