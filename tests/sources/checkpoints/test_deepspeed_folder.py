@@ -493,3 +493,22 @@ def test_a_file_removed_during_reading_is_refused(log):
         only(folder, "rank_1_*optim_states.pt").unlink()
         with pytest.raises(InputError, match="removed them while they were read"):
             reader.read("parameter", "layers.10.weight", 0, np.zeros(1200, np.float32))
+
+
+def test_the_float32_weights_of_a_universal_checkpoint_are_read(tmp_path):
+    weights = {"layer.weight": torch.full((2, 3), 1 + 2.0**-20), "layer.bias": torch.full((3,), 2.0**-30)}
+    for step in range(2):
+        folder = tmp_path / "log" / f"global_step{step}"
+        folder.mkdir(parents=True)
+        half = {name: value.bfloat16() for name, value in weights.items()}
+        torch.save({"module": half, "grad": weights, "global_steps": step}, folder / "mp_rank_00_model_states.pt")
+        for name, value in weights.items():
+            (folder / "zero" / name).mkdir(parents=True)
+            torch.save({"param": value}, folder / "zero" / name / "fp32.pt")
+    log = open_source(tmp_path / "log")
+    with log.open(log.steps()[0]) as reader:
+        for name, value in weights.items():
+            assert reader.content().arrays["parameter"][name].dtype == "float32"
+            out = np.empty(value.numel(), np.float32)
+            reader.read("parameter", name, 0, out)
+            assert (out == value.numpy().ravel()).all()

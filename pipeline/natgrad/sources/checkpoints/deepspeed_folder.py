@@ -48,6 +48,9 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_model_states
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt")
 _ARRAYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """Arrays that optimizers keep for each element."""
+_ZERO = "zero"
+"""Folder of a universal checkpoint (``ds_to_universal``)."""
+
 _SHARDED = {
     r"layer_\d+-.*model_states\.pt": "its layers are split over pipeline stages",
     r"layer_\d+_expert_.*|expp_rank_.*": "its experts are split over ranks",
@@ -194,11 +197,13 @@ class DeepSpeedFolder(Container):
         super().__init__(step)
         self._inert, self._masters = (*_CLASSES, *inert), masters
         self._locations: dict[str, _TensorLocation] = {}
+        self._universal: dict[str, LoggedStep] = {}
         self._model: TorchFile | None = None
         try:
             with read_errors(step, _FORM):
                 sizes = {path.name: path.stat().st_size for path in step.path.iterdir()}
-                self.budget = Budget(sum(sizes.values()))
+                universal = sum(path.stat().st_size for path in (step.path / _ZERO).glob("*/fp32.pt"))
+                self.budget = Budget(sum(sizes.values()) + universal)
                 self._describe(sorted(sizes))
         except BaseException:
             self.close()
@@ -224,6 +229,8 @@ class DeepSpeedFolder(Container):
         partitioned = set()
         if optimizers:
             partitioned = self._add_partitions(states, [optimizers[key] for key in sorted(optimizers)])
+        if _ZERO in names:
+            self._add_universal()
         for key, logged in self._model.tensors.items():
             array, _, name = key.partition("/")
             # In stage 3, the parameters here are empty placeholders, and frozen ones are the share of rank 0.
@@ -234,6 +241,19 @@ class DeepSpeedFolder(Container):
             for key, target in self._model.ties.items()
             if key in self.tensors and target in self.tensors
         }
+
+    def _add_universal(self) -> None:
+        """Add the float32 weights of a universal checkpoint, each in its own file ``zero/<tensor>/fp32.pt``."""
+        for path in sorted((self.step.path / _ZERO).glob("*/fp32.pt")):
+            name = path.parent.name
+            file = LoggedStep(self.step.number, self.step.storage / _ZERO / name / path.name)
+            with TorchFile(file, self._inert) as content:
+                if "param" not in content.tensors:
+                    raise ValueError(f"{_ZERO}/{name}/{path.name} has no tensor param")
+                tensor = content.tensors["param"]
+            self.add(f"parameter/{name}", tensor.shape, tensor.dtype)
+            self._universal[f"parameter/{name}"] = file
+        self.unread["optimizer"] = "the optimizer state of a universal checkpoint is not supported"
 
     def _split(self, why: str) -> InputError:
         return InputError(f"this checkpoint cannot be merged: {why}", where=where(self.step), remedy=_UNIVERSAL)
@@ -363,6 +383,10 @@ class DeepSpeedFolder(Container):
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        if key in self._universal:
+            with TorchFile(self._universal[key], self._inert) as content:
+                content.read("param", start, out)
+            return
         if key not in self._locations:
             assert self._model is not None
             self._model.read(key, start, out)
