@@ -63,7 +63,7 @@ def test_an_older_run_is_processed_again_with_overwrite(out, log, version):
 @pytest.mark.parametrize("version", [LAYOUT_VERSION - 1, None, "4"])
 def test_older_results_are_refused_until_they_are_computed_again(out, version):
     with_version(out, "results.zarr", version)
-    for command in (describe_run, lambda out: run.report_run([out]), run.draw_run):
+    for command in (describe_run, lambda out: run.report_run([out])):
         with pytest.raises(InputError, match="the results have") as refusal:
             command(out)
         assert refusal.value.remedy == "compute them again: natgrad analyze OUT"
