@@ -186,7 +186,7 @@ def test_steps_are_sorted_by_number_and_other_files_are_ignored(tmp_path):
     for name in (
         "step_12.safetensors.tmp",
         "step_x.npz",
-        "mystep_1.npz",
+        "mystep1.npz",
         "step_13.pt",
         ".step_14.npz",
         "config.json",

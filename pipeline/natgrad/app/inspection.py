@@ -80,6 +80,8 @@ def inspect_source(
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
     shift: Mapping[str, int] | None = None,
+    pattern: str | None = None,
+    exact_names: bool = False,
     sweep: bool = False,
     memory_limit: int | None = None,
 ) -> Inspection:
@@ -87,7 +89,7 @@ def inspect_source(
 
     Parameters
     ----------
-    sources, format, mapping, shift, sweep
+    sources, format, mapping, shift, pattern, exact_names, sweep
         As for `natgrad.ingestion.ingest`.
     memory_limit : int, optional
         Bytes that a worker process may use.
@@ -98,7 +100,7 @@ def inspect_source(
         If there is no log, or its first or last step cannot be described.
     """
     paths = open_all(sources)
-    log = open_sources(paths, format, mapping, shift, sweep=sweep)
+    log = open_sources(paths, format, mapping, shift, sweep=sweep, pattern=pattern or "", exact_names=exact_names)
     listed = log.steps()
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))
     runs = len({step.run for step in listed})
@@ -111,6 +113,7 @@ def inspect_source(
         "steps": len(listed),
         "first_step": min(step.number for step in listed),
         "last_step": max(step.number for step in listed),
+        "step_numbers": {str(step.number): step.origin for step in (listed[0], listed[-1]) if step.origin},
         "step_span": usual,
         "gaps": sum(span != usual for span in spans),
     }

@@ -80,6 +80,7 @@ class Option:
     ----------
     description : str
         One or two sentences. ``{name}`` refers to another option; it is replaced by ``--name`` on the command line.
+        Doubled braces stand for braces.
     default : object
         Value if the option is not set.
     unset : str
@@ -294,7 +295,8 @@ class DeclaredOption:
     def description(self, *, command_line: bool = False) -> str:
         """Return the description for the command line, or for Python and forms."""
         pattern = (lambda match: f"--{match[1].replace('_', '-')}") if command_line else (lambda match: match[1])
-        text = re.sub(r"\{(\w+)\}", pattern, self.option.description)
+        text = re.sub(r"(?<!\{)\{(\w+)\}", pattern, self.option.description)
+        text = text.replace("{{", "{").replace("}}", "}")
         return f"{text} Repeatable." if command_line and self.repeatable and not self.option.positional else text
 
     @property
@@ -394,6 +396,12 @@ def _checked_shift(shift: dict[str, int]) -> dict[str, int]:
     checked_shift(shift, "option shift")
     # A shift of 0 is kept: it differs from an option that is not set when a trajectory is resumed.
     return shift
+
+
+def _checked_pattern(pattern: str) -> str:
+    from natgrad.sources.step_names import checked_pattern
+
+    return checked_pattern(pattern, "option pattern")
 
 
 def _memory_bytes(value: int | str, option: str = "memory_limit") -> int:
@@ -565,6 +573,24 @@ class LogOptions(TypedDict, total=False):
             parse=_parsed_shift,
             check=_checked_shift,
             unordered=True,
+        ),
+    ]
+    pattern: Annotated[
+        str | None,
+        Option(
+            "Names of the steps in the folder of the log: {{step}} stands for the number, * for any other text, "
+            "for example 'weights-{{step}}-*.pt'.",
+            unset="the usual names",
+            metavar="NAME",
+            check=_checked_pattern,
+        ),
+    ]
+    exact_names: Annotated[
+        bool,
+        Option(
+            "Do not match parameters with gradients whose names differ by what DDP, torch.compile, FSDP or PEFT "
+            "add.",
+            False,
         ),
     ]
     sweep: Annotated[bool, Option("Read a folder that contains the logs of many runs of one model.", False)]

@@ -684,7 +684,8 @@ def _lag(sources: Sequence[Storage], reached: int | None, values: Mapping[str, A
     """Count the steps logged after the last ingested step; for a sweep, those beyond the number ingested."""
     try:
         with network_errors(*sources):
-            log = open_sources(sources, *(values.get(name) for name in ("format", "mapping", "shift")), sweep=sweep)
+            opened = (values.get(name) for name in ("format", "mapping", "shift"))
+            log = open_sources(sources, *opened, sweep=sweep, pattern=values.get("pattern") or "")
             steps = log.steps()
     except InputError:
         return None

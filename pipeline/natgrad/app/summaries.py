@@ -90,6 +90,8 @@ class Inspection(Summary):
     runs : int, optional
         Number of runs of a sweep.
     steps, first_step, last_step : int
+    step_numbers : mapping of str to str
+        First and last step number, each with the part of the name or the key from which it was taken.
     step_span : int
         Usual distance between two steps.
     gaps : int
@@ -116,6 +118,7 @@ class Inspection(Summary):
     steps: int
     first_step: int
     last_step: int
+    step_numbers: Mapping[str, str]
     step_span: int
     gaps: int
     holds: Mapping[str, str]

@@ -103,6 +103,8 @@ def ingest(
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
     shift: Mapping[str, int] | None = None,
+    pattern: str | None = None,
+    exact_names: bool = False,
     sweep: bool = False,
     allow_gaps: bool = False,
     overwrite: bool = False,
@@ -126,8 +128,12 @@ def ingest(
     mapping : mapping, optional
         Key in the log of each quantity; see `natgrad.sources.names`.
     shift : mapping, optional
-        Shift K of each quantity: values logged at step s belong to the state s + K. ``mapping`` and ``shift`` are
-        fixed when the trajectory is created.
+        Shift K of each quantity: values logged at step s belong to the state s + K. ``mapping``, ``shift`` and
+        ``pattern`` are fixed when the trajectory is created.
+    pattern : str, optional
+        Names of the steps, with ``{step}`` for the number; see `natgrad.sources.step_names.Naming`.
+    exact_names : bool
+        Do not match names of tensors that differ by a known rule. It is fixed as well.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
@@ -164,9 +170,19 @@ def ingest(
     ListingChanged
         If files were removed while they were read, after each of several listings of the log.
     """
-    options = ReadOptions.requested(sources, mapping, shift)
+    options = ReadOptions.requested(sources, mapping, shift, pattern, exact_names)
     options = options if overwrite else options.for_resuming(store)
-    log = _with_new_listings(lambda: open_sources(sources, format, options.mapping, options.shift, sweep=sweep))
+    log = _with_new_listings(
+        lambda: open_sources(
+            sources,
+            format,
+            options.mapping,
+            options.shift,
+            sweep=sweep,
+            pattern=options.pattern,
+            exact_names=options.exact_names,
+        )
+    )
     stored: list[int] = []
     with ListedLog(log) as listed:
         summary = _with_new_listings(

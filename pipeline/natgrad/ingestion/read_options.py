@@ -1,4 +1,4 @@
-"""Options for reading a log (--map, --shift, or a run file), which are stored with the trajectory.
+"""Options for reading a log (--map, --shift, --pattern, or a run file), which are stored with the trajectory.
 
 They must not change between ingests: a quantity that is read under another key, or assigned to another step, has
 different values at steps that are already stored, as if the training had been restarted.
@@ -7,7 +7,7 @@ different values at steps that are already stored, as if the training had been r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from natgrad.schema.errors import InputError
@@ -32,6 +32,10 @@ class ReadOptions:
         Key in the log of each quantity (``--map``).
     shift : mapping
         Number of steps by which each quantity is logged too early (``--shift``).
+    pattern : str
+        Names of the steps (``--pattern``); empty for the usual names.
+    exact_names : bool
+        Whether tensors with names that differ by a known rule are not matched (``--exact-names``).
     several : bool
         Whether there are several sources.
     sources : mapping, optional
@@ -40,12 +44,19 @@ class ReadOptions:
 
     mapping: Mapping[str, str] = field(default_factory=dict)
     shift: Mapping[str, int] = field(default_factory=dict)
+    pattern: str = ""
+    exact_names: bool = False
     several: bool = False
     sources: Mapping[str, Any] | None = None
 
     @classmethod
     def requested(
-        cls, sources: Sequence[Storage], mapping: Mapping[str, str] | None, shift: Mapping[str, int] | None
+        cls,
+        sources: Sequence[Storage],
+        mapping: Mapping[str, str] | None,
+        shift: Mapping[str, int] | None,
+        pattern: str | None = None,
+        exact_names: bool = False,
     ) -> Self:
         """Return the options requested by a user.
 
@@ -55,7 +66,14 @@ class ReadOptions:
             If a run file cannot be read.
         """
         listed = run_file_options(sources[0]) if len(sources) == 1 else None
-        return cls(mapping=mapping or {}, shift=shift or {}, several=len(sources) > 1, sources=listed)
+        return cls(
+            mapping=mapping or {},
+            shift=shift or {},
+            pattern=pattern or "",
+            exact_names=exact_names,
+            several=len(sources) > 1,
+            sources=listed,
+        )
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
@@ -63,15 +81,19 @@ class ReadOptions:
         return cls(
             mapping=stored.get("map", {}),
             shift=stored.get("shift", {}),
+            pattern=stored.get("pattern", ""),
+            exact_names=stored.get("exact_names", False),
             several=stored.get("several", False),
             sources=stored.get("sources"),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the options in the form that a trajectory stores."""
+        exact = {"exact_names": True} if self.exact_names else {}
         if self.sources is not None:
-            return {"sources": dict(self.sources)}
-        return {"map": dict(self.mapping), "shift": dict(self.shift), "several": self.several}
+            return {"sources": dict(self.sources), **exact}
+        named = {"pattern": self.pattern} if self.pattern else {}
+        return {"map": dict(self.mapping), "shift": dict(self.shift), **named, **exact, "several": self.several}
 
     def for_resuming(self, store: Storage) -> ReadOptions:
         """Return the options for resuming a trajectory; they are fixed when the trajectory is created.
@@ -91,6 +113,8 @@ class ReadOptions:
         if trajectory is None or not trajectory.n_states or trajectory.read_options is None:
             return self
         original = self.from_json(trajectory.read_options)
+        if self.exact_names and not original.exact_names:
+            raise _changed_options(store, "it was created without --exact-names")
         if self.sources is not None or original.sources is not None:
             # A single source is not compared with a run file, because it may be the folder of a restarted run.
             before = original.sources or {}
@@ -98,11 +122,14 @@ class ReadOptions:
                 if before.get(path, options) != options:
                     difference = f"the run file had {before[path]} for {path!r}, and now it has {options}"
                     raise _changed_options(store, difference)
-            return self
+            return replace(self, exact_names=original.exact_names)
         # With a log of scalars, the keys of scalars apply to it. Without one, they apply to the log with tensors.
         other_log = _SCALAR_LOG_QUANTITIES if self.several != original.several else frozenset()
         _require_unchanged(store, "--map", original.mapping, self.mapping, None, other_log)
         _require_unchanged(store, "--shift", original.shift, self.shift, 0, frozenset())
+        if self.pattern and self.pattern != original.pattern:
+            created = f"with --pattern {original.pattern!r}" if original.pattern else "without --pattern"
+            raise _changed_options(store, f"it was created {created}, but --pattern {self.pattern!r} is passed now")
         kept = {quantity: key for quantity, key in original.mapping.items() if quantity not in other_log}
         ambiguous = sorted(set(original.mapping) - set(kept) - set(self.mapping)) if self.several else []
         if ambiguous:
@@ -113,7 +140,11 @@ class ReadOptions:
                 remedy="list the sources in a run file that maps the keys of each (map)",
             )
         return ReadOptions(
-            mapping={**kept, **self.mapping}, shift={**original.shift, **self.shift}, several=self.several
+            mapping={**kept, **self.mapping},
+            shift={**original.shift, **self.shift},
+            pattern=original.pattern,
+            exact_names=original.exact_names,
+            several=self.several,
         )
 
 

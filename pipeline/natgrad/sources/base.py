@@ -88,6 +88,8 @@ class StepContent:
         Scalars of which the log contains a different value, too.
     alignment : str
         Question about the states that the gradients belong to, if the format leaves it open.
+    aliases : mapping
+        Other names of parameters, under which another log may contain their gradients, to the names of parameters.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -101,6 +103,7 @@ class StepContent:
     no_gradient: str = ""
     differences: tuple[Difference, ...] = ()
     alignment: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def replicates(self) -> int:

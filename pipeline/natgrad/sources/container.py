@@ -78,6 +78,8 @@ class Container:
         Key to value of plain numbers that are known without reading a tensor.
     ties : dict
         Keys of tensors to the key of another tensor that shares its memory.
+    aliases : dict
+        Other names of tensors, which the file does not contain under these names, to their keys.
     texts : dict
         Key to value of the strings and Booleans ("True", "False") among the options of an optimizer, such as
         parameter names.
@@ -102,6 +104,7 @@ class Container:
         self.numbers: dict[str, float] = {}
         self.texts: dict[str, str] = {}
         self.ties: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}
 
     def add(self, key: str, shape: Any, dtype: str) -> None:
         """Add a tensor. Every description that a file contains passes these checks.

@@ -6,11 +6,15 @@ docs/howto/reader.md describes how to write one.
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from natgrad.schema.errors import InputError
 from natgrad.schema.extensions import Extension, registered
 from natgrad.schema.logs import logger
 from natgrad.sources.base import Source
@@ -24,16 +28,19 @@ from natgrad.sources.checkpoints.model_folder import MODEL_KIND
 from natgrad.sources.checkpoints.npz_file import NpzStack
 from natgrad.sources.checkpoints.orbax_folder import ORBAX_KIND
 from natgrad.sources.checkpoints.stacked_file import StackedFile
-from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind, StepFolder, native_number
+from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind, StepFolder, is_entry, step_entries
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.checkpoints.zarr_group import ZarrGroup, holds_zarr
 from natgrad.sources.container import Container
-from natgrad.sources.names import CHECKPOINT, Names, step_number
+from natgrad.sources.names import CHECKPOINT, Names
 from natgrad.sources.scalars.event_file import event_files, read_run_events
 from natgrad.sources.scalars.mlflow_store import DATABASE_COLUMNS, metric_files, read_database, read_metric_file
 from natgrad.sources.scalars.record_files import (
+    COMPRESSED,
     TRACKIO_COLUMNS,
+    holds_json_lines,
     holds_metrics,
+    open_text,
     read_csv,
     read_json_lines,
     read_parquet,
@@ -42,10 +49,11 @@ from natgrad.sources.scalars.record_files import (
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.scalars.wandb_file import read_wandb_run, wandb_files
+from natgrad.sources.step_names import AUTOMATIC, Naming
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, NotRegularError, Storage
 
-__all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format"]
+__all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format", "unnumbered_format"]
 
 _log = logger(__name__)
 
@@ -75,6 +83,8 @@ class Format:
         State (before or after an update) to which the quantities logged at a step belong.
     scalars : ScalarKind, optional
         Reader of a format that contains scalars but no tensors. It is used instead of ``open``.
+    kinds : tuple of Kind
+        Kinds of steps in a folder of this format.
     """
 
     name: str
@@ -87,6 +97,7 @@ class Format:
         "values of step N belong to the state after N updates, before the next one; otherwise use --shift"
     )
     scalars: ScalarKind | None = None
+    kinds: tuple[Kind, ...] = ()
 
 
 def _contains(*kinds: Kind) -> Callable[[Path], bool]:
@@ -99,25 +110,28 @@ def _contains(*kinds: Kind) -> Callable[[Path], bool]:
     return found
 
 
-def _folder(*kinds: Kind) -> tuple[Callable[[Path], bool], Opener]:
-    return _contains(*kinds), lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping)
+def _folder(*kinds: Kind) -> dict[str, Any]:
+    """Return the functions that detect and open a folder of steps, and the kinds of steps."""
+    return {
+        "find": _contains(*kinds),
+        "open": lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping),
+        "kinds": kinds,
+    }
 
 
-def _folder_or_file(
-    kind: Kind, suffix: str, open_file: Callable[[LoggedStep], Container]
-) -> tuple[Callable[[Path], bool], Opener]:
-    """Return the functions that detect and open a folder of steps, or one file that contains all steps."""
+def _folder_or_file(kind: Kind, open_file: Callable[[LoggedStep], Container]) -> dict[str, Any]:
+    """Return the same for a folder of steps, or one file that contains all steps."""
     in_folder = _contains(kind)
 
     def found(path: Path) -> bool:
-        return (path.is_file() and path.suffix == suffix) or in_folder(path)
+        return (path.is_file() and path.suffix in kind.suffixes) or in_folder(path)
 
     def opener(path: Path, mapping: Mapping[str, str]) -> Source:
         if path.is_file():
             return StackedFile(path, open_file, mapping)
         return StepFolder(LocalStorage(path), [kind], mapping)
 
-    return found, opener
+    return {"find": found, "open": opener, "kinds": (kind,)}
 
 
 def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
@@ -126,49 +140,48 @@ def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
     return StepFolder(LocalStorage(path), [_ZARR], mapping)
 
 
-def _file_number(*suffixes: str) -> Callable[[Path], int | None]:
-    return lambda path: step_number(path.stem) if path.suffix in suffixes else None
-
-
 def _open_torch(step: LoggedStep, names: Names) -> TorchFile:
     return TorchFile(step, names.inert)
 
 
-def _ckpt_file(path: Path) -> int | None:
-    return step_number(path.stem) if path.suffix == ".ckpt" and path.is_file() else None
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar", ".ckpt.tar")
+
+_TORCH = Kind("<name>-<N>.pt", is_entry, _open_torch, CHECKPOINT, suffixes=_TORCH_SUFFIXES)
+_ZARR = Kind("step_<N>.zarr", is_entry, lambda step, names: ZarrGroup(step), suffixes=(".zarr",))
+_HDF5 = Kind("step_<N>.h5", is_entry, lambda step, names: Hdf5File(step), suffixes=(".h5", ".hdf5"))
 
 
-_TORCH = Kind("<name>-<N>.pt", _file_number(".pt", ".pth", ".bin", ".ckpt"), _open_torch, CHECKPOINT)
 _LATE = (
     "a callback of Lightning that saves .grad in on_train_batch_end or on_save_checkpoint saves the gradient of "
     "the update that was just made, which belongs to the state before it"
 )
 _LIGHTNING_NAMES = replace(CHECKPOINT, late=_LATE)
-_LIGHTNING = Kind("<name>step=<N>.ckpt", _ckpt_file, _open_torch, _LIGHTNING_NAMES)
+_LIGHTNING = Kind("<name>step=<N>.ckpt", Path.is_file, _open_torch, _LIGHTNING_NAMES, suffixes=(".ckpt",))
 _LIGHTNING_SHARDS = replace(
-    DCP_KIND,
-    layout="<name>step=<N>.ckpt/",
-    number=lambda path: DCP_KIND.number(path) if path.suffix == ".ckpt" else None,
-    names=replace(DCP_KIND.names, late=_LATE),
+    DCP_KIND, layout="<name>step=<N>.ckpt/", suffixes=(".ckpt",), names=replace(DCP_KIND.names, late=_LATE)
 )
 
-_ZARR = Kind("step_<N>.zarr", native_number(".zarr"), lambda step, names: ZarrGroup(step))
-_HDF5 = Kind("step_<N>.h5", native_number(".h5"), lambda step, names: Hdf5File(step))
 
+def _find_files(
+    folder: bool, start: bytes, *suffixes: str, check: Callable[[Storage], bool] | None = None
+) -> Callable[[Storage], list[Storage]]:
+    """Return a function that finds scalar log files by suffix and content, at a location or in a folder.
 
-def _find_files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage], list[Storage]]:
-    """Return a function that finds scalar log files by suffix and first bytes, at a location or in a folder."""
+    The content is compared with the first bytes of this kind of file, or checked by a function.
+    """
 
     def matches(file: Storage) -> bool:
-        if file.suffix not in suffixes:
+        if not file.name.endswith(suffixes):
             return False
-        if not start:
-            return True
         try:
-            with file.open() as content:
-                return content.read(len(start)) == start
-        except NotRegularError:
-            return True  # reading it as such a log is refused, with the reason
+            if check is not None:
+                return check(file)
+            if start:
+                with file.open() as content:
+                    return content.read(len(start)) == start
+        except (NotRegularError, EOFError, zlib.error, gzip.BadGzipFile):
+            pass  # reading it as such a log is refused, with the reason
+        return True
 
     def found(location: Storage) -> list[Storage]:
         entries = location.files()
@@ -180,6 +193,18 @@ def _find_files(folder: bool, start: bytes, *suffixes: str) -> Callable[[Storage
 def _find_database(columns: Set[str]) -> Callable[[Storage], list[Storage]]:
     """Return a function that finds a SQLite database with some columns in its table ``metrics``."""
     return lambda location: [file for file in location.files() if file == location and holds_metrics(file, columns)]
+
+
+def _starts_as_json(file: Storage) -> bool:
+    """Return True if a file contains JSON lines. Other JSON files have the suffix ``.json``, too."""
+    if file.name.removesuffix(COMPRESSED).endswith(".json"):
+        return holds_json_lines(file)
+    with open_text(file) as content:
+        return content.read(1) == b"{"
+
+
+_CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
 
 _SCALAR_ALIGNMENT = (
@@ -225,7 +250,7 @@ _BUILT_IN: dict[str, Format] = {
             "folder of step_<N>.safetensors and step_<N>.npz",
             _NATIVE,
             "nothing",
-            *_folder(*NATIVE_KINDS.values()),
+            **_folder(*NATIVE_KINDS.values()),
         ),
         Format(
             "huggingface",
@@ -239,6 +264,7 @@ _BUILT_IN: dict[str, Format] = {
             TrainerFolder,
             "checkpoint-N is the state after N updates; the learning rate of the next update is that of its "
             "optimizer, and its loss is that in the log at step N + 1",
+            kinds=(TRAINER_KIND,),
         ),
         Format(
             "lightning",
@@ -246,9 +272,9 @@ _BUILT_IN: dict[str, Format] = {
             "parameters, learning_rate, optimizer state (--include optimizer), and what a callback adds under "
             "gradient, hvp or loss; out of core",
             "gradients, which Lightning does not save; last.ckpt, which duplicates another checkpoint",
-            *_folder(_LIGHTNING, _LIGHTNING_SHARDS),
-            "step=N is the state after N updates, with the learning rate of the next one; a gradient or loss "
-            "added in on_train_batch_end belongs to the previous state: --shift gradient=-1 --shift loss=-1",
+            alignment="step=N is the state after N updates, with the learning rate of the next one; a gradient or "
+            "loss added in on_train_batch_end belongs to the previous state: --shift gradient=-1 --shift loss=-1",
+            **_folder(_LIGHTNING, _LIGHTNING_SHARDS),
         ),
         Format(
             "dcp",
@@ -257,7 +283,7 @@ _BUILT_IN: dict[str, Format] = {
             "entries of the saved nested dicts selected with --map, read by chunks in one process; optimizer state "
             "(--include optimizer); out of core",
             "gradients, if they were not saved; class instances: pickles are not executed",
-            *_folder(DCP_KIND),
+            **_folder(DCP_KIND),
         ),
         Format(
             "deepspeed",
@@ -266,7 +292,7 @@ _BUILT_IN: dict[str, Format] = {
             "client_state adds under gradient, hvp or loss; optimizer state (--include optimizer); out of core",
             "gradients, which DeepSpeed does not save; pipeline, tensor and expert parallel models, "
             "because their files do not record how tensors are split",
-            *_folder(DEEPSPEED_KIND),
+            **_folder(DEEPSPEED_KIND),
         ),
         Format(
             "megatron",
@@ -274,21 +300,21 @@ _BUILT_IN: dict[str, Format] = {
             "parameters of all pipeline stages, learning_rate, and what is added under gradient; out of core",
             "gradients, which Megatron-LM does not save; tensor and expert parallel models, because their files do "
             "not record how tensors are split (convert them to torch_dist and use dcp)",
-            *_folder(MEGATRON_KIND),
+            **_folder(MEGATRON_KIND),
         ),
         Format(
             "orbax",
             "folder of checkpoints <N>/ or <prefix>_<N>/ of Orbax, with or without OCDBT; needs the extra orbax",
             "entries of the saved trees selected with --map: params, grads, loss, learning_rate; read by chunks",
             "gradients and learning rates, if they were not saved; chunks of more than 512 MiB (chunk_byte_size)",
-            *_folder(ORBAX_KIND),
+            **_folder(ORBAX_KIND),
         ),
         Format(
             "safetensors",
             "folder of step_<N>.safetensors, or of folders step-<N>/ with model.safetensors, single or sharded",
             _NATIVE + "; float64, float32, float16, bfloat16; in a folder, <array>.safetensors",
             "scalars of a folder that has no file for them",
-            *_folder(NATIVE_KINDS["safetensors"], MODEL_KIND),
+            **_folder(NATIVE_KINDS["safetensors"], MODEL_KIND),
         ),
         Format(
             "torch",
@@ -296,21 +322,21 @@ _BUILT_IN: dict[str, Format] = {
             "entries of nested dicts selected with --map: parameter, gradient, hvp, loss, learning_rate, step; "
             "optimizer state (--include optimizer); out of core",
             "class instances: pickles are not executed; the format of torch before 1.6",
-            *_folder(_TORCH),
+            **_folder(_TORCH),
         ),
         Format(
             "npz",
             "folder of step_<N>.npz (numpy.savez), or one .npz file of arrays (step, ...)",
             _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded completely",
             "bfloat16; compressed data in one file of all steps",
-            *_folder_or_file(NATIVE_KINDS["npz"], ".npz", NpzStack),
+            **_folder_or_file(NATIVE_KINDS["npz"], NpzStack),
         ),
         Format(
             "hdf5",
             "folder of step_<N>.h5, or one .h5 file of datasets (step, ...); needs the extra hdf5",
             _NATIVE + "; bfloat16 as uint16 with the attribute ml_dtype",
             "data in other files (external, virtual)",
-            *_folder_or_file(_HDF5, ".h5", Hdf5File),
+            **_folder_or_file(_HDF5, Hdf5File),
         ),
         Format(
             "zarr",
@@ -320,6 +346,7 @@ _BUILT_IN: dict[str, Format] = {
             "missing chunks, which may have been lost (write_empty_chunks); chunks of more than 512 MiB",
             lambda path: holds_zarr(path) or _contains(_ZARR)(path),
             _open_zarr,
+            kinds=(_ZARR,),
         ),
         Format(
             "bergson",
@@ -339,13 +366,17 @@ _BUILT_IN: dict[str, Format] = {
         _scalar_format(
             "csv",
             "one file with a header, separated by commas, semicolons or tabs, e.g. metrics.csv of Lightning, "
-            "pandas",
-            ScalarKind("a CSV file", _find_files(False, b"", ".csv", ".tsv"), read_csv),
+            "pandas; also .csv.gz",
+            ScalarKind("a CSV file", _find_files(False, b"", *_CSV_SUFFIXES), read_csv),
         ),
         _scalar_format(
             "jsonl",
-            "one .jsonl or .ndjson file with a JSON object on each line, nested or flat",
-            ScalarKind("a file of JSON lines", _find_files(False, b"{", ".jsonl", ".ndjson"), read_json_lines),
+            "one .jsonl, .ndjson or .json file with a JSON object on each line, nested or flat; also .jsonl.gz",
+            ScalarKind(
+                "a file of JSON lines",
+                _find_files(False, b"", *_JSON_SUFFIXES, check=_starts_as_json),
+                read_json_lines,
+            ),
         ),
         _scalar_format(
             "parquet",
@@ -452,6 +483,31 @@ FORMATS: Mapping[str, Format] = _Formats()
 """All formats by name; those of this package come first."""
 
 
-def find_format(path: Path) -> str | None:
-    """Return the name of the format of the log at a path, detected from its content; None if there is no log."""
-    return next((name for name, known in FORMATS.items() if known.find(path)), None)
+def find_format(path: Path, naming: Naming = AUTOMATIC) -> str | None:
+    """Return the name of the format of the log at a path, detected from its content; None if there is no log.
+
+    Parameters
+    ----------
+    path : Path
+    naming : Naming
+        How steps are recognized in a folder.
+    """
+    if naming == AUTOMATIC or not path.is_dir():
+        return next((name for name, known in FORMATS.items() if known.find(path)), None)
+    return _format_of_entries(path, lambda kind, entry: kind.holds(entry, naming), naming)
+
+
+def unnumbered_format(path: Path) -> str | None:
+    """Return the name of the format of a folder of steps whose names have numbers that are not steps, or None."""
+    return _format_of_entries(path, lambda kind, entry: kind.step_name(entry) is not None, AUTOMATIC)
+
+
+def _format_of_entries(path: Path, accept: Callable[[Kind, Path], bool], naming: Naming) -> str | None:
+    try:
+        entries = [entry.local_path for entry in step_entries(LocalStorage(path), naming)]
+    except InputError:
+        return None
+    for name, known in FORMATS.items():
+        if any(accept(kind, entry) for entry in entries if entry is not None for kind in known.kinds):
+            return name
+    return None

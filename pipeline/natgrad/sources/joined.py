@@ -153,6 +153,7 @@ def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedSte
         files[0].storage,
         tuple(entry for own in files[1:] for entry in (own.storage, *own.others)) + files[0].others,
         values=" ".join(own.values for _, own in parts if own.values),
+        origin=files[0].origin,
     )
 
 
@@ -227,6 +228,7 @@ class _JoinedStep:
             next((content.no_gradient for content in contents if content.no_gradient), ""),
             differences,
             next((content.alignment for content in contents if content.alignment), ""),
+            {alias: name for content in contents for alias, name in content.aliases.items()},
         )
 
     def _with_rates(

@@ -19,6 +19,7 @@ from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
 from natgrad.sources.optimizers.state import OptimizerState
+from natgrad.sources.step_names import Naming, checked_pattern, words
 from natgrad.sources.steps import LoggedTensor, where
 from natgrad.storage import Storage
 
@@ -29,14 +30,13 @@ __all__ = [
     "NATIVE",
     "QUANTITIES",
     "ROOT",
+    "SINGLE_ARRAY",
     "STATE_QUANTITIES",
     "NamedStep",
     "Names",
     "checked_shift",
-    "is_step",
     "parse_map",
     "parse_shift",
-    "step_number",
 ]
 
 STATE_QUANTITIES = (*STATES, *SCALARS, *REPLICATES)
@@ -77,6 +77,8 @@ class Names:
         Options of the optimizer that no file contains; see `natgrad.sources.optimizers.factors.USER_OPTIONS`.
     late : str
         Why gradients and what is saved with them may belong to the state before the update. Empty if they do not.
+    pattern : str
+        Pattern of the names of steps; see `natgrad.sources.step_names.Naming`.
 
     Examples
     --------
@@ -91,6 +93,12 @@ class Names:
     order: tuple[str, ...] = ()
     optimizer: Mapping[str, str | int] = field(default_factory=dict)
     late: str = ""
+    pattern: str = ""
+
+    @property
+    def naming(self) -> Naming:
+        """The rule by which steps are recognized."""
+        return Naming(self.pattern, keyed="step" in self.required)
 
     def mapped(self, mapping: Mapping[str, str], location: str = "--map") -> Names:
         """Return a copy in which the given quantities have the given keys.
@@ -116,6 +124,16 @@ class Names:
             model=self.model or bool(required.keys() & set(STATES)),
         )
 
+    def of_file(self, stem: str) -> Names:
+        """Return a copy for a file whose name may say that it contains gradients, such as ``grad-000001``.
+
+        If it has none of the usual keys, its tensors are gradients instead of parameters.
+        """
+        if not words(stem) & set(_GRADIENT) or self.required & set(STATES):
+            return self
+        parameter = tuple(key for key in self.keys["parameter"] if key != ROOT)
+        return replace(self, keys={**self.keys, "parameter": parameter, "gradient": (*_GRADIENT, ROOT)})
+
     def of_folder(self, folder: Storage) -> Names:
         """Return a copy changed by the mapping file of a log folder.
 
@@ -132,7 +150,9 @@ class Names:
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
-        optimizer = table.pop("optimizer", {})
+        optimizer, pattern = table.pop("optimizer", {}), table.pop("pattern", "")
+        if pattern:
+            checked_pattern(str(pattern), str(path))
         lists = isinstance(inert, list) and isinstance(order, list)
         if table or not isinstance(mapping, dict) or not lists or not _valid_options(optimizer):
             raise InputError(
@@ -140,13 +160,14 @@ class Names:
                 where=str(path),
                 remedy='write a table [map] with QUANTITY = "KEY", and lists inert = ["module.Class"] and '
                 'order = ["tensor"]; [optimizer] may contain compute_method = "eigen" or "inverse", and '
-                "start_preconditioning_step = N",
+                'start_preconditioning_step = N; pattern = "...{step}..." gives the names of steps',
             )
         return replace(
             self.mapped(mapping, str(path)),
             inert=(*self.inert, *map(str, inert)),
             order=tuple(map(str, order)),
             optimizer={**self.optimizer, **optimizer},
+            pattern=str(pattern) or self.pattern,
         )
 
 
@@ -160,10 +181,13 @@ def _valid_options(optimizer: Any) -> bool:
     )
 
 
-NATIVE = Names({quantity: (quantity,) for quantity in (*STATES, *SCALARS, *REPLICATES)})
-"""Names in the native format."""
-
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", ROOT)
+"""Keys of a full model, in which some tensors may not be trained."""
+
+SINGLE_ARRAY = "theta"
+"""Name of the tensor if a quantity is one array, without names of tensors."""
+
 _RATE = (
     # The optimizer uses its own rate; a rate that is saved next to it may be that of another update.
     *(f"{root}/param_groups/*/lr" for root in ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/*")),
@@ -174,7 +198,7 @@ _RATE = (
 
 CHECKPOINT = Names(
     {
-        "parameter": ("parameter", "parameters", "model", "state_dict", "model_state_dict", "module", ROOT),
+        "parameter": ("parameter", "parameters", "params", *_MODEL_KEYS),
         "gradient": _GRADIENT,
         "hvp": ("hvp",),
         "loss": ("loss",),
@@ -187,6 +211,9 @@ CHECKPOINT = Names(
     model=True,
 )
 """Names that trainers use in checkpoints. A file without any of these names is treated as a model."""
+
+NATIVE = replace(CHECKPOINT, model=False)
+"""Names in containers of the native format: every logged tensor is trained, unless it is that of a full model."""
 
 MODEL = replace(CHECKPOINT, keys={**CHECKPOINT.keys, "parameter": (ROOT,)})
 """Names in a file that contains only a model."""
@@ -263,6 +290,7 @@ class NamedStep:
     def __init__(self, container: Container, names: Names) -> None:
         self._container, self._names = container, names
         self._keys: dict[str, Mapping[str, str]] | None = None
+        self._full_model = names.model
 
     def __enter__(self) -> NamedStep:
         return self
@@ -274,6 +302,10 @@ class NamedStep:
         """Return the value of a quantity, or None if it has no unique value."""
         values = self._values(quantity)[1]
         return values[0] if len(set(values)) == 1 else None
+
+    def key(self, quantity: str) -> str:
+        """Return the first key that has the value of a quantity; empty if there is none."""
+        return next(iter(self._values(quantity)[0]), "")
 
     def content(self) -> StepContent:
         """Describe the step.
@@ -301,11 +333,14 @@ class NamedStep:
                 ambiguous[quantity] = f"different values {sorted(set(values))} at {', '.join(keys)}"
             elif quantity in self._names.required:
                 raise self._missing(quantity)
+            elif (text := self._text(quantity)) is not None:
+                notes.append(f"{quantity} is not used: its value {text} is not a number")
             value = scalars.get(quantity, math.nan)
             for other_keys, other_values in others:
                 for key, other in zip(other_keys, other_values, strict=True):
                     if other not in values:
                         differences.append(Difference(quantity, keys[0], value, key, other))
+        self._require_one_step()
         keys, values = self._values("step")
         used |= set(keys)
         if "step" not in self._names.required and any(value != step.number for value in values):
@@ -331,6 +366,11 @@ class NamedStep:
             for key, target in self._container.ties.items()
             if key in parameters and target in parameters
         }
+        aliases = {
+            alias.removeprefix(key.removesuffix(parameters[key])): parameters[key]
+            for alias, key in self._container.aliases.items()
+            if key in parameters
+        }
         unused = tuple(key for key in tensors if key not in used)
         state = None if optimizer is None else optimizer.state
         if state is not None and "learning_rate" in self._names.required:
@@ -342,11 +382,12 @@ class NamedStep:
             unused,
             tuple(notes),
             ties,
-            self._names.model,
+            self._full_model,
             state,
             losses,
             differences=tuple(difference for difference in differences if difference.matters),
             alignment=self._alignment(arrays, scalars),
+            aliases=aliases,
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
@@ -358,6 +399,24 @@ class NamedStep:
             optimizer = self._optimizer(self._keys)
             self._keys |= {} if optimizer is None else optimizer.keys
         self._container.read(self._keys[array][tensor], start, out)
+
+    def _text(self, quantity: str) -> str | None:
+        """Return the text under the key of a scalar, for a message."""
+        texts = self._container.texts
+        return next((shown(texts[key]) for key in self._names.keys.get(quantity, ()) if key in texts), None)
+
+    def _require_one_step(self) -> None:
+        """Refuse a file with the states of several steps: its arrays have an additional dimension."""
+        for key in self._names.keys.get("step", ()):
+            logged = self._container.tensors.get(key)
+            if logged is not None and len(logged.shape) == 1 and logged.shape[0] > 1:
+                raise InputError(
+                    f"{key!r} has {logged.shape[0]} values, so this file contains several steps",
+                    where=where(self._container.step),
+                    why="it was found in a folder of files that contain one step each",
+                    remedy="pass the file itself as SOURCE; for a folder of such files, each of which is a run, "
+                    "use --sweep",
+                )
 
     def _optimizer(self, found: Mapping[str, Mapping[str, str]]) -> SavedOptimizer | None:
         """Return the state of the optimizer. Tensors that share memory are counted once."""
@@ -494,6 +553,8 @@ class NamedStep:
                     raise self._missing(array)
         if self._names.required.intersection(rooted):
             rooted = [array for array in rooted if array in self._names.required]
+        elif found and not self._names.model:
+            rooted = []  # a file with other native keys is not a model
         root = optimizer_root(self._container) if rooted else None
         for array in rooted:
             names = {
@@ -501,7 +562,7 @@ class NamedStep:
                 for key in self._container.tensors
                 if key not in claimed and (root is None or not key.startswith(f"{root}/"))
             }
-            found[array] = self._floats(array, names)
+            found[array] = self._floats(array, names, ROOT)
         return found
 
     def _under(self, array: str, prefix: str) -> dict[str, str]:
@@ -509,15 +570,17 @@ class NamedStep:
         for separator in "/." if array in self._names.required else "/":
             start = prefix + separator
             names = {key.removeprefix(start): key for key in self._container.tensors if key.startswith(start)}
-            names = self._floats(array, {name: key for name, key in names.items() if name})
+            names = self._floats(array, {name: key for name, key in names.items() if name}, prefix)
             if names:
                 return names
-        return {}
+        return self._floats(array, {SINGLE_ARRAY: prefix}, prefix) if prefix in self._container.tensors else {}
 
-    def _floats(self, array: str, names: dict[str, str]) -> dict[str, str]:
+    def _floats(self, array: str, names: dict[str, str], prefix: str) -> dict[str, str]:
         tensors: Mapping[str, LoggedTensor] = self._container.tensors
+        if array == STATES[0] and names:
+            self._full_model = self._names.model or prefix in _MODEL_KEYS
         # A model may have integer buffers. A gradient shows that a tensor is trained.
-        model, trained = self._names.model, array != "parameter"
+        model, trained = self._names.model or prefix in _MODEL_KEYS, array != STATES[0]
         for name, key in names.items():
             dtype = tensors[key].dtype
             if dtype not in STORAGE_DTYPES and (not model or (trained and _INEXACT.match(dtype))):
@@ -557,37 +620,3 @@ def _ambiguity(quantity: str, values: str, optimizer: OptimizerState | None) -> 
         f"learning_rate has {values}: none is used, because the groups cannot be assigned to tensors "
         f"({optimizer.problem}); list the tensors in {MAP_FILE} (order), or pass --learning-rate"
     )
-
-
-_STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iter(?:ation)?|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)
-_ONE_NUMBER = re.compile(r"(?:[a-z_]*[-_.])?(\d+)", re.IGNORECASE)
-
-
-def step_number(stem: str) -> int | None:
-    """Return the step in the name of a file or folder, or None if there is none.
-
-    Examples
-    --------
-    >>> [step_number(name) for name in ("checkpoint-500", "epoch=3-step=40", "iter_0000010", "model_7")]
-    [500, 40, 10, 7]
-    >>> [step_number(name) for name in ("model-00001-of-00002", "epoch_3", "final")]
-    [None, None, None]
-    """
-    matches = _STEP.findall(stem)
-    if matches:
-        return int(matches[-1]) if len(matches[-1]) <= 18 else None
-    match = _ONE_NUMBER.fullmatch(stem)
-    if not match or stem.lower().startswith("epoch") or len(match[1]) > 18:
-        return None
-    return int(match[1])
-
-
-def is_step(name: str) -> bool:
-    """Return True if a folder name is a step: it contains a word for a step, or it is a number.
-
-    Examples
-    --------
-    >>> [is_step(name) for name in ("step-3", "100", "optimizer_0", "model")]
-    [True, True, False, False]
-    """
-    return name.isdecimal() or bool(_STEP.search(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
 from natgrad.sources.container import not_regular
-from natgrad.sources.formats import FORMATS, find_format
+from natgrad.sources.formats import FORMATS, find_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
-from natgrad.sources.names import checked_shift
+from natgrad.sources.names import CHECKPOINT, checked_shift
 from natgrad.sources.run_file import find_run_file, listed_logs
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
+from natgrad.sources.step_names import Naming
 from natgrad.sources.steps import NotYet
 from natgrad.sources.sweep import Sweep
+from natgrad.sources.tensor_names import MatchedNames
 from natgrad.storage import LocalStorage, NotRegularError, Storage, network_errors, require_regular
 
 __all__ = ["format_of", "holds_run", "open_source", "open_sources"]
@@ -34,7 +37,7 @@ _OBJECT_SCALARS = {
 }
 """Scalar formats that can be read from object stores."""
 
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".gz", ".parquet")
 """Suffixes of scalar log files."""
 
 
@@ -46,6 +49,8 @@ def open_source(
     format: str | None = None,
     mapping: Mapping[str, str] | None = None,
     shift: Mapping[str, int] | None = None,
+    *,
+    pattern: str = "",
 ) -> Source:
     """Open a training log.
 
@@ -59,6 +64,8 @@ def open_source(
         Quantity to its key in the log; see `natgrad.sources.names`.
     shift : mapping, optional
         Quantity to K: values logged at step s belong to state s + K.
+    pattern : str
+        Names of the steps; see `natgrad.sources.step_names.Naming`.
 
     Raises
     ------
@@ -66,7 +73,7 @@ def open_source(
         If there is no log, the format is unknown, or the log contains only scalars.
     """
     shift = checked_shift(shift or {})
-    source = _open(location, format, mapping, shift)
+    source = _open(location, format, mapping, shift, pattern)
     if isinstance(source, ScalarLog) and format is None and location.is_folder() and source.growing():
         raise NotYet(
             "no step files in this folder yet",
@@ -85,6 +92,8 @@ def open_sources(
     shift: Mapping[str, int] | None = None,
     *,
     sweep: bool = False,
+    pattern: str = "",
+    exact_names: bool = False,
 ) -> Source:
     """Open the logs of one run, joined by step if there are several, or open a folder of many runs.
 
@@ -95,25 +104,45 @@ def open_sources(
         scalars and ``step`` apply to the log of scalars, and ``shift`` applies to all logs.
     sweep : bool
         The location is a folder that contains one log for each of several runs.
+    pattern : str
+        Names of the steps. If there are several logs, it applies to the log with tensors.
+    exact_names : bool
+        Do not match names of tensors that differ by a known rule; see `natgrad.sources.tensor_names`.
 
     Raises
     ------
     InputError
         See `open_source`. For a sweep, also if the folder contains no runs.
     """
+    source = _open_sources(locations, format, mapping, shift, sweep=sweep, pattern=pattern)
+    return source if exact_names else MatchedNames(source)
+
+
+def _open_sources(
+    locations: Sequence[Storage],
+    format: str | None,
+    mapping: Mapping[str, str] | None,
+    shift: Mapping[str, int] | None,
+    *,
+    sweep: bool,
+    pattern: str,
+) -> Source:
     if sweep:
-        return _open_sweep(locations, format, mapping, shift)
+        return _open_sweep(locations, format, mapping, shift, pattern)
     if len(locations) == 1:
-        return open_source(locations[0], format, mapping, shift)
+        return open_source(locations[0], format, mapping, shift, pattern=pattern)
     shift = checked_shift(shift or {})
     mappings = _split_mapping(locations, mapping or {})
-    if mappings is None or format:
+    patterns = _split_pattern(locations, pattern)
+    if mappings is None or patterns is None or format:
         raise InputError(
-            "it is ambiguous which SOURCE --format and --map refer to",
+            "it is ambiguous which SOURCE --format, --map and --pattern refer to",
             where=", ".join(map(str, locations)),
-            remedy="list the sources in a run file, each with its own format and map",
+            remedy="list the sources in a run file, each with its own format, map and pattern",
         )
-    sources = [_open(each, None, part, shift) for each, part in zip(locations, mappings, strict=True)]
+    sources = [
+        _open(each, None, part, shift, own) for each, part, own in zip(locations, mappings, patterns, strict=True)
+    ]
     return _joined(sources, [shift] * len(sources))
 
 
@@ -134,6 +163,14 @@ def _split_mapping(locations: Sequence[Storage], mapping: Mapping[str, str]) -> 
     return parts
 
 
+def _split_pattern(locations: Sequence[Storage], pattern: str) -> list[str] | None:
+    """Return the pattern that applies to each log, or None if this is ambiguous."""
+    if not pattern:
+        return [""] * len(locations)
+    patterns = ["" if _is_scalar_log(location) else pattern for location in locations]
+    return patterns if patterns.count(pattern) == 1 else None
+
+
 def _joined(sources: Sequence[Source], shifts: Sequence[Mapping[str, int]]) -> Source:
     """Join the sources of a run, each with its shifts. At least one source must contain tensors."""
     if all(isinstance(source, ScalarLog) for source in sources):
@@ -151,6 +188,7 @@ def _open_sweep(
     format: str | None,
     mapping: Mapping[str, str] | None,
     shift: Mapping[str, int] | None,
+    pattern: str,
 ) -> Source:
     """Open each subfolder as the log of a run, and each file that is a complete log."""
     if len(locations) != 1 or not locations[0].is_folder():
@@ -165,7 +203,7 @@ def _open_sweep(
         path = entry.local_path
         stacked = path is not None and path.is_file() and holds_run(path)
         if not entry.name.startswith(".") and (entry.is_folder() or stacked):
-            runs[entry.name] = open_source(entry, format, mapping, shift)
+            runs[entry.name] = open_source(entry, format, mapping, shift, pattern=pattern)
         else:
             _log.info("skipping %s: it is not a run of the sweep", entry)
     if not runs:
@@ -185,6 +223,7 @@ def _open(
     format: str | None,
     mapping: Mapping[str, str] | None,
     shift: Mapping[str, int],
+    pattern: str = "",
     *,
     in_run_file: bool = False,
 ) -> Source:
@@ -198,18 +237,21 @@ def _open(
         )
     run_file = None if in_run_file else find_run_file(location)
     if run_file is not None:
-        if format or mapping or shift:
+        if format or mapping or shift or pattern:
             raise InputError(
-                "it is ambiguous which source of the run file --format, --map and --shift refer to",
+                "it is ambiguous which source of the run file --format, --map, --shift and --pattern refer to",
                 where=str(location),
-                remedy="write format, map and shift into the [[source]] table of that source in the run file",
+                remedy="write format, map, shift and pattern into the [[source]] table of that source in the "
+                "run file",
             )
         logs = listed_logs(run_file)
-        sources = [_open(log.location, log.format, log.map, log.shift, in_run_file=True) for log in logs]
+        sources = [
+            _open(log.location, log.format, log.map, log.shift, log.pattern, in_run_file=True) for log in logs
+        ]
         return _joined(sources, [log.shift for log in logs])
     path = location.local_path
     if path is None:
-        return _open_objects(location, format, mapping, shift)
+        return _open_objects(location, format, mapping, shift, pattern)
     if not path.exists():
         raise InputError("no such file or folder", where=str(path), remedy="pass the folder of a training log")
     if not path.is_dir():
@@ -217,8 +259,9 @@ def _open(
             require_regular(path)
         except NotRegularError as error:
             raise not_regular(error, "the log", str(path)) from error
-    path = _single_log(path)
-    known = FORMATS[format or find_format(path) or "steps"]
+    path = path if pattern or "step" in mapping else _single_log(path)
+    naming = _naming(path, mapping, pattern)
+    known = FORMATS[format or find_format(path, naming) or unnumbered_format(path) or "steps"]
     if known.scalars is not None:
         return _scalar_log(LocalStorage(path), known.scalars, mapping, shift, named=format is not None)
     if not path.is_dir() and not known.find(path):
@@ -228,11 +271,31 @@ def _open(
             why="only .npz and .h5 files and logs of scalars can be single files",
             remedy="pass the folder that contains the step files",
         )
-    return known.open(path, mapping)
+    source = known.open(path, mapping)
+    return _with_pattern(source, pattern) if pattern else source
+
+
+def _naming(path: Path, mapping: Mapping[str, str], pattern: str) -> Naming:
+    """Return how the steps in a folder are recognized, by the options and the mapping file in it."""
+    names = CHECKPOINT
+    if path.is_dir():
+        with suppress(InputError):  # the mapping file of some formats has other keys; opening the log checks it
+            names = names.of_folder(LocalStorage(path))
+    return Naming(pattern or names.pattern, keyed="step" in mapping or names.naming.keyed)
+
+
+def _with_pattern(source: Source, pattern: str) -> Source:
+    if not isinstance(source, StepFolder):
+        raise InputError(
+            "--pattern applies only to a folder with a file or folder for each step",
+            where=str(source.location),
+            remedy="omit --pattern",
+        )
+    return source.with_pattern(pattern)
 
 
 def _open_objects(
-    location: Storage, format: str | None, mapping: Mapping[str, str], shift: Mapping[str, int]
+    location: Storage, format: str | None, mapping: Mapping[str, str], shift: Mapping[str, int], pattern: str
 ) -> Source:
     """Open a log in an object store."""
     with network_errors(location):
@@ -245,7 +308,8 @@ def _open_objects(
     if name in _OBJECT_SCALARS:
         return _scalar_log(log, _OBJECT_SCALARS[name], mapping, shift, named=format is not None)
     kinds = _OBJECT_KINDS.get(name, ())
-    if not any(kind.number(Path(name)) is not None for name in found for kind in kinds):
+    named = pattern or any(kind.step_name(Path(name)) is not None for name in found for kind in kinds)
+    if not kinds or not (named or "step" in mapping):
         raise InputError(
             f"no {' or '.join(kind.layout for kind in kinds)} here"
             if kinds
@@ -255,7 +319,8 @@ def _open_objects(
             f"(--format {', '.join((*_OBJECT_KINDS, *_OBJECT_SCALARS))}); the other formats need local files",
             remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and pass that folder",
         )
-    return StepFolder(location, kinds, mapping)
+    folder = StepFolder(location, kinds, mapping)
+    return folder.with_pattern(pattern) if pattern else folder
 
 
 def _scalar_log(

@@ -10,6 +10,7 @@ from typing import Any
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import parse_toml
 from natgrad.sources.names import QUANTITIES, checked_shift
+from natgrad.sources.step_names import checked_pattern
 from natgrad.storage import LocalStorage, Storage, open_storage
 
 __all__ = ["RUN_FILE", "ListedLog", "find_run_file", "listed_logs", "run_file_options"]
@@ -32,6 +33,8 @@ class ListedLog:
         Value of ``--format``.
     map, shift : mapping
         Values of ``--map`` and ``--shift``.
+    pattern : str
+        Value of ``--pattern``; empty if there is none.
     """
 
     path: str
@@ -39,6 +42,7 @@ class ListedLog:
     format: str | None
     map: Mapping[str, Any]
     shift: Mapping[str, int]
+    pattern: str = ""
 
 
 def find_run_file(location: Storage) -> Storage | None:
@@ -65,9 +69,15 @@ def listed_logs(file: Storage) -> list[ListedLog]:
             entry.get("format"),
             entry.get("map", {}),
             checked_shift(entry.get("shift", {}), f"{file}, shift of {entry['path']!r}"),
+            _pattern(entry, file),
         )
         for entry in _entries(file)
     ]
+
+
+def _pattern(entry: Mapping[str, Any], file: Storage) -> str:
+    pattern = str(entry.get("pattern", ""))
+    return checked_pattern(pattern, f"{file}, pattern of {entry['path']!r}") if "pattern" in entry else ""
 
 
 def _located(file: Storage, path: str) -> Storage:
@@ -88,7 +98,7 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
             what,
             where=str(file),
             remedy='write a table [[source]] for each log, with path = "FOLDER" and, if needed, format = "NAME", '
-            'map = { QUANTITY = "KEY" } and shift = { QUANTITY = -1 }',
+            'map = { QUANTITY = "KEY" }, shift = { QUANTITY = -1 } and pattern = "NAME{step}"',
         )
 
     try:
@@ -101,7 +111,7 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise refuse("a [[source]] has no path")
-        unknown = set(entry) - {"path", "format", "map", "shift"}
+        unknown = set(entry) - {"path", "format", "map", "shift", "pattern"}
         tables = [entry.get(name, {}) for name in ("map", "shift")]
         if unknown or not all(isinstance(table, dict) for table in tables):
             raise refuse(
@@ -120,7 +130,7 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
 
 
 def run_file_options(location: Storage) -> dict[str, list[dict[str, Any]]] | None:
-    """Return the maps and shifts of the logs in a run file, by path; None if the location is not a run file.
+    """Return the maps, shifts and patterns of the logs in a run file, by path; None if it is not a run file.
 
     Raises
     ------
@@ -132,5 +142,6 @@ def run_file_options(location: Storage) -> dict[str, list[dict[str, Any]]] | Non
         return None
     options: dict[str, list[dict[str, Any]]] = {}
     for log in listed_logs(run_file):
-        options.setdefault(log.path, []).append({"map": log.map, "shift": log.shift})
+        named = {"pattern": log.pattern} if log.pattern else {}
+        options.setdefault(log.path, []).append({"map": log.map, "shift": log.shift, **named})
     return options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from natgrad.schema.errors import InputError, Unavailable
@@ -36,6 +36,8 @@ class LoggedStep:
         Run in a sweep.
     values : str
         Scalars of the step, if they come from a log of many steps, whose size and time do not identify one step.
+    origin : str
+        Where the number was taken from, for messages. It does not distinguish steps.
     """
 
     number: int
@@ -43,6 +45,7 @@ class LoggedStep:
     others: tuple[Storage, ...] = ()
     run: str = ""
     values: str = ""
+    origin: str = field(default="", compare=False)
 
     @property
     def path(self) -> Path:

@@ -275,7 +275,7 @@ def test_different_rates_of_groups_are_not_used(tmp_path):
 
 def test_the_step_number_can_be_read_from_the_file(tmp_path):
     folder = write_checkpoints(tmp_path, [tree(30), tree(10)], name="epoch_{}.pt", numbers=[2, 1])
-    with pytest.raises(InputError, match="no step files"):
+    with pytest.raises(InputError, match="no name in this folder has a step number"):
         open_source(folder, "torch").steps()
     folder = write_checkpoints(tmp_path / "other", [tree(30), tree(10)], name="model_{}.pt", numbers=[2, 1])
     with pytest.raises(InputError, match="the file contains step 30, but its name indicates step 2"):

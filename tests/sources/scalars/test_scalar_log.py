@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from natgrad.sources.names import parse_map
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars import event_file
 from natgrad.sources.scalars.event_file import read_events
-from natgrad.sources.scalars.record_files import read_csv, read_json_lines, read_parquet
+from natgrad.sources.scalars.record_files import open_text, read_csv, read_json_lines, read_parquet
 from natgrad.sources.scalars.scalar_log import LINE_KEY, ScalarLog
 from natgrad.sources.steps import NotYet
 from natgrad.storage import open_storage
@@ -429,6 +430,49 @@ def test_a_restart_of_both_logs_is_one_attempt(growing):
     assert (summary.new_steps, summary.attempts) == (2, 2)
     losses = [loss for _, loss, _ in stored(growing / "trajectory.zarr")]
     assert losses == [5.0, 4.0, 3.0, None, 9.0, 8.0]
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.tsv.gz", "log.jsonl.gz", "log.json", "log.json.gz"])
+def test_compressed_files_and_json_lines_in_json_files_are_read(tmp_path, name):
+    rows = values_of()
+    if "json" in name:
+        lines = [json.dumps({"step": step, "loss": loss, "lr": rate}) for step, loss, rate in rows]
+    else:
+        separator = "\t" if "tsv" in name else ","
+        lines = [separator.join(("step", "loss", "lr"))]
+        lines += [separator.join(("" if value is None else repr(value)) for value in row) for row in rows]
+    content = ("\n".join(lines) + "\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    settled(tmp_path / name)
+    assert format_of(open_storage(tmp_path / name)) == ("jsonl" if "json" in name else "csv")
+    found, _ = scalars_of(tmp_path / name)
+    assert found == {
+        step: {"loss": loss} | ({} if rate is None else {"learning_rate": rate}) for step, loss, rate in rows
+    }
+
+
+@pytest.mark.parametrize("text", ["{}", '{"a": 1}\n', '{\n"a": 1}\n{', '[1]\n{"a": 1}\n', '{"a"\n{"a": 1}\n'])
+def test_other_json_files_are_not_logs(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert format_of(open_storage(tmp_path / "config.json")) == "steps"
+
+
+def test_a_compressed_file_that_expands_without_end_is_refused(tmp_path):
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(bytes(1 << 20)) * 400)
+    with open_text(open_storage(tmp_path / "log.csv.gz")) as file:
+        blocks = iter(lambda: file.read(1 << 20), b"")
+        with pytest.raises(ValueError, match="times the size"):
+            list(map(len, blocks))
+
+
+@pytest.mark.parametrize("length", [5, 20, -1])
+@pytest.mark.parametrize(("name", "text"), [
+    ("log.csv.gz", b"step,loss\n0,1\n1,2\n"), ("log.json.gz", b'{"step": 0, "loss": 1}\n' * 2)
+])  # fmt: skip
+def test_a_truncated_compressed_file_is_refused(tmp_path, name, text, length):
+    (tmp_path / name).write_bytes(gzip.compress(text)[:length])
+    with pytest.raises(InputError, match="cannot read"):
+        open_sources([run_without_scalars(tmp_path / "log"), tmp_path / name]).steps()
 
 
 # Truncated, corrupt and malicious files ------------------------------------------------------------------------

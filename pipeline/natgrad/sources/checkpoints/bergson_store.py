@@ -29,7 +29,8 @@ from natgrad.sources.bounds import JSON_LIMIT, integer, parse_json, parse_toml, 
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
 from natgrad.sources.checkpoints.zip_members import open_archive
 from natgrad.sources.container import Region, boxes, read_errors
-from natgrad.sources.names import MAP_FILE, is_step, step_number
+from natgrad.sources.names import MAP_FILE
+from natgrad.sources.step_names import is_step, step_number
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 from natgrad.storage import LocalStorage, open_regular
 
@@ -98,8 +99,8 @@ def _is_store(path: Path) -> bool:
     return (path / _DATA).is_file() and (path / _INFO).is_file()
 
 
-def _number(path: Path) -> int | None:
-    return step_number(path.name.removesuffix(_UNFINISHED_SUFFIX)) if path.is_dir() and _is_store(path) else None
+def _is_step_store(path: Path) -> bool:
+    return path.is_dir() and _is_store(path)
 
 
 def _unfinished(path: Path) -> str:
@@ -120,9 +121,7 @@ def holds_bergson(path: Path) -> bool:
     """Return True if a folder is a gradient store, or contains stores of steps or of epochs of a training run."""
     if not path.is_dir():
         return False
-    return (
-        _is_store(path) or bool(_epoch_stores(path)) or any(_number(entry) is not None for entry in path.iterdir())
-    )
+    return _is_store(path) or bool(_epoch_stores(path)) or any(_KIND.holds(entry) for entry in path.iterdir())
 
 
 class BergsonFolder(StepFolder):
@@ -187,7 +186,13 @@ def _opened(step: LoggedStep, names: object) -> NoReturn:
     raise NotImplementedError("BergsonFolder opens its steps itself")
 
 
-_KIND = Kind("checkpoint-<N>/gradients.bin", _number, _opened, unfinished=_unfinished)
+_KIND = Kind(
+    "checkpoint-<N>/gradients.bin",
+    _is_step_store,
+    _opened,
+    unfinished=_unfinished,
+    clean=lambda name: name.removesuffix(_UNFINISHED_SUFFIX),
+)
 
 
 # Orientation -------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ from natgrad.sources.checkpoints.torch_archive import (
     unread_objects,
 )
 from natgrad.sources.container import Container, Region, read_errors
-from natgrad.sources.names import CHECKPOINT, is_step, step_number
+from natgrad.sources.names import CHECKPOINT
+from natgrad.sources.step_names import is_step
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import open_regular
 
@@ -126,14 +127,9 @@ def _state(path: Path) -> str:
     return "unfinished" if written else ""
 
 
-def _number(path: Path) -> int | None:
-    number = step_number(path.name)
-    return number if number is not None and path.is_dir() and _state(path) else None
-
-
 DCP_KIND = Kind(
     "step-<N>/.metadata",
-    _number,
+    lambda path: path.is_dir() and bool(_state(path)),
     lambda step, names: DcpFolder(step, names.inert),
     CHECKPOINT,
     lambda path: "" if _state(path) == "finished" else "it has no .metadata: it is still being written",

@@ -35,7 +35,7 @@ from natgrad.sources.checkpoints.torch_archive import (
     unread_objects,
 )
 from natgrad.sources.container import Container, Region, read_errors
-from natgrad.sources.names import CHECKPOINT, step_number
+from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.steps import LoggedStep, where
 from natgrad.storage import open_regular
 
@@ -59,19 +59,16 @@ _SHARDED = {
 _UNIVERSAL = "let DeepSpeed merge it (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
 
 
-def _number(path: Path) -> int | None:
-    number = step_number(path.name)
-    if number is None or not path.is_dir():
-        return None
+def _is_checkpoint(path: Path) -> bool:
     try:
-        return number if any(file.name.endswith(_MODEL_STATES) for file in path.iterdir()) else None
+        return path.is_dir() and any(file.name.endswith(_MODEL_STATES) for file in path.iterdir())
     except OSError:
-        return None
+        return False
 
 
 DEEPSPEED_KIND = Kind(
     "global_step<N>/",
-    _number,
+    _is_checkpoint,
     lambda step, names: DeepSpeedFolder(step, names.inert, masters=names.keys["parameter"][0] != "parameter"),
     replace(
         CHECKPOINT,

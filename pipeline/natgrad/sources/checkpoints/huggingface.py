@@ -24,7 +24,7 @@ from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
 from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.container import Container
-from natgrad.sources.names import MODEL, ROOT, NamedStep, Names, step_number
+from natgrad.sources.names import MODEL, ROOT, NamedStep, Names
 from natgrad.sources.optimizers.saved_state import optimizer_root
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage
@@ -39,12 +39,10 @@ _RATES_ON_TIME = (4, 51)
 _LOG = "the log of the Trainer (one update late before transformers 4.51)"
 
 
-def _number(path: Path) -> int | None:
-    if not path.name.startswith("checkpoint-") or not path.is_dir():
-        return None
+def _is_checkpoint(path: Path) -> bool:
     # A gradient store of Bergson is named after the checkpoint from which it was built.
     bergson = (path / "gradients.bin").is_file() and not (path / _STATE).is_file()
-    return None if bergson else step_number(path.name)
+    return path.name.startswith("checkpoint-") and path.is_dir() and not bergson
 
 
 def _unfinished(path: Path) -> str:
@@ -112,7 +110,7 @@ class _WithState(Container):
 
 TRAINER_KIND = Kind(
     "checkpoint-<N>/",
-    _number,
+    _is_checkpoint,
     _open,
     replace(MODEL, keys={**MODEL.keys, "parameter": ("parameter", "model", ROOT)}),
     _unfinished,

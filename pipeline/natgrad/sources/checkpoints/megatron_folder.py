@@ -19,7 +19,7 @@ from natgrad.sources.checkpoints.pickle_data import Record
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
-from natgrad.sources.names import CHECKPOINT, step_number
+from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.steps import LoggedStep, where
 
 __all__ = ["MEGATRON_KIND", "MegatronFolder"]
@@ -43,19 +43,16 @@ _HEAD = ("word_embeddings_for_head/weight", "output_layer.weight")
 _EMBEDDING = re.compile(r"(?:.*[/.])?word_embeddings[/.]weight")
 
 
-def _number(path: Path) -> int | None:
-    number = step_number(path.name)
-    if number is None or not path.is_dir():
-        return None
+def _is_checkpoint(path: Path) -> bool:
     try:
-        return number if any(_RANK.fullmatch(entry.name) for entry in path.iterdir()) else None
+        return path.is_dir() and any(_RANK.fullmatch(entry.name) for entry in path.iterdir())
     except OSError:
-        return None
+        return False
 
 
 MEGATRON_KIND = Kind(
     "iter_<N>/mp_rank_<T>/model_optim_rng.pt",
-    _number,
+    _is_checkpoint,
     lambda step, names: MegatronFolder(step, names.inert),
     CHECKPOINT,
     lambda path: not_latest_yet(path, "latest_checkpointed_iteration.txt"),

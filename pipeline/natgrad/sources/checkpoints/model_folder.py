@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, shown
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
-from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind
+from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
-from natgrad.sources.names import MODEL, step_number
+from natgrad.sources.names import MODEL
+from natgrad.sources.step_names import is_step
 from natgrad.sources.steps import LoggedStep, Unreadable
 from natgrad.storage import LocalStorage
 
@@ -37,18 +38,20 @@ def holds_model(path: Path) -> bool:
     return any((path / (stem + ending)).is_file() for stem in MODELS for ending in endings)
 
 
-def _number(path: Path) -> int | None:
-    number = step_number(path.name)
-    if number is None or not path.is_dir():
-        return None
+def _is_checkpoint(path: Path) -> bool:
+    if not path.is_dir():
+        return False
     files = list(path.glob("*.safetensors"))
-    # A folder of step files is a run, even if its own name contains a number: run-1, seed-2.
-    if any(NATIVE_KINDS["safetensors"].number(file) is not None for file in files):
-        return None
-    return number if files or (path / "model.safetensors.index.json").exists() else None
+    # A folder of step files is a run, even if its own name contains a number.
+    return not any(is_step(file.stem) for file in files) and (bool(files) or holds_model(path))
 
 
-MODEL_KIND = Kind("step-<N>/model.safetensors", _number, lambda step, names: ModelFolder(step, names.inert), MODEL)
+MODEL_KIND = Kind(
+    "step-<N>/model.safetensors or pytorch_model.bin",
+    _is_checkpoint,
+    lambda step, names: ModelFolder(step, names.inert),
+    MODEL,
+)
 
 
 class ModelFolder(Container):
@@ -143,6 +146,7 @@ class ModelFolder(Container):
         self.texts |= {prefix + key: text for key, text in container.texts.items()}
         self.objects |= {prefix + key: item for key, item in container.objects.items()}
         self.ties |= {prefix + key: prefix + target for key, target in container.ties.items()}
+        self.aliases |= {prefix + name: prefix + key for name, key in container.aliases.items()}
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""

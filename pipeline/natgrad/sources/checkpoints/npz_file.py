@@ -7,16 +7,18 @@ import math
 import os
 import tokenize
 import zipfile
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, integer, shape_of, shown
 from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
 from natgrad.sources.container import Container, Region, read_errors
-from natgrad.sources.steps import LoggedStep
+from natgrad.sources.steps import LoggedStep, where
 from natgrad.storage import open_regular
 
 __all__ = ["NpzFile", "NpzStack"]
@@ -25,6 +27,7 @@ _SKIP = 1 << 20
 _FORM, _SUFFIX = "an npz file", ".npy"
 _HEADER_LIMIT = 1 << 14
 _MEMBER_OPERATIONS = 100
+_OPEN_STREAMS = 256
 
 
 class NpzFile(Container):
@@ -127,31 +130,21 @@ class NpzFile(Container):
                 out[:] = values[start : start + out.size]
                 return
         _, file, position = self._member
-        skip = (start - position) * out.itemsize
-        while skip:
-            skipped = len(file.read(min(skip, _SKIP)))
-            if not skipped:
-                raise EOFError("the array ends early")
-            skip -= skipped
-        view = out.data.cast("B")
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise EOFError("the array ends early")
-            view = view[count:]
-        # The archive checks the CRC of a member when it reaches its end: make sure that it does.
-        file.peek(1)
+        _fill(file, (start - position) * out.itemsize, out)
         self._member = (name, file, start + out.size)
 
 
 class NpzStack(NpzFile):
-    """An npz file with random access: uncompressed, in C order, in native byte order.
+    """An npz file with the steps of a run, in C order and native byte order.
 
-    The checksums of the archive cannot be verified with random access.
+    Arrays of ``numpy.savez`` have random access; the checksums of the archive cannot be verified with it. Arrays of
+    ``numpy.savez_compressed`` are decompressed as a stream, which stays open for each array: reading the steps in
+    order decompresses each array once.
     """
 
     def _describe(self) -> None:
         self._starts: dict[str, int] = {}
+        self._streams: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._descriptor = open_regular(self.step.path)
         try:
             self._region = Region(self._descriptor)
@@ -162,20 +155,67 @@ class NpzStack(NpzFile):
                     with self._archive.open(member) as file:
                         shape, fortran, dtype = self._header(file)
                         header = file.tell()
-                    stored = member.compress_type == zipfile.ZIP_STORED
-                    if (fortran and len(shape) > 1) or not dtype.isnative or not stored:
-                        raise ValueError("one file with all steps must be written by numpy.savez, in C order")
-                    self._starts[key] = stored_start(self._region, member) + header
+                    if (fortran and len(shape) > 1) or not dtype.isnative:
+                        raise self._other_order(key, fortran)
+                    if member.compress_type == zipfile.ZIP_STORED:
+                        self._starts[key] = stored_start(self._region, member) + header
         except BaseException:
             os.close(self._descriptor)
             raise
 
+    def _other_order(self, key: str, fortran: bool) -> InputError:
+        array, _, tensor = key.partition("/")
+        return InputError(
+            f"this array is in {'Fortran order' if fortran else 'another byte order'}, in which no single step can "
+            "be read",
+            where=where(self.step, array, tensor),
+            why="this file contains all steps of the run",
+            remedy="write it again with numpy.savez, of arrays from numpy.ascontiguousarray in native byte order; "
+            "or write one file for each step",
+        )
+
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         with read_errors(self.step, _FORM, key):
-            self._region.fill(self._starts[key] + start * out.itemsize, out)
+            if key in self._starts:
+                self._region.fill(self._starts[key] + start * out.itemsize, out)
+            else:
+                self._read_stream(key, start, out)
+
+    def _read_stream(self, key: str, start: int, out: NDArray[Any]) -> None:
+        file, position = self._streams.pop(key, (None, 0))
+        if file is not None and position > start:
+            file.close()
+            file = None
+        if file is None:
+            while len(self._streams) >= _OPEN_STREAMS:
+                self._streams.popitem(last=False)[1][0].close()
+            file, position = self._archive.open(key + _SUFFIX), 0
+            self._header(file)
+        _fill(file, (start - position) * out.itemsize, out)
+        self._streams[key] = file, start + out.size
 
     def close(self) -> None:
         """Close the file."""
+        for file, _ in self._streams.values():
+            file.close()
+        self._streams.clear()
         super().close()
         os.close(self._descriptor)
+
+
+def _fill(file: Any, skip: int, out: NDArray[Any]) -> None:
+    """Fill a buffer from a member of an archive, after skipping bytes."""
+    while skip:
+        skipped = len(file.read(min(skip, _SKIP)))
+        if not skipped:
+            raise EOFError("the array ends early")
+        skip -= skipped
+    view = out.data.cast("B")
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise EOFError("the array ends early")
+        view = view[count:]
+    # The archive checks the CRC of a member when it reaches its end: make sure that it does.
+    file.peek(1)

@@ -15,7 +15,8 @@ from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.checkpoints.zarr_group import ZarrArrays, read_object
 from natgrad.sources.container import read_errors
-from natgrad.sources.names import CHECKPOINT, ROOT, is_step, step_number
+from natgrad.sources.names import CHECKPOINT, ROOT
+from natgrad.sources.step_names import is_step
 from natgrad.sources.steps import LoggedStep
 
 __all__ = ["ORBAX_KIND", "OrbaxFolder"]
@@ -28,13 +29,11 @@ _DEPTH_LIMIT = 16
 _NON_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string")
 
 
-def _number(path: Path) -> int | None:
-    """Return the step of a checkpoint folder, even if it is still being written; None for other folders."""
-    name, temporary, _ = path.name.partition(_TEMPORARY)
-    number = step_number(name)
-    if number is None or not path.is_dir():
-        return None
-    return number if temporary or (path / _CHECKPOINT).is_file() or _items(path) else None
+def _is_checkpoint(path: Path) -> bool:
+    """Return True for a checkpoint folder, even if it is still being written."""
+    if not path.is_dir():
+        return False
+    return _TEMPORARY in path.name or (path / _CHECKPOINT).is_file() or bool(_items(path))
 
 
 def _unfinished(path: Path) -> str:
@@ -65,7 +64,7 @@ def _items(path: Path) -> list[Path]:
 
 ORBAX_KIND = Kind(
     "<N>/_CHECKPOINT_METADATA",
-    _number,
+    _is_checkpoint,
     lambda step, names: OrbaxFolder(step),
     replace(
         CHECKPOINT,
@@ -79,6 +78,7 @@ ORBAX_KIND = Kind(
         },
     ),
     _unfinished,
+    clean=lambda name: name.partition(_TEMPORARY)[0],
 )
 
 

@@ -7,6 +7,7 @@ the NumPy interface of the library does not support bfloat16 and cannot fill an 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from natgrad.storage import Storage, open_regular, require_regular
 __all__ = ["SafetensorsFile"]
 
 _FORM = "a safetensors file"
+_NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+|inf|nan)(e[-+]?[0-9]+)?\s*", re.IGNORECASE)
 _LONGEST_HEADER = 100_000_008
 """Maximum length of a header that the library accepts."""
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool"}
@@ -33,6 +35,9 @@ _DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)}
 
 class SafetensorsFile(Container):
     """One safetensors file.
+
+    The numbers in its metadata, which are texts, are numbers of the step. A name in the metadata whose text is the
+    name of a tensor is another name of it: libraries store tied tensors once.
 
     Parameters
     ----------
@@ -73,7 +78,7 @@ class SafetensorsFile(Container):
     def _describe(self, head: bytes) -> None:
         self.budget = Budget(self._region.length)
         header: dict[str, Any] = parse_json(head[8:], "the header", self.budget)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         self._data, self._offsets = len(head), {}
         for key, entry in header.items():
             first, last = (integer(offset, f"an offset of {shown(key)}") for offset in entry["data_offsets"])
@@ -81,6 +86,14 @@ class SafetensorsFile(Container):
                 raise ValueError(f"the data of {shown(key)} exceed the file")
             self.add(key, entry["shape"], _DTYPES.get(entry["dtype"], entry["dtype"]))
             self._offsets[key] = first
+        for key, text in metadata.items():
+            if key in self.tensors:
+                continue
+            self.texts[key] = str(text)
+            if text in self.tensors:
+                self.aliases[key] = str(text)
+            elif _NUMBER.fullmatch(str(text)):
+                self.numbers[key] = float(text)
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""

@@ -54,6 +54,7 @@ class StackedFile:
         keys = {**NATIVE.keys, "step": ("step",)}
         self._names = replace(NATIVE, keys=keys).of_folder(self.location.parent).mapped(mapping or {})
         self._rows: dict[int, int] = {}
+        self._origin = ""
         self._shared: _Shared | None = None
 
     def steps(self) -> list[LoggedStep]:
@@ -67,11 +68,15 @@ class StackedFile:
                 where=str(self.location),
                 remedy="give each row of the leading dimension a unique step number",
             )
-        return [LoggedStep(number, self.location) for number in sorted(numbers)]
+        return [
+            LoggedStep(number, self.location, origin=f"row {row} of {self.location.name!r}, {self._origin}")
+            for number, row in sorted(self._rows.items())
+        ]
 
     def _numbers(self, container: Container) -> list[int]:
         key = self._names.keys["step"][0]
         logged = container.tensors.get(key)
+        self._origin = "counted from 0" if logged is None else f"its {key!r}"
         if logged is None:
             # All arrays should have the same leading length; the most frequent one is that of the run.
             lengths = [tensor.shape[0] for tensor in container.tensors.values() if tensor.shape]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
@@ -16,15 +16,15 @@ from natgrad.sources.changes import changed_lately, identity
 from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.container import Container
-from natgrad.sources.names import NATIVE, NamedStep, Names, step_number
+from natgrad.sources.names import CHECKPOINT, NATIVE, NamedStep, Names
+from natgrad.sources.step_names import AUTOMATIC, STEP_FIELD, Naming, StepName, parse_name, step_number
 from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, vanished
 from natgrad.storage import LocalStorage, Storage, network_errors
 
-__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "native_number", "not_latest_yet"]
+__all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "is_entry", "not_latest_yet", "step_entries"]
 
 _log = logger(__name__)
 _TRACKER_LIMIT = 1 << 12
-_NATIVE = re.compile(r"step_(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,68 @@ class Kind:
     ----------
     layout : str
         Used in messages, such as ``step_<N>.npz``.
-    number : callable
-        Function of a path that returns the step in its name, or None if it is not of this kind.
+    contains : callable
+        Function of a path that returns True if it is of this kind, whatever its name is. For a file, the suffix
+        decides.
     open : callable
         Function of a step and names that returns a `Container`.
-    unfinished : callable
-        Function of a path that returns why it cannot be read yet, empty if it can.
     names : Names
         Meaning of its keys.
+    unfinished : callable
+        Function of a path that returns why it cannot be read yet, empty if it can.
+    suffixes : tuple of str
+        Endings of its names; empty if they have none.
+    clean : callable
+        Function of a name that returns it without a mark of files that are being written.
     """
 
     layout: str
-    number: Callable[[Path], int | None]
+    contains: Callable[[Path], bool]
     open: Callable[[LoggedStep, Names], Container]
     names: Names = NATIVE
     unfinished: Callable[[Path], str] = lambda path: ""
+    suffixes: tuple[str, ...] = ()
+    clean: Callable[[str], str] = lambda name: name
 
-    def holds(self, path: Path) -> bool:
-        """Return True if a path is a step of this kind. A path that no longer exists is none."""
+    @property
+    def layouts(self) -> str:
+        """The layout, with all suffixes."""
+        return ", ".join((self.layout, *self.suffixes[1:]))
+
+    def stem(self, name: str) -> str | None:
+        """Return a name without the suffix, or None if the suffix is not one of this kind."""
+        name = self.clean(name)
+        if not self.suffixes:
+            return name
+        suffix = max((suffix for suffix in self.suffixes if name.endswith(suffix)), key=len, default=None)
+        return None if suffix is None else name.removesuffix(suffix)
+
+    def step_name(self, path: Path, naming: Naming = AUTOMATIC) -> StepName | None:
+        """Return the step number in the name of a path, or None if the path is not of this kind.
+
+        A path without a step number is examined only if its name has a number that may be meant as one, or if the
+        number is in the file. A path that no longer exists is of no kind.
+        """
+        stem = self.stem(path.name)
+        if stem is None:
+            return None
+        found = naming.parse(path.parts, stem)
+        if found.number is None and not found.problem and not naming.keyed:
+            return None
         try:
-            return self.number(path) is not None
+            return found if self.contains(path) else None
         except FileNotFoundError:  # the run removed the folder after it was listed
-            return False
+            return None
+
+    def number(self, path: Path, naming: Naming = AUTOMATIC) -> int | None:
+        """Return the step in the name of a path of this kind, otherwise None."""
+        found = self.step_name(path, naming)
+        return None if found is None else found.number
+
+    def holds(self, path: Path, naming: Naming = AUTOMATIC) -> bool:
+        """Return True if a path is a step of this kind."""
+        found = self.step_name(path, naming)
+        return found is not None and (found.number is not None or naming.keyed)
 
 
 def not_latest_yet(path: Path, tracker: str) -> str:
@@ -85,21 +125,16 @@ def not_latest_yet(path: Path, tracker: str) -> str:
     return f"{tracker} still contains {name[:80]}: the step is being written" if recent else ""
 
 
-def native_number(suffix: str) -> Callable[[PurePath], int | None]:
-    """Return a function that returns N for files ``step_<N>`` with a suffix, and None for other files."""
-
-    def number(path: PurePath) -> int | None:
-        match = _NATIVE.fullmatch(path.stem) if path.suffix == suffix else None
-        return int(match[1]) if match else None
-
-    return number
+def is_entry(path: Path) -> bool:
+    """Return True: the suffix decides of which kind a file is."""
+    return True
 
 
 NATIVE_KINDS = {
     "safetensors": Kind(
-        "step_<N>.safetensors", native_number(".safetensors"), lambda step, names: SafetensorsFile(step)
+        "step_<N>.safetensors", is_entry, lambda step, names: SafetensorsFile(step), suffixes=(".safetensors",)
     ),
-    "npz": Kind("step_<N>.npz", native_number(".npz"), lambda step, names: NpzFile(step)),
+    "npz": Kind("step_<N>.npz", is_entry, lambda step, names: NpzFile(step), suffixes=(".npz",)),
 }
 """The native format: ``step_<N>.safetensors`` and ``step_<N>.npz``."""
 
@@ -139,72 +174,140 @@ class StepFolder:
             for kind, kind_names in zip(kinds, names, strict=True)
         )
 
+    @property
+    def _naming(self) -> Naming:
+        return self._kinds[0].names.naming
+
+    def with_pattern(self, pattern: str) -> StepFolder:
+        """Use a pattern of names (``--pattern``), which takes precedence over that of the mapping file."""
+        self._kinds = tuple(replace(kind, names=replace(kind.names, pattern=pattern)) for kind in self._kinds)
+        return self
+
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`.
 
         Files are opened only if the user specified the key of their step number.
         """
-        found: dict[int, LoggedStep] = {}
-        for entry in self._entries():
+        found: dict[tuple[int, int], LoggedStep] = {}
+        unnumbered: dict[Storage, str] = {}
+        for entry in step_entries(self.location, self._naming):
             try:
-                number = self._number(entry)
+                listed = self._listed(entry, unnumbered)
             except ListingChanged:  # the run has removed this step
                 continue
-            if number is None:
+            if listed is None:
                 continue
-            step = LoggedStep(number, entry)
-            if step.number in found:
+            step, attempt = listed
+            other = found.get((step.number, attempt))
+            if other is not None and self._naming.keyed and _has_digits(other) != _has_digits(step):
+                _log.info("%s and %s are the same step", other.storage, entry)
+                step = other if _has_digits(other) else step
+            elif other is not None:
                 raise InputError(
-                    f"step {step.number} exists twice: {found[step.number].storage.name} and {entry.name}",
+                    f"step {step.number} exists twice: {other.storage.name} and {entry.name}",
                     where=f"{entry}, step {step.number}",
-                    why="the run was logged twice into one folder, in two formats or with padded numbers",
-                    remedy="keep one of the files, or specify the key of the step number with --map step=KEY",
+                    why="the run was logged twice into one folder, in two formats or with padded numbers, or "
+                    "the number starts again in each epoch",
+                    remedy="keep one of the files, select files with --pattern, or specify the key of the step "
+                    "number with --map step=KEY",
                 )
-            found[step.number] = step
+            found[step.number, attempt] = step
+        if unnumbered:
+            self._report(unnumbered, alone=not found)
         if not found:
-            names = ", ".join(kind.layout for kind in self._kinds)
+            names = ", ".join(kind.layouts for kind in self._kinds)
+            pattern = f" whose names match the pattern {self._naming.pattern!r}" * bool(self._naming.pattern)
             raise NotYet(
-                f"there are no step files ({names}) in this folder",
+                f"there are no step files ({names}) in this folder{pattern}",
                 where=str(self.location),
-                why="it is empty, or the log has another format",
-                remedy="pass the folder that contains the step files; see natgrad formats for the formats",
+                why="it is empty, or the log has another format or other names",
+                remedy="pass the folder that contains the step files, or the names of the files with --pattern; "
+                "see natgrad formats for the formats",
             )
-        return sorted(found.values())
+        return _newest_attempt(found)
 
-    def _entries(self) -> list[Storage]:
-        try:
-            with network_errors(self.location):
-                names = self.location.list()
-                if self.location.local_path is not None and not names:
-                    self.location.stat()
-        except OSError as error:
-            raise InputError(
-                f"cannot list the log folder: {error.strerror}",
-                where=str(self.location),
-                remedy="pass the folder that contains the step files",
-            ) from error
-        return [self.location / name for name in names]
-
-    def _number(self, entry: Storage) -> int | None:
+    def _listed(self, entry: Storage, unnumbered: dict[Storage, str]) -> tuple[LoggedStep, int] | None:
+        """Return an entry as a step with its attempt, or None if it is not a complete step."""
         kind = self._kind(entry)
         if kind is None or entry.name.startswith("."):
+            return None
+        name = kind.step_name(_path(entry), self._naming) or StepName()
+        if name.number is None and not self._naming.keyed:
+            unnumbered[entry] = name.problem
             return None
         reason = "" if entry.local_path is None else kind.unfinished(entry.local_path)
         if reason:
             self._require_writer(entry, reason)
             _log.warning("%s is left for the next pass: %s", entry, reason)
             return None
-        if "step" not in kind.names.required:
-            return kind.number(_path(entry))
-        with NamedStep(kind.open(LoggedStep(-1, entry), kind.names), kind.names) as reader:
-            number = reader.number("step")
-        if number is None or number != int(number) or number < 0:
-            raise InputError(
-                f"{kind.names.keys['step'][0]!r} is {number}, which is not a step number",
-                where=str(entry),
-                remedy="specify the key of the step number with --map step=KEY",
+        if not self._naming.keyed:
+            assert name.number is not None
+            return LoggedStep(name.number, entry, origin=f"{name.taken!r} in {entry.name!r}"), name.attempt
+        number = self._number_in_file(kind, entry, unnumbered)
+        origin = f"the key {kind.names.keys['step'][0]!r} in {entry.name!r}"
+        return None if number is None else (LoggedStep(number, entry, origin=origin), name.attempt)
+
+    def _number_in_file(self, kind: Kind, entry: Storage, unnumbered: dict[Storage, str]) -> int | None:
+        """Return the step number in a file. A file without a number in its name need not be a step."""
+        key = kind.names.keys["step"][0]
+        step = LoggedStep(-1, entry)
+        try:
+            with NamedStep(kind.open(step, kind.names), kind.names) as reader:
+                number = reader.number("step")
+        except ListingChanged:
+            raise
+        except InputError as error:
+            if _has_digits(step):
+                raise
+            unnumbered[entry] = error.what
+            return None
+        if number is not None and number == int(number) and number >= 0:
+            return int(number)
+        if number is None and not _has_digits(step):
+            unnumbered[entry] = f"it has no key {key!r}"
+            return None
+        raise InputError(
+            f"{key!r} is {number}, which is not a step number",
+            where=str(entry),
+            remedy="specify the key of the step number with --map step=KEY",
+        )
+
+    def _report(self, unnumbered: Mapping[Storage, str], *, alone: bool) -> None:
+        """Warn about entries that may be steps but have no number, or refuse the log if there are no others."""
+        first, reason = next(iter(unnumbered.items()))
+        if not alone:
+            _log.warning(
+                "%d entries are skipped because they have no step number; the first is %s: %s",
+                len(unnumbered),
+                first,
+                reason,
             )
-        return int(number)
+            return
+        raise InputError(
+            f"no name in this folder has a step number: {first.name!r}, for example",
+            where=str(self.location),
+            why=reason,
+            remedy=self._remedy(first),
+        )
+
+    def _remedy(self, entry: Storage) -> str:
+        """Return how to number a step: by a key that its file contains, or by a pattern of its name."""
+        kind = self._kind(entry)
+        remedies = []
+        if kind is not None and not self._naming.keyed:
+            step = LoggedStep(-1, entry)
+            with suppress(InputError), NamedStep(kind.open(step, CHECKPOINT), CHECKPOINT) as reader:
+                key = reader.key("step")
+                if key:
+                    remedies.append(f"take the number from the files with --map step={key}")
+        pattern = "" if self._naming.pattern or kind is None else _suggestion(entry.name, kind)
+        if pattern:
+            remedies.append(
+                f"or, if this number is to be used as the step, --pattern {pattern!r}"
+                if remedies
+                else f"use --pattern {pattern!r} if this number is to be used as the step"
+            )
+        return ", ".join(remedies) or "mark the number with --pattern, or name its key (--map step=KEY)"
 
     def _require_writer(self, entry: Storage, reason: str) -> None:
         """Refuse an incomplete step that is not being written any more."""
@@ -218,14 +321,87 @@ class StepFolder:
 
     def _kind(self, entry: Storage) -> Kind | None:
         path = _path(entry)
-        return next((kind for kind in self._kinds if kind.holds(path)), None)
+        found = (kind for kind in self._kinds if kind.step_name(path, self._naming) is not None)
+        return next(found, None)
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `natgrad.sources.base.Source`."""
         kind = self._kind(step.storage)
         if kind is None:
             raise vanished("cannot find the step any more", step)
-        return NamedStep(kind.open(step, kind.names), kind.names)
+        names = kind.names.of_file(step.storage.name) if kind.suffixes else kind.names
+        return NamedStep(kind.open(step, names), names)
+
+
+def step_entries(location: Storage, naming: Naming) -> list[Storage]:
+    """Return the entries of a folder whose names may be those of steps.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be listed.
+    """
+    folders = [location]
+    for level in range(naming.depth):
+        try:
+            with network_errors(location):
+                names = [(folder, name) for folder in folders for name in folder.list()]
+                if location.local_path is not None and not names:
+                    location.stat()
+        except OSError as error:
+            raise InputError(
+                f"cannot list the log folder: {error.strerror}",
+                where=str(location),
+                remedy="pass the folder that contains the step files",
+            ) from error
+        folders = [folder / name for folder, name in names if naming.admits(level, name)]
+    return folders
+
+
+def _newest_attempt(found: Mapping[tuple[int, int], LoggedStep]) -> list[LoggedStep]:
+    """Return the steps of the newest attempt.
+
+    Lightning keeps the file of a step and adds ``-v1`` to the name of the file that a restarted run writes. From
+    the first such step on, a file without it is of the newest attempt only if it was written later.
+    """
+    newest: dict[int, int] = {}
+    for number, attempt in sorted(found):
+        newest[number] = attempt
+    kept = dict(newest)
+    for last in sorted({attempt for _, attempt in found if attempt}):
+        files = [(number, step) for (number, attempt), step in found.items() if attempt == last]
+        first = min(number for number, _ in files)
+        begun = min(identity(step)["time"] for _, step in files)
+        left = [
+            number
+            for number, attempt in kept.items()
+            if number > first and attempt < last and identity(found[number, attempt])["time"] < begun
+        ]
+        for number in left:
+            del kept[number]
+        if left:
+            _log.warning(
+                "%d steps after step %d, the first with the ending -v%d of a restarted run, are skipped because "
+                "they were written before it; the first is %d",
+                len(left),
+                first,
+                last,
+                min(left),
+            )
+    return [found[number, attempt] for number, attempt in sorted(kept.items())]
+
+
+def _suggestion(name: str, kind: Kind) -> str:
+    """Return a pattern for a name whose number was not taken, in which other numbers are stars."""
+    stem = kind.stem(name) or ""
+    start, stop = parse_name(stem).span
+    start_text, end_text = (re.sub(r"[0-9][0-9.]*", "*", text) for text in (stem[:start], stem[stop:]))
+    pattern = f"{start_text}{STEP_FIELD}{end_text}{kind.clean(name).removeprefix(stem)}"
+    return pattern if stop and Naming(pattern).parse((name,), stem).number is not None else ""
+
+
+def _has_digits(step: LoggedStep) -> bool:
+    return any(character.isdecimal() for character in step.storage.name)
 
 
 def _path(entry: Storage) -> Path:

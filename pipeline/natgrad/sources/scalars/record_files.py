@@ -6,6 +6,8 @@ A truncated last record is assumed to be in progress. It is omitted, with a note
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
@@ -18,12 +20,15 @@ from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.scalars.scalar_log import LINE_KEY, RESTART_KEY
 from natgrad.sources.steps import local_file
-from natgrad.storage import NotRegularError, Storage, require_regular
+from natgrad.storage import NotRegularError, Storage, StoredFile, require_regular
 
 __all__ = [
+    "COMPRESSED",
     "TRACKIO_COLUMNS",
     "complete_lines",
+    "holds_json_lines",
     "holds_metrics",
+    "open_text",
     "read_csv",
     "read_json_lines",
     "read_parquet",
@@ -34,6 +39,10 @@ __all__ = [
 LINE_LIMIT = 1 << 24
 """Default limit on the number of characters per line, to bound the memory."""
 
+COMPRESSED = ".gz"
+"""Suffix of text files compressed with gzip."""
+
+_FIRST_LINE = 1 << 20
 _BATCH = 1 << 16
 GROUP_LIMIT = 1 << 32
 """Default limit on the uncompressed size in bytes of a row group of a Parquet file."""
@@ -61,6 +70,37 @@ Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
 
 
+class _Expanded(io.RawIOBase):
+    """The content of a file compressed with gzip, which is refused if it expands more than any real log does."""
+
+    def __init__(self, content: StoredFile) -> None:
+        self._file = gzip.GzipFile(fileobj=cast(BinaryIO, content))
+        self._content, self._budget = content, Budget(content.size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._file.read(len(memoryview(buffer)))
+        self._budget.spend(expanded=len(part))
+        memoryview(buffer)[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self._file.close()
+        self._content.close()
+        super().close()
+
+
+def open_text(log: Storage) -> BinaryIO:
+    """Open a text file, and expand it if its name ends with ``.gz``."""
+    content = log.open()
+    if log.suffix != COMPRESSED:
+        content.widen()
+        return cast(BinaryIO, content)
+    return io.BufferedReader(_Expanded(content))
+
+
 def complete_lines(
     log: Storage, notes: list[str], is_record: Callable[[str], bool], limit: int = LINE_LIMIT
 ) -> Iterator[str]:
@@ -68,9 +108,7 @@ def complete_lines(
 
     A last line without a newline is omitted, unless it is a record and the file has not changed lately.
     """
-    content = log.open()
-    content.widen()
-    with TextIOWrapper(cast(BinaryIO, content), encoding="utf-8-sig", newline="") as file:
+    with TextIOWrapper(open_text(log), encoding="utf-8-sig", newline="") as file:
         while line := file.readline(limit):
             if line.endswith(("\n", "\r")):
                 yield line
@@ -139,6 +177,19 @@ def _long_columns(header: Sequence[str]) -> tuple[int, int] | None:
     metrics = [position for position, name in enumerate(header) if name in _METRICS]
     values = [position for position, name in enumerate(header) if name == _VALUE]
     return (metrics[0], values[0]) if len(metrics) == len(values) == 1 else None
+
+
+def holds_json_lines(log: Storage) -> bool:
+    """Return True if the first two lines of a file start like JSON objects and the first one is complete."""
+    with open_text(log) as file:
+        first = file.readline(_FIRST_LINE)
+        second = file.read(1)
+    if not first.startswith(b"{") or not first.endswith(b"\n") or second != b"{":
+        return False
+    try:
+        return isinstance(parse_json(first, log.name), dict)
+    except ValueError:
+        return False
 
 
 def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
