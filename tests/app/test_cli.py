@@ -4,9 +4,14 @@ What only a process shows (a terminal, real exit codes) is tried in processes; t
 point in this one.
 """
 
+import errno
 import json
 import os
+import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ import xarray as xr
 
 from commands import NATGRAD, natgrad, natgrad_process
 from logs import random_walk, write_log, write_step
+from natgrad.app.memory import memory_errors
+from natgrad.schema.errors import Unavailable
 from natgrad.schema.times import now
 from natgrad.schema.version import __version__
 from natgrad.store import open_trajectory
@@ -409,3 +416,84 @@ def test_each_of_several_sources_takes_its_own_part_of_a_map(tmp_path):
     done = natgrad("inspect", log, log, "--map", "gradient=g")
     assert done.returncode == 2
     assert "ambiguous which SOURCE" in done.stderr
+
+
+def unreadable(out, name):
+    """Replace a file by one from which reads fail with EIO: the memory of a process at address 0."""
+    path = out / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("info", "results.zarr/model/angle/c/0/0/0"),
+        ("report", "results.zarr/model/angle/c/0/0/0"),
+        ("info", "trajectory.zarr/loss/zarr.json"),
+        ("analyze", "ledger.zarr/gram/c/0/0/0/0"),
+        ("verify", "ledger.zarr/gram/c/0/0/0/0"),
+    ],
+)
+def test_a_disk_that_fails_gives_a_message_with_the_file(tmp_path, run, command, name):
+    out = shutil.copytree(run[1], tmp_path / "out")
+    path = unreadable(out, name)
+    done = natgrad(command, out)
+    assert (done.returncode, "the disk failed: Input/output error" in done.stderr) == (2, True), done.stderr
+    assert f"where: {path}\n" in done.stderr
+    assert "check the disk" in done.stderr
+
+
+def test_a_page_that_cannot_be_written_can_be_written_elsewhere(tmp_path, run, monkeypatch):
+    def read_only(self, *arguments, **options):
+        if self.parent == run[1] and set("wx") & set(str(arguments[:1])):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return opened(self, *arguments, **options)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", read_only)
+    done = natgrad("report", run[1])
+    assert done.returncode == 2
+    assert "cannot write the page: Read-only file system" in done.stderr
+    assert f"where: {run[1] / 'report.html'}\n" in done.stderr
+    assert "--page PAGE" in done.stderr
+    assert natgrad("report", run[1], "--page", tmp_path / "page.html").returncode == 0
+    assert (tmp_path / "page.html").read_bytes()
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9))
+from natgrad.app.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["ingest", "analyze", "report"])
+def test_a_limit_of_one_gigabyte_gives_a_message_with_the_plan(tmp_path, run, command):
+    log, out, _ = run
+    arguments = {"ingest": (log, tmp_path / "new"), "analyze": (out,), "report": (out,)}[command]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, command, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "limited to 954 MiB" in done.stderr
+    assert re.search(r"why: +3\d\d MiB of memory are planned", done.stderr)
+    least = int(re.search(r"at least (\d+) \(ulimit -v", done.stderr)[1])
+    enough = LIMITED.replace("10**9", str(least * 1024))
+    subprocess.run([sys.executable, "-c", enough, command, *map(str, arguments)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "what"), [(MemoryError(), "an allocation failed"), (RuntimeError("can't start new thread"), "thread")]
+)
+def test_missing_memory_gives_a_message_with_the_plan(error, what):
+    with (
+        pytest.raises(Unavailable, match=what) as refusal,
+        memory_errors(lambda: 5 << 20),
+    ):
+        raise error
+    assert "5 MiB are planned" in refusal.value.why
+    with pytest.raises(RuntimeError, match="another"), memory_errors(lambda: 0):
+        raise RuntimeError("another")

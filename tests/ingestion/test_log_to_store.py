@@ -768,3 +768,42 @@ def test_nothing_is_stored_if_the_shape_is_refused(log, store, ingest):
     with pytest.raises(InputError, match="too large"):
         ingest(log, store, check_shape=refuse)
     assert not [path for path in store.parent.rglob("*") if path.is_file()]
+
+
+MEASURED = """
+import resource, sys
+from natgrad.app.run import ingest_run
+from natgrad.ingestion import buffer_bytes
+from natgrad.compute.plan import PlanLimits
+from natgrad.store import open_trajectory
+
+def peak():
+    # Unlike that of getrusage on Linux, this peak does not include the parent, which was forked.
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+
+ingest_run(sys.argv[1], sys.argv[3])
+before = peak()
+ingest_run(sys.argv[2], sys.argv[4])
+buffers = buffer_bytes(open_trajectory(sys.argv[4] + "/trajectory.zarr").shape)
+print(before, peak(), buffers, PlanLimits().reserved_bytes)
+"""
+
+
+def test_ingest_needs_the_memory_that_is_planned(tmp_path):
+    # The second log has 96 MB. Buffers of two arrays with a chunk of 4 MB each are planned.
+    write_log(tmp_path / "small", random_walk(2))
+    write_log(tmp_path / "log", random_walk(4, {"weight": (3_000_000,)}))
+    names = ("small", "log", "small-out", "out")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *(tmp_path / name for name in names)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, peak, buffers, reserved = map(int, done.stdout.split())
+    assert buffers == 2 * 4 * 1_000_000
+    assert peak <= reserved + buffers
+    # Writes wait for the disk in at most four further buffers; the pages of one mapped step of 24 MB may count.
+    assert peak - before <= 5 * buffers + 24e6

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logs import TENSORS, random_walk, write_log, write_step
+from natgrad.app.describe import describe_run
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis, analyze_run, ingest_run, report_run
 from natgrad.app.verification import verify_run
@@ -384,6 +385,7 @@ def test_the_same_contents_elsewhere_continue_without_a_second_ingest(tmp_path, 
     assert opened == []  # the new identity was recorded
     sources = open_trajectory(RunFolder.of(out).trajectory).sources()
     assert {source["folder"] for source in sources} == {str(elsewhere)}
+    assert describe_run(out)["source"] == str(elsewhere)
     assert verify_run(out) == []
     write_log(elsewhere, states[5:], numbers=[5, 6, 7])
     assert ingest_run(elsewhere, out).new_steps == 3

@@ -152,12 +152,14 @@ def test_one_process_writes(url):
 
 def left_lock(url, **changes):
     """Write a lock that was not released, by default by this process."""
+    with (url / "own").lock("trajectory"):
+        own = json.loads((url / ".own.lock").get())
     signed = {
         "process": os.getpid(),
         "host": socket.gethostname(),
         "user": "somebody",
         "since": "2026-11-26T10:00:00+00:00",
-        "started": psutil.Process().create_time(),
+        "started": own["started"],
         **changes,
     }
     (url / ".t.zarr.lock").put(json.dumps(signed).encode())
@@ -175,6 +177,15 @@ def test_a_lock_of_a_dead_process_on_this_machine_is_taken_over(url):
         raise AssertionError("the process lives")
 
 
+def test_a_lock_is_not_taken_over_after_the_clock_was_set(url, monkeypatch):
+    # On Linux, the creation time of a process moves with the clock.
+    with (url / "t.zarr").lock("trajectory"):
+        created = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) - 3600)
+        with pytest.raises(Unavailable, match="another process is writing"), (url / "t.zarr").lock("trajectory"):
+            raise AssertionError("two writers hold the lock")
+
+
 def test_a_lock_of_another_machine_is_not_taken_over(url):
     left_lock(url, host="elsewhere", started=1.0)
     with (
@@ -187,15 +198,14 @@ def test_a_lock_of_another_machine_is_not_taken_over(url):
 
 def test_the_second_process_to_take_over_a_lock_is_rejected(url, monkeypatch):
     left_lock(url, started=1.0)
-    real = psutil.Process
+    put_if = ObjectStorage.put_if
 
-    def slow(*number):
-        # Another process takes over the lock while this one checks if its holder is dead.
-        if number:
-            (url / ".t.zarr.lock").put(b"another")
-        return real(*number)
+    def slow(self, content, tag):
+        # Another process takes over the lock after this one has found that its holder is dead.
+        (url / ".t.zarr.lock").put(b"another")
+        put_if(self, content, tag)
 
-    monkeypatch.setattr(psutil, "Process", slow)
+    monkeypatch.setattr(ObjectStorage, "put_if", slow)
     with pytest.raises(Unavailable, match="has just taken over the lock"), (url / "t.zarr").lock("trajectory"):
         raise AssertionError("two writers")
     assert (url / ".t.zarr.lock").get() == b"another"

@@ -23,7 +23,7 @@ from natgrad.app.summaries import (
     Verification,
 )
 from natgrad.ingestion import StepWait
-from natgrad.storage import network_errors, open_all
+from natgrad.storage import open_all, storage_errors
 
 __all__ = [
     "analyze",
@@ -204,7 +204,7 @@ def inspect(source: options.Source, **values: Unpack[options.InspectOptions]) ->
     from natgrad.app.inspection import inspect_source
 
     logs = open_all(source)
-    with network_errors(*logs):
+    with storage_errors(*logs):
         return inspect_source(logs, **options.selected(options.InspectOptions, values))
 
 

@@ -271,11 +271,11 @@ def versions(
     out: options.Out, last: options.Last = None, as_json: options.Json = False, quiet: options.Quiet = False
 ) -> None:
     """List the versions of OUT, newest first. OUT must be an Icechunk repository (--store icechunk)."""
-    from natgrad.storage import network_errors, open_out
+    from natgrad.storage import open_out, storage_errors
 
     output = Output(as_json, quiet)
     storage = open_out(out)
-    with network_errors(storage):
+    with storage_errors(storage):
         found = storage.versions(last)
     if as_json:
         output.show({"versions": found})

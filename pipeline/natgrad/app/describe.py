@@ -9,7 +9,7 @@ from natgrad.app.folder import RunFolder
 from natgrad.results import dataset as results
 from natgrad.results.summary import overview
 from natgrad.schema.layout import LedgerChunk
-from natgrad.storage import network_errors
+from natgrad.storage import storage_errors
 from natgrad.store import Ledger, Trajectory
 from natgrad.store.verify import verified_since
 
@@ -21,7 +21,7 @@ __all__ = [
 def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
     """Describe OUT or one of its versions: steps, model and state of the analysis."""
     folder = RunFolder.of(out, version=version)
-    with network_errors(folder.storage):
+    with storage_errors(folder.storage):
         return _describe(folder)
 
 

@@ -14,7 +14,7 @@ import xarray as xr
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
 from natgrad.results import dataset
-from natgrad.storage import network_errors
+from natgrad.storage import storage_errors
 from natgrad.store import Ledger, Trajectory
 
 __all__ = ["open_ledger", "open_results", "open_trajectory"]
@@ -85,5 +85,5 @@ def open_ledger(out: options.Out, **values: Unpack[options.VersionOptions]) -> L
 
 def _opened(out: options.Out, values: options.VersionOptions, store: Callable[[RunFolder], T]) -> T:
     folder = RunFolder.of(out, version=values["version"])
-    with network_errors(folder.storage):
+    with storage_errors(folder.storage):
         return store(folder)

@@ -6,13 +6,14 @@ The functions need no Prefect server. They take options that are already validat
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
+from natgrad.app.memory import memory_errors
 from natgrad.app.progress import Progress, StageProgress, stage
 from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
 from natgrad.compute import executors
@@ -20,17 +21,17 @@ from natgrad.compute.clusters import require_cluster
 from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
-from natgrad.ingestion import Extent, StepWait, ingest
+from natgrad.ingestion import Extent, StepWait, buffer_bytes, ingest
 from natgrad.results import dataset as results
 from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.summary import overview
-from natgrad.schema.errors import InputError
+from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.layout import IngestLimits, TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.steps import NotYet
-from natgrad.storage import Location, Storage, network_errors, open_all, open_storage
+from natgrad.storage import Location, Storage, open_all, open_storage, storage_errors
 from natgrad.store import Ledger, Trajectory
 
 __all__ = [
@@ -44,6 +45,9 @@ __all__ = [
 
 RUNS_SHOWN = 8
 """Number of runs of a sweep that a page shows."""
+
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""Error codes of a location in which no file can be created."""
 
 _log = logger(__name__)
 
@@ -168,7 +172,17 @@ def ingest_run(
     """
     folder = RunFolder.of(out, store=store)
     sources = open_all(source)
-    with network_errors(*sources, folder.storage):
+    shapes: list[TrajectoryShape] = []
+
+    def check_shape(shape: TrajectoryShape) -> None:
+        shapes.append(shape)
+        if analysis is not None:
+            analysis.check_pass(shape, folder.ledger)
+
+    def planned() -> int:
+        return PlanLimits().reserved_bytes + sum(map(buffer_bytes, shapes))
+
+    with memory_errors(planned), storage_errors(*sources, folder.storage):
         return ingest(
             sources,
             folder.trajectory,
@@ -184,7 +198,7 @@ def ingest_run(
             include=include or (),
             limits=limits,
             check=None if analysis is None else analysis.check,
-            check_shape=None if analysis is None else partial(analysis.check_pass, ledger=folder.ledger),
+            check_shape=check_shape,
             progress=progress,
         )
 
@@ -204,7 +218,12 @@ def analyze_run(
         If OUT has no trajectory with two steps, an option does not fit it, or the memory limit is too low.
     """
     folder = RunFolder.of(out)
-    with network_errors(folder.storage):
+
+    def planned() -> int:
+        shape = Trajectory(folder.trajectory).shape
+        return plan_ledger(shape, folder.ledger, memory_limit=analysis.memory_limit, limits=limits).projected_bytes
+
+    with memory_errors(planned), storage_errors(folder.storage):
         return _analyze(folder, analysis, limits, progress)
 
 
@@ -284,9 +303,6 @@ def report_run(
     InputError
         If there are no results.
     """
-    # Imported here, because Matplotlib takes a second to load.
-    from natgrad.reporting import page as report
-
     named = {name: RunFolder.of(out, version=version) for name, out in _named(outs).items()}
     if version is not None and page is None:
         raise InputError(
@@ -295,7 +311,8 @@ def report_run(
             why="report.html in OUT is the page of the newest version",
             remedy="set the file to write with --page PAGE",
         )
-    with network_errors(*(folder.storage for folder in named.values())):
+    errors = storage_errors(*(folder.storage for folder in named.values()))
+    with memory_errors(lambda: PlanLimits().reserved_bytes), errors:
         page = next(iter(named.values())).report if page is None else open_storage(page)
         if page.local_path is not None and page.is_folder():
             raise InputError(
@@ -304,14 +321,32 @@ def report_run(
                 remedy=f"use the name of a file, for example {page / 'report.html'}",
             )
         try:
-            return Report(report=str(report.write_report(_trees(named), page)))
+            return _write_page(named, page)
         except results.Damaged as error:
             if version is not None:
                 raise
             damaged = [folder for folder in named.values() if error.where.startswith(f"{folder.results}/")]
             for folder in damaged:
                 _compute_results_again(folder, error)
-            return Report(report=str(report.write_report(_trees(named), page)))
+            return _write_page(named, page)
+
+
+def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
+    # Imported here, because Matplotlib takes a second to load.
+    from natgrad.reporting import page as report
+
+    trees = _trees(named)
+    try:
+        return Report(report=str(report.write_report(trees, page)))
+    except OSError as error:
+        if page.local_path is None or error.errno not in _NOT_WRITABLE:
+            raise
+        raise Unavailable(
+            f"cannot write the page: {error.strerror}",
+            where=str(page),
+            why="its folder is read-only, or belongs to another user",
+            remedy="choose another file with natgrad report OUT --page PAGE: OUT is only read",
+        ) from error
 
 
 def _compute_results_again(folder: RunFolder, error: InputError) -> None:

@@ -8,7 +8,7 @@ from natgrad.app.folder import RunFolder
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.times import now
-from natgrad.storage import network_errors
+from natgrad.storage import storage_errors
 from natgrad.store import Trajectory, exists
 from natgrad.store.verify import Damage, verify_ledger, verify_results, verify_trajectory
 
@@ -42,7 +42,7 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
         If OUT contains no trajectory.
     """
     folder = RunFolder.of(out, version=version)
-    with network_errors(folder.storage):
+    with storage_errors(folder.storage):
         if not exists(folder.trajectory):
             Trajectory(folder.trajectory)
         started, states = now(), _opened(folder)

@@ -6,6 +6,7 @@ the model.
 
 from natgrad.ingestion.log_to_store import INCLUDES, IngestSummary, ingest
 from natgrad.ingestion.new_updates import Extent
+from natgrad.ingestion.transfer import buffer_bytes
 from natgrad.ingestion.waiting import StepWait
 
-__all__ = ["INCLUDES", "Extent", "IngestSummary", "StepWait", "ingest"]
+__all__ = ["INCLUDES", "Extent", "IngestSummary", "StepWait", "buffer_bytes", "ingest"]

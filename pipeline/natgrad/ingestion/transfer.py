@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from natgrad.ingestion.description import scalar_of
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import IngestLimits, Layout, storage_dtype, widened
+from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, storage_dtype, widened
 from natgrad.schema.logs import logger
-from natgrad.schema.names import METRIC_EIGENVALUES, replicate_of
+from natgrad.schema.names import METRIC_EIGENVALUES, REPLICATE_STATES, replicate_of
 from natgrad.sources.base import Source, StepContent, StepReader
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.optimizers.logged_metric import extremes
@@ -28,7 +28,7 @@ from natgrad.sources.steps import LoggedStep, NotYet, where
 from natgrad.store import Trajectory, checksum
 from natgrad.theory.preconditioners import rotated_eigenvalues
 
-__all__ = ["EXTREMES", "NewState", "Progress", "Writer", "fill_state"]
+__all__ = ["EXTREMES", "NewState", "Progress", "Writer", "buffer_bytes", "fill_state"]
 
 _log = logger("natgrad.ingestion")
 
@@ -138,6 +138,15 @@ class _OpenSteps:
         while self._open:
             _, (manager, _) = self._open.popitem()
             manager.__exit__(None, None, None)
+
+
+def buffer_bytes(shape: TrajectoryShape) -> int:
+    """Return the bytes of the buffers of a `Writer`: a chunk of each array. See there for replicates."""
+    copies = shape.replicates if shape.chunk[0] > 1 else 1
+    return math.prod(shape.chunk) * sum(
+        storage_dtype(dtype).itemsize * (copies if name in REPLICATE_STATES else 1)
+        for name, dtype in shape.dtypes.items()
+    )
 
 
 class Writer:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote
 
-from natgrad.schema.errors import InputError
+from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage.base import Stat, Storage, StoredFile, Writes
 
 __all__ = [
@@ -32,34 +32,38 @@ __all__ = [
     "LocalStorage",
     "NotRegularError",
     "disk_errors",
+    "naming_errors",
     "open_local",
     "open_regular",
     "read_at",
     "require_regular",
 ]
 
-_REFUSALS = {
+_FAILURES = {
     errno.ENOSPC: ("no space left", "the disk is full", "free some space, or choose another OUT"),
     errno.EDQUOT: (
         "the disk quota is exceeded",
-        "the user has used up the quota on this file system",
+        "the user has reached the quota of this file system",
         "free some space, or request a higher quota",
     ),
-    errno.EFBIG: ("the file would be too large", "the file size is limited", "raise the limit (ulimit -f)"),
+    errno.EFBIG: ("a file would become too large", "a limit on the size of files is set", "raise it (ulimit -f)"),
     errno.EROFS: (
         "the file system is read-only",
         "it was mounted read-only, or became read-only after a failure",
         "choose another OUT",
     ),
-    errno.EACCES: ("write permission denied", "the folder belongs to another user", "choose another OUT"),
-    errno.EPERM: ("write permission denied", "the folder is protected", "choose another OUT"),
+    errno.EACCES: ("permission denied", "it belongs to another user", "request access, or choose another OUT"),
+    errno.EPERM: ("permission denied", "it is protected", "choose another OUT"),
     errno.EIO: ("the disk failed", "it is damaged or disconnected", "check the disk (dmesg)"),
     errno.ENOENT: (
-        "the store no longer exists",
-        "it was removed or moved during a write",
-        "do not move or remove it while natgrad runs",
+        "a file no longer exists",
+        "the store was removed or moved while natgrad ran",
+        "do not move or remove it",
     ),
 }
+"""Failure, probable cause and remedy for each error code."""
+
+_OTHER_FAILURE = ("the system cannot access a file", "see the message of the system", "correct the cause")
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Error codes of file systems without hard links."""
@@ -73,12 +77,27 @@ _SEGMENT_BYTES = 1 << 19
 _BYTE = (bytearray(1),)
 
 
+@contextmanager
+def naming_errors(path: Path | None) -> Iterator[None]:
+    """Add the name of a local file to errors of the system that have none, as those of calls with a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if path is not None and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 # Flushing ----------------------------------------------------------------------------------------------------
 
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    with naming_errors(path):
+        _flush_descriptor(os.open(path, os.O_RDONLY))
+
+
+def _flush_descriptor(descriptor: int) -> None:
     try:
         # On macOS, fsync leaves the data in the cache of the disk. F_FULLFSYNC flushes this cache.
         full = getattr(fcntl, "F_FULLFSYNC", None)
@@ -124,7 +143,7 @@ def _write_temporary(path: Path, content: bytes | memoryview) -> Path:
     """Write a temporary file in the folder of a path, without waiting for the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with naming_errors(path), temporary.open("wb", buffering=0) as file:
             for start in range(0, len(content), _SEGMENT_BYTES):
                 left = memoryview(content)[start : start + _SEGMENT_BYTES]
                 while left:
@@ -155,16 +174,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
     Raises
     ------
-    InputError
+    Unavailable
         Instead of an OSError. Recorded data are complete, because records are written after the data.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:  # for example, a network error
-            raise
-        what, why, remedy = _REFUSALS[error.errno]
-        raise InputError(
+        if error.errno is None or (error.filename is None and error.errno not in _FAILURES):
+            raise  # an error of a network, for example
+        what, why, remedy = _FAILURES.get(error.errno, _OTHER_FAILURE)
+        raise Unavailable(
             f"{what}: {error.strerror}",
             where=str(error.filename or path),
             why=why,
@@ -216,14 +235,15 @@ class LocalStorage(Storage):
     def get_tagged(self) -> tuple[bytes, str]:
         """Return the content of a file, and an empty tag, because files have no conditional writes."""
         descriptor = open_regular(self._path)
-        with os.fdopen(descriptor, "rb") as file:
+        with naming_errors(self._path), os.fdopen(descriptor, "rb") as file:
             return file.read(), ""
 
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
         """Return ranges of the content of a file."""
         descriptor = open_regular(self._path)
         try:
-            return [os.pread(descriptor, stop - start, start) for start, stop in spans]
+            with naming_errors(self._path):
+                return [os.pread(descriptor, stop - start, start) for start, stop in spans]
         finally:
             os.close(descriptor)
 
@@ -406,11 +426,12 @@ class _LocalWrites(Writes):
         try:
             if missing := max(0, offset - os.fstat(descriptor).st_size):
                 raise EOFError(f"it is {missing} bytes too short")
-            os.truncate(descriptor, size)
             stop = offset + len(content)
-            while content:
-                count = os.pwrite(descriptor, content, offset)
-                content, offset = content[count:], offset + count
+            with naming_errors(path):
+                os.truncate(descriptor, size)
+                while content:
+                    count = os.pwrite(descriptor, content, offset)
+                    content, offset = content[count:], offset + count
         finally:
             os.close(descriptor)
         if stop == size:

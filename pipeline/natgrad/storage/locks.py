@@ -228,7 +228,7 @@ def lock_by_object(store: Lockable, kind: str) -> Iterator[None]:
         Kind of store, for messages.
     """
     lock = store.parent / _lock_name(store.name)
-    started = psutil.Process().create_time()
+    started = _start_of(os.getpid())
     signed = json.dumps({**_signature(), "started": started, "key": uuid.uuid4().hex}).encode()
     try:
         _put_lock(lock, signed, store, kind)
@@ -275,9 +275,30 @@ def _is_dead(name: Mapping[str, Any]) -> bool:
     if name["host"] != socket.gethostname():
         return False
     try:
-        return bool(psutil.Process(name["process"]).create_time() != name["started"])
+        return bool(_start_of(name["process"]) != name["started"])
     except psutil.NoSuchProcess:
         return True
+
+
+def _start_of(process: int) -> str:
+    """Return the start of a process, in a form that does not change if the clock of the machine is set.
+
+    On Linux, psutil computes the time of the start from the current clock, so another process would seem to have
+    the number of the holder after the clock was set.
+
+    Raises
+    ------
+    psutil.NoSuchProcess
+        If there is no such process.
+    """
+    boot, status = Path("/proc/sys/kernel/random/boot_id"), Path(f"/proc/{process}/stat")
+    if not boot.exists():
+        return str(psutil.Process(process).create_time())
+    try:
+        # The name of the program, in parentheses, may contain spaces. The start is the 22nd field.
+        return f"{boot.read_text().strip()} {status.read_text().rpartition(')')[2].split()[19]}"
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(process) from error
 
 
 def _require_conditions(lock: Lockable, signed: bytes) -> None:

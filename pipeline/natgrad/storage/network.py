@@ -1,4 +1,4 @@
-"""Translate errors of object stores into messages for users."""
+"""Translate errors of storages into messages for users."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage.base import Storage
+from natgrad.storage.local import disk_errors
 
-__all__ = ["network_errors", "user_error"]
+__all__ = ["network_errors", "storage_errors", "user_error"]
 
 _LIBRARIES = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "icechunk", "s3fs")
 """Libraries that access object stores."""
@@ -42,6 +43,31 @@ def network_errors(*storages: Storage) -> Iterator[None]:
             if translated is not None:
                 raise translated from error
         raise
+
+
+@contextmanager
+def storage_errors(*storages: Storage) -> Iterator[None]:
+    """Translate errors of the remote and local storages of a command into messages for users.
+
+    Parameters
+    ----------
+    *storages : Storage
+        The storages in use. The first local one is the location of an error without a file name.
+
+    Raises
+    ------
+    InputError
+        See `network_errors`.
+    Unavailable
+        If a file cannot be read or written, for example because the disk failed.
+    """
+    local = [storage.local_path for storage in storages if storage.local_path is not None]
+    with network_errors(*storages):
+        if not local:
+            yield
+            return
+        with disk_errors(local[0]):
+            yield
 
 
 def user_error(error: Exception, where: str) -> InputError | None:

@@ -17,7 +17,7 @@ from zarr.storage import WrapperStore
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
-from natgrad.storage import LocalStorage, Storage
+from natgrad.storage import LocalStorage, Storage, naming_errors
 from natgrad.store.group import document_of, require_version
 from natgrad.store.journal import Journal
 
@@ -125,7 +125,8 @@ class CheckedStore(WrapperStore[Store]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the content of a file. A range is taken from the verified content."""
-        found = await self._store.get(key, prototype)
+        with naming_errors((self._storage / key).local_path):
+            found = await self._store.get(key, prototype)
         if key in self._files:
             content = None if found is None else found.to_bytes()
             _compare(self._storage / key, content, self._files[key], self._remedy)

@@ -113,7 +113,7 @@ class Trajectory(States):
         """
         attributes = open_group(storage, "trajectory", "ingest a run first: natgrad ingest SOURCE OUT")
         self.scalars: tuple[str, ...] = tuple(attributes["scalars"])
-        self.source: str = attributes["source"]
+        self._first_source: str = attributes["source"]
         self.sweep: bool = attributes["sweep"]
         self.tables: tuple[str, ...] = tuple(attributes["tables"])
         self.read_options: dict[str, Any] | None = attributes.get("read_options")
@@ -455,6 +455,12 @@ class Trajectory(States):
                 older = (runs[:begin] == runs[begin]) & (attempts[:begin] < attempts[begin])
                 chosen[:begin] &= ~older | (steps[:begin] < steps[begin])
         return chosen
+
+    @property
+    def source(self) -> str:
+        """Folder of the log: where its first step was found last, because a log may move between two ingests."""
+        names = self.journal.names() if self.n_states else []
+        return str(sources_of(self.journal.read(names[0]))[0]["folder"]) if names else self._first_source
 
     def sources(self) -> list[dict[str, Any]]:
         """Return the identity of the source of each state."""
