@@ -243,7 +243,9 @@ class LocalStorage(Storage):
         descriptor = open_regular(self._path)
         try:
             with naming_errors(self._path):
-                return [os.pread(descriptor, stop - start, start) for start, stop in spans]
+                # pread allocates the bytes that are requested, also beyond the end of the file.
+                size = os.fstat(descriptor).st_size
+                return [os.pread(descriptor, max(min(stop, size) - start, 0), start) for start, stop in spans]
         finally:
             os.close(descriptor)
 
