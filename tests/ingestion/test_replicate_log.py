@@ -296,9 +296,10 @@ def drawn_arrays(dtype="float32", hvp=True):
 def bits(ledger):
     """Return the complete contents of a ledger."""
     gram_ledger = open_ledger(ledger)
+    updates, step = gram_ledger.n_updates, gram_ledger.updates_per_chunk
     chunks = [
-        gram_ledger.read_chunk("replicate_gram", start, start + gram_ledger.updates_per_chunk)
-        for start in range(0, gram_ledger.n_updates, gram_ledger.updates_per_chunk)
+        gram_ledger.read_chunk("replicate_gram", start, min(start + step, updates))
+        for start in range(0, updates, step)
     ]
     return [array.tobytes() for array in (*gram_ledger.read(), *gram_ledger.steps(), np.concatenate(chunks))]
 
