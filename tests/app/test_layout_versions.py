@@ -49,7 +49,7 @@ def test_an_older_run_is_processed_again_with_overwrite(out, log, version):
         with_version(out, store, version)
     for command in (describe_run, run.analyze_run, lambda out: run.ingest_run(log, out)):
         with pytest.raises(
-            InputError, match=rf"the trajectory has .*layout version.* reads version {LAYOUT_VERSION}"
+            InputError, match=rf"the trajectory has .*layout version.*, .* natgrad reads {LAYOUT_VERSION}\n"
         ):
             command(out)
     with pytest.raises(InputError, match="layout version"):

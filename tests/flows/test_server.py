@@ -7,10 +7,11 @@ import subprocess
 import psutil
 import pytest
 
+from commands import NATGRAD
 from distributions import install
 from logs import random_walk, write_log
 from natgrad.app import scan
-from servers import NATGRAD, QUIET, PrefectServer, free_port, wait_for
+from servers import QUIET, PrefectServer, free_port, wait_for
 
 # A server is ready after some ten seconds, or minutes where a machine is busy.
 pytestmark = pytest.mark.timeout(1200)

@@ -12,8 +12,6 @@ from natgrad.theory import geometry, windows
 from natgrad.theory.geometry import Pair
 from natgrad.theory.windows import WindowTerms, smallest_decreasing, smallest_effective
 
-UNKNOWN = (Status.NO_LEARNING_RATE, Status.UNVERIFIABLE)
-
 
 def terms_of(alignment, floor=0.0):
     """Return terms of updates of norm 1, one column for each column of ``alignment``."""
@@ -24,7 +22,7 @@ def terms_of(alignment, floor=0.0):
 
 
 def one_by_one(terms, follows, longest):
-    """Return the smallest window of one column, from the definition."""
+    """Return the smallest window of one column, by definition. A window of unknown status is not effective."""
     updates = len(terms.learning_rate)
     for m in range(1, min(longest, updates) + 1):
         found = []
@@ -40,7 +38,7 @@ def one_by_one(terms, follows, longest):
                 terms.finite[part].all(),
                 terms.known[part].all() and floor < pair.update_norm,
             )
-            found += [] if status in UNKNOWN else [status]
+            found.append(status)
         if found and all(status == Status.EFFECTIVE for status in found):
             return m, len(found)
     return np.nan, 0
@@ -81,12 +79,19 @@ def test_updates_that_are_all_lost_in_rounding_do_not_add_up_to_a_window(floor, 
     np.testing.assert_equal((float(smallest), int(count)), expected)
 
 
-def test_the_sum_of_a_window_has_the_smallest_learning_rate():
+@pytest.mark.parametrize(("rate", "expected"), [(0.5, (2.0, 2)), (0.0, (np.nan, 0)), (np.nan, (np.nan, 0))])
+def test_the_sum_of_a_window_has_the_smallest_learning_rate(rate, expected):
     terms = terms_of([1.0, -0.5, 1.0])
-    terms = replace(terms, learning_rate=np.array([1.0, np.nan, 1.0]))
-    # The second update and all windows that contain it are not known.
+    terms = replace(terms, learning_rate=np.array([1.0, rate, 1.0]))
+    # Both windows of 2 descend. If the rate of the second update is not known, neither is known to.
     smallest, count = smallest_effective(terms, np.ones(2, bool), 3)
-    assert (float(smallest), int(count)) == (1.0, 2)
+    np.testing.assert_equal((float(smallest), int(count)), expected)
+
+
+def test_one_unknown_learning_rate_leaves_no_window():
+    terms = replace(terms_of([1.0, 1.0, 1.0]), learning_rate=np.array([1.0, 1.0, np.nan]))
+    smallest, count = smallest_effective(terms, np.ones(2, bool), 3)
+    np.testing.assert_equal((float(smallest), int(count)), (np.nan, 0))
 
 
 @given(
@@ -99,9 +104,9 @@ def test_the_smallest_decreasing_window_is_the_first_of_all(losses, longest):
     expected = (np.nan, 0)
     for m in range(min(longest, updates), 0, -1):
         changes = [losses[first + m] - losses[first] for first in range(updates - m + 1)]
-        known = [change for change in changes if not np.isnan(change)]
-        if known and max(known) < 0:
-            expected = (float(m), len(known))
+        # The change of an unknown loss is NaN, which is not negative.
+        if all(change < 0 for change in changes):
+            expected = (float(m), len(changes))
     found = smallest_decreasing(losses[:-1], losses[1:], np.ones(updates - 1, bool), longest)
     np.testing.assert_equal(found, expected)
 
