@@ -5,12 +5,15 @@ point in this one.
 """
 
 import errno
+import io
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,10 @@ import xarray as xr
 
 from commands import NATGRAD, natgrad, natgrad_process
 from logs import random_walk, write_log, write_step
+from natgrad.app import cli
 from natgrad.app.memory import memory_errors
 from natgrad.schema.errors import Unavailable
+from natgrad.schema.logs import logger
 from natgrad.schema.times import now
 from natgrad.schema.version import __version__
 from natgrad.store import open_trajectory
@@ -49,6 +54,15 @@ def run(processed):
     """Return a log, the output folder of `natgrad process`, and its answer."""
     folder, done = processed
     return folder / "log", folder / "out", json.loads(done.stdout)
+
+
+def test_log_lines_after_a_command_go_to_the_current_standard_error(run, capfd, monkeypatch):
+    # A command in this process may write to a standard error that is replaced and closed after it.
+    monkeypatch.setattr(logging.getLogger("natgrad"), "handlers", [])
+    with io.StringIO() as closed, redirect_stderr(closed):
+        cli.app(["info", str(run[1])], standalone_mode=False)
+    logger("natgrad.test").warning("a line after the command")
+    assert capfd.readouterr().err == "WARNING a line after the command\n"
 
 
 def test_process_runs_all_stages_and_prints_the_paths(run):

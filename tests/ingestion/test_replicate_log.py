@@ -543,7 +543,7 @@ def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_pat
         ({"parameter": {"theta": np.ones(2)}}, r"replicates of parameter have .* shapes {'theta': \(\)}"),
         ({"parameter": {"theta": np.ones((0, 2))}}, r"replicates of parameter have counts \[\(0,\)\]"),
         ({"parameter": {"other": np.ones((3, 2))}}, "replicates of parameter have .* shapes {'other'"),
-        ({"parameter": {"theta": np.ones((3, 2))}, "hvp": {"theta": np.ones((4, 2))}}, r"counts \[\(3,\), \(4,\)\]"),
+        ({"parameter": {"theta": np.ones((3, 2))}, "hvp": {"theta": np.ones((4, 2))}}, r"counts \[\(3,\), \(4,"),
         ({"parameter": {"theta": np.ones((3, 2))}, "loss": [1.0, 2.0]}, r"counts \[\(2,\), \(3,\)\]"),
         ({"parameter": {"theta": np.ones((3, 2))}, "loss": np.ones((3, 2))}, "losses of replicates have shape"),
         ({"parameter": {"theta": np.ones((3, 2), int)}}, "cannot be recorded"),

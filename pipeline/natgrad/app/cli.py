@@ -19,7 +19,13 @@ from natgrad.schema.summary import Summary, summary_lines
 from natgrad.schema.text import printable
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from natgrad.app.progress import StageProgress
+
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler
 
 __all__ = ["Output", "app", "command_options", "main"]
 
@@ -86,6 +92,14 @@ def _typer_parameter(declared: options.DeclaredOption) -> Any:
     return Annotated[annotation, typer.Option(declared.flag, **common)]
 
 
+class _StandardError(_StreamHandler):
+    """Write to the current standard error: that of an earlier command may be closed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 class Output:
     """Print progress and log messages of a command to standard error, and its summary to standard output.
 
@@ -116,7 +130,7 @@ class Output:
             handler = RichHandler(console=self.console, show_time=False, show_path=False, markup=False)
             handler.setFormatter(logging.Formatter("%(message)s"))
         else:
-            handler = logging.StreamHandler()
+            handler = _StandardError()
             handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
         logger = logging.getLogger("natgrad")
         logger.handlers = [handler]
