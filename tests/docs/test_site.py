@@ -43,7 +43,7 @@ def test_the_reference_has_every_public_name_with_its_options(site):
         assert f'id="natgrad.{name}"' in page
     text = re.sub(r"<[^>]+>", "", page)
     assert "idle_timeout" in text
-    assert "Seconds without a new step after which --follow ends." in text
+    assert "Seconds without a new step after which follow ends." in text
 
 
 def test_the_changelog_has_the_fragments(site):

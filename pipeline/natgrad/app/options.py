@@ -987,6 +987,9 @@ def with_options(
         entries = "\n".join(option.numpydoc() for option in (*own.values(), *of_kind.values()))
         if function.__doc__:
             validating.__doc__ = inspect.cleandoc(function.__doc__).replace("**options", entries, 1)
+        # Tools that document functions describe the wrapped one.
+        function.__signature__ = validating.__signature__  # type: ignore[attr-defined]
+        function.__doc__ = validating.__doc__
         return cast(F, validating)
 
     return decorate
