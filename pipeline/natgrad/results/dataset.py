@@ -354,7 +354,7 @@ def read(storage: Storage) -> xr.DataTree:
             "there are no results here", where=str(storage), remedy="compute them first: natgrad analyze OUT"
         )
     files = recorded_files(storage, COMPUTE_AGAIN)["files"]
-    store: Any = CheckedStore(storage.zarr_store(), storage, files, COMPUTE_AGAIN)  # xarray does not type stores
+    store: Any = CheckedStore.of(storage, files, COMPUTE_AGAIN)  # xarray does not type stores
     return xr.open_datatree(store, engine="zarr")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from crc32c import crc32c
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
-from zarr.storage import WrapperStore
+from zarr.storage import StorePath, WrapperStore
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
@@ -107,14 +107,26 @@ class CheckedStore(WrapperStore[Store]):
         Checksum of each file.
     remedy : str
         Advice for the error message.
+    path : str, optional
+        Path of the files in the Zarr store. Default: its root.
     """
 
-    def __init__(self, store: Store, storage: Storage, files: Mapping[str, int], remedy: str) -> None:
+    def __init__(
+        self, store: Store, storage: Storage, files: Mapping[str, int], remedy: str, path: str = ""
+    ) -> None:
         super().__init__(store)
-        self._storage, self._files, self._remedy = storage, files, remedy
+        self._storage, self._files, self._remedy, self._path = storage, files, remedy, path
+
+    @classmethod
+    def of(cls, storage: Storage, files: Mapping[str, int], remedy: str) -> CheckedStore | StorePath:
+        """Return the store of a location, or a path in it if `Storage.zarr_store` returns a path."""
+        found = storage.zarr_store()
+        if isinstance(found, StorePath):
+            return StorePath(cls(found.store, storage, files, remedy, found.path), found.path)
+        return cls(found, storage, files, remedy)
 
     def _with_store(self, store: Store) -> CheckedStore:
-        return type(self)(store, self._storage, self._files, self._remedy)
+        return type(self)(store, self._storage, self._files, self._remedy, self._path)
 
     @property
     def read_only(self) -> bool:
@@ -125,11 +137,12 @@ class CheckedStore(WrapperStore[Store]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the content of a file. A range is taken from the verified content."""
-        with naming_errors((self._storage / key).local_path):
+        name = key.removeprefix(f"{self._path}/")
+        with naming_errors((self._storage / name).local_path):
             found = await self._store.get(key, prototype)
-        if key in self._files:
+        if name in self._files:
             content = None if found is None else found.to_bytes()
-            _compare(self._storage / key, content, self._files[key], self._remedy)
+            _compare(self._storage / name, content, self._files[name], self._remedy)
         elif found is not None:
             return None  # not part of the store
         return found if byte_range is None else await self._store.get(key, prototype, byte_range)
