@@ -7,6 +7,9 @@ from natgrad.sources import opening
 from natgrad.storage import open_all, open_storage
 from natgrad.store import Ledger, Trajectory, open_store, verify
 
+TIMES = "verified.json"
+"""Name of the records of times in a store. All other files of equal data are equal."""
+
 
 def ingest(source, store, **options):
     return ingestion.ingest(open_all(source), open_store(store), **options)

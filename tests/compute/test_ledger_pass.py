@@ -655,7 +655,7 @@ def test_the_time_since_which_all_states_are_verified_is_that_of_the_oldest_comp
 
 
 def verify_states(trajectory, ledger):
-    return verified_since(open_trajectory(trajectory), open_ledger(ledger).records())
+    return verified_since(open_trajectory(trajectory), open_ledger(ledger))
 
 
 def test_a_damaged_record_of_a_verification_is_no_verification(tmp_path, caplog):

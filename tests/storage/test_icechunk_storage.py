@@ -25,7 +25,7 @@ from natgrad.storage import LocalStorage, open_out, open_storage
 from natgrad.storage.icechunk_storage import IcechunkStorage
 from natgrad.storage.objects import ObjectStorage
 from natgrad.store import open_ledger, open_trajectory
-from opened import compute_ledger, read_results
+from opened import TIMES, compute_ledger, read_results
 from processing import Serial
 
 
@@ -43,9 +43,9 @@ def opened(server, out):
 
 
 def content(out):
-    """Path below OUT to bytes, of all in its stores."""
+    """Path below OUT to bytes, of all in its stores except times."""
     folder = open_out(out)
-    names = [name for name in folder.walk() if not name.endswith((".lock", ".html"))]
+    names = [name for name in folder.walk() if not name.endswith((".lock", ".html", TIMES))]
     return dict(zip(names, folder.get_entries(names), strict=True))
 
 

@@ -31,7 +31,7 @@ from natgrad.sources.container import ObjectRegion
 from natgrad.storage import LocalStorage, network_errors, open_storage
 from natgrad.storage.objects import ObjectStorage
 from natgrad.store import Ledger, Trajectory, open_ledger, open_trajectory
-from opened import compute_ledger
+from opened import TIMES, compute_ledger
 from processing import Serial
 from servers import forget_object_stores, free_port
 
@@ -40,9 +40,9 @@ STEPS = 12
 
 
 def content(folder):
-    """Relative path to content of all files, except locks, and except pages, which contain their location."""
+    """Relative path to content of all files, except locks, times, and pages, which contain their location."""
     storage = open_storage(folder)
-    names = [name for name in storage.walk() if not name.endswith((".lock", ".html"))]
+    names = [name for name in storage.walk() if not name.endswith((".lock", ".html", TIMES))]
     return dict(zip(names, storage.get_entries(names), strict=True))
 
 

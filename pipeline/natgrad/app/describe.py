@@ -44,6 +44,6 @@ def _verified_since(folder: RunFolder, states: Trajectory) -> str | None:
     """Return the time since which every state has been verified. The ledger may be that of an older trajectory."""
     ledger = Ledger.find(folder.ledger)
     if ledger is None:
-        return verified_since(states, [])
+        return verified_since(states, None)
     chunks = [LedgerChunk(record["start"], record["stop"]) for record in ledger.records()]
-    return verified_since(states, ledger.records(states.digests(chunks)))
+    return verified_since(states, ledger, states.digests(chunks))

@@ -21,7 +21,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import STEP
-from natgrad.schema.times import now
+from natgrad.schema.times import now, oldest
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
 from natgrad.store.verify import verified_since
@@ -122,6 +122,8 @@ def compute_ledger(
         # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
         preparing = background.submit(_prepare, ledger, states, shape.vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
+        compared = {} if new else preparing.result().ledger.verification()
+        continued = {item.chunk for item in missing if item.n_updates < item.chunk.stop - item.chunk.start}
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:
             _log.info("%d of these updates are missing from the ledger", updates)
@@ -130,7 +132,10 @@ def compute_ledger(
             prepared = preparing.result()
             chunk = found.chunk if isinstance(found, Computed) else found
             if isinstance(found, Computed):
-                prepared.ledger.write(*found, verified=job.verified)
+                prepared.ledger.write(*found)
+            # A chunk that continues an earlier one contains states that an earlier pass compared.
+            earlier = [compared.get(chunk.start)] if chunk in continued else []
+            compared[chunk.start] = oldest([job.verified, *earlier])
             fields = {
                 "run": job.run,
                 "first_step": int(prepared.steps[chunk.start]),
@@ -139,7 +144,10 @@ def compute_ledger(
             _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
             if progress is not None:
                 progress(done, len(missing))
-        verified = verified_since(states, preparing.result().ledger.records())
+        prepared = preparing.result()
+        if missing:
+            prepared.ledger.record_verification(compared)
+        verified = verified_since(states, prepared.ledger)
         ledger.publish(f"ledger of {job.run}: {len(missing)} of {len(items)} chunks computed")
     return PassSummary(plan.n_updates, len(items), len(missing), updates, plan, verified)
 

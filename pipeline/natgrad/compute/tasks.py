@@ -55,7 +55,7 @@ class Job:
         files and no replicates. Otherwise Python passes states to the kernel, with the same bits.
     verified : str or None
         Time of the pass if it compares the states that it reads with their checksums; see
-        `natgrad.store.Ledger.verified`.
+        `natgrad.store.Ledger.record_verification`.
     """
 
     trajectory: Storage
@@ -324,7 +324,7 @@ def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segme
         return Computed(chunk, products, ratio, digest, *replicate_products)
     ledger = Ledger(job.ledger)
     products, ratio, *replicate_products = _summed(len(ledger.layout.tensors), _joined(parts))
-    ledger.write(chunk, products, ratio, digest, *replicate_products, verified=job.verified)
+    ledger.write(chunk, products, ratio, digest, *replicate_products)
     return chunk
 
 

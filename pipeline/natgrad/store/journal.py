@@ -19,9 +19,15 @@ from crc32c import crc32c
 from numpy.typing import ArrayLike, NDArray
 
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.logs import logger
 from natgrad.storage import Storage
 
 __all__ = ["Journal", "sources_of"]
+
+_log = logger(__name__)
+
+_VERIFICATION = "verified"
+"""Name of the record of times. It is not a commit record: records of equal data stay equal."""
 
 _SEAL = '{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
@@ -147,6 +153,20 @@ class Journal:
                 why="the lock of this process was removed while it was writing",
                 remedy="ensure that only one process writes, run natgrad verify OUT, and run again",
             ) from error
+
+    def write_verification(self, record: Mapping[str, Any]) -> None:
+        """Record when data was compared with its checksums."""
+        self.write(_VERIFICATION, record)
+
+    def read_verification(self) -> dict[str, Any]:
+        """Return the record of `write_verification`; an empty one if there is none, or if it is damaged."""
+        if not self.has(_VERIFICATION):
+            return {}
+        try:
+            return self.read(_VERIFICATION)
+        except InputError as error:
+            _log.warning("%s (%s): the time of the last verification is not known", error.what, error.where)
+            return {}
 
     def clear(self) -> None:
         """Remove incomplete records that a killed writer left."""

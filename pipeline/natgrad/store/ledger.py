@@ -16,7 +16,6 @@ from natgrad.schema.layout import Layout, LedgerChunk
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_REPLICATE_VECTOR, WITH_VECTOR
 from natgrad.schema.summary import summary_html
-from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.group import (
     ANALYZE_AGAIN,
@@ -298,8 +297,6 @@ class Ledger:
         ratio: NDArray[np.float64],
         digest: str,
         replicate_gram: NDArray[np.float64] | None = None,
-        *,
-        verified: str | None = None,
     ) -> None:
         """Write a complete ledger chunk, then record it.
 
@@ -314,8 +311,6 @@ class Ledger:
             Digest of the states from which the chunk was computed.
         replicate_gram : float64 array, shape (updates, tensors, replicate vectors, replicate vectors), optional
             Required if there are replicates.
-        verified : str, optional
-            Time at which the states of these updates were compared with their checksums.
         """
         if chunk.start % self.updates_per_chunk or chunk.stop != min(
             chunk.start + self.updates_per_chunk, self.n_updates
@@ -328,11 +323,10 @@ class Ledger:
             record = self.journal.read(f"{chunk.start:012d}")
             earlier = self._recorded(record)
             arrays = {name: np.concatenate([earlier[name], values]) for name, values in arrays.items()}
-            verified = oldest([verified, record["verified"]])
         if any(len(values) != chunk.stop - chunk.start for values in arrays.values()):
             raise ValueError(f"the arrays do not have one entry for each of updates {chunk.start} to {chunk.stop}")
         covered = {name: _updates_per_checksum(values) for name, values in arrays.items()}
-        record = {"start": chunk.start, "stop": chunk.stop, "digest": digest, "verified": verified}
+        record = {"start": chunk.start, "stop": chunk.stop, "digest": digest}
         record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
         record["checksum_rows"] = covered
         contents: dict[str, bytes | memoryview] = {}
@@ -419,6 +413,25 @@ class Ledger:
         if digests is None:
             return list(found)
         return [record for record in found if digests.get(_chunk_of(record)) == record["digest"]]
+
+    def record_verification(self, times: Mapping[int, str | None]) -> None:
+        """Record when the states of ledger chunks were compared with their checksums.
+
+        Parameters
+        ----------
+        times : mapping
+            The first update of each ledger chunk to the time; None if the states were not compared.
+        """
+        digests = {record["start"]: record["digest"] for record in self.records()}
+        self.journal.write_verification(
+            {"chunks": {str(start): [digests[start], time] for start, time in sorted(times.items())}}
+        )
+
+    def verification(self) -> dict[int, str | None]:
+        """Return the times of `record_verification`, except those of ledger chunks that were replaced since."""
+        found = self.journal.read_verification().get("chunks", {})
+        digests = {str(record["start"]): record["digest"] for record in self.records()}
+        return {int(start): time for start, (digest, time) in found.items() if digests.get(start) == digest}
 
     def discard_others(self, digests: Mapping[LedgerChunk, str]) -> None:
         """Remove the records of ledger chunks that were computed from other states, so that they are missing.

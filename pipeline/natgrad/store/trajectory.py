@@ -68,7 +68,6 @@ __all__ = ["Trajectory"]
 
 _log = logger(__name__)
 
-_VERIFIED = "verified"
 """Record of the last verification of all states."""
 
 _TABLE_CHUNK = 1 << 16
@@ -486,18 +485,12 @@ class Trajectory(States):
 
     def record_verification(self, time: str) -> None:
         """Record that all committed states match their checksums; see `natgrad.schema.times.now`."""
-        self.journal.write(_VERIFIED, {"states": self.n_states, "time": time})
+        self.journal.write_verification({"states": self.n_states, "time": time})
 
     def verification(self) -> tuple[int, str]:
         """Return how many states, from the first on, were verified together, and when; (0, "") if none were."""
-        if not self.journal.has(_VERIFIED):
-            return 0, ""
-        try:
-            record = self.journal.read(_VERIFIED)
-        except InputError as error:
-            _log.warning("%s (%s): the time of the last verification is not known", error.what, error.where)
-            return 0, ""
-        return record["states"], record["time"]
+        record = self.journal.read_verification()
+        return record.get("states", 0), record.get("time", "")
 
     # Commits ------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import storage_dtype
+from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.schema.times import oldest
 from natgrad.storage import Storage
@@ -115,7 +115,9 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
             yield from _verify_scalar(states, name, records, numbers)
 
 
-def verified_since(states: Trajectory, records: Iterable[Mapping[str, Any]]) -> str | None:
+def verified_since(
+    states: Trajectory, ledger: Ledger | None, digests: Mapping[LedgerChunk, str] | None = None
+) -> str | None:
     """Return the time since which every state has been compared with its checksums; None if that is not known.
 
     A pass compares the states that it reads, and `natgrad verify` all states. The result is the oldest, over the
@@ -124,16 +126,19 @@ def verified_since(states: Trajectory, records: Iterable[Mapping[str, Any]]) -> 
     Parameters
     ----------
     states : Trajectory
-    records : iterable of mapping
-        Records of the ledger chunks that were computed from these states.
+    ledger : Ledger, optional
+    digests : mapping, optional
+        See `Ledger.records`. Required if the ledger may be that of an older trajectory.
     """
     stop, time = states.verification()
+    records = [] if ledger is None else ledger.records(digests)
+    compared = {} if ledger is None else ledger.verification()
     reached, times = 0, []
     for record in records:
         if record["start"] == reached:
             reached = record["stop"]
             # The states of these updates include the halo.
-            own, all_states = record["verified"], time if reached < stop else None
+            own, all_states = compared.get(record["start"]), time if reached < stop else None
             times.append(max(filter(None, (own, all_states)), default=None))
     if reached + 1 < states.n_states:
         times.append(time if stop >= states.n_states else None)
