@@ -140,7 +140,7 @@ def test_the_command_reports_a_file_size_limit(tmp_path, log):
     command = [sys.executable, "-c", LIMITED, "50000", "ingest", log, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "natgrad: the file would be too large: File too large" in done.stderr
+    assert "natgrad: a file would become too large: File too large" in done.stderr
     assert "ulimit -f" in done.stderr
     assert "Traceback" not in done.stderr
     assert ingest(log, tmp_path / "out" / "trajectory.zarr").new_steps == STEPS

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -122,31 +123,33 @@ def compute_ledger(
         # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
         preparing = background.submit(_prepare, ledger, states, shape.vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
-        compared = {} if new else preparing.result().ledger.verification()
-        continued = {item.chunk for item in missing if item.n_updates < item.chunk.stop - item.chunk.start}
+        earlier = {} if new else preparing.result().ledger.verification()
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:
             _log.info("%d of these updates are missing from the ledger", updates)
         run = executor or serial
-        for done, found in enumerate(run(job, missing, lambda: preparing.result().digests), start=1):
-            prepared = preparing.result()
-            chunk = found.chunk if isinstance(found, Computed) else found
-            if isinstance(found, Computed):
-                prepared.ledger.write(*found)
-            # A chunk that continues an earlier one contains states that an earlier pass compared.
-            earlier = [compared.get(chunk.start)] if chunk in continued else []
-            compared[chunk.start] = oldest([job.verified, *earlier])
-            fields = {
-                "run": job.run,
-                "first_step": int(prepared.steps[chunk.start]),
-                "last_step": int(prepared.steps[chunk.stop - 1]),
-            }
-            _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
-            if progress is not None:
-                progress(done, len(missing))
+        try:
+            for done, found in enumerate(run(job, missing, lambda: preparing.result().digests), start=1):
+                prepared = preparing.result()
+                chunk = found.chunk if isinstance(found, Computed) else found
+                if isinstance(found, Computed):
+                    prepared.ledger.write(*found)
+                fields = {
+                    "run": job.run,
+                    "first_step": int(prepared.steps[chunk.start]),
+                    "last_step": int(prepared.steps[chunk.stop - 1]),
+                }
+                _log.debug("chunk %d of %d is in the ledger", done, len(missing), extra=fields)
+                if progress is not None:
+                    progress(done, len(missing))
+        except BaseException:
+            # The chunks that are finished are kept, and so are their times, unless the storage fails as well.
+            with suppress(InputError, OSError):
+                _record_times(preparing.result(), earlier, job.verified)
+            raise
         prepared = preparing.result()
         if missing:
-            prepared.ledger.record_verification(compared)
+            _record_times(prepared, earlier, job.verified)
         verified = verified_since(states, prepared.ledger)
         ledger.publish(f"ledger of {job.run}: {len(missing)} of {len(items)} chunks computed")
     return PassSummary(plan.n_updates, len(items), len(missing), updates, plan, verified)
@@ -183,6 +186,20 @@ def _prepare(
         item.after(reached.get(item.chunk.start, item.chunk.start)) for item in items if item.chunk in lacking
     ]
     return _Prepared(ledger, missing, {item.chunk.start: digests[item.chunk] for item in items}, steps)
+
+
+def _record_times(prepared: _Prepared, earlier: Mapping[int, str | None], time: str | None) -> None:
+    """Record when the states of finished ledger chunks were compared; `earlier` has the times before the pass."""
+    finished = {(record["start"], record["stop"]) for record in prepared.ledger.records()}
+    times = dict(earlier)
+    for item in prepared.missing:
+        chunk = item.chunk
+        before = times.pop(chunk.start, None)
+        if (chunk.start, chunk.stop) in finished:
+            # A chunk that continues an earlier one contains states that an earlier pass compared.
+            continues = item.n_updates < chunk.stop - chunk.start
+            times[chunk.start] = oldest([time, before]) if continues else time
+    prepared.ledger.record_verification(times)
 
 
 def plan_ledger(
