@@ -324,7 +324,7 @@ def waiting_writer(url, tmp_path):
     """A process that has written four more steps of a run and waits before it commits them."""
     log = logs.write_log(tmp_path / "log", logs.random_walk(8)[:4])
     run.ingest_run(log, url, store="icechunk")
-    # If the first four files were written again, their new identities would be a version of their own.
+    # If the first four files were written again, their new identities would be a separate version.
     logs.write_log(log, logs.random_walk(8)[4:], range(4, 8))
     command = [sys.executable, "-c", WAITING_WRITER, str(log), str(url)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
