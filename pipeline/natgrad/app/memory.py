@@ -56,10 +56,14 @@ def memory_errors(planned: Callable[[], int]) -> Iterator[None]:
             raise
         available = psutil.virtual_memory().available
         limited = "" if limit == resource.RLIM_INFINITY else f", and {limit / MEBIBYTE:.0f} MiB of addresses"
+        # A scan limits the data of the process of each run.
+        data, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        if data != resource.RLIM_INFINITY:
+            limited += f"; this process may use {data / MEBIBYTE:.0f} MiB"
         raise Unavailable(
             f"not enough memory: {str(error) or 'an allocation failed'}",
             where=f"this machine, which has {available / MEBIBYTE:.0f} MiB available{limited}",
             why=f"{planned() / MEBIBYTE:.0f} MiB are planned; other processes, or a limit, leave less than that",
-            remedy="end other processes or raise the limit (ulimit -a shows it), then run again: committed data "
-            "are kept",
+            remedy="end other processes or raise the limit (--process-memory of a scan, ulimit), and run again: "
+            "committed data are kept",
         ) from error
