@@ -66,46 +66,46 @@ def test_log_lines_after_a_command_go_to_the_current_standard_error(run, capfd, 
 
 
 def test_process_runs_all_stages_and_prints_the_paths(run):
-    log, out, said = run
+    log, out, shown = run
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
         "trajectory.zarr",
         "ledger.zarr",
         "results.zarr",
         "report.html",
     }
-    assert said["source"] == str(log)
-    assert (said["new_steps"], said["updates"], said["warnings"]) == (12, 11, [])
-    assert [said[name] for name in ("trajectory", "ledger", "results", "report")] == [
+    assert shown["source"] == str(log)
+    assert (shown["new_steps"], shown["updates"], shown["warnings"]) == (12, 11, [])
+    assert [shown[name] for name in ("trajectory", "ledger", "results", "report")] == [
         str(out / name) for name in ("trajectory.zarr", "ledger.zarr", "results.zarr", "report.html")
     ]
     model = xr.open_datatree(out / "results.zarr")["model"].to_dataset()
     assert model.sizes["step"] == 11
     assert model["window"].values.tolist() == [1, 3]
     angle = model["angle"].sel(window=1, descent="gradient")
-    assert said["angle"] == [float(f(angle.dropna("step"))) for f in (np.min, np.median, np.max)]
+    assert shown["angle"] == [float(f(angle.dropna("step"))) for f in (np.min, np.median, np.max)]
 
 
 def test_processing_again_reads_and_computes_nothing(run):
     log, out, _ = run
-    said = answer("process", log, out, *WINDOWS)
-    assert (said["new_steps"], said["computed_chunks"], said["computed_updates"]) == (0, 0, 0)
+    shown = answer("process", log, out, *WINDOWS)
+    assert (shown["new_steps"], shown["computed_chunks"], shown["computed_updates"]) == (0, 0, 0)
 
 
 def test_info_describes_the_contents_of_a_folder(run):
     _, out, _ = run
-    said = answer("info", out)
-    assert (said["steps"], said["first_step"], said["last_step"], said["elements"]) == (12, 0, 11, 17)
-    assert said["tensors"] == {"layer.bias": [4], "layer.weight": [4, 3], "scale": []}
-    assert said["report"] == str(out / "report.html")
+    shown = answer("info", out)
+    assert (shown["steps"], shown["first_step"], shown["last_step"], shown["elements"]) == (12, 0, 11, 17)
+    assert shown["tensors"] == {"layer.bias": [4], "layer.weight": [4, 3], "scale": []}
+    assert shown["report"] == str(out / "report.html")
     assert "angle" in natgrad("info", out).stdout
 
 
 def test_the_time_of_the_last_verification_is_reported(run, tmp_path):
     log, out = run[0], tmp_path / "out"
     before = now()
-    said = answer("process", log, out)
-    assert before <= said["states_verified"] <= now()
-    assert answer("info", out)["states_verified"] == said["states_verified"]
+    shown = answer("process", log, out)
+    assert before <= shown["states_verified"] <= now()
+    assert answer("info", out)["states_verified"] == shown["states_verified"]
     trusted = tmp_path / "trusted"
     assert answer("process", log, trusted, "--trust-states")["states_verified"] is None
     assert answer("info", trusted)["states_verified"] is None

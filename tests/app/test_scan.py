@@ -384,7 +384,7 @@ def test_a_run_that_hangs_crashes_or_exhausts_memory_fails_alone(root, out):
     assert summary.failures == {
         "a-hang": "timeout: no progress for 20 s",
         "b-kill": "the process of the run was killed by signal 9 (SIGKILL)",
-        "d-allocate": "not enough memory: an allocation failed",
+        "d-allocate": "out of memory",
     }
     assert scan.Outcome.of(out / "a-hang").error["what"] == "timeout: no progress for 20 s"
     # The same bits as without other processes.

@@ -12,7 +12,7 @@ from natgrad.compute.processors import usable_processors
 from natgrad.schema.errors import Unavailable
 from natgrad.schema.layout import MEBIBYTE
 
-__all__ = ["ADDRESS_BYTES", "PROCESSOR_BYTES", "memory_errors"]
+__all__ = ["ADDRESS_BYTES", "PROCESSOR_BYTES", "OutOfMemory", "memory_errors"]
 
 ADDRESS_BYTES, PROCESSOR_BYTES = 3 << 30, 128 << 20
 """Address space of a process and for each processor: libraries, stacks and heaps of threads, most of it never used.
@@ -22,6 +22,10 @@ fails, so this cannot be left to an error.
 """
 
 _NO_THREAD = "can't start new thread"
+
+
+class OutOfMemory(Unavailable):
+    """Memory could not be allocated."""
 
 
 @contextmanager
@@ -36,7 +40,9 @@ def memory_errors(planned: Callable[[], int]) -> Iterator[None]:
     Raises
     ------
     Unavailable
-        If the limit is too low, or memory cannot be allocated.
+        If the limit is too low.
+    OutOfMemory
+        If memory cannot be allocated.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     needed = ADDRESS_BYTES + PROCESSOR_BYTES * usable_processors()
@@ -56,14 +62,10 @@ def memory_errors(planned: Callable[[], int]) -> Iterator[None]:
             raise
         available = psutil.virtual_memory().available
         limited = "" if limit == resource.RLIM_INFINITY else f", and {limit / MEBIBYTE:.0f} MiB of addresses"
-        # A scan limits the data of the process of each run.
-        data, _ = resource.getrlimit(resource.RLIMIT_DATA)
-        if data != resource.RLIM_INFINITY:
-            limited += f"; this process may use {data / MEBIBYTE:.0f} MiB"
-        raise Unavailable(
+        raise OutOfMemory(
             f"not enough memory: {str(error) or 'an allocation failed'}",
             where=f"this machine, which has {available / MEBIBYTE:.0f} MiB available{limited}",
             why=f"{planned() / MEBIBYTE:.0f} MiB are planned; other processes, or a limit, leave less than that",
-            remedy="end other processes or raise the limit (--process-memory of a scan, ulimit), and run again: "
-            "committed data are kept",
+            remedy="end other processes or raise the limit (ulimit -a shows it), then run again: committed data "
+            "are kept",
         ) from error

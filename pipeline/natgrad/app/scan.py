@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -37,6 +36,7 @@ from natgrad.app.worker import Worker
 from natgrad.compute.clusters import named_scheduler
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.logs import logger
+from natgrad.schema.times import now
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.opening import holds_run, open_sources
@@ -283,7 +283,7 @@ class Outcome:
     error: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
     results_version: int = RESULTS_VERSION
-    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    time: str = field(default_factory=now)
     others: list[str] = field(default_factory=list)
 
     @classmethod
@@ -486,7 +486,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
         found = search(root, out)
         # Workers of a cluster are needed only if a run changed.
         remote = (values["cluster"], values["scheduler"]) != (None, None)
-        if remote and not all(_standing(one, of_run) for one in found):
+        if remote and not all(_stands(one, Outcome.of(one.out), of_run) for one in found):
             analysis.require_workers()
             if values["cluster"] is not None:
                 scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
@@ -518,29 +518,26 @@ def _search(folder: Path, in_one_file: bool, progress: StageProgress) -> bool:
     return holds_run(folder, in_one_file=in_one_file)
 
 
-def _standing(found: FoundRun, values: Mapping[str, Any]) -> Outcome | None:
-    """Return the outcome of a run that has not changed since it was processed, else None."""
-    outcome = Outcome.of(found.out)
+def _stands(found: FoundRun, outcome: Outcome | None, values: Mapping[str, Any]) -> bool:
+    """Return True if a run has not changed since this outcome."""
     try:
-        stands = outcome is not None and outcome.stands(listing(found.source), recorded_options(values), found.out)
+        return outcome is not None and outcome.stands(listing(found.source), recorded_options(values), found.out)
     except OSError:  # processing the run reports the problem
-        return None
-    return outcome if stands else None
+        return False
 
 
 def _scan_run(
     found: FoundRun, values: dict[str, Any], process: RunProcessor, idle: SimpleQueue[Worker]
 ) -> ScannedRun:
     """Process a run if it changed."""
-    before = Outcome.of(found.out)
-    outcome = _standing(found, values)
-    if outcome is not None and outcome.error:
-        return ScannedRun(run=found.name, state="failed", what=outcome.error["what"], do=outcome.error["do"])
-    if outcome is not None:
+    outcome = Outcome.of(found.out)
+    if outcome is not None and _stands(found, outcome, values):
+        if outcome.error:
+            return ScannedRun(run=found.name, state="failed", what=outcome.error["what"], do=outcome.error["do"])
         return ScannedRun(run=found.name, state="unchanged")
     worker = idle.get()
     try:
-        summary = process(found, before, values, worker)
+        summary = process(found, outcome, values, worker)
     except Busy as busy:
         return ScannedRun(run=found.name, state="skipped", what=busy.what)
     except Exception as error:

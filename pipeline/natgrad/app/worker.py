@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from natgrad.app.memory import OutOfMemory
 from natgrad.app.progress import StageProgress
 from natgrad.schema.errors import InputError, Unavailable
 
@@ -264,7 +265,7 @@ def serve() -> None:
             return
         try:
             answer = ("result", function(*arguments, progress=_reports(send)))
-        except MemoryError:
+        except (MemoryError, OutOfMemory):
             answer = ("memory", None)
         except Exception as error:
             answer = ("error", _portable(error))

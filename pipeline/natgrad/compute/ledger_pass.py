@@ -123,7 +123,8 @@ def compute_ledger(
         # All chunks of a new ledger are missing, so their tiles need not wait until the ledger exists.
         preparing = background.submit(_prepare, ledger, states, shape.vectors, plan.updates_per_chunk, items)
         missing = items if new else preparing.result().missing
-        earlier = {} if new else preparing.result().ledger.verification()
+        known = None if new else preparing.result().ledger
+        earlier = {} if known is None else known.verification(known.records())
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:
             _log.info("%d of these updates are missing from the ledger", updates)
@@ -190,7 +191,8 @@ def _prepare(
 
 def _record_times(prepared: _Prepared, earlier: Mapping[int, str | None], time: str | None) -> None:
     """Record when the states of finished ledger chunks were compared; `earlier` has the times before the pass."""
-    finished = {(record["start"], record["stop"]) for record in prepared.ledger.records()}
+    records = prepared.ledger.records()
+    finished = {(record["start"], record["stop"]) for record in records}
     times = dict(earlier)
     for item in prepared.missing:
         chunk = item.chunk
@@ -199,7 +201,7 @@ def _record_times(prepared: _Prepared, earlier: Mapping[int, str | None], time: 
             # A chunk that continues an earlier one contains states that an earlier pass compared.
             continues = item.n_updates < chunk.stop - chunk.start
             times[chunk.start] = oldest([time, before]) if continues else time
-    prepared.ledger.record_verification(times)
+    prepared.ledger.record_verification(times, records)
 
 
 def plan_ledger(

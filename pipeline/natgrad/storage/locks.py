@@ -27,6 +27,7 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from natgrad.schema.errors import InputError, Unavailable
+from natgrad.schema.times import now
 
 __all__ = ["Lockable", "lock_by_file", "lock_by_object"]
 
@@ -164,7 +165,7 @@ def _record_holder(path: Path) -> None:
 
 
 def _signature() -> dict[str, Any]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
+    since = now()
     return {"process": os.getpid(), "host": socket.gethostname(), "user": _user(), "since": since}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from crc32c import crc32c
 from zarr.abc.buffer import Buffer, BufferPrototype
-from zarr.abc.store import ByteRequest, Store
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store
 from zarr.storage import StorePath, WrapperStore
 
 from natgrad.schema.errors import InputError
@@ -95,6 +95,14 @@ def verify_files(storage: Storage, remedy: str) -> Iterator[Damaged]:
             yield error
 
 
+def _slice(byte_range: ByteRequest, size: int) -> slice:
+    if isinstance(byte_range, RangeByteRequest):
+        return slice(byte_range.start, byte_range.end)
+    if isinstance(byte_range, OffsetByteRequest):
+        return slice(byte_range.offset, size)
+    return slice(max(size - byte_range.suffix, 0), size)
+
+
 class CheckedStore(WrapperStore[Store]):
     """A read-only Zarr store that raises an error if a file is missing or does not match its checksum.
 
@@ -138,14 +146,13 @@ class CheckedStore(WrapperStore[Store]):
     ) -> Buffer | None:
         """Return the content of a file. A range is taken from the verified content."""
         name = key.removeprefix(f"{self._path}/")
+        if name not in self._files:
+            return None
         with naming_errors((self._storage / name).local_path):
             found = await self._store.get(key, prototype)
-        if name in self._files:
-            content = None if found is None else found.to_bytes()
-            _compare(self._storage / name, content, self._files[name], self._remedy)
-        elif found is not None:
-            return None  # not part of the store
-        return found if byte_range is None else await self._store.get(key, prototype, byte_range)
+        content = None if found is None else found.to_bytes()
+        _compare(self._storage / name, content, self._files[name], self._remedy)
+        return found if found is None or byte_range is None else found[_slice(byte_range, len(found))]
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

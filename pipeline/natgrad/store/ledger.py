@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -414,23 +414,25 @@ class Ledger:
             return list(found)
         return [record for record in found if digests.get(_chunk_of(record)) == record["digest"]]
 
-    def record_verification(self, times: Mapping[int, str | None]) -> None:
+    def record_verification(self, times: Mapping[int, str | None], records: Iterable[Mapping[str, Any]]) -> None:
         """Record when the states of ledger chunks were compared with their checksums.
 
         Parameters
         ----------
         times : mapping
             The first update of each ledger chunk to the time; None if the states were not compared.
+        records : iterable of mapping
+            Records of these chunks, from `records`.
         """
-        digests = {record["start"]: record["digest"] for record in self.records()}
+        digests = {record["start"]: record["digest"] for record in records}
         self.journal.write_verification(
             {"chunks": {str(start): [digests[start], time] for start, time in sorted(times.items())}}
         )
 
-    def verification(self) -> dict[int, str | None]:
+    def verification(self, records: Iterable[Mapping[str, Any]]) -> dict[int, str | None]:
         """Return the times of `record_verification`, except those of ledger chunks that were replaced since."""
         found = self.journal.read_verification().get("chunks", {})
-        digests = {str(record["start"]): record["digest"] for record in self.records()}
+        digests = {str(record["start"]): record["digest"] for record in records}
         return {int(start): time for start, (digest, time) in found.items() if digests.get(start) == digest}
 
     def discard_others(self, digests: Mapping[LedgerChunk, str]) -> None:

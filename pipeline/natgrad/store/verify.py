@@ -22,6 +22,7 @@ from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.checked import verify_files
 from natgrad.store.group import OtherVersion, chunk_entry, document_of, open_group, read_documents, stored_length
+from natgrad.store.journal import Journal
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
@@ -84,11 +85,9 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
         yield from _verify_closed(storage, "trajectory", error)
         return
     records: list[dict[str, Any]] = []
-    for name in states.journal.names():
-        try:
-            record = states.journal.read(name)
-        except InputError as error:
-            yield _damage(error)
+    for record in _records(states.journal):
+        if isinstance(record, Damage):
+            yield record
             continue
         if record["stop"] > states.n_states:  # committed by a writer since the trajectory was opened
             break
@@ -132,7 +131,7 @@ def verified_since(
     """
     stop, time = states.verification()
     records = [] if ledger is None else ledger.records(digests)
-    compared = {} if ledger is None else ledger.verification()
+    compared = {} if ledger is None else ledger.verification(records)
     reached, times = 0, []
     for record in records:
         if record["start"] == reached:
@@ -289,13 +288,20 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
                 what = "the steps differ from those of the trajectory: run natgrad analyze OUT again"
                 steps = _first_and_last(states.scalar(STEP), wrong[0], wrong[-1] + 1)
                 yield Damage(str(storage / name), what, name, steps)
-    for name in ledger.journal.names():
+    for record in _records(ledger.journal):
+        if isinstance(record, Damage):
+            yield record
+        else:
+            yield from _verify_chunk(ledger, record, numbers)
+
+
+def _records(journal: Journal) -> Iterator[dict[str, Any] | Damage]:
+    """Yield the records, or the damage of those that cannot be read."""
+    for name in journal.names():
         try:
-            record = ledger.journal.read(name)
+            yield journal.read(name)
         except InputError as error:
             yield _damage(error)
-            continue
-        yield from _verify_chunk(ledger, record, numbers)
 
 
 def _encode(texts: Sequence[str]) -> bytes:

@@ -228,10 +228,10 @@ class StepFolder:
 
     def _listed(self, entry: Storage, unnumbered: dict[Storage, str]) -> tuple[LoggedStep, int] | None:
         """Return an entry as a step with its attempt, or None if it is not a complete step."""
-        kind = self._kind(entry)
-        if kind is None or entry.name.startswith("."):
+        found = None if entry.name.startswith(".") else self._kind(entry)
+        if found is None:
             return None
-        name = kind.step_name(_path(entry), self._naming) or StepName()
+        kind, name = found
         if name.number is None and not self._naming.keyed:
             unnumbered[entry] = name.problem
             return None
@@ -292,7 +292,7 @@ class StepFolder:
 
     def _remedy(self, entry: Storage) -> str:
         """Return how to number a step: by a key that its file contains, or by a pattern of its name."""
-        kind = self._kind(entry)
+        kind, _ = self._kind(entry) or (None, None)
         remedies = []
         if kind is not None and not self._naming.keyed:
             step = LoggedStep(-1, entry)
@@ -319,16 +319,17 @@ class StepFolder:
                 remedy="remove it, or write it again",
             )
 
-    def _kind(self, entry: Storage) -> Kind | None:
-        path = _path(entry)
-        found = (kind for kind in self._kinds if kind.step_name(path, self._naming) is not None)
-        return next(found, None)
+    def _kind(self, entry: Storage) -> tuple[Kind, StepName] | None:
+        """Return the kind of an entry, with the step number in its name; None if it is of no kind."""
+        named = ((kind, kind.step_name(_path(entry), self._naming)) for kind in self._kinds)
+        return next(((kind, name) for kind, name in named if name is not None), None)
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `natgrad.sources.base.Source`."""
-        kind = self._kind(step.storage)
-        if kind is None:
+        found = self._kind(step.storage)
+        if found is None:
             raise vanished("cannot find the step any more", step)
+        kind, _ = found
         names = kind.names.of_file(step.storage.name) if kind.suffixes else kind.names
         return NamedStep(kind.open(step, names), names)
 
