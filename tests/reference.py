@@ -105,7 +105,7 @@ def promised_angle_error():
 
 def promised_relative_error(cosine):
     """Largest relative error of a condition number or eigenvalue."""
-    return 1e-10 if abs(cosine) >= 1e-3 else 1e-13 / abs(float(cosine))
+    return 1e-10 if abs(cosine) >= 1e-3 else 1e-13 / abs(cosine)
 
 
 def vectors_at(angle, size, seed=0, length=3.0):

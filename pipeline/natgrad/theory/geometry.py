@@ -163,6 +163,11 @@ class Pair:
         return np.hypot(self.along, self.across)
 
     @property
+    def zero_gradient(self) -> NDArray[np.bool_]:
+        """Where y is a zero vector. The norm of another y may underflow to 0."""
+        return np.asarray((self.alignment == 0) & (self.across_square == 0))
+
+    @property
     def ratio(self) -> Array:
         """Component of y along g in units of g, y.g / g.g; 0 if the update is zero."""
         return safe_divide(self.alignment, self.update_square)
@@ -198,9 +203,9 @@ def pair(
     The residual is r = gradient - c displacement with any c. Its component across the displacement equals that of
     the gradient. If c is near the best ratio, r.r - (r.d)^2 / d.d does not suffer from cancellation.
 
-    The square of a displacement below `EXACT_NORM` is not accurate, so the complete y is taken as the component
-    across it. The status of the pair is then ``underflow``, and the pair of the model, of which it is a part,
-    remains accurate.
+    The square of a displacement or an update below `EXACT_NORM` is not accurate, so the complete y is taken as the
+    component across it. The status of the pair is then ``underflow``, and the pair of the model, of which it is a
+    part, remains accurate.
     """
     gram = np.asarray(gram, dtype=np.float64)
     index = {name: position for position, name in enumerate(vectors)}
@@ -215,26 +220,29 @@ def pair(
     displacement_square = product("displacement", "displacement")
     added = [product("gradient", "gradient")]
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
-        descent = -product("gradient", "displacement")
-        residual_square, residual_along = product("residual", "residual"), product("residual", "displacement")
-        if half is not None:
-            descent = descent - product(half, "displacement") / 2.0
-            residual_square = residual_square + product("residual", half) + product(half, half) / 4.0
-            residual_along = residual_along + product(half, "displacement") / 2.0
-            added.append(product(half, half))
         update_square = displacement_square / rate**2
         inexact = (np.fmin(displacement_square, update_square) < EXACT_NORM**2) & (displacement_square > 0)
+        descent = -product("gradient", "displacement")
+        # The displacement may be accurate although the update is not: the residual then lacks a component of y.
+        y_square = np.where(inexact, product("gradient", "gradient"), product("residual", "residual"))
+        residual_along = product("residual", "displacement")
+        if half is not None:
+            descent = descent - product(half, "displacement") / 2.0
+            mixed = np.where(inexact, product("gradient", half), product("residual", half))
+            y_square = y_square + mixed + product(half, half) / 4.0
+            residual_along = residual_along + product(half, "displacement") / 2.0
+            added.append(product(half, half))
         descent, residual_along = np.where(inexact, 0.0, descent), np.where(inexact, 0.0, residual_along)
-        across = residual_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
+        across = y_square - safe_divide(residual_along, np.sqrt(displacement_square)) ** 2
         # If D = 1, there is no component across a g that is not zero, only rounding. (0 x NaN remains NaN.) Adding
         # zero makes a negative zero positive; with a negative zero the angle of -g would be -pi.
         on_line = (dimension == 1) & (displacement_square != 0) & ~inexact
         across = np.where(on_line, 0.0 * across, np.maximum(across, 0.0)) + 0.0
         # Only zero vectors have the norm 0, whatever underflows.
         lost = np.any([(square > 0) & (square < LEAST_NORM**2) for square in added], axis=0)
-        across = np.where(lost & (across == 0) & (descent == 0), NONZERO, across)
-        update_square = np.where((update_square == 0) & (displacement_square > 0), NONZERO, update_square)
-        return Pair(update_square, descent / rate, across, dimension)
+        alignment = descent / rate
+        across = _nonzero(across, lost & (alignment == 0))
+        return Pair(_nonzero(update_square, displacement_square > 0), alignment, across, dimension)
 
 
 def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair) -> Array:
@@ -285,6 +293,8 @@ def direct_sum(parts: Sequence[Pair]) -> Pair:
         ratio = safe_divide(alignment, square)
         # The square of a ratio alone may be out of the range of float64.
         across = _sum([part.across_square + ((part.ratio - ratio) * part.update_norm) ** 2 for part in parts])
+        nonzero = ~np.all([part.zero_gradient for part in parts], axis=0)
+    across = _nonzero(across, nonzero & (alignment == 0))
     return Pair(square, alignment, across, np.asarray(_sum([part.size for part in parts])))
 
 
@@ -299,7 +309,9 @@ def scaled(pair: Pair, factor: ArrayLike) -> Pair:
     factor = np.asarray(factor, dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         square, alignment = pair.update_square * factor**2, pair.alignment * factor
-    return Pair(square, alignment, *np.broadcast_arrays(pair.across_square, pair.size, square)[:2])
+    across = _nonzero(pair.across_square, ~pair.zero_gradient & (alignment == 0))
+    square = _nonzero(square, pair.update_square > 0)
+    return Pair(square, alignment, across, np.broadcast_to(pair.size, across.shape))
 
 
 def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:
@@ -322,6 +334,10 @@ def with_time(pair: Pair, loss_time_derivative: ArrayLike) -> Pair:
     slope = np.asarray(loss_time_derivative, dtype=np.float64)
     one = np.ones_like(slope)
     return direct_sum([pair, Pair(one, -slope, 0.0 * slope, np.ones(slope.shape, np.int64))])
+
+
+def _nonzero(square: Array, where: NDArray[np.bool_]) -> Array:
+    return np.where(where & (square == 0), NONZERO, square)
 
 
 def _sum(terms: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -350,7 +366,9 @@ def window(pair: Pair, m: int) -> Pair:
     """
     windows = pair.alignment.shape[0] - m + 1
     stacked = direct_sum([pair[start : start + windows] for start in range(m)])
-    return Pair(stacked.update_square, stacked.alignment / m, stacked.across_square / m**2, stacked.size)
+    alignment = stacked.alignment / m
+    across = _nonzero(stacked.across_square / m**2, ~stacked.zero_gradient & (alignment == 0))
+    return Pair(stacked.update_square, alignment, across, stacked.size)
 
 
 # The angle ---------------------------------------------------------------------------------------------------
@@ -645,7 +663,7 @@ def status(
         (~np.asarray(finite, dtype=bool), Status.NON_FINITE),
         (~((rate > 0) & np.isfinite(rate)), Status.NO_LEARNING_RATE),
         # The component of y along an update of infinite norm is 0, whatever y is.
-        ((gradient == 0) & (update < np.inf), Status.ZERO_GRADIENT),
+        (pair.zero_gradient & (update < np.inf), Status.ZERO_GRADIENT),
         (update == 0, Status.ZERO_UPDATE),
         (~has_data, Status.UNVERIFIABLE),
         (small, Status.UNDERFLOW),
