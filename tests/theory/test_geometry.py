@@ -293,6 +293,22 @@ def test_a_pair_that_overflows_or_underflows_has_a_status_of_its_own():
     assert np.isnan(geometry.angle(pair))
 
 
+def test_a_gradient_whose_products_underflow_is_not_zero():
+    small = np.array(1e-218)
+    parts = [Pair(*map(np.array, (1e298, 0.0, 0.0, 3))), Pair(np.array(1.0), small, np.array(0.0), np.array(1))]
+    model = geometry.direct_sum(parts)
+    for pair in (model, geometry.window(model[None], 1), geometry.scaled(model, 1e-110)):
+        assert not pair.zero_gradient.any()
+        assert (geometry.status(pair, 0.5) == Status.UNDERFLOW).all()
+
+
+def test_a_condition_number_is_infinite_if_the_component_along_the_update_underflows():
+    pair = Pair(*map(np.array, (1e264, 1e-207, 1e-52, 3)))
+    assert geometry.status(pair, 0.5) == Status.EFFECTIVE
+    assert geometry.condition_number(pair) == np.inf
+    assert (geometry.family_condition_number(pair, [0.5, 1.0]) == np.inf).all()
+
+
 @pytest.mark.parametrize(
     ("vector", "square"),
     [

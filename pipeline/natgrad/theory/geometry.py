@@ -465,7 +465,9 @@ def condition_number(pair: Pair) -> Array:
     kappa = ((1 + |sin psi|) / |cos psi|)^2 equals (1 + |sin psi|) / (1 - |sin psi|) of the paper (below eq. 9,
     Prop. 1), but does not suffer from cancellation near pi/2.
     """
-    return where_effective(pair, safe_divide(pair.gradient_norm + pair.across, pair.along) ** 2)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # Infinite if the component along g underflows to 0.
+        return where_effective(pair, ((pair.gradient_norm + pair.across) / pair.along) ** 2)
 
 
 def similarity(pair: Pair) -> Array:
@@ -578,8 +580,9 @@ def family_condition_number(pair: Pair, gamma: ArrayLike) -> Array:
     """
     weight = np.asarray(gamma, dtype=np.float64)
     column = pair[..., None]
-    root = safe_divide(_family_sum(pair, weight) * column.gradient_norm, 2.0 * np.sqrt(weight) * column.along)
-    return where_effective(column, np.where(column.size == 1, 1.0, root**2))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        root = _family_sum(pair, weight) * column.gradient_norm / (2.0 * np.sqrt(weight) * column.along)
+        return where_effective(column, np.where(column.size == 1, 1.0, root**2))
 
 
 def family_asymptotes(pair: Pair, gamma: ArrayLike) -> tuple[Array, Array]:
