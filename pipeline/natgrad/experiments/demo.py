@@ -21,7 +21,7 @@ MINI_BATCH = 32
 
 _log = logger(__name__)
 
-# Of the first few seeds, this one has the largest variation of the angle psi: from 26 to 83 degrees.
+# The first few seeds were compared: this one has the largest variation of the angle psi, from 26 to 83 degrees.
 LINEAR_SEED = 1
 
 
