@@ -241,6 +241,9 @@ def test_lightning_gradients_that_may_belong_to_the_state_before_are_never_passe
     for number, answer in enumerate((parse_shift(shifts), parse_shift(["gradient=0"]))):
         summary = ingest(log, tmp_path / f"answered-{number}.zarr", shift=answer)
         assert not any("Lightning" in warning for warning in summary.warnings)
+    (tmp_path / "run.toml").write_text('[[source]]\npath = "log"\nshift = { gradient = 0 }\n')
+    assert not any("Lightning" in note for note in inspect_source([tmp_path / "run.toml"]).notes)
+    assert not any("Lightning" in w for w in ingest(tmp_path / "run.toml", tmp_path / "declared.zarr").warnings)
     native = write_log(tmp_path / "native", trained(adam)[1:-1], list(range(1, STEPS - 1)))
     aligned = ingest(native, tmp_path / "native.zarr")
     found, expected = held(tmp_path / "answered-0.zarr"), held(aligned.trajectory)

@@ -147,9 +147,8 @@ def inspect_source(
     if all(first.arrays.get(name) for name in STATES[:2]):
         completed = complete(listed[0], first)
         found["notes"] += [note for note in completed.notes if note not in found["notes"]]
-        unchecked = (shift or {}).get("gradient") == 0
         with suppress(Unreadable):
-            found["notes"] += [note] if not unchecked and (note := misalignment(log, listed, completed)) else []
+            found["notes"] += [note] if (note := misalignment(log, listed, completed)) else []
         found |= _plan(log, listed, completed, memory_limit)
     return Inspection(**found)
 

@@ -393,9 +393,7 @@ def _parsed_shift(pairs: Sequence[str]) -> Mapping[str, int]:
 def _checked_shift(shift: dict[str, int]) -> dict[str, int]:
     from natgrad.sources.names import checked_shift
 
-    checked_shift(shift, "option shift")
-    # A shift of 0 is kept: it differs from an option that is not set when a trajectory is resumed.
-    return shift
+    return checked_shift(shift, "option shift")
 
 
 def _checked_pattern(pattern: str) -> str:

@@ -259,8 +259,7 @@ def _ingest(
             check(Extent.of(trajectory, new))
         if steps:
             contents = describe_steps(log, steps, warnings, optimizer)
-            unchecked = trajectory is not None or options.shift.get("gradient") == 0
-            misaligned = "" if unchecked else misalignment(log, steps, contents[steps[0]])
+            misaligned = "" if trajectory is not None else misalignment(log, steps, contents[steps[0]])
             warnings += [misaligned] if misaligned else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)

@@ -25,11 +25,15 @@ _log = logger(__name__)
 
 @dataclass(frozen=True)
 class _Part:
-    """Some quantities of a source, all logged ``shift`` steps before the step that they belong to."""
+    """Some quantities of a source, all logged ``shift`` steps before the step that they belong to.
+
+    The user declared the shift of ``declared``, which may be 0.
+    """
 
     source: Source
     shift: int
     quantities: frozenset[str]
+    declared: frozenset[str] = frozenset()
 
     @property
     def restricts(self) -> bool:
@@ -48,7 +52,7 @@ class _Part:
             scalars={name: value for name, value in content.scalars.items() if name in self.quantities},
             optimizer=self._optimizer(content.optimizer),
             differences=tuple(entry for entry in content.differences if entry.quantity in self.quantities),
-            alignment="" if self.shift or "gradient" not in self.quantities else content.alignment,
+            alignment=content.alignment if "gradient" in self.quantities - self.declared else "",
             replicate_loss=content.replicate_loss if REPLICATE_LOSS in self.quantities else (),
         )
 
@@ -70,8 +74,8 @@ class JoinedSource:
         Every source that contains tensors must have a step; other steps are omitted, with a warning. Logs of
         scalars do not restrict the steps: a step that they lack has no value of the scalar.
     shifts : sequence of mapping, optional
-        For each source, quantities to the number added to the step at which they are logged. A `ScalarLog` applies
-        its shifts itself.
+        For each source, quantities to the number added to the step at which they are logged. The user declares
+        with 0 that a quantity is logged with its step. A `ScalarLog` applies its shifts itself.
     """
 
     def __init__(self, sources: Sequence[Source], shifts: Sequence[Mapping[str, int]] | None = None) -> None:
@@ -140,7 +144,7 @@ def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:
     """Split a source into parts, one for each shift. The part without shift comes first."""
     shift = {} if isinstance(source, ScalarLog) else shift
     return [
-        _Part(source, by, frozenset(name for name in STATE_QUANTITIES if shift.get(name, 0) == by))
+        _Part(source, by, frozenset(n for n in STATE_QUANTITIES if shift.get(n, 0) == by), frozenset(shift))
         for by in sorted({shift.get(name, 0) for name in STATE_QUANTITIES}, key=lambda by: (by != 0, by))
     ]
 

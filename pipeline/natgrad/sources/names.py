@@ -17,7 +17,7 @@ from natgrad.sources.base import Difference, StepContent
 from natgrad.sources.bounds import parse_toml, shown
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
-from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_root, saved_optimizer
+from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_roots, saved_optimizer
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.step_names import Naming, checked_pattern, words
 from natgrad.sources.steps import LoggedTensor, where
@@ -182,7 +182,7 @@ def _valid_options(optimizer: Any) -> bool:
 
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", ROOT)
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "state/model", ROOT)
 """Keys of a full model, in which some tensors may not be trained."""
 
 SINGLE_ARRAY = "theta"
@@ -255,12 +255,11 @@ def parse_shift(pairs: Sequence[str]) -> dict[str, int]:
         if quantity in shift:
             raise InputError(f"{quantity!r} is repeated", where="--shift", remedy="pass each quantity only once")
         shift[quantity] = int(steps) if re.fullmatch(r"[+-]?\d{1,9}", steps) else steps
-    checked_shift(shift, "--shift")
-    return shift
+    return checked_shift(shift, "--shift")
 
 
 def checked_shift(shift: Mapping[str, Any], location: str = "shift") -> dict[str, int]:
-    """Validate shifts of quantities, and return those that are not 0.
+    """Return shifts of quantities if they are valid. A shift of 0 declares that a quantity is logged with its step.
 
     Raises
     ------
@@ -274,7 +273,7 @@ def checked_shift(shift: Mapping[str, Any], location: str = "shift") -> dict[str
                 where=location,
                 remedy=f"write, for example, gradient=-1; QUANTITY is one of {', '.join(STATE_QUANTITIES)}",
             )
-    return {quantity: steps for quantity, steps in shift.items() if steps}
+    return dict(shift)
 
 
 class NamedStep:
@@ -449,12 +448,11 @@ class NamedStep:
             return [
                 key for key in objects if key == prefix or (objects[key].array and key.startswith(f"{prefix}/"))
             ]
-        root = optimizer_root(self._container)
+        starts = tuple(f"{root}/" for root in optimizer_roots(self._container))
         return [
             key
             for key, item in objects.items()
-            if not key
-            or (item.array and not (item.known and "/" in key) and not (root and key.startswith(f"{root}/")))
+            if not key or (item.array and not (item.known and "/" in key) and not key.startswith(starts))
         ]
 
     def _require_read(self, array: str, lost: Sequence[str]) -> None:
@@ -555,12 +553,10 @@ class NamedStep:
             rooted = [array for array in rooted if array in self._names.required]
         elif found and not self._names.model:
             rooted = []  # a file with other native keys is not a model
-        root = optimizer_root(self._container) if rooted else None
+        starts = tuple(f"{root}/" for root in optimizer_roots(self._container)) if rooted else ()
         for array in rooted:
             names = {
-                key: key
-                for key in self._container.tensors
-                if key not in claimed and (root is None or not key.startswith(f"{root}/"))
+                key: key for key in self._container.tensors if key not in claimed and not key.startswith(starts)
             }
             found[array] = self._floats(array, names, ROOT)
         return found

@@ -53,7 +53,7 @@ _UNIT = "([kKmM](?![A-Za-z]))?"
 _NUMBER = re.compile(rf"([0-9]+(?:\.[0-9]+)?(?:e[-+][0-9]+)?){_UNIT}")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _KEY = re.compile(r"[^-\s,;]*[-\s]*$")
-_ATTEMPT = re.compile(r"(.+)-v([0-9]{1,4})")
+_ATTEMPT = re.compile(r"(.+)-v([0-9]{1,4})((?:\.[A-Za-z][A-Za-z0-9]*)*)")
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 _DIGITS_LIMIT = 18
 _STARS_LIMIT = 3
@@ -106,8 +106,7 @@ def parse_name(stem: str) -> StepName:
     >>> parse_name("epoch=0-step=3-v1").attempt, parse_name("model_epoch_3").problem
     (1, 'its number 3 counts epochs, not updates')
     """
-    ending = _ATTEMPT.fullmatch(stem)
-    base, attempt = (ending[1], int(ending[2])) if ending else (stem, 0)
+    base, attempt = _split_attempt(stem)
     numbers = _numbers(base)
     for kind in ("global step", "step", "checkpoint", "plain"):
         found = [number for number in numbers if number.kind == kind]
@@ -300,8 +299,8 @@ AUTOMATIC = Naming()
 
 
 def _split_attempt(name: str) -> tuple[str, int]:
-    """Return a name without Lightning's ``-vK``, and K."""
-    found = re.fullmatch(r"(.+)-v([0-9]{1,4})((?:\.[A-Za-z][A-Za-z0-9]*)*)", name)
+    """Return a name, with or without its suffix, without Lightning's ``-vK``, and K."""
+    found = _ATTEMPT.fullmatch(name)
     return (found[1] + found[3], int(found[2])) if found else (name, 0)
 
 

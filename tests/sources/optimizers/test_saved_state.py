@@ -1,6 +1,7 @@
 """Optimizer states, from the files of the original libraries to the condition number of the metric in use."""
 
 import contextlib
+import itertools
 import json
 import sys
 
@@ -485,3 +486,103 @@ def test_the_only_optimizer_of_a_list_and_that_of_composer_are_read(tmp_path, ro
     for array, tensors in expected.items():
         for tensor, rows in tensors.items():
             assert found[array][tensor].tobytes() == rows.tobytes()
+
+
+# Several optimizers ------------------------------------------------------------------------------------------
+
+
+def matrices_and_others(model):
+    """Return an optimizer of the matrices and one of the other tensors, as with Muon, with different rates."""
+    matrices = torch.optim.SGD([p for p in model.parameters() if p.ndim > 1], lr=RATES[0], momentum=0.9)
+    return matrices, torch.optim.Adam([p for p in model.parameters() if p.ndim < 2], lr=RATES[1])
+
+
+def write_with_optimizers(folder, tree_of, steps=STEPS):
+    """Train with two optimizers, save each step, and return the names of the tensors of both."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    model = small_net()
+    optimizers = matrices_and_others(model)
+    x, target = torch.randn(8, 3), torch.randn(8, 3)
+    for step in range(steps):
+        model.zero_grad()
+        ((model(x) - target) ** 2).mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        tree = {"state_dict": model.state_dict(), "grad": gradients, "global_step": step}
+        torch.save(tree | tree_of(optimizers), folder / f"step={step}.ckpt")
+        for optimizer in optimizers:
+            optimizer.step()
+    names = [name for name, p in model.named_parameters() if p.ndim > 1]
+    return names + [name for name, p in model.named_parameters() if p.ndim < 2]
+
+
+LISTS = {
+    "list": lambda optimizers: {"optimizers": [o.state_dict() for o in optimizers]},
+    "Lightning": lambda optimizers: {"optimizer_states": [o.state_dict() for o in optimizers]},
+    "names": lambda optimizers: {"optimizers": {"a": optimizers[0].state_dict(), "b": optimizers[1].state_dict()}},
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_each_tensor_has_the_rate_and_the_state_of_the_optimizer_that_holds_it(tmp_path, kind):
+    names = write_with_optimizers(tmp_path / "log", LISTS[kind])
+    options = {"include": ["optimizer"], "shift": {"gradient": 0}}
+    with pytest.raises(InputError, match="the 6 parameters of 2 optimizers cannot be assigned"):
+        ingest(tmp_path / "log", tmp_path / "store", **options)  # at step 0, they have no state
+    (tmp_path / "log" / "natgrad.toml").write_text(f"order = {json.dumps(names)}\n")
+    ingest(tmp_path / "log", tmp_path / "ordered", **options)
+    (tmp_path / "log" / "natgrad.toml").unlink()
+    (tmp_path / "log" / "step=0.ckpt").unlink()
+    ingest(tmp_path / "log", tmp_path / "store", **options)
+    for store, first in (("store", 1), ("ordered", 0)):
+        states, arrays = stored(tmp_path / store)
+        assert set(arrays["momentum_buffer"]) == set(arrays["exp_avg"]) == set(names)
+        rates = states.scalar("tensor_learning_rate")
+        for index, tensor in enumerate(states.layout.tensors):
+            matrix = len(tensor.shape) > 1
+            assert (rates[:, index] == RATES[not matrix]).all()
+            assert np.isnan(arrays["exp_avg"][tensor.name][1 - first :]).all() == matrix
+            assert np.isnan(arrays["momentum_buffer"][tensor.name][1 - first :]).all() != matrix
+
+
+class SeveralOpened(Opened):
+    """A container with the state of several optimizers, each for tensors of some shapes."""
+
+    ordered = True
+
+    def __init__(self, groups):
+        super().__init__([])
+        self.tensors, self.numbers = {}, {}
+        for number, shapes in enumerate(groups):
+            root = f"optimizers/{number}"
+            self.tensors |= {f"{root}/state/{i}/exp_avg": LoggedTensor(s, "float32") for i, s in enumerate(shapes)}
+            self.numbers |= {f"{root}/param_groups/0/params/{i}": float(i) for i in range(len(shapes))}
+            self.numbers |= {f"{root}/param_groups/0/lr": 0.1 * (number + 1)}
+
+
+def interleavings(owners, shapes, groups):
+    """Return all assignments of tensors to optimizers that keep the order of the model and match the shapes."""
+    return [
+        owner
+        for owner in itertools.product(range(len(groups)), repeat=len(owners))
+        if all([shapes[i] for i, o in enumerate(owner) if o == n] == list(group) for n, group in enumerate(groups))
+    ]
+
+
+@given(
+    owners=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_optimizers_are_assigned_if_and_only_if_there_is_one_way(owners, data):
+    shapes = data.draw(st.lists(st.sampled_from([(1,), (2,), (3,)]), min_size=len(owners), max_size=len(owners)))
+    groups = [[s for s, o in zip(shapes, owners, strict=True) if o == n] for n in range(3)]
+    groups = [group for group in groups if group]
+    parameters = {f"t{index}": LoggedTensor(shape, "float32") for index, shape in enumerate(shapes)}
+    found = saved_optimizer(SeveralOpened(groups), parameters)
+    possible = interleavings(owners, shapes, groups)
+    if len(set(shapes)) == len(shapes) or len(possible) == 1:
+        (owner,) = possible
+        rates = found.state.numbers["tensor_learning_rate"]
+        assert rates == {f"t{index}": 0.1 * (number + 1) for index, number in enumerate(owner)}
+    elif len(groups) > 1:
+        assert "cannot be assigned" in found.state.problem

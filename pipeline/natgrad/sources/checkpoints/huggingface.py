@@ -25,7 +25,7 @@ from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
 from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.container import Container
 from natgrad.sources.names import MODEL, ROOT, NamedStep, Names
-from natgrad.sources.optimizers.saved_state import optimizer_root
+from natgrad.sources.optimizers.saved_state import optimizer_roots
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage
 
@@ -80,7 +80,7 @@ class _WithState(Container):
             self.tensors, self.numbers, self.texts = dict(model.tensors), dict(model.numbers), dict(model.texts)
             self.ties, self.ordered, self._model = model.ties, model.ordered, model
             self._state: dict[str, Container] = {}
-            if optimizer_root(model) is None:
+            if not optimizer_roots(model):
                 try:
                     # If the optimizer state cannot be merged, the model can still be read.
                     state = stack.enter_context(DeepSpeedFolder(inner_step, names.inert, masters=True))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.sources.container import Container
@@ -19,14 +20,17 @@ from natgrad.sources.optimizers import factors
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, factor_array
 from natgrad.sources.steps import LoggedTensor
 
-__all__ = ["SavedOptimizer", "optimizer_root", "saved_optimizer"]
+__all__ = ["SavedOptimizer", "optimizer_roots", "saved_optimizer"]
 
 _ROOTS = (
-    *("optimizer", "optimizer_state_dict", "optim", "optimizer_states/0"),
-    # The only optimizer of a list, and that of Composer.
-    *("optimizers/0", "optimizer/0", "state/optimizers/*"),
+    *("optimizer", "optimizer_state_dict", "optim"),
+    # Several optimizers, in a list or by name.
+    *("optimizers/[^/]+", r"optimizer/[0-9]+", "optimizer_states/[^/]+", "state/optimizers/[^/]+"),
 )
-"""Keys under which optimizers are saved; ``*`` matches any single level."""
+"""Regular expressions for the keys under which optimizers are saved. Those that the first one matches are used."""
+
+_PLACEMENTS_LIMIT = 1 << 10
+"""Number of partial assignments of tensors to groups that are compared."""
 _ARRAYS = {
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
@@ -70,16 +74,15 @@ class SavedOptimizer:
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def optimizer_root(container: Container) -> str | None:
-    """Return the key under which the state of the optimizer is saved, or None if there is none."""
+def optimizer_roots(container: Container) -> tuple[str, ...]:
+    """Return the keys under which the states of optimizers are saved, in the order of the file."""
     for root in _ROOTS:
-        pattern = "[^/]+".join(map(re.escape, root.split("*")))
-        start = re.compile(rf"({pattern})/(?:state|param_groups)[/.]")
-        for keys in (container.numbers, container.tensors):
-            found = next((match[1] for key in keys if (match := start.match(key))), None)
-            if found is not None:
-                return found
-    return None
+        start = re.compile(rf"({root})/(?:state|param_groups)[/.]")
+        matches = (start.match(key) for keys in (container.numbers, container.tensors) for key in keys)
+        found = dict.fromkeys(match[1] for match in matches if match)
+        if found:
+            return tuple(found)
+    return ()
 
 
 def saved_optimizer(
@@ -108,12 +111,12 @@ def saved_optimizer(
     SavedOptimizer or None
         None if there is no state. If the state cannot be matched, ``state.problem`` gives the reason.
     """
-    root = optimizer_root(container)
-    unread = next((container.unread[key] for key in _ROOTS if key in container.unread), "")
-    if root is None and unread:
+    roots = optimizer_roots(container)
+    unread = next((why for key, why in container.unread.items() if re.fullmatch("|".join(_ROOTS), key)), "")
+    if not roots and unread:
         return SavedOptimizer((), OptimizerState(unread=unread))
     kfac_root, metrics = factors.kfac_metrics(container, parameters, user_options or {})
-    saved = None if root is None else _matched(container, root, parameters, trained, order, user_options or {})
+    saved = _matched(container, roots, parameters, trained, order, user_options or {}) if roots else None
     if kfac_root is None or (saved is not None and saved.state.problem):
         return saved
     saved = saved or SavedOptimizer((), OptimizerState())
@@ -145,37 +148,51 @@ def _factor_keys(metrics: Mapping[str, FactoredMetric | RotatedMetric]) -> dict[
     return keys
 
 
+class _Optimizer:
+    """One saved optimizer: the keys of its entries, by entry and by name, and its parameter groups."""
+
+    def __init__(self, container: Container, root: str) -> None:
+        self.start = f"{root}/"
+        self.entries: dict[str, dict[str, str]] = {}
+        for key in (*container.tensors, *container.numbers):
+            match = _ENTRY.fullmatch(key.removeprefix(self.start)) if key.startswith(self.start) else None
+            if match:
+                self.entries.setdefault(match[1], {})[match[2]] = key
+        self.groups = _groups(container, self.start)
+
+    @property
+    def members(self) -> list[list[str]]:
+        """The entries of each group, in order."""
+        return [group.ordered() for group in self.groups.values()]
+
+
 def _matched(
     container: Container,
-    root: str,
+    roots: tuple[str, ...],
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str],
     order: Sequence[str],
     user_options: Mapping[str, str | int],
 ) -> SavedOptimizer:
-    start = f"{root}/"
-    entries: dict[str, dict[str, str]] = {}
-    for key in (*container.tensors, *container.numbers):
-        match = _ENTRY.fullmatch(key.removeprefix(start)) if key.startswith(start) else None
-        if match:
-            entries.setdefault(match[1], {})[match[2]] = key
-    groups = _groups(container, start)
+    optimizers = [_Optimizer(container, root) for root in roots]
     group_rates = tuple(
         group.options["tensor_learning_rate"]
-        for group in groups.values()
+        for optimizer in optimizers
+        for group in optimizer.groups.values()
         if "tensor_learning_rate" in group.options
     )
-    owners = _owners(container, entries, groups, parameters, trained, order)
+    owners = _owners(container, optimizers, parameters, trained, order)
     if isinstance(owners, str):
-        return SavedOptimizer((root,), OptimizerState(problem=owners, group_rates=group_rates))
+        return SavedOptimizer(roots, OptimizerState(problem=owners, group_rates=group_rates))
     keys: dict[str, dict[str, str]] = {}
     numbers: dict[str, dict[str, float]] = {}
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
-    rule = factors.rule_of(entries.values())
+    rules = [factors.rule_of(optimizer.entries.values()) for optimizer in optimizers]
     quantized: dict[str, list[str]] = {}
-    for entry, tensor in owners.items():
-        entry_keys, options = entries.get(entry, {}), _options_of(entry, tensor, groups)
-        if encoding := _encoding(container, start, entry, entry_keys):
+    for (number, entry), tensor in owners.items():
+        optimizer, rule = optimizers[number], rules[number]
+        entry_keys, options = optimizer.entries.get(entry, {}), _options_of(entry, tensor, optimizer.groups)
+        if encoding := _encoding(container, optimizer.start, entry, entry_keys):
             quantized.setdefault(encoding, []).append(tensor)
             metrics[tensor] = FactoredMetric("quantized", problem=f"its moments are {encoding}")
         counts: dict[str, float] = {}
@@ -187,7 +204,7 @@ def _matched(
                     problem = (
                         f"{key} is {actual}, but its parameter {tensor!r} has shape {parameters[tensor].shape}"
                     )
-                    return SavedOptimizer((root,), OptimizerState(problem=problem, group_rates=group_rates))
+                    return SavedOptimizer(roots, OptimizerState(problem=problem, group_rates=group_rates))
                 keys.setdefault(_ARRAYS[name], {})[tensor] = key
             elif (name == "step" or key in container.numbers) and (count := container.number(key)) is not None:
                 counts[name] = count
@@ -209,7 +226,7 @@ def _matched(
         for encoding, names in quantized.items()
     )
     state = OptimizerState(arrays, numbers, metrics, notes=notes, group_rates=group_rates)
-    return SavedOptimizer((root,), state, keys | _factor_keys(metrics))
+    return SavedOptimizer(roots, state, keys | _factor_keys(metrics))
 
 
 def _encoding(container: Container, start: str, entry: str, entry_keys: Mapping[str, str]) -> str:
@@ -273,28 +290,33 @@ def _options_of(entry: str, tensor: str, groups: Mapping[str, _Group]) -> Mappin
 
 def _owners(
     container: Container,
-    entries: Mapping[str, Mapping[str, str]],
-    groups: Mapping[str, _Group],
+    optimizers: Sequence[_Optimizer],
     parameters: Mapping[str, LoggedTensor],
     trained: Collection[str],
     order: Sequence[str],
-) -> dict[str, str] | str:
-    """Return a mapping of entry to tensor, or the reason why there is none."""
-    members = [group.ordered() for group in groups.values()]
-    flat = [entry for group in members for entry in group] or list(entries)
-    if all(entry in parameters for entry in flat):
-        return {entry: entry for entry in flat}
-    if all(set(group.names) == set(group.members) for group in groups.values()):
-        named = {group.members[index]: name for group in groups.values() for index, name in group.names.items()}
+) -> dict[tuple[int, str], str] | str:
+    """Return a mapping of entry (number of the optimizer, and name) to tensor, or the reason why there is none."""
+    flat = [
+        (number, entry)
+        for number, optimizer in enumerate(optimizers)
+        for entry in [entry for group in optimizer.members for entry in group] or optimizer.entries
+    ]
+    named = _named(optimizers, flat, parameters)
+    if named is not None:
         unknown = [name for name in named.values() if name not in parameters]
+        repeated = [name for name, count in Counter(named.values()).items() if count > 1]
+        if repeated:
+            return f"two entries of the optimizers are those of tensor {repeated[0]!r}"
         return f"the optimizer names {unknown[0]!r}, but the model has no such tensor" if unknown else named
-    shapes: dict[str, tuple[int, ...]] = {}
-    for entry, keys_by_name in entries.items():
-        for name, key in keys_by_name.items():
-            if name in _ARRAYS and key in container.tensors:
-                shapes[entry] = container.tensors[key].shape
-        if entry not in shapes and (shape := factors.shape_of(keys_by_name, container.tensors)) is not None:
-            shapes[entry] = shape
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+    for number, optimizer in enumerate(optimizers):
+        for entry, keys_by_name in optimizer.entries.items():
+            for name, key in keys_by_name.items():
+                if name in _ARRAYS and key in container.tensors:
+                    shapes[number, entry] = container.tensors[key].shape
+            if (number, entry) not in shapes:
+                shape = factors.shape_of(keys_by_name, container.tensors)
+                shapes |= {} if shape is None else {(number, entry): shape}
 
     def fits(names: Sequence[str]) -> bool:
         return len(names) == len(flat) and all(
@@ -306,19 +328,23 @@ def _owners(
     if unknown:
         return f"the order contains {unknown[0]!r}, but the model has no such tensor"
     names = list(order) or [name for name in parameters if (not trained or name in trained)]
+    groups = [[(number, entry) for entry in group] for number, o in enumerate(optimizers) for group in o.members]
     if order or container.ordered:
-        arrangements = _arrangements(names, parameters, list(map(len, members)))
+        arrangements = _arrangements(names, parameters, list(map(len, groups))) if len(optimizers) == 1 else []
         # The order may be that of the model or that of the optimizer.
         fitting = {
             tuple(arrangement) for arrangement in [*arrangements, *([names] if order else [])] if fits(arrangement)
         }
+        if not fitting or len(optimizers) > 1:
+            fitting |= _placements(names, parameters, groups, shapes)
         if len(fitting) == 1:
             return dict(zip(flat, fitting.pop(), strict=True))
         if order:
             verb, often = ("matches", " in two ways") if fitting else ("does not match", "")
-            optimizer_text = f"{len(flat)} parameters in {len(members)} groups"
+            optimizer_text = f"{len(flat)} parameters in {len(groups)} groups"
             return f"the order of {len(order)} tensors {verb} the {optimizer_text}{often}"
-    if not entries and len(flat) == len(names) and len({tuple(g.options.items()) for g in groups.values()}) == 1:
+    options = {tuple(group.options.items()) for optimizer in optimizers for group in optimizer.groups.values()}
+    if not any(optimizer.entries for optimizer in optimizers) and len(flat) == len(names) and len(options) == 1:
         return dict(
             zip(flat, names, strict=True)
         )  # before the first update, all have the same options and no state
@@ -326,10 +352,62 @@ def _owners(
     counts = Counter(parameters[name].shape for name in names)
     if len(shapes) == len(flat) == len(names) and all(counts[shape] == 1 for shape in shapes.values()):
         return {entry: by_shape[shapes[entry]] for entry in flat}
+    which = "the optimizer" if len(optimizers) == 1 else f"{len(optimizers)} optimizers"
     return (
-        f"the {len(flat)} parameters of the optimizer cannot be assigned to the {len(names)} tensors: it was "
+        f"the {len(flat)} parameters of {which} cannot be assigned to the {len(names)} tensors: it was "
         "saved without names, and neither the order of the file nor the shapes are sufficient"
     )
+
+
+def _named(
+    optimizers: Sequence[_Optimizer], flat: Sequence[tuple[int, str]], parameters: Mapping[str, LoggedTensor]
+) -> dict[tuple[int, str], str] | None:
+    """Return the tensors that the optimizers name, or None if they name none."""
+    if all(entry in parameters for _, entry in flat):
+        return {(number, entry): entry for number, entry in flat}
+    groups = [(number, group) for number, optimizer in enumerate(optimizers) for group in optimizer.groups.values()]
+    if any(set(group.names) != set(group.members) for _, group in groups):
+        return None
+    return {(n, group.members[index]): name for n, group in groups for index, name in group.names.items()}
+
+
+def _placements(
+    names: Sequence[str],
+    parameters: Mapping[str, LoggedTensor],
+    groups: Sequence[Sequence[tuple[int, str]]],
+    shapes: Mapping[tuple[int, str], tuple[int, ...]],
+) -> set[tuple[str, ...]]:
+    """Return the ways to distribute tensors over groups such that each group is in the order of the model.
+
+    The result has one element if there is only one way, in the order of the groups; otherwise it is empty.
+    """
+    sizes = tuple(map(len, groups))
+    if sum(sizes) != len(names) or len(sizes) < 2:
+        return set()
+    # For each number of members that the groups have so far: the number of ways (2 for more), and one of them.
+    ways: dict[tuple[int, ...], tuple[int, Any]] = {(0,) * len(sizes): (1, None)}
+    for name in names:
+        following: dict[tuple[int, ...], tuple[int, Any]] = {}
+        for filled, (count, way) in ways.items():
+            for number, (size, group) in enumerate(zip(filled, groups, strict=True)):
+                shape = parameters[name].shape
+                if size < len(group) and shapes.get(group[size], shape) == shape:
+                    more = (*filled[:number], size + 1, *filled[number + 1 :])
+                    following[more] = (min(2, count + following.get(more, (0, None))[0]), (number, way))
+        ways = following
+        if len(ways) > _PLACEMENTS_LIMIT:
+            return set()
+    count, way = ways.get(sizes, (0, None))
+    if count != 1:
+        return set()
+    numbers = []
+    while way is not None:
+        number, way = way
+        numbers.append(number)
+    placed: list[list[str]] = [[] for _ in sizes]
+    for name, number in zip(names, reversed(numbers), strict=True):
+        placed[number].append(name)
+    return {tuple(name for group in placed for name in group)}
 
 
 def _arrangements(
