@@ -49,7 +49,7 @@ HOMES = {
     "prefect": {"natgrad_flows"},
     "numba": {"kernel"},
     "llvmlite": {"kernel"},
-    "matplotlib": {"reporting"},
+    "contourpy": {"reporting"},
     "jinja2": {"reporting"},
     "scipy": {"theory", "experiments"},
     "h5py": {"sources"},
@@ -212,7 +212,7 @@ def loaded_after(statement):
     )
 
 
-HEAVY = {"numba", "scipy", "xarray", "zarr", "dask", "distributed", "prefect", "pandas", "matplotlib", "pydantic"}
+HEAVY = {"numba", "scipy", "xarray", "zarr", "dask", "distributed", "prefect", "pandas", "contourpy", "pydantic"}
 
 
 def test_geometry_needs_numpy_alone():
@@ -232,7 +232,7 @@ def test_the_command_line_starts_without_heavy_libraries():
 
 
 def test_a_library_that_few_runs_need_is_loaded_for_those_alone():
-    few = {"distributed", "icechunk", "jinja2", "matplotlib", "prefect", "s3fs"}
+    few = {"distributed", "icechunk", "jinja2", "contourpy", "prefect", "s3fs"}
     assert not loaded_after("import natgrad.app.run; assert 'scipy.sparse' not in sys.modules") & few
 
 

@@ -268,25 +268,24 @@ def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_opt
 
 @pytest.fixture
 def drawn(tree):
-    """Return a function from the name of a panel to its axes."""
+    """Return a function from the name of a panel to its contents."""
     one = figures.RunResults.of("run", tree)
 
-    def axes(panel):
-        with figures.drawing():
-            picture = figures.eigenvalue_curves([one]) if panel == "A" else getattr(figures, panel)(one, "B")
-        return picture.figure.axes[0]
+    def contents(panel):
+        picture = figures.eigenvalue_curves([one]) if panel == "A" else getattr(figures, panel)(one, "B")
+        return picture.figure.panels[0]
 
-    return axes
+    return contents
 
 
 def test_measured_points_lie_on_the_curves_of_equation_9(drawn, tree):
     lines = drawn("A").lines
-    points = [line for line in lines if line.get_marker() != "None"]
-    curves = [line for line in lines if line.get_marker() == "None"]
+    points = [line for line in lines if line.marker]
+    curves = [line for line in lines if not line.marker]
     assert (len(points), len(curves)) == (3, 3)
     for group in (points, curves):
         for line, formula in zip(group, EIGENVALUES, strict=True):
-            angle, value = line.get_data()
+            angle, value = line.x, line.y
             # Beyond, cosines from angles lose digits to pi/2 itself and prove nothing.
             near = np.cos(angle) >= 1e-3
             assert near.sum() > 5
@@ -294,26 +293,26 @@ def test_measured_points_lie_on_the_curves_of_equation_9(drawn, tree):
             np.testing.assert_allclose(value[near], formula(angle[near]), rtol=1e-10 + 1e-13 / 1e-3, atol=0)
     measured = tree["model"]["angle"].sel(descent="gradient", window=1)
     measured = measured.values[tree["model"]["status"].sel(descent="gradient", window=1).values == Status.EFFECTIVE]
-    assert set(points[0].get_xdata()) <= set(measured)
+    assert set(points[0].x) <= set(measured)
 
 
 def test_the_spectrum_and_the_loss_are_drawn_from_the_results(drawn, tree):
     model = tree["model"].to_dataset()
     at = {"descent": "gradient", "window": 1}
-    spectrum = [line for line in drawn("spectrum").lines if line.get_marker() == "None"]
+    spectrum = [line for line in drawn("spectrum").lines if not line.marker]
     loss = drawn("loss_curve").lines
     expected = [model[f"eigenvalue_{name}"].sel(at) for name in ("max", "mid", "min")]
     expected += [model["loss"], model["loss_average"].sel(window=WINDOW)]
     for line, variable in zip([*spectrum, *loss], expected, strict=True):
-        assert np.array_equal(line.get_xdata(), variable["step"])
-        assert np.array_equal(line.get_ydata(), variable, equal_nan=True)
+        assert np.array_equal(line.x, variable["step"])
+        assert np.array_equal(line.y, variable, equal_nan=True)
 
 
 def test_axes_have_labels_and_the_log_scales_of_the_paper(drawn):
-    assert [drawn(panel).get_yscale() for panel in ("A", "spectrum", "loss_curve")] == ["log", "log", "log"]
     for panel in ("A", "spectrum", "loss_curve"):
-        assert drawn(panel).get_xlabel()
-        assert drawn(panel).get_ylabel()
+        assert drawn(panel).y.log
+        assert drawn(panel).x.label
+        assert drawn(panel).y.label
 
 
 # Where there is little to show -------------------------------------------------------------------------------

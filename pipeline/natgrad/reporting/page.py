@@ -79,8 +79,7 @@ def write_report(
         If a tree does not hold results.
     """
     runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
-    with figures.drawing():
-        content = _content(runs) | _side_by_side(runs, compared_runs)
+    content = _content(runs) | _side_by_side(runs, compared_runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("natgrad.reporting"),
         autoescape=True,

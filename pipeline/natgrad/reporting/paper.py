@@ -168,20 +168,19 @@ def write_figures(
     # Half of the step of steepest descent in the direction of largest curvature.
     size = float(np.linalg.norm(y) / np.linalg.norm(plane.hessian(), 2)) / 2.0
     every = range(0, len(plane.states) - 1, max(1, (len(plane.states) - 1) // 24))
-    with figures.drawing():
-        pictures: dict[str, Picture] = {
-            "figure_1": figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), size),
-            "figure_2": figures.metric_field(
-                plane.loss, plane.states[list(every)], np.stack([plane.ball(index) for index in every])
-            ),
-            "figure_3a": figures.eigenvalue_curves([linear, network]),
-            "figure_3b": figures.spectrum(linear, "B"),
-            "figure_3c": figures.loss_curve(linear, "C"),
-            "figure_3d": figures.spectrum(network, "D"),
-            "figure_3e": figures.loss_curve(network, "E"),
-        }
-        if others:
-            pictures["limit"] = figures.limit_curve(*limit_distances([plane, *others]))
+    pictures: dict[str, Picture] = {
+        "figure_1": figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), size),
+        "figure_2": figures.metric_field(
+            plane.loss, plane.states[list(every)], np.stack([plane.ball(index) for index in every])
+        ),
+        "figure_3a": figures.eigenvalue_curves([linear, network]),
+        "figure_3b": figures.spectrum(linear, "B"),
+        "figure_3c": figures.loss_curve(linear, "C"),
+        "figure_3d": figures.spectrum(network, "D"),
+        "figure_3e": figures.loss_curve(network, "E"),
+    }
+    if others:
+        pictures["limit"] = figures.limit_curve(*limit_distances([plane, *others]))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -34,55 +34,53 @@ def compared(trees):
 
     def draw(*names):
         runs = [RunResults.of(name, trees[name]) for name in names]
-        with figures.drawing():
-            return figures.comparison(runs).figure, runs
+        return figures.comparison(runs).figure, runs
 
     return draw
 
 
 def test_rows_are_the_model_and_its_tensors_and_columns_angle_and_condition_number(compared):
     figure, runs = compared("first", "climbing")
-    assert len(figure.axes) == 2 * (1 + len(TENSORS))
+    assert [len(row) for row in figure.rows] == [2] * (1 + len(TENSORS))
     colours = set()
     for row, name in enumerate((None, *TENSORS)):
         for column, variable in enumerate(("angle", "condition_number")):
-            axes = figure.axes[2 * row + column]
-            drawn = [line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
+            drawn = [line for line in figure.rows[row][column].lines if line.width and len(line.x) > 2]
             assert len(drawn) == len(runs)
             for run, line in zip(runs, drawn, strict=True):
                 expected = run[variable] if name is None else run.tensor(variable, name)
-                np.testing.assert_array_equal(line.get_xdata(), run.steps)
-                np.testing.assert_array_equal(line.get_ydata(), expected)
-                colours.add((run.name, line.get_color()))
-        assert figure.axes[2 * row].get_title(loc="left").endswith(name or "model")
+                np.testing.assert_array_equal(line.x, run.steps)
+                np.testing.assert_array_equal(line.y, expected)
+                colours.add((run.name, line.colour))
+        assert figure.rows[row][0].title.endswith(name or "model")
     assert len(colours) == len({colour for _, colour in colours}) == len(runs)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "climbing"]
+    assert [line.label for line in figure.legend] == ["first", "climbing"]
     # The obtuse half is in sight where a run is there.
     assert runs[1]["angle"].max() > np.pi / 2
-    assert figure.axes[0].get_ylim()[1] > np.pi
+    assert figure.panels[0].y.high > np.pi
 
 
 def test_runs_of_different_models_are_compared_by_their_common_tensors(compared):
     figure, _ = compared("first", "smaller")
-    titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
+    titles = [row[0].title for row in figure.rows]
     assert titles == ["model", "1  two"]
 
 
 def test_the_one_tensor_of_a_model_is_not_drawn_twice(compared):
     figure, _ = compared("smaller", "smaller")
-    assert len(figure.axes) == 2
+    assert len(figure.panels) == 2
 
 
 def test_all_compared_runs_can_be_distinguished(compared):
     figure, runs = compared(*figures.COMPARED_RUNS * ["smaller"])
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()}
+    looks = {(line.colour, line.dash) for line in figure.legend}
     assert len(looks) == len(runs) == figures.COMPARED_RUNS
 
 
 def test_runs_without_any_condition_number_are_drawn(compared):
     figure, runs = compared("climbing", "climbing")
     assert np.isnan(runs[0].tensor("condition_number", "one")).any()
-    assert len(figure.axes) == 6
+    assert len(figure.panels) == 6
 
 
 def test_a_page_compares_several_runs_and_states_if_there_are_too_many(trees, tmp_path):

@@ -1,6 +1,6 @@
 """Drawings of a page: the figures of the paper, and the results of runs over their steps."""
 
-from natgrad.reporting.figures.canvas import Picture, drawing, extent, is_thinned, number
+from natgrad.reporting.figures.canvas import Picture, extent, is_thinned, number
 from natgrad.reporting.figures.curves import (
     COMPARED_RUNS,
     SHOWN_TENSORS,
@@ -28,7 +28,6 @@ __all__ = [
     "comparison",
     "condition_curve",
     "descent_balls",
-    "drawing",
     "eigenvalue_curves",
     "extent",
     "is_thinned",

@@ -9,18 +9,15 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from natgrad.reporting.figures.canvas import (
-    ALARM,
     COLUMNS,
     COMPARED_COLOURS,
     COMPARED_DASHES,
     EIGENVALUES,
+    HEIGHT,
     INK,
-    MUTED,
     SMALL_COLUMNS,
     WIDTH,
     Array,
@@ -30,16 +27,16 @@ from natgrad.reporting.figures.canvas import (
     draw_angle,
     drawable,
     extent,
-    legend_above,
+    half_angle,
     log_limits,
     mark,
     number,
-    panel,
     picture,
     placeholder,
     positive,
     step_axis,
 )
+from natgrad.reporting.figures.chart import Axis, Chart, Line, Note, Panel
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import DESCENT, DESCENTS, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import Status
@@ -136,89 +133,87 @@ def _at(variable: xr.DataArray) -> xr.DataArray:
 
 def angle_curve(run: RunResults) -> Picture:
     """Draw the angle of the model over the steps, with the uncertainty caused by rounding of the stored values."""
-    figure, axes = panel("")
+    panel = Panel(Axis(), Axis("angle ψ (rad)"), letter=True)
+    step_axis(panel, run.steps)
     angle, uncertainty = run["angle"], run["angle_uncertainty"]
     spread = extent(angle)
+    entries = draw_angle(panel, run.steps, angle, uncertainty, COLUMNS)
+    angle_limits(panel, spread)
     if spread is None:
-        placeholder(axes, "no update has an angle")
-    lines = draw_angle(axes, run.steps, angle, uncertainty, COLUMNS)
-    angle_limits(axes, spread)
-    step_axis(axes, run.steps)
-    axes.set_ylabel("angle ψ (rad)")
-    legend_above(axes, lines if spread is not None else [])
+        placeholder(panel, "no update has an angle")
+    else:
+        panel.legend = entries
     extremes = (
         f" from {number(spread[0])} to {number(spread[2])} rad" if spread else "; it is not defined at any step"
     )
-    return picture(figure, f"Angle between update and negative gradient over the steps of {run.name}{extremes}.")
+    return picture(
+        Chart(WIDTH, HEIGHT, [[panel]]),
+        f"Angle between update and negative gradient over the steps of {run.name}{extremes}.",
+    )
 
 
 def condition_curve(run: RunResults) -> Picture:
     """Draw the smallest condition number of the model over the steps."""
-    figure, axes = panel("")
+    panel = Panel(Axis(), Axis("condition number κ (1)"), letter=True)
+    step_axis(panel, run.steps)
     values = positive(run["condition_number"])
     spread = extent(values)
-    lines = []
     if spread is None:
-        placeholder(axes, "no effective update:\nno condition number")
+        placeholder(panel, "no effective update:\nno condition number")
     else:
-        curve(axes, run.steps, values, color=INK)
-        log_limits(axes, spread[0], spread[2])
+        curve(panel, run.steps, values, colour=INK)
+        log_limits(panel, spread[0], spread[2])
         without = run["status"] != Status.EFFECTIVE
-        lines = [mark(axes, run.steps, without)] if without.any() else []
-    step_axis(axes, run.steps)
-    axes.set_ylabel("condition number κ (1)")
-    legend_above(axes, lines)
+        panel.legend = [mark(panel, run.steps, without)] if without.any() else []
     extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else "; it is not defined at any step"
-    return picture(figure, f"Condition number of the optimal metric over the steps of {run.name}{extremes}.")
+    return picture(
+        Chart(WIDTH, HEIGHT, [[panel]]),
+        f"Condition number of the optimal metric over the steps of {run.name}{extremes}.",
+    )
 
 
 def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Picture:
     """Draw the angle or condition number of each tensor, on common axes."""
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    # Margins are fixed, in inches, because a layout engine would measure every text of every panel, which doubles
-    # the drawing time.
     height = 0.75 + (1.15 if rows > 1 else 1.6) * rows
-    figure = Figure(figsize=(WIDTH, height))
-    left, right, lower, upper = 0.72 / WIDTH, 1 - 0.14 / WIDTH, 0.5 / height, 1 - 0.25 / height
-    figure.subplots_adjust(left=left, right=right, bottom=lower, top=upper, hspace=0.38, wspace=0.13)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     of_angle = variable == "angle"
     values = {name: run.tensor(variable, name) for name in names}
     if not of_angle:
         values = {name: positive(value) for name, value in values.items()}
     spread = extent(np.concatenate(list(values.values())))
-    labels = _tensor_labels(names, 26 if columns == 2 else 52)
-    for axes, name, label in zip(grid.flat, names, labels, strict=False):
-        title = axes.set_title(" ", loc="left", fontsize=8.5, pad=3)
-        title.set_parse_math(False)
-        title.set_text(label)
+    axes = Axis(), Axis()
+    panels = []
+    for index, (name, label) in enumerate(
+        zip(names, _tensor_labels(names, 26 if columns == 2 else 52), strict=True)
+    ):
+        # The panel above a gap in the last row shows the step numbers.
+        panel = Panel(*axes, label, tick_labels=(index + columns >= len(names), index % columns == 0))
+        panels.append(panel)
+        step_axis(panel, run.steps, limit=3)
         without = run.tensor("status", name) != Status.EFFECTIVE
         if extent(values[name]) is None:
-            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+            panel.notes.append(Note("none"))
         if of_angle:
-            draw_angle(axes, run.steps, values[name], run.tensor("angle_uncertainty", name), SMALL_COLUMNS)
+            draw_angle(panel, run.steps, values[name], run.tensor("angle_uncertainty", name), SMALL_COLUMNS)
         else:
-            curve(axes, run.steps, values[name], columns=SMALL_COLUMNS, color=INK)
+            curve(panel, run.steps, values[name], columns=SMALL_COLUMNS, colour=INK)
         if without.any() and not of_angle:
-            mark(axes, run.steps, without, columns=SMALL_COLUMNS)
-    first = grid[0, 0]
+            mark(panel, run.steps, without, columns=SMALL_COLUMNS)
     if of_angle:
-        angle_limits(first, spread)
+        angle_limits(panels[0], spread)
     elif spread is not None:
-        log_limits(first, spread[0], spread[2], limit=4)
-    step_axis(first, run.steps, limit=3)
-    first.set_xlabel("")
-    # If the last row is shorter, the panel above the gap shows the step numbers.
-    for axes in grid.flat[len(names) :]:
-        axes.set_visible(False)
-        grid[rows - 2, columns - 1].xaxis.set_tick_params(labelbottom=True)
-    middle = (left + right) / 2, (lower + upper) / 2
-    figure.supxlabel("step", x=middle[0], y=0.08 / height, fontsize=9)
-    label = "angle ψ (rad)" if of_angle else "condition number κ (1)"
-    figure.supylabel(label, x=0.08 / WIDTH, y=middle[1], fontsize=9)
+        log_limits(panels[0], spread[0], spread[2], limit=4)
+    axes[0].label = ""
+    chart = Chart(
+        WIDTH,
+        height,
+        [panels[start : start + columns] for start in range(0, len(panels), columns)],
+        x_label="step",
+        y_label="angle ψ (rad)" if of_angle else "condition number κ (1)",
+    )
     drawn = "Angle between update and negative gradient" if of_angle else "Condition number of the optimal metric"
-    return picture(figure, f"{drawn} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
+    return picture(chart, f"{drawn} over the steps of {run.name}, for {len(names)} tensors: {', '.join(names)}.")
 
 
 def comparison(runs: Sequence[RunResults]) -> Picture:
@@ -233,49 +228,46 @@ def comparison(runs: Sequence[RunResults]) -> Picture:
     tensors = [name for name in runs[0].largest_tensors() if name in shared]
     # If a model has one tensor, the tensor is the model.
     tensors = tensors if any(run.tensors.sizes[TENSOR] > 1 for run in runs) else []
-    legend_rows = math.ceil(len(runs) / 3)
-    height = 0.45 + 1.3 * (1 + len(tensors)) + 0.2 * legend_rows
-    figure = Figure(figsize=(2 * WIDTH, height), layout="constrained")
-    grid = figure.subplots(1 + len(tensors), 2, sharex=True, sharey="col", squeeze=False)
-    conditions, angles, handles = [], [], []
+    steps, of_angle, of_condition = Axis(), Axis("angle ψ (rad)"), Axis("κ (1)")
+    rows = [
+        [
+            Panel(steps, of_angle, label, tick_labels=(label == labels[-1], True)),
+            Panel(steps, of_condition, tick_labels=(label == labels[-1], True)),
+        ]
+        for labels in [("model", *_tensor_labels(tensors, 52))]
+        for label in labels
+    ]
+    step_axis(rows[0][0], np.unique(np.concatenate([run.steps for run in runs])))
+    conditions, angles, legend = [], [], []
     for index, run in enumerate(runs):
         style: dict[str, Any] = {
-            "color": COMPARED_COLOURS[index % len(COMPARED_COLOURS)],
-            "linestyle": COMPARED_DASHES[index // len(COMPARED_COLOURS) % len(COMPARED_DASHES)],
+            "colour": COMPARED_COLOURS[index % len(COMPARED_COLOURS)],
+            "dash": COMPARED_DASHES[index // len(COMPARED_COLOURS) % len(COMPARED_DASHES)],
         }
-        handles.append(Line2D([], [], **style))
-        for row, name in zip(grid, (None, *tensors), strict=True):
+        legend.append(Line(np.empty(0), np.empty(0), label=drawable(run.name, 30), **style))
+        for row, name in zip(rows, (None, *tensors), strict=True):
             angle, condition = (
                 run[variable] if name is None else run.tensor(variable, name)
                 for variable in ("angle", "condition_number")
             )
             angles.append(angle)
             conditions.append(positive(condition))
-            for axes, values in zip(row, (angle, conditions[-1]), strict=True):
-                curve(axes, run.steps, values, columns=SMALL_COLUMNS, **style)
-    for row, label in zip(grid, ("model", *_tensor_labels(tensors, 52)), strict=True):
-        title = row[0].set_title(" ", loc="left", fontsize=8.5, pad=3)
-        title.set_parse_math(False)
-        title.set_text(label)
-        row[0].axhline(np.pi / 2, color=ALARM, linewidth=0.8, linestyle=(0, (4, 2)))
-        row[0].set_ylabel("angle ψ (rad)")
-        row[1].set_ylabel("κ (1)")
+            for panel, values in zip(row, (angle, conditions[-1]), strict=True):
+                curve(panel, run.steps, values, columns=SMALL_COLUMNS, **style)
+    for row in rows:
+        half_angle(row[0])
     angle_spread, spread = extent(np.concatenate(angles)), extent(np.concatenate(conditions))
-    angle_limits(grid[0, 0], angle_spread)
+    angle_limits(rows[0][0], angle_spread)
     if spread is not None:
-        log_limits(grid[0, 1], spread[0], spread[2], limit=5)
-    step_axis(grid[0, 0], np.unique(np.concatenate([run.steps for run in runs])))
-    for axes in grid[:-1].flat:
-        axes.set_xlabel("")
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
-    legend = figure.legend(handles, [str(i) for i in range(len(runs))], loc="outside lower center", ncols=3)
-    for text, run in zip(legend.get_texts(), runs, strict=True):
-        text.set_parse_math(False)
-        text.set_text(drawable(run.name, 30))
+        log_limits(rows[0][1], spread[0], spread[2], limit=5)
+    legend_rows = math.ceil(len(runs) / 3)
+    height = 0.45 + 1.3 * (1 + len(tensors)) + 0.2 * legend_rows
     names = ", ".join(run.name for run in runs)
     of = f" and of the tensors {', '.join(tensors)}" if tensors else ""
-    return picture(figure, f"Angle and condition number of the model{of} over the steps, in the runs {names}.")
+    return picture(
+        Chart(2 * WIDTH, height, rows, legend=legend, columns=3),
+        f"Angle and condition number of the model{of} over the steps, in the runs {names}.",
+    )
 
 
 def _tensor_labels(names: Sequence[str], limit: int) -> list[str]:
