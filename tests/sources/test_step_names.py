@@ -2,6 +2,7 @@
 
 import os
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -150,6 +151,10 @@ def save(path, state):
         safetensors.numpy.save_file({key: np.asarray(value, order="C") for key, value in state.items()}, path)
     elif path.name.endswith(".npz"):
         np.savez(path, **state)
+    elif path.name.endswith((".h5", ".hdf5")):
+        with h5py.File(path, "w") as file:
+            for key, value in state.items():
+                file[key] = value
     else:
         arrays = {"model": {}, "grad": {}}
         for key, value in state.items():
@@ -163,7 +168,7 @@ def steps_of(folder, **options):
     return {step.number: step.storage.name for step in open_source(folder, **options).steps()}
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".pth.tar"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".pth.tar", ".h5", ".hdf5"])
 @pytest.mark.parametrize(
     "form", ["step-{:03}", "params_{}", "grad-{:06}", "step {}", "model{:06}", "epoch=0-step={}"]
 )
@@ -265,4 +270,28 @@ def test_a_run_file_and_a_mapping_file_give_patterns(tmp_path):
     (tmp_path / "run.toml").write_text('[[source]]\npath = "log"\npattern = "epoch_{step}.npz"\n')
     assert list(steps_of(tmp_path / "run.toml")) == [0, 1, 2]
     (tmp_path / "log" / "natgrad.toml").write_text('pattern = "epoch_{step}.npz"\n')
+    assert list(steps_of(tmp_path / "log")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".h5"])
+@pytest.mark.parametrize("other", [".weird", "", ".of.node-3"])
+def test_the_content_decides_for_names_with_another_suffix_that_match_a_pattern(tmp_path, suffix, other):
+    for step, state in enumerate(random_walk(3)):
+        save(tmp_path / f"ckpt_{step}{suffix}", state)
+        (tmp_path / f"ckpt_{step}{suffix}").rename(tmp_path / f"ckpt_{step}{other}")
+    (tmp_path / f"ckpt_9{other}").write_text("text")
+    os.mkfifo(tmp_path / f"ckpt_8{other}")
+    with pytest.raises(NotYet):
+        steps_of(tmp_path)
+    pattern = "ckpt_{step}" + other
+    assert list(steps_of(tmp_path, pattern=pattern)) == [0, 1, 2]
+    ingest(tmp_path, tmp_path / "out", pattern=pattern)
+    assert open_trajectory(tmp_path / "out").scalar("learning_rate").tolist() == [0.1] * 3
+
+
+def test_a_folder_of_pytorch_model_files_is_read(tmp_path):
+    for step, state in enumerate(random_walk(3)):
+        save(tmp_path / "log" / f"step<{step}>" / "pytorch_model.bin", state)
+        weights = {key.removeprefix("gradient/"): state[key] for key in state if key.startswith("gradient/")}
+        save(tmp_path / "grads" / f"grad-{step:06}.safetensors", weights)
     assert list(steps_of(tmp_path / "log")) == [0, 1, 2]

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +22,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import widened
 from natgrad.sources.bounds import TENSOR_OPERATIONS, Budget, shape_of, shown
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished, where
-from natgrad.storage import NotRegularError, Storage, network_errors
+from natgrad.storage import NotRegularError, Storage, network_errors, open_regular
 from natgrad.storage.local import read_at
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Region",
     "UnreadObject",
     "boxes",
+    "first_bytes",
     "not_regular",
     "read_errors",
     "reason_of",
@@ -303,6 +305,18 @@ class ObjectRegion:
     def close(self) -> None:
         """Close the object and release its cached blocks."""
         self._file.close()
+
+
+def first_bytes(path: Path, size: int) -> bytes:
+    """Return the first bytes of a file; none if it is not a regular file or cannot be read."""
+    try:
+        descriptor = open_regular(path)
+    except OSError:
+        return b""
+    try:
+        return os.pread(descriptor, size, 0)
+    finally:
+        os.close(descriptor)
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:

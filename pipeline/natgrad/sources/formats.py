@@ -31,8 +31,9 @@ from natgrad.sources.checkpoints.stacked_file import StackedFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind, StepFolder, is_entry, step_entries
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.checkpoints.zarr_group import ZarrGroup, holds_zarr
-from natgrad.sources.container import Container
-from natgrad.sources.names import CHECKPOINT, Names
+from natgrad.sources.checkpoints.zip_members import first_member
+from natgrad.sources.container import Container, first_bytes
+from natgrad.sources.names import CHECKPOINT, NATIVE, Names
 from natgrad.sources.scalars.event_file import event_files, read_run_events
 from natgrad.sources.scalars.mlflow_store import DATABASE_COLUMNS, metric_files, read_database, read_metric_file
 from natgrad.sources.scalars.record_files import (
@@ -49,7 +50,7 @@ from natgrad.sources.scalars.record_files import (
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.scalars.wandb_file import read_wandb_run, wandb_files
-from natgrad.sources.step_names import AUTOMATIC, Naming
+from natgrad.sources.step_names import AUTOMATIC, Naming, role_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, NotRegularError, Storage
 
@@ -110,11 +111,14 @@ def _contains(*kinds: Kind) -> Callable[[Path], bool]:
     return found
 
 
-def _folder(*kinds: Kind) -> dict[str, Any]:
-    """Return the functions that detect and open a folder of steps, and the kinds of steps."""
+def _folder(*kinds: Kind, parts: tuple[Kind, ...] = ()) -> dict[str, Any]:
+    """Return the functions that detect and open a folder of steps, and the kinds of steps.
+
+    ``parts`` are kinds of files that can be parts of a step, but by which the format is not detected.
+    """
     return {
         "find": _contains(*kinds),
-        "open": lambda path, mapping: StepFolder(LocalStorage(path), kinds, mapping),
+        "open": lambda path, mapping: StepFolder(LocalStorage(path), (*kinds, *parts), mapping),
         "kinds": kinds,
     }
 
@@ -146,9 +150,29 @@ def _open_torch(step: LoggedStep, names: Names) -> TorchFile:
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar", ".ckpt.tar")
 
-_TORCH = Kind("<name>-<N>.pt", is_entry, _open_torch, CHECKPOINT, suffixes=_TORCH_SUFFIXES)
+_TORCH = Kind(
+    "<name>-<N>.pt",
+    is_entry,
+    _open_torch,
+    CHECKPOINT,
+    suffixes=_TORCH_SUFFIXES,
+    content=lambda path: bool(name := first_member(path)) and not name.endswith(".npy"),
+)
+_OPTIMIZER = replace(
+    _TORCH,
+    layout="optimizer_<N>.pt",
+    contains=lambda path: role_of(path.name) == "optimizer",
+    names=NATIVE,
+    content=lambda path: False,
+)
 _ZARR = Kind("step_<N>.zarr", is_entry, lambda step, names: ZarrGroup(step), suffixes=(".zarr",))
-_HDF5 = Kind("step_<N>.h5", is_entry, lambda step, names: Hdf5File(step), suffixes=(".h5", ".hdf5"))
+_HDF5 = Kind(
+    "step_<N>.h5",
+    is_entry,
+    lambda step, names: Hdf5File(step),
+    suffixes=(".h5", ".hdf5"),
+    content=lambda path: first_bytes(path, 8) == b"\x89HDF\r\n\x1a\n",
+)
 
 
 _LATE = (
@@ -250,7 +274,7 @@ _BUILT_IN: dict[str, Format] = {
             "folder of step_<N>.safetensors and step_<N>.npz",
             _NATIVE,
             "nothing",
-            **_folder(*NATIVE_KINDS.values()),
+            **_folder(*NATIVE_KINDS.values(), parts=(_OPTIMIZER,)),
         ),
         Format(
             "huggingface",
@@ -314,7 +338,7 @@ _BUILT_IN: dict[str, Format] = {
             "folder of step_<N>.safetensors, or of folders step-<N>/ with model.safetensors, single or sharded",
             _NATIVE + "; float64, float32, float16, bfloat16; in a folder, <array>.safetensors",
             "scalars of a folder that has no file for them",
-            **_folder(NATIVE_KINDS["safetensors"], MODEL_KIND),
+            **_folder(NATIVE_KINDS["safetensors"], MODEL_KIND, parts=(_OPTIMIZER,)),
         ),
         Format(
             "torch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_roots, saved_optimizer
 from natgrad.sources.optimizers.state import OptimizerState
-from natgrad.sources.step_names import Naming, checked_pattern, words
+from natgrad.sources.step_names import Naming, checked_pattern, role_of
 from natgrad.sources.steps import LoggedTensor, where
 from natgrad.storage import Storage
 
@@ -129,10 +129,41 @@ class Names:
 
         If it has none of the usual keys, its tensors are gradients instead of parameters.
         """
-        if not words(stem) & set(_GRADIENT) or self.required & set(STATES):
+        if role_of(stem) != "gradient" or self.required & set(STATES):
             return self
         parameter = tuple(key for key in self.keys["parameter"] if key != ROOT)
         return replace(self, keys={**self.keys, "parameter": parameter, "gradient": (*_GRADIENT, ROOT)})
+
+    def of_part(self, role: str, container: Container) -> tuple[Names, Callable[[str], str]]:
+        """Return names, and a function that renames the keys of a file of a step with several files.
+
+        A file that has none of the usual keys of its role contains the tensors of this role under bare names.
+
+        Parameters
+        ----------
+        role : str
+            From `natgrad.sources.step_names.role_of`.
+        container : Container
+            The open file.
+        """
+        keys = [*container.numbers, *container.tensors]
+        if role == "optimizer" and optimizer_roots(container):
+            return self, lambda key: key
+        if role == "optimizer" and any(_BARE_OPTIMIZER.match(key) for key in keys):
+            return self, lambda key: f"{role}/{key}"
+        array, prefix = (role, role) if role in STATES else (STATES[0], _BARE_MODEL)
+        usual = [key for key in self.keys[array] if key != ROOT]
+        if any(key == known or key.startswith(f"{known}/") for key in container.tensors for known in usual):
+            return self, lambda key: key
+        claimed = [key for name in (*STATES, *REPLICATE_STATES) for key in self.keys.get(name, ()) if key != ROOT]
+        scalars = {key for name in (*SCALARS, *REPLICATES, "step") for key in self.keys.get(name, ())}
+        starts = tuple(f"{key}/" for key in claimed)
+
+        def renamed(key: str) -> str:
+            return key if key in scalars or key in claimed or key.startswith(starts) else f"{prefix}/{key}"
+
+        own = [prefix if key == ROOT else key for key in self.keys[array]]
+        return replace(self, keys={**self.keys, array: tuple(dict.fromkeys((*own, prefix)))}), renamed
 
     def of_folder(self, folder: Storage) -> Names:
         """Return a copy changed by the mapping file of a log folder.
@@ -182,7 +213,11 @@ def _valid_options(optimizer: Any) -> bool:
 
 
 _GRADIENT = ("gradient", "gradients", "grad", "grads")
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "state/model", ROOT)
+_BARE_OPTIMIZER = re.compile(r"(\d+/)?(state|param_groups)[/.]")
+_BARE_MODEL = "model"
+"""Key of the tensors of a file with bare names, among other files of the same step."""
+
+_MODEL_KEYS = (_BARE_MODEL, "state_dict", "model_state_dict", "module", "state/model", ROOT)
 """Keys of a full model, in which some tensors may not be trained."""
 
 SINGLE_ARRAY = "theta"

@@ -21,8 +21,8 @@ __all__ = [
     "checked_pattern",
     "is_step",
     "parse_name",
+    "role_of",
     "step_number",
-    "words",
 ]
 
 STEP_FIELD = "{step}"
@@ -47,6 +47,18 @@ _CONTENT_WORDS = {
     *("model", "net", "network", "param", "params", "parameter", "parameters", "weight", "weights", "theta"),
     *("grad", "grads", "gradient", "gradients", "hvp", "state", "states"),
 }
+_ROLES = {
+    "gradient": {"grad", "grads", "gradient", "gradients"},
+    "hvp": {"hvp"},
+    # A copy of the model, or what belongs neither to the model nor to its gradient or optimizer.
+    "other": {
+        *("ema", "swa", "avg", "average", "averaged", "scheduler", "sched", "scaler", "rng", "random", "meta"),
+        *("metadata", "config", "args", "trainer", "dataloader", "loader", "sampler"),
+    },
+    "optimizer": {"optimizer", "optimizers", "optim", "optims", "opt"},
+}
+"""Words that distinguish the files of one step. A file without these words contains the model."""
+
 _QUALIFIERS = _CONTENT_WORDS | _CHECKPOINT_WORDS | {"global", "train", "trainer", "training", "optimizer", "opt"}
 
 _UNIT = "([kKmM](?![A-Za-z]))?"
@@ -207,9 +219,16 @@ def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
-def words(name: str) -> set[str]:
-    """Return the words in a name, in lower case."""
-    return set(_words(name))
+def role_of(name: str) -> str:
+    """Return what a file contains according to its name; empty if it may be the model or everything.
+
+    Examples
+    --------
+    >>> [role_of(name) for name in ("model_3", "step_3_grads", "opt000100", "ema_0.9999_000100")]
+    ['', 'gradient', 'optimizer', 'other']
+    """
+    found = set(_words(name))
+    return next((role for role, words in _ROLES.items() if words & found), "")
 
 
 def step_number(stem: str) -> int | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, shown
+from natgrad.sources.bounds import JSON_LIMIT, parse_json, read_limited, shown
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
+from natgrad.sources.checkpoints.several_files import SeveralFiles
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
@@ -54,7 +51,7 @@ MODEL_KIND = Kind(
 )
 
 
-class ModelFolder(Container):
+class ModelFolder(SeveralFiles):
     """The files of one step.
 
     The reader opens every ``<name>.safetensors``, every ``<name>.safetensors.index.json`` with its shards, and
@@ -70,22 +67,23 @@ class ModelFolder(Container):
     def __init__(self, step: LoggedStep, inert: Collection[str] = ()) -> None:
         super().__init__(step)
         self._inert = tuple(inert)
-        self._origins: dict[str, tuple[Container, str]] = {}
-        with ExitStack() as stack:
+        try:
             with read_errors(step, _FORM):
                 names = sorted(path.name for path in step.path.iterdir() if path.is_file())
                 files = self._files(names)
                 self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
                 for name, (prefix, wanted) in files.items():
                     try:
-                        container = stack.enter_context(self._open(step.path / name))
+                        container = self._open(step.path / name)
                     except Unreadable as error:
                         if name not in OPTIMIZERS:
                             raise
                         self.unread["optimizer"] = f"{name}: {error.what}"
                         continue
                     self._add(container, name, prefix, wanted)
-            self._stack = stack.pop_all()
+        except BaseException:
+            self.close()
+            raise
 
     def _files(self, names: list[str]) -> dict[str, tuple[str, set[str] | None]]:
         """Return the files to read, each with the prefix of its keys and, if an index lists them, its keys."""
@@ -131,31 +129,11 @@ class ModelFolder(Container):
         return TorchFile(LoggedStep(self.step.number, LocalStorage(path)), self._inert)
 
     def _add(self, container: Container, name: str, prefix: str, wanted: set[str] | None) -> None:
+        self.include(container, rename=lambda key: prefix + key)
         if wanted is not None and wanted != container.tensors.keys():
             key = sorted(wanted ^ container.tensors.keys())[0]
             verb = "does not contain" if key in wanted else "contains"
             raise ValueError(f"{name} {verb} {shown(key)}, unlike its index")
-        # Every file has paid for its own description.
-        self.budget = Budget(self.budget.size + container.budget.size)
-        for key, logged in container.tensors.items():
-            if prefix + key in self.tensors:
-                raise ValueError(f"two files contain {shown(prefix + key)}")
-            self.tensors[prefix + key] = logged
-            self._origins[prefix + key] = container, key
-        self.numbers |= {prefix + key: value for key, value in container.numbers.items()}
-        self.texts |= {prefix + key: text for key, text in container.texts.items()}
-        self.objects |= {prefix + key: item for key, item in container.objects.items()}
-        self.ties |= {prefix + key: prefix + target for key, target in container.ties.items()}
-        self.aliases |= {prefix + name: prefix + key for name, key in container.aliases.items()}
-
-    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
-        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        container, inner = self._origins[key]
-        container.read(inner, start, out)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
 
 
 def _prefix(stem: str) -> str:

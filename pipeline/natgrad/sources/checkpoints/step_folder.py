@@ -15,10 +15,12 @@ from natgrad.sources.bounds import read_limited
 from natgrad.sources.changes import changed_lately, identity
 from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
-from natgrad.sources.container import Container
+from natgrad.sources.checkpoints.several_files import SeveralFiles
+from natgrad.sources.checkpoints.zip_members import first_member
+from natgrad.sources.container import Container, first_bytes, read_errors
 from natgrad.sources.names import CHECKPOINT, NATIVE, NamedStep, Names
-from natgrad.sources.step_names import AUTOMATIC, STEP_FIELD, Naming, StepName, parse_name, step_number
-from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, vanished
+from natgrad.sources.step_names import AUTOMATIC, STEP_FIELD, Naming, StepName, parse_name, role_of, step_number
+from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, Unreadable, vanished
 from natgrad.storage import LocalStorage, Storage, network_errors
 
 __all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "is_entry", "not_latest_yet", "step_entries"]
@@ -48,6 +50,9 @@ class Kind:
         Endings of its names; empty if they have none.
     clean : callable
         Function of a name that returns it without a mark of files that are being written.
+    content : callable
+        Function of a path that returns True if its first bytes are those of this kind. It decides for names that
+        match a pattern and have another suffix.
     """
 
     layout: str
@@ -57,6 +62,7 @@ class Kind:
     unfinished: Callable[[Path], str] = lambda path: ""
     suffixes: tuple[str, ...] = ()
     clean: Callable[[str], str] = lambda name: name
+    content: Callable[[Path], bool] = lambda path: False
 
     @property
     def layouts(self) -> str:
@@ -78,6 +84,8 @@ class Kind:
         number is in the file. A path that no longer exists is of no kind.
         """
         stem = self.stem(path.name)
+        if stem is None and naming.pattern and self.content(path):
+            stem = path.name
         if stem is None:
             return None
         found = naming.parse(path.parts, stem)
@@ -132,9 +140,19 @@ def is_entry(path: Path) -> bool:
 
 NATIVE_KINDS = {
     "safetensors": Kind(
-        "step_<N>.safetensors", is_entry, lambda step, names: SafetensorsFile(step), suffixes=(".safetensors",)
+        "step_<N>.safetensors",
+        is_entry,
+        lambda step, names: SafetensorsFile(step),
+        suffixes=(".safetensors",),
+        content=lambda path: first_bytes(path, 9)[8:] == b"{",
     ),
-    "npz": Kind("step_<N>.npz", is_entry, lambda step, names: NpzFile(step), suffixes=(".npz",)),
+    "npz": Kind(
+        "step_<N>.npz",
+        is_entry,
+        lambda step, names: NpzFile(step),
+        suffixes=(".npz",),
+        content=lambda path: first_member(path).endswith(".npy"),
+    ),
 }
 """The native format: ``step_<N>.safetensors`` and ``step_<N>.npz``."""
 
@@ -188,7 +206,7 @@ class StepFolder:
 
         Files are opened only if the user specified the key of their step number.
         """
-        found: dict[tuple[int, int], LoggedStep] = {}
+        files: dict[tuple[int, int], _Files] = {}
         unnumbered: dict[Storage, str] = {}
         for entry in step_entries(self.location, self._naming):
             try:
@@ -198,23 +216,10 @@ class StepFolder:
             if listed is None:
                 continue
             step, attempt = listed
-            other = found.get((step.number, attempt))
-            if other is not None and self._naming.keyed and _has_digits(other) != _has_digits(step):
-                _log.info("%s and %s are the same step", other.storage, entry)
-                step = other if _has_digits(other) else step
-            elif other is not None:
-                raise InputError(
-                    f"step {step.number} exists twice: {other.storage.name} and {entry.name}",
-                    where=f"{entry}, step {step.number}",
-                    why="the run was logged twice into one folder, in two formats or with padded numbers, or "
-                    "the number starts again in each epoch",
-                    remedy="keep one of the files, select files with --pattern, or specify the key of the step "
-                    "number with --map step=KEY",
-                )
-            found[step.number, attempt] = step
+            files.setdefault((step.number, attempt), _Files(self._naming)).add(step)
         if unnumbered:
-            self._report(unnumbered, alone=not found)
-        if not found:
+            self._report(unnumbered, alone=not files)
+        if not files:
             names = ", ".join(kind.layouts for kind in self._kinds)
             pattern = f" whose names match the pattern {self._naming.pattern!r}" * bool(self._naming.pattern)
             raise NotYet(
@@ -224,7 +229,16 @@ class StepFolder:
                 remedy="pass the folder that contains the step files, or the names of the files with --pattern; "
                 "see natgrad formats for the formats",
             )
-        return _newest_attempt(found)
+        skipped = [step.storage.name for of_step in files.values() for step in of_step.skipped()]
+        if skipped:
+            _log.warning(
+                "%d files are not read because other files of the same steps contain the model; the first is %s "
+                "(to read these instead, select them with --pattern)",
+                len(skipped),
+                skipped[0],
+            )
+        _leave_unfinished(files)
+        return _newest_attempt({key: of_step.combined() for key, of_step in files.items()})
 
     def _listed(self, entry: Storage, unnumbered: dict[Storage, str]) -> tuple[LoggedStep, int] | None:
         """Return an entry as a step with its attempt, or None if it is not a complete step."""
@@ -263,7 +277,7 @@ class StepFolder:
             return None
         if number is not None and number == int(number) and number >= 0:
             return int(number)
-        if number is None and not _has_digits(step):
+        if number is None and (not _has_digits(step) or role_of(entry.name) in ("optimizer", "other")):
             unnumbered[entry] = f"it has no key {key!r}"
             return None
         raise InputError(
@@ -326,12 +340,123 @@ class StepFolder:
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step; see `natgrad.sources.base.Source`."""
-        found = self._kind(step.storage)
-        if found is None:
-            raise vanished("cannot find the step any more", step)
-        kind, _ = found
+        kind = self._kind_of(step, step.storage)
+        if step.others:
+            return self._open_files(step, kind.names)
         names = kind.names.of_file(step.storage.name) if kind.suffixes else kind.names
         return NamedStep(kind.open(step, names), names)
+
+    def _open_files(self, step: LoggedStep, names: Names) -> NamedStep:
+        """Open a step that consists of several files."""
+        merged = SeveralFiles(step)
+        optimizers = [file.name for file in step.others if role_of(file.name) == "optimizer"]
+        try:
+            with read_errors(step, "the files of a step"):
+                for file in (step.storage, *step.others):
+                    role = "" if file == step.storage and role_of(file.name) == "other" else role_of(file.name)
+                    if role == "optimizer" and len(optimizers) > 1:
+                        merged.unread[role] = f"it is in several files: {', '.join(optimizers)}"
+                        continue
+                    kind = self._kind_of(step, file)
+                    try:
+                        container = kind.open(replace(step, storage=file, others=()), names)
+                    except Unreadable as error:
+                        if role != "optimizer":
+                            raise
+                        merged.unread[role] = f"{file.name}: {error.what}"
+                        continue
+                    names, rename = names.of_part(role, container)
+                    merged.include(container, role, rename)
+                    merged.ordered = container.ordered if file == step.storage else merged.ordered
+        except BaseException:
+            merged.close()
+            raise
+        return NamedStep(merged, names)
+
+    def _kind_of(self, step: LoggedStep, file: Storage) -> Kind:
+        found = self._kind(file)
+        if found is None:
+            raise vanished(f"cannot find {file.name} of this step any more", step)
+        return found[0]
+
+
+class _Files:
+    """The files of one step, by their roles.
+
+    Parameters
+    ----------
+    naming : Naming
+    """
+
+    def __init__(self, naming: Naming) -> None:
+        self._naming = naming
+        self._by_role: dict[str, list[LoggedStep]] = {}
+
+    @property
+    def roles(self) -> set[str]:
+        """Roles of the files that are read; see `natgrad.sources.step_names.role_of`."""
+        return set(self._by_role) - {"other"} or {""}
+
+    def add(self, step: LoggedStep) -> None:
+        """Add a file, given as a step.
+
+        Raises
+        ------
+        InputError
+            If the step has another file with the same role.
+        """
+        role = role_of(step.storage.name)
+        same = self._by_role.setdefault(role, [])
+        if same and role == "" and self._naming.keyed and _has_digits(same[0]) != _has_digits(step):
+            _log.info("%s and %s are the same step", same[0].storage, step.storage)
+            self._by_role[role] = [same[0] if _has_digits(same[0]) else step]
+        elif same and role not in ("optimizer", "other"):
+            raise _twice(same[0], step)
+        else:
+            same.append(step)
+
+    def skipped(self) -> list[LoggedStep]:
+        """Return the files that are not read, because others contain the model."""
+        return self._by_role.get("other", []) if set(self._by_role) > {"other"} else []
+
+    def combined(self) -> LoggedStep:
+        """Return the step with all files that are read. The first file is that of the model, if there is one."""
+        others = self._by_role.get("other", [])
+        if set(self._by_role) == {"other"} and len(others) > 1:
+            raise _twice(*others[:2])
+        read = [step for role in ("", "gradient", "hvp", "optimizer") for step in self._by_role.get(role, [])]
+        first, *rest = read or others
+        return replace(first, others=tuple(step.storage for step in rest))
+
+
+def _twice(one: LoggedStep, other: LoggedStep) -> InputError:
+    return InputError(
+        f"step {one.number} exists twice: {one.storage.name} and {other.storage.name}",
+        where=f"{other.storage}, step {one.number}",
+        why="the run was logged twice into one folder, in two formats or with padded numbers, or the number "
+        "starts again in each epoch",
+        remedy="keep one of the files, select files with --pattern, or specify the key of the step number with "
+        "--map step=KEY",
+    )
+
+
+def _leave_unfinished(files: dict[tuple[int, int], _Files]) -> None:
+    """Remove the last step if it is being written: it lacks a model or optimizer, which the one before has."""
+    if len(files) < 2:
+        return
+    *_, before, last = sorted(files)
+    missing = (files[before].roles - files[last].roles) & {"", "optimizer"}
+    step = files[last].combined()
+    with suppress(ListingChanged):
+        if not missing or not changed_lately(identity(step)["time"]):
+            return
+        _log.warning(
+            "step %d is left for the next pass: its %s is still being written (%s)",
+            step.number,
+            "model" if "" in missing else "optimizer",
+            step.storage.name,
+        )
+        del files[last]
 
 
 def step_entries(location: Storage, naming: Naming) -> list[Storage]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import zipfile
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
 from natgrad.sources.bounds import EXPANDED_BYTES, EXPANSION, shown
-from natgrad.sources.container import Region
+from natgrad.sources.container import Region, first_bytes
 
-__all__ = ["TABLE_BYTES", "TABLE_SHARE", "open_archive", "stored_start"]
+__all__ = ["TABLE_BYTES", "TABLE_SHARE", "first_member", "open_archive", "stored_start"]
 
 TABLE_BYTES, TABLE_SHARE = 1 << 23, 10
 """Maximum size of the table of members: bytes for any archive, and one byte more for this number of its bytes."""
 
-_LOCAL_HEADER = 30
+_LOCAL_HEADER, _LOCAL_MAGIC = 30, b"PK\x03\x04"
+_LONGEST_NAME = 1 << 16
 
 
 class _LimitedFile:
@@ -68,6 +70,13 @@ def open_archive(file: Any, size: int) -> zipfile.ZipFile:
     return archive
 
 
+def first_member(path: Path) -> str:
+    """Return the name of the first member of a zip archive; empty if the file is none."""
+    start = first_bytes(path, _LOCAL_HEADER + _LONGEST_NAME)
+    length = int.from_bytes(start[26:28], "little") if start[:4] == _LOCAL_MAGIC else 0
+    return start[_LOCAL_HEADER : _LOCAL_HEADER + length].decode(errors="replace")
+
+
 def stored_start(region: Region, member: zipfile.ZipInfo) -> int:
     """Return the offset of the bytes of a member that is not compressed.
 
@@ -86,7 +95,7 @@ def stored_start(region: Region, member: zipfile.ZipInfo) -> int:
     stored_name = np.zeros(name_length, np.uint8)
     region.fill(member.header_offset + _LOCAL_HEADER, stored_name)
     encoding = "utf-8" if member.flag_bits & 0x800 else "cp437"
-    if header[:4] != b"PK\x03\x04" or stored_name.tobytes() != member.orig_filename.encode(encoding, "replace"):
+    if header[:4] != _LOCAL_MAGIC or stored_name.tobytes() != member.orig_filename.encode(encoding, "replace"):
         raise ValueError(f"its member {name} is not at the offset in the table")
     start = member.header_offset + _LOCAL_HEADER + name_length + extra_length
     if start + member.file_size > region.length or member.file_size != member.compress_size:

@@ -1,0 +1,77 @@
+"""Read a step from several files, each of which contains a part of it: model, gradients, state of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from numpy.typing import NDArray
+
+from natgrad.sources.bounds import Budget, shown
+from natgrad.sources.container import Container
+from natgrad.sources.steps import LoggedStep
+
+__all__ = ["SeveralFiles"]
+
+
+class SeveralFiles(Container):
+    """The files of one step, with their contents under the keys of one container.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    """
+
+    def __init__(self, step: LoggedStep) -> None:
+        super().__init__(step)
+        self._origins: dict[str, tuple[Container, str]] = {}
+        self._stack = ExitStack()
+
+    def include(self, container: Container, role: str = "", rename: Callable[[str], str] | None = None) -> None:
+        """Add the contents of a file, which is closed together with this container.
+
+        Parameters
+        ----------
+        container : Container
+            The open file.
+        role : str
+            Where its numbers go that another file has with another value.
+        rename : callable, optional
+            Function of a key in the file that returns the key in this container.
+
+        Raises
+        ------
+        ValueError
+            If two files contain a tensor under the same key.
+        """
+        self._stack.push(container)
+        rename = rename or (lambda key: key)
+        # Every file has paid for its own description.
+        self.budget = Budget(self.budget.size + container.budget.size)
+        for key, logged in container.tensors.items():
+            if rename(key) in self.tensors:
+                raise ValueError(f"two files contain {shown(rename(key))}")
+            self.tensors[rename(key)] = logged
+            self._origins[rename(key)] = container, key
+        for key, value in container.numbers.items():
+            other = role and self.numbers.get(rename(key), value) != value
+            self.numbers[f"{role}/{key}" if other else rename(key)] = value
+        self.texts |= _renamed(container.texts, rename)
+        self.objects |= _renamed(container.objects, rename)
+        self.unread |= _renamed(container.unread, rename)
+        self.ties |= {rename(key): rename(target) for key, target in container.ties.items()}
+        self.aliases |= {rename(name): rename(key) for name, key in container.aliases.items()}
+
+    def read(self, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        container, inner = self._origins[key]
+        container.read(inner, start, out)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
+def _renamed(items: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    return {rename(key): value for key, value in items.items()}
