@@ -83,7 +83,11 @@ def fork(task, *arguments):
 
 def answer(task, *arguments):
     """Run a task in a separate process, and return its answer."""
-    process, read = fork(task, *arguments)
+    return result(*fork(task, *arguments))
+
+
+def result(process, read):
+    """Wait for a process that was started by `fork`, and return its answer."""
     with open(read) as pipe:  # noqa: PTH123
         text = pipe.read()
     assert os.waitpid(process, 0)[1] == 0
@@ -187,9 +191,13 @@ WAYS = {
 GOOD = ("same", "refused")
 """Consequences of damage that are right. The others are silent, traceback, unnamed and bad_advice."""
 
-DAMAGE_STEPS, DAMAGE_GROWN = 16, 20
+DAMAGE_STEPS, DAMAGE_GROWN = (15, 16), 20
+"""Steps before the log grows: with and without a last chunk to which the growth appends states."""
+
 DAMAGE_INGEST = IngestLimits(chunk=(3, 400), commit_bytes=1)
-"""Two columns of chunks, and a last chunk to which the growth of the log appends states."""
+"""Two columns of chunks."""
+
+DAMAGE_SUMMARY = {"new_steps": DAMAGE_GROWN}
 
 
 def kind_of(name):
@@ -257,7 +265,7 @@ def try_damaged(log, out, path, before, after):
                 return "silent", "the damaged results were read"
         if path.parent == out:
             kept = scan.Outcome.of(out)
-            same = kept is None or kept.summary == {"new_steps": DAMAGE_STEPS}
+            same = kept is None or kept.summary == DAMAGE_SUMMARY
             return ("same" if same else "silent"), ""
         found = outcome_of(process, log, out)
         if isinstance(found, str):
@@ -276,7 +284,7 @@ def try_damaged(log, out, path, before, after):
         shutil.rmtree(original)
 
 
-def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None):
+def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None, steps=DAMAGE_STEPS[-1], part=(0, 1)):
     """Damage random files; yield the consequence of each trial, and its description.
 
     Parameters
@@ -289,15 +297,18 @@ def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None):
         Ways in which files are damaged.
     kinds : sequence of str, optional
         Kinds of files, see `kind_of`; all by default.
+    steps : int
+        Steps before the log grows.
+    part : (int, int)
+        Number of this part of the kinds, and the number of parts.
     """
-    rng = np.random.default_rng(seed)
     log, grown, whole = folder / "log", folder / "grown", folder / "whole"
     states = random_walk(DAMAGE_GROWN, TENSORS, seed=seed)
-    write_log(log, states[: DAMAGE_STEPS - 4])
+    write_log(log, states[: steps - 4])
     ingest_run(log, whole, limits=DAMAGE_INGEST)
-    write_log(log, states[:DAMAGE_STEPS])  # the trajectory has several commits, and its ledger grew
+    write_log(log, states[:steps])  # the trajectory has several commits, and its ledger grew
     before = process(log, whole)
-    scan.Outcome(str(log), scan.listing(log), {}, {"new_steps": DAMAGE_STEPS}).remember(whole)
+    scan.Outcome(str(log), scan.listing(log), {}, DAMAGE_SUMMARY).remember(whole)
     shutil.copytree(log, grown)
     write_log(grown, states)
     after = process(grown, folder / "grown-out")
@@ -306,14 +317,28 @@ def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None):
     for name in files:
         if not name.endswith(".lock"):
             of_kind.setdefault(kind_of(name), []).append(name)
-    for kind, way, source, _ in itertools.product(kinds or of_kind, ways, (log, grown), range(trials)):
+    first, parts = part
+    chosen = list(kinds or of_kind)[first::parts]
+    for kind, way, source, number in itertools.product(chosen, ways, (log, grown), range(trials)):
+        # Each trial has its own seed, so that it does not depend on the others.
+        rng = np.random.default_rng([seed, *f"{kind} {way} {source.name} {steps} {number}".encode()])
         out = shutil.copytree(whole, folder / "trial")
         path = out / rng.choice(of_kind[kind])
         content = WAYS[way](path.read_bytes(), rng)
         path.unlink() if content is None else path.write_bytes(content)
         consequence, why = try_damaged(source, out, path, before, before if source == log else after)
-        yield consequence, f"{consequence}: {way} {path.relative_to(out)} ({source.name}): {why}"
+        yield consequence, f"{consequence}: {way} {path.relative_to(out)} ({source.name}, {steps} steps): {why}"
         shutil.rmtree(out)
+
+
+def damage(folder, trials, seed, part):
+    """Return all trials of one part of the kinds of files, one half of them with each number of steps."""
+    logging.getLogger("natgrad").setLevel(logging.CRITICAL)
+    found = []
+    for steps, some in zip(DAMAGE_STEPS, (trials - trials // 2, trials // 2), strict=True):
+        if some:
+            found += damage_trials(folder / f"{steps}-{part[0]}", some, seed, steps=steps, part=part)
+    return found
 
 
 # Two writers, and a reader ------------------------------------------------------------------------------------
@@ -336,10 +361,7 @@ def race(folder, rounds, seed):
     for number in range(rounds):
         out = folder / f"race-{number}"
         two = [fork(try_to_work, log, out) for _ in range(2)]
-        for process, read in two:
-            with open(read) as pipe:  # noqa: PTH123
-                ends[json.loads(pipe.read())] += 1
-            assert os.waitpid(process, 0)[1] == 0
+        ends.update(result(process, read) for process, read in two)
         others += answer(files, out) != expected
     return dict(ends), others
 
@@ -372,10 +394,7 @@ def read_while_written(folder, seed):
         write_log(growing, states[: step + 1])
         answer(try_to_work, growing, out)
     stop.touch()
-    with open(read) as pipe:  # noqa: PTH123
-        counted = json.loads(pipe.read())
-    assert os.waitpid(reader, 0)[1] == 0
-    return counted
+    return result(reader, read)
 
 
 def main():
@@ -396,8 +415,9 @@ def main():
             "race_other_bytes": others,
             "reader": read_while_written(parts[2], options.seed),
         }
-        logging.getLogger("natgrad").setLevel(logging.CRITICAL)
-        found = list(damage_trials(parts[3], options.damages, options.seed))
+        count = len(os.sched_getaffinity(0))
+        running = [fork(damage, parts[3], options.damages, options.seed, (part, count)) for part in range(count)]
+        found = [trial for process, read in running for trial in result(process, read)]
         counted["damages"] = Counter(consequence for consequence, _ in found)
     bad_damages = [description for consequence, description in found if consequence not in GOOD]
     sys.stdout.write(json.dumps(counted) + "\n")
