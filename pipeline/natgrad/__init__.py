@@ -76,6 +76,9 @@ if not TYPE_CHECKING:
     def __getattr__(name):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_MODULES.get(name, "natgrad.app.api")), name)
+        from natgrad.compute.clusters import configuration_errors
+
+        with configuration_errors():
+            value = getattr(import_module(_MODULES.get(name, "natgrad.app.api")), name)
         globals()[name] = value
         return value

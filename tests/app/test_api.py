@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -42,6 +43,48 @@ def test_the_import_is_fast_and_loads_no_library():
     assert float(seconds) <= 0.15
     assert "natgrad" in loaded
     assert not set(loaded) - set(sys.stdlib_module_names) - {"natgrad"}
+
+
+MISCONFIGURED = """
+import sys
+from pathlib import Path
+import natgrad
+
+log, processed, file = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+out = file.with_name("out")
+for call in (lambda: natgrad.process(log, out), lambda: natgrad.open_results(processed)):
+    try:
+        call()
+    except natgrad.InputError as error:
+        print(error.what, error.where, out.exists(), sep="|")
+file.unlink()  # the remedy
+print(len(natgrad.open_results(processed).children))
+"""
+
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("processed")
+    natgrad.process(LOG, out)
+    return out
+
+
+@pytest.mark.parametrize("text", ["distributed: [", "array: 3"])
+def test_a_malformed_configuration_of_dask_is_named_and_can_be_corrected(tmp_path, processed, text):
+    file = tmp_path / "any.yaml"
+    file.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", MISCONFIGURED, LOG, processed, file],
+        env=os.environ | {"DASK_CONFIG": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    where = (
+        file if text == "distributed: [" else f"a file in {tmp_path}, ~/.config/dask, /etc/dask"
+    )  # Dask names none
+    refusal = f"a configuration file of Dask is malformed|{where}|False"
+    assert done.stdout.splitlines() == [refusal, refusal, "2"]
 
 
 @pytest.fixture(scope="module")

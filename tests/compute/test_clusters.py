@@ -424,3 +424,36 @@ def test_a_pass_over_tls_uses_the_certificates_of_the_configuration_of_dask(tmp_
             assert run_pass(tmp_path, arrays, executors.existing_cluster(address)) == expected
             options = clusters.job_options("slurm")
     assert options["protocol"] == "tls://"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"distributed: [", "expected the node content"),
+        (b"text", "it is not a mapping"),
+        (b"\xff\xfe", "invalid start byte"),
+        (b"a: 2001-99-99", "month must be in"),
+        (b"distributed: 3", r"distributed must be a section \(a mapping\), got 3"),
+        (b"array: {rechunk: [1]}", r"array.rechunk must be a section \(a mapping\), got \[1\]"),
+    ],
+)
+def test_a_malformed_configuration_is_named(tmp_path, monkeypatch, text, why):
+    file = tmp_path / "any.yaml"
+    file.write_bytes(text)
+    monkeypatch.setattr(dask.config, "paths", [str(tmp_path)])
+    with (
+        pytest.raises(InputError, match="a configuration file of Dask is malformed") as refusal,
+        clusters.configuration_errors(),
+    ):
+        raise TypeError("what Dask would raise")
+    assert refusal.value.where == str(file)
+    assert re.search(why, refusal.value.why)
+
+
+def test_other_errors_are_not_attributed_to_the_configuration(tmp_path, monkeypatch):
+    (tmp_path / "any.yaml").write_text(
+        "distributed: {comm: {retry: {count: 3}}}\narray: {chunk-size: 1MiB}\nmy: 3\n"
+    )
+    monkeypatch.setattr(dask.config, "paths", [str(tmp_path)])
+    with pytest.raises(TypeError, match="another"), clusters.configuration_errors():
+        raise TypeError("another")

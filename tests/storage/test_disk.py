@@ -127,6 +127,45 @@ def test_a_read_only_disk_is_reported_and_commits_are_kept(tmp_path, log, undist
     assert stores == undisturbed
 
 
+RESULTS_ON_A_FULL_DISK = """
+import os, sys
+from pathlib import Path
+from subprocess import run
+
+disk, log = Path(sys.argv[1]), sys.argv[2]
+run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
+
+import natgrad
+
+out = disk / "out"
+natgrad.ingest(log, out)
+natgrad.analyze(out, windows=[1], workers=1)
+ballast, complete = disk / "ballast", sum(path.stat().st_blocks * 512 for path in (out / "results.zarr").rglob("*"))
+for share in range(0, 100, 30):
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    ballast.write_bytes(bytes(free - complete * share // 100))
+    try:
+        natgrad.analyze(out, windows=[1, 2], workers=1)
+        print("no error")
+    except natgrad.Unavailable as error:
+        print(error.what, error.where.startswith(f"{out}/results.zarr/"), error.why, sep="|")
+    print([path.name for path in out.glob(".*.new")], natgrad.open_results(out)["model"]["window"].values)
+    ballast.unlink()
+print(natgrad.analyze(out, windows=[1, 2], workers=1).updates, natgrad.open_results(out)["model"]["window"].values)
+"""
+
+
+def test_a_failed_write_of_results_names_the_file_and_keeps_the_old_results(tmp_path, log):
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", RESULTS_ON_A_FULL_DISK, tmp_path, log], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    *failed, complete = done.stdout.splitlines()
+    assert failed == ["no space left: No space left on device|True|the disk is full", "[] [1]"] * 4
+    assert complete == f"{STEPS - 1} [1 2]"
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path

@@ -619,6 +619,19 @@ def test_a_missing_bucket_is_reported(s3_server, tmp_path):
     assert "create the bucket" in refusal.value.remedy
 
 
+def test_a_failed_write_names_the_object(s3_server):
+    folder = open_storage("s3://nowhere/run")
+    for write, where in (
+        (lambda: (folder / "a").put(b"1"), "s3://nowhere/run/a"),
+        (lambda: (folder / "a").put_new(b"1"), "s3://nowhere/run/a"),
+        (lambda: folder.put_entries({"b": b"1"}), "s3://nowhere/run/b"),
+        (lambda: folder.put_entries({"b": b"1", "c": b"2"}), "one of 2 objects in s3://nowhere/run"),
+    ):
+        with pytest.raises(InputError, match="not found in the object store") as refusal:
+            write()
+        assert refusal.value.where == where
+
+
 @pytest.fixture
 def newly_opened(s3_server):
     """Open object stores with the environment of the test, and afterwards with the usual one again."""

@@ -27,6 +27,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from natgrad.app.progress import StageProgress
+from natgrad.compute.clusters import configuration_errors
 from natgrad.schema.arguments import number, plain, shown
 from natgrad.schema.errors import InputError
 
@@ -977,7 +978,8 @@ def with_options(
             call.arguments |= {name: option.validated(call.arguments[name]) for name, option in own.items()}
             for name in rest:
                 call.arguments[name] = validated(kind, call.arguments[name])
-            return function(*call.args, **call.kwargs)
+            with configuration_errors():
+                return function(*call.args, **call.kwargs)
 
         validating.__signature__ = signature.replace(  # type: ignore[attr-defined]  # inspect reads it
             parameters=parameters, return_annotation=hints.get("return", inspect.Signature.empty)

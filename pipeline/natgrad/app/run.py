@@ -17,7 +17,7 @@ from natgrad.app.memory import memory_errors
 from natgrad.app.progress import Progress, StageProgress, stage
 from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
 from natgrad.compute import executors
-from natgrad.compute.clusters import require_cluster
+from natgrad.compute.clusters import require_cluster, require_configuration
 from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
@@ -132,15 +132,16 @@ class Analysis:
         self.require_workers()
 
     def require_workers(self) -> None:
-        """Check that the requested scheduler responds, or that the requested cluster is configured.
+        """Check that Dask is configured, and that the requested scheduler or cluster can be used.
 
         Raises
         ------
         InputError
-            If the package or the configuration of the cluster is missing.
+            If the configuration of Dask is malformed, or the package of the cluster is missing.
         Unavailable
             If the scheduler does not respond.
         """
+        require_configuration()
         if self.scheduler is not None:
             executors.require_scheduler(self.scheduler)
         if self.cluster is not None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from natgrad.schema.errors import InputError
@@ -21,6 +23,7 @@ from natgrad.schema.logs import logger
 __all__ = [
     "CLUSTERS",
     "ONE_THREAD",
+    "configuration_errors",
     "job_options",
     "local_scheduler",
     "memory_bytes",
@@ -63,6 +66,10 @@ CLUSTERS = {
     "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
 }
 """Module and class of each kind of cluster, by name."""
+
+
+_SECTIONS = ("distributed", "jobqueue", "kubernetes")
+"""Sections of other packages, which declare their defaults when they are imported."""
 
 
 @contextmanager
@@ -168,18 +175,62 @@ def require_configuration() -> None:
         If a file is malformed.
     """
     try:
-        import dask.config  # noqa: F401
-    except ValueError as error:
+        import dask.config
+
+        files = list(dask.config.collect_yaml(dask.config.paths, return_paths=True))
+    except ImportError:
+        raise
+    except Exception as error:
         found = re.match("A dask config file at '(.*)' is malformed", str(error))
         if found is None:
-            raise
+            raise _malformed(f"a file in {_folders()}", f"{type(error).__name__}: {error}") from error
         why = " ".join(str(error)[found.end() :].partition("message:")[2].split()).rstrip(" :^")
-        raise InputError(
-            "a configuration file of Dask is malformed",
-            where=found[1],
-            why=why or "it is not a mapping",
-            remedy="correct this file or move it away",
-        ) from error
+        raise _malformed(found[1], why or "it is not a mapping") from error
+    expected = {name: {} for name in _SECTIONS} | dask.config.merge(*dask.config.defaults)
+    for path, values in files:
+        _require_sections(path, values, expected)
+
+
+def _require_sections(path: Path, values: Mapping[str, Any], expected: Mapping[str, Any], name: str = "") -> None:
+    """Require that the values of a file are mappings where the defaults are mappings."""
+    for key, value in values.items():
+        default = expected.get(str(key).replace("_", "-"))
+        if not isinstance(default, Mapping):
+            continue
+        if not isinstance(value, Mapping):
+            raise _malformed(str(path), f"{name}{key} must be a section (a mapping), got {value!r}")
+        _require_sections(path, value, default, f"{name}{key}.")
+
+
+def _malformed(where: str, why: str) -> InputError:
+    return InputError(
+        "a configuration file of Dask is malformed",
+        where=where,
+        why=why,
+        remedy="correct this file or move it away",
+    )
+
+
+def _folders() -> str:
+    """Return the folders in which Dask looks for its configuration, which cannot be imported."""
+    own = os.environ.get("DASK_CONFIG")
+    return ", ".join(filter(None, (own, "~/.config/dask", "/etc/dask")))
+
+
+@contextmanager
+def configuration_errors() -> Iterator[None]:
+    """If an error occurs while the configuration of Dask is malformed, raise the error of `require_configuration`.
+
+    Dask fails when it is imported. The configuration is read only after an error, because that takes as long as
+    some functions.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception:
+        require_configuration()
+        raise
 
 
 def _cluster_class(name: str) -> Any:

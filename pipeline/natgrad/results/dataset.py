@@ -24,7 +24,7 @@ from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
-from natgrad.storage import Storage
+from natgrad.storage import LocalStorage, Storage
 from natgrad.store.checked import CheckedStore, Damaged, record_files, recorded_files
 
 __all__ = [
@@ -327,7 +327,7 @@ def write(tree: xr.DataTree, storage: Storage) -> None:
         # Zarr warns that other programs may ignore consolidated metadata. They then read the metadata of each
         # array.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        tree.to_zarr(folder, zarr_format=3, consolidated=True, mode="w")
+        tree.to_zarr(LocalStorage(folder).zarr_store(), zarr_format=3, consolidated=True, mode="w")
         record_files(folder, {"options": tree.attrs.get("options", {})})
 
 

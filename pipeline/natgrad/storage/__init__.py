@@ -4,7 +4,7 @@
 """
 
 from natgrad.storage.base import Stat, Storage, StoredFile, Writes
-from natgrad.storage.local import LocalStorage, NotRegularError, naming_errors, open_regular, require_regular
+from natgrad.storage.local import LocalStorage, NotRegularError, open_regular, require_regular
 from natgrad.storage.network import network_errors, storage_errors
 from natgrad.storage.opening import KINDS, Location, open_all, open_out, open_storage, require_local
 
@@ -17,7 +17,6 @@ __all__ = [
     "Storage",
     "StoredFile",
     "Writes",
-    "naming_errors",
     "network_errors",
     "open_all",
     "open_out",

@@ -32,7 +32,6 @@ __all__ = [
     "LocalStorage",
     "NotRegularError",
     "disk_errors",
-    "naming_errors",
     "open_local",
     "open_regular",
     "read_at",
@@ -78,12 +77,12 @@ _BYTE = (bytearray(1),)
 
 
 @contextmanager
-def naming_errors(path: Path | None) -> Iterator[None]:
+def _naming_errors(path: Path) -> Iterator[None]:
     """Add the name of a local file to errors of the system that have none, as those of calls with a descriptor."""
     try:
         yield
     except OSError as error:
-        if path is not None and error.errno is not None and error.filename is None:
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 
@@ -93,7 +92,7 @@ def naming_errors(path: Path | None) -> Iterator[None]:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
-    with naming_errors(path):
+    with _naming_errors(path):
         _flush_descriptor(os.open(path, os.O_RDONLY))
 
 
@@ -143,7 +142,7 @@ def _write_temporary(path: Path, content: bytes | memoryview) -> Path:
     """Write a temporary file in the folder of a path, without waiting for the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
-        with naming_errors(path), temporary.open("wb", buffering=0) as file:
+        with _naming_errors(path), temporary.open("wb", buffering=0) as file:
             for start in range(0, len(content), _SEGMENT_BYTES):
                 left = memoryview(content)[start : start + _SEGMENT_BYTES]
                 while left:
@@ -164,13 +163,14 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path | None) -> Iterator[None]:
     """Translate errors of a disk into messages for users.
 
     Parameters
     ----------
-    path : Path
-        Location of the writes. The message contains it if the error does not contain a file name.
+    path : Path, optional
+        Location of the writes. The message contains it if the error does not contain a file name. Default: errors
+        without a file name are not translated.
 
     Raises
     ------
@@ -180,7 +180,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is None and error.errno not in _FAILURES):
+        unnamed = error.filename is None and (path is None or error.errno not in _FAILURES)
+        if error.errno is None or unnamed:
             raise  # an error of a network, for example
         what, why, remedy = _FAILURES.get(error.errno, _OTHER_FAILURE)
         raise Unavailable(
@@ -235,14 +236,14 @@ class LocalStorage(Storage):
     def get_tagged(self) -> tuple[bytes, str]:
         """Return the content of a file, and an empty tag, because files have no conditional writes."""
         descriptor = open_regular(self._path)
-        with naming_errors(self._path), os.fdopen(descriptor, "rb") as file:
+        with _naming_errors(self._path), os.fdopen(descriptor, "rb") as file:
             return file.read(), ""
 
     def get_ranges(self, spans: Sequence[tuple[int, int]]) -> builtins.list[bytes]:
         """Return ranges of the content of a file."""
         descriptor = open_regular(self._path)
         try:
-            with naming_errors(self._path):
+            with _naming_errors(self._path):
                 # pread allocates the bytes that are requested, also beyond the end of the file.
                 size = os.fstat(descriptor).st_size
                 return [os.pread(descriptor, max(min(stop, size) - start, 0), start) for start, stop in spans]
@@ -362,8 +363,16 @@ class LocalStorage(Storage):
         staged, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
         for leftover in (staged, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        yield staged
-        _flush_all((*staged.rglob("*"), staged))
+        try:
+            yield staged
+            _flush_all((*staged.rglob("*"), staged))
+        except BaseException as error:
+            shutil.rmtree(staged, ignore_errors=True)  # it may fill the disk
+            if isinstance(error, OSError) and error.filename is not None:
+                named = Path(os.fsdecode(error.filename))
+                if named.is_relative_to(staged):
+                    error.filename = str(path / named.relative_to(staged))
+            raise
         if not path.exists():
             staged.rename(path)
         elif not _exchange(staged, path):
@@ -405,9 +414,9 @@ class LocalStorage(Storage):
 
     def zarr_store(self) -> Any:
         """Return a Zarr store."""
-        from zarr.storage import LocalStore
+        from natgrad.storage.named_files import NamedFiles
 
-        return LocalStore(self._path)
+        return NamedFiles(self._path)
 
 
 class _LocalWrites(Writes):
@@ -429,7 +438,7 @@ class _LocalWrites(Writes):
             if missing := max(0, offset - os.fstat(descriptor).st_size):
                 raise EOFError(f"it is {missing} bytes too short")
             stop = offset + len(content)
-            with naming_errors(path):
+            with _naming_errors(path):
                 os.truncate(descriptor, size)
                 while content:
                     count = os.pwrite(descriptor, content, offset)

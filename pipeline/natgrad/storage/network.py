@@ -62,12 +62,9 @@ def storage_errors(*storages: Storage) -> Iterator[None]:
         If a file cannot be read or written, for example because the disk failed.
     """
     local = [storage.local_path for storage in storages if storage.local_path is not None]
-    with network_errors(*storages):
-        if not local:
-            yield
-            return
-        with disk_errors(local[0]):
-            yield
+    # Objects are staged in temporary files, so local files may fail even if no storage is local.
+    with network_errors(*storages), disk_errors(local[0] if local else None):
+        yield
 
 
 def user_error(error: Exception, where: str) -> InputError | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import builtins
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Self, cast
 
@@ -175,10 +176,24 @@ class ObjectStorage(Storage):
 
     # Writing
 
+    @contextmanager
+    def _naming_errors(self, where: str) -> Iterator[None]:
+        """Translate errors of a request into messages that name the object; see `user_error`."""
+        try:
+            yield
+        except FileExistsError:  # the answer to a conditional request
+            raise
+        except Exception as error:
+            translated = self.user_error(error, where)
+            if translated is None:
+                raise
+            raise translated from error
+
     def put(self, content: bytes | memoryview) -> None:
         """Write an object."""
         # Multipart uploads would not be verified as a single request is; no chunk is large enough for one.
-        self.fs.pipe_file(self.key, bytes(content))
+        with self._naming_errors(str(self)):
+            self.fs.pipe_file(self.key, bytes(content))
 
     def put_new(self, content: bytes | memoryview) -> None:
         """Write a new object; raise FileExistsError if it exists."""
@@ -189,16 +204,25 @@ class ObjectStorage(Storage):
         self._put_conditionally(content, IfMatch=tag)
 
     def _put_conditionally(self, content: bytes | memoryview, **condition: Any) -> None:
-        try:
-            self.fs.pipe_file(self.key, bytes(content), **condition)
-        except OSError as error:
-            if "precondition" in repr(error.__cause__ or error).lower().replace("-", ""):
-                raise FileExistsError(str(self)) from error
-            raise
+        with self._naming_errors(str(self)):
+            try:
+                self.fs.pipe_file(self.key, bytes(content), **condition)
+            except OSError as error:
+                if "precondition" in repr(error.__cause__ or error).lower().replace("-", ""):
+                    raise FileExistsError(str(self)) from error
+                raise
 
     def put_entries(self, contents: Mapping[str, bytes | memoryview], *, flush_names: bool = True) -> None:
         """Write several objects concurrently."""
-        self.fs.pipe({f"{self.key}/{name}": bytes(content) for name, content in contents.items()})
+        objects = {f"{self.key}/{name}": bytes(content) for name, content in contents.items()}
+        # The error does not state which of the objects failed.
+        where = (
+            f"{self}/{min(contents, default='')}"
+            if len(objects) < 2
+            else f"one of {len(objects)} objects in {self}"
+        )
+        with self._naming_errors(where):
+            self.fs.pipe(objects)
 
     def delete(self) -> None:
         """Remove an object."""

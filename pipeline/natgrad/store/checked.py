@@ -17,7 +17,7 @@ from zarr.storage import StorePath, WrapperStore
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
-from natgrad.storage import LocalStorage, Storage, naming_errors
+from natgrad.storage import LocalStorage, Storage
 from natgrad.store.group import document_of, require_version
 from natgrad.store.journal import Journal
 
@@ -148,8 +148,7 @@ class CheckedStore(WrapperStore[Store]):
         name = key.removeprefix(f"{self._path}/")
         if name not in self._files:
             return None
-        with naming_errors((self._storage / name).local_path):
-            found = await self._store.get(key, prototype)
+        found = await self._store.get(key, prototype)
         content = None if found is None else found.to_bytes()
         _compare(self._storage / name, content, self._files[name], self._remedy)
         return found if found is None or byte_range is None else found[_slice(byte_range, len(found))]

@@ -204,12 +204,12 @@ def create_group(
     if store.exists():
         _attributes(store, kind, _NOT_OURS, replaced=True)
     with store.replace_tree(_DOCUMENT, _placeholder(kind)) as folder:
-        group = zarr.create_group(folder, zarr_format=3)
+        created = open_storage(folder)
+        group = zarr.create_group(created.zarr_store(), zarr_format=3)
         group.create_group("commits")
         for name, plan in arrays.items():
             plan.create(group, name)
         described = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
-        created = open_storage(folder)
         described["arrays"] = {name: array_digest(document_of(created / name)) for name in arrays}
         group.update_attributes({_ATTRIBUTE: {**described, "crc32c": _digest(described)}})
         for name, record in (records or {}).items():
