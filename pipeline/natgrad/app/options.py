@@ -373,14 +373,14 @@ def _parsed_map(pairs: Sequence[str]) -> Mapping[str, str]:
 
 
 def _checked_map(mapping: dict[str, str]) -> dict[str, str]:
-    from natgrad.sources.names import QUANTITIES
+    from natgrad.sources.names import MAPPED
 
     for quantity, key in mapping.items():
-        if quantity not in (*QUANTITIES, "run") or not key:
+        if quantity not in MAPPED or not key:
             raise InputError(
                 f"--map: {quantity}={key} does not name a quantity and its key",
                 where="option mapping",
-                remedy=f"write QUANTITY=KEY; the quantities are {', '.join((*QUANTITIES, 'run'))}",
+                remedy=f"write QUANTITY=KEY; the quantities are {', '.join(MAPPED)}",
             )
     return mapping
 

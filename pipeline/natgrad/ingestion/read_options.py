@@ -11,15 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import SCALARS
+from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.run_file import run_file_options
 from natgrad.storage import Storage
 from natgrad.store import Trajectory, exists
 
 __all__ = ["ReadOptions"]
-
-_SCALAR_LOG_QUANTITIES = frozenset((*SCALARS, "step", "run"))
-"""Quantities whose mapping applies to the log of scalars if there are several sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,7 @@ class ReadOptions:
                     raise _changed_options(store, difference)
             return replace(self, exact_names=original.exact_names)
         # With a log of scalars, the keys of scalars apply to it. Without one, they apply to the log with tensors.
-        other_log = _SCALAR_LOG_QUANTITIES if self.several != original.several else frozenset()
+        other_log = frozenset(SCALAR_LOG_QUANTITIES) if self.several != original.several else frozenset()
         _require_unchanged(store, "--map", original.mapping, self.mapping, None, other_log)
         _require_unchanged(store, "--shift", original.shift, self.shift, 0, frozenset())
         if self.pattern and self.pattern != original.pattern:

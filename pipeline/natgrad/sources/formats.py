@@ -49,6 +49,8 @@ from natgrad.sources.scalars.record_files import (
 )
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
+from natgrad.sources.scalars.text_file import LINE_FORMS, TEXT_KIND
+from natgrad.sources.scalars.update_records import TRAINER_STATE, read_trainer_state
 from natgrad.sources.scalars.wandb_file import read_wandb_run, wandb_files
 from natgrad.sources.step_names import AUTOMATIC, Naming, role_of
 from natgrad.sources.steps import LoggedStep
@@ -240,7 +242,9 @@ _GIVES_SCALARS = (
 _LACKS_TENSORS = "tensors: pass the log that contains them as an additional SOURCE"
 
 
-def _scalar_format(name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "") -> Format:
+def _scalar_format(
+    name: str, layout: str, kind: ScalarKind, gives: str = "", lacks: str = "", alignment: str = ""
+) -> Format:
     """Return the format of a log of scalars. A file that cannot be read is not detected as such a log."""
 
     def found(path: Path) -> bool:
@@ -256,7 +260,7 @@ def _scalar_format(name: str, layout: str, kind: ScalarKind, gives: str = "", la
         _LACKS_TENSORS + lacks,
         found,
         lambda path, mapping: ScalarLog(LocalStorage(path), kind, mapping),
-        _SCALAR_ALIGNMENT,
+        alignment or _SCALAR_ALIGNMENT,
         kind,
     )
 
@@ -401,6 +405,27 @@ _BUILT_IN: dict[str, Format] = {
                 _find_files(False, b"", *_JSON_SUFFIXES, check=_starts_as_json),
                 read_json_lines,
             ),
+        ),
+        _scalar_format(
+            "trainer-state",
+            "one trainer_state.json of the Hugging Face Trainer",
+            ScalarKind(
+                "a log history of the Trainer",
+                _find_files(False, b"{", TRAINER_STATE),
+                read_trainer_state,
+                step="step",
+            ),
+            alignment="the loss at step N + 1 of the log is that of state N, if every update was logged "
+            "(logging_steps=1)",
+        ),
+        _scalar_format(
+            "text",
+            "one text file (.log, .txt, .out) with --map line=FORM: a line with fields, such as "
+            f"'iter {{step}}: loss {{loss}}', or one of {', '.join(LINE_FORMS)}",
+            TEXT_KIND,
+            gives="; rounded to the digits that were printed",
+            alignment="as stated by the lines; the loss that megatron and trainer print at step N + 1 is that of "
+            "state N",
         ),
         _scalar_format(
             "parquet",

@@ -25,11 +25,13 @@ from natgrad.storage import Storage
 
 __all__ = [
     "CHECKPOINT",
+    "MAPPED",
     "MAP_FILE",
     "MODEL",
     "NATIVE",
     "QUANTITIES",
     "ROOT",
+    "SCALAR_LOG_QUANTITIES",
     "SINGLE_ARRAY",
     "STATE_QUANTITIES",
     "NamedStep",
@@ -44,6 +46,12 @@ STATE_QUANTITIES = (*STATES, *SCALARS, *REPLICATES)
 
 QUANTITIES = (*STATE_QUANTITIES, "step")
 """Quantities to which a key can be mapped."""
+
+SCALAR_LOG_QUANTITIES = (*SCALARS, "step", "run", "line")
+"""Quantities to which a key can be mapped in a log of scalars, the run to select, and the form of lines of text."""
+
+MAPPED = tuple(dict.fromkeys((*QUANTITIES, *SCALAR_LOG_QUANTITIES)))
+"""Quantities of ``--map``, in logs with tensors or logs of scalars."""
 
 _REPLICATES_LIMIT = 1 << 16
 _SHIFT_LIMIT = 10**9
@@ -255,7 +263,7 @@ MODEL = replace(CHECKPOINT, keys={**CHECKPOINT.keys, "parameter": (ROOT,)})
 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:
-    """Parse ``quantity=key`` pairs from the command line.
+    """Parse ``quantity=key`` pairs from the command line. A form of lines may contain spaces.
 
     Raises
     ------
@@ -264,7 +272,7 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
     """
     mapping: dict[str, str] = {}
     for pair in pairs:
-        for word in pair.split():
+        for word in [pair] if pair.startswith("line=") else pair.split():
             quantity, equals, key = word.partition("=")
             if not equals or quantity in mapping:
                 raise InputError(

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
-from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
 from natgrad.sources.container import not_regular
 from natgrad.sources.formats import FORMATS, find_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
-from natgrad.sources.names import CHECKPOINT, checked_shift
+from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
 from natgrad.sources.run_file import find_run_file, listed_logs
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -29,11 +28,14 @@ __all__ = ["format_of", "holds_run", "open_source", "open_sources"]
 
 _log = logger(__name__)
 
+_TEXT = "text"
+"""Format of text whose lines have a stated form."""
+
 _OBJECT_KINDS = {"steps": tuple(NATIVE_KINDS.values()), **{name: (kind,) for name, kind in NATIVE_KINDS.items()}}
 """Tensor formats that can be read from object stores."""
 
 _OBJECT_SCALARS = {
-    name: kind for name in ("csv", "jsonl", "parquet", "tensorboard") if (kind := FORMATS[name].scalars)
+    name: kind for name in ("csv", "jsonl", "parquet", "tensorboard", _TEXT) if (kind := FORMATS[name].scalars)
 }
 """Scalar formats that can be read from object stores."""
 
@@ -132,8 +134,9 @@ def _open_sources(
     if len(locations) == 1:
         return open_source(locations[0], format, mapping, shift, pattern=pattern)
     shift = checked_shift(shift or {})
-    mappings = _split_mapping(locations, mapping or {})
-    patterns = _split_pattern(locations, pattern)
+    scalars_only = [_is_scalar_log(location, mapping or {}) for location in locations]
+    mappings = _split_mapping(scalars_only, mapping or {})
+    patterns = _split_pattern(scalars_only, pattern)
     if mappings is None or patterns is None or format:
         raise InputError(
             "it is ambiguous which SOURCE --format, --map and --pattern refer to",
@@ -146,28 +149,24 @@ def _open_sources(
     return _joined(sources, [shift] * len(sources))
 
 
-def _split_mapping(locations: Sequence[Storage], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
+def _split_mapping(scalars_only: Sequence[bool], mapping: Mapping[str, str]) -> list[dict[str, str]] | None:
     """Return the part of a mapping that applies to each log, or None if this is ambiguous."""
-    scalar_logs = [_is_scalar_log(location) for location in locations]
-    parts: list[dict[str, str]] = [{} for _ in locations]
+    parts: list[dict[str, str]] = [{} for _ in scalars_only]
     for quantity, key in mapping.items():
         # A log of scalars cannot contain parameters or gradients, and it takes precedence for scalars.
-        matching = [
-            part
-            for part, scalars_only in zip(parts, scalar_logs, strict=True)
-            if scalars_only == (quantity in (*SCALARS, "step", "run"))
-        ]
+        of_scalars = quantity in SCALAR_LOG_QUANTITIES
+        matching = [part for part, only in zip(parts, scalars_only, strict=True) if only == of_scalars]
         if len(matching) != 1:
             return None
         matching[0][quantity] = key
     return parts
 
 
-def _split_pattern(locations: Sequence[Storage], pattern: str) -> list[str] | None:
+def _split_pattern(scalars_only: Sequence[bool], pattern: str) -> list[str] | None:
     """Return the pattern that applies to each log, or None if this is ambiguous."""
     if not pattern:
-        return [""] * len(locations)
-    patterns = ["" if _is_scalar_log(location) else pattern for location in locations]
+        return [""] * len(scalars_only)
+    patterns = ["" if only else pattern for only in scalars_only]
     return patterns if patterns.count(pattern) == 1 else None
 
 
@@ -229,6 +228,7 @@ def _open(
 ) -> Source:
     """Open one log of tensors or scalars. Shifts are applied here only to logs of scalars."""
     mapping = dict(mapping or {})
+    format = format or (_TEXT if "line" in mapping else None)
     if format is not None and format not in FORMATS:
         raise InputError(
             f"unknown format {format!r}",
@@ -352,9 +352,11 @@ def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
     return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
 
 
-def _is_scalar_log(location: Storage) -> bool:
-    """Return True if a location contains a log of scalars, based on its content."""
-    known = FORMATS.get(format_of(location))
+def _is_scalar_log(location: Storage, mapping: Mapping[str, str]) -> bool:
+    """Return True if a location contains a log of scalars, based on its content, or text with lines of a form."""
+    name = format_of(location)
+    text = "line" in mapping and location.files() == [location] and not find_run_file(location)
+    known = FORMATS.get(_TEXT if text and name == "steps" else name)
     return known is not None and known.scalars is not None
 
 

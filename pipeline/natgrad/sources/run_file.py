@@ -9,7 +9,7 @@ from typing import Any
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import parse_toml
-from natgrad.sources.names import QUANTITIES, checked_shift
+from natgrad.sources.names import MAPPED, checked_shift
 from natgrad.sources.step_names import checked_pattern
 from natgrad.storage import LocalStorage, Storage, open_storage
 
@@ -118,7 +118,7 @@ def _entries(file: Storage) -> list[dict[str, Any]]:
                 f"source {entry['path']!r} has {', '.join(sorted(unknown)) or 'a map or shift that is not a table'}"
             )
         for quantity, key in entry.get("map", {}).items():
-            if quantity not in (*QUANTITIES, "run") or not isinstance(key, str) or not key:
+            if quantity not in MAPPED or not isinstance(key, str) or not key:
                 raise refuse(
                     f"source {entry['path']!r} maps {quantity!r}, which is not a quantity, or not to a key"
                 )

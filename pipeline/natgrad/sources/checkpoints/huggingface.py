@@ -5,8 +5,6 @@ The Trainer saves model, optimizer and log history. ``Accelerator.save_state`` s
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,39 +15,43 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import Difference, StepContent
-from natgrad.sources.bounds import JSON_LIMIT, integer, parse_json, read_limited
 from natgrad.sources.checkpoints.dcp_folder import DcpFolder, holds_dcp
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
 from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
-from natgrad.sources.checkpoints.torch_archive import to_float
 from natgrad.sources.container import Container
 from natgrad.sources.names import MODEL, ROOT, NamedStep, Names
 from natgrad.sources.optimizers.saved_state import optimizer_roots
+from natgrad.sources.scalars.update_records import (
+    ROUNDED,
+    TRAINER_STATE,
+    UNKNOWN_VERSION,
+    are_rounded,
+    logged_number,
+    rates_are_late,
+    read_history,
+)
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage
 
 __all__ = ["TRAINER_KIND", "TrainerFolder"]
 
-_STATE = "trainer_state.json"
 _ACCELERATE_LAST = "random_states_*.pkl"
 _ACCELERATE = ("optimizer*.bin", "scheduler*.bin")
-_RATES_ON_TIME = (4, 51)
-"""Version of transformers since which the log contains the rate of the update that was made."""
 _LOG = "the log of the Trainer (one update late before transformers 4.51)"
 
 
 def _is_checkpoint(path: Path) -> bool:
     # A gradient store of Bergson is named after the checkpoint from which it was built.
-    bergson = (path / "gradients.bin").is_file() and not (path / _STATE).is_file()
+    bergson = (path / "gradients.bin").is_file() and not (path / TRAINER_STATE).is_file()
     return path.name.startswith("checkpoint-") and path.is_dir() and not bergson
 
 
 def _unfinished(path: Path) -> str:
     # The Trainer writes trainer_state.json last, and accelerate the states of the random generators.
-    if (path / _STATE).is_file() or any(path.glob(_ACCELERATE_LAST)):
+    if (path / TRAINER_STATE).is_file() or any(path.glob(_ACCELERATE_LAST)):
         return ""
-    last = _ACCELERATE_LAST if any(any(path.glob(name)) for name in _ACCELERATE) else _STATE
+    last = _ACCELERATE_LAST if any(any(path.glob(name)) for name in _ACCELERATE) else TRAINER_STATE
     return f"it has no {last}: it is still being written, or being removed"
 
 
@@ -146,20 +148,9 @@ class TrainerFolder(StepFolder):
 
 
 def _history(step: LoggedStep) -> dict[int, dict[str, Any]]:
-    """Return the entries of the log history by step. If a restart repeated a step, the last entry is used."""
-    path = step.path / _STATE
-    if any(step.path.glob(_ACCELERATE_LAST)) and not path.exists():
-        return {}
-    try:
-        entries = parse_json(read_limited(path, JSON_LIMIT), _STATE)["log_history"]
-        return {integer(entry["step"], "a step"): dict(entry) for entry in entries if "loss" in entry}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"cannot read the state of the Trainer: {error}",
-            where=str(path),
-            why="it is still being written, was removed by checkpoint rotation, or is corrupt",
-            remedy="run again",
-        ) from error
+    """Return the entries of the log history by step; those of accelerate have none."""
+    file = step.storage / TRAINER_STATE
+    return {} if any(step.path.glob(_ACCELERATE_LAST)) and not file.exists() else read_history(file)
 
 
 class _TrainerStep:
@@ -182,48 +173,23 @@ class _TrainerStep:
         scalars, notes = dict(content.scalars), list(content.notes)
         entry = self._history.get(number + 1, {})
         covers = number + 1 - max((step for step in self._history if step <= number), default=0)
-        version = _transformers_version(self._step.path)
-        late = version is not None and version < _RATES_ON_TIME
+        late = rates_are_late(self._step.storage)
         logged = (self._history.get(number, {}) if late else entry).get("learning_rate")
         rates = () if content.optimizer is None else content.optimizer.group_rates
         difference = None
         if logged is not None and (rates or "learning_rate" in scalars):
             # The Trainer logs the rate of the first group.
             saved = rates[0] if rates else scalars["learning_rate"]
-            difference = Difference("learning_rate", "the checkpoint", saved, _LOG, _number_of(logged))
+            difference = Difference("learning_rate", "the checkpoint", saved, _LOG, logged_number(logged))
         elif logged is not None:
-            scalars["learning_rate"] = _number_of(logged)
-            if version is None:
-                notes.append(
-                    "the learning rates are those of the log of the Trainer, which is one update late if it was "
-                    "written by transformers before 4.51; no file states the version (if so, use --shift "
-                    "learning_rate=1)"
-                )
+            scalars["learning_rate"] = logged_number(logged)
+            notes += [UNKNOWN_VERSION] if late is None else []
         if "loss" in entry and covers == 1:
-            scalars["loss"] = _number_of(entry["loss"])
-            if _rounded(self._history):
-                notes.append("losses are rounded to 4 decimals by the Trainer: differences of losses are not exact")
+            scalars["loss"] = logged_number(entry["loss"])
+            notes += [ROUNDED] if are_rounded(self._history) else []
         elif self._history:
             notes.append("the Trainer did not log the loss of every single step (logging_steps is not 1)")
         differences = (difference,) if difference is not None and difference.matters else ()
         return replace(
             content, scalars=scalars, notes=tuple(notes), differences=(*content.differences, *differences)
         )
-
-
-def _transformers_version(folder: Path) -> tuple[int, ...] | None:
-    """Return the version of transformers that saved the model in a checkpoint, or None if it is not known."""
-    try:
-        text = parse_json(read_limited(folder / "config.json", JSON_LIMIT), "config.json")["transformers_version"]
-        return tuple(map(int, re.findall(r"\d+", text)[:2]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _number_of(value: Any) -> float:
-    return to_float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _rounded(history: Mapping[int, Mapping[str, Any]]) -> bool:
-    losses = [_number_of(entry["loss"]) for entry in history.values()]
-    return all(loss == round(loss, 4) for loss in losses if math.isfinite(loss))

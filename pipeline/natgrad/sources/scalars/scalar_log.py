@@ -7,7 +7,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from natgrad.schema.names import SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
+from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.scalars.series import Conflict, Restarts, Series, counts_within_epochs, merged
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
 from natgrad.storage import NotRegularError, Storage, network_errors
 
-__all__ = ["LINE_KEY", "RESTART_KEY", "RUN_KEY", "Kind", "ScalarLog"]
+__all__ = ["LINE_KEY", "RESTART_KEY", "RUN_KEY", "Decoder", "Kind", "ScalarLog", "Wanted"]
 
 Wanted = Callable[[str], bool]
 Decoder = Callable[[Storage, Wanted, list[str]], Iterator[Mapping[str, Any]]]
@@ -103,6 +104,8 @@ class Kind:
         Key of the step, if the format defines one.
     single : bool
         Most writers of this format store single precision.
+    of_line : callable, optional
+        For text: function of the form of its lines and of the key of the step that returns the decoder to use.
     """
 
     form: str
@@ -110,6 +113,7 @@ class Kind:
     decode: Decoder
     step: str = ""
     single: bool = False
+    of_line: Callable[[str, str], Decoder] | None = None
 
 
 @dataclass
@@ -228,13 +232,17 @@ class ScalarLog:
     ) -> None:
         self.location, self._kind, self._records_limit = location, kind, records_limit
         self._mapping, self._shift = dict(mapping or {}), dict(shift or {})
+        known = [name for name in SCALAR_LOG_QUANTITIES if name != "line" or kind.of_line is not None]
         for quantity, key in self._mapping.items():
-            if quantity not in (*SCALARS, "step", "run") or not isinstance(key, str) or not key:
+            if quantity not in known or not isinstance(key, str) or not key:
                 raise InputError(
-                    f"{quantity}={key} cannot be mapped in a log of scalars",
+                    f"{quantity}={key} cannot be mapped in {kind.form}",
                     where=str(location),
-                    remedy=f"map one of {', '.join(SCALARS)}, step, run",
+                    remedy=f"map one of {', '.join(known)}",
                 )
+        line = self._mapping.pop("line", None)
+        if line is not None and kind.of_line is not None:
+            self._kind = replace(kind, decode=kind.of_line(line, self._mapping.get("step", "step")))
         self._chosen: dict[str, list[tuple[str, str]]] = {}
         for quantity, key in self._mapping.items():
             choice = _CHOICE.fullmatch(key) if quantity in SCALARS else None

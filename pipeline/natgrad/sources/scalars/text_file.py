@@ -1,0 +1,250 @@
+"""Read the lines of a text log that have a stated form, such as those that a training script prints.
+
+The form is a pattern like ``iter {step}: loss {loss}``, or the name of a known form (`LINE_FORMS`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from natgrad.schema.errors import InputError
+from natgrad.schema.names import SCALARS
+from natgrad.sources.bounds import shown
+from natgrad.sources.scalars.record_files import COMPRESSED, complete_lines, open_text
+from natgrad.sources.scalars.scalar_log import LINE_KEY, Decoder, Kind, Wanted
+from natgrad.sources.scalars.update_records import UNKNOWN_VERSION, at_states
+from natgrad.storage import Storage
+
+__all__ = ["LINE_FORMS", "TEXT_KIND", "known_form"]
+
+_SUFFIXES = (".log", ".txt", ".out", ".err")
+_LINES_EXAMINED, _BYTES_EXAMINED = 1000, 1 << 20
+_LINE_LIMIT = 1 << 14
+"""Maximum number of characters of a line that is searched; records are shorter."""
+
+_PRINTED = "numbers of a text log are rounded to the digits that were printed: so are differences of losses"
+COUNT = "line"
+"""Key of the number of the matching line, counted from 1, for lines that contain no step."""
+
+_NUMBERS = {"step", "epoch", *SCALARS}
+# Possessive quantifiers and the assertions make a search linear in the length of a line.
+_NUMBER = (
+    r"(?<![\w.])([-+]?+(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][-+]?+[0-9]++)?+|[-+]?+(?:nan|inf(?:inity)?+))"
+    r"(?![\w]|\.[0-9])"
+)
+_WORD = r"(?<!\S)([^\s,;|]++)"
+_ITEM = re.compile(r"""['"]([^'"]{1,256})['"]\s*:\s*('[^']*'|"[^"]*"|[^,{}'"\[\]]+)""")
+_ITERATION = re.compile(r"(?<!\w)iteration ([0-9]+) ?/ ?[0-9]+")
+_PAIR = re.compile(r" ?([A-Za-z][\w ()/-]*?) ?: ?(\S+) ?")
+
+Found = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LineForm:
+    """A form of lines.
+
+    Attributes
+    ----------
+    example : str
+        A line of this form.
+    parse : callable
+        Function of a line, in which single spaces separate words. Returns the values of the line by key, or None if
+        it has another form. Raises ValueError if a line has this form twice.
+    records : callable, optional
+        Function of these values, the key of the step, and notes, that yields the records by state, for a trainer
+        that logs after the update.
+    """
+
+    example: str
+    parse: Callable[[str], Found | None]
+    records: Callable[[Iterator[Found], str, list[str]], Iterator[Found]] | None = None
+
+
+def _pattern(pattern: str) -> Callable[[str], Found | None]:
+    """Return the function that parses lines with a pattern.
+
+    Raises
+    ------
+    ValueError
+        If the pattern is not valid.
+    """
+    parts = re.split(r"\{([^{}]*)\}", " ".join(pattern.split()))
+    texts, fields = parts[::2], parts[1::2]
+    if not fields or len(set(fields)) < len(fields) or not all(fields) or any(c in t for t in texts for c in "{}"):
+        raise ValueError(
+            "it must contain fields with different names, such as {step} and {loss}, and no other braces"
+        )
+    if any(not text for text in texts[1:-1]):
+        raise ValueError("there must be a text between two fields")
+    groups = [_NUMBER if field in _NUMBERS else _WORD for field in fields]
+    # A field is delimited by itself where it touches a word.
+    expression = re.compile(
+        "".join(re.escape(text) + group for text, group in zip(texts, groups, strict=False)) + re.escape(texts[-1]),
+        re.IGNORECASE,
+    )
+
+    def parse(line: str) -> Found | None:
+        matches = list(islice(expression.finditer(line), 2))
+        if len(matches) > 1:
+            raise ValueError(f"matches the pattern twice: {shown(line)}")
+        return dict(zip(fields, matches[0].groups(), strict=True)) if matches else None
+
+    return parse
+
+
+def _dictionary(line: str) -> Found | None:
+    start, stop = line.find("{"), line.rfind("}")
+    items = _ITEM.findall(line[start:stop]) if 0 <= start < stop else []
+    found = {key: value.strip().strip("'\"") for key, value in items}
+    if len(found) < len(items):
+        raise ValueError(f"contains a key twice: {shown(line)}")
+    return found or None
+
+
+def _megatron(line: str) -> Found | None:
+    step = _ITERATION.search(line)
+    if step is None:
+        return None
+    pairs = [_PAIR.fullmatch(part) for part in line[step.end() :].split("|")]
+    found = {pair[1]: pair[2] for pair in pairs if pair is not None}
+    names = {"learning rate": "learning_rate", "lm loss": "loss"}
+    return {"step": step[1], **{names.get(key, key): value for key, value in found.items()}}
+
+
+def _trainer_records(found: Iterator[Found], step: str, notes: list[str]) -> Iterator[Found]:
+    notes.append(UNKNOWN_VERSION)
+    counted = ({**values, COUNT: number} for number, values in enumerate((v for v in found if "loss" in v), 1))
+    yield from at_states(_with_step(counted, step), notes, step=step)
+
+
+def _megatron_records(found: Iterator[Found], step: str, notes: list[str]) -> Iterator[Found]:
+    yield from at_states(_with_step(found, step), notes, step=step, rate_of_next=True)
+
+
+def _with_step(found: Iterator[Found], step: str) -> Iterator[Found]:
+    for values in found:
+        if step not in values:
+            raise InputError(
+                f"the lines contain no {step}",
+                where=f"line {values.get(LINE_KEY)} of the text log",
+                why="the Trainer prints no step numbers",
+                remedy=f"use --map step={COUNT} to count the lines, if every update is logged (logging_steps=1)",
+            )
+        if not str(values[step]).isdecimal():
+            raise ValueError(f"line {values.get(LINE_KEY)} has {shown(values[step])} as its step")
+        yield values
+
+
+LINE_FORMS: dict[str, LineForm] = {
+    "nanogpt": LineForm("iter 10: loss 3.2, time 12.00ms, mfu 5.00%", _pattern("iter {step}: loss {loss}")),
+    "megatron": LineForm(
+        "iteration 10/ 100 | learning rate: 1.0E-04 | lm loss: 2.3E+00 |", _megatron, _megatron_records
+    ),
+    "trainer": LineForm(
+        "{'loss': 1.2, 'grad_norm': 0.3, 'learning_rate': 5e-05, 'epoch': 0.1}", _dictionary, _trainer_records
+    ),
+    "dictionary": LineForm("{'step': 10, 'loss': 1.2, 'lr': 5e-05}", _dictionary),
+}
+"""Known forms of lines, by name."""
+
+
+def known_form(log: Storage) -> str:
+    """Return the name of the known form that one of the first lines of a text file has; empty if none has."""
+    if not log.name.removesuffix(COMPRESSED).endswith(_SUFFIXES):
+        return ""
+    with open_text(log) as file:
+        head = file.read(_BYTES_EXAMINED).decode("utf-8", errors="replace")
+    for line in re.split(r"[\r\n]", head)[:_LINES_EXAMINED]:
+        text = " ".join(line[:_LINE_LIMIT].split())
+        for name, form in LINE_FORMS.items():
+            try:
+                found = form.parse(text)
+            except ValueError:
+                continue
+            # A dictionary without a step is one of the Trainer.
+            if found and "loss" in found and (name != "trainer" or not {"step", "iter", "iteration"} & set(found)):
+                return name
+    return ""
+
+
+def _files(location: Storage) -> list[Storage]:
+    entries = location.files()
+    try:
+        return entries if entries == [location] and known_form(location) else []
+    except OSError:
+        return []
+
+
+def _of_line(line: str, step: str) -> Decoder:
+    """Return the decoder of a text log whose lines have a form.
+
+    Raises
+    ------
+    InputError
+        If the form is not valid.
+    """
+    form = LINE_FORMS.get(line)
+    if form is None:
+        try:
+            form = LineForm(line, _pattern(line))
+        except ValueError as error:
+            raise InputError(
+                f"{line!r} is not a form of lines: {error}",
+                where="--map line",
+                remedy="write a line with fields in braces, such as 'iter {step}: loss {loss}', or one of "
+                f"{', '.join(LINE_FORMS)}",
+            ) from error
+    records = form.records
+
+    def decode(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Found]:
+        found = _matching(log, form, notes)
+        yield from (
+            ({**v, COUNT: n} for n, v in enumerate(found, 1)) if records is None else records(found, step, notes)
+        )
+        notes.append(_PRINTED)
+
+    return decode
+
+
+def _matching(log: Storage, form: LineForm, notes: list[str]) -> Iterator[Found]:
+    """Yield the values of the lines of a form."""
+    matched = 0
+    for number, line in enumerate(complete_lines(log, notes, lambda line: form.parse(line) is not None), 1):
+        if len(line) > _LINE_LIMIT:
+            continue
+        try:
+            found = form.parse(" ".join(line.split()))
+        except ValueError as error:
+            raise ValueError(f"line {number} {error}") from error
+        if found is not None:
+            matched += 1
+            yield {**found, LINE_KEY: number}
+    if not matched:
+        raise InputError(
+            "no line has the stated form",
+            where=str(log),
+            why=f"the form is that of {form.example!r}",
+            remedy=f"state another form with --map line=..., a line with fields in braces or one of "
+            f"{', '.join(LINE_FORMS)}",
+        )
+
+
+def _unstated(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Found]:
+    known = known_form(log)
+    looks = f"; its lines look like those of {known}: --map line={known}" if known else ""
+    raise InputError(
+        "the form of the lines of a text log must be stated",
+        where=str(log),
+        why="a text may contain numbers of several kinds",
+        remedy="use --map line='iter {step}: loss {loss}', for example, or --map line=NAME with one of "
+        f"{', '.join(LINE_FORMS)}{looks}",
+    )
+
+
+TEXT_KIND = Kind("a text log", _files, _unstated, of_line=_of_line)
+"""Kind of a text log whose lines have no stated form yet."""
