@@ -40,7 +40,7 @@ def read_results(location, version=None):
 
 
 def write_results(tree, location):
-    dataset.write(tree, open_store(location))
+    dataset.write(tree, open_store(location), {})
 
 
 def verify_trajectory(location):

@@ -50,6 +50,7 @@ HOMES = {
     "numba": {"kernel"},
     "llvmlite": {"kernel"},
     "contourpy": {"reporting"},
+    "numcodecs": {"store"},
     "jinja2": {"reporting"},
     "scipy": {"theory", "experiments"},
     "h5py": {"sources"},
@@ -236,12 +237,12 @@ def test_a_library_that_few_runs_need_is_loaded_for_those_alone():
     assert not loaded_after("import natgrad.app.run; assert 'scipy.sparse' not in sys.modules") & few
 
 
-def test_inspect_does_not_load_the_compiler():
-    words = ["natgrad", "inspect", str(ROOT / "data" / "linear_system"), "--json"]
+def loaded_by(*words):
+    """Return the output of a command, and the top-level names of the modules that it loads."""
     code = f"""
 import sys
 from natgrad_flows.cli import main
-sys.argv = {words!r}
+sys.argv = {["natgrad", *map(str, words)]!r}
 try:
     main()
 except SystemExit as end:
@@ -249,10 +250,43 @@ except SystemExit as end:
 print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert '"elements"' in done.stdout
-    loaded = set(done.stderr.split())
+    return done.stdout, set(done.stderr.splitlines()[-1].split())
+
+
+def test_the_help_does_not_load_numpy():
+    output, loaded = loaded_by("--help")
+    assert "process" in output
+    assert "natgrad" in loaded
+    assert not loaded & {"numpy", *HEAVY, *HOMES}
+
+
+def test_inspect_does_not_load_the_compiler():
+    output, loaded = loaded_by("inspect", ROOT / "data" / "linear_system", "--json")
+    assert '"elements"' in output
     assert "natgrad" in loaded
     assert not loaded & {"numba", "llvmlite"}
+
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    """Return a processed run."""
+    out = tmp_path_factory.mktemp("processed") / "out"
+    code = f"import natgrad; natgrad.process({str(ROOT / 'data' / 'linear_system')!r}, {str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return out
+
+
+def test_info_reads_results_without_xarray_and_zarr(processed):
+    output, loaded = loaded_by("info", processed, "--json")
+    assert '"condition_number"' in output
+    assert not loaded & (HEAVY - {"pydantic"} | {"jinja2", "llvmlite", "numcodecs"})
+
+
+def test_a_report_is_drawn_without_a_plotting_library(processed):
+    output, loaded = loaded_by("report", processed, "--json")
+    assert "report.html" in output
+    assert "jinja2" in loaded
+    assert not loaded & {"matplotlib", "PIL", "bokeh"}
 
 
 # Names that tests may use --------------------------------------------------------------------------------------

@@ -189,14 +189,14 @@ def test_a_malformed_configuration_of_dask_is_named(tmp_path, monkeypatch):
         ("text", "it is not a mapping"),
     ):
         file.write_text(text)
-        for arguments in (("info", tmp_path), ("process", tmp_path, tmp_path / "out")):
+        for arguments in (("report", tmp_path), ("process", tmp_path, tmp_path / "out")):
             done = natgrad_process(*arguments)
             assert done.returncode == 2
             for part in ("a configuration file of Dask is malformed", f"where: {file}\n", why, "correct this file"):
                 assert part in done.stderr
     # The remedy works.
     file.unlink()
-    assert "is malformed" not in natgrad_process("info", tmp_path).stderr
+    assert "is malformed" not in natgrad_process("report", tmp_path).stderr
 
 
 def test_version_and_shell_completion():
@@ -443,8 +443,7 @@ def unreadable(out, name):
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        ("info", "results.zarr/model/angle/c/0/0/0"),
-        ("report", "results.zarr/model/angle/c/0/0/0"),
+        ("report", "results.zarr/model/angle/c.0.0.0"),
         ("info", "trajectory.zarr/loss/zarr.json"),
         ("analyze", "ledger.zarr/gram/c/0/0/0/0"),
         ("verify", "ledger.zarr/gram/c/0/0/0/0"),

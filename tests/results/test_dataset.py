@@ -876,7 +876,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     extremes = np.ones((len(table.steps), len(TENSORS)))
     table = replace(table, optimizer=Optimizer(extremes, extremes, extremes))
     tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
-    dataset.write(tree, open_store(tmp_path / "results.zarr"))
+    dataset.write(tree, open_store(tmp_path / "results.zarr"), {})
     code = """
 import sys, json, xarray
 tree = xarray.open_datatree(sys.argv[1])
@@ -906,8 +906,8 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
 
 def test_results_are_read_back_identically_and_replaced_completely(tmp_path):
     first, second = dataset.label(table_of(walk())), dataset.label(table_of(walk(seed=2)), gammas=[2.0])
-    dataset.write(first, open_store(tmp_path / "results.zarr"))
-    dataset.write(second, open_store(tmp_path / "results.zarr"))
+    dataset.write(first, open_store(tmp_path / "results.zarr"), {})
+    dataset.write(second, open_store(tmp_path / "results.zarr"), {})
     xr.testing.assert_identical(dataset.read(open_store(tmp_path / "results.zarr")).load(), second)
     assert [path.name for path in tmp_path.iterdir()] == ["results.zarr"]
 
@@ -916,7 +916,7 @@ def test_results_are_read_back_identically_and_replaced_completely(tmp_path):
 @pytest.mark.parametrize("damage", ["zeroed", "missing"])
 def test_damaged_results_are_an_error_with_the_file_and_the_remedy(tmp_path, name, damage):
     path = tmp_path / "results.zarr"
-    dataset.write(dataset.label(table_of(walk())), open_store(path))
+    dataset.write(dataset.label(table_of(walk())), open_store(path), {})
     if damage == "missing":
         (path / name).unlink()
     else:

@@ -14,6 +14,7 @@ def test_an_overview_has_the_statuses_and_the_spread_of_the_gradient_of_the_mode
     tree = dataset.label(table_of(states), windows=[2], variables=[])
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     found = overview(tree)
+    assert found["updates"] == 7
     effective = int(model["effective"].sum())
     assert found["status"] == {"effective": effective, "obtuse": 7 - effective}
     assert 0 < effective < 7
@@ -26,4 +27,9 @@ def test_an_overview_has_the_statuses_and_the_spread_of_the_gradient_of_the_mode
 
 def test_an_overview_without_finite_values_has_none():
     tree = dataset.label(replace(table_of(walk()), learning_rate=np.full(5, np.nan)), variables=[])
-    assert overview(tree) == {"status": {"no_learning_rate": 5}, "angle": None, "condition_number": None}
+    assert overview(tree) == {
+        "updates": 5,
+        "status": {"no_learning_rate": 5},
+        "angle": None,
+        "condition_number": None,
+    }

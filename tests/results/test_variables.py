@@ -70,7 +70,7 @@ def metadata(folder):
     }
     found = {}
     for prefix, tree in trees.items():
-        dataset.write(tree, open_store(Path(folder) / f"{prefix or 'updates/'}results.zarr"))
+        dataset.write(tree, open_store(Path(folder) / f"{prefix or 'updates/'}results.zarr"), {})
         written = xr.open_datatree(Path(folder) / f"{prefix or 'updates/'}results.zarr", engine="zarr")
         for group in ("model", "tensor"):
             for name, variable in written[group].to_dataset().variables.items():

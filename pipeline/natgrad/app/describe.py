@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from natgrad.app.folder import RunFolder
-from natgrad.results import dataset as results
-from natgrad.results.summary import overview
+from natgrad.results import stored as results
 from natgrad.schema.layout import LedgerChunk
-from natgrad.storage import storage_errors
+from natgrad.schema.logs import logger
+from natgrad.storage import Storage, storage_errors
 from natgrad.store import Ledger, Trajectory
+from natgrad.store.checked import Damaged
 from natgrad.store.verify import verified_since
 
 __all__ = [
     "describe_run",
 ]
+
+
+_log = logger(__name__)
 
 
 def describe_run(out: str | Path, version: str | None = None) -> dict[str, Any]:
@@ -29,15 +33,25 @@ def _describe(folder: RunFolder) -> dict[str, Any]:
     states = Trajectory(folder.trajectory)
     description = states.describe() | {"states_verified": _verified_since(folder, states)}
     if results.exist(folder.results):
-        tree = results.read(folder.results)
-        description |= {
-            "results": str(folder.results),
-            "updates": int((tree["model"].to_dataset()["step_span"] > 0).sum()),
-            **overview(tree),
-        }
+        description |= {"results": str(folder.results), **_summary(folder.results)}
     if folder.report.exists():
         description["report"] = str(folder.report)
     return description
+
+
+def _summary(storage: Storage) -> dict[str, Any]:
+    """Return the summary of results. If it is damaged, it is computed from the results."""
+    try:
+        return results.read_summary(storage)
+    except Damaged as error:
+        _log.warning("%s (%s): the summary is computed from the results", error.what, error.where)
+    # These load xarray and Zarr, which a summary does not need.
+    from natgrad.compute.clusters import require_configuration
+    from natgrad.results import dataset
+    from natgrad.results.summary import overview
+
+    require_configuration()
+    return overview(dataset.read(storage))
 
 
 def _verified_since(folder: RunFolder, states: Trajectory) -> str | None:

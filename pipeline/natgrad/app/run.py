@@ -267,19 +267,19 @@ def _analyze(
         tree["replicates"] = replicates.label_run(
             inputs, replicate_products(ledger, rows), states.replicates, losses
         )
+    summary = overview(tree)
     with folder.results.lock("results") as storage:
-        results.write(tree, storage)
+        results.write(tree, storage, summary)
         storage.publish(f"results of {folder.storage.name}: {len(inputs.steps)} updates")
     return AnalysisSummary(
         ledger=str(folder.ledger),
         results=str(folder.results),
-        updates=len(inputs.steps),
         chunks=computed.chunks,
         computed_chunks=computed.computed_chunks,
         computed_updates=computed.computed_updates,
         projected_memory=computed.plan.projected_bytes,
         states_verified=computed.states_verified,
-        **overview(tree),
+        **summary,
     )
 
 

@@ -7,8 +7,6 @@ variable of `natgrad.results.variables` declares how it is computed and where it
 from __future__ import annotations
 
 import importlib.metadata
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,20 +16,21 @@ from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
 from natgrad.results.pairs import Aggregation, model_and_tensors
+from natgrad.results.stored import COMPUTE_AGAIN, exist, write_summary
 from natgrad.results.variables import VARIABLES, Updates, UpdateVariable, registered_variables
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
-from natgrad.storage import LocalStorage, Storage
-from natgrad.store.checked import CheckedStore, Damaged, record_files, recorded_files
+from natgrad.storage import Storage
+from natgrad.store.checked import Damaged, record_files, recorded_files
+from natgrad.store.checked_store import CheckedStore
+from natgrad.store.labelled import LabelledArray, LabelledGroup, write_groups
 
 __all__ = [
-    "COMPUTE_AGAIN",
     "GAMMAS",
     "Damaged",
-    "exist",
     "label",
     "read",
     "recorded_options",
@@ -43,11 +42,6 @@ __all__ = [
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Default weights of the one-parameter family (eq. 22) in results."""
-
-COMPUTE_AGAIN = "run natgrad analyze OUT with the options of the analysis: it computes the results again"
-"""Remedy for damaged results."""
-
-_FILTERS = threading.Lock()
 
 
 def label(
@@ -310,7 +304,7 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
     return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}
 
 
-def write(tree: xr.DataTree, storage: Storage) -> None:
+def write(tree: xr.DataTree, storage: Storage, summary: Mapping[str, Any]) -> None:
     """Replace the results atomically: a reader finds either the old results or the new results.
 
     The metadata are consolidated, so ``xarray.open_datatree(path)`` reads them with one request.
@@ -321,14 +315,26 @@ def write(tree: xr.DataTree, storage: Storage) -> None:
         From `label`.
     storage : Storage
         The caller must hold its lock.
+    summary : mapping
+        See `natgrad.results.summary.overview`.
     """
-    # All threads share the warning filters, so another thread could reset them in the meantime.
-    with storage.replace_tree("zarr.json") as folder, _FILTERS, warnings.catch_warnings():
-        # Zarr warns that other programs may ignore consolidated metadata. They then read the metadata of each
-        # array.
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        tree.to_zarr(LocalStorage(folder).zarr_store(), zarr_format=3, consolidated=True, mode="w")
+    groups = {group.path.strip("/"): _stored(group) for group in tree.subtree}
+    with storage.replace_tree("zarr.json") as folder:
+        write_groups(folder, groups)
+        write_summary(folder, summary)
         record_files(folder, {"options": tree.attrs.get("options", {})})
+
+
+def _stored(group: xr.DataTree) -> LabelledGroup:
+    dataset = group.to_dataset(inherit=False)
+    arrays, coordinates = (
+        {
+            str(name): LabelledArray(tuple(map(str, variable.dims)), variable.values, variable.attrs)
+            for name, variable in variables.items()
+        }
+        for variables in (dataset.data_vars, dataset.coords)
+    )
+    return LabelledGroup(arrays, coordinates, {str(name): value for name, value in group.attrs.items()})
 
 
 def read(storage: Storage) -> xr.DataTree:
@@ -356,15 +362,6 @@ def read(storage: Storage) -> xr.DataTree:
     files = recorded_files(storage, COMPUTE_AGAIN)["files"]
     store: Any = CheckedStore.of(storage, files, COMPUTE_AGAIN)  # xarray does not type stores
     return xr.open_datatree(store, engine="zarr")
-
-
-def exist(storage: Storage) -> bool:
-    """Return True if there are results.
-
-    In an object store, results without their root document are being replaced. A folder is replaced atomically, so
-    results without a root document are damaged.
-    """
-    return storage.exists() if storage.local_path is not None else (storage / "zarr.json").exists()
 
 
 def recorded_options(storage: Storage) -> dict[str, Any]:

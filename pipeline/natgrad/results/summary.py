@@ -23,13 +23,15 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``status`` is the number of updates with each status. ``angle`` and ``condition_number`` are the smallest,
-        median and largest finite value, or None if there are no finite values.
+        ``updates`` is the number of updates, and ``status`` that of the updates with each status. ``angle`` and
+        ``condition_number`` are the smallest, median and largest finite value, or None if there are no finite
+        values.
     """
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     status, counts = np.unique(model["status"].values, return_counts=True)
     numbers: dict[str, Any] = {
-        "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)}
+        "updates": int((model["step_span"] > 0).sum()),
+        "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)},
     }
     for name in ("angle", "condition_number"):
         values = model[name].values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ from natgrad.store.group import (
     ANALYZE_AGAIN,
     SCALAR_CHUNK,
     ArrayPlan,
+    StoredArray,
     chunk_entry,
     create_group,
     damage_error,
     is_current,
     number_chunks,
-    open_array,
     open_group,
     read_complete_chunks,
     read_documents,
@@ -93,8 +92,8 @@ class Ledger:
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
         self.replicate_vectors: tuple[str, ...] = tuple(attributes.get("replicate_vectors", ()))
         self.updates_per_chunk: int = attributes["updates_per_chunk"]
-        self._array = cache(lambda name: open_array(storage / name))
-        read_documents(storage, "ledger", (*self.names, *self.by_step), attributes["arrays"])
+        documents = read_documents(storage, "ledger", (*self.names, *self.by_step), attributes["arrays"])
+        self._arrays = {name: StoredArray.of(documents[name]) for name in self.by_step}
         self.journal = Journal(storage / "commits", ANALYZE_AGAIN)
         self._numbers = self.journal.read(_NUMBERS)
         self.n_updates: int = self._numbers["updates"]
@@ -271,7 +270,7 @@ class Ledger:
             _log.warning("%s (%s): it is written again", error.what, error.where)
         contents: dict[str, bytes | memoryview] = {}
         for name, numbers in {STEP: steps, "step_span": spans}.items():
-            contents |= number_chunks(self._array(name), name, numbers[:0], numbers)
+            contents |= number_chunks(self._arrays[name], name, numbers[:0], numbers)
         self.storage.put_entries(contents)
         self._numbers, self.n_updates = _described(steps, spans), len(steps)
         self.journal.write(_NUMBERS, self._numbers)
@@ -392,7 +391,7 @@ class Ledger:
             If the chunk is missing or has the wrong size.
         """
         start, stop, size = record["start"], record["stop"], record["checksum_rows"][name]
-        shape = (self.updates_per_chunk, *self._array(name).shape[1:])
+        shape = (self.updates_per_chunk, *self._arrays[name].shape[1:])
         chunks = read_complete_chunks(
             self.storage / name, [self._index(name, start)], shape, np.dtype(np.float64), ANALYZE_AGAIN
         )
@@ -505,7 +504,7 @@ class Ledger:
         return self._read_numbers(STEP), self._read_numbers("step_span")
 
     def _read_numbers(self, name: str) -> NDArray[np.int64]:
-        array = self._array(name)
+        array = self._arrays[name]
         indices = [(index,) for index in range(-(-self.n_updates // array.chunks[0]))]
         chunks = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, ANALYZE_AGAIN)
         values = np.concatenate([np.empty(0, np.int64), *chunks])[: self.n_updates]

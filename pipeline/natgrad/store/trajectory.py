@@ -50,6 +50,7 @@ from natgrad.store.group import (
     INGEST_AGAIN,
     SCALAR_CHUNK,
     ArrayPlan,
+    StoredArray,
     chunk_entry,
     create_group,
     damage_error,
@@ -124,6 +125,7 @@ class Trajectory(States):
         dtypes: dict[str, str] = attributes["dtypes"]
         # The shapes are read before the records, because a writer extends them after its record.
         documents = read_documents(storage, "trajectory", (*dtypes, *self.numbers), attributes["arrays"])
+        self._number_arrays = {name: StoredArray.of(documents[name]) for name in self.numbers}
         super().__init__(
             storage,
             Layout.from_json(attributes["layout"]),
@@ -347,8 +349,8 @@ class Trajectory(States):
 
     def _read_numbers(self, name: str, start: int) -> list[NDArray[Any]]:
         """Read the numbers of the states from ``start`` to the end of the last chunk."""
-        array = self._array(name)
-        rows, other_axes = array.chunks[0], [0] * (array.ndim - 1)
+        array = self._number_arrays[name]
+        rows, other_axes = array.chunks[0], [0] * (len(array.shape) - 1)
         indices = [(index, *other_axes) for index in range(start // rows, -(-self.n_states // rows))]
         found = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, INGEST_AGAIN)
         # The first chunk also contains earlier states.
@@ -356,13 +358,13 @@ class Trajectory(States):
 
     def _empty(self, name: str) -> tuple[NDArray[Any], int]:
         """Return the numbers of no state, and their checksum."""
-        array = self._array(name)
+        array = self._number_arrays[name]
         return np.empty((0, *array.shape[1:]), array.dtype), 0
 
     def _damaged_number(self, name: str, values: NDArray[Any]) -> InputError:
         """Return the error for numbers that do not match their checksum; it names the first chunk that differs."""
         start, stop = next(self.damaged_numbers(name, values, self.records()), (0, self.n_states))
-        array = self._array(name)
+        array = self._number_arrays[name]
         chunk = chunk_entry(self.storage / name, start // array.chunks[0], *(0 for _ in array.shape[1:]))
         part = super().named(start, stop) if name == STEP else self.named(start, stop)
         return damage_error(chunk, "checksum mismatch", INGEST_AGAIN, f"{name}, {part}")
@@ -529,7 +531,7 @@ class Trajectory(States):
         chunks: dict[str, bytes | memoryview] = {}
         sums: dict[str, int] = {}
         for name, values in {**numbers, **scalars}.items():
-            array = self._array(name)
+            array = self._number_arrays[name]
             new = np.asarray(values, dtype=array.dtype).reshape(len(steps), *array.shape[1:])
             before, found = self._verified_numbers(name)
             chunks |= number_chunks(array, name, before, new)

@@ -7,8 +7,7 @@ states, the formatting of JSON files, and bits of a compressed chunk that do not
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +20,15 @@ from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.checked import verify_files
-from natgrad.store.group import OtherVersion, chunk_entry, document_of, open_group, read_documents, stored_length
+from natgrad.store.group import (
+    OtherVersion,
+    chunk_entry,
+    document_of,
+    encode_texts,
+    open_group,
+    read_documents,
+    stored_length,
+)
 from natgrad.store.journal import Journal
 from natgrad.store.ledger import Ledger
 from natgrad.store.states import checksum
@@ -271,7 +278,7 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
     for name, texts in ledger.names.items():
         chunk = chunk_entry(storage / name, 0)
         (content,) = chunk.parent.get_entries([chunk.name])
-        if content != _encode(texts) or stored_length(storage / name) != len(texts):
+        if content != encode_texts(texts) or stored_length(storage / name) != len(texts):
             yield Damage(str(chunk), "the names were changed", name)
     numbers = np.arange(ledger.n_updates)
     found_steps: tuple[NDArray[Any], ...] = ()
@@ -302,12 +309,6 @@ def _records(journal: Journal) -> Iterator[dict[str, Any] | Damage]:
             yield journal.read(name)
         except InputError as error:
             yield _damage(error)
-
-
-def _encode(texts: Sequence[str]) -> bytes:
-    """Encode texts as the codec vlen-utf8 does: the number of texts, then the length and bytes of each."""
-    encoded = [text.encode() for text in texts]
-    return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(text)) + text for text in encoded)
 
 
 def _verify_chunk(ledger: Ledger, record: Mapping[str, Any], numbers: NDArray[Any]) -> Iterator[Damage]:

@@ -1,0 +1,120 @@
+"""Compare labelled arrays with those that xarray writes: metadata, chunks and values."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from natgrad.store import labelled
+from natgrad.store.labelled import LabelledArray, LabelledGroup
+
+
+def group(seed):
+    """Return arrays of all data types, with coordinates, and scalars."""
+    generator = np.random.default_rng(seed)
+    values = generator.standard_normal((5, 3))
+    values[2] = np.nan
+    of = {
+        "float64": (("step", "name"), values),
+        "float32": (("step",), values[:, 0].astype("float32")),
+        "int64": (("name",), np.arange(3) - 1),
+        "int8": (("step",), np.arange(5, dtype="int8")),
+        "bool": (("step", "name"), values > 0),
+        "scalar": ((), np.array(2.5)),
+        "missing": (("step",), np.full(5, np.nan)),
+        "zero": (("step",), np.zeros(5, "int64")),
+        "negative_zero": (("step",), np.full(5, -0.0)),
+        "empty": (("step", "none"), np.empty((5, 0))),
+    }
+    arrays = {name: LabelledArray(dims, found, {"long_name": f"{name} é"}) for name, (dims, found) in of.items()}
+    coordinates = {
+        "step": LabelledArray(("step",), np.arange(5) * 10, {"units": "1"}),
+        "name": LabelledArray(("name",), np.array(["a", "", "snow \N{SNOWMAN}"], object)),
+        "attempt": LabelledArray(("step",), np.array([0, 0, 1, 1, 2])),
+    }
+    return LabelledGroup(arrays, coordinates, {"of": seed, "numbers": [1, 2.5]})
+
+
+GROUPS = {"": LabelledGroup(attributes={"title": "all"}), "model": group(1), "deep/below": group(2)}
+
+
+def as_tree(groups):
+    """Return the same arrays as xarray's."""
+
+    def dataset(one):
+        found = [
+            {name: (a.dimensions, a.values, a.attributes) for name, a in part.items()}
+            for part in (one.arrays, one.coordinates)
+        ]
+        return xr.Dataset(*found, attrs=one.attributes)
+
+    return xr.DataTree.from_dict({f"/{path}": dataset(one) for path, one in groups.items()})
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Return the folder of our arrays, and that of the same arrays written by xarray."""
+    ours, theirs = (tmp_path_factory.mktemp("labelled") / name for name in ("ours", "theirs"))
+    labelled.write_groups(ours, GROUPS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        as_tree(GROUPS).to_zarr(theirs, zarr_format=3, consolidated=True, mode="w")
+    return ours, theirs
+
+
+def documents(folder):
+    return {path.relative_to(folder): json.loads(path.read_text()) for path in folder.rglob("zarr.json")}
+
+
+def test_metadata_are_those_of_xarray_except_for_the_names_of_chunks(written):
+    ours, theirs = map(documents, written)
+    same_names = json.loads(
+        json.dumps({str(p): d for p, d in ours.items()}).replace('"separator": "."', '"separator": "/"')
+    )
+    assert same_names == {str(path): document for path, document in theirs.items()}
+    # Readers find the groups of consolidated metadata in this order.
+    for path, document in theirs.items():
+        listed = document.get("consolidated_metadata", {"metadata": {}})["metadata"]
+        assert set(listed) == set(ours[path].get("consolidated_metadata", {"metadata": {}})["metadata"])
+
+
+def test_chunks_are_those_of_xarray_byte_by_byte(written):
+    ours, theirs = (
+        {
+            path.relative_to(folder).as_posix().replace("/c.", "/c/"): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "zarr.json"
+        }
+        for folder in written
+    )
+    # Zarr names the chunk of a scalar "c" in both.
+    assert {name.replace(".", "/"): content for name, content in ours.items()} == theirs
+    assert not [name for name in ours if "missing" in name or "/zero" in name]
+
+
+def test_xarray_and_zarr_read_the_values(written):
+    ours, _ = written
+    tree = xr.open_datatree(ours, engine="zarr").load()
+    expected = as_tree(GROUPS)
+    assert tree.identical(expected)
+    found = zarr.open_group(ours, mode="r", use_consolidated=False)["deep/below/float64"][:]
+    np.testing.assert_array_equal(found, GROUPS["deep/below"].arrays["float64"].values)
+
+
+def test_large_arrays_are_divided_along_their_first_dimension(tmp_path):
+    rows = 2 * labelled.CHUNK_BYTES // 8 // 3 + 7
+    values = np.arange(3.0 * rows).reshape(rows, 3)
+    labelled.write_groups(tmp_path / "w", {"": LabelledGroup({"x": LabelledArray(("step", "tensor"), values)})})
+    array = zarr.open_group(tmp_path / "w", mode="r")["x"]
+    assert array.chunks == (labelled.CHUNK_BYTES // 24, 3)
+    assert len(list((tmp_path / "w" / "x").glob("c.*"))) == 3
+    np.testing.assert_array_equal(array[:], values)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "x").write_text("a file")
+    with pytest.raises(OSError, match="x"):
+        labelled.write_groups(tmp_path, {"": LabelledGroup({"x": LabelledArray((), np.array(1.0))})})
