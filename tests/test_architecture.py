@@ -59,7 +59,7 @@ HOMES = {
     "sqlite3": {"sources"},
     "fsspec": {"storage"},
     "mlxtend": {"experiments"},
-    "torch": set(),
+    "torch": {"recording"},
 }
 
 

@@ -14,8 +14,10 @@ Process a log, and open the results:
     Process all runs below a folder.
 ``open_results``, ``open_trajectory``, ``open_ledger``
     Open the stores of a run.
-``Recorder``, ``Metric``
-    Log a training run; apply a metric as an operator.
+``watch``, ``Recorder``
+    Log a training run of PyTorch from the hooks of its optimizer, or any other from its training loop.
+``Metric``
+    Apply a metric as an operator.
 ``InputError``, ``Unavailable``
     Errors for invalid input, and for resources that are temporarily unavailable.
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from natgrad.app.opening import open_ledger, open_results, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.recording.recorder import Recorder
+    from natgrad.recording.torch import watch
     from natgrad.schema.errors import InputError, Unavailable
     from natgrad.schema.version import __version__
     from natgrad.theory.metric_operators import Metric
@@ -50,6 +53,7 @@ __all__ = [
     "report",
     "scan",
     "verify",
+    "watch",
 ]
 
 _MODULES = {
@@ -62,6 +66,7 @@ _MODULES = {
     "open_results": "natgrad.app.opening",
     "open_trajectory": "natgrad.app.opening",
     "scan": "natgrad.app.scan",
+    "watch": "natgrad.recording.torch",
 }
 """Module of each public name; the others are functions of `natgrad.app.api`."""
 

@@ -21,7 +21,7 @@ LOG = ROOT / "data" / "linear_system"
 
 NAMES = {
     *("process", "ingest", "analyze", "report", "inspect", "verify", "scan"),
-    *("open_results", "open_trajectory", "open_ledger", "Recorder", "Metric", "InputError", "Unavailable"),
+    *("open_results", "open_trajectory", "open_ledger", "watch", "Recorder", "Metric", "InputError", "Unavailable"),
     "__version__",
 }
 

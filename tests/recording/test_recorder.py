@@ -1,6 +1,8 @@
 """Test that the pipeline reads the states that the recorder writes, and that a reader sees only complete steps."""
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -10,12 +12,16 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazy import Lazy
 from logs import DTYPES
 from natgrad.recording.recorder import CONTAINERS, Recorder
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS
+from natgrad.sources.completion import complete
 from natgrad.sources.steps import LoggedTensor
 from opened import open_source
+
+torch = Lazy("torch")
 
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
 shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)
@@ -181,8 +187,11 @@ GOOD = {"layer": np.ones((2, 3))}
     [
         ({"step": -1}, "the step must be at least 0, got -1"),
         ({"parameter": {}, "gradient": {}}, "no parameters"),
-        ({"gradient": {}}, "gradient and parameter differ"),
-        ({"gradient": {"other": np.ones((2, 3))}}, "(?s)gradient and parameter differ.*layer.*other"),
+        ({"gradient": {}}, "no tensor has a gradient"),
+        ({"gradient": {"layer": None}}, "no tensor has a gradient"),
+        ({"gradient": {"other": np.ones((2, 3))}}, "gradient and parameter differ in name: 'other'.*'layer'"),
+        ({"learning_rate": {"other": 0.1}}, r"learning rates are not those .*\['layer', 'other'\]"),
+        ({"learning_rate": {"layer": "fast"}}, "learning_rate must consist of real numbers, got 'fast'"),
         ({"gradient": {"layer": np.ones((3, 2))}}, r"(?s)\(3, 2\).*\(2, 3\)"),
         ({"hvp": {"layer": np.ones(6)}}, "hvp and parameter differ"),
         ({"parameter": {"layer": np.ones((2, 3), int)}}, "parameter 'layer' of dtype int64"),
@@ -203,6 +212,100 @@ def test_bfloat16_in_npz_is_an_error_that_lists_the_possible_dtypes(tmp_path):
     tensors = {"theta": np.ones(2, ml_dtypes.bfloat16)}
     with pytest.raises(InputError, match=r"(?s)bfloat16 cannot be recorded in npz.*float16, float32, float64"):
         Recorder(tmp_path, "npz").record(0, parameter=tensors, gradient=tensors)
+
+
+def test_tensors_of_torch_are_recorded_as_a_user_has_them(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[1].to(torch.bfloat16)
+    model[0].bias.requires_grad_(False)
+    loss = model[1](model[0](torch.ones(1, 3)).bfloat16()).float().square().sum()
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    assert gradients["0.bias"] is None
+    recorder = Recorder(tmp_path)
+    for step in range(2):
+        recorder.record(step, parameter=parameters, gradient=gradients, loss=loss, learning_rate=torch.tensor(0.1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 tensors have no gradient and are not recorded; the first is '0.bias'"
+    ]
+    content, arrays = read(tmp_path)[1]
+    assert content.scalars == {"loss": loss.item(), "learning_rate": float(np.float32(0.1))}
+    assert sorted(content.arrays["parameter"]) == ["0.weight", "1.bias", "1.weight"]
+    for name in content.arrays["parameter"]:
+        parameter = parameters[name].detach()
+        for kind, tensor in (("parameter", parameter), ("gradient", gradients[name])):
+            assert content.arrays[kind][name].dtype == str(tensor.dtype).removeprefix("torch.")
+            bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+            expected = bits.numpy().ravel()
+            np.testing.assert_array_equal(arrays[kind, name].view(expected.dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("sparse", "the tensor is sparse"),
+        ("meta", "the tensor has no values yet"),
+        ("lazy", "the tensor has no values yet"),
+        ("complex", "of dtype complex64 cannot be recorded"),
+        ("float8", "dtype torch.float8_e4m3fn cannot be converted"),
+    ],
+)
+def test_a_tensor_of_torch_that_has_no_array_is_refused(tmp_path, name, problem):
+    tensors = {
+        "sparse": lambda: torch.ones(2).to_sparse(),
+        "meta": lambda: torch.ones(2, device="meta"),
+        "lazy": torch.nn.UninitializedParameter,
+        "complex": lambda: torch.ones(2, dtype=torch.complex64),
+        "float8": lambda: torch.ones(2).to(torch.float8_e4m3fn),
+    }
+    with pytest.raises(InputError, match=problem) as refusal:
+        Recorder(tmp_path).record(0, parameter={"w": tensors[name]()}, gradient={"w": torch.ones(2)})
+    assert "parameter of tensor 'w'" in refusal.value.where
+    assert refusal.value.remedy
+
+
+def test_bfloat16_tensors_without_ml_dtypes_are_refused_with_the_remedy(tmp_path):
+    code = """
+import sys
+sys.modules["ml_dtypes"] = None
+import torch
+from natgrad.recording import Recorder
+tensors = {"w": torch.ones(2, dtype=torch.bfloat16)}
+loss = torch.ones((), dtype=torch.bfloat16)
+Recorder("log").record(0, parameter={"w": torch.ones(2)}, gradient={"w": torch.ones(2)}, loss=loss)
+Recorder("other").record(0, parameter=tensors, gradient=tensors)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "do:    pip install ml_dtypes" in done.stderr
+    assert read(tmp_path / "log")[0][0].scalars == {"loss": 1.0}
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_the_tensors_of_a_run_must_not_change(tmp_path):
+    recorder, one = Recorder(tmp_path), np.ones(2)
+    recorder.record(0, parameter={"a": one, "b": one}, gradient={"a": one})
+    with pytest.raises(InputError, match="tensor 'b' has a new gradient"):
+        recorder.record(1, parameter={"a": one, "b": one}, gradient={"a": one, "b": one})
+    with pytest.raises(InputError, match="tensor 'a' has no gradient at this step"):
+        recorder.record(1, parameter={"a": one, "b": one}, gradient={"b": one})
+    recorder.record(1, parameter={"a": one}, gradient={"a": one})
+    assert [sorted(content.arrays["parameter"]) for content, _ in read(tmp_path).values()] == [["a"], ["a"]]
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.1, 0.1), (0.1, 0.01, 0.1)])
+def test_learning_rates_of_tensors_are_read_back(tmp_path, rates):
+    tensors = {name: np.ones(2) for name in ("a", "00", "loss")}
+    rates = dict(zip(tensors, rates, strict=True))
+    Recorder(tmp_path).record(0, parameter=tensors, gradient=tensors, learning_rate=rates)
+    source = open_source(tmp_path)
+    with source.open(source.steps()[0]) as reader:
+        content = complete(source.steps()[0], reader.content())
+    assert content.optimizer.rates == rates
+    assert content.scalars == ({"learning_rate": 0.1} if len(set(rates.values())) == 1 else {})
+    with pytest.raises(InputError, match="cannot be recorded in npz"):
+        Recorder(tmp_path / "npz", "npz").record(0, parameter=tensors, gradient=tensors, learning_rate=rates)
 
 
 def test_an_unknown_container_is_refused(tmp_path):

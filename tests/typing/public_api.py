@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import assert_type
 
 import numpy as np
+import torch
 import xarray as xr
 
 import natgrad
@@ -36,6 +37,10 @@ assert_type(natgrad.open_trajectory("out"), Trajectory)
 assert_type(natgrad.open_ledger("out"), Ledger)
 assert_type(natgrad.__version__, str)
 natgrad.Recorder("log").record(0, parameter={"a": np.ones(2)}, gradient={"a": np.ones(2)}, loss=1.0)
+module, optimizer = torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)])
+with natgrad.watch([optimizer], "log", model=module, parameters="*", first_step=3) as watch:
+    watch.log(loss=torch.ones(1), after=True)
+assert_type(watch.active, bool)
 error: type[ValueError] = natgrad.InputError
 unavailable: type[natgrad.InputError] = natgrad.Unavailable
 process_run("log", "out", windows=[1])

@@ -1,4 +1,4 @@
-"""Record a training run in the native format, from a training loop that has its tensors as NumPy arrays."""
+"""Record a training run in the native format, from a training loop that has its tensors at hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
+from natgrad.recording.arrays import host_array, numbers_of
 from natgrad.schema.arguments import number, real_array, shown
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
+from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_HVP, REPLICATE_LOSS, REPLICATE_PARAMETER, SCALARS
 
 __all__ = ["CONTAINERS", "Recorder"]
@@ -21,16 +23,19 @@ __all__ = ["CONTAINERS", "Recorder"]
 Arrays = dict[str, NDArray[Any]]
 
 
-def _write_safetensors(file: IO[bytes], arrays: Arrays) -> None:
-    file.write(safetensors.numpy.save(arrays))
+_log = logger("natgrad.recording")
 
 
-def _write_npz(file: IO[bytes], arrays: dict[str, Any]) -> None:
+def _write_safetensors(file: IO[bytes], arrays: Arrays, texts: Mapping[str, str]) -> None:
+    file.write(safetensors.numpy.save(arrays, dict(texts) or None))
+
+
+def _write_npz(file: IO[bytes], arrays: dict[str, Any], texts: Mapping[str, str]) -> None:
     np.savez(file, **arrays)
 
 
 # For each container: its writer, and the STORAGE_DTYPES that it cannot store.
-_WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays], None], frozenset[str]]] = {
+_WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays, Mapping[str, str]], None], frozenset[str]]] = {
     "safetensors": (_write_safetensors, frozenset()),
     "npz": (_write_npz, frozenset({"bfloat16"})),
 }
@@ -49,22 +54,23 @@ def _mapping(path: Path, what: str, value: Any) -> Mapping[Any, Any]:
     return value
 
 
-def _array(where: str, value: Any) -> NDArray[Any]:
-    """Convert a value to an array in C order, because safetensors writes the memory of an array unchanged."""
-    try:
-        return np.asarray(value, order="C")
-    except Exception as error:  # converting an array of another library may raise any exception
-        raise InputError(
-            f"{shown(value)} cannot be converted to an array: {error}",
-            where=where,
-            why="it is not an array, its rows differ in length, or it is not in host memory",
-            remedy="pass a NumPy array",
-        ) from error
+def _rate_texts(rates: Mapping[str, float]) -> dict[str, str]:
+    """Return the learning rates of tensors, as the groups of a torch optimizer whose members have names."""
+    groups: dict[tuple[float, bool], list[str]] = {}
+    for index, (name, rate) in enumerate(rates.items()):
+        # Two groups or more, even with equal rates: a reader takes the rate of a single group as that of the model.
+        groups.setdefault((rate, index > 0), []).append(name)
+    texts = {}
+    for number_of_group, ((rate, _), names) in enumerate(groups.items()):
+        group = f"optimizer/param_groups/{number_of_group}"
+        texts[f"{group}/lr"] = repr(rate)
+        texts |= {f"{group}/params/{member}": name for member, name in enumerate(names)}
+    return texts
 
 
 def _numbers(path: Path, what: str, value: Any) -> NDArray[np.float64]:
     try:
-        return real_array(value)
+        return real_array(numbers_of(value))
     except ValueError as error:
         raise InputError(f"{what} {error}", where=str(path), remedy="record a float") from error
 
@@ -119,6 +125,7 @@ class Recorder:
         if not isinstance(resume, bool):
             raise InputError(f"resume must be True or False, got {shown(resume)}", remedy="pass resume=True")
         self.folder, self.container = Path(folder), container
+        self._names: frozenset[str] = frozenset()
         present = {path.suffix.removeprefix(".") for path in self.folder.glob("step_*")} & set(CONTAINERS)
         if present - {container} or (present and not resume):
             raise InputError(
@@ -144,14 +151,16 @@ class Recorder:
         step: int,
         *,
         parameter: Mapping[str, ArrayLike],
-        gradient: Mapping[str, ArrayLike],
+        gradient: Mapping[str, ArrayLike | None],
         loss: float | None = None,
-        learning_rate: float | None = None,
+        learning_rate: float | Mapping[str, float] | None = None,
         hvp: Mapping[str, ArrayLike] | None = None,
         replicates: Mapping[str, Any] | None = None,
         **scalars: float,
     ) -> Path:
         """Record the state of the run before an update.
+
+        Tensors of PyTorch are accepted with or without a graph, on any device.
 
         Parameters
         ----------
@@ -161,14 +170,16 @@ class Recorder:
             Value theta_t of each tensor, by name, with any shape and one of the dtypes of
             `natgrad.schema.layout.STORAGE_DTYPES` (bfloat16 in safetensors only). Stored without conversion.
         gradient : mapping
-            Gradient of the loss at theta_t, with the names and shapes of the parameters.
+            Gradient of the loss at theta_t, with the shapes of the parameters. Tensors without a gradient, or with
+            the gradient None, are not recorded, with a warning. These must be the same at every step.
         loss : float, optional
             Loss L(theta_t), for the same objective as the gradient.
-        learning_rate : float, optional
-            Learning rate eta of the update that follows, eq. (2).
+        learning_rate : float or mapping, optional
+            Learning rate eta of the update that follows, eq. (2), or that of each recorded tensor, by name (in
+            safetensors only).
         hvp : mapping, optional
             Hessian times the displacement, H (theta_{t+1} - theta_t), eq. (16), with the names and shapes of the
-            parameters.
+            recorded tensors.
         replicates : mapping, optional
             R draws of the update of a stochastic rule from theta_t. ``parameter`` contains the states after each
             draw, by tensor name, with shape (R, ...). Optionally, ``hvp`` contains the Hessian times the
@@ -186,8 +197,8 @@ class Recorder:
         Raises
         ------
         InputError
-            If the step is negative, there are no tensors, names, shapes or numbers of replicates differ, a dtype
-            cannot be stored, or a scalar is unknown.
+            If the step is negative, there are no tensors, names, shapes or numbers of replicates differ, the
+            tensors are not those of the step before, a dtype cannot be stored, or a scalar is unknown.
         """
         try:
             step = number(step, int, minimum=0)
@@ -196,11 +207,11 @@ class Recorder:
                 f"the step {error}", where=str(self.folder), remedy="count updates from 0: record(0, ...)"
             ) from error
         path = self.folder / f"step_{step}.{self.container}"
-        arrays = self._arrays(path, "parameter", parameter)
-        if not arrays:
-            raise InputError("no parameters in this step", where=str(path), remedy="record at least one tensor")
+        names = self._recorded(path, _mapping(path, "parameter", parameter), _mapping(path, "gradient", gradient))
+        arrays = self._arrays(path, "parameter", {name: parameter[name] for name in names})
         shapes = {key.partition("/")[2]: array.shape for key, array in arrays.items()}
-        for state, tensors in {"gradient": gradient, **({} if hvp is None else {"hvp": hvp})}.items():
+        gradients = {name: gradient[name] for name in names}
+        for state, tensors in {"gradient": gradients, **({} if hvp is None else {"hvp": hvp})}.items():
             others = self._arrays(path, state, tensors)
             found = {key.partition("/")[2]: array.shape for key, array in others.items()}
             if found != shapes:
@@ -213,25 +224,87 @@ class Recorder:
             arrays |= others
         if replicates is not None:
             arrays |= self._replicates(path, replicates, shapes)
-        for name, value in {"loss": loss, "learning_rate": learning_rate, **scalars}.items():
+        rate, texts = self._rates(path, learning_rate, names)
+        for name, value in {"loss": loss, "learning_rate": rate, **scalars}.items():
             if name not in SCALARS:
                 known = ", ".join(SCALARS)
                 raise InputError(f"unknown scalar {name!r}", where=str(path), remedy=f"choose from {known}")
             if value is not None:
                 arrays[name] = self._scalar(path, name, value)
-        self._write(path, arrays)
+        self._write(path, arrays, texts)
+        self._names = frozenset(names)
         return path
 
-    def _arrays(self, path: Path, state: str, tensors: Mapping[str, ArrayLike]) -> Arrays:
+    def _recorded(self, path: Path, parameter: Mapping[Any, Any], gradient: Mapping[Any, Any]) -> list[Any]:
+        """Return the names of the tensors that have a gradient. They are the same at every step."""
+        if not parameter:
+            raise InputError("no parameters in this step", where=str(path), remedy="record at least one tensor")
+        unknown = [name for name in gradient if name not in parameter]
+        if unknown:
+            raise InputError(
+                f"gradient and parameter differ in name: {shown(unknown[0])} has a gradient, but there is no such "
+                f"parameter among {shown(list(parameter))}",
+                where=str(path),
+                remedy="record both with the same names",
+            )
+        names = [name for name in parameter if gradient.get(name) is not None]
+        if not names:
+            raise InputError(
+                "no tensor has a gradient",
+                where=str(path),
+                why="the backward pass has not run yet, or the gradients were set to None (zero_grad) before",
+                remedy="record each step after loss.backward() and before the update",
+            )
+        if self._names and self._names != frozenset(names):
+            changed = sorted(map(str, self._names ^ frozenset(names)))
+            kind = "no gradient" if changed[0] in self._names else "a new gradient"
+            raise InputError(
+                f"tensor {changed[0]!r} has {kind} at this step",
+                where=str(path),
+                why="all steps of a run must have the same tensors",
+                remedy="if the loss did not depend on the tensor, record zeros as its gradient; record a run whose "
+                "trained tensors change as several runs",
+            )
+        without = [name for name in parameter if gradient.get(name) is None]
+        if without and not self._names:
+            _log.warning(
+                "%d tensors have no gradient and are not recorded; the first is %r", len(without), without[0]
+            )
+        return names
+
+    def _rates(
+        self, path: Path, learning_rate: float | Mapping[str, float] | None, names: list[str]
+    ) -> tuple[Any, dict[str, str]]:
+        """Return the learning rate of the step, or the texts that contain that of each tensor."""
+        if not isinstance(learning_rate, Mapping):
+            return learning_rate, {}
+        if set(learning_rate) != set(names):
+            differing = sorted(map(str, set(learning_rate) ^ set(names)))
+            raise InputError(
+                f"the learning rates are not those of the recorded tensors: {shown(differing)}",
+                where=f"{path}, learning_rate",
+                remedy="pass the learning rate of each tensor with a gradient, or one number",
+            )
+        rates = {name: float(self._scalar(path, "learning_rate", rate)) for name, rate in learning_rate.items()}
+        if self.container != "safetensors":
+            raise InputError(
+                f"learning rates of tensors cannot be recorded in {self.container}",
+                where=f"{path}, learning_rate",
+                remedy="use safetensors, or pass one number",
+            )
+        return None, _rate_texts(rates)
+
+    def _arrays(self, path: Path, state: str, tensors: Mapping[str, Any]) -> Arrays:
         arrays = {}
         for name, value in _mapping(path, state, tensors).items():
-            array = _array(f"{path}, {state} of tensor {shown(name)}", value)
+            where = f"{path}, {state} of tensor {shown(name)}"
+            array = host_array(value, where)
             dtype = array.dtype.name
             possible = [known for known in STORAGE_DTYPES if known not in _WRITERS[self.container][1]]
             if not isinstance(name, str) or not name or dtype not in possible:
                 raise InputError(
                     f"{state} {shown(name)} of dtype {dtype} cannot be recorded in {self.container}",
-                    where=f"{path}, {state} of tensor {shown(name)}",
+                    where=where,
                     remedy=f"use a nonempty name and one of the dtypes {', '.join(possible)}",
                 )
             arrays[f"{state}/{name}"] = array
@@ -280,13 +353,13 @@ class Recorder:
             )
         return array.reshape(())
 
-    def _write(self, path: Path, arrays: Arrays) -> None:
+    def _write(self, path: Path, arrays: Arrays, texts: Mapping[str, str]) -> None:
         # Readers ignore a hidden file with another suffix. Its name contains the process number, so that two
         # writers in one folder do not use the same file.
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with aside.open("wb") as file:
-                _WRITERS[self.container][0](file, arrays)
+                _WRITERS[self.container][0](file, arrays, texts)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)

@@ -1,0 +1,748 @@
+"""Compare what the step hooks record with parameters of the loop, and with gradients computed by hand."""
+
+import copy
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import natgrad
+from lazy import Lazy
+from natgrad.schema.errors import InputError
+
+torch = Lazy("torch")
+safetensors_torch = Lazy("safetensors.torch")
+safetensors = Lazy("safetensors")
+
+ROUNDING = 64 * 2.0**-53
+"""Products of at most 24 float64 numbers, computed in two orders, differ by less than this, relative to the sum of
+their absolute values, which is at most 4 here."""
+
+
+def read(folder):
+    """Return the tensors and numbers of each recorded step, in order."""
+    states = {}
+    for path in folder.glob("step_*"):
+        groups = {"parameter": {}, "gradient": {}}
+        for key, tensor in safetensors_torch.load_file(path).items():
+            kind, _, name = key.partition("/")
+            groups.setdefault(kind, {})
+            if name:
+                groups[kind][name] = tensor
+            else:
+                groups[kind] = tensor.item()
+        with safetensors.safe_open(path, "pt") as file:
+            groups["texts"] = file.metadata() or {}
+        states[int(path.stem.removeprefix("step_"))] = groups
+    return dict(sorted(states.items()))
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2).double()
+
+
+def batch(step):
+    """Return the inputs and targets of a step."""
+    generator = torch.Generator().manual_seed(step)
+    draw = [torch.rand(4, size, dtype=torch.float64, generator=generator) for size in (3, 2)]
+    return draw[0], draw[1]
+
+
+def loss_of(model, step):
+    inputs, targets = batch(step)
+    return ((model(inputs) - targets) ** 2).mean()
+
+
+def by_hand(parameters, *steps):
+    """Return the loss and the gradients of the mean over the batches of some steps, from their formulas."""
+    weight, bias = parameters["weight"].numpy(), parameters["bias"].numpy()
+    losses, weights, biases = [], [], []
+    for step in steps:
+        inputs, targets = (tensor.numpy() for tensor in batch(step))
+        residual = inputs @ weight.T + bias - targets
+        losses.append((residual**2).sum() / 8)
+        weights.append(2 / 8 * residual.T @ inputs)
+        biases.append(2 / 8 * residual.sum(axis=0))
+    return np.mean(losses), {"weight": np.mean(weights, axis=0), "bias": np.mean(biases, axis=0)}
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def require_states(log, states):
+    """Compare recorded parameters with those of the loop, and gradients with those by hand.
+
+    Parameters
+    ----------
+    log : Path
+    states : mapping
+        By step, the parameters of the loop before the update and the gradients by hand.
+    """
+    found = read(log)
+    assert list(found) == list(states)
+    for number, (parameters, gradients) in states.items():
+        for name, parameter in parameters.items():
+            assert torch.equal(found[number]["parameter"][name], parameter), (number, name)
+            np.testing.assert_allclose(found[number]["gradient"][name].numpy(), gradients[name], 0, ROUNDING)
+    return found
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "sgd-foreach": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True),
+    "sgd-fused": lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=False),
+    "adamw-foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=True),
+    "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_plain_steps(tmp_path, name):
+    model = make_model()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    states = {}
+    with natgrad.watch(optimizer, tmp_path / "log", model=model) as watch:
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            states[step] = snapshot(model), by_hand(snapshot(model), step)[1]
+            watch.log(loss=loss)
+            optimizer.step()
+    found = require_states(tmp_path / "log", states)
+    for step, state in found.items():
+        assert state["loss"] == pytest.approx(by_hand(states[step][0], step)[0], rel=ROUNDING)
+        assert state["learning_rate"] == 0.1
+    assert (watch.active, watch.recorded, watch.skipped) == (False, 4, 0)
+
+
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_clipped_gradients_are_recorded_as_the_optimizer_uses_them(tmp_path, kind):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states = {}
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            _, gradients = by_hand(snapshot(model), step)
+            norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
+            assert norm > 0.1
+            if kind == "norm":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                gradients = {name: gradient * 0.1 / (norm + 1e-6) for name, gradient in gradients.items()}
+            else:
+                torch.nn.utils.clip_grad_value_(model.parameters(), 0.1)
+                gradients = {name: gradient.clip(-0.1, 0.1) for name, gradient in gradients.items()}
+            states[step] = snapshot(model), gradients
+            optimizer.step()
+    require_states(tmp_path, states)
+
+
+def test_accumulated_gradients_are_one_step(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    states = {}
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        for step in range(3):
+            for part in range(3):
+                (loss_of(model, 3 * step + part) / 3).backward()
+            states[step] = snapshot(model), by_hand(snapshot(model), *range(3 * step, 3 * step + 3))[1]
+            optimizer.step()
+            optimizer.zero_grad()
+    require_states(tmp_path, states)
+
+
+# Automatic mixed precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adamw-foreach", "adamw-fused", "sgd-fused"])
+def test_scaled_gradients_are_recorded_without_the_scale(tmp_path, name, unscale):
+    model = make_model()
+    optimizer, scaler = OPTIMIZERS[name](model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    states, calls = {}, 0
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        for step in range(5):
+            overflows = step == 2
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            scaler.scale(loss * torch.inf if overflows else loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            before = snapshot(model)
+            scaler.step(optimizer)
+            # A fused optimizer is called and skips the step itself. Others are not called.
+            if "fused" in name or not overflows:
+                states[calls] = before, by_hand(before, step)[1]
+                calls += 1
+            if overflows:
+                assert all(torch.equal(before[key], value) for key, value in snapshot(model).items())
+            scaler.update()
+    if "fused" in name:
+        found = read(tmp_path)[2]
+        assert not any(gradient.isfinite().any() for gradient in found["gradient"].values())
+        (tmp_path / "step_2.safetensors").unlink()
+        del states[2]
+    assert watch.skipped == ("fused" in name)
+    require_states(tmp_path, states)
+
+
+# Closures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adamw-fused", "lbfgs"])
+def test_the_gradient_of_a_closure_is_that_of_its_first_evaluation(tmp_path, name, keyword):
+    model = make_model()
+    make = OPTIMIZERS | {"lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)}
+    optimizer = make[name](model.parameters())
+    states, evaluations, returned = {}, 0, []
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        for step in range(3):
+
+            def closure(step=step):
+                nonlocal evaluations
+                evaluations += 1
+                optimizer.zero_grad()
+                loss = loss_of(model, step)
+                loss.backward()
+                if step == 2:
+                    watch.log(loss=loss + 1)
+                return loss
+
+            for parameter in model.parameters():  # a stale gradient
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            states[step] = snapshot(model), by_hand(snapshot(model), step)[1]
+            returned.append(optimizer.step(closure=closure) if keyword else optimizer.step(closure))
+    assert evaluations == (9 if name == "lbfgs" else 3)
+    found = require_states(tmp_path, states)
+    for step, state in found.items():
+        expected = by_hand(states[step][0], step)[0]
+        assert returned[step].item() == pytest.approx(expected, rel=ROUNDING)
+        assert state["loss"] == pytest.approx(expected + (step == 2), rel=ROUNDING)
+
+
+def test_a_step_that_fails_is_not_recorded(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states = {}
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        for step in range(3):
+
+            def closure(step=step):
+                if step == 1:
+                    raise MemoryError
+                optimizer.zero_grad()
+                loss = loss_of(model, step)
+                loss.backward()
+                return loss
+
+            states[step] = snapshot(model), by_hand(snapshot(model), step)[1]
+            if step == 1:
+                with pytest.raises(MemoryError):
+                    optimizer.step(closure)
+            else:
+                optimizer.step(closure)
+    del states[1]
+    require_states(tmp_path, states)
+    assert "step 1 and other incomplete steps are not recorded" in caplog.text
+
+
+# Trainers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_wrapper_of_accelerate_is_unwrapped(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = make_model()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    states = {}
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        for step in range(6):
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, step))
+                if accelerator.sync_gradients:
+                    states[step // 2] = snapshot(model), by_hand(snapshot(model), step - 1, step)[1]
+                optimizer.step()
+                optimizer.zero_grad()
+    require_states(tmp_path, states)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_step_is_recorded(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    states = {}
+    step_of_optimizer = torch.compile(optimizer.step, backend="aot_eager")
+    with natgrad.watch(optimizer, tmp_path, model=torch.compile(model, backend="eager")):
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            states[step] = snapshot(model), by_hand(snapshot(model), step)[1]
+            step_of_optimizer()
+    require_states(tmp_path, states)
+
+
+def test_a_rule_that_changes_gradients_is_recorded_with_those_before(tmp_path):
+    class Clears(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.zero_()
+
+    model = make_model()
+    optimizer = Clears(model.parameters(), lr=0.1)
+    states = {}
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        for step in range(3):
+            loss_of(model, step).backward()
+            states[step] = snapshot(model), by_hand(snapshot(model), step)[1]
+            optimizer.step()
+            assert not model.weight.grad.any()
+    require_states(tmp_path, states)
+
+
+def test_several_optimizers_with_groups_make_one_update(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    groups = [{"params": [model[0].weight], "lr": 0.1}, {"params": [model[0].bias], "lr": torch.tensor(0.5)}]
+    first = torch.optim.AdamW(groups)
+    second = torch.optim.SGD(model[2].parameters(), lr=0.25)
+    scheduler = torch.optim.lr_scheduler.StepLR(second, 1, 0.5)
+    with natgrad.watch([first, second], tmp_path / "log", model=model) as watch:
+        states, gradients = [], []
+        for _ in range(4):
+            loss = model(torch.ones(3)).square().sum()
+            loss.backward()
+            watch.log(loss=loss)
+            states.append(snapshot(model))
+            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+            first.step()
+            first.zero_grad()
+            second.step()
+            second.zero_grad()
+            scheduler.step()
+    found = read(tmp_path / "log")
+    assert list(found) == [0, 1, 2, 3]
+    for state, parameters, expected in zip(found.values(), states, gradients, strict=True):
+        for name, parameter in parameters.items():
+            assert torch.equal(state["parameter"][name], parameter)
+            assert torch.equal(state["gradient"][name], expected[name])
+    natgrad.process(tmp_path / "log", tmp_path / "run")
+    rates = natgrad.open_trajectory(tmp_path / "run").scalar("tensor_learning_rate")
+    names = natgrad.open_trajectory(tmp_path / "run").layout.names
+    assert names == ("0.bias", "0.weight", "2.bias", "2.weight")
+    np.testing.assert_array_equal(rates, [[0.5, 0.1, 0.25 * 0.5**step, 0.25 * 0.5**step] for step in range(4)])
+
+
+def test_an_optimizer_that_steps_less_often_is_reported(tmp_path, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    often, seldom = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
+    with natgrad.watch([often, seldom], tmp_path, model=model):
+        for step in range(4):
+            model(torch.ones(3)).sum().backward()
+            often.step()
+            if step % 2:
+                seldom.step()
+    assert list(read(tmp_path)) == [1, 3]
+    assert "watch each optimizer with its own folder" in caplog.text
+
+
+# Parameters -------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_tied_unused_and_late_parameters(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {
+            "embed": torch.nn.Embedding(5, 3),
+            "head": torch.nn.Linear(3, 5, bias=False),
+            "unused": torch.nn.Linear(2, 2, bias=False),
+            "frozen": torch.nn.Linear(5, 5, bias=False),
+        }
+    )
+    model["head"].weight = model["embed"].weight
+    model["frozen"].requires_grad_(False)
+    late = torch.nn.Linear(5, 5, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        for step in range(4):
+            if step == 1:
+                model["late"] = late
+                optimizer.add_param_group({"params": late.parameters()})
+            if step == 2:
+                model["frozen"].requires_grad_(True)
+            optimizer.zero_grad()
+            outputs = model["frozen"](model["head"](model["embed"](torch.tensor([1, 3]))))
+            (late(outputs) if step else outputs).square().sum().backward()
+            optimizer.step()
+    assert watch.recorded == 4
+    for state in read(tmp_path).values():
+        assert sorted(state["parameter"]) == sorted(state["gradient"]) == ["embed.weight", "unused.weight"]
+        assert state["gradient"]["embed.weight"].any()
+        assert not state["gradient"]["unused.weight"].any()
+    assert "a parameter of shape (5, 5) was added to the optimizer: it is not recorded" in caplog.text
+    natgrad.process(tmp_path, tmp_path / "run", learning_rate=0.1)
+
+
+def test_a_parameter_that_requires_a_gradient_later_is_reported(tmp_path, caplog):
+    model = make_model()
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        for step in range(3):
+            model.bias.requires_grad_(step > 0)
+            loss_of(model, step).backward()
+            optimizer.step()
+    assert "parameter 'bias' requires a gradient since the first step: it is not recorded" in caplog.text
+    assert [list(state["gradient"]) for state in read(tmp_path).values()] == [["weight"]] * 3
+
+
+def test_parameters_are_selected_by_patterns_and_named_without_a_model(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    named = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = {
+        "model": (plain, model, "1.*", ["1.bias", "1.weight"]),
+        "several": (plain, model, ["0.weight", "1.b*"], ["0.weight", "1.bias"]),
+        "names": (named, None, "*.bias", ["0.bias", "1.bias"]),
+        "numbers": (plain, None, None, [f"parameter_{number}" for number in range(4)]),
+        "compiled": (plain, torch.compile(model, backend="eager"), "1.*", ["1.bias", "1.weight"]),
+    }
+    for folder, (optimizer, source, patterns, names) in expected.items():
+        with natgrad.watch(optimizer, tmp_path / folder, model=source, parameters=patterns):
+            optimizer.zero_grad()
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+        assert sorted(read(tmp_path / folder)[0]["gradient"]) == names
+
+
+def test_bfloat16_and_channels_last_are_recorded_with_the_same_bits(tmp_path):
+    model = torch.nn.Conv2d(3, 4, 3).to(torch.bfloat16, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        model(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).sum().backward()
+        before = snapshot(model)
+        optimizer.step()
+    state = read(tmp_path)[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(state["parameter"][name], before[name])
+        assert torch.equal(state["gradient"][name], parameter.grad)
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+def train(model, optimizer, steps, **hooks):
+    """Train, and call a function of the step before it, if there is one."""
+    for step in range(steps):
+        hooks.get(f"before_{step}", lambda: None)()
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    return snapshot(model)
+
+
+def require_training_goes_on(tmp_path, caplog, message, hook):
+    """Train with a recording that ends before step 3, and compare the result with a training without recording."""
+    model, other = make_model(), make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = natgrad.watch(optimizer, tmp_path / "log", model=model)
+    result = train(model, optimizer, 6, before_3=lambda: hook(model, optimizer, watch))
+    watch.close()
+    expected = train(other, torch.optim.SGD(other.parameters(), lr=0.1), 6)
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+    assert not watch.active
+    assert watch.recorded == 3
+    assert list(read(tmp_path / "log")) == [0, 1, 2]
+    failures = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(failures) == 1, failures
+    assert message in failures[0]
+    assert "the training goes on" in failures[0]
+
+
+def test_sparse_gradients_end_the_recording_by_name(tmp_path, caplog):
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path / "all", model=model):
+        model(torch.tensor([1])).sum().backward()
+        optimizer.step()
+    assert "the tensor is sparse" in caplog.text
+    assert "where: gradient '0.weight'" in caplog.text
+    assert not read(tmp_path / "all")
+    with natgrad.watch(optimizer, tmp_path / "dense", model=model, parameters="1.*") as watch:
+        optimizer.step()
+    assert watch.recorded == 1
+
+
+def test_a_reloaded_state_ends_the_recording(tmp_path, caplog):
+    def reload(model, optimizer, watch):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    require_training_goes_on(tmp_path, caplog, "load_state_dict", reload)
+
+
+def test_a_state_loaded_before_the_first_step_is_the_start_of_the_log(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model, first_step=7) as watch:
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, 2)
+    assert list(read(tmp_path)) == [7, 8]
+    assert watch.recorded == 2
+    assert not caplog.records
+
+
+def test_a_new_optimizer_for_the_same_parameters_ends_the_recording(tmp_path, caplog):
+    def replace(model, optimizer, watch):
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+
+    require_training_goes_on(tmp_path, caplog, "another optimizer (SGD)", replace)
+
+
+def test_a_copy_of_the_optimizer_is_reported(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        train(model, optimizer, 2)
+        train(*copy.deepcopy((model, optimizer)), 9)
+        train(model, optimizer, 2)
+        assert not caplog.records
+        train(*copy.deepcopy((model, optimizer)), 20)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the watched optimizer has not taken a step since another one with parameters of the same shapes took 10; "
+        "if the latter is a copy (copy.deepcopy), its steps are not recorded: call natgrad.watch for it"
+    ]
+    assert watch.recorded == 4
+
+
+def test_a_log_that_cannot_be_written_ends_the_recording(tmp_path, caplog):
+    def remove():
+        while not (tmp_path / "log" / "step_1.safetensors").exists():  # step 2 is passed on by the next step
+            time.sleep(0.01)
+        (tmp_path / "log").rename(tmp_path / "moved")
+        (tmp_path / "log").write_text("not a folder")
+
+    model, other = make_model(), make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = natgrad.watch(optimizer, tmp_path / "log", model=model)
+    result = train(model, optimizer, 6, before_3=remove)
+    watch.close()
+    expected = train(other, torch.optim.SGD(other.parameters(), lr=0.1), 6)
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "has ended" in message
+    assert "Not a directory" in message
+
+
+def test_missing_gradients_end_the_recording_with_what_to_do(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        loss_of(model, 0).backward()
+        optimizer.zero_grad()
+        optimizer.step()
+    assert not watch.recorded
+    assert "no parameter of the optimizer has a gradient when it steps" in caplog.text
+    assert "do:    call zero_grad after the step" in caplog.text
+
+
+def test_errors_are_raised_on_request(tmp_path):
+    model = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = natgrad.watch(optimizer, tmp_path, model=model, on_error="raise")
+    with pytest.raises(InputError, match="the loss must be one number"):
+        watch.log(loss=torch.ones(2))
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(InputError, match="sparse"):
+        optimizer.step()
+    optimizer.step()
+    watch.close()
+
+
+@pytest.mark.parametrize("value", ["high", None, 1j, [1, 2], {}, object()])
+def test_a_loss_that_is_not_a_number_is_reported_and_not_recorded(tmp_path, caplog, value):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        watch.log(loss=value)
+        train(model, optimizer, 2)
+    assert ["loss" in state for state in read(tmp_path).values()] == [False, False]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "a loss was not recorded" in message
+
+
+def test_losses_belong_to_the_next_step_or_to_the_step_just_taken(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        watch.log(loss=-1.0, after=True)
+        assert "no step has been taken yet" in caplog.text
+        watch.log(loss=0.0)
+        train(model, optimizer, 1)
+        train(model, optimizer, 1)
+        watch.log(loss=np.float32(1), after=True)
+        train(model, optimizer, 1)
+        watch.log(loss=torch.tensor([2.0], requires_grad=True), after=True)
+        watch.log(loss=3)
+        watch.log(loss=torch.tensor(3.5))
+        train(model, optimizer, 1)
+    assert [state["loss"] for state in read(tmp_path).values()] == [0.0, 1.0, 2.0, 3.5]
+    assert "the loss of a step was logged twice" in caplog.text
+
+
+def test_values_that_change_between_steps_are_reported(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+        train(model, optimizer, 3)
+        assert not caplog.records
+        model.load_state_dict(make_model().state_dict())
+        train(model, optimizer, 2)
+    assert "parameters were changed between two steps" in caplog.text
+    assert watch.recorded == 5
+
+
+def test_a_disk_that_is_slower_than_the_training_is_reported(tmp_path, caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tmp_path / "log").mkdir()
+    watch = natgrad.watch(optimizer, tmp_path / "log", model=model, buffer_bytes=0)
+    train(model, optimizer, 3)
+    watch.close()
+    assert watch.seconds_waited > 0
+    assert list(read(tmp_path / "log")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": 3}, "the optimizer must be a torch.optim.Optimizer, got 3"),
+        ({"optimizer": []}, "there is no optimizer"),
+        ({"model": 3}, "the model must be a torch.nn.Module, got 3"),
+        ({"model": "other"}, "a parameter of shape .* is not in the model"),
+        ({"optimizer": "twice"}, "two optimizers update parameter 'weight'"),
+        ({"parameters": "encoder.*"}, "(?s)no trained parameter has a name that matches encoder.*weight"),
+        ({"parameters": [3]}, "parameters must be patterns"),
+        ({"first_step": -1}, "first_step or buffer_bytes must be at least 0"),
+        ({"buffer_bytes": "big"}, "first_step or buffer_bytes must be a whole number"),
+        ({"on_error": "stop"}, "on_error must be 'warn' or 'raise'"),
+        ({"folder": ""}, "the folder must be a path"),
+    ],
+)
+def test_arguments_are_checked_before_training(tmp_path, arguments, message):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    values = {"other": make_model(), "twice": [optimizer, copy.copy(optimizer)]}
+    found = {"optimizer": optimizer, "folder": tmp_path / "log", "model": model} | {
+        name: values.get(value, value) if isinstance(value, str) else value for name, value in arguments.items()
+    }
+    with pytest.raises(InputError, match=message):
+        natgrad.watch(**found)
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_folder_with_steps_is_continued_on_request_only(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        train(model, optimizer, 4)
+    with pytest.raises(InputError, match="already contains steps"):
+        natgrad.watch(optimizer, tmp_path, model=model)
+    with natgrad.watch(optimizer, tmp_path, model=model, first_step=2):
+        before = snapshot(model)
+        train(model, optimizer, 3)
+    found = read(tmp_path)
+    assert list(found) == [0, 1, 2, 3, 4]
+    assert torch.equal(found[2]["parameter"]["weight"], before["weight"])
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+LOOP = """
+import os, sys
+import torch
+import natgrad
+
+model = torch.nn.Linear(3, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+watch = natgrad.watch(optimizer, "log", model=model)
+for step in range(5):
+    optimizer.zero_grad()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    if step == 2 and os.fork() == 0:
+        optimizer.step()
+        watch.close()
+        sys.exit()
+heavy = ("numba", "scipy", "xarray", "zarr", "dask", "prefect")
+print(*(name for name in heavy if name in sys.modules))
+"""
+
+
+def test_the_end_of_the_program_writes_the_last_states_and_forked_processes_none(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LOOP], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+    assert done.stderr == ""
+    assert list(read(tmp_path / "log")) == [0, 1, 2, 3, 4]
+
+
+DISTRIBUTED = """
+import os, sys
+import torch
+import natgrad
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2).double())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with natgrad.watch(optimizer, "log", model=model) as watch:
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = (model(torch.full((1, 3), 1.0 + rank, dtype=torch.float64)) ** 2).sum()
+        loss.backward()
+        if rank == 0:
+            torch.save(model.module.weight.grad.clone(), f"gradient_{step}.pt")
+        watch.log(loss=loss)
+        optimizer.step()
+assert watch.recorded == (3 if rank == 0 else 0)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_rank_0_of_data_parallel_training_records_the_mean_gradient(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", DISTRIBUTED],
+            cwd=tmp_path,
+            env={**common, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in ranks] == [0, 0]
+    found = read(tmp_path / "log")
+    assert list(found) == [0, 1, 2]
+    for step, state in found.items():
+        weight, bias = (state["parameter"][name].numpy() for name in ("weight", "bias"))
+        expected = 0.0
+        for rank in range(2):
+            inputs = np.full(3, 1.0 + rank)
+            expected = expected + np.outer(2 * (weight @ inputs + bias), inputs) / 2
+        np.testing.assert_allclose(state["gradient"]["weight"].numpy(), expected, 1e-14)
+        assert torch.equal(state["gradient"]["weight"], torch.load(tmp_path / f"gradient_{step}.pt"))
