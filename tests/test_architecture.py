@@ -223,9 +223,9 @@ def test_geometry_needs_numpy_alone():
 
 
 def test_recording_needs_numpy_and_safetensors_alone():
-    loaded = loaded_after("import natgrad.recording.recorder")
+    loaded = loaded_after("import natgrad.recording.recorder, natgrad.recording.torch")
     assert {"numpy", "safetensors"} <= loaded
-    assert not loaded & HEAVY
+    assert not loaded & {*HEAVY, "torch", "ml_dtypes"}
 
 
 def test_the_command_line_starts_without_heavy_libraries():

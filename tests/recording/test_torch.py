@@ -454,7 +454,7 @@ def train(model, optimizer, steps, **hooks):
     return snapshot(model)
 
 
-def require_training_goes_on(tmp_path, caplog, message, hook):
+def require_training_continues(tmp_path, caplog, message, hook):
     """Train with a recording that ends before step 3, and compare the result with a training without recording."""
     model, other = make_model(), make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -469,7 +469,7 @@ def require_training_goes_on(tmp_path, caplog, message, hook):
     failures = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(failures) == 1, failures
     assert message in failures[0]
-    assert "the training goes on" in failures[0]
+    assert "the training continues" in failures[0]
 
 
 def test_sparse_gradients_end_the_recording_by_name(tmp_path, caplog):
@@ -490,7 +490,7 @@ def test_a_reloaded_state_ends_the_recording(tmp_path, caplog):
     def reload(model, optimizer, watch):
         optimizer.load_state_dict(optimizer.state_dict())
 
-    require_training_goes_on(tmp_path, caplog, "load_state_dict", reload)
+    require_training_continues(tmp_path, caplog, "load_state_dict", reload)
 
 
 def test_a_state_loaded_before_the_first_step_is_the_start_of_the_log(tmp_path, caplog):
@@ -508,7 +508,7 @@ def test_a_new_optimizer_for_the_same_parameters_ends_the_recording(tmp_path, ca
     def replace(model, optimizer, watch):
         torch.optim.SGD(model.parameters(), lr=0.0).step()
 
-    require_training_goes_on(tmp_path, caplog, "another optimizer (SGD)", replace)
+    require_training_continues(tmp_path, caplog, "another optimizer (SGD)", replace)
 
 
 def test_a_copy_of_the_optimizer_is_reported(tmp_path, caplog):

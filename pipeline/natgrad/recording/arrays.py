@@ -100,7 +100,7 @@ def tensor_array(tensor: Any, where: str, *, copy: bool = False) -> NDArray[Any]
         raise InputError(
             "a tensor of dtype bfloat16 cannot be recorded",
             where=where,
-            why="NumPy has no bfloat16 of its own, and the package ml_dtypes is not installed",
+            why="NumPy has no bfloat16, and the package ml_dtypes is not installed",
             remedy="pip install ml_dtypes",
         ) from error
     array = words.view(ml_dtypes.bfloat16)
@@ -108,7 +108,7 @@ def tensor_array(tensor: Any, where: str, *, copy: bool = False) -> NDArray[Any]
 
 
 def _problem(tensor: Any, torch: Any) -> tuple[str, str]:
-    """Return why a tensor has no array of its own, and the remedy; empty if it has one."""
+    """Return why a tensor cannot be converted, and the remedy; empty if it can."""
     if tensor.layout is not torch.strided:
         return (
             f"the tensor is sparse ({tensor.layout})",

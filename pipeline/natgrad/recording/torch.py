@@ -121,8 +121,8 @@ def watch(
         Number of updates before the first recorded state, to continue the log of a training run that was resumed.
         Steps that are recorded again are replaced. Default: 0, in a folder without steps.
     on_error : {"warn", "raise"}
-        With "warn", an error ends the recording with a warning, and the training goes on. With "raise", it is
-        raised in the training loop.
+        With "warn", an error ends the recording with a warning, and the training continues. With "raise", it
+        is raised in the training loop.
     buffer_bytes : int
         Maximum size of the states that wait to be written. If they are larger, the training waits for the disk,
         with a warning. One state always fits.
@@ -519,7 +519,7 @@ class Watch:
         assert self._recorder is not None
         unexpected = None if isinstance(error, InputError | OSError) else error
         _log.warning(
-            "the recording into %s has ended at step %d, but the training goes on: %s",
+            "the recording into %s has ended at step %d, but the training continues: %s",
             self._recorder.folder,
             max(self._next - 1, 0),
             error,
