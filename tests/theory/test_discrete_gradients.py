@@ -211,3 +211,22 @@ def test_the_residual_is_nan_if_the_loss_does_not_change():
     assert np.isnan(identity_residual(lambda x: 1.0, [0.0], [0.0], [1.0]))
     assert identity_residual(lambda x: float(x[0]), [1.5], [0.0], [2.0]) == 0.5
     assert set(discrete_gradients.__all__) == {*MAKES, "identity_residual", "taylor_points"}
+
+
+def test_the_taylor_discrete_gradient_uses_the_smallest_of_several_lambda():
+    # L = -cos(4 pi x) + x^2 y / 2 from (0, 0) to (1, 0): the second element of the product is lambda.
+    frequency = 4 * np.pi
+
+    def loss(v):
+        return float(-np.cos(frequency * v[0]) + v[0] ** 2 * v[1] / 2)
+
+    def gradient(v):
+        return np.array([frequency * np.sin(frequency * v[0]) + v[0] * v[1], v[0] ** 2 / 2])
+
+    def hvp(v, p):
+        return np.array([[frequency**2 * np.cos(frequency * v[0]) + v[1], v[0]], [v[0], 0.0]]) @ p
+
+    start, end = np.zeros(2), np.array([1.0, 0.0])
+    points = taylor_points(loss, gradient, hvp, start, end)
+    assert len(points) > 1
+    assert taylor(loss, gradient, hvp, start, end)[1] == pytest.approx(points[0] / 2, rel=1e-15)

@@ -406,6 +406,16 @@ def test_a_matrix_that_is_not_a_metric_is_not_valid():
     assert canonical_form([2.0], [1.0]).valid
 
 
+def test_exact_eigenvalues_may_be_far_apart_and_computed_ones_may_not():
+    update = np.array([1.0, 1.0])
+    # 1e-20 is below the rounding of the eigenvalues of a matrix, but not of a diagonal or of its factors.
+    small, one = np.array([1e-20, 1.0]), np.ones(1)
+    for closed in (small, Kronecker(small, one)):
+        assert canonical_form(closed, update).condition_number == pytest.approx(1e20, rel=1e-14)
+    for computed in (np.diag(small), aslinearoperator(np.diag(small))):
+        assert np.isnan(canonical_form(computed, update).condition_number)
+
+
 # Replicates --------------------------------------------------------------------------------------------------
 
 
