@@ -30,6 +30,17 @@ def store(out):
     return out / "trajectory.zarr"
 
 
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """Install `distributions.HOSTILE` in every process of the test that is started from now on."""
+    from distributions import install_hostile
+
+    folder = install_hostile(tmp_path / "installed")
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.syspath_prepend(folder)
+
+
 @pytest.fixture(scope="session")
 def prefect_server():
     """Prefect's embedded server with its own database, started once."""

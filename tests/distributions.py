@@ -24,6 +24,36 @@ def install(folder, name, modules, entry_points, version="1.0"):
     return folder
 
 
+HOSTILE = """
+import os, signal, time
+from dataclasses import replace
+from natgrad.sources.formats import FORMATS
+
+steps = FORMATS["steps"]
+
+def found(path):
+    if (path / "search").exists():
+        time.sleep(1000)
+    return any((path / name).exists() for name in ("hang", "kill", "allocate"))
+
+def opened(path, mapping):
+    if (path / "hang").exists():
+        time.sleep(1000)
+    if (path / "kill").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    bytearray(64 << 30)
+
+HOSTILE = replace(steps, name="hostile", find=found, open=opened)
+"""
+"""A reader that hangs, crashes or exhausts memory, if a folder has a file of such a name."""
+
+
+def install_hostile(folder):
+    """Install the reader `HOSTILE` in a folder."""
+    points = {"natgrad.formats": {"hostile": "natgrad_hostile:HOSTILE"}}
+    return install(folder, "natgrad-hostile", {"natgrad_hostile": HOSTILE}, points)
+
+
 def natgrad(*arguments, installed=(), check=True):
     """Run the command in a process that also has the distributions of some folders."""
     path = os.pathsep.join([*map(str, installed), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from natgrad.app.describe import describe_run
 from natgrad.app.folder import RunFolder
 from natgrad.app.opening import open_results
 from natgrad.app.run import Analysis, analyze_run, ingest_run
+from natgrad.app.status import status_of_run
 from natgrad.app.verification import verify_run
 from natgrad.compute.plan import PlanLimits
 from natgrad.kernel import gram
@@ -258,8 +260,9 @@ def try_damaged(log, out, path, before, after):
     """Read and process a damaged run; return the consequences, and the reason of a bad one."""
     original = shutil.copytree(out, out.with_name("advised"))
     try:
-        readers = {describe_run: None, verify_run: None, scan.status: None}
-        for task, expected in (readers | ({values: before} if "results.zarr" in path.parts else {})).items():
+        readers = [(describe_run, None), (verify_run, None), (partial(status_of_run, source=None), None)]
+        readers += [(values, before)] if "results.zarr" in path.parts else []
+        for task, expected in readers:
             found = outcome_of(task, out)
             if isinstance(found, str):
                 return "traceback", found

@@ -1,6 +1,7 @@
-"""Define the flows of a run, which call `natgrad.app.run`.
+"""Define the flows of a run, which call `natgrad.app.stages` in a separate process.
 
-Each stage is one task. A task can run twice, because Prefect delivers at least once. Ingest and analysis keep
+The process has a time limit, so a run that hangs does not occupy a slot of `natgrad serve` forever. Each stage is
+one task. A task can run twice, because Prefect delivers at least once. Ingest and analysis keep
 finished work, so the second run is cheap and changes nothing. The parameters are the options of
 `natgrad.app.options`.
 
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Unpack, cast
 from uuid import UUID
 
+import psutil
 from prefect import State, Task, flow, get_run_logger, task
 from prefect.artifacts import (
     create_link_artifact,
@@ -24,6 +27,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -37,10 +41,12 @@ from prefect.context import TagsContext
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Crashed
 
-from natgrad.app import options, run
+from natgrad.app import options
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis
 from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
+from natgrad.app.stages import analyze_stage, ingest_stage, report_stage
+from natgrad.app.worker import ProcessLost, Worker
 from natgrad.sources.steps import NotYet
 from natgrad.storage import Storage, open_storage
 from natgrad_flows.parameters import with_parameters
@@ -48,19 +54,37 @@ from natgrad_flows.parameters import with_parameters
 __all__ = ["ProgressArtifact", "analyze_run", "ingest_run", "mark_crashed", "process_run", "uri"]
 
 
-class IngestParameters(options.ReadOptions, options.OverwriteOptions, total=False):
+class IngestParameters(options.ReadOptions, options.OverwriteOptions, options.ProcessLimits, total=False):
     """Options of `ingest_run`."""
 
 
-class ProcessParameters(options.RunOptions, options.OverwriteOptions, total=False):
+class AnalyzeParameters(options.AnalyzeOptions, options.ProcessLimits, total=False):
+    """Options of `analyze_run`."""
+
+
+class ProcessParameters(options.RunOptions, options.OverwriteOptions, options.ProcessLimits, total=False):
     """Options of `process_run`."""
 
 
+class _IngestedWith(options.ReadOptions, options.OverwriteOptions, total=False):
+    """Options of `natgrad.app.run.ingest_run`."""
+
+
+_STALLED = (
+    "check that the log can be read; raise stall_timeout if its steps take long. Finished work is kept, and the "
+    "flow can be run again"
+)
+
+
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Return True if a retry may succeed: not after invalid input, and not if a step is not logged yet."""
+    """Return True if a retry may succeed soon.
+
+    It cannot after invalid input, or if a step is not logged yet. A call that hung is not repeated, because this
+    would take the time limit again.
+    """
     try:
         state.result()
-    except NotYet:
+    except (NotYet, ProcessLost):
         return False
     except Exception as error:
         return bool(error_parts(error)["heals"])
@@ -114,31 +138,44 @@ _RETRY: dict[str, Any] = {
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": _can_heal,
     "task_run_name": _task_name,
+    "cache_policy": NO_CACHE,
 }
+
+
+def _worker(values: Mapping[str, Any]) -> Worker:
+    """Return the process of a run: if it hangs, crashes or exhausts memory, the flow run fails in time."""
+    memory = values["process_memory"] or psutil.virtual_memory().total
+    return Worker(values["stall_timeout"], memory, stalled=_STALLED, again="the flow can be run again")
 
 
 @task(name="ingest", **_RETRY)
 def _ingest(
-    source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None
+    source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None, worker: Worker
 ) -> dict[str, Any]:
-    summary = run.ingest_run(
-        source,
-        out,
-        **options.selected(IngestParameters, values),
-        analysis=analysis,
-        progress=ProgressArtifact("steps-ingested", out),
+    return _called(
+        worker, "steps-ingested", out, ingest_stage, source, out, options.selected(_IngestedWith, values), analysis
     )
-    return summary.to_json()
 
 
 @task(name="analyze", **_RETRY)
-def _analyze(out: options.Out, analysis: Analysis) -> dict[str, Any]:
-    return run.analyze_run(out, analysis, progress=ProgressArtifact("chunks-computed", out)).to_json()
+def _analyze(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, Any]:
+    return _called(worker, "chunks-computed", out, analyze_stage, out, analysis)
 
 
 @task(name="report", **_RETRY)
-def _report(out: options.Out) -> dict[str, Any]:
-    return run.report_run([out]).to_json()
+def _report(out: options.Out, worker: Worker) -> dict[str, Any]:
+    return _called(worker, "pages", out, report_stage, out)
+
+
+def _called(
+    worker: Worker, what: str, out: options.Out, function: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+    """Call a stage in the process of a run, and show its progress."""
+    shown = ProgressArtifact(what, cast(str, out))
+    summary: dict[str, Any] = worker.call(
+        function, *arguments, where=str(out), progress=lambda _, done, total: shown(done, total)
+    )
+    return summary
 
 
 @flow(name="ingest-run", flow_run_name=_flow_name)
@@ -155,20 +192,21 @@ def ingest_run(source: options.Source, out: options.Out, **values: Unpack[Ingest
     dict
         `natgrad.ingestion.IngestSummary` in its JSON form.
     """
-    return _ingested(source, out, values, None)
+    with closing(_worker(values)) as worker:
+        return _ingested(source, out, values, None, worker)
 
 
 def _ingested(
-    source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None
+    source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None, worker: Worker
 ) -> dict[str, Any]:
-    summary = _ingest(source, out, values, analysis)
+    summary = _ingest(source, out, values, analysis, worker)
     _table("ingested", out, summary)
     return summary
 
 
 @flow(name="analyze-run", flow_run_name=_flow_name)
-@with_parameters(options.AnalyzeOptions)
-def analyze_run(out: options.Out, **values: Unpack[options.AnalyzeOptions]) -> dict[str, Any]:
+@with_parameters(AnalyzeParameters)
+def analyze_run(out: options.Out, **values: Unpack[AnalyzeParameters]) -> dict[str, Any]:
     """Compute the missing part of the ledger of OUT, the results and the report.
 
     Parameters
@@ -180,11 +218,12 @@ def analyze_run(out: options.Out, **values: Unpack[options.AnalyzeOptions]) -> d
     dict
         `natgrad.app.summaries.AnalysisSummary` in its JSON form, and the report.
     """
-    return _analyzed(out, Analysis.of(values))
+    with closing(_worker(values)) as worker:
+        return _analyzed(out, Analysis.of(values), worker)
 
 
-def _analyzed(out: options.Out, analysis: Analysis) -> dict[str, Any]:
-    summary = _analyze(out, analysis) | _report(out)
+def _analyzed(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, Any]:
+    summary = _analyze(out, analysis, worker) | _report(out, worker)
     _table("analyzed", out, summary)
     create_link_artifact(
         link=uri(RunFolder.of(out).report),
@@ -216,7 +255,12 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
     try:
         # For each tag of a task, Prefect requests a concurrency slot from the server. SQLite takes seconds to
         # respond while another request writes. Therefore the flow has the tags, and its tasks have none.
-        with only_processor(out), TagsContext(current_tags=set()), get_client(sync_client=True) as client:
+        with (
+            only_processor(out),
+            TagsContext(current_tags=set()),
+            get_client(sync_client=True) as client,
+            closing(_worker(values)) as worker,
+        ):
             own = UUID(flow_run.get_id())
             client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
 
@@ -224,7 +268,7 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
                 # A flow that has just processed the run may not have reported its end yet. It did not die: in that
                 # case the run is up to date, and this function is not called.
                 mark_crashed(client, open_storage(out), own=own)
-                return _ingested(source, out, values, analysis) | _analyzed(out, analysis)
+                return _ingested(source, out, values, analysis, worker) | _analyzed(out, analysis, worker)
 
             return process_once(
                 source,

@@ -7,6 +7,7 @@ one that cannot open its database.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import socket
@@ -68,11 +69,37 @@ def require_server() -> None:
         client.read_flow_runs(limit=1)
 
 
+class _OneLine(logging.Filter):
+    """Log an error of a request in one line: its traceback only shows the code of Prefect."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return True, and remove the traceback of such an error."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, httpx.HTTPError | PrefectHTTPStatusError):
+            record.msg, record.args = f"{record.getMessage()} {error or type(error).__name__}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    loggers = [logging.getLogger(f"prefect.{name}") for name in ("engine", "flow_runs", "task_runs")]
+    one_line = _OneLine()
+    for one in loggers:
+        one.addFilter(one_line)
+    try:
+        yield
+    finally:
+        for one in loggers:
+            one.removeFilter(one_line)
+
+
 @contextmanager
 def server_errors() -> Iterator[None]:
     """Translate errors of requests to the Prefect server into messages for users."""
     try:
-        yield
+        with _one_line_errors():
+            yield
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         address = get_current_settings().api.url
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500:

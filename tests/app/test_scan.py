@@ -10,10 +10,10 @@ import psutil
 import pytest
 import xarray as xr
 
-import distributions
 import natgrad
 from logs import random_walk, write_log, write_step
 from natgrad.app import cli, run, scan
+from natgrad.app.status import status as status_of_runs
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.version import RESULTS_VERSION
 from servers import wait_for
@@ -217,7 +217,7 @@ def test_status_shows_progress_and_failures_of_each_run(root, out, processed, ca
     run.ingest_run(by_hand, out / "by hand")
 
     def rows():
-        return {row["run"]: row for row in scan.status(out)}
+        return {row["run"]: row for row in status_of_runs(out)}
 
     keys = ("state", "steps", "last_step", "lag", "error", "do")
     assert {name: tuple(row[key] for key in keys) for name, row in rows().items()} == {
@@ -243,14 +243,14 @@ def test_status_of_a_log_that_is_gone_has_no_lag(root, out):
     run.ingest_run(log, out / "a")
     for path in log.iterdir():
         path.unlink()
-    (row,) = scan.status(out)
+    (row,) = status_of_runs(out)
     assert (row["last_step"], row["lag"]) == (2, None)
 
 
 def test_status_of_a_folder_without_runs_is_refused(out):
     out.mkdir()
     with pytest.raises(InputError, match="no run"):
-        scan.status(out)
+        status_of_runs(out)
 
 
 # Scans -------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_two_scans_at_once_process_every_run_once(root, out):
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     counts = [list(map(int, one.communicate()[0].split())) for one in started]
     assert [sum(count) for count in zip(*counts, strict=True)] == [runs, runs, 0]
-    assert {row["state"] for row in scan.status(out)} == {"done"}
+    assert {row["state"] for row in status_of_runs(out)} == {"done"}
 
 
 def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out):
@@ -320,10 +320,10 @@ def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out)
     assert numbers(natgrad.scan(root, out, sweep=True)) == (2, 0, 0, 0)
     assert natgrad.open_trajectory(out / "one").runs == ("r0", "r1")
     assert numbers(natgrad.scan(root, out, sweep=True)) == (0, 2, 0, 0)
-    rows = {row["run"]: (row["state"], row["steps"], row["lag"]) for row in scan.status(out)}
+    rows = {row["run"]: (row["state"], row["steps"], row["lag"]) for row in status_of_runs(out)}
     assert rows == {"one": ("done", 6, 0), "two": ("done", 3, 0)}
     appended(root / "one" / "r1")
-    assert [row["lag"] for row in scan.status(out)] == [1, 0]
+    assert [row["lag"] for row in status_of_runs(out)] == [1, 0]
 
 
 def test_options_of_a_scan_are_checked_before_a_folder_is_listed(root, out):
@@ -333,42 +333,6 @@ def test_options_of_a_scan_are_checked_before_a_folder_is_listed(root, out):
 
 
 # Runs that hang, crash or exhaust memory ------------------------------------------------------------------------
-
-HOSTILE = """
-import os, signal, time
-from dataclasses import replace
-from natgrad.sources.formats import FORMATS
-
-steps = FORMATS["steps"]
-
-def found(path):
-    if (path / "search").exists():
-        time.sleep(1000)
-    return any((path / name).exists() for name in ("hang", "kill", "allocate"))
-
-def opened(path, mapping):
-    if (path / "hang").exists():
-        time.sleep(1000)
-    if (path / "kill").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-    bytearray(64 << 30)
-
-HOSTILE = replace(steps, name="hostile", find=found, open=opened)
-"""
-
-
-@pytest.fixture
-def hostile(tmp_path, monkeypatch):
-    """Install a reader of another package in every process of the test that is started from now on."""
-    folder = distributions.install(
-        tmp_path / "installed",
-        "natgrad-hostile",
-        {"natgrad_hostile": HOSTILE},
-        {"natgrad.formats": {"hostile": "natgrad_hostile:HOSTILE"}},
-    )
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.mark.usefixtures("hostile")
@@ -393,6 +357,26 @@ def test_a_run_that_hangs_crashes_or_exhausts_memory_fails_alone(root, out):
     (root / "a-hang" / "hang").unlink()
     write_log(root / "a-hang", random_walk(3))
     assert numbers(natgrad.scan(root, out, workers=1)) == (1, 3, 0, 2)
+
+
+@pytest.mark.usefixtures("hostile")
+def test_status_names_runs_that_do_not_respond_and_shows_the_others(root, out, caplog):
+    write_log(root / "a", random_walk(3))
+    assert numbers(natgrad.scan(root, out, workers=1)) == (1, 0, 0, 0)
+    for name in ("b-hang", "c-kill"):
+        (root / name).mkdir()
+        (root / name / name[2:]).touch()
+    rows = {row["run"]: row for row in status_of_runs(out, seconds=10)}
+    assert {name: (row["state"], row["lag"], row["error"]) for name, row in rows.items()} == {
+        "a": ("done", 0, None),
+        "b-hang": ("failed", None, "timeout: no progress for 10 s"),
+        "c-kill": ("failed", None, "the process of the run was killed by signal 9 (SIGKILL)"),
+    }
+    assert "file systems" in rows["b-hang"]["do"]
+    # A search of the logs that does not end does not hide the runs in OUT.
+    (root / "a" / "search").touch()
+    assert {row["run"] for row in status_of_runs(out, seconds=10)} == {"a"}
+    assert "only runs in" in caplog.text
 
 
 @pytest.mark.usefixtures("hostile")

@@ -15,6 +15,7 @@ from commands import NATGRAD
 from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app import scan
+from natgrad.app.status import status
 from natgrad.schema.errors import InputError
 from servers import PrefectServer, process, wait_for
 
@@ -48,7 +49,7 @@ def flow_runs(server):
 def states(out):
     """Return the state and the last step of every run below OUT."""
     try:
-        return {row["run"]: (row["state"], row["last_step"]) for row in scan.status(out)}
+        return {row["run"]: (row["state"], row["last_step"]) for row in status(out)}
     except InputError:
         return {}
 

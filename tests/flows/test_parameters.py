@@ -19,9 +19,9 @@ def flows_imported():
 
 # Flows by name, each with the models of its options.
 FLOWS = {
-    "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions),
-    "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions),
-    "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions),
+    "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions, options.ProcessLimits),
+    "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions, options.ProcessLimits),
+    "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions, options.ProcessLimits),
     "scan-runs": lambda: (scans.scan_runs, options.ScanFlowOptions),
     "demo": lambda: (demo.demo, options.DemoOptions),
 }

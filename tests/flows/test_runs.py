@@ -14,10 +14,12 @@ import natgrad
 from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app import options, run, scan
+from natgrad.app.status import status
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.storage import open_out, open_storage
 from natgrad.store import open_trajectory
+from servers import wait_for
 
 prefect = Lazy("prefect")
 exceptions = Lazy("prefect.exceptions")
@@ -112,10 +114,35 @@ def test_an_error_that_may_heal_is_retried(log, tmp_path):
     out = tmp_path / "heals"
     with subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout.readline() == "writing\n"
-        releasing = threading.Timer(3, writer.kill)
+
+        def release():
+            wait_for(lambda: "ingest heals" in task_runs() and task_runs()["ingest heals"].state.is_scheduled())
+            writer.kill()
+
+        releasing = threading.Thread(target=release)
         releasing.start()
         assert runs.ingest_run(log, out)["new_steps"] == 8
+        releasing.join()
     assert task_runs()["ingest heals"].run_count > 1
+
+
+@pytest.mark.usefixtures("hostile")
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("hang", "timeout: no progress for 15 s"),
+        ("kill", r"the process of the run was killed by signal 9 \(SIGKILL\)"),
+        ("allocate", "out of memory"),
+    ],
+)
+def test_a_flow_that_hangs_crashes_or_exhausts_memory_fails_in_time(tmp_path, name, what):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / name).touch()
+    with pytest.raises(InputError, match=what) as failure:
+        runs.process_run(tmp_path / name, tmp_path / "out" / name, workers=1, stall_timeout=15)
+    assert "the flow can be run again" in failure.value.remedy
+    assert task_runs()[f"ingest {name}"].run_count == 1
+    assert scan.Outcome.of(tmp_path / "out" / name).error["heals"]
 
 
 def test_longer_work_shows_its_progress(tmp_path):
@@ -150,7 +177,7 @@ def test_a_flow_accepts_several_sources_like_the_command_line(log, tmp_path):
     one, other = (open_trajectory(tmp_path / name / "trajectory.zarr") for name in ("joined", "by-hand"))
     assert one.fingerprint() == other.fingerprint()
     assert one.scalar("loss").tolist() == [step / 8 for step in range(8)]
-    (row,) = [row for row in scan.status(tmp_path) if row["run"] == "joined"]
+    (row,) = [row for row in status(tmp_path) if row["run"] == "joined"]
     assert (row["last_step"], row["lag"]) == (7, 0)
 
 

@@ -23,6 +23,7 @@ import logs
 from natgrad.app import cli, run
 from natgrad.app import scan as watch
 from natgrad.app.describe import describe_run
+from natgrad.app.status import status
 from natgrad.app.verification import verify_run
 from natgrad.compute import executors
 from natgrad.schema.errors import InputError, Unavailable
@@ -603,7 +604,7 @@ def test_folders_of_many_runs_must_be_local(tmp_path):
     for look in (
         lambda: watch.find_runs("s3://bucket/logs", tmp_path),
         lambda: watch.find_runs(tmp_path, "s3://bucket/runs"),
-        lambda: watch.status("s3://bucket/runs"),
+        lambda: status("s3://bucket/runs"),
     ):
         with pytest.raises(InputError, match="must be a folder on this machine"):
             look()

@@ -694,6 +694,18 @@ def test_foreign_data_are_neither_opened_nor_removed(tmp_path, kind, make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_store_whose_kind_was_changed_is_damaged(tmp_path, kind):
+    create, *others = KINDS[kind]
+    create(tmp_path / "store")
+    document = tmp_path / "store" / "zarr.json"
+    document.write_text(document.read_text().replace(f'"{kind}"', f'"{kind.title()}"'))
+    for action in others:
+        with pytest.raises(InputError, match=f"no {kind} here: its metadata cannot be read") as refusal:
+            action(tmp_path / "store")
+        assert refusal.value.where == str(document)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_store_of_another_kind_is_neither_opened_nor_removed(tmp_path, kind):
     other = {"trajectory": "ledger", "ledger": "trajectory"}[kind]
     KINDS[other][0](tmp_path / "store")

@@ -306,10 +306,10 @@ def versions(
 @command_options()
 def status(root: options.StatusRoot, as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     """Show progress, lag and last error of every run under ROOT."""
-    from natgrad.app import scan
+    from natgrad.app.status import status as status_of_runs
 
     output = Output(as_json, quiet)
-    runs = scan.status(root)
+    runs = status_of_runs(root)
     if as_json:
         output.show({"runs": runs})
         return

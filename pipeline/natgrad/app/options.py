@@ -764,13 +764,9 @@ class InspectOptions(LogOptions, total=False):
     memory_limit: _MemoryLimit
 
 
-class ScanOptions(RunOptions, total=False):
-    """Options of `natgrad.scan`: those of each run, and of the processes in which the runs are processed."""
+class ProcessLimits(TypedDict, total=False):
+    """Options for the process of a run."""
 
-    at_once: Annotated[
-        int,
-        Option("Number of runs that are processed at the same time, each in a process.", 1, metavar="N", minimum=1),
-    ]
     stall_timeout: Annotated[
         float,
         Option(
@@ -791,6 +787,15 @@ class ScanOptions(RunOptions, total=False):
             minimum=1,
             check=functools.partial(_memory_bytes, option="process_memory"),
         ),
+    ]
+
+
+class ScanOptions(RunOptions, ProcessLimits, total=False):
+    """Options of `natgrad.scan`: those of each run, and of the processes in which the runs are processed."""
+
+    at_once: Annotated[
+        int,
+        Option("Number of runs that are processed at the same time, each in a process.", 1, metavar="N", minimum=1),
     ]
 
 

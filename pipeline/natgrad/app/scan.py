@@ -1,4 +1,4 @@
-"""Scan a folder for runs: find them, process those that changed, and show the state of each.
+"""Scan a folder for runs: find them, and process those that changed.
 
 The outcome of processing a run is recorded in its OUT, with the identity of the log at that time. For an unchanged
 run, only the names, sizes and times of its files are listed.
@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
 from natgrad.app.progress import StageProgress
-from natgrad.app.run import Analysis, process_run
+from natgrad.app.run import Analysis
+from natgrad.app.stages import process_stages
 from natgrad.app.summaries import ScannedRun, ScanSummary
 from natgrad.app.worker import Worker
 from natgrad.compute.clusters import named_scheduler
@@ -39,13 +40,14 @@ from natgrad.schema.logs import logger
 from natgrad.schema.times import now
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.changes import changed_lately
-from natgrad.sources.opening import holds_run, open_sources
+from natgrad.sources.opening import holds_run
 from natgrad.sources.run_file import RUN_FILE
 from natgrad.storage import Location, Storage, network_errors, open_all, open_out, open_storage, require_local
-from natgrad.store import Trajectory, exists
 from natgrad.store.journal import Journal
 
 __all__ = [
+    "LOCK_FILE",
+    "OUTCOME_FILE",
     "Busy",
     "FoundRun",
     "Outcome",
@@ -59,13 +61,14 @@ __all__ = [
     "recorded_options",
     "scan",
     "scan_root",
-    "status",
+    "scanned_runs",
 ]
 
 _OUTCOME, _ROOT = ".outcome", ".scan"
 """Names of records, which are files with the suffix ``.json``."""
 
-_LOCK = ".processing.lock"
+OUTCOME_FILE, LOCK_FILE = f"{_OUTCOME}.json", ".processing.lock"
+"""Files in OUT of a run: its outcome, and the lock of the process that works on it."""
 
 _log = logger(__name__)
 
@@ -359,7 +362,7 @@ def only_processor(out: Location) -> Iterator[None]:
         with _only_processor_of_objects(storage):
             yield
         return
-    path = storage.local_path / _LOCK
+    path = storage.local_path / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -443,6 +446,14 @@ def process_once(
         raise
     Outcome(str(log), identity, summary=summary, **common).remember(out)
     return summary
+
+
+def scanned_runs(out: Path, holds: HoldsRun) -> list[FoundRun]:
+    """Find the runs of the last scan into a folder, as `find_runs`; return none if it was not scanned into."""
+    with suppress(OSError, KeyError, InputError):
+        scanned = Journal(open_storage(out)).read(_ROOT)
+        return find_runs(Path(scanned["root"]), out, sweep=scanned["sweep"], holds=holds)
+    return []
 
 
 RunProcessor = Callable[[FoundRun, "Outcome | None", dict[str, Any], Worker], dict[str, Any]]
@@ -583,121 +594,7 @@ def _process_run(found: FoundRun, known: Outcome | None, values: dict[str, Any],
 
 def process_in(worker: Worker, found: FoundRun, values: Mapping[str, Any]) -> dict[str, Any]:
     """Process a run in a worker; return the summary in its JSON form."""
-    summary: dict[str, Any] = worker.call(_process, found.source, found.out, dict(values), where=str(found.source))
+    summary: dict[str, Any] = worker.call(
+        process_stages, found.source, found.out, dict(values), where=str(found.source)
+    )
     return summary
-
-
-def _process(source: Path, out: Path, values: dict[str, Any], progress: StageProgress) -> dict[str, Any]:
-    """Process a run, in a worker."""
-    summary = process_run(source, out, values, progress=progress)
-    return {} if summary is None else summary.to_json()
-
-
-# Status ------------------------------------------------------------------------------------------------------
-
-
-def status(out: str | Path) -> list[dict[str, Any]]:
-    """List progress, lag and last error of every run below OUT.
-
-    Parameters
-    ----------
-    out : path
-        Folder that contains the OUT of many runs.
-
-    Returns
-    -------
-    list of dict
-        ``run``; ``state`` (``done``, ``behind``, ``failed``, ``working``, ``waiting``); ``last_step`` and ``steps``
-        of its trajectory; ``lag``, the number of steps logged since (None if the log cannot be listed);
-        ``processed``, the time of the last outcome; ``error`` and ``do``, the last error and its remedy.
-
-    Raises
-    ------
-    InputError
-        If there is no run.
-    """
-    out = require_local(out, "ROOT")
-    runs: dict[str, Path | None] = dict.fromkeys(_outs(out))
-    with suppress(OSError, KeyError, InputError):
-        scanned = Journal(open_storage(out)).read(_ROOT)
-        found = find_runs(Path(scanned["root"]), out, sweep=scanned["sweep"])
-        runs |= {one.name: one.source for one in found}
-    if not runs:
-        raise InputError(
-            "there is no run below this folder",
-            where=str(out),
-            remedy="pass the OUT of natgrad scan, serve or deploy",
-        )
-    return [{"run": name, **_status(out / name, source)} for name, source in sorted(runs.items())]
-
-
-def _outs(out: Path) -> Iterator[str]:
-    for folder, below, files in os.walk(out):
-        if RunFolder.of(folder).trajectory.exists() or f"{_OUTCOME}.json" in files:
-            below.clear()
-            yield Path(folder).relative_to(out).as_posix()
-
-
-def _status(out: Path, source: Path | None) -> dict[str, Any]:
-    outcome, steps, last, sweep = Outcome.of(out), 0, None, False
-    logs = [] if source is None else [open_storage(source)]
-    damage: dict[str, Any] = {}
-    try:
-        if exists(RunFolder.of(out).trajectory):
-            states = Trajectory(RunFolder.of(out).trajectory)
-            logs, sweep = logs or [open_storage(states.source)], states.sweep
-            steps, last = states.n_states, int(states.scalar("step")[-1]) if states.n_states else None
-    except InputError as found:
-        damage = error_parts(found)
-    if outcome:
-        logs = [open_storage(log) for log in (outcome.source, *outcome.others)]
-    # For a sweep, the number of steps counts, because its runs have the same step numbers.
-    reached = steps if sweep else last
-    lag = _lag(logs, reached, outcome.options if outcome else {}, sweep) if logs else None
-    error = (outcome.error if outcome else {}) or damage
-    changed = False
-    if outcome is not None and logs[0].local_path is not None and logs[0].is_folder():
-        changed = listing(logs[0]) != outcome.listing
-    if _is_locked(out):
-        state = "working"
-    elif error:
-        state = "failed"
-    elif last is None:
-        state = "waiting"
-    else:
-        state = "behind" if lag or changed else "done"
-    return {
-        "state": state,
-        "steps": steps,
-        "last_step": last,
-        "lag": lag,
-        "processed": outcome.time if outcome else None,
-        "error": error.get("what"),
-        "do": error.get("do"),
-    }
-
-
-def _lag(sources: Sequence[Storage], reached: int | None, values: Mapping[str, Any], sweep: bool) -> int | None:
-    """Count the steps logged after the last ingested step; for a sweep, those beyond the number ingested."""
-    try:
-        with network_errors(*sources):
-            opened = (values.get(name) for name in ("format", "mapping", "shift"))
-            log = open_sources(sources, *opened, sweep=sweep, pattern=values.get("pattern") or "")
-            steps = log.steps()
-    except InputError:
-        return None
-    if sweep:
-        return max(0, len(steps) - (reached or 0))
-    return sum(reached is None or step.number > reached for step in steps)
-
-
-def _is_locked(out: Path) -> bool:
-    if not (out / _LOCK).exists():
-        return False
-    try:
-        with only_processor(out):
-            return False
-    except Busy:
-        return True
-    except OSError:  # the lock file may belong to another user
-        return False

@@ -33,6 +33,13 @@ from natgrad.schema.errors import InputError, Unavailable
 
 __all__ = ["ProcessLost", "Worker", "end_with_parent", "serve"]
 
+STALLED = (
+    "check that the log can be read; raise --stall-timeout if its steps take long. Finished work is kept, and the "
+    "next scan tries again"
+)
+AGAIN = "the next scan tries again"
+"""Remedies of a scan."""
+
 _REPORT_SECONDS = 0.2
 """Seconds between two messages about progress."""
 
@@ -52,10 +59,14 @@ class Worker:
         Seconds without progress after which a call is stopped.
     memory : int
         Bytes that the process may allocate. Only Linux enforces this limit.
+    stalled : str
+        Remedy for a call that was stopped.
+    again : str
+        What happens next after a failure, for messages.
     """
 
-    def __init__(self, stall_timeout: float, memory: int) -> None:
-        self.stall_timeout, self.memory = stall_timeout, memory
+    def __init__(self, stall_timeout: float, memory: int, *, stalled: str = STALLED, again: str = AGAIN) -> None:
+        self.stall_timeout, self.memory, self.stalled, self.again = stall_timeout, memory, stalled, again
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection | None = None
         self._lifeline = -1
@@ -99,11 +110,11 @@ class Worker:
             except BaseException as error:
                 status = self._stop()
                 if isinstance(error, EOFError | ConnectionError):
-                    raise _died(status, where) from error
+                    raise _died(status, where, self.again) from error
                 raise
             if kind == "memory":
                 self._stop()
-                raise _out_of_memory(self.memory, where)
+                raise _out_of_memory(self.memory, where, self.again)
         if kind == "error":
             raise value
         return value
@@ -130,7 +141,7 @@ class Worker:
                 if process.poll() is not None:
                     raise EOFError
                 if time.monotonic() >= deadline:
-                    raise _stalled(seconds, where)
+                    raise _stalled(seconds, where, self.stalled)
             kind, value = channel.recv()
             if kind == "progress":
                 deadline = time.monotonic() + seconds
@@ -185,27 +196,25 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _stalled(seconds: float, where: str) -> ProcessLost:
+def _stalled(seconds: float, where: str, remedy: str) -> ProcessLost:
     return ProcessLost(
         f"timeout: no progress for {seconds:g} s",
         where=where,
         why="a file system or a reader does not respond, or a single step takes longer than this",
-        remedy="check that the log can be read; raise --stall-timeout if its steps take long. Finished work is "
-        "kept, and the next scan tries again",
+        remedy=remedy,
     )
 
 
-def _out_of_memory(memory: int, where: str) -> ProcessLost:
+def _out_of_memory(memory: int, where: str, again: str) -> ProcessLost:
     return ProcessLost(
         "out of memory",
         where=where,
         why=f"the process of the run may use {memory} bytes",
-        remedy="raise --process-memory, or lower --memory-limit and --workers. Finished work is kept, and the next "
-        "scan tries again",
+        remedy=f"raise --process-memory, or lower --memory-limit and --workers. Finished work is kept, and {again}",
     )
 
 
-def _died(status: int, where: str) -> ProcessLost:
+def _died(status: int, where: str, again: str) -> ProcessLost:
     if status >= 0:
         what, why = f"the process of the run ended with status {status}", "a library ended it"
     else:
@@ -221,7 +230,7 @@ def _died(status: int, where: str) -> ProcessLost:
         what,
         where=where,
         why=why,
-        remedy="natgrad inspect shows whether the log can be read. The next scan tries again",
+        remedy=f"natgrad inspect shows whether the log can be read. Finished work is kept, and {again}",
     )
 
 

@@ -228,7 +228,7 @@ def parse_json(content: bytes | str, name: str, budget: Budget | None = None) ->
     text = content if isinstance(content, str) else content.decode("utf-8")
     (budget or Budget(len(text))).spend(text.count("[") + text.count("{"))
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply") from error
     except ValueError as error:
@@ -240,6 +240,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError(f"the key {shown(_repeated(key for key, _ in pairs))} appears twice in one object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _repeated(names: Iterable[str]) -> str:

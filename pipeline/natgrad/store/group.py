@@ -343,6 +343,8 @@ def _attributes(store: Storage, kind: str, remedy: str, replaced: bool = False) 
         if store.local_path is None:
             raise  # an object store denies access, for example
         raise missing from error
+    if found not in tuple(_MADE_BY):
+        raise missing
     if found != kind:
         raise InputError(f"this is a {found}, not a {kind}", where=str(store), remedy=remedy)
     require_version(attributes.get("version"), kind, str(store), replaced=replaced)

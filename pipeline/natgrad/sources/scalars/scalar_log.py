@@ -175,11 +175,14 @@ class _Table:
     labels : dict
         Columns of the keys that tell records apart.
     restarts : Restarts
+    of_key : dict
+        Columns to which the values of each key are added, because finding them takes longer than adding a value.
     """
 
     columns: dict[str, _Column] = field(default_factory=dict)
     labels: dict[str, _Labels] = field(default_factory=dict)
     restarts: Restarts = field(default_factory=Restarts)
+    of_key: dict[str, tuple[_Labels | None, _Column | None]] = field(default_factory=dict)
 
 
 def _number(value: Any) -> float | None:
@@ -337,12 +340,22 @@ class ScalarLog:
             return
         line = values.get(LINE_KEY)
         for key, value in values.items():
-            if key in (RUN_KEY, LINE_KEY):
-                continue
-            if self._is_label(key):
-                table.labels.setdefault(key, _Labels()).append(record, value)
-            if self._is_number(key):
-                table.columns.setdefault(key, _Column(self._records_limit)).append(record, value, line)
+            columns = table.of_key.get(key)
+            if columns is None:
+                columns = table.of_key[key] = self._columns(table, key)
+            labels, column = columns
+            if labels is not None:
+                labels.append(record, value)
+            if column is not None:
+                column.append(record, value, line)
+
+    def _columns(self, table: _Table, key: str) -> tuple[_Labels | None, _Column | None]:
+        """Return the columns to which the values of a key are added."""
+        if key in (RUN_KEY, LINE_KEY):
+            return None, None
+        labels = table.labels.setdefault(key, _Labels()) if self._is_label(key) else None
+        column = table.columns.setdefault(key, _Column(self._records_limit)) if self._is_number(key) else None
+        return labels, column
 
     def _is_label(self, key: str) -> bool:
         return key in self._labels or _normal(key) in _LABELS
