@@ -374,7 +374,8 @@ def test_status_names_runs_that_do_not_respond_and_shows_the_others(root, out, c
     }
     assert "file systems" in rows["b-hang"]["do"]
     # A search of the logs that does not end does not hide the runs in OUT.
-    (root / "a" / "search").touch()
+    (root / "d").mkdir()
+    (root / "d" / "search").touch()
     assert {row["run"] for row in status_of_runs(out, seconds=10)} == {"a"}
     assert "only runs in" in caplog.text
 
