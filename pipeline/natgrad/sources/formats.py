@@ -27,6 +27,7 @@ from natgrad.sources.checkpoints.megatron_folder import MEGATRON_KIND
 from natgrad.sources.checkpoints.model_folder import MODEL_KIND
 from natgrad.sources.checkpoints.npz_file import NpzStack
 from natgrad.sources.checkpoints.orbax_folder import ORBAX_KIND
+from natgrad.sources.checkpoints.rank_files import RANKS_KIND
 from natgrad.sources.checkpoints.stacked_file import StackedFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, Kind, StepFolder, is_entry, step_entries
 from natgrad.sources.checkpoints.torch_archive import TorchFile
@@ -329,6 +330,16 @@ _BUILT_IN: dict[str, Format] = {
             "gradients, which Megatron-LM does not save; tensor and expert parallel models, because their files do "
             "not record how tensors are split (convert them to torch_dist and use dcp)",
             **_folder(MEGATRON_KIND),
+        ),
+        Format(
+            "verl",
+            "folder of checkpoints global_step_<N>/ of verl: [actor/]model_world_size_<W>_rank_<R>.pt, one file "
+            "with the parts of each of W ranks",
+            "parameters of the actor or critic, put together from the parts of all ranks; optimizer state "
+            "(--include optimizer); out of core",
+            "gradients, which verl does not save; tensors that are split along several dimensions (merge them with "
+            "python -m verl.model_merger merge); more than 64 ranks",
+            **_folder(RANKS_KIND),
         ),
         Format(
             "orbax",

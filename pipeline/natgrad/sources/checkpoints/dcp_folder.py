@@ -40,7 +40,7 @@ from natgrad.sources.step_names import is_step
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import open_regular
 
-__all__ = ["DCP_KIND", "DcpFolder", "holds_dcp"]
+__all__ = ["DCP_KIND", "DcpFolder", "copy_box", "holds_dcp"]
 
 _METADATA = ".metadata"
 _EXTRAS = ("meta.pt", "common.pt")
@@ -291,7 +291,7 @@ class DcpFolder(Container):
                         raise ValueError(f"the chunk at {chunk.offsets} does not match the metadata")
                     archive.read(tensor, first, buffer)
 
-                _copy_box(chunk.offsets, chunk.sizes, logged.shape, fetch, start, out, missing)
+                copy_box(chunk.offsets, chunk.sizes, logged.shape, fetch, start, out, missing)
             if missing.any():
                 raise ValueError("its chunks overlap and do not contain all elements")
 
@@ -305,7 +305,7 @@ class DcpFolder(Container):
 _DTYPES = {value: name.removeprefix("torch.") for name, value in METADATA_VALUES.items()}
 
 
-def _copy_box(
+def copy_box(
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
     shape: tuple[int, ...],

@@ -27,6 +27,7 @@ __all__ = [
     "METADATA_FUNCTIONS",
     "METADATA_VALUES",
     "TORCH_DTYPES",
+    "DistributedTensor",
     "TorchArchive",
     "TorchFile",
     "TorchTensor",
@@ -128,6 +129,44 @@ class TorchTensor:
         return True
 
 
+@dataclass(frozen=True)
+class DistributedTensor(Skipped):
+    """The part of a ``DTensor`` that one rank has. Without the files of the other ranks, it is not read.
+
+    Attributes
+    ----------
+    local : TorchTensor, optional
+        The part.
+    shape : tuple of int
+        Shape of the complete tensor.
+    dimension : int, optional
+        Dimension along which the tensor is split over the ranks; None if every rank has all of it.
+    """
+
+    local: TorchTensor | None = None
+    shape: tuple[int, ...] = ()
+    dimension: int | None = None
+
+
+def _distributed(kind: Skipped, arguments: Any, attributes: Any) -> Skipped:
+    """Return the part of a ``DTensor`` if it is split along one dimension or not at all; otherwise skip it."""
+    skipped = Skipped(kind.name, kind.unknown, array=True)
+    state = attributes[1] if isinstance(attributes, tuple) and len(attributes) == 2 else None
+    if not isinstance(arguments, tuple) or len(arguments) < 3 or not isinstance(state, dict):
+        return skipped
+    local, spec = state.get("_local_tensor"), state.get("_spec")
+    placements = spec.get("placements") if isinstance(spec, Record) else None
+    if not isinstance(local, TorchTensor) or not isinstance(placements, tuple) or len(placements) != 1:
+        return skipped
+    (placement,), shape = placements, shape_of(arguments[2], "a distributed tensor")
+    if not isinstance(placement, Record) or placement.name not in ("Shard", "Replicate"):
+        return skipped
+    dimension = None
+    if placement.name == "Shard":
+        dimension = integer(placement.get("dim"), "the dimension of a split", most=len(shape) - 1)
+    return DistributedTensor(kind.name, kind.unknown, True, local, shape, dimension)
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str) -> TorchTensor:
     if not isinstance(storage, _Storage):
         raise ValueError(f"its pickle has {shown(storage)} as the storage of a tensor")
@@ -172,6 +211,8 @@ def _require_resolved(metadata: Any) -> None:
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, attributes: Any) -> TorchTensor | Skipped:
     """Rebuild a tensor that has Python attributes; the attributes are ignored. Skip it if it has another class."""
+    if isinstance(kind, Skipped) and kind.name.startswith("torch.distributed") and kind.name.endswith(".DTensor"):
+        return _distributed(kind, arguments, attributes)
     if isinstance(kind, Skipped) and kind not in _PLAIN.values():
         return Skipped(kind.name, kind.unknown, array=True)
     if isinstance(function, Skipped):
@@ -245,6 +286,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
     "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
 }
+for _package in ("torch.distributed.tensor", "torch.distributed._tensor"):
+    _FUNCTIONS[f"{_package}._dtensor_spec.DTensorSpec"] = lambda *_: Record("DTensorSpec")
+    _FUNCTIONS[f"{_package}.placement_types.Shard"] = lambda *_: Record("Shard")
+    _FUNCTIONS[f"{_package}.placement_types.Replicate"] = lambda *_: Record("Replicate")
+
 METADATA_FUNCTIONS = {name: _FUNCTIONS[name] for name in ("torch.Size", "torch.serialization._get_layout")}
 """Functions that metadata need. None of them creates a tensor."""
 
@@ -420,10 +466,18 @@ class TorchFile(Container):
         """The saved object; see `TorchArchive`."""
         return self._archive.tree
 
+    def leaves(self) -> list[tuple[str, Any]]:
+        """Return the leaves of the saved object by their keys; see `TorchArchive`."""
+        return self._archive.leaves()
+
+    def read_part(self, tensor: TorchTensor, key: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor from `leaves` into a buffer; see `natgrad.sources.base.StepReader`."""
+        with read_errors(self.step, _FORM, key):
+            self._archive.read(tensor, start, out)
+
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        with read_errors(self.step, _FORM, key):
-            self._archive.read(self._tensors[key], start, out)
+        self.read_part(self._tensors[key], key, start, out)
 
     def close(self) -> None:
         """Close the file."""
