@@ -161,9 +161,9 @@ def _distributed(kind: Skipped, arguments: Any, attributes: Any) -> Skipped:
     (placement,), shape = placements, shape_of(arguments[2], "a distributed tensor")
     if not isinstance(placement, Record) or placement.name not in ("Shard", "Replicate"):
         return skipped
-    dimension = None
-    if placement.name == "Shard":
-        dimension = integer(placement.get("dim"), "the dimension of a split", most=len(shape) - 1)
+    dimension = placement.get("dim") if placement.name == "Shard" else None
+    if dimension is not None and (type(dimension) is not int or not 0 <= dimension < len(shape)):
+        return skipped
     return DistributedTensor(kind.name, kind.unknown, True, local, shape, dimension)
 
 
