@@ -27,7 +27,7 @@ from natgrad.store.group import encode_texts
 
 __all__ = ["CHUNK_BYTES", "LabelledArray", "LabelledGroup", "write_groups"]
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 """Size of a chunk in bytes before compression, at most. Larger arrays are divided along their first dimension."""
 
 _DOCUMENT = "zarr.json"

@@ -93,3 +93,32 @@ def test_a_page_compares_several_runs_and_states_if_there_are_too_many(trees, tm
     assert says("first", "smaller") == (1, 0)
     assert says("first", most=1) == (0, 0)
     assert says("first", "smaller", most=1) == (0, 1)
+
+
+def test_tensors_are_read_chunk_by_chunk_and_each_chunk_once_per_variable(tmp_path):
+    names = {f"t{index}": (2,) for index in range(figures.SHOWN_TENSORS + 3)}
+    tree = process(write_log(tmp_path / "log", random_walk(20, names, "float64")), tmp_path / "out").load()
+    expected = RunResults.of("all", tree)
+    for variable in tree["tensor"].data_vars.values():
+        variable.encoding["preferred_chunks"] = {"step": 7}
+    reads = []
+
+    class Counted(RunResults):
+        def blocks(self, variable):
+            for block in super().blocks(variable):
+                reads.append((variable, len(block)))
+                yield block
+
+    run = Counted.of("chunks", tree)
+    assert run.largest_tensors() == expected.largest_tensors()
+    sizes = (tree["tensor"]["gradient_norm"].sel(descent="gradient", window=1) ** 2).sum("step")
+    largest = sizes.sortby(sizes, ascending=False)["tensor"].values[: figures.SHOWN_TENSORS]
+    assert run.largest_tensors() == largest.tolist()
+    for variable in ("angle", "status"):
+        for name in (*run.largest_tensors(), "t0"):
+            values = tree["tensor"][variable].sel(descent="gradient", window=1, tensor=name).values
+            np.testing.assert_array_equal(run.tensor(variable, name), values)
+            np.testing.assert_array_equal(expected.tensor(variable, name), values)
+    assert [length for variable, length in reads if variable == "gradient_norm"] == [7, 7, 5]
+    # Once for all tensors that are shown, and once more if another tensor is requested.
+    assert len([1 for variable, _ in reads if variable == "angle"]) in (3, 6)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,9 @@ __all__ = [
 SHOWN_TENSORS = 12
 """Number of tensors that are drawn separately: those with the largest gradient."""
 
+_BLOCK_VALUES = 1 << 20
+"""Number of values of all tensors that are read at a time, if they are not stored in chunks."""
+
 COMPARED_RUNS = 18
 """Number of runs that can be distinguished in one panel, by colour and dashes."""
 
@@ -67,6 +70,8 @@ class RunResults:
     model: xr.Dataset
     tensors: xr.Dataset
     replicates: xr.Dataset | None = None
+    _columns: dict[str, dict[str, Array]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _largest: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, tree: xr.DataTree) -> RunResults:
@@ -109,18 +114,38 @@ class RunResults:
 
     def tensor(self, variable: str, name: str) -> Array:
         """Return a variable of a tensor, for the gradient and window 1, by step."""
-        return np.asarray(_at(self.tensors[variable]).sel({TENSOR: name}).values)
+        columns = self._columns.setdefault(variable, {})
+        if name not in columns:
+            # The tensors that are shown are read together, because a chunk contains the values of all tensors.
+            wanted = [*dict.fromkeys([name, *self.largest_tensors()])]
+            position = {str(known): index for index, known in enumerate(self.tensors[TENSOR].values)}
+            at = [position[one] for one in wanted]
+            blocks = [values[:, at] for values in self.blocks(variable)]
+            columns |= dict(zip(wanted, np.concatenate(blocks).T, strict=True))
+        return columns[name]
+
+    def blocks(self, variable: str) -> Iterator[NDArray[Any]]:
+        """Yield a variable of all tensors, for the gradient and window 1, a part of the steps at a time."""
+        values = _at(self.tensors[variable]).transpose(STEP, TENSOR)
+        # A part is a chunk: reading it twice would decode it twice.
+        chunks = self.tensors[variable].encoding.get("preferred_chunks", {})
+        rows = chunks.get(STEP) or max(_BLOCK_VALUES // max(self.tensors.sizes[TENSOR], 1), 1)
+        for start in range(0, max(len(self.steps), 1), rows):
+            yield np.asarray(values.isel({STEP: slice(start, start + rows)}).values)
 
     def largest_tensors(self) -> list[str]:
         """Return the tensors with the largest gradient, root mean square over the run, largest first."""
         names = [str(name) for name in self.tensors[TENSOR].values]
         if len(names) <= SHOWN_TENSORS:
             return names
-        norms = np.asarray(_at(self.tensors["gradient_norm"]).transpose(STEP, TENSOR).values)
-        with np.errstate(over="ignore", invalid="ignore"):
-            size = np.where(np.isfinite(norms), norms, 0.0) ** 2
-            order = np.argsort(-size.sum(axis=0), kind="stable")
-        return [names[index] for index in order[:SHOWN_TENSORS]]
+        if not self._largest:
+            sizes = np.zeros(len(names))
+            with np.errstate(over="ignore", invalid="ignore"):
+                for norms in self.blocks("gradient_norm"):
+                    sizes += (np.where(np.isfinite(norms), norms, 0.0) ** 2).sum(axis=0)
+                order = np.argsort(-sizes, kind="stable")
+            self._largest.extend(names[index] for index in order[:SHOWN_TENSORS])
+        return list(self._largest)
 
 
 def _at(variable: xr.DataArray) -> xr.DataArray:
