@@ -291,6 +291,15 @@ def test_a_pair_that_overflows_or_underflows_has_a_status_of_its_own():
     pair = Pair(np.array(geometry.NONZERO), np.array(0.0), np.array(1.0), np.array(3))
     assert geometry.status(pair, 0.5) == Status.UNDERFLOW
     assert np.isnan(geometry.angle(pair))
+    # The gradient of an update of infinite norm is not known to be zero.
+    pair = Pair(np.array(np.inf), np.array(0.0), np.array(0.0), np.array(3))
+    assert geometry.status(pair, 0.5) == Status.OVERFLOW
+
+
+def test_a_multiple_of_an_update_is_zero_only_if_the_update_is():
+    pair = Pair(np.array([0.0, 1e-100]), np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([3, 3]))
+    smaller = geometry.scaled(pair, 1e-120)
+    np.testing.assert_array_equal(smaller.update_square, [0.0, geometry.NONZERO])
 
 
 def test_a_gradient_whose_products_underflow_is_not_zero():
