@@ -173,7 +173,8 @@ def show_fixed_cost(cost: dict[str, Any], console: Console) -> None:
     phases = Table("natgrad process, 25 steps of 17 elements", title="seconds of a new process")
     for heading in ("median", "min", "max"):
         phases.add_column(heading, justify="right")
-    rows = {**cost["phases"], "complete command": cost["total"], "  processor time": cost["processor"]}
+    processor = {f"processor time: {name}": seconds for name, seconds in cost["processor"].items()}
+    rows = {**cost["phases"], "complete command": cost["total"], **processor}
     for name, seconds in rows.items():
         phases.add_row(name, *(f"{seconds[key]:.2f}" for key in ("median", "min", "max")))
     console.print(phases)
@@ -182,6 +183,8 @@ def show_fixed_cost(cost: dict[str, Any], console: Console) -> None:
         f"first run after installation, with compilation: {first['seconds']:.1f} s, "
         f"{first['processor_seconds']:.1f} s of processor time"
     )
+    ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in cost["ratios"].items())
+    console.print(f"processor time relative to importing the libraries (reference): {ratios}")
     imports = ", ".join(f"{name} {seconds:.2f}" for name, seconds in cost["imports"])
     console.print(f"seconds to import the modules of each package: {imports}")
 

@@ -1,4 +1,4 @@
-"""Measure the fixed cost of ``natgrad process`` on a tiny run in a new process, and the time of each phase.
+"""Measure the fixed cost of commands on a tiny run in new processes, and the time of each phase of ``process``.
 
     python -m benchmarks.fixed_cost LOG OUT
 
@@ -23,6 +23,9 @@ if __name__ == "__main__":
 
 ROOT = Path(__file__).parent.parent
 TURNS = 3
+REFERENCE = "import numpy, zarr, numba, pandas, xarray"
+"""Program whose processor time the others are compared with: other load affects both equally."""
+
 _SHOWN = 8
 
 
@@ -107,23 +110,35 @@ def imported(code: str) -> list[tuple[str, float]]:
 
 
 def fixed_cost_of(folder: Path) -> dict[str, Any]:
-    """Measure the command on a tiny log in new processes, with compilation and with a cached kernel."""
+    """Measure commands on a tiny log in new processes, with compilation and with a cached kernel."""
     log = folder / "log"
     write_tiny_log(log)
-    natgrad = [sys.executable, "-c", "from natgrad_flows.cli import main; main()", "process", str(log), "--quiet"]
+    natgrad = [sys.executable, "-c", "from natgrad_flows.cli import main; main()"]
+    process = [*natgrad, "process", str(log), "--quiet"]
     compiled = os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled")}
-    first = seconds_of([*natgrad, str(folder / "first")], compiled)
-    totals, processor_times, parts = [], [], []
+    first = seconds_of([*process, str(folder / "first")], compiled)
+    totals, parts = [], []
+    processor: dict[str, list[float]] = {"reference": [], "process": [], "info": [], "--help": []}
     for turn in range(TURNS):
-        wall, used, _ = seconds_of([*natgrad, str(folder / f"out_{turn}")], compiled)
+        processor["reference"].append(seconds_of([sys.executable, "-c", REFERENCE], compiled)[1])
+        wall, used, _ = seconds_of([*process, str(folder / f"out_{turn}")], compiled)
         totals.append(wall)
-        processor_times.append(used)
+        processor["process"].append(used)
+        processor["info"].append(seconds_of([*natgrad, "info", str(folder / "first")], compiled)[1])
+        processor["--help"].append(seconds_of([*natgrad, "--help"], compiled)[1])
         command = [sys.executable, "-m", "benchmarks.fixed_cost", str(log), str(folder / f"phases_{turn}")]
         parts.append(json.loads(seconds_of(command, compiled)[2]))
     return {
         "first_ever": {"seconds": first[0], "processor_seconds": first[1]},
         "total": {"median": median(totals), "min": min(totals), "max": max(totals)},
-        "processor": {"median": median(processor_times), "min": min(processor_times), "max": max(processor_times)},
+        "processor": {
+            name: {"median": median(used), "min": min(used), "max": max(used)} for name, used in processor.items()
+        },
+        "ratios": {
+            name: median(own / of for own, of in zip(used, processor["reference"], strict=True))
+            for name, used in processor.items()
+            if name != "reference"
+        },
         "phases": {
             name: {
                 "median": median(part[name] for part in parts),
