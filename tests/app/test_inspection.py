@@ -1,6 +1,7 @@
 """Compare the reported contents of a log and the projected cost of processing with the actual ones."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,9 +84,15 @@ def test_a_low_memory_limit_is_reported_and_a_missing_log_is_an_error(tmp_path):
     )
     with pytest.raises(InputError, match="no such file or folder"):
         inspect_source([tmp_path / "no"])
-    write_step(log, 2, {"parameter/theta": np.ones(2)}).write_bytes(b"broken")
-    with pytest.raises(InputError, match="cannot read a safetensors file"):
-        inspect_source([log])
+    broken = write_step(log, 2, {"parameter/theta": np.ones(2)})
+    broken.write_bytes(b"broken")
+    found = inspect_source([log])
+    assert (found.steps, found.command) == (2, f"natgrad process {log} OUT")
+    assert any("still being written: cannot read a safetensors file" in note for note in found.notes)
+    os.utime(broken, (1, 1))
+    found = inspect_source([log])
+    assert found.command is None
+    assert found.error["what"].startswith("cannot read a safetensors file")
 
 
 def test_the_command_prints_one_line_per_entry(tmp_path):

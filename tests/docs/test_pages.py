@@ -46,6 +46,13 @@ def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     assert (model["effective"] == 1).all()
 
 
+def test_the_guide_to_inspect_finds_and_processes_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "howto" / "inspect.md"
+    assert run_page(page) == blocks(page) == 4
+    assert natgrad.open_trajectory("runs/experiment").n_states == 5
+
+
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning")
 def test_the_guide_to_hugging_face_trains_and_processes_a_model(tmp_path, monkeypatch):

@@ -349,11 +349,15 @@ def demo(
 def inspect_log(
     source: options.Source, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any
 ) -> None:
-    """Describe a log: its contents, missing quantities, and the cost of processing it."""
+    """Describe a folder or file, and the command that processes it. Exits with 2 if it contains no log."""
     from natgrad.app import api
 
     output = Output(as_json, quiet)
-    output.show(api.inspect(source, **values))
+    found = api.inspect(source, **values)
+    output.show(found)
+    if not found.readable:
+        sys.stderr.write(f"natgrad: {found.refusal}\n")
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Describe a log before it is processed: steps, tensors, sizes, missing quantities and the cost of processing."""
+"""Describe any folder or file before it is processed: its contents, the command that works, and its cost."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from natgrad.app.diagnosis.candidates import Deadline
+from natgrad.app.diagnosis.contents import contents_of
+from natgrad.app.diagnosis.diagnose import Diagnosis, diagnose, no_log
+from natgrad.app.diagnosis.objective import objective_of
+from natgrad.app.diagnosis.proposals import LOG_READERS
 from natgrad.app.summaries import Inspection
 from natgrad.compute.plan import plan_shape
 from natgrad.schema.errors import InputError
@@ -24,6 +29,7 @@ from natgrad.schema.layout import (
     promote,
     storage_dtype,
 )
+from natgrad.schema.logs import collected_warnings
 from natgrad.schema.names import (
     HVP,
     REPLICATE_HVP,
@@ -35,11 +41,11 @@ from natgrad.schema.names import (
 )
 from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import Source, StepContent
-from natgrad.sources.completion import complete
-from natgrad.sources.opening import format_of, open_sources
+from natgrad.sources.changes import files_of
+from natgrad.sources.opening import format_of, open_log
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable
-from natgrad.storage import Location, Storage, open_all
+from natgrad.storage import Location, Storage, open_all, open_storage
 
 __all__ = ["NEEDED_FOR", "inspect_source"]
 
@@ -69,9 +75,14 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
 }
 """For each quantity of a log: the results that require it, and how to provide it."""
 
+_REFUSED_SHOWN = 12
+_OBJECTIVE_SECONDS = 1.5
 _SAMPLE_BYTES = 64 * MEBIBYTE
 _PASS_RATE = 2e9
 """Assumed bytes per second of the pass. On two cores, 5e9 to 7e9 were measured."""
+
+_START_SECONDS = 4.0
+"""Assumed seconds of a process that do not depend on the size of the log: imports, compiled code, the page."""
 
 
 def inspect_source(
@@ -85,7 +96,10 @@ def inspect_source(
     sweep: bool = False,
     memory_limit: int | None = None,
 ) -> Inspection:
-    """Describe the logs of a run and the cost of processing them. Nothing is written.
+    """Describe files or folders, find the command that processes them, and estimate its cost. Nothing is written.
+
+    If the sources cannot be processed as they are, or lack usual quantities, the folders are searched for logs. A
+    command is returned only after it was tried on the first states of the run.
 
     Parameters
     ----------
@@ -97,18 +111,97 @@ def inspect_source(
     Raises
     ------
     InputError
-        If there is no log, or its first or last step cannot be described.
+        If there is no such file or folder, or if a log cannot be read with the given options.
     """
     paths = open_all(sources)
-    log = open_sources(paths, format, mapping, shift, sweep=sweep, pattern=pattern or "", exact_names=exact_names)
-    listed = log.steps()
+    options = {"format": format, "map": mapping or {}, "shift": shift or {}, "pattern": pattern or ""}
+    with collected_warnings(*LOG_READERS):  # those of the command are among the notes
+        return _inspected(paths, {**options, "exact_names": exact_names, "sweep": sweep}, memory_limit)
+
+
+def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limit: int | None) -> Inspection:
+    found = diagnose(paths, options)
+    contents = [contents_of(path) for path in paths]
+    error = None if found.error is None or found.command else no_log(paths[0], contents[0], found.error)
+    values: dict[str, Any] = {
+        "source": ", ".join(map(str, paths)),
+        "format": _format(found, paths, options["format"]),
+        "contents": contents[0] if len(paths) == 1 else _by_path(paths, contents),
+        "command": found.command,
+        "run_file": found.run_file and dict(zip(("path", "content"), found.run_file, strict=True)),
+        "other_commands": found.others,
+        "refused": _refused(found),
+        "error": error and {"what": error.what, "where": error.where, "why": error.why, "do": error.remedy},
+        "nearest_format": found.nearest,
+        "provides": {part.part.location: part.text() for part in reversed(found.parts)},
+    }
+    notes = ["the search ended after its time limit; pass a smaller folder"] if found.ended else []
+    notes += [
+        f"{part.location}: {' '.join(part.flags())} follows from names: check that it is what you mean"
+        for part in (found.chosen.proposal.parts if found.chosen is not None and not _given(options) else ())
+        if part.pattern or part.map
+    ]
+    used = found.chosen.proposal.parts if found.chosen is not None else ()
+    notes += [
+        f"{part.part.location}: {note}" for part in found.parts if part.part not in used for note in part.notes[:4]
+    ]
+    if found.chosen is not None:
+        steps = found.chosen.rehearsal.steps
+        with found.chosen.proposal.opened() as log:
+            log.steps()
+            values |= _description(log, steps, sweep=options["sweep"])
+            completed = next(iter(found.chosen.rehearsal.contents.values()))
+            notes += [*values["notes"], *completed.notes, *found.chosen.rehearsal.warnings]
+            with suppress(Unreadable):
+                notes += [note] if (note := misalignment(log, steps, completed)) else []
+            values |= _plan(log, steps, completed, memory_limit)
+            values["objective"] = objective_of(log, steps, completed, Deadline(_OBJECTIVE_SECONDS))
+    elif found.parts:
+        part = found.parts[0].part
+        log = open_log(open_storage(part.location), part.format, part.map, part.shift, pattern=part.pattern)
+        values |= _description(log, log.steps(), sweep=False)
+        notes += values["notes"]
+    return Inspection(**{**values, "notes": list(dict.fromkeys(notes))})
+
+
+def _given(options: Mapping[str, Any]) -> bool:
+    return bool(options["map"] or options["pattern"])
+
+
+def _format(found: Diagnosis, paths: Sequence[Storage], format: str | None) -> str:
+    """Return the formats of the logs that the command reads."""
+    if found.chosen is not None and found.chosen.parts:
+        return ", ".join(dict.fromkeys(part.format for part in found.chosen.parts))
+    if found.chosen is None:
+        return ", ".join(dict.fromkeys(part.format for part in found.parts)) or "none"
+    steps = found.chosen.rehearsal.steps
+    logs = _logs(steps) if found.chosen.proposal.sweep else paths
+    return format or ", ".join(dict.fromkeys(map(format_of, logs)))
+
+
+def _by_path(paths: Sequence[Storage], contents: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    return {
+        str(path): "; ".join(f"{kind}: {names}" for kind, names in found.items())
+        for path, found in zip(paths, contents, strict=True)
+    }
+
+
+def _refused(found: Diagnosis) -> dict[str, str]:
+    """Return what was tried in vain, each with the reason, and with the remedy if no command was found."""
+    texts = {
+        what: "; ".join(filter(None, (error.what, error.why, error.remedy * (found.command is None))))
+        for what, error in found.refused.items()
+    }
+    return dict(itertools.islice(texts.items(), _REFUSED_SHOWN))
+
+
+def _description(log: Source, listed: Sequence[LoggedStep], *, sweep: bool) -> dict[str, Any]:
+    """Describe the first and the last state of a log, and the distances between states."""
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))
     runs = len({step.run for step in listed})
     spans = [b.number - a.number for a, b in itertools.pairwise(listed) if a.run == b.run]
     usual = max(set(spans), key=spans.count) if spans else 0
     found: dict[str, Any] = {
-        "source": ", ".join(map(str, paths)),
-        "format": format or ", ".join(dict.fromkeys(map(format_of, _logs(listed) if sweep else paths))),
         **({"runs": runs} if sweep else {}),
         "steps": len(listed),
         "first_step": min(step.number for step in listed),
@@ -116,6 +209,7 @@ def inspect_source(
         "step_numbers": {str(step.number): step.origin for step in (listed[0], listed[-1]) if step.origin},
         "step_span": usual,
         "gaps": sum(span != usual for span in spans),
+        "log_bytes": _log_bytes(listed),
     }
     logged = {name: f"{len(tensors)} tensors" for name, tensors in first.arrays.items() if tensors}
     logged |= {
@@ -144,13 +238,17 @@ def inspect_source(
         for entry in content.differences
     ]
     found["unused_keys"] = list(first.unused)
-    if all(first.arrays.get(name) for name in STATES[:2]):
-        completed = complete(listed[0], first)
-        found["notes"] += [note for note in completed.notes if note not in found["notes"]]
-        with suppress(Unreadable):
-            found["notes"] += [note] if (note := misalignment(log, listed, completed)) else []
-        found |= _plan(log, listed, completed, memory_limit)
-    return Inspection(**found)
+    return found
+
+
+def _log_bytes(listed: Sequence[LoggedStep]) -> int:
+    """Return the size of all files of a log."""
+    files = {str(file): file for step in listed for file in files_of(step)}
+    total = 0
+    for file in files.values():
+        with suppress(OSError):
+            total += file.stat(fresh=False).size
+    return total
 
 
 def _logs(listed: Sequence[LoggedStep]) -> list[Storage]:
@@ -227,6 +325,7 @@ def _plan(
     if rate:
         found["ingest_seconds"] = round(state_bytes / rate, 1)
     found["pass_seconds"] = round(state_bytes / _PASS_RATE, 1)
+    found["process_seconds"] = round(_START_SECONDS + found.get("ingest_seconds", 0) + found["pass_seconds"], 1)
     if len(listed) > 1 and elements:
         try:
             plan = plan_shape(shape, memory_limit=memory_limit)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from natgrad.ingestion import IngestSummary
-from natgrad.schema.summary import Summary
+from natgrad.schema.errors import InputError
+from natgrad.schema.summary import Summary, summary_lines
+from natgrad.schema.text import printable
 from natgrad.store.verify import Damage
 
 __all__ = [
@@ -80,16 +82,38 @@ class ProcessSummary(Report, AnalysisSummary, IngestSummary):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Summary):
-    """Contents of a log, missing quantities, and the cost of processing it.
+    """Contents of a folder or file, the command that processes it, missing quantities, and the cost of processing.
 
-    Entries that do not apply are None, and the JSON form omits them.
+    The command was tried on the first two states and the last one. Entries that do not apply are None, and the JSON
+    form omits them. If there is a command, the entries from ``steps`` on describe the log that it reads.
 
     Attributes
     ----------
     source, format : str
+        The format is that of the logs that can be read.
+    contents : mapping of str to str
+        For each kind of files and folders, their number, and the first and last name.
+    command : str, optional
+        Command that processes the source, in which OUT stands for the folder of the results. None if there is none.
+    run_file : mapping, optional
+        ``path`` and ``content`` of a run file that lists the logs of the command. A command that names its folder
+        needs it; otherwise it is needed only for scans.
+    other_commands : list of str
+        Other commands that were tried successfully, for other runs or other logs of the run.
+    refused : mapping of str to str
+        What was tried in vain, and the reasons that the readers state.
+    error : mapping, optional
+        ``what``, ``where``, ``why`` and ``do`` if there is no command.
+    nearest_format : str, optional
+        Format that the source resembles most, and why it is not of this format.
+    provides : mapping of str to str
+        For each log that was found in the source, its quantities and their steps.
+    objective : str, optional
+        Whether losses and gradients belong to one objective: ``consistent``, ``not consistent`` or ``unknown``,
+        with the reason.
+    steps, first_step, last_step : int, optional
     runs : int, optional
         Number of runs of a sweep.
-    steps, first_step, last_step : int
     step_numbers : mapping of str to str
         First and last step number, each with the part of the name or the key from which it was taken.
     step_span : int
@@ -104,9 +128,11 @@ class Inspection(Summary):
         Differences between the first and the last step; notes; keys of the files that are not read.
     tensors, elements : int, optional
     dtypes : mapping, optional
+    log_bytes : int, optional
+        Size of the files of the log.
     trajectory_bytes, ledger_bytes : int, optional
         Projected sizes of the stores.
-    ingest_seconds, pass_seconds : float, optional
+    ingest_seconds, pass_seconds, process_seconds : float, optional
         Estimated times. That of the ingest follows from a timed read of the first step.
     worker_memory : int or str, optional
         Memory of a worker process in bytes, or the reason why the memory limit is too low.
@@ -114,27 +140,63 @@ class Inspection(Summary):
 
     source: str
     format: str
+    contents: Mapping[str, str]
+    command: str | None = None
+    run_file: Mapping[str, str] | None = None
+    other_commands: list[str] = field(default_factory=list)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    error: Mapping[str, str] | None = None
+    nearest_format: str | None = None
+    provides: Mapping[str, str] = field(default_factory=dict)
+    objective: str | None = None
     runs: int | None = None
-    steps: int
-    first_step: int
-    last_step: int
-    step_numbers: Mapping[str, str]
-    step_span: int
-    gaps: int
-    holds: Mapping[str, str]
-    missing: Mapping[str, str]
+    steps: int | None = None
+    first_step: int | None = None
+    last_step: int | None = None
+    step_numbers: Mapping[str, str] = field(default_factory=dict)
+    step_span: int | None = None
+    gaps: int | None = None
+    holds: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
     optimizer: str | None = None
-    changes: list[str]
-    notes: list[str]
-    unused_keys: list[str]
+    changes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unused_keys: list[str] = field(default_factory=list)
     tensors: int | None = None
     elements: int | None = None
     dtypes: Mapping[str, str] | None = None
+    log_bytes: int | None = None
     trajectory_bytes: int | None = None
     ledger_bytes: int | None = None
     ingest_seconds: float | None = None
     pass_seconds: float | None = None
+    process_seconds: float | None = None
     worker_memory: int | str | None = None
+
+    @property
+    def readable(self) -> bool:
+        """Return True if a command was found, or if a log was found that others could supplement."""
+        return self.command is not None or self.steps is not None
+
+    @property
+    def refusal(self) -> InputError | None:
+        """Return the error, if there is no command."""
+        if self.error is None:
+            return None
+        return InputError(
+            self.error["what"], where=self.error["where"], why=self.error["why"], remedy=self.error["do"]
+        )
+
+    def __str__(self) -> str:
+        values = self.to_json()
+        optional = ("other_commands", "refused", "provides", "changes", "notes", "unused_keys", "holds", "missing")
+        values = {name: value for name, value in values.items() if value or name not in optional}
+        file = values.pop("run_file", None)
+        text = "".join(summary_lines(values))
+        if file is None:
+            return text
+        lines = "".join(f"  {printable(line)}\n" for line in file["content"].splitlines())
+        return f"{text}run file {printable(file['path'])}\n{lines}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without entries that do not apply."""

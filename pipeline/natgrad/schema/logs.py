@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.text import printable
 
-__all__ = ["logger"]
+__all__ = ["collected_warnings", "logger"]
 
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]
@@ -32,3 +34,32 @@ def _escaped(value: object) -> object:
 def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
     """Return a logger that escapes control characters in the arguments of its messages."""
     return _EscapingLogger(logging.getLogger(name), {})
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def collected_warnings(*names: str) -> Iterator[list[str]]:
+    """Collect the messages of loggers in a list instead of logging them, for a log that is only tried.
+
+    Parameters
+    ----------
+    *names : str
+        Names of loggers, each with those below it.
+    """
+    collector, loggers = _Collector(), [logging.getLogger(name) for name in names]
+    before = [(one.handlers, one.propagate) for one in loggers]
+    for one in loggers:
+        one.handlers, one.propagate = [collector], False
+    try:
+        yield collector.messages
+    finally:
+        for one, (handlers, propagate) in zip(loggers, before, strict=True):
+            one.handlers, one.propagate = handlers, propagate

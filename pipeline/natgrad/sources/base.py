@@ -18,6 +18,7 @@ from natgrad.storage import Storage
 
 __all__ = [
     "Difference",
+    "Keyed",
     "Source",
     "StepContent",
     "StepReader",
@@ -153,6 +154,21 @@ class Unshaped(Protocol):
         ------
         InputError
             If the contents of the step do not match the parameters.
+        """
+        ...
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A step, or a log of scalars, that lists all of its keys, whether they have a known meaning or not."""
+
+    def keys(self) -> Mapping[str, LoggedTensor | float]:
+        """Return the tensors and numbers by key, with levels joined by slashes.
+
+        Raises
+        ------
+        InputError
+            If the files cannot be read.
         """
         ...
 

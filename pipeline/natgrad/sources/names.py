@@ -349,6 +349,10 @@ class NamedStep:
         """Return the first key that has the value of a quantity; empty if there is none."""
         return next(iter(self._values(quantity)[0]), "")
 
+    def keys(self) -> dict[str, LoggedTensor | float]:
+        """Return all tensors and numbers; see `natgrad.sources.base.Keyed`."""
+        return {**self._container.tensors, **self._container.numbers}
+
     def content(self) -> StepContent:
         """Describe the step.
 

@@ -24,7 +24,7 @@ from natgrad.sources.sweep import Sweep
 from natgrad.sources.tensor_names import MatchedNames
 from natgrad.storage import LocalStorage, NotRegularError, Storage, network_errors, require_regular
 
-__all__ = ["format_of", "holds_run", "open_source", "open_sources"]
+__all__ = ["format_of", "holds_run", "open_log", "open_source", "open_sources"]
 
 _log = logger(__name__)
 
@@ -85,6 +85,18 @@ def open_source(
             "the tensors as an additional SOURCE",
         )
     return _joined([source], [shift])
+
+
+def open_log(
+    location: Storage,
+    format: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    shift: Mapping[str, int] | None = None,
+    *,
+    pattern: str = "",
+) -> Source:
+    """Open a log that need not contain the parameters of a run, such as a log of scalars; see `open_source`."""
+    return _open(location, format, mapping, checked_shift(shift or {}), pattern)
 
 
 def open_sources(

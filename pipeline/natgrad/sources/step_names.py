@@ -19,10 +19,12 @@ __all__ = [
     "Naming",
     "StepName",
     "checked_pattern",
+    "counts_other",
     "is_step",
     "parse_name",
     "role_of",
     "step_number",
+    "words",
 ]
 
 STEP_FIELD = "{step}"
@@ -219,6 +221,11 @@ def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
+def words(name: str) -> set[str]:
+    """Return the words in a name, in lower case."""
+    return set(_words(name))
+
+
 def role_of(name: str) -> str:
     """Return what a file contains according to its name; empty if it may be the model or everything.
 
@@ -229,6 +236,17 @@ def role_of(name: str) -> str:
     """
     found = set(_words(name))
     return next((role for role, words in _ROLES.items() if words & found), "")
+
+
+def counts_other(before: str) -> bool:
+    """Return True if the text before a number says that it counts something else than progress, such as shards.
+
+    Examples
+    --------
+    >>> [counts_other(text) for text in ("seed-", "model_world_size_1_rank_", "weights-")]
+    [True, True, False]
+    """
+    return bool(set(_words(before)[-1:]) & _OTHER_WORDS)
 
 
 def step_number(stem: str) -> int | None:

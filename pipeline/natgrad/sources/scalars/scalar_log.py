@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from array import array
@@ -83,6 +84,7 @@ RECORDS_LIMIT = 1 << 24
 KEYS_LIMIT = 1 << 17
 """Maximum number of different keys in a log."""
 
+_RECORDS_LISTED = 1 << 10
 _KEY_LENGTH = 1 << 12
 _SHOWN = 80
 _EXACT = 1 << 53
@@ -278,6 +280,17 @@ class ScalarLog:
     def open(self, step: LoggedStep) -> _Scalars:
         """Open a step; see `natgrad.sources.base.Source`."""
         return _Scalars(StepContent({}, self._read().get(step.number, {}), notes=tuple(self._notes)))
+
+    def keys(self) -> dict[str, float]:
+        """Return the first number under each key; see `natgrad.sources.base.Keyed`. Only some records are read."""
+        found: dict[str, float] = {}
+        with _read_errors(file := self._files()[0], self._kind.form):
+            for values in itertools.islice(self._kind.decode(file, lambda key: True, []), _RECORDS_LISTED):
+                for key, value in values.items():
+                    number = None if key in (RUN_KEY, RESTART_KEY, LINE_KEY) else _number(value)
+                    if number is not None and len(found) < KEYS_LIMIT:
+                        found.setdefault(key, number)
+        return found
 
     def growing(self) -> bool:
         """Return True if the log was modified recently, so that it may still grow."""

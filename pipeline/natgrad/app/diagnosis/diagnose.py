@@ -1,0 +1,202 @@
+"""Find the command that processes a folder or file, and what prevents others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from natgrad.app.diagnosis.candidates import (
+    Attempts,
+    Deadline,
+    ReadPart,
+    Tried,
+    best_proposals,
+    readings,
+    try_with_advice,
+)
+from natgrad.app.diagnosis.proposals import Part, Proposal, scan_command
+from natgrad.schema.errors import InputError
+from natgrad.sources.formats import find_format
+from natgrad.sources.opening import format_of, holds_run
+from natgrad.sources.search import FoundLog, logs_below, nearest_format
+from natgrad.sources.steps import NotYet
+from natgrad.storage import Storage
+
+__all__ = ["Diagnosis", "diagnose", "no_log"]
+
+_SECONDS = 8.0
+"""Time after which no further command is tried. The description of the log takes some seconds more."""
+
+_READINGS = 2
+_COMMANDS = 6
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Proposals for a source, and the reasons why others are refused.
+
+    Attributes
+    ----------
+    chosen : Tried, optional
+        The best proposal that is accepted.
+    command : str, optional
+        Its command, or the one that processes all runs below the folder.
+    run_file : tuple of str, optional
+        Path and content of a run file with the same logs.
+    others : list of str
+        Other commands that are accepted, for other runs or with fewer logs.
+    parts : list of ReadPart
+        Logs that can be read, alone or together with others.
+    error : InputError, optional
+        Why there is no command, or why the sources cannot be processed as they are.
+    refused : mapping of str to InputError
+        What else was tried.
+    nearest : str, optional
+        The format that the sources resemble most, and why they are not of this format.
+    ended : bool
+        The search ended because of the time.
+    """
+
+    chosen: Tried | None
+    command: str | None
+    run_file: tuple[str, str] | None
+    others: list[str]
+    parts: list[ReadPart]
+    error: InputError | None
+    refused: Mapping[str, InputError]
+    nearest: str | None
+    ended: bool
+
+
+def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
+    """Try to process sources as they are. If this fails or quantities are missing, search them for logs.
+
+    Parameters
+    ----------
+    paths : sequence of Storage
+    options : mapping
+        Options of a `Part`, and ``exact_names`` and ``sweep``. With options, only these are tried.
+
+    Raises
+    ------
+    InputError
+        If there is no such file or folder, or no log can be read with the options.
+    """
+    stop, attempts = Deadline(_SECONDS), Attempts()
+    flags = {name: options[name] for name in ("exact_names", "sweep")}
+    reading = {name: value for name, value in options.items() if name not in flags}
+    parts = tuple(Part(str(path), **reading) for path in paths)
+    asked = try_with_advice(Proposal(parts, shared=True, **flags), attempts)
+    error = attempts.main()
+    for path in paths:
+        if error is not None and path.local_path is not None and not path.local_path.exists():
+            raise error
+    attempts.commands.clear()
+    accepted = [] if asked is None else [asked]
+    read: list[ReadPart] = []
+    if any(flags.values()) or not parts[0].plain:
+        if asked is None and len(paths) == 1 and not flags["sweep"]:
+            read = readings(FoundLog(Path(str(paths[0])), parts[0].format or ""), attempts, stop, parts[0])
+        if error is not None and asked is None and not read:
+            raise error
+    elif asked is None or asked.lacking:
+        for path in paths:
+            read += _read_below(path, attempts, stop)
+        accepted += best_proposals(read, _run_file_folder(paths), attempts, stop)
+    accepted.sort(key=lambda tried: tried.rank)  # stable: the sources as they are come first
+    chosen = next(iter(accepted), None)
+    commands = list(dict.fromkeys(tried.proposal.command for tried in accepted))
+    scan = None if asked is not None or len(paths) != 1 else _scan(paths[0], accepted)
+    if scan is not None:
+        commands.insert(0, scan)
+    # The reason of the sources as they are is often only that the logs are in their folders.
+    main = error if asked is not None or attempts.main() is None else attempts.main()
+    return Diagnosis(
+        chosen,
+        commands[0] if commands else None,
+        None if chosen is None or scan is not None else chosen.proposal.run_file,
+        commands[1:_COMMANDS],
+        read,
+        main,
+        attempts.refused() if error is None else {" ".join(map(str, paths)): error, **attempts.refused()},
+        _nearest(paths, error) if error is not None else None,
+        stop(),
+    )
+
+
+def _read_below(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadPart]:
+    """Read the logs at a location and below it, each in its best ways."""
+    local = path.local_path
+    if local is None:
+        found = [FoundLog(Path(str(path)), format_of(path))]
+    elif local.is_dir():
+        found = list(logs_below(local, stop))
+    else:
+        # A file of one step is part of the log in its folder.
+        found = [*logs_below(local), *([FoundLog(local.parent, "")] if holds_run(local.parent) else [])]
+    read: list[ReadPart] = []
+    for log in found:
+        # Files next to each other may contain one state each, or one run each; the folder was read before them.
+        if (
+            log.path.is_file()
+            and not log.scalars
+            and any(part.part.location == str(log.path.parent) for part in read)
+        ):
+            continue
+        if log.format != "run file" and not (read and stop()):
+            read += readings(log, attempts, stop)[:_READINGS]
+    return read
+
+
+def _run_file_folder(paths: Sequence[Storage]) -> Path | None:
+    """Return the folder in which a run file can be proposed."""
+    local = paths[0].local_path
+    if len(paths) > 1 or local is None:
+        return None
+    return local if local.is_dir() else local.parent
+
+
+def _scan(root: Storage, accepted: Sequence[Tried]) -> str | None:
+    """Return the command that processes several runs below a folder; None if they are not of equal completeness.
+
+    A scan reads each run from its own folder, with the same options.
+    """
+    if not accepted:
+        return None
+    best = accepted[0].lacking
+    runs = [tried for tried in accepted if len(tried.proposal.parts) == 1 and tried.lacking == best]
+    parts = [tried.proposal.parts[0] for tried in runs]
+    alike = [part for part in parts if part.flags() == parts[0].flags()]
+    folders = {part.location for part in alike if holds_run(Path(part.location), in_one_file=True)}
+    if len(folders) < 2 or str(root) in folders or len(accepted[0].proposal.parts) > 1:
+        return None
+    return scan_command(str(root), alike, allow_gaps=any(tried.proposal.allow_gaps for tried in runs))
+
+
+def _nearest(paths: Sequence[Storage], error: InputError) -> str | None:
+    """Return the format that the sources resemble most, and why they are not of this format."""
+    for path in paths:
+        local = path.local_path
+        if local is None or not local.is_dir():
+            continue
+        of_format = find_format(local)
+        found = (of_format, error.what) if of_format is not None else nearest_format(local)
+        if found is not None:
+            name, why = found
+            return f"{name}: {why}"
+    return None
+
+
+def no_log(path: Storage, contents: Mapping[str, str], error: InputError) -> InputError:
+    """Return the error for a folder in which no log was found; other errors are returned unchanged."""
+    if not isinstance(error, NotYet):
+        return error
+    found = "; ".join(f"{kind}: {names}" for kind, names in contents.items())
+    return InputError(
+        "there is no log here that can be processed",
+        where=str(path),
+        why=f"{error.what}; it contains {found}",
+        remedy=error.remedy,
+    )

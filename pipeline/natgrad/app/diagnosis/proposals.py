@@ -1,0 +1,232 @@
+"""Write a proposal to process a log as a command or a run file, and try it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from natgrad.ingestion.rehearsal import Rehearsal, rehearse
+from natgrad.schema.logs import collected_warnings
+from natgrad.sources.base import Source
+from natgrad.sources.opening import open_sources
+from natgrad.sources.run_file import RUN_FILE
+from natgrad.storage import Location, open_all, open_storage
+
+__all__ = ["LOG_READERS", "Part", "Proposal", "advised", "scan_command"]
+
+
+LOG_READERS = ("natgrad.sources.checkpoints", "natgrad.sources.joined", "natgrad.sources.opening")
+"""Loggers of the warnings about a log. Those about the installation are not collected."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A log of a run, and how it is read.
+
+    Attributes
+    ----------
+    location : str
+        Path or URL.
+    format : str, optional
+    map, shift : mapping
+    pattern : str
+        Values of ``--format``, ``--map``, ``--shift`` and ``--pattern``.
+    """
+
+    location: str
+    format: str | None = None
+    map: Mapping[str, str] = field(default_factory=dict)
+    shift: Mapping[str, int] = field(default_factory=dict)
+    pattern: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Return True if it has no options."""
+        return not (self.format or self.map or self.shift or self.pattern)
+
+    def with_options(self, options: Mapping[str, Any]) -> Part:
+        """Return a copy with more options."""
+        return replace(
+            self,
+            map={**self.map, **options.get("map", {})},
+            shift={**self.shift, **options.get("shift", {})},
+            pattern=options.get("pattern", self.pattern),
+        )
+
+    def flags(self) -> list[str]:
+        """Return the options as on the command line."""
+        words = ["--format", self.format] if self.format else []
+        words += [word for pair in self.map.items() for word in ("--map", "=".join(pair))]
+        words += [word for name, steps in self.shift.items() for word in ("--shift", f"{name}={steps}")]
+        return words + (["--pattern", self.pattern] if self.pattern else [])
+
+    def entry(self, path: str) -> str:
+        """Return the entry of a run file."""
+        lines = ["[[source]]", f"path = {_quoted(path)}"]
+        lines += [f"format = {_quoted(self.format)}"] if self.format else []
+        for name, table in (("map", self.map), ("shift", self.shift)):
+            pairs = ", ".join(f"{key} = {_quoted(value)}" for key, value in table.items())
+            lines += [f"{name} = {{ {pairs} }}"] if pairs else []
+        lines += [f"pattern = {_quoted(self.pattern)}"] if self.pattern else []
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _quoted(value: str | int) -> str:
+    return json.dumps(value, ensure_ascii=False)  # a JSON string is a basic string of TOML
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A way to process a run: its logs, with their options.
+
+    Attributes
+    ----------
+    parts : tuple of Part
+        If there are several, either all have the same options, which are those of the command line, or they are
+        written into a run file.
+    shared : bool
+        The options of the parts are those of the command line, which the user passed.
+    allow_gaps, exact_names, sweep : bool
+        Options of the command line.
+    folder : Path, optional
+        Folder of the run file. Without one, there can be only one part with options.
+    """
+
+    parts: tuple[Part, ...]
+    shared: bool = False
+    allow_gaps: bool = False
+    exact_names: bool = False
+    sweep: bool = False
+    folder: Path | None = None
+
+    @property
+    def needs_run_file(self) -> bool:
+        """Return True if the options of the parts cannot be written on the command line."""
+        keys = [key for part in self.parts for key in part.map.values()]
+        several = len(self.parts) > 1 and not self.shared and not all(part.plain for part in self.parts)
+        return several or any(len(key.split()) != 1 for key in keys)
+
+    @property
+    def run_file(self) -> tuple[str, str] | None:
+        """Path and content of a run file that lists the parts; None for a single part that needs none."""
+        if self.folder is None or self.shared or (len(self.parts) == 1 and not self.needs_run_file):
+            return None
+        entries = [part.entry(_relative(part.location, self.folder)) for part in self.parts]
+        return str(self.folder / RUN_FILE), "\n".join(entries)
+
+    @property
+    def command(self) -> str:
+        """The command, in which OUT stands for the folder of the results."""
+        own = self.run_file if self.needs_run_file else None
+        sources = [str(Path(own[0]).parent)] if own else [part.location for part in self.parts]
+        flags = [] if own else self.parts[0].flags() if self.shared or len(self.parts) == 1 else []
+        flags += (
+            ["--allow-gaps"] * self.allow_gaps + ["--exact-names"] * self.exact_names + ["--sweep"] * self.sweep
+        )
+        return shlex.join(["natgrad", "process", *sources, "OUT", *flags])
+
+    def try_out(self) -> Rehearsal:
+        """Read the first states as the command would.
+
+        Raises
+        ------
+        InputError
+            If the command would be refused.
+        """
+        with collected_warnings(*LOG_READERS) as warnings, self.opened() as log:
+            found = rehearse(log, allow_gaps=self.allow_gaps)
+        return replace(found, warnings=tuple(dict.fromkeys((*warnings, *found.warnings))))
+
+    @contextmanager
+    def opened(self) -> Iterator[Source]:
+        """Open the logs as the command does.
+
+        Raises
+        ------
+        InputError
+            See `natgrad.sources.opening.open_sources`.
+        """
+        if not self.needs_run_file:
+            first = self.parts[0]
+            yield open_sources(
+                open_all([part.location for part in self.parts]),
+                first.format,
+                first.map,
+                first.shift,
+                sweep=self.sweep,
+                pattern=first.pattern,
+                exact_names=self.exact_names,
+            )
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            # The same run file as the proposed one, with absolute paths.
+            file = Path(folder) / RUN_FILE
+            entries = [part.entry(str(open_storage(part.location).absolute())) for part in self.parts]
+            file.write_text("\n".join(entries))
+            yield open_sources([open_storage(file)], exact_names=self.exact_names)
+
+    def with_advice(self, options: Mapping[str, Any]) -> Proposal:
+        """Return a copy with the options that an error advises, which apply to the first log."""
+        changed = replace(self, allow_gaps=self.allow_gaps or options.get("allow_gaps", False))
+        if not set(options) - {"allow_gaps"}:
+            return changed
+        first, *others = self.parts
+        return replace(changed, parts=(first.with_options(options), *others))
+
+
+def _relative(location: str, folder: Path) -> str:
+    path = open_storage(location).local_path
+    if path is None:
+        return location
+    try:
+        return path.resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        return str(path.resolve())
+
+
+def scan_command(root: Location, parts: Sequence[Part], *, allow_gaps: bool = False) -> str:
+    """Return the command that processes all runs below a folder, which are all read with the same options."""
+    flags = ["--allow-gaps"] * allow_gaps
+    return shlex.join(["natgrad", "scan", str(root), "OUT", *parts[0].flags(), *flags])
+
+
+_MAP = re.compile(r"--map ('[^']+'|[a-z_]+=[^\s,;]+)")
+_SHIFT = re.compile(r"--shift ([a-z_]+)=([+-]?[0-9]+)")
+_PATTERN = re.compile(r"--pattern ('[^']*'|\"[^\"]*\")")
+_PLACEHOLDERS = {"KEY", "VALUE", "NAME"}
+
+
+def advised(text: str) -> list[dict[str, Any]]:
+    """Return the options that the remedy of an error, or a note, advises. Each is one alternative.
+
+    Messages write options as on the command line, so that the advice can be followed literally.
+
+    Examples
+    --------
+    >>> advised("take the number from the files with --map step=global_step, or use --pattern 'e_{step}.pt'")
+    [{'map': {'step': 'global_step'}}, {'pattern': 'e_{step}.pt'}]
+    >>> advised("specify the key with --map loss=KEY, or pass --allow-gaps")
+    [{'allow_gaps': True}]
+    """
+    found: list[dict[str, Any]] = []
+    for match in _MAP.finditer(text):
+        quantity, _, key = match[1].strip("'").partition("=")
+        if key and not any(word in key for word in _PLACEHOLDERS):
+            found.append({"map": {quantity: key}})
+    found += [{"pattern": ast.literal_eval(match[1])} for match in _PATTERN.finditer(text)]
+    shifts = {match[1]: int(match[2]) for match in _SHIFT.finditer(text)}
+    found += [{"shift": shifts}] if shifts else []
+    found += [{"allow_gaps": True}] if "--allow-gaps" in text else []
+    return [options for options in found if _valid(options)]
+
+
+def _valid(options: Mapping[str, Any]) -> bool:
+    return "{step}" in options.get("pattern", "{step}")

@@ -1,0 +1,96 @@
+"""Check whether a log can be ingested, on its first states and its last one. Nothing is written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from natgrad.ingestion.description import describe_steps
+from natgrad.ingestion.new_updates import finished_steps, states_to_write
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, storage_dtype
+from natgrad.sources.base import Source, StepContent
+from natgrad.sources.listed import ListedLog
+from natgrad.sources.steps import LoggedStep, LoggedTensor
+
+__all__ = ["Rehearsal", "rehearse"]
+
+_READ_LIMIT = 16 * MEBIBYTE
+"""Bytes of tensors that are read from each state."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Steps that an ingest of a log would store.
+
+    Attributes
+    ----------
+    steps : tuple of LoggedStep
+        Steps that would be stored.
+    contents : mapping
+        The first two of them and the last one, as they would be stored.
+    warnings : tuple of str
+        Warnings about steps that would not be stored.
+    """
+
+    steps: tuple[LoggedStep, ...]
+    contents: Mapping[LoggedStep, StepContent]
+    warnings: tuple[str, ...]
+
+
+def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
+    """Apply the checks of `natgrad.ingestion.ingest` to the first two states of a log and to the last one.
+
+    Parameters
+    ----------
+    log : Source
+    allow_gaps : bool
+        See `natgrad.ingestion.ingest`.
+
+    Raises
+    ------
+    InputError
+        If these states cannot be ingested into a new OUT, or if no two of them follow each other.
+    """
+    warnings: list[str] = []
+    with ListedLog(log) as listed:
+        steps = finished_steps(listed, listed.steps(), None, warnings)
+        states, _ = states_to_write(listed, steps, None, allow_gaps, None, warnings)
+        steps = [state.step for state in states]
+        pair = next(((a, b) for a, b in itertools.pairwise(steps) if a.run == b.run), None)
+        if pair is None:
+            raise InputError(
+                f"there {'is only one state' if len(steps) == 1 else f'are {len(steps)} states of different runs'}",
+                where=str(log.location),
+                why="an update leads from one state to the next, so that at least two states of a run are needed",
+                remedy="log more states, or pass the folder that contains them",
+            )
+        contents = describe_steps(listed, list(dict.fromkeys((*pair, steps[-1]))), [], False)
+        for step in pair:
+            _read(listed, step, contents[step])
+    return Rehearsal(tuple(steps), contents, tuple(warnings))
+
+
+def _read(log: Source, step: LoggedStep, content: StepContent) -> None:
+    """Read the first elements of the tensors of a state."""
+    left = _READ_LIMIT
+    with log.open(step) as reader:
+        for array, name, tensor in _tensors(content):
+            dtype = storage_dtype(tensor.dtype)
+            size = min(math.prod(tensor.shape), left // dtype.itemsize)
+            if size:
+                reader.read(array, name, 0, np.empty(size, dtype))
+            left -= size * dtype.itemsize
+
+
+def _tensors(content: StepContent) -> Sequence[tuple[str, str, LoggedTensor]]:
+    return [
+        (array, name, tensor)
+        for array, tensors in content.arrays.items()
+        for name, tensor in tensors.items()
+        if tensor.dtype in STORAGE_DTYPES
+    ]

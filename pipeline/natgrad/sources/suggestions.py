@@ -1,0 +1,185 @@
+"""Suggest options with which a log may be read: patterns of its names, and keys of its quantities.
+
+The suggestions follow from names alone. They must be tried, and shown to the user, before they are used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from natgrad.schema.layout import STORAGE_DTYPES
+from natgrad.schema.names import SCALARS
+from natgrad.sources.search import is_step_file, skeleton, step_suffixes
+from natgrad.sources.step_names import STEP_FIELD, counts_other, role_of, words
+from natgrad.sources.steps import LoggedTensor
+
+__all__ = ["suggested_map", "suggested_patterns"]
+
+_PATTERNS = 8
+_STARS = 3
+_NAMES_LIMIT = 1 << 12
+
+_GRADIENT = {"gradient", "gradients", "grad", "grads", "g", "dw", "dtheta", "dparams"}
+_PARAMETER = {
+    *("parameter", "parameters", "param", "params", "weight", "weights", "theta", "w"),
+    *("model", "net", "network", "module", "state", "variables"),
+}
+_NO_PARAMETER = {
+    *("optim", "optimizer", "opt", "ema", "momentum", "velocity", "exp", "avg", "moment", "hvp", "buffer", "sq"),
+}
+_SCALAR_WORDS: dict[str, tuple[set[str], ...]] = {
+    "loss": ({"loss"}, {"objective"}, {"cost"}, {"nll"}),
+    "learning_rate": ({"learning", "rate"}, {"lr"}, {"eta"}, {"step", "size"}, {"stepsize"}),
+    "loss_time_derivative": ({"loss", "time", "derivative"},),
+    "hessian_min_eigenvalue": ({"hessian", "min", "eigenvalue"},),
+    "step": ({"step"}, {"steps"}, {"iteration"}, {"iter"}, {"update"}, {"updates"}, {"batch"}, {"it"}),
+}
+_OTHER_SCALARS = {
+    *("val", "valid", "validation", "eval", "evaluation", "test", "dev", "time", "derivative", "min", "max", "std"),
+    *("initial", "base", "scale", "size", "epoch", "accuracy"),
+}
+_PREFERRED = {"train", "training", "total", "trainer", "global"}
+
+
+# Names --------------------------------------------------------------------------------------------------------
+
+
+def suggested_patterns(folder: Path) -> list[str]:
+    """Return patterns of names (``--pattern``) that each select several files, the most likely one first.
+
+    Files whose names differ only in numbers have one pattern for each number that differs. Files in folders whose
+    names differ in the same way are found as well. Files with other endings count if their content is that of a
+    format.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in _names(folder):
+        groups.setdefault(skeleton(name), []).append(name)
+    suffixes = step_suffixes()
+    ordered = sorted(groups.values(), key=lambda group: (bool(role_of(group[0])), -len(group)))
+    patterns = [
+        pattern
+        for group in ordered
+        if group[0].endswith(suffixes) or is_step_file(folder / group[0])
+        for pattern in _patterns_of(group)
+    ]
+    return list(dict.fromkeys(patterns))[:_PATTERNS]
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the relative names of files at most two folders below."""
+    found: list[str] = []
+    for depth in ("*", "*/*", "*/*/*"):
+        for path in folder.glob(depth):
+            name = path.relative_to(folder).as_posix()
+            if len(found) < _NAMES_LIMIT and "/." not in f"/{name}" and path.is_file():
+                found.append(name)
+    return sorted(found)
+
+
+def _patterns_of(names: Sequence[str]) -> list[str]:
+    """Return a pattern for each number in which names of the same form differ, from the last one on."""
+    if len(names) < 2:
+        return []
+    numbers = [re.findall(r"[0-9]+", name) for name in names]
+    texts = re.split(r"[0-9]+", names[0])
+    distinct = [len({int(value) for value in column}) for column in zip(*numbers, strict=True)]
+    patterns = []
+    possible = [
+        at
+        for at, count in enumerate(distinct)
+        if count == len(names) and not counts_other(texts[at].split("/")[-1])
+    ]
+    for position in reversed(possible):
+        fields = [
+            STEP_FIELD if at == position else numbers[0][at] if count == 1 else "*"
+            for at, count in enumerate(distinct)
+        ]
+        pattern = texts[0] + "".join(field + text for field, text in zip(fields, texts[1:], strict=True))
+        if all(part.count("*") <= _STARS for part in pattern.split("/")) and not set("{}") & set(
+            pattern.replace(STEP_FIELD, "")
+        ):
+            patterns.append(pattern)
+    return patterns
+
+
+# Keys ---------------------------------------------------------------------------------------------------------
+
+
+def suggested_map(keys: Mapping[str, LoggedTensor | float], lacking: Collection[str]) -> dict[str, str]:
+    """Return keys (``--map``) of quantities that a log lacks under the usual ones.
+
+    Parameters
+    ----------
+    keys : mapping
+        All keys of a step; see `natgrad.sources.base.Keyed`.
+    lacking : collection of str
+        Quantities for which a key is needed.
+
+    Examples
+    --------
+    >>> w = LoggedTensor((3,), "float32")
+    >>> suggested_map({"net/w": w, "dL/grad/w": w, "eta": 0.1}, {"gradient", "learning_rate"})
+    {'parameter': 'net', 'gradient': 'dL/grad', 'learning_rate': 'eta'}
+    """
+    found = _arrays(keys) if {"parameter", "gradient"} & set(lacking) else {}
+    for quantity in (*SCALARS, "step"):
+        if quantity in lacking:
+            key = _scalar(keys, quantity)
+            found |= {quantity: key} if key else {}
+    return found
+
+
+def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
+    """Return the keys of gradients, named as such, and of parameters with the same names and shapes."""
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in keys.items():
+        if isinstance(tensor, LoggedTensor) and tensor.dtype in STORAGE_DTYPES:
+            groups.setdefault(key, {})[""] = tensor.shape
+            for match in re.finditer("[/.]", key):
+                groups.setdefault(key[: match.start()], {})[key[match.end() :]] = tensor.shape
+    for gradient in sorted((key for key in groups if _last_words(key) & _GRADIENT), key=len):
+        names = groups[gradient]
+        candidates = [
+            key
+            for key, group in groups.items()
+            if not _overlap(key, gradient)
+            and not words(key) & (_NO_PARAMETER | _GRADIENT)
+            and _includes(group, names)
+        ]
+        hinted = [key for key in candidates if _last_words(key) & _PARAMETER] or candidates
+        smallest = min((len(groups[key]) for key in hinted), default=0)
+        best = [key for key in hinted if len(groups[key]) == smallest]
+        if len(best) == 1:
+            return {"parameter": best[0], "gradient": gradient}
+    return {}
+
+
+def _last_words(key: str) -> set[str]:
+    return words(re.split("[/.]", key)[-1])
+
+
+def _overlap(key: str, other: str) -> bool:
+    return key == other or key.startswith((f"{other}/", f"{other}.")) or other.startswith((f"{key}/", f"{key}."))
+
+
+def _includes(group: Mapping[str, tuple[int, ...]], names: Mapping[str, tuple[int, ...]]) -> bool:
+    return all(group.get(name) == shape for name, shape in names.items())
+
+
+def _scalar(keys: Mapping[str, LoggedTensor | float], quantity: str) -> str:
+    """Return the only key whose name is that of a scalar; empty if there is none, or several."""
+    for required in _SCALAR_WORDS[quantity]:
+        found = [
+            key
+            for key, value in keys.items()
+            if required <= words(key)
+            and not words(key) & (_OTHER_SCALARS - required)
+            and (not isinstance(value, LoggedTensor) or math.prod(value.shape) == 1)
+        ]
+        preferred = [key for key in found if words(key) & _PREFERRED] or found
+        if len(preferred) == 1:
+            return preferred[0]
+    return ""
