@@ -71,7 +71,11 @@ TESTS = {
     "theory.geometry": ["theory/test_geometry", "results/test_pairs", "theory/test_theory", "results/test_dataset"],
     "theory.metric_operators": ["theory/test_metric_operators", "theory/test_theory"],
     "theory.preconditioners": ["theory/test_preconditioners"],
-    "theory.symmetric_operators": ["theory/test_metric_operators", "theory/test_theory"],
+    "theory.symmetric_operators": [
+        "theory/test_metric_operators",
+        "theory/test_preconditioners",
+        "theory/test_theory",
+    ],
     "theory.windows": ["theory/test_windows", "results/test_dataset"],
 }
 """The tests that must detect the mutants of each module, in the order in which they run."""

@@ -406,6 +406,20 @@ def test_a_matrix_that_is_not_a_metric_is_not_valid():
     assert canonical_form([2.0], [1.0]).valid
 
 
+def test_the_asymmetry_of_a_matrix_is_measured_in_units_of_its_norm():
+    rng = np.random.default_rng(0)
+    skew = np.triu(rng.standard_normal((5, 5)), 1)
+    matrix = np.diag(np.arange(1.0, 6.0)) + 1e-3 * (skew - skew.T)
+    form = canonical_form(matrix, np.ones(5))
+    expected = np.linalg.norm(matrix - matrix.T, 2) / form.eigenvalue_max
+    assert form.symmetry_residual == pytest.approx(expected, rel=1e-12)
+    # The asymmetry of an operator is sampled, so only zero is known exactly.
+    operator = canonical_form(aslinearoperator(matrix), np.ones(5))
+    assert 0 < operator.symmetry_residual <= expected * (1 + 1e-12)
+    symmetric = canonical_form(aslinearoperator(matrix + matrix.T), np.ones(5))
+    assert symmetric.symmetry_residual <= 5 * 2.0**-52
+
+
 def test_exact_eigenvalues_may_be_far_apart_and_computed_ones_may_not():
     update = np.array([1.0, 1.0])
     # 1e-20 is below the rounding of the eigenvalues of a matrix, but not of a diagonal or of its factors.

@@ -18,6 +18,7 @@ from natgrad.theory.preconditioners import (
     rotated_eigenvalues,
     symmetric_factor,
 )
+from natgrad.theory.symmetric_operators import Kronecker
 
 U = 2.0**-53
 
@@ -194,3 +195,77 @@ def test_a_larger_learning_rate_of_a_tensor_is_a_smaller_metric_of_the_model():
     # The blocks of the second update are 1 to 4 and 1/2 to 3/2.
     np.testing.assert_equal(model, [6.0, 8.0, np.nan])
     assert np.isnan(condition_number([1.0, 1.0], [2.0, 2.0], [0.0, 1.0])[1])
+
+
+def spd(rng, size):
+    a = rng.standard_normal((size, size))
+    return a @ a.T + 0.1 * np.eye(size)
+
+
+@pytest.mark.parametrize("exponent", [1.0, -1.0, 0.5, -0.25])
+def test_a_kronecker_product_of_powers_equals_that_of_dense_matrices(exponent):
+    rng = np.random.default_rng(1)
+    first, diagonal, last = spd(rng, 3), rng.uniform(0.5, 2.0, 2), spd(rng, 4)
+    damping, dense = (0.1, 0.2, 0.3), np.ones((1, 1))
+    for matrix, term in zip((first, np.diag(diagonal), last), damping, strict=True):
+        values, vectors = np.linalg.eigh(matrix + term * np.eye(len(matrix)))
+        dense = np.kron(dense, vectors @ np.diag(values**exponent) @ vectors.T)
+    dense = dense + 0.5 * np.eye(24)
+    product = Kronecker(first, diagonal, last, exponent=exponent, damping=damping, shift=0.5)
+    values, _ = product.eigenvalues()
+    truth = np.linalg.eigvalsh(dense)[::-1]
+    # Powers with condition numbers up to 200, three factors of 9 terms, and 24 terms in LAPACK.
+    tolerance = (200 * 9 + 24) * 2 * U * truth[0]
+    np.testing.assert_allclose(product @ np.eye(24), dense, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(values, truth, rtol=0, atol=tolerance)
+    ends = [
+        factor_eigenvalues(factor, exponent=exponent, damping=term)
+        for factor, term in zip((first, diagonal, last), damping, strict=True)
+    ]
+    np.testing.assert_allclose(kronecker_eigenvalues(ends, 0.5), truth[[-1, 0]], rtol=0, atol=tolerance)
+
+
+def test_a_product_with_negative_eigenvalues_is_refused_or_has_exact_extremes():
+    assert kronecker_eigenvalues([(-1.0, 2.0), (1.0, 3.0)], shift=4.0) == (1.0, 10.0)
+    for ends in ([(-1.0, 2.0), (1.0, 3.0)], [(0.0, 1.0)], [(1.0, np.inf), (0.0, 1.0)], [(np.nan, 1.0)]):
+        with pytest.raises(InputError, match="not positive definite"):
+            kronecker_eigenvalues(ends)
+    assert kronecker_eigenvalues([]) == (1.0, 1.0)
+    assert factor_eigenvalues([1e-320, 1.0], exponent=-1.0) == (1.0, np.inf)
+    for exponent in (1.0, -1.0):
+        with pytest.raises(InputError, match="not finite"):
+            factor_eigenvalues([1.0, np.inf], exponent=exponent)
+    with pytest.raises(InputError, match="not positive definite"):
+        factor_eigenvalues(np.diag([1.0, 2.0**-53]), exponent=-1.0)
+    with pytest.raises(InputError, match="no damping follows"):
+        balanced_damping((np.eye(2), np.eye(2)), -1.0, 1e-8)
+
+
+def test_the_symmetry_tolerance_is_relative_to_the_factor():
+    rng = np.random.default_rng(2)
+    vectors = np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    values = np.array([1e-3, 1e-2, 0.1, 1.0, 1.0, 1.0])
+    factor = (vectors * values) @ vectors.T
+    factor = (factor + factor.T) / 2
+    # The largest values agree to a hundredth, although arithmetic mixes directions; the smallest ones do not.
+    large = np.outer(vectors[:, 4], vectors[:, 5]) - np.outer(vectors[:, 5], vectors[:, 4])
+    small = np.outer(vectors[:, 0], vectors[:, 1]) - np.outer(vectors[:, 1], vectors[:, 0])
+    np.testing.assert_allclose(symmetric_factor(factor + 0.01 * large, U, definite=True), factor, atol=1e-17)
+    for skew, amount in ((large, 2 * ASYMMETRY), (small, 0.01)):
+        with pytest.raises(InputError, match="not symmetric"):
+            symmetric_factor(factor + amount * skew, U, definite=True)
+    with pytest.raises(InputError, match="not symmetric"):
+        symmetric_factor(factor + 1e-6 * large, U, definite=False)
+    symmetric_factor(factor + 1e-8 * large, 2.0**-24, definite=False)
+
+
+def test_eigenvalues_of_a_rotated_metric_need_its_complete_state():
+    assert rotated_eigenvalues(0.25, 4.0, 0.5, 0.5) == (2.0, 5.0)
+    for known in (
+        (-1.0, 4.0, 0.5, 0.5),
+        (np.nan, np.nan, 0.5, 0.5),
+        (0.0, 4.0, 0.0, 0.5),
+        (0.25, 4.0, 0.5, np.nan),
+    ):
+        with pytest.raises(InputError, match="exp_avg_sq is"):
+            rotated_eigenvalues(*known)
