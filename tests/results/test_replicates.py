@@ -81,6 +81,7 @@ def test_everything_is_that_of_the_mean_vectors(seed, spread):
             scale = np.linalg.norm(y) * np.linalg.norm(mean)
             assert float(at["alignment"]) == pytest.approx(y @ mean, abs=lost(y, updates) * scale)
             assert int(at["status"]) == (Status.EFFECTIVE if y @ mean > 0 else Status.OBTUSE)
+            assert bool(at["effective"]) == (y @ mean > 0)
             for index, update in enumerate(updates):
                 expected = float(geometry.angle(pair_of(y, update)))
                 tolerance = angle_tolerance(y, updates, [index])
@@ -209,6 +210,29 @@ def test_the_angle_of_the_mean_is_as_accurate_as_promised(seed, angle, spread, s
             lengths = sum(np.linalg.norm(state[part]) for state in states) / 4
             rounding = 6 * 2.0**-53 * lengths / float(length)
             assert abs(mpf(float(at["angle"])) - psi) <= 1e-13 + rounding
+
+
+def test_replicates_near_the_gradient_are_almost_as_accurate_as_their_mean():
+    rng = np.random.default_rng(0)
+    y, g = vectors_at(1e-6, 50)
+    noise = rng.standard_normal((4, 50))
+    states = g + 1e-7 * (noise - noise.mean(axis=0))
+    gram = np.empty((1, 1, 7, 7))
+    kernel_gram.replicate_products(
+        [np.zeros((1, 50))], [-y[None]], [[state[None]] for state in states], np.array([0, 50]), gram
+    )
+    layout = Layout.from_shapes({"w": ((50,), "float64")})
+    tree = replicates.label(gram, layout, replicates=4, learning_rate=1.0)
+    found = tree["model"]["replicate_angle"].squeeze().values
+    for angle, state in zip(found, states, strict=True):
+        with mp.workdps(60):
+            minus, update = exact(y), exact(state)
+            along, length = mp.fdot(minus, update), mp.norm(update)
+            across = mp.norm([a - along / length**2 * b for a, b in zip(minus, update, strict=True)])
+            psi = mp.atan2(across, along / length)
+        # Products of the residual are off by 1e-14 of its square, which is about the square of the angle: the angle
+        # by up to the root of four times that. Without the residual it would be off by 2e-7.
+        assert abs(mpf(float(angle)) - psi) <= 2e-7 * max(psi, 1e-6) + 1e-13
 
 
 def test_replicates_that_underflow_or_overflow_are_not_zero_and_not_infinite():
