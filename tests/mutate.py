@@ -60,6 +60,7 @@ TESTS = {
     "results.pairs": ["results/test_pairs", "results/test_dataset"],
     "results.replicates": ["results/test_replicates"],
     "results.summary": ["results/test_summary"],
+    "results.updates": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
     "results.variables": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
     "theory.discrete_gradients": ["theory/test_discrete_gradients"],
     "theory.discrete_time": [

@@ -63,7 +63,7 @@ def label(
         Numbers m of consecutive logged updates in a window; 1 is always included. If a window extends past the end
         of the run or a restart, its values are NaN and its status is ``unverifiable``. The search for the smallest
         effective window tries lengths up to the longest of these windows, and at least up to the smaller of
-        `natgrad.results.variables.LONGEST_WINDOW` and half the run.
+        `natgrad.results.updates.LONGEST_WINDOW` and half the run.
     provenance : mapping, optional
         Attributes of the root group.
     variables : sequence of UpdateVariable, optional
