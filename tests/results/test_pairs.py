@@ -12,7 +12,7 @@ from mpmath import mp, mpf
 from test_dataset import table_of
 
 from logs import DTYPES
-from natgrad.results.pairs import model_and_tensors
+from natgrad.results.pairs import model_and_tensors, without_decay
 from natgrad.results.variables import VARIABLES, Updates
 from natgrad.schema.layout import Layout, unit_roundoff
 from natgrad.schema.variables import Status
@@ -200,3 +200,210 @@ def test_rounding_of_the_gradient_alone_turns_the_angle_by_nearly_its_uncertaint
     assert turned <= found
     # Both elements are just above a power of two, where rounding is coarsest. The update adds 2 u of float64.
     assert found <= turned * (1 + roundoff) + 4 * 2.0**-53
+
+
+# Without weight decay ------------------------------------------------------------------------------------------
+
+DECAY_TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
+
+
+def decayed_states(seed, decays, cancellation, time=False):
+    """Return three states whose updates are -eta lambda theta plus a rest, which is longer or shorter than that.
+
+    The rest has a random angle to the negative gradient. Its length relative to the decay is ``cancellation``.
+    """
+    rng = np.random.default_rng(seed)
+    theta = {name: rng.standard_normal(shape) for name, shape in DECAY_TENSORS.items()}
+    states = []
+    for _ in range(3):
+        gradient = {name: rng.standard_normal(shape) for name, shape in DECAY_TENSORS.items()}
+        state = {f"parameter/{name}": np.array(value) for name, value in theta.items()}
+        state |= {f"gradient/{name}": np.array(value) for name, value in gradient.items()}
+        states.append(state | {"loss": rng.standard_normal(), "learning_rate": RATE})
+        for (name, value), decay in zip(theta.items(), decays, strict=True):
+            rest = rng.standard_normal(value.shape) * cancellation * (RATE * decay or 1.0)
+            theta[name] = np.asarray(value - RATE * decay * value + rest)
+    return states
+
+
+def exact_rest(states, row, names, decays, descent):
+    """Return y, g without decay and the complete displacement of some tensors, as exact numbers.
+
+    A corrected gradient is the gradient plus the multiple of the complete displacement of the model that explains
+    the change of the loss, eq. (12).
+    """
+
+    def vector(kind, state, of=names):
+        return [x for name in of for x in exact(state[f"{kind}/{name}"])]
+
+    before, after = states[row], states[row + 1]
+    displacement = [b - a for a, b in zip(vector("parameter", before), vector("parameter", after), strict=True)]
+    decay = [mpf(decays[name]) for name in names for _ in exact(before[f"parameter/{name}"])]
+    theta = vector("parameter", before)
+    rest = [d + mpf(RATE) * x * t for d, x, t in zip(displacement, decay, theta, strict=True)]
+    gradient = vector("gradient", before)
+    if descent == "trapezoid":
+        gradient = [(a + b) / 2 for a, b in zip(gradient, vector("gradient", after), strict=True)]
+    if descent != "gradient":
+        every = list(DECAY_TENSORS)
+        moves = [
+            b - a
+            for a, b in zip(vector("parameter", before, every), vector("parameter", after, every), strict=True)
+        ]
+        slopes = vector("gradient", before, every)
+        if descent == "trapezoid":
+            slopes = [(a + b) / 2 for a, b in zip(slopes, vector("gradient", after, every), strict=True)]
+        change = mpf(float(after["loss"])) - mpf(float(before["loss"]))
+        factor = (change - exact_dot(slopes, moves)) / exact_dot(moves, moves)
+        gradient = [a + factor * d for a, d in zip(gradient, displacement, strict=True)]
+    decayed = [mpf(RATE) * x * t for x, t in zip(decay, theta, strict=True)]
+    scale = mp.sqrt(exact_dot(displacement, displacement)) + mp.sqrt(exact_dot(decayed, decayed))
+    return [-x for x in gradient], [x / mpf(RATE) for x in rest], scale
+
+
+def exact_angle_between(y, g):
+    along, square = exact_dot(y, g), exact_dot(g, g)
+    across = [a - b * along / square for a, b in zip(y, g, strict=True)]
+    return mp.atan2(mp.sqrt(exact_dot(across, across)), along / mp.sqrt(square))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    decays=st.tuples(*[st.sampled_from([0.0, 1e-4, 0.1, 2.0])] * 3),
+    cancellation=st.sampled_from([1e3, 1.0, 1e-2, 1e-4, 1e-6]),
+    descent=st.sampled_from(["gradient", "corrected", "trapezoid"]),
+)
+@settings(max_examples=60)
+def test_the_rest_of_an_update_is_that_of_directly_formed_vectors(seed, decays, cancellation, descent):
+    states = decayed_states(seed, decays, cancellation)
+    table = replace(table_of(states), weight_decay=np.tile(decays, (2, 1)))
+    model, tensors = without_decay(table, descent, model_and_tensors(table, descent))
+    by_name = dict(zip(DECAY_TENSORS, decays, strict=True))
+    every, each = [[*DECAY_TENSORS]], [[name] for name in DECAY_TENSORS]
+    # The uncertainty of the model contains those of its tensors, so the tensors are tested first.
+    largest = mpf(0)
+    for aggregation, parts in ((tensors, each), (model, every)):
+        updates = Updates(table, aggregation, descent)
+        with np.errstate(all="ignore"):
+            values = {
+                name: np.reshape(VARIABLES[name].values(updates), (2, len(parts)))
+                for name in ("status", "angle", "angle_uncertainty", "update_norm", "alignment", "gradient_norm")
+            }
+        for row, column in np.ndindex(2, len(parts)):
+            found = {name: float(value[row, column]) for name, value in values.items()}
+            with mp.workdps(60):
+                y, g, scale = exact_rest(states, row, parts[column], by_name, descent)
+                norm, of_y = (mp.sqrt(exact_dot(vector, vector)) for vector in (g, y))
+                # Relative to the vectors that are added. The square is off by 1e-14 of the square of their sum.
+                share = scale / (mpf(RATE) * norm)
+                largest = max(largest, share)
+                if found["status"] <= Status.OBTUSE:
+                    assert abs(found["update_norm"] - norm) * RATE <= 1e-12 * scale * max(share, 1) / 2
+                    assert abs(found["alignment"] - exact_dot(y, g)) * RATE <= 1e-12 * of_y * scale * max(share, 1)
+                    turned = abs(found["angle"] - exact_angle_between(y, g))
+                    assert turned <= found["angle_uncertainty"] + promised_angle_error()
+                    # The uncertainty grows with the cancellation and no faster: two terms of 2e-7 share, at most,
+                    # and the rounding of both states, each of which is shorter than 20.
+                    rounding = 3 * 20 * 2.0**-53 / (mpf(RATE) * norm)
+                    limit = 1e-6 * largest if largest < 1e5 else mp.pi
+                    assert found["angle_uncertainty"] <= limit + mp.pi * rounding
+                else:
+                    assert found["status"] == Status.UNVERIFIABLE
+                    assert share >= 1e6
+
+
+def test_cancellation_is_a_part_of_the_uncertainty():
+    wide, narrow = (
+        decayed_states(1, (0.1, 0.1, 0.1), cancellation) for cancellation in (1.0, 1e-5)
+    )  # the rest is as long as the decay, or much shorter
+    found = []
+    for states in (wide, narrow):
+        table = replace(table_of(states), weight_decay=np.full((2, 3), 0.1))
+        model, _ = without_decay(table, "gradient", model_and_tensors(table, "gradient"))
+        found.append(VARIABLES["angle_uncertainty"].values(Updates(table, model, "gradient")))
+    assert (found[0] < 1e-11).all()
+    # A square that is off by 1e-14 of 4e10 times itself turns the angle by 4e-4 / 2, at most.
+    assert (found[1] > 1e-5).all()
+
+
+def test_an_update_that_is_only_decay_is_unverifiable_and_leaves_the_model_exact():
+    states = decayed_states(0, (0.0, 0.0, 0.0), 1.0)
+    # With a few bits less than float64 has, 1 - 1/4 times a number is exact.
+    states[0]["parameter/wide"] = np.round(states[0]["parameter/wide"] * 2**20) / 2**20
+    for row in (1, 2):
+        states[row]["parameter/wide"] = states[row - 1]["parameter/wide"] * (1 - RATE)
+    table = replace(table_of(states), weight_decay=np.tile([1.0, 0.0, 0.0], (2, 1)))
+    model, tensors = without_decay(table, "gradient", model_and_tensors(table, "gradient"))
+    status = VARIABLES["status"].values(Updates(table, tensors, "gradient"))
+    assert (status[:, 0] == Status.UNVERIFIABLE).all()
+    assert (status[:, 1:] <= Status.OBTUSE).all()
+    updates = Updates(table, model, "gradient")
+    assert (VARIABLES["status"].values(updates) <= Status.OBTUSE).all()
+    assert np.isnan(VARIABLES["update_norm"].values(Updates(table, tensors, "gradient"))[0, 0])
+    y, g, _ = exact_rest(states, 0, [*DECAY_TENSORS], {"wide": 1.0, "line": 0.0, "plane": 0.0}, "gradient")
+    with mp.workdps(60):
+        turned = abs(float(VARIABLES["angle"].values(updates)[0]) - exact_angle_between(y, g))
+        assert turned <= VARIABLES["angle_uncertainty"].values(updates)[0]
+
+
+@pytest.mark.parametrize("descent", ["gradient", "corrected", "trapezoid", "taylor"])
+def test_decay_that_is_not_known_is_unverifiable(descent):
+    states = decayed_states(3, (0.1, 0.1, 0.1), 1.0)
+    unknown = np.array([[0.1, np.nan, 0.1], [0.1, 0.1, 0.1]])
+    table = replace(table_of(states), weight_decay=unknown)
+    model, tensors = without_decay(table, descent, model_and_tensors(table, descent))
+    of_model, of_tensors = (
+        VARIABLES["status"].values(Updates(table, aggregation, descent)) for aggregation in (model, tensors)
+    )
+    known = Status.UNVERIFIABLE if descent == "taylor" else Status.OBTUSE
+    assert of_model[0] == of_tensors[0, 1] == Status.UNVERIFIABLE
+    assert of_model[1] <= known
+    assert (of_tensors[1] <= known).all()
+    # Between logged states that are two updates apart, the parameters that decay are not known.
+    table = replace(table_of(states, numbers=[0, 2, 3]), weight_decay=np.full((2, 3), 0.1))
+    model, _ = without_decay(table, descent, model_and_tensors(table, descent))
+    assert VARIABLES["status"].values(Updates(table, model, descent))[0] == Status.UNVERIFIABLE
+
+
+def test_no_decay_gives_the_same_bits():
+    states = decayed_states(4, (0.1, 0.0, 2.0), 1.0)
+    table = replace(table_of(states), weight_decay=np.zeros((2, 3)))
+    own = model_and_tensors(table, "gradient")
+    for rest, complete in zip(without_decay(table, "gradient", own), own, strict=True):
+        for one, other in zip(vars(rest.pair).values(), vars(complete.pair).values(), strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(rest.update_floor, complete.update_floor, rtol=4 * 2.0**-53)
+        np.testing.assert_array_equal(rest.gradient_floor, complete.gradient_floor)
+
+
+@pytest.mark.parametrize("descent", ["gradient", "corrected"])
+def test_a_model_extended_by_time_keeps_its_element_of_time(descent):
+    states = decayed_states(5, (0.1, 0.1, 0.1), 1.0)
+    slope = np.array([0.5, -2.0])
+    table = replace(table_of(states), weight_decay=np.full((2, 3), 0.1), loss_time_derivative=slope)
+    model, _ = without_decay(table, descent, model_and_tensors(table, descent))
+    angle = VARIABLES["angle"].values(Updates(table, model, descent))
+    for row in range(2):
+        with mp.workdps(60):
+            y, g, _ = exact_rest(states, row, [*DECAY_TENSORS], dict.fromkeys(DECAY_TENSORS, 0.1), "gradient")
+            y, g = [*y, -mpf(slope[row])], [*g, mpf(1)]
+            if descent == "corrected":
+                _, moved, _ = exact_rest(states, row, [*DECAY_TENSORS], dict.fromkeys(DECAY_TENSORS, 0), "gradient")
+                moved = [*moved, mpf(1)]
+                change = mpf(float(states[row + 1]["loss"])) - mpf(float(states[row]["loss"]))
+                factor = (-change / mpf(RATE) - exact_dot(y, moved)) / exact_dot(moved, moved)
+                y = [a + factor * b for a, b in zip(y, moved, strict=True)]
+            assert abs(angle[row] - exact_angle_between(y, g)) <= 1e-12
+
+
+def test_groups_with_different_rates_decay_by_their_own_rate():
+    states = decayed_states(6, (0.1, 0.1, 0.1), 1.0)
+    decays, rates = np.full((2, 3), 0.1), np.tile([RATE, RATE / 2, RATE / 8], (2, 1))
+    table = replace(table_of(states), weight_decay=decays, tensor_learning_rate=rates)
+    model, tensors = without_decay(table, "gradient", model_and_tensors(table, "gradient"))
+    # The same shares of the parameters decay at one rate and another coefficient.
+    same = replace(table_of(states), weight_decay=decays * rates / RATE)
+    expected, of_each = without_decay(same, "gradient", model_and_tensors(same, "gradient"))
+    np.testing.assert_allclose(model.pair.across_square, expected.pair.across_square, rtol=1e-14)
+    np.testing.assert_allclose(model.pair.alignment, expected.pair.alignment, rtol=1e-13)
+    np.testing.assert_allclose(tensors.pair.alignment, of_each.pair.alignment * RATE / rates, rtol=1e-13)

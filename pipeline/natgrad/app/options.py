@@ -385,6 +385,23 @@ def _checked_map(mapping: dict[str, str]) -> dict[str, str]:
     return mapping
 
 
+def _parsed_decay(texts: Sequence[str]) -> Mapping[str, Any]:
+    values: dict[str, Any] = {}
+    for text in texts:
+        pattern, equals, value = text.rpartition("=")
+        try:
+            # A later value of a pattern replaces an earlier one, and its place in the order.
+            values.pop(pattern if equals else "*", None)
+            values[pattern if equals else "*"] = float(value)
+        except ValueError:
+            raise InputError(
+                f"--weight-decay must be LAMBDA or TENSOR=LAMBDA, got {text!r}",
+                where="option weight_decay",
+                remedy="write, for example, --weight-decay 0.01 --weight-decay '*.bias=0'",
+            ) from None
+    return values
+
+
 def _parsed_shift(pairs: Sequence[str]) -> Mapping[str, int]:
     from natgrad.sources.names import parse_shift
 
@@ -706,6 +723,18 @@ class AnalyzeOptions(WorkerOptions, total=False):
     learning_rate: Annotated[
         float | None,
         Option("Learning rate of steps without a logged one.", unset="not known", metavar="RATE", above=0),
+    ]
+    weight_decay: Annotated[
+        float | Mapping[str, float] | None,
+        Option(
+            "Coefficient of decoupled weight decay (AdamW) where the log has none: of all tensors, or of those "
+            "whose names match a pattern, TENSOR=LAMBDA; the last match applies. The results then also have the "
+            "updates without decay.",
+            unset="not known",
+            metavar="[TENSOR=]LAMBDA",
+            minimum=0,
+            parse=_parsed_decay,
+        ),
     ]
     gammas: Annotated[
         Sequence[float] | None,

@@ -59,6 +59,7 @@ class Analysis:
     """Options of an analysis; see `natgrad.app.options.AnalyzeOptions`."""
 
     learning_rate: float | None = None
+    weight_decay: float | Mapping[str, float] | None = None
     gammas: Sequence[float] = tuple(_DEFAULTS["gammas"])
     windows: Sequence[int] = tuple(_DEFAULTS["windows"])
     workers: int | None = None
@@ -244,7 +245,13 @@ def _analyze(
     folder = RunFolder(folder.storage.latest())
     states = Trajectory(folder.trajectory)
     ledger = Ledger(folder.ledger)
-    rows, inputs = update_table(states, ledger, learning_rate=analysis.learning_rate, attempt=analysis.attempt)
+    rows, inputs = update_table(
+        states,
+        ledger,
+        learning_rate=analysis.learning_rate,
+        weight_decay=analysis.weight_decay,
+        attempt=analysis.attempt,
+    )
     provenance = {
         "source": states.source,
         "fingerprint": states.fingerprint(),
@@ -253,6 +260,7 @@ def _analyze(
         "results_version": RESULTS_VERSION,
         "options": {
             "learning_rate": analysis.learning_rate,
+            "weight_decay": analysis.weight_decay,
             "gamma": list(analysis.gammas),
             "window": list(analysis.windows),
             "attempt": int(states.scalar(ATTEMPT).max()) if analysis.attempt is None else analysis.attempt,
@@ -360,6 +368,7 @@ def _compute_results_again(folder: RunFolder, error: InputError) -> None:
         folder.storage,
         Analysis(
             learning_rate=options["learning_rate"],
+            weight_decay=options["weight_decay"],
             gammas=options["gamma"],
             windows=options["window"],
             attempt=None if attempt == newest else attempt,

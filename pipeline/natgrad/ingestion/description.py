@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import promote
-from natgrad.schema.names import OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES
+from natgrad.schema.names import HYPERPARAMETERS, OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
@@ -53,7 +53,7 @@ def stores_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ())
     """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
-    stored = any(name != "tensor_learning_rate" for name in trajectory.tables)
+    stored = any(name not in HYPERPARAMETERS for name in trajectory.tables)
     if "optimizer" in include and not stored:
         raise InputError(
             "the trajectory was created without the optimizer state",
@@ -97,10 +97,12 @@ def describe_steps(
         # Steps with equal descriptions share one object, because a long run of a large model has many steps.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
+        state = content.optimizer
+        state = same.optimizer if same is not None and same.optimizer == state else state
         contents[step] = StepContent(
             arrays,
             content.scalars,
-            optimizer=content.optimizer,
+            optimizer=state,
             replicate_loss=content.replicate_loss,
             alignment=content.alignment,
         )

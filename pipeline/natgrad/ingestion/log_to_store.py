@@ -26,11 +26,13 @@ from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, chunk_s
 from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
+    HYPERPARAMETERS,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
     REPLICATE_LOSS,
     SCALARS,
     STEP,
+    TENSOR_WEIGHT_DECAY,
     USUAL_SCALARS,
 )
 from natgrad.schema.summary import Summary
@@ -348,7 +350,7 @@ def _matching_trajectory(
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
         source, sweep = str(first.storage.parent.absolute()), bool(first.run)
         described = list(contents.values())
-        tables = _tables(first, described, dtypes) if optimizer else _rate_tables(described)
+        tables = _tables(first, described, dtypes) if optimizer else _hyperparameter_tables(described)
         replicates = content.replicates
         return Trajectory.create(
             store,
@@ -398,7 +400,8 @@ def _matching_trajectory(
 def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[str, str]) -> list[str]:
     """Return the names of the optimizer numbers that these steps contain, or that are computed from them."""
     states = [content.optimizer for content in contents if content.optimizer is not None]
-    found = {name for state in states for name in state.numbers}
+    found = {name for state in states for name in state.numbers if name not in HYPERPARAMETERS}
+    found |= set(_hyperparameter_tables(contents))
     if "exp_avg_sq" in dtypes:
         found |= set(EXTREMES)
     found |= _metric_tables(contents)
@@ -414,9 +417,12 @@ def _tables(first: LoggedStep, contents: Sequence[StepContent], dtypes: Mapping[
     return [name for name in OPTIMIZER_NUMBERS if name in found]
 
 
-def _rate_tables(contents: Sequence[StepContent]) -> list[str]:
-    """Return the name of the table of learning rates, if the optimizer has several groups."""
-    return ["tensor_learning_rate"] if any(content.optimizer is not None for content in contents) else []
+def _hyperparameter_tables(contents: Sequence[StepContent]) -> list[str]:
+    """Return the names of the tables of learning rates, if they differ, and of weight decay, if it is not 0."""
+    states = [content.optimizer for content in contents if content.optimizer is not None]
+    found = {"tensor_learning_rate": any(state.rates for state in states)}
+    found[TENSOR_WEIGHT_DECAY] = any(decay > 0 for state in states for decay in state.decays.values())
+    return [name for name in HYPERPARAMETERS if found[name]]
 
 
 def _metric_tables(contents: Iterable[StepContent]) -> set[str]:
@@ -436,7 +442,7 @@ def _metrics_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep
         return
     metrics = stores_optimizer(trajectory)
     for step, content in contents.items():
-        available = (_metric_tables([content]) if metrics else set()) | set(_rate_tables([content]))
+        available = (_metric_tables([content]) if metrics else set()) | set(_hyperparameter_tables([content]))
         if missing := sorted(available - set(trajectory.tables)):
             yield (
                 f"{', '.join(missing)} are available since step {step.number}, but are not stored, because earlier "

@@ -1,6 +1,7 @@
 """Compute labelled results as xarray datasets, write them to ``results.zarr`` and read them.
 
-`label` converts a table of updates to a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``. Each
+`label` converts a table of updates to a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``. If
+decoupled weight decay is known, ``/without_decay`` has the same groups, for the updates without decay. Each
 variable of `natgrad.results.variables` declares how it is computed and where it is defined.
 """
 
@@ -15,7 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
-from natgrad.results.pairs import Aggregation, model_and_tensors
+from natgrad.results.pairs import Aggregation, model_and_tensors, without_decay
 from natgrad.results.stored import COMPUTE_AGAIN, exist, write_summary
 from natgrad.results.variables import VARIABLES, Updates, UpdateVariable, registered_variables
 from natgrad.schema.errors import InputError
@@ -30,6 +31,7 @@ from natgrad.store.labelled import LabelledArray, LabelledGroup, write_groups
 
 __all__ = [
     "GAMMAS",
+    "WITHOUT_DECAY",
     "Damaged",
     "label",
     "read",
@@ -42,6 +44,16 @@ __all__ = [
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Default weights of the one-parameter family (eq. 22) in results."""
+
+WITHOUT_DECAY = "/without_decay"
+"""Path of the results of updates without decoupled weight decay."""
+
+_WITHOUT_DECAY = (
+    "Results of the updates without decoupled weight decay: the displacement is theta_{t+1} - theta_t "
+    "+ eta lambda theta_t, where lambda is the variable weight_decay of /tensor. The estimates of the negative "
+    "gradient are those of /model and /tensor."
+)
+
 
 
 def label(
@@ -98,14 +110,22 @@ def label(
     chosen = [*VARIABLES.values(), *(variables or ()), *(extension.value for extension in extensions)]
     # A diverged run contains infinities. Results that depend on them are NaN, and the status gives the reason.
     with np.errstate(all="ignore"):
-        aggregations = {descent: model_and_tensors(table, descent) for descent in DESCENTS}
+        complete = {descent: model_and_tensors(table, descent) for descent in DESCENTS}
+        updates_by_path = {"": complete}
+        if table.weight_decay is not None:
+            updates_by_path[WITHOUT_DECAY] = {
+                descent: without_decay(table, descent, both) for descent, both in complete.items()
+            }
         groups = {
-            path: _dataset(
-                table, {name: both[index] for name, both in aggregations.items()}, gammas, windows, chosen
+            f"{path}/{name}": _dataset(
+                table, {descent: both[index] for descent, both in aggregations.items()}, gammas, windows, chosen
             )
-            for index, path in enumerate(("/model", "/tensor"))
+            for path, aggregations in updates_by_path.items()
+            for index, name in enumerate(("model", "tensor"))
         }
     tree = xr.DataTree.from_dict(groups)
+    if table.weight_decay is not None:
+        tree[WITHOUT_DECAY].attrs = {"description": _WITHOUT_DECAY}
     extended = {extension.distribution: extension.version for extension in extensions}
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
     tree.attrs |= {"versions": {**versions(), **extended}, "results_version": RESULTS_VERSION}

@@ -5,13 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
-from natgrad.schema.names import ATTEMPT, METRIC_EIGENVALUES, OPTIMIZER_NUMBERS, RUN
+from natgrad.schema.logs import logger
+from natgrad.schema.names import (
+    ATTEMPT,
+    HYPERPARAMETERS,
+    METRIC_EIGENVALUES,
+    OPTIMIZER_NUMBERS,
+    RUN,
+    STEP,
+    TENSOR_WEIGHT_DECAY,
+    WEIGHT_DECAY,
+)
 from natgrad.store import Ledger, Trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues
 from natgrad.theory.windows import consecutive
@@ -19,6 +30,8 @@ from natgrad.theory.windows import consecutive
 __all__ = ["Optimizer", "UpdateTable", "replicate_products", "update_table"]
 
 Array = NDArray[np.float64]
+
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class UpdateTable:
         The metric of the optimizer, if its state was stored.
     tensor_learning_rate : float64 array, shape (updates, tensors), optional
         eta of each tensor, if parameter groups differ in it. Default: eta of the model.
+    weight_decay : float64 array, shape (updates, tensors), optional
+        Coefficient lambda of decoupled weight decay, if it is requested or known and not 0; NaN where not known.
     """
 
     gram: Array
@@ -90,6 +105,7 @@ class UpdateTable:
     loss_time_derivative: Array | None = None
     optimizer: Optimizer | None = None
     tensor_learning_rate: Array | None = None
+    weight_decay: Array | None = None
 
     def has(self, names: Iterable[str]) -> bool:
         """Return True if the table has all of the named vectors and columns."""
@@ -147,7 +163,12 @@ def replicate_products(
 
 
 def update_table(
-    states: Trajectory, ledger: Ledger, *, learning_rate: float | None = None, attempt: int | None = None
+    states: Trajectory,
+    ledger: Ledger,
+    *,
+    learning_rate: float | None = None,
+    weight_decay: float | Mapping[str, float] | None = None,
+    attempt: int | None = None,
 ) -> tuple[NDArray[np.int64], UpdateTable]:
     """Select the current updates of each run, in the order of their steps.
 
@@ -157,6 +178,9 @@ def update_table(
     ledger : Ledger
     learning_rate : float, optional
         Learning rate for steps without a logged one.
+    weight_decay : float or mapping of str to float, optional
+        Coefficient of decoupled weight decay where none was logged: of all tensors, or by patterns of their names.
+        The last pattern that matches a tensor applies.
     attempt : int, optional
         Select the run as it was at this attempt. Default: the newest attempt.
 
@@ -169,7 +193,8 @@ def update_table(
     Raises
     ------
     InputError
-        If there is no such attempt, or no two selected states follow each other.
+        If there is no such attempt, no two selected states follow each other, or a pattern of ``weight_decay``
+        matches no tensor.
     """
     gram, _ = ledger.read()
     steps, spans = ledger.steps()
@@ -208,9 +233,54 @@ def update_table(
         runs=states.runs if states.sweep else (),
         run=run[updates] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[updates],
-        optimizer=_optimizer(states, updates, rates) if set(states.tables) - {"tensor_learning_rate"} else None,
+        optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(HYPERPARAMETERS) else None,
         tensor_learning_rate=of_tensors,
+        weight_decay=_weight_decay(states, updates, ledger.layout, weight_decay),
     )
+
+
+def _weight_decay(
+    states: Trajectory,
+    updates: NDArray[np.int64],
+    layout: Layout,
+    option: float | Mapping[str, float] | None,
+) -> NDArray[np.float64] | None:
+    """Return the coefficient of decoupled weight decay of each update and tensor; None if there is no decay.
+
+    The optimizer's own coefficient comes first, then the logged one, then the option.
+    """
+    decay, logged = (states.scalar(name)[updates] for name in (TENSOR_WEIGHT_DECAY, WEIGHT_DECAY))
+    decay = np.where(np.isnan(decay), logged[:, None], decay)
+    if option is None:
+        return decay if (decay > 0).any() else None
+    default = _of_each_tensor(layout, option)
+    differs = np.argwhere(~np.isnan(decay) & ~np.isnan(default) & (decay != default))
+    if len(differs):
+        update, tensor = differs[0]
+        _log.warning(
+            "--weight-decay sets %g for tensor %r, but the log has %g at step %d: the logged value is used",
+            default[tensor],
+            layout.names[tensor],
+            decay[update, tensor],
+            states.scalar(STEP)[updates[update]],
+        )
+    return np.where(np.isnan(decay), default, decay)
+
+
+def _of_each_tensor(layout: Layout, option: float | Mapping[str, float]) -> NDArray[np.float64]:
+    """Return the coefficient of each tensor that an option sets; NaN if no pattern matches its name."""
+    values = np.full(len(layout.names), np.nan)
+    for pattern, value in (option if isinstance(option, Mapping) else {"*": option}).items():
+        matches = [name == pattern or fnmatchcase(name, pattern) for name in layout.names]
+        if not any(matches):
+            raise InputError(
+                f"no tensor has a name that matches {pattern!r}",
+                where="option weight_decay",
+                why=f"the first tensors are {', '.join(map(repr, layout.names[:4]))}",
+                remedy="correct the pattern: * stands for any text",
+            )
+        values[matches] = value
+    return values
 
 
 def _learning_rates(
@@ -240,7 +310,7 @@ def _optimizer(states: Trajectory, updates: NDArray[np.int64], learning_rate: ND
     metric is computed from them, and otherwise from Adam's second moment. If the update of a tensor was rescaled by
     a factor that is not saved, the rate of the tensor is NaN.
     """
-    after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name != "tensor_learning_rate"}
+    after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name not in HYPERPARAMETERS}
     low, high = adam_eigenvalues(
         after["exp_avg_sq_min"], after["exp_avg_sq_max"], after["beta2"], after["epsilon"], after["updates"]
     )

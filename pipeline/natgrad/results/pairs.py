@@ -2,22 +2,26 @@
 
 The Gram matrix of an update gives one pair for each estimate of the negative gradient (eq. 12), and the largest
 error of this pair caused by rounding. `natgrad.results.variables` computes the variables from the pairs.
+
+Decoupled weight decay (AdamW) adds -eta lambda theta_t to the update. `without_decay` gives the pairs of the rest
+of the update, whose displacement is d + eta lambda theta_t. Its inner products follow from those of the ledger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
-from natgrad.schema.layout import underflow_error, unit_roundoff
+from natgrad.schema.layout import Layout, underflow_error, unit_roundoff
 from natgrad.schema.names import HVP, STEP, TENSOR
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.geometry import Pair
 
-__all__ = ["Aggregation", "model_and_tensors"]
+__all__ = ["Aggregation", "model_and_tensors", "without_decay"]
 
 Array = NDArray[np.float64]
 
@@ -99,13 +103,15 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     model, tensors : Aggregation
         Arrays have the shapes (updates,) and (updates, tensors).
     """
-    gram, vectors, layout = table.gram, table.vectors, table.layout
     estimate = _ESTIMATES[descent]
-    half, logged = estimate.half, estimate.half is None or estimate.half in vectors
-    if not logged:
-        # A vector that was not logged is replaced by NaN and marked as not known: the run has not failed.
-        gram = np.pad(gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
-        vectors = (*vectors, str(half))
+    model, tensors = _uncorrected(table, estimate)
+    return _both_corrected(table, model, tensors) if estimate.corrected else (model, tensors)
+
+
+def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggregation, Aggregation]:
+    """Compute the pairs before the correction along the displacement."""
+    layout, half = table.layout, estimate.half
+    gram, vectors, logged = _products(table, half)
     index = {name: position for position, name in enumerate(vectors)}
 
     def norm(vector: str) -> Array:
@@ -119,14 +125,11 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     rate = (table.learning_rate * table.spans)[:, None]
     own = table.tensor_learning_rate
     own_rate = rate if own is None else own * table.spans[:, None]
-    change = (table.next_loss - table.loss)[:, None]
-    sizes = np.array([tensor.size for tensor in layout.tensors])
-    roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
+    sizes, roundoff, underflow = _rounding(layout)
     of_tensors = geometry.pair(gram, vectors, rate, sizes, half=half)
     of_model = geometry.direct_sum([of_tensors[:, tensor] for tensor in range(len(layout.tensors))])
     if own is not None:
         of_tensors = geometry.pair(gram, vectors, own_rate, sizes, half=half)
-    underflow = np.array([underflow_error(tensor.dtype) for tensor in layout.tensors]) * np.sqrt(sizes)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff, underflow)
     gradient_floor = _rounding_error(norm("gradient"), sizes, table.dtypes["gradient"])
     finite = is_finite("displacement") & is_finite("gradient")
@@ -157,15 +160,29 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
         _norm(norm("gradient"), axis=1) if half is None else None,
         _norm(norm("parameter"), axis=1),
     )
-    model = _with_time(model, table, estimate)
-    if not estimate.corrected:
-        return model, tensors
+    return _with_time(model, table.extended(), table.loss_time_derivative, estimate), tensors
+
+
+def _products(table: UpdateTable, half: str | None) -> tuple[Array, tuple[str, ...], bool]:
+    """Return the Gram matrices, the names of their vectors, and whether the vector of an estimate was logged."""
+    if half is None or half in table.vectors:
+        return table.gram, table.vectors, True
+    # A vector that was not logged is replaced by NaN and marked as not known: the run has not failed.
+    padded = np.pad(table.gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
+    return padded, (*table.vectors, half), False
+
+
+def _both_corrected(
+    table: UpdateTable, model: Aggregation, tensors: Aggregation
+) -> tuple[Aggregation, Aggregation]:
+    change = (table.next_loss - table.loss)[:, None]
     # A tensor's share of the loss change is computed from the model's pair.
     tensors = replace(
         tensors, known=tensors.known & model.known[:, None], finite=tensors.finite & model.finite[:, None]
     )
     # The g of the model divided by the learning rate of the tensor, as the g of the tensor is.
-    factor = np.where(own_rate == rate, 1.0, rate / own_rate)
+    rate = model.rate[:, None]
+    factor = np.where(tensors.rate == rate, 1.0, rate / tensors.rate)
     return (
         _corrected(model, change[:, 0], model.pair, model.update_floor),
         _corrected(
@@ -187,9 +204,10 @@ def _corrected(aggregation: Aggregation, change: Array, model: Pair, model_floor
     )
 
 
-def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimate) -> Aggregation:
+def _with_time(
+    model: Aggregation, extended: NDArray[np.bool_], slope: Array | None, estimate: GradientEstimate
+) -> Aggregation:
     """Extend the model by time, in the runs that log dL/dt."""
-    extended, slope = table.extended(), table.loss_time_derivative
     if slope is None:
         return model
     columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
@@ -202,6 +220,179 @@ def _with_time(model: Aggregation, table: UpdateTable, estimate: GradientEstimat
         known=model.known & ~(extended & (np.isnan(slope) | (estimate.half == HVP))),
         gradient_norm=norm if norm is None else np.where(extended, np.hypot(norm, slope), norm),
     )
+
+
+def without_decay(
+    table: UpdateTable, descent: str, with_decay: tuple[Aggregation, Aggregation]
+) -> tuple[Aggregation, Aggregation]:
+    """Compute the pairs of the updates without decoupled weight decay, d + eta lambda theta_t.
+
+    The estimate of the negative gradient is the same as with decay. In particular, a corrected gradient is that
+    along the complete displacement, to which the change of the loss belongs.
+
+    Parameters
+    ----------
+    table : UpdateTable
+        With the coefficients lambda (``weight_decay``). If they are not known, or if several updates lie between
+        two logged states, the decay is not known, and neither are the pairs.
+    descent : str
+        Estimate of the negative gradient.
+    with_decay : tuple of Aggregation
+        Model and tensors with decay, from `model_and_tensors`.
+
+    Returns
+    -------
+    model, tensors : Aggregation
+
+    Notes
+    -----
+    With s = |d| + eta lambda |theta|, each inner product of the ledger is off by at most e = 1e-14 of the norms
+    (`natgrad.theory.geometry.LEDGER_ERROR`), so the square q of the rest is off by at most e s^2, and its product
+    with y by e |y| s. Together they change the angle as an error of the rest of norm ``2 e s (1 + s / sqrt(q))``
+    does, which is part of the largest error of the update. Where q <= 2 e s^2, decay cancels the rest of the update
+    completely. The rest of that tensor is then unverifiable, and at most ``2 sqrt(e) s``.
+    """
+    estimate = _ESTIMATES[descent]
+    model, tensors = with_decay
+    gram, vectors, _ = _products(table, estimate.half)
+    index = {name: position for position, name in enumerate(vectors)}
+    correction = np.zeros(len(gram))
+    if estimate.corrected:
+        before, _ = _uncorrected(table, estimate)
+        # The multiple of the displacement that the correction adds to the gradient.
+        correction = -discrete_time.correction(before.rate, table.next_loss - table.loss, before.pair) / before.rate
+    share = _decayed_share(table, tensors.rate)
+    rest = _rest(gram, index, share, correction[:, None])
+    cancelled, length = rest.cancelled, rest.length
+    sizes, roundoff, underflow = _rounding(table.layout)
+    of_parts = geometry.pair(rest.products, vectors, model.rate[:, None], sizes, half=estimate.half)
+    of_model = geometry.direct_sum([of_parts[:, tensor] for tensor in range(len(sizes))])
+    if table.tensor_learning_rate is not None:
+        of_parts = geometry.pair(rest.products, vectors, tensors.rate, sizes, half=estimate.half)
+    known = ~np.isnan(share)
+
+    # The error of the update: rounding of theta_t, and of the inner products.
+    stored = np.abs(share) * geometry.rounding_error(tensors.parameter_norm, roundoff, underflow)
+    stored += tensors.update_floor * tensors.rate
+    lost = np.where(cancelled, 2.0 * np.sqrt(geometry.LEDGER_ERROR) * length, 0.0)
+    error = np.where(cancelled, lost, _cancellation(length, of_parts.update_norm * tensors.rate))
+    model_error = _cancellation(_norm(length, axis=1), of_model.update_norm * model.rate) + _norm(lost, axis=1)
+    # The error of the component of y across the rest.
+    across = np.where(share == 0, 0.0, geometry.combination_floor(rest.across_length, of_parts))
+    # In one dimension, y has no component across the rest, but the model has that part of y across its rest.
+    of_lines = of_parts.gradient_norm * np.minimum(
+        geometry.safe_divide(error, of_parts.update_norm * tensors.rate), 1.0
+    )
+    across_model = np.where((sizes == 1) & (share != 0), of_lines, across)
+    of_tensors = replace(of_parts, update_square=np.where(cancelled, np.nan, of_parts.update_square))
+    found = replace(
+        model,
+        pair=of_model,
+        known=model.known & known.all(axis=1),
+        update_floor=(_norm(stored, axis=1) + model_error) / model.rate,
+        gradient_floor=model.gradient_floor + _norm(across_model, axis=1),
+    )
+    slope = table.loss_time_derivative
+    if slope is not None:
+        # The correction also changes the element of y for time, whose displacement is eta.
+        slope = slope + correction * model.rate
+    return (
+        replace(_with_time(found, table.extended(), slope, estimate), gradient_norm=model.gradient_norm),
+        replace(
+            tensors,
+            pair=of_tensors,
+            known=tensors.known & known & ~cancelled,
+            update_floor=(stored + error) / tensors.rate,
+            gradient_floor=tensors.gradient_floor + across,
+        ),
+    )
+
+
+def _decayed_share(table: UpdateTable, rate: Array) -> Array:
+    """Return eta lambda, the share of theta_t that decays in each update; NaN where it is not known."""
+    decay = np.full(rate.shape, np.nan) if table.weight_decay is None else table.weight_decay
+    # Between two logged states with several updates, the parameters that decay are not known.
+    return np.where(decay == 0, 0.0, np.where(table.spans[:, None] == 1, rate * decay, np.nan))
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The rest of updates without decay.
+
+    Attributes
+    ----------
+    products : array
+        Gram matrices in which ``displacement`` is d + share theta, ``gradient`` is the corrected gradient, and
+        ``residual`` is its residual.
+    cancelled : bool array
+        Where decay cancels the rest completely. The square of the displacement is then 0.
+    length : array
+        Sum of the norms of d and share theta; 0 if nothing decays.
+    across_length : array
+        Sum of the norms of the vectors of which the residual consists; 0 if nothing decays.
+    """
+
+    products: Array
+    cancelled: NDArray[np.bool_]
+    length: Array
+    across_length: Array
+
+
+def _rest(gram: Array, index: Mapping[str, int], share: Array, correction: Array) -> _Rest:
+    """Return the products of d + share theta, and of the gradient + correction d."""
+    moved = gram.copy()
+    parameter, displacement, gradient, residual = (
+        index[name] for name in ("parameter", "displacement", "gradient", "residual")
+    )
+
+    def norm(vector: int) -> Array:
+        return np.sqrt(gram[..., vector, vector])
+
+    def add(target: int, source: int, factor: Array) -> None:
+        # 0 times an infinite product is 0.
+        factor = factor[..., None]
+        moved[..., target, :] += np.where(factor == 0, 0.0, factor * moved[..., source, :])
+        moved[..., :, target] += np.where(factor == 0, 0.0, factor * moved[..., :, source])
+
+    def replaced(target: int, source: int, where: NDArray[np.bool_]) -> None:
+        moved[..., target, :] = np.where(where[..., None], moved[..., source, :], moved[..., target, :])
+        moved[..., :, target] = np.where(where[..., None], moved[..., :, source], moved[..., :, target])
+
+    square, along = gram[..., displacement, displacement], gram[..., gradient, displacement]
+    # The ratio c of the residual is not known if the square of the displacement is not accurate.
+    inexact = square < geometry.EXACT_NORM**2
+    ratio = np.where(inexact, 0.0, geometry.safe_divide(along - gram[..., residual, displacement], square))
+    replaced(residual, gradient, inexact)
+    ratio = ratio + correction
+    add(gradient, displacement, np.broadcast_to(correction, share.shape))
+    decayed = np.abs(share) * norm(parameter)
+    length = np.where(share == 0, 0.0, norm(displacement) + decayed)
+    own = square + share * (2.0 * gram[..., displacement, parameter] + share * gram[..., parameter, parameter])
+    cancelled = (share != 0) & (own <= 2.0 * geometry.LEDGER_ERROR * length**2)
+    best = geometry.safe_divide(
+        moved[..., gradient, displacement] + share * moved[..., gradient, parameter], np.maximum(own, 0.0)
+    )
+    best = np.where(share == 0, ratio, np.where(cancelled, 0.0, best))
+    add(residual, displacement, ratio - best)
+    add(residual, parameter, np.where(share == 0, 0.0, -best * share))
+    across_length = norm(residual) + np.abs(ratio - best) * norm(displacement) + np.abs(best) * decayed
+    add(displacement, parameter, share)
+    # Its products with other vectors are known, and are a part of those of the model.
+    moved[..., displacement, displacement] = np.where(cancelled, 0.0, moved[..., displacement, displacement])
+    return _Rest(moved, cancelled, length, np.where(share == 0, 0.0, across_length))
+
+
+def _cancellation(length: Array, norm: Array) -> Array:
+    """Return the largest error 2 e s (1 + s / norm) of the rest, see `without_decay`."""
+    share = np.where(norm > 0, geometry.safe_divide(length, norm), np.inf)
+    return np.where(length == 0, 0.0, 2.0 * geometry.LEDGER_ERROR * length * (1.0 + share))
+
+
+def _rounding(layout: Layout) -> tuple[NDArray[np.int64], Array, Array]:
+    """Return the sizes of the tensors, and the arguments of `geometry.rounding_error` for their parameters."""
+    sizes = np.array([tensor.size for tensor in layout.tensors])
+    roundoff = np.array([unit_roundoff(tensor.dtype) for tensor in layout.tensors])
+    return sizes, roundoff, np.array([underflow_error(tensor.dtype) for tensor in layout.tensors]) * np.sqrt(sizes)
 
 
 def _norm(values: Array, axis: int) -> Array:

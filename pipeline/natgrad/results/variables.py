@@ -138,6 +138,19 @@ VARIABLES: dict[str, UpdateVariable] = {
             comment=_learning_rate_comment,
         ),
         UpdateVariable(
+            name="weight_decay",
+            compute=lambda updates: updates.table.weight_decay,
+            needs=("weight_decay",),
+            aggregations=("tensor",),
+            dimensions=_SINGLE,
+            units="learning_rate-1",
+            equation="lambda, the decay of an update is -eta lambda theta_t",
+            long_name="coefficient of decoupled weight decay",
+            description="Coefficient of decoupled weight decay of the tensor, from the optimizer state, the log or "
+            "the option --weight-decay. NaN where it is not known. Present only if it is not 0 everywhere, or if "
+            "the option is set.",
+        ),
+        UpdateVariable(
             name="step_span",
             compute=lambda updates: updates.table.spans,
             dimensions=(STEP,),
@@ -219,7 +232,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             "stored dtypes",
             long_name="largest error of the angle caused by rounding of the stored values",
             description="Upper bound of the error of angle caused by rounding to the stored dtypes. Errors of "
-            "logged losses, which affect corrected gradients, are not included.",
+            "logged losses, which affect corrected gradients, are not included. In /without_decay, it also has the "
+            "cancellation of decay and the rest of the update.",
         ),
         UpdateVariable(
             name="effective",

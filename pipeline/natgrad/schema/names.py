@@ -9,6 +9,7 @@ __all__ = [
     "ELEMENT",
     "GAMMA",
     "HVP",
+    "HYPERPARAMETERS",
     "METRIC_EIGENVALUES",
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
@@ -24,9 +25,11 @@ __all__ = [
     "STATES",
     "STEP",
     "TENSOR",
+    "TENSOR_WEIGHT_DECAY",
     "USUAL_SCALARS",
     "VECTOR",
     "VECTORS",
+    "WEIGHT_DECAY",
     "WINDOW",
     "WITH_REPLICATE_VECTOR",
     "WITH_VECTOR",
@@ -72,8 +75,11 @@ METRIC_EIGENVALUES = (
 metric used in the update to this state. If curvature is saved with the state at which it was measured, the other
 names are for the metric used in the update from this state."""
 
+TENSOR_WEIGHT_DECAY = "tensor_decoupled_weight_decay"
+
 OPTIMIZER_NUMBERS = (
     "tensor_learning_rate",
+    TENSOR_WEIGHT_DECAY,
     "beta1",
     "beta2",
     "epsilon",
@@ -89,9 +95,15 @@ OPTIMIZER_NUMBERS = (
 """Arrays (step, tensor) of the optimizer state: the options of the parameter group of each tensor, the number of
 updates of the state, the smallest and largest element of ``exp_avg_sq``, the eigenvalues of the metric, a flag (1)
 for metrics other than Adam's, and a flag (1) for updates rescaled by a factor that is not saved. Unknown values are
-NaN."""
+NaN. ``weight_decay`` is the saved option, and ``tensor_decoupled_weight_decay`` that of decoupled weight decay: 0
+if the optimizer adds its decay to the gradient."""
 
-SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue")
+HYPERPARAMETERS = ("tensor_learning_rate", TENSOR_WEIGHT_DECAY)
+"""Optimizer numbers that are stored with or without the rest of the state."""
+
+WEIGHT_DECAY = "decoupled_weight_decay"
+
+SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue", WEIGHT_DECAY)
 """Numbers of a step that a log may contain: arrays (step) of a trajectory, NaN where they were not logged."""
 
 USUAL_SCALARS = SCALARS[:2]

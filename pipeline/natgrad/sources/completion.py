@@ -81,8 +81,11 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
     selected = {name: {t: arrays[name][t] for t in order} for name in logged}
     state = content.optimizer
     if state is not None and not optimizer:
-        # The rates of groups are needed with or without the rest of the state.
-        state = state.only_rates() if len(state.group_rates) > 1 and state.rates else None
+        # The hyperparameters of groups are needed with or without the rest of the state.
+        state = (
+            state.hyperparameters() if len(state.group_rates) > 1 else state.hyperparameters().with_rates({}, ())
+        )
+        state = state if state.numbers else None
     elif state is not None:
         notes += state.notes
         if state.unread:

@@ -238,7 +238,8 @@ _SCALAR_ALIGNMENT = (
     "step N of the logger must be the state after N updates, at which the loss was computed; otherwise use --shift"
 )
 _GIVES_SCALARS = (
-    "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, under common keys or those of --map"
+    "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, decoupled_weight_decay, under common keys "
+    "or those of --map"
 )
 _LACKS_TENSORS = "tensors: pass the log that contains them as an additional SOURCE"
 

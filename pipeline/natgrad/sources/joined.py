@@ -62,7 +62,7 @@ class _Part:
             return optimizer
         if STATES[0] in self.quantities:
             return optimizer.with_rates({}, ())
-        return optimizer.only_rates() if "learning_rate" in self.quantities else None
+        return optimizer.hyperparameters() if "learning_rate" in self.quantities else None
 
 
 class JoinedSource:
@@ -213,7 +213,7 @@ class _JoinedStep:
                     )
                 arrays[array], origins[array], owners[array] = tensors, own, reader
             state = content.optimizer
-            if state is not None and state != state.only_rates() and state_reader is None:
+            if state is not None and state != state.hyperparameters() and state_reader is None:
                 optimizer, state_reader = state, reader
         optimizer = self._with_rates(optimizer, contents)
         if optimizer is not None and state_reader is not None:
@@ -238,12 +238,15 @@ class _JoinedStep:
     def _with_rates(
         self, optimizer: OptimizerState | None, contents: Sequence[StepContent]
     ) -> OptimizerState | None:
-        """Return the state of the optimizer, with the rates of the first source that has those of groups."""
+        """Return the state of the optimizer, with the hyperparameters of the first source that has them."""
         states = [content.optimizer for content in contents if content.optimizer is not None]
-        first = next((state for state in states if state.group_rates), None)
-        if first is None:
-            return optimizer
-        return (optimizer or OptimizerState()).with_rates(first.rates, first.group_rates)
+        rated = next((state for state in states if state.group_rates), None)
+        decayed = next((state for state in states if state.decays), None)
+        if rated is not None:
+            optimizer = (optimizer or OptimizerState()).with_rates(rated.rates, rated.group_rates)
+        if decayed is not None:
+            optimizer = (optimizer or OptimizerState()).with_decays(decayed.decays)
+        return optimizer
 
     def _scalars(
         self, contents: Sequence[StepContent], group_rates: Sequence[float]

@@ -248,6 +248,7 @@ CHECKPOINT = Names(
         "learning_rate": _RATE,
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
+        "decoupled_weight_decay": ("decoupled_weight_decay", "weight_decay"),
         **{quantity: (quantity,) for quantity in REPLICATES},
         "step": ("step", "global_step", "iteration", "iter_num"),
     },
@@ -421,6 +422,7 @@ class NamedStep:
         state = None if optimizer is None else optimizer.state
         if state is not None and "learning_rate" in self._names.required:
             state = state.with_rates({}, ())  # the user specified another one
+        notes += [state.decay_note] if state is not None and state.decay_note else []
         notes += [_ambiguity(quantity, text, state) for quantity, text in ambiguous.items()]
         return StepContent(
             arrays,

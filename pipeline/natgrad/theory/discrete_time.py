@@ -25,6 +25,7 @@ from natgrad.theory.geometry import Pair, eigenvalue_bounds, eigenvalues, safe_d
 
 __all__ = [
     "corrected",
+    "correction",
     "correction_floor",
     "learning_rate_bounds",
     "stochastic_learning_rate_bound",
@@ -60,6 +61,24 @@ def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, mode
     return Pair(pair.update_square, alignment, pair.across_square, pair.size)
 
 
+def correction(learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair) -> Array:
+    """Return the multiple of the g of the model that `corrected` adds to y, ``(-dL / eta - y.g) / g.g``.
+
+    Parameters
+    ----------
+    learning_rate, loss_change, model
+        See `corrected`.
+
+    Returns
+    -------
+    array
+        0 if the displacement is zero.
+    """
+    rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        return safe_divide(-change / rate, model.update_square) - model.ratio
+
+
 def correction_floor(
     pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair, floors: tuple[Array, Array]
 ) -> Array:
@@ -80,10 +99,9 @@ def correction_floor(
     array
         Infinite if f >= |g|, so that g is not known.
     """
-    rate, change = np.asarray(learning_rate, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
     own, of_model = floors
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        factor = np.abs(safe_divide(-change / rate, model.update_square) - model.ratio)
+        factor = np.abs(correction(learning_rate, loss_change, model))
         length, known = model.update_norm, np.maximum(model.update_norm - of_model, 0.0)
         error = (model.gradient_norm * of_model + factor * (2.0 * length * of_model + of_model**2)) / known**2
         return np.where(known > 0, factor * own + error * (pair.update_norm + own), np.inf)

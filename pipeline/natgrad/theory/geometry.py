@@ -37,10 +37,12 @@ from numpy.typing import ArrayLike, NDArray
 from natgrad.schema.variables import Status
 
 __all__ = [
+    "LEDGER_ERROR",
     "Pair",
     "across_floor",
     "angle",
     "angle_uncertainty",
+    "combination_floor",
     "condition_number",
     "cosine",
     "direct_sum",
@@ -270,8 +272,21 @@ def across_floor(gram: ArrayLike, vectors: Sequence[str], half: str, pair: Pair)
     gram = np.asarray(gram, dtype=np.float64)
     index = {name: position for position, name in enumerate(vectors)}
     residual, added = (np.sqrt(gram[..., index[name], index[name]]) for name in ("residual", half))
+    return combination_floor(residual + added / 2.0, pair)
+
+
+def combination_floor(length: ArrayLike, pair: Pair) -> Array:
+    """Return the largest error of the component of y across g if it is a sum of vectors that may cancel.
+
+    Parameters
+    ----------
+    length : array, of the shape of the pair
+        Sum of the norms of the terms. See `across_floor` for the derivation of the bound.
+    pair : Pair
+        The result of `pair`.
+    """
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        error = 2.0 * np.sqrt(LEDGER_ERROR) * (residual + added / 2.0)
+        error = 2.0 * np.sqrt(LEDGER_ERROR) * np.asarray(length, dtype=np.float64)
         floor = np.minimum(error, error**2 / pair.across)
         return np.asarray(np.where(pair.size == 1, 0.0 * error, np.where(pair.across > 0, floor, error)))
 

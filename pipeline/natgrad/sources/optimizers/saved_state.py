@@ -7,6 +7,7 @@ checked.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from natgrad.schema.layout import STORAGE_DTYPES
+from natgrad.schema.names import TENSOR_WEIGHT_DECAY
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers import factors
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, factor_array
@@ -49,7 +51,10 @@ _NUMBERS = {
 _QUANTIZED = ("state1", "qmap1", "absmax1")
 """Keys of bitsandbytes: the first moment in blocks of 8 bits, its code book, and the scale of each block."""
 _ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join((*_ARRAYS, *_QUANTIZED))}|step|{factors.ENTRY})")
-_OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *factors.OPTIONS))})")
+_DECAY_OPTIONS = ("decoupled_weight_decay", "dampening", "ns_steps")
+"""Options that show how an optimizer applies weight decay, see `_decoupled_decay`."""
+_FLAGS = (*factors.OPTIONS, *_DECAY_OPTIONS)
+_OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *_FLAGS))})")
 _MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
 
 # Tensors without weight decay: selected by name (Hugging Face), or those with one dimension (nanoGPT).
@@ -182,8 +187,15 @@ def _matched(
         if "tensor_learning_rate" in group.options
     )
     owners = _owners(container, optimizers, parameters, trained, order)
+    groups = [group for optimizer in optimizers for group in optimizer.groups.values()]
+    note = _decay_note(groups)
     if isinstance(owners, str):
-        return SavedOptimizer(roots, OptimizerState(problem=owners, group_rates=group_rates))
+        # A coefficient that all groups have in common needs no assignment.
+        common, *others = {_decoupled_decay(group.options) for group in groups} or {math.nan}
+        known = not others and not math.isnan(common)
+        shared = {TENSOR_WEIGHT_DECAY: dict.fromkeys(parameters, common)} if known else {}
+        state = OptimizerState(numbers=shared, problem=owners, group_rates=group_rates, decay_note=note)
+        return SavedOptimizer(roots, state)
     keys: dict[str, dict[str, str]] = {}
     numbers: dict[str, dict[str, float]] = {}
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
@@ -204,15 +216,18 @@ def _matched(
                     problem = (
                         f"{key} is {actual}, but its parameter {tensor!r} has shape {parameters[tensor].shape}"
                     )
-                    return SavedOptimizer(roots, OptimizerState(problem=problem, group_rates=group_rates))
+                    state = OptimizerState(problem=problem, group_rates=group_rates, decay_note=note)
+                    return SavedOptimizer(roots, state)
                 keys.setdefault(_ARRAYS[name], {})[tensor] = key
             elif (name == "step" or key in container.numbers) and (count := container.number(key)) is not None:
                 counts[name] = count
         if "step" in counts:
             numbers.setdefault("updates", {})[tensor] = counts["step"]
         for name, value in options.items():
-            if name not in factors.OPTIONS:
+            if name not in _FLAGS:
                 numbers.setdefault(name, {})[tensor] = value
+        if not math.isnan(decay := _decoupled_decay(options)):
+            numbers.setdefault(TENSOR_WEIGHT_DECAY, {})[tensor] = decay
         if rule is not None and entry_keys:
             saved = factors.Entry(entry_keys, container.tensors, counts, options, user_options)
             metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
@@ -225,8 +240,40 @@ def _matched(
         f"{names[0]!r}"
         for encoding, names in quantized.items()
     )
-    state = OptimizerState(arrays, numbers, metrics, notes=notes, group_rates=group_rates)
+    state = OptimizerState(arrays, numbers, metrics, notes=notes, group_rates=group_rates, decay_note=note)
     return SavedOptimizer(roots, state, keys | _factor_keys(metrics))
+
+
+def _decoupled_decay(options: Mapping[str, float]) -> float:
+    """Return the coefficient of decoupled weight decay in the options of a group; NaN if not known.
+
+    The optimizers of torch state whether their decay is decoupled. The decay of Muon is, and that of SGD without
+    momentum is the same whether it is decoupled or added to the gradient. With momentum it is not decoupled.
+    Before 2.7, torch did not tell AdamW from Adam.
+    """
+    decay = options.get("weight_decay", math.nan)
+    if decay == 0 or "ns_steps" in options:
+        return decay
+    if "decoupled_weight_decay" in options:
+        return decay if options["decoupled_weight_decay"] else 0.0
+    if "dampening" in options and "momentum" in options:
+        return 0.0 if options["momentum"] else decay
+    return math.nan
+
+
+def _decay_note(groups: Sequence[_Group]) -> str:
+    """Return a remark on weight decay of which it is not known whether it is decoupled; empty if there is none."""
+    unknown = [
+        group.options["weight_decay"]
+        for group in groups
+        if group.options.get("weight_decay", 0.0) > 0 and math.isnan(_decoupled_decay(group.options))
+    ]
+    if not unknown:
+        return ""
+    return (
+        f"the optimizer has weight decay {unknown[0]:g}, but does not say whether it is decoupled; if it is, as in "
+        f"AdamW, --weight-decay {unknown[0]:g} gives results without it as well"
+    )
 
 
 def _encoding(container: Container, start: str, entry: str, entry_keys: Mapping[str, str]) -> str:
@@ -274,7 +321,7 @@ def _groups(container: Container, start: str) -> dict[str, _Group]:
         if member := _MEMBER.fullmatch(inner):
             group = groups.setdefault(member[1], _Group())
             (group.members if member[2] == "params" else group.names)[int(member[3])] = text
-        elif text in ("True", "False") and (option := _OPTION.fullmatch(inner)) and option[2] in factors.OPTIONS:
+        elif text in ("True", "False") and (option := _OPTION.fullmatch(inner)) and option[2] in _FLAGS:
             groups.setdefault(option[1], _Group()).options[option[2]] = float(text == "True")
     return groups
 

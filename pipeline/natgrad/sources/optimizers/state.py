@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from natgrad.schema.names import HYPERPARAMETERS, TENSOR_WEIGHT_DECAY
 from natgrad.sources.steps import LoggedTensor
 
 __all__ = [
@@ -132,6 +133,8 @@ class OptimizerState:
         Remarks for users who requested the state.
     group_rates : tuple of float
         Learning rate of each parameter group, as far as saved.
+    decay_note : str
+        Remark on weight decay of which it is not known whether it is decoupled.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
@@ -141,17 +144,26 @@ class OptimizerState:
     unread: str = ""
     notes: tuple[str, ...] = ()
     group_rates: tuple[float, ...] = ()
+    decay_note: str = ""
 
     @property
     def rates(self) -> Mapping[str, float]:
         """Learning rate of each tensor; empty if not known."""
         return self.numbers.get("tensor_learning_rate", {})
 
-    def only_rates(self) -> OptimizerState:
-        """Return the learning rates alone."""
-        return OptimizerState(
-            numbers={"tensor_learning_rate": self.rates} if self.rates else {}, group_rates=self.group_rates
-        )
+    @property
+    def decays(self) -> Mapping[str, float]:
+        """Coefficient of decoupled weight decay of each tensor; empty if not known."""
+        return self.numbers.get(TENSOR_WEIGHT_DECAY, {})
+
+    def hyperparameters(self) -> OptimizerState:
+        """Return the learning rates and the coefficients of weight decay alone."""
+        numbers = {name: self.numbers[name] for name in HYPERPARAMETERS if self.numbers.get(name)}
+        return OptimizerState(numbers=numbers, group_rates=self.group_rates, decay_note=self.decay_note)
+
+    def with_decays(self, decays: Mapping[str, float]) -> OptimizerState:
+        """Return a copy with other coefficients of decoupled weight decay."""
+        return replace(self, numbers={**self.numbers, TENSOR_WEIGHT_DECAY: decays})
 
     def with_rates(self, rates: Mapping[str, float], group_rates: tuple[float, ...]) -> OptimizerState:
         """Return a copy with other learning rates, or without any."""

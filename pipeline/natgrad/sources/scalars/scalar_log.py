@@ -53,6 +53,7 @@ _COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "learning_rate": ("learning rate", "lr", "train learning rate", "train lr"),
     "loss_time_derivative": ("loss time derivative",),
     "hessian_min_eigenvalue": ("hessian min eigenvalue",),
+    "decoupled_weight_decay": ("decoupled weight decay", "weight decay"),
     "step": _STEP,
 }
 _EPOCH = ("epoch", "epochs", "epoch num", "epoch idx", "current epoch", "train epoch", "trainer epoch")
