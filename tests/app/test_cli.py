@@ -158,6 +158,26 @@ def test_the_learning_rate_option_applies_if_the_log_has_no_rate(tmp_path):
     assert "no_learning_rate" not in given["status"]
 
 
+def test_weight_decay_is_set_for_all_tensors_or_by_patterns_of_their_names(tmp_path):
+    log, out = write_log(tmp_path / "log", random_walk(4)), tmp_path / "out"
+    answer("process", log, out)
+    decays = {}
+    for options in ([], ["--weight-decay", "0.25"], ["--weight-decay", "0.25", "--weight-decay", "*=0"]):
+        found = answer("analyze", out, *options)
+        tree = xr.open_datatree(out / "results.zarr", engine="zarr")
+        assert ("without_decay" in tree.children) == bool(options) == ("angle_without_decay" in found)
+        decays[len(options)] = {*tree["tensor/weight_decay"].values.ravel()} if options else None
+    assert decays == {0: None, 2: {0.25}, 4: {0.0}}
+    for value, message in (
+        ("a", "must be LAMBDA or TENSOR=LAMBDA"),
+        ("nothing=1", "no tensor has a name"),
+        ("-1", "must be at least 0"),
+    ):
+        done = natgrad("analyze", out, f"--weight-decay={value}")
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
 def test_log_messages_go_to_standard_error_and_quiet_shows_only_warnings(processed, tmp_path):
     folder, loud = processed
     assert "INFO 11 updates in 1 task" in loud.stderr

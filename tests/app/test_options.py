@@ -193,6 +193,7 @@ VALUES = {
     "include": (["optimizer"], ("optimizer", "optimizer"), {"optimizer"}),
     "memory_limit": (2**30, "1GiB", "1024 MiB", np.int64(2**30)),
     "learning_rate": (1, 1.0, np.float32(1), np.array(1)),
+    "weight_decay": (0.5, np.float32(0.5), {"*": 0.5}, ["0.5"], ["*=0.5"], ["*=1", "0.5"]),
     "sweep": (True, np.True_),
 }
 

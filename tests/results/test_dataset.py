@@ -874,14 +874,15 @@ def test_a_tensor_that_underflows_leaves_the_model_exact():
 def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     table = table_of(walk())
     extremes = np.ones((len(table.steps), len(TENSORS)))
-    table = replace(table, optimizer=Optimizer(extremes, extremes, extremes))
+    table = replace(table, optimizer=Optimizer(extremes, extremes, extremes), weight_decay=0.1 * extremes)
     tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
     dataset.write(tree, open_store(tmp_path / "results.zarr"), {})
     code = """
 import sys, json, xarray
+GROUPS = ("model", "tensor", "without_decay/model", "without_decay/tensor")
 tree = xarray.open_datatree(sys.argv[1])
 assert not any(name.startswith("natgrad") for name in sys.modules)
-table = {g: {n: [list(v.dims), v.attrs] for n, v in tree[g].data_vars.items()} for g in ("model", "tensor")}
+table = {g: {n: [list(v.dims), v.attrs] for n, v in tree[g].data_vars.items()} for g in GROUPS}
 print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n in tree["tensor"].coords}]))
 """
     command = [sys.executable, "-W", "error", "-c", code, tmp_path / "results.zarr"]
@@ -893,7 +894,10 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
     assert coordinates["window"] == [1, 2]
     assert coordinates["gamma"] == list(dataset.GAMMAS)
     assert coordinates["tensor"] == list(TENSORS)
-    assert set(variables["model"]) == set(VARIABLES)
+    assert set(variables["model"]) == set(VARIABLES) - {"weight_decay"}
+    # The rest of an update without decay has the same variables.
+    for group in ("model", "tensor"):
+        assert variables[f"without_decay/{group}"] == variables[group]
     of_the_model = {"discrete_identity_residual", "learning_rate_bound", "learning_rate_bound_optimal"}
     assert set(VARIABLES) - set(variables["tensor"]) == of_the_model | {"shifted_metric"}
     for group, leading in (("model", ["step"]), ("tensor", ["step", "tensor"])):

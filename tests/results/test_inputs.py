@@ -139,6 +139,52 @@ def test_the_learning_rates_of_the_model_and_of_groups(logged, groups, option, m
         np.testing.assert_equal(table.tensor_learning_rate[:2], tensors)
 
 
+@pytest.mark.parametrize(
+    ("logged", "groups", "option", "expected"),
+    [
+        # Nothing is known.
+        ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], None, None),
+        # The optimizer, then the log, then the option.
+        ([0.5, NAN], [[0.25, 0.0], [NAN, 0.0]], None, [[0.25, 0.0], [NAN, 0.0]]),
+        ([0.5, 0.5], [[NAN, 0.0], [NAN, NAN]], {"*": 2.0}, [[0.5, 0.0], [0.5, 0.5]]),
+        ([NAN, NAN], [[0.25, NAN], [NAN, 0.0]], {"*": 2.0}, [[0.25, 2.0], [2.0, 0.0]]),
+        # The last pattern that matches.
+        ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"*": 2.0, "b": 0.0}, [[2.0, 0.0], [2.0, 0.0]]),
+        ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"b": 0.0, "[ab]": 2.0}, [[2.0, 2.0], [2.0, 2.0]]),
+        ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"a": 2.0}, [[2.0, NAN], [2.0, NAN]]),
+        # A decay that is 0 everywhere is none, unless it is requested.
+        ([0.0, 0.0], [[NAN, NAN], [NAN, NAN]], None, None),
+        ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"*": 0.0}, [[0.0, 0.0], [0.0, 0.0]]),
+    ],
+)
+def test_weight_decay_is_that_of_the_optimizer_then_of_the_log_then_of_the_option(logged, groups, option, expected):
+    scalars = {
+        "decoupled_weight_decay": [*logged, 0.0, 0.0, 0.0],
+        "tensor_decoupled_weight_decay": [*groups, *[[NAN, NAN]] * 3],
+    }
+    _, table = update_table(States(scalars), Sums(), weight_decay=option)
+    if expected is None:
+        assert table.weight_decay is None
+    else:
+        np.testing.assert_equal(table.weight_decay[:2], expected)
+
+
+def test_an_option_that_differs_from_the_log_is_reported_with_both_values(caplog):
+    scalars = {"decoupled_weight_decay": [0.5] * 5}
+    _, table = update_table(States(scalars), Sums(), weight_decay={"b": 0.5, "a": 0.125})
+    assert (table.weight_decay == 0.5).all()
+    (message,) = caplog.messages
+    assert message == (
+        "--weight-decay sets 0.125 for tensor 'a', but the log has 0.5 at step 0: the logged value is used"
+    )
+
+
+def test_a_pattern_that_matches_no_tensor_is_an_error():
+    with pytest.raises(InputError, match="no tensor has a name that matches 'c'") as error:
+        update_table(States(), Sums(), weight_decay={"*": 0.5, "c": 0.0})
+    assert "'a', 'b'" in str(error.value)
+
+
 def test_the_unit_of_time_is_not_guessed_from_groups():
     scalars = {"tensor_learning_rate": np.full((5, 2), 2.0), "loss_time_derivative": [1.0, *[NAN] * 4]}
     _, table = update_table(States(scalars), Sums(), learning_rate=0.5)

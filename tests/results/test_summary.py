@@ -25,6 +25,18 @@ def test_an_overview_has_the_statuses_and_the_spread_of_the_gradient_of_the_mode
         assert found[name] == [values[0], median, values[-1]]
 
 
+def test_an_overview_of_updates_without_decay_is_that_of_their_group():
+    states, _ = quadratic_walk(8, noise=5.0)
+    table = table_of(states)
+    decayed = replace(table, weight_decay=np.full((7, len(table.layout.names)), 0.5))
+    tree = dataset.label(decayed, variables=[])
+    rest = tree["without_decay/model"].to_dataset().sel(descent="gradient", window=1)["angle"].values
+    found = overview(tree)
+    assert found["angle_without_decay"] == [rest.min(), np.median(rest), rest.max()]
+    assert found["angle_without_decay"] != found["angle"]
+    assert "angle_without_decay" not in overview(dataset.label(table, variables=[]))
+
+
 def test_an_overview_without_finite_values_has_none():
     tree = dataset.label(replace(table_of(walk()), learning_rate=np.full(5, np.nan)), variables=[])
     assert overview(tree) == {

@@ -59,7 +59,9 @@ def metadata(folder):
     extremes = np.ones((5, len(TENSORS)))
     trees = {
         "": dataset.label(
-            replace(table, optimizer=Optimizer(extremes, extremes, extremes)), windows=[2], variables=[]
+            replace(table, optimizer=Optimizer(extremes, extremes, extremes), weight_decay=extremes),
+            windows=[2],
+            variables=[],
         ),
         "replicates/": replicates.label(
             replicates.ledger(np.ones((2, 3)), np.ones((2, 4, 3)), np.ones((2, 4, 3)))[:, None],

@@ -402,6 +402,10 @@ def _parsed_decay(texts: Sequence[str]) -> Mapping[str, Any]:
     return values
 
 
+def _decay_by_pattern(value: float | Mapping[str, float]) -> Mapping[str, float]:
+    return value if isinstance(value, Mapping) else {"*": value}
+
+
 def _parsed_shift(pairs: Sequence[str]) -> Mapping[str, int]:
     from natgrad.sources.names import parse_shift
 
@@ -734,6 +738,7 @@ class AnalyzeOptions(WorkerOptions, total=False):
             metavar="[TENSOR=]LAMBDA",
             minimum=0,
             parse=_parsed_decay,
+            check=_decay_by_pattern,
         ),
     ]
     gammas: Annotated[

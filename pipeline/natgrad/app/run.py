@@ -59,7 +59,7 @@ class Analysis:
     """Options of an analysis; see `natgrad.app.options.AnalyzeOptions`."""
 
     learning_rate: float | None = None
-    weight_decay: float | Mapping[str, float] | None = None
+    weight_decay: Mapping[str, float] | None = None
     gammas: Sequence[float] = tuple(_DEFAULTS["gammas"])
     windows: Sequence[int] = tuple(_DEFAULTS["windows"])
     workers: int | None = None

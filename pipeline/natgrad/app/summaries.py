@@ -47,6 +47,8 @@ class AnalysisSummary(Summary):
         Number of updates with each status.
     angle, condition_number : list of float, optional
         Minimum, median and maximum over the updates of the model, with the gradient itself as the estimate.
+    angle_without_decay : list of float, optional
+        The same for the updates without weight decay. The JSON form omits it if the results do not have them.
     """
 
     ledger: str
@@ -60,6 +62,14 @@ class AnalysisSummary(Summary):
     status: Mapping[str, int]
     angle: list[float] | None
     condition_number: list[float] | None
+    angle_without_decay: list[float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, without entries that do not apply."""
+        values = super().to_json()
+        if self.angle_without_decay is None:
+            del values["angle_without_decay"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -139,7 +139,7 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
             {"name": member.name.lower(), "meaning": meaning, "count": int((status == member).sum())}
             for member, meaning in STATUS_MEANING.items()
         ],
-        "spreads": {name: figures.extent(run[name]) for name in _SPREADS if name in run.model},
+        "spreads": _spreads(run),
         "shares": _shares(run),
         "replicates": None if run.replicates is None else _replicates(run.replicates),
         "windows": sorted({1, max(run.windows)}),
@@ -161,6 +161,14 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
 
 
 _SPREADS = ("angle", "angle_uncertainty", "condition_number", "preconditioner_condition_number")
+
+
+def _spreads(run: figures.RunResults) -> dict[str, tuple[float, float, float] | None]:
+    spreads = {name: figures.extent(run[name]) for name in _SPREADS if name in run.model}
+    if run.without_decay is not None:
+        rest = run.without_decay["angle"].sel({DESCENT: DESCENTS[0], WINDOW: 1})
+        spreads["angle_without_decay"] = figures.extent(rest.values)
+    return spreads
 
 
 def _plain(value: Any) -> Any:

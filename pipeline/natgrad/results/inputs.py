@@ -19,7 +19,6 @@ from natgrad.schema.names import (
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
     RUN,
-    STEP,
     TENSOR_WEIGHT_DECAY,
     WEIGHT_DECAY,
 )
@@ -167,7 +166,7 @@ def update_table(
     ledger: Ledger,
     *,
     learning_rate: float | None = None,
-    weight_decay: float | Mapping[str, float] | None = None,
+    weight_decay: Mapping[str, float] | None = None,
     attempt: int | None = None,
 ) -> tuple[NDArray[np.int64], UpdateTable]:
     """Select the current updates of each run, in the order of their steps.
@@ -178,9 +177,9 @@ def update_table(
     ledger : Ledger
     learning_rate : float, optional
         Learning rate for steps without a logged one.
-    weight_decay : float or mapping of str to float, optional
-        Coefficient of decoupled weight decay where none was logged: of all tensors, or by patterns of their names.
-        The last pattern that matches a tensor applies.
+    weight_decay : mapping of str to float, optional
+        Coefficient of decoupled weight decay where none was logged, by patterns of the names of tensors. The last
+        pattern that matches a tensor applies.
     attempt : int, optional
         Select the run as it was at this attempt. Default: the newest attempt.
 
@@ -235,15 +234,16 @@ def update_table(
         loss_time_derivative=states.scalar("loss_time_derivative")[updates],
         optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(HYPERPARAMETERS) else None,
         tensor_learning_rate=of_tensors,
-        weight_decay=_weight_decay(states, updates, ledger.layout, weight_decay),
+        weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
     )
 
 
 def _weight_decay(
     states: Trajectory,
     updates: NDArray[np.int64],
+    steps: NDArray[np.int64],
     layout: Layout,
-    option: float | Mapping[str, float] | None,
+    option: Mapping[str, float] | None,
 ) -> NDArray[np.float64] | None:
     """Return the coefficient of decoupled weight decay of each update and tensor; None if there is no decay.
 
@@ -254,7 +254,10 @@ def _weight_decay(
     if option is None:
         return decay if (decay > 0).any() else None
     default = _of_each_tensor(layout, option)
-    differs = np.argwhere(~np.isnan(decay) & ~np.isnan(default) & (decay != default))
+    known = ~np.isnan(decay)
+    # Groups without decay are usual: that they differ matters only if the option sets no other.
+    unused = known.all() | (np.isnan(default) | known).all()
+    differs = np.argwhere(known & ~np.isnan(default) & (decay != default) & ((decay > 0) | unused))
     if len(differs):
         update, tensor = differs[0]
         _log.warning(
@@ -262,15 +265,15 @@ def _weight_decay(
             default[tensor],
             layout.names[tensor],
             decay[update, tensor],
-            states.scalar(STEP)[updates[update]],
+            int(steps[update]),
         )
     return np.where(np.isnan(decay), default, decay)
 
 
-def _of_each_tensor(layout: Layout, option: float | Mapping[str, float]) -> NDArray[np.float64]:
+def _of_each_tensor(layout: Layout, option: Mapping[str, float]) -> NDArray[np.float64]:
     """Return the coefficient of each tensor that an option sets; NaN if no pattern matches its name."""
     values = np.full(len(layout.names), np.nan)
-    for pattern, value in (option if isinstance(option, Mapping) else {"*": option}).items():
+    for pattern, value in option.items():
         matches = [name == pattern or fnmatchcase(name, pattern) for name in layout.names]
         if not any(matches):
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from natgrad.results.dataset import WITHOUT_DECAY
 from natgrad.schema.variables import Status
 
 __all__ = ["overview"]
@@ -25,7 +26,7 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     dict
         ``updates`` is the number of updates, and ``status`` that of the updates with each status. ``angle`` and
         ``condition_number`` are the smallest, median and largest finite value, or None if there are no finite
-        values.
+        values. ``angle_without_decay`` is the same for the updates without weight decay, if the results have them.
     """
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     status, counts = np.unique(model["status"].values, return_counts=True)
@@ -33,9 +34,13 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
         "updates": int((model["step_span"] > 0).sum()),
         "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)},
     }
-    for name in ("angle", "condition_number"):
-        values = model[name].values
-        values = values[np.isfinite(values)]
-        spread = (np.min, np.median, np.max)
-        numbers[name] = [float(f(values)) for f in spread] if values.size else None
+    numbers |= {name: _spread(model[name]) for name in ("angle", "condition_number")}
+    if WITHOUT_DECAY.strip("/") in tree.children:
+        rest = tree[f"{WITHOUT_DECAY}/model"].to_dataset().sel(descent="gradient", window=1)
+        numbers["angle_without_decay"] = _spread(rest["angle"])
     return numbers
+
+
+def _spread(variable: xr.DataArray) -> list[float] | None:
+    values = variable.values[np.isfinite(variable.values)]
+    return [float(f(values)) for f in (np.min, np.median, np.max)] if values.size else None

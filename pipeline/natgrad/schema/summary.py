@@ -81,7 +81,7 @@ def _label(name: str) -> str:
 
 def _inline(name: str, value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(item, float) for item in value):
-        unit = " rad" if name == "angle" else ""
+        unit = " rad" if name.startswith("angle") else ""
         return "min {:.6g}, median {:.6g}, max {:.6g}".format(*value) + unit
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())

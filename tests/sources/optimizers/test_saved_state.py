@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mpmath import mp, mpf
 from test_huggingface import small_gpt2, train
 
+import natgrad
 from lazy import Lazy
 from natgrad.app import cli, run
 from natgrad.app.run import Analysis
@@ -83,7 +84,7 @@ def trained(optimizer_of, save, steps=STEPS):
 
 def saver(folder, **more):
     def save(step, model, optimizer, gradients, loss):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "gradient": gradients}
         torch.save({**tree, "loss": loss.item(), "learning_rate": 0.1, **more}, folder / f"step-{step}.pt")
 
@@ -164,6 +165,96 @@ def test_saved_state_is_stored_under_the_name_of_its_tensor(tmp_path, writer, na
         values = arrays["exp_avg_sq"][tensor.name].astype(np.float64)
         np.testing.assert_array_equal(numbers["exp_avg_sq_min"][:, index], values.min(axis=1))
         np.testing.assert_array_equal(numbers["exp_avg_sq_max"][:, index], values.max(axis=1))
+
+
+DECAYS = {
+    "adamw": (lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.25), 0.25),
+    "adamw of two groups": (two_groups, (0.1, 0.0)),
+    "adam adds it to the gradient": (
+        lambda model: torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.25),
+        None,
+    ),
+    "decoupled adam": (
+        lambda model: torch.optim.NAdam(model.parameters(), lr=0.1, weight_decay=0.25, decoupled_weight_decay=True),
+        0.25,
+    ),
+    "sgd": (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.25), 0.25),
+    "sgd with momentum": (
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.25, momentum=0.9),
+        None,
+    ),
+    "sgd without decay": (lambda model: torch.optim.SGD(model.parameters(), lr=0.1), None),
+}
+"""Optimizers, and the coefficient of their decoupled weight decay: of all tensors, or of matrices and others."""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("include", [(), ("optimizer",)])
+@pytest.mark.parametrize("writer", [saver, sharded])
+@pytest.mark.parametrize("name", DECAYS)
+def test_decoupled_weight_decay_is_stored_with_and_without_the_state(tmp_path, writer, name, include):
+    optimizer_of, expected = DECAYS[name]
+    trained(optimizer_of, writer(tmp_path / "log"), steps=3)
+    summary = ingest(tmp_path / "log", tmp_path / "store", include=include)
+    assert not any("weight decay" in text for text in summary.warnings)
+    states = open_trajectory(tmp_path / "store")
+    assert ("tensor_decoupled_weight_decay" in states.tables) == (expected is not None)
+    if expected is not None:
+        matrix, other = expected if isinstance(expected, tuple) else (expected, expected)
+        decays = [matrix if len(tensor.shape) > 1 else other for tensor in states.layout.tensors]
+        assert states.scalar("tensor_decoupled_weight_decay").tolist() == [decays] * 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw of two groups", "sgd"])
+def test_updates_without_decay_are_those_of_the_optimizer_without_decay(tmp_path, name):
+    # The first update of an optimizer with and without decay differs by the decay alone.
+    found = {}
+    for decayed in (True, False):
+
+        def optimizer_of(model, decayed=decayed):
+            optimizer = DECAYS[name][0](model)
+            for group in optimizer.param_groups:
+                group["weight_decay"] *= decayed
+            return optimizer
+
+        folder = tmp_path / str(decayed)
+        torch.set_default_dtype(torch.float64)
+        try:
+            trained(optimizer_of, saver(folder / "log"), steps=2)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        natgrad.process(folder / "log", folder / "run", workers=1)
+        found[decayed] = read_results(folder / "run" / "results.zarr")
+    assert "without_decay" not in found[False].children
+    rest, expected = found[True]["without_decay/tensor"].to_dataset(), found[False]["tensor"].to_dataset()
+    for variable in ("update_norm", "alignment", "angle"):
+        at = {"descent": "gradient"} if "descent" in rest[variable].dims else {}
+        own, of_gradient = rest[variable].sel(at), expected[variable].sel(at)
+        # The states are rounded to float64: 2**-53 of parameters of at most 2 and updates of at least 1e-3. Near 0
+        # the angle of a sum of vectors is less accurate, as its uncertainty says.
+        limit = 1e-12 + (rest["angle_uncertainty"].sel(at) if variable == "angle" else 1e-11 * abs(of_gradient))
+        assert (abs(own - of_gradient) <= limit).all(), variable
+    # With decay the updates are others.
+    assert abs(found[True]["model/update_norm"] - found[False]["model/update_norm"]).max() > 1e-4
+
+
+def test_weight_decay_that_may_not_be_decoupled_is_named(tmp_path):
+    # Before 2.7, torch did not save whether decay is decoupled.
+    class Old(torch.optim.AdamW):
+        def state_dict(self):
+            state = super().state_dict()
+            for group in state["param_groups"]:
+                group.pop("decoupled_weight_decay")
+            return state
+
+    trained(lambda model: Old(model.parameters(), lr=0.1, weight_decay=0.25), saver(tmp_path / "log"), steps=3)
+    summary = ingest(tmp_path / "log", tmp_path / "store")
+    assert any("does not say whether it is decoupled" in text for text in summary.warnings)
+    # The advice works.
+    natgrad.process(tmp_path / "log", tmp_path / "run", weight_decay=0.25, workers=1)
+    tree = read_results(tmp_path / "run" / "results.zarr")
+    assert (tree["tensor/weight_decay"] == 0.25).all()
+    assert (tree["without_decay/model/status"].sel(descent="gradient") <= Status.OBTUSE).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")

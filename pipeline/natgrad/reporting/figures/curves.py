@@ -63,13 +63,17 @@ COMPARED_RUNS = 18
 
 @dataclass(frozen=True)
 class RunResults:
-    """Results of a run for the model, the tensors and, if the rule is stochastic, the replicates."""
+    """Results of a run for the model, the tensors and, if the results have them, the replicates and the rest.
+
+    The rest is the model with the updates without weight decay.
+    """
 
     name: str
     attributes: Mapping[str, Any]
     model: xr.Dataset
     tensors: xr.Dataset
     replicates: xr.Dataset | None = None
+    without_decay: xr.Dataset | None = None
     _columns: dict[str, dict[str, Array]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _largest: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -89,7 +93,8 @@ class RunResults:
                 remedy="compute them again: natgrad analyze OUT",
             ) from error
         replicates = tree["replicates/model"].to_dataset() if "replicates" in tree.children else None
-        return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates)
+        rest = tree["without_decay/model"].to_dataset() if "without_decay" in tree.children else None
+        return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates, rest)
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
         """Return a variable of the model, for the gradient and window 1, by step."""
