@@ -249,7 +249,7 @@ def test_weight_decay_that_may_not_be_decoupled_is_named(tmp_path):
 
     trained(lambda model: Old(model.parameters(), lr=0.1, weight_decay=0.25), saver(tmp_path / "log"), steps=3)
     summary = ingest(tmp_path / "log", tmp_path / "store")
-    assert any("does not say whether it is decoupled" in text for text in summary.warnings)
+    assert any("does not state whether it is decoupled" in text for text in summary.warnings)
     # The advice works.
     natgrad.process(tmp_path / "log", tmp_path / "run", weight_decay=0.25, workers=1)
     tree = read_results(tmp_path / "run" / "results.zarr")
