@@ -55,7 +55,6 @@ _WITHOUT_DECAY = (
 )
 
 
-
 def label(
     table: UpdateTable,
     *,

@@ -271,8 +271,8 @@ def _decay_note(groups: Sequence[_Group]) -> str:
     if not unknown:
         return ""
     return (
-        f"the optimizer has weight decay {unknown[0]:g}, but does not state whether it is decoupled; if it is, as in "
-        f"AdamW, --weight-decay {unknown[0]:g} gives results without it as well"
+        f"the optimizer has weight decay {unknown[0]:g}, but does not state whether it is decoupled; if it is, as "
+        f"in AdamW, --weight-decay {unknown[0]:g} gives results without it as well"
     )
 
 
