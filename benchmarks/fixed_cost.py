@@ -113,7 +113,7 @@ def fixed_cost_of(folder: Path) -> dict[str, Any]:
     """Measure commands on a tiny log in new processes, with compilation and with a cached kernel."""
     log = folder / "log"
     write_tiny_log(log)
-    natgrad = [sys.executable, "-c", "from natgrad_flows.cli import main; main()"]
+    natgrad = [sys.executable, "-c", "from natgrad_flows.cli import program; program()"]
     process = [*natgrad, "process", str(log), "--quiet"]
     compiled = os.environ | {"NUMBA_CACHE_DIR": str(folder / "compiled")}
     first = seconds_of([*process, str(folder / "first")], compiled)

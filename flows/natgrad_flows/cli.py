@@ -8,9 +8,9 @@ from typing import Any
 import typer
 
 from natgrad.app import options
-from natgrad.app.cli import Output, app, command_options, main
+from natgrad.app.cli import Output, app, command_options, main, program
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "program"]
 
 
 @app.command()
@@ -76,4 +76,4 @@ def deploy(
 
 
 if __name__ == "__main__":
-    main()
+    program()

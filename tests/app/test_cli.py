@@ -200,6 +200,29 @@ def test_no_command_prints_the_help_with_and_without_two_dashes():
     assert told[0].stderr.startswith("Usage: natgrad")
 
 
+PROGRAM = """
+import gc, sys, threading
+from natgrad_flows.cli import program
+sys.argv = ["natgrad", "formats"]
+try:
+    program()
+except SystemExit as end:
+    assert not end.code
+(timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+assert not gc.isenabled()
+assert timer.daemon
+assert timer.interval <= 10
+timer.function()
+assert gc.isenabled()
+"""
+
+
+def test_a_short_command_does_not_search_for_cycles_and_a_long_one_does():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "safetensors" in done.stdout
+
+
 def test_a_malformed_configuration_of_dask_is_named(tmp_path, monkeypatch):
     file = tmp_path / ".config" / "dask" / "natgrad.yaml"
     file.parent.mkdir(parents=True)
