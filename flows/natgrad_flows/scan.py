@@ -39,6 +39,7 @@ from natgrad.app.worker import Worker
 from natgrad.storage import open_storage
 from natgrad_flows.parameters import with_parameters
 from natgrad_flows.runs import analyze_run, ingest_run, mark_crashed, process_run, uri
+from natgrad_flows.server import shorten_request_errors
 
 __all__ = ["delete_history", "scan_runs"]
 
@@ -67,6 +68,7 @@ def scan_runs(root: options.Root, out: options.RunsFolder, **values: Unpack[opti
     dict
         `natgrad.app.summaries.ScanSummary` in its JSON form.
     """
+    shorten_request_errors()
     with get_client(sync_client=True) as client:
         records = _Records(client)
         if values["keep_days"] is not None:

@@ -36,7 +36,7 @@ from natgrad.app.worker import end_with_parent
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.logs import logger
 
-__all__ = ["require_server", "serve", "server_errors", "use_server"]
+__all__ = ["require_server", "serve", "server_errors", "shorten_request_errors", "use_server"]
 
 _log = logger("natgrad.flows")
 
@@ -81,25 +81,21 @@ class _OneLine(logging.Filter):
         return True
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    loggers = [logging.getLogger(f"prefect.{name}") for name in ("engine", "flow_runs", "task_runs")]
-    one_line = _OneLine()
-    for one in loggers:
-        one.addFilter(one_line)
-    try:
-        yield
-    finally:
-        for one in loggers:
-            one.removeFilter(one_line)
+_ONE_LINE = _OneLine()
+
+
+def shorten_request_errors() -> None:
+    """Log errors of requests to the server in one line from now on; Prefect logs them with long tracebacks."""
+    for name in ("engine", "flow_runs", "task_runs"):
+        logging.getLogger(f"prefect.{name}").addFilter(_ONE_LINE)
 
 
 @contextmanager
 def server_errors() -> Iterator[None]:
     """Translate errors of requests to the Prefect server into messages for users."""
+    shorten_request_errors()
     try:
-        with _one_line_errors():
-            yield
+        yield
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         address = get_current_settings().api.url
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500:

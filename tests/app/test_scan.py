@@ -326,6 +326,48 @@ def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out)
     assert [row["lag"] for row in status_of_runs(out)] == [1, 0]
 
 
+# Every process has this clock, which differs from that of the system by a number of seconds. Times in records, which
+# nothing is compared with, still come from the clock of the system.
+CLOCK = """
+import os, time
+
+shift, now, now_ns = float(os.environ["CLOCK_SHIFT"]), time.time, time.time_ns
+time.time = lambda: now() + shift
+time.time_ns = lambda: now_ns() + int(shift * 1e9)
+"""
+
+SCAN_STATES = """
+import json, sys, natgrad
+summary = natgrad.scan(sys.argv[1], sys.argv[2], workers=1)
+print(json.dumps([run.state for run in summary.runs]), json.dumps(summary.failures))
+"""
+
+
+def test_a_clock_that_goes_backwards_between_scans_changes_nothing(root, out, tmp_path):
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
+    path = os.pathsep.join([str(tmp_path / "clock"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    states, before = random_walk(8), 0
+    for shift, steps in ((0, 3), (-3600, 5), (-7200, 5), (-400 * 86400, 7), (86400, 8)):
+        for number in range(before, steps):
+            file = write_step(root / "a", number, states[number])
+            os.utime(file, (file.stat().st_mtime + shift,) * 2)
+        grown, before = steps > before, steps
+        done = subprocess.run(
+            [sys.executable, "-c", SCAN_STATES, root, out],
+            env=os.environ | {"PYTHONPATH": path, "CLOCK_SHIFT": str(shift)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout == ('["processed"] {}\n' if grown else '["unchanged"] {}\n'), done.stderr
+        (row,) = status_of_runs(out)
+        assert (row["state"], row["steps"], row["last_step"], row["lag"]) == ("done", steps, steps - 1, 0)
+    assert natgrad.verify(out / "a").damages == ()
+    natgrad.process(root / "a", out / "again", workers=1)
+    one, other = (xr.open_datatree(out / name / "results.zarr") for name in ("a", "again"))
+    xr.testing.assert_identical(one, other)
+
+
 def test_options_of_a_scan_are_checked_before_a_folder_is_listed(root, out):
     with pytest.raises(InputError, match="--at-once must be at least 1"):
         natgrad.scan(root, out, at_once=0)

@@ -15,9 +15,11 @@ import filelock
 import psutil
 import pytest
 
+from logs import random_walk, write_log
 from natgrad.schema.errors import InputError
 from natgrad.storage import LocalStorage
 from natgrad.storage.local import disk_errors
+from opened import TIMES
 
 HOLD = """
 import errno, os, sys
@@ -180,3 +182,64 @@ def test_other_errors_are_not_translated(store):
         raise ConnectionResetError(errno.ECONNRESET, "of a scheduler")
     with pytest.raises(OSError, match="of a scheduler"), disk_errors(store):
         raise OSError("of a scheduler")
+
+
+# Two hosts: processes in namespaces for host names, mounts and process numbers.
+HOST = """
+import sys, time
+from pathlib import Path
+import natgrad
+
+folder, name, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+natgrad.process(folder / "logs" / "run", folder / f"alone-{name}", workers=1)
+for number in range(rounds):
+    (folder / f"ready-{name}-{number}").touch()
+    while not all((folder / f"ready-{host}-{number}").exists() for host in ("one", "two")):
+        time.sleep(0.001)
+    out = folder / f"out-{number}"
+    try:
+        if number % 2:
+            print(*(run.state for run in natgrad.scan(folder / "logs", out, workers=1).runs))
+        else:
+            natgrad.process(folder / "logs" / "run", out / "run", workers=1)
+            print("processed")
+    except natgrad.Unavailable as error:
+        print(error.what.partition(":")[0])
+"""
+
+UNSHARE = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def stores(out):
+    """Files of the stores, except times."""
+    return {
+        path.relative_to(out): path.read_bytes()
+        for store in ("trajectory.zarr", "ledger.zarr", "results.zarr")
+        for path in sorted((out / store).rglob("*"))
+        if path.is_file() and path.name != TIMES
+    }
+
+
+def test_two_hosts_that_use_one_out_at_once_give_the_data_of_one(tmp_path):
+    write_log(tmp_path / "logs" / "run", random_walk(6))
+    namespaces = [*UNSHARE, *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    rounds, ends = 6, []
+    hosts = [
+        subprocess.Popen(
+            [*namespaces, "sh", "-c", 'hostname "$1" && shift && exec "$@"', "sh", name]
+            + [sys.executable, "-c", HOST, tmp_path, name, str(rounds)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    for host in hosts:
+        ends.append(host.communicate()[0].splitlines())
+        assert host.returncode == 0
+    refused = ("another process is writing this trajectory", "another process is writing this ledger")
+    for number, pair in enumerate(zip(*ends, strict=True)):
+        assert "processed" in pair
+        assert set(pair) <= {"processed", *(("skipped", "unchanged") if number % 2 else refused)}
+        assert stores(tmp_path / f"out-{number}" / "run") == stores(tmp_path / "alone-one")
+    assert len(ends[0]) == rounds

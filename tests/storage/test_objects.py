@@ -151,16 +151,20 @@ def test_one_process_writes(url):
     assert not (url / ".t.zarr.lock").exists()
 
 
+def start_of_this_process(url):
+    """Return the start of this process, as a lock records it."""
+    with (url / "own").lock("trajectory"):
+        return json.loads((url / ".own.lock").get())["started"]
+
+
 def left_lock(url, **changes):
     """Write a lock that was not released, by default by this process."""
-    with (url / "own").lock("trajectory"):
-        own = json.loads((url / ".own.lock").get())
     signed = {
         "process": os.getpid(),
         "host": socket.gethostname(),
         "user": "somebody",
         "since": "2026-11-26T10:00:00+00:00",
-        "started": own["started"],
+        "started": start_of_this_process(url),
         **changes,
     }
     (url / ".t.zarr.lock").put(json.dumps(signed).encode())
@@ -169,13 +173,29 @@ def left_lock(url, **changes):
 def test_a_lock_of_a_dead_process_on_this_machine_is_taken_over(url):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     # No process has its number, or another process that started at another time.
-    for changes in ({"process": int(dead.stdout)}, {"started": 1.0}):
+    for changes in ({"process": int(dead.stdout)}, {"started": f"{start_of_this_process(url)}0"}):
         left_lock(url, **changes)
         with (url / "t.zarr").lock("trajectory"):
             assert json.loads((url / ".t.zarr.lock").get())["user"] != "somebody"
     left_lock(url)
     with pytest.raises(Unavailable, match="of user somebody"), (url / "t.zarr").lock("trajectory"):
         raise AssertionError("the process lives")
+
+
+def test_a_lock_of_another_container_with_the_same_host_name_is_not_taken_over(url):
+    boot, namespace, start = start_of_this_process(url).split()
+    for started, machine in (
+        (f"{boot} pid:[1] {start}", ""),  # a container on this machine
+        (f"another-boot {namespace} {start}", "another machine"),
+        ("1.0", ""),
+    ):
+        left_lock(url, process=1 << 22, started=started, machine=machine)
+        with (
+            pytest.raises(Unavailable, match="of user somebody") as refusal,
+            (url / "t.zarr").lock("trajectory"),
+        ):
+            raise AssertionError("it may live")
+        assert "another container" in refusal.value.why
 
 
 def test_a_lock_is_not_taken_over_after_the_clock_was_set(url, monkeypatch):
@@ -198,7 +218,7 @@ def test_a_lock_of_another_machine_is_not_taken_over(url):
 
 
 def test_the_second_process_to_take_over_a_lock_is_rejected(url, monkeypatch):
-    left_lock(url, started=1.0)
+    left_lock(url, started=f"{start_of_this_process(url)}0")
     put_if = ObjectStorage.put_if
 
     def slow(self, content, tag):

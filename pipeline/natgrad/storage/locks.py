@@ -81,6 +81,10 @@ _LOCAL = {
 """File systems that belong to one machine; others may be shared."""
 
 
+_NAMESPACE, _FIRST_NAMESPACE = Path("/proc/self/ns/pid"), "pid:[4026531836]"
+"""Namespace of process numbers (Linux), and that of processes which are not in a container."""
+
+
 def _lock_name(name: str) -> str:
     return f".{name}.lock"
 
@@ -230,7 +234,8 @@ def lock_by_object(store: Lockable, kind: str) -> Iterator[None]:
     """
     lock = store.parent / _lock_name(store.name)
     started = _start_of(os.getpid())
-    signed = json.dumps({**_signature(), "started": started, "key": uuid.uuid4().hex}).encode()
+    own = {"started": started, "machine": _machine(), "key": uuid.uuid4().hex}
+    signed = json.dumps({**_signature(), **own}).encode()
     try:
         _put_lock(lock, signed, store, kind)
         _require_conditions(lock, signed)
@@ -254,7 +259,10 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
         holder, dead = _HOLDER.format(**name), _is_dead(name)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _locked(str(store), kind, f"{lock} does not identify it") from error
-    if not dead and name["host"] == socket.gethostname():
+    same = name["host"] == socket.gethostname() and _numbering(name["started"]) == _numbering(
+        _start_of(os.getpid())
+    )
+    if not dead and same:
         raise _locked(str(store), kind, holder)
     if not dead or not tag:
         raise Unavailable(
@@ -262,7 +270,7 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
             where=str(store),
             why="it has ended, but without conditional writes in this object store its lock cannot be taken over"
             if dead
-            else "it runs on another machine. An object store cannot detect whether that machine has stopped",
+            else "it runs on another machine or in another container; it cannot be detected whether that ended",
             remedy=f"wait until it ends; if it is no longer running, remove {lock}, and run again",
         )
     try:
@@ -272,9 +280,15 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
 
 
 def _is_dead(name: Mapping[str, Any]) -> bool:
-    """Return True if a process on this machine has ended, even if its process number has been reused."""
+    """Return True if a process on this machine has ended, even if its process number has been reused.
+
+    Containers and machines may share a host name. A number of a process in another container or on another machine
+    means nothing here, so such a process is not dead, unless this machine was started again in the meantime.
+    """
     if name["host"] != socket.gethostname():
         return False
+    if _numbering(name["started"]) != _numbering(_start_of(os.getpid())):
+        return bool(name.get("machine")) and name["machine"] == _machine()
     try:
         return bool(_start_of(name["process"]) != name["started"])
     except psutil.NoSuchProcess:
@@ -285,7 +299,8 @@ def _start_of(process: int) -> str:
     """Return the start of a process, in a form that does not change if the clock of the machine is set.
 
     On Linux, psutil computes the time of the start from the current clock, so another process would seem to have
-    the number of the holder after the clock was set.
+    the number of the holder after the clock was set. There, the parts are the start of the machine, the namespace
+    of process numbers, and the start of the process.
 
     Raises
     ------
@@ -297,9 +312,23 @@ def _start_of(process: int) -> str:
         return str(psutil.Process(process).create_time())
     try:
         # The name of the program, in parentheses, may contain spaces. The start is the 22nd field.
-        return f"{boot.read_text().strip()} {status.read_text().rpartition(')')[2].split()[19]}"
+        start = status.read_text().rpartition(")")[2].split()[19]
     except (FileNotFoundError, ProcessLookupError) as error:
         raise psutil.NoSuchProcess(process) from error
+    return f"{boot.read_text().strip()} {_NAMESPACE.readlink()} {start}"
+
+
+def _numbering(started: str) -> str:
+    """Return the part of a start that identifies what numbers the processes; empty if unknown."""
+    return started.rpartition(" ")[0]
+
+
+def _machine() -> str:
+    """Return the identity of this machine, which stays when it is started again; empty in a container."""
+    with suppress(OSError):
+        if str(_NAMESPACE.readlink()) == _FIRST_NAMESPACE:
+            return Path("/etc/machine-id").read_text().strip()
+    return ""
 
 
 def _require_conditions(lock: Lockable, signed: bytes) -> None:
