@@ -326,8 +326,8 @@ def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out)
     assert [row["lag"] for row in status_of_runs(out)] == [1, 0]
 
 
-# Every process has this clock, which differs from that of the system by a number of seconds. Times in records, which
-# nothing is compared with, still come from the clock of the system.
+# Every process has this clock, which differs from that of the system by some seconds. Times in records, which are
+# only shown, still come from the clock of the system.
 CLOCK = """
 import os, time
 
