@@ -305,8 +305,9 @@ def test_invalid_shapes_are_an_error():
         Metric(Y, G).solve(Y[:2])
     with pytest.raises(InputError, match="cannot act on g"):
         canonical_form(np.eye(3), G)
-    with pytest.raises(InputError, match="is not a finite matrix"):
-        extreme_eigenvalues(np.full((2, 2), np.nan))
+    for invalid in (np.full((2, 2), np.nan), np.ones((2, 2, 2)), np.ones((0, 0))):
+        with pytest.raises(InputError, match="is not a finite matrix"):
+            extreme_eigenvalues(invalid)
     with pytest.raises(InputError, match="is not symmetric"):
         Kronecker(np.array([[1.0, 2.0], [0.0, 1.0]]), np.eye(2))
 

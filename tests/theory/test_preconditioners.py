@@ -202,7 +202,7 @@ def spd(rng, size):
     return a @ a.T + 0.1 * np.eye(size)
 
 
-@pytest.mark.parametrize("exponent", [1.0, -1.0, 0.5, -0.25])
+@pytest.mark.parametrize("exponent", [1.0, 1.5, -1.0, 0.5, -0.25])
 def test_a_kronecker_product_of_powers_equals_that_of_dense_matrices(exponent):
     rng = np.random.default_rng(1)
     first, diagonal, last = spd(rng, 3), rng.uniform(0.5, 2.0, 2), spd(rng, 4)
