@@ -106,8 +106,8 @@ class Inspection(Summary):
     command : str, optional
         Command that processes the source, in which OUT stands for the folder of the results. None if there is none.
     run_file : mapping, optional
-        ``path`` and ``content`` of a run file that lists the logs of the command. A command that names its folder
-        needs it; otherwise it is needed only for scans.
+        ``path`` and ``content`` of a run file that lists the logs of the command. A command that names it needs it;
+        otherwise it is useful for scans only.
     other_commands : list of str
         Other commands that were tried successfully, for other runs or other logs of the run.
     refused : mapping of str to str
@@ -205,8 +205,10 @@ class Inspection(Summary):
         text = "".join(summary_lines(values))
         if file is None:
             return text
-        lines = "".join(f"  {printable(line)}\n" for line in file["content"].splitlines())
-        return f"{text}run file {printable(file['path'])}\n{lines}"
+        lines = "".join(f"  {printable(line)}".rstrip() + "\n" for line in file["content"].splitlines())
+        needed = file["path"] in (self.command or "")
+        use = "save these lines before you run the command" if needed else "optional; natgrad scan reads it"
+        return f"{text}run file {printable(file['path'])} ({use})\n{lines}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without entries that do not apply."""

@@ -116,6 +116,14 @@ def scalars_with_unknown_names(root):
     return 0, 3, ALL
 
 
+def printed_lines(root):
+    write_log(root / "run", part(STATES, *TENSORS, "learning_rate"))
+    lines = [f"iter {number}: loss {float(state['loss']):.6f}, time 12ms\n" for number, state in enumerate(STATES)]
+    (root / "train.log").write_text("".join(["compiling the model\n", *lines]))
+    os.utime(root / "train.log", (LONG_AGO, LONG_AGO))
+    return 0, 3, ALL
+
+
 def names_with_an_unknown_pattern(root):
     for number, state in enumerate(STATES):
         write_arrays(root / f"gpt2w{10 * number}x.npz", state)
@@ -227,6 +235,7 @@ ACCEPTED = [
     gradients_in_a_second_folder_and_scalars_in_a_file,
     scalars_next_to_the_states,
     scalars_with_unknown_names,
+    printed_lines,
     names_with_an_unknown_pattern,
     folders_with_an_unknown_pattern,
     names_with_an_unknown_ending,
@@ -244,10 +253,10 @@ ACCEPTED = [
 
 
 def follow(found, folder, monkeypatch, stage="ingest"):
-    """Execute a proposed command in a folder, with its run file if its source is the folder of that file."""
+    """Execute a proposed command in a folder, with its run file if the command names it."""
     words = shlex.split(found.command)
     assert words[:2] == ["natgrad", "process"]
-    if found.run_file is not None and words[2] == str(Path(found.run_file["path"]).parent):
+    if found.run_file is not None and words[2] == found.run_file["path"]:
         Path(found.run_file["path"]).write_text(found.run_file["content"])
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
@@ -301,8 +310,8 @@ def test_a_run_file_joins_the_logs_of_a_run(tmp_path):
     Path(found.run_file["path"]).write_text(found.run_file["content"])
     assert natgrad.ingest(tmp_path, tmp_path / "out").steps == 4
     lines = str(found).splitlines()
-    assert lines[lines.index(f"run file {tmp_path}/run.toml") + 1 :] == [
-        f"  {line}" for line in found.run_file["content"].splitlines()
+    assert lines[lines.index(f"run file {tmp_path}/run.toml (optional; natgrad scan reads it)") + 1 :] == [
+        f"  {line}".rstrip() for line in found.run_file["content"].splitlines()
     ]
 
 

@@ -35,11 +35,27 @@ def test_a_command_contains_the_same_words(name, pattern):
 def test_the_options_of_several_sources_are_written_into_a_run_file(tmp_path):
     parts = (Part(str(tmp_path / "a"), pattern="x{step}"), Part(str(tmp_path / "b")))
     proposal = Proposal(parts, folder=tmp_path)
-    assert shlex.split(proposal.command) == ["natgrad", "process", str(tmp_path), "OUT"]
+    assert shlex.split(proposal.command) == ["natgrad", "process", str(tmp_path / "run.toml"), "OUT"]
     plain = Proposal((Part(str(tmp_path / "a")), Part(str(tmp_path / "b"))), folder=tmp_path)
     assert shlex.split(plain.command) == ["natgrad", "process", str(tmp_path / "a"), str(tmp_path / "b"), "OUT"]
     assert plain.run_file is not None
     assert Proposal((Part(str(tmp_path / "a")),), folder=tmp_path).run_file is None
+
+
+def test_options_that_apply_to_one_source_only_are_written_into_the_command(tmp_path):
+    states = Part(str(tmp_path / "a"), map={"gradient": "g"}, pattern="x{step}")
+    scalars = Part(str(tmp_path / "b"), map={"loss": "l", "line": "iter {step}: {loss}"}, scalars=True)
+    assert shlex.split(Proposal((states, scalars), folder=tmp_path).command)[2:] == [
+        *(str(tmp_path / "a"), str(tmp_path / "b"), "OUT", "--map", "gradient=g", "--map", "loss=l"),
+        *("--map", "line=iter {step}: {loss}", "--pattern", "x{step}"),
+    ]
+    # Two logs of scalars, a shift, and a step number of the states are ambiguous.
+    for others in (
+        (states, scalars, Part("c", scalars=True)),
+        (states, Part("c", shift={"loss": 1}, scalars=True)),
+        (Part("a", map={"step": "n"}), Part("b", scalars=True)),
+    ):
+        assert Proposal(others, folder=tmp_path).needs_run_file
 
 
 def test_advice_with_placeholders_is_not_followed():
@@ -48,4 +64,10 @@ def test_advice_with_placeholders_is_not_followed():
         {"map": {"loss": "loss[mode=train]"}}
     ]
     assert advised("use --shift gradient=-1 --shift loss=-1") == [{"shift": {"gradient": -1, "loss": -1}}]
+    assert advised(
+        "use --map line='iter {step}: loss {loss}', for example, or --map line=NAME: --map line=nanogpt"
+    ) == [
+        {"map": {"line": "iter {step}: loss {loss}"}},
+        {"map": {"line": "nanogpt"}},
+    ]
     assert advised('use --pattern "it\'s {step}"') == [{"pattern": "it's {step}"}]

@@ -176,7 +176,7 @@ def _read(part: Part, format: str, stop: Callable[[], bool]) -> ReadPart:
             quantities.setdefault(name, []).append(step.number)
             counts.setdefault(name, len(content.arrays.get(name, ())))
     return ReadPart(
-        part,
+        replace(part, scalars=scalars),
         format,
         listed,
         {name: tuple(numbers) for name, numbers in quantities.items()},

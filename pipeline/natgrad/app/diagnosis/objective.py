@@ -113,9 +113,10 @@ def objective_of(
 def _state(log: Source, step: LoggedStep) -> tuple[dict[str, NDArray[np.float64]] | None, float | None]:
     """Read the parameters and gradients of a state, each in one vector of float64, and its loss."""
     with log.open(step) as reader:
-        content = complete(step, reader.content())
-        if "gradient" not in content.arrays:
+        logged = reader.content()
+        if not logged.arrays.get("gradient"):  # the last state may have none
             return None, None
+        content = complete(step, logged)
         found = {}
         for array in ("parameter", "gradient"):
             parts: list[NDArray[Any]] = []

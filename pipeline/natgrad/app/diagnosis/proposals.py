@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from natgrad.ingestion.rehearsal import Rehearsal, rehearse
 from natgrad.schema.logs import collected_warnings
 from natgrad.sources.base import Source
+from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.opening import open_sources
 from natgrad.sources.run_file import RUN_FILE
 from natgrad.storage import Location, open_all, open_storage
@@ -39,6 +41,8 @@ class Part:
     map, shift : mapping
     pattern : str
         Values of ``--format``, ``--map``, ``--shift`` and ``--pattern``.
+    scalars : bool
+        It is a log of scalars.
     """
 
     location: str
@@ -46,6 +50,7 @@ class Part:
     map: Mapping[str, str] = field(default_factory=dict)
     shift: Mapping[str, int] = field(default_factory=dict)
     pattern: str = ""
+    scalars: bool = False
 
     @property
     def plain(self) -> bool:
@@ -90,8 +95,8 @@ class Proposal:
     Attributes
     ----------
     parts : tuple of Part
-        If there are several, either all have the same options, which are those of the command line, or they are
-        written into a run file.
+        If it is ambiguous to which of several parts an option of the command line refers, they are written into a
+        run file.
     shared : bool
         The options of the parts are those of the command line, which the user passed.
     allow_gaps, exact_names, sweep : bool
@@ -107,12 +112,28 @@ class Proposal:
     sweep: bool = False
     folder: Path | None = None
 
+    @cached_property
+    def _options(self) -> Part | None:
+        """The options of the command line, without a location; None if they are ambiguous or cannot be written."""
+        if self.shared or len(self.parts) == 1:
+            merged = self.parts[0]
+        else:
+            logs, tensors = ([part for part in self.parts if part.scalars == only] for only in (True, False))
+            of_logs, of_tensors = ({name for part in group for name in part.map} for group in (logs, tensors))
+            ambiguous = any(part.format or part.shift for part in self.parts)
+            ambiguous |= any(len(group) > 1 and not all(one.plain for one in group) for group in (logs, tensors))
+            ambiguous |= not of_logs <= {*SCALAR_LOG_QUANTITIES} or not of_tensors.isdisjoint(SCALAR_LOG_QUANTITIES)
+            if ambiguous or any(part.pattern for part in logs):
+                return None
+            mapping = {name: key for part in self.parts for name, key in part.map.items()}
+            merged = Part("", map=mapping, pattern="".join(part.pattern for part in tensors))
+        writable = all(len(key.split()) == 1 for name, key in merged.map.items() if name != "line")
+        return merged if writable else None
+
     @property
     def needs_run_file(self) -> bool:
         """Return True if the options of the parts cannot be written on the command line."""
-        keys = [key for part in self.parts for key in part.map.values()]
-        several = len(self.parts) > 1 and not self.shared and not all(part.plain for part in self.parts)
-        return several or any(len(key.split()) != 1 for key in keys)
+        return self._options is None
 
     @property
     def run_file(self) -> tuple[str, str] | None:
@@ -125,9 +146,12 @@ class Proposal:
     @property
     def command(self) -> str:
         """The command, in which OUT stands for the folder of the results."""
-        own = self.run_file if self.needs_run_file else None
-        sources = [str(Path(own[0]).parent)] if own else [part.location for part in self.parts]
-        flags = [] if own else self.parts[0].flags() if self.shared or len(self.parts) == 1 else []
+        own, options = self.run_file, self._options
+        if options is None and own is not None:
+            sources, flags = [own[0]], []
+        else:
+            sources = [part.location for part in self.parts]
+            flags = [] if options is None else options.flags()
         flags += (
             ["--allow-gaps"] * self.allow_gaps + ["--exact-names"] * self.exact_names + ["--sweep"] * self.sweep
         )
@@ -154,15 +178,15 @@ class Proposal:
         InputError
             See `natgrad.sources.opening.open_sources`.
         """
-        if not self.needs_run_file:
-            first = self.parts[0]
+        options = self._options
+        if options is not None:
             yield open_sources(
                 open_all([part.location for part in self.parts]),
-                first.format,
-                first.map,
-                first.shift,
+                options.format,
+                options.map,
+                options.shift,
                 sweep=self.sweep,
-                pattern=first.pattern,
+                pattern=options.pattern,
                 exact_names=self.exact_names,
             )
             return
@@ -198,7 +222,7 @@ def scan_command(root: Location, parts: Sequence[Part], *, allow_gaps: bool = Fa
     return shlex.join(["natgrad", "scan", str(root), "OUT", *parts[0].flags(), *flags])
 
 
-_MAP = re.compile(r"--map ('[^']+'|[a-z_]+=[^\s,;]+)")
+_MAP = re.compile(r"--map ((?:'[^']*'|[^\s,;'\"])+)")
 _SHIFT = re.compile(r"--shift ([a-z_]+)=([+-]?[0-9]+)")
 _PATTERN = re.compile(r"--pattern ('[^']*'|\"[^\"]*\")")
 _PLACEHOLDERS = {"KEY", "VALUE", "NAME"}
@@ -218,7 +242,7 @@ def advised(text: str) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for match in _MAP.finditer(text):
-        quantity, _, key = match[1].strip("'").partition("=")
+        quantity, _, key = match[1].replace("'", "").partition("=")
         if key and not any(word in key for word in _PLACEHOLDERS):
             found.append({"map": {quantity: key}})
     found += [{"pattern": ast.literal_eval(match[1])} for match in _PATTERN.finditer(text)]
