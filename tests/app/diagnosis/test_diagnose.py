@@ -243,13 +243,12 @@ ACCEPTED = [
     two_files_of_a_step_and_gradients,
     unknown_keys,
     keys_with_spaces,
-    nested_model,
-    epochs_with_steps_in_the_files,
-    files_without_a_number,
     a_gap,
     names_that_need_quotes,
     one_file_of_all_steps,
 ]
+
+WRITTEN_BY_TORCH = [nested_model, epochs_with_steps_in_the_files, files_without_a_number]
 
 
 def follow(found, folder, monkeypatch, stage="ingest"):
@@ -273,8 +272,7 @@ def states_of(source, out):
         return 0
 
 
-@pytest.mark.parametrize("write", ACCEPTED, ids=lambda write: write.__name__)
-def test_the_proposed_command_reads_all_states_and_quantities(tmp_path, monkeypatch, write):
+def require_all_states_and_quantities(tmp_path, monkeypatch, write):
     root = tmp_path / "root"
     root.mkdir()
     first, last, quantities = write(root)
@@ -289,6 +287,16 @@ def test_the_proposed_command_reads_all_states_and_quantities(tmp_path, monkeypa
     assert all(np.isfinite(trajectory.scalar(name)).all() for name in SCALARS if name in quantities)
     assert {tensor.name for tensor in trajectory.layout.tensors} == {"w", "b"}
     assert str(found.command) in str(found)
+
+
+@pytest.mark.parametrize("write", ACCEPTED, ids=lambda write: write.__name__)
+def test_the_proposed_command_reads_all_states_and_quantities(tmp_path, monkeypatch, write):
+    require_all_states_and_quantities(tmp_path, monkeypatch, write)
+
+
+@pytest.mark.parametrize("write", WRITTEN_BY_TORCH, ids=lambda write: write.__name__)
+def test_the_proposed_command_reads_files_of_torch(tmp_path, monkeypatch, write):
+    require_all_states_and_quantities(tmp_path, monkeypatch, write)
 
 
 @pytest.mark.parametrize("write", [gradients_in_a_second_folder, names_with_an_unknown_pattern])

@@ -227,7 +227,7 @@ class StepFolder:
                 where=str(self.location),
                 why="it is empty, or the log has another format or other names",
                 remedy="pass the folder that contains the step files, or the names of the files with --pattern; "
-                "see natgrad formats for the formats",
+                "natgrad inspect shows what this folder contains and which command reads it",
             )
         skipped = [step.storage.name for of_step in files.values() for step in of_step.skipped()]
         if skipped:
