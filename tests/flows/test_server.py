@@ -108,6 +108,29 @@ def test_a_server_that_is_missing_or_does_not_answer_is_an_error(root, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_scan_ends_with_a_message_if_the_database_of_its_server_is_truncated(tmp_path):
+    for number in range(8):
+        write_log(tmp_path / "logs" / f"run-{number}", random_walk(3, seed=number))
+    out, database = tmp_path / "out", tmp_path / "prefect" / "prefect.db"
+    command = [NATGRAD, "scan", tmp_path / "logs", out, "--workers", "1", "--quiet"]
+    with PrefectServer(tmp_path / "prefect") as server, (tmp_path / "errors").open("w+") as errors:
+        # Fewer attempts shorten the test.
+        variables = environment(tmp_path, **server.environment, PREFECT_CLIENT_MAX_RETRIES="1")
+        with subprocess.Popen(command, env=variables, stderr=errors) as running:
+            wait_for(lambda: (out / "run-0" / "report.html").exists())
+            os.truncate(database, database.stat().st_size // 2)
+            for suffix in ("-wal", "-shm"):
+                if database.with_name(database.name + suffix).exists():
+                    os.truncate(database.with_name(database.name + suffix), 0)
+        errors.seek(0)
+        message = errors.read()
+    assert running.returncode == 2
+    assert "natgrad: the Prefect server" in message
+    assert "Traceback" not in message
+    # The runs themselves do not depend on the server.
+    assert len(list(out.glob("*/report.html"))) == 8
+
+
 def _listens_on(process, port):
     try:
         return any(one.laddr.port == port for one in process.net_connections("inet") if one.status == "LISTEN")

@@ -39,9 +39,14 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
     ValueError
         If the data are not a protocol buffer or are truncated.
     """
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
+    position, size = 0, len(data)
+    while position < size:
+        # Most varints have one byte. Calling a function for each of them takes longer than everything else.
+        key = data[position]
+        if key < 0x80:
+            position += 1
+        else:
+            key, position = _varint(data, position)
         number, kind = key >> 3, key & 7
         if not number:
             raise ValueError("a field of a record has the number 0")
@@ -51,7 +56,10 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
         elif kind in (FIXED64, FIXED32, BYTES):
             length = 8 if kind == FIXED64 else 4
             if kind == BYTES:
-                length, position = _varint(data, position)
+                if position < size and data[position] < 0x80:
+                    length, position = data[position], position + 1
+                else:
+                    length, position = _varint(data, position)
             value, position = data[position : position + length], position + length
             if len(value) < length:
                 raise ValueError("a field of a record is truncated")

@@ -190,6 +190,8 @@ class _Table:
 
 def _number(value: Any) -> float | None:
     """Return the value of a number or numeric string, or None."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str | np.number):
         return None
     if isinstance(value, str) and "_" in value:
