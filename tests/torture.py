@@ -18,7 +18,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -213,8 +212,7 @@ def kind_of(name):
     if parts[-1] == "zarr.json":
         return f"{store} {'/'.join(parts) if len(parts) == 1 or parts[0] == 'commits' else 'zarr.json of an array'}"
     array = "state" if parts[0] in ("parameter", "gradient") and store == "trajectory.zarr" else parts[0]
-    is_chunk = store == "results.zarr" and re.match(r"c(\.|$)", parts[-1])
-    return f"{store} {'array' if is_chunk else array}"
+    return f"{store} {'array' if store == 'results.zarr' and 'c' in parts else array}"
 
 
 def values(out):

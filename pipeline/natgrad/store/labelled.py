@@ -151,7 +151,6 @@ def _template(kind: str) -> dict[str, Any]:
         shape=(),
         dtype=kind,
         fill_value="" if kind == _TEXT else _fill_value(np.dtype(kind)),
-        chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": False},
     )
     document: dict[str, Any] = array.metadata.to_dict()
@@ -188,4 +187,4 @@ def _chunks(values: NDArray[Any], document: Mapping[str, Any]) -> Iterator[tuple
             content = encode_texts([str(text) for text in part.ravel()])
         else:
             content = np.ascontiguousarray(part, part.dtype.newbyteorder("<")).tobytes()
-        yield ".".join(("c", *map(str, index))), Zstd(level=0).encode(content)
+        yield "/".join(("c", *map(str, index))), Zstd(level=0).encode(content)
