@@ -668,6 +668,40 @@ def test_a_folder_with_steps_is_continued_on_request_only(tmp_path):
     assert torch.equal(found[2]["parameter"]["weight"], before["weight"])
 
 
+# Live values ------------------------------------------------------------------------------------------------------
+
+
+def test_the_values_of_the_last_update_are_those_of_the_results(tmp_path, caplog):
+    model = make_model()
+    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.01}]
+    optimizer = torch.optim.AdamW(groups)
+    values = []
+    with natgrad.watch(optimizer, tmp_path / "log", model=model) as watch:
+        assert watch.last is None
+        for step in range(4):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(watch.last)
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        assert watch.last is None
+    assert watch.last is None
+    assert not caplog.records
+    natgrad.process(tmp_path / "log", tmp_path / "run")
+    results = natgrad.open_results(tmp_path / "run")
+    for step, found in enumerate(values[:3]):
+        assert found.step == step
+        chosen = {"step": step, "descent": "gradient", "window": 1}
+        tables = {None: results["model"].sel(chosen)}
+        tables |= {name: results["tensor"].sel(chosen | {"tensor": name}) for name in found.tensors}
+        for name, table in tables.items():
+            here = found.model if name is None else found.tensors[name]
+            assert here.angle == pytest.approx(float(table["angle"]), abs=1e-13)
+            assert here.condition_number == pytest.approx(float(table["condition_number"]), rel=1e-10, nan_ok=True)
+            assert here.effective == bool(table["effective"] == 1)
+
+
 # Processes --------------------------------------------------------------------------------------------------------
 
 LOOP = """

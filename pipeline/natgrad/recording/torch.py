@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from natgrad.recording.arrays import is_tensor, tensor_array
 from natgrad.recording.background import BackgroundWriter
+from natgrad.recording.live import LastUpdate, last_update
 from natgrad.recording.parameters import Model, Names, Selection, parameters_of, shapes_of
 from natgrad.recording.recorder import Recorder
 from natgrad.schema.arguments import number, real_array, shown
@@ -242,6 +243,30 @@ class Watch:
     def seconds_waited(self) -> float:
         """Time for which the training waited for the disk."""
         return 0.0 if self._recorder is None else self._writer.seconds_waited
+
+    @property
+    def last(self) -> LastUpdate | None:
+        """Angle, condition number and relative length of the last update, for the model and each tensor.
+
+        The values are computed when they are read, between two steps, from the recorded state and the current
+        parameters. None before the first complete step, after the end of the recording, and if the parameters were
+        changed after the step.
+        """
+        state = self._state
+        if not self._works() or state is None or not self._is_complete(state):
+            return None
+        try:
+            if any(self._versions[index] != one.versions() for index, one in enumerate(self._selections)):
+                return None
+            parameters = {name: one for selection in self._selections for name, one in selection.trained.items()}
+            tensors = (
+                (name, before, tensor_array(parameters[name], f"parameter {name!r}"), state.gradient[name])
+                for name, before in state.parameter.items()
+            )
+            return last_update(state.number, tensors, state.rates)
+        except Exception as error:
+            self._fail(error)
+            return None
 
     def log(self, *, loss: Any, after: bool = False) -> None:
         """Record the loss of an update, at the parameters before it.
