@@ -39,11 +39,12 @@ def test_the_guide_to_the_recorder_logs_a_run(tmp_path, monkeypatch):
 def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "pytorch.md"
-    assert run_page(page) == blocks(page) == 6
-    steps = {path.name: len(list(path.iterdir())) for path in (tmp_path / "logs").iterdir()}
-    assert steps == {"adamw": 20, "shown": 20, "weights": 8, "muon": 5}
+    assert run_page(page) == blocks(page) == 7
+    steps = {path.name: len(list(path.glob("step_*"))) for path in (tmp_path / "logs").iterdir()}
+    assert steps == {"adamw": 30, "shown": 20, "weights": 6, "muon": 5}
     model = natgrad.open_results("runs/adamw")["model"].sel(descent="gradient", window=1)
     assert (model["effective"] == 1).all()
+    assert natgrad.open_results("runs/weights")["model"]["step"].values.tolist() == [0, 10, 20]
 
 
 def test_the_guide_to_inspect_finds_and_processes_a_run(tmp_path, monkeypatch):

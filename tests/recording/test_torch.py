@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import xarray as xr
 
 import natgrad
 from lazy import Lazy
@@ -635,8 +636,9 @@ def test_a_disk_that_is_slower_than_the_training_is_reported(tmp_path, caplog):
         ({"optimizer": "twice"}, "two optimizers update parameter 'weight'"),
         ({"parameters": "encoder.*"}, "(?s)no trained parameter has a name that matches encoder.*weight"),
         ({"parameters": [3]}, "parameters must be patterns"),
-        ({"first_step": -1}, "first_step or buffer_bytes must be at least 0"),
-        ({"buffer_bytes": "big"}, "first_step or buffer_bytes must be a whole number"),
+        ({"first_step": -1}, "first_step, buffer_bytes or every must be at least 0"),
+        ({"every": 0}, "first_step, buffer_bytes or every must be at least 1"),
+        ({"buffer_bytes": "big"}, "first_step, buffer_bytes or every must be a whole number"),
         ({"on_error": "stop"}, "on_error must be 'warn' or 'raise'"),
         ({"folder": ""}, "the folder must be a path"),
     ],
@@ -700,6 +702,71 @@ def test_the_values_of_the_last_update_are_those_of_the_results(tmp_path, caplog
             assert here.angle == pytest.approx(float(table["angle"]), abs=1e-13)
             assert here.condition_number == pytest.approx(float(table["condition_number"]), rel=1e-10, nan_ok=True)
             assert here.effective == bool(table["effective"] == 1)
+
+
+# Single updates ---------------------------------------------------------------------------------------------------
+
+
+def test_every_nth_update_is_a_pair_of_states_with_the_results_of_a_complete_log(tmp_path, caplog):
+    model, folders = make_model(), {"pairs": 5, "all": 1}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    watches = [natgrad.watch(optimizer, tmp_path / name, model=model, every=n) for name, n in folders.items()]
+    for step in range(17):
+        loss = loss_of(model, step)
+        optimizer.zero_grad()
+        loss.backward()
+        for watch in watches:
+            watch.log(loss=loss)
+        optimizer.step()
+        assert (watches[0].last is None) == (step % 5 > 1)
+        if step == 12:  # with a state that waits for its pair, and while the log grows
+            while not (tmp_path / "pairs" / "step_10.safetensors").exists():
+                time.sleep(0.01)
+            natgrad.process(tmp_path / "pairs", tmp_path / "grown")
+    for watch in watches:
+        watch.close()
+    assert list(read(tmp_path / "pairs")) == [0, 1, 5, 6, 10, 11, 15, 16]
+    assert natgrad.inspect(tmp_path / "pairs").steps == 8
+    models = {}
+    for log, run in (("all", "all_run"), ("pairs", "pairs_run"), ("pairs", "grown")):
+        natgrad.process(tmp_path / log, tmp_path / run, windows=[1, 2])
+        assert natgrad.verify(tmp_path / run).ok
+        models[run] = natgrad.open_results(tmp_path / run)["model"].to_dataset()
+    assert models["pairs_run"]["step"].values.tolist() == [0, 5, 10, 15]
+    assert models["pairs_run"]["step_span"].values.tolist() == [1, 1, 1, 1]
+    expected = models["all_run"].sel(step=[0, 5, 10, 15])
+    for run in ("pairs_run", "grown"):
+        for name in expected.data_vars:
+            if "window" in expected[name].dims:
+                xr.testing.assert_equal(models[run][name].sel(window=1), expected[name].sel(window=1))
+        assert np.isnan(models[run]["angle"].sel(window=2)).all()
+    assert not [record for record in caplog.records if "belong to no update" in record.getMessage()]
+    (tmp_path / "pairs" / "step_6.safetensors").unlink()
+    natgrad.process(tmp_path / "pairs", tmp_path / "lost")
+    assert natgrad.open_results(tmp_path / "lost")["model"]["step"].values.tolist() == [0, 10, 15]
+    assert "1 states belong to no update" in caplog.text
+    assert "the first is step 5" in caplog.text
+
+
+def test_a_log_keeps_its_interval(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for name, every in (("pairs", 3), ("all", 1)):
+        with natgrad.watch(optimizer, tmp_path / name, model=model, every=every):
+            train(model, optimizer, 4)
+        with pytest.raises(InputError, match="does not fit the log"):
+            natgrad.watch(optimizer, tmp_path / name, model=model, every=4 - every, first_step=4)
+        with natgrad.watch(optimizer, tmp_path / name, model=model, every=every, first_step=4):
+            train(model, optimizer, 3)
+    assert list(read(tmp_path / "pairs")) == [0, 1, 3, 4, 6]
+    natgrad.process(tmp_path / "pairs", tmp_path / "run")
+    (tmp_path / "pairs" / "natgrad.toml").unlink()
+    with natgrad.watch(optimizer, tmp_path / "more", model=model):
+        train(model, optimizer, 9)
+    for step in (7, 8):
+        (tmp_path / "more" / f"step_{step}.safetensors").rename(tmp_path / "pairs" / f"step_{step}.safetensors")
+    with pytest.raises(InputError, match="the states of an update are 0 steps apart in this log, but 1 in"):
+        natgrad.process(tmp_path / "pairs", tmp_path / "run", allow_gaps=True)
 
 
 # Processes --------------------------------------------------------------------------------------------------------

@@ -273,6 +273,36 @@ def test_a_run_file_and_a_mapping_file_give_patterns(tmp_path):
     assert list(steps_of(tmp_path / "log")) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("container", ["files", "stacked", "joined"])
+def test_a_mapping_file_declares_pairs_of_states(tmp_path, container):
+    states, numbers = list(random_walk(6)), [0, 1, 10, 11, 20, 21]
+    log, sources = tmp_path / "log", [tmp_path / "log"]
+    log.mkdir()
+    if container == "stacked":
+        stacked = {key: np.stack([state[key] for state in states]) for key in states[0]}
+        np.savez(log / "all.npz", step=numbers, **stacked)
+        sources = [log / "all.npz"]
+    else:
+        for number, state in zip(numbers, states, strict=True):
+            save(log / f"step_{number}.npz", state)
+    if container == "joined":
+        (tmp_path / "loss.csv").write_text("step,loss\n" + "".join(f"{number},1.0\n" for number in numbers))
+        sources.append(tmp_path / "loss.csv")
+    with pytest.raises(InputError, match=r"evenly spaced|is missing"):
+        natgrad.ingest(sources, tmp_path / "out")
+    (log / "natgrad.toml").write_text("step_span = 1\n")
+    natgrad.ingest(sources, tmp_path / "out")
+    assert natgrad.open_trajectory(tmp_path / "out").spans().tolist() == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("value", ["-1", "true", '"1"', "1.0"])
+def test_an_invalid_step_span_is_refused(tmp_path, value):
+    save(tmp_path / "step_0.npz", next(iter(random_walk(1))))
+    (tmp_path / "natgrad.toml").write_text(f"step_span = {value}\n")
+    with pytest.raises(InputError, match=r"(?s)invalid values.*step_span = N"):
+        steps_of(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".h5"])
 @pytest.mark.parametrize("other", [".weird", "", ".of.node-3"])
 def test_the_content_decides_for_names_with_another_suffix_that_match_a_pattern(tmp_path, suffix, other):

@@ -362,7 +362,15 @@ def _matching_trajectory(
             sweep=sweep,
             tables=tables,
             replicates=replicates,
-            read_options=options.to_json(),
+            read_options=options.to_json() | ({"step_span": first.step_span} if first.step_span else {}),
+        )
+    if trajectory.step_span != first.step_span:
+        raise InputError(
+            f"the states of an update are {first.step_span} steps apart in this log, but {trajectory.step_span} in "
+            "the trajectory (0: all states are connected)",
+            where=str(first.storage.parent),
+            why="step_span in natgrad.toml was changed, or OUT contains a different run",
+            remedy="restore step_span, choose another OUT, or start from scratch with --overwrite",
         )
     if trajectory.sweep != bool(first.run):
         raise InputError(

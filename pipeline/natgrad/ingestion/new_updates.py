@@ -452,6 +452,9 @@ def _steps_before_gap(
         If there is a gap that is not waited for, or the steps are not evenly spaced.
     """
     numbers = [*committed[-1:], *(step.number for step in steps)]
+    if steps and steps[0].step_span:
+        warnings += _unconnected_states(run, [*committed, *numbers[-len(steps) :]], steps[0].step_span)
+        return list(steps)
     old = len(numbers) - len(steps)
     removed &= wait is not None
     usual = _usual_span(committed, numbers[removed:], wait is not None)
@@ -473,6 +476,18 @@ def _steps_before_gap(
         if not wait.passes(gap, is_removed, len(steps) - position, warnings):
             return list(steps[:position])
     return list(steps)
+
+
+def _unconnected_states(run: str, numbers: Sequence[int], span: int) -> list[str]:
+    """Return a warning about states that belong to no update. The last one may still be waiting for the next."""
+    present = set(numbers)
+    alone = [number for number in numbers[:-1] if not {number - span, number + span} & present]
+    if not alone:
+        return []
+    return [
+        f"{len(alone)} states{f' of run {run}' if run else ''} belong to no update, because the state {span} steps "
+        f"before or after them is missing; the first is step {alone[0]}"
+    ]
 
 
 def _usual_span(committed: Sequence[int], numbers: Sequence[int], wait: bool) -> int | None:

@@ -95,6 +95,7 @@ def watch(
     *,
     model: Model | None = None,
     parameters: str | Sequence[str] | None = None,
+    every: int = 1,
     first_step: int | None = None,
     on_error: str = "warn",
     buffer_bytes: int = 1024 * MEBIBYTE,
@@ -118,6 +119,9 @@ def watch(
     parameters : str or sequence of str, optional
         Patterns of the names of the parameters to record, with the wildcards ``*``, ``?`` and ``[...]``. Default:
         all parameters that require a gradient at the first step.
+    every : int
+        Record every n-th update, that is, the states before and after it, so that each result belongs to a single
+        update. Windows of several updates have no results then. Default: all updates.
     first_step : int, optional
         Number of updates before the first recorded state, to continue the log of a training run that was resumed.
         Steps that are recorded again are replaced. Default: 0, in a folder without steps.
@@ -164,11 +168,11 @@ def watch(
         raise InputError(f"on_error must be 'warn' or 'raise', got {shown(on_error)}", where="argument on_error")
     try:
         start = number(0 if first_step is None else first_step, int, minimum=0)
-        limit = number(buffer_bytes, int, minimum=0)
+        limit, interval = number(buffer_bytes, int, minimum=0), number(every, int, minimum=1)
     except ValueError as error:
         raise InputError(
-            f"first_step or buffer_bytes {error}",
-            where="arguments first_step and buffer_bytes",
+            f"first_step, buffer_bytes or every {error}",
+            where="arguments first_step, buffer_bytes and every",
             remedy="pass whole numbers",
         ) from error
     patterns = ["*"] if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
@@ -182,7 +186,9 @@ def watch(
     names.select(optimizers)
     rank = torch.distributed.get_rank() if _is_distributed(torch) else 0
     recorder = Recorder(folder, resume=first_step is not None) if rank == 0 else None
-    return Watch(optimizers, names, recorder, start, raises=on_error == "raise", limit=limit)
+    if recorder is not None:
+        _declare_span(recorder.folder, interval, resume=first_step is not None)
+    return Watch(optimizers, names, recorder, start, interval, raises=on_error == "raise", limit=limit)
 
 
 class Watch:
@@ -205,12 +211,13 @@ class Watch:
         names: Names,
         recorder: Recorder | None,
         start: int,
+        every: int,
         *,
         raises: bool,
         limit: int,
     ) -> None:
         self._optimizers, self._names, self._recorder = optimizers, names, recorder
-        self._next, self._raises, self._process = start, raises, os.getpid()
+        self._next, self._every, self._raises, self._process = start, every, raises, os.getpid()
         self._selections: list[Selection] = []
         self._grouped = False
         self._state: _State | None = None
@@ -414,6 +421,8 @@ class Watch:
             state = self._state = _State(self._next, self._next_loss)
             self._next, self._next_loss = self._next + 1, None
         state.started.add(index)
+        if not self._is_recorded(state):
+            return None
         for name, parameter in selection.trained.items():
             state.parameter[name] = tensor_array(parameter, f"parameter {name!r}", copy=True)
         state.rates |= selection.rates(optimizer)
@@ -472,7 +481,7 @@ class Watch:
     def _finish_state(self) -> None:
         """Pass the state before the last update to the writer."""
         state, self._state = self._state, None
-        if state is None:
+        if state is None or not self._is_recorded(state):
             return
         if not self._is_complete(state):
             self._report(
@@ -496,8 +505,16 @@ class Watch:
                 state.number,
             )
 
+    def _is_recorded(self, state: _State) -> bool:
+        """Return True for the states before and after every n-th update."""
+        return state.number % self._every < 2
+
     def _is_complete(self, state: _State) -> bool:
-        return len(state.stepped) == len(self._optimizers) and len(state.gradient) == len(state.parameter)
+        return (
+            self._is_recorded(state)
+            and len(state.stepped) == len(self._optimizers)
+            and len(state.gradient) == len(state.parameter)
+        )
 
     def _write(self, state: _State) -> None:
         """Write a state, in the thread of the writer."""
@@ -600,6 +617,22 @@ def _stepping() -> list[Any]:
 def _is_nested(optimizer: Any) -> bool:
     """Return True in the hooks of ``super().step()``, if the step of a subclass calls it: both calls have hooks."""
     return sum(one is optimizer for one in _stepping()) > 1
+
+
+def _declare_span(folder: Path, every: int, *, resume: bool) -> None:
+    """State in the mapping file of the log that updates lead only from one step to the next."""
+    path, text = folder / "natgrad.toml", "step_span = 1\n"
+    present = path.read_text() if path.exists() else ""
+    if every > 1 and not present and not (resume and any(folder.glob("step_*"))):
+        path.write_text("# Pairs of states, before and after single updates.\n" + text)
+    elif (every > 1) != (text.strip() in present):
+        raise InputError(
+            f"every={every} does not fit the log in the folder",
+            where=str(path),
+            why="step_span = 1 in this file states that the log contains pairs of states, and its absence that it "
+            "contains all states",
+            remedy="use another folder, or the value of every with which the log was begun",
+        )
 
 
 def _is_distributed(torch: Any) -> bool:

@@ -158,6 +158,7 @@ def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedSte
         tuple(entry for own in files[1:] for entry in (own.storage, *own.others)) + files[0].others,
         values=" ".join(own.values for _, own in parts if own.values),
         origin=files[0].origin,
+        step_span=max(own.step_span for _, own in parts),
     )
 
 

@@ -87,6 +87,9 @@ class Names:
         Why gradients and what is saved with them may belong to the state before the update. Empty if they do not.
     pattern : str
         Pattern of the names of steps; see `natgrad.sources.step_names.Naming`.
+    step_span : int
+        Number of steps between the states before and after an update, if not all states are connected; see
+        `LoggedStep`.
 
     Examples
     --------
@@ -102,6 +105,7 @@ class Names:
     optimizer: Mapping[str, str | int] = field(default_factory=dict)
     late: str = ""
     pattern: str = ""
+    step_span: int = 0
 
     @property
     def naming(self) -> Naming:
@@ -190,16 +194,18 @@ class Names:
             raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
         optimizer, pattern = table.pop("optimizer", {}), table.pop("pattern", "")
+        span = table.pop("step_span", 0)
         if pattern:
             checked_pattern(str(pattern), str(path))
-        lists = isinstance(inert, list) and isinstance(order, list)
-        if table or not isinstance(mapping, dict) or not lists or not _valid_options(optimizer):
+        valid = isinstance(inert, list) and isinstance(order, list) and type(span) is int and span >= 0
+        if table or not isinstance(mapping, dict) or not valid or not _valid_options(optimizer):
             raise InputError(
                 f"the mapping file has {'unknown keys: ' + ', '.join(table) if table else 'invalid values'}",
                 where=str(path),
                 remedy='write a table [map] with QUANTITY = "KEY", and lists inert = ["module.Class"] and '
                 'order = ["tensor"]; [optimizer] may contain compute_method = "eigen" or "inverse", and '
-                'start_preconditioning_step = N; pattern = "...{step}..." gives the names of steps',
+                'start_preconditioning_step = N; pattern = "...{step}..." gives the names of steps, and '
+                "step_span = N the number of steps between the two states of an update",
             )
         return replace(
             self.mapped(mapping, str(path)),
@@ -207,6 +213,7 @@ class Names:
             order=tuple(map(str, order)),
             optimizer={**self.optimizer, **optimizer},
             pattern=str(pattern) or self.pattern,
+            step_span=span or self.step_span,
         )
 
 

@@ -38,6 +38,9 @@ class LoggedStep:
         Scalars of the step, if they come from a log of many steps, whose size and time do not identify one step.
     origin : str
         Where the number was taken from, for messages. It does not distinguish steps.
+    step_span : int
+        If not 0, an update leads from a state only to the state that is so many steps later. Other states are not
+        connected.
     """
 
     number: int
@@ -46,6 +49,7 @@ class LoggedStep:
     run: str = ""
     values: str = ""
     origin: str = field(default="", compare=False)
+    step_span: int = field(default=0, compare=False)
 
     @property
     def path(self) -> Path:

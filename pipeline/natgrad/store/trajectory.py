@@ -408,16 +408,24 @@ class Trajectory(States):
             self._runs = tuple(name for record in self.records() for name in record.get("runs", ()))
         return self._runs
 
+    @property
+    def step_span(self) -> int:
+        """Number of steps between connected states; 0 if each state is connected to the next."""
+        span: int = (self.read_options or {}).get("step_span", 0)
+        return span
+
     def spans(self) -> NDArray[np.int64]:
         """Return the number of updates from each state to the next, shape (states - 1,).
 
-        The number is 0 if the next state belongs to another run or attempt.
+        The number is 0 if the next state belongs to another run or attempt, or if the states are not connected.
         """
         if self._spans is None or len(self._spans) != max(self.n_states - 1, 0):
             self._spans = np.diff(self.scalar(STEP))
             for name in (ATTEMPT, RUN):
                 if name in self.numbers:
                     self._spans[np.diff(self.scalar(name)) != 0] = 0
+            if self.step_span:
+                self._spans[self._spans != self.step_span] = 0
             self._breaks = np.flatnonzero(self._spans == 0) + 1
         return self._spans
 

@@ -69,7 +69,12 @@ class StackedFile:
                 remedy="give each row of the leading dimension a unique step number",
             )
         return [
-            LoggedStep(number, self.location, origin=f"row {row} of {self.location.name!r}, {self._origin}")
+            LoggedStep(
+                number,
+                self.location,
+                origin=f"row {row} of {self.location.name!r}, {self._origin}",
+                step_span=self._names.step_span,
+            )
             for number, row in sorted(self._rows.items())
         ]
 

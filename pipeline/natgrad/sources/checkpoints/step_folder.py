@@ -256,10 +256,12 @@ class StepFolder:
             return None
         if not self._naming.keyed:
             assert name.number is not None
-            return LoggedStep(name.number, entry, origin=f"{name.taken!r} in {entry.name!r}"), name.attempt
+            origin = f"{name.taken!r} in {entry.name!r}"
+            return LoggedStep(name.number, entry, origin=origin, step_span=kind.names.step_span), name.attempt
         number = self._number_in_file(kind, entry, unnumbered)
         origin = f"the key {kind.names.keys['step'][0]!r} in {entry.name!r}"
-        return None if number is None else (LoggedStep(number, entry, origin=origin), name.attempt)
+        step = None if number is None else LoggedStep(number, entry, origin=origin, step_span=kind.names.step_span)
+        return None if step is None else (step, name.attempt)
 
     def _number_in_file(self, kind: Kind, entry: Storage, unnumbered: dict[Storage, str]) -> int | None:
         """Return the step number in a file. A file without a number in its name need not be a step."""
