@@ -631,7 +631,7 @@ def _declare_span(folder: Path, every: int, *, resume: bool) -> None:
             where=str(path),
             why="step_span = 1 in this file states that the log contains pairs of states, and its absence that it "
             "contains all states",
-            remedy="use another folder, or the value of every with which the log was begun",
+            remedy="use another folder, or the value of every of the existing log",
         )
 
 
