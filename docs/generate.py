@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,38 @@ def import_diagram() -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+# Formats -----------------------------------------------------------------------------------------------------
+
+
+def conformance() -> str:
+    """Tabulate what each format is able to do, as tests/sources/test_conformance.py verifies it.
+
+    Raises
+    ------
+    ValueError
+        If a format is missing.
+    """
+    from natgrad.sources.formats import FORMATS
+
+    table = tomllib.loads((ROOT / "tests" / "conformance.toml").read_text(encoding="utf-8"))
+    parts, refusals = [], list[str]()
+    for kind, abilities in table.items():
+        formats = list(next(iter(abilities.values())))
+        known = {name for name, format in FORMATS.items() if (format.scalars is not None) == (kind == "scalars")}
+        if missing := sorted(known - {name.partition(",")[0] for name in formats}):
+            raise ValueError(f"tests/conformance.toml lacks {', '.join(missing)}")
+        rows = []
+        for name in formats:
+            cells = [abilities[ability][name] for ability in abilities]
+            refusals += [cell for cell in cells if cell != "yes" and cell not in refusals]
+            format, comma, layout = name.partition(",")
+            row = (cell if cell == "yes" else f"no ({refusals.index(cell) + 1})" for cell in cells)
+            rows.append((f"`{format}`{comma}{layout}", *row))
+        parts.append(_table((f"format of {kind}", *abilities), rows))
+    parts += [f"{number}. Refused: {reason}" for number, reason in enumerate(refusals, 1)]
+    return "\n\n".join(parts)
+
+
 # Variables ---------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +312,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 PARTS = {
     "reference/api.md": {"public names": public_names},
     "reference/cli.md": {"commands": commands},
+    "reference/formats.md": {"conformance": conformance},
     "explanation/design.md": {"imports": import_table},
     "reference/variables.md": {
         "update variables": update_variables,

@@ -1,10 +1,12 @@
 """A training job that saves checkpoints with Orbax.
 
 Run as ``python write_orbax.py STATES ...``. It saves the states in each pickle with each of the managers below, in
-a folder named after the manager, below a folder named after the pickle. It runs in a separate process, because JAX
+a folder named after the manager, below a folder named after the pickle; with LAYOUT in the environment, only with
+that manager, and no large checkpoint. It runs in a separate process, because JAX
 must not be forked.
 """
 
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -53,6 +55,8 @@ def managers(folder):
 
 def save(states, folder):
     for name, (saver, arguments) in managers(folder).items():
+        if name != os.environ.get("LAYOUT", name):
+            continue
         with saver:
             for step, state in enumerate(states):
                 tree = {"params": {}, "grads": {}, "lr": float(state["learning_rate"]), "none": None, "empty": {}}
@@ -79,4 +83,5 @@ def save_large(path):
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         save(pickle.loads(path.read_bytes()), path.with_suffix(""))
-    save_large(path.parent / "large" / "0")
+    if "LAYOUT" not in os.environ:
+        save_large(path.parent / "large" / "0")

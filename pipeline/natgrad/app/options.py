@@ -574,7 +574,7 @@ class LogOptions(TypedDict, total=False):
         Mapping[str, str] | None,
         Option(
             "Key under which a quantity (parameter, gradient, hvp, loss, learning_rate, step) is stored in the log "
-            "files.",
+            "files. line=FORM states the form of the lines of a text log.",
             unset="the usual keys of the format",
             flag="--map",
             metavar="QUANTITY=KEY",

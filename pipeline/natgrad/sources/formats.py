@@ -555,7 +555,8 @@ def find_format(path: Path, naming: Naming = AUTOMATIC) -> str | None:
     """
     if naming == AUTOMATIC or not path.is_dir():
         return next((name for name, known in FORMATS.items() if known.find(path)), None)
-    return _format_of_entries(path, lambda kind, entry: kind.holds(entry, naming), naming)
+    found = _format_of_entries(path, lambda kind, entry: kind.holds(entry, naming), naming)
+    return found or find_format(path)
 
 
 def unnumbered_format(path: Path) -> str | None:

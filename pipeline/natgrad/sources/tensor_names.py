@@ -26,14 +26,16 @@ _LEVEL = re.compile(rf"(?:^|(?<=[./]))(?:{'|'.join(_ADDED)})(?:[./]|$)")
 
 
 def _plain(name: str) -> str:
-    """Return a name without added levels.
+    """Return a name without added levels, and with dots between levels.
 
     Examples
     --------
     >>> [_plain(name) for name in ("module.fc.weight", "q.lora_A.default.weight", "lora_embedding_A.default")]
     ['fc.weight', 'q.lora_A.weight', 'lora_embedding_A']
+    >>> _plain("fc/weight")
+    'fc.weight'
     """
-    return _LEVEL.sub("", name).rstrip("./")
+    return _LEVEL.sub("", name).rstrip("./").replace("/", ".")
 
 
 def matched_names(
@@ -45,9 +47,9 @@ def matched_names(
 ) -> dict[str, str]:
     """Return the names of tensors that have no parameter of the same name, each with the parameter it matches.
 
-    A tensor matches a parameter if their names are equal without the levels that wrappers and libraries add, or if
-    the file of the parameters states that both names are of one tensor. No other tensor or parameter may have that
-    name, and the shapes must agree.
+    A tensor matches a parameter if their names are equal without the levels that wrappers and libraries add,
+    whatever separates the levels, or if the file of the parameters states that both names are of one tensor. No
+    other tensor or parameter may have that name, and the shapes must agree.
 
     Parameters
     ----------

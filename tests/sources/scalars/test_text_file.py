@@ -138,7 +138,7 @@ def test_a_text_log_without_a_stated_form_is_refused_and_the_remedy_works(tmp_pa
         log = write_text(tmp_path / f"{name}.log", text)
         with pytest.raises(InputError, match="the form of the lines of a text log must be stated") as refused:
             open_sources([run, log]).steps()
-        (advice,) = re.findall(r"--map (line=\w+)$", refused.value.remedy)
+        (advice,) = re.findall(r"--map (line=\w+),", refused.value.remedy)
         assert len(open_sources([run, log], mapping=parse_map([advice])).steps()) == 6
     log = write_text(tmp_path / "other.log", NANOGPT)
     with pytest.raises(InputError, match="no line has the stated form"):

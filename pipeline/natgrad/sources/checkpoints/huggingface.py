@@ -44,7 +44,10 @@ _LOG = "the log of the Trainer (one update late before transformers 4.51)"
 def _is_checkpoint(path: Path) -> bool:
     # A gradient store of Bergson is named after the checkpoint from which it was built.
     bergson = (path / "gradients.bin").is_file() and not (path / TRAINER_STATE).is_file()
-    return path.name.startswith("checkpoint-") and path.is_dir() and not bergson
+    if path.name.startswith("checkpoint-"):
+        return path.is_dir() and not bergson
+    # The output folder of a run, which contains the checkpoints, has the file as well.
+    return (path / TRAINER_STATE).is_file() and not any(path.glob("checkpoint-*"))
 
 
 def _unfinished(path: Path) -> str:

@@ -229,20 +229,20 @@ def _matching(log: Storage, form: LineForm, notes: list[str]) -> Iterator[Found]
             "no line has the stated form",
             where=str(log),
             why=f"the form is that of {form.example!r}",
-            remedy=f"state another form with --map line=..., a line with fields in braces or one of "
-            f"{', '.join(LINE_FORMS)}",
+            remedy=f"state another form: a line with fields in braces, or one of {', '.join(LINE_FORMS)}",
         )
 
 
 def _unstated(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Found]:
     known = known_form(log)
-    looks = f"; its lines look like those of {known}: --map line={known}" if known else ""
+    example = "use --map 'line=iter {step}: loss {loss}', for example, or one of these names of forms: "
     raise InputError(
         "the form of the lines of a text log must be stated",
         where=str(log),
         why="a text may contain numbers of several kinds",
-        remedy="use --map line='iter {step}: loss {loss}', for example, or --map line=NAME with one of "
-        f"{', '.join(LINE_FORMS)}{looks}",
+        remedy=f"use --map line={known}, because its lines look like that"
+        if known
+        else example + ", ".join(LINE_FORMS),
     )
 
 
