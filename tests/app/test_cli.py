@@ -178,6 +178,22 @@ def test_weight_decay_is_set_for_all_tensors_or_by_patterns_of_their_names(tmp_p
         assert message in done.stderr
 
 
+def test_losses_that_gradients_do_not_explain_are_reported_by_every_command(tmp_path):
+    rng = np.random.default_rng(0)
+    states = [state | {"loss": np.float64(rng.random())} for state in random_walk(8)]
+    log, out = write_log(tmp_path / "log", states), tmp_path / "out"
+    done = natgrad("process", log, out, "--json")
+    assert "Probably the batches change" in done.stderr
+    found = json.loads(done.stdout)["objective"]
+    assert (found["evaluation"], found["consistency"], len(found["warnings"])) == ("unknown", "inconsistent", 1)
+    assert answer("info", out)["objective"] == found
+    # The advice ends the warning.
+    done = natgrad("analyze", out, "--evaluation", "batch", "--json")
+    assert "batches" not in done.stderr
+    assert json.loads(done.stdout)["objective"]["warnings"] == []
+    assert natgrad("analyze", out, "--evaluation", "other").returncode == 2
+
+
 def test_log_messages_go_to_standard_error_and_quiet_shows_only_warnings(processed, tmp_path):
     folder, loud = processed
     assert "INFO 11 updates in 1 task" in loud.stderr

@@ -4,6 +4,7 @@ import base64
 import html.parser
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,46 @@ def test_numbers_agree_with_the_results(page, tree):
         shares = [int(effective.sel(window=m)) / (59 - m + 1) for m in (1, WINDOW)]
         assert numbers[f"run-1-share-{descent}"] == shares
     assert Page(page).cells["run-1-share-taylor"][1:] == ["not known"] * 2
+
+
+def changing_batches(states):
+    """Replace the losses by those of changing batches, which the gradients do not explain."""
+    rng = np.random.default_rng(0)
+    return [state | {"loss": state["loss"] + 100.0 * rng.random()} for state in states]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "share", "expected"),
+    [
+        ("batch", False, "not comparable: the losses belong to changing batches"),
+        ("unknown", False, "unverifiable: the losses probably belong to changing batches"),
+        ("fixed", True, None),
+    ],
+)
+def test_no_share_is_stated_from_losses_of_changing_batches(tmp_path, evaluation, share, expected):
+    run.ingest_run(write_log(tmp_path / "log", changing_batches(random_walk(12))), tmp_path / "out")
+    run.analyze_run(tmp_path / "out", run.Analysis(workers=1, evaluation=evaluation))
+    written = Path(run.report_run([tmp_path / "out"]).report).read_text(encoding="utf-8")
+    rows = re.findall(r'<tr id="run-1-share-(corrected|trapezoid)">(.*?)</tr>', written, re.DOTALL)
+    assert len(rows) == 2
+    for _, row in rows:
+        assert ("<data" in row) == share
+        assert ("not known" in row) != share
+        assert expected is None or expected in row
+    facts = dict(re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td></tr>", written))
+    assert ("declared" if evaluation != "unknown" else "not declared") in facts["Objective"]
+    assert "do not agree" in facts["Objective"]
+    if expected is not None:
+        assert facts["Smallest window over which the loss always decreases"] == expected
+    warned = {"batch": 0, "unknown": 1, "fixed": 1}[evaluation]
+    assert written.count("do not explain how the loss changes") == warned
+
+
+def test_a_run_of_one_objective_states_its_shares_without_a_caution(page):
+    written = page.read_text(encoding="utf-8")
+    (row,) = re.findall(r'<tr id="run-1-share-corrected">(.*?)</tr>', written, re.DOTALL)
+    assert "the loss decreased</th>" in row
+    assert "changing batches" not in written
 
 
 def test_provenance_is_at_the_bottom(page, tree):

@@ -469,6 +469,12 @@ def _storage_kinds() -> Iterable[str]:
     return KINDS
 
 
+def _evaluations() -> Iterable[str]:
+    from natgrad.schema.names import EVALUATIONS
+
+    return EVALUATIONS
+
+
 def _clusters() -> Iterable[str]:
     from natgrad.compute.clusters import CLUSTERS
 
@@ -739,6 +745,16 @@ class AnalyzeOptions(WorkerOptions, total=False):
             minimum=0,
             parse=_parsed_decay,
             check=_decay_by_pattern,
+        ),
+    ]
+    evaluation: Annotated[
+        str,
+        Option(
+            "Data on which the loss and the gradient of a step are evaluated: batch (the mini-batch of the step), "
+            "fixed (the same data at every step) or unknown. Losses of different batches are not compared.",
+            "unknown",
+            metavar="KIND",
+            choices=_evaluations,
         ),
     ]
     gammas: Annotated[

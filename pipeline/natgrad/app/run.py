@@ -60,6 +60,7 @@ class Analysis:
 
     learning_rate: float | None = None
     weight_decay: Mapping[str, float] | None = None
+    evaluation: str = _DEFAULTS["evaluation"]
     gammas: Sequence[float] = tuple(_DEFAULTS["gammas"])
     windows: Sequence[int] = tuple(_DEFAULTS["windows"])
     workers: int | None = None
@@ -250,6 +251,7 @@ def _analyze(
         ledger,
         learning_rate=analysis.learning_rate,
         weight_decay=analysis.weight_decay,
+        evaluation=analysis.evaluation,
         attempt=analysis.attempt,
     )
     provenance = {
@@ -261,6 +263,7 @@ def _analyze(
         "options": {
             "learning_rate": analysis.learning_rate,
             "weight_decay": analysis.weight_decay,
+            "evaluation": analysis.evaluation,
             "gamma": list(analysis.gammas),
             "window": list(analysis.windows),
             "attempt": int(states.scalar(ATTEMPT).max()) if analysis.attempt is None else analysis.attempt,
@@ -276,6 +279,8 @@ def _analyze(
             inputs, replicate_products(ledger, rows), states.replicates, losses
         )
     summary = overview(tree)
+    for text in summary["objective"]["warnings"]:
+        _log.warning("%s", text)
     with folder.results.lock("results") as storage:
         results.write(tree, storage, summary)
         storage.publish(f"results of {folder.storage.name}: {len(inputs.steps)} updates")
@@ -369,6 +374,7 @@ def _compute_results_again(folder: RunFolder, error: InputError) -> None:
         Analysis(
             learning_rate=options["learning_rate"],
             weight_decay=options["weight_decay"],
+            evaluation=options["evaluation"],
             gammas=options["gamma"],
             windows=options["window"],
             attempt=None if attempt == newest else attempt,

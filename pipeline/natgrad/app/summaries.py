@@ -43,6 +43,9 @@ class AnalysisSummary(Summary):
     states_verified : str, optional
         Time since which every state has been compared with its checksums, by a pass or by `natgrad.verify`. None if
         that is not known for a state, because it was trusted (``trust_states``).
+    objective : mapping
+        Whether losses and gradients belong to one objective: ``evaluation``, as declared, ``consistency``
+        (consistent, inconsistent or undecided), its median ``residual``, and ``warnings``.
     status : mapping of str to int
         Number of updates with each status.
     angle, condition_number : list of float, optional
@@ -59,6 +62,7 @@ class AnalysisSummary(Summary):
     computed_updates: int
     projected_memory: int
     states_verified: str | None
+    objective: Mapping[str, Any]
     status: Mapping[str, int]
     angle: list[float] | None
     condition_number: list[float] | None

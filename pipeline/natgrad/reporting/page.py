@@ -18,6 +18,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from natgrad.reporting import figures
+from natgrad.results.objective import COMPARING_DESCENTS
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
@@ -141,6 +142,7 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
         ],
         "spreads": _spreads(run),
         "shares": _shares(run),
+        "cautions": dict.fromkeys(COMPARING_DESCENTS, run.objective.caution),
         "replicates": None if run.replicates is None else _replicates(run.replicates),
         "windows": sorted({1, max(run.windows)}),
         "letters": (letter_of_spectrum, letter_of_loss),
@@ -197,6 +199,7 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     else:
         low, _, high = (figures.number(rate) for rate in rates)
         facts["Learning rate"] = low if low == high else f"{low} to {high}"
+    facts["Objective"] = str(run.objective)
     facts |= _window_facts(run)
     bounded = run.model.get("shifted_metric")
     if bounded is not None:
@@ -212,8 +215,13 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
 def _window_facts(run: figures.RunResults) -> dict[str, str]:
     """Return the smallest windows over which the run always descends."""
     facts = {}
+    objective = run.objective
     for name, text in WINDOW_FACTS.items():
         if name not in run.model:
+            continue
+        caution = objective.caution if name == "decreasing_window" else ""
+        if caution and not objective.comparable:
+            facts[text] = caution
             continue
         found = run.model[[name, f"{name}_count"]]
         if DESCENT in found.dims:
@@ -221,6 +229,7 @@ def _window_facts(run: figures.RunResults) -> dict[str, str]:
         smallest, support = float(found[name]), int(found[f"{name}_count"])
         updates = "1 update" if smallest == 1 else f"{smallest:.0f} updates"
         facts[text] = f"{updates} ({support} such windows)" if support else "none"
+        facts[text] += f", {caution}" if caution else ""
     return facts
 
 
@@ -236,7 +245,8 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
     updates = len(status)
     if not updates:
         return ["The run has no update: an update requires two logged states."]
-    found = []
+    found = run.objective.warnings()
+    explained = len(found)
     for member, meaning in STATUS_MEANING.items():
         missing = status == member
         if member is not Status.EFFECTIVE and missing.any():
@@ -245,8 +255,8 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
                 f"{missing.sum()} of {updates} updates ({share}) are {member.name.lower().replace('_', ' ')}, at "
                 f"{_step_ranges(run.steps, missing)}. {meaning}"
             )
-    if found and not (status == Status.EFFECTIVE).any():
-        found.insert(0, "No update is effective, so there is no metric to draw.")
+    if len(found) > explained and not (status == Status.EFFECTIVE).any():
+        found.insert(explained, "No update is effective, so there is no metric to draw.")
     if not np.isfinite(run["loss"]).any():
         found.append("No finite loss was logged, so there is no loss curve and no discrete gradient.")
     return found
@@ -276,6 +286,8 @@ def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
             effective = int((status == Status.EFFECTIVE).sum())
             # If no update has a known status, the data for this gradient were not logged, and 0 % would be wrong.
             known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
+            # Losses of different batches say nothing about the objective.
+            known &= run.objective.comparable or descent not in COMPARING_DESCENTS
             shares[descent].append(
                 {
                     "count": effective,

@@ -128,7 +128,7 @@ def label(
     extended = {extension.distribution: extension.version for extension in extensions}
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
     tree.attrs |= {"versions": {**versions(), **extended}, "results_version": RESULTS_VERSION}
-    tree.attrs["layout_version"] = LAYOUT_VERSION
+    tree.attrs |= {"layout_version": LAYOUT_VERSION, "evaluation": table.evaluation}
     return tree
 
 
@@ -318,7 +318,9 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
         steps = logged.sel({RUN: name}).values
         paths = [group.path.strip("/") for group in tree.leaves]
         groups = {path: tree[path].to_dataset().sel({RUN: name}).isel({STEP: steps}) for path in paths}
-        return xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+        found = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+        found.attrs = tree.attrs
+        return found
 
     return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}
 

@@ -86,6 +86,8 @@ class UpdateTable:
         eta of each tensor, if parameter groups differ in it. Default: eta of the model.
     weight_decay : float64 array, shape (updates, tensors), optional
         Coefficient lambda of decoupled weight decay, if it is requested or known and not 0; NaN where not known.
+    evaluation : str
+        What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
     """
 
     gram: Array
@@ -105,10 +107,16 @@ class UpdateTable:
     optimizer: Optimizer | None = None
     tensor_learning_rate: Array | None = None
     weight_decay: Array | None = None
+    evaluation: str = "unknown"
 
     def has(self, names: Iterable[str]) -> bool:
         """Return True if the table has all of the named vectors and columns."""
         return all(name in self.vectors or getattr(self, name, None) is not None for name in names)
+
+    @property
+    def comparable_next_loss(self) -> Array:
+        """Loss after the update; NaN if it belongs to another batch than the loss before, shape (updates,)."""
+        return np.full(self.next_loss.shape, np.nan) if self.evaluation == "batch" else self.next_loss
 
     def complete(self, m: int) -> NDArray[np.bool_]:
         """Return True for each update that is followed by m - 1 updates without a gap, shape (updates,)."""
@@ -167,6 +175,7 @@ def update_table(
     *,
     learning_rate: float | None = None,
     weight_decay: Mapping[str, float] | None = None,
+    evaluation: str = "unknown",
     attempt: int | None = None,
 ) -> tuple[NDArray[np.int64], UpdateTable]:
     """Select the current updates of each run, in the order of their steps.
@@ -180,6 +189,8 @@ def update_table(
     weight_decay : mapping of str to float, optional
         Coefficient of decoupled weight decay where none was logged, by patterns of the names of tensors. The last
         pattern that matches a tensor applies.
+    evaluation : str
+        What the loss and the gradient of a step are evaluated on, as far as the user declared it.
     attempt : int, optional
         Select the run as it was at this attempt. Default: the newest attempt.
 
@@ -235,6 +246,7 @@ def update_table(
         optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(HYPERPARAMETERS) else None,
         tensor_learning_rate=of_tensors,
         weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
+        evaluation=evaluation,
     )
 
 

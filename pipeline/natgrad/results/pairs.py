@@ -175,7 +175,7 @@ def _products(table: UpdateTable, half: str | None) -> tuple[Array, tuple[str, .
 def _both_corrected(
     table: UpdateTable, model: Aggregation, tensors: Aggregation
 ) -> tuple[Aggregation, Aggregation]:
-    change = (table.next_loss - table.loss)[:, None]
+    change = (table.comparable_next_loss - table.loss)[:, None]
     # A tensor's share of the loss change is computed from the model's pair.
     tensors = replace(
         tensors, known=tensors.known & model.known[:, None], finite=tensors.finite & model.finite[:, None]
@@ -260,7 +260,10 @@ def without_decay(
     if estimate.corrected:
         before, _ = _uncorrected(table, estimate)
         # The multiple of the displacement that the correction adds to the gradient.
-        correction = -discrete_time.correction(before.rate, table.next_loss - table.loss, before.pair) / before.rate
+        correction = (
+            -discrete_time.correction(before.rate, table.comparable_next_loss - table.loss, before.pair)
+            / before.rate
+        )
     share = _decayed_share(table, tensors.rate)
     rest = _rest(gram, index, share, correction[:, None])
     cancelled, length = rest.cancelled, rest.length

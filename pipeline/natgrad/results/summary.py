@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from natgrad.results.dataset import WITHOUT_DECAY
+from natgrad.results.objective import Objective
 from natgrad.schema.variables import Status
 
 __all__ = ["overview"]
@@ -27,10 +28,13 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
         ``updates`` is the number of updates, and ``status`` that of the updates with each status. ``angle`` and
         ``condition_number`` are the smallest, median and largest finite value, or None if there are no finite
         values. ``angle_without_decay`` is the same for the updates without weight decay, if the results have them.
+        ``objective`` describes whether losses and gradients belong to one objective, see
+        `natgrad.results.objective.Objective`.
     """
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     status, counts = np.unique(model["status"].values, return_counts=True)
     numbers: dict[str, Any] = {
+        "objective": Objective.of(tree["model"].to_dataset(), tree.attrs.get("evaluation", "unknown")).to_json(),
         "updates": int((model["step_span"] > 0).sum()),
         "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)},
     }

@@ -145,7 +145,7 @@ class Updates:
     def loss_decrease(self) -> Array:
         """L(t) - L(t+m), eq. (3)."""
         table, m = self.table, self.m
-        return table.loss[: len(table.loss) - m + 1] - table.next_loss[m - 1 :]
+        return table.loss[: len(table.loss) - m + 1] - table.comparable_next_loss[m - 1 :]
 
     @cached_property
     def eigenvalues(self) -> tuple[Array, Array, Array]:
@@ -199,7 +199,7 @@ class Updates:
     @cached_property
     def smallest_decreasing_window(self) -> tuple[float, int]:
         """Smallest length of windows over which the loss always decreases, and the number of these windows."""
-        loss, next_loss = self.table.loss[self.run], self.table.next_loss[self.run]
+        loss, next_loss = self.table.loss[self.run], self.table.comparable_next_loss[self.run]
         return windows.smallest_decreasing(loss, next_loss, self._follows, self._longest_tried)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.results.objective import objective_residual
 from natgrad.results.updates import LONGEST_WINDOW, Defined, Updates, UpdateVariable
 from natgrad.schema.errors import InputError
 from natgrad.schema.extensions import Extension, registered
@@ -382,6 +383,19 @@ VARIABLES: dict[str, UpdateVariable] = {
             description="0 if the estimate of the gradient explains the change of the loss exactly. NaN if the "
             "loss is not known or does not change.",
         ),
+        UpdateVariable(
+            name="objective_residual",
+            compute=lambda updates: objective_residual(updates.table),
+            aggregations=("model",),
+            dimensions=(STEP,),
+            units="1",
+            equation="|dL - (g + e/2).d| / (|dL| + |g.d| + |e.d|/2), with the gradient g, its change e and the "
+            "displacement d",
+            long_name="share of the change of the loss that the gradients of both states do not explain",
+            description="Near 0 if losses and gradients belong to one smooth objective, and up to 1 if they belong "
+            "to changing batches. NaN if a loss is not known, if the changes are within the rounding errors of "
+            "losses and states, or if the loss changes with time.",
+        ),
         # The Hessian is also that of the model: it includes the effect of other tensors on the gradient of a
         # tensor.
         UpdateVariable(
@@ -440,7 +454,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="loss",
             equation="L(t) - L(t+m), eq. (3)",
             long_name="decrease of the loss over the window",
-            description="Positive if the loss is lower after the m updates. NaN if a loss was not logged.",
+            description="Positive if the loss is lower after the m updates. NaN if a loss was not logged, or if "
+            "losses are declared to belong to changing batches.",
         ),
         UpdateVariable(
             name="status",

@@ -7,6 +7,7 @@ __all__ = [
     "DESCENT",
     "DESCENTS",
     "ELEMENT",
+    "EVALUATIONS",
     "GAMMA",
     "HVP",
     "HYPERPARAMETERS",
@@ -56,6 +57,9 @@ DESCENTS = ("gradient", "corrected", "trapezoid", "taylor")
 """Estimates of the negative gradient y: the gradient of the loss, and three discrete gradients, eq. (12): the
 gradient corrected along the displacement, the corrected mean of the gradients of both states, and the gradient plus
 hvp / 2, eq. (16)."""
+
+EVALUATIONS = ("batch", "fixed", "unknown")
+"""What loss and gradient of a step are evaluated on: the step's own mini-batch, or the same data at every step."""
 
 HVP = "hvp"
 

@@ -37,6 +37,7 @@ from natgrad.reporting.figures.canvas import (
     step_axis,
 )
 from natgrad.reporting.figures.chart import Axis, Chart, Line, Note, Panel
+from natgrad.results.objective import Objective
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import DESCENT, DESCENTS, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import Status
@@ -95,6 +96,11 @@ class RunResults:
         replicates = tree["replicates/model"].to_dataset() if "replicates" in tree.children else None
         rest = tree["without_decay/model"].to_dataset() if "without_decay" in tree.children else None
         return cls(name, {str(key): value for key, value in tree.attrs.items()}, model, tensors, replicates, rest)
+
+    @property
+    def objective(self) -> Objective:
+        """Whether losses and gradients belong to one objective."""
+        return Objective.of(self.model, str(self.attributes.get("evaluation", "unknown")))
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
         """Return a variable of the model, for the gradient and window 1, by step."""

@@ -1,0 +1,200 @@
+"""Test whether the losses and gradients of a run belong to one objective.
+
+For a smooth objective that does not change, the change of the loss over an update is the mean of the gradients of
+both states times the displacement, up to terms of third order. If the loss and the gradient of each step belong to
+its own mini-batch, the losses of two steps also differ because the batches do. Then a decrease of the loss means
+nothing, and neither does anything else that compares the losses of two steps. A gradient with the wrong sign shows
+as well: the loss falls although every angle is obtuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from natgrad.results.inputs import UpdateTable
+from natgrad.schema.layout import unit_roundoff
+from natgrad.schema.names import DESCENT, DESCENTS, WINDOW
+from natgrad.schema.variables import Status
+
+__all__ = ["COMPARING_DESCENTS", "Objective", "objective_residual"]
+
+Array = NDArray[np.float64]
+
+COMPARING_DESCENTS = ("corrected", "trapezoid")
+"""Estimates of the gradient that compare the losses of two states."""
+
+_CONSISTENT, _INCONSISTENT = 0.05, 0.2
+"""Largest median of the residual of a consistent run, and smallest of an inconsistent one. Training on all data has
+medians below 0.01 unless the learning rate is so large that the loss oscillates, and mini-batches from 0.1 to 1."""
+
+_LEAST_UPDATES = 3
+"""Least number of updates that show whether a run is consistent, or whether a sign is wrong."""
+
+_SIGNIFICANT = 32.0
+"""A change of the loss shows something if the terms of it are larger than so many times their rounding errors."""
+
+
+def objective_residual(table: UpdateTable) -> Array:
+    """Return how much of the change of the loss the gradients of both states do not explain.
+
+    With the displacement d and the change e of the gradient, this is ``|dL - (g + e/2).d|`` divided by
+    ``|dL| + |g.d| + |e.d| / 2``: 0 if the trapezoid rule explains the change, and at most 1.
+
+    Returns
+    -------
+    array, shape (updates,)
+        NaN if a loss is not known, if the terms are within the rounding errors of losses and states, or if the loss
+        changes with time.
+    """
+    index = {name: position for position, name in enumerate(table.vectors)}
+    if not {"displacement", "gradient", "gradient_change"} <= index.keys():
+        return np.full(len(table.steps), np.nan)
+    of_parameter, of_gradient = (
+        np.array([unit_roundoff(tensor.dtype) for tensor in table.layout.tensors]),
+        unit_roundoff(table.dtypes["gradient"]),
+    )
+    with np.errstate(all="ignore"):
+
+        def product(one: str, other: str) -> Array:
+            return np.asarray(table.gram[..., index[one], index[other]])
+
+        def norm(vector: str) -> Array:
+            return np.sqrt(product(vector, vector))
+
+        slope = norm("gradient") + norm("gradient_change") / 2.0
+        floor = of_parameter * (2.0 * norm("parameter") + norm("displacement"))
+        error = (slope * (floor + of_gradient * norm("displacement"))).sum(axis=1)
+        error += _loss_error(table.loss, table.loss) + _loss_error(table.next_loss, table.loss)
+        first = product("gradient", "displacement").sum(axis=1)
+        second = product("gradient_change", "displacement").sum(axis=1) / 2.0
+        change = table.next_loss - table.loss
+        scale = np.abs(change) + np.abs(first) + np.abs(second)
+        residual = np.abs(change - first - second) / scale
+    significant = np.isfinite(residual) & (scale > _SIGNIFICANT * error) & ~table.extended()
+    return np.where(significant, residual, np.nan)
+
+
+def _loss_error(loss: Array, losses: Array) -> Array:
+    """Return the largest error of losses, from the precision in which all losses of a run are written."""
+    known = losses[np.isfinite(losses)]
+    if not len(known):
+        return np.full(loss.shape, np.nan)
+    mantissa, _ = np.frexp(known)
+    bits = next((count for count in (8, 11, 24) if not (np.ldexp(mantissa, count) % 1).any()), 53)
+    # Losses in a text have few decimals.
+    for decimals in range(8):
+        scaled = known * 10.0**decimals
+        if (np.abs(scaled - np.rint(scaled)) <= 4.0 * 2.0**-53 * np.abs(scaled)).all():
+            return np.maximum(2.0**-bits * np.abs(loss), 0.5 * 10.0**-decimals)
+    return np.asarray(2.0**-bits * np.abs(loss))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is known about the objective of a run.
+
+    Attributes
+    ----------
+    evaluation : str
+        What the user declared, one of `natgrad.schema.names.EVALUATIONS`.
+    residual : float or None
+        Median of `objective_residual` over the updates that show something. None if they are too few.
+    updates : int
+        Number of these updates.
+    wrong_sign : bool
+        The loss falls at every step, and every angle is obtuse.
+    """
+
+    evaluation: str
+    residual: float | None
+    updates: int
+    wrong_sign: bool
+
+    @classmethod
+    def of(cls, model: xr.Dataset, evaluation: str) -> Objective:
+        """Return the objective from the results of the model, and what the user declared."""
+        residual = model["objective_residual"].values if "objective_residual" in model else np.empty(0)
+        residual = residual[np.isfinite(residual)]
+        status = model["status"].sel({DESCENT: DESCENTS[0], WINDOW: 1}).values.ravel()
+        angled, logged = status <= Status.OBTUSE, status != Status.NOT_LOGGED
+        falls = False
+        if "loss_decrease" in model:
+            falls = bool((model["loss_decrease"].sel({WINDOW: 1}).values.ravel()[logged] > 0).all())
+        obtuse = angled.sum() >= _LEAST_UPDATES and bool((status[angled] == Status.OBTUSE).all())
+        median = float(np.median(residual)) if len(residual) >= _LEAST_UPDATES else None
+        return cls(evaluation, median, len(residual), obtuse and falls)
+
+    @property
+    def consistency(self) -> str:
+        """Whether losses and gradients agree: ``consistent``, ``inconsistent`` or ``undecided``."""
+        if self.residual is None or _CONSISTENT < self.residual < _INCONSISTENT:
+            return "undecided"
+        return "consistent" if self.residual <= _CONSISTENT else "inconsistent"
+
+    @property
+    def comparable(self) -> bool:
+        """Return whether the losses of two steps may be compared."""
+        return self.evaluation == "fixed" or (self.evaluation == "unknown" and self.consistency != "inconsistent")
+
+    def __str__(self) -> str:
+        declared = {
+            "batch": "each step has its own mini-batch (declared)",
+            "fixed": "the same data at every step (declared)",
+            "unknown": "not declared",
+        }[self.evaluation]
+        if self.residual is None:
+            return f"{declared}; the log does not show whether losses and gradients agree"
+        agree = {"consistent": "agree", "inconsistent": "do not agree", "undecided": "agree only roughly"}
+        median = f"median residual {self.residual:.2g} of {self.updates} updates"
+        return f"{declared}; losses and gradients {agree[self.consistency]} ({median})"
+
+    @property
+    def caution(self) -> str:
+        """What must be known where losses of two steps are compared; empty if nothing must."""
+        if self.evaluation == "batch":
+            return "not comparable: the losses belong to changing batches"
+        if not self.comparable:
+            return "unverifiable: the losses probably belong to changing batches"
+        if self.evaluation == "unknown" and self.consistency == "undecided":
+            return "if the losses do not belong to changing batches, which the log does not show"
+        return ""
+
+    def warnings(self) -> list[str]:
+        """Return what users must know to read the results."""
+        if self.wrong_sign:
+            return [
+                "The loss falls at every step, but every update is obtuse: the gradients probably have the wrong "
+                "sign. Log the gradient of the loss, not of its negative."
+            ]
+        if self.evaluation == "batch" or self.consistency != "inconsistent":
+            return []
+        found = (
+            f"The gradients do not explain how the loss changes: the median residual of {self.updates} updates is "
+            f"{self.residual:.2g}, and that of one smooth objective is near 0."
+        )
+        if self.evaluation == "fixed":
+            return [
+                f"{found} The run was declared with --evaluation fixed. Check that loss, gradient and parameters "
+                "of a step belong to the same state (--shift) and the same data, and that the learning rate is not "
+                "so large that the loss oscillates."
+            ]
+        return [
+            f"{found} Probably the batches change: the loss and the gradient of each step belong to its own batch. "
+            "Then everything that compares the losses of two steps means nothing, and the descents corrected and "
+            "trapezoid are unverifiable: declare it with --evaluation batch. Otherwise check that loss, gradient "
+            "and parameters of a step belong to the same state (--shift)."
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "evaluation": self.evaluation,
+            "consistency": self.consistency,
+            "residual": self.residual,
+            "warnings": self.warnings(),
+        }
