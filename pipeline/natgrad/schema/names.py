@@ -59,7 +59,7 @@ gradient corrected along the displacement, the corrected mean of the gradients o
 hvp / 2, eq. (16)."""
 
 EVALUATIONS = ("batch", "fixed", "unknown")
-"""What loss and gradient of a step are evaluated on: the step's own mini-batch, or the same data at every step."""
+"""Data that loss and gradient of a step are evaluated on: the mini-batch of the step, or the same at every step."""
 
 HVP = "hvp"
 

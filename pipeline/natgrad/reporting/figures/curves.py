@@ -99,7 +99,7 @@ class RunResults:
 
     @property
     def objective(self) -> Objective:
-        """Whether losses and gradients belong to one objective."""
+        """Agreement of losses and gradients with one objective."""
         return Objective.of(self.model, str(self.attributes.get("evaluation", "unknown")))
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
