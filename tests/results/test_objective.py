@@ -60,7 +60,7 @@ def test_the_residual_is_that_of_exact_sums():
         change = float(after["loss"]) - float(before["loss"])
         first, second = terms(lambda g, h: g), terms(lambda g, h: (h - g) / 2)
         expected = abs(change - first - second) / (abs(change) + abs(first) + abs(second))
-        # The loss is |theta|^2 / 2, so that the trapezoid rule is exact but for the rounding of the loss.
+        # The loss is |theta|^2 / 2, so the trapezoid rule is exact. Only the loss is rounded.
         assert abs(found[row] - expected) <= 1e-12
         assert found[row] <= 1e-12
 

@@ -96,7 +96,7 @@ def _loss_error(loss: Array, losses: Array) -> Array:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is known about the objective of a run.
+    """Knowledge about the objective of a run.
 
     Attributes
     ----------
@@ -131,7 +131,7 @@ class Objective:
 
     @property
     def consistency(self) -> str:
-        """Whether losses and gradients agree: ``consistent``, ``inconsistent`` or ``undecided``."""
+        """Agreement of losses and gradients: ``consistent``, ``inconsistent`` or ``undecided``."""
         if self.residual is None or _CONSISTENT < self.residual < _INCONSISTENT:
             return "undecided"
         return "consistent" if self.residual <= _CONSISTENT else "inconsistent"
@@ -155,7 +155,7 @@ class Objective:
 
     @property
     def caution(self) -> str:
-        """What must be known where losses of two steps are compared; empty if nothing must."""
+        """Caution for comparisons of the losses of two steps; empty if there is none."""
         if self.evaluation == "batch":
             return "not comparable: the losses belong to changing batches"
         if not self.comparable:
