@@ -11,18 +11,31 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.formats import FORMATS, find_format, unnumbered_format
 from natgrad.sources.run_file import find_run_file
 from natgrad.sources.step_names import parse_name, words
 from natgrad.storage import LocalStorage
 
-__all__ = ["FoundLog", "is_step_file", "logs_below", "nearest_format", "skeleton", "step_suffixes", "typical"]
+__all__ = [
+    "FoundLog",
+    "is_step_file",
+    "logs_below",
+    "names_below",
+    "nearest_format",
+    "skeleton",
+    "step_suffixes",
+    "typical",
+]
 
 _DEPTH = 5
 _ENTRIES_LIMIT = 1 << 16
 _TYPICAL = 8
 """Number of entries with names of the same form that are examined."""
+
+_EXAMINED = 64
+"""Number of files of a folder that are examined."""
 
 _SNIFFED = 2
 
@@ -100,7 +113,7 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
         if find_run_file(LocalStorage(path)) is not None:
             yield FoundLog(path, "run file")
             continue
-        name = find_format(path) or unnumbered_format(path)
+        name = _format_of(path) or unnumbered_format(path)
         scalars = name is not None and FORMATS[name].scalars is not None
         # The folder of a logger contains others that are read together with it.
         logger = name if scalars and name is not None else above
@@ -111,10 +124,12 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
         folders, files = _entries(path)
         if name is None and _numbered(folders, files):
             yield FoundLog(path, "")
+        if stop():
+            return
         has_steps = name is not None and not scalars
         suffixes = step_suffixes() if has_steps else ()
-        for file in typical(file for file in files if not file.name.endswith(suffixes)):
-            found = find_format(file)
+        for file in typical(file for file in files if not file.name.endswith(suffixes))[:_EXAMINED]:
+            found = _format_of(file)
             if found is not None and found != logger:
                 yield FoundLog(file, found, FORMATS[found].scalars is not None)
         below = [entry for entry in folders if not (has_steps and parse_name(entry.name).number is not None)]
@@ -122,12 +137,20 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
             queue += [(entry, depth + 1, logger) for entry in typical(below)]
 
 
+def _format_of(path: Path) -> str | None:
+    """Return the format of a path; None also if it cannot be read, which opening it as a log reports."""
+    try:
+        return find_format(path)
+    except (OSError, InputError):
+        return None
+
+
 def _numbered(folders: list[Path], files: list[Path]) -> bool:
     """Return True if several folders have names that differ only in numbers, or if files may be steps."""
     suffixes = step_suffixes()
     forms = Counter(skeleton(path.name) for path in folders)
     return any(count > 1 and "#" in form for form, count in forms.items()) or any(
-        file.name.endswith(suffixes) or is_step_file(file) for file in typical(files)
+        file.name.endswith(suffixes) or is_step_file(file) for file in typical(files)[:_EXAMINED]
     )
 
 
@@ -180,7 +203,7 @@ def _nearest_by_content(files: list[Path]) -> tuple[str, str] | None:
     for path in typical(files)[:_SNIFFED]:
         for name, known in FORMATS.items():
             for kind in known.kinds:
-                if kind.suffixes and kind.content(path):
+                if kind.suffixes and is_step_file(path) and kind.content(path):
                     return name, (
                         f"the content of {path.name!r} is that of {kind.layout}, but its name does not end in "
                         f"{', '.join(kind.suffixes)}, and no pattern selects several files"
@@ -190,4 +213,21 @@ def _nearest_by_content(files: list[Path]) -> tuple[str, str] | None:
 
 def is_step_file(path: Path) -> bool:
     """Return True if the content of a file is that of a step in some format, whatever its name is."""
-    return any(kind.content(path) for known in FORMATS.values() for kind in known.kinds)
+    try:
+        return any(kind.content(path) for known in FORMATS.values() for kind in known.kinds)
+    except (OSError, InputError):
+        return False
+
+
+def names_below(folder: Path, depth: int) -> list[str]:
+    """Return the relative names of the files in a folder and up to some levels below, of typical names only."""
+    found: list[str] = []
+    level = [folder]
+    for _ in range(depth):
+        below: list[Path] = []
+        for entry in level[:_EXAMINED]:
+            folders, files = _entries(entry)
+            found += [path.relative_to(folder).as_posix() for path in typical(files)[:_EXAMINED]]
+            below += typical(folders)
+        level = below
+    return sorted(found)

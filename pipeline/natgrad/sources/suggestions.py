@@ -12,7 +12,7 @@ from pathlib import Path
 
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import SCALARS
-from natgrad.sources.search import is_step_file, skeleton, step_suffixes
+from natgrad.sources.search import is_step_file, names_below, skeleton, step_suffixes
 from natgrad.sources.step_names import STEP_FIELD, counts_other, role_of, words
 from natgrad.sources.steps import LoggedTensor
 
@@ -20,7 +20,7 @@ __all__ = ["suggested_map", "suggested_patterns"]
 
 _PATTERNS = 8
 _STARS = 3
-_NAMES_LIMIT = 1 << 12
+_DEPTH = 3
 
 _GRADIENT = {"gradient", "gradients", "grad", "grads", "g", "dw", "dtheta", "dparams"}
 _PARAMETER = {
@@ -55,7 +55,7 @@ def suggested_patterns(folder: Path) -> list[str]:
     format.
     """
     groups: dict[str, list[str]] = {}
-    for name in _names(folder):
+    for name in names_below(folder, _DEPTH):
         groups.setdefault(skeleton(name), []).append(name)
     suffixes = step_suffixes()
     ordered = sorted(groups.values(), key=lambda group: (bool(role_of(group[0])), -len(group)))
@@ -66,17 +66,6 @@ def suggested_patterns(folder: Path) -> list[str]:
         for pattern in _patterns_of(group)
     ]
     return list(dict.fromkeys(patterns))[:_PATTERNS]
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the relative names of files at most two folders below."""
-    found: list[str] = []
-    for depth in ("*", "*/*", "*/*/*"):
-        for path in folder.glob(depth):
-            name = path.relative_to(folder).as_posix()
-            if len(found) < _NAMES_LIMIT and "/." not in f"/{name}" and path.is_file():
-                found.append(name)
-    return sorted(found)
 
 
 def _patterns_of(names: Sequence[str]) -> list[str]:

@@ -338,6 +338,26 @@ def test_a_scan_is_proposed_for_a_folder_of_runs(tmp_path):
         assert natgrad.ingest(shlex.split(accepted)[2], tmp_path / shlex.split(accepted)[2][-6:] / "out").steps == 4
 
 
+def test_numbered_folders_of_runs_are_not_the_steps_of_one_run(tmp_path):
+    for name in ("1", "2"):
+        write_log(tmp_path / name, STATES[:3])
+    found = natgrad.inspect(tmp_path)
+    assert shlex.split(found.command)[:2] == ["natgrad", "scan"]
+    assert not any("{step}" in accepted for accepted in found.other_commands)
+
+
+def test_a_log_is_joined_with_the_nearest_run_only(tmp_path):
+    write_log(tmp_path / "a" / "run", part(STATES, *TENSORS))
+    write_log(tmp_path / "b" / "run", part(STATES, *TENSORS))
+    write_csv(tmp_path / "b" / "log.csv", scalar_rows(STATES))
+    found = natgrad.inspect(tmp_path)
+    sources = [shlex.split(accepted)[2:-1] for accepted in (found.command, *found.other_commands)]
+    assert sources == [
+        [str(tmp_path / "b" / "run"), str(tmp_path / "b" / "log.csv")],
+        [str(tmp_path / "a" / "run")],
+    ]
+
+
 def test_one_checkpoint_for_each_seed_is_not_a_run(tmp_path):
     for seed, state in enumerate(STATES):
         write_arrays(tmp_path / f"seed-{seed}" / "model.npz", state)

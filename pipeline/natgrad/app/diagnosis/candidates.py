@@ -148,6 +148,15 @@ def _at(numbers: Sequence[int], examined: Sequence[int], steps: int) -> str:
 
 def _read(part: Part, format: str, stop: Callable[[], bool]) -> ReadPart:
     """List and describe a log."""
+    try:
+        return _described(part, format, stop)
+    except OSError as error:
+        raise InputError(
+            f"cannot read the log: {error.strerror}", where=part.location, remedy="make its files readable"
+        ) from error
+
+
+def _described(part: Part, format: str, stop: Callable[[], bool]) -> ReadPart:
     log = open_log(open_storage(part.location), part.format, part.map, part.shift, pattern=part.pattern)
     listed = tuple(log.steps())
     scalars = isinstance(log, ScalarLog)
@@ -367,6 +376,7 @@ def _joins(part: ReadPart, parts: Sequence[ReadPart]) -> Iterator[list[ReadPart]
     """Yield the logs to join with a log of parameters, the most complete joins first."""
     near = sorted(parts, key=lambda other: -_shared_folders(part, other))
     others = [other for other in near if other.part.location != part.part.location]
+    others = [other for other in others if _nearest_models(other, parts, part)]
     gradients: list[list[ReadPart]] = [[]]
     if "gradient" not in part.quantities:
         matching = [other for other in others if _gives_gradients(other) and len(_common(part, other)) > 1]
@@ -382,6 +392,12 @@ def _joins(part: ReadPart, parts: Sequence[ReadPart]) -> Iterator[list[ReadPart]
         yield [part, *gradient, *scalars]
         if scalars:
             yield [part, *gradient]
+
+
+def _nearest_models(other: ReadPart, parts: Sequence[ReadPart], model: ReadPart) -> bool:
+    """Return True if no log of parameters is nearer to a log than this one: others belong to other runs."""
+    models = [part for part in parts if "parameter" in part.quantities]
+    return _shared_folders(other, model) == max(_shared_folders(other, part) for part in models)
 
 
 def _gives_gradients(part: ReadPart) -> bool:

@@ -26,7 +26,7 @@ from natgrad.storage import Storage
 
 __all__ = ["Diagnosis", "diagnose", "no_log"]
 
-_SECONDS = 8.0
+_SECONDS = 6.0
 """Time after which no further command is tried. The description of the log takes some seconds more."""
 
 _READINGS = 2
@@ -147,7 +147,15 @@ def _read_below(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadP
             continue
         if log.format != "run file" and not (read and stop()):
             read += readings(log, attempts, stop)[:_READINGS]
-    return read
+    return [part for part in read if "/" not in part.part.pattern or not _holds_runs(part, read)]
+
+
+def _holds_runs(part: ReadPart, read: Sequence[ReadPart]) -> bool:
+    """Return True if there are logs of several states below a log, so that its folders are runs and not steps."""
+    folder = Path(part.part.location)
+    return any(
+        folder in Path(other.part.location).parents and len(other.steps) > 1 and not other.scalars for other in read
+    )
 
 
 def _run_file_folder(paths: Sequence[Storage]) -> Path | None:
