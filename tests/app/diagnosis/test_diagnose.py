@@ -340,7 +340,7 @@ def test_a_scan_is_proposed_for_a_folder_of_runs(tmp_path):
 
 def test_numbered_folders_of_runs_are_not_the_steps_of_one_run(tmp_path):
     for name in ("1", "2"):
-        write_log(tmp_path / name, STATES[:3])
+        one_file_of_all_steps(tmp_path / name)
     found = natgrad.inspect(tmp_path)
     assert shlex.split(found.command)[:2] == ["natgrad", "scan"]
     assert not any("{step}" in accepted for accepted in found.other_commands)
