@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from natgrad.results.inputs import UpdateTable
 from natgrad.schema.layout import unit_roundoff
 from natgrad.schema.names import DESCENT, DESCENTS, WINDOW
+from natgrad.schema.objective import LEAST_UPDATES, consistency
 from natgrad.schema.variables import Status
 
 __all__ = ["COMPARING_DESCENTS", "Objective", "objective_residual"]
@@ -27,13 +28,6 @@ Array = NDArray[np.float64]
 
 COMPARING_DESCENTS = ("corrected", "trapezoid")
 """Estimates of the gradient that compare the losses of two states."""
-
-_CONSISTENT, _INCONSISTENT = 0.05, 0.2
-"""Largest median of the residual of a consistent run, and smallest of an inconsistent one. Training on all data has
-medians below 0.01 unless the learning rate is so large that the loss oscillates, and mini-batches from 0.1 to 1."""
-
-_LEAST_UPDATES = 3
-"""Least number of updates that show whether a run is consistent, or whether a sign is wrong."""
 
 _SIGNIFICANT = 32.0
 """A change of the loss shows something if the terms of it are larger than so many times their rounding errors."""
@@ -125,16 +119,14 @@ class Objective:
         falls = False
         if "loss_decrease" in model:
             falls = bool((model["loss_decrease"].sel({WINDOW: 1}).values.ravel()[logged] > 0).all())
-        obtuse = angled.sum() >= _LEAST_UPDATES and bool((status[angled] == Status.OBTUSE).all())
-        median = float(np.median(residual)) if len(residual) >= _LEAST_UPDATES else None
+        obtuse = angled.sum() >= LEAST_UPDATES and bool((status[angled] == Status.OBTUSE).all())
+        median = float(np.median(residual)) if len(residual) >= LEAST_UPDATES else None
         return cls(evaluation, median, len(residual), obtuse and falls)
 
     @property
     def consistency(self) -> str:
         """Agreement of losses and gradients: ``consistent``, ``inconsistent`` or ``undecided``."""
-        if self.residual is None or _CONSISTENT < self.residual < _INCONSISTENT:
-            return "undecided"
-        return "consistent" if self.residual <= _CONSISTENT else "inconsistent"
+        return consistency(self.residual)
 
     @property
     def comparable(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.layout import MEBIBYTE, storage_dtype, widened
+from natgrad.schema.objective import LEAST_UPDATES, consistency
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete
 from natgrad.sources.steps import LoggedStep
@@ -18,8 +19,6 @@ __all__ = ["loss_residual", "objective_of"]
 
 _STATES = 8
 _BYTES_LIMIT = 256 * MEBIBYTE
-_CONSISTENT, _INCONSISTENT = 0.1, 0.3
-"""Largest residual of a consistent run, and smallest of one that is not."""
 
 
 def loss_residual(loss: Sequence[float], products: Sequence[tuple[float, float]]) -> float:
@@ -103,11 +102,10 @@ def objective_of(
     between = f"gradients do not explain {residual:.2g} of dL in the first {len(products)} updates (median)"
     if math.isnan(residual):
         return f"unknown: dL of the first {len(products)} updates is 0 or not finite"
-    if residual <= _CONSISTENT:
-        return f"consistent: {between}"
-    if residual < _INCONSISTENT:
-        return f"unknown: {between}"
-    return f"not consistent: {between}, as if each loss belonged to another mini-batch or step"
+    found = consistency(residual if len(products) >= LEAST_UPDATES else None)
+    if found == "inconsistent":
+        between += ", as if each loss belonged to another mini-batch or step; declare it with --evaluation"
+    return {"consistent": "consistent: ", "inconsistent": "not consistent: "}.get(found, "unknown: ") + between
 
 
 def _state(log: Source, step: LoggedStep) -> tuple[dict[str, NDArray[np.float64]] | None, float | None]:
