@@ -15,7 +15,7 @@ import numpy as np
 from natgrad.app.diagnosis.candidates import Deadline
 from natgrad.app.diagnosis.contents import contents_of
 from natgrad.app.diagnosis.diagnose import Diagnosis, diagnose, no_log
-from natgrad.app.diagnosis.objective import objective_of
+from natgrad.app.diagnosis.loss_consistency import objective_of
 from natgrad.app.diagnosis.proposals import LOG_READERS
 from natgrad.app.summaries import Inspection
 from natgrad.compute.plan import plan_shape

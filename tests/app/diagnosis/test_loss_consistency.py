@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import natgrad
 from logs import write_log
-from natgrad.app.diagnosis.objective import loss_residual
+from natgrad.app.diagnosis.loss_consistency import loss_residual
 
 
 def descent(steps, rate=0.05, batches=None, seed=0):
