@@ -26,10 +26,20 @@ def test_the_generated_parts_are_up_to_date():
 
 @pytest.fixture
 def copied(tmp_path):
-    """Copy the code and the pages."""
+    """Copy the code, the pages and the table of abilities."""
     for name in ("pipeline", "flows", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conformance.toml", tmp_path / "tests")
     return tmp_path
+
+
+def test_another_ability_of_a_format_fails_the_check(copied):
+    table = copied / "tests" / "conformance.toml"
+    table.write_text(table.read_text().replace('"dcp" = "yes"', '"dcp" = "a reason"'))
+    checked = generate(copied, "--check")
+    assert checked.returncode == 1
+    assert "docs/reference/formats.md is not up to date" in checked.stderr
 
 
 def test_a_new_import_fails_the_check_and_is_then_drawn(copied):
