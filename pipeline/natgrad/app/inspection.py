@@ -69,6 +69,10 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
         "losses that change with time, section 2.1",
         "log dL/dt if the loss changes with time",
     ),
+    "decoupled_weight_decay": (
+        "updates without weight decay, if the optimizer decouples it (AdamW)",
+        "log it, or set it with --weight-decay",
+    ),
     REPLICATE_PARAMETER: ("stochastic rules, eqs. (19), (20)", "log the states after several draws of the update"),
     REPLICATE_HVP: ("the metric of eq. (19)", "log H (theta_{t+1} - theta_t) of each of these draws"),
     REPLICATE_LOSS: ("the mean loss_decrease of a stochastic rule", "log the loss of each of these states"),
