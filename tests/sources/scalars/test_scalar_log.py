@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import pandas
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -292,6 +293,18 @@ def test_a_run_file_maps_the_keys_of_a_log(tmp_path):
     log = open_source(tmp_path / "run.toml")
     with log.open(log.steps()[0]) as reader:
         assert reader.content().scalars == {"loss": 1.0, "hessian_min_eigenvalue": 3.0}
+
+
+def test_an_error_in_a_row_does_not_keep_the_database_open(tmp_path):
+    # SQLite shares its memory map of a database within a process, which ends if the file is truncated meanwhile.
+    path = write_trackio(tmp_path, [(0, 1.0, 0.1), (1, 0.5, 0.1)])
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE metrics SET metrics = '{' WHERE step = 0")
+    settled(tmp_path)
+    with pytest.raises(InputError, match="row 1") as refusal:
+        scalars_of(path)
+    assert refusal.value.__traceback__ is not None
+    assert not [file.path for file in psutil.Process().open_files() if str(tmp_path) in file.path]
 
 
 def test_one_of_several_runs_in_a_log_must_be_selected(tmp_path):

@@ -57,11 +57,12 @@ def read_metric_file(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator
 def read_database(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of the table ``metrics``: the name of the run, ``step``, and the value of a metric."""
     query = "SELECT run_uuid, step, key, value, is_nan FROM metrics ORDER BY rowid"
-    for run, step, key, value, is_nan in table_rows(log, DATABASE_COLUMNS, query):
-        if not isinstance(key, str) or not wanted(key):
-            continue
-        if is_nan:
-            value = math.nan
-        elif isinstance(value, float) and abs(value) >= _LARGEST:
-            value = math.copysign(math.inf, value)
-        yield {RUN_KEY: str(run), "step": step, key: value}
+    with table_rows(log, DATABASE_COLUMNS, query) as rows:
+        for run, step, key, value, is_nan in rows:
+            if not isinstance(key, str) or not wanted(key):
+                continue
+            if is_nan:
+                value = math.nan
+            elif isinstance(value, float) and abs(value) >= _LARGEST:
+                value = math.copysign(math.inf, value)
+            yield {RUN_KEY: str(run), "step": step, key: value}

@@ -10,7 +10,7 @@ import gzip
 import io
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import closing
+from contextlib import closing, contextmanager
 from io import TextIOWrapper
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
@@ -282,9 +282,15 @@ def _connect(log: Storage) -> sqlite3.Connection:
         if file == path or file.exists()
     )
     database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
-    # Views and functions in the schema are not trusted: do not run them.
-    database.execute("PRAGMA trusted_schema=OFF")
-    database.execute("PRAGMA cell_size_check=ON")
+    try:
+        # Views and functions in the schema are not trusted: do not run them.
+        database.execute("PRAGMA trusted_schema=OFF")
+        database.execute("PRAGMA cell_size_check=ON")
+    except sqlite3.Error:
+        # Connections of a process share a memory map of the database. If one stays open and the file is truncated,
+        # the next one ends the process.
+        database.close()
+        raise
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LINE_LIMIT)
     # The pages of a corrupt database may refer to each other, so that it has more rows than atoms exist.
     blocks = iter(range((SQLITE_STEPS + size * SQLITE_STEPS_PER_BYTE) // _STEPS_AT_ONCE))
@@ -303,18 +309,19 @@ def _columns(database: sqlite3.Connection) -> set[str]:
     return {column[1] for column in columns}
 
 
-def table_rows(log: Storage, columns: Set[str], query: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a query of the table ``metrics``, which must have some columns."""
+@contextmanager
+def table_rows(log: Storage, columns: Set[str], query: str) -> Iterator[Iterator[tuple[Any, ...]]]:
+    """Open the rows of a query of the table ``metrics``, which must have some columns.
+
+    The traceback of an error would keep a suspended generator and its database open.
+    """
     try:
         with closing(_connect(log)) as database:
             if not _columns(database) >= columns:
                 raise ValueError(f"it has no table metrics with the columns {', '.join(sorted(columns))}")
-            remaining = LINE_LIMIT + log.stat().size
-            for row in database.execute(query):
-                remaining -= sum(len(value) for value in row if isinstance(value, str | bytes))
-                if remaining < 0:
-                    raise ValueError("its rows are longer than the database: its pages refer to each other")
-                yield row
+            # SQLite keeps a closed database open as long as a cursor.
+            with closing(database.execute(query)) as found:
+                yield _bounded(found, LINE_LIMIT + log.stat().size)
     except sqlite3.Error as error:
         interrupted = "the database is corrupt: it has more rows than its size permits; " * (
             str(error) == "interrupted"
@@ -322,9 +329,18 @@ def table_rows(log: Storage, columns: Set[str], query: str) -> Iterator[tuple[An
         raise ValueError(f"{interrupted}{error} (SQLite)") from error
 
 
+def _bounded(rows: Iterator[tuple[Any, ...]], limit: int) -> Iterator[tuple[Any, ...]]:
+    for row in rows:
+        limit -= sum(len(value) for value in row if isinstance(value, str | bytes))
+        if limit < 0:
+            raise ValueError("its rows are longer than the database: its pages refer to each other")
+        yield row
+
+
 def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     """Yield the records of the trackio database: table ``metrics`` with a JSON object of metrics in each row."""
-    rows = table_rows(log, TRACKIO_COLUMNS, "SELECT run_name, step, metrics FROM metrics ORDER BY rowid")
-    for number, (run, step, metrics) in enumerate(rows, 1):
-        text = metrics.decode() if isinstance(metrics, bytes) else str(metrics)
-        yield {"run_name": run, **_json_object(text, wanted, f"row {number}"), "step": step}
+    query = "SELECT run_name, step, metrics FROM metrics ORDER BY rowid"
+    with table_rows(log, TRACKIO_COLUMNS, query) as rows:
+        for number, (run, step, metrics) in enumerate(rows, 1):
+            text = metrics.decode() if isinstance(metrics, bytes) else str(metrics)
+            yield {"run_name": run, **_json_object(text, wanted, f"row {number}"), "step": step}

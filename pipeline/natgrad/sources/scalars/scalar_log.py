@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -287,8 +287,8 @@ class ScalarLog:
     def keys(self) -> dict[str, float]:
         """Return the first number under each key; see `natgrad.sources.base.Keyed`. Only some records are read."""
         found: dict[str, float] = {}
-        with _read_errors(file := self._files()[0], self._kind.form):
-            for values in itertools.islice(self._kind.decode(file, lambda key: True, []), _RECORDS_LISTED):
+        with self._records(self._files()[0], lambda key: True, []) as records:
+            for values in itertools.islice(records, _RECORDS_LISTED):
                 for key, value in values.items():
                     number = None if key in (RUN_KEY, RESTART_KEY, LINE_KEY) else _number(value)
                     if number is not None and len(found) < KEYS_LIMIT:
@@ -313,6 +313,17 @@ class ScalarLog:
             )
         return files
 
+    @contextmanager
+    def _records(self, file: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Iterator[Mapping[str, Any]]]:
+        with _read_errors(file, self._kind.form):
+            records = self._kind.decode(file, wanted, notes)
+            try:
+                yield records
+            finally:
+                # The traceback of an error would keep the file or database open.
+                if isinstance(records, Generator):
+                    records.close()
+
     def _read(self) -> dict[int, dict[str, float]]:
         if self._scalars is None:
             self._notes = []
@@ -327,8 +338,8 @@ class ScalarLog:
         record = 0
         for file in self._files():
             table.restarts.boundaries.append(record + 1)
-            with _read_errors(file, self._kind.form):
-                for values in self._kind.decode(file, self._wanted, self._notes):
+            with self._records(file, self._wanted, self._notes) as records:
+                for values in records:
                     record += 1
                     run = values.get(RUN_KEY)
                     if run is not None and len(runs) < 1 << 16:
